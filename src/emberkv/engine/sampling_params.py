@@ -1,0 +1,70 @@
+"""What a request asks of the sampler. Free of torch, so that API modules can build it."""
+
+import math
+from dataclasses import dataclass
+
+from emberkv.errors import RequestError
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+def _require(condition: bool, param: str, given: object, accepted: str) -> None:
+    if not condition:
+        raise RequestError(f"{param} is {given!r}; it must be {accepted}", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    temperature: 0 is greedy; the range is [0, 2].
+    top_k: 0 keeps all tokens.
+    logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
+    seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
+
+    Raises RequestError naming the field when a value is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "from 0 to 2")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _require(
+            math.isfinite(penalty) and penalty > 0.0, "repetition_penalty", penalty, "a finite number above 0"
+        )
+        _require(
+            -2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2"
+        )
+        _require(
+            -2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2"
+        )
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+            "logprobs", self.logprobs, f"from 0 to {MAX_TOP_LOGPROBS}",
+        )  # fmt: skip
+        _require(
+            self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer"
+        )
+        _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
+        _require(all(self.stop), "stop", self.stop, "made of non-empty strings")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0

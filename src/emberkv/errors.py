@@ -1,0 +1,56 @@
+"""The exception tree. A message says what was given and what would be accepted."""
+
+
+class EmberError(Exception):
+    """Root of every error that emberkv raises on purpose."""
+
+
+class ConfigError(EmberError):
+    """A setting is unknown or has a value that cannot be used."""
+
+
+class ModelError(EmberError):
+    """A model cannot be loaded."""
+
+
+class ModelNotFoundError(ModelError):
+    """The path or hub id given is not a model."""
+
+
+class CorruptModelError(ModelError):
+    """A model's files are there but cannot be read as what they claim to be."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture keeps state that is not per-token KV; serving it would be wrong."""
+
+
+class RequestError(EmberError):
+    """A request cannot be served as it stands; the caller can correct it.
+
+    ``param`` names the request field at fault, where one is.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLongError(RequestError):
+    """The prompt, or the prompt and its answer, exceeds the model's context or the pool."""
+
+
+class DuplicateRequestError(RequestError):
+    """A request id is already in flight."""
+
+
+class EngineStoppedError(EmberError):
+    """The engine has stopped, or stops before this request could finish."""
+
+
+class NoFreeBlocksError(EmberError):
+    """The pool holds fewer allocatable blocks than were asked for."""
+
+
+class IntegrityError(EmberError):
+    """The block pool's books do not balance: a bug, never a user's mistake."""
