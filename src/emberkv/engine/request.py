@@ -2,16 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
+from emberkv.core.sequence import FinishReason
 from emberkv.engine.sampling_params import SamplingParams
-
-
-class FinishReason(Enum):
-    STOP = "stop"  # an end-of-sequence token, or a stop string found by the caller
-    LENGTH = "length"  # max_tokens or the context was reached
-    ABORT = "abort"  # the caller gave up
-    ERROR = "error"  # the engine failed; TokenOutput.error says how
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,274 @@
+"""The block pool: which slot holds which block, who holds it, and what may be overwritten.
+
+A block's life: FREE -> ALLOCATED -> COMMITTED -> FREE, still indexed -> held again, or evicted when its slot is needed.
+Free is not forgotten, and the order in which free slots are taken is the eviction policy.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from emberkv.core.block import Block, BlockState
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
+from emberkv.core.eviction import LRU, EvictionPolicy, Weight
+from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain
+from emberkv.core.stats import CacheStats
+from emberkv.errors import IntegrityError, NoFreeBlocksError
+
+BlockWeight = Callable[[int], Weight]
+"""The eviction weight of a block at a position in its chain."""
+
+
+def uniform_weight(position: int) -> Weight:
+    """Every block alike."""
+    return Weight()
+
+
+class MatchEnd(Enum):
+    """Why a match stopped where it did."""
+
+    LIMIT = "limit"  # every block asked for was found
+    ABSENT = "absent"  # the next identity is not in the pool
+    TOKENS_DIFFER = "tokens_differ"  # the identity is there, the tokens under it are others: never served
+    INEXACT = "inexact"  # the next block is not bit-equal to a cold prefill, and only such were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    blocks: list[Block]
+    end: MatchEnd
+
+
+class BlockPool:
+    """``num_blocks`` slots of ``block_size`` tokens. Not thread-safe: one engine drives it.
+
+    Conservation law, after every call: each block is FREE, ALLOCATED or COMMITTED; a FREE block is held by nobody and
+    is either blank or indexed and known to the policy as evictable; every other block has holders. `check_integrity`
+    states it in code.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        policy: EvictionPolicy[int] | None = None,
+        weight: BlockWeight = uniform_weight,
+        events: EventLog | None = None,
+        stats: CacheStats | None = None,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
+        self.block_size = block_size
+        self.blocks = [Block(slot) for slot in range(num_blocks)]
+        self.events = events if events is not None else EventLog()
+        self.stats = stats if stats is not None else CacheStats()
+        self._policy: EvictionPolicy[int] = policy if policy is not None else LRU()
+        self._weight = weight
+        self._blank = self.blocks[::-1]
+        self._index: dict[Identity, Block] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
+        return len(self._blank) + len(self._policy)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks found under an identity, held or not."""
+        return len(self._index)
+
+    def lookup(self, identity: Identity) -> Block | None:
+        return self._index.get(identity)
+
+    def match(self, chain: TokenChain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
+        """The longest consecutive run of cached blocks of ``chain[start:stop]`` (in blocks). Holds nothing.
+
+        A block is a hit only if its tokens equal the chain's, whatever its identity says.
+        """
+        index = self._index
+        encoded = chain.encoded()
+        width = self.block_size * TOKEN_BYTES
+        identities = chain.identities
+        found: list[Block] = []
+        for position in range(start, stop):
+            block = index.get(identities[position])
+            if block is None:
+                return Match(found, MatchEnd.ABSENT)
+            if block.tokens != encoded[position * width : (position + 1) * width]:
+                self.stats.collisions += 1
+                return Match(found, MatchEnd.TOKENS_DIFFER)
+            if exact_only and not block.exact:
+                return Match(found, MatchEnd.INEXACT)
+            found.append(block)
+        return Match(found, MatchEnd.LIMIT)
+
+    def pin(self, blocks: Iterable[Block]) -> None:
+        """Hold cached blocks once more, so that nobody evicts them."""
+        taken = []
+        hits = []
+        for block in blocks:
+            if block.ref_count == 0:
+                block.state = BlockState.COMMITTED
+                taken.append(block.slot)
+            block.ref_count += 1
+            hits.append(block.slot)
+        self._policy.hold(taken)
+        self._policy.access(hits)
+
+    def allocate(self, count: int) -> list[Block]:
+        """``count`` blocks for one holder, blank slots first, then by evicting.
+
+        Raises NoFreeBlocksError when fewer are free; then nothing has changed.
+        """
+        if count > self.num_free:
+            raise NoFreeBlocksError(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free")
+        short = count - len(self._blank)
+        if short > 0:
+            self._evict(short)
+        allocated = []
+        for _ in range(count):
+            block = self._blank.pop()
+            block.state = BlockState.ALLOCATED
+            block.ref_count = 1
+            allocated.append(block)
+        return allocated
+
+    def commit(self, block: Block, chain: TokenChain, position: int, *, exact: bool) -> Block:
+        """Make a complete block visible as block ``position`` of ``chain``; returns the block to hold from now on.
+
+        If the identity is known already, the known block is kept and ours freed, unless ours is exact and the known
+        one is not: then ours takes the place. If the known one has other tokens, ours stays private.
+        """
+        if block.state is not BlockState.ALLOCATED:
+            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
+        identity = chain.identities[position]
+        tokens = chain.block_tokens(position)
+        known = self._index.get(identity)
+        if known is not None:
+            if known.tokens != tokens:
+                self.stats.collisions += 1
+                return block
+            if known.exact or not exact:
+                self.stats.duplicate_blocks += 1
+                self.pin([known])
+                self.free([block])
+                return known
+            self.stats.replaced_blocks += 1
+            self._unindex(known)
+        block.state = BlockState.COMMITTED
+        block.identity = identity
+        block.parent = chain.parent(position)
+        block.tokens = tokens
+        block.position = position
+        block.exact = exact
+        self._index[identity] = block
+        self._policy.admit(block.slot, self._weight(position))
+        self.stats.committed_blocks += 1
+        if known is None:
+            self.events.append(BlockStored((identity,), block.parent, (tokens,), self.block_size))
+        return block
+
+    def free(self, blocks: Sequence[Block]) -> None:
+        """Let go of blocks listed in chain order. The tail becomes evictable first, so that a chain loses its end
+        before the prefix that others may share.
+        """
+        released = []
+        for block in reversed(blocks):
+            if block.ref_count == 0:
+                raise IntegrityError(f"slot {block.slot} is freed but nobody holds it")
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                block.state = BlockState.FREE
+                if block.identity is None:
+                    self._blank.append(block)
+                else:
+                    released.append(block.slot)
+        self._policy.release(released)
+
+    def clear(self) -> None:
+        """Forget every cached block. Held blocks stay with their holders and become private."""
+        for block in list(self._index.values()):
+            self._unindex(block)
+        self.events.append(AllBlocksCleared())
+
+    def snapshot(self) -> Snapshot:
+        parents = {identity: block.parent for identity, block in self._index.items()}
+        return Snapshot(self.events.last_sequence, parents)
+
+    def _evict(self, count: int) -> None:
+        removed = []
+        for _ in range(count):
+            block = self.blocks[self._policy.evict()]
+            assert block.identity is not None
+            removed.append(block.identity)
+            del self._index[block.identity]
+            self._wipe(block)
+            self._blank.append(block)
+        self.stats.evicted_blocks += count
+        self.events.append(BlockRemoved(tuple(removed)))
+
+    def _unindex(self, block: Block) -> None:
+        assert block.identity is not None
+        del self._index[block.identity]
+        self._wipe(block)
+        if block.ref_count:
+            self._policy.forget(block.slot)
+            block.state = BlockState.ALLOCATED
+        else:
+            self._policy.discard(block.slot)
+            self._blank.append(block)
+
+    @staticmethod
+    def _wipe(block: Block) -> None:
+        block.identity = None
+        block.parent = b""
+        block.tokens = b""
+        block.exact = False
+
+    def check_integrity(self, holders: Iterable[Iterable[Block]] | None = None) -> None:
+        """Raise IntegrityError unless the conservation law holds.
+
+        holders: the blocks of every live lease; with it, each ref count must be explained by them.
+        """
+        states = Counter(block.state for block in self.blocks)
+        free_cached = sum(1 for block in self.blocks if block.state is BlockState.FREE and block.identity)
+        books = [
+            (states[BlockState.FREE] == self.num_free, "free blocks and the free lists differ"),
+            (free_cached == len(self._policy), "evictable blocks and the policy differ"),
+            (
+                all(block.ref_count == 0 and block.identity is None for block in self._blank),
+                "a blank block is in use",
+            ),
+            (len({block.slot for block in self._blank}) == len(self._blank), "a slot is blank twice"),
+            (
+                all(block.identity == key for key, block in self._index.items()),
+                "the index names a wrong block",
+            ),
+            (
+                sum(1 for block in self.blocks if block.identity) == len(self._index),
+                "a cached block is not indexed",
+            ),
+        ]
+        for block in self.blocks:
+            indexed = block.identity is not None
+            books.append(((block.state is BlockState.FREE) == (block.ref_count == 0), f"slot {block.slot}: holders"))
+            books.append((block.state is not BlockState.COMMITTED or indexed, f"slot {block.slot}: not indexed"))
+            books.append((block.state is not BlockState.ALLOCATED or not indexed, f"slot {block.slot}: indexed"))
+        if holders is not None:
+            held = Counter(block.slot for blocks in holders for block in blocks)
+            books += [
+                (
+                    block.ref_count == held[block.slot],
+                    f"slot {block.slot}: {block.ref_count} refs, {held[block.slot]} held",
+                )
+                for block in self.blocks
+            ]
+        broken = [what for holds, what in books if not holds]
+        if broken:
+            raise IntegrityError("; ".join(broken[:5]))

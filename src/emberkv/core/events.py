@@ -1,0 +1,68 @@
+"""What changes in the set of cached blocks, numbered, for whoever mirrors it (a router, a log)."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emberkv.core.hashing import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStored:
+    """Consecutive blocks of one chain became visible. ``tokens`` holds each block's encoded token ids."""
+
+    identities: tuple[Identity, ...]
+    parent: Identity
+    tokens: tuple[bytes, ...]
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRemoved:
+    """Blocks are no longer found under these identities."""
+
+    identities: tuple[Identity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllBlocksCleared:
+    """Nothing is cached any more."""
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedEvent:
+    sequence: int
+    event: Event
+
+
+class EventLog:
+    """The last ``capacity`` events. A reader that fell behind starts again from the pool's snapshot.
+
+    The first event has number 1; numbers have no gaps.
+    """
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self._events: deque[NumberedEvent] = deque(maxlen=capacity)
+        self.last_sequence = 0
+
+    def append(self, event: Event) -> None:
+        self.last_sequence += 1
+        self._events.append(NumberedEvent(self.last_sequence, event))
+
+    def since(self, sequence: int) -> Sequence[NumberedEvent] | None:
+        """The events after ``sequence``, or None when some of them are no longer kept."""
+        wanted = self.last_sequence - sequence
+        if wanted > len(self._events):
+            return None
+        return [self._events[index] for index in range(len(self._events) - wanted, len(self._events))]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every visible identity with its parent, as of event ``sequence``."""
+
+    sequence: int
+    parents: dict[Identity, Identity]

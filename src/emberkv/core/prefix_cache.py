@@ -1,0 +1,117 @@
+"""The prefix cache: match, pin, and hand out a lease; everything a sequence does to blocks goes through its lease.
+
+tokens   0 ............... hit ................ full ........ len
+         |  shared: found  |  ours: computed,   |  tail: the  |
+         |  and pinned     |  then committed    |  last block |
+         |                 |  as they fill      |  fills      |
+"""
+
+from collections.abc import Sequence
+
+from emberkv.core.block import Block
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.hashing import TokenChain
+
+
+class Lease:
+    """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out."""
+
+    __slots__ = ("_cache", "_chain", "blocks", "context_exact", "hit_tokens", "num_committed")
+
+    def __init__(self, cache: "PrefixCache", chain: TokenChain, hit: list[Block]) -> None:
+        self._cache = cache
+        self._chain = chain
+        self.blocks = hit
+        self.num_committed = len(hit)
+        self.hit_tokens = len(hit) * cache.pool.block_size
+        self.context_exact = all(block.exact for block in hit)
+
+    def missing_blocks(self, num_tokens: int) -> int:
+        """How many blocks more the table needs to cover ``num_tokens``."""
+        return max(0, -(-num_tokens // self._cache.pool.block_size) - len(self.blocks))
+
+    def extend(self, num_tokens: int) -> None:
+        """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with nothing changed."""
+        missing = self.missing_blocks(num_tokens)
+        if missing:
+            self.blocks += self._cache.pool.allocate(missing)
+
+    def adopt(self, start: int) -> int:
+        """Take over blocks that others committed since, from token ``start`` (a multiple of the alignment) on.
+
+        Only whole alignment units count, as in `acquire`, and only once all before ``start`` is committed. Our own
+        blocks for that stretch are freed. Returns the number of tokens adopted.
+        """
+        pool = self._cache.pool
+        first = start // pool.block_size
+        if self.num_committed < first:
+            return 0
+        found = self._cache.find(self._chain, start)
+        if not found:
+            return 0
+        pool.pin(found)
+        pool.free(self.blocks[first : first + len(found)])
+        self.blocks[first : first + len(found)] = found
+        self.num_committed = first + len(found)
+        self.context_exact = self.context_exact and all(block.exact for block in found)
+        adopted = len(found) * pool.block_size
+        self.hit_tokens += adopted
+        return adopted
+
+    def commit(self, num_computed: int, *, exact: bool) -> None:
+        """Commit the blocks that are complete now that ``num_computed`` tokens have KV state.
+
+        exact: this stretch was computed as one full, aligned prefill chunk. What counts is whether all before it was
+        exact too.
+        """
+        self.context_exact = self.context_exact and exact
+        if not self._cache.enabled:
+            return
+        pool = self._cache.pool
+        for position in range(self.num_committed, num_computed // pool.block_size):
+            self.blocks[position] = pool.commit(self.blocks[position], self._chain, position, exact=self.context_exact)
+            self.num_committed = position + 1
+
+    def release(self) -> None:
+        """Let go of every block, tail first."""
+        self._cache.pool.free(self.blocks)
+        self.blocks = []
+
+
+class PrefixCache:
+    """Finds the longest cached prefix of a chain in a pool.
+
+    alignment: hits are rounded down to a multiple of this many tokens (the prefill chunk), so that what is computed
+    after a hit is cut exactly as in a cold run. exact: reuse only blocks that are bit-equal to a cold prefill.
+    enabled: False finds nothing and commits nothing.
+    """
+
+    def __init__(self, pool: BlockPool, *, alignment: int, exact: bool = False, enabled: bool = True) -> None:
+        if alignment % pool.block_size:
+            raise ValueError(f"alignment {alignment} must be a multiple of the block size {pool.block_size}")
+        self.pool = pool
+        self.alignment = alignment
+        self.exact = exact
+        self.enabled = enabled
+
+    def find(self, chain: TokenChain, start: int = 0) -> Sequence[Block]:
+        """The cached blocks that follow token ``start``, whole alignment units only. Holds nothing.
+
+        At least the chain's last token is left to compute: its logits are what the caller wants.
+        """
+        if not self.enabled:
+            return []
+        block_size = self.pool.block_size
+        unit = self.alignment // block_size
+        first = start // block_size
+        stop = (len(chain) - 1) // self.alignment * unit
+        if first >= stop:
+            return []
+        match = self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
+        return match.blocks[: len(match.blocks) // unit * unit]
+
+    def acquire(self, chain: TokenChain) -> Lease:
+        """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""
+        found = list(self.find(chain))
+        self.pool.pin(found)
+        return Lease(self, chain, found)

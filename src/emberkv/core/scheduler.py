@@ -1,0 +1,264 @@
+"""Continuous batching: what the next step computes, for whom, and who has to wait.
+
+A step decodes every running sequence together, then spends what is left of its token budget on prefill chunks. Chunks
+are cut at absolute multiples of the chunk size and computed one sequence at a time, cold or warm, which is what makes
+a hit's logits equal a cold run's.
+"""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from emberkv.core.prefix_cache import Lease, PrefixCache
+from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
+from emberkv.core.stats import CacheStats
+from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences."""
+
+    max_step_tokens: int = 512
+    max_running: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Compute tokens ``[start, stop)`` of a sequence over the KV state of all before them."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk's last position yields the sequence's next token."""
+        return self.stop == len(self.sequence.chain)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """decodes: one forward pass together. prefills: one pass each, in order, after it."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.stop - chunk.start for chunk in self.prefills)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class Scheduler:
+    """First come, first served within a priority. Not thread-safe: one engine drives it.
+
+    The caller repeats: `schedule`, compute the plan, `complete`. Between the two nothing else may be called.
+    """
+
+    def __init__(self, cache: PrefixCache, config: SchedulerConfig | None = None) -> None:
+        self.cache = cache
+        self.config = config if config is not None else SchedulerConfig()
+        if self.config.max_running < 1 or self.config.max_step_tokens < 1:
+            raise ConfigError(f"{self.config}: both must be at least 1")
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._running: list[Sequence] = []
+        self._by_id: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._free_when_refused: int | None = None
+
+    @property
+    def stats(self) -> CacheStats:
+        return self.cache.pool.stats
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._by_id) - len(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        return list(self._running)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt and answer together that the pool can hold."""
+        return self.cache.pool.num_blocks * self.cache.pool.block_size
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises DuplicateRequestError, or PromptTooLongError if the pool could never hold it."""
+        if sequence.request_id in self._by_id:
+            raise DuplicateRequestError(f"request id {sequence.request_id!r} is in flight already")
+        total = len(sequence.chain) + sequence.max_new_tokens
+        if total > self.max_sequence_tokens:
+            raise PromptTooLongError(
+                f"{len(sequence.chain)} prompt tokens and {sequence.max_new_tokens} to generate are {total}; "
+                f"the KV pool holds {self.max_sequence_tokens}",
+                param="max_tokens",
+            )
+        self._arrivals += 1
+        sequence.order = self._arrivals
+        self._by_id[sequence.request_id] = sequence
+        self._enqueue(sequence)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Drop a sequence wherever it is and free its blocks; None if it is not here (any more)."""
+        sequence = self._by_id.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.ABORT)
+        return sequence
+
+    def schedule(self) -> StepPlan:
+        """The next step, its blocks allocated. Empty when there is nothing to do."""
+        plan = StepPlan()
+        self._plan_decodes(plan)
+        self._plan_prefills(plan)
+        return plan
+
+    def complete(self, plan: StepPlan, sampled: Mapping[str, int], stopped: Container[str] = ()) -> list[Sequence]:
+        """Account for a computed plan: commit full blocks, append tokens, finish who is done.
+
+        sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
+        their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.
+        """
+        for sequence in plan.decodes:
+            sequence.num_computed += 1
+            self.stats.decode_tokens += 1
+            sequence.held.commit(sequence.num_computed, exact=False)
+        for chunk in plan.prefills:
+            length = chunk.stop - chunk.start
+            chunk.sequence.num_computed = chunk.stop
+            self.stats.prefill_tokens += length
+            chunk.sequence.held.commit(chunk.stop, exact=length == self.cache.alignment)
+        finished = []
+        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
+        for sequence in ready:
+            sequence.status = SequenceStatus.DECODING
+            if sequence.request_id in stopped:
+                self._finish(sequence, FinishReason.STOP)
+                finished.append(sequence)
+                continue
+            sequence.chain.append(sampled[sequence.request_id])
+            if sequence.num_generated >= sequence.max_new_tokens:
+                self._finish(sequence, FinishReason.LENGTH)
+                finished.append(sequence)
+        return finished
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        for sequence in sorted(self._running, key=lambda each: each.rank):
+            if sequence.status is not SequenceStatus.DECODING:
+                continue
+            if self._make_room(sequence, plan):
+                sequence.held.extend(len(sequence.chain))
+                plan.decodes.append(sequence)
+
+    def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Preempt from the back until ``sequence`` can grow; False if it was itself the one to go."""
+        while sequence.held.missing_blocks(len(sequence.chain)) > self.cache.pool.num_free:
+            victim = max(self._running, key=lambda each: each.rank)
+            self._preempt(victim)
+            plan.preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _plan_prefills(self, plan: StepPlan) -> None:
+        budget = self.config.max_step_tokens - len(plan.decodes)
+        while True:
+            sequence = self._next_to_prefill(plan)
+            if sequence is None:
+                return
+            while sequence.num_computed < len(sequence.chain):
+                chunk = self._next_chunk(sequence)
+                length = chunk.stop - chunk.start
+                # One chunk always goes, so that decoding sequences never starve those that wait to begin.
+                if length > budget and plan.prefills:
+                    return
+                budget -= length
+                sequence.num_computed = chunk.stop
+                plan.prefills.append(chunk)
+
+    def _next_chunk(self, sequence: Sequence) -> PrefillChunk:
+        adopted = sequence.held.adopt(sequence.num_computed)
+        if adopted:
+            sequence.num_computed += adopted
+            self.stats.hit_tokens += adopted
+            self.stats.late_hit_tokens += adopted
+            if sequence.num_preemptions == 0:
+                sequence.cached_tokens += adopted
+        start = sequence.num_computed
+        step = self.cache.alignment
+        return PrefillChunk(sequence, start, min(start - start % step + step, len(sequence.chain)))
+
+    def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
+        """The admitted sequence that still has tokens to plan, or else the next one admitted."""
+        for sequence in self._running:
+            if sequence.status is SequenceStatus.PREFILLING and sequence.num_computed < len(sequence.chain):
+                return sequence
+        return self._admit(plan)
+
+    def _admit(self, plan: StepPlan) -> Sequence | None:
+        pool = self.cache.pool
+        while self._waiting and self._waiting[0][2].status is not SequenceStatus.WAITING:
+            heappop(self._waiting)
+        if not self._waiting or len(self._running) >= self.config.max_running:
+            return None
+        if self._free_when_refused is not None and pool.num_free <= self._free_when_refused:
+            return None
+        sequence = self._waiting[0][2]
+        lease = self.cache.acquire(sequence.chain)
+        # Each decoding sequence may need a block before this one is done; without that slack, admission would
+        # preempt at once what it has just admitted.
+        slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
+        if lease.missing_blocks(len(sequence.chain)) + slack > pool.num_free:
+            lease.release()
+            self._free_when_refused = pool.num_free
+            return None
+        heappop(self._waiting)
+        self._free_when_refused = None
+        lease.extend(len(sequence.chain))
+        self._take_in(sequence, lease)
+        plan.admitted.append(sequence)
+        return sequence
+
+    def _take_in(self, sequence: Sequence, lease: Lease) -> None:
+        sequence.lease = lease
+        sequence.num_computed = lease.hit_tokens
+        sequence.status = SequenceStatus.PREFILLING
+        self._running.append(sequence)
+        self.stats.query_tokens += len(sequence.chain)
+        self.stats.hit_tokens += lease.hit_tokens
+        if sequence.num_preemptions == 0:
+            sequence.cached_tokens = lease.hit_tokens
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        heappush(self._waiting, (*sequence.rank, sequence))
+        self._free_when_refused = None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._let_go(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.stats.preemptions += 1
+        self._enqueue(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._let_go(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        del self._by_id[sequence.request_id]
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.lease is not None:
+            sequence.lease.release()
+            sequence.lease = None
+            self._running.remove(sequence)
+            self._free_when_refused = None

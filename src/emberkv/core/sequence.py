@@ -1,0 +1,60 @@
+"""A sequence: one request's tokens on their way through the scheduler."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from emberkv.core.hashing import TokenChain
+from emberkv.core.prefix_cache import Lease
+
+
+class FinishReason(Enum):
+    STOP = "stop"  # an end-of-sequence token, or a stop string found by the caller
+    LENGTH = "length"  # as many tokens as were asked for
+    ABORT = "abort"  # the caller gave up
+    ERROR = "error"  # the engine failed
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"  # not admitted, or preempted
+    PREFILLING = "prefilling"  # holds a lease; tokens are left to compute before the next one can be sampled
+    DECODING = "decoding"  # all but the last token are computed
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
+
+    priority: lower is sooner; order: the scheduler's count of arrivals, which breaks ties.
+    """
+
+    request_id: str
+    chain: TokenChain
+    max_new_tokens: int
+    priority: int = 0
+    order: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    lease: Lease | None = None
+    num_computed: int = 0
+    cached_tokens: int = 0  # of the prompt, when first admitted
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.chain)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.chain) - self.prompt_tokens
+
+    @property
+    def held(self) -> Lease:
+        """The lease of an admitted sequence."""
+        assert self.lease is not None, f"{self.request_id} holds no lease"
+        return self.lease
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sorts by who is served first."""
+        return (self.priority, self.order)

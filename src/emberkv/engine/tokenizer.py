@@ -1,0 +1,37 @@
+"""Text to token ids and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class IncrementalDetokenizer(Protocol):
+    """Turns a growing answer into text pieces that are always whole characters."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that is now certain, possibly empty; never half a character."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back; an unfinished character becomes U+FFFD."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What serving needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """The prompt text of a conversation, by the model's chat template, ending where the answer begins.
+
+        Raises RequestError when the model has no template or the template rejects the messages.
+        """
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, for logprobs; bytes that are no whole character show as U+FFFD."""
+        ...
+
+    def detokenizer(self) -> IncrementalDetokenizer: ...
