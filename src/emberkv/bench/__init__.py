@@ -1,0 +1,1 @@
+"""The load client: multi-turn conversations against any OpenAI-compatible server, timed from outside."""

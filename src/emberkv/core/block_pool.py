@@ -12,9 +12,9 @@ from enum import Enum
 from emberkv.core.block import Block, BlockState
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.eviction import LRU, EvictionPolicy, Weight
-from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain
+from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.stats import CacheStats
-from emberkv.errors import IntegrityError, NoFreeBlocksError
+from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
 BlockWeight = Callable[[int], Weight]
 """The eviction weight of a block at a position in its chain."""
@@ -53,18 +53,18 @@ class BlockPool:
         num_blocks: int,
         block_size: int,
         *,
-        policy: EvictionPolicy[int] | None = None,
+        policy: EvictionPolicy[Identity] | None = None,
         weight: BlockWeight = uniform_weight,
         events: EventLog | None = None,
         stats: CacheStats | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
+            raise ConfigError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
         self.block_size = block_size
         self.blocks = [Block(slot) for slot in range(num_blocks)]
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
-        self._policy: EvictionPolicy[int] = policy if policy is not None else LRU()
+        self._policy: EvictionPolicy[Identity] = policy if policy is not None else LRU()
         self._weight = weight
         self._blank = self.blocks[::-1]
         self._index: dict[Identity, Block] = {}
@@ -79,9 +79,18 @@ class BlockPool:
         return len(self._blank) + len(self._policy)
 
     @property
+    def num_evictable(self) -> int:
+        """Of the free blocks, those that are still a cache entry."""
+        return len(self._policy)
+
+    @property
     def num_cached(self) -> int:
         """Blocks found under an identity, held or not."""
         return len(self._index)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks ``num_tokens`` take."""
+        return -(-num_tokens // self.block_size)
 
     def lookup(self, identity: Identity) -> Block | None:
         return self._index.get(identity)
@@ -92,15 +101,13 @@ class BlockPool:
         A block is a hit only if its tokens equal the chain's, whatever its identity says.
         """
         index = self._index
-        encoded = chain.encoded()
-        width = self.block_size * TOKEN_BYTES
         identities = chain.identities
         found: list[Block] = []
         for position in range(start, stop):
             block = index.get(identities[position])
             if block is None:
                 return Match(found, MatchEnd.ABSENT)
-            if block.tokens != encoded[position * width : (position + 1) * width]:
+            if block.tokens != chain.block_tokens(position):
                 self.stats.collisions += 1
                 return Match(found, MatchEnd.TOKENS_DIFFER)
             if exact_only and not block.exact:
@@ -113,11 +120,12 @@ class BlockPool:
         taken = []
         hits = []
         for block in blocks:
+            assert block.identity is not None
             if block.ref_count == 0:
                 block.state = BlockState.COMMITTED
-                taken.append(block.slot)
+                taken.append(block.identity)
             block.ref_count += 1
-            hits.append(block.slot)
+            hits.append(block.identity)
         self._policy.hold(taken)
         self._policy.access(hits)
 
@@ -168,7 +176,7 @@ class BlockPool:
         block.position = position
         block.exact = exact
         self._index[identity] = block
-        self._policy.admit(block.slot, self._weight(position))
+        self._policy.admit(identity, self._weight(position))
         self.stats.committed_blocks += 1
         if known is None:
             self.events.append(BlockStored((identity,), block.parent, (tokens,), self.block_size))
@@ -188,7 +196,7 @@ class BlockPool:
                 if block.identity is None:
                     self._blank.append(block)
                 else:
-                    released.append(block.slot)
+                    released.append(block.identity)
         self._policy.release(released)
 
     def clear(self) -> None:
@@ -204,10 +212,9 @@ class BlockPool:
     def _evict(self, count: int) -> None:
         removed = []
         for _ in range(count):
-            block = self.blocks[self._policy.evict()]
-            assert block.identity is not None
-            removed.append(block.identity)
-            del self._index[block.identity]
+            identity = self._policy.evict()
+            block = self._index.pop(identity)
+            removed.append(identity)
             self._wipe(block)
             self._blank.append(block)
         self.stats.evicted_blocks += count
@@ -216,13 +223,13 @@ class BlockPool:
     def _unindex(self, block: Block) -> None:
         assert block.identity is not None
         del self._index[block.identity]
-        self._wipe(block)
         if block.ref_count:
-            self._policy.forget(block.slot)
+            self._policy.forget(block.identity)
             block.state = BlockState.ALLOCATED
         else:
-            self._policy.discard(block.slot)
+            self._policy.discard(block.identity)
             self._blank.append(block)
+        self._wipe(block)
 
     @staticmethod
     def _wipe(block: Block) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from emberkv.core.hashing import Identity
 
@@ -53,11 +54,11 @@ class EventLog:
         self._events.append(NumberedEvent(self.last_sequence, event))
 
     def since(self, sequence: int) -> Sequence[NumberedEvent] | None:
-        """The events after ``sequence``, or None when some of them are no longer kept."""
+        """The events after ``sequence``; None when some are no longer kept, or when there was no such event yet."""
         wanted = self.last_sequence - sequence
-        if wanted > len(self._events):
+        if not 0 <= wanted <= len(self._events):
             return None
-        return [self._events[index] for index in range(len(self._events) - wanted, len(self._events))]
+        return list(islice(self._events, len(self._events) - wanted, None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Eviction policies: the order in which entries that nobody holds give up their place.
 
-A policy knows keys and how they were used, never what they hold, so the same ones order pool slots and tier entries.
+A policy knows keys and how they were used, never what they hold, so the same ones order a pool's blocks and a tier's
+entries. Keys are identities, not places: what is remembered of a key must not pass to the next one in its slot.
 An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
+from emberkv.core.hashing import Identity
 from emberkv.errors import ConfigError
 
 K = TypeVar("K", bound=Hashable)
@@ -201,7 +203,8 @@ class S3FIFO(EvictionPolicy[K]):
 
     New keys wait in a small queue (a tenth of all); those accessed there move to the main queue, the others leave
     and are remembered as ghosts, which enter the main queue if they come back. The main queue gives each key as many
-    further rounds as it had accesses, at most three. A held key found in a queue goes round again.
+    further rounds as it had accesses, at most three. A held key found in a queue leaves it, and joins the main queue
+    when it is released, so that eviction never walks over held keys twice.
     """
 
     _SMALL_SHARE = 0.1
@@ -233,23 +236,27 @@ class S3FIFO(EvictionPolicy[K]):
         self._released.difference_update(keys)
 
     def release(self, keys: Iterable[K]) -> None:
-        self._released.update(keys)
+        for key in keys:
+            self._released.add(key)
+            if key not in self._small:
+                self._main.setdefault(key)
 
     def evict(self) -> K:
         if not self._released:
             raise KeyError("nothing is released")
-        patience = (self._MAX_COUNT + 1) * len(self._main)  # by then, all that is left of the main queue is held
         while True:
-            from_small = len(self._small) >= self._SMALL_SHARE * len(self._counts) or patience <= 0
-            key = self._pass_small() if from_small and self._small else self._pass_main()
+            small_is_full = len(self._small) >= self._SMALL_SHARE * len(self._counts)
+            from_small = self._small and (small_is_full or not self._main)
+            key = self._pass_small() if from_small else self._pass_main()
             if key is not None:
                 return key
-            patience -= 1
 
     def _pass_small(self) -> K | None:
-        """Take the small queue's oldest: evicted, or moved to the main queue (None)."""
+        """Take the small queue's oldest: evicted, moved to the main queue (None), or left to its holder (None)."""
         key, _ = self._small.popitem(last=False)
-        if self._counts[key] > 0 or key not in self._released:
+        if key not in self._released:
+            return None
+        if self._counts[key] > 0:
             self._main[key] = None
             return None
         self._remove(key)
@@ -259,10 +266,12 @@ class S3FIFO(EvictionPolicy[K]):
         return key
 
     def _pass_main(self) -> K | None:
-        """Take the main queue's oldest: evicted, or sent round again (None)."""
+        """Take the main queue's oldest: evicted, sent round again (None), or left to its holder (None)."""
         key, _ = self._main.popitem(last=False)
-        if self._counts[key] > 0 or key not in self._released:
-            self._counts[key] = max(self._counts[key] - 1, 0)
+        if key not in self._released:
+            return None
+        if self._counts[key] > 0:
+            self._counts[key] -= 1
             self._main[key] = None
             return None
         self._remove(key)
@@ -281,7 +290,7 @@ class S3FIFO(EvictionPolicy[K]):
         self._main.pop(key, None)
 
 
-_POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
+_POLICIES: dict[str, Callable[[], EvictionPolicy[Identity]]] = {
     "lru": LRU,
     "lfu": LFU,
     "fifo": FIFO,
@@ -291,8 +300,8 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
 POLICY_NAMES = tuple(_POLICIES)
 
 
-def make_policy(name: str) -> EvictionPolicy[int]:
-    """A fresh policy over pool slots. Raises ConfigError for a name outside POLICY_NAMES."""
+def make_policy(name: str) -> EvictionPolicy[Identity]:
+    """A fresh policy over block identities. Raises ConfigError for a name outside POLICY_NAMES."""
     if name not in _POLICIES:
         raise ConfigError(f"eviction policy {name!r} is unknown; use one of {', '.join(POLICY_NAMES)}")
     return _POLICIES[name]()

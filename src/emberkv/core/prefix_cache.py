@@ -8,19 +8,21 @@ tokens   0 ............... hit ................ full ........ len
 
 from collections.abc import Sequence
 
-from emberkv.core.block import Block
+from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TokenChain
+from emberkv.errors import ConfigError
 
 
 class Lease:
     """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out."""
 
-    __slots__ = ("_cache", "_chain", "blocks", "context_exact", "hit_tokens", "num_committed")
+    __slots__ = ("_cache", "_chain", "_collided", "blocks", "context_exact", "hit_tokens", "num_committed")
 
     def __init__(self, cache: "PrefixCache", chain: TokenChain, hit: list[Block]) -> None:
         self._cache = cache
         self._chain = chain
+        self._collided = False
         self.blocks = hit
         self.num_committed = len(hit)
         self.hit_tokens = len(hit) * cache.pool.block_size
@@ -28,7 +30,7 @@ class Lease:
 
     def missing_blocks(self, num_tokens: int) -> int:
         """How many blocks more the table needs to cover ``num_tokens``."""
-        return max(0, -(-num_tokens // self._cache.pool.block_size) - len(self.blocks))
+        return max(0, self._cache.pool.blocks_for(num_tokens) - len(self.blocks))
 
     def extend(self, num_tokens: int) -> None:
         """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with nothing changed."""
@@ -62,14 +64,18 @@ class Lease:
         """Commit the blocks that are complete now that ``num_computed`` tokens have KV state.
 
         exact: this stretch was computed as one full, aligned prefill chunk. What counts is whether all before it was
-        exact too.
+        exact too. A collision ends it for good: the identities of all that follows name the other chain as well.
         """
         self.context_exact = self.context_exact and exact
-        if not self._cache.enabled:
+        if self._collided or not self._cache.enabled:
             return
         pool = self._cache.pool
         for position in range(self.num_committed, num_computed // pool.block_size):
-            self.blocks[position] = pool.commit(self.blocks[position], self._chain, position, exact=self.context_exact)
+            block = pool.commit(self.blocks[position], self._chain, position, exact=self.context_exact)
+            if block.state is not BlockState.COMMITTED:
+                self._collided = True
+                return
+            self.blocks[position] = block
             self.num_committed = position + 1
 
     def release(self) -> None:
@@ -87,8 +93,8 @@ class PrefixCache:
     """
 
     def __init__(self, pool: BlockPool, *, alignment: int, exact: bool = False, enabled: bool = True) -> None:
-        if alignment % pool.block_size:
-            raise ValueError(f"alignment {alignment} must be a multiple of the block size {pool.block_size}")
+        if alignment < 1 or alignment % pool.block_size:
+            raise ConfigError(f"alignment {alignment} must be a positive multiple of the block size {pool.block_size}")
         self.pool = pool
         self.alignment = alignment
         self.exact = exact
@@ -112,6 +118,9 @@ class PrefixCache:
 
     def acquire(self, chain: TokenChain) -> Lease:
         """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""
-        found = list(self.find(chain))
+        return self.lease(chain, self.find(chain))
+
+    def lease(self, chain: TokenChain, found: Sequence[Block]) -> Lease:
+        """Pin what `find` has just found for ``chain``."""
         self.pool.pin(found)
-        return Lease(self, chain, found)
+        return Lease(self, chain, list(found))

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from emberkv.core.prefix_cache import Lease, PrefixCache
 from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
-from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError
+from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,15 @@ class Scheduler:
         return self.cache.pool.num_blocks * self.cache.pool.block_size
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises DuplicateRequestError, or PromptTooLongError if the pool could never hold it."""
+        """Queue a sequence. Raises DuplicateRequestError, PromptTooLongError if the pool could never hold it, or
+        RequestError if there is nothing to compute.
+        """
         if sequence.request_id in self._by_id:
             raise DuplicateRequestError(f"request id {sequence.request_id!r} is in flight already")
+        if not len(sequence.chain):
+            raise RequestError("the prompt has no tokens; it must have at least 1", param="prompt")
+        if sequence.max_new_tokens < 1:
+            raise RequestError(f"max_tokens is {sequence.max_new_tokens}; it must be at least 1", param="max_tokens")
         total = len(sequence.chain) + sequence.max_new_tokens
         if total > self.max_sequence_tokens:
             raise PromptTooLongError(
@@ -108,12 +114,11 @@ class Scheduler:
         self._by_id[sequence.request_id] = sequence
         self._enqueue(sequence)
 
-    def abort(self, request_id: str) -> Sequence | None:
-        """Drop a sequence wherever it is and free its blocks; None if it is not here (any more)."""
+    def finish(self, request_id: str, reason: FinishReason) -> None:
+        """End a sequence wherever it is and free its blocks. An id that is not here (any more) is ignored."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
-            self._finish(sequence, FinishReason.ABORT)
-        return sequence
+            self._finish(sequence, reason)
 
     def schedule(self) -> StepPlan:
         """The next step, its blocks allocated. Empty when there is nothing to do."""
@@ -137,6 +142,8 @@ class Scheduler:
             chunk.sequence.num_computed = chunk.stop
             self.stats.prefill_tokens += length
             chunk.sequence.held.commit(chunk.stop, exact=length == self.cache.alignment)
+        if plan.prefills:
+            self._free_when_refused = None  # whoever waits may share what was just committed
         finished = []
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         for sequence in ready:
@@ -213,16 +220,18 @@ class Scheduler:
         if self._free_when_refused is not None and pool.num_free <= self._free_when_refused:
             return None
         sequence = self._waiting[0][2]
-        lease = self.cache.acquire(sequence.chain)
+        found = self.cache.find(sequence.chain)
+        # What others hold already costs nothing; all else comes out of the free blocks.
+        shared = sum(block.ref_count > 0 for block in found)
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
         slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
-        if lease.missing_blocks(len(sequence.chain)) + slack > pool.num_free:
-            lease.release()
+        if pool.blocks_for(len(sequence.chain)) - shared + slack > pool.num_free:
             self._free_when_refused = pool.num_free
             return None
         heappop(self._waiting)
         self._free_when_refused = None
+        lease = self.cache.lease(sequence.chain, found)
         lease.extend(len(sequence.chain))
         self._take_in(sequence, lease)
         plan.admitted.append(sequence)

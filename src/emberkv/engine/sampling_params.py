@@ -46,22 +46,14 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 to 1")
         penalty = self.repetition_penalty
-        _require(
-            math.isfinite(penalty) and penalty > 0.0, "repetition_penalty", penalty, "a finite number above 0"
-        )
-        _require(
-            -2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2"
-        )
-        _require(
-            -2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2"
-        )
+        _require(math.isfinite(penalty) and penalty > 0.0, "repetition_penalty", penalty, "a finite number above 0")
+        _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2")
+        _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
         _require(
             self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
             "logprobs", self.logprobs, f"from 0 to {MAX_TOP_LOGPROBS}",
         )  # fmt: skip
-        _require(
-            self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer"
-        )
+        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         _require(all(self.stop), "stop", self.stop, "made of non-empty strings")
 

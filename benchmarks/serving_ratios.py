@@ -1,0 +1,154 @@
+"""emberkv against itself: what a hit saves, what the cache costs, and what streams gain from sharing steps.
+
+    python -m benchmarks.serving_ratios [--emberkv "COMMAND"] [--model FOLDER] [--rounds 3] [--out PREFIX]
+
+All figures are ratios of measurements of the same round, so that they mean the same on other machines. Exits with 1
+when a target is missed.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import lib
+from benchmarks.random_qwen2 import ensure_model
+
+from emberkv.bench.client import Answer
+from emberkv.cli.bench import connect
+
+CONTEXT, TURN = 8000, 32
+SPAN = 512  # cached lengths are drawn from CONTEXT +- SPAN / 2, so that every way to fall on a chunk occurs
+STREAMS = 16
+ANSWER = 128
+Figures = dict[str, float]
+
+
+async def hits(prompter: lib.Prompter, rng: random.Random, alignments: int) -> Figures:
+    """Mean seconds to the first token: of long prompts cold and cached, and of the new turn's length alone."""
+    times: dict[str, list[float]] = {"cold": [], "cached": [], "short": []}
+    for _ in range(alignments):
+        context = CONTEXT - SPAN // 2 + rng.randrange(SPAN)
+        prefix = prompter.fresh(context)
+        await prompter.ttft(prefix, cached=False)
+        times["cached"].append(await prompter.ttft(prefix + prompter.fresh(TURN), cached=True))
+        times["short"].append(await prompter.ttft(prompter.fresh(TURN), cached=False))
+        times["cold"].append(await prompter.ttft(prompter.fresh(context + TURN), cached=False))
+    return {kind: statistics.fmean(values) for kind, values in times.items()}
+
+
+async def cold(prompter: lib.Prompter, samples: int) -> float:
+    """Median seconds to the first token of fresh prompts, one after the other."""
+    prompts = [prompter.fresh(CONTEXT + TURN) for _ in range(samples)]
+    return statistics.median([await prompter.ttft(prompt, cached=False) for prompt in prompts])
+
+
+def steady_rate(answers: Sequence[Answer]) -> float:
+    """Tokens a second while all streams decode: from the last one's first text to the first one's last text."""
+    start = max(answer.piece_times[0] for answer in answers)
+    end = min(answer.piece_times[-1] for answer in answers)
+    if end <= start:
+        raise RuntimeError("the streams never ran at the same time; answers must be longer")
+    tokens = sum(
+        sum(start < at <= end for at in answer.piece_times) * answer.output_tokens / len(answer.piece_times)
+        for answer in answers
+    )
+    return tokens / (end - start)
+
+
+def whole_rate(answers: Sequence[Answer]) -> float:
+    """Tokens a second from the first request sent to the last answer's end."""
+    time = max(answer.ended for answer in answers) - min(answer.sent for answer in answers)
+    return sum(answer.output_tokens for answer in answers) / time
+
+
+async def decode(prompter: lib.Prompter, streams: int, *, own: int, shared: str) -> Sequence[Answer]:
+    """Answers of ANSWER tokens, all asked at once, to prompts of ``shared`` and ``own`` more tokens, cached before."""
+    prompts = [shared + prompter.fresh(own) for _ in range(streams)]
+    for prompt in prompts:
+        await prompter.ask(prompt)
+    return await asyncio.gather(*(prompter.ask(prompt, max_tokens=ANSWER) for prompt in prompts))
+
+
+async def with_cache(url: str, rng: random.Random, alignments: int) -> Figures:
+    async with connect(url, None, timeout=600) as client:
+        prompter = await lib.Prompter.connect(client, rng)
+        await prompter.ask(prompter.fresh(CONTEXT), max_tokens=8)
+        figures = {"cold, cache on": await cold(prompter, alignments)}
+        figures |= await hits(prompter, rng, alignments)
+        for context, shared, own in (("500", "", 500), ("2,500", prompter.fresh(2000), 500)):
+            for streams in (1, STREAMS):
+                answers = await decode(prompter, streams, own=own, shared=shared)
+                figures[f"{streams} at {context}"] = steady_rate(answers)
+                figures[f"{streams} at {context}, whole"] = whole_rate(answers)
+    return figures
+
+
+async def without_cache(url: str, rng: random.Random, samples: int) -> Figures:
+    async with connect(url, None, timeout=600) as client:
+        prompter = await lib.Prompter.connect(client, rng)
+        await prompter.ask(prompter.fresh(CONTEXT), max_tokens=8)
+        return {"cold, cache off": await cold(prompter, samples)}
+
+
+def one_round(on: lib.Server, off: lib.Server, log: Path, alignments: int, *, on_first: bool) -> Figures:
+    figures: Figures = {}
+    rng = random.Random(os.urandom(16))
+    for server, run in ((on, with_cache), (off, without_cache))[:: 1 if on_first else -1]:
+        with lib.serving(server, log) as url:
+            figures |= asyncio.run(run(url, rng, alignments))
+    return figures
+
+
+def table(rounds: Sequence[Figures]) -> list[lib.Comparison]:
+    def row(
+        name: str, unit: str, top: str, bottom: str, target: float | None, *, at_least: bool = False
+    ) -> lib.Comparison:
+        tops, bottoms = ([figures[side] for figures in rounds] for side in (top, bottom))
+        return lib.Comparison(name, unit, top, tops, bottom, bottoms, target, at_least)
+
+    rows = [
+        row("TTFT of a 32-token turn on 8,000 cached tokens, against cold", "s", "cached", "cold", 1 / 20),
+        row("the same, against a 32-token prompt alone", "s", "cached", "short", 2.0),
+        row("cold TTFT of 8,032 tokens", "s", "cold, cache on", "cold, cache off", 1.03),
+    ]
+    contexts = (("500", "at 500 tokens", 5.0), ("2,500", "at 2,500 tokens, 2,000 of them shared", 4.0))
+    for context, words, target in contexts:
+        one, many = f"1 at {context}", f"{STREAMS} at {context}"
+        rows += [
+            row(f"{STREAMS} streams against one {words}", "tok/s", many, one, target, at_least=True),
+            row("the same, first request to last answer", "tok/s", f"{many}, whole", f"{one}, whole", None),
+        ]
+    return rows
+
+
+def main() -> int:
+    work = Path(tempfile.gettempdir()) / "emberkv-benchmarks"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
+    parser.add_argument("--model", type=Path, default=work / "random-qwen2", help="written there if missing")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alignments", type=int, default=24, help="cached lengths tried in each round")
+    parser.add_argument("--cache-ram", default="2GiB")
+    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
+    given = parser.parse_args()
+    work.mkdir(parents=True, exist_ok=True)
+    flags = ("--cache-ram", given.cache_ram, "--dtype", "bfloat16")
+    on = lib.emberkv_server(given.emberkv, ensure_model(given.model), *flags)
+    off = lib.emberkv_server(given.emberkv, given.model, *flags, "--no-prefix-cache")
+    about = {"machine": lib.machine(), "rounds": given.rounds, "alignments": given.alignments}
+    rounds = []
+    for turn in range(given.rounds):
+        rounds.append(one_round(on, off, work / "emberkv.log", given.alignments, on_first=turn % 2 == 0))
+        print(f"round {turn + 1}: {rounds[-1]}", file=sys.stderr)
+    return lib.publish(table(rounds), about, given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The counting room: percentiles, rates and shares of a run's records."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emberkv.bench.client import Answer
+from emberkv.bench.runner import Phase, RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Percentiles of ``n`` values, in their unit."""
+
+    n: int
+    p50: float
+    p90: float
+    p99: float
+
+
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """The q-quantile (0 to 1) of sorted, non-empty values, interpolated linearly between neighbours."""
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None for no values."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return Spread(len(ordered), *(percentile(ordered, q) for q in (0.5, 0.9, 0.99)))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Times in seconds. Failed requests count in ``failed`` and ``not_sent`` only.
+
+    ttft: by phase; ``warm`` is first and follow-up turns together.
+    inter_token: between pieces of text; a server that sends several tokens in one piece is seen at that pace.
+    total: from the first request sent to the last answer's end.
+    cached_tokens: None when no answer reports them; else answers that do not count as 0, since some servers leave
+        the field out of a cold answer.
+    cached_share: cached_tokens over prompt_tokens.
+    textless: answers without visible text, whose TTFT is the time to their finish reason.
+    uncounted: answers whose output tokens the server did not report, so that pieces were counted instead.
+    """
+
+    requests: int
+    failed: int
+    not_sent: int
+    ttft: dict[str, Spread | None]
+    inter_token: Spread | None
+    output_tokens: int
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    cached_share: float | None
+    total: float
+    output_tokens_per_second: float | None
+    textless: int
+    uncounted: int
+
+
+def summarize(records: Sequence[RequestRecord]) -> Summary:
+    sent = [record.answer for record in records if record.answer]
+    good = [answer for answer in sent if answer.error is None]
+    prompt, cached = _tokens(good)
+    output = sum(answer.output_tokens for answer in good)
+    total = max(a.ended for a in sent) - min(a.sent for a in sent) if sent else 0.0
+    return Summary(
+        requests=len(records),
+        failed=len(sent) - len(good),
+        not_sent=len(records) - len(sent),
+        ttft=_ttft(records),
+        inter_token=spread([gap for answer in good for gap in answer.gaps]),
+        output_tokens=output,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        cached_share=cached / prompt if cached is not None and prompt else None,
+        total=total,
+        output_tokens_per_second=output / total if total > 0 else None,
+        textless=sum(not answer.piece_times for answer in good),
+        uncounted=sum(answer.usage is None or answer.usage.completion_tokens is None for answer in good),
+    )
+
+
+def _ttft(records: Sequence[RequestRecord]) -> dict[str, Spread | None]:
+    times: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+    for record in records:
+        if record.answer and record.error is None and record.answer.ttft is not None:
+            times[record.phase].append(record.answer.ttft)
+    by_phase = {phase.value: spread(times[phase]) for phase in Phase}
+    return by_phase | {"warm": spread(times[Phase.FIRST_TURN] + times[Phase.FOLLOW_UP])}
+
+
+def _tokens(answers: Sequence[Answer]) -> tuple[int | None, int | None]:
+    """Prompt tokens and cached tokens, each None when no answer reports it."""
+    usages = [answer.usage for answer in answers if answer.usage]
+    prompts = [usage.prompt_tokens for usage in usages if usage.prompt_tokens is not None]
+    cached = [usage.cached_tokens for usage in usages if usage.cached_tokens is not None]
+    return sum(prompts) if prompts else None, sum(cached) if cached else None
+
+
+def row(record: RequestRecord) -> dict[str, Any]:
+    """One request as JSON; times in seconds, ``sent`` by the run's clock."""
+    answer, usage = record.answer, record.answer.usage if record.answer else None
+    return {
+        "session": record.session,
+        "turn": record.turn,
+        "phase": record.phase.value,
+        "error": record.error,
+        "sent": answer.sent if answer else None,
+        "ttft": answer.ttft if answer else None,
+        "total": answer.ended - answer.sent if answer else None,
+        "gaps": answer.gaps if answer else [],
+        "prompt_tokens": usage.prompt_tokens if usage else None,
+        "cached_tokens": usage.cached_tokens if usage else None,
+        "output_tokens": answer.output_tokens if answer else None,
+        "text": answer.text if answer else None,
+    }
+
+
+def as_json(records: Sequence[RequestRecord], summary: Summary) -> dict[str, Any]:
+    return {"summary": asdict(summary), "requests": [row(record) for record in records]}

@@ -1,0 +1,38 @@
+"""The ``emberkv`` command."""
+
+from typing import Annotated
+
+import typer
+
+from emberkv import __version__
+from emberkv.cli.bench import bench
+from emberkv.cli.serve import serve
+
+app = typer.Typer(
+    name="emberkv",
+    help="A verified prefix KV cache for LLM inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command("serve")(serve)
+app.command("bench")(bench)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"emberkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,199 @@
+"""``emberkv serve``: load a model, serve it, and say on one screen how to talk to it."""
+
+import json
+import logging
+import os
+import threading
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
+from emberkv.errors import ConfigError, EmberError
+from emberkv.serving.app import create_app
+from emberkv.serving.context import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.server import HttpServer, bind_socket
+
+if TYPE_CHECKING:
+    from emberkv.engine.assembly import AssembledEngine
+    from emberkv.engine.loader import LoadedModel as ModelOnDevice
+
+DEMO_MODEL_NAME = "emberkv-demo"
+
+_console = Console(stderr=True)
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A model folder or hub id; the bundled demo without one.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8080]")] = None,
+    served_name: Annotated[str | None, typer.Option(help="What requests call the model.")] = None,
+    cache_ram: Annotated[
+        str | None, typer.Option(help="Size of the KV pool, such as 4GiB. [default: a quarter of the free memory]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. [default: auto]")] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact", help="Reuse only KV state that is bit-equal to a cold prefill's.")
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse prefixes. [default: on]")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help=f"Tokens per prefill pass. [default: {DEFAULT_PREFILL_CHUNK}]")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens per KV block. [default: 16]")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Token budget of one step. [default: 512]")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Requests that run at once. [default: 64]")] = None,
+    eviction: Annotated[str | None, typer.Option(help="lru, lfu, fifo, s3fifo or greedy-dual. [default: lru]")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="Accept this key; repeat for more.")] = None,
+    max_body: Annotated[str | None, typer.Option(help="Largest request body. [default: 16MiB]")] = None,
+    drain_seconds: Annotated[float | None, typer.Option(help="Patience when asked to stop. [default: 10]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+) -> None:
+    """Serve a model over the OpenAI and Anthropic HTTP APIs, with a verified prefix cache.
+
+    Every option can be given as EMBERKV_NAME in the environment, too.
+    """
+    given = dict(locals())
+    given["api_keys"] = given.pop("api_key") or None
+    try:
+        run_server(serve_config(given, os.environ))
+    except EmberError as error:
+        _console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def run_server(config: ServeConfig) -> None:
+    """Serve until told to stop. Raises EmberError when the server cannot start."""
+    _set_up_logging(config)
+    lifecycle = Lifecycle()
+    app = create_app(lifecycle, ServingSettings(config.api_keys, int(config.max_body)))
+    server = HttpServer(app, lifecycle, bind_socket(config.host, config.port), drain_seconds=config.drain_seconds)
+    startup = _Startup(config, lifecycle, server)
+    startup.thread.start()
+    server.run()
+    startup.finish()
+
+
+class _Startup:
+    """Loads the model beside the server, which answers /health and /ready meanwhile."""
+
+    def __init__(self, config: ServeConfig, lifecycle: Lifecycle, server: HttpServer) -> None:
+        self._config = config
+        self._lifecycle = lifecycle
+        self._server = server
+        self._engine: AssembledEngine | None = None
+        self._failure: Exception | None = None
+        self.thread = threading.Thread(target=self._run, name="emberkv-startup", daemon=True)
+
+    def finish(self) -> None:
+        """Stop the engine; raise what kept it from starting."""
+        self.thread.join(timeout=0 if self._failure is None and self._engine is None else None)
+        if self._engine is not None:
+            self._engine.loop.stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            loaded, engine = self._load()
+        except Exception as error:  # noqa: BLE001 - carried over to the main thread, which raises it
+            self._failure = error
+            self._lifecycle.failed(str(error))
+            self._server.stop()
+            return
+        self._engine = engine
+        engine.loop.start()
+        name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
+        names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
+        self._lifecycle.loaded(LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer))
+        _print_summary(self._server.url, name, loaded, engine, self._config, time.perf_counter() - began)
+
+    def _load(self) -> "tuple[ModelOnDevice, AssembledEngine]":
+        config = self._config
+        with _console.status("importing PyTorch") as status:
+            try:
+                from emberkv.engine.assembly import EngineConfig, assemble, free_memory  # noqa: PLC0415
+                from emberkv.engine.loader import load_model  # noqa: PLC0415
+                from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
+            except ModuleNotFoundError as error:
+                raise ConfigError(
+                    f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+                ) from error
+            loaded = load_model(
+                config.model or str(files("emberkv") / "demo_model"),
+                dtype=config.dtype,
+                device=config.device,
+                attn_implementation=ATTENTION_NAME,
+                progress=status.update,
+                fingerprint_cache=config.fingerprint_cache or Path("~/.cache/emberkv").expanduser(),
+            )
+            status.update("allocating the KV pool and checking the attention")
+            engine = assemble(
+                loaded,
+                EngineConfig(
+                    cache_bytes=int(config.cache_ram or free_memory(loaded.device) // 4),
+                    block_size=config.block_size,
+                    prefill_chunk=config.prefill_chunk,
+                    max_step_tokens=config.max_step_tokens,
+                    max_running=config.max_running,
+                    eviction=config.eviction,
+                    exact=config.exact,
+                    prefix_cache=config.prefix_cache,
+                ),
+            )
+        return loaded, engine
+
+
+def _set_up_logging(config: ServeConfig) -> None:
+    handler = RichHandler(console=_console, show_path=False)
+    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    for chatty in ("httpx", "httpcore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _print_summary(
+    url: str,
+    name: str,
+    loaded: "ModelOnDevice",
+    engine: "AssembledEngine",
+    config: ServeConfig,
+    seconds: float,
+) -> None:
+    pool = engine.executor.pool
+    tokens = pool.num_blocks * pool.block_size
+    cache = "off" if not config.prefix_cache else "exact reuse only" if config.exact else "on"
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "model": f"{name} ({loaded.dtype}, {loaded.device}, context {loaded.context_length:,} tokens)".replace(
+            "torch.", ""
+        ),
+        "KV pool": f"{pool.num_bytes / 2**20:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
+        "prefix cache": f"{cache}, eviction {config.eviction}, prefill chunks of {config.prefill_chunk}",
+        "listening": f"{url}  (OpenAI: {url}/v1, Anthropic: {url})",
+        "health": "/health  /ready  /metrics",
+        "ready in": f"{seconds:.1f} s",
+    }
+    for label, text in rows.items():
+        table.add_row(f"[bold]{label}[/]", text)
+    _console.print(table)
+    _console.print(f"\nTry it:\n{_curl_line(url, name, bool(config.api_keys))}", soft_wrap=True, highlight=False)
+
+
+def _curl_line(url: str, name: str, needs_key: bool) -> str:
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": "What does json.dumps do?"}],
+        "max_tokens": 64,
+    }
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

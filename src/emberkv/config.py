@@ -1,0 +1,92 @@
+"""Settings, read once at the edge: defaults, then ``EMBERKV_*`` variables, then what the command line gives."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from emberkv.core.eviction import POLICY_NAMES
+from emberkv.errors import ConfigError
+
+ENV_PREFIX = "EMBERKV_"
+DEFAULT_PREFILL_CHUNK = 128
+"""The smallest chunk that reached 90% of the best prefill rate where it was measured; see docs/benchmarks.md."""
+
+
+def _known_policy(name: str) -> str:
+    if name not in POLICY_NAMES:
+        raise ValueError(f"use one of {', '.join(POLICY_NAMES)}")
+    return name
+
+
+class ServeConfig(BaseModel):
+    """What ``emberkv serve`` needs to know.
+
+    model: a folder or a hub id; None serves the bundled demonstration model.
+    cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory.
+    prefill_chunk: tokens computed per prefill pass; a multiple of block_size. Hits are rounded down to it.
+    max_step_tokens: token budget of a step that decodes and prefills.
+    exact: reuse only KV state that is bit-equal to a cold prefill's.
+    prefix_cache: False computes every prompt anew.
+    drain_seconds: how long running answers may go on after a signal to stop.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None
+    served_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    cache_ram: ByteSize | None = Field(default=None, gt=0)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1)
+    max_step_tokens: int = Field(default=512, ge=1)
+    max_running: int = Field(default=64, ge=1)
+    eviction: Annotated[str, AfterValidator(_known_policy)] = "lru"
+    exact: bool = False
+    prefix_cache: bool = True
+    api_keys: tuple[str, ...] = ()
+    max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
+    drain_seconds: float = Field(default=10.0, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    fingerprint_cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _chunk_fits_blocks(self) -> Self:
+        if self.prefill_chunk % self.block_size:
+            raise ValueError(
+                f"prefill_chunk is {self.prefill_chunk}; it must be a multiple of block_size, {self.block_size}"
+            )
+        return self
+
+
+def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
+    """Merge ``EMBERKV_*`` variables with what was ``given`` (entries of None count as not given).
+
+    ``EMBERKV_API_KEYS`` holds keys separated by commas. Raises ConfigError naming each variable or setting at fault.
+    """
+    values: dict[str, Any] = {}
+    unknown = []
+    for variable, text in environ.items():
+        if variable.startswith(ENV_PREFIX):
+            name = variable.removeprefix(ENV_PREFIX).lower()
+            if name not in ServeConfig.model_fields:
+                unknown.append(variable)
+            values[name] = [key.strip() for key in text.split(",") if key.strip()] if name == "api_keys" else text
+    if unknown:
+        known = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in ServeConfig.model_fields)
+        raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {known}")
+    values.update({name: value for name, value in given.items() if value is not None})
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_complaint(detail) for detail in error.errors())) from error
+
+
+def _complaint(detail: Any) -> str:
+    name = ".".join(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{name} is {detail['input']!r}: {message}" if name else message

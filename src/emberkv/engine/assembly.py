@@ -1,0 +1,62 @@
+"""Puts an engine together: model, KV pool, block pool, scheduler, thread."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.eviction import make_policy
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.engine.loader import LoadedModel
+from emberkv.engine.loop import EngineLoop, ModelLimits
+from emberkv.engine.torch_engine import TorchEngine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """cache_bytes: size of the KV pool. See `emberkv.config.ServeConfig` for the rest."""
+
+    cache_bytes: int
+    block_size: int
+    prefill_chunk: int
+    max_step_tokens: int = 512
+    max_running: int = 64
+    eviction: str = "lru"
+    exact: bool = False
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AssembledEngine:
+    loop: EngineLoop
+    executor: TorchEngine
+    scheduler: Scheduler
+
+
+def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
+    """An engine whose thread is not started yet.
+
+    Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce
+    the model's own.
+    """
+    executor = TorchEngine(
+        loaded,
+        cache_bytes=config.cache_bytes,
+        block_size=config.block_size,
+        prefill_chunk=config.prefill_chunk,
+    )
+    executor.check_against_plain_forward()
+    pool = BlockPool(executor.pool.num_blocks, config.block_size, policy=make_policy(config.eviction))
+    cache = PrefixCache(pool, alignment=config.prefill_chunk, exact=config.exact, enabled=config.prefix_cache)
+    scheduler = Scheduler(cache, SchedulerConfig(config.max_step_tokens, config.max_running))
+    limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
+    return AssembledEngine(EngineLoop(executor, scheduler, limits), executor, scheduler)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free for allocation where ``device`` computes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,100 @@
+"""The identity of a model's weights: by their content, never by their name."""
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from emberkv.engine.checkpoint import weight_files
+
+CACHE_FILE = "weight-hashes.json"
+_CHUNK_BYTES = 4 << 20
+_HUB_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a git blob's SHA-1, or the SHA-256 of a large file
+
+
+def weights_fingerprint(folder: Path, cache_dir: Path | None) -> str:
+    """Hex identity of the weights and config in ``folder``, the same wherever equal files lie.
+
+    Files of a hub cache are known by the hash that the hub names them by; others are read and hashed, once
+    for each (path, size, modification time) when ``cache_dir`` is given. Tokenizer files do not count.
+
+    Raises the errors of ``weight_files``, and OSError when a file cannot be read.
+    """
+    hashes = _HashCache(cache_dir / CACHE_FILE if cache_dir is not None else None)
+    whole = xxhash.xxh3_128()
+    whole.update((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        whole.update(f"\0{path.name}\0{_hub_hash(path) or hashes.get(path)}".encode())
+    return whole.hexdigest()
+
+
+def _hub_hash(path: Path) -> str | None:
+    """The content hash that a hub cache's link ``snapshots/<revision>/<file> -> ../../blobs/<hash>`` points to."""
+    if not path.is_symlink():
+        return None
+    target = path.readlink()
+    if target.parent.name != "blobs" or not _HUB_HASH.fullmatch(target.name):
+        return None
+    return target.name
+
+
+def _content_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _HashCache:
+    """Remembers the hashes of files that have not changed since, in one JSON file; None remembers nothing.
+
+    Whatever is wrong with the JSON file costs a reading of the weights, never a wrong answer.
+    """
+
+    file: Path | None
+
+    def get(self, path: Path) -> str:
+        before = path.stat()
+        key, state = str(path.resolve()), [before.st_size, before.st_mtime_ns]
+        known = self._load().get(key)
+        if known is not None and known[:2] == state:
+            return str(known[2])
+        digest = _content_hash(path)
+        self._store(key, [*state, digest])
+        return digest
+
+    def _load(self) -> dict[str, list[int | str]]:
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            content = json.loads(self.file.read_bytes())
+        except ValueError:  # half written by a machine that went down, say: as good as empty
+            return {}
+        if not isinstance(content, dict):
+            return {}
+        return {key: entry for key, entry in content.items() if _is_entry(entry)}
+
+    def _store(self, key: str, entry: list[int | str]) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        content = {**self._load(), key: entry}
+        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as temporary:
+            json.dump(content, temporary)
+        os.replace(temporary.name, self.file)
+
+
+def _is_entry(entry: object) -> bool:
+    match entry:
+        case [int(), int(), str()]:
+            return True
+        case _:
+            return False

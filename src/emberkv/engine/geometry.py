@@ -1,0 +1,231 @@
+"""The shape of a model's attention, and the refusal of models whose state is not per-token KV.
+
+A model is built on torch's meta device, where it has shapes but no weights, and run once with an attention
+function that only takes notes. What is served is then what the model really does, not what its name promises.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from emberkv.errors import UnsupportedModelError
+
+SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+_HARMLESS_ARGUMENTS = frozenset(
+    {
+        "dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache",
+        "output_attentions", "output_hidden_states", "output_router_logits",
+    }
+)  # fmt: skip
+"""What a layer may hand to its attention function; anything else could change the result unseen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """One attention layer.
+
+    sliding_window: tokens that a query sees, itself included; None sees all before it.
+    softcap: attention scores are ``softcap * tanh(score / softcap)``; None leaves them alone.
+    scaling: factor of the query-key product.
+    """
+
+    sliding_window: int | None
+    softcap: float | None
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """All attention layers; they have the same heads, and keys are as wide as values.
+
+    vocab_size: rows of the embedding, the bound of every token id that the model can take.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    layers: tuple[LayerGeometry, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one layer handed to its attention function."""
+
+    layer_idx: int
+    query_shape: tuple[int, ...]  # (batch, heads, tokens, head_dim)
+    key_shape: tuple[int, ...]
+    value_shape: tuple[int, ...]
+    is_causal: bool
+    has_mask: bool
+    arguments: dict[str, Any]  # those that are set
+
+
+_calls: ContextVar[list[_Call]] = ContextVar("_calls")
+
+
+def _note(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function that writes down what it was given and answers with the right shape."""
+    given = {name: argument for name, argument in arguments.items() if argument is not None}
+    causal = bool(getattr(module, "is_causal", True)) and given.get("is_causal", True) is not False
+    _calls.get().append(
+        _Call(
+            layer_idx=int(getattr(module, "layer_idx", -1)),
+            query_shape=tuple(query.shape),
+            key_shape=tuple(key.shape),
+            value_shape=tuple(value.shape),
+            is_causal=causal,
+            has_mask=attention_mask is not None,
+            arguments=given,
+        )
+    )
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1]), None
+
+
+_NOTE_TAKER = "emberkv_note_taker"
+AttentionInterface.register(_NOTE_TAKER, _note)
+
+
+def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
+    """The attention geometry of the model that ``config`` describes, without its weights.
+
+    Raises UnsupportedModelError naming the layer type when the model keeps other state than per-token keys and
+    values, or attends in a way that this engine does not compute.
+    """
+    _refuse_by_config(config)
+    bare = copy.deepcopy(config)
+    bare.pad_token_id = None  # with one, some models look at the tokens, which have no values on this device
+    auto_class: Any = AutoModelForCausalLM  # its methods are untyped
+    with torch.device("meta"):
+        model = auto_class.from_config(bare, dtype=torch.bfloat16).eval()
+    _refuse_by_class(config, model)
+    return _geometry(config, _trace(config, model))
+
+
+def _refuse(config: PretrainedConfig, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{config.model_type} cannot be served: {reason}; accepted are decoder-only models whose layers are all "
+        f"{' or '.join(sorted(SERVED_LAYER_TYPES))}"
+    )
+
+
+def _refuse_by_config(config: PretrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise _refuse(config, "it is an encoder-decoder")
+    if config.get_text_config() is not config:
+        raise _refuse(config, "it is multimodal, a text model inside another")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _refuse(config, "it has no causal language model head")
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
+    if foreign:
+        raise _refuse(config, f"it has layers of type {', '.join(map(repr, foreign))}")
+    if getattr(config, "kv_lora_rank", None):
+        raise _refuse(config, "it has multi-head latent attention (MLA)")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _refuse(config, f"{config.num_kv_shared_layers} of its layers share the KV of other layers")
+    if getattr(config, "quantization_config", None):
+        raise _refuse(config, "its weights are quantized")
+    if getattr(config, "alibi", False):
+        raise _refuse(config, "it has ALiBi position biases")
+
+
+def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
+    layers = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+    named = ", ".join(layers) or type(model).__name__
+    if model._is_stateful:
+        raise _refuse(config, f"{named} keeps recurrent state")
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        raise _refuse(config, f"{named} has convolutions over past tokens")
+    if not model._supports_attention_backend:
+        raise _refuse(config, f"{named} does not go through transformers' AttentionInterface")
+    if not getattr(config, "max_position_embeddings", None):
+        raise _refuse(config, "its config gives no context length (max_position_embeddings)")
+
+
+@contextmanager
+def _taking_notes(calls: list[_Call]) -> Iterator[None]:
+    token = _calls.set(calls)
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
+    """Every attention call of one forward pass over three tokens."""
+    calls: list[_Call] = []
+    model.set_attn_implementation(_NOTE_TAKER)
+    tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")
+    try:
+        with _taking_notes(calls), torch.inference_mode():
+            model(input_ids=tokens, use_cache=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise _refuse(config, f"its forward pass cannot be traced ({error})") from error
+    return calls
+
+
+def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
+    if [call.layer_idx for call in calls] != list(range(config.num_hidden_layers)):
+        order = ", ".join(str(call.layer_idx) for call in calls) or "none"
+        raise _refuse(config, f"its layers ({config.num_hidden_layers}) attend not once each in order but: {order}")
+    if len({(call.query_shape, call.key_shape, call.value_shape) for call in calls}) != 1:
+        raise _refuse(config, "its layers differ in heads or head size")
+    first = calls[0]
+    if first.key_shape != first.value_shape:
+        raise _refuse(config, f"its keys {first.key_shape} and values {first.value_shape} differ in shape")
+    return ModelGeometry(
+        num_heads=first.query_shape[1],
+        num_kv_heads=first.key_shape[1],
+        head_dim=first.key_shape[3],
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        layers=tuple(_layer(config, call) for call in calls),
+    )
+
+
+def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
+    unknown = sorted(call.arguments.keys() - _HARMLESS_ARGUMENTS)
+    if "s_aux" in unknown:
+        raise _refuse(config, "its attention has sinks")
+    if unknown:
+        raise _refuse(config, f"its attention takes {', '.join(unknown)}")
+    if call.has_mask or not call.is_causal:
+        raise _refuse(config, f"the attention of layer {call.layer_idx} is not causal")
+    window = call.arguments.get("sliding_window") or None
+    if (window is not None) != _says_sliding(config, call.layer_idx):
+        raise _refuse(config, f"layer {call.layer_idx} slides by its config or in its forward pass, but not both")
+    scaling = call.arguments.get("scaling", call.query_shape[-1] ** -0.5)
+    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling))
+
+
+def _says_sliding(config: PretrainedConfig, layer: int) -> bool:
+    """Whether the config wants a window here: some models put it into the mask and tell attention nothing."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return bool(layer_types[layer] == "sliding_attention")
+    return bool(getattr(config, "sliding_window", None))

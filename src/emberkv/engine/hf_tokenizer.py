@@ -1,0 +1,163 @@
+"""The tokenizer of a transformers model: encoding at the cost of what is new, chat templates, decoding."""
+
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from emberkv.engine.detokenizer import WindowDetokenizer
+from emberkv.engine.piece_cache import PieceCache
+from emberkv.errors import RequestError
+
+DEFAULT_CACHE_BYTES = 64 << 20
+
+
+class HFTokenizer:
+    """A Tokenizer over ``tokenizer``, which it takes over: its truncation and padding are switched off.
+
+    A chat server encodes the same growing conversation again at every turn. Tokenizers cut a text at special
+    tokens before anything else, so the text from one special token to the next always encodes alike, and a
+    cache of such pieces leaves only the new ones to encode. The result equals encoding the whole text; where a
+    tokenizer has features that let pieces influence one another, the whole text is encoded.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = tokenizer.split_special_tokens
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._cut = _cut_pattern(self._backend, list(added.values()))
+        self._frame = _template_frame(self._backend)
+        self._cache = PieceCache(cache_bytes)
+        self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+
+    @property
+    def cache(self) -> PieceCache:
+        """The pieces that need no encoding."""
+        return self._cache
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token_id: int | None = self._tokenizer.eos_token_id
+        return token_id
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of ``text``, in which special tokens written out count as such.
+
+        Raises RequestError when the text is no valid Unicode (a lone surrogate).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not valid Unicode at character {error.start}; send valid UTF-8") from error
+        if self._cut is None or (add_special_tokens and self._frame is None):
+            return self._encode_whole(text, add_special_tokens)
+        before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
+        ids = list(before)
+        for piece in self._pieces(self._cut, text):
+            ids.extend(self._encode_piece(piece))
+        ids.extend(after)
+        return ids
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """The prompt text of a conversation, by the model's chat template, ending where the answer begins.
+
+        Raises RequestError when the model has no template or the template rejects the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                "this model has no chat template; use a model that has one, or the completions endpoint",
+                param="messages",
+            )
+        if not messages:
+            raise RequestError("messages is empty; it must hold at least one message", param="messages")
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(
+                f"the model's chat template rejects these messages: {error}", param="messages"
+            ) from error
+        return str(rendered)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, special tokens too; bytes that are no whole character show as U+FFFD.
+
+        An id without a token is an empty text.
+        """
+        # Behind another token, because decoders strip the space that a text's first token begins with.
+        before = self._backend.decode(self._anchor, skip_special_tokens=False)
+        text: str = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text[len(before) :]
+
+    def detokenizer(self) -> WindowDetokenizer:
+        """A fresh one, for one answer."""
+        return WindowDetokenizer(self._backend, self._special_ids)
+
+    def _encode_whole(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _encode_piece(self, piece: str) -> "array[int]":
+        ids = self._cache.get(piece)
+        if ids is None:
+            ids = array("I", self._encode_whole(piece, add_special_tokens=False))
+            self._cache.put(piece, ids)
+        return ids
+
+    @staticmethod
+    def _pieces(cut: re.Pattern[str], text: str) -> list[str]:
+        """``text`` cut before each special token.
+
+        The special token stays with the text behind it: some tokenizers treat the beginning of a text
+        differently (a leading space), and so a piece begins a text in its encoding only if it does in the whole.
+        """
+        starts = [match.start() for match in cut.finditer(text)]
+        bounds = [*dict.fromkeys([0, *starts]), len(text)]
+        return [text[start:end] for start, end in pairwise(bounds)]
+
+
+def _cut_pattern(backend: Backend, added: list[AddedToken]) -> re.Pattern[str] | None:
+    """Finds the added tokens that the backend splits a raw text at; None when cutting there could show.
+
+    The backend takes the leftmost and of those the longest match. A token that takes in the space to its left, or
+    looks at its neighbours (single_word), is influenced by what another piece would hold; one that takes in the
+    space to its right is not, unless a token itself begins with space.
+    """
+    splitting = [token for token in added if not token.normalized and token.content]
+    if not splitting or backend.encode_special_tokens:
+        return None
+    if any(token.lstrip or token.single_word for token in splitting):
+        return None
+    if any(token.rstrip for token in splitting) and any(token.content[0].isspace() for token in splitting):
+        return None
+    longest_first = sorted((token.content for token in splitting), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def _template_frame(backend: Backend) -> tuple[list[int], list[int]] | None:
+    """The ids that the post-processor puts before and after every text; None when it is not that simple."""
+    probe = backend.encode("a", add_special_tokens=False).ids
+    framed = backend.encode("a", add_special_tokens=True)
+    mask = framed.special_tokens_mask
+    if not probe or 0 not in mask:
+        return None
+    start, end = mask.index(0), len(mask) - mask[::-1].index(0)
+    if framed.ids[start:end] != probe:
+        return None
+    return framed.ids[:start], framed.ids[end:]

@@ -1,0 +1,79 @@
+"""The bytes of the pool: one tensor, allocated once, in which every block is one contiguous run."""
+
+import torch
+from torch import Tensor
+
+from emberkv.engine.geometry import ModelGeometry
+from emberkv.errors import ConfigError
+
+
+class KVPool:
+    """KV state laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
+
+    A *row* is one block's K (or V) of one layer. ``rows(slots)`` gives each slot's first row; the K of a layer is
+    ``2 * layer`` rows further, its V one more.
+    """
+
+    def __init__(
+        self, geometry: ModelGeometry, dtype: torch.dtype, num_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.geometry = geometry
+        self.dtype = dtype
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = device
+        self.storage = torch.empty(
+            (num_blocks, geometry.num_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._row_view = self.storage.view(num_blocks * geometry.num_layers * 2, -1)
+        self._token_view = self.storage.view(num_blocks * geometry.num_layers * 2 * block_size, -1)
+        self._layer_offsets = torch.arange(geometry.num_layers * 2, device=device).view(-1, 2, 1)
+        self._workspace = torch.empty(0, dtype=dtype, device=device)
+
+    @classmethod
+    def of_bytes(
+        cls, geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int, device: torch.device
+    ) -> "KVPool":
+        """The pool with as many blocks as fit into ``num_bytes``. Raises ConfigError if none does."""
+        block_bytes = geometry.bytes_per_token(dtype) * block_size
+        if num_bytes < block_bytes:
+            raise ConfigError(
+                f"a KV pool of {num_bytes} bytes holds no block; one block of {block_size} tokens takes {block_bytes}"
+            )
+        return cls(geometry, dtype, num_bytes // block_bytes, block_size, device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.storage.numel() * self.storage.element_size()
+
+    def rows(self, slots: list[int]) -> Tensor:
+        """Each slot's first row, int64 ``[len(slots)]``."""
+        return torch.tensor(slots, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
+
+    def gather_index(self, rows: Tensor) -> Tensor:
+        """The rows to copy for each layer, int64 ``[layers, 2 * rows]``: all K, then all V."""
+        return (self._layer_offsets + rows.reshape(-1)).view(self.geometry.num_layers, -1)
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V, ``[rows * block_size, kv_heads, head_dim]`` each; valid until the next gather.
+
+        index: one layer's entry of `gather_index`.
+        """
+        needed = index.numel() * self._row_view.shape[1]
+        if self._workspace.numel() < needed:
+            self._workspace = torch.empty(needed, dtype=self.dtype, device=self.device)
+        out = self._workspace[:needed].view(index.numel(), -1)
+        torch.index_select(self._row_view, 0, index, out=out)
+        keys, values = out.view(2, -1, self.geometry.num_kv_heads, self.geometry.head_dim).unbind(0)
+        return keys, values
+
+    def write_index(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Where tokens go, int64 ``[layers, 2, tokens]``, for tokens at ``offsets`` within the blocks of ``rows``."""
+        return (self._layer_offsets + rows) * self.block_size + offsets
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``[tokens, kv_heads, head_dim]`` of one layer at that layer's entry of `write_index`."""
+        self._token_view.index_copy_(0, index[0], keys.reshape(keys.shape[0], -1))
+        self._token_view.index_copy_(0, index[1], values.reshape(values.shape[0], -1))

@@ -1,0 +1,229 @@
+"""Loads a model from a folder or the hub, or says precisely why it cannot be served."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from emberkv.engine.checkpoint import (
+    Fetch,
+    check_weight_files,
+    fetch_from_hub,
+    find_folder,
+    read_json,
+    weight_files,
+)
+from emberkv.engine.fingerprint import weights_fingerprint
+from emberkv.engine.geometry import ModelGeometry, inspect_geometry
+from emberkv.engine.hf_tokenizer import HFTokenizer
+from emberkv.errors import ConfigError, CorruptModelError, UnsupportedModelError
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Progress = Callable[[str], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to compute, in eval mode on its device.
+
+    name: the hub id, or the folder's own name.
+    context_length: most tokens of a prompt and its answer together.
+    eos_token_ids: any of these ends an answer.
+    fingerprint: hex identity of the weights and config, by content.
+    """
+
+    model: PreTrainedModel
+    tokenizer: HFTokenizer
+    name: str
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: frozenset[int]
+    fingerprint: str
+    geometry: ModelGeometry
+
+    @property
+    def context_length(self) -> int:
+        return self.geometry.context_length
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: DTypeName = "auto",
+    device: str = "auto",
+    attn_implementation: str = "eager",
+    progress: Progress = lambda _: None,
+    fingerprint_cache: Path | None = None,
+    fetch: Fetch = fetch_from_hub,
+) -> LoadedModel:
+    """Load a causal language model whose state is per-token KV.
+
+    dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
+    device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
+    attn_implementation: a name registered with transformers' AttentionInterface.
+    progress: called with a short line at the start of each stage.
+    fingerprint_cache: folder that remembers the hashes of local weight files; None hashes at every load.
+
+    Raises ModelNotFoundError, CorruptModelError, UnsupportedModelError (before any weights are read), and
+    ConfigError for a dtype or device that cannot be used.
+    """
+    _silence()
+    target = choose_device(device)
+    progress(f"finding {name_or_path}")
+    folder = find_folder(name_or_path, fetch)
+    config = _read_config(folder)
+    geometry = inspect_geometry(config)
+    files = weight_files(folder)
+    stored = check_weight_files(files)
+    chosen = choose_dtype(dtype, _checkpoint_dtype(config, stored), target)
+    progress("loading the tokenizer")
+    tokenizer = _load_tokenizer(folder)
+    progress("identifying the weights")
+    fingerprint = weights_fingerprint(folder, fingerprint_cache)
+    progress(f"loading {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB of weights")
+    model = _load_weights(folder, config, chosen, attn_implementation)
+    torch.nn.Module.to(model, target).requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=HFTokenizer(tokenizer),
+        name=name_or_path if not Path(name_or_path).expanduser().is_dir() else folder.resolve().name,
+        folder=folder,
+        dtype=chosen,
+        device=target,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        fingerprint=fingerprint,
+        geometry=geometry,
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device that ``device`` names. Raises ConfigError when it is unknown or not here."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; accepted are auto, cpu, cuda, cuda:<number> and mps") from error
+    present = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(chosen.type, 0)
+    if (chosen.index or 0) >= present:
+        raise ConfigError(f"device is {device!r}, of which this machine has {present}; auto takes what is there")
+    return chosen
+
+
+def choose_dtype(dtype: DTypeName, checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in, given the one that the checkpoint is stored in (None: unknown)."""
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; accepted are auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if checkpoint not in (torch.bfloat16, torch.float16) or (checkpoint is torch.float16 and device.type == "cpu"):
+        return torch.float32
+    return checkpoint
+
+
+def _checkpoint_dtype(config: PretrainedConfig, stored: str | None) -> torch.dtype | None:
+    """What the config says the weights are, else what the first of them is."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return _STORED_DTYPES.get(stored) if stored is not None else None
+
+
+def _silence() -> None:
+    """Progress is ours to show, and what transformers only warns of is an error here or of no interest."""
+    quiet: Any = transformers.logging  # its functions are untyped
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    disable_progress_bars()
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type")
+    if not isinstance(model_type, str):
+        raise CorruptModelError(f"{path} names no model_type; it must be one of transformers' model types")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{model_type} cannot be served: this version of transformers does not know it, and code that comes "
+            "with a model is never run"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CorruptModelError(f"{path} is no usable {model_type} config: {error}") from error
+    return config
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CorruptModelError(f"{folder} has no tokenizer; it must hold one of {', '.join(_TOKENIZER_FILES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CorruptModelError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModelError(
+            f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
+        )
+    return tokenizer
+
+
+def _load_weights(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
+    model: PreTrainedModel
+    try:
+        model, report = auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # tensors that do not have the shapes of the config
+        raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    _require_complete(folder, report)
+    return model
+
+
+def _require_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers after a warning."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CorruptModelError(f"the weights in {folder} lack {named}; the config needs every tensor of the model")
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The ends that the generation config names, and the tokenizer's own."""
+    declared = model.generation_config.eos_token_id
+    ids = set(declared) if isinstance(declared, list) else {declared}
+    return frozenset(ids | {tokenizer.eos_token_id}) - {None}

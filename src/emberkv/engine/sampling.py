@@ -1,0 +1,162 @@
+"""Chooses the next token of each sequence in a batch; no row's choice depends on the other rows."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from emberkv.engine.request import TokenLogprobs
+from emberkv.engine.sampling_params import SamplingParams
+
+_NUCLEUS_GUESS = 1024  # most nuclei are smaller, and finding the top 1,024 is far cheaper than sorting a vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token, with its log-probabilities where the request asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class SamplingState:
+    """What the sampler remembers of one request: its random numbers and the tokens that penalties count.
+
+    rng: draws for requests without a seed; it may be shared. A seed gives the request a generator of its own.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], rng: random.Random) -> None:
+        self.params = params
+        self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
+        self._penalties = _Penalties(params, prompt_token_ids) if _has_penalties(params) else None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the most likely token is all that is asked for."""
+        return self.params.is_greedy and self._penalties is None and self.params.logprobs is None
+
+    def append(self, token_id: int) -> None:
+        """Record a token of the answer, once it is chosen."""
+        if self._penalties is not None:
+            self._penalties.append(token_id)
+
+    def penalize(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [vocab] with this request's penalties applied; the argument is left as it is."""
+        return logits if self._penalties is None else self._penalties.apply(logits)
+
+    def draw(self) -> float:
+        """The request's next random number, in [0, 1)."""
+        return self._rng.random()
+
+
+class Sampler:
+    """Turns logits into tokens: penalties, temperature, top_k, top_p and min_p, in this order."""
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+        """One token for each row of ``logits`` [n, vocab], whose requests are ``states`` (n of them)."""
+        greedy: list[int] = logits.argmax(dim=-1).tolist()  # of equal logits, the first
+        return [
+            SampledToken(token_id, None) if state.is_plain_greedy else _sample_row(row, state)
+            for token_id, row, state in zip(greedy, logits, states, strict=True)
+        ]
+
+
+class _Penalties:
+    """Counts over the vocabulary, made at first use; a token more costs the same however long the answer is."""
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        self._params = params
+        self._prompt = prompt_token_ids
+        self._new: list[int] = []  # not in the counts yet
+        self._counts: torch.Tensor | None = None  # float32 [vocab]: how often the answer has each token
+        self._seen: torch.Tensor | None = None  # bool [vocab]: which tokens the prompt or the answer has
+
+    def append(self, token_id: int) -> None:
+        self._new.append(token_id)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        counts, seen = self._up_to_date(logits)
+        factor = self._params.repetition_penalty
+        scaled = torch.where(logits > 0, logits / factor, logits * factor)
+        penalized = torch.where(seen, scaled, logits)
+        penalized -= self._params.frequency_penalty * counts
+        penalized -= self._params.presence_penalty * (counts > 0)
+        return penalized
+
+    def _up_to_date(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros_like(logits)
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[torch.tensor(list(self._prompt), dtype=torch.long, device=logits.device)] = True
+        for token_id in self._new:
+            self._counts[token_id] += 1
+            self._seen[token_id] = True
+        self._new.clear()
+        return self._counts, self._seen
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _sample_row(logits: torch.Tensor, state: SamplingState) -> SampledToken:
+    raw = logits.float()
+    penalized = state.penalize(raw)
+    greedy = state.params.is_greedy
+    token_id = int(penalized.argmax()) if greedy else _draw(penalized, state.params, state.draw())
+    logprobs = None if state.params.logprobs is None else _logprobs(raw, token_id, state.params.logprobs)
+    return SampledToken(token_id, logprobs)
+
+
+def _draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """The token at ``uniform`` of the way through the distribution that remains; one random number a token."""
+    # In double precision on the CPU, because a float32 sum over a large vocabulary is off by more than rare tokens
+    # weigh, and so that a seed means the same on every device.
+    scores = logits.to("cpu", torch.float64)
+    probabilities = torch.softmax((scores - scores.max()) / params.temperature, dim=-1)
+    kept, token_ids = _truncate(probabilities, params)
+    cumulative = kept.cumsum(dim=-1)
+    total = float(cumulative[-1])
+    # Just below the total at most, where rounding would otherwise reach beyond the last token.
+    place = torch.searchsorted(cumulative, min(uniform * total, math.nextafter(total, 0.0)), right=True)
+    return int(token_ids[place])
+
+
+def _truncate(probabilities: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities [k] that top_k, top_p and min_p leave, not normalized again, and their token ids [k]."""
+    vocabulary = probabilities.numel()
+    mass = 1.0
+    if 0 < params.top_k < vocabulary:
+        kept, token_ids = probabilities.topk(params.top_k)
+        mass = float(kept.sum())
+    elif params.top_p < 1.0:
+        kept, token_ids = _likeliest(probabilities, params.top_p)
+    else:
+        kept, token_ids = probabilities, torch.arange(vocabulary)
+    if params.top_p < 1.0:
+        before = kept.cumsum(dim=-1) - kept
+        size = int((before < params.top_p * mass).sum())
+        kept, token_ids = kept[:size], token_ids[:size]
+    if params.min_p > 0.0:
+        likely = kept >= params.min_p * kept.max()
+        kept, token_ids = kept[likely], token_ids[likely]
+    return kept, token_ids
+
+
+def _likeliest(probabilities: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Enough of the most likely tokens to hold ``mass``, most likely first."""
+    kept, token_ids = probabilities.topk(min(_NUCLEUS_GUESS, probabilities.numel()))
+    if float(kept.sum()) < mass:
+        kept, token_ids = probabilities.sort(descending=True)
+    return kept, token_ids
+
+
+def _logprobs(logits: torch.Tensor, token_id: int, alternatives: int) -> TokenLogprobs:
+    """Of the model's own distribution, before penalties and temperature."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, token_ids = logprobs.topk(min(alternatives, logprobs.numel()))
+    top = zip(token_ids.tolist(), values.tolist(), strict=True)
+    return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(top))

@@ -1,0 +1,135 @@
+"""The Anthropic API's routes: messages and their token count."""
+
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from emberkv.core.sequence import FinishReason
+from emberkv.serving.answer import Answer
+from emberkv.serving.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.context import ServingContext
+from emberkv.serving.failures import anthropic_error, failure_mid_stream
+from emberkv.serving.generator import Prompt, answer_budget
+from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.sse import EventStream, compact_json, sse_event, whole_response
+from emberkv.serving.validation import parse_body
+
+_DELTA_HEAD = (
+    'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'
+)
+
+
+def prepare_messages(body: bytes, model: LoadedModel) -> tuple[MessagesRequest, Prompt]:
+    """Check, render and tokenize a request. Raises RequestError."""
+    request = parse_body(MessagesRequest, body)
+    token_ids = _prompt_token_ids(request, model)
+    budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
+    return request, Prompt(token_ids, request.sampling(budget))
+
+
+def count_tokens(body: bytes, model: LoadedModel) -> int:
+    """How many tokens a request's prompt has. Raises RequestError."""
+    return len(_prompt_token_ids(parse_body(PromptRequest, body), model))
+
+
+def _prompt_token_ids(request: PromptRequest, model: LoadedModel) -> list[int]:
+    model.check_name(request.model)
+    return model.tokenizer.encode(request.prompt_text(model.tokenizer), add_special_tokens=False)
+
+
+def anthropic_router(context: ServingContext) -> APIRouter:
+    """The routes, guarded by the context's API keys."""
+    router = APIRouter()
+    guard = Depends(context.tenant_salt)
+
+    @router.post("/v1/messages")
+    async def messages(http: Request, salt: Annotated[bytes, guard]) -> Response:
+        arrived = context.clock()
+        request, prompt = await context.prepare(prepare_messages, await http.body())
+        stream = context.start([prompt], api="messages", salt=salt, arrived=arrived)
+        form = MessageForm(context.lifecycle.model().names[0])
+        if request.stream:
+            return EventStream(stream, form.events(stream))
+        return await whole_response(http, stream, form.whole)
+
+    @router.post("/v1/messages/count_tokens", dependencies=[guard])
+    async def count(http: Request) -> Response:
+        return JSONResponse({"input_tokens": await context.prepare(count_tokens, await http.body())})
+
+    return router
+
+
+def usage_of(answer: Answer) -> dict[str, int]:
+    """The prompt's tokens in three parts that add up to all of them, and the answer's.
+
+    Read: reused from the cache. Creation: computed in full blocks, which later prompts can reuse. Input: the
+    rest, which is the prompt's last, partly filled block.
+    """
+    usage = answer.usage
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.created_tokens,
+        "cache_creation_input_tokens": usage.created_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": answer.completion_tokens,
+    }
+
+
+def stop_reason(answer: Answer) -> str:
+    if answer.stop_sequence is not None:
+        return "stop_sequence"
+    return "max_tokens" if answer.finish_reason is FinishReason.LENGTH else "end_turn"
+
+
+class MessageForm:
+    """How one answer is written down, whole or as events."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._id = f"msg_{uuid.uuid4().hex}"
+
+    def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]:
+        """The response to a request that did not ask for a stream."""
+        (whole,) = answers
+        return {
+            **self._message(whole.answer),
+            "content": [{"type": "text", "text": whole.text}],
+            "stop_reason": stop_reason(whole.answer),
+            "stop_sequence": whole.answer.stop_sequence,
+        }
+
+    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+        """The whole sequence of events. A failure becomes an error event, which is then the last."""
+        try:
+            await stream.started()
+            (answer,) = stream.answers
+            yield _event("message_start", message=self._message(answer))
+            yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            async for delta in stream:
+                if delta.text:
+                    yield f"{_DELTA_HEAD}{compact_json(delta.text)}}}}}\n\n".encode()
+            yield _event("content_block_stop", index=0)
+            reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}
+            yield _event("message_delta", delta=reason, usage=usage_of(answer))
+            yield _event("message_stop")
+        except Exception as error:  # noqa: BLE001 - the answer has begun: an event is all that can tell of it
+            yield sse_event(anthropic_error(failure_mid_stream(error)), "error")
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage_of(answer),
+        }
+
+
+def _event(kind: str, **fields: object) -> bytes:
+    return sse_event({"type": kind, **fields}, kind)

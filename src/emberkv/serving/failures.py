@@ -1,0 +1,109 @@
+"""Every way a request can fail, in the words of each API."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+
+from emberkv.errors import EmberError, EngineStoppedError, PromptTooLongError, RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class UnauthorizedError(RequestError):
+    """The request has no API key, or a wrong one."""
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+
+class BodyTooLargeError(RequestError):
+    """The request's body exceeds the server's limit."""
+
+
+class NotReadyError(EmberError):
+    """The model is not loaded yet, or the server is shutting down."""
+
+
+class GenerationFailedError(EmberError):
+    """The engine failed while it worked on a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failure as HTTP tells it, before an API gives it its shape."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
+    (PromptTooLongError, 400, "context_length_exceeded"),
+    (UnauthorizedError, 401, "invalid_api_key"),
+    (UnknownModelError, 404, "model_not_found"),
+    (BodyTooLargeError, 413, "request_too_large"),
+    (RequestError, 400, None),
+    (NotReadyError, 503, "not_ready"),
+    (EngineStoppedError, 503, "stopped"),
+    (GenerationFailedError, 500, "generation_failed"),
+)  # the first match counts
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+
+
+def failure_of(error: Exception) -> Failure:
+    """What to tell the client. Errors that are not ours tell nothing of their inside."""
+    if isinstance(error, HTTPException):
+        return Failure(error.status_code, str(error.detail), headers=error.headers or {})
+    for kind, status, code in _KINDS:
+        if isinstance(error, kind):
+            param = error.param if isinstance(error, RequestError) else None
+            headers = {"retry-after": "1"} if status == 503 else {}
+            return Failure(status, str(error), code, param, headers)
+    return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
+
+
+def failure_mid_stream(error: Exception) -> Failure:
+    """As ``failure_of``, for an answer that has begun: nobody above will see the error, so log it here."""
+    failure = failure_of(error)
+    if not isinstance(error, EmberError):
+        logger.error("a streamed answer failed", exc_info=error)
+    return failure
+
+
+def openai_error(failure: Failure) -> dict[str, Any]:
+    kind = "server_error" if failure.status >= 500 else "invalid_request_error"
+    return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
+
+
+def anthropic_error(failure: Failure) -> dict[str, Any]:
+    default = "api_error" if failure.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(failure.status, default)
+    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+
+
+def speaks_anthropic(connection: HTTPConnection) -> bool:
+    """Whether the client expects the Anthropic API's shapes."""
+    return connection.url.path.startswith("/v1/messages") or "anthropic-version" in connection.headers
+
+
+async def answer_failure(request: Request, error: Exception) -> JSONResponse:
+    """The exception handler of all routes."""
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        error = HTTPException(404, f"there is no {request.url.path} here")
+    failure = failure_of(error)
+    shape = anthropic_error if speaks_anthropic(request) else openai_error
+    return JSONResponse(shape(failure), status_code=failure.status, headers=dict(failure.headers))

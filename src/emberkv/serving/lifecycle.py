@@ -1,0 +1,103 @@
+"""Whether the server may generate: loading, ready, draining or failed; and the answers now running."""
+
+import asyncio
+from dataclasses import dataclass
+from enum import Enum
+
+from emberkv.engine.request import Engine, EngineStats
+from emberkv.engine.tokenizer import Tokenizer
+from emberkv.errors import EngineStoppedError
+from emberkv.serving.answer_stream import AnswerStream
+from emberkv.serving.failures import NotReadyError, UnknownModelError
+
+
+class Phase(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"  # running answers may finish, new ones are refused
+    FAILED = "failed"  # the model could not be loaded
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can be served.
+
+    names: what requests may call it; the first is what answers call it.
+    created: when it was loaded, in seconds since 1970.
+    """
+
+    names: tuple[str, ...]
+    created: int
+    engine: Engine
+    tokenizer: Tokenizer
+
+    def check_name(self, name: str) -> None:
+        """Raises UnknownModelError for a name that is not this model's."""
+        if name not in self.names:
+            served = ", ".join(repr(known) for known in self.names)
+            raise UnknownModelError(f"model is {name!r}; this server has {served}", param="model")
+
+
+class Lifecycle:
+    """The server's state. Model and phase may be set from the thread that loads the model."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.LOADING
+        self.detail = "the model is being loaded"
+        self._model: LoadedModel | None = None
+        self._running: set[AnswerStream] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def loaded(self, model: LoadedModel) -> None:
+        """The model can be used from now on."""
+        self._model = model
+        if self.phase is Phase.LOADING:
+            self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
+
+    def failed(self, reason: str) -> None:
+        """The model cannot be loaded."""
+        self.phase, self.detail = Phase.FAILED, reason
+
+    def model(self) -> LoadedModel:
+        """Raises NotReadyError before the model is loaded."""
+        if self._model is None:
+            raise NotReadyError(f"the server cannot answer yet: {self.detail}")
+        return self._model
+
+    def engine_stats(self) -> EngineStats | None:
+        return None if self._model is None else self._model.engine.stats()
+
+    def check_accepting(self) -> None:
+        """Raises NotReadyError unless new answers may be started."""
+        if self.phase is not Phase.READY:
+            raise NotReadyError(f"the server takes no new requests: {self.detail}")
+
+    def track(self, stream: AnswerStream) -> None:
+        self._running.add(stream)
+        self._idle.clear()
+
+    def untrack(self, stream: AnswerStream) -> None:
+        self._running.discard(stream)
+        if not self._running:
+            self._idle.set()
+
+    async def drain(self, seconds: float, *, grace: float = 5.0) -> None:
+        """Refuse new answers, wait up to ``seconds`` for the running ones, then interrupt the rest.
+
+        Interrupted answers end with their API's error event; ``grace`` seconds are theirs to send it.
+        """
+        self.phase, self.detail = Phase.DRAINING, "the server is shutting down"
+        await self._wait_idle(seconds)
+        self.interrupt_answers()
+        await self._wait_idle(grace)
+
+    def interrupt_answers(self) -> None:
+        """End the running answers now."""
+        for stream in tuple(self._running):
+            stream.interrupt(EngineStoppedError("the server shut down before the answer was finished"))
+
+    async def _wait_idle(self, seconds: float) -> None:
+        waiter = asyncio.create_task(self._idle.wait())
+        await asyncio.wait((waiter,), timeout=seconds)
+        waiter.cancel()

@@ -1,0 +1,123 @@
+"""What Prometheus sees: the engine's counters, and how long requests waited for what."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import EngineStats, TokenOutput
+
+_FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+_QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+Clock = Callable[[], float]
+"""Seconds, monotonic."""
+
+
+class EngineCollector(Collector):
+    """Reads the engine's figures when they are asked for; before there is an engine, there are none."""
+
+    def __init__(self, read: Callable[[], EngineStats | None]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._read()
+        if stats is None:
+            return
+        blocks = GaugeMetricFamily("emberkv_pool_blocks", "Blocks of the pool.", labels=["state"])
+        blocks.add_metric(["in_use"], stats.total_blocks - stats.free_blocks)
+        blocks.add_metric(["cached"], stats.cached_blocks)
+        blocks.add_metric(["empty"], stats.free_blocks - stats.cached_blocks)
+        yield blocks
+        gauges = (
+            ("emberkv_requests_running", "Requests that hold blocks.", stats.running),
+            ("emberkv_requests_waiting", "Requests that wait for blocks.", stats.waiting),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(name, text, value=value)
+        counters = (
+            (
+                "emberkv_prefix_cache_query_tokens",
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_query_tokens,
+            ),
+            (
+                "emberkv_prefix_cache_hit_tokens",
+                "Prompt tokens reused from the prefix cache.",
+                stats.prefix_hit_tokens,
+            ),
+            ("emberkv_evicted_blocks", "Cached blocks whose slot was taken.", stats.evictions),
+            ("emberkv_preemptions", "Requests that lost their blocks to others.", stats.preemptions),
+            ("emberkv_prefill_tokens", "Prompt tokens computed.", stats.prefill_tokens),
+            ("emberkv_decode_tokens", "Answer tokens computed.", stats.decode_tokens),
+        )
+        for name, text, value in counters:
+            yield CounterMetricFamily(name, text, value=value)
+
+
+class ServingMetrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(self, read_engine: Callable[[], EngineStats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(read_engine))
+        self.first_token = Histogram(
+            "emberkv_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self.inter_token = Histogram(
+            "emberkv_inter_token_seconds",
+            "Between one token of an answer and the next.",
+            buckets=_INTER_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self.queue = Histogram(
+            "emberkv_queue_seconds",
+            "From the engine's receipt of a request to the first step that worked on it.",
+            buckets=_QUEUE_BUCKETS,
+            registry=self._registry,
+        )
+        self.finished = Counter(
+            "emberkv_requests_finished",
+            "Answers ended, by how.",
+            labelnames=("api", "reason"),
+            registry=self._registry,
+        )
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+
+class AnswerTimer:
+    """Times one answer, from the HTTP request's arrival on."""
+
+    def __init__(self, metrics: ServingMetrics, clock: Clock, *, api: str, arrived: float) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._api = api
+        self._arrived = arrived
+        self._last_token: float | None = None
+
+    def saw(self, output: TokenOutput) -> None:
+        """An output has reached the event loop. Tokens that come together share their gap."""
+        if output.queue_seconds is not None:
+            self._metrics.queue.observe(output.queue_seconds)
+        if not output.token_ids:
+            return
+        now = self._clock()
+        if self._last_token is None:
+            self._metrics.first_token.observe(now - self._arrived)
+        else:
+            gap = (now - self._last_token) / len(output.token_ids)
+            for _ in output.token_ids:
+                self._metrics.inter_token.observe(gap)
+        self._last_token = now
+
+    def finished(self, reason: FinishReason) -> None:
+        self._metrics.finished.labels(self._api, reason.value).inc()

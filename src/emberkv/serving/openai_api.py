@@ -1,0 +1,114 @@
+"""The OpenAI API's routes: chat completions, completions, models."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from emberkv.serving.chat_messages import template_messages
+from emberkv.serving.context import ServingContext
+from emberkv.serving.generator import Prompt, answer_budget
+from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.openai_forms import ChatForm, CompletionForm
+from emberkv.serving.openai_schema import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    OpenAIRequest,
+)
+from emberkv.serving.sse import EventStream, whole_response
+from emberkv.serving.validation import parse_body
+
+
+def prepare_chat(body: bytes, model: LoadedModel) -> tuple[ChatCompletionRequest, list[Prompt]]:
+    """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
+
+    Raises RequestError.
+    """
+    request = parse_body(ChatCompletionRequest, body)
+    model.check_name(request.model)
+    request.check()
+    logprobs = request.wanted_logprobs
+    text = model.tokenizer.render_chat(template_messages(request.messages), tools=request.shown_tools)
+    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if request.max_completion_tokens is None:
+        field, asked = "max_tokens", request.max_tokens
+    else:
+        field, asked = "max_completion_tokens", request.max_completion_tokens
+    budget = answer_budget(model.engine, len(token_ids), asked, field=field)
+    return request, [Prompt(token_ids, each) for each in request.sampling(max_tokens=budget, logprobs=logprobs)]
+
+
+def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionRequest, list[Prompt]]:
+    """Check and tokenize a completion request. Raises RequestError."""
+    request = parse_body(CompletionRequest, body)
+    model.check_name(request.model)
+    request.check()
+    prompts = []
+    for given in request.prompts():
+        token_ids = model.tokenizer.encode(given, add_special_tokens=True) if isinstance(given, str) else given
+        budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
+        if request.max_tokens is None:
+            budget = min(budget, DEFAULT_COMPLETION_TOKENS)
+        choices = request.sampling(max_tokens=budget, logprobs=request.logprobs)
+        prompts += [Prompt(token_ids, params) for params in choices]
+    return request, prompts
+
+
+def openai_router(context: ServingContext) -> APIRouter:
+    """The routes, guarded by the context's API keys."""
+    router = APIRouter()
+    guard = Depends(context.tenant_salt)
+
+    def form_arguments(request: OpenAIRequest) -> dict[str, Any]:
+        model = context.lifecycle.model()
+        return {
+            "model": model.names[0],
+            "created": int(context.wall_clock()),
+            "token_text": model.tokenizer.token_text,
+            "choices": request.choices,
+            "include_usage": request.include_usage,
+        }
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(http: Request, salt: Annotated[bytes, guard]) -> Response:
+        arrived = context.clock()
+        request, prompts = await context.prepare(prepare_chat, await http.body())
+        stream = context.start(prompts, api="chat_completions", salt=salt, arrived=arrived)
+        form = ChatForm(**form_arguments(request))
+        if request.stream:
+            return EventStream(stream, form.events(stream))
+        return await whole_response(http, stream, form.whole)
+
+    @router.post("/v1/completions")
+    async def completions(http: Request, salt: Annotated[bytes, guard]) -> Response:
+        arrived = context.clock()
+        request, prompts = await context.prepare(prepare_completion, await http.body())
+        stream = context.start(prompts, api="completions", salt=salt, arrived=arrived)
+        form = CompletionForm(**form_arguments(request))
+        if request.stream:
+            return EventStream(stream, form.events(stream))
+        return await whole_response(http, stream, form.whole)
+
+    @router.get("/v1/models", dependencies=[guard])
+    async def models() -> Response:
+        model = context.lifecycle.model()
+        return JSONResponse({"object": "list", "data": [_model_card(model, name) for name in model.names]})
+
+    @router.get("/v1/models/{name:path}", dependencies=[guard])
+    async def model_card(name: str) -> Response:
+        model = context.lifecycle.model()
+        model.check_name(name)
+        return JSONResponse(_model_card(model, name))
+
+    return router
+
+
+def _model_card(model: LoadedModel, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "emberkv",
+        "max_model_len": model.engine.context_length,
+    }

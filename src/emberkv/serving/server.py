@@ -1,0 +1,91 @@
+"""Runs the app: a socket bound before anything slow begins, and a shutdown that ends every answer properly."""
+
+import asyncio
+import errno
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from emberkv.errors import ConfigError
+from emberkv.serving.lifecycle import Lifecycle
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8080
+DEFAULT_DRAIN_SECONDS = 30.0
+
+
+def bind_socket(host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> socket.socket:
+    """A bound TCP socket; port 0 takes any free port. Raises ConfigError naming host and port."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must be from 0 (any free port) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host is {host!r}; it must be an address of this machine ({error.strerror})") from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(_bind_problem(host, port, error)) from error
+    return bound
+
+
+def _bind_problem(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{host}:{port} is already in use; stop what listens there, or choose another port (0 is any free one)"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
+
+
+class HttpServer(uvicorn.Server):
+    """Serves an app on a bound socket until SIGINT, SIGTERM or ``stop``; then drains.
+
+    New requests are refused at once, running answers have ``drain_seconds`` to finish, and what is left is
+    ended with an error event. A second signal ends it without waiting. ``run`` then returns, so that the
+    caller can stop the engine. ``url`` is where the server listens.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        bound: socket.socket,
+        *,
+        drain_seconds: float = DEFAULT_DRAIN_SECONDS,
+    ) -> None:
+        config = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._bound = bound
+        self._drain_seconds = drain_seconds
+        self._draining_loop: asyncio.AbstractEventLoop | None = None
+        host, port = bound.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets or [self._bound])
+
+    def stop(self) -> None:
+        """Begin to shut down; from any thread."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._draining_loop = asyncio.get_running_loop()
+        await self._lifecycle.drain(0 if self.force_exit else self._drain_seconds)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # not uvicorn's own, which would raise the signal again after the shutdown and kill the caller
+        if self.should_exit:
+            self.force_exit = True
+            if self._draining_loop is not None:
+                self._draining_loop.call_soon_threadsafe(self._lifecycle.interrupt_answers)
+        self.should_exit = True

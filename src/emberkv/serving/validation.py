@@ -1,0 +1,53 @@
+"""Request bodies: from JSON bytes to a checked model, or to an error that names the field."""
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from emberkv.errors import RequestError
+
+_SHOWN = 60  # characters of a bad value that are repeated to its sender
+
+
+class RequestBody(BaseModel):
+    """Base of all request bodies. Types are exact: "12" is no number. Unknown fields are kept apart."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    def refuse(self, *fields: str) -> None:
+        """Raises RequestError for a field that would change the answer in a way not supported here.
+
+        Fields that are absent or empty, and fields that nobody named, do no harm and are let through.
+        """
+        extra = self.model_extra or {}
+        for field in fields:
+            if extra.get(field):
+                raise RequestError(f"{field} is not supported; leave it out", param=field)
+
+
+Body = TypeVar("Body", bound=RequestBody)
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
+    """Raises RequestError naming the first field at fault, what was given and what would be accepted."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+    field = problems[0]["loc"][0] if problems[0]["loc"] else None
+    same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    message = "; ".join(_describe(problem) for problem in same_field[:3])
+    raise RequestError(message, param=None if field is None else str(field))
+
+
+def _describe(problem: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    accepted = problem["msg"]
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {accepted.removeprefix('Invalid JSON: ')}"
+    if problem["type"] == "missing":
+        return f"{path} is missing; it is required"
+    given = repr(problem["input"])
+    shown = given if len(given) <= _SHOWN else given[:_SHOWN] + "..."
+    return f"{path or 'the body'} is {shown}: {accepted[:1].lower()}{accepted[1:]}"

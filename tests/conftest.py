@@ -1,0 +1,35 @@
+"""Fixtures that everybody shares: checkpoints and the tokenizer of the tiny model zoo."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import tiny_model, tiny_tokenizer
+
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """``checkpoint(arch, dtype=torch.float32, seed=0)``: the folder of a tiny model, written once a session.
+
+    Tests must not change what is in it.
+    """
+    folders: dict[tuple[str, torch.dtype, int], Path] = {}
+
+    def get(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+        key = (arch, dtype, seed)
+        if key not in folders:
+            folders[key] = tiny_model(arch, tmp_path_factory.mktemp(f"tiny-{arch}"), dtype, seed=seed)
+        return folders[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fast_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny models' tokenizer as transformers has it."""
+    return tiny_tokenizer()

@@ -1,0 +1,150 @@
+"""A scheduler with an engine that writes down, instead of KV state, everything that the KV state depends on."""
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from emberkv.core.block import BlockState
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.eviction import make_policy
+from emberkv.core.hashing import TOKEN_BYTES, TokenChain, chain_identities, root_identity
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from emberkv.core.sequence import Sequence
+
+ROOT_BYTES = 32
+
+
+def root(block_size: int, salt: bytes = b"") -> bytes:
+    return root_identity(fingerprint="weights", dtype="float32", layout="test", block_size=block_size, salt=salt)
+
+
+def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"") -> TokenChain:
+    return TokenChain(root(block_size, salt), tokens, block_size)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one position of a slot holds: the root and all tokens up to this one, encoded."""
+
+    prefix: bytes
+    exact: bool
+
+
+@dataclass
+class Harness:
+    """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running."""
+
+    num_blocks: int = 16
+    block_size: int = 4
+    alignment: int = 4
+    policy: str = "lru"
+    exact: bool = False
+    enabled: bool = True
+    max_step_tokens: int = 16
+    max_running: int = 8
+    next_token: Callable[[Sequence], int] = lambda sequence: 1000 + len(sequence.chain)
+    cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
+    prefilled: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(self.num_blocks, self.block_size, policy=make_policy(self.policy))
+        self.cache = PrefixCache(self.pool, alignment=self.alignment, exact=self.exact, enabled=self.enabled)
+        self.scheduler = Scheduler(self.cache, SchedulerConfig(self.max_step_tokens, self.max_running))
+
+    def add(
+        self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
+    ) -> Sequence:
+        sequence = Sequence(request_id, chain(tokens, self.block_size, salt), new, priority)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self, stopped: Container[str] = ()) -> StepPlan:
+        """One whole step, checked on the way."""
+        plan = self.scheduler.schedule()
+        self.check()
+        self.compute(plan)
+        self.complete(plan, stopped)
+        return plan
+
+    def complete(self, plan: StepPlan, stopped: Container[str] = ()) -> list[Sequence]:
+        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
+        sampled = {each.request_id: self.next_token(each) for each in ready}
+        finished = self.scheduler.complete(plan, sampled, stopped)
+        self.check()
+        return finished
+
+    def finish(self, max_steps: int = 2000) -> None:
+        """Step until nothing is left; a sequence that starves fails here."""
+        for _ in range(max_steps):
+            if not self.scheduler.num_running + self.scheduler.num_waiting:
+                break
+            assert self.step(), "work is left, but the plan is empty"
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+        assert self.pool.num_free == self.pool.num_blocks
+
+    def compute(self, plan: StepPlan) -> None:
+        """Write what an engine would, over a context that must hold exactly the chain's own tokens."""
+        self.check_plan(plan)
+        for sequence in plan.decodes:
+            self._write(sequence, len(sequence.chain) - 1, len(sequence.chain), exact=False)
+        for chunk in plan.prefills:
+            full = chunk.stop - chunk.start == self.alignment
+            self._write(chunk.sequence, chunk.start, chunk.stop, exact=full)
+            self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
+
+    def _write(self, sequence: Sequence, start: int, stop: int, *, exact: bool) -> None:
+        blocks = sequence.held.blocks
+        assert len(blocks) * self.block_size >= stop
+        stream = sequence.chain.root + sequence.chain.encoded()
+        for position in range(stop):
+            index, offset = divmod(position, self.block_size)
+            block = blocks[index]
+            prefix = stream[: ROOT_BYTES + (position + 1) * TOKEN_BYTES]
+            if position < start:
+                cell = self.cells[block.slot, offset]
+                assert cell.prefix == prefix, f"{sequence.request_id} reads another's state at {position}"
+                exact = exact and cell.exact
+            else:
+                assert (block.state, block.ref_count) == (BlockState.ALLOCATED, 1), "written while others may read"
+                self.cells[block.slot, offset] = Cell(prefix, exact)
+
+    def check_plan(self, plan: StepPlan) -> None:
+        planned: dict[str, int] = {}
+        for chunk in plan.prefills:
+            request_id, start, stop = chunk.sequence.request_id, chunk.start, chunk.stop
+            assert start % self.alignment == 0
+            assert stop - start == self.alignment or start < stop == len(chunk.sequence.chain) < start + self.alignment
+            assert planned.get(request_id, start) == start, "a gap between two chunks"
+            planned[request_id] = stop
+        names = [sequence.request_id for sequence in plan.decodes]
+        assert len({*names, *planned}) == len(names) + len(planned), "a sequence is planned twice"
+        assert len(plan.prefills) <= 1 or plan.num_tokens <= self.max_step_tokens
+
+    def check(self) -> None:
+        """The conservation law, and that every block found under an identity holds what the identity says."""
+        running = self.scheduler.running
+        self.pool.check_integrity([each.held.blocks for each in running])
+        assert len(running) <= self.max_running
+        for sequence in running:
+            assert sequence.cached_tokens <= sequence.prompt_tokens - 1
+            assert sequence.cached_tokens % self.alignment == 0
+        for identity in self.pool.snapshot().parents:
+            self._check_content(identity)
+
+    def _check_content(self, identity: bytes) -> None:
+        block = self.pool.lookup(identity)
+        assert block is not None
+        cells = [self.cells[block.slot, offset] for offset in range(self.block_size)]
+        prefix = cells[-1].prefix
+        ends = range(len(prefix) - (self.block_size - 1) * TOKEN_BYTES, len(prefix) + 1, TOKEN_BYTES)
+        assert [cell.prefix for cell in cells] == [prefix[:end] for end in ends]
+        assert chain_identities(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == identity
+        assert prefix.endswith(block.tokens)
+        assert not block.exact or all(cell.exact for cell in cells)
+
+
+def random_token(random: Random, vocabulary: int = 2) -> Callable[[Sequence], int]:
+    """Sampling from so few tokens that unrelated requests often share prefixes."""
+    return lambda sequence: random.randrange(vocabulary)

@@ -1,0 +1,163 @@
+"""Random operations on pool, cache and scheduler together; the books and the content must be right after each."""
+
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
+from emberkv.errors import DuplicateRequestError, PromptTooLongError
+from tests.core.harness import Harness, random_token
+from tests.core.mirror import Mirror
+
+ANYWHERE = st.integers(0, 1_000_000)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Tiny pools, two tokens, two salts: eviction, preemption, sharing and duplicates happen all the time."""
+
+    @initialize(
+        policy=st.sampled_from(POLICY_NAMES),
+        num_blocks=st.integers(3, 14),
+        block_size=st.sampled_from([1, 2, 4]),
+        unit=st.sampled_from([1, 2, 3]),
+        flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False])),
+        max_step_tokens=st.integers(1, 24),
+        max_running=st.integers(1, 6),
+        seed=ANYWHERE,
+    )
+    def build(
+        self,
+        policy: str,
+        num_blocks: int,
+        block_size: int,
+        unit: int,
+        flags: tuple[bool, bool],
+        max_step_tokens: int,
+        max_running: int,
+        seed: int,
+    ) -> None:
+        self.random = Random(seed)
+        self.harness = Harness(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            alignment=unit * block_size,
+            policy=policy,
+            exact=flags[0],
+            enabled=flags[1],
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            next_token=random_token(self.random),
+        )
+        self.scheduler = self.harness.scheduler
+        self.pool = self.harness.pool
+        self.mirror = Mirror(self.pool)
+        self.live: dict[str, Sequence] = {}
+        self.prompts: list[list[int]] = [[]]
+        self.added = 0
+
+    @rule(
+        shared=ANYWHERE,
+        kept=st.integers(0, 60),
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        new=st.integers(1, 12),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([b"", b"", b"", b"other"]),
+    )
+    def add(self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes) -> None:
+        tokens = self.prompts[shared % len(self.prompts)][:kept] + tail
+        name = f"r{self.added}"
+        self.added += 1
+        if len(tokens) + new > self.pool.num_blocks * self.pool.block_size:
+            with pytest.raises(PromptTooLongError):
+                self.harness.add(name, tokens, new, priority=priority, salt=salt)
+            return
+        self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt)
+        self.prompts.append(tokens)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=ANYWHERE)
+    def add_twice(self, pick: int) -> None:
+        with pytest.raises(DuplicateRequestError):
+            self.harness.add(self._pick(pick), [1], 1)
+
+    @rule(stop_one_in=st.sampled_from([4, 16, 1_000_000]), count=st.integers(1, 6))
+    def step(self, stop_one_in: int, count: int) -> None:
+        for _ in range(count):
+            self._step({name for name in self.live if not self.random.randrange(stop_one_in)})
+
+    @precondition(lambda self: self.live)
+    @rule(pick=ANYWHERE)
+    def abort(self, pick: int) -> None:
+        name = self._pick(pick)
+        sequence = self.live.pop(name)
+        self.scheduler.finish(name, FinishReason.ABORT)
+        assert sequence.finish_reason is FinishReason.ABORT
+        self.scheduler.finish(name, FinishReason.ERROR)  # no longer here: ignored
+        assert sequence.finish_reason is FinishReason.ABORT
+        self.harness.check()
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        assert self.pool.num_cached == 0
+        self.harness.check()
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        waiting = [each for each in self.live.values() if each.status is SequenceStatus.WAITING]
+        assert self.scheduler.num_waiting == len(waiting)
+        assert self.scheduler.num_running == len(self.live) - len(waiting)
+        assert all(each.lease is None and each.num_computed == 0 for each in waiting)
+        assert self.live or self.pool.num_free == self.pool.num_blocks
+        self.mirror.follow()
+        assert self.mirror.parents == self.pool.snapshot().parents
+
+    def teardown(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        for _ in range(2000):
+            if not self.live:
+                break
+            self._step(set())
+        assert not self.live, "somebody starves"
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.stats.collisions == 0
+
+    def _pick(self, number: int) -> str:
+        return list(self.live)[number % len(self.live)]
+
+    def _step(self, stopped: set[str]) -> None:
+        plan = self.scheduler.schedule()
+        self.harness.check()
+        assert bool(plan) == bool(self.live), "a step does something as long as anything is left to do"
+        self.harness.compute(plan)
+        for sequence in self.harness.complete(plan, stopped):
+            self._check_finished(self.live.pop(sequence.request_id), stopped)
+
+    def _check_finished(self, sequence: Sequence, stopped: set[str]) -> None:
+        assert sequence.status is SequenceStatus.FINISHED
+        if sequence.request_id in stopped:
+            assert sequence.finish_reason is FinishReason.STOP
+            assert sequence.num_generated < sequence.max_new_tokens
+        else:
+            assert sequence.finish_reason is FinishReason.LENGTH
+            assert sequence.num_generated == sequence.max_new_tokens
+        if not sequence.num_preemptions:
+            computed = self.harness.prefilled[sequence.request_id]
+            assert computed == sequence.prompt_tokens - sequence.cached_tokens
+
+
+CoreMachine.TestCase.settings = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestCore = CoreMachine.TestCase

@@ -1,0 +1,134 @@
+"""Tiny random models with real tokenizers, written to disk as checkpoints: the tests' model zoo."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 384
+CONTEXT = 4096
+EOS, USER_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_TEXT = (
+    "The library opens at nine and closes when the last reader has gone home.",
+    "A river carries what the rain gives it; a lake keeps it for a while.",
+    "She counted the lamps along the street: one, two, three, and then no more.",
+    "def area(width, height):\n    return width * height\n",
+    "Most of the work is waiting, and the rest of the work is knowing what to wait for.",
+)
+
+_WIDE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_GPT2_LIKE = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT,
+              "tie_word_embeddings": False}  # fmt: skip
+_EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "llama": {**_WIDE, "num_hidden_layers": 3},
+    "mistral": {**_WIDE, "sliding_window": 40},
+    "qwen2": {**_WIDE, "tie_word_embeddings": True},
+    "qwen3": {**_WIDE, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 56,
+              "max_window_layers": 1},
+    "gemma": _WIDE,
+    "gemma2": {**_WIDE, "sliding_window": 40, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_WIDE, "sliding_window": 24, "query_pre_attn_scalar": 16, "num_hidden_layers": 3,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": _WIDE,
+    "gpt2": _GPT2_LIKE,
+}  # fmt: skip
+"""Architectures that must be served, by transformers' model type."""
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "mamba": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2},
+    "jamba": {**_WIDE, **_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "mamba_d_state": 8},
+    "bamba": {**_WIDE, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8},
+    "qwen3_next": {**_WIDE, **_EXPERTS, "layer_types": ["linear_attention", "full_attention"],
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+                   "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32},
+    "llama4_text": {**_WIDE, **_EXPERTS, "intermediate_size_mlp": 64},
+    "gpt_oss": {**_WIDE, **_EXPERTS},
+    "gemma3n_text": {**_WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 64,
+                     "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,
+                     "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8},
+    "deepseek_v3": {**_WIDE, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4,
+                    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                    "v_head_dim": 16, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+                    "first_k_dense_replace": 1},
+    "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "t5": {"vocab_size": VOCAB_SIZE, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
+    "bart": {"vocab_size": VOCAB_SIZE, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
+             "decoder_ffn_dim": 96, "max_position_embeddings": CONTEXT},
+}  # fmt: skip
+"""Architectures that keep something other than per-token keys and values, or attend in their own way."""
+
+
+def byte_level_bpe() -> Tokenizer:
+    """A byte-level BPE of VOCAB_SIZE tokens, trained here; ids 0 to 2 are its special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[EOS, USER_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of every tiny model, with a chat template that rejects unknown roles."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(),
+        bos_token=EOS,
+        eos_token=TURN_END,
+        extra_special_tokens=[USER_START],
+        model_max_length=CONTEXT,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(arch: str, folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
+    """Write a random model of a SUPPORTED or REFUSED architecture to ``folder`` as safetensors.
+
+    The same arch, dtype and seed give the same weights, wide enough that greedy answers vary.
+    """
+    settings = {**_ENDS, **(SUPPORTED | REFUSED)[arch]}
+    config = AutoConfig.for_model(arch, **settings)
+    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.5 if "embed" in name or "wte" in name else 0.2)
+    model.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,240 @@
+"""Bad input: each API's own error shape, a message that helps, and nothing left in the engine."""
+
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from emberkv.serving.app import create_app
+from emberkv.serving.context import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle
+from tests.serving.conftest import MODEL, Client
+from tests.serving.fakes import FakeEngine
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT = {"model": MODEL, "messages": USER}
+COMPLETION = {"model": MODEL, "prompt": "Once"}
+MESSAGE = {"model": MODEL, "messages": USER, "max_tokens": 10}
+IMAGE = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
+LONG = [{"role": "user", "content": "x" * 991}]
+
+
+def openai_error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def anthropic_error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"type", "error"}
+    assert body["type"] == "error"
+    assert set(body["error"]) == {"type", "message"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"messages": []}, "messages", "messages is empty; it must hold at least one message"),
+        ({"messages": None}, "messages", "messages is None: input should be a valid"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "'king'; it must be one of 'system'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a string or a list of text parts"),
+        ({"messages": IMAGE}, "messages[0].content[0]", "type 'image'; this server reads text"),
+        ({"messages": [{"role": "user", "content": "offend the template"}]}, "messages", "the chat template rejects"),
+        ({"messages": LONG}, None, "the prompt has 1008 tokens; at most 990 are accepted"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens is -1; it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 10**12}, "max_tokens", "the context of 1000 tokens has room for at most 981"),
+        ({"max_completion_tokens": 982}, "max_completion_tokens", "max_completion_tokens is 982; after a prompt of 19"),
+        ({"max_tokens": "12"}, "max_tokens", "max_tokens is '12': input should be a valid integer"),
+        ({"temperature": 2.5}, "temperature", "temperature is 2.5; it must be from 0 to 2"),
+        ({"temperature": "hot"}, "temperature", "temperature is 'hot': input should be a valid number"),
+        ({"top_p": 0}, "top_p", "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_k": -5}, "top_k", "top_k is -5; it must be 0 (all tokens) or more"),
+        ({"min_p": 2}, "min_p", "min_p is 2.0; it must be from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "it must be a finite number above 0"),
+        ({"presence_penalty": 3}, "presence_penalty", "it must be from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "it must be from -2 to 2"),
+        ({"seed": 2**64}, "seed", "it must be a 64-bit integer"),
+        ({"stop": [""]}, "stop", "non-empty strings"),
+        ({"stop": 5}, "stop", "input should be a valid string"),
+        ({"n": 0}, "n", "n is 0; it must be from 1 to 64"),
+        ({"n": 65}, "n", "n is 65; it must be from 1 to 64"),
+        ({"best_of": 2}, "best_of", "best_of is 2; it is not supported"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "it must be from 0 to 20"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs is not true"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "only 'text' is supported"),
+        ({"tool_choice": "required"}, "tool_choice", "only 'none' and 'auto' are supported"),
+        ({"logit_bias": {"5": 100}}, "logit_bias", "logit_bias is not supported"),
+    ],
+)
+def test_chat_refuses(
+    client: Client, engine: FakeEngine, fields: dict[str, Any], param: str | None, message: str
+) -> None:
+    response = client.post("/v1/chat/completions", {**CHAT, **fields})
+    assert response.status_code == 400
+    error = openai_error(response)
+    assert message in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": None}, "prompt", "prompt must be a string"),
+        ({"prompt": [1, "a"]}, "prompt", "prompt must be a string"),
+        ({"prompt": [-1]}, "prompt", "integers from 0"),
+        ({"prompt": [True]}, "prompt", "integers from 0"),
+        ({"prompt": []}, "prompt", "the prompt is empty"),
+        ({"prompt": [[]]}, "prompt", "the prompt is empty"),
+        ({"prompt": ["a"] * 33, "n": 2}, "prompt", "ask for 66 answers; at most 64 are accepted"),
+        ({"prompt": [100_000]}, "prompt", "outside the vocabulary"),
+        ({"echo": True}, "echo", "echo is not supported"),
+        ({"suffix": "end"}, "suffix", "suffix is not supported"),
+    ],
+)
+def test_completions_refuses(client: Client, fields: dict[str, Any], param: str, message: str) -> None:
+    response = client.post("/v1/completions", {**COMPLETION, **fields})
+    assert response.status_code == 400
+    error = openai_error(response)
+    assert message in error["message"]
+    assert error["param"] == param
+
+
+def test_a_refused_prompt_takes_its_companions_with_it(client: Client, engine: FakeEngine) -> None:
+    response = client.post("/v1/completions", {**COMPLETION, "prompt": [[1], [2], [100_000]]})
+    assert response.status_code == 400
+    assert set(engine.aborted) | {r.request_id for r in engine.submitted} == {r.request_id for r in engine.submitted}
+    assert len(engine.submitted) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages is empty; it must hold at least one message"),
+        ({"messages": IMAGE}, "messages.0.content.0[0] has type 'image'"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "role is 'system'; it must be 'user' or 'assistant'"),
+        ({"messages": LONG}, "the prompt has 1008 tokens; at most 990 are accepted"),
+        ({"max_tokens": -1}, "max_tokens is -1: input should be greater than or equal to 1"),
+        ({"max_tokens": 10**9}, "has room for at most 981"),
+        ({"max_tokens": None}, "max_tokens is None: input should be a valid integer"),
+        ({"temperature": 1.5}, "temperature is 1.5: input should be less than or equal to 1"),
+        ({"top_p": 2}, "top_p is 2.0; it must be above 0 and at most 1"),
+        ({"top_k": -2}, "top_k is -2; it must be 0 (all tokens) or more"),
+        ({"stop_sequences": ["a"] * 17}, "at most 16 items"),
+        ({"stop_sequences": [""]}, "at least 1 character"),
+        ({"tool_choice": {"type": "any"}, "tools": []}, "only 'auto' and 'none' are supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0 must have a name (string) and an input_schema"),
+        ({"system": 5}, "system"),
+    ],
+)
+def test_messages_refuses(client: Client, engine: FakeEngine, fields: dict[str, Any], message: str) -> None:
+    response = client.post("/v1/messages", {**MESSAGE, **fields})
+    assert response.status_code == 400
+    error = anthropic_error(response)
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert engine.submitted == []
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model": ', "the body is not valid JSON: EOF while parsing"),
+        (b"", "the body is not valid JSON"),
+        (b'{"model": "\xff"}', "the body is not valid JSON"),
+        (b"[1]", "the body is [1]: input should be an object"),
+        (b"[" * 5000, "the body is not valid JSON: recursion limit exceeded"),
+        (b"{}", "model is missing; it is required"),
+    ],
+)
+def test_malformed_bodies_openai(client: Client, path: str, body: bytes, message: str) -> None:
+    response = client.post(path, content=body)
+    assert response.status_code == 400
+    assert message in openai_error(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(b"{", "the body is not valid JSON"), (b'{"model": "tiny"}', "messages is missing; it is required")],
+)
+def test_malformed_bodies_anthropic(client: Client, path: str, body: bytes, message: str) -> None:
+    response = client.post(path, content=body)
+    assert response.status_code == 400
+    assert message in anthropic_error(response)["message"]
+
+
+def test_a_bad_value_is_not_repeated_at_length(client: Client) -> None:
+    response = client.post("/v1/chat/completions", {**CHAT, "max_tokens": "9" * 10_000})
+    assert len(openai_error(response)["message"]) < 200
+
+
+def test_unknown_models(client: Client) -> None:
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
+        response = client.post(path, {**body, "model": "gpt-9"})
+        assert response.status_code == 404
+        assert openai_error(response) == {
+            "message": "model is 'gpt-9'; this server has 'tiny', 'alias'",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    response = client.post("/v1/messages", {**MESSAGE, "model": "claude"})
+    assert response.status_code == 404
+    assert anthropic_error(response)["type"] == "not_found_error"
+
+
+def test_unknown_routes_and_methods(client: Client) -> None:
+    missing = client.get("/v2/nothing")
+    assert missing.status_code == 404
+    assert openai_error(missing)["message"] == "there is no /v2/nothing here"
+    wrong = client.get("/v1/chat/completions")
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert openai_error(wrong)["message"] == "Method Not Allowed"
+    assert client.get("/v1/messages").status_code == 405
+    assert anthropic_error(client.get("/v1/messages"))["type"] == "invalid_request_error"
+
+
+@pytest.fixture
+def small(lifecycle: Lifecycle) -> FastAPI:
+    return create_app(lifecycle, ServingSettings(max_body_bytes=1000))
+
+
+def test_an_oversize_body_is_refused(small: FastAPI, engine: FakeEngine) -> None:
+    big = {"filler": "x" * 1000}
+    response = Client(small).post("/v1/chat/completions", {**CHAT, **big})
+    assert response.status_code == 413
+    assert openai_error(response)["code"] == "request_too_large"
+    assert "at most 1000 are accepted" in openai_error(response)["message"]
+    response = Client(small).post("/v1/messages", {**MESSAGE, **big})
+    assert response.status_code == 413
+    assert anthropic_error(response)["type"] == "request_too_large"
+    assert engine.submitted == []
+
+
+def test_a_body_is_counted_even_without_a_declared_length(small: FastAPI) -> None:
+    async def pieces() -> Any:
+        for _ in range(100):
+            yield b"x" * 100
+
+    response = Client(small).post("/v1/chat/completions", content=pieces())
+    assert "content-length" not in response.request.headers
+    assert response.status_code == 413
+    assert "the request's body has 1100 bytes or more" in openai_error(response)["message"]
+
+
+def test_a_body_at_the_limit_is_read(lifecycle: Lifecycle) -> None:
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}]}'
+    app = create_app(lifecycle, ServingSettings(max_body_bytes=len(body)))
+    assert Client(app).post("/v1/chat/completions", content=body).status_code == 200
+    assert Client(app).post("/v1/chat/completions", content=body + b" ").status_code == 413

@@ -1,0 +1,279 @@
+"""The OpenAI routes: values of answers, streams and usage."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from emberkv.core.sequence import FinishReason
+from tests.serving.conftest import MODEL, Client
+from tests.serving.fakes import BOS, FakeEngine, Script
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def chat(client: Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", {"model": MODEL, "messages": USER, **fields})
+
+
+def complete(client: Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/completions", {"model": MODEL, "prompt": "Once", **fields})
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The JSON of a stream's events, whose last must be [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_chat(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", cached=8)
+    body = chat(client).json()
+    assert body["id"].startswith("chatcmpl-")
+    del body["id"]
+    prompt = "<user>Hi<assistant>"
+    assert body == {
+        "object": "chat.completion",
+        "created": 1_800_000_000,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": 5,
+            "total_tokens": len(prompt) + 5,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        },
+    }
+    (request,) = engine.submitted
+    assert bytes(request.prompt_token_ids) == prompt.encode()
+    assert request.params.max_tokens == engine.context_length - len(prompt)
+
+
+def test_chat_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None:
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 7,
+        "min_p": 0.125,
+        "seed": 42,
+        "stop": ["x", "y"],
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "ignore_eos": True,
+    }
+    assert chat(client, max_completion_tokens=3, max_tokens=99, some_unknown_field=1, **fields).status_code == 200
+    params = engine.submitted[0].params
+    assert params.max_tokens == 3
+    assert params.stop == ("x", "y")
+    assert {name: getattr(params, name) for name in fields if name != "stop"} == {
+        name: value for name, value in fields.items() if name != "stop"
+    }
+
+
+def test_an_integer_is_a_valid_temperature(client: Client, engine: FakeEngine) -> None:
+    assert chat(client, temperature=0, stop=None).status_code == 200
+    assert engine.submitted[0].params.is_greedy
+
+
+def test_max_tokens_gives_length(client: Client) -> None:
+    body = chat(client, max_tokens=4).json()
+    assert body["choices"][0]["message"]["content"] == "Hell"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3])
+def test_stop_string_spans_tokens_and_aborts_the_engine(
+    client: Client, engine: FakeEngine, tokens_per_step: int
+) -> None:
+    engine.script = Script("one two three four " * 40, tokens_per_step=tokens_per_step, pause_after=30)
+    body = chat(client, stop=" three").json()
+    assert body["choices"][0]["message"]["content"] == "one two"
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] == len("one two three")
+    assert engine.aborted == [engine.submitted[0].request_id]
+
+
+def test_chat_stream(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script('Hé "\n', cached=4)
+    chunks = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert {chunk["created"] for chunk in chunks} == {1_800_000_000}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == 'Hé "\n'
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 19,
+        "completion_tokens": 6,
+        "total_tokens": 25,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+
+
+def test_a_stream_has_no_usage_unless_asked(client: Client) -> None:
+    assert all("usage" not in chunk for chunk in events(chat(client, stream=True)))
+
+
+def test_chat_logprobs(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("é!")
+    content = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+    alternatives = [
+        {"token": "x", "logprob": -0.25, "bytes": [ord("x")]},
+        {"token": "y", "logprob": -9999.0, "bytes": [ord("y")]},
+    ]
+    half = {"token": "\ufffd", "logprob": -0.5, "bytes": None, "top_logprobs": alternatives}
+    assert content == [half, half, {**half, "token": "!", "bytes": [ord("!")]}]
+
+
+def test_chat_logprobs_without_alternatives_and_streamed(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("ab")
+    chunks = events(chat(client, logprobs=True, stream=True))
+    entries = [
+        entry
+        for chunk in chunks
+        if chunk["choices"][0]["logprobs"]
+        for entry in chunk["choices"][0]["logprobs"]["content"]
+    ]
+    assert [(entry["token"], entry["top_logprobs"]) for entry in entries] == [("a", []), ("b", [])]
+
+
+def test_several_choices_share_a_prompt_and_differ_in_seed(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("abc", cached=2)
+    body = chat(client, n=3, seed=10).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [request.params.seed for request in engine.submitted] == [10, 11, 12]
+    assert body["usage"]["prompt_tokens"] == 19
+    assert body["usage"]["completion_tokens"] == 9
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+def test_several_choices_streamed(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("abc")
+    texts = {0: "", 1: ""}
+    for chunk in events(chat(client, n=2, stream=True)):
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "abc", 1: "abc"}
+
+
+def test_messages_reach_the_template(client: Client, engine: FakeEngine) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 2}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    assert chat(client, messages=messages, tools=tools, tool_choice="auto").status_code == 200
+    assert chat(client, messages=messages, tools=tools, tool_choice="none").status_code == 200
+    rendered = "<system>Be brief<user>a\nb<assistant>[add 2]<tool>3<assistant>"
+    shown = [bytes(request.prompt_token_ids).decode() for request in engine.submitted]
+    assert shown == ["<tool add>" + rendered, rendered]
+
+
+def test_completion(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("upon a time, long ago")
+    body = complete(client).json()
+    assert body["id"].startswith("cmpl-")
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {"index": 0, "text": "upon a time, lon", "logprobs": None, "finish_reason": "length"}
+    ]
+    assert engine.submitted[0].prompt_token_ids == [BOS, *b"Once"]
+    assert engine.submitted[0].params.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (["ab", "c"], [[BOS, *b"ab"], [BOS, *b"c"]]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_prompt_forms(client: Client, engine: FakeEngine, prompt: Any, expected: list[list[int]]) -> None:
+    body = complete(client, prompt=prompt, max_tokens=2).json()
+    assert [request.prompt_token_ids for request in engine.submitted] == expected
+    assert [choice["text"] for choice in body["choices"]] == ["He"] * len(expected)
+    assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
+
+
+def test_completion_logprobs(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("aé")
+    assert complete(client, logprobs=1).json()["choices"][0]["logprobs"] == {
+        "tokens": ["a", "\ufffd", "\ufffd"],
+        "token_logprobs": [-0.5, -0.5, -0.5],
+        "top_logprobs": [{"x": -0.25}] * 3,
+        "text_offset": [0, 1, 1],
+    }
+
+
+def test_completion_stream(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("abc")
+    chunks = events(complete(client, stream=True, max_tokens=2))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ab"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+def test_models(client: Client) -> None:
+    card = {"object": "model", "created": 1_700_000_000, "owned_by": "emberkv", "max_model_len": 1000}
+    cards = [{"id": MODEL, **card}, {"id": "alias", **card}]
+    assert client.get("/v1/models").json() == {"object": "list", "data": cards}
+    assert client.get("/v1/models/alias").json() == cards[1]
+    missing = client.get("/v1/models/org/other")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_an_alias_answers_under_the_models_first_name(client: Client) -> None:
+    assert chat(client, model="alias").json()["model"] == MODEL
+
+
+def test_an_engine_failure_is_a_500(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("abc", finish=FinishReason.ERROR, error="out of memory")
+    response = chat(client)
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "generation failed: out of memory",
+        "type": "server_error",
+        "param": None,
+        "code": "generation_failed",
+    }
+
+
+def test_an_engine_failure_ends_a_stream_with_an_error_event(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("abc", finish=FinishReason.ERROR, error="out of memory")
+    assert events(chat(client, stream=True))[-1]["error"]["code"] == "generation_failed"
+
+
+def test_a_stopped_engine_is_a_503(client: Client, engine: FakeEngine) -> None:
+    engine.stop()
+    response = chat(client)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "stopped"
+
+
+def test_a_large_prompt_is_prepared_off_the_event_loop(client: Client, engine: FakeEngine) -> None:
+    response = chat(client, messages=[{"role": "user", "content": "x" * 30_000}])
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    padded = chat(client, metadata={"filler": "x" * 30_000})
+    assert padded.json()["choices"][0]["message"]["content"] == "Hello there"
