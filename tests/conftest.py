@@ -1,5 +1,6 @@
 """Fixtures that everybody shares: checkpoints and the tokenizer of the tiny model zoo."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
 def fast_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny models' tokenizer as transformers has it."""
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def copied(checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
+    """A llama checkpoint that the test may break."""
+    return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))

@@ -3,7 +3,6 @@
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.serving.answer import Answer
-
 from tests.serving.fakes import ByteDetokenizer
 
 

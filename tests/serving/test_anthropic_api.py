@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from emberkv.core.sequence import FinishReason
-from tests.serving.conftest import MODEL, Client
 from tests.serving.fakes import FakeEngine, Script
+from tests.serving.harness import MODEL, Client
 
 USER = [{"role": "user", "content": "Hi"}]
 PROMPT = "<user>Hi<assistant>"

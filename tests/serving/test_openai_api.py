@@ -1,32 +1,19 @@
-"""The OpenAI routes: values of answers, streams and usage."""
+"""Chat completions and models: values of answers, streams and usage."""
 
-import json
 from typing import Any
 
 import httpx
 import pytest
 
 from emberkv.core.sequence import FinishReason
-from tests.serving.conftest import MODEL, Client
-from tests.serving.fakes import BOS, FakeEngine, Script
+from tests.serving.fakes import FakeEngine, Script
+from tests.serving.harness import MODEL, Client, openai_events
 
 USER = [{"role": "user", "content": "Hi"}]
 
 
 def chat(client: Client, **fields: Any) -> httpx.Response:
     return client.post("/v1/chat/completions", {"model": MODEL, "messages": USER, **fields})
-
-
-def complete(client: Client, **fields: Any) -> httpx.Response:
-    return client.post("/v1/completions", {"model": MODEL, "prompt": "Once", **fields})
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The JSON of a stream's events, whose last must be [DONE]."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_chat(client: Client, engine: FakeEngine) -> None:
@@ -107,7 +94,7 @@ def test_stop_string_spans_tokens_and_aborts_the_engine(
 
 def test_chat_stream(client: Client, engine: FakeEngine) -> None:
     engine.script = Script('Hé "\n', cached=4)
-    chunks = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    chunks = openai_events(chat(client, stream=True, stream_options={"include_usage": True}))
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert {chunk["created"] for chunk in chunks} == {1_800_000_000}
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -127,7 +114,7 @@ def test_chat_stream(client: Client, engine: FakeEngine) -> None:
 
 
 def test_a_stream_has_no_usage_unless_asked(client: Client) -> None:
-    assert all("usage" not in chunk for chunk in events(chat(client, stream=True)))
+    assert all("usage" not in chunk for chunk in openai_events(chat(client, stream=True)))
 
 
 def test_chat_logprobs(client: Client, engine: FakeEngine) -> None:
@@ -143,7 +130,7 @@ def test_chat_logprobs(client: Client, engine: FakeEngine) -> None:
 
 def test_chat_logprobs_without_alternatives_and_streamed(client: Client, engine: FakeEngine) -> None:
     engine.script = Script("ab")
-    chunks = events(chat(client, logprobs=True, stream=True))
+    chunks = openai_events(chat(client, logprobs=True, stream=True))
     entries = [
         entry
         for chunk in chunks
@@ -166,7 +153,7 @@ def test_several_choices_share_a_prompt_and_differ_in_seed(client: Client, engin
 def test_several_choices_streamed(client: Client, engine: FakeEngine) -> None:
     engine.script = Script("abc")
     texts = {0: "", 1: ""}
-    for chunk in events(chat(client, n=2, stream=True)):
+    for chunk in openai_events(chat(client, n=2, stream=True)):
         (choice,) = chunk["choices"]
         texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == {0: "abc", 1: "abc"}
@@ -186,51 +173,6 @@ def test_messages_reach_the_template(client: Client, engine: FakeEngine) -> None
     rendered = "<system>Be brief<user>a\nb<assistant>[add 2]<tool>3<assistant>"
     shown = [bytes(request.prompt_token_ids).decode() for request in engine.submitted]
     assert shown == ["<tool add>" + rendered, rendered]
-
-
-def test_completion(client: Client, engine: FakeEngine) -> None:
-    engine.script = Script("upon a time, long ago")
-    body = complete(client).json()
-    assert body["id"].startswith("cmpl-")
-    assert body["object"] == "text_completion"
-    assert body["choices"] == [
-        {"index": 0, "text": "upon a time, lon", "logprobs": None, "finish_reason": "length"}
-    ]
-    assert engine.submitted[0].prompt_token_ids == [BOS, *b"Once"]
-    assert engine.submitted[0].params.max_tokens == 16
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        (["ab", "c"], [[BOS, *b"ab"], [BOS, *b"c"]]),
-        ([1, 2, 3], [[1, 2, 3]]),
-        ([[1, 2], [3]], [[1, 2], [3]]),
-    ],
-)
-def test_prompt_forms(client: Client, engine: FakeEngine, prompt: Any, expected: list[list[int]]) -> None:
-    body = complete(client, prompt=prompt, max_tokens=2).json()
-    assert [request.prompt_token_ids for request in engine.submitted] == expected
-    assert [choice["text"] for choice in body["choices"]] == ["He"] * len(expected)
-    assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
-
-
-def test_completion_logprobs(client: Client, engine: FakeEngine) -> None:
-    engine.script = Script("aé")
-    assert complete(client, logprobs=1).json()["choices"][0]["logprobs"] == {
-        "tokens": ["a", "\ufffd", "\ufffd"],
-        "token_logprobs": [-0.5, -0.5, -0.5],
-        "top_logprobs": [{"x": -0.25}] * 3,
-        "text_offset": [0, 1, 1],
-    }
-
-
-def test_completion_stream(client: Client, engine: FakeEngine) -> None:
-    engine.script = Script("abc")
-    chunks = events(complete(client, stream=True, max_tokens=2))
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ab"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
-    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
 
 
 def test_models(client: Client) -> None:
@@ -261,7 +203,7 @@ def test_an_engine_failure_is_a_500(client: Client, engine: FakeEngine) -> None:
 
 def test_an_engine_failure_ends_a_stream_with_an_error_event(client: Client, engine: FakeEngine) -> None:
     engine.script = Script("abc", finish=FinishReason.ERROR, error="out of memory")
-    assert events(chat(client, stream=True))[-1]["error"]["code"] == "generation_failed"
+    assert openai_events(chat(client, stream=True))[-1]["error"]["code"] == "generation_failed"
 
 
 def test_a_stopped_engine_is_a_503(client: Client, engine: FakeEngine) -> None:

@@ -60,12 +60,22 @@ class Lease:
         self.hit_tokens += adopted
         return adopted
 
-    def commit(self, num_computed: int, *, exact: bool) -> None:
-        """Commit the blocks that are complete now that ``num_computed`` tokens have KV state.
+    def commit_prefilled(self, stop: int) -> None:
+        """Commit the blocks that are complete now that prefill has computed all tokens up to ``stop``.
 
-        exact: this stretch was computed as one full, aligned prefill chunk. What counts is whether all before it was
-        exact too. A collision ends it for good: the identities of all that follows name the other chain as well.
+        What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be.
         """
+        whole = stop - stop % self._cache.alignment
+        self._commit(whole, exact=True)
+        if stop > whole:
+            self._commit(stop, exact=False)
+
+    def commit_decoded(self, stop: int) -> None:
+        """Commit the blocks that are complete now that a decode step has computed the last token before ``stop``."""
+        self._commit(stop, exact=False)
+
+    def _commit(self, num_computed: int, *, exact: bool) -> None:
+        """A collision ends it for good: the identities of all that follows name the other chain as well."""
         self.context_exact = self.context_exact and exact
         if self._collided or not self._cache.enabled:
             return
@@ -87,8 +97,8 @@ class Lease:
 class PrefixCache:
     """Finds the longest cached prefix of a chain in a pool.
 
-    alignment: hits are rounded down to a multiple of this many tokens (the prefill chunk), so that what is computed
-    after a hit is cut exactly as in a cold run. exact: reuse only blocks that are bit-equal to a cold prefill.
+    alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
+    wherever a run of it begins. exact: reuse only blocks that are bit-equal to a cold prefill.
     enabled: False finds nothing and commits nothing.
     """
 

@@ -1,8 +1,8 @@
 """Continuous batching: what the next step computes, for whom, and who has to wait.
 
 A step decodes every running sequence together, then spends what is left of its token budget on prefill chunks. Chunks
-are cut at absolute multiples of the chunk size and computed one sequence at a time, cold or warm, which is what makes
-a hit's logits equal a cold run's.
+are computed one sequence at a time. They begin at multiples of the cache's alignment, as hits end there and the
+alignment divides the chunk size; that is what makes a hit's logits equal a cold run's.
 """
 
 from collections.abc import Container, Mapping
@@ -17,8 +17,11 @@ from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongErro
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences."""
+    """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment.
+    max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences.
+    """
 
+    prefill_chunk: int
     max_step_tokens: int = 512
     max_running: int = 64
 
@@ -60,11 +63,15 @@ class Scheduler:
     The caller repeats: `schedule`, compute the plan, `complete`. Between the two nothing else may be called.
     """
 
-    def __init__(self, cache: PrefixCache, config: SchedulerConfig | None = None) -> None:
+    def __init__(self, cache: PrefixCache, config: SchedulerConfig) -> None:
         self.cache = cache
-        self.config = config if config is not None else SchedulerConfig()
+        self.config = config
         if self.config.max_running < 1 or self.config.max_step_tokens < 1:
-            raise ConfigError(f"{self.config}: both must be at least 1")
+            raise ConfigError(
+                f"max_running is {config.max_running}, max_step_tokens {config.max_step_tokens}; at least 1"
+            )
+        if config.prefill_chunk < 1 or config.prefill_chunk % cache.alignment:
+            raise ConfigError(f"prefill_chunk is {config.prefill_chunk}; it must be a multiple of {cache.alignment}")
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -136,12 +143,11 @@ class Scheduler:
         for sequence in plan.decodes:
             sequence.num_computed += 1
             self.stats.decode_tokens += 1
-            sequence.held.commit(sequence.num_computed, exact=False)
+            sequence.held.commit_decoded(sequence.num_computed)
         for chunk in plan.prefills:
-            length = chunk.stop - chunk.start
             chunk.sequence.num_computed = chunk.stop
-            self.stats.prefill_tokens += length
-            chunk.sequence.held.commit(chunk.stop, exact=length == self.cache.alignment)
+            self.stats.prefill_tokens += chunk.stop - chunk.start
+            chunk.sequence.held.commit_prefilled(chunk.stop)
         if plan.prefills:
             self._free_when_refused = None  # whoever waits may share what was just committed
         finished = []
@@ -201,8 +207,7 @@ class Scheduler:
             if sequence.num_preemptions == 0:
                 sequence.cached_tokens += adopted
         start = sequence.num_computed
-        step = self.cache.alignment
-        return PrefillChunk(sequence, start, min(start - start % step + step, len(sequence.chain)))
+        return PrefillChunk(sequence, start, min(start + self.config.prefill_chunk, len(sequence.chain)))
 
     def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
         """The admitted sequence that still has tokens to plan, or else the next one admitted."""

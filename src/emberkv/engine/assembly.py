@@ -49,8 +49,8 @@ def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
     )
     executor.check_against_plain_forward()
     pool = BlockPool(executor.pool.num_blocks, config.block_size, policy=make_policy(config.eviction))
-    cache = PrefixCache(pool, alignment=config.prefill_chunk, exact=config.exact, enabled=config.prefix_cache)
-    scheduler = Scheduler(cache, SchedulerConfig(config.max_step_tokens, config.max_running))
+    cache = PrefixCache(pool, alignment=executor.alignment, exact=config.exact, enabled=config.prefix_cache)
+    scheduler = Scheduler(cache, SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running))
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     return AssembledEngine(EngineLoop(executor, scheduler, limits), executor, scheduler)
 

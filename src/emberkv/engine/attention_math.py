@@ -1,15 +1,58 @@
-"""Attention kernels: over keys that all queries see, over masked keys, and the merge of partial results.
+"""Attention kernels: one sequence's chunk over its keys, partial results over some keys, and their merge.
 
-Shapes: queries ``[batch, heads, queries, head_dim]``, keys and values ``[batch, kv_heads, keys, head_dim]``, where
-heads is a multiple of kv_heads and consecutive heads share a KV head. A partial result comes with the log-sum-exp of
-its scores, which is all that is needed to merge it with another over disjoint keys.
+Consecutive query heads share a KV head. They are folded into the query axis of that head, so that keys and values are
+never copied per query head.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from emberkv.engine.scratch import Scratch
+
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+SCORES_PER_PASS = 8 * 2**20
+"""Scores held at once, as far as whole KV heads allow: 16 MiB in bf16, which a cache of the last level holds."""
+
+
+def chunk_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    hidden: Tensor,
+    *,
+    softcap: float | None,
+    scratch: Scratch,
+) -> Tensor:
+    """Attention of one chunk: queries ``[tokens, heads, dim]``, keys and values ``[keys, kv_heads, dim]``.
+
+    hidden: bool ``[tokens, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
+    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+
+    Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
+    Plain matrix products are used because they run at full speed in bf16 on CPUs, where the fused kernel does not.
+    Which products are formed depends on the shapes only, so equal chunks give equal bits.
+    """
+    tokens, heads, dim = queries.shape
+    kv_heads, length = keys.shape[1], keys.shape[0]
+    groups = heads // kv_heads
+    folded = (queries * scale).transpose(0, 1).reshape(kv_heads, groups * tokens, dim)
+    keys_t, values = keys.permute(1, 2, 0), values.transpose(0, 1)
+    out = torch.empty_like(folded)
+    heads_per_pass = max(1, min(kv_heads, SCORES_PER_PASS // (groups * tokens * length)))
+    for first in range(0, kv_heads, heads_per_pass):
+        some = slice(first, min(first + heads_per_pass, kv_heads))
+        scores = scratch.take((some.stop - some.start, groups * tokens, length), queries.dtype)
+        torch.bmm(folded[some], keys_t[some], out=scores)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        seen = scores.view(-1, groups, tokens, length)[..., length - hidden.shape[1] :]
+        seen.masked_fill_(hidden, float("-inf"))
+        torch.softmax(scores, dim=-1, out=scores)
+        torch.bmm(scores, values[some], out=out[some])
+    return out.view(heads, tokens, dim).transpose(0, 1)
 
 
 def has_partial_kernel(device: torch.device) -> bool:
@@ -20,24 +63,16 @@ def has_partial_kernel(device: torch.device) -> bool:
 def partial_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over some of the keys: output ``[batch, heads, queries, head_dim]`` and its log-sum-exp
-    ``[batch, heads, queries]`` (fp32). The heads of a group are folded into the query axis, so keys are never copied
-    per head. mask: additive, broadcast over the folded axis.
+    """Attention over some of the keys, with the log-sum-exp of its scores, by which it can be merged with the rest.
+
+    queries ``[batch, heads, queries, dim]``, keys and values ``[batch, kv_heads, keys, dim]``; gives the output, of
+    the queries' shape, and fp32 ``[batch, heads, queries]``. mask: additive, broadcast over heads and queries.
     """
     batch, heads, length, dim = queries.shape
     kv_heads = keys.shape[1]
     folded = queries.reshape(batch, kv_heads, heads // kv_heads * length, dim)
     out, lse = _flash_cpu(folded, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, length, dim), lse.reshape(batch, heads, length)
-
-
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Like `partial_attention`, for as many keys as queries, each query seeing the keys up to its own."""
-    groups = queries.shape[1] // keys.shape[1]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    out, lse = _flash_cpu(queries, keys, values, 0.0, True, scale=scale)
-    return out, lse
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -51,12 +86,9 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 
 
 def masked_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor, softcap: float | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor, softcap: float | None
 ) -> Tensor:
-    """Attention under a boolean mask ``[batch or 1, 1, queries, keys]``, on any device.
-
-    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
-    """
+    """Attention under a boolean mask ``[batch, 1, 1, keys]``, on any device; shapes as in `partial_attention`."""
     if softcap is None:
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]

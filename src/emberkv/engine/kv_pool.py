@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.geometry import ModelGeometry
+from emberkv.engine.scratch import Scratch
 from emberkv.errors import ConfigError
 
 
@@ -11,7 +12,7 @@ class KVPool:
     """KV state laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
 
     A *row* is one block's K (or V) of one layer. ``rows(slots)`` gives each slot's first row; the K of a layer is
-    ``2 * layer`` rows further, its V one more.
+    ``2 * layer`` rows further, its V one more. scores: memory for attention scores, lent to one layer at a time.
     """
 
     def __init__(
@@ -30,7 +31,8 @@ class KVPool:
         self._row_view = self.storage.view(num_blocks * geometry.num_layers * 2, -1)
         self._token_view = self.storage.view(num_blocks * geometry.num_layers * 2 * block_size, -1)
         self._layer_offsets = torch.arange(geometry.num_layers * 2, device=device).view(-1, 2, 1)
-        self._workspace = torch.empty(0, dtype=dtype, device=device)
+        self._gathered = Scratch(device)
+        self.scores = Scratch(device)
 
     @classmethod
     def of_bytes(
@@ -61,10 +63,7 @@ class KVPool:
 
         index: one layer's entry of `gather_index`.
         """
-        needed = index.numel() * self._row_view.shape[1]
-        if self._workspace.numel() < needed:
-            self._workspace = torch.empty(needed, dtype=self.dtype, device=self.device)
-        out = self._workspace[:needed].view(index.numel(), -1)
+        out = self._gathered.take((index.numel(), self._row_view.shape[1]), self.dtype)
         torch.index_select(self._row_view, 0, index, out=out)
         keys, values = out.view(2, -1, self.geometry.num_kv_heads, self.geometry.head_dim).unbind(0)
         return keys, values

@@ -1,44 +1,43 @@
-"""Linear layers with weights laid out once for oneDNN.
+"""Linear layers with weights laid out once for oneDNN, whose result for a row does not depend on the other rows.
 
 Called the plain way, oneDNN rearranges a bf16 weight on every call, which for a few rows costs as much as the product
-itself.
+itself, and fp32 products go to a library that picks its kernel, and with it the order of summation, by the number of
+rows.
 """
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` for CPU whose weight is kept in oneDNN's own blocked layout.
+    """A frozen linear layer for CPU whose weight is kept in oneDNN's own blocked layout.
 
-    weight: ``[out_features, in_features]``, opaque to everything but oneDNN; the plain copy is not kept.
+    weight: ``[out_features, in_features]``; the plain copy is not kept.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.out_features, self.in_features = weight.shape
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.numel() == 0:
+        rows = inputs.reshape(-1, self.in_features)
+        if rows.shape[0] == 0:
             return inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
-        return outputs
+        if rows.shape[0] == 1:
+            # A single row takes another kernel, which sums in another order.
+            return self._product(rows.expand(2, -1))[:1].view(*inputs.shape[:-1], -1)
+        return self._product(rows).view(*inputs.shape[:-1], -1)
 
-
-def can_pack(linear: nn.Linear) -> bool:
-    """Whether oneDNN takes this layer: on CPU, in bf16, with hardware support for it."""
-    return (
-        linear.weight.device.type == "cpu"
-        and linear.weight.dtype == torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    def _product(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace every linear layer that can be packed, except those whose weight something else uses too.
+    """Replace every linear layer that oneDNN takes, except those whose weight something else uses too.
 
     A tied output layer shares its weight with the embedding, which needs the plain layout. Returns the number of
     layers replaced.
@@ -50,7 +49,16 @@ def pack_linears(model: nn.Module) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and can_pack(child) and uses[id(child.weight)] == 1:
-                setattr(parent, name, PackedLinear(child))
+            linear = type(child) is nn.Linear or type(child) is Conv1D
+            if linear and uses[id(child.weight)] == 1 and _can_pack(child.weight):
+                weight = child.weight.t() if type(child) is Conv1D else child.weight
+                setattr(parent, name, PackedLinear(weight, child.bias))
                 replaced += 1
     return replaced
+
+
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or bool(bf16)

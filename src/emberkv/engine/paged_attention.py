@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from emberkv.engine.attention_math import (
-    causal_attention,
+    chunk_attention,
     has_partial_kernel,
     masked_attention,
     merge,
@@ -48,61 +48,83 @@ class AttentionStep(ABC):
         """
 
 
-class PrefillStep(AttentionStep):
-    """Tokens ``[start, start + length)`` of one sequence; ``start`` is a multiple of the block size.
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries attended over together. rows: which of the chunk's tokens; keys: which of the gathered keys."""
 
-    slots: the sequence's block table, covering at least ``start + length`` tokens.
+    rows: slice
+    keys: slice
+    hidden: Tensor  # bool [queries, n]: not to be seen of the last n keys
+
+
+class PrefillStep(AttentionStep):
+    """Tokens ``[start, start + length)`` of one sequence; ``start`` is a multiple of ``tile`` and the block size.
+
+    slots: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
+    tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
     """
 
-    def __init__(self, pool: KVPool, slots: list[int], start: int, length: int) -> None:
+    def __init__(self, pool: KVPool, slots: list[int], start: int, length: int, *, tile: int) -> None:
         self._pool = pool
         self._start = start
-        self._length = length
+        self._stop = start + length
+        self._tile = tile
         rows = pool.rows(slots)
-        positions = torch.arange(start, start + length, device=pool.device)
+        positions = torch.arange(start, self._stop, device=pool.device)
         self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
-        self._prefix = pool.gather_index(rows[: start // pool.block_size])
-        self._masks: dict[int | None, Tensor] = {}
+        self._rows = rows[: -(-self._stop // pool.block_size)]
+        self._views: dict[int | None, tuple[Tensor, list[_Tile]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
-        windowed = call.window is not None and self._start + self._length > call.window
-        if windowed or call.softcap is not None or not has_partial_kernel(queries.device):
-            return self._attend_masked(call, queries, keys, values)
-        q = queries.transpose(0, 1).contiguous().unsqueeze(0)
-        own = causal_attention(q, keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0), call.scale)
-        if self._start == 0:
-            return own[0].squeeze(0).transpose(0, 1)
-        before_k, before_v = self._pool.gather(self._prefix[call.layer])
-        prefix = partial_attention(
-            q, before_k.transpose(0, 1).unsqueeze(0), before_v.transpose(0, 1).unsqueeze(0), call.scale
-        )
-        return merge(prefix, own).to(queries.dtype).squeeze(0).transpose(0, 1)
+        index, tiles = self._view(call.window)
+        all_keys, all_values = self._pool.gather(index[call.layer])
+        parts = [
+            chunk_attention(
+                queries[tile.rows],
+                all_keys[tile.keys],
+                all_values[tile.keys],
+                call.scale,
+                tile.hidden,
+                softcap=call.softcap,
+                scratch=self._pool.scores,
+            )
+            for tile in tiles
+        ]
+        return torch.cat(parts)
 
-    def _attend_masked(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        before_k, before_v = self._pool.gather(self._prefix[call.layer])
-        all_keys = torch.cat((before_k, keys)).transpose(0, 1).unsqueeze(0)
-        all_values = torch.cat((before_v, values)).transpose(0, 1).unsqueeze(0)
-        out = masked_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            all_keys,
-            all_values,
-            call.scale,
-            self._visible(call.window),
-            call.softcap,
-        )
-        return out.squeeze(0).transpose(0, 1)
+    def _view(self, window: int | None) -> tuple[Tensor, list[_Tile]]:
+        """Under ``window``: the blocks to gather, and the tiles over their keys."""
+        if window is not None and window >= self._stop:
+            window = None
+        if window not in self._views:
+            size = self._pool.block_size
+            gathered = self._first_key(self._start, window) // size * size
+            tiles = []
+            for start in range(self._start, self._stop, self._tile):
+                stop = min(start + self._tile, self._stop)
+                first = self._first_key(start, window)
+                tiles.append(
+                    _Tile(
+                        slice(start - self._start, stop - self._start),
+                        slice(first - gathered, stop - gathered),
+                        self._hidden(start, stop, window),
+                    )
+                )
+            self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), tiles
+        return self._views[window]
 
-    def _visible(self, window: int | None) -> Tensor:
-        if window not in self._masks:
-            device = self._pool.device
-            at = torch.arange(self._start, self._start + self._length, device=device).unsqueeze(1)
-            key_at = torch.arange(self._start + self._length, device=device)
-            visible = key_at <= at
-            if window is not None:
-                visible &= key_at > at - window
-            self._masks[window] = visible[None, None]
-        return self._masks[window]
+    @staticmethod
+    def _first_key(position: int, window: int | None) -> int:
+        return 0 if window is None else max(0, position - window + 1)
+
+    def _hidden(self, start: int, stop: int, window: int | None) -> Tensor:
+        device = self._pool.device
+        at = torch.arange(start, stop, device=device).unsqueeze(1)
+        if window is None:
+            return torch.arange(start, stop, device=device) > at
+        key_at = torch.arange(self._first_key(start, window), stop, device=device)
+        return (key_at > at) | (key_at <= at - window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ class PieceCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._entries: "OrderedDict[str, array[int]]" = OrderedDict()
+        self._entries: OrderedDict[str, array[int]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property

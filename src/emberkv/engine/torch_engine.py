@@ -1,5 +1,6 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
+import itertools
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass
 
@@ -15,7 +16,10 @@ from emberkv.engine.packed_linear import pack_linears
 from emberkv.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep, attention_step
 from emberkv.errors import UnsupportedModelError
 
-KV_LAYOUT = "blocks-layers-kv-tokens-heads-dim.1"
+KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
+TILE_TOKENS = 64
+"""Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
+
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -30,23 +34,34 @@ class StepResult:
 class TorchEngine:
     """A loaded model over a paged KV pool. Not thread-safe: one loop drives it.
 
-    cache_bytes: size of the KV pool. prefill_chunk: tokens per prefill pass, part of what identifies the KV state.
+    cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. tile: tokens whose attention is
+    computed together, a divisor of prefill_chunk.
+
+    Prefill is *tile-invariant*: tokens ``[k * tile, (k + 1) * tile)`` get the same KV state, to the last bit, in
+    whatever chunk they are computed. Attention is, by its cut at absolute positions; whether the linear layers are
+    depends on the machine's libraries, so `alignment` is found by trying.
     """
 
-    def __init__(self, loaded: LoadedModel, *, cache_bytes: int, block_size: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, cache_bytes: int, block_size: int, prefill_chunk: int, tile: int = TILE_TOKENS
+    ) -> None:
         self.loaded = loaded
         self.prefill_chunk = prefill_chunk
+        self.tile = tile if prefill_chunk % tile == 0 and tile % block_size == 0 else prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
         pack_linears(self._model)
+        self.alignment = self._find_alignment()
+        if self.alignment != self.tile:
+            self.tile = prefill_chunk
 
     def root(self, salt: bytes) -> Identity:
         """The root of the block identities of every prompt under ``salt``."""
         return root_identity(
             fingerprint=self.loaded.fingerprint,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
-            layout=f"{KV_LAYOUT};chunk={self.prefill_chunk}",
+            layout=f"{KV_LAYOUT};tile={self.tile}",
             block_size=self.pool.block_size,
             salt=salt,
         )
@@ -81,7 +96,7 @@ class TorchEngine:
 
     def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
-        step = PrefillStep(self.pool, slots, start, len(tokens))
+        step = PrefillStep(self.pool, slots, start, len(tokens), tile=self.tile)
         keep = [len(tokens) - 1] if sample else []
         return self._forward(step, tokens, list(range(start, start + len(tokens))), keep)
 
@@ -102,6 +117,30 @@ class TorchEngine:
         return logits
 
     @torch.inference_mode()
+    def _find_alignment(self) -> int:
+        """The tile if prefill proves tile-invariant here, else the chunk. Uses the pool's first blocks.
+
+        Compares the KV state of two chunks computed whole with that of the same tokens computed in other pieces.
+        """
+        length = 2 * self.prefill_chunk
+        blocks = -(-length // self.pool.block_size)
+        if self.tile == self.prefill_chunk or 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
+            return self.prefill_chunk
+        tokens = self._made_up_tokens(length)
+        whole, pieces = list(range(blocks)), list(range(blocks, 2 * blocks))
+        for start in range(0, length, self.prefill_chunk):
+            self.prefill(tokens[start : start + self.prefill_chunk], start, whole, sample=False)
+        start = 0
+        for tiles in itertools.cycle(range(1, self.prefill_chunk // self.tile + 1)):
+            stop = min(start + tiles * self.tile, length)
+            self.prefill(tokens[start:stop], start, pieces, sample=False)
+            if stop == length:
+                break
+            start = stop
+        same = torch.equal(self.pool.storage[: whole[-1] + 1], self.pool.storage[pieces[0] : pieces[-1] + 1])
+        return self.tile if same else self.prefill_chunk
+
+    @torch.inference_mode()
     def check_against_plain_forward(self) -> None:
         """Compare prefill and decode through the pool with transformers' own eager forward, on made-up tokens.
 
@@ -110,8 +149,7 @@ class TorchEngine:
         """
         length = min(2 * self.prefill_chunk + 2, self.pool.num_blocks * self.pool.block_size)
         length = min(length, self.loaded.context_length, 96)
-        vocab = self.loaded.geometry.vocab_size
-        tokens = [(7 * i * i + 3) % vocab for i in range(length)]
+        tokens = self._made_up_tokens(length)
         slots = list(range(-(-length // self.pool.block_size)))
         cut = max(self.pool.block_size, length // 2 // self.pool.block_size * self.pool.block_size)
         paged = [self.prefill(tokens[:cut], 0, slots, sample=True)]
@@ -132,3 +170,6 @@ class TorchEngine:
                 f"{self.loaded.name}: logits through the paged KV pool differ from the model's own by {error:.2%}; "
                 f"{type(self._model).__name__} cannot be served"
             )
+
+    def _made_up_tokens(self, count: int) -> list[int]:
+        return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]

@@ -8,7 +8,7 @@ from pydantic import Field
 from emberkv.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import RequestError
-from emberkv.serving.chat_messages import plain_text
+from emberkv.serving.chat_messages import part_text, plain_text
 from emberkv.serving.validation import RequestBody
 
 _PASSED_OVER = ("thinking", "redacted_thinking")  # an earlier answer's thoughts are not part of the conversation
@@ -93,7 +93,7 @@ def _messages_of(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]
         elif kind == "tool_result" and role == "user":
             results.append(_template_result(block, at))
         elif kind not in _PASSED_OVER:
-            texts.append(plain_text([block], at))
+            texts.append(part_text(block, at))
     own: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
     if calls:
         own["tool_calls"] = calls

@@ -6,12 +6,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from emberkv.errors import EmberError
 from emberkv.serving.anthropic_api import anthropic_router
 from emberkv.serving.body_limit import BodyLimit
 from emberkv.serving.context import ServingContext, ServingSettings
-from emberkv.serving.failures import answer_failure
+from emberkv.serving.failures import answer_failure, answer_nobody
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import Clock
 from emberkv.serving.openai_api import openai_router
@@ -34,6 +35,7 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_failure)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.include_router(openai_router(context))
     app.include_router(anthropic_router(context))
 

@@ -31,8 +31,9 @@ class ApiKeys:
 
 
 def _given_key(headers: Mapping[str, str]) -> bytes | None:
+    # servers read headers as latin-1; encoding them back gives the bytes that were sent
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
-        return token.strip().encode()
+        return token.strip().encode("latin-1")
     key = headers.get("x-api-key")
-    return key.encode() if key else None
+    return key.encode("latin-1") if key else None

@@ -48,10 +48,11 @@ def plain_text(content: object, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise RequestError(f"{place} must be a string or a list of text parts", param=place)
-    return "\n".join(_part_text(part, f"{place}[{index}]") for index, part in enumerate(content))
+    return "\n".join(part_text(part, f"{place}[{index}]") for index, part in enumerate(content))
 
 
-def _part_text(part: object, place: str) -> str:
+def part_text(part: object, place: str) -> str:
+    """The text of one part of a message's content. Raises RequestError for any other type of part."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind != "text":
         raise RequestError(f"{place} has type {kind!r}; this server reads text, so it must be 'text'", param=place)

@@ -7,9 +7,11 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from emberkv.errors import EmberError, EngineStoppedError, PromptTooLongError, RequestError
+
+CLIENT_GONE = 499  # nobody reads it, but a proxy's log may show it
 
 logger = logging.getLogger(__name__)
 
@@ -107,3 +109,8 @@ async def answer_failure(request: Request, error: Exception) -> JSONResponse:
     failure = failure_of(error)
     shape = anthropic_error if speaks_anthropic(request) else openai_error
     return JSONResponse(shape(failure), status_code=failure.status, headers=dict(failure.headers))
+
+
+async def answer_nobody(_request: Request, _error: Exception) -> Response:
+    """For a client that left before its request was read."""
+    return Response(status_code=CLIENT_GONE)

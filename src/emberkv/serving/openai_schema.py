@@ -1,10 +1,10 @@
 """The OpenAI API's requests: their fields, and which of them cannot be honoured here."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.validation import RequestBody
 
@@ -118,7 +118,7 @@ class ChatCompletionRequest(OpenAIRequest):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
 

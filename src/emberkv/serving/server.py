@@ -61,7 +61,14 @@ class HttpServer(uvicorn.Server):
         *,
         drain_seconds: float = DEFAULT_DRAIN_SECONDS,
     ) -> None:
-        config = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            lifespan="off",
+            timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first
+            timeout_graceful_shutdown=5,
+        )
         super().__init__(config)
         self._lifecycle = lifecycle
         self._bound = bound

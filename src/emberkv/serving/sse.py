@@ -11,8 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emberkv.serving.answer_stream import AnswerStream, WholeAnswer
-
-CLIENT_GONE = 499  # nobody reads it, but a proxy's log may show it
+from emberkv.serving.failures import CLIENT_GONE
 
 T = TypeVar("T")
 

@@ -1,13 +1,12 @@
 """Request bodies: from JSON bytes to a checked model, or to an error that names the field."""
 
+import reprlib
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from emberkv.errors import RequestError
-
-_SHOWN = 60  # characters of a bad value that are repeated to its sender
 
 
 class RequestBody(BaseModel):
@@ -48,6 +47,5 @@ def _describe(problem: ErrorDetails) -> str:
         return f"the body is not valid JSON: {accepted.removeprefix('Invalid JSON: ')}"
     if problem["type"] == "missing":
         return f"{path} is missing; it is required"
-    given = repr(problem["input"])
-    shown = given if len(given) <= _SHOWN else given[:_SHOWN] + "..."
-    return f"{path or 'the body'} is {shown}: {accepted[:1].lower()}{accepted[1:]}"
+    given = reprlib.repr(problem["input"])  # shortened, whatever its size
+    return f"{path or 'the body'} is {given}: {accepted[:1].lower()}{accepted[1:]}"

@@ -1,0 +1,259 @@
+"""The pool: a block's life, what a match may return, and the conservation law."""
+
+from collections.abc import Callable
+
+import pytest
+
+from emberkv.core.block import Block, BlockState
+from emberkv.core.block_pool import BlockPool, MatchEnd
+from emberkv.core.eviction import S3FIFO
+from emberkv.core.hashing import TokenChain
+from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
+from tests.core.harness import chain
+
+ABC = chain(range(12))  # three blocks of four
+
+
+def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Block]:
+    """All full blocks of a chain, computed and committed; still held."""
+    blocks = pool.allocate(len(tokens.identities))
+    return [pool.commit(block, tokens, position, exact=exact) for position, block in enumerate(blocks)]
+
+
+def forged(tokens: list[int], identities_of: TokenChain) -> TokenChain:
+    """Another chain under the same identities, as if SHA-256 had collided."""
+    forgery = chain(tokens)
+    forgery.identities = list(identities_of.identities)
+    return forgery
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0), (-1, 16)])
+def test_a_pool_without_room_is_refused(num_blocks: int, block_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"a pool of {num_blocks} blocks of {block_size} tokens"):
+        BlockPool(num_blocks, block_size)
+
+
+def test_a_blocks_life() -> None:
+    pool = BlockPool(4, 4)
+    [block, spare] = pool.allocate(2)
+    assert (block.state, block.ref_count, pool.num_free) == (BlockState.ALLOCATED, 1, 2)
+    assert pool.commit(block, ABC, 0, exact=True) is block
+    assert (block.state, pool.num_cached) == (BlockState.COMMITTED, 1)
+    pool.free([block, spare])
+    assert (block.state, block.ref_count) == (BlockState.FREE, 0)
+    assert (pool.num_free, pool.num_evictable, pool.num_cached) == (4, 1, 1)
+    pool.pin([block])
+    assert (block.state, block.ref_count, pool.num_free) == (BlockState.COMMITTED, 1, 3)
+    pool.free([block])
+    pool.allocate(4)
+    assert (pool.num_free, pool.num_cached, pool.lookup(ABC.identities[0])) == (0, 0, None)
+    assert pool.stats.evicted_blocks == 1
+    pool.check_integrity([pool.blocks])
+
+
+def test_blank_slots_go_first_then_the_end_of_a_chain() -> None:
+    pool = BlockPool(5, 4)
+    pool.free(store(pool, ABC))
+    cached = []
+    for count in (2, 1, 1, 1):
+        pool.allocate(count)
+        cached.append([pool.lookup(identity) is not None for identity in ABC.identities])
+    assert cached == [[True, True, True], [True, True, False], [True, False, False], [False, False, False]]
+
+
+def test_too_many_blocks_change_nothing() -> None:
+    pool = BlockPool(4, 4)
+    pool.free(store(pool, ABC))
+    held = pool.allocate(1)
+    with pytest.raises(NoFreeBlocksError, match="4 blocks asked for, 3 of 4 are free"):
+        pool.allocate(4)
+    assert (pool.num_free, pool.num_cached, pool.stats.evicted_blocks) == (3, 3, 0)
+    pool.check_integrity([held])
+
+
+def test_a_match_is_the_longest_consecutive_run() -> None:
+    pool = BlockPool(8, 4)
+    blocks = store(pool, ABC)
+    other = chain([*range(8), 99, 99, 99, 99])
+    assert pool.match(ABC, stop=3).blocks == blocks
+    assert pool.match(ABC, stop=3).end is MatchEnd.LIMIT
+    assert pool.match(ABC, start=1, stop=2).blocks == blocks[1:2]
+    assert (pool.match(other, stop=3).blocks, pool.match(other, stop=3).end) == (blocks[:2], MatchEnd.ABSENT)
+    assert pool.match(chain(range(1, 13)), stop=3).blocks == []
+    assert pool.match(chain(range(12), salt=b"other"), stop=3).blocks == []
+
+
+def test_a_match_holds_nothing_and_moves_nothing() -> None:
+    pool = BlockPool(6, 4)
+    first, second = chain([1] * 4), chain([2] * 4)
+    pool.free(store(pool, first))
+    pool.free(store(pool, second))
+    assert pool.match(first, stop=1).blocks == [pool.lookup(first.identities[0])]
+    assert pool.num_free == 6
+    pool.check_integrity([])
+    pool.allocate(5)
+    assert pool.lookup(first.identities[0]) is None, "looking at it made the oldest block younger"
+    assert pool.lookup(second.identities[0]) is not None
+
+
+def test_what_is_pinned_survives_an_allocation() -> None:
+    pool = BlockPool(3, 4)
+    pool.free(store(pool, ABC))
+    found = pool.match(ABC, stop=2).blocks
+    pool.pin(found)
+    [fresh] = pool.allocate(1)
+    assert fresh.slot == 2
+    with pytest.raises(NoFreeBlocksError):
+        pool.allocate(1)
+    assert pool.match(ABC, stop=2).blocks == found
+    pool.check_integrity([found, [fresh]])
+
+
+def test_a_collision_is_no_match() -> None:
+    pool = BlockPool(8, 4)
+    blocks = store(pool, ABC)
+    forgery = forged([0, 1, 2, 3, 9, 9, 9, 9, 8, 9, 10, 11], ABC)
+    match = pool.match(forgery, stop=3)
+    assert (match.blocks, match.end) == (blocks[:1], MatchEnd.TOKENS_DIFFER)
+    assert pool.stats.collisions == 1
+
+
+def test_a_collision_at_commit_stays_private() -> None:
+    pool = BlockPool(8, 4)
+    known = store(pool, ABC)
+    [ours] = pool.allocate(1)
+    assert pool.commit(ours, forged([9] * 12, ABC), 0, exact=True) is ours
+    assert (ours.state, ours.identity) == (BlockState.ALLOCATED, None)
+    assert pool.lookup(ABC.identities[0]) is known[0]
+    assert pool.stats.collisions == 1
+    pool.check_integrity([known, [ours]])
+    pool.free([ours])
+    assert pool.num_free == 5
+
+
+@pytest.mark.parametrize(("known_exact", "ours_exact"), [(True, True), (True, False), (False, False)])
+def test_a_duplicate_keeps_theirs_and_frees_ours(known_exact: bool, ours_exact: bool) -> None:
+    pool = BlockPool(4, 4)
+    [known] = store(pool, chain([1] * 4), exact=known_exact)
+    [ours] = store(pool, chain([1] * 4), exact=ours_exact)
+    assert ours is known
+    assert (known.ref_count, known.exact, pool.num_free) == (2, known_exact, 3)
+    assert (pool.stats.duplicate_blocks, pool.stats.committed_blocks) == (1, 1)
+    pool.check_integrity([[known], [ours]])
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_exact_takes_the_place_of_inexact(held: bool) -> None:
+    pool = BlockPool(4, 4)
+    tokens = chain([1] * 4)
+    [old] = store(pool, tokens, exact=False)
+    if not held:
+        pool.free([old])
+    [new] = store(pool, tokens, exact=True)
+    assert new is not old
+    assert pool.lookup(tokens.identities[0]) is new
+    assert (old.state, old.identity) == (BlockState.ALLOCATED if held else BlockState.FREE, None)
+    assert (pool.stats.replaced_blocks, pool.num_cached, pool.num_evictable) == (1, 1, 0)
+    pool.check_integrity([[old], [new]] if held else [[new]])
+    pool.free([new, old] if held else [new])
+    assert (pool.num_free, pool.num_evictable) == (4, 1)
+    pool.check_integrity([])
+
+
+def test_clear_forgets_all_and_takes_nothing_from_holders() -> None:
+    pool = BlockPool(6, 4)
+    held = store(pool, ABC)
+    pool.free(store(pool, chain([7] * 4)))
+    pool.clear()
+    assert (pool.num_cached, pool.num_evictable, pool.num_free) == (0, 0, 3)
+    assert {block.state for block in held} == {BlockState.ALLOCATED}
+    pool.check_integrity([held])
+    again = store(pool, ABC)
+    pool.free(held)
+    assert pool.match(ABC, stop=3).blocks == again
+    pool.check_integrity([again])
+
+
+def test_a_slots_next_block_inherits_no_history() -> None:
+    pool = BlockPool(20, 4, policy=S3FIFO())
+    chains = [chain([number] * 4) for number in range(22)]
+    for each in chains[:20]:
+        pool.free(store(pool, each))
+    for each in chains[:18]:
+        hit = pool.match(each, stop=1).blocks
+        pool.pin(hit)
+        pool.free(hit)
+    pool.free(store(pool, chains[20]))
+    assert pool.lookup(chains[18].identities[0]) is None, "never read, first in the small queue"
+    pool.free(store(pool, chains[21]))
+    assert pool.lookup(chains[19].identities[0]) is None, "never read; the new block waits behind it"
+    assert pool.lookup(chains[20].identities[0]) is not None
+
+
+def test_misuse_is_an_integrity_error() -> None:
+    pool = BlockPool(4, 4)
+    [block] = store(pool, chain([1] * 4))
+    with pytest.raises(IntegrityError, match="slot 0 is committed; only an allocated block"):
+        pool.commit(block, chain([1] * 4), 0, exact=True)
+    pool.free([block])
+    with pytest.raises(IntegrityError, match="slot 0 is freed but nobody holds it"):
+        pool.free([block])
+
+
+def lose_a_reference(pool: BlockPool) -> None:
+    pool.blocks[0].ref_count = 0
+
+
+def add_a_reference(pool: BlockPool) -> None:
+    pool.blocks[0].ref_count = 2
+
+
+def free_without_telling(pool: BlockPool) -> None:
+    pool.blocks[0].state = BlockState.FREE
+    pool.blocks[0].ref_count = 0
+
+
+def change_an_identity(pool: BlockPool) -> None:
+    pool.blocks[0].identity = b"x"
+
+
+def drop_an_identity(pool: BlockPool) -> None:
+    pool.blocks[0].identity = None
+
+
+def claim_a_blank(pool: BlockPool) -> None:
+    pool.blocks[5].ref_count = 1
+
+
+def commit_a_blank(pool: BlockPool) -> None:
+    pool.blocks[5].state = BlockState.COMMITTED
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose_a_reference,
+        add_a_reference,
+        free_without_telling,
+        change_an_identity,
+        drop_an_identity,
+        claim_a_blank,
+        commit_a_blank,
+    ],
+)
+def test_the_check_finds_what_is_wrong(damage: Callable[[BlockPool], None]) -> None:
+    pool = BlockPool(6, 4)
+    held = store(pool, ABC)
+    pool.check_integrity([held])
+    damage(pool)
+    with pytest.raises(IntegrityError):
+        pool.check_integrity([held])
+
+
+def test_the_check_counts_holders() -> None:
+    pool = BlockPool(6, 4)
+    held = store(pool, ABC)
+    with pytest.raises(IntegrityError, match="slot 0: 1 refs, 0 held"):
+        pool.check_integrity([held[1:]])
+    with pytest.raises(IntegrityError, match="slot 2: 1 refs, 2 held"):
+        pool.check_integrity([held, held[2:]])

@@ -1,0 +1,216 @@
+"""The scheduler's plans, worked out by hand: 16 blocks of 4 tokens, chunks of 4, unless a test says otherwise."""
+
+import pytest
+
+from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from emberkv.core.sequence import FinishReason, SequenceStatus
+from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
+from tests.core.harness import Harness
+
+
+def shape(plan: StepPlan) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """Who decodes, and which stretches are prefilled."""
+    chunks = [(chunk.sequence.request_id, chunk.start, chunk.stop) for chunk in plan.prefills]
+    return [each.request_id for each in plan.decodes], chunks
+
+
+def test_a_prompt_is_prefilled_in_aligned_chunks_then_decoded() -> None:
+    harness = Harness(max_step_tokens=8)
+    sequence = harness.add("a", range(10), new=2)
+    assert shape(harness.step()) == ([], [("a", 0, 4), ("a", 4, 8)])
+    assert (sequence.status, sequence.num_computed) == (SequenceStatus.PREFILLING, 8)
+    assert shape(harness.step()) == ([], [("a", 8, 10)])
+    assert (sequence.status, sequence.chain.slice(10, 11)) == (SequenceStatus.DECODING, [1010])
+    assert shape(harness.step()) == (["a"], [])
+    assert (sequence.status, sequence.finish_reason) == (SequenceStatus.FINISHED, FinishReason.LENGTH)
+    assert sequence.chain.slice(10, 12) == [1010, 1011]
+    assert not harness.step()
+    stats = harness.pool.stats
+    assert (stats.query_tokens, stats.prefill_tokens, stats.decode_tokens, stats.hit_tokens) == (10, 10, 1, 0)
+
+
+def test_one_new_token_needs_no_decode() -> None:
+    harness = Harness()
+    sequence = harness.add("a", range(3), new=1)
+    plan = harness.scheduler.schedule()
+    assert plan.prefills[0].samples
+    harness.compute(plan)
+    assert harness.complete(plan) == [sequence]
+    assert (sequence.num_generated, harness.pool.num_free) == (1, 16)
+
+
+def test_a_stopped_sequence_keeps_its_last_token_out() -> None:
+    harness = Harness()
+    sequence = harness.add("a", range(3), new=5)
+    harness.step()
+    harness.step(stopped={"a"})
+    assert (sequence.finish_reason, sequence.num_generated) == (FinishReason.STOP, 1)
+    assert harness.scheduler.num_running == 0
+
+
+def test_decodes_take_their_share_of_the_budget() -> None:
+    harness = Harness(max_step_tokens=8)
+    for name, token in (("a", 1), ("b", 2)):
+        harness.add(name, [token] * 3, new=9)
+    harness.step()
+    harness.add("c", range(16))
+    assert shape(harness.step()) == (["a", "b"], [("c", 0, 4)])
+
+
+def test_one_chunk_always_goes() -> None:
+    harness = Harness(max_step_tokens=1)
+    harness.add("a", range(3), new=9)
+    harness.step()
+    harness.add("b", range(8))
+    assert shape(harness.step()) == (["a"], [("b", 0, 4)])
+    assert shape(harness.step()) == (["a"], [("b", 4, 8)])
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    harness = Harness(max_step_tokens=4)
+    for name, priority in (("late", 1), ("first", 0), ("second", 0), ("urgent", -1)):
+        harness.add(name, [len(name)] * 4, priority=priority)
+    assert [shape(harness.step())[1][0][0] for _ in range(4)] == ["urgent", "first", "second", "late"]
+
+
+def test_no_more_than_max_running_are_admitted() -> None:
+    harness = Harness(max_running=2)
+    for name, token in (("a", 1), ("b", 2), ("c", 3)):
+        harness.add(name, [token] * 3, new=2)
+    plan = harness.step()
+    assert [each.request_id for each in plan.admitted] == ["a", "b"]
+    assert (harness.scheduler.num_running, harness.scheduler.num_waiting) == (2, 1)
+    harness.finish()
+
+
+def test_a_second_request_finds_the_firsts_prompt_and_answer() -> None:
+    harness = Harness()
+    first = harness.add("a", range(10), new=7)
+    harness.finish()
+    second = harness.add("b", [*first.chain.slice(0, 17), 5])
+    plan = harness.step()
+    # The last sampled token was never computed: 16 of the 17 have KV state.
+    assert (second.cached_tokens, shape(plan)) == (16, ([], [("b", 16, 18)]))
+    assert (harness.pool.stats.query_tokens, harness.pool.stats.hit_tokens) == (28, 16)
+
+
+def test_exact_mode_does_not_find_the_answer() -> None:
+    harness = Harness(exact=True)
+    first = harness.add("a", range(10), new=7)
+    harness.finish()
+    second = harness.add("b", [*first.chain.slice(0, 17), 5])
+    assert shape(harness.step()) == ([], [("b", 8, 12), ("b", 12, 16), ("b", 16, 18)])
+    assert second.cached_tokens == 8
+
+
+def test_what_another_commits_meanwhile_is_a_late_hit() -> None:
+    harness = Harness(max_step_tokens=12)
+    harness.add("a", range(10), new=3)
+    late = harness.add("b", range(10), new=3)
+    plan = harness.step()
+    assert shape(plan) == ([], [("a", 0, 4), ("a", 4, 8), ("a", 8, 10)])
+    assert [each.request_id for each in plan.admitted] == ["a", "b"]
+    assert shape(harness.step()) == (["a"], [("b", 8, 10)])
+    assert (late.cached_tokens, late.held.hit_tokens, harness.pool.stats.late_hit_tokens) == (8, 8, 8)
+    harness.finish()
+
+
+def test_the_same_prompt_twice_in_one_step_leaves_one_copy() -> None:
+    harness = Harness(max_step_tokens=64)
+    first, second = harness.add("a", range(10), new=3), harness.add("b", range(10), new=3)
+    harness.step()
+    assert first.held.blocks[:2] == second.held.blocks[:2]
+    assert first.held.blocks[2] is not second.held.blocks[2]
+    assert (harness.pool.stats.duplicate_blocks, harness.pool.num_free) == (2, 16 - 4)
+    harness.finish()
+
+
+def test_the_last_in_rank_is_preempted_and_resumes() -> None:
+    harness = Harness(num_blocks=4)
+    first, second = harness.add("a", [1] * 7, new=9), harness.add("b", [2] * 7, new=9)
+    assert [each.request_id for each in harness.step().admitted] == ["a", "b"]
+    assert shape(harness.step()) == (["a", "b"], [])
+    plan = harness.step()
+    assert (shape(plan), plan.preempted) == ((["a"], []), [second])
+    assert (second.status, second.lease, second.num_computed) == (SequenceStatus.WAITING, None, 0)
+    assert (len(second.chain), second.num_preemptions, harness.pool.stats.preemptions) == (9, 1, 1)
+    harness.finish()
+    assert (first.num_preemptions, second.finish_reason, second.num_generated) == (0, FinishReason.LENGTH, 9)
+    assert second.chain.slice(7, 16) == list(range(1007, 1016))
+    assert second.cached_tokens == 0, "what it found of its own on coming back is no hit of the prompt"
+
+
+def test_priority_decides_who_is_preempted() -> None:
+    harness = Harness(num_blocks=4)
+    low, high = harness.add("low", [1] * 7, new=9, priority=5), harness.add("high", [2] * 7, new=9)
+    for _ in range(3):
+        harness.step()
+    assert (low.num_preemptions, high.num_preemptions) == (1, 0)
+    harness.finish()
+
+
+def test_admission_leaves_a_block_for_each_that_decodes() -> None:
+    harness = Harness(num_blocks=4)
+    harness.add("a", [1] * 4, new=12)
+    harness.step()
+    harness.add("b", [2] * 8)
+    plan = harness.step()  # a takes its second block, so that two are free, one of which a may need
+    assert (shape(plan), harness.pool.num_free) == ((["a"], []), 2)
+    harness.finish()
+    assert harness.pool.stats.preemptions == 0
+
+
+def test_who_waits_is_admitted_once_it_can_share() -> None:
+    harness = Harness(num_blocks=7)
+    harness.add("a", range(16), new=8)
+    waiting = harness.add("b", range(17), new=1)
+    assert [each.request_id for each in harness.step().admitted] == ["a"]  # b needs 5 blocks, 3 are free
+    plan = harness.step()  # now 4 of the 5 are a's, and held anyhow
+    assert shape(plan) == (["a"], [("b", 16, 17)])
+    assert waiting.cached_tokens == 16
+
+
+def test_a_refusal_is_taken_back_when_a_sooner_one_arrives() -> None:
+    harness = Harness(num_blocks=5)
+    harness.add("a", [1] * 8, new=8)
+    harness.add("large", [2] * 15)
+    harness.step()
+    harness.add("small", [3] * 2, priority=-1)
+    assert [each.request_id for each in harness.step().admitted] == ["small"]
+    harness.finish()
+
+
+def test_the_pool_bounds_prompt_and_answer_together() -> None:
+    harness = Harness(num_blocks=4)
+    harness.add("fits", range(9), new=7)
+    with pytest.raises(PromptTooLongError, match="9 prompt tokens and 8 to generate are 17; the KV pool holds 16"):
+        harness.add("too long", range(9), new=8)
+    assert harness.scheduler.num_waiting == 1
+    harness.finish()
+
+
+def test_nothing_to_compute_is_refused() -> None:
+    harness = Harness()
+    with pytest.raises(RequestError, match="the prompt has no tokens"):
+        harness.add("a", [])
+    with pytest.raises(RequestError, match="max_tokens is 0; it must be at least 1"):
+        harness.add("a", [1], new=0)
+    assert (harness.scheduler.num_waiting, harness.step().num_tokens) == (0, 0)
+
+
+def test_an_id_is_unique_while_in_flight() -> None:
+    harness = Harness()
+    harness.add("a", [1])
+    with pytest.raises(DuplicateRequestError, match="'a' is in flight"):
+        harness.add("a", [2])
+    harness.scheduler.finish("a", FinishReason.ABORT)
+    again = harness.add("a", [3] * 5)
+    assert shape(harness.step()) == ([], [("a", 0, 4), ("a", 4, 5)])
+    assert again.finish_reason is FinishReason.LENGTH
+    assert harness.scheduler.num_waiting == 0
+
+
+@pytest.mark.parametrize("config", [SchedulerConfig(0, 8), SchedulerConfig(16, 0)])
+def test_a_scheduler_that_could_never_run_is_refused(config: SchedulerConfig) -> None:
+    with pytest.raises(ConfigError, match="both must be at least 1"):
+        Scheduler(Harness().cache, config)

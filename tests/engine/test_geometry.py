@@ -1,0 +1,71 @@
+"""What a model's attention looks like, and the refusal of every other kind by the name of what it has."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from emberkv.engine.geometry import inspect_geometry
+from emberkv.engine.loader import load_model
+from emberkv.errors import UnsupportedModelError
+from tests.conftest import CheckpointFactory
+from tests.models import REFUSED
+
+REASONS = {
+    "mamba": "mamba .*'linear_attention'",
+    "jamba": "jamba .*'linear_attention'",
+    "bamba": "bamba .*'linear_attention'",
+    "qwen3_next": "qwen3_next .*'linear_attention'",
+    "llama4_text": "'chunked_attention'",
+    "gpt_oss": "sinks",
+    "gemma3n_text": "2 of its layers share the KV",
+    "deepseek_v3": "multi-head latent attention",
+    "bloom": "BloomAttention does not go through",
+    "t5": "t5 .*encoder-decoder",
+    "bart": "bart .*encoder-decoder",
+}
+
+
+def test_geometry_counts_the_bytes_of_a_token(checkpoint: CheckpointFactory) -> None:
+    geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint("llama")))
+    assert geometry.num_layers == 3
+    assert geometry.bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("arch", sorted(REFUSED))
+def test_other_architectures_are_refused_by_the_name_of_what_they_have(
+    checkpoint: CheckpointFactory, tmp_path: Path, arch: str
+) -> None:
+    # Only the config is there: a refusal must not need the weights.
+    shutil.copy(checkpoint(arch) / "config.json", tmp_path)
+    with pytest.raises(UnsupportedModelError, match=REASONS[arch]):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("gemma3", {}, "multimodal"),
+        ("bert", {"num_hidden_layers": 1}, "layer 0 is not causal"),
+        ("rwkv", {"num_hidden_layers": 1, "hidden_size": 64}, "recurrent state"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+        ("vit", {}, "no causal language model head"),
+    ],
+)
+def test_other_kinds_of_models_are_refused(model_type: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        inspect_geometry(AutoConfig.for_model(model_type, **settings))
+
+
+def test_layers_of_different_shapes_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "gemma4_text", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_kv_shared_layers=0, vocab_size=64,
+        vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="differ in heads or head size"):
+        inspect_geometry(config)

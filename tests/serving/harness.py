@@ -1,0 +1,91 @@
+"""Apps and servers to put questions to."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from emberkv.serving.app import create_app
+from emberkv.serving.context import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.server import HttpServer, bind_socket
+
+MODEL = "tiny"
+DEADLINE = 20.0
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Poll until the condition holds; fail at the deadline."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+class Client:
+    """Asks an app without a network, one request an event loop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+
+    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **arguments)
+
+        return asyncio.run(ask())
+
+    def get(self, path: str, **arguments: Any) -> httpx.Response:
+        return self.request("GET", path, **arguments)
+
+    def post(self, path: str, json: object = None, **arguments: Any) -> httpx.Response:
+        return self.request("POST", path, json=json, **arguments)
+
+
+@contextmanager
+def serving(
+    lifecycle: Lifecycle, settings: ServingSettings | None = None, *, drain_seconds: float = 5.0
+) -> Iterator[HttpServer]:
+    """A real server on a port of its own, in a thread."""
+    server = HttpServer(create_app(lifecycle, settings), lifecycle, bind_socket(port=0), drain_seconds=drain_seconds)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+def openai_events(response: httpx.Response) -> list[Any]:
+    """The JSON of a stream's events, whose last must be [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def openai_error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def anthropic_error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"type", "error"}
+    assert body["type"] == "error"
+    assert set(body["error"]) == {"type", "message"}
+    error: dict[str, Any] = body["error"]
+    return error

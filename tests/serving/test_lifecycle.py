@@ -1,0 +1,102 @@
+"""Readiness and draining, over a real server where it matters."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+
+from emberkv.serving.app import create_app
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from tests.serving.fakes import FakeEngine, Script
+from tests.serving.harness import MODEL, Client, eventually, serving
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+MESSAGE = {**CHAT, "max_tokens": 50}
+
+
+def test_before_the_model_is_loaded(model: LoadedModel) -> None:
+    lifecycle = Lifecycle()
+    client = Client(create_app(lifecycle))
+    assert client.get("/health").json() == {"status": "alive"}
+    ready = client.get("/ready")
+    assert ready.status_code == 503
+    assert ready.json() == {"ready": False, "status": "loading", "detail": "the model is being loaded"}
+    refused = client.post("/v1/chat/completions", CHAT)
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "not_ready"
+    assert client.post("/v1/messages", MESSAGE).json()["error"] == {
+        "type": "overloaded_error",
+        "message": "the server cannot answer yet: the model is being loaded",
+    }
+    assert client.get("/v1/models").status_code == 503
+
+    lifecycle.loaded(model)
+    ready = client.get("/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {"ready": True, "status": "ready", "detail": "serving tiny"}
+    assert client.post("/v1/chat/completions", CHAT).status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    lifecycle = Lifecycle()
+    lifecycle.failed("model.safetensors is corrupt")
+    ready = Client(create_app(lifecycle)).get("/ready")
+    assert ready.status_code == 503
+    assert ready.json() == {"ready": False, "status": "failed", "detail": "model.safetensors is corrupt"}
+
+
+def test_a_model_loaded_during_a_drain_is_not_served(model: LoadedModel) -> None:
+    lifecycle = Lifecycle()
+    lifecycle.phase = Phase.DRAINING
+    lifecycle.loaded(model)
+    assert lifecycle.phase is Phase.DRAINING
+
+
+def test_a_drain_refuses_new_answers_and_lets_running_ones_finish(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=2)
+    with (
+        serving(lifecycle, drain_seconds=60) as server,
+        httpx.Client(base_url=server.url, timeout=20) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        running = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=CHAT, timeout=20)
+        eventually(lambda: engine.running == 1)
+        server.stop()
+        eventually(lambda: lifecycle.phase is Phase.DRAINING)
+        refused = client.post("/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["message"] == "the server takes no new requests: the server is shutting down"
+        assert client.get("/ready").json()["status"] == "draining"
+        assert client.post("/v1/messages/count_tokens", json=CHAT).status_code == 200
+        engine.resume()
+        assert running.result().json()["choices"][0]["message"]["content"] == "Hello"
+    assert engine.aborted == []
+
+
+def test_what_a_drain_cannot_wait_for_ends_properly(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=2)
+    with serving(lifecycle, drain_seconds=0) as server, ThreadPoolExecutor() as pool:
+        requests = {
+            "stream": ("/v1/chat/completions", {**CHAT, "stream": True}),
+            "whole": ("/v1/chat/completions", CHAT),
+            "events": ("/v1/messages", {**MESSAGE, "stream": True}),
+        }
+        running = {
+            name: pool.submit(httpx.post, server.url + path, json=body, timeout=20)
+            for name, (path, body) in requests.items()
+        }
+        eventually(lambda: engine.running == 3)
+        server.stop()
+        responses = {name: future.result() for name, future in running.items()}
+    message = "the server shut down before the answer was finished"
+    *_, last_event, done = responses["stream"].text.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(last_event.removeprefix("data: "))["error"]["message"] == message
+    assert responses["whole"].status_code == 503
+    assert responses["whole"].json()["error"]["message"] == message
+    assert responses["events"].text.endswith(
+        'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"' + message + '"}}\n\n'
+    )
+    eventually(lambda: engine.running == 0)
+    assert len(engine.aborted) == 3

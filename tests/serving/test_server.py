@@ -1,0 +1,123 @@
+"""Sockets and signals."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+from emberkv.errors import ConfigError
+from emberkv.serving.server import HttpServer, bind_socket
+from tests.serving.fakes import FakeEngine, Script
+
+ROOT = Path(__file__).parents[2]
+CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}],"stream":true}'
+POST_CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(CHAT), CHAT)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with closing(bind_socket("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^127.0.0.1:{port} is already in use; stop what listens there"):
+            bind_socket("127.0.0.1", port)
+
+
+def test_a_port_is_free_again_at_once() -> None:
+    with closing(bind_socket("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+    with closing(bind_socket("127.0.0.1", port)) as second:
+        assert second.getsockname()[1] == port
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_out_of_range(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"port is {port}; it must be from 0"):
+        bind_socket("127.0.0.1", port)
+
+
+def test_a_host_that_is_not_ours() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        bind_socket("192.0.2.1", 0)
+
+
+def test_a_host_that_is_no_address() -> None:
+    with pytest.raises(ConfigError, match="host is 'no such host'; it must be an address of this machine"):
+        bind_socket("no such host", 0)
+
+
+def test_an_unexpected_exception_is_a_500_that_tells_nothing(server: HttpServer) -> None:
+    # the fake template looks for an argument that this call does not have
+    body = {"model": "tiny", "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "an internal error occurred; the server's log has the details",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_sixteen_streams_at_once(server: HttpServer, engine: FakeEngine) -> None:
+    engine.script = Script("Hello " * 20)
+    with ThreadPoolExecutor(16) as pool:
+        ask = partial(httpx.post, f"{server.url}/v1/completions", timeout=60)
+        body = {"model": "tiny", "stream": True, "max_tokens": 200}
+        responses = list(pool.map(lambda index: ask(json={**body, "prompt": f"{index}"}), range(16)))
+    for response in responses:
+        *chunks, done, _ = response.text.split("\n\n")
+        assert done == "data: [DONE]"
+        texts = [json.loads(chunk.removeprefix("data: "))["choices"][0]["text"] for chunk in chunks]
+        assert "".join(texts) == "Hello " * 20
+
+
+def signalled_server() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.serving.signalled_server"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def read_port(process: "subprocess.Popen[str]") -> int:
+    assert process.stdout is not None
+    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_returns_to_the_caller(sent: signal.Signals) -> None:
+    with signalled_server() as process:
+        port = read_port(process)
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).json() == {"status": "alive"}
+        process.send_signal(sent)
+        assert process.stdout is not None
+        assert process.stdout.read() == "returned\n"
+    assert process.returncode == 0
+
+
+def test_a_second_signal_does_not_wait_for_answers() -> None:
+    with signalled_server() as process:
+        port = read_port(process)
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as connection:
+            connection.sendall(POST_CHAT)
+            received = b""
+            while b'"content":"He' not in received and b'"content":"e"' not in received:
+                received += connection.recv(65536)
+            process.send_signal(signal.SIGTERM)
+            while (status := httpx.get(f"http://127.0.0.1:{port}/ready", timeout=20).json()["status"]) != "draining":
+                assert status == "ready"
+            process.send_signal(signal.SIGTERM)
+            while b"[DONE]" not in received:
+                received += connection.recv(65536)
+        assert b"the server shut down before the answer was finished" in received
+        assert process.stdout is not None
+        assert process.stdout.read() == "returned\n"
+    assert process.returncode == 0
