@@ -39,6 +39,7 @@ class Harness:
     num_blocks: int = 16
     block_size: int = 4
     alignment: int = 4
+    chunk: int = 4
     policy: str = "lru"
     exact: bool = False
     enabled: bool = True
@@ -51,7 +52,7 @@ class Harness:
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size, policy=make_policy(self.policy))
         self.cache = PrefixCache(self.pool, alignment=self.alignment, exact=self.exact, enabled=self.enabled)
-        self.scheduler = Scheduler(self.cache, SchedulerConfig(self.max_step_tokens, self.max_running))
+        self.scheduler = Scheduler(self.cache, SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running))
 
     def add(
         self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
@@ -88,16 +89,17 @@ class Harness:
         """Write what an engine would, over a context that must hold exactly the chain's own tokens."""
         self.check_plan(plan)
         for sequence in plan.decodes:
-            self._write(sequence, len(sequence.chain) - 1, len(sequence.chain), exact=False)
+            self._write(sequence, len(sequence.chain) - 1, len(sequence.chain), whole=0)
         for chunk in plan.prefills:
-            full = chunk.stop - chunk.start == self.alignment
-            self._write(chunk.sequence, chunk.start, chunk.stop, exact=full)
+            self._write(chunk.sequence, chunk.start, chunk.stop, whole=chunk.stop - chunk.stop % self.alignment)
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
 
-    def _write(self, sequence: Sequence, start: int, stop: int, *, exact: bool) -> None:
+    def _write(self, sequence: Sequence, start: int, stop: int, *, whole: int) -> None:
+        """Up to ``whole``, what is written is what a cold run writes, if what it is computed from is."""
         blocks = sequence.held.blocks
         assert len(blocks) * self.block_size >= stop
         stream = sequence.chain.root + sequence.chain.encoded()
+        exact = True
         for position in range(stop):
             index, offset = divmod(position, self.block_size)
             block = blocks[index]
@@ -108,14 +110,14 @@ class Harness:
                 exact = exact and cell.exact
             else:
                 assert (block.state, block.ref_count) == (BlockState.ALLOCATED, 1), "written while others may read"
-                self.cells[block.slot, offset] = Cell(prefix, exact)
+                self.cells[block.slot, offset] = Cell(prefix, exact and position < whole)
 
     def check_plan(self, plan: StepPlan) -> None:
         planned: dict[str, int] = {}
         for chunk in plan.prefills:
             request_id, start, stop = chunk.sequence.request_id, chunk.start, chunk.stop
             assert start % self.alignment == 0
-            assert stop - start == self.alignment or start < stop == len(chunk.sequence.chain) < start + self.alignment
+            assert start < stop == min(start + self.chunk, len(chunk.sequence.chain))
             assert planned.get(request_id, start) == start, "a gap between two chunks"
             planned[request_id] = stop
         names = [sequence.request_id for sequence in plan.decodes]

@@ -18,7 +18,10 @@ def computed(cache: PrefixCache, tokens: TokenChain, *, exact: bool = True) -> L
     """A lease whose whole chain has been computed."""
     lease = cache.acquire(tokens)
     lease.extend(len(tokens))
-    lease.commit(len(tokens), exact=exact)
+    if exact:
+        lease.commit_prefilled(len(tokens))
+    else:
+        lease.commit_decoded(len(tokens))
     return lease
 
 
@@ -72,11 +75,11 @@ def test_blocks_are_committed_as_they_fill() -> None:
     shared = cache()
     lease = shared.acquire(chain(range(10)))
     lease.extend(10)
-    lease.commit(3, exact=True)
+    lease.commit_decoded(3)
     assert shared.pool.num_cached == 0
-    lease.commit(7, exact=True)
+    lease.commit_decoded(7)
     assert (shared.pool.num_cached, lease.num_committed) == (1, 1)
-    lease.commit(10, exact=True)
+    lease.commit_decoded(10)
     assert (shared.pool.num_cached, lease.num_committed) == (2, 2)
     lease.release()
     lease.release()  # nothing left to let go
@@ -87,9 +90,23 @@ def test_whatever_follows_an_inexact_stretch_is_inexact() -> None:
     shared = cache()
     lease = shared.acquire(chain(range(12)))
     lease.extend(12)
-    for stop, exact in [(4, True), (8, False), (12, True)]:
-        lease.commit(stop, exact=exact)
+    lease.commit_prefilled(4)
+    lease.commit_decoded(8)
+    lease.commit_prefilled(12)
     assert [block.exact for block in lease.blocks] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [([16], [True] * 4), ([8, 16], [True] * 4), ([14], [True, True, False]), ([8, 12], [True, True, False])],
+)
+def test_prefill_is_exact_in_whole_alignment_units(stops: list[int], expected: list[bool]) -> None:
+    lease = cache(alignment=8).acquire(chain(range(16)))
+    lease.extend(16)
+    for stop in stops:
+        lease.commit_prefilled(stop)
+    assert [block.exact for block in lease.blocks[: len(expected)]] == expected
+    assert lease.num_committed == len(expected)
 
 
 def test_an_inexact_hit_makes_what_follows_inexact() -> None:
@@ -103,8 +120,8 @@ def test_exact_mode_reuses_only_exact_blocks_and_heals_the_others() -> None:
     shared = cache(exact=True)
     lease = shared.acquire(chain(range(8)))
     lease.extend(8)
-    lease.commit(4, exact=True)
-    lease.commit(8, exact=False)
+    lease.commit_prefilled(4)
+    lease.commit_decoded(8)
     lease.release()
     assert hit(shared, 9) == 4
     computed(shared, chain(range(8))).release()
@@ -143,7 +160,7 @@ def test_adopting_in_the_middle_keeps_what_is_ours() -> None:
     late = shared.acquire(chain(range(14)))
     late.extend(14)
     early = computed(shared, chain(range(14)), exact=False)
-    late.commit(4, exact=True)
+    late.commit_prefilled(4)
     assert late.blocks[0] is not early.blocks[0]
     assert late.adopt(4) == 8
     assert late.blocks[1:3] == early.blocks[1:3]
@@ -175,7 +192,7 @@ def test_nothing_after_a_collision_is_shared() -> None:
     theirs, ours = forged_lease(shared)
     assert ours.hit_tokens == 0
     for stop in (4, 8, 12, 13):
-        ours.commit(stop, exact=True)
+        ours.commit_prefilled(stop)
         assert ours.adopt(stop // 4 * 4) == 0
     assert not {block.slot for block in ours.blocks} & {block.slot for block in theirs.blocks}
     assert {block.state for block in ours.blocks} == {BlockState.ALLOCATED}
@@ -190,6 +207,6 @@ def test_a_collision_is_counted_where_it_is_refused() -> None:
     shared = cache()
     _, ours = forged_lease(shared)
     assert shared.pool.stats.collisions == 1
-    ours.commit(12, exact=True)
-    ours.commit(13, exact=True)
+    ours.commit_prefilled(12)
+    ours.commit_prefilled(13)
     assert shared.pool.stats.collisions == 2

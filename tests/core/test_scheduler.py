@@ -29,6 +29,15 @@ def test_a_prompt_is_prefilled_in_aligned_chunks_then_decoded() -> None:
     assert (stats.query_tokens, stats.prefill_tokens, stats.decode_tokens, stats.hit_tokens) == (10, 10, 1, 0)
 
 
+def test_chunks_are_counted_from_the_end_of_the_hit() -> None:
+    harness = Harness(chunk=8)
+    harness.add("a", range(7))
+    assert shape(harness.step()) == ([], [("a", 0, 7)])
+    harness.add("b", range(22))
+    assert shape(harness.step()) == ([], [("b", 4, 12), ("b", 12, 20)])
+    assert shape(harness.step()) == ([], [("b", 20, 22)])
+
+
 def test_one_new_token_needs_no_decode() -> None:
     harness = Harness()
     sequence = harness.add("a", range(3), new=1)
@@ -210,7 +219,13 @@ def test_an_id_is_unique_while_in_flight() -> None:
     assert harness.scheduler.num_waiting == 0
 
 
-@pytest.mark.parametrize("config", [SchedulerConfig(0, 8), SchedulerConfig(16, 0)])
+@pytest.mark.parametrize("config", [SchedulerConfig(4, 0, 8), SchedulerConfig(4, 16, 0)])
 def test_a_scheduler_that_could_never_run_is_refused(config: SchedulerConfig) -> None:
-    with pytest.raises(ConfigError, match="both must be at least 1"):
+    with pytest.raises(ConfigError, match="at least 1"):
         Scheduler(Harness().cache, config)
+
+
+@pytest.mark.parametrize("chunk", [0, -4, 6])
+def test_a_chunk_is_a_multiple_of_the_alignment(chunk: int) -> None:
+    with pytest.raises(ConfigError, match=f"prefill_chunk is {chunk}; it must be a multiple of 4"):
+        Harness(chunk=chunk)

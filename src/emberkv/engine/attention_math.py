@@ -1,4 +1,4 @@
-"""Attention kernels: one sequence's chunk over its keys, partial results over some keys, and their merge.
+"""Attention kernels: one sequence's tile over its keys, partial results over some keys, and their merge.
 
 Consecutive query heads share a KV head. They are folded into the query axis of that head, so that keys and values are
 never copied per query head.
@@ -16,7 +16,7 @@ SCORES_PER_PASS = 8 * 2**20
 """Scores held at once, as far as whole KV heads allow: 16 MiB in bf16, which a cache of the last level holds."""
 
 
-def chunk_attention(
+def tile_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -26,26 +26,25 @@ def chunk_attention(
     softcap: float | None,
     scratch: Scratch,
 ) -> Tensor:
-    """Attention of one chunk: queries ``[tokens, heads, dim]``, keys and values ``[keys, kv_heads, dim]``.
+    """Attention of one tile: queries ``[tokens, heads, dim]``, keys and values ``[kv_heads, keys, dim]``.
 
     hidden: bool ``[tokens, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
     softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
 
     Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
     Plain matrix products are used because they run at full speed in bf16 on CPUs, where the fused kernel does not.
-    Which products are formed depends on the shapes only, so equal chunks give equal bits.
+    Which products are formed depends on the shapes only, so equal tiles give equal bits.
     """
     tokens, heads, dim = queries.shape
-    kv_heads, length = keys.shape[1], keys.shape[0]
+    kv_heads, length = keys.shape[:2]
     groups = heads // kv_heads
     folded = (queries * scale).transpose(0, 1).reshape(kv_heads, groups * tokens, dim)
-    keys_t, values = keys.permute(1, 2, 0), values.transpose(0, 1)
     out = torch.empty_like(folded)
     heads_per_pass = max(1, min(kv_heads, SCORES_PER_PASS // (groups * tokens * length)))
     for first in range(0, kv_heads, heads_per_pass):
         some = slice(first, min(first + heads_per_pass, kv_heads))
         scores = scratch.take((some.stop - some.start, groups * tokens, length), queries.dtype)
-        torch.bmm(folded[some], keys_t[some], out=scores)
+        torch.bmm(folded[some], keys[some].transpose(1, 2), out=scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         seen = scores.view(-1, groups, tokens, length)[..., length - hidden.shape[1] :]

@@ -49,16 +49,15 @@ def pack_linears(model: nn.Module) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            linear = type(child) is nn.Linear or type(child) is Conv1D
-            if linear and uses[id(child.weight)] == 1 and _can_pack(child.weight):
-                weight = child.weight.t() if type(child) is Conv1D else child.weight
+            if isinstance(child, (nn.Linear, Conv1D)) and uses[id(child.weight)] == 1 and _can_pack(child.weight):
+                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
                 setattr(parent, name, PackedLinear(weight, child.bias))
                 replaced += 1
     return replaced
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bool(bf16)

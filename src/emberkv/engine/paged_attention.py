@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from emberkv.engine.attention_math import (
-    chunk_attention,
     has_partial_kernel,
     masked_attention,
     merge,
     partial_attention,
+    tile_attention,
 )
 from emberkv.engine.kv_pool import KVPool
 
@@ -78,12 +78,15 @@ class PrefillStep(AttentionStep):
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
         index, tiles = self._view(call.window)
-        all_keys, all_values = self._pool.gather(index[call.layer])
+        gathered_keys, gathered_values = self._pool.gather(index[call.layer])
+        # One copy to head-major order costs far less than products over strided keys, tile after tile.
+        all_keys = gathered_keys.transpose(0, 1).contiguous()
+        all_values = gathered_values.transpose(0, 1).contiguous()
         parts = [
-            chunk_attention(
+            tile_attention(
                 queries[tile.rows],
-                all_keys[tile.keys],
-                all_values[tile.keys],
+                all_keys[:, tile.keys],
+                all_values[:, tile.keys],
                 call.scale,
                 tile.hidden,
                 softcap=call.softcap,

@@ -1,0 +1,98 @@
+"""Imports point one way, the core stays pure, and what needs no torch works without it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import emberkv
+
+SOURCE = Path(emberkv.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+LEAVES = {"", "errors", "config"}
+"""Modules directly in the package (the package itself is ''), which every layer above the core may use."""
+
+ALLOWED = {
+    "": set[str](),
+    "errors": set[str](),
+    "config": {"core", "errors"},
+    "core": {"core", "errors"},
+    "engine": {"engine", "core", *LEAVES},
+    "serving": {"serving", "engine", "core", *LEAVES},
+    "bench": {"bench", *LEAVES},
+    "cli": {"cli", "bench", "serving", "engine", "core", *LEAVES},
+}
+
+IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess",
+          "tempfile", "threading", "time"}  # fmt: skip
+"""Of the standard library, what does I/O, starts threads, reads clocks or draws numbers."""
+
+TORCH_EXTRA = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "jinja2", "xxhash")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function; ``emberkv.core`` for names taken from it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)}:{node.lineno} imports relatively"
+            assert node.module
+            if node.module == "emberkv":
+                yield from (f"emberkv.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def layer(module: str) -> str:
+    """The part of emberkv that a module belongs to; names of the package itself, as __version__, are ''."""
+    first = (*module.split("."), "")[1]
+    return first if (SOURCE / first).is_dir() or (SOURCE / f"{first}.py").is_file() else ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    own = "" if first in ("__init__", "__main__") else first
+    used = {layer(module) for module in imports(path) if module.split(".")[0] == "emberkv"}
+    assert used <= ALLOWED[own]
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "core").rglob("*.py")), ids=name_of)
+def test_the_core_needs_only_the_pure_part_of_the_standard_library(path: Path) -> None:
+    tops = {module.split(".")[0] for module in imports(path)} - {"emberkv"}
+    assert tops <= sys.stdlib_module_names - IMPURE
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+for name in sys.argv[2].split(","):
+    sys.modules[name] = None
+package = importlib.import_module(sys.argv[1])
+names = [each.name for each in pkgutil.walk_packages(getattr(package, "__path__", []), package.__name__ + ".")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
+@pytest.mark.parametrize("package", ["emberkv.errors", "emberkv.core", "emberkv.bench", "emberkv.cli"])
+def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
+    command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(TORCH_EXTRA)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert int(outcome.stdout) == len(modules_in(package))
+
+
+def modules_in(package: str) -> list[Path]:
+    folder = SOURCE.joinpath(*package.split(".")[1:])
+    return [path for path in folder.rglob("*.py") if path.name != "__init__.py" or path.parent != folder]
