@@ -20,17 +20,20 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from emberkv.bench.words import WORDS
 
 END = "<|endoftext|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE = "\u0120"  # how byte-level vocabularies write a leading space
 VISIBLE = frozenset(string.printable) - frozenset(string.whitespace)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def alphabet() -> list[str]:
-    """The end mark and the 256 bytes, those that show nothing on their own first."""
-    return [END, *sorted(ByteLevel.alphabet(), key=lambda letter: (letter in VISIBLE, letter))]
+    """The special tokens and the 256 bytes, those that show nothing on their own first."""
+    return [END, TURN_START, TURN_END, *sorted(ByteLevel.alphabet(), key=lambda letter: (letter in VISIBLE, letter))]
 
 
 def words(rng: random.Random) -> itertools.chain[str]:
@@ -63,6 +66,7 @@ def make_tokenizer(size: int, context: int, rng: random.Random) -> Qwen2Tokenize
     vocab, merges = vocabulary(size, rng)
     return Qwen2Tokenizer(
         vocab=vocab, merges=merges, unk_token=END, eos_token=END, pad_token=END,
+        additional_special_tokens=[TURN_START, TURN_END],
         model_max_length=context, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
 

@@ -528,7 +528,9 @@ class TrainingPlan:
             if step % 128 == 127:
                 return self.longest_length
             return self.middle_length if step % 4 == 3 else self.short_length
-        return self.longest_length if step % 4 == 3 else self.long_length
+        if step % 16 == 15:
+            return self.longest_length
+        return self.long_length if step % 4 == 3 else self.middle_length
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
-from emberkv.core.block import BlockState
+from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.eviction import make_policy
 from emberkv.core.hashing import TOKEN_BYTES, TokenChain, chain_identities, root_identity
@@ -22,6 +22,12 @@ def root(block_size: int, salt: bytes = b"") -> bytes:
 
 def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"") -> TokenChain:
     return TokenChain(root(block_size, salt), tokens, block_size)
+
+
+def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Block]:
+    """All full blocks of a chain, computed and committed; still held."""
+    blocks = pool.allocate(len(tokens.identities))
+    return [pool.commit(block, tokens, position, exact=exact) for position, block in enumerate(blocks)]
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,11 @@ from hypothesis import strategies as st
 from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventLog, NumberedEvent
-from emberkv.core.hashing import TokenChain
-from tests.core.harness import chain
+from tests.core.harness import chain, store
 from tests.core.mirror import Mirror
 
 AB = chain(range(8))
 FIRST, SECOND = AB.identities
-
-
-def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Block]:
-    blocks = pool.allocate(len(tokens.identities))
-    return [pool.commit(block, tokens, position, exact=exact) for position, block in enumerate(blocks)]
 
 
 def events_of(pool: BlockPool) -> list[Event]:

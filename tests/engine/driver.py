@@ -1,0 +1,107 @@
+"""Runs requests through the real scheduler and the real executor on the caller's thread, keeping all logits."""
+
+from collections.abc import Sequence as Batch
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.hashing import TokenChain
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from emberkv.core.sequence import Sequence
+from emberkv.core.stats import CacheStats
+from emberkv.engine.loader import LoadedModel
+from emberkv.engine.paged_attention import shared_prefixes
+from emberkv.engine.torch_engine import TorchEngine
+
+BLOCK = 8
+TILE = 16
+CHUNK = 64
+
+
+@dataclass
+class Run:
+    """What became of one prompt. logits: the scores that each generated token was the best of; kv: ``[blocks, ...]``."""
+
+    sequence: Sequence
+    logits: list[Tensor] = field(default_factory=list)
+    kv: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def tokens(self) -> list[int]:
+        """The generated ones."""
+        return self.sequence.chain.slice(self.sequence.prompt_tokens, len(self.sequence.chain))
+
+    @property
+    def cached(self) -> int:
+        return self.sequence.cached_tokens
+
+
+class Driver:
+    """A greedy engine over blocks of 8 tokens, tiles of 16 and chunks of 64.
+
+    shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int = 256,
+        exact: bool = False,
+        prefix_cache: bool = True,
+        max_step_tokens: int = 256,
+    ) -> None:
+        cache_bytes = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+        self.executor = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, tile=TILE)
+        self.pool = BlockPool(num_blocks, BLOCK)
+        self.cache = PrefixCache(self.pool, alignment=self.executor.alignment, exact=exact, enabled=prefix_cache)
+        self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
+        self.shared_decodes = 0
+        self._runs = 0
+
+    @property
+    def stats(self) -> CacheStats:
+        return self.pool.stats
+
+    def chain(self, prompt: Batch[int], salt: bytes = b"") -> TokenChain:
+        return TokenChain(self.executor.root(salt), prompt, BLOCK)
+
+    def run(self, *prompts: Batch[int], new: int = 1, salt: bytes = b"") -> list[Run]:
+        """Serve the prompts together until each has ``new`` tokens; nothing is left allocated."""
+        runs = {}
+        for prompt in prompts:
+            self._runs += 1
+            sequence = Sequence(str(self._runs), self.chain(prompt, salt), new)
+            runs[sequence.request_id] = Run(sequence)
+            self.scheduler.add(sequence)
+        while self.scheduler.num_running + self.scheduler.num_waiting:
+            self._step(runs)
+        self.pool.check_integrity(holders=[])
+        return list(runs.values())
+
+    def run_one(self, prompt: Batch[int], *, new: int = 1, salt: bytes = b"") -> Run:
+        return self.run(prompt, new=new, salt=salt)[0]
+
+    def _step(self, runs: dict[str, Run]) -> None:
+        plan = self.scheduler.schedule()
+        assert plan, "work is left, but the plan is empty"
+        self._count_shared(plan)
+        result = self.executor.execute(plan)
+        sampled = {}
+        if result is not None:
+            for sequence, row in zip(result.sequences, result.logits, strict=True):
+                runs[sequence.request_id].logits.append(row.clone())
+                sampled[sequence.request_id] = int(row.argmax())
+        for chunk in plan.prefills:
+            slots = [block.slot for block in chunk.sequence.held.blocks]
+            runs[chunk.sequence.request_id].kv = self.executor.pool.storage[slots].clone()
+        self.scheduler.complete(plan, sampled)
+        self.pool.check_integrity([each.held.blocks for each in self.scheduler.running])
+
+    def _count_shared(self, plan: StepPlan) -> None:
+        tables = [[block.slot for block in each.held.blocks] for each in plan.decodes]
+        lengths = [len(each.chain) for each in plan.decodes]
+        self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, 256))
