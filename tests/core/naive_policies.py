@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from emberkv.core.eviction import Weight
+from emberkv.core.eviction_policy import Weight
 
 
 @dataclass

@@ -4,17 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from emberkv.core.eviction import (
-    FIFO,
-    LFU,
-    LRU,
-    POLICY_NAMES,
-    S3FIFO,
-    EvictionPolicy,
-    GreedyDual,
-    Weight,
-    make_policy,
-)
+from emberkv.core.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual, make_policy
+from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
 
 PolicyClass = Callable[[], EvictionPolicy[int]]

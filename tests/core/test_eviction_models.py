@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.eviction import FIFO, LFU, LRU, POLICY_NAMES, S3FIFO, EvictionPolicy, GreedyDual, Weight
+from emberkv.core.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual
+from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.s3fifo import S3FIFO
 from tests.core.naive_policies import NaiveRanked, NaiveS3FIFO
 
 REAL: dict[str, Callable[[], EvictionPolicy[int]]] = {

@@ -12,8 +12,8 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.core.stats import CacheStats
+from emberkv.engine.decode_step import shared_prefixes
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.paged_attention import shared_prefixes
 from emberkv.engine.torch_engine import TorchEngine
 
 BLOCK = 8

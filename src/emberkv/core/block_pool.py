@@ -11,7 +11,8 @@ from enum import Enum
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.eviction import LRU, EvictionPolicy, Weight
+from emberkv.core.eviction import LRU
+from emberkv.core.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError

@@ -1,65 +1,15 @@
-"""Eviction policies: the order in which entries that nobody holds give up their place.
+"""The eviction policies by name: each an ordering of a few lines over one mechanism."""
 
-A policy knows keys and how they were used, never what they hold, so the same ones order a pool's blocks and a tier's
-entries. Keys are identities, not places: what is remembered of a key must not pass to the next one in its slot.
-An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
-"""
-
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
 
+from emberkv.core.eviction_policy import EvictionPolicy, K, Weight
 from emberkv.core.hashing import Identity
+from emberkv.core.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
-
-K = TypeVar("K", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """What an entry takes and what it is worth.
-
-    size: bytes, or any unit shared by all entries. cost: the effort to make the entry again, in any shared unit.
-    """
-
-    size: float = 1.0
-    cost: float = 1.0
-
-
-class EvictionPolicy(ABC, Generic[K]):
-    """Orders keys for eviction. Every operation is O(1), or O(log n) where a heap orders them."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many keys could be evicted now."""
-
-    def admit(self, key: K, weight: Weight) -> None:
-        """``key`` is new and held."""
-
-    def access(self, keys: Iterable[K]) -> None:
-        """A hit on each key, held or not."""
-
-    @abstractmethod
-    def hold(self, keys: Iterable[K]) -> None:
-        """Released keys that may not be evicted until released again."""
-
-    @abstractmethod
-    def release(self, keys: Iterable[K]) -> None:
-        """Held keys that may be evicted from now on, the first listed before the others where all else is equal."""
-
-    @abstractmethod
-    def evict(self) -> K:
-        """Remove and return the key to go. Raises KeyError when none is released."""
-
-    @abstractmethod
-    def discard(self, key: K) -> None:
-        """A released key whose entry went for another reason."""
-
-    def forget(self, key: K) -> None:
-        """A held key whose entry is no longer one: drop its history."""
 
 
 class LRU(EvictionPolicy[K]):
@@ -196,98 +146,6 @@ class GreedyDual(_Ranked[K]):
 
     def _on_evict(self, rank: float) -> None:
         self._age = max(self._age, rank)
-
-
-class S3FIFO(EvictionPolicy[K]):
-    """Three FIFO queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023).
-
-    New keys wait in a small queue (a tenth of all); those accessed there move to the main queue, the others leave
-    and are remembered as ghosts, which enter the main queue if they come back. The main queue gives each key as many
-    further rounds as it had accesses, at most three. A held key found in a queue leaves it, and joins the main queue
-    when it is released, so that eviction never walks over held keys twice.
-    """
-
-    _SMALL_SHARE = 0.1
-    _MAX_COUNT = 3
-
-    def __init__(self) -> None:
-        self._counts: dict[K, int] = {}
-        self._released: set[K] = set()
-        self._small: OrderedDict[K, None] = OrderedDict()
-        self._main: OrderedDict[K, None] = OrderedDict()
-        self._ghosts: OrderedDict[K, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._released)
-
-    def admit(self, key: K, weight: Weight) -> None:
-        self._counts[key] = 0
-        if key in self._ghosts:
-            del self._ghosts[key]
-            self._main[key] = None
-        else:
-            self._small[key] = None
-
-    def access(self, keys: Iterable[K]) -> None:
-        for key in keys:
-            self._counts[key] = min(self._counts[key] + 1, self._MAX_COUNT)
-
-    def hold(self, keys: Iterable[K]) -> None:
-        self._released.difference_update(keys)
-
-    def release(self, keys: Iterable[K]) -> None:
-        for key in keys:
-            self._released.add(key)
-            if key not in self._small:
-                self._main.setdefault(key)
-
-    def evict(self) -> K:
-        if not self._released:
-            raise KeyError("nothing is released")
-        while True:
-            small_is_full = len(self._small) >= self._SMALL_SHARE * len(self._counts)
-            from_small = self._small and (small_is_full or not self._main)
-            key = self._pass_small() if from_small else self._pass_main()
-            if key is not None:
-                return key
-
-    def _pass_small(self) -> K | None:
-        """Take the small queue's oldest: evicted, moved to the main queue (None), or left to its holder (None)."""
-        key, _ = self._small.popitem(last=False)
-        if key not in self._released:
-            return None
-        if self._counts[key] > 0:
-            self._main[key] = None
-            return None
-        self._remove(key)
-        self._ghosts[key] = None
-        while len(self._ghosts) > max(len(self._counts), 1):
-            self._ghosts.popitem(last=False)
-        return key
-
-    def _pass_main(self) -> K | None:
-        """Take the main queue's oldest: evicted, sent round again (None), or left to its holder (None)."""
-        key, _ = self._main.popitem(last=False)
-        if key not in self._released:
-            return None
-        if self._counts[key] > 0:
-            self._counts[key] -= 1
-            self._main[key] = None
-            return None
-        self._remove(key)
-        return key
-
-    def _remove(self, key: K) -> None:
-        self._released.discard(key)
-        del self._counts[key]
-
-    def discard(self, key: K) -> None:
-        self.forget(key)
-
-    def forget(self, key: K) -> None:
-        self._remove(key)
-        self._small.pop(key, None)
-        self._main.pop(key, None)
 
 
 _POLICIES: dict[str, Callable[[], EvictionPolicy[Identity]]] = {

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from emberkv.core.block_pool import BlockPool
+from emberkv.core.block_pool import BlockPool, BlockWeight
 from emberkv.core.eviction import make_policy
+from emberkv.core.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.loader import LoadedModel
@@ -41,6 +42,7 @@ def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
     Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce
     the model's own.
     """
+    weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
     executor = TorchEngine(
         loaded,
         cache_bytes=config.cache_bytes,
@@ -48,11 +50,28 @@ def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
         prefill_chunk=config.prefill_chunk,
     )
     executor.check_against_plain_forward()
-    pool = BlockPool(executor.pool.num_blocks, config.block_size, policy=make_policy(config.eviction))
+    pool = BlockPool(
+        executor.pool.num_blocks,
+        config.block_size,
+        policy=make_policy(config.eviction),
+        weight=weight,
+    )
     cache = PrefixCache(pool, alignment=executor.alignment, exact=config.exact, enabled=config.prefix_cache)
     scheduler = Scheduler(cache, SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running))
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     return AssembledEngine(EngineLoop(executor, scheduler, limits), executor, scheduler)
+
+
+def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:
+    """What a block costs to compute again, in floating-point operations, against its bytes.
+
+    Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
+    """
+    geometry = loaded.geometry
+    linear = 2.0 * sum(parameter.numel() for parameter in loaded.model.parameters()) * block_size
+    per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
+    size = float(geometry.bytes_per_token(loaded.dtype) * block_size)
+    return lambda position: Weight(size, linear + per_key * position * block_size)
 
 
 def free_memory(device: torch.device) -> int:

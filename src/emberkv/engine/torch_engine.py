@@ -10,10 +10,12 @@ from torch import Tensor
 from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
+from emberkv.engine.decode_step import DecodeStep
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.packed_linear import pack_linears
-from emberkv.engine.paged_attention import AttentionStep, DecodeStep, PrefillStep, attention_step
+from emberkv.engine.paged_attention import AttentionStep, attention_step
+from emberkv.engine.prefill_step import PrefillStep
 from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"

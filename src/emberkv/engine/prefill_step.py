@@ -1,0 +1,92 @@
+"""Attention of a prefill chunk, in tiles that give the same bits in whatever chunk they are computed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emberkv.engine.attention_math import tile_attention
+from emberkv.engine.kv_pool import KVPool
+from emberkv.engine.paged_attention import AttentionStep, LayerCall
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries attended over together. rows: which of the chunk's tokens; keys: which of the gathered keys."""
+
+    rows: slice
+    keys: slice
+    hidden: Tensor  # bool [queries, n]: not to be seen of the last n keys
+
+
+class PrefillStep(AttentionStep):
+    """Tokens ``[start, start + length)`` of one sequence; ``start`` is a multiple of ``tile`` and the block size.
+
+    slots: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
+    tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
+    """
+
+    def __init__(self, pool: KVPool, slots: list[int], start: int, length: int, *, tile: int) -> None:
+        self._pool = pool
+        self._start = start
+        self._stop = start + length
+        self._tile = tile
+        rows = pool.rows(slots)
+        positions = torch.arange(start, self._stop, device=pool.device)
+        self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
+        self._rows = rows[: -(-self._stop // pool.block_size)]
+        self._views: dict[int | None, tuple[Tensor, list[_Tile]]] = {}
+
+    def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self._pool.write(self._write[call.layer], keys, values)
+        index, tiles = self._view(call.window)
+        gathered_keys, gathered_values = self._pool.gather(index[call.layer])
+        # One copy to head-major order costs far less than products over strided keys, tile after tile.
+        all_keys = gathered_keys.transpose(0, 1).contiguous()
+        all_values = gathered_values.transpose(0, 1).contiguous()
+        parts = [
+            tile_attention(
+                queries[tile.rows],
+                all_keys[:, tile.keys],
+                all_values[:, tile.keys],
+                call.scale,
+                tile.hidden,
+                softcap=call.softcap,
+                scratch=self._pool.scores,
+            )
+            for tile in tiles
+        ]
+        return torch.cat(parts)
+
+    def _view(self, window: int | None) -> tuple[Tensor, list[_Tile]]:
+        """Under ``window``: the blocks to gather, and the tiles over their keys."""
+        if window is not None and window >= self._stop:
+            window = None
+        if window not in self._views:
+            size = self._pool.block_size
+            gathered = self._first_key(self._start, window) // size * size
+            tiles = []
+            for start in range(self._start, self._stop, self._tile):
+                stop = min(start + self._tile, self._stop)
+                first = self._first_key(start, window)
+                tiles.append(
+                    _Tile(
+                        slice(start - self._start, stop - self._start),
+                        slice(first - gathered, stop - gathered),
+                        self._hidden(start, stop, window),
+                    )
+                )
+            self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), tiles
+        return self._views[window]
+
+    @staticmethod
+    def _first_key(position: int, window: int | None) -> int:
+        return 0 if window is None else max(0, position - window + 1)
+
+    def _hidden(self, start: int, stop: int, window: int | None) -> Tensor:
+        device = self._pool.device
+        at = torch.arange(start, stop, device=device).unsqueeze(1)
+        if window is None:
+            return torch.arange(start, stop, device=device) > at
+        key_at = torch.arange(self._first_key(start, window), stop, device=device)
+        return (key_at > at) | (key_at <= at - window)
