@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import lib
+from benchmarks import lib, report
+from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
 from emberkv.bench.client import Answer
@@ -106,12 +107,10 @@ def one_round(on: lib.Server, off: lib.Server, log: Path, alignments: int, *, on
     return figures
 
 
-def table(rounds: Sequence[Figures]) -> list[lib.Comparison]:
-    def row(
-        name: str, unit: str, top: str, bottom: str, target: float | None, *, at_least: bool = False
-    ) -> lib.Comparison:
+def table(rounds: Sequence[Figures]) -> list[Comparison]:
+    def row(name: str, unit: str, top: str, bottom: str, target: float | None, *, at_least: bool = False) -> Comparison:
         tops, bottoms = ([figures[side] for figures in rounds] for side in (top, bottom))
-        return lib.Comparison(name, unit, top, tops, bottom, bottoms, target, at_least)
+        return Comparison(name, unit, top, tops, bottom, bottoms, target, at_least)
 
     rows = [
         row("TTFT of a 32-token turn on 8,000 cached tokens, against cold", "s", "cached", "cold", 1 / 20),
@@ -142,12 +141,13 @@ def main() -> int:
     flags = ("--cache-ram", given.cache_ram, "--dtype", "bfloat16")
     on = lib.emberkv_server(given.emberkv, ensure_model(given.model), *flags)
     off = lib.emberkv_server(given.emberkv, given.model, *flags, "--no-prefix-cache")
-    about = {"machine": lib.machine(), "rounds": given.rounds, "alignments": given.alignments}
+    settings = {"rounds": given.rounds, "alignments": given.alignments, "cache_ram": given.cache_ram}
+    about = report.about("benchmarks.serving_ratios", __doc__, **settings)
     rounds = []
     for turn in range(given.rounds):
         rounds.append(one_round(on, off, work / "emberkv.log", given.alignments, on_first=turn % 2 == 0))
         print(f"round {turn + 1}: {rounds[-1]}", file=sys.stderr)
-    return lib.publish(table(rounds), about, given.out)
+    return report.publish(table(rounds), about, given.out)
 
 
 if __name__ == "__main__":

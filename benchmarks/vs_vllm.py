@@ -20,7 +20,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import lib
+from benchmarks import lib, report
+from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
 from emberkv.bench.client import Endpoint
@@ -123,12 +124,8 @@ def main() -> int:
     cache = ("--cache-ram", f"{given.cache_gib}GiB", "--dtype", "bfloat16")
     ours = lib.emberkv_server(given.emberkv, model, *cache)
     theirs = vllm_server(given.vllm_python, model, given.cache_gib)
-    about = {
-        "machine": lib.machine(),
-        "rounds": given.rounds,
-        "samples": given.samples,
-        "vllm_preloads": preloads(theirs),
-    }
+    settings = {"rounds": given.rounds, "samples": given.samples, "vllm_preloads": preloads(theirs)}
+    about = report.about("benchmarks.vs_vllm", __doc__, **settings)
     results: dict[str, list[dict[str, float]]] = {ours.name: [], theirs.name: []}
     for turn in range(given.rounds):
         nonce = os.urandom(8).hex()
@@ -137,13 +134,13 @@ def main() -> int:
                 results[server.name].append(asyncio.run(measure(url, nonce, given.samples)))
             print(f"round {turn + 1}: {server.name} {results[server.name][-1]}", file=sys.stderr)
     rows = [
-        lib.Comparison(
+        Comparison(
             name, "s", ours.name, [r[name] for r in results[ours.name]],
             theirs.name, [r[name] for r in results[theirs.name]], target,
         )
         for name, target in TARGETS.items()
     ]  # fmt: skip
-    return lib.publish(rows, about, given.out)
+    return report.publish(rows, about, given.out)
 
 
 if __name__ == "__main__":

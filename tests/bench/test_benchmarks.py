@@ -9,7 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 from benchmarks import lib
+from benchmarks.figures import Comparison, Middle
 from benchmarks.random_qwen2 import VISIBLE, alphabet, make_tokenizer
+from benchmarks.report import publish
 from benchmarks.serving_ratios import steady_rate, whole_rate
 
 from emberkv.bench.client import Answer
@@ -80,8 +82,8 @@ def test_fresh_prompts_differ_and_have_the_length_asked_for() -> None:
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
-    row = lib.Comparison("TTFT", "s", "ours", [1.0, 4.0, 9.0], "theirs", [2.0, 4.0, 3.0], 0.9)
-    assert row.ratio == lib.Middle(median=1.0, low=0.5, high=3.0, rounds=3)
+    row = Comparison("TTFT", "s", "ours", [1.0, 4.0, 9.0], "theirs", [2.0, 4.0, 3.0], 0.9)
+    assert row.ratio == Middle(median=1.0, low=0.5, high=3.0, rounds=3)
     assert row.met is False
     assert row.cells() == [
         "TTFT", "ours: 4 (1 to 9) s", "theirs: 3 (2 to 4) s", "1 (0.5 to 3)", "<= 0.9", "no",
@@ -90,15 +92,15 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 
 @pytest.mark.parametrize(("target", "at_least", "met"), [(2.0, True, True), (2.1, True, False), (2.0, False, True)])
 def test_a_target_is_met_from_its_own_side(target: float, at_least: bool, met: bool) -> None:
-    assert lib.Comparison("x", "s", "a", [4.0], "b", [2.0], target, at_least).met is met
+    assert Comparison("x", "s", "a", [4.0], "b", [2.0], target, at_least).met is met
 
 
 def test_the_exit_code_says_whether_targets_are_met(tmp_path: Path) -> None:
-    good = lib.Comparison("good", "s", "a", [1.0], "b", [2.0], 0.5)
-    bad = lib.Comparison("bad", "s", "a", [1.0], "b", [1.0], 0.5)
-    shown = lib.Comparison("shown", "s", "a", [1.0], "b", [1.0])
-    assert lib.publish([good, shown], {}, tmp_path / "result") == 0
-    assert lib.publish([good, bad], {}, None) == 1
+    good = Comparison("good", "s", "a", [1.0], "b", [2.0], 0.5)
+    bad = Comparison("bad", "s", "a", [1.0], "b", [1.0], 0.5)
+    shown = Comparison("shown", "s", "a", [1.0], "b", [1.0])
+    assert publish([good, shown], {}, tmp_path / "result") == 0
+    assert publish([good, bad], {}, None) == 1
     assert "| good | a: 1 (1 to 1) s |" in (tmp_path / "result.md").read_text()
 
 

@@ -1,8 +1,9 @@
 """Loaded models, shared by all engine tests: each architecture and dtype is read once a session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from emberkv.engine.loader import LoadedModel, load_model
 from emberkv.engine.paged_attention import ATTENTION_NAME
@@ -11,16 +12,33 @@ from tests.conftest import CheckpointFactory
 ModelFactory = Callable[..., LoadedModel]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower, not faster, on several threads that others may keep from running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def paged(checkpoint: CheckpointFactory) -> ModelFactory:
-    """``paged(arch, dtype="float32", seed=0)``: a tiny model whose attention goes through the paged pool, on the CPU."""
+    """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU that attends through the paged pool.
+
+    Tests must not change it, but for packing its linear layers.
+    """
     models: dict[tuple[str, str, int], LoadedModel] = {}
 
     def get(arch: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
         key = (arch, dtype, seed)
         if key not in models:
-            folder = str(checkpoint(arch, seed=seed))
-            models[key] = load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)
+            models[key] = load_paged(checkpoint, arch, dtype, seed)
         return models[key]
 
     return get
+
+
+def load_paged(checkpoint: CheckpointFactory, arch: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
+    """A model of one's own, to be changed at will."""
+    folder = str(checkpoint(arch, seed=seed))
+    return load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]

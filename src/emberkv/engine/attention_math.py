@@ -42,15 +42,18 @@ def tile_attention(
     out = torch.empty_like(folded)
     heads_per_pass = max(1, min(kv_heads, SCORES_PER_PASS // (groups * tokens * length)))
     for first in range(0, kv_heads, heads_per_pass):
-        some = slice(first, min(first + heads_per_pass, kv_heads))
-        scores = scratch.take((some.stop - some.start, groups * tokens, length), queries.dtype)
-        torch.bmm(folded[some], keys[some].transpose(1, 2), out=scores)
+        some = range(first, min(first + heads_per_pass, kv_heads))
+        scores = scratch.take((len(some), groups * tokens, length), queries.dtype)
+        # Head by head: a batched product would copy keys that are a slice of a longer sequence's.
+        for head, head_scores in zip(some, scores, strict=True):
+            torch.mm(folded[head], keys[head].t(), out=head_scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         seen = scores.view(-1, groups, tokens, length)[..., length - hidden.shape[1] :]
         seen.masked_fill_(hidden, float("-inf"))
         torch.softmax(scores, dim=-1, out=scores)
-        torch.bmm(scores, values[some], out=out[some])
+        for head, head_scores in zip(some, scores, strict=True):
+            torch.mm(head_scores, values[head], out=out[head])
     return out.view(heads, tokens, dim).transpose(0, 1)
 
 

@@ -4,7 +4,6 @@ A model is built on torch's meta device, where it has shapes but no weights, and
 function that only takes notes. What is served is then what the model really does, not what its name promises.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from emberkv.engine.rotary import SERVED_ROPE_TYPES, rope_types, rotation_limit, with_fixed_rotation
 from emberkv.errors import UnsupportedModelError
 
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -47,6 +47,7 @@ class ModelGeometry:
     """All attention layers; they have the same heads, and keys are as wide as values.
 
     vocab_size: rows of the embedding, the bound of every token id that the model can take.
+    context_length: the most tokens that the model was made for and whose state stays valid; see `rotation_limit`.
     """
 
     num_heads: int
@@ -118,7 +119,7 @@ def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
     values, or attends in a way that this engine does not compute.
     """
     _refuse_by_config(config)
-    bare = copy.deepcopy(config)
+    bare = with_fixed_rotation(config)
     bare.pad_token_id = None  # with one, some models look at the tokens, which have no values on this device
     auto_class: Any = AutoModelForCausalLM  # its methods are untyped
     with torch.device("meta"):
@@ -144,6 +145,9 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
     if foreign:
         raise _refuse(config, f"it has layers of type {', '.join(map(repr, foreign))}")
+    strange = sorted(rope_types(config) - SERVED_ROPE_TYPES)
+    if strange:
+        raise _refuse(config, f"its positions are rotated by RoPE of type {', '.join(map(repr, strange))}")
     if getattr(config, "kv_lora_rank", None):
         raise _refuse(config, "it has multi-head latent attention (MLA)")
     if getattr(config, "num_kv_shared_layers", 0):
@@ -203,7 +207,7 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
         num_kv_heads=first.key_shape[1],
         head_dim=first.key_shape[3],
         vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
+        context_length=rotation_limit(config),
         layers=tuple(_layer(config, call) for call in calls),
     )
 

@@ -1,6 +1,5 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
-import itertools
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from emberkv.engine.prefill_step import PrefillStep
 from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
-TILE_TOKENS = 64
+TILE_TOKENS = 32
 """Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
 
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -118,29 +117,32 @@ class TorchEngine:
         logits: Tensor = output.logits[0]
         return logits
 
-    @torch.inference_mode()
     def _find_alignment(self) -> int:
         """The tile if prefill proves tile-invariant here, else the chunk. Uses the pool's first blocks.
 
-        Compares the KV state of two chunks computed whole with that of the same tokens computed in other pieces.
+        Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
         """
-        length = 2 * self.prefill_chunk
-        blocks = -(-length // self.pool.block_size)
-        if self.tile == self.prefill_chunk or 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
+        experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
+        if self.tile == self.prefill_chunk or experts:
             return self.prefill_chunk
-        tokens = self._made_up_tokens(length)
-        whole, pieces = list(range(blocks)), list(range(blocks, 2 * blocks))
-        for start in range(0, length, self.prefill_chunk):
-            self.prefill(tokens[start : start + self.prefill_chunk], start, whole, sample=False)
-        start = 0
-        for tiles in itertools.cycle(range(1, self.prefill_chunk // self.tile + 1)):
-            stop = min(start + tiles * self.tile, length)
-            self.prefill(tokens[start:stop], start, pieces, sample=False)
-            if stop == length:
-                break
-            start = stop
-        same = torch.equal(self.pool.storage[: whole[-1] + 1], self.pool.storage[pieces[0] : pieces[-1] + 1])
+        # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
+        same = all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.tile // 2 + 1))
         return self.tile if same else self.prefill_chunk
+
+    @torch.inference_mode()
+    def _same_in_pieces(self, length: int) -> bool:
+        """Whether tokens cut after a chunk and after a tile get the same KV state and the same last logits."""
+        blocks = -(-length // self.pool.block_size)
+        if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
+            return False
+        tokens = self._made_up_tokens(length)
+        self.pool.storage[: 2 * blocks].zero_()
+        logits = []
+        for cut, first in (self.prefill_chunk, 0), (self.tile, blocks):
+            slots = list(range(first, first + blocks))
+            self.prefill(tokens[:cut], 0, slots, sample=False)
+            logits.append(self.prefill(tokens[cut:], cut, slots, sample=True))
+        return torch.equal(*logits) and torch.equal(*self.pool.storage[: 2 * blocks].split(blocks))
 
     @torch.inference_mode()
     def check_against_plain_forward(self) -> None:

@@ -1,0 +1,146 @@
+"""A hit's logits and state equal a cold run's to the last bit, whatever was served in between."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emberkv.engine.loader import load_model
+from emberkv.engine.paged_attention import ATTENTION_NAME
+from tests.engine.conftest import ModelFactory
+from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Run
+from tests.models import SUPPORTED, VOCAB_SIZE, tiny_tokenizer
+
+COMBINATIONS = [(arch, dtype) for arch in sorted(SUPPORTED) for dtype in ("float32", "bfloat16")]
+COMBINATIONS += [("llama", "float16"), ("gemma2", "float16")]
+
+TAILS = (1, 1, 2, BLOCK, TILE - 1, TILE, TILE + 1, 37, CHUNK - 1, CHUNK, CHUNK + 1, 100)
+
+
+def text(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+
+
+def branches(rng: random.Random, stem: list[int], tails: tuple[int, ...] = TAILS) -> list[tuple[int, list[int]]]:
+    """Prompts that follow the stem to a random place and then go another way: (common tokens, prompt)."""
+    found = []
+    for tail in tails:
+        common = rng.randrange(1, len(stem))
+        other = (stem[common] - 2) % (VOCAB_SIZE - 3) + 3  # the first token that differs
+        found.append((common, [*stem[:common], other, *text(rng, tail - 1)]))
+    return found
+
+
+def assert_equal_bits(warm: Run, cold: Run) -> None:
+    assert cold.cached == 0
+    for ours, theirs in zip(warm.logits, cold.logits, strict=True):
+        assert torch.equal(ours, theirs), f"{warm.cached} cached of {warm.sequence.prompt_tokens}"
+
+
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
+def test_hits_have_the_logits_and_the_state_of_a_cold_run(paged: ModelFactory, arch: str, dtype: str) -> None:
+    rng = random.Random(f"{arch} {dtype}")
+    warm, cold = Driver(paged(arch, dtype)), Driver(paged(arch, dtype), prefix_cache=False)
+    unit = warm.executor.alignment
+    stem = text(rng, 330)
+    assert warm.run_one(stem).cached == 0
+    for common, prompt in branches(rng, stem):
+        hit, computed = warm.run_one(prompt), cold.run_one(prompt)
+        assert hit.cached == common // unit * unit
+        assert_equal_bits(hit, computed)
+        whole = len(prompt) // unit * unit // BLOCK
+        assert torch.equal(hit.kv[:whole], computed.kv[:whole])
+        warm.run_one(text(rng, rng.randrange(1, 90)))
+    assert warm.stats.hit_tokens > 0
+    assert warm.stats.prefill_tokens == warm.stats.query_tokens - warm.stats.hit_tokens
+
+
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
+def test_eviction_in_between_changes_no_bit(paged: ModelFactory, arch: str, dtype: str) -> None:
+    rng = random.Random(f"{arch} {dtype}")
+    warm, cold = Driver(paged(arch, dtype), num_blocks=72), Driver(paged(arch, dtype), prefix_cache=False)
+    stem = text(rng, 330)
+    for tail in (1, 20, TILE, CHUNK + 1):
+        warm.run_one(stem)
+        warm.run_one(text(rng, 400))  # takes the slots of the stem's end
+        prompt = [*stem[:320], *text(rng, tail)]
+        hit = warm.run_one(prompt)
+        assert 0 < hit.cached < 320 // CHUNK * CHUNK
+        assert_equal_bits(hit, cold.run_one(prompt))
+    assert warm.stats.evicted_blocks > 0
+
+
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
+def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(paged: ModelFactory, arch: str, dtype: str) -> None:
+    """Whoever computed them: prefills cut by hits, together with others that decode."""
+    rng = random.Random(f"{arch} {dtype}")
+    warm, cold = Driver(paged(arch, dtype)), Driver(paged(arch, dtype), prefix_cache=False)
+    stem = text(rng, 200)
+    prompts = [stem, *(prompt for _, prompt in branches(rng, stem, tails=(1, 30, 70)))]
+    runs = warm.run(*prompts, new=20)
+    exact = inexact = 0
+    for run in runs:
+        chain = run.sequence.chain
+        reference = cold.run_one(chain.slice(0, len(chain))).kv
+        for position, identity in enumerate(chain.identities):
+            block = warm.pool.lookup(identity)
+            if block is not None and block.exact:
+                assert torch.equal(warm.executor.pool.storage[block.slot], reference[position])
+                exact += 1
+            inexact += block is not None and not block.exact
+    assert exact > 0
+    assert inexact > 0  # decode steps filled them
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_mode_does_not_reuse_what_decode_steps_computed(paged: ModelFactory, dtype: str) -> None:
+    rng = random.Random(3)
+    prompt, question = text(rng, 2 * CHUNK), text(rng, 5)
+    default, exact = Driver(paged("llama", dtype)), Driver(paged("llama", dtype), exact=True)
+    cold = Driver(paged("llama", dtype), prefix_cache=False)
+    answer = default.run_one(prompt, new=80).tokens
+    assert exact.run_one(prompt, new=80).tokens == answer
+    second = [*prompt, *answer, *question]
+
+    assert default.run_one(second).cached == 192  # the last block that decode filled ends at 200
+
+    first_visit = exact.run_one(second)
+    assert first_visit.cached == 2 * CHUNK
+    assert exact.stats.replaced_blocks > 0
+    second_visit = exact.run_one(second)
+    assert second_visit.cached == (len(second) - 1) // exact.executor.alignment * exact.executor.alignment
+    computed = cold.run_one(second)
+    assert_equal_bits(first_visit, computed)
+    assert_equal_bits(second_visit, computed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hits_are_exact_on_several_threads(wide_llama: Path, dtype: str) -> None:
+    """Which share the layers' work at places that depend on the number of rows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rng = random.Random(dtype)
+        loaded = load_model(str(wide_llama), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
+        warm, cold = Driver(loaded), Driver(loaded, prefix_cache=False)
+        stem = text(rng, 300)
+        warm.run_one(stem)
+        for _, prompt in branches(rng, stem, tails=(1, 7, 33, 90)):
+            assert_equal_bits(warm.run_one(prompt), cold.run_one(prompt))
+        assert warm.stats.hit_tokens > 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose layers have enough elements to be divided among threads."""
+    folder = tmp_path_factory.mktemp("wide-llama")
+    config = AutoConfig.for_model("llama", **{**SUPPORTED["llama"], "hidden_size": 192, "intermediate_size": 1056})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
