@@ -17,14 +17,15 @@ LEAVES = {"", "errors", "config"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
-    "": set[str](),
+    "": {"tiers"},
     "errors": set[str](),
     "config": {"core", "errors"},
     "core": {"core", "errors"},
-    "engine": {"engine", "core", *LEAVES},
-    "serving": {"serving", "engine", "core", *LEAVES},
+    "tiers": {"tiers", "core", *LEAVES},
+    "engine": {"engine", "tiers", "core", *LEAVES},
+    "serving": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
-    "cli": {"cli", "bench", "serving", "engine", "core", *LEAVES},
+    "cli": {"cli", "bench", "serving", "engine", "tiers", "core", *LEAVES},
 }
 
 IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess",
@@ -85,12 +86,20 @@ print(len(names))
 """
 
 
-@pytest.mark.parametrize("package", ["emberkv.errors", "emberkv.core", "emberkv.bench", "emberkv.cli"])
+@pytest.mark.parametrize("package", ["emberkv.errors", "emberkv.core", "emberkv.tiers", "emberkv.bench", "emberkv.cli"])
 def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
     command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(TORCH_EXTRA)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
     assert int(outcome.stdout) == len(modules_in(package))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = {"asyncio", "fastapi", "httpx", "pydantic", "rich", "typer", *TORCH_EXTRA}
+    command = [sys.executable, "-c", "import sys, emberkv; print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+    assert "emberkv.tiers.byte_cache" in loaded
+    assert heavy.isdisjoint(loaded)
 
 
 def modules_in(package: str) -> list[Path]:

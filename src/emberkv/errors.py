@@ -5,7 +5,7 @@ class EmberError(Exception):
     """Root of every error that emberkv raises on purpose."""
 
 
-class ConfigError(EmberError):
+class ConfigError(EmberError, ValueError):
     """A setting is unknown or has a value that cannot be used."""
 
 
@@ -50,6 +50,14 @@ class EngineStoppedError(EmberError):
 
 class NoFreeBlocksError(EmberError):
     """The pool holds fewer allocatable blocks than were asked for."""
+
+
+class EntryError(EmberError, ValueError):
+    """A cache entry's key, value or size cannot be stored."""
+
+
+class EntryTypeError(EmberError, TypeError):
+    """A cache entry's key or value is of a type that cannot be stored."""
 
 
 class IntegrityError(EmberError):

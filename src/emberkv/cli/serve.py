@@ -150,6 +150,7 @@ class _Startup:
                     exact=config.exact,
                     prefix_cache=config.prefix_cache,
                 ),
+                on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
             )
         return loaded, engine
 

@@ -5,9 +5,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import Any
 
 from emberkv.core.eviction_policy import EvictionPolicy, K, Weight
-from emberkv.core.hashing import Identity
 from emberkv.core.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
 
@@ -148,7 +148,7 @@ class GreedyDual(_Ranked[K]):
         self._age = max(self._age, rank)
 
 
-_POLICIES: dict[str, Callable[[], EvictionPolicy[Identity]]] = {
+_POLICIES: dict[str, Callable[[], EvictionPolicy[Any]]] = {
     "lru": LRU,
     "lfu": LFU,
     "fifo": FIFO,
@@ -158,8 +158,8 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy[Identity]]] = {
 POLICY_NAMES = tuple(_POLICIES)
 
 
-def make_policy(name: str) -> EvictionPolicy[Identity]:
-    """A fresh policy over block identities. Raises ConfigError for a name outside POLICY_NAMES."""
+def make_policy(name: str) -> EvictionPolicy[K]:
+    """A fresh policy, over keys of any one type. Raises ConfigError for a name outside POLICY_NAMES."""
     if name not in _POLICIES:
         raise ConfigError(f"eviction policy {name!r} is unknown; use one of {', '.join(POLICY_NAMES)}")
     return _POLICIES[name]()

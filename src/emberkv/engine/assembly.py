@@ -1,5 +1,6 @@
 """Puts an engine together: model, KV pool, block pool, scheduler, thread."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -36,8 +37,10 @@ class AssembledEngine:
     scheduler: Scheduler
 
 
-def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
-    """An engine whose thread is not started yet.
+def assemble(
+    loaded: LoadedModel, config: EngineConfig, *, on_crash: Callable[[Exception], None] = lambda _: None
+) -> AssembledEngine:
+    """An engine whose thread is not started yet. on_crash: see `EngineLoop`.
 
     Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce
     the model's own.
@@ -59,7 +62,8 @@ def assemble(loaded: LoadedModel, config: EngineConfig) -> AssembledEngine:
     cache = PrefixCache(pool, alignment=executor.alignment, exact=config.exact, enabled=config.prefix_cache)
     scheduler = Scheduler(cache, SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running))
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
-    return AssembledEngine(EngineLoop(executor, scheduler, limits), executor, scheduler)
+    loop = EngineLoop(executor, scheduler, limits, on_crash=on_crash)
+    return AssembledEngine(loop, executor, scheduler)
 
 
 def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:

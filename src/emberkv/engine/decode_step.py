@@ -40,9 +40,10 @@ class DecodeStep(AttentionStep):
         self._tables = tables
         self._lengths = lengths
         self._min_shared = min_shared
-        last = pool.rows([table[(n - 1) // pool.block_size] for table, n in zip(tables, lengths, strict=True)])
-        offsets = torch.tensor([(n - 1) % pool.block_size for n in lengths], device=pool.device)
-        self._write = pool.write_index(last, offsets)
+        last = [table[(n - 1) // pool.block_size] for table, n in zip(tables, lengths, strict=True)]
+        offsets = [(n - 1) % pool.block_size for n in lengths]
+        pool.clear([slot for slot, offset in zip(last, offsets, strict=True) if offset == 0])
+        self._write = pool.write_index(pool.rows(last), torch.tensor(offsets, device=pool.device))
         self._layouts: dict[tuple[int | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ class KVPool:
         """Each slot's first row, int64 ``[len(slots)]``."""
         return torch.tensor(slots, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
 
+    def clear(self, slots: list[int]) -> None:
+        """Zero whole blocks in which a first token is about to be written.
+
+        Decode gathers whole blocks, and what lies beyond a sequence's end weighs nothing; but nothing times a NaN that
+        somebody left there is a NaN.
+        """
+        if slots:
+            self.storage.index_fill_(0, torch.tensor(slots, device=self.device), 0)
+
     def gather_index(self, rows: Tensor) -> Tensor:
         """The rows to copy for each layer, int64 ``[layers, 2 * rows]``: all K, then all V."""
         return (self._layer_offsets + rows.reshape(-1)).view(self.geometry.num_layers, -1)

@@ -58,7 +58,8 @@ class _Live:
 class EngineLoop:
     """Owns the scheduler and everything below it; no other thread touches them.
 
-    clock: seconds, for queue times. rng: seeds requests that bring no seed.
+    clock: seconds, for queue times. rng: draws for requests that bring no seed. on_crash: called on the engine's
+    thread when the loop itself fails, not just a step; every request then ends with ABORT.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class EngineLoop:
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        on_crash: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
@@ -77,6 +79,7 @@ class EngineLoop:
         self._sampler = sampler if sampler is not None else Sampler()
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
+        self._on_crash = on_crash
         self._wake = threading.Condition()
         self._arrived: list[_Live] = []
         self._aborted: list[str] = []
@@ -156,9 +159,9 @@ class EngineLoop:
             while self._take_in():
                 self._step()
                 self._publish_stats()
-        except BaseException:
+        except Exception as error:  # noqa: BLE001 - the thread ends here, and whoever watches it is told why
             _log.exception("the engine failed and has stopped")
-            raise
+            self._on_crash(error)
         finally:
             self._end_all()
 

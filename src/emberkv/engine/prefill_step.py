@@ -31,6 +31,8 @@ class PrefillStep(AttentionStep):
         self._start = start
         self._stop = start + length
         self._tile = tile
+        whole, rest = divmod(self._stop, pool.block_size)
+        pool.clear(slots[whole : whole + 1] if rest else [])
         rows = pool.rows(slots)
         positions = torch.arange(start, self._stop, device=pool.device)
         self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)

@@ -15,6 +15,7 @@ from emberkv.engine.loader import LoadedModel
 from emberkv.engine.packed_linear import pack_linears
 from emberkv.engine.paged_attention import AttentionStep, attention_step
 from emberkv.engine.prefill_step import PrefillStep
+from emberkv.engine.steady_activation import steady_activations
 from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
@@ -53,6 +54,8 @@ class TorchEngine:
         self._device = loaded.device
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
         pack_linears(self._model)
+        if self._device.type == "cpu":
+            steady_activations(self._model)
         self.alignment = self._find_alignment()
         if self.alignment != self.tile:
             self.tile = prefill_chunk
@@ -136,7 +139,6 @@ class TorchEngine:
         if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
             return False
         tokens = self._made_up_tokens(length)
-        self.pool.storage[: 2 * blocks].zero_()
         logits = []
         for cut, first in (self.prefill_chunk, 0), (self.tile, blocks):
             slots = list(range(first, first + blocks))

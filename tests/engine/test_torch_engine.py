@@ -1,0 +1,161 @@
+"""The engine against transformers' own forward pass, and what it finds out about the model and the machine."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from emberkv.core.scheduler import StepPlan
+from emberkv.engine.loader import LoadedModel
+from emberkv.engine.torch_engine import TorchEngine
+from emberkv.errors import ConfigError, UnsupportedModelError
+from tests.conftest import CheckpointFactory
+from tests.engine.conftest import ModelFactory, load_paged
+from tests.engine.driver import BLOCK, CHUNK, TILE, Driver
+from tests.engine.test_exactness import text
+from tests.models import SUPPORTED
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+LONG = 150
+"""Tokens: longer than every window in the zoo, and than two chunks."""
+
+
+def plain(checkpoint: CheckpointFactory, arch: str, dtype: torch.dtype) -> Any:
+    auto_class: Any = AutoModelForCausalLM
+    return auto_class.from_pretrained(checkpoint(arch), dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(
+    checkpoint: CheckpointFactory, paged: ModelFactory, arch: str, dtype: torch.dtype
+) -> None:
+    prompt = text(random.Random(arch), LONG)
+    run = Driver(paged(arch, str(dtype).removeprefix("torch."))).run_one(prompt, new=24)
+    whole = torch.tensor([[*prompt, *run.tokens]])
+    theirs = plain(checkpoint, arch, dtype)(whole).logits[0, LONG - 1 : -1].float()
+    ours = torch.stack(run.logits).float()
+    error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert error.max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@torch.inference_mode()
+def test_greedy_answers_are_those_of_transformers(
+    checkpoint: CheckpointFactory, paged: ModelFactory, arch: str
+) -> None:
+    rng = random.Random(arch)
+    model = plain(checkpoint, arch, torch.float32)
+    model.generation_config.eos_token_id = None
+    driver = Driver(paged(arch))
+    for length in (1, 30, LONG):
+        prompt = text(rng, length)
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
+        assert driver.run_one(prompt, new=40).tokens == theirs[0, length:].tolist()
+
+
+def engine(loaded: LoadedModel, *, num_blocks: int = 64, chunk: int = CHUNK, tile: int = TILE) -> TorchEngine:
+    size = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+    return TorchEngine(loaded, cache_bytes=size, block_size=BLOCK, prefill_chunk=chunk, tile=tile)
+
+
+def test_a_plan_without_a_last_chunk_gives_no_logits(paged: ModelFactory) -> None:
+    driver = Driver(paged("llama"), max_step_tokens=CHUNK)
+    assert driver.executor.execute(StepPlan()) is None
+    run = driver.run_one(text(random.Random(0), 3 * CHUNK))
+    assert len(run.logits) == 1
+    assert driver.executor.prefill([5] * CHUNK, 0, list(range(CHUNK // BLOCK)), sample=False).shape[0] == 0
+
+
+def test_the_pool_takes_the_bytes_it_is_given(paged: ModelFactory) -> None:
+    loaded = paged("llama", "bfloat16")
+    assert engine(loaded, num_blocks=37).pool.num_blocks == 37
+    assert engine(loaded, num_blocks=37).pool.num_bytes == 37 * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+    with pytest.raises(ConfigError, match="holds no block"):
+        TorchEngine(loaded, cache_bytes=100, block_size=BLOCK, prefill_chunk=CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "chunk", "tile"),
+    [(64, CHUNK, 24), (64, CHUNK, 4), (64, CHUNK, CHUNK), (2 * CHUNK // BLOCK, CHUNK, TILE)],
+    ids=["does not divide the chunk", "is no multiple of the block", "is the chunk", "pool too small to try"],
+)
+def test_hits_end_at_chunks_where_a_smaller_tile_cannot_be(
+    paged: ModelFactory, num_blocks: int, chunk: int, tile: int
+) -> None:
+    made = engine(paged("llama"), num_blocks=num_blocks, chunk=chunk, tile=tile)
+    assert (made.alignment, made.tile) == (chunk, chunk)
+
+
+@pytest.mark.parametrize(
+    "disturbance",
+    [lambda rows: rows, lambda rows: rows % 2, lambda rows: rows == 1],
+    ids=["rows", "odd", "one"],
+)
+def test_hits_end_at_chunks_where_results_depend_on_the_number_of_rows(
+    checkpoint: CheckpointFactory, disturbance: Callable[[int], int]
+) -> None:
+    def disturb(_: object, __: object, output: Tensor) -> Tensor:
+        return output + 1e-3 * disturbance(output.shape[1])
+
+    loaded = load_paged(checkpoint, "llama")
+    loaded.model.get_submodule("model.layers.0.mlp").register_forward_hook(disturb)
+    assert engine(loaded).alignment == CHUNK
+
+
+def test_hits_end_at_chunks_where_there_are_experts(checkpoint: CheckpointFactory) -> None:
+    loaded = load_paged(checkpoint, "llama")
+    experts = torch.nn.Module()
+    experts.weights = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    loaded.model.add_module("experts", experts)
+    assert engine(loaded).alignment == CHUNK
+
+
+@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@pytest.mark.parametrize("num_blocks", [1, 3, 64])
+def test_the_check_against_the_plain_forward_passes(paged: ModelFactory, arch: str, num_blocks: int) -> None:
+    engine(paged(arch), num_blocks=num_blocks).check_against_plain_forward()
+
+
+def test_a_model_that_the_paged_attention_does_not_reproduce_is_refused(checkpoint: CheckpointFactory) -> None:
+    loaded = load_paged(checkpoint, "llama")
+    attention: Any = loaded.model.get_submodule("model.layers.1.self_attn")
+    attention.layer_idx = 0  # two layers in one layer's rows
+    with pytest.raises(UnsupportedModelError, match="differ from the model's own by .*LlamaForCausalLM cannot be"):
+        engine(loaded).check_against_plain_forward()
+
+
+def test_a_model_that_computes_no_numbers_is_refused(checkpoint: CheckpointFactory) -> None:
+    loaded = load_paged(checkpoint, "llama")
+    with torch.no_grad():
+        loaded.model.get_parameter("model.norm.weight").fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match="differ from the model's own by nan%"):
+        engine(loaded).check_against_plain_forward()
+
+
+def test_what_state_depends_on_is_in_the_root(paged: ModelFactory) -> None:
+    loaded = paged("llama")
+    engines = {
+        "this": engine(loaded),
+        "other weights": engine(paged("llama", seed=1)),
+        "other dtype": engine(paged("llama", "bfloat16")),
+        "other tile": engine(loaded, tile=CHUNK),
+        "other model": engine(paged("qwen3")),
+        "other block size": TorchEngine(loaded, cache_bytes=2**20, block_size=16, prefill_chunk=CHUNK, tile=TILE),
+    }
+    roots = [made.root(b"") for made in engines.values()] + [engines["this"].root(b"salt")]
+    assert len(set(roots)) == len(roots)
+    assert engine(loaded).root(b"salt") == engines["this"].root(b"salt")
+
+
+def test_other_salts_do_not_share(paged: ModelFactory) -> None:
+    driver = Driver(paged("llama"))
+    prompt = text(random.Random(0), LONG)
+    driver.run_one(prompt, salt=b"one")
+    assert driver.run_one(prompt, salt=b"two").cached == 0
+    assert driver.run_one(prompt, salt=b"one").cached > 0
