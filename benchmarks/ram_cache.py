@@ -91,14 +91,16 @@ def calls_per_second(works: Sequence[Work], seconds: float) -> float:
     def spin(work: Work) -> tuple[int, float, float]:
         call, keys = work
         count, begin = 0, time.perf_counter()
-        while (now := time.perf_counter()) - begin < seconds:
+        end = begin
+        while not count or end - begin < seconds:
             for key in islice(keys, BURST):
                 call(key)
             count += BURST
-        return count, begin, now
+            end = time.perf_counter()
+        return count, begin, end
 
-    counts, begins, ends = zip(*together(spin, works), strict=True)
-    return sum(counts) / (max(ends) - min(begins))
+    runs = together(spin, works)
+    return sum(count for count, _, _ in runs) / (max(end for *_, end in runs) - min(begin for _, begin, _ in runs))
 
 
 def percentiles_us(works: Sequence[Work], calls: int) -> dict[int, float]:

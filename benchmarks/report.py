@@ -17,7 +17,7 @@ HEADER = """\
 
 Written by `python -m benchmarks` from what it measured; the notes at the end are `benchmarks/notes.md`. Values are
 medians over rounds with the lowest and the highest in parentheses; a ratio is taken round by round, of figures
-measured in the same round. Where a target is given, the ratio is held against it, or the figure where there is no ratio.
+measured in the same round. A target is for the ratio, and where there is none, for the figure.
 """
 
 

@@ -667,6 +667,8 @@ def export_model(model: nn.Module, tokenizer: Tokenizer, shape: ModelShape, out:
     """Write the weights in bfloat16 with the configuration that describes them."""
     weights = {f"model.{name}": value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
+    # The writer leaves the file readable by its owner only, which an installed package must not keep.
+    (out / "model.safetensors").chmod(0o644)
     special = (("bos_token_id", BOS), ("eos_token_id", END), ("pad_token_id", PAD))
     ids = {name: tokenizer.token_to_id(token) for name, token in special}
     write_json(

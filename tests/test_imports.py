@@ -25,7 +25,8 @@ ALLOWED = {
     "engine": {"engine", "tiers", "core", *LEAVES},
     "serving": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
-    "cli": {"cli", "bench", "serving", "engine", "tiers", "core", *LEAVES},
+    "workload": {"workload", "core", *LEAVES},
+    "cli": {"cli", "bench", "workload", "serving", "engine", "tiers", "core", *LEAVES},
 }
 
 IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess",
@@ -86,7 +87,10 @@ print(len(names))
 """
 
 
-@pytest.mark.parametrize("package", ["emberkv.errors", "emberkv.core", "emberkv.tiers", "emberkv.bench", "emberkv.cli"])
+@pytest.mark.parametrize(
+    "package",
+    ["emberkv.errors", "emberkv.core", "emberkv.tiers", "emberkv.bench", "emberkv.workload", "emberkv.cli"],
+)
 def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
     command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(TORCH_EXTRA)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -43,7 +43,7 @@ class ServeConfig(BaseModel):
     cache_ram: ByteSize | None = Field(default=None, gt=0)
     block_size: int = Field(default=16, ge=1, le=1024)
     prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1)
-    max_step_tokens: int = Field(default=512, ge=1)
+    max_step_tokens: int = Field(default=256, ge=1)
     max_running: int = Field(default=64, ge=1)
     eviction: Annotated[str, AfterValidator(_known_policy)] = "lru"
     exact: bool = False

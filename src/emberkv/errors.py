@@ -60,5 +60,9 @@ class EntryTypeError(EmberError, TypeError):
     """A cache entry's key or value is of a type that cannot be stored."""
 
 
+class WorkloadError(EmberError):
+    """A trace or a workload description cannot be read as what it claims to be."""
+
+
 class IntegrityError(EmberError):
     """The block pool's books do not balance: a bug, never a user's mistake."""

@@ -1,6 +1,8 @@
 """Loaded models, shared by all engine tests: each architecture and dtype is read once a session."""
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,22 +25,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def paged(checkpoint: CheckpointFactory) -> ModelFactory:
-    """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU that attends through the paged pool.
-
-    Tests must not change it, but for packing its linear layers.
-    """
+    """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU for one engine, which may rebuild it."""
     models: dict[tuple[str, str, int], LoadedModel] = {}
 
     def get(arch: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
         key = (arch, dtype, seed)
         if key not in models:
-            models[key] = load_paged(checkpoint, arch, dtype, seed)
-        return models[key]
+            folder = str(checkpoint(arch, seed=seed))
+            models[key] = load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
+        return replace(models[key], model=copy.deepcopy(models[key].model))
 
     return get
-
-
-def load_paged(checkpoint: CheckpointFactory, arch: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
-    """A model of one's own, to be changed at will."""
-    folder = str(checkpoint(arch, seed=seed))
-    return load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]

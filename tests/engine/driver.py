@@ -23,7 +23,7 @@ CHUNK = 64
 
 @dataclass
 class Run:
-    """What became of one prompt. logits: the scores that each generated token was the best of; kv: ``[blocks, ...]``."""
+    """What became of one prompt. logits: of each generated token; kv: its blocks' state after prefill."""
 
     sequence: Sequence
     logits: list[Tensor] = field(default_factory=list)
@@ -43,6 +43,7 @@ class Driver:
     """A greedy engine over blocks of 8 tokens, tiles of 16 and chunks of 64.
 
     shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once.
+    mixed_steps: those that both decoded and prefilled.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Driver:
         self.cache = PrefixCache(self.pool, alignment=self.executor.alignment, exact=exact, enabled=prefix_cache)
         self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
         self.shared_decodes = 0
+        self.mixed_steps = 0
         self._runs = 0
 
     @property
@@ -89,6 +91,7 @@ class Driver:
         plan = self.scheduler.schedule()
         assert plan, "work is left, but the plan is empty"
         self._count_shared(plan)
+        self.mixed_steps += bool(plan.decodes and plan.prefills)
         result = self.executor.execute(plan)
         sampled = {}
         if result is not None:

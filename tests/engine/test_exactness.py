@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emberkv.engine.loader import load_model
+from emberkv.engine.loader import LoadedModel, load_model
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from tests.engine.conftest import ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Run
@@ -94,6 +94,21 @@ def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(paged: ModelFactory, a
     assert inexact > 0  # decode steps filled them
 
 
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
+def test_neighbours_in_a_step_change_no_bit(paged: ModelFactory, arch: str, dtype: str) -> None:
+    """The first token's scores, computed in one step with other prompts and with sequences that decode."""
+    rng = random.Random(f"{arch} {dtype}")
+    warm, cold = Driver(paged(arch, dtype), max_step_tokens=96), Driver(paged(arch, dtype), prefix_cache=False)
+    stem = text(rng, 200)
+    warm.run_one(stem)
+    prompts = [text(rng, 5), *(prompt for _, prompt in branches(rng, stem, tails=(1, 9, TILE + 1, 70))), text(rng, 90)]
+    runs = warm.run(*prompts, new=12)
+    assert sum(run.cached for run in runs) > 0
+    assert warm.mixed_steps > 0
+    for run, prompt in zip(runs, prompts, strict=True):
+        assert torch.equal(run.logits[0], cold.run_one(prompt).logits[0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_exact_mode_does_not_reuse_what_decode_steps_computed(paged: ModelFactory, dtype: str) -> None:
     rng = random.Random(3)
@@ -117,14 +132,15 @@ def test_exact_mode_does_not_reuse_what_decode_steps_computed(paged: ModelFactor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hits_are_exact_on_several_threads(wide_llama: Path, dtype: str) -> None:
-    """Which share the layers' work at places that depend on the number of rows."""
+@pytest.mark.parametrize("arch", ["llama", "gemma", "phi3"])
+def test_hits_are_exact_on_several_threads(tmp_path: Path, arch: str, dtype: str) -> None:
+    """Which share the work of layers wide enough at places that depend on the number of rows."""
+    write_wide_model(arch, tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         rng = random.Random(dtype)
-        loaded = load_model(str(wide_llama), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
-        warm, cold = Driver(loaded), Driver(loaded, prefix_cache=False)
+        warm, cold = (Driver(load(tmp_path, dtype), prefix_cache=prefix_cache) for prefix_cache in (True, False))
         stem = text(rng, 300)
         warm.run_one(stem)
         for _, prompt in branches(rng, stem, tails=(1, 7, 33, 90)):
@@ -134,13 +150,13 @@ def test_hits_are_exact_on_several_threads(wide_llama: Path, dtype: str) -> None
         torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama whose layers have enough elements to be divided among threads."""
-    folder = tmp_path_factory.mktemp("wide-llama")
-    config = AutoConfig.for_model("llama", **{**SUPPORTED["llama"], "hidden_size": 192, "intermediate_size": 1056})
+def write_wide_model(arch: str, folder: Path) -> None:
+    settings = {**SUPPORTED[arch], "hidden_size": 192, "intermediate_size": 1056, "pad_token_id": 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **settings)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return folder
+
+
+def load(folder: Path, dtype: str) -> LoadedModel:
+    return load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]

@@ -44,7 +44,16 @@ def test_a_row_has_the_same_bits_among_any_other_rows(dtype: torch.dtype, width:
     packed = PackedLinear(layer.weight, layer.bias)
     inputs = torch.randn(1, 130, width).to(dtype)
     whole = packed(inputs)
-    for start, stop in [(0, 1), (129, 130), (3, 5), (0, 16), (5, 22), (64, 128), (1, 130), *((64, 64 + n) for n in range(1, 60))]:
+    for start, stop in [
+        (0, 1),
+        (129, 130),
+        (3, 5),
+        (0, 16),
+        (5, 22),
+        (64, 128),
+        (1, 130),
+        *((64, 64 + n) for n in range(1, 60)),
+    ]:
         assert torch.equal(packed(inputs[:, start:stop]), whole[:, start:stop])
 
 

@@ -112,7 +112,9 @@ def decode(
     for sequence in sequences:
         if len(sequence) > 1:
             sequence.prefill(pool, call, [len(sequence) - 1])
-    step = DecodeStep(pool, [each.slots for each in sequences], [len(each) for each in sequences], min_shared=min_shared)
+    step = DecodeStep(
+        pool, [each.slots for each in sequences], [len(each) for each in sequences], min_shared=min_shared
+    )
     last = [torch.stack([getattr(each, name)[-1] for each in sequences]) for name in ("q", "k", "v")]
     ours = step.attend(call, *last)
     return step, ours, torch.stack([each.expected(call)[-1] for each in sequences])

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from emberkv.core.scheduler import StepPlan
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.torch_engine import TorchEngine
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
-from tests.engine.conftest import ModelFactory, load_paged
+from tests.engine.conftest import ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver
 from tests.engine.test_exactness import text
 from tests.models import SUPPORTED
@@ -66,7 +65,6 @@ def engine(loaded: LoadedModel, *, num_blocks: int = 64, chunk: int = CHUNK, til
 
 def test_a_plan_without_a_last_chunk_gives_no_logits(paged: ModelFactory) -> None:
     driver = Driver(paged("llama"), max_step_tokens=CHUNK)
-    assert driver.executor.execute(StepPlan()) is None
     run = driver.run_one(text(random.Random(0), 3 * CHUNK))
     assert len(run.logits) == 1
     assert driver.executor.prefill([5] * CHUNK, 0, list(range(CHUNK // BLOCK)), sample=False).shape[0] == 0
@@ -74,10 +72,11 @@ def test_a_plan_without_a_last_chunk_gives_no_logits(paged: ModelFactory) -> Non
 
 def test_the_pool_takes_the_bytes_it_is_given(paged: ModelFactory) -> None:
     loaded = paged("llama", "bfloat16")
-    assert engine(loaded, num_blocks=37).pool.num_blocks == 37
-    assert engine(loaded, num_blocks=37).pool.num_bytes == 37 * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+    pool = engine(loaded, num_blocks=37).pool
+    assert pool.num_blocks == 37
+    assert pool.num_bytes == 37 * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
     with pytest.raises(ConfigError, match="holds no block"):
-        TorchEngine(loaded, cache_bytes=100, block_size=BLOCK, prefill_chunk=CHUNK)
+        TorchEngine(paged("llama"), cache_bytes=100, block_size=BLOCK, prefill_chunk=CHUNK)
 
 
 @pytest.mark.parametrize(
@@ -98,18 +97,18 @@ def test_hits_end_at_chunks_where_a_smaller_tile_cannot_be(
     ids=["rows", "odd", "one"],
 )
 def test_hits_end_at_chunks_where_results_depend_on_the_number_of_rows(
-    checkpoint: CheckpointFactory, disturbance: Callable[[int], int]
+    paged: ModelFactory, disturbance: Callable[[int], int]
 ) -> None:
     def disturb(_: object, __: object, output: Tensor) -> Tensor:
         return output + 1e-3 * disturbance(output.shape[1])
 
-    loaded = load_paged(checkpoint, "llama")
-    loaded.model.get_submodule("model.layers.0.mlp").register_forward_hook(disturb)
+    loaded = paged("llama")
+    loaded.model.get_submodule("model.embed_tokens").register_forward_hook(disturb)
     assert engine(loaded).alignment == CHUNK
 
 
-def test_hits_end_at_chunks_where_there_are_experts(checkpoint: CheckpointFactory) -> None:
-    loaded = load_paged(checkpoint, "llama")
+def test_hits_end_at_chunks_where_there_are_experts(paged: ModelFactory) -> None:
+    loaded = paged("llama")
     experts = torch.nn.Module()
     experts.weights = torch.nn.Parameter(torch.zeros(2, 3, 4))
     loaded.model.add_module("experts", experts)
@@ -122,16 +121,16 @@ def test_the_check_against_the_plain_forward_passes(paged: ModelFactory, arch: s
     engine(paged(arch), num_blocks=num_blocks).check_against_plain_forward()
 
 
-def test_a_model_that_the_paged_attention_does_not_reproduce_is_refused(checkpoint: CheckpointFactory) -> None:
-    loaded = load_paged(checkpoint, "llama")
+def test_a_model_that_the_paged_attention_does_not_reproduce_is_refused(paged: ModelFactory) -> None:
+    loaded = paged("gemma")
     attention: Any = loaded.model.get_submodule("model.layers.1.self_attn")
     attention.layer_idx = 0  # two layers in one layer's rows
-    with pytest.raises(UnsupportedModelError, match="differ from the model's own by .*LlamaForCausalLM cannot be"):
+    with pytest.raises(UnsupportedModelError, match=r"differ from the model's own by .*GemmaForCausalLM cannot be"):
         engine(loaded).check_against_plain_forward()
 
 
-def test_a_model_that_computes_no_numbers_is_refused(checkpoint: CheckpointFactory) -> None:
-    loaded = load_paged(checkpoint, "llama")
+def test_a_model_that_computes_no_numbers_is_refused(paged: ModelFactory) -> None:
+    loaded = paged("llama")
     with torch.no_grad():
         loaded.model.get_parameter("model.norm.weight").fill_(float("nan"))
     with pytest.raises(UnsupportedModelError, match="differ from the model's own by nan%"):
@@ -139,18 +138,19 @@ def test_a_model_that_computes_no_numbers_is_refused(checkpoint: CheckpointFacto
 
 
 def test_what_state_depends_on_is_in_the_root(paged: ModelFactory) -> None:
-    loaded = paged("llama")
     engines = {
-        "this": engine(loaded),
+        "this": engine(paged("llama")),
         "other weights": engine(paged("llama", seed=1)),
         "other dtype": engine(paged("llama", "bfloat16")),
-        "other tile": engine(loaded, tile=CHUNK),
+        "other tile": engine(paged("llama"), tile=CHUNK),
         "other model": engine(paged("qwen3")),
-        "other block size": TorchEngine(loaded, cache_bytes=2**20, block_size=16, prefill_chunk=CHUNK, tile=TILE),
+        "other block size": TorchEngine(
+            paged("llama"), cache_bytes=2**20, block_size=16, prefill_chunk=CHUNK, tile=TILE
+        ),
     }
     roots = [made.root(b"") for made in engines.values()] + [engines["this"].root(b"salt")]
     assert len(set(roots)) == len(roots)
-    assert engine(loaded).root(b"salt") == engines["this"].root(b"salt")
+    assert engine(paged("llama")).root(b"salt") == engines["this"].root(b"salt")
 
 
 def test_other_salts_do_not_share(paged: ModelFactory) -> None:

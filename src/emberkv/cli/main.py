@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from emberkv import __version__
+from emberkv.cli import workload
 from emberkv.cli.bench import bench
 from emberkv.cli.serve import serve
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("bench")(bench)
+app.add_typer(workload.app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
@@ -50,7 +51,7 @@ def serve(
         int | None, typer.Option(help=f"Tokens per prefill pass. [default: {DEFAULT_PREFILL_CHUNK}]")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block. [default: 16]")] = None,
-    max_step_tokens: Annotated[int | None, typer.Option(help="Token budget of one step. [default: 512]")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Token budget of one step. [default: 256]")] = None,
     max_running: Annotated[int | None, typer.Option(help="Requests that run at once. [default: 64]")] = None,
     eviction: Annotated[str | None, typer.Option(help="lru, lfu, fifo, s3fifo or greedy-dual. [default: lru]")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Accept this key; repeat for more.")] = None,
@@ -67,7 +68,7 @@ def serve(
     try:
         run_server(serve_config(given, os.environ))
     except EmberError as error:
-        _console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        _console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
 
 
@@ -134,7 +135,7 @@ class _Startup:
                 dtype=config.dtype,
                 device=config.device,
                 attn_implementation=ATTENTION_NAME,
-                progress=status.update,
+                progress=lambda line: status.update(escape(line)),
                 fingerprint_cache=config.fingerprint_cache or Path("~/.cache/emberkv").expanduser(),
             )
             status.update("allocating the KV pool and checking the attention")
@@ -185,9 +186,11 @@ def _print_summary(
         "ready in": f"{seconds:.1f} s",
     }
     for label, text in rows.items():
-        table.add_row(f"[bold]{label}[/]", text)
+        table.add_row(f"[bold]{label}[/]", escape(text))
     _console.print(table)
-    _console.print(f"\nTry it:\n{_curl_line(url, name, bool(config.api_keys))}", soft_wrap=True, highlight=False)
+    _console.print(
+        f"\nTry it:\n{_curl_line(url, name, bool(config.api_keys))}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def _curl_line(url: str, name: str, needs_key: bool) -> str:

@@ -13,7 +13,7 @@ from emberkv.core.block import Block, BlockState
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.eviction import LRU
 from emberkv.core.eviction_policy import EvictionPolicy, Weight
-from emberkv.core.hashing import Identity, TokenChain
+from emberkv.core.hashing import Chain, Identity
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
@@ -96,7 +96,7 @@ class BlockPool:
     def lookup(self, identity: Identity) -> Block | None:
         return self._index.get(identity)
 
-    def match(self, chain: TokenChain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
+    def match(self, chain: Chain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
         """The longest consecutive run of cached blocks of ``chain[start:stop]`` (in blocks). Holds nothing.
 
         A block is a hit only if its tokens equal the chain's, whatever its identity says.
@@ -148,7 +148,7 @@ class BlockPool:
             allocated.append(block)
         return allocated
 
-    def commit(self, block: Block, chain: TokenChain, position: int, *, exact: bool) -> Block:
+    def commit(self, block: Block, chain: Chain, position: int, *, exact: bool) -> Block:
         """Make a complete block visible as block ``position`` of ``chain``; returns the block to hold from now on.
 
         If the identity is known already, the known block is kept and ours freed, unless ours is exact and the known

@@ -6,8 +6,9 @@ covers everything else that the KV state depends on, so equal identities mean eq
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import Protocol
 
 Identity = bytes
 """A block's 32-byte SHA-256 digest."""
@@ -49,6 +50,31 @@ def chain_identities(parent: Identity, tokens: bytes, block_size: int) -> list[I
         parent = sha256(parent + tokens[start : start + width]).digest()
         identities.append(parent)
     return identities
+
+
+class Chain(Protocol):
+    """A sequence as the core sees it: its length and its full blocks' identities, however its tokens are described.
+
+    ``block_tokens`` is what a hit is compared by: equal bytes if and only if the tokens are equal. `TokenChain` holds
+    token ids; a recorded or generated workload may know its tokens by origin only.
+    """
+
+    block_size: int
+
+    @property
+    def identities(self) -> Sequence[Identity]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> int: ...
+
+    def slice(self, start: int, stop: int) -> list[int]: ...
+
+    def block_tokens(self, index: int) -> bytes: ...
+
+    def parent(self, index: int) -> Identity: ...
+
+    def append(self, token: int) -> None: ...
 
 
 class TokenChain:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import Chain
 from emberkv.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class Lease:
 
     __slots__ = ("_cache", "_chain", "_collided", "blocks", "context_exact", "hit_tokens", "num_committed")
 
-    def __init__(self, cache: "PrefixCache", chain: TokenChain, hit: list[Block]) -> None:
+    def __init__(self, cache: "PrefixCache", chain: Chain, hit: list[Block]) -> None:
         self._cache = cache
         self._chain = chain
         self._collided = False
@@ -110,7 +110,7 @@ class PrefixCache:
         self.exact = exact
         self.enabled = enabled
 
-    def find(self, chain: TokenChain, start: int = 0) -> Sequence[Block]:
+    def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks that follow token ``start``, whole alignment units only. Holds nothing.
 
         At least the chain's last token is left to compute: its logits are what the caller wants.
@@ -126,11 +126,11 @@ class PrefixCache:
         match = self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
         return match.blocks[: len(match.blocks) // unit * unit]
 
-    def acquire(self, chain: TokenChain) -> Lease:
+    def acquire(self, chain: Chain) -> Lease:
         """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""
         return self.lease(chain, self.find(chain))
 
-    def lease(self, chain: TokenChain, found: Sequence[Block]) -> Lease:
+    def lease(self, chain: Chain, found: Sequence[Block]) -> Lease:
         """Pin what `find` has just found for ``chain``."""
         self.pool.pin(found)
         return Lease(self, chain, list(found))

@@ -22,7 +22,7 @@ class SchedulerConfig:
     """
 
     prefill_chunk: int
-    max_step_tokens: int = 512
+    max_step_tokens: int = 256
     max_running: int = 64
 
 

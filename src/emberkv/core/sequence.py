@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import Chain
 from emberkv.core.prefix_cache import Lease
 
 
@@ -29,7 +29,7 @@ class Sequence:
     """
 
     request_id: str
-    chain: TokenChain
+    chain: Chain
     max_new_tokens: int
     priority: int = 0
     order: int = 0

@@ -23,7 +23,7 @@ class EngineConfig:
     cache_bytes: int
     block_size: int
     prefill_chunk: int
-    max_step_tokens: int = 512
+    max_step_tokens: int = 256
     max_running: int = 64
     eviction: str = "lru"
     exact: bool = False

@@ -194,12 +194,24 @@ class EngineLoop:
             return
         try:
             result = self._executor.execute(plan)
-            sampled = self._sample(result) if result is not None else {}
+            sampled = self._sample(self._without_broken(plan, result)) if result is not None else {}
         except Exception as error:  # noqa: BLE001 - whatever failed, these requests end with it and others go on
             _log.exception("a step failed")
-            self._fail([*plan.decodes, *(chunk.sequence for chunk in plan.prefills)], error)
+            failed = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills)]
+            self._fail(failed, f"the engine failed: {type(error).__name__}")
             return
         self._deliver(plan, sampled)
+
+    def _without_broken(self, plan: StepPlan, result: StepResult) -> StepResult:
+        """End those whose scores are not numbers, before any of what was computed for them is committed."""
+        usable = result.logits.amax(dim=-1).isfinite()
+        broken = [sequence for sequence, good in zip(result.sequences, usable.tolist(), strict=True) if not good]
+        if not broken:
+            return result
+        self._fail(broken, "the model's scores for the next token are not numbers")
+        plan.decodes = [sequence for sequence in plan.decodes if sequence not in broken]
+        plan.prefills = [chunk for chunk in plan.prefills if chunk.sequence not in broken]
+        return StepResult([each for each in result.sequences if each not in broken], result.logits[usable])
 
     def _sample(self, result: StepResult) -> dict[str, SampledToken]:
         ids = [sequence.request_id for sequence in result.sequences]
@@ -222,14 +234,10 @@ class EngineLoop:
             else:
                 self._send(live, token=token, finish_reason=live.sequence.finish_reason)
 
-    def _fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+    def _fail(self, sequences: Iterable[Sequence], error: str) -> None:
         for request_id in {sequence.request_id for sequence in sequences}:
             self._scheduler.finish(request_id, FinishReason.ERROR)
-            self._send(
-                self._live[request_id],
-                finish_reason=FinishReason.ERROR,
-                error=f"the engine failed: {type(error).__name__}",
-            )
+            self._send(self._live[request_id], finish_reason=FinishReason.ERROR, error=error)
 
     def _send(
         self,

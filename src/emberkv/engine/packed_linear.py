@@ -23,17 +23,14 @@ class PackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, self.in_features)
-        if rows.shape[0] == 0:
+        if inputs.numel() == 0:
             return inputs.new_empty(*inputs.shape[:-1], self.out_features)
-        if rows.shape[0] == 1:
-            # A single row takes another kernel, which sums in another order.
-            return self._product(rows.expand(2, -1))[:1].view(*inputs.shape[:-1], -1)
-        return self._product(rows).view(*inputs.shape[:-1], -1)
-
-    def _product(self, rows: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        count = rows.shape[0]
+        if count == 1:
+            rows = rows.expand(2, -1)  # a single row takes another kernel, which sums in another order
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return product
+        return product[:count].view(*inputs.shape[:-1], -1)
 
 
 def pack_linears(model: nn.Module) -> int:
@@ -57,7 +54,33 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN takes this weight here."""
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bool(bf16)
+
+
+_TRIED_ROWS = (1, 2, 3, 5, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 160, 255, 256, 257, 400)
+
+
+@torch.inference_mode()
+def rows_are_independent(model: nn.Module) -> bool:
+    """Whether a row's product has the same bits however many rows come with it, in each of the model's linear layers.
+
+    Tries one layer of each shape, with numbers of rows around those at which kernels change. False as soon as a layer
+    is not packed, except the output layer, whose rows are no KV state.
+    """
+    head = getattr(model, "lm_head", None)
+    plain = (nn.Linear, Conv1D)
+    if any(isinstance(module, plain) and module is not head for module in model.modules()):
+        return False
+    shapes = {(m.in_features, m.out_features): m for m in model.modules() if isinstance(m, PackedLinear)}
+    return all(_independent(layer) for layer in shapes.values())
+
+
+def _independent(layer: PackedLinear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(max(_TRIED_ROWS), layer.in_features, generator=generator).to(layer.packed.dtype)
+    expected = layer(inputs)
+    return all(torch.equal(layer(inputs[:rows]), expected[:rows]) for rows in _TRIED_ROWS)

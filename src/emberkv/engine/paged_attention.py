@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -36,6 +37,21 @@ class AttentionStep(ABC):
 
         Returns ``[tokens, heads, dim]`` in the queries' dtype.
         """
+
+
+class PackedStep(AttentionStep):
+    """Several steps in one forward pass: each has its own consecutive rows, in order.
+
+    parts: the steps with their numbers of rows. A later part sees what an earlier one has written.
+    """
+
+    def __init__(self, parts: list[tuple[int, AttentionStep]]) -> None:
+        self._rows = [rows for rows, _ in parts]
+        self._steps = [step for _, step in parts]
+
+    def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        shares = zip(*(torch.split(each, self._rows) for each in (queries, keys, values)), strict=True)
+        return torch.cat([step.attend(call, *share) for step, share in zip(self._steps, shares, strict=True)])
 
 
 _current_step: ContextVar[AttentionStep] = ContextVar("emberkv_attention_step")

@@ -39,7 +39,7 @@ def with_fixed_rotation(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """RoPE's parameters: one set for all layers, or one for each type of layer. transformers fills in their defaults."""
+    """RoPE's parameters, defaults filled in: one set for all layers, or one for each type of layer."""
     given = getattr(config, "rope_parameters", None) or {}
     nested = [each for each in given.values() if isinstance(each, dict)]
     return [each for each in nested or [given] if each.get("rope_type")]

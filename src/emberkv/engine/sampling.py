@@ -57,7 +57,8 @@ class Sampler:
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
         """One token for each row of ``logits`` [n, vocab], whose requests are ``states`` (n of them)."""
-        greedy: list[int] = logits.argmax(dim=-1).tolist()  # of equal logits, the first
+        # Of equal logits, the first; over bf16 as it is, torch's argmax takes five times as long.
+        greedy: list[int] = logits.float().argmax(dim=-1).tolist()
         return [
             SampledToken(token_id, None) if state.is_plain_greedy else _sample_row(row, state)
             for token_id, row, state in zip(greedy, logits, states, strict=True)

@@ -4,6 +4,8 @@ torch computes elements in vectors, and by another routine, which rounds differe
 the end of each thread's share. Where the shares end depends on the number of elements and threads.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -18,7 +20,9 @@ ALONE = 16_384
 TOGETHER = 32_768
 """For each started run of so many elements, one more thread takes part."""
 
-_CLASSES = tuple({each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()})
+_CLASSES = cast(
+    tuple[type[nn.Module], ...], tuple({each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()})
+)
 
 
 class SteadyActivation(nn.Module):
@@ -34,7 +38,7 @@ class SteadyActivation(nn.Module):
             result: Tensor = self.function(inputs)
             return result
         flat = pad(inputs.reshape(-1), (0, -count % VECTOR))
-        return torch.cat([self.function(part) for part in flat.split(ALONE)])[:count].view_as(inputs)
+        return torch.cat([self.function(part) for part in torch.split(flat, ALONE)])[:count].view_as(inputs)
 
 
 def _has_whole_shares(count: int) -> bool:

@@ -12,8 +12,8 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.decode_step import DecodeStep
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.packed_linear import pack_linears
-from emberkv.engine.paged_attention import AttentionStep, attention_step
+from emberkv.engine.packed_linear import PackedLinear, pack_linears, rows_are_independent
+from emberkv.engine.paged_attention import AttentionStep, PackedStep, attention_step
 from emberkv.engine.prefill_step import PrefillStep
 from emberkv.engine.steady_activation import steady_activations
 from emberkv.errors import UnsupportedModelError
@@ -22,6 +22,7 @@ KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
 TILE_TOKENS = 32
 """Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
 
+_SELF_CHECK_TOKENS = 96
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -31,6 +32,16 @@ class StepResult:
 
     sequences: list[Sequence]
     logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Tokens to compute together. keep: the rows whose logits are wanted."""
+
+    step: AttentionStep
+    tokens: list[int]
+    positions: list[int]
+    keep: list[int]
 
 
 class TorchEngine:
@@ -53,6 +64,7 @@ class TorchEngine:
         self._model = loaded.model
         self._device = loaded.device
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
+        self._expected = self._plain_logits()
         pack_linears(self._model)
         if self._device.type == "cpu":
             steady_activations(self._model)
@@ -72,53 +84,78 @@ class TorchEngine:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Compute the plan's tokens into the pool. None when no sequence is ready for its next token."""
-        sequences: list[Sequence] = []
-        logits: list[Tensor] = []
-        if plan.decodes:
-            sequences += plan.decodes
-            logits.append(self._decode(plan.decodes))
-        for chunk in plan.prefills:
-            scores = self._prefill(chunk)
-            if chunk.samples:
-                sequences.append(chunk.sequence)
-                logits.append(scores)
-        if not sequences:
-            return None
-        return StepResult(sequences, torch.cat(logits) if len(logits) > 1 else logits[0])
+        """Compute the plan's tokens into the pool. None when no sequence is ready for its next token.
 
-    def _prefill(self, chunk: PrefillChunk) -> Tensor:
+        Where rows do not influence one another's bits, all goes through the model in one pass.
+        """
+        works = [self._decode_work(plan.decodes)] if plan.decodes else []
+        works += [self._prefill_work(chunk) for chunk in plan.prefills]
+        logits = [self._forward(some) for some in self._passes(works)]
+        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
+        return StepResult(ready, torch.cat(logits)) if ready else None
+
+    def _passes(self, works: list[_Work]) -> list[list[_Work]]:
+        """What to compute together; the logits stay in order.
+
+        An output layer that is not packed gives a row other bits in other company: a prompt's last row goes alone.
+        """
+        if self.alignment != self.tile:
+            return [[work] for work in works]
+        packed = isinstance(self._model.get_output_embeddings(), PackedLinear)
+        alone = [not packed and isinstance(work.step, PrefillStep) and bool(work.keep) for work in works]
+        together = [work for work, apart in zip(works, alone, strict=True) if not apart]
+        return [*([together] if together else []), *([work] for work, apart in zip(works, alone, strict=True) if apart)]
+
+    def _prefill_work(self, chunk: PrefillChunk) -> _Work:
         chain = chunk.sequence.chain
         slots = [block.slot for block in chunk.sequence.held.blocks]
-        return self.prefill(chain.slice(chunk.start, chunk.stop), chunk.start, slots, sample=chunk.samples)
+        tokens = chain.slice(chunk.start, chunk.stop)
+        step = PrefillStep(self.pool, slots, chunk.start, len(tokens), tile=self.tile)
+        keep = [len(tokens) - 1] if chunk.samples else []
+        return _Work(step, tokens, list(range(chunk.start, chunk.stop)), keep)
 
-    def _decode(self, sequences: Batch[Sequence]) -> Tensor:
+    def _decode_work(self, sequences: Batch[Sequence]) -> _Work:
         lengths = [len(sequence.chain) for sequence in sequences]
-        tokens = [sequence.chain[-1] for sequence in sequences]
         tables = [[block.slot for block in sequence.held.blocks] for sequence in sequences]
-        return self.decode(tokens, lengths, tables)
+        return _Work(
+            DecodeStep(self.pool, tables, lengths),
+            [sequence.chain[-1] for sequence in sequences],
+            [length - 1 for length in lengths],
+            list(range(len(sequences))),
+        )
 
     def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
         step = PrefillStep(self.pool, slots, start, len(tokens), tile=self.tile)
         keep = [len(tokens) - 1] if sample else []
-        return self._forward(step, tokens, list(range(start, start + len(tokens))), keep)
+        return self._forward([_Work(step, tokens, list(range(start, start + len(tokens))), keep)])
 
     def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor:
         """Compute each sequence's last token (its length counts it); ``[len(tokens), vocab]``."""
         step = DecodeStep(self.pool, tables, lengths)
-        return self._forward(step, tokens, [length - 1 for length in lengths], list(range(len(tokens))))
+        return self._forward([_Work(step, tokens, [length - 1 for length in lengths], list(range(len(tokens))))])
 
-    def _forward(self, step: AttentionStep, tokens: list[int], positions: list[int], keep: list[int]) -> Tensor:
+    def _forward(self, works: list[_Work]) -> Tensor:
+        """One pass over all works' tokens; the logits to keep, in order."""
+        keep, rows = [], 0
+        for work in works:
+            keep += [rows + row for row in work.keep]
+            rows += len(work.tokens)
+        arguments = {
+            "input_ids": torch.tensor([[token for work in works for token in work.tokens]], device=self._device),
+            "position_ids": torch.tensor([[at for work in works for at in work.positions]], device=self._device),
+            "use_cache": False,
+        }
+        single = len(works) == 1
+        step = works[0].step if single else PackedStep([(len(work.tokens), work.step) for work in works])
         with attention_step(step):
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self._device),
-            )
-        logits: Tensor = output.logits[0]
-        return logits
+            if not keep:
+                # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
+                self._model.base_model(**arguments)
+                return torch.empty((0, self.loaded.geometry.vocab_size), dtype=self.loaded.dtype, device=self._device)
+            kept = torch.tensor(keep, dtype=torch.int64, device=self._device)
+            logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
+            return logits
 
     def _find_alignment(self) -> int:
         """The tile if prefill proves tile-invariant here, else the chunk. Uses the pool's first blocks.
@@ -126,7 +163,7 @@ class TorchEngine:
         Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
         """
         experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
-        if self.tile == self.prefill_chunk or experts:
+        if self.tile == self.prefill_chunk or experts or not rows_are_independent(self._model):
             return self.prefill_chunk
         # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
         same = all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.tile // 2 + 1))
@@ -144,7 +181,20 @@ class TorchEngine:
             slots = list(range(first, first + blocks))
             self.prefill(tokens[:cut], 0, slots, sample=False)
             logits.append(self.prefill(tokens[cut:], cut, slots, sample=True))
-        return torch.equal(*logits) and torch.equal(*self.pool.storage[: 2 * blocks].split(blocks))
+        return torch.equal(*logits) and torch.equal(*torch.split(self.pool.storage[: 2 * blocks], blocks))
+
+    @torch.inference_mode()
+    def _plain_logits(self) -> Tensor:
+        """``[tokens, vocab]``: transformers' own eager forward over made-up tokens, before its layers are replaced."""
+        capacity = self.pool.num_blocks * self.pool.block_size
+        tokens = self._made_up_tokens(min(_SELF_CHECK_TOKENS, capacity, self.loaded.context_length))
+        implementation = self._model.config._attn_implementation
+        self._model.set_attn_implementation("eager")
+        try:
+            logits: Tensor = self._model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits
+        finally:
+            self._model.set_attn_implementation(implementation)
+        return logits[0]
 
     @torch.inference_mode()
     def check_against_plain_forward(self) -> None:
@@ -153,23 +203,18 @@ class TorchEngine:
         Raises UnsupportedModelError when they differ by more than rounding: the model does something to its state
         that the paged attention does not reproduce, and would be served wrong. Uses the pool's first blocks.
         """
-        length = min(2 * self.prefill_chunk + 2, self.pool.num_blocks * self.pool.block_size)
-        length = min(length, self.loaded.context_length, 96)
+        length = self._expected.shape[0]
         tokens = self._made_up_tokens(length)
         slots = list(range(-(-length // self.pool.block_size)))
-        cut = max(self.pool.block_size, length // 2 // self.pool.block_size * self.pool.block_size)
-        paged = [self.prefill(tokens[:cut], 0, slots, sample=True)]
-        if length > cut + 1:
+        cut = max(self.tile, length // 2 // self.tile * self.tile)
+        if length < cut + 2:
+            paged, at = [self.prefill(tokens, 0, slots, sample=True)], [length - 1]
+        else:
+            paged = [self.prefill(tokens[:cut], 0, slots, sample=True)]
             paged.append(self.prefill(tokens[cut:-1], cut, slots, sample=True))
             paged.append(self.decode(tokens[-1:], [length], [slots]))
-        at = [cut - 1, length - 2, length - 1][: len(paged)]
-        implementation = self._model.config._attn_implementation
-        self._model.set_attn_implementation("eager")
-        try:
-            plain = self._model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits[0, at]
-        finally:
-            self._model.set_attn_implementation(implementation)
-        ours, theirs = torch.cat(paged).float(), plain.float()
+            at = [cut - 1, length - 2, length - 1]
+        ours, theirs = torch.cat(paged).float(), self._expected[at].float()
         error = (ours - theirs).norm() / theirs.norm()
         if not error <= _SELF_CHECK_TOLERANCE[self.loaded.dtype]:
             raise UnsupportedModelError(

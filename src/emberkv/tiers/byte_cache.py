@@ -1,9 +1,9 @@
 """The byte cache in host memory: the one place that counts a RAM tier's bytes and holds it to its limit.
 
 What to evict is the policy's decision, when to is ours. Reads take no lock: they note what they read, and whoever
-next needs the books (a write, a question about statistics, or the read that fills the notes) settles them under the
+next needs the books (a set, a question about statistics, or the read that fills the notes) settles them under the
 lock, in the order in which they were noted. So reads of many threads do not queue, no read is ever left uncounted,
-and a write sees the recency of every read before it. This needs no more than that a dict's look-up and a deque's
+and a set sees the recency of every read before it. This needs no more than that a dict's look-up and a deque's
 append are atomic, which CPython promises with and without its global lock.
 """
 
@@ -80,9 +80,10 @@ class InMemoryKVCacheManager:
     def __init__(
         self, max_memory_mb: float = 300_000, eviction_policy: str = "lru", *, clock: Callable[[], float] = time.time
     ) -> None:
-        if not 0 < max_memory_mb < math.inf:
+        limit = max_memory_mb * MB
+        if not 0 < limit < math.inf:
             raise ConfigError(f"max_memory_mb is {max_memory_mb!r}; it must be a finite number above 0")
-        self._limit = int(max_memory_mb * MB)
+        self._limit = int(limit)
         self._policy_name = eviction_policy
         self._clock = clock
         self._lock = threading.Lock()
@@ -145,7 +146,6 @@ class InMemoryKVCacheManager:
     def delete(self, key: str) -> bool:
         """Drop the entry; whether there was one."""
         with self._lock:
-            self._settle()
             entry = self._entries.pop(key, None)
             if entry is None:
                 return False
@@ -197,7 +197,7 @@ class InMemoryKVCacheManager:
                 continue
             self._hits += 1
             entry = entries.get(key)
-            if entry is not None:  # else its entry went between the look-up and the note
+            if entry is not None:  # else it went since it was read
                 entry.access_count += 1
                 hits.append(key)
         self._policy.access(hits)

@@ -1,0 +1,80 @@
+"""The chain room: a content's blocks under the identities by which the core's pool and cache know them."""
+
+from hashlib import sha256
+
+from emberkv.core.hashing import Identity
+from emberkv.workload.content import Content
+
+
+def block_identities(parent: Identity, content: Content, start: int, stop: int, block_size: int) -> list[Identity]:
+    """Chained identities of the blocks of tokens ``[start, stop)``, ``parent`` being that of the block before.
+
+    ``start`` is a multiple of the block size; where ``stop`` is not, the last identity is that of a partial block.
+    """
+    identities = []
+    for first in range(start, stop, block_size):
+        parent = sha256(parent + content.encode(first, min(first + block_size, stop))).digest()
+        identities.append(parent)
+    return identities
+
+
+class ContentChain:
+    """A core `Chain` over a content that is known beforehand: the prompt, and the answer that will be generated.
+
+    length: the prompt's tokens. Each `append` takes the content's next token, whatever token is given: what a
+    simulation generates is decided by the workload, and the cache must not change it.
+    earlier: the chain of the conversation's turn before, whose identities are then not hashed again as far as this
+    content begins with that one's.
+    """
+
+    __slots__ = ("_content", "_length", "block_size", "identities", "root")
+
+    def __init__(
+        self, root: Identity, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
+    ) -> None:
+        self.root = root
+        self.block_size = block_size
+        self._content = content
+        self._length = length
+        self.identities = earlier.identities_of(root, content, length, block_size) if earlier else []
+        known, full = len(self.identities) * block_size, length - length % block_size
+        parent = self.identities[-1] if self.identities else root
+        self.identities += block_identities(parent, content, known, full, block_size)
+
+    def identities_of(self, root: Identity, content: Content, length: int, block_size: int) -> list[Identity]:
+        """Those of this chain's identities that the first ``length`` tokens of ``content`` have too, all or none."""
+        blocks = min(len(self.identities), length // block_size)
+        same = (root, block_size) == (self.root, self.block_size)
+        if not same or content.cut(0, blocks * block_size) != self._content.cut(0, blocks * block_size):
+            return []
+        return self.identities[:blocks]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int) -> int:
+        at = range(self._length)[position]
+        return self._content.token_ids(at, at + 1)[0]
+
+    def slice(self, start: int, stop: int) -> list[int]:
+        return self._content.token_ids(start, min(stop, self._length))
+
+    def block_tokens(self, index: int) -> bytes:
+        """What stands for the tokens of full block ``index``: where they come from."""
+        start = index * self.block_size
+        return self._content.encode(start, start + self.block_size)
+
+    def parent(self, index: int) -> Identity:
+        return self.identities[index - 1] if index else self.root
+
+    def append(self, token: int) -> None:
+        """Raises IndexError past the content's end."""
+        if self._length == len(self._content):
+            raise IndexError(f"the content ends at {self._length} tokens; there is no further answer to take")
+        self._length += 1
+        index, rest = divmod(self._length, self.block_size)
+        if not rest:
+            start = (index - 1) * self.block_size
+            self.identities += block_identities(
+                self.parent(index - 1), self._content, start, self._length, self.block_size
+            )

@@ -1,0 +1,154 @@
+"""The content room: what a request's tokens are, told by where they come from.
+
+A generated or recorded workload never holds text. Its tokens are spans of endless streams (a system prompt, a message,
+an answer, a block of a trace), each named by a key, or token ids where a trace has them. Two requests share a prefix
+exactly as far as their contents are equal; different streams share nothing.
+"""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from hashlib import sha256, shake_128
+from itertools import accumulate
+from typing import NamedTuple
+
+from emberkv.core.hashing import encode_tokens
+
+KEY_BYTES = 16
+SCOPE_BYTES = 8
+MAX_TOKEN = 2**31
+
+
+def stream_key(*names: str | int) -> bytes:
+    """The key of the stream with these names. Names are length-prefixed, so that no two lists run together."""
+    digest = sha256(b"emberkv-stream-1")
+    for name in names:
+        field = str(name).encode()
+        digest.update(len(field).to_bytes(8, "little") + field)
+    return digest.digest()[:KEY_BYTES]
+
+
+class Span(NamedTuple):
+    """Tokens ``[start, stop)`` of the stream ``key``, which is `KEY_BYTES` long."""
+
+    key: bytes
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, start: int, stop: int) -> "Span":
+        """The part from ``start`` to ``stop``, counted within the span."""
+        return Span(self.key, self.start + start, self.start + stop)
+
+    def encode(self, start: int, stop: int) -> bytes:
+        """Bytes that are equal for equal parts of equal streams only."""
+        first = self.start
+        return self.key + (first + start).to_bytes(8, "little") + (first + stop).to_bytes(8, "little")
+
+    def token_ids(self) -> list[int]:
+        """Ids made from the key and the position, so that equal spans have equal ids."""
+        drawn = shake_128(self.key).digest(4 * self.stop)[4 * self.start :]
+        return [int.from_bytes(drawn[at : at + 4], "little") % MAX_TOKEN for at in range(0, len(drawn), 4)]
+
+
+class Tokens(NamedTuple):
+    """Token ids as they are; a block of nothing else has the same identity as in a `TokenChain`."""
+
+    ids: "array[int]"
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    def cut(self, start: int, stop: int) -> "Tokens":
+        return Tokens(self.ids[start:stop])
+
+    def encode(self, start: int, stop: int) -> bytes:
+        return encode_tokens(self.ids[start:stop])
+
+    def token_ids(self) -> list[int]:
+        return self.ids.tolist()
+
+
+Piece = Span | Tokens
+
+
+class Content:
+    """Pieces one after the other; neighbours that continue each other are joined, so that equal contents look equal."""
+
+    __slots__ = ("_ends", "pieces")
+
+    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
+        self._take(tuple(_joined(pieces)))
+
+    def _take(self, joined: tuple[Piece, ...]) -> None:
+        self.pieces = joined
+        self._ends = list(accumulate([piece.size for piece in joined]))
+
+    def __repr__(self) -> str:
+        return f"Content({list(self.pieces)})"
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Content) and self.pieces == other.pieces
+
+    def __hash__(self) -> int:
+        return hash((len(self), len(self.pieces)))
+
+    def __add__(self, other: "Content") -> "Content":
+        """In turn. Only the seam is joined anew: histories are long and what is added to them is short."""
+        if not (self.pieces and other.pieces):
+            return other if other.pieces else self
+        total = Content.__new__(Content)
+        total._take((*self.pieces[:-1], *_joined((self.pieces[-1], other.pieces[0])), *other.pieces[1:]))
+        return total
+
+    def cut(self, start: int, stop: int) -> "Content":
+        """Tokens ``[start, stop)``; less where the content ends sooner."""
+        return Content(piece.cut(first, last) for piece, first, last in self._parts(start, stop))
+
+    def encode(self, start: int, stop: int) -> bytes:
+        """Bytes that stand for tokens ``[start, stop)``, which the content must have: equal for equal contents only."""
+        index = bisect_right(self._ends, start)
+        end = self._ends[index]
+        if stop <= end:
+            piece = self.pieces[index]
+            before = end - piece.size
+            return piece.encode(start - before, stop - before)
+        return b"".join(piece.encode(first, last) for piece, first, last in self._parts(start, stop))
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Token ids below `MAX_TOKEN`, made up where only the origin is known; equal contents give equal ids."""
+        return [token for piece in self.cut(start, stop).pieces for token in piece.token_ids()]
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that ``[start, stop)`` touches, each with the part's bounds within the piece."""
+        for index in range(bisect_right(self._ends, start), len(self.pieces)):
+            if start >= stop:
+                return
+            piece, end = self.pieces[index], self._ends[index]
+            before = end - piece.size
+            yield piece, start - before, min(stop, end) - before
+            start = end
+
+
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    last: Piece | None = None
+    for piece in pieces:
+        if not piece.size:
+            continue
+        if isinstance(last, Span) and isinstance(piece, Span) and last.key == piece.key and last.stop == piece.start:
+            last = Span(last.key, last.start, piece.stop)
+        elif isinstance(last, Tokens) and isinstance(piece, Tokens):
+            last = Tokens(last.ids + piece.ids)
+        else:
+            if last is not None:
+                yield last
+            last = piece
+    if last is not None:
+        yield last

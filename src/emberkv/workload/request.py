@@ -1,0 +1,59 @@
+"""The request room: one request of a workload, recorded or generated."""
+
+from dataclasses import dataclass
+
+from emberkv.core.hashing import Identity
+from emberkv.workload.chain import ContentChain, block_identities
+from emberkv.workload.content import Content, Span, stream_key
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """Follows another request: ``think_time`` seconds after that one completed."""
+
+    request_id: str
+    think_time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """arrival_time: seconds from the workload's start.
+
+    content: what is known of the prompt and the answer together, from the first token on. It may end early, even
+    before the prompt does (or say nothing, as in traces of lengths only): the rest is private to this request and
+    shared with nobody.
+    block_size: the blocks in which a trace described the prompt, in tokens; None where it is known token by token, or
+    by length only.
+    output_tokens: what is really generated; max_output_tokens: the limit that was asked for.
+    session_id: empty where the trace tells no sessions. turn: 0 for a session's first request.
+    """
+
+    request_id: str
+    arrival_time: float
+    prompt_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    content: Content
+    block_size: int | None = None
+    client_id: str = ""
+    session_id: str = ""
+    turn: int = 0
+    after: After | None = None
+
+    def full_content(self) -> Content:
+        """Prompt and answer, to the last token."""
+        missing = self.prompt_tokens + self.output_tokens - len(self.content)
+        if missing <= 0:
+            return self.content
+        return self.content + Content([Span(stream_key("private", self.request_id), 0, missing)])
+
+    def chain(self, root: Identity, block_size: int, earlier: ContentChain | None = None) -> ContentChain:
+        """What the core's scheduler takes for a sequence's tokens: the prompt, which appends its own answer.
+
+        earlier: the chain of the turn before, which saves hashing what both have.
+        """
+        return ContentChain(root, self.full_content(), self.prompt_tokens, block_size, earlier)
+
+    def block_references(self, root: Identity, block_size: int) -> list[Identity]:
+        """Every block that the prompt takes, the partial last one included."""
+        return block_identities(root, self.full_content(), 0, self.prompt_tokens, block_size)

@@ -1,0 +1,93 @@
+"""Settings: defaults, then the environment, then the command line; an error names what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
+from emberkv.core.eviction import POLICY_NAMES
+from emberkv.errors import ConfigError
+
+
+def test_defaults() -> None:
+    config = serve_config({}, {})
+    assert config == ServeConfig()
+    assert (config.host, config.port, config.cache_ram, config.model) == ("127.0.0.1", 8080, None, None)
+    assert config.prefill_chunk == DEFAULT_PREFILL_CHUNK
+    assert (config.exact, config.prefix_cache, config.api_keys) == (False, True, ())
+
+
+def test_the_command_line_goes_before_the_environment() -> None:
+    environ = {"EMBERKV_PORT": "9000", "EMBERKV_HOST": "0.0.0.0", "EMBERKV_EXACT": "true", "PATH": "/bin"}
+    config = serve_config({"port": 7000, "host": None, "exact": None}, environ)
+    assert (config.port, config.host, config.exact) == (7000, "0.0.0.0", True)
+
+
+def test_what_the_command_line_switches_off_is_off() -> None:
+    config = serve_config({"prefix_cache": False, "exact": False}, {"EMBERKV_PREFIX_CACHE": "1", "EMBERKV_EXACT": "1"})
+    assert (config.prefix_cache, config.exact) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "expected"),
+    [
+        ("EMBERKV_CACHE_RAM", "4GiB", "cache_ram", 4 * 2**30),
+        ("EMBERKV_CACHE_RAM", "1.5 gb", "cache_ram", 1_500_000_000),
+        ("EMBERKV_MAX_BODY", "2000", "max_body", 2000),
+        ("EMBERKV_API_KEYS", "one, two,,", "api_keys", ("one", "two")),
+        ("EMBERKV_API_KEYS", "", "api_keys", ()),
+        ("EMBERKV_PREFIX_CACHE", "off", "prefix_cache", False),
+        ("EMBERKV_FINGERPRINT_CACHE", "/tmp/x", "fingerprint_cache", Path("/tmp/x")),  # noqa: S108 - only a name
+        ("EMBERKV_DRAIN_SECONDS", "0", "drain_seconds", 0.0),
+        ("EMBERKV_MODEL", "someone/model", "model", "someone/model"),
+    ],
+)
+def test_variables(variable: str, text: str, name: str, expected: object) -> None:
+    assert getattr(serve_config({}, {variable: text}), name) == expected
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_eviction_policy_is_accepted(policy: str) -> None:
+    assert serve_config({"eviction": policy}, {}).eviction == policy
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"port": 70000}, "port is 70000: .*less than or equal to 65535"),
+        ({"port": "http"}, "port is 'http': .*valid integer"),
+        ({"cache_ram": "much"}, "cache_ram is 'much': could not parse value and unit"),
+        ({"cache_ram": "0"}, "cache_ram is '0': .*greater than 0"),
+        ({"cache_ram": "-1GiB"}, "cache_ram is '-1GiB'"),
+        ({"dtype": "int8"}, "dtype is 'int8': .*'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"eviction": "random"}, "eviction is 'random': use one of .*lru"),
+        ({"block_size": 0}, "block_size is 0: .*greater than or equal to 1"),
+        ({"prefill_chunk": 100}, "prefill_chunk is 100; it must be a multiple of block_size, 16"),
+        ({"max_running": 0, "max_step_tokens": 0}, "max_step_tokens is 0: .*max_running is 0: "),
+        ({"log_level": "loud"}, "log_level is 'loud'"),
+        ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),
+    ],
+)
+def test_a_bad_value_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        serve_config(given, {})
+
+
+def test_a_bad_variable_is_named_by_its_setting() -> None:
+    with pytest.raises(ConfigError, match="port is 'eighty'"):
+        serve_config({}, {"EMBERKV_PORT": "eighty"})
+
+
+def test_unknown_variables_are_named_with_the_known_ones() -> None:
+    environ = {"EMBERKV_PORTS": "1", "EMBERKV_CACHE_RAN": "4GiB", "EMBERKV_PORT": "8080"}
+    with pytest.raises(
+        ConfigError, match=r"unknown variable EMBERKV_CACHE_RAN, EMBERKV_PORTS; known are .*EMBERKV_PORT,"
+    ):
+        serve_config({}, environ)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        ServeConfig().port = 1

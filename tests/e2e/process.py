@@ -1,0 +1,84 @@
+"""``emberkv serve`` in a process of its own, and questions about how it is."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+DEADLINE = 120.0
+COMMAND = [sys.executable, "-m", "emberkv.cli.main", "serve"]
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Poll until the condition holds; fail at the deadline."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    """This process's environment without settings of ours; one thread computes, so that others can work."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
+    ours = {"COLUMNS": "250", "OMP_NUM_THREADS": "1", "EMBERKV_FINGERPRINT_CACHE": str(folder / "fingerprints")}
+    return inherited | ours
+
+
+@dataclass
+class Server:
+    """A server that is ready."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample's value, now."""
+        text = httpx.get(f"{self.url}/metrics", timeout=DEADLINE).text
+        values = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        assert len(values) == 1, f"{name} {labels}: {values}"
+        return values[0]
+
+    def is_idle(self) -> bool:
+        """Whether nobody runs or waits, and no block is held."""
+        names = ("emberkv_requests_running", "emberkv_requests_waiting")
+        return not any(self.metric(name) for name in names) and not self.metric("emberkv_pool_blocks", state="in_use")
+
+    def exit_code(self) -> int:
+        return self.process.wait(DEADLINE)
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[Server]:
+    """A server on a free port, stopped at the end."""
+    log = folder / "server.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([*COMMAND, *arguments, "--port", "0"], stderr=stderr, env=clean_environment(folder))
+    try:
+        yield Server(_ready_url(process, log), process, log)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(DEADLINE)
+
+
+def _ready_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    end = time.monotonic() + DEADLINE
+    while not (found := re.search(r"listening\s+(http://\S+)", log.read_text())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, f"the server is not ready in time: {log.read_text()}"
+        time.sleep(0.05)
+    return found[1]

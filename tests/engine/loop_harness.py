@@ -1,0 +1,141 @@
+"""An engine loop over an executor that knows what comes next without a model, and records of what it hands out."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.loop import EngineLoop, ModelLimits
+from emberkv.engine.request import GenerationRequest, TokenOutput
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch_engine import StepResult
+
+VOCAB = 50
+EOS = 1
+BLOCK = 4
+CHUNK = 8
+CONTEXT = 100
+DEADLINE = 20.0
+
+
+def successor(sequence: Sequence) -> int:
+    """What follows a sequence; never the end of sequence."""
+    return 2 + (7 * sequence.chain[-1] + len(sequence.chain)) % (VOCAB - 2)
+
+
+@dataclass
+class FakeExecutor:
+    """on_step: called with each plan and its number (from 0) before it is computed, on the engine's thread."""
+
+    next_token: Callable[[Sequence], int] = successor
+    on_step: Callable[[StepPlan, int], None] = lambda plan, number: None
+    scores: Callable[[Sequence], float] = lambda sequence: 1.0
+    steps: int = 0
+    prefilled: Counter[str] = field(default_factory=Counter)
+
+    def root(self, salt: bytes) -> Identity:
+        return root_identity(fingerprint="f", dtype="d", layout="l", block_size=BLOCK, salt=salt)
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        self.steps += 1
+        self.on_step(plan, self.steps - 1)
+        for chunk in plan.prefills:
+            self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
+        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
+        if not ready:
+            return None
+        logits = torch.zeros(len(ready), VOCAB)
+        for row, sequence in zip(logits, ready, strict=True):
+            row[self.next_token(sequence)] = self.scores(sequence)
+        return StepResult(ready, logits)
+
+
+class Inbox:
+    """One request's outputs. on_output: called for each one, on the engine's thread."""
+
+    def __init__(self, on_output: Callable[[TokenOutput], None] = lambda output: None) -> None:
+        self.outputs: list[TokenOutput] = []
+        self._on_output = on_output
+        self._ended = threading.Event()
+
+    def __call__(self, output: TokenOutput) -> None:
+        assert not self._ended.is_set(), "an output after the last"
+        self.outputs.append(output)
+        if output.finish_reason is not None:
+            self._ended.set()
+        self._on_output(output)
+
+    def wait(self) -> TokenOutput:
+        """The last output."""
+        assert self._ended.wait(DEADLINE), "the request did not end in time"
+        return self.outputs[-1]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    @property
+    def reason(self) -> FinishReason | None:
+        return self.wait().finish_reason
+
+
+class Harness:
+    """A loop over 24 blocks of 4 tokens, chunks of 8 and steps of 16; not started yet."""
+
+    def __init__(
+        self,
+        executor: FakeExecutor | None = None,
+        *,
+        num_blocks: int = 24,
+        clock: Callable[[], float] = lambda: 0.0,
+        on_crash: Callable[[Exception], None] = lambda error: None,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.executor = executor or FakeExecutor()
+        self.pool = BlockPool(num_blocks, BLOCK)
+        cache = PrefixCache(self.pool, alignment=BLOCK, enabled=prefix_cache)
+        self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16))
+        limits = ModelLimits(CONTEXT, VOCAB, frozenset({EOS}))
+        self.loop = EngineLoop(self.executor, self.scheduler, limits, clock=clock, on_crash=on_crash)
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Iterable[int],
+        new: int = 4,
+        *,
+        inbox: Inbox | None = None,
+        ignore_eos: bool = False,
+        salt: bytes = b"",
+    ) -> Inbox:
+        inbox = inbox or Inbox()
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=ignore_eos)
+        self.loop.submit(GenerationRequest(request_id, list(prompt), params, salt), inbox)
+        return inbox
+
+    def check_idle(self) -> None:
+        """Once the loop has stopped: nothing is left of any request."""
+        assert self.scheduler.num_running + self.scheduler.num_waiting == 0
+        self.pool.check_integrity(holders=[])
+        assert self.pool.num_free == self.pool.num_blocks
+        assert (self.loop.stats().running, self.loop.stats().waiting) == (0, 0)
+        assert self.loop.stats().free_blocks == self.pool.num_blocks
+
+
+@contextmanager
+def running(harness: Harness) -> Iterator[Harness]:
+    """Start the loop, stop it at the end, and check that nothing is left."""
+    harness.loop.start()
+    try:
+        yield harness
+    finally:
+        harness.loop.stop()
+    harness.check_idle()

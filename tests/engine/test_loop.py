@@ -1,0 +1,289 @@
+"""The engine's thread: every request ends exactly once, whatever happens to it, and leaves nothing behind."""
+
+import threading
+
+import pytest
+
+from emberkv.core.scheduler import StepPlan
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, TokenOutput
+from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
+from tests.engine.loop_harness import BLOCK, CONTEXT, DEADLINE, EOS, VOCAB, FakeExecutor, Harness, Inbox, running
+
+VICTIM = range(2, 22)  # 20 tokens: three chunks
+OTHER = range(30, 42)
+STEPS = 9
+"""The two of them, begun together: the victim's five tokens come from steps 1 to 5, the other's eight from 1 to 8."""
+
+
+def alone(prompt: range, new: int) -> list[int]:
+    with running(Harness()) as harness:
+        inbox = harness.submit("alone", prompt, new)
+        assert inbox.reason is FinishReason.LENGTH
+    return inbox.tokens
+
+
+def test_an_answer_token_by_token() -> None:
+    with running(Harness()) as harness:
+        inbox = harness.submit("a", VICTIM, new=3)
+        assert inbox.reason is FinishReason.LENGTH
+    assert [len(output.token_ids) for output in inbox.outputs] == [1, 1, 1]
+    assert [output.finish_reason for output in inbox.outputs] == [None, None, FinishReason.LENGTH]
+    assert {output.request_id for output in inbox.outputs} == {"a"}
+    assert harness.loop.stats().prefill_tokens == 20
+    assert harness.loop.stats().decode_tokens == 2
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_end_of_sequence_is_not_part_of_the_answer(ignore_eos: bool) -> None:
+    executor = FakeExecutor(next_token=lambda sequence: EOS if len(sequence.chain) == 22 else 5)
+    with running(Harness(executor)) as harness:
+        inbox = harness.submit("a", VICTIM, new=6, ignore_eos=ignore_eos)
+        reason = inbox.reason
+    if ignore_eos:
+        assert (reason, inbox.tokens) == (FinishReason.LENGTH, [5, 5, EOS, 5, 5, 5])
+    else:
+        assert (reason, inbox.tokens) == (FinishReason.STOP, [5, 5])
+
+
+def test_usage_tells_what_was_reused_and_what_can_be() -> None:
+    with running(Harness()) as harness:
+        first, longer = harness.submit("a", VICTIM, new=1), range(2, 24)
+        first.wait()
+        second = harness.submit("b", VICTIM, new=2)
+        second.wait()
+        third = harness.submit("c", longer, new=1)
+        third.wait()
+        salted = harness.submit("d", VICTIM, new=1, salt=b"other")
+        salted.wait()
+    assert first.outputs[0].usage == CacheUsage(20, cached_tokens=0, created_tokens=20)
+    assert {output.usage for output in second.outputs} == {CacheUsage(20, cached_tokens=16, created_tokens=4)}
+    assert third.outputs[0].usage == CacheUsage(22, cached_tokens=20, created_tokens=0)
+    assert salted.outputs[0].usage == CacheUsage(20, cached_tokens=0, created_tokens=20)
+    assert harness.loop.stats().prefix_query_tokens == 20 + 20 + 22 + 20
+    assert harness.loop.stats().prefix_hit_tokens == 16 + 20
+
+
+def test_without_a_prefix_cache_nothing_is_reused_or_created() -> None:
+    with running(Harness(prefix_cache=False)) as harness:
+        for request_id in "ab":
+            inbox = harness.submit(request_id, VICTIM, new=1)
+            assert inbox.wait().usage == CacheUsage(20, cached_tokens=0, created_tokens=0)
+
+
+def test_queue_time_is_from_submit_to_the_first_step() -> None:
+    now = [10.0]
+    harness = Harness(clock=lambda: now[0])
+    inbox = harness.submit("a", VICTIM, new=2)
+    now[0] = 12.5
+    with running(harness):
+        inbox.wait()
+    assert [output.queue_seconds for output in inbox.outputs] == [2.5, None]
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_abort_at_every_point(step: int) -> None:
+    """While it waits, in each chunk, at each token, and after its end; the other goes on."""
+    harness = Harness()
+
+    def abort(_: StepPlan, number: int) -> None:
+        if number == step:
+            harness.loop.abort("victim")
+
+    harness.executor.on_step = abort
+    victim = harness.submit("victim", VICTIM, new=5)
+    other = harness.submit("other", OTHER, new=8)
+    with running(harness):
+        assert other.reason is FinishReason.LENGTH
+        expected = FinishReason.ABORT if step < 5 else FinishReason.LENGTH
+        assert victim.reason is expected
+        again = harness.submit("victim", VICTIM, new=5)
+        assert again.reason is FinishReason.LENGTH
+    assert victim.tokens == alone(VICTIM, 5)[: len(victim.tokens)]
+    assert other.tokens == alone(OTHER, 8)
+    assert again.tokens == alone(VICTIM, 5)
+
+
+def test_abort_before_the_first_step() -> None:
+    harness = Harness()
+    inbox = harness.submit("a", VICTIM)
+    harness.loop.abort("a")
+    with running(harness):
+        assert inbox.reason is FinishReason.ABORT
+    assert inbox.outputs == [TokenOutput("a", usage=CacheUsage(20, 0, 20), finish_reason=FinishReason.ABORT)]
+    assert harness.executor.steps == 0
+
+
+def test_abort_while_another_holds_the_pool() -> None:
+    harness = Harness(num_blocks=8)
+
+    def abort(plan: StepPlan, number: int) -> None:
+        if number == 4:
+            assert harness.scheduler.num_waiting == 1
+            harness.loop.abort("waits")
+
+    harness.executor.on_step = abort
+    holds = harness.submit("holds", VICTIM, new=8)
+    waits = harness.submit("waits", range(40, 12, -1), new=1)
+    with running(harness):
+        assert (holds.reason, waits.reason) == (FinishReason.LENGTH, FinishReason.ABORT)
+    assert holds.outputs[-1].request_id == "holds"
+    assert waits.outputs[0].queue_seconds is None
+
+
+def test_unknown_and_finished_ids_are_ignored() -> None:
+    with running(Harness()) as harness:
+        harness.submit("a", VICTIM).wait()
+        harness.loop.abort("a")
+        harness.loop.abort("nobody")
+        assert harness.submit("a", VICTIM).reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_a_failed_step_ends_those_in_it_and_no_others(step: int) -> None:
+    caught: list[set[str]] = []
+
+    def fail(plan: StepPlan, number: int) -> None:
+        if number == step:
+            caught.append({each.request_id for each in plan.decodes + [chunk.sequence for chunk in plan.prefills]})
+            raise RuntimeError("out of memory")
+
+    harness = Harness(FakeExecutor(on_step=fail))
+    inboxes = {"victim": harness.submit("victim", VICTIM, new=5), "other": harness.submit("other", OTHER, new=8)}
+    with running(harness):
+        inboxes["other"].wait()
+        for request_id, inbox in inboxes.items():
+            last = inbox.wait()
+            failed = request_id in caught[0]
+            assert last.finish_reason is (FinishReason.ERROR if failed else FinishReason.LENGTH)
+            assert last.error == ("the engine failed: RuntimeError" if failed else None)
+        assert harness.submit("after", VICTIM, new=5).reason is FinishReason.LENGTH
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("tokens", [20, 22], ids=["after prefill", "in decode"])
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_end_their_own_request_only(tokens: int, score: float) -> None:
+    executor = FakeExecutor()
+    executor.scores = lambda sequence: score if sequence.request_id == "victim" and len(sequence.chain) == tokens else 1
+    harness = Harness(executor)
+    victim, other = harness.submit("victim", VICTIM, new=5), harness.submit("other", OTHER, new=8)
+    with running(harness):
+        last = victim.wait()
+        assert last.finish_reason is FinishReason.ERROR
+        assert last.error == "the model's scores for the next token are not numbers"
+        assert other.reason is FinishReason.LENGTH
+        after = harness.submit("after", range(2, 30), new=1)
+        # The chunk that gave the bad scores was not committed.
+        assert after.wait().usage == CacheUsage(
+            28, cached_tokens=16 if tokens == 20 else 20, created_tokens=12 if tokens == 20 else 8
+        )
+    assert victim.tokens == alone(VICTIM, 5)[: tokens - 20]
+    assert other.tokens == alone(OTHER, 8)
+
+
+def test_preempted_requests_answer_in_full() -> None:
+    with running(Harness(num_blocks=10)) as harness:
+        prompts = [range(start, start + 8) for start in (2, 12, 22, 32)]
+        inboxes = [harness.submit(str(prompt), prompt, new=20) for prompt in prompts]
+        assert {inbox.reason for inbox in inboxes} == {FinishReason.LENGTH}
+        assert harness.loop.stats().preemptions > 0
+    assert [inbox.tokens for inbox in inboxes] == [alone(prompt, 20) for prompt in prompts]
+    assert all(output.usage == CacheUsage(8, 0, 8) for inbox in inboxes for output in inbox.outputs)
+
+
+def test_stop_ends_every_request_and_takes_no_more() -> None:
+    harness, begun = Harness(), threading.Event()
+    harness.executor.on_step = lambda plan, number: begun.set() if plan.decodes else None
+    endless = [harness.submit(f"{start}", range(start, start + 6), new=40) for start in (2, 10, 20)]
+    harness.loop.start()
+    assert begun.wait(DEADLINE)
+    harness.loop.stop()
+    assert {inbox.reason for inbox in endless} <= {FinishReason.ABORT, FinishReason.LENGTH}
+    with pytest.raises(EngineStoppedError, match="no request can begin"):
+        harness.submit("late", VICTIM)
+    harness.loop.stop()
+    harness.check_idle()
+
+
+def test_stop_in_the_middle_of_a_step() -> None:
+    harness, inside, stopping = Harness(), threading.Event(), threading.Event()
+
+    def hold(plan: StepPlan, number: int) -> None:
+        inside.set()
+        assert stopping.wait(DEADLINE)
+
+    harness.executor.on_step = hold
+    inbox = harness.submit("a", VICTIM, new=5)
+    harness.loop.start()
+    assert inside.wait(DEADLINE)
+    late = harness.submit("b", OTHER, new=5)
+    stopper = threading.Thread(target=harness.loop.stop)
+    stopper.start()
+    stopping.set()
+    stopper.join(DEADLINE)
+    assert late.reason is FinishReason.ABORT
+    assert inbox.wait().finish_reason is FinishReason.ABORT
+    harness.check_idle()
+
+
+def test_a_crash_of_the_loop_itself_ends_all_and_is_reported() -> None:
+    reported: list[Exception] = []
+    harness = Harness(on_crash=reported.append)
+    crash = ValueError("a listener that must not raise")
+
+    def raise_once(output: TokenOutput) -> None:
+        if output.finish_reason is None:
+            raise crash
+
+    faulty = harness.submit("faulty", VICTIM, new=5, inbox=Inbox(raise_once))
+    other = harness.submit("other", OTHER, new=30)
+    with running(harness):
+        assert other.reason is FinishReason.ABORT
+        assert faulty.reason is FinishReason.ABORT
+    assert reported == [crash]
+    with pytest.raises(EngineStoppedError):
+        harness.submit("late", VICTIM)
+
+
+def test_an_id_in_flight_cannot_be_used_again() -> None:
+    harness = Harness()
+    inbox = harness.submit("a", VICTIM)
+    with pytest.raises(DuplicateRequestError, match="'a' is in flight"):
+        harness.submit("a", OTHER)
+    with running(harness):
+        assert inbox.reason is FinishReason.LENGTH
+        assert harness.submit("a", OTHER).reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "error", "param", "message"),
+    [
+        ([], 1, RequestError, "prompt", "the prompt is empty"),
+        ([2, VOCAB], 1, RequestError, "prompt", f"token id {VOCAB} is not in the vocabulary of {VOCAB}"),
+        ([-1], 1, RequestError, "prompt", "token id -1 is not"),
+        ([2] * 96, 1, PromptTooLongError, "prompt", "96 prompt tokens and 1 to generate are 97; the KV pool holds 96"),
+        ([2] * 90, 7, PromptTooLongError, "max_tokens", "90 prompt tokens and 7 to generate are 97"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(
+    prompt: list[int], new: int, error: type[RequestError], param: str, message: str
+) -> None:
+    with running(Harness()) as harness:
+        with pytest.raises(error, match=message) as refused:
+            harness.submit("a", prompt, new)
+        assert refused.value.param == param
+        assert harness.submit("a", [2] * 90, new=6).reason is FinishReason.LENGTH  # just fits
+
+
+def test_the_limit_is_the_smaller_of_context_and_pool() -> None:
+    wide = Harness(num_blocks=100)
+    assert (wide.loop.context_length, wide.loop.max_prompt_tokens) == (CONTEXT, CONTEXT - 1)
+    with pytest.raises(PromptTooLongError, match="the model's context holds 100"):
+        wide.submit("a", [2] * CONTEXT, 1)
+    assert Harness(num_blocks=5).loop.context_length == 5 * BLOCK
+
+
+def test_stats_before_anything_has_happened() -> None:
+    stats = Harness().loop.stats()
+    assert (stats.total_blocks, stats.free_blocks, stats.cached_blocks, stats.running) == (24, 24, 0, 0)

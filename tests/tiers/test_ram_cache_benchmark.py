@@ -1,0 +1,39 @@
+"""The RAM cache's benchmark does the work it reports, on a small scale."""
+
+import itertools
+
+import pytest
+from benchmarks.ram_cache import THREADS, Effort, Load, Stage, measure_load, percentiles_us
+
+from emberkv.core.eviction import POLICY_NAMES
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_each_evicting_set_evicts_one(policy: str) -> None:
+    stage = Stage(Load(value_mb=1, count=2), policy)
+    call, keys = stage.evicting_set()
+    for key in itertools.islice(keys, 2):
+        call(key)
+    assert stage.cache.get_stats()["evictions"] == 2
+
+
+def test_the_mix_reads_four_times_for_each_set_of_what_is_there() -> None:
+    stage = Stage(Load(value_mb=1, count=2), "lru")
+    call, keys = stage.mix()
+    for key in itertools.islice(keys, 50):
+        call(key)
+    stats = stage.cache.get_stats()
+    assert (stats["cache_hits"], stats["cache_misses"], stats["evictions"]) == (40, 0, 0)
+
+
+def test_every_thread_makes_its_calls() -> None:
+    stage = Stage(Load(value_mb=1, count=2), "lru")
+    found = percentiles_us([stage.get() for _ in range(THREADS)], calls=100)
+    assert stage.cache.get_stats()["cache_hits"] == THREADS * 100
+    assert 0 < found[50] <= found[95] <= found[99]
+
+
+def test_every_case_gets_its_rows() -> None:
+    rows = measure_load(Load(value_mb=1, count=2), "lru", 2, Effort(seconds=0.0, calls=20))
+    assert len(rows) == 6 * 4
+    assert sum(row.met is not None for row in rows) == 4

@@ -1,0 +1,71 @@
+"""Contents are equal exactly when they stand for the same tokens."""
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberkv.workload.content import MAX_TOKEN, Content, Span, Tokens, stream_key
+from tests.workload.build import span
+
+A, B = stream_key("a"), stream_key("b")
+
+
+def test_neighbours_that_continue_each_other_are_joined() -> None:
+    parts = Content([Span(A, 0, 5), Span(A, 5, 9), Span(B, 0, 0), Span(B, 3, 4)])
+    assert parts.pieces == (Span(A, 0, 9), Span(B, 3, 4))
+    assert len(parts) == 10
+
+
+def test_a_gap_in_a_stream_is_kept() -> None:
+    assert len(Content([Span(A, 0, 5), Span(A, 6, 9)]).pieces) == 2
+
+
+def test_token_ids_next_to_each_other_are_joined() -> None:
+    assert Content([Tokens(array("i", [1, 2])), Tokens(array("i", [3]))]) == Content([Tokens(array("i", [1, 2, 3]))])
+
+
+def test_cut_takes_parts_of_pieces() -> None:
+    content = Content([Span(A, 0, 5), Tokens(array("i", [7, 8, 9])), Span(B, 0, 4)])
+    assert content.cut(3, 9).pieces == (Span(A, 3, 5), Tokens(array("i", [7, 8, 9])), Span(B, 0, 1))
+    assert content.cut(12, 20).pieces == ()
+
+
+def test_the_same_names_make_the_same_key_and_run_not_together() -> None:
+    assert stream_key("a", 1) == stream_key("a", 1)
+    assert stream_key("ab") != stream_key("a", "b")
+
+
+def test_token_ids_are_the_same_wherever_they_are_asked_for() -> None:
+    content = Content([span("a", 50), span("b", 50)])
+    everything = content.token_ids(0, 100)
+    assert content.token_ids(40, 60) == everything[40:60]
+    assert all(0 <= token < MAX_TOKEN for token in everything)
+    assert len(set(everything)) == 100
+
+
+pieces = st.lists(
+    st.builds(lambda key, start, size: Span(key, start, start + size), st.sampled_from([A, B]), st.integers(0, 3),
+              st.integers(0, 6)),
+    max_size=6,
+)  # fmt: skip
+
+
+@given(pieces, pieces)
+def test_a_sum_is_the_pieces_in_turn(left: list[Span], right: list[Span]) -> None:
+    total = Content(left) + Content(right)
+    assert total == Content([*left, *right])
+    assert total.token_ids(0, 99) == Content(left).token_ids(0, 99) + Content(right).token_ids(0, 99)
+
+
+@given(pieces, pieces, st.integers(0, 10), st.integers(1, 10))
+def test_encodings_are_equal_exactly_when_the_tokens_are(
+    left: list[Span], right: list[Span], start: int, size: int
+) -> None:
+    one, other = Content(left), Content(right)
+    stop = start + size
+    if min(len(one), len(other)) < stop:
+        return
+    assert (one.encode(start, stop) == other.encode(start, stop)) == (
+        one.token_ids(start, stop) == other.token_ids(start, stop)
+    )
