@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from benchmarks import report
 from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import ensure_model
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from emberkv.config import DEFAULT_PREFILL_CHUNK
 from emberkv.core.block_pool import BlockPool
@@ -31,7 +31,7 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
-from emberkv.engine.loader import LoadedModel, load_model
+from emberkv.engine.loader import load_model
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
 
@@ -48,12 +48,13 @@ Prompts = Callable[[int], list[int]]
 
 
 class Ours:
-    """The scheduler and the engine, driven by the caller.
+    """The scheduler and an engine with a model of its own, driven by the caller.
 
     tokens: what the pool holds at least. tile: see TorchEngine; `tile` is what it uses, after checking this machine.
     """
 
-    def __init__(self, loaded: LoadedModel, *, chunk: int, tokens: int, tile: int = TILE_TOKENS) -> None:
+    def __init__(self, folder: Path, *, chunk: int, tokens: int, tile: int = TILE_TOKENS) -> None:
+        loaded = load_model(str(folder), attn_implementation=ATTENTION_NAME)
         tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for the engine's check of its tiles
         cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtype)
         self._engine = TorchEngine(
@@ -83,8 +84,8 @@ class Ours:
 class Plain:
     """transformers alone."""
 
-    def __init__(self, loaded: LoadedModel, *, chunk: int) -> None:
-        self._model = loaded.model
+    def __init__(self, folder: Path, *, chunk: int) -> None:
+        self._model = load_model(str(folder), attn_implementation="sdpa").model
         self._chunk = chunk
 
     @torch.inference_mode()
@@ -104,9 +105,9 @@ def smallest_sufficient(rates: Mapping[int, float], share: float) -> int:
     return min(chunk for chunk, rate in rates.items() if rate >= share * best)
 
 
-def by_chunk(loaded: LoadedModel, prompts: Prompts, repeats: int) -> list[Row]:
+def by_chunk(folder: Path, prompts: Prompts, repeats: int) -> list[Row]:
     """Rates of SHORT tokens, each chunk size in turn."""
-    engines = {chunk: Ours(loaded, chunk=chunk, tokens=SHORT) for chunk in CHUNKS}
+    engines = {chunk: Ours(folder, chunk=chunk, tokens=SHORT) for chunk in CHUNKS}
     for engine in engines.values():
         engine.seconds(prompts(SHORT))
     rates = {chunk: [SHORT / engines[chunk].seconds(prompts(SHORT))] for chunk in CHUNKS}
@@ -115,11 +116,11 @@ def by_chunk(loaded: LoadedModel, prompts: Prompts, repeats: int) -> list[Row]:
             rates[chunk].append(SHORT / engine.seconds(prompts(SHORT)))
     medians = {chunk: statistics.median(values) for chunk, values in rates.items()}
     best = max(CHUNKS, key=lambda chunk: medians[chunk])
-    name = f"{loaded.name}: smallest chunk with {SHARE_OF_BEST:.0%} of the best rate over {SHORT:,} tokens"
+    name = f"{folder.name}: smallest chunk with {SHARE_OF_BEST:.0%} of the best rate over {SHORT:,} tokens"
     return [
         *(
             Comparison(
-                f"{loaded.name}: rate over {SHORT:,} tokens, chunks of {chunk}", "tok/s",
+                f"{folder.name}: rate over {SHORT:,} tokens, chunks of {chunk}", "tok/s",
                 f"{chunk}", values, f"best, {best}", rates[best],
             )
             for chunk, values in rates.items()
@@ -128,9 +129,9 @@ def by_chunk(loaded: LoadedModel, prompts: Prompts, repeats: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def against_plain(loaded: LoadedModel, plain: LoadedModel, prompts: Prompts, chunk: int, repeats: int) -> list[Row]:
+def against_plain(folder: Path, prompts: Prompts, chunk: int, repeats: int) -> list[Row]:
     """Rates in the same chunks, taken in turn."""
-    ours, theirs = Ours(loaded, chunk=chunk, tokens=2 * LONG), Plain(plain, chunk=chunk)
+    ours, theirs = Ours(folder, chunk=chunk, tokens=2 * LONG), Plain(folder, chunk=chunk)
     rows: list[Row] = []
     for length in (SHORT, LONG):
         rates: dict[Ours | Plain, list[float]] = {ours: [], theirs: []}
@@ -139,7 +140,7 @@ def against_plain(loaded: LoadedModel, plain: LoadedModel, prompts: Prompts, chu
         for turn in range(repeats):
             for engine in (ours, theirs) if turn % 2 == 0 else (theirs, ours):
                 rates[engine].append(length / engine.seconds(prompts(length)))
-        name = f"{loaded.name}: rate over {length:,} tokens, chunks of {chunk}"
+        name = f"{folder.name}: rate over {length:,} tokens, chunks of {chunk}"
         rows.append(
             Comparison(name, "tok/s", "ours", rates[ours], "transformers", rates[theirs], SHARE_OF_PLAIN, at_least=True)
         )
@@ -157,12 +158,10 @@ def on_cached(engine: Ours, prompts: Prompts, rng: random.Random, alignments: in
     return statistics.fmean(times)
 
 
-def by_tile(
-    loaded: LoadedModel, prompts: Prompts, rng: random.Random, chunk: int, repeats: int, alignments: int
-) -> list[Row]:
+def by_tile(folder: Path, prompts: Prompts, rng: random.Random, chunk: int, repeats: int, alignments: int) -> list[Row]:
     """Milliseconds of a cold prompt and of a turn on a cached one, each tile size in turn."""
     tiles = [tile for tile in TILES if chunk % tile == 0]
-    engines = {tile: Ours(loaded, chunk=chunk, tokens=3 * CONTEXT, tile=tile) for tile in tiles}
+    engines = {tile: Ours(folder, chunk=chunk, tokens=3 * CONTEXT, tile=tile) for tile in tiles}
     cold: dict[int, list[float]] = {tile: [] for tile in tiles}
     cached: dict[int, list[float]] = {tile: [] for tile in tiles}
     for engine in engines.values():
@@ -179,21 +178,20 @@ def by_tile(
         for tile, values in times.items():
             used = engines[tile].tile
             note = "" if used == tile else f" (falls back to {used} here)"
-            rows.append(Figure(f"{loaded.name}: {what}, tiles of {tile}{note}", "ms", values))
+            rows.append(Figure(f"{folder.name}: {what}, tiles of {tile}{note}", "ms", values))
     return rows
 
 
 def measure(folder: Path, rng: random.Random, *, chunk: int, repeats: int, alignments: int) -> list[Row]:
-    loaded = load_model(str(folder), attn_implementation=ATTENTION_NAME)
-    plain = load_model(str(folder), attn_implementation="sdpa")
+    vocabulary = range(AutoConfig.from_pretrained(folder).vocab_size)
 
     def prompts(length: int) -> list[int]:
-        return rng.choices(range(loaded.geometry.vocab_size), k=length)
+        return rng.choices(vocabulary, k=length)
 
     return [
-        *by_chunk(loaded, prompts, repeats),
-        *against_plain(loaded, plain, prompts, chunk, repeats),
-        *by_tile(loaded, prompts, rng, chunk, repeats, alignments),
+        *by_chunk(folder, prompts, repeats),
+        *against_plain(folder, prompts, chunk, repeats),
+        *by_tile(folder, prompts, rng, chunk, repeats, alignments),
     ]
 
 
@@ -204,7 +202,7 @@ def default_models() -> list[Path]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--chunk", type=int, default=DEFAULT_PREFILL_CHUNK, help="for all but the rates by chunk")
@@ -212,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--alignments", type=int, default=8, help="cached lengths tried in each round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     settings = {name: getattr(given, name) for name in ("chunk", "repeats", "alignments", "seed")}
     about = report.about("benchmarks.prefill", __doc__, **settings)
     rng = random.Random(given.seed)

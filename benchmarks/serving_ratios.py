@@ -44,10 +44,14 @@ async def hits(prompter: lib.Prompter, rng: random.Random, alignments: int) -> F
     return {kind: statistics.fmean(values) for kind, values in times.items()}
 
 
-async def cold(prompter: lib.Prompter, samples: int) -> float:
-    """Median seconds to the first token of fresh prompts, one after the other."""
-    prompts = [prompter.fresh(CONTEXT + TURN) for _ in range(samples)]
-    return statistics.median([await prompter.ttft(prompt, cached=False) for prompt in prompts])
+async def cold(prompters: Sequence[lib.Prompter], samples: int) -> list[float]:
+    """Each server's median seconds to the first token of fresh prompts, servers taken in turn."""
+    times: list[list[float]] = [[] for _ in prompters]
+    for sample in range(samples):
+        order = list(zip(prompters, times, strict=True))
+        for prompter, seen in order if sample % 2 == 0 else reversed(order):
+            seen.append(await prompter.ttft(prompter.fresh(CONTEXT + TURN), cached=False))
+    return [statistics.median(seen) for seen in times]
 
 
 def steady_rate(answers: Sequence[Answer]) -> float:
@@ -77,34 +81,33 @@ async def decode(prompter: lib.Prompter, streams: int, *, own: int, shared: str)
     return await asyncio.gather(*(prompter.ask(prompt, max_tokens=ANSWER) for prompt in prompts))
 
 
-async def with_cache(url: str, rng: random.Random, alignments: int) -> Figures:
-    async with connect(url, None, timeout=600) as client:
-        prompter = await lib.Prompter.connect(client, rng)
-        await prompter.ask(prompter.fresh(CONTEXT), max_tokens=8)
-        figures = {"cold, cache on": await cold(prompter, alignments)}
-        figures |= await hits(prompter, rng, alignments)
-        for context, shared, own in (("500", "", 500), ("2,500", prompter.fresh(2000), 500)):
-            for streams in (1, STREAMS):
-                answers = await decode(prompter, streams, own=own, shared=shared)
-                figures[f"{streams} at {context}"] = steady_rate(answers)
-                figures[f"{streams} at {context}, whole"] = whole_rate(answers)
-    return figures
-
-
-async def without_cache(url: str, rng: random.Random, samples: int) -> Figures:
-    async with connect(url, None, timeout=600) as client:
-        prompter = await lib.Prompter.connect(client, rng)
-        await prompter.ask(prompter.fresh(CONTEXT), max_tokens=8)
-        return {"cold, cache off": await cold(prompter, samples)}
-
-
-def one_round(on: lib.Server, off: lib.Server, log: Path, alignments: int, *, on_first: bool) -> Figures:
+async def rates(prompter: lib.Prompter) -> Figures:
+    """Tokens a second of one stream and of STREAMS, after short and after long, mostly shared prompts."""
     figures: Figures = {}
-    rng = random.Random(os.urandom(16))
-    for server, run in ((on, with_cache), (off, without_cache))[:: 1 if on_first else -1]:
-        with lib.serving(server, log) as url:
-            figures |= asyncio.run(run(url, rng, alignments))
+    for context, shared, own in (("500", "", 500), ("2,500", prompter.fresh(2000), 500)):
+        for streams in (1, STREAMS):
+            answers = await decode(prompter, streams, own=own, shared=shared)
+            figures[f"{streams} at {context}"] = steady_rate(answers)
+            figures[f"{streams} at {context}, whole"] = whole_rate(answers)
     return figures
+
+
+async def measure(on: str, off: str, rng: random.Random, alignments: int) -> Figures:
+    """One round. on, off: URLs of a server with and of one without the prefix cache."""
+    async with connect(on, None, timeout=600) as cached, connect(off, None, timeout=600) as uncached:
+        prompters = [await lib.Prompter.connect(client, rng) for client in (cached, uncached)]
+        for prompter in prompters:
+            await prompter.ask(prompter.fresh(CONTEXT + TURN), max_tokens=8)
+        times = await cold(prompters, alignments)
+        figures = dict(zip(("cold, cache on", "cold, cache off"), times, strict=True))
+        return figures | await hits(prompters[0], rng, alignments) | await rates(prompters[0])
+
+
+def one_round(on: lib.Server, off: lib.Server, log: Path, alignments: int) -> Figures:
+    """Both servers run at once, so that they can be asked in turn; the idle one takes no time from the other."""
+    rng = random.Random(os.urandom(16))
+    with lib.serving(on, log) as with_cache, lib.serving(off, log) as without_cache:
+        return asyncio.run(measure(with_cache, without_cache, rng, alignments))
 
 
 def table(rounds: Sequence[Figures]) -> list[Comparison]:
@@ -145,7 +148,7 @@ def main() -> int:
     about = report.about("benchmarks.serving_ratios", __doc__, **settings)
     rounds = []
     for turn in range(given.rounds):
-        rounds.append(one_round(on, off, work / "emberkv.log", given.alignments, on_first=turn % 2 == 0))
+        rounds.append(one_round(on, off, work / "emberkv.log", given.alignments))
         print(f"round {turn + 1}: {rounds[-1]}", file=sys.stderr)
     return report.publish(table(rounds), about, given.out)
 

@@ -13,7 +13,8 @@ from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
-from emberkv.engine.loop import EngineLoop, ModelLimits
+from emberkv.engine.limits import ModelLimits
+from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.torch_engine import StepResult

@@ -11,8 +11,9 @@ from emberkv.core.eviction import make_policy
 from emberkv.core.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.loop import EngineLoop, ModelLimits
+from emberkv.engine.loop import EngineLoop
 from emberkv.engine.torch_engine import TorchEngine
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.limits import ModelLimits
 from emberkv.engine.request import (
     CacheUsage,
     EngineStats,
@@ -20,7 +21,7 @@ from emberkv.engine.request import (
 )
 from emberkv.engine.sampling import SampledToken, Sampler, SamplingState
 from emberkv.engine.torch_engine import StepResult
-from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
+from emberkv.errors import DuplicateRequestError, EngineStoppedError
 
 _log = logging.getLogger(__name__)
 
@@ -31,15 +32,6 @@ class StepExecutor(Protocol):
     def root(self, salt: bytes) -> Identity: ...
 
     def execute(self, plan: StepPlan) -> StepResult | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """context_length: most tokens of prompt and answer. vocab_size: token ids are below it."""
-
-    context_length: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
 
 
 @dataclass(slots=True)
@@ -106,7 +98,9 @@ class EngineLoop:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            self._end_all()  # never started: nobody else would
+        elif self._thread.is_alive():
             self._thread.join()
 
     def stats(self) -> EngineStats:
@@ -117,7 +111,7 @@ class EngineLoop:
 
         Raises PromptTooLongError, RequestError, DuplicateRequestError or EngineStoppedError; then no output follows.
         """
-        self._validate(request)
+        self._limits.check(request, self._scheduler.max_sequence_tokens)
         chain = TokenChain(
             self._executor.root(request.salt), request.prompt_token_ids, self._scheduler.cache.pool.block_size
         )
@@ -137,22 +131,6 @@ class EngineLoop:
             if request_id in self._ids:
                 self._aborted.append(request_id)
                 self._wake.notify()
-
-    def _validate(self, request: GenerationRequest) -> None:
-        prompt, limit = request.prompt_token_ids, self._limits
-        if not prompt:
-            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= limit.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < limit.vocab_size)
-            raise RequestError(f"token id {wrong} is not in the vocabulary of {limit.vocab_size}", param="prompt")
-        total = len(prompt) + request.params.max_tokens
-        if total > self.context_length:
-            source = "the model's context" if self.context_length == limit.context_length else "the KV pool"
-            raise PromptTooLongError(
-                f"{len(prompt)} prompt tokens and {request.params.max_tokens} to generate are {total}; "
-                f"{source} holds {self.context_length}",
-                param="prompt" if len(prompt) > self.max_prompt_tokens else "max_tokens",
-            )
 
     def _run(self) -> None:
         try:

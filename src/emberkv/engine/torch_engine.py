@@ -101,7 +101,7 @@ class TorchEngine:
         """
         if self.alignment != self.tile:
             return [[work] for work in works]
-        packed = isinstance(self._model.get_output_embeddings(), PackedLinear)
+        packed = isinstance(getattr(self._model, "lm_head", None), PackedLinear)
         alone = [not packed and isinstance(work.step, PrefillStep) and bool(work.keep) for work in works]
         together = [work for work, apart in zip(works, alone, strict=True) if not apart]
         return [*([together] if together else []), *([work] for work, apart in zip(works, alone, strict=True) if apart)]
