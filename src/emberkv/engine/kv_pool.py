@@ -32,6 +32,7 @@ class KVPool:
         self._token_view = self.storage.view(num_blocks * geometry.num_layers * 2 * block_size, -1)
         self._layer_offsets = torch.arange(geometry.num_layers * 2, device=device).view(-1, 2, 1)
         self._gathered = Scratch(device)
+        self._by_head = Scratch(device)
         self.scores = Scratch(device)
 
     @classmethod
@@ -76,6 +77,17 @@ class KVPool:
         torch.index_select(self._row_view, 0, index, out=out)
         keys, values = out.view(2, -1, self.geometry.num_kv_heads, self.geometry.head_dim).unbind(0)
         return keys, values
+
+    def gather_heads(self, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """K and V, ``[kv_heads, count, head_dim]`` each: what `gather` gives, cut or filled with zeros."""
+        gathered = self.gather(index)
+        shape = (2, self.geometry.num_kv_heads, count, self.geometry.head_dim)
+        out = self._by_head.take(shape, self.dtype)
+        for target, source in zip(out, gathered, strict=True):
+            present = min(count, source.shape[0])
+            target[:, :present] = source[:present].transpose(0, 1)
+            target[:, present:] = 0
+        return out[0], out[1]
 
     def write_index(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Where tokens go, int64 ``[layers, 2, tokens]``, for tokens at ``offsets`` within the blocks of ``rows``."""

@@ -40,7 +40,7 @@ class AttentionStep(ABC):
 
 
 class PackedStep(AttentionStep):
-    """Several steps in one forward pass: each has its own consecutive rows, in order.
+    """Several steps in one forward pass: each has its own consecutive rows, in order; rows after them are padding.
 
     parts: the steps with their numbers of rows. A later part sees what an earlier one has written.
     """
@@ -50,8 +50,10 @@ class PackedStep(AttentionStep):
         self._steps = [step for _, step in parts]
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        shares = zip(*(torch.split(each, self._rows) for each in (queries, keys, values)), strict=True)
-        return torch.cat([step.attend(call, *share) for step, share in zip(self._steps, shares, strict=True)])
+        padding = queries.shape[0] - sum(self._rows)
+        shares = zip(*(torch.split(each, [*self._rows, padding]) for each in (queries, keys, values)), strict=True)
+        parts = [step.attend(call, *share) for step, share in zip(self._steps, shares, strict=False)]
+        return torch.cat([*parts, torch.zeros_like(queries[:padding])])
 
 
 _current_step: ContextVar[AttentionStep] = ContextVar("emberkv_attention_step")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from emberkv.engine.attention_math import tile_attention
 from emberkv.engine.kv_pool import KVPool
@@ -16,7 +17,7 @@ class _Tile:
 
     rows: slice
     keys: slice
-    hidden: Tensor  # bool [queries, n]: not to be seen of the last n keys
+    hidden: Tensor  # bool [tile, n]: not to be seen of the last n keys
 
 
 class PrefillStep(AttentionStep):
@@ -24,6 +25,9 @@ class PrefillStep(AttentionStep):
 
     slots: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
     tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
+
+    A tile at a position always has the same shape: missing queries and keys are filled with zeros that nobody sees, and
+    the number of keys is rounded up to one of a few. oneDNN keeps close to a megabyte for each shape it has met.
     """
 
     def __init__(self, pool: KVPool, slots: list[int], start: int, length: int, *, tile: int) -> None:
@@ -37,18 +41,16 @@ class PrefillStep(AttentionStep):
         positions = torch.arange(start, self._stop, device=pool.device)
         self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
         self._rows = rows[: -(-self._stop // pool.block_size)]
-        self._views: dict[int | None, tuple[Tensor, list[_Tile]]] = {}
+        self._views: dict[int | None, tuple[Tensor, int, list[_Tile]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
-        index, tiles = self._view(call.window)
-        gathered_keys, gathered_values = self._pool.gather(index[call.layer])
+        index, count, tiles = self._view(call.window)
         # One copy to head-major order costs far less than products over strided keys, tile after tile.
-        all_keys = gathered_keys.transpose(0, 1).contiguous()
-        all_values = gathered_values.transpose(0, 1).contiguous()
+        all_keys, all_values = self._pool.gather_heads(index[call.layer], count)
         parts = [
             tile_attention(
-                queries[tile.rows],
+                self._whole(queries[tile.rows]),
                 all_keys[:, tile.keys],
                 all_values[:, tile.keys],
                 call.scale,
@@ -58,10 +60,13 @@ class PrefillStep(AttentionStep):
             )
             for tile in tiles
         ]
-        return torch.cat(parts)
+        return torch.cat(parts)[: queries.shape[0]]
 
-    def _view(self, window: int | None) -> tuple[Tensor, list[_Tile]]:
-        """Under ``window``: the blocks to gather, and the tiles over their keys."""
+    def _whole(self, queries: Tensor) -> Tensor:
+        return pad(queries, (0, 0, 0, 0, 0, self._tile - queries.shape[0]))
+
+    def _view(self, window: int | None) -> tuple[Tensor, int, list[_Tile]]:
+        """Under ``window``: the blocks to gather, the number of keys to make of them, and the tiles over these."""
         if window is not None and window >= self._stop:
             window = None
         if window not in self._views:
@@ -69,26 +74,33 @@ class PrefillStep(AttentionStep):
             gathered = self._first_key(self._start, window) // size * size
             tiles = []
             for start in range(self._start, self._stop, self._tile):
-                stop = min(start + self._tile, self._stop)
                 first = self._first_key(start, window)
+                keys = rounded_keys(start + self._tile - first)
                 tiles.append(
                     _Tile(
-                        slice(start - self._start, stop - self._start),
-                        slice(first - gathered, stop - gathered),
-                        self._hidden(start, stop, window),
+                        slice(start - self._start, min(start + self._tile, self._stop) - self._start),
+                        slice(first - gathered, first - gathered + keys),
+                        self._hidden(start, first, keys, window),
                     )
                 )
-            self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), tiles
+            count = max(tile.keys.stop for tile in tiles)
+            self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), count, tiles
         return self._views[window]
 
     @staticmethod
     def _first_key(position: int, window: int | None) -> int:
         return 0 if window is None else max(0, position - window + 1)
 
-    def _hidden(self, start: int, stop: int, window: int | None) -> Tensor:
+    def _hidden(self, start: int, first: int, keys: int, window: int | None) -> Tensor:
         device = self._pool.device
-        at = torch.arange(start, stop, device=device).unsqueeze(1)
+        at = torch.arange(start, start + self._tile, device=device).unsqueeze(1)
         if window is None:
-            return torch.arange(start, stop, device=device) > at
-        key_at = torch.arange(self._first_key(start, window), stop, device=device)
+            return torch.arange(start, first + keys, device=device) > at
+        key_at = torch.arange(first, first + keys, device=device)
         return (key_at > at) | (key_at <= at - window)
+
+
+def rounded_keys(keys: int) -> int:
+    """Up to the next of eight numbers per power of two, and to a multiple of 64 at least."""
+    step = max(64, (1 << keys.bit_length()) // 16)
+    return -(-keys // step) * step

@@ -137,17 +137,20 @@ class TorchEngine:
 
     def _forward(self, works: list[_Work]) -> Tensor:
         """One pass over all works' tokens; the logits to keep, in order."""
-        keep, rows = [], 0
+        tokens: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
         for work in works:
-            keep += [rows + row for row in work.keep]
-            rows += len(work.tokens)
+            keep += [len(tokens) + row for row in work.keep]
+            tokens += work.tokens
+            positions += work.positions
+        step: AttentionStep = PackedStep([(len(work.tokens), work.step) for work in works])
+        padding = rounded_rows(len(tokens)) - len(tokens)
         arguments = {
-            "input_ids": torch.tensor([[token for work in works for token in work.tokens]], device=self._device),
-            "position_ids": torch.tensor([[at for work in works for at in work.positions]], device=self._device),
+            "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
+            "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
             "use_cache": False,
         }
-        single = len(works) == 1
-        step = works[0].step if single else PackedStep([(len(work.tokens), work.step) for work in works])
         with attention_step(step):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
@@ -224,3 +227,8 @@ class TorchEngine:
 
     def _made_up_tokens(self, count: int) -> list[int]:
         return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
+
+
+def rounded_rows(rows: int) -> int:
+    """Up to a power of two, or a multiple of 16. oneDNN keeps more than half a megabyte for each number it has met."""
+    return -(-rows // 16) * 16 if rows > 8 else 1 << (rows - 1).bit_length()
