@@ -144,8 +144,9 @@ class TorchEngine:
             keep += [len(tokens) + row for row in work.keep]
             tokens += work.tokens
             positions += work.positions
-        step: AttentionStep = PackedStep([(len(work.tokens), work.step) for work in works])
         padding = rounded_rows(len(tokens)) - len(tokens)
+        alone = len(works) == 1 and not padding
+        step = works[0].step if alone else PackedStep([(len(work.tokens), work.step) for work in works])
         arguments = {
             "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
             "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
