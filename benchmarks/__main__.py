@@ -54,7 +54,7 @@ BENCHMARKS = (
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(
         "serving_ratios",
-        ("--rounds", "3", "--alignments", "6"),
+        ("--rounds", "3", "--alignments", "5"),
         quick=("--rounds", "1", "--alignments", "1"),
     ),
     Benchmark(

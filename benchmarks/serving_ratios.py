@@ -32,15 +32,13 @@ Figures = dict[str, float]
 
 
 async def hits(prompter: lib.Prompter, rng: random.Random, alignments: int) -> Figures:
-    """Mean seconds to the first token: of long prompts cold and cached, and of the new turn's length alone."""
+    """Mean seconds to the first token: of long prompts, of a turn on each of them, and of a turn's length alone."""
     times: dict[str, list[float]] = {"cold": [], "cached": [], "short": []}
     for _ in range(alignments):
-        context = CONTEXT - SPAN // 2 + rng.randrange(SPAN)
-        prefix = prompter.fresh(context)
-        await prompter.ttft(prefix, cached=False)
+        prefix = prompter.fresh(CONTEXT - SPAN // 2 + rng.randrange(SPAN))
+        times["cold"].append(await prompter.ttft(prefix, cached=False))
         times["cached"].append(await prompter.ttft(prefix + prompter.fresh(TURN), cached=True))
         times["short"].append(await prompter.ttft(prompter.fresh(TURN), cached=False))
-        times["cold"].append(await prompter.ttft(prompter.fresh(context + TURN), cached=False))
     return {kind: statistics.fmean(values) for kind, values in times.items()}
 
 

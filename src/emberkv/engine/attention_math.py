@@ -28,7 +28,7 @@ def tile_attention(
 ) -> Tensor:
     """Attention of one tile: queries ``[tokens, heads, dim]``, keys and values ``[kv_heads, keys, dim]``.
 
-    hidden: bool ``[tokens, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
+    hidden: bool ``[tokens or more, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
     softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
 
     Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
@@ -50,7 +50,7 @@ def tile_attention(
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         seen = scores.view(-1, groups, tokens, length)[..., length - hidden.shape[1] :]
-        seen.masked_fill_(hidden, float("-inf"))
+        seen.masked_fill_(hidden[:tokens], float("-inf"))
         torch.softmax(scores, dim=-1, out=scores)
         for head, head_scores in zip(some, scores, strict=True):
             torch.mm(head_scores, values[head], out=out[head])

@@ -53,6 +53,13 @@ def pack_linears(model: nn.Module) -> int:
     return replaced
 
 
+@torch.no_grad()
+def let_go_of_checkpoint(model: nn.Module) -> None:
+    """Copy what was not packed, so that nothing keeps the whole checkpoint file mapped into memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
 def _can_pack(weight: Tensor) -> bool:
     """Whether oneDNN takes this weight here."""
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:

@@ -26,8 +26,8 @@ class PrefillStep(AttentionStep):
     slots: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
     tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
 
-    A tile at a position always has the same shape: missing queries and keys are filled with zeros that nobody sees, and
-    the number of keys is rounded up to one of a few. oneDNN keeps close to a megabyte for each shape it has met.
+    A whole tile at a position always has the same shape. The number of keys is rounded up to one of a few, and a
+    prompt's last tile is filled up, with zeros that nobody sees: oneDNN keeps close to a megabyte for each shape met.
     """
 
     def __init__(self, pool: KVPool, slots: list[int], start: int, length: int, *, tile: int) -> None:
@@ -50,7 +50,7 @@ class PrefillStep(AttentionStep):
         all_keys, all_values = self._pool.gather_heads(index[call.layer], count)
         parts = [
             tile_attention(
-                self._whole(queries[tile.rows]),
+                self._filled(queries[tile.rows]),
                 all_keys[:, tile.keys],
                 all_values[:, tile.keys],
                 call.scale,
@@ -60,10 +60,13 @@ class PrefillStep(AttentionStep):
             )
             for tile in tiles
         ]
-        return torch.cat(parts)[: queries.shape[0]]
+        return torch.cat(parts)[: queries.shape[0]]  # only the last part may be filled up
 
-    def _whole(self, queries: Tensor) -> Tensor:
-        return pad(queries, (0, 0, 0, 0, 0, self._tile - queries.shape[0]))
+    def _filled(self, queries: Tensor) -> Tensor:
+        """The tile's queries, zeros added up to half a tile or a whole one."""
+        count = queries.shape[0]
+        missing = (self._tile if 2 * count > self._tile else self._tile // 2) - count
+        return pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
 
     def _view(self, window: int | None) -> tuple[Tensor, int, list[_Tile]]:
         """Under ``window``: the blocks to gather, the number of keys to make of them, and the tiles over these."""
@@ -101,6 +104,6 @@ class PrefillStep(AttentionStep):
 
 
 def rounded_keys(keys: int) -> int:
-    """Up to the next of eight numbers per power of two, and to a multiple of 64 at least."""
-    step = max(64, (1 << keys.bit_length()) // 16)
+    """Up to the next of sixteen numbers per power of two, and to a multiple of 64 at least."""
+    step = max(64, (1 << keys.bit_length()) // 32)
     return -(-keys // step) * step

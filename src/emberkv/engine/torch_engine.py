@@ -12,7 +12,7 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.decode_step import DecodeStep
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.packed_linear import PackedLinear, pack_linears, rows_are_independent
+from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
 from emberkv.engine.paged_attention import AttentionStep, PackedStep, attention_step
 from emberkv.engine.prefill_step import PrefillStep
 from emberkv.engine.steady_activation import steady_activations
@@ -68,6 +68,7 @@ class TorchEngine:
         pack_linears(self._model)
         if self._device.type == "cpu":
             steady_activations(self._model)
+            let_go_of_checkpoint(self._model)
         self.alignment = self._find_alignment()
         if self.alignment != self.tile:
             self.tile = prefill_chunk
