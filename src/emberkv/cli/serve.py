@@ -198,6 +198,7 @@ def _curl_line(url: str, name: str, needs_key: bool) -> str:
         "model": name,
         "messages": [{"role": "user", "content": "What does json.dumps do?"}],
         "max_tokens": 64,
+        "temperature": 0.3,
     }
     key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
