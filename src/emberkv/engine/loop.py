@@ -151,8 +151,9 @@ class EngineLoop:
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = self._aborted, []
             stopping = self._stopping
+        # All are known before any is queued, so that each gets its last output even if queueing one fails.
+        self._live.update((live.request.request_id, live) for live in arrived)
         for live in arrived:
-            self._live[live.request.request_id] = live
             self._scheduler.add(live.sequence)
         for request_id in aborted:
             if request_id in self._live:
