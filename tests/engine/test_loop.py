@@ -4,8 +4,9 @@ import threading
 
 import pytest
 
+from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
-from emberkv.core.sequence import FinishReason
+from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.request import CacheUsage, TokenOutput
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
 from tests.engine.loop_harness import BLOCK, CONTEXT, DEADLINE, EOS, VOCAB, FakeExecutor, Harness, Inbox, running
@@ -244,6 +245,24 @@ def test_a_crash_of_the_loop_itself_ends_all_and_is_reported() -> None:
     assert reported == [crash]
     with pytest.raises(EngineStoppedError):
         harness.submit("late", VICTIM)
+
+
+def test_a_crash_while_requests_are_queued_ends_those_behind_it_too() -> None:
+    reported: list[Exception] = []
+    harness = Harness(on_crash=reported.append)
+    inboxes = [harness.submit(name, VICTIM) for name in ("first", "second", "third")]
+    harness.scheduler.add(Sequence("second", TokenChain(harness.executor.root(b""), [2], BLOCK), 1))
+    with running(harness):
+        assert [inbox.reason for inbox in inboxes] == [FinishReason.ABORT] * 3
+    assert [type(error) for error in reported] == [DuplicateRequestError]
+
+
+def test_stop_before_start_ends_what_was_submitted() -> None:
+    harness = Harness()
+    inbox = harness.submit("a", VICTIM)
+    harness.loop.stop()
+    assert inbox.reason is FinishReason.ABORT
+    harness.check_idle()
 
 
 def test_an_id_in_flight_cannot_be_used_again() -> None:
