@@ -107,6 +107,19 @@ def test_hits_end_at_chunks_where_results_depend_on_the_number_of_rows(
     assert engine(loaded).alignment == CHUNK
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [("float32", 1), ("float16", 4)])
+def test_chunks_share_a_pass_only_where_rows_do_not_influence_one_another(
+    paged: ModelFactory, dtype: str, passes: int
+) -> None:
+    driver = Driver(paged("llama", dtype))
+    calls: list[int] = []
+    driver.executor.loaded.model.get_submodule("model.embed_tokens").register_forward_hook(
+        lambda module, given, output: calls.append(output.shape[1])
+    )
+    driver.run(text(random.Random(0), 2 * CHUNK), text(random.Random(1), 2 * CHUNK))
+    assert len(calls) == passes
+
+
 def test_hits_end_at_chunks_where_there_are_experts(paged: ModelFactory) -> None:
     loaded = paged("llama")
     experts = torch.nn.Module()

@@ -12,7 +12,7 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.decode_step import DecodeStep
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
+from emberkv.engine.packed_linear import let_go_of_checkpoint, pack_linears, rows_are_independent
 from emberkv.engine.paged_attention import AttentionStep, PackedStep, attention_step
 from emberkv.engine.prefill_step import PrefillStep
 from emberkv.engine.steady_activation import steady_activations
@@ -52,7 +52,8 @@ class TorchEngine:
 
     Prefill is *tile-invariant*: tokens ``[k * tile, (k + 1) * tile)`` get the same KV state, to the last bit, in
     whatever chunk they are computed. Attention is, by its cut at absolute positions; whether the linear layers are
-    depends on the machine's libraries, so `alignment` is found by trying.
+    depends on the machine's libraries, so it is tried. Where it is not, `alignment`, to which hits are rounded down, is
+    the chunk instead of the tile.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class TorchEngine:
         if self._device.type == "cpu":
             steady_activations(self._model)
             let_go_of_checkpoint(self._model)
-        self.alignment = self._find_alignment()
-        if self.alignment != self.tile:
+        self._tile_invariant = self._is_tile_invariant()
+        if not self._tile_invariant:
             self.tile = prefill_chunk
+        self.alignment = self.tile
 
     def root(self, salt: bytes) -> Identity:
         """The root of the block identities of every prompt under ``salt``."""
@@ -91,21 +93,10 @@ class TorchEngine:
         """
         works = [self._decode_work(plan.decodes)] if plan.decodes else []
         works += [self._prefill_work(chunk) for chunk in plan.prefills]
-        logits = [self._forward(some) for some in self._passes(works)]
+        passes = [works] if self._tile_invariant else [[work] for work in works]
+        logits = [self._forward(some) for some in passes]
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         return StepResult(ready, torch.cat(logits)) if ready else None
-
-    def _passes(self, works: list[_Work]) -> list[list[_Work]]:
-        """What to compute together; the logits stay in order.
-
-        An output layer that is not packed gives a row other bits in other company: a prompt's last row goes alone.
-        """
-        if self.alignment != self.tile:
-            return [[work] for work in works]
-        packed = isinstance(getattr(self._model, "lm_head", None), PackedLinear)
-        alone = [not packed and isinstance(work.step, PrefillStep) and bool(work.keep) for work in works]
-        together = [work for work, apart in zip(works, alone, strict=True) if not apart]
-        return [*([together] if together else []), *([work] for work, apart in zip(works, alone, strict=True) if apart)]
 
     def _prefill_work(self, chunk: PrefillChunk) -> _Work:
         chain = chunk.sequence.chain
@@ -162,17 +153,16 @@ class TorchEngine:
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits
 
-    def _find_alignment(self) -> int:
-        """The tile if prefill proves tile-invariant here, else the chunk. Uses the pool's first blocks.
+    def _is_tile_invariant(self) -> bool:
+        """Whether prefill proves tile-invariant here. Uses the pool's first blocks.
 
         Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
         """
         experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
         if self.tile == self.prefill_chunk or experts or not rows_are_independent(self._model):
-            return self.prefill_chunk
+            return False
         # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
-        same = all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.tile // 2 + 1))
-        return self.tile if same else self.prefill_chunk
+        return all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.tile // 2 + 1))
 
     @torch.inference_mode()
     def _same_in_pieces(self, length: int) -> bool:
