@@ -26,14 +26,16 @@ ALLOWED = {
     "serving": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
     "workload": {"workload", "core", *LEAVES},
-    "cli": {"cli", "bench", "workload", "serving", "engine", "tiers", "core", *LEAVES},
+    "cluster": {"cluster", "core", *LEAVES},
+    "sim": {"sim", "workload", "cluster", "tiers", "core", *LEAVES},
+    "cli": {"cli", "bench", "workload", "sim", "cluster", "serving", "engine", "tiers", "core", *LEAVES},
 }
 
 IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess",
           "tempfile", "threading", "time"}  # fmt: skip
 """Of the standard library, what does I/O, starts threads, reads clocks or draws numbers."""
 
-TORCH_EXTRA = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "jinja2", "xxhash")
+TORCH_EXTRA = ("torch", "transformers", "tokenizers", "safetensors", "psutil", "jinja2")
 
 
 def name_of(path: Path) -> str:
@@ -89,7 +91,7 @@ print(len(names))
 
 @pytest.mark.parametrize(
     "package",
-    ["emberkv.errors", "emberkv.core", "emberkv.tiers", "emberkv.bench", "emberkv.workload", "emberkv.cli"],
+    [f"emberkv.{name}" for name in ("errors", "core", "tiers", "bench", "workload", "cluster", "sim", "cli")],
 )
 def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
     command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(TORCH_EXTRA)]
@@ -99,7 +101,7 @@ def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = {"asyncio", "fastapi", "httpx", "pydantic", "rich", "typer", *TORCH_EXTRA}
+    heavy = {"asyncio", "fastapi", "httpx", "pydantic", "rich", "typer", "xxhash", "numpy", "matplotlib", *TORCH_EXTRA}
     command = [sys.executable, "-c", "import sys, emberkv; print(*sys.modules)"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
     assert "emberkv.tiers.byte_cache" in loaded

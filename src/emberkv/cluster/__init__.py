@@ -1,0 +1,1 @@
+"""Many of them: which replica a request goes to. Pure decisions; nothing here knows a network."""

@@ -1,0 +1,1 @@
+"""The same core, driven by a virtual clock instead of an engine."""
