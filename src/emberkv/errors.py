@@ -60,6 +60,30 @@ class EntryTypeError(EmberError, TypeError):
     """A cache entry's key or value is of a type that cannot be stored."""
 
 
+class BlockError(EmberError):
+    """Bytes from a tier are not the block that they should be. ``fault``: what is wrong with them, in a word."""
+
+    def __init__(self, message: str, *, fault: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class CorruptBlockError(BlockError):
+    """The bytes are damaged, or never were a block."""
+
+
+class ForeignBlockError(BlockError):
+    """A sound block, but of another version, another model or another place than the one asked for."""
+
+
+class CacheFolderError(EmberError):
+    """A folder cannot be used as a cache of blocks."""
+
+
+class PrefixFileError(EmberError):
+    """A file of learned prefixes cannot be read as what it claims to be."""
+
+
 class WorkloadError(EmberError):
     """A trace or a workload description cannot be read as what it claims to be."""
 

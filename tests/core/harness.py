@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.eviction import make_policy
-from emberkv.core.hashing import TOKEN_BYTES, TokenChain, chain_identities, root_identity
+from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity
 from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import Load
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
+from tests.core.lower import FakeTiers
 
 ROOT_BYTES = 32
 
@@ -51,14 +53,16 @@ class Harness:
     enabled: bool = True
     max_step_tokens: int = 16
     max_running: int = 8
+    lower: FakeTiers | None = None
     next_token: Callable[[Sequence], int] = lambda sequence: 1000 + len(sequence.chain)
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     prefilled: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.pool = BlockPool(self.num_blocks, self.block_size, policy=make_policy(self.policy))
+        self.pool = BlockPool(self.num_blocks, self.block_size, policy=make_policy(self.policy), journal=True)
         self.cache = PrefixCache(self.pool, alignment=self.alignment, exact=self.exact, enabled=self.enabled)
-        self.scheduler = Scheduler(self.cache, SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running))
+        config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running)
+        self.scheduler = Scheduler(self.cache, config, self.lower)
 
     def add(
         self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
@@ -80,7 +84,34 @@ class Harness:
         sampled = {each.request_id: self.next_token(each) for each in ready}
         finished = self.scheduler.complete(plan, sampled, stopped)
         self.check()
+        for block in self.pool.take_committed():
+            assert block.identity is not None
+            self._check_content(block.identity)
+            if self.lower is not None:
+                self.lower.put([block.identity], exact=block.exact)
         return finished
+
+    def arrive(self, load: Load, count: int | None = None) -> None:
+        """The first ``count`` blocks of a load reach their slots, as far as the tiers still have them."""
+        assert self.lower is not None
+        exact: list[bool] = []
+        for index, (block, identity) in enumerate(zip(load.blocks, load.identities, strict=True)):
+            if identity not in self.lower.places or (count is not None and index >= count):
+                break
+            assert block.ref_count == 1
+            assert block.identity is None
+            exact.append(self.lower.places[identity][1])
+            self._fill(block, load.chain, load.start + index, exact[-1])
+        self.scheduler.loaded(load, exact)
+        self.check()
+
+    def _fill(self, block: Block, source: Chain, position: int, exact: bool) -> None:
+        """What a cold run leaves in block ``position`` of a chain; a chain of the tests starts at its root."""
+        assert isinstance(source, TokenChain)
+        stream = source.root + source.encoded()
+        for offset in range(self.block_size):
+            end = ROOT_BYTES + (position * self.block_size + offset + 1) * TOKEN_BYTES
+            self.cells[block.slot, offset] = Cell(stream[:end], exact)
 
     def finish(self, max_steps: int = 2000) -> None:
         """Step until nothing is left; a sequence that starves fails here."""
@@ -104,6 +135,7 @@ class Harness:
         """Up to ``whole``, what is written is what a cold run writes, if what it is computed from is."""
         blocks = sequence.held.blocks
         assert len(blocks) * self.block_size >= stop
+        assert isinstance(sequence.chain, TokenChain)
         stream = sequence.chain.root + sequence.chain.encoded()
         exact = True
         for position in range(stop):
@@ -133,13 +165,26 @@ class Harness:
     def check(self) -> None:
         """The conservation law, and that every block found under an identity holds what the identity says."""
         running = self.scheduler.running
-        self.pool.check_integrity([each.held.blocks for each in running])
+        loading = [load.blocks for load in self.scheduler.loads]
+        self.pool.check_integrity([*(each.held.blocks for each in running), *loading])
         assert len(running) <= self.max_running
         for sequence in running:
             assert sequence.cached_tokens <= sequence.prompt_tokens - 1
             assert sequence.cached_tokens % self.alignment == 0
+            self._check_admission(sequence)
         for identity in self.pool.snapshot().parents:
             self._check_content(identity)
+
+    def _check_admission(self, sequence: Sequence) -> None:
+        admission = sequence.admission
+        assert admission is not None
+        counts = {
+            field.name: getattr(admission, field.name) for field in fields(admission) if field.name.endswith("_tokens")
+        }
+        by_tier = counts.pop("tier_tokens")
+        assert min([*counts.values(), *by_tier.values()]) >= 0, admission
+        assert sum(counts.values()) + sum(by_tier.values()) <= sequence.prompt_tokens, admission
+        assert admission.pool_tokens + sum(by_tier.values()) <= sequence.cached_tokens
 
     def _check_content(self, identity: bytes) -> None:
         block = self.pool.lookup(identity)

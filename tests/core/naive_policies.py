@@ -2,8 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from emberkv.core.eviction_policy import Weight
+from emberkv.core.fair_shares import Share
+
+
+class Naive(Protocol):
+    """What all models do; each key by itself."""
+
+    def admit(self, key: int, weight: Weight) -> None: ...
+    def access(self, key: int) -> None: ...
+    def hold(self, key: int) -> None: ...
+    def release(self, key: int) -> None: ...
+    def remove(self, key: int) -> None: ...
+    def evict(self) -> int: ...
 
 
 @dataclass
@@ -107,3 +120,165 @@ class NaiveS3FIFO:
             if small_first:
                 self.ghosts = [*self.ghosts, key][-max(1, len(self.counts)) :]
             return key
+
+
+class NaiveRetaining:
+    """Another model's order, but retained keys last."""
+
+    def __init__(self, inner: Naive, max_bytes: float) -> None:
+        self.inner = inner
+        self.max_bytes = max_bytes
+        self.sizes: dict[int, float] = {}
+        self.released: set[int] = set()
+        self.ends: dict[int, tuple[float, int]] = {}
+        self.now = 0
+
+    def admit(self, key: int, weight: Weight) -> None:
+        self.sizes[key] = weight.size
+        self.inner.admit(key, weight)
+
+    def access(self, key: int) -> None:
+        self.inner.access(key)
+
+    def hold(self, key: int) -> None:
+        self.released.remove(key)
+        if key not in self.ends:
+            self.inner.hold(key)
+
+    def release(self, key: int) -> None:
+        self.released.add(key)
+        if key not in self.ends:
+            self.inner.release(key)
+
+    def remove(self, key: int) -> None:
+        self.ends.pop(key, None)
+        self.released.discard(key)
+        del self.sizes[key]
+        self.inner.remove(key)
+
+    def evict(self) -> int:
+        if self.released - self.ends.keys():
+            key = self.inner.evict()
+            self.released.remove(key)
+            del self.sizes[key]
+            return key
+        key = min(self.released, key=lambda each: self.ends[each])
+        self.remove(key)
+        return key
+
+    def retain(self, key: int, until: float) -> int:
+        if key not in self.sizes:
+            return 0
+        if key not in self.ends and key in self.released:
+            self.inner.hold(key)
+        if key not in self.ends or self.ends[key][0] < until:
+            self.now += 1
+            self.ends[key] = (until, -self.now)
+        while sum(self.sizes[each] for each in self.ends) > self.max_bytes:
+            self.let_go(min(self.ends, key=lambda each: self.ends[each]))
+        return int(key in self.ends)
+
+    def let_go(self, key: int) -> None:
+        if key in self.ends:
+            del self.ends[key]
+            if key in self.released:
+                self.inner.release(key)
+
+    def expire(self, now: float) -> None:
+        for key in sorted(self.ends, key=lambda each: self.ends[each]):
+            if self.ends[key][0] <= now:
+                self.let_go(key)
+
+
+class NaiveFairShares:
+    """One model an owner; the owner with most above its floor loses, as the entries say."""
+
+    def __init__(self, make_inner: Callable[[], NaiveRetaining], shares: dict[str, Share], default: Share) -> None:
+        self.make_inner = make_inner
+        self.shares = shares
+        self.default = default
+        self.inners: dict[str, NaiveRetaining] = {}
+        self.largest: dict[str, float] = {}
+        self.owners: dict[int, str] = {}
+        self.sizes: dict[int, float] = {}
+        self.released: set[int] = set()
+
+    def share(self, owner: str) -> Share:
+        return self.shares.get(owner, self.default)
+
+    def bytes_of(self, owner: str) -> float:
+        return sum(size for key, size in self.sizes.items() if self.owners[key] == owner)
+
+    def released_of(self, owner: str) -> int:
+        return sum(self.owners[key] == owner for key in self.released)
+
+    def spare(self, owner: str) -> float:
+        return self.bytes_of(owner) - self.largest[owner] - self.share(owner).floor_bytes
+
+    def admit(self, key: int, weight: Weight) -> None:
+        owner = weight.owner
+        self.inners.setdefault(owner, self.make_inner()).admit(key, weight)
+        self.largest[owner] = max(self.largest.get(owner, 0), weight.size)
+        self.owners[key], self.sizes[key] = owner, weight.size
+
+    def access(self, key: int) -> None:
+        self.inners[self.owners[key]].access(key)
+
+    def hold(self, key: int) -> None:
+        self.released.remove(key)
+        self.inners[self.owners[key]].hold(key)
+
+    def release(self, key: int) -> None:
+        self.released.add(key)
+        self.inners[self.owners[key]].release(key)
+
+    def remove(self, key: int) -> None:
+        self.inners[self.owners[key]].remove(key)
+        self._strike(key)
+
+    def evict(self) -> int:
+        return self._evict_from(self._loser())
+
+    def evict_for(self, owner: str) -> int:
+        loser = self._loser()
+        return self._evict_from(owner if self.spare(loser) < 0 and self.released_of(owner) else loser)
+
+    def available_to(self, owner: str) -> int:
+        count = 0
+        for other in self.inners:
+            size, released = self.bytes_of(other), self.released_of(other)
+            while released and (other == owner or size - self.largest[other] >= self.share(other).floor_bytes):
+                size, released, count = size - self.largest[other], released - 1, count + 1
+        return count
+
+    def surplus(self) -> set[int]:
+        gone = set()
+        for owner in self.inners:
+            quota = self.share(owner).quota_bytes
+            while quota is not None and self.bytes_of(owner) > quota and self.released_of(owner):
+                gone.add(self._evict_from(owner))
+        return gone
+
+    def retain(self, key: int, until: float) -> int:
+        return self.inners[self.owners[key]].retain(key, until) if key in self.owners else 0
+
+    def let_go(self, key: int) -> None:
+        if key in self.owners:
+            self.inners[self.owners[key]].let_go(key)
+
+    def expire(self, now: float) -> None:
+        for inner in self.inners.values():
+            inner.expire(now)
+
+    def _loser(self) -> str:
+        owners = sorted({self.owners[key] for key in self.released})
+        return max(owners, key=self.spare)  # the first of equal ones
+
+    def _evict_from(self, owner: str) -> int:
+        key = self.inners[owner].evict()
+        self._strike(key)
+        return key
+
+    def _strike(self, key: int) -> None:
+        self.released.discard(key)
+        del self.owners[key], self.sizes[key]

@@ -11,13 +11,18 @@ from emberkv.core.eviction import POLICY_NAMES
 from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
 from emberkv.errors import DuplicateRequestError, PromptTooLongError
 from tests.core.harness import Harness, random_token
+from tests.core.lower import FakeTiers
 from tests.core.mirror import Mirror
 
 ANYWHERE = st.integers(0, 1_000_000)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """Tiny pools, two tokens, two salts: eviction, preemption, sharing and duplicates happen all the time."""
+    """Tiny pools, two tokens, two salts: eviction, preemption, sharing and duplicates happen all the time.
+
+    What is committed goes to lower tiers, which forget at random; loads arrive whole, partly, late, after a clear, or
+    not before the end.
+    """
 
     @initialize(
         policy=st.sampled_from(POLICY_NAMES),
@@ -25,6 +30,7 @@ class CoreMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4]),
         units=st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 3)]),
         flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False])),
+        tiers=st.booleans(),
         max_step_tokens=st.integers(1, 24),
         max_running=st.integers(1, 6),
         seed=ANYWHERE,
@@ -36,11 +42,13 @@ class CoreMachine(RuleBasedStateMachine):
         block_size: int,
         units: tuple[int, int],
         flags: tuple[bool, bool],
+        tiers: bool,
         max_step_tokens: int,
         max_running: int,
         seed: int,
     ) -> None:
         self.random = Random(seed)
+        self.tiers = FakeTiers()
         self.harness = Harness(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -51,6 +59,7 @@ class CoreMachine(RuleBasedStateMachine):
             enabled=flags[1],
             max_step_tokens=max_step_tokens,
             max_running=max_running,
+            lower=self.tiers if tiers else None,
             next_token=random_token(self.random),
         )
         self.scheduler = self.harness.scheduler
@@ -67,8 +76,12 @@ class CoreMachine(RuleBasedStateMachine):
         new=st.integers(1, 12),
         priority=st.integers(0, 2),
         salt=st.sampled_from([b"", b"", b"", b"other"]),
+        restored=st.integers(0, 14),
     )
-    def add(self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes) -> None:
+    def add(
+        self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes, restored: int
+    ) -> None:
+        """restored: as many of its blocks are in a lower tier already, as after a restart."""
         tokens = self.prompts[shared % len(self.prompts)][:kept] + tail
         name = f"r{self.added}"
         self.added += 1
@@ -78,6 +91,9 @@ class CoreMachine(RuleBasedStateMachine):
             return
         self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt)
         self.prompts.append(tokens)
+        if restored:
+            stored = self.live[name].chain.identities[:restored]
+            self.tiers.put([identity for identity in stored if identity not in self.tiers.places])
 
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE)
@@ -101,21 +117,63 @@ class CoreMachine(RuleBasedStateMachine):
         assert sequence.finish_reason is FinishReason.ABORT
         self.harness.check()
 
-    @rule()
-    def clear(self) -> None:
+    @rule(arrive=st.booleans())
+    def clear(self, arrive: bool) -> None:
+        """What is on its way up when the cache is cleared does not come back."""
         self.pool.clear()
         assert self.pool.num_cached == 0
         self.harness.check()
+        for load in self.scheduler.loads if arrive else []:
+            self.harness.arrive(load)
+            assert load.arrived == 0
+        assert self.pool.num_cached == 0
+
+    @precondition(lambda self: self.scheduler.loads)
+    @rule(pick=ANYWHERE, count=st.integers(0, 14))
+    def arrive(self, pick: int, count: int) -> None:
+        load = self.scheduler.loads[pick % len(self.scheduler.loads)]
+        self.harness.arrive(load, count)
+        assert load.arrived <= count
+        assert load not in self.scheduler.loads
+
+    @precondition(lambda self: self.live)
+    @rule(pick=ANYWHERE, at=ANYWHERE)
+    def remove(self, pick: int, at: int) -> None:
+        identities = self.live[self._pick(pick)].chain.identities
+        if identities:
+            identity = identities[at % len(identities)]
+            self.scheduler.remove([identity])
+            assert self.pool.lookup(identity) is None
+            self.harness.check()
+
+    @precondition(lambda self: self.tiers.places)
+    @rule(pick=ANYWHERE, tier=st.sampled_from(["", "ram", "disk"]))
+    def move_below(self, pick: int, tier: str) -> None:
+        """A tier forgets a block, or another one has it from now on."""
+        identity = list(self.tiers.places)[pick % len(self.tiers.places)]
+        _, exact = self.tiers.places.pop(identity)
+        if tier:
+            self.tiers.put([identity], tier, exact=exact)
+
+    @precondition(lambda self: self.harness.lower)
+    @rule(ram=st.integers(0, 9), disk=st.integers(0, 9), compute=st.integers(0, 9))
+    def measure(self, ram: int, disk: int, compute: int) -> None:
+        self.tiers.block_seconds = {"ram": float(ram), "disk": float(disk)}
+        self.tiers.token_seconds = compute or None
 
     @invariant()
     def books_balance(self) -> None:
         if not hasattr(self, "harness"):
             return
-        waiting = [each for each in self.live.values() if each.status is SequenceStatus.WAITING]
+        waiting = [
+            each for each in self.live.values() if each.status in (SequenceStatus.WAITING, SequenceStatus.LOADING)
+        ]
         assert self.scheduler.num_waiting == len(waiting)
         assert self.scheduler.num_running == len(self.live) - len(waiting)
         assert all(each.lease is None and each.num_computed == 0 for each in waiting)
-        assert self.live or self.pool.num_free == self.pool.num_blocks
+        loading = sum(len(load.blocks) for load in self.scheduler.loads)
+        assert self.live or self.pool.num_free + loading == self.pool.num_blocks
+        assert self.scheduler.loads or not any(each.status is SequenceStatus.LOADING for each in waiting)
         self.mirror.follow()
         assert self.mirror.parents == self.pool.snapshot().parents
 
@@ -126,7 +184,11 @@ class CoreMachine(RuleBasedStateMachine):
             if not self.live:
                 break
             self._step(set())
+            if not self.scheduler.has_work and self.scheduler.loads:
+                self.harness.arrive(self.scheduler.loads[0], self.random.randrange(4))
         assert not self.live, "somebody starves"
+        for load in self.scheduler.loads:
+            self.harness.arrive(load, 0)
         assert self.pool.num_free == self.pool.num_blocks
         assert self.pool.stats.collisions == 0
 
@@ -134,9 +196,12 @@ class CoreMachine(RuleBasedStateMachine):
         return list(self.live)[number % len(self.live)]
 
     def _step(self, stopped: set[str]) -> None:
+        had_work = self.scheduler.has_work
         plan = self.scheduler.schedule()
         self.harness.check()
-        assert bool(plan) == bool(self.live), "a step does something as long as anything is left to do"
+        assert had_work or not (plan or plan.loads)
+        assert plan or plan.preempted or not self.scheduler.has_work
+        assert plan or self.scheduler.loads or not self.live, "a step does something unless all wait for loads"
         self.harness.compute(plan)
         for sequence in self.harness.complete(plan, stopped):
             self._check_finished(self.live.pop(sequence.request_id), stopped)
@@ -155,7 +220,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=400,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

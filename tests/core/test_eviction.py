@@ -1,17 +1,44 @@
 """One contract for all policies, and the order that each is named for."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from emberkv.core.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual, make_policy
 from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.retention import Retaining
 from emberkv.core.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
 
 PolicyClass = Callable[[], EvictionPolicy[int]]
 
-every_policy = pytest.mark.parametrize("make", [LRU, LFU, FIFO, S3FIFO, GreedyDual])
+
+def retaining(inner: PolicyClass) -> EvictionPolicy[int]:
+    return Retaining(inner(), max_bytes=math.inf)
+
+
+def shared(inner: PolicyClass) -> EvictionPolicy[int]:
+    return FairShares(inner, {"": Share(5, 2000)}, Share())
+
+
+def shared_and_retaining(inner: PolicyClass) -> EvictionPolicy[int]:
+    return shared(partial(retaining, inner))
+
+
+every_policy = pytest.mark.parametrize(
+    "make",
+    [
+        *(LRU, LFU, FIFO, S3FIFO, GreedyDual),
+        *(
+            pytest.param(partial(wrap, inner), id=f"{wrap.__name__}-{inner.__name__}")
+            for wrap in (retaining, shared, shared_and_retaining)
+            for inner in (LRU, LFU, S3FIFO)
+        ),
+    ],
+)
 
 
 def filled(make: PolicyClass, count: int) -> EvictionPolicy[int]:
@@ -188,18 +215,6 @@ def test_greedy_dual_multiplies_by_the_count() -> None:
     policy.admit(2, Weight(cost=1.5))
     policy.release([2])
     assert drain(policy) == [1, 2, 0]
-
-
-@pytest.mark.parametrize("make", [LFU, FIFO, GreedyDual])
-def test_stale_heap_entries_are_swept(make: PolicyClass) -> None:
-    policy = filled(make, 10)
-    for _ in range(1000):
-        policy.access([3])
-        policy.hold([5])
-        policy.release([5])
-    assert isinstance(policy, (LFU, FIFO, GreedyDual))
-    assert len(policy._heap) <= 2 * 10 + 64
-    assert sorted(drain(policy)) == list(range(10))
 
 
 def test_policies_have_names() -> None:

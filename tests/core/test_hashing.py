@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.hashing import TokenChain, chain_identities, encode_tokens, root_identity, token_array
+from emberkv.core.hashing import (
+    PUBLIC_OWNER,
+    TokenChain,
+    chain_identities,
+    encode_tokens,
+    root_identity,
+    salted,
+    token_array,
+)
 
 TOKENS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40)
 ROOT = root_identity(fingerprint="weights", dtype="float32", layout="paged", block_size=2)
@@ -76,3 +84,47 @@ def test_identities_are_equal_exactly_as_far_as_the_tokens_are(left: list[int], 
     for index, (mine, theirs) in enumerate(zip(one.identities, other.identities, strict=False)):
         stop = 2 * (index + 1)
         assert (mine == theirs) == (left[:stop] == right[:stop])
+
+
+def test_a_salt_enters_where_the_public_part_ends() -> None:
+    plain = TokenChain(ROOT, range(8), 2)
+    mine = TokenChain(ROOT, range(8), 2, owner="me", salt=b"s", public_blocks=2)
+    theirs = TokenChain(ROOT, range(8), 2, owner="they", salt=b"t", public_blocks=2)
+    assert mine.identities[:2] == theirs.identities[:2] == plain.identities[:2]
+    assert not set(mine.identities[2:]) & {*theirs.identities, *plain.identities}
+    assert mine.parent(2) == salted(plain.identities[1], b"s")
+    assert mine.identities[2] == sha256(mine.parent(2) + mine.block_tokens(2)).digest()
+    assert [mine.owner(index) for index in range(4)] == [PUBLIC_OWNER, PUBLIC_OWNER, "me", "me"]
+    assert plain.owner(0) == ""
+
+
+def test_without_public_blocks_the_salt_enters_at_the_root() -> None:
+    mine = TokenChain(ROOT, range(4), 2, salt=b"s")
+    assert (mine.root, mine.parent(0)) == (ROOT, salted(ROOT, b"s"))
+    assert mine.identities == chain_identities(salted(ROOT, b"s"), mine.encoded(), 2)
+
+
+def test_no_salt_changes_nothing() -> None:
+    assert salted(ROOT, b"") == ROOT
+    assert salted(ROOT, b"s") == sha256(b"emberkv-salt-1" + ROOT + b"s").digest()
+
+
+def test_what_is_generated_is_never_public() -> None:
+    mine = TokenChain(ROOT, [1, 2, 3], 2, owner="me", salt=b"s", public_blocks=3)
+    mine.append(4)
+    assert [mine.owner(index) for index in range(2)] == [PUBLIC_OWNER, "me"]
+    assert mine.parent(1) == salted(mine.identities[0], b"s")
+
+
+@given(tokens=TOKENS, public=st.integers(0, 6), data=st.data())
+def test_appending_to_a_salted_chain_hashes_as_building_does(
+    tokens: list[int], public: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(min(2 * public, len(tokens)), len(tokens)))
+    grown = TokenChain(ROOT, tokens[:start], 2, salt=b"s", public_blocks=public)
+    for token in tokens[start:]:
+        grown.append(token)
+    whole = TokenChain(ROOT, tokens, 2, salt=b"s", public_blocks=start // 2 if public > start // 2 else public)
+    assert grown.identities == whole.identities
+    for index, identity in enumerate(whole.identities):
+        assert identity == sha256(whole.parent(index) + whole.block_tokens(index)).digest()

@@ -10,6 +10,7 @@ class BlockState(Enum):
     """Where a block is in its life; a FREE block with an identity is still a cache entry."""
 
     FREE = "free"  # nobody holds it; its slot may be taken
+    PENDING = "pending"  # held by a load, which brings its content from a lower tier
     ALLOCATED = "allocated"  # held, and being written; visible to its holder only
     COMMITTED = "committed"  # held, complete, and found under its identity
 

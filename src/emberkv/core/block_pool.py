@@ -1,19 +1,19 @@
 """The block pool: which slot holds which block, who holds it, and what may be overwritten.
 
-A block's life: FREE -> ALLOCATED -> COMMITTED -> FREE, still indexed -> held again, or evicted when its slot is needed.
-Free is not forgotten, and the order in which free slots are taken is the eviction policy.
+A block's life: FREE -> ALLOCATED (or PENDING, while a lower tier loads it) -> COMMITTED -> FREE, still indexed -> held
+again, or evicted when its slot is needed. Free is not forgotten, and the order in which free slots are taken is the
+eviction policy.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.eviction import LRU
 from emberkv.core.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.hashing import Chain, Identity
+from emberkv.core.integrity import broken_laws
+from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
@@ -26,27 +26,12 @@ def uniform_weight(position: int) -> Weight:
     return Weight()
 
 
-class MatchEnd(Enum):
-    """Why a match stopped where it did."""
-
-    LIMIT = "limit"  # every block asked for was found
-    ABSENT = "absent"  # the next identity is not in the pool
-    TOKENS_DIFFER = "tokens_differ"  # the identity is there, the tokens under it are others: never served
-    INEXACT = "inexact"  # the next block is not bit-equal to a cold prefill, and only such were asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    blocks: list[Block]
-    end: MatchEnd
-
-
 class BlockPool:
     """``num_blocks`` slots of ``block_size`` tokens. Not thread-safe: one engine drives it.
 
-    Conservation law, after every call: each block is FREE, ALLOCATED or COMMITTED; a FREE block is held by nobody and
-    is either blank or indexed and known to the policy as evictable; every other block has holders. `check_integrity`
-    states it in code.
+    Conservation law, after every call: each block is FREE, PENDING, ALLOCATED or COMMITTED; a FREE block is held by
+    nobody and is either blank or indexed and known to the policy as evictable; every other block has holders.
+    `check_integrity` states it in code. journal: keep a list of what becomes visible, for `take_committed`.
     """
 
     def __init__(
@@ -58,6 +43,7 @@ class BlockPool:
         weight: BlockWeight = uniform_weight,
         events: EventLog | None = None,
         stats: CacheStats | None = None,
+        journal: bool = False,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
@@ -69,6 +55,7 @@ class BlockPool:
         self._weight = weight
         self._blank = self.blocks[::-1]
         self._index: dict[Identity, Block] = {}
+        self._journal: dict[Identity, Block] | None = {} if journal else None
 
     @property
     def num_blocks(self) -> int:
@@ -156,6 +143,12 @@ class BlockPool:
         """
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
+        published = self._publish(block, chain, position, exact)
+        if self._journal is not None and block.identity is not None:
+            self._journal[block.identity] = block
+        return published
+
+    def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
         identity = chain.identities[position]
         tokens = chain.block_tokens(position)
         known = self._index.get(identity)
@@ -177,7 +170,8 @@ class BlockPool:
         block.position = position
         block.exact = exact
         self._index[identity] = block
-        self._policy.admit(identity, self._weight(position))
+        self._policy.admit(identity, self._weigh(chain, position))
+        self._evict_surplus()
         self.stats.committed_blocks += 1
         if known is None:
             self.events.append(BlockStored((identity,), block.parent, (tokens,), self.block_size))
@@ -199,27 +193,88 @@ class BlockPool:
                 else:
                     released.append(block.identity)
         self._policy.release(released)
+        self._evict_surplus()
+
+    def expect(self, count: int) -> list[Block]:
+        """``count`` blocks whose content a lower tier will bring. Raises NoFreeBlocksError as `allocate` does."""
+        blocks = self.allocate(count)
+        for block in blocks:
+            block.state = BlockState.PENDING
+        return blocks
+
+    def fulfil(self, blocks: Sequence[Block], chain: Chain, start: int, exact: Sequence[bool]) -> int:
+        """End the wait for ``blocks``, which are those of ``chain`` from block ``start`` on; nobody holds them then.
+
+        exact: of the leading ones whose content is in place, each; these become visible. All others go back. Returns
+        how many are found now: what was revoked since, or collides, ends the run.
+        """
+        wanted = [block.state is BlockState.PENDING for block in blocks]
+        for block in blocks:
+            block.state = BlockState.ALLOCATED
+        held = list(blocks)
+        count = 0
+        while count < len(exact) and wanted[count]:
+            held[count] = self._publish(held[count], chain, start + count, exact[count])
+            if held[count].identity is None:
+                break
+            count += 1
+        self.free(held)
+        return count
+
+    def revoke(self, blocks: Iterable[Block]) -> None:
+        """What is being loaded into these blocks is not wanted any more: it will not become visible."""
+        for block in blocks:
+            if block.state is BlockState.PENDING:
+                block.state = BlockState.ALLOCATED
+
+    def take_committed(self) -> list[Block]:
+        """What was committed since the last call and is still found; what `fulfil` brought in is not among it."""
+        if not self._journal:
+            return []
+        committed, self._journal = self._journal, {}
+        return [block for identity, block in committed.items() if self._index.get(identity) is block]
+
+    def remove(self, identities: Iterable[Identity]) -> int:
+        """Forget these blocks, as `clear` forgets all; how many there were."""
+        removed = [identity for identity in dict.fromkeys(identities) if identity in self._index]
+        for identity in removed:
+            self._unindex(self._index[identity])
+        if removed:
+            self.events.append(BlockRemoved(tuple(removed)))
+        return len(removed)
 
     def clear(self) -> None:
-        """Forget every cached block. Held blocks stay with their holders and become private."""
+        """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
         for block in list(self._index.values()):
             self._unindex(block)
+        self.revoke(self.blocks)
         self.events.append(AllBlocksCleared())
 
     def snapshot(self) -> Snapshot:
         parents = {identity: block.parent for identity, block in self._index.items()}
         return Snapshot(self.events.last_sequence, parents)
 
+    def _weigh(self, chain: Chain, position: int) -> Weight:
+        weight, owner = self._weight(position), chain.owner(position)
+        return Weight(weight.size, weight.cost, owner) if owner else weight
+
     def _evict(self, count: int) -> None:
-        removed = []
-        for _ in range(count):
-            identity = self._policy.evict()
+        self._forget_evicted([self._policy.evict() for _ in range(count)])
+
+    def _evict_surplus(self) -> None:
+        surplus = list(self._policy.surplus())
+        if surplus:
+            for identity in surplus:
+                self._policy.discard(identity)
+            self._forget_evicted(surplus)
+
+    def _forget_evicted(self, identities: list[Identity]) -> None:
+        for identity in identities:
             block = self._index.pop(identity)
-            removed.append(identity)
             self._wipe(block)
             self._blank.append(block)
-        self.stats.evicted_blocks += count
-        self.events.append(BlockRemoved(tuple(removed)))
+        self.stats.evicted_blocks += len(identities)
+        self.events.append(BlockRemoved(tuple(identities)))
 
     def _unindex(self, block: Block) -> None:
         assert block.identity is not None
@@ -242,41 +297,8 @@ class BlockPool:
     def check_integrity(self, holders: Iterable[Iterable[Block]] | None = None) -> None:
         """Raise IntegrityError unless the conservation law holds.
 
-        holders: the blocks of every live lease; with it, each ref count must be explained by them.
+        holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
-        states = Counter(block.state for block in self.blocks)
-        free_cached = sum(1 for block in self.blocks if block.state is BlockState.FREE and block.identity)
-        books = [
-            (states[BlockState.FREE] == self.num_free, "free blocks and the free lists differ"),
-            (free_cached == len(self._policy), "evictable blocks and the policy differ"),
-            (
-                all(block.ref_count == 0 and block.identity is None for block in self._blank),
-                "a blank block is in use",
-            ),
-            (len({block.slot for block in self._blank}) == len(self._blank), "a slot is blank twice"),
-            (
-                all(block.identity == key for key, block in self._index.items()),
-                "the index names a wrong block",
-            ),
-            (
-                sum(1 for block in self.blocks if block.identity) == len(self._index),
-                "a cached block is not indexed",
-            ),
-        ]
-        for block in self.blocks:
-            indexed = block.identity is not None
-            books.append(((block.state is BlockState.FREE) == (block.ref_count == 0), f"slot {block.slot}: holders"))
-            books.append((block.state is not BlockState.COMMITTED or indexed, f"slot {block.slot}: not indexed"))
-            books.append((block.state is not BlockState.ALLOCATED or not indexed, f"slot {block.slot}: indexed"))
-        if holders is not None:
-            held = Counter(block.slot for blocks in holders for block in blocks)
-            books += [
-                (
-                    block.ref_count == held[block.slot],
-                    f"slot {block.slot}: {block.ref_count} refs, {held[block.slot]} held",
-                )
-                for block in self.blocks
-            ]
-        broken = [what for holds, what in books if not holds]
+        broken = broken_laws(self.blocks, self._blank, self._index, len(self._policy), holders)
         if broken:
             raise IntegrityError("; ".join(broken[:5]))

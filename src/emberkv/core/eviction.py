@@ -4,10 +4,10 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from typing import Any
 
 from emberkv.core.eviction_policy import EvictionPolicy, K, Weight
+from emberkv.core.ranking import Ranking
 from emberkv.core.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
 
@@ -52,12 +52,11 @@ class _History:
 
 
 class _Ranked(EvictionPolicy[K]):
-    """The lowest rank first, equal ranks in order of release or access. Ranks live in a heap with stale entries."""
+    """The lowest rank first, equal ranks in order of release or access."""
 
     def __init__(self) -> None:
         self._histories: dict[K, _History] = {}
-        self._ranks: dict[K, tuple[float, int]] = {}
-        self._heap: list[tuple[float, int, K]] = []
+        self._ranks: Ranking[K, tuple[float, int]] = Ranking()
         self._ticks = 0
 
     @abstractmethod
@@ -81,35 +80,26 @@ class _Ranked(EvictionPolicy[K]):
 
     def hold(self, keys: Iterable[K]) -> None:
         for key in keys:
-            del self._ranks[key]
+            self._ranks.remove(key)
 
     def release(self, keys: Iterable[K]) -> None:
         for key in keys:
             self._push(key)
 
     def _push(self, key: K) -> None:
-        rank = (self._rank(self._histories[key]), self._tick())
-        self._ranks[key] = rank
-        heappush(self._heap, (*rank, key))
-        if len(self._heap) > 2 * len(self._ranks) + 64:
-            self._heap = [(value, tick, key) for key, (value, tick) in self._ranks.items()]
-            heapify(self._heap)
+        self._ranks.place(key, (self._rank(self._histories[key]), self._tick()))
 
     def evict(self) -> K:
-        if not self._ranks:
-            raise KeyError("nothing is released")
-        while True:
-            value, tick, key = heappop(self._heap)
-            if self._ranks.get(key) == (value, tick):
-                self._on_evict(value)
-                self.discard(key)
-                return key
+        key, (rank, _) = self._ranks.first()
+        self._on_evict(rank)
+        self.discard(key)
+        return key
 
     def _on_evict(self, rank: float) -> None:
         """For policies whose ranks depend on what has been evicted."""
 
     def discard(self, key: K) -> None:
-        del self._ranks[key]
+        self._ranks.remove(key)
         del self._histories[key]
 
     def forget(self, key: K) -> None:

@@ -18,10 +18,12 @@ class Weight:
     """What an entry takes and what it is worth.
 
     size: bytes, or any unit shared by all entries. cost: the effort to make the entry again, in any shared unit.
+    owner: whose share of the space it takes; "" where there is only one.
     """
 
     size: float = 1.0
     cost: float = 1.0
+    owner: str = ""
 
 
 class EvictionPolicy(ABC, Generic[K]):
@@ -49,9 +51,35 @@ class EvictionPolicy(ABC, Generic[K]):
     def evict(self) -> K:
         """Remove and return the key to go. Raises KeyError when none is released."""
 
+    def evict_for(self, owner: str) -> K:
+        """As `evict`, to make room for an entry of ``owner``."""
+        return self.evict()
+
+    def available_to(self, owner: str) -> int:
+        """How many keys may be evicted to make room for entries of ``owner``."""
+        return len(self)
+
     @abstractmethod
     def discard(self, key: K) -> None:
         """A released key whose entry went for another reason."""
 
+    def surplus(self) -> Iterable[K]:
+        """Released keys that a quota forbids to keep, to be discarded by the caller after each admit and release."""
+        return ()
+
     def forget(self, key: K) -> None:
         """A held key whose entry is no longer one: drop its history."""
+
+    def retain(self, keys: Iterable[K], until: float) -> int:
+        """Let the keys go after others until then. A wish: how many have it fulfilled is returned.
+
+        until: on the caller's clock; infinity for good. The keys in chain order; those that are no entries are
+        passed over.
+        """
+        return 0
+
+    def let_go(self, keys: Iterable[K]) -> None:
+        """The keys are retained no longer."""
+
+    def expire(self, now: float) -> None:
+        """Let go of what was retained until ``now`` or before."""

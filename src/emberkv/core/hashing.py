@@ -15,6 +15,9 @@ Identity = bytes
 
 TOKEN_BYTES = 4
 
+PUBLIC_OWNER = "public"
+"""Whose the blocks are that an operator declared to be shared by all."""
+
 
 def root_identity(*, fingerprint: str, dtype: str, layout: str, block_size: int, salt: bytes = b"") -> Identity:
     """The parent of every first block.
@@ -27,6 +30,11 @@ def root_identity(*, fingerprint: str, dtype: str, layout: str, block_size: int,
         digest.update(len(field).to_bytes(8, "little"))
         digest.update(field)
     return digest.digest()
+
+
+def salted(parent: Identity, salt: bytes) -> Identity:
+    """The parent of the first block that only holders of ``salt`` share; ``parent`` itself without a salt."""
+    return sha256(b"emberkv-salt-1" + parent + salt).digest() if salt else parent
 
 
 def token_array(tokens: Iterable[int]) -> "array[int]":
@@ -74,19 +82,42 @@ class Chain(Protocol):
 
     def parent(self, index: int) -> Identity: ...
 
+    def owner(self, index: int) -> str:
+        """On whose books block ``index`` is: a tenant's name, "" where there is only one, or `PUBLIC_OWNER`."""
+        ...
+
     def append(self, token: int) -> None: ...
 
 
 class TokenChain:
-    """A sequence's tokens with the identities of its full blocks, each hashed once, when it fills."""
+    """A sequence's tokens with the identities of its full blocks, each hashed once, when it fills.
 
-    __slots__ = ("_tokens", "block_size", "identities", "root")
+    root: the model's. The first ``public_blocks`` full blocks of ``tokens`` are chained from it and shared by all; the
+    salt enters where they end, and all from there on is ``owner``'s.
+    """
 
-    def __init__(self, root: Identity, tokens: Iterable[int], block_size: int) -> None:
+    __slots__ = ("_owner", "_private_parent", "_public_blocks", "_tokens", "block_size", "identities", "root")
+
+    def __init__(
+        self,
+        root: Identity,
+        tokens: Iterable[int],
+        block_size: int,
+        *,
+        owner: str = "",
+        salt: bytes = b"",
+        public_blocks: int = 0,
+    ) -> None:
         self.root = root
         self.block_size = block_size
+        self._owner = owner
         self._tokens = token_array(tokens)
-        self.identities = chain_identities(root, self.encoded(), block_size)
+        self._public_blocks = min(public_blocks, len(self._tokens) // block_size)
+        encoded = self.encoded()
+        border = self._public_blocks * block_size * TOKEN_BYTES
+        public = chain_identities(root, encoded[:border], block_size)
+        self._private_parent = salted(public[-1] if public else root, salt)
+        self.identities = public + chain_identities(self._private_parent, encoded[border:], block_size)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -106,7 +137,12 @@ class TokenChain:
         return encode_tokens(self._tokens[start : start + self.block_size])
 
     def parent(self, index: int) -> Identity:
+        if index == self._public_blocks:
+            return self._private_parent
         return self.identities[index - 1] if index else self.root
+
+    def owner(self, index: int) -> str:
+        return PUBLIC_OWNER if index < self._public_blocks else self._owner
 
     def append(self, token: int) -> None:
         self._tokens.append(token)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import Chain
+from emberkv.core.matching import Match, MatchEnd
 from emberkv.errors import ConfigError
 
 
@@ -110,21 +111,29 @@ class PrefixCache:
         self.exact = exact
         self.enabled = enabled
 
-    def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
-        """The cached blocks that follow token ``start``, whole alignment units only. Holds nothing.
+    def usable_blocks(self, chain: Chain) -> int:
+        """How many of a chain's blocks could be reused at most: its last token's logits are what the caller wants."""
+        return (len(chain) - 1) // self.pool.block_size
 
-        At least the chain's last token is left to compute: its logits are what the caller wants.
-        """
+    def whole(self, num_blocks: int) -> int:
+        """Rounded down to whole alignment units."""
+        unit = self.alignment // self.pool.block_size
+        return num_blocks // unit * unit
+
+    def match(self, chain: Chain, start: int = 0) -> Match:
+        """The cached blocks that follow token ``start``, not rounded, and why there are no more. Holds nothing."""
         if not self.enabled:
-            return []
-        block_size = self.pool.block_size
-        unit = self.alignment // block_size
-        first = start // block_size
-        stop = (len(chain) - 1) // self.alignment * unit
-        if first >= stop:
-            return []
-        match = self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
-        return match.blocks[: len(match.blocks) // unit * unit]
+            return Match([], MatchEnd.OFF)
+        first, stop = start // self.pool.block_size, self.usable_blocks(chain)
+        return self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
+
+    def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
+        """The cached blocks that follow token ``start``, a multiple of the alignment; whole alignment units only.
+
+        At least the chain's last token is left to compute. Holds nothing.
+        """
+        blocks = self.match(chain, start).blocks
+        return blocks[: self.whole(len(blocks))]
 
     def acquire(self, chain: Chain) -> Lease:
         """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""

@@ -5,65 +5,32 @@ are computed one sequence at a time. They begin at multiples of the cache's alig
 alignment divides the chunk size; that is what makes a hit's logits equal a cold run's.
 """
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from collections.abc import Sequence as Batch
 from heapq import heappop, heappush
 
-from emberkv.core.prefix_cache import Lease, PrefixCache
+from emberkv.core.hashing import Identity
+from emberkv.core.loads import Loads
+from emberkv.core.matching import Match
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import Load, LowerTiers
 from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
+from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment.
-    max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences.
-    """
-
-    prefill_chunk: int
-    max_step_tokens: int = 256
-    max_running: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Compute tokens ``[start, stop)`` of a sequence over the KV state of all before them."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk's last position yields the sequence's next token."""
-        return self.stop == len(self.sequence.chain)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """decodes: one forward pass together. prefills: one pass each, in order, after it."""
-
-    decodes: list[Sequence] = field(default_factory=list)
-    prefills: list[PrefillChunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.stop - chunk.start for chunk in self.prefills)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
+__all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]
 
 
 class Scheduler:
     """First come, first served within a priority. Not thread-safe: one engine drives it.
 
     The caller repeats: `schedule`, compute the plan, `complete`. Between the two nothing else may be called.
+    lower: the tiers below the pool. A sequence that waits for blocks from there holds nothing and keeps its place in
+    the line, but does not block it; the caller tells the end of each of a plan's loads by `loaded`.
     """
 
-    def __init__(self, cache: PrefixCache, config: SchedulerConfig) -> None:
+    def __init__(self, cache: PrefixCache, config: SchedulerConfig, lower: LowerTiers | None = None) -> None:
         self.cache = cache
         self.config = config
         if self.config.max_running < 1 or self.config.max_step_tokens < 1:
@@ -75,12 +42,23 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
+        self._loads = Loads(cache, lower)
         self._arrivals = 0
         self._free_when_refused: int | None = None
 
     @property
     def stats(self) -> CacheStats:
         return self.cache.pool.stats
+
+    @property
+    def loads(self) -> list[Load]:
+        """Those in flight."""
+        return self._loads.in_flight
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` may plan anything now; if not, only an arrival or the end of a load changes that."""
+        return bool(self._running) or self._admissible() is not None
 
     @property
     def num_waiting(self) -> int:
@@ -127,8 +105,26 @@ class Scheduler:
         if sequence is not None:
             self._finish(sequence, reason)
 
+    def loaded(self, load: Load, exact: Batch[bool]) -> None:
+        """A load has ended. exact: of the leading blocks whose bytes are in their slots, each; none if it failed.
+
+        These stay cached, nobody holding them, and who waited for them is admitted in its turn. Raises IntegrityError
+        for a load that is not in flight.
+        """
+        for sequence in self._loads.end(load, exact):
+            if sequence.status is SequenceStatus.LOADING:
+                self._enqueue(sequence)
+        self._free_when_refused = None
+
+    def remove(self, identities: Iterable[Identity]) -> int:
+        """Forget cached blocks, and what of them is being loaded; how many were cached."""
+        wanted = list(identities)
+        self._loads.revoke(wanted)
+        self._free_when_refused = None
+        return self.cache.pool.remove(wanted)
+
     def schedule(self) -> StepPlan:
-        """The next step, its blocks allocated. Empty when there is nothing to do."""
+        """The next step, its blocks allocated. Computes nothing when there is nothing to do but wait."""
         plan = StepPlan()
         self._plan_decodes(plan)
         self._plan_prefills(plan)
@@ -216,33 +212,44 @@ class Scheduler:
                 return sequence
         return self._admit(plan)
 
-    def _admit(self, plan: StepPlan) -> Sequence | None:
-        pool = self.cache.pool
+    def _admissible(self) -> Sequence | None:
+        """Who is next in line, unless it is known not to fit."""
         while self._waiting and self._waiting[0][2].status is not SequenceStatus.WAITING:
             heappop(self._waiting)
         if not self._waiting or len(self._running) >= self.config.max_running:
             return None
-        if self._free_when_refused is not None and pool.num_free <= self._free_when_refused:
+        if self._free_when_refused is not None and self.cache.pool.num_free <= self._free_when_refused:
             return None
-        sequence = self._waiting[0][2]
-        found = self.cache.find(sequence.chain)
+        return self._waiting[0][2]
+
+    def _admit(self, plan: StepPlan) -> Sequence | None:
+        while sequence := self._admissible():
+            match = self.cache.match(sequence.chain)
+            if not self._fits(sequence, match):
+                self._free_when_refused = self.cache.pool.num_free
+                return None
+            heappop(self._waiting)
+            self._free_when_refused = None
+            if self._loads.wait(sequence, match, plan.loads):
+                sequence.status = SequenceStatus.LOADING
+                continue
+            self._take_in(sequence, match)
+            plan.admitted.append(sequence)
+            return sequence
+        return None
+
+    def _fits(self, sequence: Sequence, match: Match) -> bool:
+        pool = self.cache.pool
         # What others hold already costs nothing; all else comes out of the free blocks.
-        shared = sum(block.ref_count > 0 for block in found)
+        shared = sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
         slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
-        if pool.blocks_for(len(sequence.chain)) - shared + slack > pool.num_free:
-            self._free_when_refused = pool.num_free
-            return None
-        heappop(self._waiting)
-        self._free_when_refused = None
-        lease = self.cache.lease(sequence.chain, found)
-        lease.extend(len(sequence.chain))
-        self._take_in(sequence, lease)
-        plan.admitted.append(sequence)
-        return sequence
+        return pool.blocks_for(len(sequence.chain)) - shared + slack <= pool.num_free
 
-    def _take_in(self, sequence: Sequence, lease: Lease) -> None:
+    def _take_in(self, sequence: Sequence, match: Match) -> None:
+        lease = self.cache.lease(sequence.chain, match.blocks[: self.cache.whole(len(match.blocks))])
+        lease.extend(len(sequence.chain))
         sequence.lease = lease
         sequence.num_computed = lease.hit_tokens
         sequence.status = SequenceStatus.PREFILLING
@@ -251,6 +258,7 @@ class Scheduler:
         self.stats.hit_tokens += lease.hit_tokens
         if sequence.num_preemptions == 0:
             sequence.cached_tokens = lease.hit_tokens
+            self._loads.account(sequence, match)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING

@@ -1,10 +1,12 @@
 """A sequence: one request's tokens on their way through the scheduler."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from emberkv.core.hashing import Chain
 from emberkv.core.prefix_cache import Lease
+from emberkv.core.promotion import NOTHING_BELOW, Admission, Promotion, Wait
 
 
 class FinishReason(Enum):
@@ -16,6 +18,7 @@ class FinishReason(Enum):
 
 class SequenceStatus(Enum):
     WAITING = "waiting"  # not admitted, or preempted
+    LOADING = "loading"  # holds nothing, and waits for blocks from a lower tier
     PREFILLING = "prefilling"  # holds a lease; tokens are left to compute before the next one can be sampled
     DECODING = "decoding"  # all but the last token are computed
     FINISHED = "finished"
@@ -25,7 +28,9 @@ class SequenceStatus(Enum):
 class Sequence:
     """chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
 
-    priority: lower is sooner; order: the scheduler's count of arrivals, which breaks ties.
+    waits: the loads it has waited for, or does. promotion: what was decided last about lower tiers. admission: where
+    the hit came from and why there was no more, set when first admitted. priority: lower is sooner; order: the
+    scheduler's count of arrivals, which breaks ties.
     """
 
     request_id: str
@@ -39,6 +44,9 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, when first admitted
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    waits: list[Wait] = field(default_factory=list)
+    promotion: Promotion = NOTHING_BELOW
+    admission: Admission | None = None
     prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +55,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.chain) - self.prompt_tokens
+
+    @property
+    def tier_tokens(self) -> Mapping[str, int]:
+        """Of the hit, what a load brought up, by tier."""
+        return self.admission.tier_tokens if self.admission is not None else {}
 
     @property
     def held(self) -> Lease:

@@ -1,6 +1,9 @@
 """Counters of one pool and its scheduler: plain totals since the start, read by metrics and reports alike."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+
+from emberkv.core.promotion import LoadChoice
 
 
 @dataclass(slots=True)
@@ -18,3 +21,7 @@ class CacheStats:
     evicted_blocks: int = 0
     collisions: int = 0  # equal identity, different tokens: refused
     preemptions: int = 0
+    tier_hit_tokens: Counter[str] = field(default_factory=Counter)  # of the hits, brought up by a load, by tier
+    load_choices: Counter[LoadChoice] = field(default_factory=Counter)  # one for each admission that looked below
+    loaded_blocks: int = 0
+    unloaded_blocks: int = 0  # a load was to bring them, and did not

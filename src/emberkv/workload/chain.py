@@ -67,14 +67,20 @@ class ContentChain:
     def parent(self, index: int) -> Identity:
         return self.identities[index - 1] if index else self.root
 
+    def owner(self, index: int) -> str:
+        return ""
+
     def append(self, token: int) -> None:
         """Raises IndexError past the content's end."""
-        if self._length == len(self._content):
-            raise IndexError(f"the content ends at {self._length} tokens; there is no further answer to take")
-        self._length += 1
-        index, rest = divmod(self._length, self.block_size)
-        if not rest:
-            start = (index - 1) * self.block_size
-            self.identities += block_identities(
-                self.parent(index - 1), self._content, start, self._length, self.block_size
-            )
+        self.grow(1)
+
+    def grow(self, count: int) -> None:
+        """Take the content's next ``count`` tokens. Raises IndexError past the content's end."""
+        length = self._length + count
+        if length > len(self._content):
+            raise IndexError(f"the content ends at {len(self._content)} tokens; there is no further answer to take")
+        self._length = length
+        known = len(self.identities)
+        if length // self.block_size > known:
+            start, stop = known * self.block_size, length - length % self.block_size
+            self.identities += block_identities(self.parent(known), self._content, start, stop, self.block_size)

@@ -1,0 +1,132 @@
+"""The loads in flight: which blocks are on their way up from lower tiers, and which sequences wait for them."""
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Batch
+
+from emberkv.core.hashing import Chain, Identity
+from emberkv.core.matching import Match, MatchEnd
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import Admission, Load, LoadChoice, LowerTiers, Promotion, Run, Wait, choose
+from emberkv.core.sequence import Sequence
+from emberkv.errors import IntegrityError
+
+
+class Loads:
+    """Begins loads and ends them. A sequence waits once for a load that another began, and then once for its own."""
+
+    def __init__(self, cache: PrefixCache, lower: LowerTiers | None) -> None:
+        self._cache = cache
+        self._lower = lower
+        self._waiting: dict[Load, list[Sequence]] = {}
+        self._by_identity: dict[Identity, Load] = {}
+
+    @property
+    def in_flight(self) -> list[Load]:
+        return list(self._waiting)
+
+    def wait(self, sequence: Sequence, match: Match, begun: list[Load]) -> bool:
+        """Whether ``sequence``, of which the pool has ``match``, waits for a load; a new one is added to ``begun``.
+
+        The sequence's blocks must fit into the free ones. Those found stay the pool's, but become recent.
+        """
+        if match.end not in (MatchEnd.ABSENT, MatchEnd.INEXACT) or sequence.admission is not None:
+            return False
+        if self._lower is None or any(wait.choice is LoadChoice.LOAD for wait in sequence.waits):
+            return False
+        stop = self._cache.whole(self._cache.usable_blocks(sequence.chain))
+        if len(match.blocks) >= stop:
+            return False
+        decision, load = self._decide(sequence, match, stop, self._lower)
+        self._cache.pool.stats.load_choices[decision.choice] += 1
+        sequence.promotion = decision
+        if load is None:
+            return False
+        if decision.choice is LoadChoice.LOAD:
+            begun.append(load)
+            self._waiting[load] = []
+            self._by_identity.update(dict.fromkeys(load.identities, load))
+        covered = self._covered(load, sequence.chain, len(match.blocks), stop)
+        sequence.waits.append(Wait(load, len(match.blocks) + covered, decision.choice))
+        self._waiting[load].append(sequence)
+        return True
+
+    def _decide(self, sequence: Sequence, match: Match, stop: int, lower: LowerTiers) -> tuple[Promotion, Load | None]:
+        """What to do about blocks ``[found, stop)``, and the load to wait for."""
+        chain, first, cache = sequence.chain, len(match.blocks), self._cache
+
+        def useful(count: int) -> int:
+            return max(0, cache.whole(first + count) - first)
+
+        def computing(count: int) -> float | None:
+            return lower.recompute_seconds((first + count - cache.whole(first)) * chain.block_size)
+
+        shared = None if sequence.waits else self._by_identity.get(chain.identities[first])
+        if shared is not None and useful(covered := self._covered(shared, chain, first, stop)):
+            decision = choose([Run(LoadChoice.SHARED.value, covered, shared.seconds)], useful, computing)
+            if decision.choice is LoadChoice.LOAD:
+                return Promotion(LoadChoice.SHARED), shared
+            return decision, None
+        decision = choose(lower.find(chain.identities[first:stop], exact=cache.exact), useful, computing)
+        if decision.choice is not LoadChoice.LOAD:
+            return decision, None
+        count = sum(run.count for run in decision.runs)
+        cache.pool.pin(match.blocks)
+        blocks = cache.pool.expect(count)
+        cache.pool.free(match.blocks)
+        return decision, Load(chain, first, decision.runs, blocks, computing(count))
+
+    def _covered(self, load: Load, chain: Chain, first: int, stop: int) -> int:
+        """How many blocks of ``chain[first:stop]`` the load brings, in one run."""
+        position = first
+        while position < stop and self._by_identity.get(chain.identities[position]) is load:
+            position += 1
+        return position - first
+
+    def end(self, load: Load, exact: Batch[bool]) -> list[Sequence]:
+        """Make visible what arrived and give back the rest; returns who waited. See `Scheduler.loaded`."""
+        if load not in self._waiting or len(exact) > len(load.blocks):
+            raise IntegrityError(
+                f"a load of {len(load.blocks)} blocks ended with {len(exact)}, in flight: {load in self._waiting}"
+            )
+        pool = self._cache.pool
+        load.arrived = pool.fulfil(load.blocks, load.chain, load.start, exact)
+        pool.stats.loaded_blocks += load.arrived
+        pool.stats.unloaded_blocks += len(load.blocks) - load.arrived
+        for identity in load.identities:
+            if self._by_identity.get(identity) is load:
+                del self._by_identity[identity]
+        return self._waiting.pop(load)
+
+    def revoke(self, identities: Iterable[Identity]) -> None:
+        """These blocks are not wanted any more: a load that brings one of them ends before it."""
+        for identity in identities:
+            load = self._by_identity.get(identity)
+            if load is not None:
+                self._cache.pool.revoke([load.blocks[load.identities.index(identity)]])
+
+    def account(self, sequence: Sequence, match: Match) -> None:
+        """Write down where the hit of a sequence that is being admitted comes from."""
+        size, known, hit = self._cache.pool.block_size, len(match.blocks), sequence.held.hit_tokens
+        brought: Counter[str] = Counter()
+        border = hit // size
+        for wait in reversed(sequence.waits):  # what an earlier load brought, a later one need not have brought again
+            brought.update(wait.load.tiers(0, min(wait.stop, border)))
+            border = min(border, wait.load.start)
+        tier_tokens = {tier: count * size for tier, count in brought.items()}
+        self._cache.pool.stats.tier_hit_tokens.update(tier_tokens)
+        decision, declined = sequence.promotion, sequence.promotion.declined
+        failed = sequence.waits[-1].stop - max(sequence.waits[-1].load.end, known) if sequence.waits else 0
+        if decision.choice is LoadChoice.LOAD:  # declined was what follows the load; others may have computed it since
+            declined -= max(0, known - sequence.waits[-1].stop)
+        elif decision.choice is not LoadChoice.SHARED:  # decided after the wait, about the same blocks
+            failed -= declined + decision.rounded
+        sequence.admission = Admission(
+            pool_tokens=hit - sum(tier_tokens.values()),
+            tier_tokens=tier_tokens,
+            end=match.end,
+            recompute_cheaper_tokens=max(0, declined) * size,
+            load_failed_tokens=max(0, failed) * size,
+            alignment_tokens=known * size - hit + decision.rounded * size,
+            partial_tokens=sequence.prompt_tokens - self._cache.usable_blocks(sequence.chain) * size,
+        )

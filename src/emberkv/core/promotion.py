@@ -1,0 +1,187 @@
+"""Promotion: blocks that a lower tier has, and whether bringing them up beats computing them. Pure decisions.
+
+The scheduler asks when it admits a sequence; a driver reads the bytes, off the engine's thread, and tells it when they
+are in their slots.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from emberkv.core.block import Block
+from emberkv.core.hashing import Chain, Identity
+from emberkv.core.matching import MatchEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks that one tier has.
+
+    count: blocks, at least 1. seconds: expected time to load them; None before any was measured.
+    """
+
+    tier: str
+    count: int
+    seconds: float | None
+
+
+class LowerTiers(Protocol):
+    """What lies below the pool. Asked on the engine's thread at each admission: memory only, never I/O."""
+
+    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
+        """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
+
+        exact: only blocks that are bit-equal to a cold prefill's.
+        """
+        ...
+
+    def recompute_seconds(self, tokens: int) -> float | None:
+        """Expected time to compute that many tokens; None before it was measured."""
+        ...
+
+
+class LoadChoice(Enum):
+    """What an admission decided about the blocks that the pool lacked."""
+
+    LOAD = "load"
+    SHARED = "shared"  # a load in flight brings them already
+    RECOMPUTE_CHEAPER = "recompute_cheaper"  # loading was expected to take as long as computing, or longer
+    ALIGNMENT = "alignment"  # too few to fill what hits are rounded down to
+    ABSENT = "absent"  # no tier has the next one
+
+
+def total_seconds(runs: Sequence[Run]) -> float | None:
+    """Expected time of all of them, one after another; None where part of it is not known."""
+    total = 0.0
+    for run in runs:
+        if run.seconds is None:
+            return None
+        total += run.seconds
+    return total
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """Blocks ``[start, stop)`` of ``chain`` on their way up, PENDING and held by the load itself.
+
+    patience: seconds until waiting has taken as long as computing would have; None: not known. arrived: of the blocks,
+    from the first, those that became visible; set when the load has ended.
+    """
+
+    chain: Chain
+    start: int
+    runs: list[Run]
+    blocks: list[Block]
+    patience: float | None
+    arrived: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.blocks)
+
+    @property
+    def end(self) -> int:
+        """Behind the last block that arrived."""
+        return self.start + self.arrived
+
+    @property
+    def seconds(self) -> float | None:
+        """Expected time of the whole; None where part of it is not known."""
+        return total_seconds(self.runs)
+
+    @property
+    def identities(self) -> Sequence[Identity]:
+        return self.chain.identities[self.start : self.stop]
+
+    def tiers(self, start: int, stop: int) -> dict[str, int]:
+        """How many of the blocks of ``[start, stop)`` that arrived came from which tier."""
+        counts: dict[str, int] = {}
+        first = self.start
+        for run in self.runs:
+            end = min(first + run.count, self.end, stop)
+            if (count := end - max(first, start)) > 0:
+                counts[run.tier] = counts.get(run.tier, 0) + count
+            first += run.count
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A sequence's part in a load: the load's blocks up to ``stop`` are the sequence's too."""
+
+    load: Load
+    stop: int
+    choice: LoadChoice
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Where a prompt's tokens came from when its sequence was first admitted, and why the rest had to be computed.
+
+    What the fields leave of the prompt is in no tier. ``pool_tokens`` does not grow by what others commit later.
+    """
+
+    pool_tokens: int
+    tier_tokens: Mapping[str, int]
+    end: MatchEnd  # of the search in the pool
+    recompute_cheaper_tokens: int = 0  # a tier has them
+    load_failed_tokens: int = 0  # a load was to bring them
+    alignment_tokens: int = 0  # found, and rounded away
+    partial_tokens: int = 0  # the last block, unless it is full and not the prompt's end: never reused
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A decision. runs: what to load; empty unless ``choice`` is LOAD.
+
+    declined: blocks that a hit could use, but computing them is cheaper. rounded: blocks that no hit could use.
+    """
+
+    choice: LoadChoice
+    runs: list[Run] = field(default_factory=list)
+    declined: int = 0
+    rounded: int = 0
+
+
+NOTHING_BELOW = Promotion(LoadChoice.ABSENT)
+
+
+def choose(
+    runs: Sequence[Run],
+    useful: Callable[[int], int],
+    recompute_seconds: Callable[[int], float | None],
+) -> Promotion:
+    """Load the longest prefix of ``runs`` that is expected to come sooner than it could be computed.
+
+    useful: of so many blocks, how many from the first a hit can use; computing is saved for these. Where a time has not
+    been measured yet, loading is chosen, which measures it.
+    """
+    found = sum(run.count for run in runs)
+    if not found:
+        return NOTHING_BELOW
+    if not useful(found):
+        return Promotion(LoadChoice.ALIGNMENT, rounded=found)
+    kept = list(runs)
+    while kept:
+        wanted = useful(sum(run.count for run in kept))
+        if wanted:
+            trimmed = trim(kept, wanted)
+            loading, computing = total_seconds(trimmed), recompute_seconds(wanted)
+            if loading is None or computing is None or loading < computing:
+                return Promotion(LoadChoice.LOAD, trimmed, useful(found) - wanted)
+        kept.pop()
+    return Promotion(LoadChoice.RECOMPUTE_CHEAPER, declined=useful(found))
+
+
+def trim(runs: Sequence[Run], count: int) -> list[Run]:
+    """The first ``count`` blocks of ``runs``, the last one's time in proportion."""
+    trimmed = []
+    for run in runs:
+        taken = min(run.count, count)
+        if not taken:
+            break
+        seconds = None if run.seconds is None else run.seconds * taken / run.count
+        trimmed.append(Run(run.tier, taken, seconds))
+        count -= taken
+    return trimmed

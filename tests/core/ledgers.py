@@ -1,0 +1,31 @@
+"""Ledgers that know given chains, and prompts explained from them."""
+
+from emberkv.core.events import BlockStored
+from emberkv.core.explain import explain
+from emberkv.core.explanation import POOL, Explanation, Reason, outcome_of
+from emberkv.core.hashing import TokenChain
+from emberkv.core.ledger import Ledger
+
+SIZE = 4
+
+
+def stored(tokens: TokenChain) -> BlockStored:
+    blocks = tuple(tokens.block_tokens(index) for index in range(len(tokens.identities)))
+    return BlockStored(tuple(tokens.identities), tokens.root, blocks, tokens.block_size)
+
+
+def ledger_with(*chains: TokenChain) -> Ledger:
+    ledger = Ledger()
+    for each in chains:
+        ledger.apply(stored(each), 1.0)
+    return ledger
+
+
+def asked(ledger: Ledger, prompt: TokenChain, *, alignment: int = SIZE) -> Explanation:
+    runs = [(POOL, ledger.cached_run(prompt))]
+    outcome = outcome_of(runs, len(prompt), block_size=SIZE, alignment=alignment)
+    return explain(ledger, prompt, outcome, alignment=alignment)
+
+
+def told(explanation: Explanation) -> list[tuple[Reason, int, int]]:
+    return [(miss.reason, miss.start, miss.tokens) for miss in explanation.misses]
