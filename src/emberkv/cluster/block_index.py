@@ -1,0 +1,72 @@
+"""The directory: which replicas have which blocks, as their events tell."""
+
+from collections.abc import Sequence
+
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot
+from emberkv.core.hashing import Identity
+
+
+class BlockIndex:
+    """A mirror of many pools. Each identity maps to a set of replicas, kept as the bits of one integer."""
+
+    def __init__(self) -> None:
+        self._holders: dict[Identity, int] = {}
+
+    def __len__(self) -> int:
+        """Different blocks known."""
+        return len(self._holders)
+
+    def apply(self, replica: int, event: Event) -> None:
+        match event:
+            case BlockStored():
+                self._add(replica, event.identities)
+            case BlockRemoved():
+                self._remove(replica, event.identities)
+            case AllBlocksCleared():
+                self.forget(replica)
+
+    def replace(self, replica: int, snapshot: Snapshot) -> None:
+        """Start a replica's part again: its reader missed events."""
+        self.forget(replica)
+        self._add(replica, tuple(snapshot.parents))
+
+    def forget(self, replica: int) -> None:
+        """Nothing of ``replica`` is left. Walks through all that is known."""
+        bit = 1 << replica
+        self._remove(replica, tuple(identity for identity, holders in self._holders.items() if holders & bit))
+
+    def matches(self, identities: Sequence[Identity], replicas: int) -> list[int]:
+        """For each of ``replicas``, how many leading blocks of ``identities`` it has."""
+        depths = [0] * replicas
+        remaining = (1 << replicas) - 1
+        for depth, identity in enumerate(identities):
+            still = remaining & self._holders.get(identity, 0)
+            if still != remaining:
+                _mark(depths, remaining & ~still, depth)
+                remaining = still
+            if not remaining:
+                return depths
+        _mark(depths, remaining, len(identities))
+        return depths
+
+    def _add(self, replica: int, identities: Sequence[Identity]) -> None:
+        bit = 1 << replica
+        for identity in identities:
+            self._holders[identity] = self._holders.get(identity, 0) | bit
+
+    def _remove(self, replica: int, identities: Sequence[Identity]) -> None:
+        bit = 1 << replica
+        for identity in identities:
+            left = self._holders.get(identity, 0) & ~bit
+            if left:
+                self._holders[identity] = left
+            else:
+                self._holders.pop(identity, None)
+
+
+def _mark(depths: list[int], bits: int, depth: int) -> None:
+    """Set the depth of each replica whose bit is set."""
+    while bits:
+        lowest = bits & -bits
+        depths[lowest.bit_length() - 1] = depth
+        bits ^= lowest

@@ -1,0 +1,137 @@
+"""The replay without time: every request is admitted whole, at once, and over before the next one comes.
+
+Hits follow from capacity, policy and order alone. As published figures of traces count, a prompt's partial last block
+is a block like the others, found by whoever ends with the same one; a pool that serves shares full blocks only.
+"""
+
+from collections.abc import Callable, Sequence
+from random import Random
+
+from emberkv.cluster.routing import ReplicaState, make_router
+from emberkv.core.hashing import Identity
+from emberkv.core.stats import CacheStats
+from emberkv.sim.config import SimulationConfig
+from emberkv.sim.flight import Sessions
+from emberkv.sim.outcome import Outcome, Status, cache_event
+from emberkv.sim.routed import Routed
+from emberkv.sim.simulator import PROGRESS_EVERY, Ending, Progress
+from emberkv.sim.stage import Machine, cache_of, root_of
+from emberkv.sim.timing import nanoseconds
+from emberkv.workload.chain import ContentChain, block_identities
+from emberkv.workload.files import ASSUMED
+from emberkv.workload.request import Request
+from emberkv.workload.source import Source, unroll
+
+
+class ReferenceChain:
+    """Blocks by their identities alone, each standing for its tokens, and one token more that is always computed."""
+
+    __slots__ = ("block_size", "identities", "root")
+
+    def __init__(self, root: Identity, identities: Sequence[Identity], block_size: int) -> None:
+        self.root = root
+        self.identities = identities
+        self.block_size = block_size
+
+    def __len__(self) -> int:
+        return len(self.identities) * self.block_size + 1
+
+    def __getitem__(self, position: int) -> int:
+        return 0
+
+    def slice(self, start: int, stop: int) -> list[int]:
+        return [0] * (stop - start)
+
+    def block_tokens(self, index: int) -> bytes:
+        return self.identities[index]
+
+    def parent(self, index: int) -> Identity:
+        return self.identities[index - 1] if index else self.root
+
+    def owner(self, index: int) -> str:
+        return ""
+
+    def append(self, token: int) -> None:
+        """Nothing is generated."""
+
+
+class Replay:
+    """Pools behind a router. A replica's load is what it has computed so far: prompt tokens not found, and answers."""
+
+    def __init__(self, config: SimulationConfig, machine: Machine) -> None:
+        self._size = machine.block_size
+        self._caches = [cache_of(config, machine) for _ in range(config.replicas)]
+        self._states = [ReplicaState() for _ in self._caches]
+        router = make_router(config.routing, config.replicas, Random(f"{config.seed}/simulation"))
+        self._routed = Routed(router, self._states)
+        self._root_of = root_of(config, self._size)
+        self._sessions = Sessions()
+        self._stop_at = config.stop_at
+
+    @property
+    def stats(self) -> list[list[CacheStats]]:
+        return [[cache.pool.stats] for cache in self._caches]
+
+    def run(self, source: Source, emit: Callable[[Outcome], None], progress: Progress) -> Ending:
+        """Raises WorkloadError when the source does. Follow-ups come as if answers took the time that is `ASSUMED`."""
+        now = 0.0
+        try:
+            requests = unroll(source, first_token=ASSUMED.first_token, per_token=ASSUMED.per_token)
+            for done, request in enumerate(requests, 1):
+                if self._stop_at is not None and request.arrival_time > self._stop_at:
+                    break
+                now = request.arrival_time
+                emit(self.admit(request))
+                if done % PROGRESS_EVERY == 0:
+                    progress(done, now)
+        except KeyboardInterrupt:
+            return Ending(now, interrupted=True)
+        return Ending(now, interrupted=False)
+
+    def admit(self, request: Request) -> Outcome:
+        """Find what is cached of a prompt, keep the prompt, and what is known of its answer."""
+        size = self._size
+        chain = request.chain(self._root_of(request), size)
+        turn = self._sessions.turn_of(request, chain)
+        full = len(chain.identities) * size
+        references = chain.identities + block_identities(
+            chain.parent(len(chain.identities)), request.full_content(), full, request.prompt_tokens, size
+        )
+        asked = ReferenceChain(chain.root, references, size)
+        replica = self._routed.choose(asked)
+        assert replica is not None, "no replica is ever lost here"
+        hits = self._pass(replica, asked)
+        arrival = nanoseconds(request.arrival_time)
+        if hits is None or not request.prompt_tokens:
+            return Outcome(request, Status.REJECTED, arrival, turn=turn, replica=replica)
+        self._keep_answer(replica, request, chain)
+        cached = min(hits * size, request.prompt_tokens)
+        self._states[replica].load += request.prompt_tokens - cached + request.output_tokens
+        self._routed.publish(replica, self._caches[replica].pool)
+        return Outcome(
+            request, Status.COMPLETED, arrival, output_tokens=request.output_tokens, turn=turn,
+            event=cache_event(turn, request.prompt_tokens, cached), cached_tokens=cached,
+            prefilled_tokens=request.prompt_tokens - cached, replica=replica,
+        )  # fmt: skip
+
+    def _pass(self, replica: int, chain: ReferenceChain) -> int | None:
+        """A whole lease: match, allocate, commit, release. Returns the blocks found; None if they never all fit."""
+        cache = self._caches[replica]
+        tokens = len(chain.identities) * self._size
+        if len(chain.identities) > cache.pool.num_blocks:
+            return None
+        lease = cache.acquire(chain)
+        hits = len(lease.blocks)
+        lease.extend(tokens)
+        lease.commit_prefilled(tokens)
+        lease.release()
+        return hits
+
+    def _keep_answer(self, replica: int, request: Request, chain: ContentChain) -> None:
+        known = len(request.content) // self._size
+        told = known > len(chain.identities)
+        if told or request.session_id:
+            chain.grow(request.output_tokens)
+            self._sessions.completed(request, chain)
+        if told:
+            self._pass(replica, ReferenceChain(chain.root, chain.identities[:known], self._size))

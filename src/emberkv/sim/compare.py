@@ -1,0 +1,80 @@
+"""Two set-ups side by side, over the requests that both completed."""
+
+from dataclasses import dataclass
+
+from emberkv.errors import WorkloadError
+from emberkv.sim.inputs import Workload
+from emberkv.sim.outcome import Status
+from emberkv.sim.rows import Row
+from emberkv.sim.run import Results
+from emberkv.sim.summary import prefix_caching, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure of both; None where there is none."""
+
+    name: str
+    unit: str
+    left: float | None
+    right: float | None
+
+    @property
+    def change(self) -> float | None:
+        """Of the right against the left: -0.25 is a quarter less."""
+        return None if self.left is None or self.right is None or not self.left else self.right / self.left - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """both: how many requests completed in both; the lines after the first three are over these."""
+
+    both: int
+    lines: list[Line]
+
+
+def same_workload(left: Workload | None, right: Workload | None) -> Workload:
+    """The one that both have, or the only one of the two. Raises WorkloadError when they differ or none is there."""
+    given = [each for each in (left, right) if each is not None]
+    if not given:
+        raise WorkloadError("neither set-up has a workload or a trace; give one, or a workload besides")
+    if len({each.identity for each in given}) > 1:
+        raise WorkloadError("the set-ups have different workloads; give the one that both are to serve")
+    return given[0]
+
+
+def compare(left: Results, right: Results) -> Comparison:
+    """Of results whose rows kept their ids."""
+    rows = [_completed(each) for each in (left, right)]
+    both = sorted(rows[0].keys() & rows[1].keys())
+    return Comparison(len(both), [*_totals(left, right), *_lines(*([each[name] for name in both] for each in rows))])
+
+
+def _completed(results: Results) -> dict[str, Row]:
+    pairs = zip(results.rows.ids, results.rows, strict=True)
+    return {name: row for name, row in pairs if row.status is Status.COMPLETED}
+
+
+def _totals(left: Results, right: Results) -> list[Line]:
+    sides = [each.summary for each in (left, right)]
+    return [
+        Line("completed", "requests", *(side["requests"]["completed"] for side in sides)),
+        Line("throughput", "requests a second", *(side["throughput"]["requests_per_second"] for side in sides)),
+        Line("preemptions", "", *(side["preemptions"] for side in sides)),
+    ]
+
+
+def _lines(left: list[Row], right: list[Row]) -> list[Line]:
+    """The same requests in the same order."""
+    caching = [prefix_caching(rows) for rows in (left, right)]
+    lines = [
+        Line("hit rate", "of prompt tokens", *(each["overall_hit_rate"] for each in caching)),
+        Line("conversational hit rate", "of prompt tokens", *(each["conversational_hit_rate"] for each in caching)),
+        Line("prefill reduction", "of prompt tokens", *(each["prefill_reduction_ratio"] for each in caching)),
+        Line("tokens prefilled", "a request", *(each["average_tokens_prefilled"] for each in caching)),
+    ]
+    for title, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("end to end", "e2e_ms")):
+        sides = [spread([getattr(row, name) for row in rows]) for rows in (left, right)]
+        for figure in ("mean", "p50", "p99"):
+            lines.append(Line(f"{title} {figure}", "ms", *(None if side is None else side[figure] for side in sides)))
+    return lines

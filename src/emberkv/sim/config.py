@@ -1,0 +1,210 @@
+"""The control panel: everything that a simulation can be told, in one YAML file, checked to the last key."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from emberkv.cluster.routing import ROUTER_NAMES
+from emberkv.core.eviction import POLICY_NAMES
+from emberkv.errors import ConfigError, WorkloadError
+from emberkv.workload.lines import explain
+from emberkv.workload.spec import GeneratedWorkload
+from emberkv.workload.strict import Strict
+from emberkv.workload.trace import TraceFormat
+
+
+def _one_of(names: tuple[str, ...]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name!r} is unknown; accepted: {', '.join(names)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _bytes(given: object) -> object:
+    return int(TypeAdapter(ByteSize).validate_python(given)) if isinstance(given, str) else given
+
+
+Bytes = Annotated[PositiveInt, BeforeValidator(_bytes)]
+"""A number, or text such as 64GiB."""
+
+Eviction = Annotated[str, _one_of(POLICY_NAMES)]
+Routing = Annotated[str, _one_of(ROUTER_NAMES)]
+
+
+class Rates(Strict):
+    """A machine told by three times (seconds), in place of a model and its hardware."""
+
+    per_step: NonNegativeFloat = 0.0
+    per_prefill_token: NonNegativeFloat
+    per_decode_token: NonNegativeFloat
+    kv_bytes_per_token: PositiveInt = 131_072
+
+
+class TierConfig(Strict):
+    """A lower tier of each replica. Rates that are not given are the hardware profile's for a tier of this name.
+
+    keeps: whether its content outlives the replica's failure.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    capacity: Bytes
+    read_gb_per_s: PositiveFloat | None = None
+    write_gb_per_s: PositiveFloat | None = None
+    latency_us: NonNegativeFloat | None = None
+    eviction: Eviction = "lru"
+    keeps: bool = False
+
+
+class OutageConfig(Strict):
+    """A replica is lost ``at`` seconds, with all that it has, and back ``down_for`` seconds later; None: never."""
+
+    replica: NonNegativeInt
+    at: NonNegativeFloat
+    down_for: NonNegativeFloat | None = None
+
+
+class RandomOutagesConfig(Strict):
+    """Each replica is lost and comes back again and again; seconds, exponentially distributed."""
+
+    mean_time_up: PositiveFloat
+    mean_time_down: PositiveFloat
+
+
+class Targets(Strict):
+    """Service levels in milliseconds; a request attains them when it keeps all that are given."""
+
+    ttft_ms: PositiveFloat | None = None
+    tpot_ms: PositiveFloat | None = None
+    e2e_ms: PositiveFloat | None = None
+
+
+class SimulationConfig(Strict):
+    """A set-up.
+
+    model, hardware: names or files; weights, kv: number types other than the model's. rates: in place of both.
+    kv_blocks: of each replica; None: what its memory holds beside weights, activations and the runtime. memory: bytes
+    of each device, if not the profile's. block_size: tokens; None: the trace's own, or 16. prefill_chunk: tokens,
+    rounded up to whole blocks; max_step_tokens: the budget of a step; max_running: sequences admitted at a time.
+    prefix_caching: False computes every prompt anew. salted: clients share nothing with each other.
+    together: whether steps that change nothing but lengths are taken together, which is faster and changes no result.
+    warm_up: requests that arrive in the first so many seconds are in no result. stop_at: seconds; who is in flight
+    then is unfinished. seed: of random routing and outages. cache_only: no time; each request is admitted whole, at
+    once.
+    """
+
+    model: str = "llama-3.1-8b"
+    hardware: str = "h100"
+    weights: str | None = None
+    kv: str | None = None
+    tensor_parallel: PositiveInt = 1
+    rates: Rates | None = None
+    replicas: PositiveInt = 1
+    routing: Routing = "prefix-minus-load"
+    kv_blocks: PositiveInt | None = None
+    memory: Bytes | None = None
+    block_size: PositiveInt | None = None
+    eviction: Eviction = "lru"
+    prefix_caching: bool = True
+    salted: bool = False
+    prefill_chunk: PositiveInt = 2048
+    max_step_tokens: PositiveInt = 2048
+    max_running: PositiveInt = 256
+    tiers: list[TierConfig] = Field(default_factory=list)
+    outages: list[OutageConfig] = Field(default_factory=list)
+    random_outages: RandomOutagesConfig | None = None
+    max_retries: NonNegativeInt = 3
+    slo: Targets = Targets()
+    warm_up: NonNegativeFloat = 0.0
+    stop_at: PositiveFloat | None = None
+    seed: int = 0
+    cache_only: bool = False
+    together: bool = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for outage in self.outages:
+            if outage.replica >= self.replicas:
+                raise ValueError(f"an outage of replica {outage.replica}; there are 0 to {self.replicas - 1}")
+        names = [tier.name for tier in self.tiers]
+        if len(set(names)) < len(names) or "pool" in names:
+            raise ValueError(f"tiers are named {', '.join(names)}; each needs a name of its own, other than pool")
+        if self.rates is not None and self.kv_blocks is None:
+            raise ValueError("with rates, kv_blocks must be given: there is no model to subtract from a memory")
+        if self.cache_only and (self.tiers or self.outages or self.random_outages):
+            raise ValueError("cache_only knows no time, and so no tiers and no outages")
+        return self
+
+
+class TraceConfig(Strict):
+    """A recorded workload. A relative path starts at the file's folder. block_size: of a Mooncake trace whose lines do
+    not say it. start, stop: clip, in recorded seconds; rate: multiplies the requests a second, after that.
+    closed_loop: follow-ups wait for the turn before, where the trace tells who follows whom.
+    """
+
+    path: str
+    format: Literal["emberkv", "mooncake", "azure"] | None = None
+    block_size: PositiveInt | None = None
+    rate: PositiveFloat = 1.0
+    start: NonNegativeFloat = 0.0
+    stop: PositiveFloat | None = None
+    closed_loop: bool = False
+
+    @property
+    def trace_format(self) -> TraceFormat | None:
+        return None if self.format is None else TraceFormat(self.format)
+
+
+class SetUp(Strict):
+    """A whole file: a workload, generated or recorded, and the simulation of it."""
+
+    workload: GeneratedWorkload | None = None
+    trace: TraceConfig | None = None
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _one_workload(self) -> Self:
+        if self.workload is not None and self.trace is not None:
+            raise ValueError("has both workload and trace; one of them is accepted")
+        return self
+
+
+def load_set_up(path: Path) -> SetUp:
+    """A YAML file. Raises ConfigError naming the file and each key at fault."""
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise WorkloadError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping with workload or trace, and simulation")
+    try:
+        return SetUp.model_validate(data, context={"folder": path.parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def with_changes(config: SimulationConfig, changes: Mapping[str, Any]) -> SimulationConfig:
+    """The same with other values; those of None do not count. Raises ConfigError naming each at fault."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return SimulationConfig.model_validate({**config.model_dump(exclude_unset=True), **given})
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error

@@ -1,0 +1,52 @@
+"""Hit rate against capacity as a table: LRU and the bound, at capacities that show the shape."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from emberkv.sim.curves.lru import LRUCurve
+from emberkv.sim.curves.optimal import Optimal
+from emberkv.sim.curves.visits import Hits, visits
+from emberkv.sim.inputs import Workload
+from emberkv.workload.files import ASSUMED
+from emberkv.workload.request import Request
+from emberkv.workload.source import unroll
+
+MOST_REQUESTS = 100_000
+"""Of a workload, from its start, that a curve is made from; it is kept in memory, about 16 bytes a block."""
+
+POINTS = 24
+
+
+@dataclass(frozen=True)
+class CapacityCurve:
+    """lru: exact at every capacity. best: the bound at `capacities`. requests: how many it was made from."""
+
+    lru: LRUCurve
+    best: list[Hits]
+    capacities: list[int]
+    requests: int
+
+
+def requests_of(workload: Workload) -> Iterable[Request]:
+    """In the order of arrival. Generated follow-ups wait for answers, which are assumed to take a time."""
+    return unroll(workload.source(), first_token=ASSUMED.first_token, per_token=ASSUMED.per_token)
+
+
+def spaced(smallest: int, largest: int, count: int = POINTS) -> list[int]:
+    """At most ``count`` whole numbers from ``smallest`` to ``largest``, evenly on a logarithmic axis."""
+    ratio = (largest / smallest) ** (1 / max(1, count - 1))
+    return sorted({min(largest, round(smallest * ratio**step)) for step in range(count)} | {largest})
+
+
+def capacity_curve(workload: Workload, block_size: int, *, points: int = POINTS) -> CapacityCurve | None:
+    """From the smallest capacity that takes every request to that which is as good as unlimited; None without requests.
+
+    Raises WorkloadError while the workload is read.
+    """
+    seen = list(visits(islice(requests_of(workload), MOST_REQUESTS), block_size))
+    if not seen:
+        return None
+    lru, best = LRUCurve(seen), Optimal(seen)
+    capacities = spaced(lru.smallest, lru.enough, points)
+    return CapacityCurve(lru, [best.at(capacity) for capacity in capacities], capacities, len(seen))

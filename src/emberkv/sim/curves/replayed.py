@@ -1,0 +1,94 @@
+"""Any policy at one capacity: the trace replayed through the pool that serves, whole or sampled.
+
+Spatial sampling (SHARDS; Waldspurger et al., FAST 2015; for any policy, "Cache modeling and optimization using
+miniature simulations", ATC 2017): a block is followed if its identity falls into a share of all hashes, in a pool of
+that share of the capacity. Blocks are sampled one by one, not by whole chains: what is left of a chain is still in
+order, so a prefix of it is still a prefix, while chains that begin alike would all be in the sample or all out of it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
+from emberkv.core.eviction import make_policy
+from emberkv.errors import ConfigError
+from emberkv.sim.cache_only import ReferenceChain
+from emberkv.sim.curves.lru import LRUCurve
+from emberkv.sim.curves.visits import ROOT, Hits, Visit
+
+_HASH_BYTES = 8
+
+
+def replay(
+    visits: Iterable[Visit], capacity: int, policy: str = "lru", *, weight: BlockWeight = uniform_weight
+) -> Hits:
+    """Hits of a pool of ``capacity`` blocks under an eviction policy, one request after the other, each whole.
+
+    A request larger than the pool is refused and leaves nothing behind. An answer that is there already is not stored
+    a second time. weight: what a block is worth, for policies that ask. Raises ConfigError for an unknown policy.
+    """
+    pool: BlockPool | None = None
+    total = Hits(capacity)
+    for visit in visits:
+        pool = pool or BlockPool(capacity, visit.block_size, policy=make_policy(policy), weight=weight)
+        total.references += visit.references
+        total.prompt_tokens += visit.prompt_tokens
+        if len(visit.blocks) > capacity:
+            continue
+        chain = ReferenceChain(ROOT, visit.blocks, visit.block_size)
+        found = pool.match(chain, stop=len(visit.blocks)).blocks
+        hits = min(len(found), visit.asked)
+        total.hits += hits
+        total.hit_tokens += visit.tokens(hits)
+        pool.pin(found)
+        fresh = pool.allocate(len(visit.blocks) - len(found))
+        computed = [pool.commit(block, chain, position, exact=True) for position, block in enumerate(fresh, len(found))]
+        pool.free([*found, *computed])
+    return total
+
+
+def sample(visits: Iterable[Visit], share: float) -> Iterator[Visit]:
+    """What is left of each visit when only ``share`` of all blocks is followed."""
+    threshold = round(share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
+    for visit in visits:
+        asked = [identity for identity in visit.blocks[: visit.asked] if identity < threshold]
+        left = [identity for identity in visit.blocks[visit.asked :] if identity < threshold]
+        yield replace(visit, blocks=asked + left, asked=len(asked))
+
+
+class SampledReplay:
+    """`replay` at a share of its effort, set right by what the same sample gets wrong about LRU.
+
+    The blocks that happen to be sampled shift the misses of every policy alike, and LRU's are known exactly from
+    `LRUCurve`: a policy's misses are LRU's and, scaled up, the difference between the two in the sample.
+    """
+
+    def __init__(self, visits: Iterable[Visit], exact: LRUCurve, share: float) -> None:
+        """Raises ConfigError unless the share is above 0 and below 1."""
+        if not 0 < share < 1:
+            raise ConfigError(f"a share of {share} is no sample; it must be above 0 and below 1")
+        self._visits = list(sample(visits, share))
+        self._asked = sum(visit.asked for visit in self._visits)
+        self._exact = exact
+        self._share = share
+
+    def curve(
+        self, capacities: Sequence[int], policy: str, *, weight: BlockWeight = uniform_weight
+    ) -> tuple[list[Hits], float]:
+        """The hits at each capacity (in blocks), and the error: how far the sample alone, not set right, is off from
+        LRU's exact rate at the capacity where it is worst.
+
+        Raises ConfigError for an unknown policy, or a capacity that the largest request exceeds.
+        """
+        points, error = [], 0.0
+        unlimited = self._exact.unlimited
+        for capacity in capacities:
+            exact, small = self._exact.at(capacity), max(1, round(capacity * self._share))
+            lru = replay(self._visits, small)
+            other = replay(self._visits, small, policy, weight=lambda position: weight(round(position / self._share)))
+            hits = min(unlimited.hits, max(0, exact.hits + round((other.hits - lru.hits) / self._share)))
+            tokens = round(unlimited.hit_tokens * hits / unlimited.hits) if unlimited.hits else 0
+            points.append(replace(exact, hits=hits, hit_tokens=tokens))
+            misses = (self._asked - lru.hits) / self._share
+            error = max(error, abs(misses - (self._exact.asked - exact.hits)) / max(1, exact.references))
+        return points, error

@@ -1,0 +1,69 @@
+"""The turnstile: each request as a cache sees it, the blocks that it looks up and those that it leaves behind.
+
+Counted as published figures of traces count: every block that a prompt takes is a reference, the partial last one
+included. Where the answer is known, its full blocks stay in the cache too, and the prompt's partial block is part of
+one of them; it then counts as a reference that nobody can find.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+
+from emberkv.core.hashing import Identity
+from emberkv.workload.chain import block_identities
+from emberkv.workload.request import Request
+
+ROOT = sha256(b"emberkv-curves-1").digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """blocks: different ones, in chain order; the first ``asked`` are looked up, and all of them are left behind."""
+
+    blocks: list[Identity]
+    asked: int
+    prompt_tokens: int
+    block_size: int
+
+    @property
+    def references(self) -> int:
+        return -(-self.prompt_tokens // self.block_size)
+
+    def tokens(self, hits: int) -> int:
+        """Prompt tokens that the first ``hits`` blocks hold."""
+        return min(hits * self.block_size, self.prompt_tokens)
+
+
+def visit(request: Request, block_size: int) -> Visit:
+    prompt = request.prompt_tokens
+    full = prompt - prompt % block_size
+    known = len(request.content) - len(request.content) % block_size
+    if known <= full:
+        blocks = request.block_references(ROOT, block_size)
+        return Visit(blocks, len(blocks), prompt, block_size)
+    blocks = block_identities(ROOT, request.content, 0, known, block_size)
+    return Visit(blocks, full // block_size, prompt, block_size)
+
+
+def visits(requests: Iterable[Request], block_size: int) -> Iterator[Visit]:
+    """One request in memory at a time."""
+    return (visit(request, block_size) for request in requests)
+
+
+@dataclass(slots=True)
+class Hits:
+    """What a cache of one capacity found. capacity: in blocks; None is unlimited."""
+
+    capacity: int | None
+    references: int = 0
+    hits: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+
+    @property
+    def block_rate(self) -> float:
+        return self.hits / self.references if self.references else 0.0
+
+    @property
+    def token_rate(self) -> float:
+        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

@@ -1,0 +1,41 @@
+"""The agenda: what happens next in virtual time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from heapq import heappop, heappush
+
+Action = Callable[[], None]
+
+
+class Kind(IntEnum):
+    """What happens; at equal times in this order. New steps begin after all that happens at a time."""
+
+    STEP_ENDS = 0
+    LOAD_ENDS = 1
+    FAILURE = 2
+    RESTART = 3
+    ARRIVAL = 4
+
+
+@dataclass(slots=True)
+class Agenda:
+    """Actions in order of time (nanoseconds), then kind, then rank, then as they were added."""
+
+    _heap: list[tuple[int, Kind, int, int, Action]] = field(default_factory=list)
+    _added: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    @property
+    def next_time(self) -> int:
+        """Of an agenda that is not empty."""
+        return self._heap[0][0]
+
+    def add(self, time: int, kind: Kind, action: Action, *, rank: int = 0) -> None:
+        self._added += 1
+        heappush(self._heap, (time, kind, rank, self._added, action))
+
+    def pop(self) -> Action:
+        return heappop(self._heap)[-1]

@@ -1,0 +1,112 @@
+"""A request in flight, and what is remembered of sessions while they are."""
+
+from dataclasses import dataclass, field
+
+from emberkv.core.hashing import Identity
+from emberkv.core.sequence import Sequence
+from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
+from emberkv.workload.chain import ContentChain
+from emberkv.workload.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request from its arrival to its outcome, over all its attempts.
+
+    arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
+    """
+
+    request: Request
+    arrival: int
+    chain: ContentChain
+    turn: Turn = Turn.FIRST
+    sequence: Sequence | None = None
+    first_token: int | None = None
+    prefilled_tokens: int = 0
+    replica: int | None = None
+    retries: int = 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max(1, self.request.max_output_tokens)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving."""
+        return self.request.output_tokens < self.max_new_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens are still to be sampled, an end-of-sequence token included."""
+        total = self.request.output_tokens + 1 if self.ends_early else self.max_new_tokens
+        return total - (self.sequence.num_generated if self.sequence else 0)
+
+    def attempt(self) -> Sequence:
+        """Begin, or begin anew."""
+        if self.sequence is not None:
+            self.chain = self.request.chain(self.chain.root, self.chain.block_size)
+        self.first_token = None
+        self.sequence = Sequence(self.request.request_id, self.chain, self.max_new_tokens)
+        return self.sequence
+
+    def outcome(self, status: Status, completion: int | None = None) -> Outcome:
+        sequence = self.sequence
+        if sequence is None:
+            return Outcome(
+                self.request, status, self.arrival, turn=self.turn, replica=self.replica, retries=self.retries
+            )
+        admitted = status is Status.COMPLETED or sequence.lease is not None or sequence.num_preemptions > 0
+        cached = sequence.cached_tokens
+        return Outcome(
+            request=self.request,
+            status=status,
+            arrival=self.arrival,
+            first_token=self.first_token,
+            completion=completion,
+            output_tokens=sequence.num_generated,
+            turn=self.turn,
+            event=cache_event(self.turn, self.request.prompt_tokens, cached) if admitted else None,
+            cached_tokens=cached,
+            prefilled_tokens=self.prefilled_tokens,
+            replica=self.replica,
+            preemptions=sequence.num_preemptions,
+            retries=self.retries,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What a session's last completed turn left: its length, and its last full block."""
+
+    tokens: int
+    blocks: int
+    identity: Identity
+
+
+@dataclass(slots=True)
+class Sessions:
+    """What each session said last, so that a turn that does not go on from it is told. About 200 bytes each."""
+
+    _left: dict[str, _Left | None] = field(default_factory=dict)
+
+    def turn_of(self, request: Request, chain: ContentChain) -> Turn:
+        """To be asked once for each request, when it arrives."""
+        session = request.session_id
+        if not session:
+            return Turn.FIRST
+        if session not in self._left:
+            self._left[session] = None
+            return Turn.FIRST
+        left = self._left[session]
+        if left is None:
+            return Turn.CONTINUES
+        goes_on = request.prompt_tokens > left.tokens and (
+            not left.blocks or chain.identities[left.blocks - 1] == left.identity
+        )
+        return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
+
+    def completed(self, request: Request, chain: ContentChain) -> None:
+        """The turn is over, with its answer."""
+        if request.session_id:
+            blocks = len(chain.identities)
+            self._left[request.session_id] = _Left(len(chain), blocks, chain.identities[-1] if blocks else b"")

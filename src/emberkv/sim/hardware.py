@@ -1,0 +1,185 @@
+"""The hardware room: what a device can do, as a data file says it, with the source of every number in the file."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import pairwise
+from math import exp, log
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
+
+from emberkv.errors import ConfigError
+from emberkv.workload.lines import explain
+from emberkv.workload.strict import Strict
+
+GB = 1e9
+GIB = 2**30
+TERA = 1e12
+MICROSECOND = 1e-6
+
+_WIDER = {
+    "fp8": ("fp8", "bf16", "fp16", "fp32"),
+    "bf16": ("bf16", "fp16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "fp32": ("fp32",),
+}
+"""In which type a number type is computed: the first of these that the device has units for."""
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Points = Annotated[list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+"""[size, share of the peak that is reached there], sizes rising."""
+
+
+class Curve:
+    """A share of a peak by size: straight between its points on logarithmic axes, level outside them."""
+
+    __slots__ = ("_first", "_high", "_last", "_log_shares", "_log_sizes", "_low")
+
+    def __init__(self, points: Sequence[Sequence[float]]) -> None:
+        self._log_sizes = [log(size) for size, _ in points]
+        self._log_shares = [log(share) for _, share in points]
+        (self._low, self._first), (self._high, self._last) = points[0], points[-1]
+
+    def at(self, size: float) -> float:
+        if size <= self._low:
+            return self._first
+        if size >= self._high:
+            return self._last
+        where = log(size)
+        index = bisect_right(self._log_sizes, where, 1, len(self._log_sizes) - 1)
+        left, right = self._log_sizes[index - 1], self._log_sizes[index]
+        weight = (where - left) / (right - left)
+        shares = self._log_shares
+        return exp(shares[index - 1] + weight * (shares[index] - shares[index - 1]))
+
+
+class Overheads(Strict):
+    """Time besides the kernels, in microseconds.
+
+    step: each step. launch: each forward pass of a step. layer: each layer of each pass. sequence: each decoding
+    sequence. chunk: each prefill chunk. token: each prefilled token. all_reduce: each exchange between the devices of
+    a tensor-parallel group, of which a layer makes two.
+    """
+
+    step: NonNegativeFloat = 0.0
+    launch: NonNegativeFloat = 0.0
+    layer: NonNegativeFloat = 0.0
+    sequence: NonNegativeFloat = 0.0
+    chunk: NonNegativeFloat = 0.0
+    token: NonNegativeFloat = 0.0
+    all_reduce: NonNegativeFloat = 0.0
+
+
+class TierRates(Strict):
+    """How fast blocks come from a lower tier: what one transfer waits, and bytes a second then."""
+
+    latency_us: NonNegativeFloat
+    read_gb_per_s: PositiveFloat
+    write_gb_per_s: PositiveFloat
+
+
+class HardwareProfile(Strict):
+    """One device, and how its kernels fall short of its peaks.
+
+    peak_tflops: by number type (bf16, fp16, fp8, fp32), dense. link_gb_per_s: one direction, to the other devices of
+    a tensor-parallel group; None: alone. gemm_bandwidth: share of the memory bandwidth that matrix products of few
+    rows reach. gemm_compute: share of the peak by rows. prefill_attention: share of the peak by tokens.
+    decode_attention: share of the bandwidth by megabytes of keys and values read in one layer; it never takes less
+    than attention_floor_us. passes: whether a step is one forward pass, or the decodes are one and each prefill chunk
+    another. runtime_gib: memory that the runtime itself takes. request_us: what a request costs before the scheduler
+    has it. tiers: rates of the lower tiers. sources: where each of these comes from, by its name.
+    """
+
+    name: str
+    description: str = ""
+    memory_gib: PositiveFloat
+    memory_gb_per_s: PositiveFloat
+    peak_tflops: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+    link_gb_per_s: PositiveFloat | None = None
+    gemm_bandwidth: Share
+    gemm_compute: Points
+    prefill_attention: Points
+    decode_attention: Points
+    attention_floor_us: NonNegativeFloat = 0.0
+    overheads_us: Overheads
+    passes: Literal["one", "each"] = "one"
+    runtime_gib: NonNegativeFloat = 0.0
+    request_us: NonNegativeFloat = 0.0
+    tiers: dict[str, TierRates] = Field(default_factory=dict)
+    sources: dict[str, str]
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if unknown := set(self.peak_tflops) - set(_WIDER):
+            raise ValueError(f"peak_tflops: {', '.join(sorted(unknown))} is not among {', '.join(_WIDER)}")
+        for name, power in (("gemm_compute", 1), ("decode_attention", 1), ("prefill_attention", 2)):
+            _check_points(name, getattr(self, name), power)
+        told = {name for name in self.model_fields_set if name not in ("name", "description", "sources")}
+        if missing := told - set(self.sources):
+            raise ValueError(f"sources does not say where {', '.join(sorted(missing))} comes from")
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        return round(self.memory_gib * GIB)
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.memory_gb_per_s * GB
+
+    def flops(self, dtype: str) -> float:
+        """Operations a second in ``dtype``; in the nearest wider type where the device has no units for it."""
+        for name in _WIDER[dtype]:
+            if name in self.peak_tflops:
+                return self.peak_tflops[name] * TERA
+        raise ConfigError(f"{self.name} has no peak for {dtype}; it has {', '.join(self.peak_tflops)}")
+
+
+def _check_points(name: str, points: list[list[float]], power: int) -> None:
+    """Sizes rise, and more work never takes less time: size^power / share does not fall."""
+    for (size, share), (larger, other) in pairwise(points):
+        if larger <= size:
+            raise ValueError(f"{name}: size {larger:g} comes after {size:g}; sizes must rise")
+        if larger**power / other < size**power / share:
+            raise ValueError(f"{name}: {larger:g} at {other:g} would take less time than {size:g} at {share:g}")
+    if any(share > 1 for _, share in points):
+        raise ValueError(f"{name}: shares must be at most 1")
+
+
+def profile_names() -> list[str]:
+    return sorted(each.name.removesuffix(".yaml") for each in (files("emberkv.sim") / "profiles").iterdir())
+
+
+def load_profile(hardware: str) -> HardwareProfile:
+    """A named profile, or a YAML file. Raises ConfigError naming what is accepted."""
+    path = Path(hardware)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        source: Any = path
+    elif hardware.lower() in profile_names():
+        source = files("emberkv.sim") / "profiles" / f"{hardware.lower()}.yaml"
+    else:
+        known = ", ".join(profile_names())
+        raise ConfigError(f"no hardware {hardware!r}; give a .yaml file or one of {known}")
+    try:
+        return parse_profile(source.read_text(encoding="utf-8"))
+    except (OSError, ConfigError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def parse_profile(text: str) -> HardwareProfile:
+    """A profile from YAML. Raises ConfigError naming each key at fault."""
+    try:
+        return HardwareProfile.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
+
+
+def dump_profile(profile: HardwareProfile) -> str:
+    """The YAML that `parse_profile` reads back as the same profile."""
+    values = profile.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True, default_flow_style=None)

@@ -1,0 +1,83 @@
+"""The intake: the requests of a set-up, as often as they are needed, and the block size that they are told in."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from emberkv.errors import WorkloadError
+from emberkv.sim.config import SetUp, TraceConfig, load_set_up
+from emberkv.workload.files import is_description
+from emberkv.workload.request import Request
+from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, Source, TraceSource
+from emberkv.workload.spec import GeneratedWorkload
+from emberkv.workload.trace import clip, read_trace, scale_rate
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Where requests come from. Exactly one of the two is there. folder: where a trace's relative path starts."""
+
+    generated: GeneratedWorkload | None
+    trace: TraceConfig | None
+    folder: Path
+
+    def source(self) -> Source:
+        """The same requests each time. Raises WorkloadError, for a trace also while it is read."""
+        if self.generated is not None:
+            return GeneratedSource(self.generated)
+        assert self.trace is not None
+        requests = self._requests(self.trace)
+        return ClosedLoopTraceSource(requests) if self.trace.closed_loop else TraceSource(requests)
+
+    def block_size(self) -> int:
+        """That in which the first request is told."""
+        if self.trace is None:
+            return DEFAULT_BLOCK_SIZE
+        first = next(iter(self._requests(self.trace)), None)
+        return DEFAULT_BLOCK_SIZE if first is None or first.block_size is None else first.block_size
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal workloads."""
+        if self.trace is not None:
+            path = (self.folder / self.trace.path).resolve()
+            return self.trace.model_copy(update={"path": str(path)}).model_dump_json()
+        assert self.generated is not None
+        return f"{self.folder.resolve()} {self.generated.model_dump_json()}"
+
+    def with_seed(self, seed: int) -> "Workload":
+        """The same kind of conversations, but others; a trace stays as it was recorded."""
+        if self.generated is None:
+            return self
+        return Workload(self.generated.model_copy(update={"seed": seed}), None, self.folder)
+
+    def _requests(self, trace: TraceConfig) -> Iterator[Request]:
+        path = self.folder / trace.path
+        found: Iterable[Request] = read_trace(path, format=trace.trace_format, block_size=trace.block_size)
+        if trace.start or trace.stop is not None:
+            found = clip(found, trace.start, inf if trace.stop is None else trace.stop)
+        return iter(found if trace.rate == 1 else scale_rate(found, trace.rate))
+
+
+def open_set_up(path: Path) -> tuple[SetUp, Workload | None]:
+    """A YAML file, whose workload may be missing, or a trace with a set-up of defaults.
+
+    Raises ConfigError or WorkloadError.
+    """
+    if is_description(path):
+        set_up = load_set_up(path)
+        if set_up.workload is None and set_up.trace is None:
+            return set_up, None
+        return set_up, Workload(set_up.workload, set_up.trace, path.parent)
+    trace = TraceConfig(path=path.name)
+    return SetUp(trace=trace), Workload(None, trace, path.parent)
+
+
+def required(workload: Workload | None, path: Path) -> Workload:
+    """Raises WorkloadError where there is none."""
+    if workload is None:
+        raise WorkloadError(f"{path}: has neither workload nor trace; one of them is needed")
+    return workload

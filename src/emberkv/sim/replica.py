@@ -1,0 +1,207 @@
+"""The replica: the scheduler that serves, with virtual time for an engine and nothing for bytes.
+
+Steps that only decode and change nothing but lengths are taken together: until a block fills, an answer ends, or
+something happens to the replica. Rows are the same as with single steps, since nothing else could have happened.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from emberkv.cluster.routing import ReplicaState
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.scheduler import Scheduler, StepPlan
+from emberkv.core.stats import CacheStats
+from emberkv.errors import RequestError
+from emberkv.sim.flight import Flight
+from emberkv.sim.timing import SteadyRun, StepClock
+from emberkv.workload.chain import ContentChain
+
+
+class _AnyToken(dict[str, int]):
+    """Sampled tokens: chains know their own answers and take whatever is given."""
+
+    def __missing__(self, request_id: str) -> int:
+        return 0
+
+
+ANY_TOKEN: Mapping[str, int] = _AnyToken()
+
+
+@dataclass(slots=True)
+class Step:
+    """Under way from ``began`` for ``duration`` nanoseconds; ``count`` of them in a row, which ``run`` then tells."""
+
+    plan: StepPlan
+    began: int
+    duration: int
+    count: int = 1
+    run: SteadyRun | None = None
+
+    @property
+    def ends(self) -> int:
+        return self.began + self.duration
+
+
+@dataclass(slots=True)
+class Replica:
+    """One machine. make_scheduler: a fresh scheduler, pool and cache, for each time that it starts."""
+
+    index: int
+    make_scheduler: Callable[[], Scheduler]
+    clock: StepClock
+    together: bool = True
+    state: ReplicaState = field(default_factory=ReplicaState)
+    step: Step | None = None
+    computed_tokens: int = 0
+    busy: int = 0
+    scheduler: Scheduler = field(init=False)
+    _flights: dict[str, Flight] = field(default_factory=dict)
+    _inbox: list[Flight] = field(default_factory=list)
+    _past: list[CacheStats] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scheduler = self.make_scheduler()
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.scheduler.cache.pool
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights) + len(self._inbox)
+
+    @property
+    def used_blocks(self) -> int:
+        """Held by requests."""
+        return self.pool.num_blocks - self.pool.num_free
+
+    @property
+    def cached_blocks(self) -> int:
+        """Found under an identity, held or not."""
+        return self.pool.num_cached
+
+    @property
+    def tier_bytes(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def flights(self) -> list[Flight]:
+        return [*self._flights.values(), *self._inbox]
+
+    @property
+    def stats(self) -> list[CacheStats]:
+        """One for each time that it has started."""
+        return [*self._past, self.scheduler.stats]
+
+    def submit(self, flight: Flight) -> None:
+        """Take a request; it is looked at when the step under way ends."""
+        flight.replica = self.index
+        self.state.load += flight.request.prompt_tokens
+        self._inbox.append(flight)
+
+    def take_in(self) -> list[Flight]:
+        """Queue who has been submitted; between steps. Returns who can never be served."""
+        rejected = []
+        for flight in self._inbox:
+            try:
+                self.scheduler.add(flight.attempt())
+            except RequestError:
+                self.state.load -= flight.request.prompt_tokens
+                rejected.append(flight)
+            else:
+                self._flights[flight.request.request_id] = flight
+        self._inbox.clear()
+        return rejected
+
+    def begin(self, now: int) -> Step | None:
+        """Begin the next step, if there is anything to do; none is under way."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return None
+        self.step = step = self._step_of(plan, now)
+        self.busy += step.duration
+        return step
+
+    def interrupt(self, now: int) -> None:
+        """Something happened: of steps taken together, those that have not begun yet are not taken."""
+        step = self.step
+        if step is not None and step.run is not None:
+            count, duration = step.run.cut(now - step.began)
+            self.busy += duration - step.duration
+            step.count, step.duration = count, duration
+
+    def end_step(self) -> list[Flight]:
+        """Account for the step under way. Returns who is done, with their answers."""
+        step = self.step
+        assert step is not None
+        self.step = None
+        self._grow(step.plan, step.count - 1)
+        plan = step.plan
+        for chunk in plan.prefills:
+            self._flights[chunk.sequence.request_id].prefilled_tokens += chunk.stop - chunk.start
+            self.computed_tokens += chunk.stop - chunk.start
+        ready = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
+        stopped = set()
+        for sequence in ready:
+            flight = self._flights[sequence.request_id]
+            if flight.first_token is None:
+                flight.first_token = step.ends
+            if flight.ends_early and flight.tokens_left == 1:
+                stopped.add(sequence.request_id)
+        finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
+        return [self._drop(sequence.request_id) for sequence in finished]
+
+    def fail(self) -> list[Flight]:
+        """Lose everything. Returns the requests that were in flight, in the order in which they came."""
+        lost = [*self._flights.values(), *self._inbox]
+        self._flights.clear()
+        self._inbox.clear()
+        self._past.append(self.scheduler.stats)
+        self.scheduler = self.make_scheduler()
+        self.state.load = 0.0
+        self.state.up = False
+        self.step = None
+        return lost
+
+    def settle(self, now: int) -> None:
+        """The simulation ends during a step: account for those of several that have ended."""
+        step = self.step
+        if step is not None and step.run is not None:
+            count, duration = step.run.cut(now - step.began)
+            self._grow(step.plan, count - (duration > now - step.began))
+            self.step = None
+
+    def _step_of(self, plan: StepPlan, now: int) -> Step:
+        if plan.prefills:
+            return Step(plan, now, self.clock.step(plan))
+        count = self._steady_steps(plan)
+        if count == 1:
+            return Step(plan, now, self.clock.step(plan))
+        context = sum(len(sequence.chain) for sequence in plan.decodes)
+        run = self.clock.run(len(plan.decodes), context, count)
+        return Step(plan, now, run.duration, count, run)
+
+    def _steady_steps(self, plan: StepPlan) -> int:
+        """How many times in a row ``plan`` would be planned again: until a block is full or an answer ends."""
+        if not self.together or plan.admitted or plan.preempted:
+            return 1
+        size = self.pool.block_size
+        return 1 + min(
+            min(-len(sequence.chain) % size, self._flights[sequence.request_id].tokens_left - 1)
+            for sequence in plan.decodes
+        )
+
+    def _grow(self, plan: StepPlan, steps: int) -> None:
+        """Account for decode steps that only make sequences longer, within the blocks that they hold."""
+        if not steps:
+            return
+        for sequence in plan.decodes:
+            assert isinstance(sequence.chain, ContentChain)
+            sequence.num_computed += steps
+            sequence.chain.grow(steps)
+        self.scheduler.stats.decode_tokens += steps * len(plan.decodes)
+
+    def _drop(self, request_id: str) -> Flight:
+        flight = self._flights.pop(request_id)
+        self.state.load -= flight.request.prompt_tokens
+        return flight

@@ -1,0 +1,265 @@
+"""The works of the stopwatch: what a step takes on a device, term by term, from what it computes and what it reads.
+
+A roofline (Williams, Waterman and Patterson, 2009) with measured efficiencies: each operation takes as long as its
+arithmetic or its memory traffic, whichever is longer, at the share of the peak that kernels of its size reach.
+"""
+
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import NamedTuple
+
+from emberkv.core.scheduler import PrefillChunk, StepPlan
+from emberkv.errors import ConfigError
+from emberkv.sim.hardware import GB, MICROSECOND, Curve, HardwareProfile
+from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
+
+MEGABYTE = 1e6
+
+
+class Chunk(NamedTuple):
+    """Tokens ``[start, stop)`` of one sequence, computed in one step. samples: its next token is wanted, too."""
+
+    start: int
+    stop: int
+    samples: bool
+
+
+class Work(NamedTuple):
+    """A step in numbers: ``sequences`` decode a token each, their lengths' sum is ``context``; and what it prefills."""
+
+    sequences: int
+    context: int
+    chunks: tuple[Chunk, ...] = ()
+
+
+class RowTerms(NamedTuple):
+    """Seconds of one forward pass that depend on its rows alone."""
+
+    gemm: float
+    elementwise: float
+    all_reduce: float
+    layer_overhead: float
+
+
+@dataclass(slots=True)
+class StepTerms:
+    """Seconds of a step by what they are spent on; the step takes their sum."""
+
+    gemm: float = 0.0
+    elementwise: float = 0.0
+    decode_attention: float = 0.0
+    prefill_attention: float = 0.0
+    logits: float = 0.0
+    all_reduce: float = 0.0
+    layer_overhead: float = 0.0
+    sequence_overhead: float = 0.0
+    token_overhead: float = 0.0
+    step_overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        kernels = self.gemm + self.elementwise + self.decode_attention + self.prefill_attention + self.logits
+        overheads = self.layer_overhead + self.sequence_overhead + self.token_overhead + self.step_overhead
+        return kernels + self.all_reduce + overheads
+
+    def as_dict(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Roofline:
+    """Step times of a model on a device, or on ``tensor_parallel`` of them that share each layer.
+
+    Raises ConfigError if the devices have no link, or the model's heads cannot be shared equally.
+    """
+
+    def __init__(self, model: ModelSpec, hardware: HardwareProfile, *, tensor_parallel: int = 1) -> None:
+        if tensor_parallel < 1 or model.heads % tensor_parallel:
+            raise ConfigError(f"tensor_parallel is {tensor_parallel}; {model.name} has {model.heads} heads to share")
+        if tensor_parallel > 1 and hardware.link_gb_per_s is None:
+            raise ConfigError(f"tensor_parallel is {tensor_parallel}; {hardware.name} has no link to others")
+        self.model = model
+        self.hardware = hardware
+        self.tensor_parallel = tensor_parallel
+        self._one_pass = hardware.passes == "one"
+        self._overheads = hardware.overheads_us
+        self._bandwidth = hardware.bytes_per_second
+        self._flops = hardware.flops(model.weights_dtype if model.weights_dtype == "fp8" else model.base_dtype)
+        self._attention_flops = hardware.flops(model.base_dtype)
+        self._gemm_compute = Curve(hardware.gemm_compute)
+        self._prefill_share = Curve(hardware.prefill_attention)
+        self._decode_share = Curve(hardware.decode_attention)
+        heads = -(-model.kv_heads // tensor_parallel)
+        self._kv_bytes = model.kv_bytes_per_layer * heads / model.kv_heads
+        self._score_flops = 4 * model.query_size / tensor_parallel
+        self._element_bytes = DTYPE_BITS[model.base_dtype] / 8
+        self._rows: dict[int, RowTerms] = {}
+        self._sampled: dict[int, float] = {}
+
+    def step_seconds(self, plan: StepPlan) -> float:
+        """Seconds of a step, which is not empty."""
+        return self.terms(plan).total
+
+    def decode_seconds(self, sequences: int, context: int) -> float:
+        """Seconds of a step that decodes a token each for ``sequences``, attending to ``context`` tokens in all."""
+        return self.terms_of(Work(sequences, context)).total
+
+    def explain(self, plan: StepPlan) -> dict[str, float]:
+        """Seconds of a step by term; their sum is what `step_seconds` says."""
+        return self.terms(plan).as_dict()
+
+    def terms(self, plan: StepPlan) -> StepTerms:
+        return self.terms_of(self.work_of(plan))
+
+    def work_of(self, plan: StepPlan) -> Work:
+        """What follows on in one sequence is one chunk, where a step is one pass."""
+        context = sum(len(sequence.chain) for sequence in plan.decodes)
+        return Work(len(plan.decodes), context, _chunks_of(plan.prefills, joined=self._one_pass))
+
+    def overhead_counts(self, work: Work) -> dict[str, float]:
+        """How often a step pays each of the `Overheads`."""
+        passes = 1 if self._one_pass else len(work.chunks) + (work.sequences > 0)
+        layers = passes * self.model.layers
+        return {
+            "step": 1,
+            "launch": passes,
+            "layer": layers,
+            "sequence": work.sequences,
+            "chunk": len(work.chunks),
+            "token": sum(chunk.stop - chunk.start for chunk in work.chunks),
+            "all_reduce": 2 * layers * (self.tensor_parallel > 1),
+        }
+
+    def terms_of(self, work: Work) -> StepTerms:
+        sequences, context, chunks = work
+        terms = StepTerms(step_overhead=self._overheads.step * MICROSECOND)
+        terms.sequence_overhead = self._overheads.sequence * MICROSECOND * sequences
+        terms.decode_attention = self._decode_attention(sequences, context)
+        rows, sampled = sequences, sequences
+        for start, stop, samples in chunks:
+            tokens = stop - start
+            terms.prefill_attention += self._prefill_attention(start, stop)
+            terms.sequence_overhead += self._overheads.chunk * MICROSECOND
+            terms.token_overhead += self._overheads.token * MICROSECOND * tokens
+            if self._one_pass:
+                rows += tokens
+                sampled += samples
+            else:
+                self._add_pass(terms, tokens, int(samples))
+        if rows:
+            self._add_pass(terms, rows, sampled)
+        return terms
+
+    def _add_pass(self, terms: StepTerms, rows: int, sampled: int) -> None:
+        known = self._rows.get(rows)
+        if known is None:
+            known = self._rows[rows] = self._row_terms(rows)
+        if sampled not in self._sampled:
+            self._sampled[sampled] = self._logits(sampled)
+        terms.gemm += known.gemm
+        terms.elementwise += known.elementwise
+        terms.all_reduce += known.all_reduce
+        terms.layer_overhead += known.layer_overhead
+        terms.logits += self._sampled[sampled]
+
+    def _row_terms(self, rows: int) -> RowTerms:
+        model, devices = self.model, self.tensor_parallel
+        mixtures = model.moe_layers * self._mixture(rows) if model.moe_layers else 0.0
+        dense = (model.layers - model.moe_layers) * self._mlp(rows, model.intermediate)
+        width = model.query_size + 2 * model.kv_size
+        attention = self._linear(rows, model.hidden, width / devices) + self._linear(
+            rows, model.query_size / devices, model.hidden
+        )
+        # Two norms with their residuals read and write 8 vectors; rotation and the cache 2 of each head's; the MLP's
+        # activation 3 of its width.
+        mlp = max(model.intermediate, model.experts_per_token * model.expert_intermediate)
+        vectors = 8 * model.hidden + (2 * width + 3 * mlp) / devices
+        moved = rows * vectors * self._element_bytes / (self._bandwidth * self.hardware.gemm_bandwidth)
+        overhead = self._overheads.layer * model.layers + self._overheads.launch
+        return RowTerms(
+            gemm=mixtures + dense + model.layers * attention,
+            elementwise=model.layers * moved,
+            all_reduce=2 * model.layers * self._all_reduce(rows),
+            layer_overhead=overhead * MICROSECOND,
+        )
+
+    def _all_reduce(self, rows: int) -> float:
+        """A ring exchanges 2(n-1)/n of the data over each link."""
+        devices, link = self.tensor_parallel, self.hardware.link_gb_per_s
+        if devices == 1 or link is None:
+            return 0.0
+        exchanged = rows * self.model.hidden * self._element_bytes * 2 * (devices - 1) / devices
+        return self._overheads.all_reduce * MICROSECOND + exchanged / (link * GB)
+
+    def _linear(self, rows: float, inputs: float, outputs: float, copies: float = 1.0, bits: float = 0.0) -> float:
+        """One product of ``rows`` by a matrix; with ``copies``, that many of them, each of other weights."""
+        weights = inputs * outputs * (bits or DTYPE_BITS[self.model.weights_dtype]) / 8
+        moved = copies * (weights + rows * (inputs + outputs) * self._element_bytes)
+        computed = copies * 2 * rows * inputs * outputs / (self._flops * self._gemm_compute.at(rows))
+        return max(moved / (self._bandwidth * self.hardware.gemm_bandwidth), computed)
+
+    def _mlp(self, rows: float, width: int, copies: float = 1.0) -> float:
+        hidden, width_here = self.model.hidden, width / self.tensor_parallel
+        up = self._linear(rows, hidden, 2 * width_here, copies)
+        return up + self._linear(rows, width_here, hidden, copies)
+
+    def _mixture(self, rows: int) -> float:
+        """Tokens choose experts at random: of E experts, rows times k choices touch E (1 - (1 - k/E)^rows)."""
+        model = self.model
+        touched = model.experts * (1 - (1 - model.experts_per_token / model.experts) ** rows)
+        each = rows * model.experts_per_token / touched
+        shared = self._mlp(rows, model.shared_intermediate) if model.shared_intermediate else 0.0
+        return shared + self._mlp(each, model.expert_intermediate, touched)
+
+    def _logits(self, sampled: int) -> float:
+        if not sampled:
+            return 0.0
+        bits = DTYPE_BITS[self.model.base_dtype]
+        return self._linear(sampled, self.model.hidden, self.model.vocab / self.tensor_parallel, bits=bits)
+
+    def _decode_attention(self, sequences: int, context: int) -> float:
+        if not sequences:
+            return 0.0
+        model = self.model
+        seconds = (model.layers - model.window_layers) * self._read_kv(context)
+        if model.window_layers:
+            seconds += model.window_layers * self._read_kv(min(context, sequences * model.window))
+        return seconds
+
+    def _prefill_attention(self, start: int, stop: int) -> float:
+        model = self.model
+        seconds = (model.layers - model.window_layers) * self._attend(_pairs(stop) - _pairs(start), stop)
+        if model.window_layers:
+            pairs = _pairs(stop, model.window) - _pairs(start, model.window)
+            reach = min(stop, stop - start + model.window)
+            seconds += model.window_layers * self._attend(pairs, reach)
+        return seconds
+
+    def _attend(self, pairs: float, reach: int) -> float:
+        """One layer's prefill attention: as efficient as a cold prompt's with as many pairs of query and key."""
+        computed = self._score_flops * pairs / (self._attention_flops * self._prefill_share.at(sqrt(2 * pairs)))
+        return max(computed, self._read_kv(reach))
+
+    def _read_kv(self, tokens: int) -> float:
+        """One layer's keys and values of ``tokens``."""
+        read = tokens * self._kv_bytes
+        seconds = read / (self._bandwidth * self._decode_share.at(read / MEGABYTE))
+        return max(seconds, self.hardware.attention_floor_us * MICROSECOND)
+
+
+def _pairs(stop: int, window: int = 0) -> float:
+    """Pairs of a query and a key it sees, for the queries before ``stop``."""
+    if not window or stop <= window:
+        return stop * (stop + 1) / 2
+    return window * (window + 1) / 2 + (stop - window) * window
+
+
+def _chunks_of(prefills: list[PrefillChunk], *, joined: bool) -> tuple[Chunk, ...]:
+    chunks: list[Chunk] = []
+    last = None
+    for each in prefills:
+        if joined and each.sequence is last and chunks[-1].stop == each.start:
+            chunks[-1] = Chunk(chunks[-1].start, each.stop, each.samples)
+        else:
+            chunks.append(Chunk(each.start, each.stop, each.samples))
+        last = each.sequence
+    return tuple(chunks)

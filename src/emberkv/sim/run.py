@@ -1,0 +1,102 @@
+"""The run: a set-up carried out to its results, its rows written as they come."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+from emberkv.core.stats import CacheStats
+from emberkv.errors import ConfigError
+from emberkv.sim import cache_only
+from emberkv.sim.config import SimulationConfig
+from emberkv.sim.inputs import Workload
+from emberkv.sim.outcome import CsvRows, Outcome
+from emberkv.sim.rows import Rows
+from emberkv.sim.series import Series
+from emberkv.sim.simulator import Ending, Progress
+from emberkv.sim.stage import Machine, build, machine_of
+from emberkv.sim.summary import summarize
+from emberkv.sim.timing import nanoseconds
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a simulation found. stats: of each replica, one for each time that it started.
+
+    series: over time; None where there was no time. workload: opens the same requests again.
+    """
+
+    config: SimulationConfig
+    workload: Workload
+    machine: Machine
+    rows: Rows
+    stats: Sequence[Sequence[CacheStats]]
+    ending: Ending
+    series: Series | None = None
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        how = {
+            "block_size": self.machine.block_size,
+            "kv_blocks": self.machine.num_blocks,
+            "ended_at": self.ending.at,
+            "interrupted": self.ending.interrupted,
+        }
+        blocks_of = self.machine.block_size if self.config.cache_only else None
+        found = summarize(self.rows, slo=self.config.slo, series=self.series, blocks_of=blocks_of)
+        return {"set_up": self.config.model_dump(mode="json", exclude_unset=True), **how, **found}
+
+
+def no_progress(done: int, now: float) -> None:
+    """Nobody looks."""
+
+
+def simulate(
+    config: SimulationConfig,
+    workload: Workload,
+    *,
+    csv_file: Path | None = None,
+    keep_ids: bool = False,
+    progress: Progress = no_progress,
+) -> Results:
+    """Carry out a set-up; an interrupt by the user (KeyboardInterrupt) ends it early, with what there is.
+
+    csv_file: takes a row for each request as it ends. Raises ConfigError and WorkloadError.
+    """
+    machine = machine_of(config, config.block_size or workload.block_size())
+    rows = Rows(tuple(tier.name for tier in config.tiers), keep_ids=keep_ids)
+    with _opened(csv_file) as file:
+        table = None if file is None else CsvRows(file, rows.tiers)
+        emit = _recorder(rows, table, nanoseconds(config.warm_up))
+        if config.cache_only:
+            replay = cache_only.Replay(config, machine)
+            ending = replay.run(workload.source(), emit, progress)
+            return Results(config, workload, machine, rows, replay.stats, ending)
+        simulator = build(config, machine, workload.source(), emit, progress)
+        ending = simulator.run()
+    stats = [replica.stats for replica in simulator.replicas]
+    return Results(config, workload, machine, rows, stats, ending, simulator.series)
+
+
+def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outcome], None]:
+    """What takes outcomes; the warm-up's are in neither rows nor table."""
+
+    def record(outcome: Outcome) -> None:
+        if outcome.arrival >= warm_up:
+            rows.add(outcome)
+            if table is not None:
+                table.add(outcome)
+
+    return record
+
+
+def _opened(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    if path is None:
+        return nullcontext()
+    try:
+        return path.open("w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,220 @@
+"""The simulation: requests arrive, replicas compute, virtual time goes from one happening to the next."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from emberkv.cluster.routing import Router
+from emberkv.core.hashing import Identity
+from emberkv.sim.events import Agenda, Kind
+from emberkv.sim.failures import Outage
+from emberkv.sim.flight import Flight, Sessions
+from emberkv.sim.outcome import Outcome, Status
+from emberkv.sim.replica import Replica, Step
+from emberkv.sim.routed import Routed
+from emberkv.sim.series import ReplicaSeries, Series
+from emberkv.sim.timing import NANOSECONDS, nanoseconds
+from emberkv.workload.chain import ContentChain
+from emberkv.workload.request import Request
+from emberkv.workload.source import Source
+
+Progress = Callable[[int, float], None]
+"""Told now and then how many requests have ended, and the virtual time in seconds."""
+
+RootOf = Callable[[Request], Identity]
+"""What a request's chain begins with; different roots share nothing."""
+
+PROGRESS_EVERY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a simulation ended: at how many virtual seconds, and whether by the user's interrupt."""
+
+    at: float
+    interrupted: bool
+
+
+class Simulator:
+    """Drives replicas behind a router with the requests of a source; every request has one outcome in the end.
+
+    root_of, block_size: of the requests' chains. emit: takes each outcome as it comes. outages: of each replica, or
+    several of one, in order. max_retries: how many lost replicas a request survives. request_seconds: from a
+    request's arrival until a replica can have it. stop_at: virtual seconds; whoever is in flight then is unfinished.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        replicas: Sequence[Replica],
+        router: Router,
+        *,
+        root_of: RootOf,
+        block_size: int,
+        emit: Callable[[Outcome], None],
+        outages: Sequence[Iterator[Outage]] = (),
+        max_retries: int = 3,
+        request_seconds: float = 0.0,
+        stop_at: float | None = None,
+        progress: Progress = lambda done, now: None,
+    ) -> None:
+        self.series = Series([ReplicaSeries() for _ in replicas])
+        self._source = source
+        self.replicas = replicas
+        self._routed = Routed(router, [replica.state for replica in replicas])
+        self._root_of, self._block_size = root_of, block_size
+        self._emit = emit
+        self._outages = outages
+        self._max_retries = max_retries
+        self._request_time = nanoseconds(request_seconds)
+        self._stop_at = None if stop_at is None else nanoseconds(stop_at)
+        self._progress = progress
+        self._agenda = Agenda()
+        self._sessions = Sessions()
+        self._stranded: list[Flight] = []
+        self._touched: set[int] = set()
+        self._now = 0
+        self._open = 0
+        self._done = 0
+
+    def run(self) -> Ending:
+        """To the end, to ``stop_at``, or to the user's interrupt (KeyboardInterrupt, which ends it in good order).
+
+        Raises WorkloadError when the source does.
+        """
+        interrupted = False
+        try:
+            self._await_source()
+            for outages in self._outages:
+                self._await_outage(outages)
+            self._run()
+        except KeyboardInterrupt:
+            interrupted = True
+        for replica in self.replicas:
+            replica.settle(self._now)
+        in_flight = [flight for replica in self.replicas for flight in replica.flights] + self._stranded
+        for flight in sorted(in_flight, key=lambda each: each.arrival):
+            self._end(flight, Status.UNFINISHED)
+        return Ending(self._now / NANOSECONDS, interrupted)
+
+    def _run(self) -> None:
+        agenda = self._agenda
+        while self._open and agenda:
+            if self._stop_at is not None and agenda.next_time > self._stop_at:
+                self._now = self._stop_at
+                return
+            now = self._now = agenda.next_time
+            self.series.until(now, self.replicas)
+            while agenda and agenda.next_time == now:
+                agenda.pop()()
+            for index in sorted(self._touched):
+                self._start(self.replicas[index])
+            self._touched.clear()
+
+    def _await_source(self) -> None:
+        request = self._source.next_arrival()
+        if request is not None:
+            self._await(request, None, self._await_source)
+
+    def _await(self, request: Request, earlier: ContentChain | None, then: Callable[[], None]) -> None:
+        """Expect a request. earlier: the chain of the turn before. then: what to do once it has arrived."""
+        self._open += 1
+        arrival = max(self._now, nanoseconds(request.arrival_time))
+        flight = Flight(request, arrival, request.chain(self._root_of(request), self._block_size, earlier))
+        self._agenda.add(arrival + self._request_time, Kind.ARRIVAL, partial(self._arrive, flight, then))
+
+    def _arrive(self, flight: Flight, then: Callable[[], None]) -> None:
+        flight.turn = self._sessions.turn_of(flight.request, flight.chain)
+        self._send(flight)
+        then()
+
+    def _send(self, flight: Flight) -> None:
+        index = self._routed.choose(flight.chain)
+        if index is None:
+            self._stranded.append(flight)
+            return
+        replica = self.replicas[index]
+        replica.submit(flight)
+        self._touch(replica)
+
+    def _touch(self, replica: Replica) -> None:
+        """Something happened to a replica: it looks at it when its step ends, or at once."""
+        self._touched.add(replica.index)
+        step = replica.step
+        if step is None:
+            return
+        ends = step.ends
+        replica.interrupt(self._now)
+        if step.ends != ends:
+            self._await_end(replica, step)
+
+    def _await_end(self, replica: Replica, step: Step) -> None:
+        self._agenda.add(step.ends, Kind.STEP_ENDS, partial(self._end_step, replica, step), rank=replica.index)
+
+    def _start(self, replica: Replica) -> None:
+        if replica.step is not None or not replica.state.up:
+            return
+        for flight in replica.take_in():
+            self._lose(flight, Status.REJECTED)
+        step = replica.begin(self._now)
+        self._routed.publish(replica.index, replica.pool)
+        if step is not None:
+            self._await_end(replica, step)
+
+    def _end_step(self, replica: Replica, step: Step) -> None:
+        if replica.step is not step or step.ends != self._now:
+            return  # cut short meanwhile, or lost
+        for flight in replica.end_step():
+            self._complete(flight)
+        self._routed.publish(replica.index, replica.pool)
+        self._touched.add(replica.index)
+
+    def _complete(self, flight: Flight) -> None:
+        request, chain = flight.request, flight.chain
+        self._sessions.completed(request, chain)
+        self._end(flight, Status.COMPLETED, self._now)
+        follow_up = self._source.completed(request, self._now / NANOSECONDS, len(chain) - request.prompt_tokens)
+        if follow_up is not None:
+            self._await(follow_up, chain, _nothing)
+
+    def _lose(self, flight: Flight, status: Status) -> None:
+        self._end(flight, status)
+        self._source.lost(flight.request)
+
+    def _end(self, flight: Flight, status: Status, completion: int | None = None) -> None:
+        self._open -= 1
+        self._done += 1
+        self._emit(flight.outcome(status, completion))
+        if self._done % PROGRESS_EVERY == 0:
+            self._progress(self._done, self._now / NANOSECONDS)
+
+    def _await_outage(self, outages: Iterator[Outage]) -> None:
+        outage = next(outages, None)
+        if outage is not None:
+            at = max(self._now, nanoseconds(outage.at))
+            self._agenda.add(at, Kind.FAILURE, partial(self._fail, outage, outages), rank=outage.replica)
+
+    def _fail(self, outage: Outage, outages: Iterator[Outage]) -> None:
+        replica = self.replicas[outage.replica]
+        lost = replica.fail()
+        self._routed.lost(replica.index)
+        for flight in lost:
+            if flight.retries == self._max_retries:
+                self._lose(flight, Status.FAILED)
+            else:
+                flight.retries += 1
+                self._send(flight)
+        if outage.down_for is not None:
+            up = self._now + nanoseconds(outage.down_for)
+            self._agenda.add(up, Kind.RESTART, partial(self._restart, replica, outages), rank=replica.index)
+
+    def _restart(self, replica: Replica, outages: Iterator[Outage]) -> None:
+        replica.state.up = True
+        stranded, self._stranded = self._stranded, []
+        for flight in stranded:
+            self._send(flight)
+        self._await_outage(outages)
+
+
+def _nothing() -> None:
+    """After a follow-up has arrived, there is nothing else to expect."""

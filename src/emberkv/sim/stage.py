@@ -1,0 +1,135 @@
+"""The stage: replicas, router and clock set up as a configuration says, ready for a source's requests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from emberkv.cluster.routing import make_router
+from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
+from emberkv.core.eviction import make_policy
+from emberkv.core.eviction_policy import Weight
+from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.sim.config import SimulationConfig
+from emberkv.sim.failures import Outage, RandomOutages, outages
+from emberkv.sim.footprint import kv_block_bytes, kv_blocks
+from emberkv.sim.hardware import GIB, HardwareProfile, load_profile
+from emberkv.sim.model_config import load_spec
+from emberkv.sim.model_spec import ModelSpec
+from emberkv.sim.outcome import Outcome
+from emberkv.sim.replica import Replica
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.simulator import Progress, RootOf, Simulator
+from emberkv.sim.timing import ConstantRates, StepClock, StepTimer
+from emberkv.workload.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a replica is: its pool, in blocks of ``block_bytes`` on all its devices, and how long its steps take."""
+
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    timer: StepTimer
+    weight: BlockWeight = uniform_weight
+    request_seconds: float = 0.0
+    profile: HardwareProfile | None = None
+
+
+def root_of(config: SimulationConfig, block_size: int) -> RootOf:
+    """What a request's chain begins with: as when serving, chains of different salts share nothing."""
+
+    @cache
+    def salted(salt: bytes) -> Identity:
+        return root_identity(fingerprint="simulated", dtype="none", layout="none", block_size=block_size, salt=salt)
+
+    return lambda request: salted(request.client_id.encode() if config.salted else b"")
+
+
+def recompute_weight(model: ModelSpec, block_size: int) -> BlockWeight:
+    """What a block costs to compute again, in floating-point operations, against its bytes; as the server has it.
+
+    Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
+    """
+    linear = 2.0 * model.active_parameters * block_size
+    per_key = 4.0 * model.layers * model.query_size * block_size
+    size = float(model.kv_bytes_per_token * block_size)
+    return lambda position: Weight(size, linear + per_key * position * block_size)
+
+
+def machine_of(config: SimulationConfig, block_size: int) -> Machine:
+    """Raises ConfigError for unknown names, or a model that does not fit."""
+    if config.rates is not None:
+        rates = config.rates
+        timer = ConstantRates(rates.per_step, rates.per_prefill_token, rates.per_decode_token)
+        return Machine(block_size, config.kv_blocks or 1, rates.kv_bytes_per_token * block_size, timer)
+    model = load_spec(config.model).with_dtypes(weights=config.weights, kv=config.kv)
+    profile = load_profile(config.hardware)
+    if config.memory is not None:
+        profile = profile.model_copy(update={"memory_gib": config.memory / GIB})
+    return Machine(
+        block_size,
+        config.kv_blocks or _blocks(config, model, profile, block_size),
+        kv_block_bytes(model, block_size, config.tensor_parallel) * config.tensor_parallel,
+        Roofline(model, profile, tensor_parallel=config.tensor_parallel),
+        recompute_weight(model, block_size),
+        profile.request_us / 1e6,
+        profile,
+    )
+
+
+def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile, block_size: int) -> int:
+    return kv_blocks(
+        model, profile, block_size=block_size, tensor_parallel=config.tensor_parallel,
+        step_tokens=config.max_step_tokens, sequences=config.max_running,
+    )  # fmt: skip
+
+
+def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
+    """A fresh cache over an empty pool. Hits end at any block."""
+    pool = BlockPool(machine.num_blocks, machine.block_size, policy=make_policy(config.eviction), weight=machine.weight)
+    return PrefixCache(pool, alignment=machine.block_size, enabled=config.prefix_caching)
+
+
+def scheduler_of(config: SimulationConfig, machine: Machine) -> Scheduler:
+    """A fresh scheduler, cache and pool, as the server has them."""
+    size = machine.block_size
+    chunk = -(-config.prefill_chunk // size) * size
+    return Scheduler(
+        cache_of(config, machine), SchedulerConfig(chunk, max(chunk, config.max_step_tokens), config.max_running)
+    )
+
+
+def build(
+    config: SimulationConfig,
+    machine: Machine,
+    source: Source,
+    emit: Callable[[Outcome], None],
+    progress: Progress,
+) -> Simulator:
+    """A simulation that has not begun. One seed decides everything in it that is drawn."""
+    rng = Random(f"{config.seed}/simulation")
+    clock = StepClock(machine.timer)
+    replicas = [
+        Replica(index, lambda: scheduler_of(config, machine), clock, config.together)
+        for index in range(config.replicas)
+    ]
+    planned = [Outage(each.replica, each.at, each.down_for) for each in config.outages]
+    chance = config.random_outages
+    drawn = None if chance is None else RandomOutages(chance.mean_time_up, chance.mean_time_down)
+    return Simulator(
+        source,
+        replicas,
+        make_router(config.routing, config.replicas, rng),
+        root_of=root_of(config, machine.block_size),
+        block_size=machine.block_size,
+        emit=emit,
+        outages=outages(planned, drawn, config.replicas, rng),
+        max_retries=config.max_retries,
+        request_seconds=machine.request_seconds,
+        stop_at=config.stop_at,
+        progress=progress,
+    )

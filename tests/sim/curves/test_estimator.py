@@ -1,0 +1,21 @@
+"""The server's estimator on the Mooncake trace, against the exact curve of the same requests."""
+
+from emberkv.core.reuse_estimator import ReuseEstimator
+from emberkv.sim.curves.lru import LRUCurve
+from emberkv.sim.curves.visits import visits
+from emberkv.workload.files import open_requests
+from tests.sim.curves.build import CAPACITIES, MOONCAKE, needs_trace
+
+
+@needs_trace
+def test_its_error_is_as_stated_and_small() -> None:
+    seen = list(visits(open_requests(MOONCAKE), 512))
+    exact = LRUCurve(seen)
+    estimator = ReuseEstimator(CAPACITIES)
+    for visit in seen:
+        estimator.access(visit.blocks)
+    assert estimator.followed <= 8192
+    for point in estimator.curve():
+        off = abs(point.hit_rate - exact.at(point.capacity_blocks).block_rate)
+        assert off < 0.01
+        assert off < 2 * point.error

@@ -1,0 +1,104 @@
+"""The report's page: complete, self-contained, the same each time, and saying what the summary says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emberkv.errors import ConfigError
+from emberkv.sim.report import render_report, write_comparison, write_report
+from emberkv.sim.run import Results
+from emberkv.sim.simulator import Ending
+from tests.sim.report.build import FIGURES, Page, run
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return run()
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> Page:
+    return Page(render_report({"chats": results}))
+
+
+def test_every_figure_is_there_with_words_for_those_who_do_not_see_it(page: Page) -> None:
+    assert [title for title in page.texts["h2"] if title not in ("Key figures", "Settings")] == list(FIGURES)
+    labels = [svg["aria-label"] for svg in page.of("svg")]
+    assert [svg["role"] for svg in page.of("svg")] == ["img"] * 6
+    assert page.texts["figcaption"] == labels
+    assert page.unclosed == []
+
+
+def test_the_page_needs_nothing_else(page: Page) -> None:
+    assert not {"script", "link", "img", "iframe", "object"} & {name for name, _ in page.elements}
+    policy = next(meta for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    references = [attributes[name] for _, attributes in page.elements for name in ("href", "xlink:href", "src")
+                  if name in attributes]  # fmt: skip
+    assert references
+    assert all(str(each).startswith("#") for each in references)
+
+
+def test_ids_are_unique_and_every_reference_has_one(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = {str(use["xlink:href"])[1:] for use in page.of("use")}
+    used |= {str(a["clip-path"])[5:-1] for _, a in page.elements if "clip-path" in a}
+    assert used <= set(ids)
+
+
+def test_the_tables_have_the_summarys_figures_the_settings_and_the_seed(results: Results, page: Page) -> None:
+    cells = dict(zip(page.texts["th"], page.texts["td"], strict=True))
+    assert cells["overall hit rate"] == f"{results.summary['prefix_caching']['overall_hit_rate']:.4f}"
+    assert cells["completed"] == "120"
+    assert cells["kv blocks"] == "64"
+    assert cells["seed"] == "1"  # the workload's; the simulation's comes before it
+    assert page.texts["td"][page.texts["th"].index("seed")] == "5"
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    assert render_report({"chats": run()}) == render_report({"chats": run()})
+
+
+def test_of_two_runs_every_figure_stands_beside_the_others(results: Results) -> None:
+    page = Page(render_report({"on": results, "off": run(prefix_caching=False)}))
+    assert len(page.of("svg")) == 12
+    assert page.texts["strong"] == ["on", "off"] * 6
+    assert page.texts["figcaption"][1].startswith("off: Share of prompt tokens found in the cache")
+    assert "0.0% in all" in page.texts["figcaption"][1]
+
+
+def test_without_time_there_is_no_plot_of_time_but_a_reason() -> None:
+    page = Page(render_report({"hits": run(cache_only=True)}))
+    undrawn = [title for title, words in zip(FIGURES, page.texts["figcaption"], strict=True) if "No time" in words]
+    assert undrawn == list(FIGURES[1:4])
+    assert len(page.of("svg")) == 3
+
+
+def test_a_run_that_completed_nothing_still_has_a_page() -> None:
+    page = Page(render_report({"none": run(stop_at=1e-6)}))
+    assert "No request completed." in page.texts["figcaption"]
+
+
+def test_an_interrupted_run_says_so(results: Results) -> None:
+    cut = replace(results, ending=Ending(3.0, interrupted=True))
+    assert Page(render_report({"cut": cut})).texts["p"][0].startswith("Interrupted")
+
+
+def test_names_are_text_and_not_markup(results: Results) -> None:
+    text = render_report({"<b>$x$ & co": results, "other": results})
+    assert "<b>" not in text
+    assert "&lt;b&gt;$x$ &amp; co" in text
+
+
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write .*missing"):
+        write_report(results, tmp_path / "missing" / "report.html")
+
+
+def test_pages_are_written(results: Results, tmp_path: Path) -> None:
+    write_report(results, tmp_path / "one.html")
+    write_comparison({"a": results, "b": results}, tmp_path / "two.html")
+    assert Page((tmp_path / "one.html").read_text()).texts["h1"] == ["emberkv simulate: a generated workload"]
+    assert Page((tmp_path / "two.html").read_text()).texts["h1"] == ["emberkv simulate: a, b"]
