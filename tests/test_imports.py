@@ -17,7 +17,7 @@ LEAVES = {"", "errors", "config"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
-    "": {"tiers"},
+    "": {"tiers", "engine"},
     "errors": set[str](),
     "config": {"core", "errors"},
     "core": {"core", "errors"},

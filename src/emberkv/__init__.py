@@ -1,7 +1,25 @@
 """emberkv keeps the attention state of every prompt warm, and proves that what it reuses is right."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from emberkv.tiers.byte_cache import InMemoryKVCacheManager
 
-__all__ = ["InMemoryKVCacheManager", "__version__"]
+if TYPE_CHECKING:
+    from emberkv.engine.system_prompt import get_standard_system_prompt
+    from emberkv.engine.warmup import warmup_kv_cache
+
+__all__ = ["InMemoryKVCacheManager", "__version__", "get_standard_system_prompt", "warmup_kv_cache"]
 
 __version__ = "0.1.0"
+
+_ON_DEMAND = {
+    "get_standard_system_prompt": "emberkv.engine.system_prompt",
+    "warmup_kv_cache": "emberkv.engine.warmup",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ON_DEMAND[name]), name)

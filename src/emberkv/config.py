@@ -1,10 +1,21 @@
 """Settings, read once at the edge: defaults, then ``EMBERKV_*`` variables, then what the command line gives."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from emberkv.core.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
@@ -12,6 +23,41 @@ from emberkv.errors import ConfigError
 ENV_PREFIX = "EMBERKV_"
 DEFAULT_PREFILL_CHUNK = 128
 """The smallest chunk that reached 90% of the best prefill rate where it was measured; see docs/benchmarks.md."""
+
+
+DEFAULT_WARMUP_SECONDS = 60.0
+WARMUP_VARIABLES = {
+    "KV_CACHE_WARMUP": "warmup",
+    "WARMUP_TIMEOUT_SEC": "warmup_timeout",
+    "WARMUP_SYSTEM_FILE": "warmup_system_files",
+}
+"""Read beside the ``EMBERKV_*`` variables, which go before them; an empty one counts as not given."""
+
+_LISTS = ("api_keys", "warmup_system_files")
+_HIDDEN = ("secret", "api_keys")
+"""What these hold must not be repeated in an error."""
+
+_FEWEST_SECRET_CHARACTERS = 16
+
+_log = logging.getLogger(__name__)
+
+
+def _warmup_seconds(given: object) -> float:
+    """A server is to start whatever its warmup's deadline is, so a useless one is replaced, with a warning."""
+    try:
+        seconds = float(given) if isinstance(given, (str, int, float)) else 0.0
+    except ValueError:
+        seconds = 0.0
+    if 1 <= seconds <= 300:
+        return seconds
+    _log.warning("warmup_timeout is %r; it must be from 1 to 300 seconds, so %g is used", given, DEFAULT_WARMUP_SECONDS)
+    return DEFAULT_WARMUP_SECONDS
+
+
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret) < _FEWEST_SECRET_CHARACTERS:
+        raise ValueError(f"it must have at least {_FEWEST_SECRET_CHARACTERS} characters, drawn at random")
+    return secret
 
 
 def _known_policy(name: str) -> str:
@@ -29,7 +75,13 @@ class ServeConfig(BaseModel):
     max_step_tokens: token budget of a step that decodes and prefills.
     exact: reuse only KV state that is bit-equal to a cold prefill's.
     prefix_cache: False computes every prompt anew.
+    tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
+    a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.
+    warmup: False computes no prompt before the first request asks for it.
+    warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
+    warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
+    warmup_required: the server is not ready before these are warm, however long that takes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,8 +101,15 @@ class ServeConfig(BaseModel):
     exact: bool = False
     prefix_cache: bool = True
     api_keys: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    tenants: Path | None = None
+    secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
     drain_seconds: float = Field(default=10.0, ge=0)
+    warmup: bool = True
+    warmup_timeout: Annotated[float, BeforeValidator(_warmup_seconds)] = DEFAULT_WARMUP_SECONDS
+    warmup_system_files: tuple[Path, ...] = ()
+    warmup_required: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     fingerprint_cache: Path | None = None
 
@@ -66,16 +125,20 @@ class ServeConfig(BaseModel):
 def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
     """Merge ``EMBERKV_*`` variables with what was ``given`` (entries of None count as not given).
 
-    ``EMBERKV_API_KEYS`` holds keys separated by commas. Raises ConfigError naming each variable or setting at fault.
+    ``EMBERKV_API_KEYS`` and ``EMBERKV_WARMUP_SYSTEM_FILES`` hold entries separated by commas. The three variables of
+    `WARMUP_VARIABLES` count too. Raises ConfigError naming each variable or setting at fault.
     """
     values: dict[str, Any] = {}
+    for variable, name in WARMUP_VARIABLES.items():
+        if text := environ.get(variable, ""):
+            values[name] = (text,) if name in _LISTS else text
     unknown = []
     for variable, text in environ.items():
         if variable.startswith(ENV_PREFIX):
             name = variable.removeprefix(ENV_PREFIX).lower()
             if name not in ServeConfig.model_fields:
                 unknown.append(variable)
-            values[name] = [key.strip() for key in text.split(",") if key.strip()] if name == "api_keys" else text
+            values[name] = [each.strip() for each in text.split(",") if each.strip()] if name in _LISTS else text
     if unknown:
         known = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in ServeConfig.model_fields)
         raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {known}")
@@ -89,4 +152,6 @@ def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeC
 def _complaint(detail: Any) -> str:
     name = ".".join(map(str, detail["loc"]))
     message = detail["msg"].removeprefix("Value error, ")
+    if name.startswith(_HIDDEN):
+        return f"{name}: {message}"
     return f"{name} is {detail['input']!r}: {message}" if name else message

@@ -48,6 +48,43 @@ def test_variables(variable: str, text: str, name: str, expected: object) -> Non
     assert getattr(serve_config({}, {variable: text}), name) == expected
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (True, 60.0, ())),
+        ({"KV_CACHE_WARMUP": "", "WARMUP_TIMEOUT_SEC": "", "WARMUP_SYSTEM_FILE": ""}, (True, 60.0, ())),
+        ({"KV_CACHE_WARMUP": "1", "WARMUP_TIMEOUT_SEC": "1"}, (True, 1.0, ())),
+        ({"KV_CACHE_WARMUP": "0", "WARMUP_TIMEOUT_SEC": "300"}, (False, 300.0, ())),
+        ({"WARMUP_TIMEOUT_SEC": "2.5", "WARMUP_SYSTEM_FILE": "/a,b/c.txt"}, (True, 2.5, (Path("/a,b/c.txt"),))),
+        ({"EMBERKV_WARMUP_SYSTEM_FILES": "a.txt, b.txt"}, (True, 60.0, (Path("a.txt"), Path("b.txt")))),
+        ({"KV_CACHE_WARMUP": "0", "EMBERKV_WARMUP": "1"}, (True, 60.0, ())),
+        ({"WARMUP_TIMEOUT_SEC": "no number", "EMBERKV_WARMUP_TIMEOUT": "5"}, (True, 5.0, ())),
+    ],
+)
+def test_warmup_variables(
+    environ: dict[str, str], expected: tuple[bool, float, tuple[Path, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = serve_config({}, environ)
+    assert (config.warmup, config.warmup_timeout, config.warmup_system_files) == expected
+    assert not config.warmup_required
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("text", ["0", "0.99", "300.5", "-5", "1e9", "nan", "inf", "soon", "60s"])
+@pytest.mark.parametrize("given", [True, False], ids=["flag", "variable"])
+def test_a_useless_warmup_timeout_warns_and_is_60(text: str, given: bool, caplog: pytest.LogCaptureFixture) -> None:
+    config = serve_config({"warmup_timeout": text}, {}) if given else serve_config({}, {"WARMUP_TIMEOUT_SEC": text})
+    assert config.warmup_timeout == 60.0
+    assert caplog.messages == [f"warmup_timeout is {text!r}; it must be from 1 to 300 seconds, so 60 is used"]
+
+
+def test_warmup_settings_of_the_command_line_go_first() -> None:
+    given = {"warmup": False, "warmup_timeout": "7", "warmup_system_files": ["x.txt"]}
+    environ = {"KV_CACHE_WARMUP": "1", "WARMUP_TIMEOUT_SEC": "9", "WARMUP_SYSTEM_FILE": "y.txt"}
+    config = serve_config(given, environ)
+    assert (config.warmup, config.warmup_timeout, config.warmup_system_files) == (False, 7.0, (Path("x.txt"),))
+
+
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_every_eviction_policy_is_accepted(policy: str) -> None:
     assert serve_config({"eviction": policy}, {}).eviction == policy
@@ -67,6 +104,7 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"prefill_chunk": 100}, "prefill_chunk is 100; it must be a multiple of block_size, 16"),
         ({"max_running": 0, "max_step_tokens": 0}, "max_step_tokens is 0: .*max_running is 0: "),
         ({"log_level": "loud"}, "log_level is 'loud'"),
+        ({"warmup": "maybe"}, "warmup is 'maybe': .*valid boolean"),
         ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),
     ],
 )

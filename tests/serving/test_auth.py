@@ -9,6 +9,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.tenants import Tenants
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client
 
@@ -81,6 +82,8 @@ def test_each_key_has_its_own_salt_and_no_keys_have_none(guarded: Client, client
         guarded.post("/v1/chat/completions", CHAT, headers=headers)
     client.post("/v1/chat/completions", CHAT, headers=bearer("anything"))
     first, again, other, none = (request.salt for request in engine.submitted)
+    names = [request.tenant for request in engine.submitted]
+    assert names == ["key-d0c04f4b1951", "key-d0c04f4b1951", "key-83006a438f94", ""]  # of the keys' SHA-256
     assert first == again
     assert len({first, other, none}) == 3
     assert none == b""
@@ -89,4 +92,15 @@ def test_each_key_has_its_own_salt_and_no_keys_have_none(guarded: Client, client
 
 def test_a_key_may_have_any_letters() -> None:
     # as a server hands over the bytes of a header
-    assert ApiKeys(["schlüssel"]).salt_of({"x-api-key": "schlüssel".encode().decode("latin-1")}) != b""
+    keys = ApiKeys(Tenants(["schlüssel"], secret=b"server"))
+    assert keys.tenant_of({"x-api-key": "schlüssel".encode().decode("latin-1")}).name.startswith("key-")
+
+
+def test_nothing_in_a_request_changes_its_salt(guarded: Client, engine: FakeEngine) -> None:
+    guarded.post("/v1/chat/completions", CHAT, headers=bearer("sesame"))
+    asked = {**CHAT, "user": "mallory", "metadata": {"tenant": "mellon"}, "cache_salt": "x"}
+    headers = {**bearer("sesame"), "x-tenant": "mellon", "x-session-id": "mellon", "openai-organization": "mellon"}
+    guarded.post("/v1/chat/completions", asked, headers=headers)
+    guarded.post("/v1/messages", {**MESSAGE, "metadata": {"user_id": "mellon"}}, headers=headers)
+    assert len(engine.submitted) == 3
+    assert len({(request.salt, request.tenant) for request in engine.submitted}) == 1

@@ -7,7 +7,9 @@ import typer
 from emberkv import __version__
 from emberkv.cli import workload
 from emberkv.cli.bench import bench
+from emberkv.cli.explain import explain
 from emberkv.cli.serve import serve
+from emberkv.cli.simulate import simulate
 
 app = typer.Typer(
     name="emberkv",
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("bench")(bench)
+app.command("explain")(explain)
+app.command("simulate")(simulate)
 app.add_typer(workload.app)
 
 

@@ -21,6 +21,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.server import HttpServer, bind_socket
+from emberkv.serving.tenants import declare_tenants
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
@@ -55,6 +56,9 @@ def serve(
     max_running: Annotated[int | None, typer.Option(help="Requests that run at once. [default: 64]")] = None,
     eviction: Annotated[str | None, typer.Option(help="lru, lfu, fifo, s3fifo or greedy-dual. [default: lru]")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="Accept this key; repeat for more.")] = None,
+    tenants: Annotated[
+        Path | None, typer.Option(help="YAML file of tenants: their keys, floors and quotas, and public prefixes.")
+    ] = None,
     max_body: Annotated[str | None, typer.Option(help="Largest request body. [default: 16MiB]")] = None,
     drain_seconds: Annotated[float | None, typer.Option(help="Patience when asked to stop. [default: 10]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
@@ -76,7 +80,8 @@ def run_server(config: ServeConfig) -> None:
     """Serve until told to stop. Raises EmberError when the server cannot start."""
     _set_up_logging(config)
     lifecycle = Lifecycle()
-    app = create_app(lifecycle, ServingSettings(config.api_keys, int(config.max_body)))
+    tenants = declare_tenants(config, os.environ)
+    app = create_app(lifecycle, ServingSettings(max_body_bytes=int(config.max_body), tenants=tenants))
     server = HttpServer(app, lifecycle, bind_socket(config.host, config.port), drain_seconds=config.drain_seconds)
     startup = _Startup(config, lifecycle, server)
     startup.thread.start()
@@ -188,9 +193,8 @@ def _print_summary(
     for label, text in rows.items():
         table.add_row(f"[bold]{label}[/]", escape(text))
     _console.print(table)
-    _console.print(
-        f"\nTry it:\n{_curl_line(url, name, bool(config.api_keys))}", soft_wrap=True, highlight=False, markup=False
-    )
+    curl = _curl_line(url, name, bool(config.api_keys or config.tenants))
+    _console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _curl_line(url: str, name: str, needs_key: bool) -> str:

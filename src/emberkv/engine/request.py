@@ -12,7 +12,8 @@ from emberkv.engine.sampling_params import SamplingParams
 class GenerationRequest:
     """One prompt to continue.
 
-    salt: bytes mixed into the root of the prompt's block identities; only equal salts share blocks.
+    salt: bytes mixed into the identities of the prompt's blocks from where its public beginning ends; only equal salts
+    share these blocks. tenant: on whose books they are.
     priority: lower is served sooner; equal priorities are first come, first served.
     """
 
@@ -21,6 +22,7 @@ class GenerationRequest:
     params: SamplingParams
     salt: bytes = b""
     priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from emberkv.serving.failures import anthropic_error, failure_mid_stream
 from emberkv.serving.generator import Prompt, answer_budget
 from emberkv.serving.lifecycle import LoadedModel
 from emberkv.serving.sse import EventStream, compact_json, sse_event, whole_response
+from emberkv.serving.tenants import Tenant
 from emberkv.serving.validation import parse_body
 
 _DELTA_HEAD = (
@@ -44,13 +45,13 @@ def _prompt_token_ids(request: PromptRequest, model: LoadedModel) -> list[int]:
 def anthropic_router(context: ServingContext) -> APIRouter:
     """The routes, guarded by the context's API keys."""
     router = APIRouter()
-    guard = Depends(context.tenant_salt)
+    guard = Depends(context.tenant)
 
     @router.post("/v1/messages")
-    async def messages(http: Request, salt: Annotated[bytes, guard]) -> Response:
+    async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         request, prompt = await context.prepare(prepare_messages, await http.body())
-        stream = context.start([prompt], api="messages", salt=salt, arrived=arrived)
+        stream = context.start([prompt], api="messages", tenant=tenant, arrived=arrived)
         form = MessageForm(context.lifecycle.model().names[0])
         if request.stream:
             return EventStream(stream, form.events(stream))

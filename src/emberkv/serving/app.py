@@ -46,7 +46,12 @@ def create_app(
     @app.get("/ready")
     async def ready() -> Response:
         is_ready = lifecycle.phase is Phase.READY
-        body = {"ready": is_ready, "status": lifecycle.phase.value, "detail": lifecycle.detail}
+        body = {
+            "ready": is_ready,
+            "status": lifecycle.phase.value,
+            "detail": lifecycle.detail,
+            "warmup": lifecycle.warmup_report().as_json(),
+        }
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
     @app.get("/metrics")

@@ -1,33 +1,35 @@
-"""API keys: who asks, and the salt that keeps one key's cache blocks from another's."""
+"""API keys: whose a request is."""
 
-import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from hashlib import sha256
 
 from emberkv.serving.failures import UnauthorizedError
+from emberkv.serving.tenants import EVERYBODY, Tenant, Tenants
 
 
 class ApiKeys:
     """The keys that may use the API. Without keys, everyone may."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = tuple(key.encode() for key in keys)
+    def __init__(self, tenants: Tenants) -> None:
+        self._by_key = tenants.by_key
 
-    def salt_of(self, headers: Mapping[str, str]) -> bytes:
-        """The asking key's salt; empty when no keys are set.
+    def tenant_of(self, headers: Mapping[str, str]) -> Tenant:
+        """Whose the given key is; `EVERYBODY` where no keys are set.
 
         The key comes as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``. Raises UnauthorizedError.
         """
-        if not self._keys:
-            return b""
+        if not self._by_key:
+            return EVERYBODY
         given = _given_key(headers)
         if given is None:
             raise UnauthorizedError("no API key was given; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
+        asked = sha256(given).digest()
         # every key is compared, in constant time, so that timing tells nothing
-        matches = [key for key in self._keys if hmac.compare_digest(key, given)]
+        matches = [tenant for digest, tenant in self._by_key.items() if hmac.compare_digest(digest, asked)]
         if not matches:
             raise UnauthorizedError("the API key given is not one of this server's keys")
-        return hashlib.sha256(b"emberkv tenant\0" + matches[0]).digest()
+        return matches[0]
 
 
 def _given_key(headers: Mapping[str, str]) -> bytes | None:

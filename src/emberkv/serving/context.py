@@ -1,6 +1,7 @@
 """What all routes share."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from emberkv.serving.auth import ApiKeys
 from emberkv.serving.generator import Prompt, TextGenerator
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.metrics import Clock, ServingMetrics
+from emberkv.serving.secret import SECRET_BYTES
+from emberkv.serving.tenants import Tenant, Tenants
 
 DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
@@ -23,10 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """api_keys: empty means that no key is asked for. max_body_bytes: the largest request body accepted."""
+    """max_body_bytes: the largest request body accepted.
+
+    tenants: who may ask; None makes each of ``api_keys`` one of its own, and without these no key is asked for.
+    """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    tenants: Tenants | None = None
 
 
 class ServingContext:
@@ -47,11 +54,12 @@ class ServingContext:
         self.settings = settings
         self.clock = clock
         self.wall_clock = wall_clock
-        self.keys = ApiKeys(settings.api_keys)
+        self.tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
+        self.keys = ApiKeys(self.tenants)
         self.metrics = ServingMetrics(lifecycle.engine_stats)
         self._generator: TextGenerator | None = None
 
-    def start(self, prompts: Sequence[Prompt], *, api: str, salt: bytes, arrived: float) -> AnswerStream:
+    def start(self, prompts: Sequence[Prompt], *, api: str, tenant: Tenant, arrived: float) -> AnswerStream:
         """Start answers that a drain waits for.
 
         Raises NotReadyError unless the server takes requests, else what ``Engine.submit`` raises.
@@ -60,13 +68,15 @@ class ServingContext:
         if self._generator is None:
             model = self.lifecycle.model()
             self._generator = TextGenerator(model.engine, model.tokenizer, metrics=self.metrics, clock=self.clock)
-        stream = self._generator.start(prompts, api=api, salt=salt, arrived=arrived, on_close=self.lifecycle.untrack)
+        stream = self._generator.start(
+            prompts, api=api, tenant=tenant, arrived=arrived, on_close=self.lifecycle.untrack
+        )
         self.lifecycle.track(stream)
         return stream
 
-    async def tenant_salt(self, request: Request) -> bytes:
+    async def tenant(self, request: Request) -> Tenant:
         """The route dependency that checks the API key. Raises UnauthorizedError."""
-        return self.keys.salt_of(request.headers)
+        return self.keys.tenant_of(request.headers)
 
     async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes) -> T:
         """Parse, render and tokenize a request; off the event loop when it is large."""

@@ -12,6 +12,7 @@ from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answer import Answer
 from emberkv.serving.answer_stream import AnswerStream, Postbox
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
+from emberkv.serving.tenants import Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class TextGenerator:
         prompts: Sequence[Prompt],
         *,
         api: str,
-        salt: bytes,
+        tenant: Tenant,
         arrived: float,
         on_close: Callable[[AnswerStream], None],
     ) -> AnswerStream:
@@ -52,7 +53,9 @@ class TextGenerator:
         stream = AnswerStream(self._engine, on_close)
         try:
             for index, prompt in enumerate(prompts):
-                request = GenerationRequest(uuid.uuid4().hex, prompt.token_ids, prompt.params, salt)
+                request = GenerationRequest(
+                    uuid.uuid4().hex, prompt.token_ids, prompt.params, tenant.salt, tenant=tenant.name
+                )
                 answer = Answer(index, len(prompt.token_ids), self._tokenizer.detokenizer(), prompt.params.stop)
                 timer = AnswerTimer(self._metrics, self._clock, api=api, arrived=arrived)
                 stream.add(request, answer, timer, self._postbox)

@@ -1,4 +1,4 @@
-"""Whether the server may generate: loading, ready, draining or failed; and the answers now running."""
+"""Whether the server may generate: loading, warming, ready, draining or failed; and the answers now running."""
 
 import asyncio
 from dataclasses import dataclass
@@ -9,10 +9,13 @@ from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.answer_stream import AnswerStream
 from emberkv.serving.failures import NotReadyError, UnknownModelError
+from emberkv.serving.warmup import Warmup
+from emberkv.serving.warmup_report import WarmupPhase, WarmupReport
 
 
 class Phase(Enum):
     LOADING = "loading"
+    WARMING = "warming"  # answers whoever asks, but is not ready: prompts are being warmed
     READY = "ready"
     DRAINING = "draining"  # running answers may finish, new ones are refused
     FAILED = "failed"  # the model could not be loaded
@@ -23,13 +26,14 @@ class LoadedModel:
     """A model that can be served.
 
     names: what requests may call it; the first is what answers call it.
-    created: when it was loaded, in seconds since 1970.
+    created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
     """
 
     names: tuple[str, ...]
     created: int
     engine: Engine
     tokenizer: Tokenizer
+    warmup: Warmup | None = None
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""
@@ -49,11 +53,21 @@ class Lifecycle:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def loaded(self, model: LoadedModel) -> None:
-        """The model can be used from now on."""
+    def loaded(self, model: LoadedModel, *, warming: bool = False) -> None:
+        """The model can be used from now on. warming: readiness waits for `warmed`."""
         self._model = model
-        if self.phase is Phase.LOADING:
-            self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
+        if self.phase is Phase.LOADING and warming:
+            self.phase, self.detail = Phase.WARMING, "the model is loaded; prompts are being warmed"
+        elif self.phase is Phase.LOADING:
+            self._ready(model)
+
+    def warmed(self) -> None:
+        """Readiness waits no longer."""
+        if self.phase is Phase.WARMING:
+            self._ready(self.model())
+
+    def _ready(self, model: LoadedModel) -> None:
+        self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
 
     def failed(self, reason: str) -> None:
         """The model cannot be loaded."""
@@ -68,9 +82,14 @@ class Lifecycle:
     def engine_stats(self) -> EngineStats | None:
         return None if self._model is None else self._model.engine.stats()
 
+    def warmup_report(self) -> WarmupReport:
+        if self._model is None:
+            return WarmupReport(WarmupPhase.WAITING)
+        return WarmupReport(WarmupPhase.OFF) if self._model.warmup is None else self._model.warmup.report()
+
     def check_accepting(self) -> None:
         """Raises NotReadyError unless new answers may be started."""
-        if self.phase is not Phase.READY:
+        if self.phase not in (Phase.WARMING, Phase.READY):
             raise NotReadyError(f"the server takes no new requests: {self.detail}")
 
     def track(self, stream: AnswerStream) -> None:

@@ -17,6 +17,7 @@ from emberkv.serving.openai_schema import (
     OpenAIRequest,
 )
 from emberkv.serving.sse import EventStream, whole_response
+from emberkv.serving.tenants import Tenant
 from emberkv.serving.validation import parse_body
 
 
@@ -58,7 +59,7 @@ def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionReque
 def openai_router(context: ServingContext) -> APIRouter:
     """The routes, guarded by the context's API keys."""
     router = APIRouter()
-    guard = Depends(context.tenant_salt)
+    guard = Depends(context.tenant)
 
     def form_arguments(request: OpenAIRequest) -> dict[str, Any]:
         model = context.lifecycle.model()
@@ -71,20 +72,20 @@ def openai_router(context: ServingContext) -> APIRouter:
         }
 
     @router.post("/v1/chat/completions")
-    async def chat_completions(http: Request, salt: Annotated[bytes, guard]) -> Response:
+    async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         request, prompts = await context.prepare(prepare_chat, await http.body())
-        stream = context.start(prompts, api="chat_completions", salt=salt, arrived=arrived)
+        stream = context.start(prompts, api="chat_completions", tenant=tenant, arrived=arrived)
         form = ChatForm(**form_arguments(request))
         if request.stream:
             return EventStream(stream, form.events(stream))
         return await whole_response(http, stream, form.whole)
 
     @router.post("/v1/completions")
-    async def completions(http: Request, salt: Annotated[bytes, guard]) -> Response:
+    async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         request, prompts = await context.prepare(prepare_completion, await http.body())
-        stream = context.start(prompts, api="completions", salt=salt, arrived=arrived)
+        stream = context.start(prompts, api="completions", tenant=tenant, arrived=arrived)
         form = CompletionForm(**form_arguments(request))
         if request.stream:
             return EventStream(stream, form.events(stream))

@@ -13,17 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 from emberkv.core.eviction import make_policy
 from emberkv.core.eviction_policy import EvictionPolicy, Weight
-from emberkv.errors import ConfigError, EntryError, EntryTypeError
+from emberkv.errors import ConfigError, EntryError
+from emberkv.tiers.entry_checks import check_value, key_size_of
 
 MB = 2**20
 """Bytes."""
-
-MAX_KEY_BYTES = 10 * 1024
-"""In UTF-8."""
 
 _MAX_NOTES = 32
 """Reads noted before one of them settles: many enough for the lock to cost next to nothing, few enough to be quick."""
@@ -74,24 +73,37 @@ class InMemoryKVCacheManager:
     key's in UTF-8. eviction_policy: one of `emberkv.core.eviction.POLICY_NAMES`; all cost O(1) an operation, save
     those that rank entries, which cost O(log n). clock: wall clock in seconds.
 
+    For a tier built on it: make: a policy of its own instead of a named one; `set` raises EntryError, too, where that
+    one leaves no room. weigh: an entry's weight in its eyes, from key and bytes. on_evict: told of each key evicted,
+    while the cache is locked.
+
     Raises ConfigError, a ValueError, for an unknown policy or a size that is not a finite number above 0.
     """
 
     def __init__(
-        self, max_memory_mb: float = 300_000, eviction_policy: str = "lru", *, clock: Callable[[], float] = time.time
+        self,
+        max_memory_mb: float = 300_000,
+        eviction_policy: str = "lru",
+        *,
+        clock: Callable[[], float] = time.time,
+        make: Callable[[], EvictionPolicy[str]] | None = None,
+        weigh: Callable[[str, int], Weight] | None = None,
+        on_evict: Callable[[str], None] | None = None,
     ) -> None:
         limit = max_memory_mb * MB
         if not 0 < limit < math.inf:
             raise ConfigError(f"max_memory_mb is {max_memory_mb!r}; it must be a finite number above 0")
         self._limit = int(limit)
-        self._policy_name = eviction_policy
+        self._make_policy: Callable[[], EvictionPolicy[str]] = make or partial(make_policy, eviction_policy)
+        self._weigh = weigh or _weigh
+        self._on_evict = on_evict
         self._clock = clock
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
         """Drop all entries, and start the statistics and what the policy remembers anew."""
-        policy: EvictionPolicy[str] = make_policy(self._policy_name)
+        policy = self._make_policy()
         with self._lock:
             self._policy = policy
             self._entries: dict[str, _Entry] = {}
@@ -123,8 +135,8 @@ class InMemoryKVCacheManager:
         text, for None as value and for an entry above the cache's limit; EntryTypeError, a TypeError, for other types.
         Nothing has changed then.
         """
-        key_size = _key_size(key)
-        _check_value(value)
+        key_size = key_size_of(key)
+        check_value(value)
         size = key_size + len(value)
         if size > self._limit:
             raise EntryError(f"entry of {size:,} bytes, key included, exceeds cache limit of {self._limit:,} bytes")
@@ -134,14 +146,20 @@ class InMemoryKVCacheManager:
             if replaced is not None:  # it stays readable until the new one takes its place
                 self._policy.discard(key)
                 self._count_bytes(replaced, -1)
+            weight = self._weigh(key, size)
             while self._key_bytes + self._value_bytes + size > self._limit:
-                self._count_bytes(self._entries.pop(self._policy.evict()), -1)
-                self._evictions += 1
+                if not self._policy.available_to(weight.owner):
+                    self._entries.pop(key, None)
+                    raise EntryError(f"entry of {size:,} bytes has no room beside what others are guaranteed")
+                self._drop_evicted(self._policy.evict_for(weight.owner))
             entry = _Entry(value, key_size, prefix_tokens, self._clock())
             self._entries[key] = entry
             self._count_bytes(entry, +1)
-            self._policy.admit(key, Weight(size=size))
+            self._policy.admit(key, weight)
             self._policy.release((key,))
+            for surplus in list(self._policy.surplus()):
+                self._policy.discard(surplus)
+                self._drop_evicted(surplus)
 
     def delete(self, key: str) -> bool:
         """Drop the entry; whether there was one."""
@@ -202,28 +220,16 @@ class InMemoryKVCacheManager:
                 hits.append(key)
         self._policy.access(hits)
 
+    def _drop_evicted(self, key: str) -> None:
+        self._count_bytes(self._entries.pop(key), -1)
+        self._evictions += 1
+        if self._on_evict is not None:
+            self._on_evict(key)
+
     def _count_bytes(self, entry: _Entry, sign: int) -> None:
         self._key_bytes += sign * entry.key_size
         self._value_bytes += sign * len(entry.value)
 
 
-def _key_size(key: str) -> int:
-    """Bytes of ``key`` in UTF-8. Raises EntryError and EntryTypeError as `InMemoryKVCacheManager.set` says."""
-    if not key:
-        raise EntryError(f"key is {key!r}; it cannot be None or empty")
-    if not isinstance(key, str):
-        raise EntryTypeError(f"key is of type {type(key).__name__}; it must be str")
-    try:
-        size = len(key) if key.isascii() else len(key.encode())
-    except UnicodeEncodeError as error:
-        raise EntryError(f"key has a lone surrogate at {error.start}; it must be Unicode text") from error
-    if size > MAX_KEY_BYTES:
-        raise EntryError(f"key of {size:,} UTF-8 bytes exceeds maximum of {MAX_KEY_BYTES:,} (10KB)")
-    return size
-
-
-def _check_value(value: bytes) -> None:
-    if value is None:
-        raise EntryError("value is None; it must be bytes, of which none are fine")
-    if not isinstance(value, bytes):
-        raise EntryTypeError(f"value is of type {type(value).__name__}; it must be bytes")
+def _weigh(key: str, size: int) -> Weight:
+    return Weight(size=size)

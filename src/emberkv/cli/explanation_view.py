@@ -1,0 +1,156 @@
+"""An explanation on a terminal: a bar of where a prompt's tokens came from, the reasons, and the first difference."""
+
+from pydantic import BaseModel, ConfigDict
+from rich.cells import cell_len, set_cell_size
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+BAR_CELLS = 60
+BEFORE_CELLS = 28
+AFTER_CELLS = 44
+
+_PLACES = ("green", "cyan", "blue", "bright_blue")
+_REASONS = {"diverged": "red", "evicted": "yellow", "new": "magenta", "load-failed": "bright_red"}
+_OTHER = "bright_black"
+_MEANINGS = {
+    "new": "never seen before",
+    "diverged": "what is cached goes on with other tokens",
+    "evicted": "it was cached",
+    "other-model": "cached for another model",
+    "other-tenant": "cached for another tenant",
+    "recompute": "computing was expected to be faster than loading",
+    "load-failed": "loading failed or came too late",
+    "inexact": "cached, but not bit-equal to a cold prefill, which --exact asks for",
+    "collision": "its identity is taken by other tokens",
+    "cache-off": "the server runs without its prefix cache",
+    "alignment": "cached, but beyond the last whole unit of reuse",
+    "partial": "the last block, which is not full or holds the prompt's end",
+    "too-short": "shorter than one unit of reuse",
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class Lost(_Part):
+    place: str
+    how: str
+    seconds_ago: float
+
+
+class Miss(_Part):
+    reason: str
+    start: int
+    tokens: int
+    lost: Lost | None = None
+
+
+class Divergence(_Part):
+    token: int
+    still_cached: bool
+    before: str
+    expected: str
+    found: str
+
+
+class Answer(_Part):
+    """What the server tells; see ``emberkv.serving.explain``."""
+
+    prompt_tokens: int
+    hit_tokens: int
+    hit_tokens_by_place: dict[str, int]
+    misses: list[Miss]
+    divergence: Divergence | None = None
+    canonical: dict[str, int] = {}
+
+
+def view(answer: Answer) -> RenderableType:
+    """Everything that the answer says, to be printed."""
+    parts: list[RenderableType] = [_headline(answer), _bar(answer), _legend(answer)]
+    if answer.divergence is not None:
+        parts += [Text(), *_difference(answer.divergence)]
+    if answer.canonical:
+        changed = ", ".join(f"{name} ({count})" for name, count in answer.canonical.items())
+        parts += [Text(), Text(f"Canonical rules changed the prompt: {changed}.")]
+    return Group(*parts)
+
+
+def _headline(answer: Answer) -> Text:
+    share = answer.hit_tokens / max(1, answer.prompt_tokens)
+    return Text.assemble(
+        (f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} prompt tokens reused", "bold"), f" ({share:.1%})"
+    )
+
+
+def _segments(answer: Answer) -> list[tuple[str, int, str]]:
+    """(what, tokens, style) in the order of the prompt."""
+    places = [
+        (place, tokens, _PLACES[min(index, len(_PLACES) - 1)])
+        for index, (place, tokens) in enumerate(answer.hit_tokens_by_place.items())
+    ]
+    return places + [(miss.reason, miss.tokens, _REASONS.get(miss.reason, _OTHER)) for miss in answer.misses]
+
+
+def _bar(answer: Answer) -> Text:
+    """Hits are full blocks, misses light ones; every segment has at least one cell."""
+    bar = Text()
+    hits = len(answer.hit_tokens_by_place)
+    for index, (_, tokens, style) in enumerate(_segments(answer)):
+        cells = max(1, round(BAR_CELLS * tokens / max(1, answer.prompt_tokens)))
+        bar.append(("█" if index < hits else "░") * cells, style)
+    return bar
+
+
+def _legend(answer: Answer) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for index, (place, tokens, style) in enumerate(_segments(answer)[: len(answer.hit_tokens_by_place)]):
+        start = sum(list(answer.hit_tokens_by_place.values())[:index])
+        table.add_row(Text("█", style), Text(place), f"{tokens:,}", Text(f"from token {start:,}"))
+    for miss in answer.misses:
+        meaning = Text(f"from token {miss.start:,}: {_MEANINGS.get(miss.reason, miss.reason)}{_lost(miss.lost)}")
+        table.add_row(Text("░", _REASONS.get(miss.reason, _OTHER)), Text(miss.reason), f"{miss.tokens:,}", meaning)
+    return table
+
+
+def _lost(lost: Lost | None) -> str:
+    return f"; {lost.how} from {lost.place} {_ago(lost.seconds_ago)} ago" if lost is not None else ""
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _difference(divergence: Divergence) -> list[Text]:
+    known = "is cached" if divergence.still_cached else "was cached"
+    before = _last_cells(_on_one_line(divergence.before), BEFORE_CELLS)
+    lines = [Text(f"The first difference is at token {divergence.token:,}:")]
+    for label, text, style in ((known, divergence.expected, "green"), ("this prompt", divergence.found, "red")):
+        lines.append(Text.assemble(f"  {label:<11}  ", before, (_first_cells(_on_one_line(text), AFTER_CELLS), style)))
+    lines.append(Text(" " * (15 + cell_len(before)) + "^", "bold"))
+    return lines
+
+
+def _on_one_line(text: str) -> str:
+    """Control characters written as Python writes them, so that the caret stays in its column."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _first_cells(text: str, cells: int) -> str:
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
+
+
+def _last_cells(text: str, cells: int) -> str:
+    if cell_len(text) <= cells:
+        return text
+    while cell_len(text) > cells - 1:
+        text = text[1:]
+    return "…" + text

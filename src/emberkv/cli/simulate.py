@@ -1,0 +1,125 @@
+"""The simulate command: what a cache, a machine or a policy is worth, asked before buying."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from emberkv.cli import simulate_tables as tables
+from emberkv.cluster.routing import ROUTER_NAMES
+from emberkv.core.eviction import POLICY_NAMES
+from emberkv.errors import ConfigError, EmberError
+from emberkv.sim.compare import compare, same_workload
+from emberkv.sim.config import SimulationConfig, with_changes
+from emberkv.sim.inputs import Workload, open_set_up, required
+from emberkv.sim.run import Results
+from emberkv.sim.run import simulate as carry_out
+
+
+def simulate(
+    workload: Annotated[Path | None, typer.Argument(help="A trace, or a YAML file with a workload.")] = None,
+    *,
+    model: Annotated[str | None, typer.Option(help="A model's name, its config.json, or a folder with one.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="A profile's name, or its YAML file.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Devices of a replica.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
+    routing: Annotated[str | None, typer.Option(help=f"One of {', '.join(ROUTER_NAMES)}.")] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Of each replica; default: what fits its memory.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the trace's own, or 16.")] = None,
+    eviction: Annotated[str | None, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")] = None,
+    prefix_caching: Annotated[bool | None, typer.Option(help="Whether to reuse anything.")] = None,
+    cache_only: Annotated[bool, typer.Option("--cache-only", help="No time: hits by capacity alone.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the generated workload, routing and outages.")] = None,
+    warm_up: Annotated[float | None, typer.Option(min=0, help="Seconds whose requests are in no result.")] = None,
+    stop_at: Annotated[float | None, typer.Option(min=0, help="Seconds at which it ends.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Writes a row for each request.")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Writes all figures as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Writes one HTML page with plots.")] = None,
+    compare_files: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Two YAML files, side by side on the same requests.")
+    ] = None,
+) -> None:
+    """Replay a workload through the scheduler, cache and router that serve, in virtual time.
+
+    A YAML file can say all that the options say, under the key simulation; options go before it. An interrupt
+    (Ctrl-C) ends it early and writes what there is.
+    """
+    changes = {
+        "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "replicas": replicas,
+        "routing": routing, "kv_blocks": kv_blocks, "block_size": block_size, "eviction": eviction,
+        "prefix_caching": prefix_caching, "cache_only": cache_only or None, "seed": seed, "warm_up": warm_up,
+        "stop_at": stop_at,
+    }  # fmt: skip
+    outputs = [path for path in (csv_file, summary, report) if path is not None]
+    with _errors_told() as errors:
+        if compare_files is not None:
+            if outputs:
+                raise ConfigError("--compare writes no files; run each set-up by itself for --csv, --summary, --report")
+            _compare(workload, compare_files, changes, errors)
+            return
+        if workload is None:
+            raise ConfigError("give a workload: a trace, or a YAML file")
+        set_up, requests = open_set_up(workload)
+        config = with_changes(set_up.simulation, changes)
+        results = _carry_out(config, _seeded(required(requests, workload), seed), errors, csv_file=csv_file)
+        Console().print(tables.summary(results, workload.name))
+        _write(results, workload.name, summary, report)
+
+
+def _compare(workload: Path | None, files: tuple[Path, Path], changes: dict[str, Any], errors: Console) -> None:
+    (left, ours), (right, theirs) = (open_set_up(path) for path in files)
+    requests = required(open_set_up(workload)[1], workload) if workload else same_workload(ours, theirs)
+    requests = _seeded(requests, changes["seed"])
+    results = [
+        _carry_out(with_changes(each.simulation, changes), requests, errors, keep_ids=True) for each in (left, right)
+    ]
+    Console().print(tables.comparison(compare(*results), *(path.name for path in files)))
+
+
+def _seeded(workload: Workload, seed: int | None) -> Workload:
+    return workload if seed is None else workload.with_seed(seed)
+
+
+def _carry_out(config: SimulationConfig, workload: Workload, errors: Console, **options: Any) -> Results:
+    """With a line that shows how far it is, where somebody watches."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task("simulating")
+
+        def progress(done: int, now: float) -> None:
+            bar.update(task, description=f"{done:,} requests, {now:,.0f} s simulated")
+
+        results = carry_out(config, workload, progress=progress, **options)
+    if results.ending.interrupted:
+        errors.print(f"Interrupted at {results.ending.at:,.1f} s; these are the results so far.", style="yellow")
+    return results
+
+
+def _write(results: Results, name: str, summary: Path | None, report: Path | None) -> None:
+    if summary is not None:
+        try:
+            summary.write_text(json.dumps(results.summary, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {summary}: {error.strerror}") from error
+    if report is not None:
+        from emberkv.sim.report import write_report  # noqa: PLC0415  # plots load slowly, and few ask for them
+
+        write_report({name: results}, report)
+
+
+@contextmanager
+def _errors_told() -> Iterator[Console]:
+    """Gives the console for standard error; an error of ours is printed there, and the command exits with 2."""
+    errors = Console(stderr=True)
+    try:
+        yield errors
+    except EmberError as error:
+        errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error

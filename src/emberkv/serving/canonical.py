@@ -1,0 +1,209 @@
+"""Canonical prompts: volatile lines dropped or moved and tools put in order, by rules that the operator opts in to.
+
+A date, a version or a session's id near a prompt's beginning makes everything behind it new to the cache. Rules name
+such lines by wildcard patterns, which match in linear time whatever the text is.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from emberkv.errors import ConfigError
+
+TOOL_ORDER = "tool-order"
+TOOL_KEYS = "tool-keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Wildcard:
+    r"""A pattern for a whole line, its surrounding space aside: ``*`` is any run of characters, ``\*`` a star.
+
+    pieces: the literal texts between the stars.
+    """
+
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, pattern: str) -> "Wildcard":
+        pieces = [""]
+        characters = iter(pattern.strip())
+        for character in characters:
+            if character == "*":
+                pieces.append("")
+            else:
+                pieces[-1] += next(characters, "\\") if character == "\\" else character
+        return cls(tuple(pieces))
+
+    def matches(self, line: str) -> bool:
+        line = line.strip()
+        first, *middle = self.pieces
+        if not middle:
+            return line == first
+        last = middle.pop()
+        if not line.startswith(first) or not line.endswith(last) or len(line) < len(first) + len(last):
+            return False
+        at, end = len(first), len(line) - len(last)
+        for piece in middle:  # the leftmost place for each piece leaves the most room for the next: no backtracking
+            found = line.find(piece, at, end)
+            if found < 0:
+                return False
+            at = found + len(piece)
+        return True
+
+
+def _parse_pattern(value: object) -> object:
+    if not isinstance(value, str) or not value.strip() or not value.strip().strip("*"):
+        raise ValueError("it must be a line's text, in which * stands for any characters")
+    if "\n" in value.strip():
+        raise ValueError("it must be one line")
+    return Wildcard.parse(value)
+
+
+Pattern = Annotated[Wildcard, BeforeValidator(_parse_pattern)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class LineRule(_Strict):
+    """What to do with lines that match.
+
+    until: the rule takes all lines from a match up to, not including, the next one that matches this; without such a
+    one, to the text's end. where: in the system prompt, in the user's messages, or both.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    match: Pattern
+    until: Pattern | None = None
+    action: Literal["drop", "move"]
+    where: Literal["system", "user", "both"] = "system"
+
+    @model_validator(mode="after")
+    def _moves_within_the_system_prompt(self) -> Self:
+        if self.action == "move" and self.where != "system":
+            raise ValueError("move puts lines at the end of the system prompt, so where must be 'system'")
+        return self
+
+
+class ToolRules(_Strict):
+    """sort: tools in the order of their names. sort_keys: the same for the keys of every object inside them."""
+
+    sort: bool = False
+    sort_keys: bool = False
+
+
+class CanonicalRules(_Strict):
+    """The rules of one file, applied in its order."""
+
+    lines: list[LineRule] = []
+    tools: ToolRules = ToolRules()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        counts = Counter([TOOL_ORDER, TOOL_KEYS, *(rule.name for rule in self.lines)])
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is taken; every rule needs a name of its own")
+        return self
+
+    def of_system(self, texts: list[str]) -> "Rewritten":
+        """The system prompt's texts; moved lines come to the end of the last one, rule by rule."""
+        counts: Counter[str] = Counter()
+        moved: list[str] = []
+        for rule in self.lines:
+            if rule.where == "user":
+                continue
+            taken = []
+            for index, text in enumerate(texts):
+                kept, lines = _split(rule, text)
+                if lines:
+                    texts = [*texts[:index], kept, *texts[index + 1 :]]
+                    taken += lines
+            if taken:
+                counts[rule.name] = len(taken)
+                moved += taken if rule.action == "move" else []
+        if moved:
+            last = texts[-1]
+            texts = [*texts[:-1], "\n".join([*([last] if last else []), *moved])]
+        return Rewritten(texts, counts)
+
+    def of_user(self, text: str) -> "Rewritten":
+        """A user's text."""
+        counts: Counter[str] = Counter()
+        for rule in self.lines:
+            if rule.where != "system":
+                text, lines = _split(rule, text)
+                counts.update({rule.name: len(lines)} if lines else {})
+        return Rewritten([text], counts)
+
+    def of_tools(self, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """Tools in either API's form."""
+        counts: Counter[str] = Counter()
+        if self.tools.sort:
+            ordered = sorted(tools, key=_tool_name)
+            counts[TOOL_ORDER] = sum(one is not other for one, other in zip(tools, ordered, strict=True))
+            tools = ordered
+        if self.tools.sort_keys:
+            counts[TOOL_KEYS] = sum(not _keys_sorted(tool) for tool in tools)
+            tools = [_with_sorted_keys(tool) for tool in tools]
+        return tools, +counts
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """Texts, and how many lines each rule took."""
+
+    texts: list[str]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def load_rules(path: Path) -> CanonicalRules:
+    """Raises ConfigError naming the file and what in it is at fault."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return CanonicalRules.model_validate({} if content is None else content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"])) or "the file"
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {place} is {problem['input']!r}: {message}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"canonical rules {path} cannot be read: {error}") from error
+
+
+def _split(rule: LineRule, text: str) -> tuple[str, list[str]]:
+    """``text`` without the rule's lines, and those."""
+    kept: list[str] = []
+    taken: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if inside and rule.until is not None and rule.until.matches(line):
+            inside = False
+        starts = rule.match.matches(line)
+        (taken if inside or starts else kept).append(line)
+        inside = inside or (starts and rule.until is not None)
+    return ("\n".join(kept) if taken else text), taken
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _with_sorted_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_sorted_keys(value[key]) for key in sorted(value)}
+    return [_with_sorted_keys(each) for each in value] if isinstance(value, list) else value
+
+
+def _keys_sorted(value: Any) -> bool:
+    if isinstance(value, dict):
+        return list(value) == sorted(value) and all(map(_keys_sorted, value.values()))
+    return all(map(_keys_sorted, value)) if isinstance(value, list) else True

@@ -1,0 +1,22 @@
+"""The operator's system prompts, as the tokens that requests with them begin with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from emberkv.engine.shared_prefix import shared_prefix
+from emberkv.engine.system_prompt import get_standard_system_prompt
+from emberkv.engine.tokenizer import Tokenizer
+from emberkv.errors import RequestError
+from emberkv.serving.warm_prompt import WarmPrompt
+
+
+def standard_prompts(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[list[WarmPrompt], list[str]]:
+    """One prompt a file, or without files the built-in one; and why a prompt cannot be used with this model."""
+    texts = dict.fromkeys(map(get_standard_system_prompt, files or (None,)))
+    prompts, problems = [], []
+    for number, text in enumerate(texts, 1):
+        try:
+            prompts.append(WarmPrompt(tuple(shared_prefix(tokenizer, text))))
+        except RequestError as error:
+            problems.append(f"system prompt {number}: {error}")
+    return prompts, problems

@@ -1,0 +1,115 @@
+"""One prompt to keep warm: how it is asked of the engine, and what came of it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from emberkv.core.hashing import Chain
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import OutputListener, TokenOutput
+from emberkv.errors import EmberError, EngineStoppedError
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPrompt:
+    """Token ids whose state is to be cached, and the tenant whose requests are to find it."""
+
+    tokens: tuple[int, ...]
+    tenant: str = ""
+
+
+class WarmEngine(Protocol):
+    """What warming needs of an engine. All may be called from any thread."""
+
+    def chain(self, prompt: WarmPrompt) -> Chain:
+        """The prompt's blocks as its tenant's requests name them. Raises EmberError for an unknown tenant."""
+        ...
+
+    def cached_tokens(self, chain: Chain) -> int:
+        """How many leading tokens a longer request would hit in the pool now.
+
+        Raises EngineStoppedError when the engine has stopped, or gives no answer in time.
+        """
+        ...
+
+    def room(self) -> int:
+        """How many tokens the pool can take without evicting any."""
+        ...
+
+    def compute(self, prompt: WarmPrompt, request_id: str, listener: OutputListener) -> None:
+        """Queue the prompt behind everybody else's requests; raises what ``Engine.submit`` raises."""
+        ...
+
+    def abort(self, request_id: str) -> None: ...
+
+
+class Outcome(Enum):
+    WARM = "warm"
+    TIMED_OUT = "timed_out"  # what was computed until then is cached
+    FAILED = "failed"  # may go better another time
+    IMPOSSIBLE = "impossible"  # can never be cached here
+
+
+@dataclass(frozen=True, slots=True)
+class Warming:
+    """What warming a prompt came to. cached, computed: tokens. problem: why it is not warm."""
+
+    outcome: Outcome
+    cached: int = 0
+    computed: int = 0
+    problem: str = ""
+
+
+def warm(
+    engine: WarmEngine, prompt: WarmPrompt, chain: Chain, request_id: str, remaining: Callable[[], float]
+) -> Warming:
+    """Have a prompt's state cached. remaining: the seconds that are left; not above 0: the time is up.
+
+    When it is, the request is aborted between two steps of the engine, and what these computed stays cached.
+    """
+    if remaining() <= 0:
+        return Warming(Outcome.TIMED_OUT, problem="the time was up before it began")
+    try:
+        before = engine.cached_tokens(chain)
+        if before >= len(prompt.tokens):
+            return Warming(Outcome.WARM, before)
+        output = _last_output(engine, prompt, request_id, remaining)
+        return _judge(output, len(prompt.tokens), before, engine.cached_tokens(chain))
+    except EngineStoppedError as error:
+        return Warming(Outcome.FAILED, problem=str(error))
+    except EmberError as error:
+        return Warming(Outcome.IMPOSSIBLE, problem=str(error))
+
+
+def _last_output(
+    engine: WarmEngine, prompt: WarmPrompt, request_id: str, remaining: Callable[[], float]
+) -> TokenOutput | None:
+    """None when the time was up before it came."""
+    ended = threading.Event()
+    outputs: list[TokenOutput] = []
+
+    def listen(output: TokenOutput) -> None:
+        if output.finish_reason is not None:
+            outputs.append(output)
+            ended.set()
+
+    engine.compute(prompt, request_id, listen)
+    if ended.wait(max(0.0, remaining())):
+        return outputs[0]
+    engine.abort(request_id)
+    return None
+
+
+def _judge(output: TokenOutput | None, wanted: int, before: int, after: int) -> Warming:
+    computed = max(0, after - before)
+    if output is None:
+        return Warming(Outcome.TIMED_OUT, after, computed, "the time was up")
+    if output.usage is not None and output.finish_reason is FinishReason.LENGTH:
+        computed = output.usage.computed_tokens
+    if after >= wanted:
+        return Warming(Outcome.WARM, after, computed)
+    if output.finish_reason is FinishReason.LENGTH:
+        return Warming(Outcome.FAILED, after, computed, f"the pool has kept {after} of {wanted} tokens")
+    return Warming(Outcome.FAILED, after, computed, output.error or "the engine gave it up")

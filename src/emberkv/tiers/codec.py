@@ -1,0 +1,95 @@
+"""A block as bytes: what every tier stores, and the checks that bytes must pass before anybody trusts them.
+
+    header (version, sizes, identity, parent, position, flags) | namespace | tokens | payload | XXH3-128 of all before
+
+Integers are little-endian. The checksum finds damage, not malice: who can write the cache's files is trusted.
+"""
+
+import struct
+from dataclasses import dataclass
+from hashlib import sha256
+
+from xxhash import xxh3_128_digest
+
+from emberkv.errors import CorruptBlockError, EntryError, ForeignBlockError
+
+Payload = bytes | memoryview
+"""A block's state, opaque. Decoding gives a view into the record's bytes, without a copy."""
+
+VERSION = 1
+MAGIC = b"\x89EMBERKV"
+IDENTITY_BYTES = 32
+
+_HEADER = struct.Struct("<8sHBBIIQ32s32s")
+"""Magic, version, flags, namespace's size, position, tokens' size, payload's size, identity, parent."""
+
+_CHECKSUM_BYTES = 16
+_EXACT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """One block with all that is needed to tell whether it is the one asked for.
+
+    identity: SHA-256 of ``parent`` and ``tokens`` (see `emberkv.core.hashing`). tokens: four bytes each. position: of
+    the block in its chain, from 0. exact: bit-equal to a cold prefill's state.
+    """
+
+    identity: bytes
+    parent: bytes
+    tokens: bytes
+    position: int
+    exact: bool
+    payload: Payload
+
+
+def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
+    """The record as bytes. namespace: of the model; at most 255 bytes.
+
+    Raises EntryError for an identity or a parent that has not 32 bytes, and for a namespace that is too long.
+    """
+    sizes = {len(record.identity), len(record.parent)}
+    if sizes != {IDENTITY_BYTES} or len(namespace) > 255:
+        raise EntryError(
+            f"identity of {len(record.identity)} bytes, parent of {len(record.parent)}, namespace of {len(namespace)}; "
+            f"the first two must have {IDENTITY_BYTES} and the last at most 255"
+        )
+    header = _HEADER.pack(
+        MAGIC, VERSION, _EXACT if record.exact else 0, len(namespace), record.position,
+        len(record.tokens), len(record.payload), record.identity, record.parent,
+    )  # fmt: skip
+    body = b"".join((header, namespace, record.tokens, record.payload))
+    return body + xxh3_128_digest(body)
+
+
+def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
+    """The record in ``data``. Raises CorruptBlockError for damaged bytes, ForeignBlockError for another version
+    or model. The payload is a view into ``data``.
+    """
+    if len(data) < _HEADER.size + _CHECKSUM_BYTES:
+        raise CorruptBlockError(f"{len(data)} bytes are too few for a block", fault="truncated")
+    magic, version, flags, space_size, position, tokens_size, payload_size, identity, parent = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise CorruptBlockError("the bytes are no block", fault="no block")
+    if version != VERSION:
+        raise ForeignBlockError(f"block of version {version}; this is version {VERSION}", fault="version")
+    tokens_at = _HEADER.size + space_size
+    payload_at = tokens_at + tokens_size
+    end = payload_at + payload_size
+    if end + _CHECKSUM_BYTES != len(data):
+        raise CorruptBlockError(f"{len(data)} bytes; its header says {end + _CHECKSUM_BYTES}", fault="truncated")
+    view = memoryview(data)
+    if xxh3_128_digest(view[:end]) != view[end:]:
+        raise CorruptBlockError("the checksum does not fit the bytes", fault="checksum")
+    if view[_HEADER.size : tokens_at] != namespace:
+        raise ForeignBlockError("block of another model", fault="namespace")
+    tokens = data[tokens_at:payload_at]
+    return BlockRecord(identity, parent, tokens, position, bool(flags & _EXACT), view[payload_at:end])
+
+
+def check_record(record: BlockRecord, identity: bytes) -> None:
+    """Raises ForeignBlockError unless the record is the block of that identity, with the tokens that make it so."""
+    if record.identity != identity:
+        raise ForeignBlockError("another block than the one asked for", fault="identity")
+    if sha256(record.parent + record.tokens).digest() != identity:
+        raise ForeignBlockError("its parent and its tokens do not make its identity", fault="chain")

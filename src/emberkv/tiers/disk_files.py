@@ -1,0 +1,118 @@
+"""The disk tier's only way to the disk: files read, written whole or not at all, and removed.
+
+Nothing is synced. What a killed process wrote is complete, because a file gets its name only when it is; a machine that
+loses power may lose recent blocks or leave damaged ones, which the checksum finds.
+"""
+
+import fcntl
+import itertools
+import os
+from pathlib import Path
+
+from emberkv.errors import CacheFolderError
+from emberkv.tiers.disk_layout import BLOCKS, LOCK, TEMPORARY
+
+_FOLDER_MODE = 0o700
+_FILE_MODE = 0o600
+
+
+class BlockFiles:
+    """Files below FOLDER/blocks, by their path there. All methods but the constructor raise OSError.
+
+    Creates what is missing of the folder, as far as it may. Raises CacheFolderError where there is none then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.blocks = folder / BLOCKS
+        self._root = str(self.blocks)
+        self._temporary = str(self.blocks / TEMPORARY)
+        self._names = itertools.count()
+        try:
+            folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+            self.blocks.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+        except OSError as error:
+            if not self.blocks.is_dir():
+                raise CacheFolderError(
+                    f"cache folder {folder} cannot be used: {error.strerror}; give a folder that exists or can be made"
+                ) from error
+
+    def lock(self) -> int | None:
+        """Become the one who writes here: a descriptor that keeps the lock until closed; None where another has it."""
+        descriptor = os.open(self.blocks / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def tidy(self) -> int:
+        """Make the folder private, remove what an interrupted writer left; how many files that were. Needs the lock."""
+        self.blocks.chmod(_FOLDER_MODE)
+        self._make_folder(self._temporary)
+        left = os.listdir(self._temporary)
+        for name in left:
+            os.unlink(f"{self._temporary}/{name}")
+        return len(left)
+
+    def read(self, path: str) -> bytes:
+        descriptor = os.open(f"{self._root}/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _read_all(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write(self, path: str, data: bytes, stamp_ns: int) -> None:
+        """Put the file in its place in one step. stamp_ns: its time of last use."""
+        temporary = f"{self._temporary}/{next(self._names)}"
+        try:
+            self._write_temporary(temporary, data, stamp_ns)
+            self._move(temporary, f"{self._root}/{path}")
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def put_bytes(self, descriptor: int, data: memoryview) -> int:
+        """Write some of ``data``, from its first byte on; how many."""
+        return os.write(descriptor, data)
+
+    def stamp(self, path: str, stamp_ns: int) -> None:
+        os.utime(f"{self._root}/{path}", ns=(stamp_ns, stamp_ns))
+
+    def unlink(self, path: str) -> None:
+        """Remove the file; one that is gone already is fine."""
+        Path(f"{self._root}/{path}").unlink(missing_ok=True)
+
+    def _write_temporary(self, path: str, data: bytes, stamp_ns: int) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _FILE_MODE)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.put_bytes(descriptor, rest) :]
+            os.utime(descriptor, ns=(stamp_ns, stamp_ns))
+        finally:
+            os.close(descriptor)
+
+    def _move(self, temporary: str, path: str) -> None:
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:  # its first block of this model and owner, or somebody removed the folder
+            parent = os.path.dirname(path)
+            self._make_folder(os.path.dirname(parent))
+            self._make_folder(parent)
+            os.replace(temporary, path)
+
+    def _make_folder(self, path: str) -> None:
+        Path(path).mkdir(mode=_FOLDER_MODE, exist_ok=True)
+
+
+def _read_all(descriptor: int) -> bytes:
+    """In one call, as files of blocks do not grow; a rest beyond what one call gives is read too."""
+    wanted = os.fstat(descriptor).st_size
+    data = os.read(descriptor, wanted)
+    while len(data) < wanted:
+        more = os.read(descriptor, wanted - len(data))
+        if not more:
+            break
+        data += more
+    return data

@@ -1,0 +1,116 @@
+"""The disk tier's books: which files there are, what they take, and which of them go when space is short.
+
+Pure bookkeeping in memory, without a lock: the tier holds one around each call, and does the file work outside of it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.tiers.base import PolicyFactory
+from emberkv.tiers.disk_layout import BlockFile
+
+
+class DiskIndex:
+    """Files by key, within ``max_bytes``. What is being written is reserved, so that the limit holds meanwhile too."""
+
+    def __init__(self, max_bytes: int, policy: PolicyFactory) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.bytes_by_owner: Counter[str] = Counter()
+        self._files: dict[bytes, BlockFile] = {}
+        self._unreadable: set[bytes] = set()
+        self._last_stamp = 0
+        self._reserved = 0
+        self._policy: EvictionPolicy[bytes] = policy()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def fill(self, files: Iterable[BlockFile]) -> list[BlockFile]:
+        """Enter what an earlier process left, least recently used first. Returns what must go.
+
+        Of two files of one block the exact one stays, of alike ones the more recent.
+        """
+        gone = []
+        for file in sorted(files, key=lambda file: (file.mtime_ns, file.identity)):
+            other = self._files.get(file.key)
+            if other and other.exact and not file.exact:
+                gone.append(file)
+                continue
+            gone += self.discard(file.key) + self.add(file)
+            self.stamp(file.mtime_ns)
+        while self.bytes > self.max_bytes:
+            gone.append(self._strike(self._policy.evict()))
+        return gone
+
+    def find(self, key: bytes) -> BlockFile | None:
+        """A file that can be loaded."""
+        return None if key in self._unreadable else self._files.get(key)
+
+    def get(self, key: bytes) -> BlockFile | None:
+        """A file that is there, readable or not."""
+        return self._files.get(key)
+
+    def files(self) -> list[BlockFile]:
+        return list(self._files.values())
+
+    def add(self, file: BlockFile) -> list[BlockFile]:
+        """Enter a file, in place of one with its key if there is one. Returns those that a quota forbids to keep."""
+        self.discard(file.key)
+        self._files[file.key] = file
+        self._count(file, +1)
+        self._policy.admit(file.key, Weight(size=max(file.size, 1), owner=file.owner))
+        self._policy.release((file.key,))
+        surplus = list(self._policy.surplus())
+        return [file for key in surplus for file in self.discard(key)]
+
+    def discard(self, key: bytes) -> list[BlockFile]:
+        """Strike a file off; the list of it, empty where there was none."""
+        if key not in self._files:
+            return []
+        self._policy.discard(key)
+        return [self._strike(key)]
+
+    def set_aside(self, file: BlockFile) -> None:
+        """It cannot be read: still there and counted, but not found until stored again."""
+        if self._files.get(file.key) is file:
+            self._unreadable.add(file.key)
+
+    def used(self, keys: Sequence[bytes], now_ns: int) -> list[tuple[BlockFile, int]]:
+        """The files found, now the most recent, and the time to write on each; the first one's is the latest."""
+        found = [file for key in keys if (file := self.find(key))]
+        self._policy.access([file.key for file in reversed(found)])
+        last = self.stamp(now_ns, len(found))
+        return list(zip(found, range(last, last - len(found), -1), strict=True))
+
+    def stamp(self, now_ns: int, count: int = 1) -> int:
+        """The last of ``count`` times, all later than any before: the order of use survives a clock set back."""
+        self._last_stamp = max(self._last_stamp + count, now_ns)
+        return self._last_stamp
+
+    def reserve(self, size: int, owner: str) -> tuple[bool, list[BlockFile]]:
+        """Make room for ``size`` bytes and keep it. Returns whether there is room, and what had to go for it.
+
+        There is none where all that could go is guaranteed to others, or is being written.
+        """
+        gone: list[BlockFile] = []
+        while self.bytes + self._reserved + size > self.max_bytes:
+            if not self._policy.available_to(owner):
+                return False, gone
+            gone.append(self._strike(self._policy.evict_for(owner)))
+        self._reserved += size
+        return True, gone
+
+    def unreserve(self, size: int) -> None:
+        self._reserved -= size
+
+    def _strike(self, key: bytes) -> BlockFile:
+        self._unreadable.discard(key)
+        file = self._files.pop(key)
+        self._count(file, -1)
+        return file
+
+    def _count(self, file: BlockFile, sign: int) -> None:
+        self.bytes += sign * file.size
+        self.bytes_by_owner[file.owner] += sign * file.size

@@ -1,0 +1,44 @@
+"""Where blocks are: a look into the memory of all tiers, fastest first, never at a disk."""
+
+from collections.abc import Sequence
+
+from emberkv.core.promotion import Run
+from emberkv.tiers.base import Tier
+from emberkv.tiers.meter import TierMeter
+
+
+def find_runs(
+    tiers: Sequence[Tier], meters: Sequence[TierMeter], identities: Sequence[bytes], *, exact: bool
+) -> list[Run]:
+    """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
+
+    Counts a hit for that tier, and a miss for the faster ones; where nobody has a block, a miss for all, as for those
+    after it.
+    """
+    runs: list[Run] = []
+    position = 0
+    while position < len(identities):
+        rank, count = _first_run(tiers, identities[position:], exact)
+        for meter in meters[:rank]:
+            meter.looked_up(0, count)
+        if rank == len(tiers):
+            break
+        meters[rank].looked_up(count, 0)
+        runs.append(Run(tiers[rank].name, count, meters[rank].seconds_for(count)))
+        position += count
+    return runs
+
+
+def _first_run(tiers: Sequence[Tier], identities: Sequence[bytes], exact: bool) -> tuple[int, int]:
+    """The rank of the fastest tier with the first block, and the blocks it has before a faster one has the next.
+
+    All blocks, under the rank after the last, where no tier has the first.
+    """
+    for rank, tier in enumerate(tiers):
+        count = tier.lookup(identities, exact=exact)
+        if count:
+            faster = tiers[:rank]
+            later = range(1, count) if faster else ()
+            ends = (at for at in later if any(each.lookup(identities[at : at + 1], exact=exact) for each in faster))
+            return rank, next(ends, count)
+    return len(tiers), len(identities)

@@ -1,0 +1,96 @@
+"""What tiers tell of themselves: contents, traffic, failures by kind, and how long loads and stores took."""
+
+import logging
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds, in seconds, of a latency histogram's buckets; one more bucket has no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latencies:
+    """counts: by bucket of `BOUNDS`, each for itself, and last those above. seconds: their sum."""
+
+    counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
+    seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+class LatencyHistogram:
+    """Counts durations. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(BOUNDS, seconds)] += 1
+        self._seconds += seconds
+
+    def snapshot(self) -> Latencies:
+        return Latencies(tuple(self._counts), self._seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """A tier at a moment. The tier itself fills the first part, the stack, which drives and verifies it, the second.
+
+    entries, bytes: held now, on a disk those of other models included; bytes never exceed max_bytes. evictions: in
+    blocks. skipped: stores left undone, by reason. troubles: failures of the place, by kind.
+
+    hits, misses: blocks looked up, counted where no faster tier has them. loads: blocks brought up and verified.
+    stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_latency: of
+    each batch read; store_latency: of each batch written.
+    """
+
+    entries: int = 0
+    bytes: int = 0
+    max_bytes: int = 0
+    bytes_by_owner: Mapping[str, int] = field(default_factory=dict)
+    evictions: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    troubles: Mapping[str, int] = field(default_factory=dict)
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    stores: int = 0
+    corrupt: Mapping[str, int] = field(default_factory=dict)
+    load_latency: Latencies = Latencies()
+    store_latency: Latencies = Latencies()
+
+
+@dataclass(frozen=True, slots=True)
+class StackStats:
+    """The stack's own part. offered: blocks. already_stored: of these, the ones that every tier had, skipped before
+    any work. queue_full: those skipped because the writer was behind. queue_bytes: waiting to be written.
+    failures: jobs that ended in an error nobody foresaw, by its type; each is logged.
+    """
+
+    offered: int = 0
+    already_stored: int = 0
+    queue_full: int = 0
+    queue_bytes: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+
+class Troubles:
+    """Failures by kind, logged with their first, second, fourth... so that a broken disk does not flood the log."""
+
+    def __init__(self, log: logging.Logger, place: str) -> None:
+        self._log = log
+        self._place = place
+        self.counts: Counter[str] = Counter()
+
+    def count(self, kind: str, detail: str) -> None:
+        """detail: must say nothing of a block's content or its owner."""
+        self.counts[kind] += 1
+        times = self.counts[kind]
+        if times & (times - 1) == 0:
+            self._log.warning("%s: %s (%s), %d so far", self._place, kind, detail, times)

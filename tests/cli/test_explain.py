@@ -1,0 +1,165 @@
+"""``emberkv explain``: what it asks, over a real socket, and what it prints."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from typer.testing import CliRunner, Result
+
+from emberkv.cli.explain import Api, question_of
+from emberkv.cli.main import app
+
+LOST = {"place": "ram", "how": "evicted", "seconds_ago": 7300}
+ANSWER = {
+    "prompt_tokens": 400,
+    "hit_tokens": 200,
+    "hit_tokens_by_place": {"pool": 160, "disk": 40},
+    "misses": [
+        {"reason": "evicted", "start": 200, "tokens": 100, "lost": LOST},
+        {"reason": "diverged", "start": 300, "tokens": 96, "lost": None},
+        {"reason": "partial", "start": 396, "tokens": 4, "lost": None},
+    ],
+    "divergence": {
+        "token": 307,
+        "still_cached": True,
+        "before": "日本\n\x1b[31mIt is 2026-01-0",
+        "expected": "4.\nGo on",
+        "found": "5.\nGo on",
+    },
+    "canonical": {"date": 2},
+}  # fmt: skip
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+class _Server(ThreadingHTTPServer):
+    answer: tuple[int, object] = (200, ANSWER)
+    asked: list[tuple[str, str | None, Any]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        return None
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append((self.path, self.headers.get("authorization"), body))
+        status, answer = self.server.answer
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def invoke(server: _Server, *arguments: str, **environment: str) -> Result:
+    url = f"http://127.0.0.1:{server.server_port}"
+    return CliRunner().invoke(app, ["explain", "--url", url, *arguments], env={"COLUMNS": "120", **environment})
+
+
+def test_the_answer_is_printed_readably(server: _Server) -> None:
+    outcome = invoke(server, "--response-id", "chatcmpl-1")
+    assert outcome.exit_code == 0
+    assert server.asked == [("/v1/cache/explain", None, {"response_id": "chatcmpl-1"})]
+    lines = [line.rstrip() for line in outcome.stdout.splitlines()]
+    assert lines[0] == "200 of 400 prompt tokens reused (50.0%)"
+    assert lines[1] == "█" * 30 + "░" * (15 + 14 + 1)
+    assert lines[2:7] == [
+        "█  pool      160  from token 0",
+        "█  disk       40  from token 160",
+        "░  evicted   100  from token 200: it was cached; evicted from ram 2 h ago",
+        "░  diverged   96  from token 300: what is cached goes on with other tokens",
+        "░  partial     4  from token 396: the last block, which is not full or holds the prompt's end",
+    ]
+    assert lines[8] == "The first difference is at token 307:"
+    assert lines[9] == "  is cached    …本\\n\\x1b[31mIt is 2026-01-04.\\nGo on"
+    assert lines[10] == "  this prompt  …本\\n\\x1b[31mIt is 2026-01-05.\\nGo on"
+    assert lines[11].index("^") == cell_len(lines[9][: lines[9].index("4.")])
+    assert lines[13] == "Canonical rules changed the prompt: date (2)."
+
+
+def test_the_key_goes_along(server: _Server) -> None:
+    assert invoke(server, "--text", "Hi", "--key", "sesame").exit_code == 0
+    assert invoke(server, "--text", "Hi", EMBERKV_ADMIN_KEY="mellon").exit_code == 0
+    assert [key for _, key, _ in server.asked] == ["Bearer sesame", "Bearer mellon"]
+
+
+def test_a_file_with_a_request_or_a_text(server: _Server, tmp_path: Path) -> None:
+    path = tmp_path / "given"
+    path.write_text(json.dumps(CHAT))
+    invoke(server, str(path))
+    path.write_text("Just a text.")
+    invoke(server, str(path))
+    invoke(server, str(path), "--raw")
+    assert [body for _, _, body in server.asked] == [
+        {"openai": CHAT},
+        {"openai": {"messages": [{"role": "user", "content": "Just a text."}]}},
+        {"openai": {"prompt": "Just a text."}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "api"),
+    [
+        (CHAT, "openai"),
+        ({"prompt": "x"}, "openai"),
+        ({**CHAT, "system": "Be kind."}, "anthropic"),
+        ({**CHAT, "tools": [{"name": "a", "input_schema": {}}]}, "anthropic"),
+        ({**CHAT, "tools": [{"type": "function", "function": {"name": "a"}}]}, "openai"),
+    ],
+)
+def test_which_api_a_request_is_of(request_body: dict[str, Any], api: str) -> None:
+    assert question_of(json.dumps(request_body)) == {api: request_body}
+    assert question_of(json.dumps(request_body), api=Api.ANTHROPIC) == {"anthropic": request_body}
+
+
+def test_json_is_passed_through(server: _Server) -> None:
+    assert json.loads(invoke(server, "--text", "Hi", "--json").stdout) == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((401, {"error": {"message": "no API key was given"}}), "answers 401: no API key was given"),
+        ((200, {"prompt_tokens": 4}), "the server's answer is no explanation"),
+        ((200, b"<html>"), "is no emberkv server: its answer is not JSON"),
+    ],
+)
+def test_a_server_that_does_not_explain(server: _Server, answer: tuple[int, object], message: str) -> None:
+    server.answer = answer
+    outcome = invoke(server, "--text", "Hi")
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--text", "a", "--response-id", "b"), ("missing-file",)])
+def test_what_cannot_be_asked(server: _Server, arguments: tuple[str, ...]) -> None:
+    outcome = invoke(server, *arguments)
+    assert outcome.exit_code == 2
+    assert "give one of" in outcome.stderr or "missing-file cannot be read" in outcome.stderr
+    assert server.asked == []
+
+
+def test_nobody_listens(server: _Server) -> None:
+    outcome = CliRunner().invoke(app, ["explain", "--url", "http://127.0.0.1:1", "--text", "Hi"])
+    assert outcome.exit_code == 2
+    assert "cannot be asked" in outcome.stderr

@@ -1,0 +1,51 @@
+"""Chains of records to store, and stacks to store them in."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from emberkv.core.hashing import TokenChain
+from emberkv.core.promotion import Run
+from emberkv.tiers.base import TierEntry
+from emberkv.tiers.codec import BlockRecord, encode_record
+from emberkv.tiers.stack import TierStack
+
+NAMESPACE = b"model-one".ljust(32, b".")
+OTHER = b"model-two".ljust(32, b".")
+BLOCK_SIZE = 4
+PATIENCE = 20.0
+"""Seconds after which a test gives up waiting for a thread."""
+
+
+def records(count: int, *, seed: int = 0, exact: bool = True, payload_bytes: int = 200) -> list[BlockRecord]:
+    """A chain of blocks; each payload tells seed and position."""
+    chain = TokenChain(NAMESPACE, [seed * 1000 + index for index in range(count * BLOCK_SIZE)], BLOCK_SIZE)
+    return [
+        BlockRecord(
+            identity, chain.parent(index), chain.block_tokens(index), index, exact,
+            f"{seed}/{index}/".encode().ljust(payload_bytes, b"."),
+        )
+        for index, identity in enumerate(chain.identities)
+    ]  # fmt: skip
+
+
+def inexact(record: BlockRecord) -> BlockRecord:
+    return replace(record, exact=False, payload=bytes(record.payload).replace(b".", b"~"))
+
+
+def entries(blocks: Sequence[BlockRecord], *, owner: str = "", namespace: bytes = NAMESPACE) -> list[TierEntry]:
+    return [TierEntry(each.identity, owner, encode_record(each, namespace=namespace), each.exact) for each in blocks]
+
+
+def identities(blocks: Sequence[BlockRecord]) -> list[bytes]:
+    return [each.identity for each in blocks]
+
+
+def fetched(
+    stack: TierStack, blocks: Sequence[BlockRecord], runs: Sequence[Run] | None = None
+) -> list[BlockRecord | None]:
+    """What the stack brings of these blocks, by default of what it says that it has."""
+    wanted = identities(blocks)
+    outcome: Future[list[BlockRecord | None]] = Future()
+    stack.fetch(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
+    return outcome.result(PATIENCE)

@@ -1,0 +1,115 @@
+"""Blocks as bytes: what comes back is what went in, and damage of any kind is found."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emberkv.errors import BlockError, CorruptBlockError, EntryError, ForeignBlockError
+from emberkv.tiers.codec import BlockRecord, check_record, decode_record, encode_record
+from tests.tiers.build import NAMESPACE, OTHER, records
+
+RECORD = records(3, payload_bytes=40)[2]
+DATA = encode_record(RECORD, namespace=NAMESPACE)
+
+any_identity = st.binary(min_size=32, max_size=32)
+any_record = st.builds(
+    BlockRecord,
+    identity=any_identity,
+    parent=any_identity,
+    tokens=st.binary(max_size=64),
+    position=st.integers(0, 2**32 - 1),
+    exact=st.booleans(),
+    payload=st.binary(max_size=300),
+)
+
+
+@given(record=any_record, namespace=st.binary(max_size=255))
+def test_a_record_comes_back(record: BlockRecord, namespace: bytes) -> None:
+    assert decode_record(encode_record(record, namespace=namespace), namespace=namespace) == record
+
+
+def test_the_payload_is_not_copied() -> None:
+    payload = decode_record(DATA, namespace=NAMESPACE).payload
+    assert isinstance(payload, memoryview)
+    assert payload.obj is DATA
+
+
+@pytest.mark.parametrize("position", range(len(DATA)))
+def test_a_flipped_bit_at_any_position_is_found(position: int) -> None:
+    for bit in range(8):
+        flipped = bytearray(DATA)
+        flipped[position] ^= 1 << bit
+        with pytest.raises(BlockError):
+            decode_record(bytes(flipped), namespace=NAMESPACE)
+
+
+@pytest.mark.parametrize("size", range(len(DATA)))
+def test_a_truncated_block_is_found(size: int) -> None:
+    with pytest.raises(CorruptBlockError) as caught:
+        decode_record(DATA[:size], namespace=NAMESPACE)
+    assert caught.value.fault == "truncated"
+
+
+@settings(max_examples=300)
+@given(junk=st.binary(max_size=400), at=st.integers(0, len(DATA)), cut=st.integers(0, 400))
+def test_any_other_damage_is_found(junk: bytes, at: int, cut: int) -> None:
+    damaged = DATA[:at] + junk + DATA[at + cut :]
+    if damaged != DATA:
+        with pytest.raises(BlockError):
+            decode_record(damaged, namespace=NAMESPACE)
+
+
+def test_a_block_with_something_after_it_is_refused() -> None:
+    with pytest.raises(CorruptBlockError, match=f"{len(DATA) + 1} bytes; its header says {len(DATA)}"):
+        decode_record(DATA + b"x", namespace=NAMESPACE)
+
+
+def test_what_never_was_a_block_is_told_from_a_damaged_one() -> None:
+    with pytest.raises(CorruptBlockError) as caught:
+        decode_record(b"x" * 500, namespace=NAMESPACE)
+    assert caught.value.fault == "no block"
+
+
+def test_another_version_is_refused_by_name() -> None:
+    newer = DATA[:8] + (2).to_bytes(2, "little") + DATA[10:]
+    with pytest.raises(ForeignBlockError, match="block of version 2; this is version 1") as caught:
+        decode_record(newer, namespace=NAMESPACE)
+    assert caught.value.fault == "version"
+
+
+def test_another_model_is_refused() -> None:
+    with pytest.raises(ForeignBlockError) as caught:
+        decode_record(DATA, namespace=OTHER)
+    assert caught.value.fault == "namespace"
+
+
+def test_the_block_asked_for_passes() -> None:
+    check_record(RECORD, RECORD.identity)
+
+
+def test_another_block_is_refused() -> None:
+    with pytest.raises(ForeignBlockError) as caught:
+        check_record(RECORD, records(1)[0].identity)
+    assert caught.value.fault == "identity"
+
+
+@pytest.mark.parametrize("other", [replace(RECORD, tokens=bytes(16)), replace(RECORD, parent=bytes(32))])
+def test_tokens_or_a_parent_that_do_not_make_the_identity_are_refused(other: BlockRecord) -> None:
+    with pytest.raises(ForeignBlockError) as caught:
+        check_record(other, RECORD.identity)
+    assert caught.value.fault == "chain"
+
+
+@pytest.mark.parametrize(
+    ("record", "namespace"),
+    [
+        (replace(RECORD, identity=b"short"), NAMESPACE),
+        (replace(RECORD, parent=b""), NAMESPACE),
+        (RECORD, b"n" * 256),
+    ],
+)
+def test_what_no_header_holds_is_not_encoded(record: BlockRecord, namespace: bytes) -> None:
+    with pytest.raises(EntryError):
+        encode_record(record, namespace=namespace)
