@@ -1,6 +1,6 @@
 """A real vLLM run on an RTX 4090, replayed: 300 requests that overload the card, their queue and their tokens.
 
-    python -m benchmarks.groundtruth [--data shared/data] [--out PREFIX]
+    python -m benchmarks.groundtruth [--data ../shared/data] [--out PREFIX]
 
 vLLM's settings and KV blocks are those it wrote down. Efficiencies, and what else the card's data sheet does not say,
 are those of H100; nothing is fitted to this run. It is simulated a second time with as many KV blocks as anyone could
@@ -25,7 +25,7 @@ from emberkv.sim.inputs import Workload
 from emberkv.sim.outcome import Status
 from emberkv.sim.run import simulate
 
-DATA = Path(__file__).parents[1] / "shared" / "data"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 RUN = Path("groundtruth") / "vllm_rtx4090_llama31_8b"
 TARGET = 0.15
 METRICS = ("TTFT", "TPOT", "end to end")

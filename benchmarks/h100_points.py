@@ -1,6 +1,6 @@
 """The step-time model against 534 measured points of vLLM, SGLang and TensorRT-LLM on H100.
 
-    python -m benchmarks.h100_points [--data shared/data] [--out PREFIX]
+    python -m benchmarks.h100_points [--data ../shared/data] [--out PREFIX]
 
 Three overheads are fitted (a layer, a decoding sequence, an all-reduce), to the times per output token; everything
 else comes from the profile. Each (engine, model) group is predicted with what the others alone give, and with what all
@@ -26,7 +26,7 @@ from emberkv.sim.hardware import MICROSECOND, HardwareProfile, Overheads, load_p
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
 
-DATA = Path(__file__).parents[1] / "shared" / "data"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 POINTS = Path("groundtruth") / "h100_ttft_tpot.csv"
 MODELS = {"Qwen/Qwen3-32B": "qwen3-32b", "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b"}
 ROUNDS = {"sglang": 1, "vllm": 5, "trtllm": 5}

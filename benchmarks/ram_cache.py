@@ -1,9 +1,11 @@
-"""The byte cache in host memory: reads, writes, a mix, metadata, and ten threads at once.
+"""The byte cache in host memory: reads, writes, a mix, metadata, ten threads at once, and the disk tier beside it.
 
-    python -m benchmarks.ram_cache [--quick] [--policy lru] [--rounds 5] [--out PREFIX]
+    python -m benchmarks.ram_cache [--quick] [--policy lru] [--rounds 5] [--folder FOLDER] [--out PREFIX]
 
 A value is stored and returned by reference, never copied, so the figures are the cache's own work. Rates include the
-loop around the calls; latencies include reading the timer. Exits with 1 when a target is missed.
+loop around the calls; latencies include reading the timer. The disk tier reads 1 MB blocks from the page cache, and
+cold: dropped from it before each read. Through the stack, a block is also verified. Exits with 1 when a target is
+missed.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks import report
-from benchmarks.figures import Figure, Row
+from benchmarks.disk_reads import Shelf, shelf
+from benchmarks.figures import Comparison, Figure, Row
 
 from emberkv import InMemoryKVCacheManager
 from emberkv.core.eviction import POLICY_NAMES
@@ -34,14 +37,17 @@ BURST = 1000
 PERCENTILES = (50, 95, 99)
 GETS_PER_SECOND = {1: 1_000_000, THREADS: 500_000}
 GET_P99_US = 50.0
+DISK_OVER_RAM = 50.0
+"""How many times as long as a get of the RAM cache a read by the disk tier must take, for the former to be worth it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """seconds: of each rate. calls: timed one by one on each thread, for latencies."""
+    """seconds: of each rate. calls: timed one by one on each thread, for latencies; disk_calls: likewise, of reads."""
 
     seconds: float
     calls: int
+    disk_calls: int = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +176,52 @@ def measure_load(load: Load, policy: str, rounds: int, effort: Effort) -> list[R
     return rows
 
 
+def percentiles_of(taken: Sequence[float]) -> dict[int, float]:
+    cuts = statistics.quantiles(taken, n=100)
+    return {percent: cuts[percent - 1] for percent in PERCENTILES}
+
+
+def measure_disk(folder: Path | None, policy: str, rounds: int, effort: Effort) -> list[Row]:
+    """Reads of 1 MB from disk against gets of 1 MB, taken in turn."""
+    ways: dict[str, Callable[[Shelf, int], list[float]]] = {
+        "read by the disk tier, page cache": lambda shelf, calls: shelf.loads(calls, cold=False),
+        "read by the disk tier, cold": lambda shelf, calls: shelf.loads(calls, cold=True),
+        "verified through the stack, RAM tier": lambda shelf, calls: shelf.fetches("ram", calls),
+        "verified through the stack, disk tier, page cache": lambda shelf, calls: shelf.fetches("disk", calls),
+        "verified through the stack, disk tier, cold": lambda shelf, calls: shelf.fetches("disk", calls, cold=True),
+    }
+    taken: dict[str, list[dict[int, float]]] = {way: [] for way in ways}
+    gets = []
+    with shelf(folder) as prepared:
+        for _ in range(rounds):
+            stage = Stage(LOADS[0], policy)
+            gets.append(percentiles_us([stage.get()], effort.calls))
+            for way, read in ways.items():
+                taken[way].append(percentiles_of(read(prepared, effort.disk_calls)))
+    rows: list[Row] = []
+    for way, found in taken.items():
+        for percent in PERCENTILES:
+            name = f"1 MB values: {way}, p{percent}"
+            target = DISK_OVER_RAM if way.startswith("read") and percent == 50 else None
+            sides = [each[percent] for each in found], [each[percent] for each in gets]
+            rows.append(Comparison(name, "µs", "block", sides[0], "get", sides[1], target, at_least=True))
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=POLICY_NAMES, default="lru")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--folder", type=Path, help="where the disk tier's folder is made; default: for temporary files"
+    )
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--out", "--json", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
-    rounds, effort = (1, Effort(0.05, 5_000)) if given.quick else (given.rounds, Effort(0.5, 100_000))
+    rounds, effort = (1, Effort(0.05, 5_000, 100)) if given.quick else (given.rounds, Effort(0.5, 100_000))
     about = report.about("benchmarks.ram_cache", __doc__, policy=given.policy, rounds=rounds, threads=THREADS)
     rows = [row for load in LOADS for row in measure_load(load, given.policy, rounds, effort)]
+    rows += measure_disk(given.folder, given.policy, rounds, effort)
     return report.publish(rows, about, given.out)
 
 

@@ -13,6 +13,16 @@ from tests.models import tiny_model, tiny_tokenizer
 CheckpointFactory = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="many more rounds of the tests that kill processes")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether tests that repeat themselves do so many times."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
     """``checkpoint(arch, dtype=torch.float32, seed=0)``: the folder of a tiny model, written once a session.

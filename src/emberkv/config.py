@@ -34,7 +34,7 @@ WARMUP_VARIABLES = {
 """Read beside the ``EMBERKV_*`` variables, which go before them; an empty one counts as not given."""
 
 _LISTS = ("api_keys", "warmup_system_files")
-_HIDDEN = ("secret", "api_keys")
+_HIDDEN = ("secret", "api_keys", "admin_key")
 """What these hold must not be repeated in an error."""
 
 _FEWEST_SECRET_CHARACTERS = 16
@@ -75,9 +75,14 @@ class ServeConfig(BaseModel):
     max_step_tokens: token budget of a step that decodes and prefills.
     exact: reuse only KV state that is bit-equal to a cold prefill's.
     prefix_cache: False computes every prompt anew.
+    cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
+    ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.
+    admin_key: what the cache's own routes ask for; without one they are open on a loopback address only.
+    canonical: a YAML file of rules that rewrite volatile lines of prompts.
+    record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed identities, no text.
     warmup: False computes no prompt before the first request asks for it.
     warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
@@ -102,15 +107,21 @@ class ServeConfig(BaseModel):
     prefix_cache: bool = True
     api_keys: tuple[str, ...] = ()
     cache_dir: Path | None = None
+    cache_disk: ByteSize = Field(default=ByteSize(50 * 2**30), gt=0)
+    ram_tier: ByteSize = Field(default=ByteSize(0), ge=0)
     tenants: Path | None = None
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
     drain_seconds: float = Field(default=10.0, ge=0)
+    admin_key: SecretStr | None = None
+    canonical: Path | None = None
+    record_trace: Path | None = None
     warmup: bool = True
     warmup_timeout: Annotated[float, BeforeValidator(_warmup_seconds)] = DEFAULT_WARMUP_SECONDS
     warmup_system_files: tuple[Path, ...] = ()
     warmup_required: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     fingerprint_cache: Path | None = None
 
     @model_validator(mode="after")
@@ -119,6 +130,12 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"prefill_chunk is {self.prefill_chunk}; it must be a multiple of block_size, {self.block_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> Self:
+        if "cache_disk" in self.model_fields_set and self.cache_dir is None:
+            raise ValueError("cache_disk is given without cache_dir; give the folder that it is the limit of, too")
         return self
 
 

@@ -1,16 +1,19 @@
 """A scheduler with an engine that writes down, instead of KV state, everything that the KV state depends on."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.eviction import make_policy
+from emberkv.core.eviction_policy import EvictionPolicy
+from emberkv.core.fair_shares import FairShares, Share
 from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Load
+from emberkv.core.retention import Retaining
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from tests.core.lower import FakeTiers
@@ -22,8 +25,8 @@ def root(block_size: int, salt: bytes = b"") -> bytes:
     return root_identity(fingerprint="weights", dtype="float32", layout="test", block_size=block_size, salt=salt)
 
 
-def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"") -> TokenChain:
-    return TokenChain(root(block_size, salt), tokens, block_size)
+def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"", owner: str = "") -> TokenChain:
+    return TokenChain(root(block_size, salt), tokens, block_size, owner=owner)
 
 
 def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Block]:
@@ -40,9 +43,24 @@ class Cell:
     exact: bool
 
 
+class FloorsHold(FairShares[bytes]):
+    """Fair shares of blocks, one byte each, that look at every eviction."""
+
+    def evict_for(self, owner: str) -> bytes:
+        before = self.bytes_by_owner()
+        key = super().evict_for(owner)
+        after = self.bytes_by_owner()
+        for name, share in self._shares.items():
+            if name != owner:
+                assert after.get(name, 0) >= min(before.get(name, 0), share.floor_bytes), f"{owner} takes from {name}"
+        return key
+
+
 @dataclass
 class Harness:
-    """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running."""
+    """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running. shares: in blocks; each salt is an
+    owner then.
+    """
 
     num_blocks: int = 16
     block_size: int = 4
@@ -54,20 +72,27 @@ class Harness:
     max_step_tokens: int = 16
     max_running: int = 8
     lower: FakeTiers | None = None
+    shares: Mapping[str, Share] | None = None
     next_token: Callable[[Sequence], int] = lambda sequence: 1000 + len(sequence.chain)
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     prefilled: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.pool = BlockPool(self.num_blocks, self.block_size, policy=make_policy(self.policy), journal=True)
+        self.pool = BlockPool(self.num_blocks, self.block_size, policy=self._make_policy(), journal=True)
         self.cache = PrefixCache(self.pool, alignment=self.alignment, exact=self.exact, enabled=self.enabled)
         config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running)
         self.scheduler = Scheduler(self.cache, config, self.lower)
 
+    def _make_policy(self) -> EvictionPolicy[bytes]:
+        if self.shares is None:
+            return make_policy(self.policy)
+        return FloorsHold(lambda: Retaining(make_policy(self.policy), max_bytes=3), self.shares, Share())
+
     def add(
         self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
     ) -> Sequence:
-        sequence = Sequence(request_id, chain(tokens, self.block_size, salt), new, priority)
+        owner = salt.decode() if self.shares is not None else ""
+        sequence = Sequence(request_id, chain(tokens, self.block_size, salt, owner), new, priority)
         self.scheduler.add(sequence)
         return sequence
 

@@ -1,6 +1,6 @@
 """Lists of cached prefixes: lengths, heat, and what is left out."""
 
-from emberkv.core.cached_prefixes import CachedPrefix, first_tokens, hottest, largest, path_to
+from emberkv.core.cached_prefixes import CachedPrefix, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.events import BlockStored
 from emberkv.core.explanation import POOL
 from emberkv.core.hashing import TokenChain
@@ -58,6 +58,15 @@ def test_the_way_to_a_block() -> None:
     assert path_to(ledger, b"unknown") == []
 
 
+def test_what_can_go_without_harm_to_others() -> None:
+    ledger = cached()
+    assert unshared(ledger, FIRST.identities) == [end(FIRST)]
+    assert set(unshared(ledger, SECOND.identities[:3])) == set(SECOND.identities[2:])
+    assert set(unshared(ledger, FIRST.identities[:2])) == {*FIRST.identities, *SECOND.identities}
+    assert unshared(ledger, [b"unknown", b"other"]) == [b"other", b"unknown"]
+    assert unshared(ledger, []) == []
+
+
 def test_a_private_chain_goes_on_from_what_is_public() -> None:
     public = chain(SYSTEM)
     private = TokenChain(public.root, [*SYSTEM, 1, 1, 1, 1], 4, owner="ann", salt=b"hers", public_blocks=2)
@@ -66,3 +75,4 @@ def test_a_private_chain_goes_on_from_what_is_public() -> None:
     ledger.served(private, 3, 2.0)
     assert hottest(ledger, 10) == largest(ledger, 10) == [CachedPrefix(end(private), 12, "ann", (POOL,), 1, 2.0)]
     assert first_tokens(ledger, end(private), 10) == (*SYSTEM, 1, 1)
+    assert set(unshared(ledger, public.identities)) == set(private.identities)

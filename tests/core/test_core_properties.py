@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.fair_shares import FairShares, Share
 from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
 from emberkv.errors import DuplicateRequestError, PromptTooLongError
 from tests.core.harness import Harness, random_token
@@ -15,10 +16,13 @@ from tests.core.lower import FakeTiers
 from tests.core.mirror import Mirror
 
 ANYWHERE = st.integers(0, 1_000_000)
+SHARES = st.none() | st.tuples(st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(3, 6)).map(
+    lambda sizes: {"": Share(sizes[0]), "other": Share(sizes[1], sizes[2])}
+)
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """Tiny pools, two tokens, two salts: eviction, preemption, sharing and duplicates happen all the time.
+    """Tiny pools, two tokens, two salts, shares or none: eviction, preemption, sharing and duplicates happen all along.
 
     What is committed goes to lower tiers, which forget at random; loads arrive whole, partly, late, after a clear, or
     not before the end.
@@ -31,6 +35,7 @@ class CoreMachine(RuleBasedStateMachine):
         units=st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 3)]),
         flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False])),
         tiers=st.booleans(),
+        shares=SHARES,
         max_step_tokens=st.integers(1, 24),
         max_running=st.integers(1, 6),
         seed=ANYWHERE,
@@ -43,6 +48,7 @@ class CoreMachine(RuleBasedStateMachine):
         units: tuple[int, int],
         flags: tuple[bool, bool],
         tiers: bool,
+        shares: dict[str, Share] | None,
         max_step_tokens: int,
         max_running: int,
         seed: int,
@@ -60,6 +66,7 @@ class CoreMachine(RuleBasedStateMachine):
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             lower=self.tiers if tiers else None,
+            shares=shares,
             next_token=random_token(self.random),
         )
         self.scheduler = self.harness.scheduler
@@ -67,6 +74,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.mirror = Mirror(self.pool)
         self.live: dict[str, Sequence] = {}
         self.prompts: list[list[int]] = [[]]
+        self.others: set[bytes] = set()
         self.added = 0
 
     @rule(
@@ -75,22 +83,22 @@ class CoreMachine(RuleBasedStateMachine):
         tail=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         new=st.integers(1, 12),
         priority=st.integers(0, 2),
-        salt=st.sampled_from([b"", b"", b"", b"other"]),
+        salt=st.sampled_from([b"", b"", b"other"]),
         restored=st.integers(0, 14),
     )
-    def add(
-        self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes, restored: int
-    ) -> None:
+    def add(self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes, restored: int) -> None:
         """restored: as many of its blocks are in a lower tier already, as after a restart."""
         tokens = self.prompts[shared % len(self.prompts)][:kept] + tail
         name = f"r{self.added}"
         self.added += 1
-        if len(tokens) + new > self.pool.num_blocks * self.pool.block_size:
+        if len(tokens) + new > self.scheduler.max_sequence_tokens:
             with pytest.raises(PromptTooLongError):
                 self.harness.add(name, tokens, new, priority=priority, salt=salt)
             return
         self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt)
         self.prompts.append(tokens)
+        if salt:
+            self.others.update(self.live[name].chain.identities)
         if restored:
             stored = self.live[name].chain.identities[:restored]
             self.tiers.put([identity for identity in stored if identity not in self.tiers.places])
@@ -115,6 +123,13 @@ class CoreMachine(RuleBasedStateMachine):
         assert sequence.finish_reason is FinishReason.ABORT
         self.scheduler.finish(name, FinishReason.ERROR)  # no longer here: ignored
         assert sequence.finish_reason is FinishReason.ABORT
+        self.harness.check()
+
+    @precondition(lambda self: self.live)
+    @rule(pick=ANYWHERE, count=st.integers(0, 5), until=st.integers(0, 9))
+    def retain(self, pick: int, count: int, until: int) -> None:
+        self.pool.policy.retain(self.live[self._pick(pick)].chain.identities[:count], until)
+        self.pool.policy.expire(5)
         self.harness.check()
 
     @rule(arrive=st.booleans())
@@ -174,6 +189,7 @@ class CoreMachine(RuleBasedStateMachine):
         loading = sum(len(load.blocks) for load in self.scheduler.loads)
         assert self.live or self.pool.num_free + loading == self.pool.num_blocks
         assert self.scheduler.loads or not any(each.status is SequenceStatus.LOADING for each in waiting)
+        self._check_shares()
         self.mirror.follow()
         assert self.mirror.parents == self.pool.snapshot().parents
 
@@ -192,6 +208,15 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         assert self.pool.stats.collisions == 0
 
+    def _check_shares(self) -> None:
+        if isinstance(self.pool.policy, FairShares):
+            used = self.pool.policy.bytes_by_owner()
+            assert sum(used.values()) == self.pool.num_cached
+            quota = (self.harness.shares or {})["other"].quota_bytes
+            if quota is not None and used.get("other", 0) > quota:
+                blocks = [self.pool.lookup(identity) for identity in self.others]
+                assert all(block is None or block.ref_count for block in blocks), "released, and above the quota"
+
     def _pick(self, number: int) -> str:
         return list(self.live)[number % len(self.live)]
 
@@ -204,6 +229,8 @@ class CoreMachine(RuleBasedStateMachine):
         assert plan or self.scheduler.loads or not self.live, "a step does something unless all wait for loads"
         self.harness.compute(plan)
         for sequence in self.harness.complete(plan, stopped):
+            if sequence.chain.owner(0):
+                self.others.update(sequence.chain.identities)
             self._check_finished(self.live.pop(sequence.request_id), stopped)
 
     def _check_finished(self, sequence: Sequence, stopped: set[str]) -> None:

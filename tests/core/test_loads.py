@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from emberkv.core.loads import PROBE_EVERY
 from emberkv.core.matching import MatchEnd
 from emberkv.core.promotion import Admission, Load, LoadChoice
 from emberkv.core.sequence import FinishReason, SequenceStatus
@@ -322,3 +323,22 @@ def test_a_load_ends_once_and_with_no_more_than_it_holds() -> None:
     harness.scheduler.loaded(load, [])
     with pytest.raises(IntegrityError, match="in flight: False"):
         harness.scheduler.loaded(load, [])
+
+
+def test_now_and_then_a_slow_tier_is_tried_again() -> None:
+    tiers = stocked(range(16))
+    tiers.block_seconds, tiers.token_seconds = {"disk": 9.0}, 1.0
+    harness = Harness(lower=tiers)
+    begun = []
+    for number in range(2 * PROBE_EVERY):
+        harness.add(f"{number}", range(18))
+        plan = harness.scheduler.schedule()
+        begun += [(number, load.stop, load.patience) for load in plan.loads]
+        for load in plan.loads:
+            harness.arrive(load, 0)
+        harness.compute(plan)
+        harness.complete(plan)
+        harness.finish()
+        harness.pool.clear()
+    assert begun == [(PROBE_EVERY - 1, 4, 16.0), (2 * PROBE_EVERY - 1, 4, 16.0)]
+    assert (harness.pool.stats.load_probes, harness.pool.stats.unloaded_blocks) == (2, 8)

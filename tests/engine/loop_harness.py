@@ -5,18 +5,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from emberkv.core.block_pool import BlockPool
+from emberkv.core.eviction_policy import EvictionPolicy
 from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.tier_link import TierLink
 from emberkv.engine.torch_engine import StepResult
 
 VOCAB = 50
@@ -99,13 +103,25 @@ class Harness:
         clock: Callable[[], float] = lambda: 0.0,
         on_crash: Callable[[Exception], None] = lambda error: None,
         prefix_cache: bool = True,
+        exact: bool = False,
+        tiers: TierLink | None = None,
+        policy: EvictionPolicy[Identity] | None = None,
+        public: PublicPrefixes | None = None,
     ) -> None:
         self.executor = executor or FakeExecutor()
-        self.pool = BlockPool(num_blocks, BLOCK)
-        cache = PrefixCache(self.pool, alignment=BLOCK, enabled=prefix_cache)
-        self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16))
-        limits = ModelLimits(CONTEXT, VOCAB, frozenset({EOS}))
-        self.loop = EngineLoop(self.executor, self.scheduler, limits, clock=clock, on_crash=on_crash)
+        self.pool = BlockPool(num_blocks, BLOCK, policy=policy, journal=tiers is not None)
+        cache = PrefixCache(self.pool, alignment=BLOCK, exact=exact, enabled=prefix_cache)
+        self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16), tiers)
+        self.loop = EngineLoop(
+            self.executor,
+            self.scheduler,
+            ModelLimits(CONTEXT, VOCAB, frozenset({EOS})),
+            tiers=tiers,
+            public=public,
+            clock=clock,
+            wall_clock=lambda: 1000.0,
+            on_crash=on_crash,
+        )
 
     def submit(
         self,
@@ -131,8 +147,11 @@ class Harness:
         assert self.loop.stats().free_blocks == self.pool.num_blocks
 
 
+H = TypeVar("H", bound=Harness)
+
+
 @contextmanager
-def running(harness: Harness) -> Iterator[Harness]:
+def running(harness: H) -> Iterator[H]:
     """Start the loop, stop it at the end, and check that nothing is left."""
     harness.loop.start()
     try:

@@ -20,7 +20,7 @@ from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.warm_blocks import store_prefix
-from emberkv.tiers.codec import check_record, decode_record
+from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory
 from tests.engine.loop_harness import Inbox
 
@@ -82,17 +82,18 @@ def test_blocks_are_the_servers_to_the_last_bit(
     engine, chain = serve(folder, dtype)
     assert len(entries) >= 12
     assert list(entries) == [identity.hex() for identity in chain.identities[: len(entries)]]
-    unit = engine.executor.alignment // BLOCK
+    whole = engine.scheduler.cache.whole(len(entries))
     for position, value in enumerate(entries.values()):
-        record = decode_record(value, namespace=chain.root)
-        check_record(record, chain.identities[position])
+        record = verified_record(
+            value, namespace=engine.namespace, identity=chain.identities[position], exact=position < whole
+        )
         assert (record.position, record.tokens) == (position, chain.block_tokens(position))
-        assert record.exact == (position < len(entries) // unit * unit)
+        assert record.exact == (position < whole)
         block = engine.scheduler.cache.pool.lookup(record.identity)
         assert block is not None
         if record.exact:
             assert block.exact
-            assert record.payload == engine.executor.pool.storage[block.slot].view(torch.uint8).numpy().tobytes()
+            assert record.payload == engine.executor.pool.read(block.slot)
 
 
 def test_into_the_cache_with_the_tokens_up_to_each_block(

@@ -52,7 +52,7 @@ class ByteTokenizer:
         return shown + "<assistant>"
 
     def token_text(self, token_id: int) -> str:
-        return bytes([token_id]).decode(errors="replace")
+        return "<begin>" if token_id == BOS else bytes([token_id]).decode(errors="replace")
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

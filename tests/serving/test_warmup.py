@@ -1,7 +1,7 @@
 """The warmup: what is warmed when, how it ends in time, and what it tells."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class FakePool:
     aborted: list[str] = field(default_factory=list)
     listeners: dict[str, OutputListener] = field(default_factory=dict)
     cached: set[bytes] = field(default_factory=set)
+    kept: list[bytes] = field(default_factory=list)
     began: threading.Event = field(default_factory=threading.Event)
 
     def chain(self, prompt: WarmPrompt) -> TokenChain:
@@ -65,6 +66,12 @@ class FakePool:
                 break
             count += 1
         return count * BLOCK
+
+    def keep(self, chain: TokenChain) -> None:  # type: ignore[override]
+        self.kept += [identity for identity in chain.identities if identity not in self.kept]
+
+    def let_go(self, identities: Iterable[bytes]) -> None:
+        self.kept = [identity for identity in self.kept if identity not in set(identities)]
 
     def room(self) -> int:
         return (self.size - len(self.cached)) * BLOCK
@@ -279,9 +286,11 @@ def test_pins_come_and_go(make: Maker, pool: FakePool) -> None:
     assert warmup.pins() == [WarmPrompt((1,) * 8, "a"), WarmPrompt((1,) * 8, "b")]
     warmup.tick()
     assert pool.computed == warmup.pins()
+    assert len(pool.kept) == 8
     assert warmup.unpin([1] * 10, "a")
     assert not warmup.unpin([1] * 10, "a")
     assert warmup.pins() == [WarmPrompt((1,) * 8, "b")]
+    assert pool.kept == pool.chain(WarmPrompt((1,) * 8, "b")).identities
     assert (warmup.report().prompts, warmup.report().tokens) == (1, 8)
 
 
@@ -364,6 +373,7 @@ def test_learned_prompts_come_after_the_pinned_the_best_first(make: Maker, pool:
     assert (report.phase, report.prompts, report.learned, report.restored) == (WarmupPhase.DONE, 1, 2, 2)
     assert str(report).endswith("; 2 of 2 learned prompts restored")
     warmup.pool_lost(None)
+    assert pool.kept == pool.chain(ONE).identities
     assert warmup.pins() == [ONE]  # learned ones are restored but once
 
 

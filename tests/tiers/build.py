@@ -10,8 +10,8 @@ from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
 from emberkv.tiers.stack import TierStack
 
-NAMESPACE = b"model-one".ljust(32, b".")
-OTHER = b"model-two".ljust(32, b".")
+NAMESPACE = b"first model".ljust(32, b".")
+OTHER = b"other model".ljust(32, b".")
 BLOCK_SIZE = 4
 PATIENCE = 20.0
 """Seconds after which a test gives up waiting for a thread."""

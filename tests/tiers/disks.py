@@ -2,9 +2,9 @@
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from emberkv.core.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, TierEntry
 from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.disk_files import BlockFiles
@@ -15,7 +15,7 @@ LARGE = 1_000_000
 
 
 class FailingFiles(BlockFiles):
-    """Each call of the method ``fails`` raises ``error`` (a number of `errno`)."""
+    """From when ``fails`` names a method, its calls raise ``error`` (a number of `errno`)."""
 
     fails = ""
     error = errno.EIO
@@ -47,23 +47,17 @@ class FailingFiles(BlockFiles):
         return written
 
 
-def failing(**settings: object) -> Callable[[Path], BlockFiles]:
-    """Makes files that fail from the start on."""
-
-    def make(folder: Path) -> BlockFiles:
-        files = FailingFiles(folder)
-        for name, value in settings.items():
-            setattr(files, name, value)
-        return files
-
-    return make
-
-
 def opened(
-    folder: Path, max_bytes: int = LARGE, *, namespace: bytes = NAMESPACE, policy: PolicyFactory | None = None
+    folder: Path,
+    max_bytes: int = LARGE,
+    *,
+    namespace: bytes = NAMESPACE,
+    policy: PolicyFactory = LRU,
+    files: BlockFiles | None = None,
 ) -> DiskTier:
-    more = {"policy": policy} if policy else {}
-    return DiskTier.open(folder, max_bytes, namespace=namespace, **more)
+    return DiskTier.open(
+        folder, max_bytes, namespace=namespace, policy=policy, files=BlockFiles if files is None else lambda _: files
+    )
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.errors import BlockError, CorruptBlockError, EntryError, ForeignBlockError
-from emberkv.tiers.codec import BlockRecord, check_record, decode_record, encode_record
+from emberkv.tiers.codec import BlockRecord, decode_record, encode_record, verified_record
 from tests.tiers.build import NAMESPACE, OTHER, records
 
 RECORD = records(3, payload_bytes=40)[2]
@@ -85,20 +85,33 @@ def test_another_model_is_refused() -> None:
     assert caught.value.fault == "namespace"
 
 
+def verified(record: BlockRecord, identity: bytes, *, exact: bool = True) -> BlockRecord:
+    data = encode_record(record, namespace=NAMESPACE)
+    return verified_record(data, namespace=NAMESPACE, identity=identity, exact=exact)
+
+
 def test_the_block_asked_for_passes() -> None:
-    check_record(RECORD, RECORD.identity)
+    assert verified(RECORD, RECORD.identity) == RECORD
+
+
+def test_a_rounded_block_passes_where_exactness_is_not_claimed() -> None:
+    rounded = replace(RECORD, exact=False)
+    assert verified(rounded, RECORD.identity, exact=False) == rounded
+    with pytest.raises(ForeignBlockError) as caught:
+        verified(rounded, RECORD.identity)
+    assert caught.value.fault == "exactness"
 
 
 def test_another_block_is_refused() -> None:
     with pytest.raises(ForeignBlockError) as caught:
-        check_record(RECORD, records(1)[0].identity)
+        verified(RECORD, records(1)[0].identity)
     assert caught.value.fault == "identity"
 
 
 @pytest.mark.parametrize("other", [replace(RECORD, tokens=bytes(16)), replace(RECORD, parent=bytes(32))])
 def test_tokens_or_a_parent_that_do_not_make_the_identity_are_refused(other: BlockRecord) -> None:
     with pytest.raises(ForeignBlockError) as caught:
-        check_record(other, RECORD.identity)
+        verified(other, RECORD.identity)
     assert caught.value.fault == "chain"
 
 

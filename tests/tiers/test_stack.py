@@ -1,44 +1,223 @@
-"""The stack: down in the background, up verified, across tiers."""
+"""The stack: what is offered goes down, what is asked for comes up verified, from the fastest tier that has it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from emberkv.core.promotion import Run
-from emberkv.tiers.disk import DiskTier
+from emberkv.errors import ConfigError
+from emberkv.tiers.base import Tier
+from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.stack import Offer, TierStack
-from tests.tiers.build import NAMESPACE, PATIENCE, fetched, identities, records
+from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, inexact, records
+from tests.tiers.disks import opened
+from tests.tiers.harness import Clock
+from tests.tiers.tiers import LARGE, SlowTier
+
+Make = Callable[..., TierStack]
+BLOCKS = records(20)
+IDS = identities(BLOCKS)
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[TierStack]:
-    tiers = (MemoryTier(10_000), DiskTier.open(tmp_path, 1_000_000, namespace=NAMESPACE))
-    made = TierStack(tiers, namespace=NAMESPACE, queue_bytes=1_000_000)
-    yield made
-    made.close(PATIENCE)
+def make() -> Iterator[Make]:
+    made: list[TierStack] = []
+
+    def get(*tiers: Tier, **settings: object) -> TierStack:
+        arguments = {"namespace": NAMESPACE, "queue_bytes": LARGE, **settings}
+        made.append(TierStack(tiers, **arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield get
+    for stack in made:
+        stack.close(PATIENCE)
 
 
-def test_what_is_offered_is_found_and_fetched(stack: TierStack) -> None:
-    blocks = records(20)
-    stack.offer([Offer(each) for each in blocks])
+def ram(name: str = "ram", max_bytes: int = LARGE) -> MemoryTier:
+    return MemoryTier(max_bytes, name=name)
+
+
+def offer(stack: TierStack, blocks: Sequence[BlockRecord], owner: str = "") -> None:
+    stack.offer([Offer(each, owner) for each in blocks])
     assert stack.flush(PATIENCE)
-    assert sum(run.count for run in stack.find(identities(blocks))) == 20
-    assert fetched(stack, blocks) == blocks
 
 
-def test_after_a_restart_blocks_come_from_disk_and_then_from_ram(tmp_path: Path) -> None:
-    blocks = records(20)
-    for round in range(2):
-        tiers = (MemoryTier(100_000), DiskTier.open(tmp_path, 1_000_000, namespace=NAMESPACE))
-        stack = TierStack(tiers, namespace=NAMESPACE, queue_bytes=1_000_000)
-        if round == 0:
-            stack.offer([Offer(each) for each in blocks])
-            assert stack.close(PATIENCE)
-    assert stack.find(identities(blocks)) == [Run("disk", 20, None)]
-    assert fetched(stack, blocks) == blocks
+def found(stack: TierStack, blocks: Sequence[BlockRecord], *, exact: bool = False) -> list[tuple[str, int]]:
+    return [(run.tier, run.count) for run in stack.find(identities(blocks), exact=exact)]
+
+
+def test_what_is_offered_is_in_every_tier(make: Make) -> None:
+    tiers = ram("fast"), ram("slow")
+    stack = make(*tiers)
+    offer(stack, BLOCKS, "me")
+    for tier in tiers:
+        assert tier.load(IDS) == entries(BLOCKS, owner="me")
+    assert fetched(stack, BLOCKS) == BLOCKS
+
+
+def test_each_block_is_found_in_the_fastest_tier_that_has_it(make: Make) -> None:
+    fast, middle, slow = tiers = ram("fast"), ram("middle"), ram("slow")
+    stack = make(*tiers)
+    stored = entries(BLOCKS)
+    slow.store(stored[:9])
+    middle.store(stored[3:5])
+    fast.store([stored[4], stored[6]])
+    assert found(stack, BLOCKS) == [("slow", 3), ("middle", 1), ("fast", 1), ("slow", 1), ("fast", 1), ("slow", 2)]
+    assert fetched(stack, BLOCKS) == [*BLOCKS[:9], *[None] * 11]
+
+
+def test_nothing_is_found_beyond_the_first_block_that_is_nowhere(make: Make) -> None:
+    tier = ram()
+    stack = make(tier)
+    tier.store(entries(BLOCKS[1:]))
+    assert found(stack, BLOCKS) == []
+    assert found(stack, BLOCKS[1:]) == [("ram", 19)]
+    assert found(stack, []) == []
+
+
+def test_look_ups_are_counted_where_no_faster_tier_had_the_block(make: Make) -> None:
+    fast, slow = ram("fast"), ram("slow")
+    stack = make(fast, slow)
+    fast.store(entries(BLOCKS[:2]))
+    slow.store(entries(BLOCKS[:5]))
+    stack.find(IDS[:8])
+    stats = stack.stats()
+    assert (stats["fast"].hits, stats["fast"].misses) == (2, 6)
+    assert (stats["slow"].hits, stats["slow"].misses) == (3, 3)
+
+
+def test_a_rounded_block_is_not_found_where_exact_ones_are_asked_for(make: Make) -> None:
+    stack = make(ram())
+    offer(stack, [*BLOCKS[:2], inexact(BLOCKS[2])])
+    assert found(stack, BLOCKS) == [("ram", 3)]
+    assert found(stack, BLOCKS, exact=True) == [("ram", 2)]
+
+
+def test_an_exact_block_takes_a_rounded_one_s_place_in_every_tier(make: Make) -> None:
+    stack = make(ram("fast"), ram("slow"))
+    offer(stack, [inexact(BLOCKS[0])])
+    offer(stack, BLOCKS[:1])
+    offer(stack, [inexact(BLOCKS[0])])
+    assert fetched(stack, BLOCKS[:1], [Run("slow", 1, None)]) == BLOCKS[:1]
+    assert stack.stack_stats().already_stored == 1
+
+
+def test_what_every_tier_has_is_skipped_before_any_work(make: Make) -> None:
+    fast, slow = ram("fast"), ram("slow")
+    stack = make(fast, slow)
+    offer(stack, BLOCKS[:5])
+    fast.remove(IDS[:1])
+    offer(stack, BLOCKS[:6])
+    stats = stack.stack_stats()
+    assert (stats.offered, stats.already_stored, stats.queue_full, stats.queue_bytes) == (11, 4, 0, 0)
+    assert [each.stores for each in stack.stats().values()] == [7, 6]
+
+
+def test_blocks_of_a_slow_tier_are_put_into_the_fast_ones(make: Make) -> None:
+    fast, middle, slow = tiers = ram("fast"), ram("middle"), ram("slow")
+    stack = make(*tiers)
+    slow.store(entries(BLOCKS, owner="me"))
+    assert fetched(stack, BLOCKS) == BLOCKS
     assert stack.flush(PATIENCE)
-    assert [(run.tier, run.count) for run in stack.find(identities(blocks))] == [("ram", 20)]
-    assert stack.stats()["disk"].loads == 20
-    assert stack.close(PATIENCE)
+    assert found(stack, BLOCKS) == [("fast", 20)]
+    assert fast.load(IDS) == middle.load(IDS) == entries(BLOCKS, owner="me")
+    assert (stack.stats()["slow"].loads, stack.stats()["fast"].loads) == (20, 0)
+
+
+def test_after_a_restart_blocks_come_from_disk(make: Make, tmp_path: Path) -> None:
+    before = make(ram(), opened(tmp_path))
+    before.offer([Offer(each) for each in BLOCKS])
+    assert before.close(PATIENCE)
+    after = make(ram(), opened(tmp_path))
+    assert found(after, BLOCKS) == [("disk", 20)]
+    assert fetched(after, BLOCKS) == BLOCKS
+
+
+def test_bad_bytes_are_refused_removed_and_counted_and_end_the_run(make: Make) -> None:
+    tier = ram()
+    stack = make(tier)
+    stored = entries(BLOCKS)
+    stored[5] = entries(BLOCKS[5:6], namespace=OTHER)[0]
+    tier.store(stored)
+    assert fetched(stack, BLOCKS)[:6] == [*BLOCKS[:5], None]
+    stats = stack.stats()["ram"]
+    assert (stats.corrupt, stats.entries) == ({"namespace": 1}, 19)
+    assert found(stack, BLOCKS) == [("ram", 5)]
+
+
+def test_bad_bytes_do_not_reach_a_faster_tier(make: Make) -> None:
+    fast, slow = ram("fast"), ram("slow")
+    stack = make(fast, slow)
+    slow.store(entries(BLOCKS[:1], namespace=OTHER))
+    assert fetched(stack, BLOCKS[:1]) == [None]
+    assert stack.flush(PATIENCE)
+    assert fast.stats().entries == 0
+
+
+def test_remove_takes_what_was_offered_before(make: Make) -> None:
+    stack = make(ram("fast"), ram("slow"))
+    stack.offer([Offer(each) for each in BLOCKS])
+    removed = stack.remove(IDS[5:])
+    assert removed
+    assert removed.result(PATIENCE) == {"fast": 15, "slow": 15}
+    assert found(stack, BLOCKS) == [("fast", 5)]
+
+
+def test_clear_takes_all(make: Make) -> None:
+    stack = make(ram("fast"), ram("slow"))
+    stack.offer([Offer(each) for each in BLOCKS])
+    cleared = stack.clear()
+    assert cleared
+    assert cleared.result(PATIENCE) == {"fast": 20, "slow": 20}
+    assert found(stack, BLOCKS) == []
+
+
+def test_touch_keeps_what_the_pool_itself_serves(make: Make) -> None:
+    size = len(entries(BLOCKS[:1])[0].data) + 64
+    stack = make(ram(max_bytes=4 * size))
+    offer(stack, BLOCKS[:4])
+    stack.touch(IDS[:2])
+    offer(stack, BLOCKS[10:12])
+    assert found(stack, BLOCKS) == [("ram", 2)]
+    assert found(stack, BLOCKS[2:4]) == []
+
+
+def test_evictions_are_told(make: Make) -> None:
+    size = len(entries(BLOCKS[:1])[0].data) + 64
+    told: list[tuple[str, list[bytes]]] = []
+    stack = make(ram("fast", 2 * size), ram("slow"), on_evicted=lambda tier, gone: told.append((tier, list(gone))))
+    for block in BLOCKS[:4]:
+        offer(stack, [block])
+    assert told == [("fast", [IDS[0]]), ("fast", [IDS[1]])]
+    assert stack.stats()["fast"].evictions == 2
+
+
+def test_the_expected_time_is_what_fetches_took(make: Make) -> None:
+    clock = Clock()
+    tier = SlowTier(clock, lambda blocks: 0.5 * blocks)
+    stack = make(tier, clock=clock, loaders=1)
+    tier.store(entries(BLOCKS))
+    assert stack.find(IDS[:3]) == [Run("slow", 3, None)]
+    fetched(stack, BLOCKS[:4])
+    fetched(stack, BLOCKS[:16])
+    (run,) = stack.find(IDS[:10])
+    assert run.seconds == pytest.approx(5.0)
+
+
+def test_latencies_are_counted_by_batch(make: Make) -> None:
+    clock = Clock()
+    stack = make(SlowTier(clock, lambda blocks: 0.004 * blocks), clock=clock, loaders=1)
+    offer(stack, BLOCKS)
+    fetched(stack, BLOCKS)
+    stats = stack.stats()["slow"]
+    assert (stats.store_latency.count, stats.load_latency.count) == (20, 3)
+    assert stats.store_latency.seconds == pytest.approx(0.08)
+    assert stats.load_latency.seconds == pytest.approx(0.08)
+    assert (stats.load_latency.counts[6], stats.load_latency.counts[7], stats.load_latency.counts[8]) == (0, 1, 2)
+
+
+def test_tiers_must_have_names_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="each needs a name of its own"):
+        TierStack([ram(), ram()], namespace=NAMESPACE, queue_bytes=1)

@@ -5,9 +5,11 @@ from typing import Annotated
 import typer
 
 from emberkv import __version__
-from emberkv.cli import workload
+from emberkv.cli import cache, workload
 from emberkv.cli.bench import bench
+from emberkv.cli.calibrate import calibrate
 from emberkv.cli.explain import explain
+from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
 
@@ -20,9 +22,12 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("bench")(bench)
+app.command("calibrate")(calibrate)
 app.command("explain")(explain)
 app.command("simulate")(simulate)
+app.command("plan")(plan)
 app.add_typer(workload.app)
+app.add_typer(cache.app)
 
 
 def _show_version(wanted: bool) -> None:

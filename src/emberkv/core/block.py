@@ -20,7 +20,7 @@ class Block:
     """A slot and what it holds.
 
     tokens: the block's own token ids, encoded, kept so that a hit is compared and a miss can be explained.
-    position: the block's index in its chain.
+    position: the block's index in its chain. owner: on whose books it is.
     exact: the content is bit-equal to what a cold prefill of the same chain writes. False for KV that decode steps
     or partial chunks computed, and for everything computed on top of such KV.
     """
@@ -32,4 +32,5 @@ class Block:
     parent: Identity = b""
     tokens: bytes = b""
     position: int = 0
+    owner: str = ""
     exact: bool = False

@@ -31,7 +31,10 @@ class BlockPool:
 
     Conservation law, after every call: each block is FREE, PENDING, ALLOCATED or COMMITTED; a FREE block is held by
     nobody and is either blank or indexed and known to the policy as evictable; every other block has holders.
-    `check_integrity` states it in code. journal: keep a list of what becomes visible, for `take_committed`.
+    `check_integrity` states it in code.
+
+    policy: which block goes first; entries are retained through it. journal: keep a list of what becomes visible, for
+    `take_committed`.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class BlockPool:
         self.blocks = [Block(slot) for slot in range(num_blocks)]
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
-        self._policy: EvictionPolicy[Identity] = policy if policy is not None else LRU()
+        self.policy: EvictionPolicy[Identity] = policy if policy is not None else LRU()
         self._weight = weight
         self._blank = self.blocks[::-1]
         self._index: dict[Identity, Block] = {}
@@ -64,12 +67,21 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, cached ones included."""
-        return len(self._blank) + len(self._policy)
+        return len(self._blank) + len(self.policy)
+
+    def free_for(self, owner: str) -> int:
+        """Of the free blocks, those that ``owner`` may have: others keep what their floors guarantee them."""
+        return len(self._blank) + self.policy.available_to(owner)
+
+    @property
+    def max_sequence_blocks(self) -> int:
+        """How many blocks a sequence of any owner can have when nobody else runs, however full the floors are."""
+        return max(0, self.num_blocks - self.policy.reserved(self._weight(0).size))
 
     @property
     def num_evictable(self) -> int:
         """Of the free blocks, those that are still a cache entry."""
-        return len(self._policy)
+        return len(self.policy)
 
     @property
     def num_cached(self) -> int:
@@ -114,19 +126,19 @@ class BlockPool:
                 taken.append(block.identity)
             block.ref_count += 1
             hits.append(block.identity)
-        self._policy.hold(taken)
-        self._policy.access(hits)
+        self.policy.hold(taken)
+        self.policy.access(hits)
 
-    def allocate(self, count: int) -> list[Block]:
-        """``count`` blocks for one holder, blank slots first, then by evicting.
+    def allocate(self, count: int, owner: str = "") -> list[Block]:
+        """``count`` blocks for one holder, blank slots first, then by evicting what has to go for ``owner``.
 
-        Raises NoFreeBlocksError when fewer are free; then nothing has changed.
+        Raises NoFreeBlocksError when fewer are free for the owner; then nothing has changed.
         """
-        if count > self.num_free:
-            raise NoFreeBlocksError(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free")
+        if count > self.free_for(owner):
+            raise NoFreeBlocksError(f"{count} blocks asked for, {self.free_for(owner)} of {self.num_blocks} are free")
         short = count - len(self._blank)
         if short > 0:
-            self._evict(short)
+            self._forget_evicted([self.policy.evict_for(owner) for _ in range(short)])
         allocated = []
         for _ in range(count):
             block = self._blank.pop()
@@ -168,9 +180,10 @@ class BlockPool:
         block.parent = chain.parent(position)
         block.tokens = tokens
         block.position = position
+        block.owner = chain.owner(position)
         block.exact = exact
         self._index[identity] = block
-        self._policy.admit(identity, self._weigh(chain, position))
+        self.policy.admit(identity, self._weigh(block))
         self._evict_surplus()
         self.stats.committed_blocks += 1
         if known is None:
@@ -192,12 +205,12 @@ class BlockPool:
                     self._blank.append(block)
                 else:
                     released.append(block.identity)
-        self._policy.release(released)
+        self.policy.release(released)
         self._evict_surplus()
 
-    def expect(self, count: int) -> list[Block]:
+    def expect(self, count: int, owner: str = "") -> list[Block]:
         """``count`` blocks whose content a lower tier will bring. Raises NoFreeBlocksError as `allocate` does."""
-        blocks = self.allocate(count)
+        blocks = self.allocate(count, owner)
         for block in blocks:
             block.state = BlockState.PENDING
         return blocks
@@ -254,18 +267,15 @@ class BlockPool:
         parents = {identity: block.parent for identity, block in self._index.items()}
         return Snapshot(self.events.last_sequence, parents)
 
-    def _weigh(self, chain: Chain, position: int) -> Weight:
-        weight, owner = self._weight(position), chain.owner(position)
-        return Weight(weight.size, weight.cost, owner) if owner else weight
-
-    def _evict(self, count: int) -> None:
-        self._forget_evicted([self._policy.evict() for _ in range(count)])
+    def _weigh(self, block: Block) -> Weight:
+        weight = self._weight(block.position)
+        return Weight(weight.size, weight.cost, block.owner) if block.owner else weight
 
     def _evict_surplus(self) -> None:
-        surplus = list(self._policy.surplus())
+        surplus = list(self.policy.surplus())
         if surplus:
             for identity in surplus:
-                self._policy.discard(identity)
+                self.policy.discard(identity)
             self._forget_evicted(surplus)
 
     def _forget_evicted(self, identities: list[Identity]) -> None:
@@ -280,10 +290,10 @@ class BlockPool:
         assert block.identity is not None
         del self._index[block.identity]
         if block.ref_count:
-            self._policy.forget(block.identity)
+            self.policy.forget(block.identity)
             block.state = BlockState.ALLOCATED
         else:
-            self._policy.discard(block.identity)
+            self.policy.discard(block.identity)
             self._blank.append(block)
         self._wipe(block)
 
@@ -299,6 +309,6 @@ class BlockPool:
 
         holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
-        broken = broken_laws(self.blocks, self._blank, self._index, len(self._policy), holders)
+        broken = broken_laws(self.blocks, self._blank, self._index, len(self.policy), holders)
         if broken:
             raise IntegrityError("; ".join(broken[:5]))

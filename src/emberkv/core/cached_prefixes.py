@@ -1,6 +1,6 @@
 """Which prefixes a cache holds: the largest, and those that prompts reuse most."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
@@ -67,6 +67,22 @@ def path_to(ledger: Ledger, identity: Identity) -> list[Entry]:
         path.append(entry)
         entry = ledger.above(entry)
     return path[::-1]
+
+
+def unshared(ledger: Ledger, path: Sequence[Identity]) -> list[Identity]:
+    """Of a chain's blocks and all known ones below them, those that no other known chain needs."""
+    if not path:
+        return []
+    gone = list(path[-1:])
+    at = 0
+    while at < len(gone):
+        gone += ledger.below(gone[at])
+        at += 1
+    for index in range(len(path) - 2, -1, -1):
+        if any(child != path[index + 1] for child in ledger.below(path[index])):
+            break
+        gone.append(path[index])
+    return gone
 
 
 def first_tokens(ledger: Ledger, identity: Identity, count: int) -> tuple[int, ...]:

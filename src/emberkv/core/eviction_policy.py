@@ -59,6 +59,10 @@ class EvictionPolicy(ABC, Generic[K]):
         """How many keys may be evicted to make room for entries of ``owner``."""
         return len(self)
 
+    def reserved(self, size: float) -> int:
+        """How many entries of ``size`` may at worst be kept from an owner for the sake of others."""
+        return 0
+
     @abstractmethod
     def discard(self, key: K) -> None:
         """A released key whose entry went for another reason."""

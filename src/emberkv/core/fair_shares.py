@@ -1,5 +1,6 @@
 """Fair shares of one space: each owner has a floor that others cannot push it below, and a quota it cannot exceed."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,8 +58,9 @@ class _Account(Generic[K]):
 class FairShares(EvictionPolicy[K]):
     """One policy for each owner (`Weight.owner`), and between owners: whoever has most above its floor loses first.
 
-    make_inner: a fresh policy, which orders one owner's keys. shares: by owner; default: of those not in it. What an
-    owner has is counted in bytes (`Weight.size`), held entries included. Equal excess: the first owner by name.
+    make_inner: a fresh policy, which orders one owner's keys. shares: by owner; default: of those not in it, without a
+    floor. What an owner has is counted in bytes (`Weight.size`), held entries included. Where two have equally much,
+    the first by name loses.
 
     `evict_for` never takes an owner below its floor for the sake of another one while there is anything else to take,
     and `available_to` counts what else there is. Entries of one size make that exact; for others a floor is kept with
@@ -68,6 +70,8 @@ class FairShares(EvictionPolicy[K]):
     def __init__(
         self, make_inner: Callable[[], EvictionPolicy[K]], shares: Mapping[str, Share], default: Share
     ) -> None:
+        if default.floor_bytes:
+            raise ConfigError(f"a floor of {default.floor_bytes} bytes for anybody; floors are of owners with a name")
         self._make_inner = make_inner
         self._shares = dict(shares)
         self._default = default
@@ -125,6 +129,9 @@ class FairShares(EvictionPolicy[K]):
     def available_to(self, owner: str) -> int:
         account = self._accounts.get(owner)
         return self._losable + (len(account.policy) - account.losable if account is not None else 0)
+
+    def reserved(self, size: float) -> int:
+        return sum(math.ceil(share.floor_bytes / size) for share in self._shares.values())
 
     def surplus(self) -> list[K]:
         """Each owner above its quota loses its own first. The keys have left their owner's books already."""

@@ -73,6 +73,11 @@ class Ledger:
         """The known blocks that follow a block or a root, sorted by their encoded tokens."""
         return self._children.get(identity, ())
 
+    def below(self, identity: Identity) -> list[Identity]:
+        """The known blocks that follow a block, across the border to what is private."""
+        beyond = [parent for parent, border in self._borders.items() if border.above == identity]
+        return [child for parent in (identity, *beyond) for child in self.children(parent)]
+
     def place_among(self, siblings: Sequence[Identity], tokens: bytes) -> int:
         """Where among sorted ``siblings`` a block of ``tokens`` is, or would be."""
         return bisect_left(siblings, tokens, key=lambda identity: self._entries[identity].tokens)
@@ -105,7 +110,7 @@ class Ledger:
         self._lose(place, identities, Loss(place, now, LossKind.EVICTED))
 
     def cleared(self, place: str, now: float) -> None:
-        """``place`` is empty now."""
+        """``place`` is empty now; only what was known to be there is lost by it."""
         self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
 
     def above(self, entry: Entry) -> Entry | None:

@@ -7,9 +7,14 @@ from collections.abc import Sequence as Batch
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Admission, Load, LoadChoice, LowerTiers, Promotion, Run, Wait, choose
+from emberkv.core.promotion import Admission, Load, LoadChoice, LowerTiers, Promotion, Run, Wait, choose, trim
 from emberkv.core.sequence import Sequence
 from emberkv.errors import IntegrityError
+
+
+PROBE_EVERY = 32
+"""One in so many loads that are expected to be too slow is begun all the same: without one, nobody would notice that
+the tier has become faster. A load's patience bounds what that costs."""
 
 
 class Loads:
@@ -20,6 +25,7 @@ class Loads:
         self._lower = lower
         self._waiting: dict[Load, list[Sequence]] = {}
         self._by_identity: dict[Identity, Load] = {}
+        self._declined = 0
 
     @property
     def in_flight(self) -> list[Load]:
@@ -67,14 +73,23 @@ class Loads:
             if decision.choice is LoadChoice.LOAD:
                 return Promotion(LoadChoice.SHARED), shared
             return decision, None
-        decision = choose(lower.find(chain.identities[first:stop], exact=cache.exact), useful, computing)
+        runs = lower.find(chain.identities[first:stop], exact=cache.exact)
+        decision = choose(runs, useful, computing)
+        if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
+            decision = Promotion(LoadChoice.LOAD, trim(runs, decision.declined))
         if decision.choice is not LoadChoice.LOAD:
             return decision, None
         count = sum(run.count for run in decision.runs)
         cache.pool.pin(match.blocks)
-        blocks = cache.pool.expect(count)
+        blocks = cache.pool.expect(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
         cache.pool.free(match.blocks)
         return decision, Load(chain, first, decision.runs, blocks, computing(count))
+
+    def _is_time_to_probe(self) -> bool:
+        self._declined += 1
+        due = self._declined % PROBE_EVERY == 0
+        self._cache.pool.stats.load_probes += due
+        return due
 
     def _covered(self, load: Load, chain: Chain, first: int, stop: int) -> int:
         """How many blocks of ``chain[first:stop]`` the load brings, in one run."""

@@ -5,7 +5,7 @@ from emberkv.core.explanation import POOL, Outcome, Reason, outcome_of
 from emberkv.core.hashing import Chain
 from emberkv.core.matching import MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import NOTHING_BELOW, LowerTiers, Promotion, choose
+from emberkv.core.promotion import NOTHING_BELOW, LoadChoice, LowerTiers, Promotion, choose
 
 
 def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outcome:
@@ -17,14 +17,15 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     below = NOTHING_BELOW
     if lower is not None and match.end in (MatchEnd.ABSENT, MatchEnd.INEXACT):
         below = _from_below(cache, lower, chain, known)
-    runs = [(POOL, known), *((run.tier, run.count) for run in below.runs)]
+    loaded = below.runs if below.choice is LoadChoice.LOAD else []
+    runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
     set_aside = dict(outcome.set_aside)
     if below.rounded:
         set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
         set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size
-    return Outcome(outcome.hit, set_aside, None if below.runs else REFUSED.get(match.end))
+    return Outcome(outcome.hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
 def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> Promotion:

@@ -37,7 +37,8 @@ class Lease:
         """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with nothing changed."""
         missing = self.missing_blocks(num_tokens)
         if missing:
-            self.blocks += self._cache.pool.allocate(missing)
+            owner = self._chain.owner(len(self.blocks) + missing - 1)
+            self.blocks += self._cache.pool.allocate(missing, owner)
 
     def adopt(self, start: int) -> int:
         """Take over blocks that others committed since, from token ``start`` (a multiple of the alignment) on.

@@ -74,8 +74,8 @@ class Scheduler:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The longest prompt and answer together that the pool can hold."""
-        return self.cache.pool.num_blocks * self.cache.pool.block_size
+        """The longest prompt and answer together that the pool can hold, beside what floors keep for others."""
+        return self.cache.pool.max_sequence_blocks * self.cache.pool.block_size
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises DuplicateRequestError, PromptTooLongError if the pool could never hold it, or
@@ -170,7 +170,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Preempt from the back until ``sequence`` can grow; False if it was itself the one to go."""
-        while sequence.held.missing_blocks(len(sequence.chain)) > self.cache.pool.num_free:
+        while sequence.held.missing_blocks(len(sequence.chain)) > self._free_for(sequence):
             victim = max(self._running, key=lambda each: each.rank)
             self._preempt(victim)
             plan.preempted.append(victim)
@@ -218,15 +218,20 @@ class Scheduler:
             heappop(self._waiting)
         if not self._waiting or len(self._running) >= self.config.max_running:
             return None
-        if self._free_when_refused is not None and self.cache.pool.num_free <= self._free_when_refused:
+        sequence = self._waiting[0][2]
+        if self._free_when_refused is not None and self._free_for(sequence) <= self._free_when_refused:
             return None
-        return self._waiting[0][2]
+        return sequence
+
+    def _free_for(self, sequence: Sequence) -> int:
+        pool = self.cache.pool
+        return pool.free_for(sequence.chain.owner(pool.blocks_for(len(sequence.chain)) - 1))
 
     def _admit(self, plan: StepPlan) -> Sequence | None:
         while sequence := self._admissible():
             match = self.cache.match(sequence.chain)
             if not self._fits(sequence, match):
-                self._free_when_refused = self.cache.pool.num_free
+                self._free_when_refused = self._free_for(sequence)
                 return None
             heappop(self._waiting)
             self._free_when_refused = None
@@ -245,7 +250,7 @@ class Scheduler:
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
         slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
-        return pool.blocks_for(len(sequence.chain)) - shared + slack <= pool.num_free
+        return pool.blocks_for(len(sequence.chain)) - shared + slack <= self._free_for(sequence)
 
     def _take_in(self, sequence: Sequence, match: Match) -> None:
         lease = self.cache.lease(sequence.chain, match.blocks[: self.cache.whole(len(match.blocks))])

@@ -23,5 +23,6 @@ class CacheStats:
     preemptions: int = 0
     tier_hit_tokens: Counter[str] = field(default_factory=Counter)  # of the hits, brought up by a load, by tier
     load_choices: Counter[LoadChoice] = field(default_factory=Counter)  # one for each admission that looked below
+    load_probes: int = 0  # loads begun to measure again, though computing was expected to be cheaper
     loaded_blocks: int = 0
     unloaded_blocks: int = 0  # a load was to bring them, and did not

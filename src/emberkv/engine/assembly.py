@@ -1,25 +1,29 @@
 """Puts an engine together: model, KV pool, block pool, scheduler, thread."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 
 from emberkv.core.block_pool import BlockPool, BlockWeight
-from emberkv.core.eviction import make_policy
 from emberkv.core.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
+from emberkv.engine.tier_link import TierLink
+from emberkv.engine.tier_setup import TierConfig, open_tiers, tier_namespace
 from emberkv.engine.torch_engine import TorchEngine
+from emberkv.tiers.stack import EvictionHook, TierStack
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """cache_bytes: size of the KV pool. See `emberkv.config.ServeConfig` for the rest."""
+    """cache_bytes: size of the KV pool. tiers: what lies below it. See `emberkv.config.ServeConfig` for the rest."""
 
     cache_bytes: int
     block_size: int
@@ -29,22 +33,42 @@ class EngineConfig:
     eviction: str = "lru"
     exact: bool = False
     prefix_cache: bool = True
+    tiers: TierConfig = field(default_factory=TierConfig)
 
 
 @dataclass(frozen=True, slots=True)
 class AssembledEngine:
+    """namespace: of the model, under which its state outlives the process. tiers: below the pool, and link: what
+    connects them to it; None where there are none, or no prefix cache.
+    """
+
     loop: EngineLoop
     executor: TorchEngine
     scheduler: Scheduler
+    namespace: bytes
+    tiers: TierStack | None = None
+    link: TierLink | None = None
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the loop, and store what waits to be stored for ``timeout`` seconds at most."""
+        self.loop.stop()
+        if self.tiers is not None:
+            self.tiers.close(timeout)
 
 
 def assemble(
-    loaded: LoadedModel, config: EngineConfig, *, on_crash: Callable[[Exception], None] = lambda _: None
+    loaded: LoadedModel,
+    config: EngineConfig,
+    *,
+    public_prefixes: Iterable[Sequence[int]] = (),
+    on_crash: Callable[[Exception], None] = lambda _: None,
+    on_evicted: EvictionHook | None = None,
 ) -> AssembledEngine:
-    """An engine whose thread is not started yet. on_crash: see `EngineLoop`.
+    """An engine whose thread is not started yet. on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
-    Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce
-    the model's own.
+    public_prefixes: token sequences that all tenants share. Raises ConfigError when a setting cannot work,
+    UnsupportedModelError when the paged attention does not reproduce the model's own, CacheFolderError when the disk
+    tier's folder can be neither made nor read.
     """
     weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
     executor = TorchEngine(
@@ -54,17 +78,31 @@ def assemble(
         prefill_chunk=config.prefill_chunk,
     )
     executor.check_against_plain_forward()
+    namespace = tier_namespace(executor.root(b""), executor.pool.device)
+    with ExitStack() as on_failure:
+        tiers = open_tiers(config.tiers, config.eviction, namespace, on_evicted) if config.prefix_cache else None
+        if tiers is not None:
+            on_failure.callback(tiers.close, 0.0)
+        scheduler, link = _scheduler(executor, config, weight, tiers)
+        on_failure.pop_all()
+    limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
+    public = PublicPrefixes(public_prefixes, config.block_size)
+    loop = EngineLoop(executor, scheduler, limits, tiers=link, public=public, on_crash=on_crash)
+    return AssembledEngine(loop, executor, scheduler, namespace, tiers, link)
+
+
+def _scheduler(
+    executor: TorchEngine, config: EngineConfig, weight: BlockWeight, tiers: TierStack | None
+) -> tuple[Scheduler, TierLink | None]:
+    policy = config.tiers.pool_policy(config.eviction, executor.pool.num_bytes)
     pool = BlockPool(
-        executor.pool.num_blocks,
-        config.block_size,
-        policy=make_policy(config.eviction),
-        weight=weight,
+        executor.pool.num_blocks, config.block_size, policy=policy, weight=weight, journal=tiers is not None
     )
     cache = PrefixCache(pool, alignment=executor.alignment, exact=config.exact, enabled=config.prefix_cache)
-    scheduler = Scheduler(cache, SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running))
-    limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
-    loop = EngineLoop(executor, scheduler, limits, on_crash=on_crash)
-    return AssembledEngine(loop, executor, scheduler)
+    step_tokens = max(1, config.max_step_tokens // config.prefill_chunk) * config.prefill_chunk
+    link = TierLink(tiers, executor.pool, step_tokens=step_tokens, exact=config.exact) if tiers is not None else None
+    limits = SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running)
+    return Scheduler(cache, limits, link), link
 
 
 def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:

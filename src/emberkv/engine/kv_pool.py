@@ -1,5 +1,8 @@
 """The bytes of the pool: one tensor, allocated once, in which every block is one contiguous run."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +53,32 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         return self.storage.numel() * self.storage.element_size()
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_bytes // self.num_blocks
+
+    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
+        """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views."""
+        flat = self.storage.view(self.num_blocks, -1)
+        copied = flat.index_select(0, torch.tensor(slots, dtype=torch.int64, device=self.device)).cpu()
+        rows = copied.view(torch.uint8).numpy()
+        return [memoryview(row) for row in rows]
+
+    def read(self, slot: int) -> bytes:
+        """The bytes of one block."""
+        return bytes(self.read_blocks([slot])[0])
+
+    def write_block(self, slot: int, content: bytes | memoryview) -> None:
+        """Put back what `read_blocks` gave. Raises ConfigError for any other number of bytes."""
+        source = np.frombuffer(content, dtype=np.uint8)
+        if source.size != self.block_bytes:
+            raise ConfigError(f"{source.size} bytes for a block; one of this pool has {self.block_bytes}")
+        target = self.storage[slot].view(-1).view(torch.uint8)
+        if self.device.type == "cpu":
+            target.numpy()[:] = source
+        else:
+            target.copy_(torch.from_numpy(source.copy()))
 
     def rows(self, slots: list[int]) -> Tensor:
         """Each slot's first row, int64 ``[len(slots)]``."""

@@ -4,24 +4,25 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from emberkv.core.hashing import Identity, TokenChain
+from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.limits import ModelLimits
-from emberkv.engine.request import (
-    CacheUsage,
-    EngineStats,
-    GenerationRequest,
-    OutputListener,
-    TokenOutput,
-)
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingState
+from emberkv.engine.live_requests import Live, LiveRequests
+from emberkv.engine.mailbox import Mail, Mailbox
+from emberkv.engine.news import CacheNews, CacheObserver
+from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
+from emberkv.engine.sampling import Sampler, SamplingState
+from emberkv.engine.tier_link import TierLink
 from emberkv.engine.torch_engine import StepResult
-from emberkv.errors import DuplicateRequestError, EngineStoppedError
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -34,24 +35,13 @@ class StepExecutor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult | None: ...
 
 
-@dataclass(slots=True)
-class _Live:
-    """A request in flight."""
-
-    request: GenerationRequest
-    sequence: Sequence
-    state: SamplingState
-    listener: OutputListener
-    submitted_at: float
-    admitted_at: float | None = None
-    answered: bool = False
-
-
 class EngineLoop:
     """Owns the scheduler and everything below it; no other thread touches them.
 
-    clock: seconds, for queue times. rng: draws for requests that bring no seed. on_crash: called on the engine's
-    thread when the loop itself fails, not just a step; every request then ends with ABORT.
+    clock: seconds, for queue times and how long steps take. wall_clock: seconds since 1970, for news. rng: draws for
+    requests that bring no seed. on_crash: called on the engine's thread when the loop itself fails, not just a step;
+    every request then ends with ABORT. tiers: what lies below the pool; the scheduler's own. public: which prefixes all
+    tenants share.
     """
 
     def __init__(
@@ -60,27 +50,39 @@ class EngineLoop:
         scheduler: Scheduler,
         limits: ModelLimits,
         *,
+        tiers: TierLink | None = None,
+        public: PublicPrefixes | None = None,
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         on_crash: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._limits = limits
-        self._sampler = sampler if sampler is not None else Sampler()
+        self._tiers = tiers
+        self._public = public
         self._clock = clock
+        self._wall_clock = wall_clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
-        self._wake = threading.Condition()
-        self._arrived: list[_Live] = []
-        self._aborted: list[str] = []
-        self._ids: set[str] = set()
-        self._stopping = False
-        self._live: dict[str, _Live] = {}
+        self._mailbox = Mailbox()
+        self._live = LiveRequests(
+            scheduler,
+            limits,
+            sampler if sampler is not None else Sampler(),
+            clock=clock,
+            forget=self._mailbox.forget,
+        )
+        self._admitted: list[Sequence] = []
+        self._observers: tuple[CacheObserver, ...] = ()
+        self._told = scheduler.cache.pool.events.last_sequence
         self._stats = EngineStats()
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
+        if tiers is not None:
+            tiers.news = self._mailbox.nudge
 
     @property
     def context_length(self) -> int:
@@ -95,16 +97,18 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End every request with ABORT and join the thread. Idempotent."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._mailbox.stop()
         if self._thread.ident is None:
             self._end_all()  # never started: nobody else would
         elif self._thread.is_alive():
             self._thread.join()
 
     def stats(self) -> EngineStats:
-        return self._stats
+        """As of the last step; the tiers' figures as of now."""
+        if self._tiers is None:
+            return self._stats
+        stack = self._tiers.stack
+        return replace(self._stats, tiers=stack.stats(), stack=stack.stack_stats())
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         """Queue a request; hashing the prompt's blocks happens here, on the caller's thread.
@@ -112,30 +116,45 @@ class EngineLoop:
         Raises PromptTooLongError, RequestError, DuplicateRequestError or EngineStoppedError; then no output follows.
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
-        chain = TokenChain(
-            self._executor.root(request.salt), request.prompt_token_ids, self._scheduler.cache.pool.block_size
-        )
-        sequence = Sequence(request.request_id, chain, request.params.max_tokens, request.priority)
-        with self._wake:
-            if self._stopping:
-                raise EngineStoppedError("the engine is stopping; no request can begin")
-            if request.request_id in self._ids:
-                raise DuplicateRequestError(f"request id {request.request_id!r} is in flight already")
+        sequence = Sequence(request.request_id, self.chain(request), request.params.max_tokens, request.priority)
+
+        def make() -> Live:
             state = SamplingState(request.params, request.prompt_token_ids, self._rng)
-            self._ids.add(request.request_id)
-            self._arrived.append(_Live(request, sequence, state, listener, self._clock()))
-            self._wake.notify()
+            return Live(request, sequence, state, listener, self._clock())
+
+        self._mailbox.submit(make, request.request_id)
+
+    def chain(self, request: GenerationRequest) -> TokenChain:
+        """The prompt under the identities by which the cache knows its blocks."""
+        tokens = request.prompt_token_ids
+        return TokenChain(
+            self._executor.root(b""),
+            tokens,
+            self._scheduler.cache.pool.block_size,
+            owner=request.tenant,
+            salt=request.salt,
+            public_blocks=self._public.blocks_of(tokens) if self._public is not None else 0,
+        )
 
     def abort(self, request_id: str) -> None:
-        with self._wake:
-            if request_id in self._ids:
-                self._aborted.append(request_id)
-                self._wake.notify()
+        self._mailbox.abort(request_id)
+
+    def run(self, command: Callable[[Scheduler], T]) -> Future[T]:
+        """Have ``command`` called on the engine's thread, between two steps; what it raises goes to the future.
+
+        Raises EngineStoppedError after `stop`; what the engine did not come to before, its future raises too.
+        """
+        return self._mailbox.command(command)
+
+    def watch(self, observer: CacheObserver) -> None:
+        """Tell ``observer`` what changes in the cache from now on. One that raises is not told again."""
+        self._observers = (*self._observers, observer)
 
     def _run(self) -> None:
         try:
             while self._take_in():
                 self._step()
+                self._tell()
                 self._publish_stats()
         except Exception as error:  # noqa: BLE001 - the thread ends here, and whoever watches it is told why
             _log.exception("the engine failed and has stopped")
@@ -144,125 +163,90 @@ class EngineLoop:
             self._end_all()
 
     def _take_in(self) -> bool:
-        """Wait for work, move it to the scheduler; False when it is time to stop."""
-        with self._wake:
-            while not (self._arrived or self._aborted or self._live or self._stopping):
-                self._wake.wait()
-            arrived, self._arrived = self._arrived, []
-            aborted, self._aborted = self._aborted, []
-            stopping = self._stopping
-        # All are known before any is queued, so that each gets its last output even if queueing one fails.
-        self._live.update((live.request.request_id, live) for live in arrived)
-        for live in arrived:
-            self._scheduler.add(live.sequence)
-        for request_id in aborted:
-            if request_id in self._live:
-                self._scheduler.finish(request_id, FinishReason.ABORT)
-                self._send(self._live[request_id], finish_reason=FinishReason.ABORT)
-        if arrived or aborted:
+        """Wait for something to do, and move what came to the scheduler; False when it is time to stop."""
+        mail = self._mailbox.collect(self._has_work, self._patience)
+        if mail is None:
+            return False
+        self._accept(mail)
+        for command in mail.commands:
+            command.run(self._scheduler)
+        if self._tiers is not None:
+            for load, exact in self._tiers.ended():
+                self._scheduler.loaded(load, exact)
+        if mail:
             self._publish_stats()
-        return not stopping
+        return True
+
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work or (self._tiers is not None and self._tiers.has_news)
+
+    def _patience(self) -> float | None:
+        left = self._tiers.seconds_left if self._tiers is not None else None
+        return None if left is None else max(0.0, left)
+
+    def _accept(self, mail: Mail) -> None:
+        # All are known before any is queued, so that each gets its last output even if queueing one fails.
+        self._live.add(mail.arrived)
+        for live in mail.arrived:
+            self._scheduler.add(live.sequence)
+        for request_id in mail.aborted:
+            self._live.end(request_id, FinishReason.ABORT)
 
     def _step(self) -> None:
+        began = self._clock()
+        self._scheduler.cache.pool.policy.expire(began)
         plan = self._scheduler.schedule()
-        now = self._clock()
-        for sequence in plan.admitted:
-            live = self._live[sequence.request_id]
-            live.admitted_at = live.admitted_at if live.admitted_at is not None else now
+        self._begin(plan, began)
+        self._tell()  # of who was admitted, before any output can ask why
         if not plan:
             return
         try:
             result = self._executor.execute(plan)
-            sampled = self._sample(self._without_broken(plan, result)) if result is not None else {}
+            sampled = self._live.sample(plan, result)
         except Exception as error:  # noqa: BLE001 - whatever failed, these requests end with it and others go on
             _log.exception("a step failed")
             failed = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills)]
-            self._fail(failed, f"the engine failed: {type(error).__name__}")
+            self._live.fail(failed, f"the engine failed: {type(error).__name__}")
             return
-        self._deliver(plan, sampled)
+        self._live.deliver(plan, sampled)
+        if self._tiers is not None:
+            self._tiers.copy_down(self._scheduler.cache.pool.take_committed())
+            if plan.prefills:
+                self._tiers.computed(plan.num_tokens, self._clock() - began)
 
-    def _without_broken(self, plan: StepPlan, result: StepResult) -> StepResult:
-        """End those whose scores are not numbers, before any of what was computed for them is committed."""
-        usable = result.logits.amax(dim=-1).isfinite()
-        broken = [sequence for sequence, good in zip(result.sequences, usable.tolist(), strict=True) if not good]
-        if not broken:
-            return result
-        self._fail(broken, "the model's scores for the next token are not numbers")
-        plan.decodes = [sequence for sequence in plan.decodes if sequence not in broken]
-        plan.prefills = [chunk for chunk in plan.prefills if chunk.sequence not in broken]
-        return StepResult([each for each in result.sequences if each not in broken], result.logits[usable])
-
-    def _sample(self, result: StepResult) -> dict[str, SampledToken]:
-        ids = [sequence.request_id for sequence in result.sequences]
-        tokens = self._sampler.sample(result.logits, [self._live[request_id].state for request_id in ids])
-        return dict(zip(ids, tokens, strict=True))
-
-    def _deliver(self, plan: StepPlan, sampled: dict[str, SampledToken]) -> None:
-        stopped = {
-            request_id
-            for request_id, token in sampled.items()
-            if token.token_id in self._limits.eos_token_ids and not self._live[request_id].request.params.ignore_eos
-        }
-        tokens = {request_id: token.token_id for request_id, token in sampled.items()}
-        self._scheduler.complete(plan, tokens, stopped)
-        for request_id, token in sampled.items():
-            live = self._live[request_id]
-            live.state.append(token.token_id)
-            if request_id in stopped:
-                self._send(live, finish_reason=FinishReason.STOP)
-            else:
-                self._send(live, token=token, finish_reason=live.sequence.finish_reason)
-
-    def _fail(self, sequences: Iterable[Sequence], error: str) -> None:
-        for request_id in {sequence.request_id for sequence in sequences}:
-            self._scheduler.finish(request_id, FinishReason.ERROR)
-            self._send(self._live[request_id], finish_reason=FinishReason.ERROR, error=error)
-
-    def _send(
-        self,
-        live: _Live,
-        *,
-        token: SampledToken | None = None,
-        finish_reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> None:
-        first = not live.answered
-        live.answered = True
-        if finish_reason is not None:
-            self._forget(live)
-        live.listener(
-            TokenOutput(
-                live.request.request_id,
-                token_ids=(token.token_id,) if token is not None else (),
-                logprobs=(token.logprobs,) if token is not None and token.logprobs is not None else (),
-                usage=self._usage(live.sequence),
-                finish_reason=finish_reason,
-                error=error,
-                queue_seconds=live.admitted_at - live.submitted_at if first and live.admitted_at is not None else None,
-            )
-        )
-
-    def _usage(self, sequence: Sequence) -> CacheUsage:
-        cache = self._scheduler.cache
-        full = sequence.prompt_tokens - sequence.prompt_tokens % cache.pool.block_size
-        created = full - sequence.cached_tokens if cache.enabled else 0
-        return CacheUsage(sequence.prompt_tokens, sequence.cached_tokens, created)
-
-    def _forget(self, live: _Live) -> None:
-        with self._wake:
-            self._ids.discard(live.request.request_id)
-        del self._live[live.request.request_id]
+    def _begin(self, plan: StepPlan, now: float) -> None:
+        first_time = list(self._live.admitted(plan.admitted, now))
+        self._admitted += first_time
+        if self._tiers is not None:
+            for sequence in first_time:
+                self._tiers.used(sequence.chain.identities[: sequence.cached_tokens // sequence.chain.block_size])
+            for load in plan.loads:
+                self._tiers.begin(load)
 
     def _end_all(self) -> None:
-        with self._wake:
-            self._stopping = True
-            arrived, self._arrived = self._arrived, []
-        for live in arrived:
-            self._live[live.request.request_id] = live
-        for live in list(self._live.values()):
-            self._scheduler.finish(live.request.request_id, FinishReason.ABORT)
-            self._send(live, finish_reason=FinishReason.ABORT)
+        mail = self._mailbox.close()
+        self._live.add(mail.arrived)
+        self._live.end_all()
+        for command in mail.commands:
+            command.drop()
+        for load in self._scheduler.loads:
+            self._scheduler.loaded(load, ())
         self._publish_stats()
+
+    def _tell(self) -> None:
+        log = self._scheduler.cache.pool.events
+        admitted, self._admitted = self._admitted, []
+        events = log.since(self._told) if self._observers else ()
+        self._told = log.last_sequence
+        if not (admitted or events or events is None):
+            return
+        news = CacheNews(self._wall_clock(), admitted, events or (), missed=events is None)
+        for observer in self._observers:
+            try:
+                observer(news)
+            except Exception:  # noqa: BLE001 - answers do not depend on who watches
+                _log.exception("an observer of the cache failed and is not told again")
+                self._observers = tuple(each for each in self._observers if each is not observer)
 
     def _publish_stats(self) -> None:
         pool, stats = self._scheduler.cache.pool, self._scheduler.stats
@@ -278,4 +262,10 @@ class EngineLoop:
             preemptions=stats.preemptions,
             prefill_tokens=stats.prefill_tokens,
             decode_tokens=stats.decode_tokens,
+            loads=len(self._scheduler.loads),
+            tier_hit_tokens=dict(stats.tier_hit_tokens),
+            load_choices={choice.value: count for choice, count in stats.load_choices.items()},
+            loaded_blocks=stats.loaded_blocks,
+            unloaded_blocks=stats.unloaded_blocks,
+            tier_trouble=dict(self._tiers.trouble) if self._tiers is not None else {},
         )

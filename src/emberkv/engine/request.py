@@ -1,11 +1,12 @@
 """What goes into the engine loop and what comes out of it: token ids only, never text."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.tiers.stats import StackStats, TierStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +14,9 @@ class GenerationRequest:
     """One prompt to continue.
 
     salt: bytes mixed into the identities of the prompt's blocks from where its public beginning ends; only equal salts
-    share these blocks. tenant: on whose books they are.
+    share these blocks. tenant: on whose books they are. session_id: groups requests in statistics.
     priority: lower is served sooner; equal priorities are first come, first served.
+    retain_tokens: of the prompt, how many are to be evicted only after others for ``retain_seconds``: a wish.
     """
 
     request_id: str
@@ -23,6 +25,9 @@ class GenerationRequest:
     salt: bytes = b""
     priority: int = 0
     tenant: str = ""
+    session_id: str = ""
+    retain_tokens: int = 0
+    retain_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +41,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class CacheUsage:
-    """Where a prompt's tokens came from, read off the request's lease."""
+    """Where a prompt's tokens came from, read off the request's lease.
+
+    tokens_by_tier: of the cached ones, those that a lower tier brought, by its name; all others were in the pool.
+    """
 
     prompt_tokens: int
     cached_tokens: int  # reused from the prefix cache
     created_tokens: int = 0  # computed, in full blocks that later prompts can reuse
+    tokens_by_tier: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def computed_tokens(self) -> int:
@@ -71,19 +80,32 @@ OutputListener = Callable[[TokenOutput], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics. Everything after ``cached_blocks`` counts up from the engine's start."""
+    """A snapshot for metrics. What follows ``loads`` counts up from the engine's start.
+
+    load_choices: admissions that looked below the pool, by what was decided (`LoadChoice`). tier_trouble: blocks lost
+    between the pool and the tiers, by kind (`TierLink`). tiers: by name, fastest first, and stack: what they share;
+    empty and None without any.
+    """
 
     running: int = 0  # requests that hold blocks
     waiting: int = 0  # requests that hold none yet, or lost theirs to a preemption
     total_blocks: int = 0
     free_blocks: int = 0  # nobody holds them; the cached ones are among them
     cached_blocks: int = 0  # of the free ones, those that still hold a reusable prefix
+    loads: int = 0  # from lower tiers, in flight
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     evictions: int = 0  # blocks
     preemptions: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    tier_hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the hits, brought up by a load, by tier
+    load_choices: Mapping[str, int] = field(default_factory=dict)
+    loaded_blocks: int = 0
+    unloaded_blocks: int = 0  # a load was to bring them, and did not
+    tier_trouble: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)
+    stack: StackStats | None = None
 
 
 class Engine(Protocol):

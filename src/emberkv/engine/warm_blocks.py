@@ -18,6 +18,7 @@ from emberkv.engine.loader import LoadedModel
 from emberkv.engine.model_identity import model_fingerprint
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.shared_prefix import shared_prefix
+from emberkv.engine.tier_setup import tier_namespace
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
 from emberkv.engine.warmup import BlockStore
@@ -50,12 +51,13 @@ def store_prefix(
         return False
     engine = private_engine(model, fingerprint, len(tokens))
     token_chain = TokenChain(engine.root(b""), tokens, engine.pool.block_size)
+    namespace = tier_namespace(token_chain.root, engine.pool.device)
     whole = len(token_chain.identities) * engine.pool.block_size
     for start in range(0, whole, engine.prefill_chunk):
         if not in_time():
             return False
         for record in _compute(engine, token_chain, start, min(start + engine.prefill_chunk, whole)):
-            value = encode_record(record, namespace=token_chain.root)
+            value = encode_record(record, namespace=namespace)
             store.set(record.identity.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
     return True
 
@@ -138,5 +140,5 @@ def _compute(engine: TorchEngine, token_chain: TokenChain, start: int, stop: int
             tokens=token_chain.block_tokens(position),
             position=position,
             exact=(position + 1) * size <= stop - stop % engine.alignment,
-            payload=engine.pool.storage[position].contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes(),
+            payload=engine.pool.read(position),
         )

@@ -75,6 +75,11 @@ class AnswerStream:
         self._closed = False
 
     @property
+    def timed_answers(self) -> list[tuple[str, Answer, AnswerTimer]]:
+        """Each answer with its request's name in the engine."""
+        return [(slot.request_id, slot.answer, slot.timer) for slot in self._slots]
+
+    @property
     def answers(self) -> list[Answer]:
         """In the order of the prompts; their figures are final once the stream has ended."""
         return [slot.answer for slot in self._slots]
@@ -128,14 +133,15 @@ class AnswerStream:
             raise EngineStoppedError("the engine stopped before the answer was finished")
         return answer.take()
 
-    async def started(self) -> None:
-        """Wait for the first output, from which on the first answer's cache usage is known."""
+    async def started(self) -> bool:
+        """Wait for the first output, from which on the first answer's cache usage is known; False if none comes."""
         first = self._slots[0]
         while not (first.inbox or first.answer.finish_reason or self._interruption):
             self._news.clear()
             await self._news.wait()
         if first.inbox:
             first.answer.usage = first.inbox[0].usage or first.answer.usage
+        return bool(first.inbox or first.answer.finish_reason)
 
     async def collect(self) -> list[WholeAnswer]:
         """Wait for all answers."""

@@ -1,7 +1,7 @@
 """The Anthropic API's routes: messages and their token count."""
 
-import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,10 +11,13 @@ from emberkv.core.sequence import FinishReason
 from emberkv.serving.answer import Answer
 from emberkv.serving.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.canonical_requests import Applied
 from emberkv.serving.context import ServingContext
 from emberkv.serving.failures import anthropic_error, failure_mid_stream
 from emberkv.serving.generator import Prompt, answer_budget
 from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.rendering import render_messages
 from emberkv.serving.sse import EventStream, compact_json, sse_event, whole_response
 from emberkv.serving.tenants import Tenant
 from emberkv.serving.validation import parse_body
@@ -24,22 +27,23 @@ _DELTA_HEAD = (
 )
 
 
-def prepare_messages(body: bytes, model: LoadedModel) -> tuple[MessagesRequest, Prompt]:
+def prepare_messages(
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+) -> tuple[MessagesRequest, Prompt, Applied]:
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
-    token_ids = _prompt_token_ids(request, model)
-    budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
-    return request, Prompt(token_ids, request.sampling(budget))
-
-
-def count_tokens(body: bytes, model: LoadedModel) -> int:
-    """How many tokens a request's prompt has. Raises RequestError."""
-    return len(_prompt_token_ids(parse_body(PromptRequest, body), model))
-
-
-def _prompt_token_ids(request: PromptRequest, model: LoadedModel) -> list[int]:
     model.check_name(request.model)
-    return model.tokenizer.encode(request.prompt_text(model.tokenizer), add_special_tokens=False)
+    rendered = render_messages(request, model.tokenizer, rules)
+    budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
+    prompt = Prompt(rendered.token_ids, request.sampling(budget), rendered.retain_tokens, rendered.retain_seconds)
+    return request, prompt, rendered.canonical
+
+
+def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None = None) -> int:
+    """How many tokens a request's prompt has. Raises RequestError."""
+    request = parse_body(PromptRequest, body)
+    model.check_name(request.model)
+    return len(render_messages(request, model.tokenizer, rules).token_ids)
 
 
 def anthropic_router(context: ServingContext) -> APIRouter:
@@ -50,16 +54,20 @@ def anthropic_router(context: ServingContext) -> APIRouter:
     @router.post("/v1/messages")
     async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
-        request, prompt = await context.prepare(prepare_messages, await http.body())
-        stream = context.start([prompt], api="messages", tenant=tenant, arrived=arrived)
-        form = MessageForm(context.lifecycle.model().names[0])
+        work = partial(prepare_messages, rules=context.settings.canonical)
+        request, prompt, canonical = await context.prepare(work, await http.body())
+        asked = context.asked(http, "messages", tenant, arrived, canonical)
+        stream = context.start([prompt], asked)
+        form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
+        headers = partial(context.cache_headers, stream)
         if request.stream:
-            return EventStream(stream, form.events(stream))
-        return await whole_response(http, stream, form.whole)
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
 
     @router.post("/v1/messages/count_tokens", dependencies=[guard])
     async def count(http: Request) -> Response:
-        return JSONResponse({"input_tokens": await context.prepare(count_tokens, await http.body())})
+        work = partial(count_tokens, rules=context.settings.canonical)
+        return JSONResponse({"input_tokens": await context.prepare(work, await http.body())})
 
     return router
 
@@ -88,9 +96,9 @@ def stop_reason(answer: Answer) -> str:
 class MessageForm:
     """How one answer is written down, whole or as events."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, request_id: str, model: str) -> None:
+        self._id = request_id
         self._model = model
-        self._id = f"msg_{uuid.uuid4().hex}"
 
     def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]:
         """The response to a request that did not ask for a stream."""

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from emberkv.errors import EmberError
+from emberkv.serving.admin import cache_router
 from emberkv.serving.anthropic_api import anthropic_router
 from emberkv.serving.body_limit import BodyLimit
 from emberkv.serving.context import ServingContext, ServingSettings
@@ -38,6 +39,7 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.include_router(openai_router(context))
     app.include_router(anthropic_router(context))
+    app.include_router(cache_router(context))
 
     @app.get("/health")
     async def health() -> Response:

@@ -21,7 +21,7 @@ class ApiKeys:
         """
         if not self._by_key:
             return EVERYBODY
-        given = _given_key(headers)
+        given = given_key(headers)
         if given is None:
             raise UnauthorizedError("no API key was given; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
         asked = sha256(given).digest()
@@ -32,7 +32,8 @@ class ApiKeys:
         return matches[0]
 
 
-def _given_key(headers: Mapping[str, str]) -> bytes | None:
+def given_key(headers: Mapping[str, str]) -> bytes | None:
+    """The key that a request brings, if any."""
     # servers read headers as latin-1; encoding them back gives the bytes that were sent
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():

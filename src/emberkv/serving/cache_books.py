@@ -1,11 +1,12 @@
 """The ledger between threads: the engine's brings news and never waits for a reader; readers get what is explained."""
 
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from emberkv.core.events import Event
+from emberkv.core.events import BlockRemoved, Event
 from emberkv.core.explain import explain
 from emberkv.core.explanation import Explanation, Outcome
 from emberkv.core.hashing import Identity, TokenChain
@@ -18,14 +19,14 @@ class CacheBooks:
     """A `Ledger`, and the explanations of the last ``max_records`` prompts that were served, by request id.
 
     News is written down in the order in which it comes; what comes while somebody reads waits for the next to come.
-    alignment: tokens of the unit in which state can be reused. clock: seconds since 1970.
+    clock: seconds since 1970. below: the lower tiers that have a block, asked about each that a place gives up.
     """
 
     def __init__(
-        self, ledger: Ledger, *, alignment: int, clock: Callable[[], float], max_records: int = MAX_RECORDS
+        self, ledger: Ledger, *, clock: Callable[[], float] = time.time, max_records: int = MAX_RECORDS
     ) -> None:
+        self.below: Callable[[Identity], Sequence[str]] = lambda _: ()
         self._ledger = ledger
-        self._alignment = alignment
         self._clock = clock
         self._max_records = max_records
         self._lock = threading.Lock()
@@ -41,28 +42,42 @@ class CacheBooks:
                 ledger.apply(event, now)
 
         self._write(write)
+        for event in events:
+            if isinstance(event, BlockRemoved):
+                self._still_below(event.identities)
 
     def evicted(self, place: str, identities: Sequence[Identity]) -> None:
         """What a lower tier gave up."""
         now = self._clock()
         self._write(lambda ledger: ledger.left(place, identities, now))
+        self._still_below(identities)
 
     def stored(self, place: str, identities: Sequence[Identity]) -> None:
         """What a lower tier has now."""
         self._write(lambda ledger: ledger.arrived(place, identities))
 
-    def admitted(self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome) -> None:
-        """A prompt is being served. To be told before the events of the step that admitted it."""
+    def admitted(
+        self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, alignment: int
+    ) -> None:
+        """A prompt is being served. To be told before the events of the step that admitted it.
+
+        alignment: tokens of the unit in which state can be reused.
+        """
         now = self._clock()
 
         def write(ledger: Ledger) -> None:
-            found = explain(ledger, chain, outcome, alignment=self._alignment, prompt_tokens=prompt_tokens)
+            found = explain(ledger, chain, outcome, alignment=alignment, prompt_tokens=prompt_tokens)
             ledger.served(chain, found.hit_tokens // chain.block_size, now)
             self._explained[request_id] = found
             if len(self._explained) > self._max_records:
                 self._explained.popitem(last=False)
 
         self._write(write)
+
+    def cleared(self, place: str) -> None:
+        """A lower tier was emptied."""
+        now = self._clock()
+        self._write(lambda ledger: ledger.cleared(place, now))
 
     def explained(self, request_id: str) -> Explanation | None:
         """Of a prompt that was served; None when it was not, or too long ago."""
@@ -75,6 +90,11 @@ class CacheBooks:
         with self._lock:
             self._catch_up()
             yield self._ledger
+
+    def _still_below(self, identities: Iterable[Identity]) -> None:
+        for identity in identities:
+            for place in self.below(identity):
+                self.stored(place, (identity,))
 
     def _write(self, news: Callable[[Ledger], None]) -> None:
         self._unwritten.append(news)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from emberkv.core.explanation import Explanation, Reason
+from emberkv.core.explanation import POOL, Explanation, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
 
@@ -42,20 +42,19 @@ class CacheSummary:
         return ";".join(pairs)
 
 
-def summary_of(explanation: Explanation) -> CacheSummary:
-    """A divergence is placed at the very token that differs."""
-    hit, dominant = explanation.hit_tokens, explanation.dominant
-    miss = explanation.prompt_tokens - hit
-    if dominant is None:
-        return CacheSummary(hit, explanation.hit, miss)
+def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSummary:
+    """Tokens are those that the API counts; the explanation says why the rest is missed.
+
+    A divergence is placed at the very token that differs.
+    """
+    pool = usage.cached_tokens - sum(usage.tokens_by_tier.values())
+    places = {POOL: pool, **usage.tokens_by_tier} if pool else usage.tokens_by_tier
+    dominant = None if explanation is None else explanation.dominant
+    if explanation is None or dominant is None:
+        return CacheSummary(usage.cached_tokens, places, usage.computed_tokens)
     diverged = explanation.divergence if dominant.reason is Reason.DIVERGED else None
     at = dominant.start if diverged is None else diverged.position
-    return CacheSummary(hit, explanation.hit, miss, dominant.reason, at)
-
-
-def usage_summary(usage: CacheUsage) -> CacheSummary:
-    """What is known without an explanation."""
-    return CacheSummary(usage.cached_tokens, usage.tokens_by_tier, usage.computed_tokens)
+    return CacheSummary(usage.cached_tokens, places, usage.computed_tokens, dominant.reason, at)
 
 
 def parse_summary(header: str) -> CacheSummary:

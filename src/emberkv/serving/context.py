@@ -3,23 +3,35 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from fastapi import Request
 
+from emberkv.serving import cache_header
+from emberkv.serving.admin_guard import AdminGuard
+from emberkv.serving.answer import Answer
 from emberkv.serving.answer_stream import AnswerStream
+from emberkv.serving.asked import Asked, RecentlyAsked
 from emberkv.serving.auth import ApiKeys
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.generator import Prompt, TextGenerator
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.metrics import Clock, ServingMetrics
+from emberkv.serving.request_log import log_finished
 from emberkv.serving.secret import SECRET_BYTES
+from emberkv.serving.sessions import Sessions, session_id
 from emberkv.serving.tenants import Tenant, Tenants
+from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.warmup_metrics import WarmupCollector
 
 DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
+
+_ID_PREFIXES = {"messages": "msg_", "chat_completions": "chatcmpl-", "completions": "cmpl-", "warm": "warm-"}
 
 T = TypeVar("T")
 
@@ -29,11 +41,18 @@ class ServingSettings:
     """max_body_bytes: the largest request body accepted.
 
     tenants: who may ask; None makes each of ``api_keys`` one of its own, and without these no key is asked for.
+    canonical: rules that rewrite prompts before they are rendered. admin_key: what the cache's own routes ask for; None
+    opens them to all who reach a server that is ``bound_to_loopback``, and to nobody elsewhere. recorder: is told of
+    every request.
     """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     tenants: Tenants | None = None
+    canonical: CanonicalRules | None = None
+    admin_key: str | None = None
+    recorder: TraceRecorder | None = None
+    bound_to_loopback: bool = False
 
 
 class ServingContext:
@@ -57,9 +76,25 @@ class ServingContext:
         self.tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
         self.keys = ApiKeys(self.tenants)
         self.metrics = ServingMetrics(lifecycle.engine_stats)
+        self.metrics.register(WarmupCollector(lifecycle.warmup_report))
+        self.guard = AdminGuard(
+            settings.admin_key,
+            bound_to_loopback=settings.bound_to_loopback,
+            tenants=self.tenants,
+            keys=self.keys,
+        )
+        self.sessions = Sessions()
+        self.recent = RecentlyAsked()
         self._generator: TextGenerator | None = None
 
-    def start(self, prompts: Sequence[Prompt], *, api: str, tenant: Tenant, arrived: float) -> AnswerStream:
+    def asked(
+        self, http: Request, api: str, tenant: Tenant, arrived: float, canonical: Mapping[str, int] | None = None
+    ) -> Asked:
+        """A request that has arrived. Raises RequestError for a session's id that is too long."""
+        request_id = _ID_PREFIXES[api] + uuid.uuid4().hex
+        return Asked(request_id, api, tenant, arrived, session_id(http.headers), canonical or {})
+
+    def start(self, prompts: Sequence[Prompt], asked: Asked) -> AnswerStream:
         """Start answers that a drain waits for.
 
         Raises NotReadyError unless the server takes requests, else what ``Engine.submit`` raises.
@@ -67,12 +102,29 @@ class ServingContext:
         self.lifecycle.check_accepting()
         if self._generator is None:
             model = self.lifecycle.model()
-            self._generator = TextGenerator(model.engine, model.tokenizer, metrics=self.metrics, clock=self.clock)
-        stream = self._generator.start(
-            prompts, api=api, tenant=tenant, arrived=arrived, on_close=self.lifecycle.untrack
-        )
+            recorder = self.settings.recorder
+            engine = model.engine if recorder is None else recorder.over(model.engine)
+            self._generator = TextGenerator(engine, model.tokenizer, metrics=self.metrics, clock=self.clock)
+        stream = self._generator.start(prompts, asked, on_close=partial(self._closed, asked))
         self.lifecycle.track(stream)
+        self.recent.add(asked)
         return stream
+
+    def cache_headers(self, stream: AnswerStream) -> dict[str, str]:
+        """What a response says about the cache, once its first answer has begun."""
+        request_id, answer, _ = stream.timed_answers[0]
+        return {cache_header.NAME: str(self._summary(request_id, answer))}
+
+    def _summary(self, request_id: str, answer: Answer) -> cache_header.CacheSummary:
+        cache = self.lifecycle.model().cache
+        explanation = cache.books.explained(request_id) if cache is not None else None
+        return cache_header.summary_of(answer.usage, explanation)
+
+    def _closed(self, asked: Asked, stream: AnswerStream) -> None:
+        self.lifecycle.untrack(stream)
+        self.sessions.count(asked, [answer.usage for answer in stream.answers], self.wall_clock())
+        for request_id, answer, timer in stream.timed_answers:
+            log_finished(asked, request_id, answer, timer, self._summary(request_id, answer))
 
     async def tenant(self, request: Request) -> Tenant:
         """The route dependency that checks the API key. Raises UnauthorizedError."""

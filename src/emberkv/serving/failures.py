@@ -24,6 +24,10 @@ class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
 
+class NotFoundError(RequestError):
+    """What the request names is not here, or not any more, or not the asker's to see."""
+
+
 class BodyTooLargeError(RequestError):
     """The request's body exceeds the server's limit."""
 
@@ -51,6 +55,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (PromptTooLongError, 400, "context_length_exceeded"),
     (UnauthorizedError, 401, "invalid_api_key"),
     (UnknownModelError, 404, "model_not_found"),
+    (NotFoundError, 404, "not_found"),
     (BodyTooLargeError, 413, "request_too_large"),
     (RequestError, 400, None),
     (NotReadyError, 503, "not_ready"),

@@ -1,7 +1,6 @@
 """Starts answers: token ids and parameters in, a stream of text out."""
 
 import asyncio
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,16 +10,21 @@ from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answer import Answer
 from emberkv.serving.answer_stream import AnswerStream, Postbox
+from emberkv.serving.asked import Asked
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
-from emberkv.serving.tenants import Tenant
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One answer's order: token ids and how to continue them."""
+    """One answer's order: token ids and how to continue them.
+
+    retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``.
+    """
 
     token_ids: Sequence[int]
     params: SamplingParams
+    retain_tokens: int = 0
+    retain_seconds: float = 0.0
 
 
 class TextGenerator:
@@ -34,17 +38,10 @@ class TextGenerator:
         self._postbox: Postbox | None = None
 
     def start(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        api: str,
-        tenant: Tenant,
-        arrived: float,
-        on_close: Callable[[AnswerStream], None],
+        self, prompts: Sequence[Prompt], asked: Asked, *, on_close: Callable[[AnswerStream], None]
     ) -> AnswerStream:
         """Submit one request a prompt; call from the event loop.
 
-        api: the metrics' label. arrived: when the HTTP request came, by the clock given.
         Raises what ``Engine.submit`` raises; then nothing is left running.
         """
         loop = asyncio.get_running_loop()
@@ -54,10 +51,17 @@ class TextGenerator:
         try:
             for index, prompt in enumerate(prompts):
                 request = GenerationRequest(
-                    uuid.uuid4().hex, prompt.token_ids, prompt.params, tenant.salt, tenant=tenant.name
+                    asked.answer_id(index),
+                    prompt.token_ids,
+                    prompt.params,
+                    asked.tenant.salt,
+                    tenant=asked.tenant.name,
+                    session_id=asked.session,
+                    retain_tokens=prompt.retain_tokens,
+                    retain_seconds=prompt.retain_seconds,
                 )
                 answer = Answer(index, len(prompt.token_ids), self._tokenizer.detokenizer(), prompt.params.stop)
-                timer = AnswerTimer(self._metrics, self._clock, api=api, arrived=arrived)
+                timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
                 stream.add(request, answer, timer, self._postbox)
         except BaseException:
             stream.close()

@@ -8,6 +8,7 @@ from emberkv.engine.request import Engine, EngineStats
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.answer_stream import AnswerStream
+from emberkv.serving.cache_access import CacheAccess
 from emberkv.serving.failures import NotReadyError, UnknownModelError
 from emberkv.serving.warmup import Warmup
 from emberkv.serving.warmup_report import WarmupPhase, WarmupReport
@@ -27,6 +28,7 @@ class LoadedModel:
 
     names: what requests may call it; the first is what answers call it.
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
+    cache: the way to what it has cached; None where nobody may look.
     """
 
     names: tuple[str, ...]
@@ -34,6 +36,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     warmup: Warmup | None = None
+    cache: CacheAccess | None = None
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""

@@ -89,13 +89,20 @@ class ServingMetrics:
             registry=self._registry,
         )
 
+    def register(self, collector: Collector) -> None:
+        """Have another part's figures read with these."""
+        self._registry.register(collector)
+
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self._registry)
 
 
 class AnswerTimer:
-    """Times one answer, from the HTTP request's arrival on."""
+    """Times one answer, from the HTTP request's arrival on.
+
+    first_token_seconds: until its first token; None before there is one. total_seconds: until it ended.
+    """
 
     def __init__(self, metrics: ServingMetrics, clock: Clock, *, api: str, arrived: float) -> None:
         self._metrics = metrics
@@ -103,6 +110,8 @@ class AnswerTimer:
         self._api = api
         self._arrived = arrived
         self._last_token: float | None = None
+        self.first_token_seconds: float | None = None
+        self.total_seconds = 0.0
 
     def saw(self, output: TokenOutput) -> None:
         """An output has reached the event loop. Tokens that come together share their gap."""
@@ -112,7 +121,8 @@ class AnswerTimer:
             return
         now = self._clock()
         if self._last_token is None:
-            self._metrics.first_token.observe(now - self._arrived)
+            self.first_token_seconds = now - self._arrived
+            self._metrics.first_token.observe(self.first_token_seconds)
         else:
             gap = (now - self._last_token) / len(output.token_ids)
             for _ in output.token_ids:
@@ -120,4 +130,5 @@ class AnswerTimer:
         self._last_token = now
 
     def finished(self, reason: FinishReason) -> None:
+        self.total_seconds = self._clock() - self._arrived
         self._metrics.finished.labels(self._api, reason.value).inc()

@@ -1,11 +1,13 @@
 """The OpenAI API's routes: chat completions, completions, models."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from emberkv.serving.chat_messages import template_messages
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.canonical_requests import Applied
 from emberkv.serving.context import ServingContext
 from emberkv.serving.generator import Prompt, answer_budget
 from emberkv.serving.lifecycle import LoadedModel
@@ -16,12 +18,15 @@ from emberkv.serving.openai_schema import (
     CompletionRequest,
     OpenAIRequest,
 )
+from emberkv.serving.rendering import render_chat
 from emberkv.serving.sse import EventStream, whole_response
 from emberkv.serving.tenants import Tenant
 from emberkv.serving.validation import parse_body
 
 
-def prepare_chat(body: bytes, model: LoadedModel) -> tuple[ChatCompletionRequest, list[Prompt]]:
+def prepare_chat(
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+) -> tuple[ChatCompletionRequest, list[Prompt], Applied]:
     """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
 
     Raises RequestError.
@@ -30,14 +35,18 @@ def prepare_chat(body: bytes, model: LoadedModel) -> tuple[ChatCompletionRequest
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    text = model.tokenizer.render_chat(template_messages(request.messages), tools=request.shown_tools)
-    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+    rendered = render_chat(request, model.tokenizer, rules)
+    token_ids = rendered.token_ids
     if request.max_completion_tokens is None:
         field, asked = "max_tokens", request.max_tokens
     else:
         field, asked = "max_completion_tokens", request.max_completion_tokens
     budget = answer_budget(model.engine, len(token_ids), asked, field=field)
-    return request, [Prompt(token_ids, each) for each in request.sampling(max_tokens=budget, logprobs=logprobs)]
+    prompts = [
+        Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds)
+        for each in request.sampling(max_tokens=budget, logprobs=logprobs)
+    ]
+    return request, prompts, rendered.canonical
 
 
 def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionRequest, list[Prompt]]:
@@ -61,9 +70,10 @@ def openai_router(context: ServingContext) -> APIRouter:
     router = APIRouter()
     guard = Depends(context.tenant)
 
-    def form_arguments(request: OpenAIRequest) -> dict[str, Any]:
+    def form_arguments(request: OpenAIRequest, request_id: str) -> dict[str, Any]:
         model = context.lifecycle.model()
         return {
+            "request_id": request_id,
             "model": model.names[0],
             "created": int(context.wall_clock()),
             "token_text": model.tokenizer.token_text,
@@ -74,22 +84,27 @@ def openai_router(context: ServingContext) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
-        request, prompts = await context.prepare(prepare_chat, await http.body())
-        stream = context.start(prompts, api="chat_completions", tenant=tenant, arrived=arrived)
-        form = ChatForm(**form_arguments(request))
+        work = partial(prepare_chat, rules=context.settings.canonical)
+        request, prompts, canonical = await context.prepare(work, await http.body())
+        asked = context.asked(http, "chat_completions", tenant, arrived, canonical)
+        stream = context.start(prompts, asked)
+        form = ChatForm(**form_arguments(request, asked.request_id))
+        headers = partial(context.cache_headers, stream)
         if request.stream:
-            return EventStream(stream, form.events(stream))
-        return await whole_response(http, stream, form.whole)
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         request, prompts = await context.prepare(prepare_completion, await http.body())
-        stream = context.start(prompts, api="completions", tenant=tenant, arrived=arrived)
-        form = CompletionForm(**form_arguments(request))
+        asked = context.asked(http, "completions", tenant, arrived)
+        stream = context.start(prompts, asked)
+        form = CompletionForm(**form_arguments(request, asked.request_id))
+        headers = partial(context.cache_headers, stream)
         if request.stream:
-            return EventStream(stream, form.events(stream))
-        return await whole_response(http, stream, form.whole)
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
 
     @router.get("/v1/models", dependencies=[guard])
     async def models() -> Response:

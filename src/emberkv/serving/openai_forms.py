@@ -1,6 +1,5 @@
 """The OpenAI API's answers: whole, and as a stream of chunks."""
 
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar
@@ -23,14 +22,20 @@ class OpenAIForm(ABC):
     include_usage: whether the stream ends with a chunk of usage.
     """
 
-    id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     def __init__(
-        self, model: str, created: int, token_text: TokenText, *, choices: int = 1, include_usage: bool = False
+        self,
+        request_id: str,
+        model: str,
+        created: int,
+        token_text: TokenText,
+        *,
+        choices: int = 1,
+        include_usage: bool = False,
     ) -> None:
-        self._id = self.id_prefix + uuid.uuid4().hex
+        self._id = request_id
         self._model = model
         self._created = created
         self._choices = choices
@@ -104,7 +109,6 @@ def finish_name(answer: Answer) -> str | None:
 
 
 class ChatForm(OpenAIForm):
-    id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -147,7 +151,6 @@ class ChatForm(OpenAIForm):
 
 
 class CompletionForm(OpenAIForm):
-    id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 

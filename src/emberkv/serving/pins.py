@@ -48,9 +48,9 @@ class Pins:
                 self._pins.setdefault(prompt, Pin(prompt))
         return len(prompt.tokens)
 
-    def remove(self, tokens: Iterable[int], tenant: str) -> bool:
+    def remove(self, tokens: Iterable[int], tenant: str) -> Pin | None:
         with self._lock:
-            return self._pins.pop(self.rounded(WarmPrompt(tuple(tokens), tenant)), None) is not None
+            return self._pins.pop(self.rounded(WarmPrompt(tuple(tokens), tenant)), None)
 
     def lost(self, identities: Collection[Identity] | None) -> bool:
         """Mark the pins that these blocks belong to, all for None, as stale; whether there are any."""

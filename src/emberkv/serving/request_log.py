@@ -2,50 +2,33 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from emberkv.engine.request import CacheUsage
+from emberkv.core.sequence import FinishReason
+from emberkv.serving.answer import Answer
+from emberkv.serving.asked import Asked
 from emberkv.serving.cache_header import CacheSummary
+from emberkv.serving.metrics import AnswerTimer
 
 logger = logging.getLogger("emberkv.requests")
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedRequest:
-    """seconds: from arrival to the first token, where there was one, and to the end."""
-
-    request_id: str
-    api: str
-    tenant: str
-    finish: str
-    usage: CacheUsage
-    completion_tokens: int
-    summary: CacheSummary
-    first_token_seconds: float | None
-    total_seconds: float
-    canonical: Mapping[str, int] = field(default_factory=dict)
-
-    def fields(self) -> dict[str, Any]:
-        """In the order of the line. Everything here is a number, or a name that the server or its operator gave."""
-        return {
-            "request": self.request_id,
-            "api": self.api,
-            "tenant": self.tenant,
-            "finish": self.finish,
-            "prompt_tokens": self.usage.prompt_tokens,
-            "cached_tokens": self.usage.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-            "cache": str(self.summary),
-            "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 4),
-            "total_seconds": round(self.total_seconds, 4),
-            "canonical": dict(self.canonical),
-        }
-
-
-def log_finished(request: FinishedRequest) -> None:
-    fields = request.fields()
+def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary) -> None:
+    """Everything told is a number, or a name that the server or its operator gave."""
+    seconds = timer.first_token_seconds
+    fields = {
+        "request": request_id,
+        "api": asked.api,
+        "tenant": asked.tenant.name,
+        "finish": (answer.finish_reason or FinishReason.ABORT).value,
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "cached_tokens": answer.usage.cached_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "cache": str(summary),
+        "first_token_seconds": seconds and round(seconds, 4),
+        "total_seconds": round(timer.total_seconds, 4),
+        "canonical": dict(asked.canonical),
+    }
     told = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, "", {}))
     logger.info("%s", told, extra={"fields": fields})
 

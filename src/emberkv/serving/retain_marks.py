@@ -30,14 +30,6 @@ class Mark(Generic[Request]):
     cut: Request
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """The prompt's first ``tokens`` are to be kept for ``seconds``."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-
 def anthropic_mark(request: PromptRequest) -> Mark[PromptRequest] | None:
     """The mark that counts; None without one. Raises RequestError for one that cannot be used."""
     return _lasting_longest(_anthropic_marks(request))

@@ -64,6 +64,7 @@ class HttpServer(uvicorn.Server):
         config = uvicorn.Config(
             app,
             access_log=False,
+            log_config=None,  # uvicorn's messages go where all others go
             log_level="warning",
             lifespan="off",
             timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first

@@ -1,11 +1,12 @@
 """Sessions: what the requests that name one (``X-Session-Id``) have asked and reused. Statistics only."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
+from emberkv.serving.asked import Asked
 
 HEADER = "x-session-id"
 MAX_SESSIONS = 1000
@@ -37,15 +38,19 @@ class Sessions:
         self._limit = limit
         self._figures: OrderedDict[tuple[str, str], SessionFigures] = OrderedDict()
 
-    def count(self, tenant: str, session: str, usage: CacheUsage, now: float) -> None:
-        """One more answered prompt; a prompt that names no session is not counted."""
-        if not session:
+    def __len__(self) -> int:
+        return len(self._figures)
+
+    def count(self, asked: Asked, usages: Sequence[CacheUsage], now: float) -> None:
+        """One more request and its prompts; one that names no session is not counted."""
+        if not asked.session:
             return
-        figures = self._figures.setdefault((tenant, session), SessionFigures())
-        self._figures.move_to_end((tenant, session))
+        key = (asked.tenant.name, asked.session)
+        figures = self._figures.setdefault(key, SessionFigures())
+        self._figures.move_to_end(key)
         figures.requests += 1
-        figures.prompt_tokens += usage.prompt_tokens
-        figures.hit_tokens += usage.cached_tokens
+        figures.prompt_tokens += sum(usage.prompt_tokens for usage in usages)
+        figures.hit_tokens += sum(usage.cached_tokens for usage in usages)
         figures.last_seen = now
         if len(self._figures) > self._limit:
             self._figures.popitem(last=False)

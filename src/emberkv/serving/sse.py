@@ -45,23 +45,30 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they are made. However it ends, the answers behind the events are closed."""
+    """Sends events as they are made. However it ends, the answers behind the events are closed.
+
+    headers: asked for once the first answer has begun, from which on its cache usage is known.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: AnswerStream, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, answers: AnswerStream, events: AsyncGenerator[bytes, None], headers: Callable[[], dict[str, str]]
+    ) -> None:
         # not Response.__init__, which would give the stream the length of an empty body
         self._answers = answers
         self._events = events
+        self._late_headers = headers
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answers:
             await unless_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
+        late = self._late_headers() if await self._answers.started() else {}
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **late})
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             async for event in events:
@@ -70,9 +77,14 @@ class EventStream(Response):
 
 
 async def whole_response(
-    request: Request, stream: AnswerStream, write: Callable[[list[WholeAnswer]], dict[str, Any]]
+    request: Request,
+    stream: AnswerStream,
+    write: Callable[[list[WholeAnswer]], dict[str, Any]],
+    headers: Callable[[], dict[str, str]],
 ) -> Response:
-    """Wait for all answers and write them as one JSON object."""
+    """Wait for all answers and write them as one JSON object, with ``headers`` as they are then."""
     async with stream:
         answers = await unless_disconnected(request.receive, stream.collect())
-    return Response(status_code=CLIENT_GONE) if answers is None else JSONResponse(write(answers))
+    if answers is None:
+        return Response(status_code=CLIENT_GONE)
+    return JSONResponse(write(answers), headers=headers())

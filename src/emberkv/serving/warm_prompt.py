@@ -1,12 +1,12 @@
 """One prompt to keep warm: how it is asked of the engine, and what came of it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from emberkv.core.hashing import Chain
+from emberkv.core.hashing import Chain, Identity
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import OutputListener, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
@@ -32,6 +32,14 @@ class WarmEngine(Protocol):
 
         Raises EngineStoppedError when the engine has stopped, or gives no answer in time.
         """
+        ...
+
+    def keep(self, chain: Chain) -> None:
+        """Have the chain's blocks evicted after all that nobody wished to keep. Raises as `cached_tokens` does."""
+        ...
+
+    def let_go(self, identities: Iterable[Identity]) -> None:
+        """Take that wish back. Raises EngineStoppedError."""
         ...
 
     def room(self) -> int:
@@ -63,24 +71,40 @@ class Warming:
 
 
 def warm(
-    engine: WarmEngine, prompt: WarmPrompt, chain: Chain, request_id: str, remaining: Callable[[], float]
+    engine: WarmEngine,
+    prompt: WarmPrompt,
+    chain: Chain,
+    request_id: str,
+    remaining: Callable[[], float],
+    *,
+    keep: bool = False,
 ) -> Warming:
     """Have a prompt's state cached. remaining: the seconds that are left; not above 0: the time is up.
 
-    When it is, the request is aborted between two steps of the engine, and what these computed stays cached.
+    keep: evict it after others. When the time is up, the request is aborted between two steps of the engine, and what
+    these computed stays cached.
     """
     if remaining() <= 0:
         return Warming(Outcome.TIMED_OUT, problem="the time was up before it began")
     try:
-        before = engine.cached_tokens(chain)
-        if before >= len(prompt.tokens):
-            return Warming(Outcome.WARM, before)
-        output = _last_output(engine, prompt, request_id, remaining)
-        return _judge(output, len(prompt.tokens), before, engine.cached_tokens(chain))
+        warming = _warm(engine, prompt, chain, request_id, remaining)
+        if keep and warming.outcome is Outcome.WARM:
+            engine.keep(chain)
+        return warming
     except EngineStoppedError as error:
         return Warming(Outcome.FAILED, problem=str(error))
     except EmberError as error:
         return Warming(Outcome.IMPOSSIBLE, problem=str(error))
+
+
+def _warm(
+    engine: WarmEngine, prompt: WarmPrompt, chain: Chain, request_id: str, remaining: Callable[[], float]
+) -> Warming:
+    before = engine.cached_tokens(chain)
+    if before >= len(prompt.tokens):
+        return Warming(Outcome.WARM, before)
+    output = _last_output(engine, prompt, request_id, remaining)
+    return _judge(output, len(prompt.tokens), before, engine.cached_tokens(chain))
 
 
 def _last_output(

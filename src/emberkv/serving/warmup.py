@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import Identity
+from emberkv.engine.news import CacheNews
 from emberkv.errors import EmberError
 from emberkv.serving.learned_prompts import LearnedPrompts
 from emberkv.serving.metrics import Clock
@@ -16,6 +18,8 @@ from emberkv.serving.warm_prompt import Outcome, WarmEngine, Warming, WarmPrompt
 from emberkv.serving.warmup_report import WarmupPhase, WarmupReport
 
 _CLOSE_SECONDS = 5.0
+_ID_PREFIX = "warmup-"
+"""Of the requests for which nobody waits; what they reuse teaches nothing."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,11 +96,28 @@ class Warmup:
         return count
 
     def unpin(self, tokens: Iterable[int], tenant: str = "") -> bool:
-        """Whether ``tokens`` were pinned for ``tenant``. What is cached stays until its place is needed."""
-        return self._pins.remove(tokens, tenant)
+        """Whether ``tokens`` were pinned for ``tenant``. What is cached stays until its place is needed.
+
+        Raises EngineStoppedError.
+        """
+        pin = self._pins.remove(tokens, tenant)
+        if pin is not None:
+            self._engine.let_go(pin.identities)
+        return pin is not None
 
     def pins(self) -> list[WarmPrompt]:
         return [pin.prompt for pin in self._pins]
+
+    def saw(self, news: CacheNews) -> None:
+        """What has changed in the cache: for `EngineLoop.watch`."""
+        if self._learned is not None:
+            for sequence in news.admitted:
+                if not sequence.request_id.startswith(_ID_PREFIX):
+                    self._learned.used(sequence.chain, sequence.cached_tokens)
+        events = [numbered.event for numbered in news.events]
+        cleared = news.missed or any(isinstance(event, AllBlocksCleared) for event in events)
+        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.identities]
+        self.pool_lost(None if cleared else removed)
 
     def pool_lost(self, identities: Collection[Identity] | None) -> None:
         """Blocks have left the pool; None: nobody knows which. From any thread; returns at once."""
@@ -187,8 +208,15 @@ class Warmup:
             return Warming(Outcome.IMPOSSIBLE, problem=str(error))
         if pin is not None:
             self._pins.begin(pin, chain.identities)
-        self._request_id = f"warmup-{uuid.uuid4().hex}"
-        warming = warm(self._engine, prompt, chain, self._request_id, lambda: self._remaining(deadline))
+        self._request_id = f"{_ID_PREFIX}{uuid.uuid4().hex}"
+        warming = warm(
+            self._engine,
+            prompt,
+            chain,
+            self._request_id,
+            lambda: self._remaining(deadline),
+            keep=pin is not None,
+        )
         self._totals = replace(
             self._totals,
             computed_tokens=self._totals.computed_tokens + warming.computed,

@@ -58,9 +58,8 @@ class Rates(Strict):
 
 
 class TierConfig(Strict):
-    """A lower tier of each replica. Rates that are not given are the hardware profile's for a tier of this name.
-
-    keeps: whether its content outlives the replica's failure.
+    """A lower tier of each replica, or one that all share. Rates that are not given are the hardware profile's for a
+    tier of this name. keeps: whether its content outlives a replica that is lost; what is shared always does.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -70,6 +69,7 @@ class TierConfig(Strict):
     latency_us: NonNegativeFloat | None = None
     eviction: Eviction = "lru"
     keeps: bool = False
+    shared: bool = False
 
 
 class OutageConfig(Strict):

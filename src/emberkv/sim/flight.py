@@ -68,6 +68,7 @@ class Flight:
             event=cache_event(self.turn, self.request.prompt_tokens, cached) if admitted else None,
             cached_tokens=cached,
             prefilled_tokens=self.prefilled_tokens,
+            tier_tokens=sequence.tier_tokens,
             replica=self.replica,
             preemptions=sequence.num_preemptions,
             retries=self.retries,

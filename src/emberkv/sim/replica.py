@@ -9,47 +9,29 @@ from dataclasses import dataclass, field
 
 from emberkv.cluster.routing import ReplicaState
 from emberkv.core.block_pool import BlockPool
+from emberkv.core.promotion import Load
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
 from emberkv.sim.flight import Flight
-from emberkv.sim.timing import SteadyRun, StepClock
+from emberkv.sim.step import ANY_TOKEN, Step
+from emberkv.sim.tiers import LowerModel, Transfer
+from emberkv.sim.timing import StepClock
 from emberkv.workload.chain import ContentChain
-
-
-class _AnyToken(dict[str, int]):
-    """Sampled tokens: chains know their own answers and take whatever is given."""
-
-    def __missing__(self, request_id: str) -> int:
-        return 0
-
-
-ANY_TOKEN: Mapping[str, int] = _AnyToken()
-
-
-@dataclass(slots=True)
-class Step:
-    """Under way from ``began`` for ``duration`` nanoseconds; ``count`` of them in a row, which ``run`` then tells."""
-
-    plan: StepPlan
-    began: int
-    duration: int
-    count: int = 1
-    run: SteadyRun | None = None
-
-    @property
-    def ends(self) -> int:
-        return self.began + self.duration
 
 
 @dataclass(slots=True)
 class Replica:
-    """One machine. make_scheduler: a fresh scheduler, pool and cache, for each time that it starts."""
+    """One machine. make_scheduler: a fresh scheduler, pool and cache, for each time that it starts.
+
+    together: whether steps that only make sequences longer are taken together. lower: what its scheduler looks into.
+    """
 
     index: int
     make_scheduler: Callable[[], Scheduler]
     clock: StepClock
     together: bool = True
+    lower: LowerModel | None = None
     state: ReplicaState = field(default_factory=ReplicaState)
     step: Step | None = None
     computed_tokens: int = 0
@@ -57,6 +39,8 @@ class Replica:
     scheduler: Scheduler = field(init=False)
     _flights: dict[str, Flight] = field(default_factory=dict)
     _inbox: list[Flight] = field(default_factory=list)
+    _transfers: dict[Load, Transfer] = field(default_factory=dict)
+    _arrived: list[Transfer] = field(default_factory=list)
     _past: list[CacheStats] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -82,7 +66,7 @@ class Replica:
 
     @property
     def tier_bytes(self) -> Mapping[str, int]:
-        return {}
+        return {} if self.lower is None else {tier.name: tier.stored_bytes for tier in self.lower.tiers}
 
     @property
     def flights(self) -> list[Flight]:
@@ -100,7 +84,13 @@ class Replica:
         self._inbox.append(flight)
 
     def take_in(self) -> list[Flight]:
-        """Queue who has been submitted; between steps. Returns who can never be served."""
+        """Queue who has been submitted, and account for loads that are over; between steps.
+
+        Returns who can never be served.
+        """
+        for transfer in self._arrived:
+            self.scheduler.loaded(transfer.load, transfer.exact)
+        self._arrived.clear()
         rejected = []
         for flight in self._inbox:
             try:
@@ -115,7 +105,11 @@ class Replica:
 
     def begin(self, now: int) -> Step | None:
         """Begin the next step, if there is anything to do; none is under way."""
+        if self.lower is not None:
+            self.lower.now = now
         plan = self.scheduler.schedule()
+        if self.lower is not None:
+            self._look_down(self.lower, plan)
         if not plan:
             return None
         self.step = step = self._step_of(plan, now)
@@ -135,8 +129,8 @@ class Replica:
         step = self.step
         assert step is not None
         self.step = None
-        self._grow(step.plan, step.count - 1)
         plan = step.plan
+        self._grow(plan, step.count - 1)
         for chunk in plan.prefills:
             self._flights[chunk.sequence.request_id].prefilled_tokens += chunk.stop - chunk.start
             self.computed_tokens += chunk.stop - chunk.start
@@ -149,13 +143,34 @@ class Replica:
             if flight.ends_early and flight.tokens_left == 1:
                 stopped.add(sequence.request_id)
         finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
+        if self.lower is not None:
+            self._copy_down(self.lower, step)
         return [self._drop(sequence.request_id) for sequence in finished]
 
-    def fail(self) -> list[Flight]:
+    def take_begun(self) -> list[Transfer]:
+        """The loads from lower tiers that have begun since the last call."""
+        begun = [transfer for transfer in self._transfers.values() if not transfer.told]
+        for transfer in begun:
+            transfer.told = True
+        return begun
+
+    def end_load(self, transfer: Transfer) -> bool:
+        """A load is over; it is looked at when the step under way ends. False if it was lost with the replica."""
+        if self._transfers.pop(transfer.load, None) is None:
+            return False
+        self._arrived.append(transfer)
+        return True
+
+    def fail(self, now: int) -> list[Flight]:
         """Lose everything. Returns the requests that were in flight, in the order in which they came."""
+        self.settle(now)
         lost = [*self._flights.values(), *self._inbox]
         self._flights.clear()
         self._inbox.clear()
+        self._transfers.clear()
+        self._arrived.clear()
+        if self.lower is not None:
+            self.lower.lost()
         self._past.append(self.scheduler.stats)
         self.scheduler = self.make_scheduler()
         self.state.load = 0.0
@@ -164,7 +179,7 @@ class Replica:
         return lost
 
     def settle(self, now: int) -> None:
-        """The simulation ends during a step: account for those of several that have ended."""
+        """It all ends during a step: account for those of several that have ended."""
         step = self.step
         if step is not None and step.run is not None:
             count, duration = step.run.cut(now - step.began)
@@ -200,6 +215,23 @@ class Replica:
             sequence.num_computed += steps
             sequence.chain.grow(steps)
         self.scheduler.stats.decode_tokens += steps * len(plan.decodes)
+
+    def _look_down(self, lower: LowerModel, plan: StepPlan) -> None:
+        """Begin the plan's loads, and keep recent below what is in use above."""
+        for load in plan.loads:
+            self._transfers[load] = lower.begin(load)
+        for sequence in plan.admitted:
+            lower.touch(sequence.chain.identities[: sequence.held.hit_tokens // self.pool.block_size])
+
+    def _copy_down(self, lower: LowerModel, step: Step) -> None:
+        """Offer what has been committed to the tiers below, and learn how fast prompts are computed."""
+        lower.now = step.ends
+        computed = sum(chunk.stop - chunk.start for chunk in step.plan.prefills)
+        if computed:
+            lower.prefilled(computed, step.duration)
+        for block in self.pool.take_committed():
+            if block.identity is not None:
+                lower.offer(block.identity, block.exact)
 
     def _drop(self, request_id: str) -> Flight:
         flight = self._flights.pop(request_id)

@@ -12,6 +12,12 @@ from emberkv.sim.run import Results
 _LEFT_OUT = frozenset({"set_up", "memory_over_time", "replicas"})
 """Of the summary: what the page shows elsewhere."""
 
+_WITH_UNITS = {
+    "ended_at": "ended at, s", "duration": "duration, s", "ttft_ms": "time to first token, ms",
+    "tpot_ms": "time for each further token, ms", "e2e_latency_ms": "end to end, ms", "slo": "service levels attained",
+    "average_cached_prefix_length": "average cached prefix, tokens",
+}  # fmt: skip
+
 _STYLE = """
 body { font: 16px/1.45 sans-serif; color: #000; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem }
@@ -39,17 +45,11 @@ figcaption { font-size: .9rem }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def write_report(run: Results, path: Path) -> None:
-    """A page of one run. Equal runs give equal bytes.
+def write_report(runs: Mapping[str, Results], path: Path) -> None:
+    """A page of runs by name; several stand side by side. Equal runs give equal bytes.
 
-    Raises ConfigError when the file cannot be written, WorkloadError when the workload cannot be read again.
+    Raises ConfigError when the file cannot be written, WorkloadError when a workload cannot be read again.
     """
-    trace = run.workload.trace
-    write_comparison({"a generated workload" if trace is None else trace.path: run}, path)
-
-
-def write_comparison(runs: Mapping[str, Results], path: Path) -> None:
-    """A page of several runs by name, side by side. Raises as `write_report` does."""
     text = render_report(runs)
     try:
         path.write_text(text, encoding="utf-8")
@@ -74,10 +74,7 @@ def _sections(runs: Mapping[str, Results]) -> Iterator[str]:
     if any(run.ending.interrupted for run in runs.values()):
         yield "<p><strong>Interrupted: the figures cover what was simulated until then.</strong></p>\n"
     yield _section("Key figures", _tables(list(runs), _key_figures(runs)))
-    galleries = [
-        figures_of(run, capacity_curve(run.workload, run.machine.block_size), f"run{number}")
-        for number, run in enumerate(runs.values())
-    ]
+    galleries = [figures_of(run, capacity_curve(run), f"run{number}") for number, run in enumerate(runs.values())]
     if len(runs) > 1:
         yield "<p>Each picture has its own axes.</p>\n"
     yield f'<div class="gallery{" several" if len(runs) > 1 else ""}">\n'
@@ -166,4 +163,4 @@ def _data(cell: str) -> str:
 
 
 def _words(label: str) -> str:
-    return escape(label.replace("_", " "))
+    return escape(_WITH_UNITS.get(label, label).replace("_", " "))

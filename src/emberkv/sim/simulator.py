@@ -10,9 +10,11 @@ from emberkv.sim.events import Agenda, Kind
 from emberkv.sim.failures import Outage
 from emberkv.sim.flight import Flight, Sessions
 from emberkv.sim.outcome import Outcome, Status
-from emberkv.sim.replica import Replica, Step
+from emberkv.sim.replica import Replica
 from emberkv.sim.routed import Routed
 from emberkv.sim.series import ReplicaSeries, Series
+from emberkv.sim.step import Step
+from emberkv.sim.tiers import Transfer
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.workload.chain import ContentChain
 from emberkv.workload.request import Request
@@ -160,6 +162,9 @@ class Simulator:
         self._routed.publish(replica.index, replica.pool)
         if step is not None:
             self._await_end(replica, step)
+        for transfer in replica.take_begun():
+            ends = partial(self._end_load, replica, transfer)
+            self._agenda.add(transfer.ends, Kind.LOAD_ENDS, ends, rank=replica.index)
 
     def _end_step(self, replica: Replica, step: Step) -> None:
         if replica.step is not step or step.ends != self._now:
@@ -168,6 +173,10 @@ class Simulator:
             self._complete(flight)
         self._routed.publish(replica.index, replica.pool)
         self._touched.add(replica.index)
+
+    def _end_load(self, replica: Replica, transfer: Transfer) -> None:
+        if replica.end_load(transfer):
+            self._touch(replica)
 
     def _complete(self, flight: Flight) -> None:
         request, chain = flight.request, flight.chain
@@ -196,7 +205,7 @@ class Simulator:
 
     def _fail(self, outage: Outage, outages: Iterator[Outage]) -> None:
         replica = self.replicas[outage.replica]
-        lost = replica.fail()
+        lost = replica.fail(self._now)
         self._routed.lost(replica.index)
         for flight in lost:
             if flight.retries == self._max_retries:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 from emberkv.cluster.routing import make_router
@@ -12,16 +12,18 @@ from emberkv.core.eviction_policy import Weight
 from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
-from emberkv.sim.config import SimulationConfig
+from emberkv.errors import ConfigError
+from emberkv.sim.config import SimulationConfig, TierConfig
 from emberkv.sim.failures import Outage, RandomOutages, outages
 from emberkv.sim.footprint import kv_block_bytes, kv_blocks
-from emberkv.sim.hardware import GIB, HardwareProfile, load_profile
+from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.outcome import Outcome
 from emberkv.sim.replica import Replica
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.simulator import Progress, RootOf, Simulator
+from emberkv.sim.tiers import Channel, LowerModel, ModelledTier
 from emberkv.sim.timing import ConstantRates, StepClock, StepTimer
 from emberkv.workload.source import Source
 
@@ -90,17 +92,54 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
 
 def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
     """A fresh cache over an empty pool. Hits end at any block."""
-    pool = BlockPool(machine.num_blocks, machine.block_size, policy=make_policy(config.eviction), weight=machine.weight)
+    pool = BlockPool(
+        machine.num_blocks,
+        machine.block_size,
+        policy=make_policy(config.eviction),
+        weight=machine.weight,
+        journal=bool(config.tiers),
+    )
     return PrefixCache(pool, alignment=machine.block_size, enabled=config.prefix_caching)
 
 
-def scheduler_of(config: SimulationConfig, machine: Machine) -> Scheduler:
+def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:
+    """An empty tier. Raises ConfigError where neither the configuration nor the hardware's profile knows its rates."""
+    known = machine.profile.tiers.get(tier.name) if machine.profile is not None else None
+    read, write, latency = tier.read_gb_per_s, tier.write_gb_per_s, tier.latency_us
+    if known is not None:
+        read, write = read or known.read_gb_per_s, write or known.write_gb_per_s
+        latency = known.latency_us if latency is None else latency
+    if read is None or write is None:
+        raise ConfigError(f"tier {tier.name!r} needs read_gb_per_s and write_gb_per_s: the hardware has no such tier")
+    seconds = (latency or 0.0) * MICROSECOND
+    return ModelledTier(
+        tier.name,
+        tier.capacity // machine.block_bytes,
+        machine.block_bytes,
+        make_policy(tier.eviction),
+        read=Channel(read * GB, seconds),
+        write=Channel(write * GB, seconds),
+        keeps=tier.keeps or tier.shared,
+    )
+
+
+def lower_of(config: SimulationConfig, machine: Machine) -> list[LowerModel | None]:
+    """The tiers below each replica's pool."""
+    if not config.tiers:
+        return [None] * config.replicas
+    shared = {tier.name: tier_of(tier, machine) for tier in config.tiers if tier.shared}
+    return [
+        LowerModel([shared.get(tier.name) or tier_of(tier, machine) for tier in config.tiers])
+        for _ in range(config.replicas)
+    ]
+
+
+def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None) -> Scheduler:
     """A fresh scheduler, cache and pool, as the server has them."""
     size = machine.block_size
     chunk = -(-config.prefill_chunk // size) * size
-    return Scheduler(
-        cache_of(config, machine), SchedulerConfig(chunk, max(chunk, config.max_step_tokens), config.max_running)
-    )
+    budget = max(chunk, config.max_step_tokens)
+    return Scheduler(cache_of(config, machine), SchedulerConfig(chunk, budget, config.max_running), lower)
 
 
 def build(
@@ -114,8 +153,8 @@ def build(
     rng = Random(f"{config.seed}/simulation")
     clock = StepClock(machine.timer)
     replicas = [
-        Replica(index, lambda: scheduler_of(config, machine), clock, config.together)
-        for index in range(config.replicas)
+        Replica(index, partial(scheduler_of, config, machine, lower), clock, config.together, lower)
+        for index, lower in enumerate(lower_of(config, machine))
     ]
     planned = [Outage(each.replica, each.at, each.down_for) for each in config.outages]
     chance = config.random_outages

@@ -1,10 +1,10 @@
 """The byte cache in host memory: the one place that counts a RAM tier's bytes and holds it to its limit.
 
-What to evict is the policy's decision, when to is ours. Reads take no lock: they note what they read, and whoever
-next needs the books (a set, a question about statistics, or the read that fills the notes) settles them under the
-lock, in the order in which they were noted. So reads of many threads do not queue, no read is ever left uncounted,
-and a set sees the recency of every read before it. This needs no more than that a dict's look-up and a deque's
-append are atomic, which CPython promises with and without its global lock.
+What to evict is the policy's decision, when to is ours. Reads wait for no lock: they note what they read, and whoever
+next needs the books (a set, a question about statistics, or a read that finds many notes and the lock free) settles
+them under the lock, in the order in which they were noted. So reads of many threads do not queue, no read is ever left
+uncounted, and a set sees the recency of every read before it. This needs no more than that a dict's look-up and a
+deque's append are atomic, which CPython promises with and without its global lock.
 """
 
 import math
@@ -26,6 +26,9 @@ MB = 2**20
 
 _MAX_NOTES = 32
 """Reads noted before one of them settles: many enough for the lock to cost next to nothing, few enough to be quick."""
+
+_MAX_SETTLED = 2 * _MAX_NOTES
+"""Notes that a read settles at most: more than come in meanwhile, so that what piled up behind a busy lock goes."""
 
 
 class EntryMetadata(TypedDict):
@@ -122,9 +125,11 @@ class InMemoryKVCacheManager:
             notes.append(None)
         else:
             return None
-        if len(notes) >= _MAX_NOTES:
-            with self._lock:
-                self._settle()
+        if len(notes) >= _MAX_NOTES and self._lock.acquire(blocking=False):
+            try:
+                self._settle(_MAX_SETTLED)
+            finally:
+                self._lock.release()
         return entry.value if entry is not None else None
 
     def set(self, key: str, value: bytes, prefix_tokens: int | None = None) -> None:
@@ -204,11 +209,12 @@ class InMemoryKVCacheManager:
                 "evictions": self._evictions,
             }
 
-    def _settle(self) -> None:
-        """Count the reads noted so far and tell the policy of the hits. The caller holds the lock."""
+    def _settle(self, most: int | None = None) -> None:
+        """Count the reads noted, at most ``most`` of them, and tell the policy of hits. The caller holds the lock."""
+        count = len(self._notes) if most is None else min(len(self._notes), most)
         take, entries = self._notes.popleft, self._entries
         hits: list[str] = []
-        for _ in range(len(self._notes)):
+        for _ in range(count):
             key = take()
             if key is None:
                 self._misses += 1

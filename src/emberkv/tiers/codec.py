@@ -87,9 +87,17 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
     return BlockRecord(identity, parent, tokens, position, bool(flags & _EXACT), view[payload_at:end])
 
 
-def check_record(record: BlockRecord, identity: bytes) -> None:
-    """Raises ForeignBlockError unless the record is the block of that identity, with the tokens that make it so."""
+def verified_record(data: bytes, *, namespace: bytes, identity: bytes, exact: bool) -> BlockRecord:
+    """The record of the block ``identity``, with the tokens that make it so.
+
+    exact: whether it must be, as the one who kept it says. Raises as `decode_record`, and ForeignBlockError for a
+    sound record that is not what was asked for.
+    """
+    record = decode_record(data, namespace=namespace)
     if record.identity != identity:
         raise ForeignBlockError("another block than the one asked for", fault="identity")
     if sha256(record.parent + record.tokens).digest() != identity:
         raise ForeignBlockError("its parent and its tokens do not make its identity", fault="chain")
+    if exact and not record.exact:
+        raise ForeignBlockError("kept as exact, and is not", fault="exactness")
+    return record

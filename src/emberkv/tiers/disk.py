@@ -169,7 +169,7 @@ class DiskTier:
             replaced = self._index.discard(file.key) if written else []
             surplus = self._index.add(file) if written else []
             self._evictions += len(surplus)
-            kept = self._index.find(file.key) is not None
+            kept = written and self._index.find(file.key) is not None
         gone += surplus
         self._unlink([*(each for each in replaced if each.path != file.path), *surplus])
         return kept

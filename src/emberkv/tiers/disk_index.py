@@ -32,14 +32,17 @@ class DiskIndex:
 
         Of two files of one block the exact one stays, of alike ones the more recent.
         """
+        kept: dict[bytes, BlockFile] = {}
         gone = []
-        for file in sorted(files, key=lambda file: (file.mtime_ns, file.identity)):
-            other = self._files.get(file.key)
-            if other and other.exact and not file.exact:
-                gone.append(file)
-                continue
-            gone += self.discard(file.key) + self.add(file)
-            self.stamp(file.mtime_ns)
+        for file in files:
+            other = kept.setdefault(file.key, file)
+            if other is not file:
+                worse, kept[file.key] = sorted((other, file), key=lambda each: (each.exact, each.mtime_ns))
+                gone.append(worse)
+        for key, file in sorted(kept.items(), key=lambda item: (item[1].mtime_ns, item[0])):
+            self._enter(key, file)
+            self._last_stamp = file.mtime_ns
+        gone += self._surplus()
         while self.bytes > self.max_bytes:
             gone.append(self._strike(self._policy.evict()))
         return gone
@@ -58,12 +61,8 @@ class DiskIndex:
     def add(self, file: BlockFile) -> list[BlockFile]:
         """Enter a file, in place of one with its key if there is one. Returns those that a quota forbids to keep."""
         self.discard(file.key)
-        self._files[file.key] = file
-        self._count(file, +1)
-        self._policy.admit(file.key, Weight(size=max(file.size, 1), owner=file.owner))
-        self._policy.release((file.key,))
-        surplus = list(self._policy.surplus())
-        return [file for key in surplus for file in self.discard(key)]
+        self._enter(file.key, file)
+        return self._surplus()
 
     def discard(self, key: bytes) -> list[BlockFile]:
         """Strike a file off; the list of it, empty where there was none."""
@@ -104,6 +103,15 @@ class DiskIndex:
 
     def unreserve(self, size: int) -> None:
         self._reserved -= size
+
+    def _enter(self, key: bytes, file: BlockFile) -> None:
+        self._files[key] = file
+        self._count(file, +1)
+        self._policy.admit(key, Weight(size=max(file.size, 1), owner=file.owner))
+        self._policy.release((key,))
+
+    def _surplus(self) -> list[BlockFile]:
+        return [file for key in list(self._policy.surplus()) for file in self.discard(key)]
 
     def _strike(self, key: bytes) -> BlockFile:
         self._unreadable.discard(key)

@@ -79,7 +79,7 @@ def _scan_owner(folder: str, namespace: bytes, owner: str) -> Iterator[BlockFile
         for each in found:
             name, dot, ending = each.name.partition(".")
             identity = _unhex(name)
-            if identity is None or dot + ending not in (_EXACT, _NEAR):
+            if identity is None or dot + ending not in (_EXACT, _NEAR) or not each.is_file(follow_symlinks=False):
                 continue
             try:
                 status = each.stat(follow_symlinks=False)

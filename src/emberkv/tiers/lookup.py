@@ -1,14 +1,23 @@
 """Where blocks are: a look into the memory of all tiers, fastest first, never at a disk."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from emberkv.core.promotion import Run
-from emberkv.tiers.base import Tier
 from emberkv.tiers.meter import TierMeter
 
 
+class Searched(Protocol):
+    """The part of a tier that is looked into; a simulated tier has no more."""
+
+    @property
+    def name(self) -> str: ...
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int: ...
+
+
 def find_runs(
-    tiers: Sequence[Tier], meters: Sequence[TierMeter], identities: Sequence[bytes], *, exact: bool
+    tiers: Sequence[Searched], meters: Sequence[TierMeter], identities: Sequence[bytes], *, exact: bool
 ) -> list[Run]:
     """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
 
@@ -29,7 +38,7 @@ def find_runs(
     return runs
 
 
-def _first_run(tiers: Sequence[Tier], identities: Sequence[bytes], exact: bool) -> tuple[int, int]:
+def _first_run(tiers: Sequence[Searched], identities: Sequence[bytes], exact: bool) -> tuple[int, int]:
     """The rank of the fastest tier with the first block, and the blocks it has before a faster one has the next.
 
     All blocks, under the rank after the last, where no tier has the first.

@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from emberkv.core.promotion import Run
-from emberkv.errors import BlockError, ConfigError, ForeignBlockError
+from emberkv.errors import BlockError, ConfigError
 from emberkv.tiers.base import Tier, TierEntry
-from emberkv.tiers.codec import BlockRecord, check_record, decode_record, encode_record
+from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
 from emberkv.tiers.fetch import CHUNK_BLOCKS, Fetch, Loaders, Piece, Records, Timing
 from emberkv.tiers.lookup import find_runs
 from emberkv.tiers.meter import TierMeter
@@ -73,6 +73,10 @@ class TierStack:
         exact: only blocks that are bit-equal to a cold prefill's. Memory only, never I/O.
         """
         return find_runs(self._tiers, self._meters, identities, exact=exact)
+
+    def places(self, identity: bytes) -> list[str]:
+        """The tiers that have a block, fastest first. Memory only, and counted nowhere."""
+        return [tier.name for tier in self._tiers if tier.lookup((identity,))]
 
     def offer(self, offers: Sequence[Offer]) -> None:
         """Store these, in the background, in every tier that has not got them; skip and count those that do not fit
@@ -210,15 +214,11 @@ class TierStack:
     def _verified(self, rank: int, entry: TierEntry) -> BlockRecord | None:
         """The record in an entry; one that is not what it should be leaves its tier."""
         try:
-            record = decode_record(entry.data, namespace=self._namespace)
-            check_record(record, entry.identity)
-            if entry.exact and not record.exact:
-                raise ForeignBlockError("kept as exact, and is not", fault="exactness")
+            return verified_record(entry.data, namespace=self._namespace, identity=entry.identity, exact=entry.exact)
         except BlockError as error:
             self._tiers[rank].remove((entry.identity,))
             self._meters[rank].refused(error.fault)
             return None
-        return record
 
     def _count_failure(self, error: BaseException) -> None:
         with self._lock:

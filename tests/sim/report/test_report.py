@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import ConfigError
-from emberkv.sim.report import render_report, write_comparison, write_report
+from emberkv.sim.report import render_report, write_report
 from emberkv.sim.run import Results
 from emberkv.sim.simulator import Ending
 from tests.sim.report.build import FIGURES, Page, run
@@ -94,11 +94,11 @@ def test_names_are_text_and_not_markup(results: Results) -> None:
 
 def test_a_file_that_cannot_be_written_is_an_error_that_names_it(results: Results, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot write .*missing"):
-        write_report(results, tmp_path / "missing" / "report.html")
+        write_report({"chats": results}, tmp_path / "missing" / "report.html")
 
 
-def test_pages_are_written(results: Results, tmp_path: Path) -> None:
-    write_report(results, tmp_path / "one.html")
-    write_comparison({"a": results, "b": results}, tmp_path / "two.html")
-    assert Page((tmp_path / "one.html").read_text()).texts["h1"] == ["emberkv simulate: a generated workload"]
-    assert Page((tmp_path / "two.html").read_text()).texts["h1"] == ["emberkv simulate: a, b"]
+def test_a_page_is_written(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report({"chats": results}, path)
+    assert path.read_text(encoding="utf-8") == render_report({"chats": results})
+    assert Page(path.read_text()).texts["h1"] == ["emberkv simulate: chats"]

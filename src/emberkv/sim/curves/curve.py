@@ -7,13 +7,14 @@ from itertools import islice
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.visits import Hits, visits
-from emberkv.sim.inputs import Workload
+from emberkv.sim.run import Results
+from emberkv.sim.stage import root_of
 from emberkv.workload.files import ASSUMED
 from emberkv.workload.request import Request
-from emberkv.workload.source import unroll
+from emberkv.workload.source import Source, unroll
 
 MOST_REQUESTS = 100_000
-"""Of a workload, from its start, that a curve is made from; it is kept in memory, about 16 bytes a block."""
+"""Of a workload, from its start, that a curve is made from; their blocks are kept in memory."""
 
 POINTS = 24
 
@@ -28,9 +29,10 @@ class CapacityCurve:
     requests: int
 
 
-def requests_of(workload: Workload) -> Iterable[Request]:
+def first_requests(source: Source) -> Iterable[Request]:
     """In the order of arrival. Generated follow-ups wait for answers, which are assumed to take a time."""
-    return unroll(workload.source(), first_token=ASSUMED.first_token, per_token=ASSUMED.per_token)
+    requests = unroll(source, first_token=ASSUMED.first_token, per_token=ASSUMED.per_token)
+    return islice(requests, MOST_REQUESTS)
 
 
 def spaced(smallest: int, largest: int, count: int = POINTS) -> list[int]:
@@ -39,14 +41,15 @@ def spaced(smallest: int, largest: int, count: int = POINTS) -> list[int]:
     return sorted({min(largest, round(smallest * ratio**step)) for step in range(count)} | {largest})
 
 
-def capacity_curve(workload: Workload, block_size: int, *, points: int = POINTS) -> CapacityCurve | None:
-    """From the smallest capacity that takes every request to that which is as good as unlimited; None without requests.
+def capacity_curve(run: Results) -> CapacityCurve | None:
+    """Of a run's workload, from the smallest capacity that takes every request to that which is as good as unlimited.
 
-    Raises WorkloadError while the workload is read.
+    None without requests. Raises WorkloadError while the workload is read.
     """
-    seen = list(visits(islice(requests_of(workload), MOST_REQUESTS), block_size))
+    size = run.machine.block_size
+    seen = list(visits(first_requests(run.workload.source()), size, root_of(run.config, size)))
     if not seen:
         return None
     lru, best = LRUCurve(seen), Optimal(seen)
-    capacities = spaced(lru.smallest, lru.enough, points)
+    capacities = spaced(lru.smallest, lru.enough)
     return CapacityCurve(lru, [best.at(capacity) for capacity in capacities], capacities, len(seen))

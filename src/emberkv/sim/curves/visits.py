@@ -5,7 +5,7 @@ included. Where the answer is known, its full blocks stay in the cache too, and 
 one of them; it then counts as a reference that nobody can find.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -34,20 +34,23 @@ class Visit:
         return min(hits * self.block_size, self.prompt_tokens)
 
 
-def visit(request: Request, block_size: int) -> Visit:
+def visit(request: Request, block_size: int, root: Identity = ROOT) -> Visit:
+    """root: requests of different roots share nothing."""
     prompt = request.prompt_tokens
     full = prompt - prompt % block_size
     known = len(request.content) - len(request.content) % block_size
     if known <= full:
-        blocks = request.block_references(ROOT, block_size)
+        blocks = request.block_references(root, block_size)
         return Visit(blocks, len(blocks), prompt, block_size)
-    blocks = block_identities(ROOT, request.content, 0, known, block_size)
+    blocks = block_identities(root, request.content, 0, known, block_size)
     return Visit(blocks, full // block_size, prompt, block_size)
 
 
-def visits(requests: Iterable[Request], block_size: int) -> Iterator[Visit]:
+def visits(
+    requests: Iterable[Request], block_size: int, root_of: Callable[[Request], Identity] = lambda _: ROOT
+) -> Iterator[Visit]:
     """One request in memory at a time."""
-    return (visit(request, block_size) for request in requests)
+    return (visit(request, block_size, root_of(request)) for request in requests)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,175 @@
+"""This machine predicted: calibrated, then serving conversations for real, and the same requests simulated.
+
+    python -m benchmarks.this_machine [--emberkv "COMMAND"] [--sessions 24] [--seed 0] [--out PREFIX]
+
+`emberkv calibrate` measures; `emberkv serve --record-trace` then answers multi-turn conversations of the bundled demo
+model and writes down what came; the trace is replayed under the profile. Times are the client's, so that HTTP is in
+them. Exits with 1 when the mean time to first token is more than 20% off, or when any request's cached tokens differ.
+"""
+
+import argparse
+import asyncio
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from benchmarks import lib, report
+from benchmarks.figures import Figure, Row
+
+from emberkv.bench.client import Answer, Target, ask
+from emberkv.bench.workload import Message, Workload
+from emberkv.sim import config as sim_config
+from emberkv.sim.inputs import Workload as SimWorkload
+from emberkv.sim.model_config import DEMO_NAME, load_spec
+from emberkv.sim.run import simulate
+from emberkv.workload.ember_trace import read
+
+BLOCK_SIZE = 32
+"""As large as the tiles in which prefill is exact, so that server and simulation round hits down alike."""
+
+CACHE_BYTES = 64 * 2**20
+FLAGS = (
+    "--no-warmup", "--block-size", str(BLOCK_SIZE), "--cache-ram", f"{CACHE_BYTES // 2**20}MiB",
+    "--prefill-chunk", "128", "--max-step-tokens", "256", "--max-running", "64",
+)  # fmt: skip
+TURNS = 4
+TTFT_TARGET = 0.20
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One request as the client or the simulation has it; times in milliseconds."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    ttft: float
+    end_to_end: float
+
+
+def calibrate(command: Sequence[str], profile: Path) -> None:
+    subprocess.run([*command, "calibrate", "--output", str(profile), "--block-size", str(BLOCK_SIZE)], check=True)
+
+
+async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
+    """Each session's answers. Sessions begin at random, 0.7 s apart on average, and think for a second or so."""
+    rng = random.Random(seed)
+    script = Workload(
+        sessions=sessions, turns=TURNS, system_tokens=400, user_tokens=60, answer_tokens=40, nonce=f"here {seed}"
+    )
+    begins, at = [], 0.0
+    for _ in range(sessions):
+        begins.append((at, [0.5 + rng.expovariate(1.0) for _ in range(TURNS)]))
+        at += 0.2 + rng.expovariate(2.0)
+
+    async def session(number: int) -> list[Answer]:
+        begin, thinking = begins[number]
+        await asyncio.sleep(begin)
+        messages: list[Message] = script.opening()
+        answers = []
+        async with httpx.AsyncClient(base_url=url, timeout=120, headers={"X-Session-Id": str(number)}) as client:
+            for turn in range(TURNS):
+                messages.append(script.question(number, turn))
+                limit = rng.randrange(20, 60)
+                answer = await ask(client, Target("emberkv-demo"), messages, max_tokens=limit, clock=time.perf_counter)
+                if answer.error:
+                    raise RuntimeError(f"session {number}: {answer.error}")
+                answers.append(answer)
+                messages.append({"role": "assistant", "content": answer.text})
+                await asyncio.sleep(thinking[turn])
+        return answers
+
+    return await asyncio.gather(*(session(number) for number in range(sessions)))
+
+
+def served(answers: Sequence[Sequence[Answer]]) -> list[list[Told]]:
+    def told(answer: Answer) -> Told:
+        usage = answer.usage
+        assert usage is not None
+        assert answer.ttft is not None
+        end = answer.finished if answer.finished is not None else answer.ended
+        return Told(usage.prompt_tokens or 0, usage.cached_tokens or 0, 1e3 * answer.ttft, 1e3 * (end - answer.sent))
+
+    return [[told(answer) for answer in session] for session in answers]
+
+
+def simulated(trace: Path, profile: Path) -> list[list[Told]]:
+    """The sessions in the order of their first arrival."""
+    blocks = CACHE_BYTES // (load_spec(DEMO_NAME).kv_bytes_per_token * BLOCK_SIZE)
+    set_up = sim_config.SimulationConfig(
+        model=DEMO_NAME, hardware=str(profile), kv_blocks=blocks, block_size=BLOCK_SIZE, prefill_chunk=128,
+        max_step_tokens=256, max_running=64,
+    )  # fmt: skip
+    workload = SimWorkload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
+    results = simulate(set_up, workload, keep_ids=True)
+    rows = dict(zip(results.rows.ids, results.rows, strict=True))
+    sessions: dict[str, list[Told]] = {}
+    for request in read(trace):
+        row = rows[request.request_id]
+        told = Told(row.prompt_tokens, row.cached_tokens, row.ttft_ms or 0.0, row.e2e_ms or 0.0)
+        sessions.setdefault(request.session_id, []).append(told)
+    return list(sessions.values())
+
+
+def matched(real: Sequence[Sequence[Told]], model: Sequence[Sequence[Told]]) -> list[tuple[Told, Told]]:
+    """The same requests side by side. A session is known by the lengths of its prompts."""
+    by_lengths = {tuple(each.prompt_tokens for each in session): session for session in model}
+    pairs = []
+    for session in real:
+        found = by_lengths.pop(tuple(each.prompt_tokens for each in session))
+        pairs += zip(session, found, strict=True)
+    assert not by_lengths
+    return pairs
+
+
+def rows_of(pairs: Sequence[tuple[Told, Told]]) -> list[Row]:
+    rows: list[Row] = []
+    for name, field, target in (("TTFT", "ttft", TTFT_TARGET), ("end to end", "end_to_end", None)):
+        ours = [getattr(model, field) for _, model in pairs]
+        theirs = [getattr(real, field) for real, _ in pairs]
+        means = statistics.fmean(ours), statistics.fmean(theirs)
+        title = f"{name}, mean: simulated {means[0]:.1f} ms, measured {means[1]:.1f} ms; error"
+        rows.append(Figure(title, "", [abs(means[0] / means[1] - 1)], target))
+        for percent in (50, 90):
+            both = [statistics.quantiles(values, n=100, method="inclusive")[percent - 1] for values in (ours, theirs)]
+            title = f"{name}, p{percent}: simulated {both[0]:.1f} ms, measured {both[1]:.1f} ms; error"
+            rows.append(Figure(title, "", [both[0] / both[1] - 1]))
+    different = sum(real.cached_tokens != model.cached_tokens for real, model in pairs)
+    rows.append(Figure(f"requests with other cached tokens, of {len(pairs)}", "", [different], 0))
+    share = sum(real.cached_tokens for real, _ in pairs) / sum(real.prompt_tokens for real, _ in pairs)
+    rows.append(Figure("prompt tokens cached", "", [share]))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emberkv", default=f"{sys.executable} -m emberkv.cli.main", help="the command to run")
+    parser.add_argument("--sessions", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
+    given = parser.parse_args()
+    about = report.about("benchmarks.this_machine", __doc__, sessions=given.sessions, turns=TURNS)
+    command = shlex.split(given.emberkv)
+    with tempfile.TemporaryDirectory(prefix="emberkv-here-") as folder:
+        profile, trace = Path(folder, "here.yaml"), Path(folder, "served.jsonl")
+        calibrate(command, profile)
+        server = lib.Server(
+            "emberkv",
+            lambda port: [*command, "serve", "--port", str(port), "--record-trace", str(trace), *FLAGS],
+            "/ready",
+        )
+        with lib.serving(server, Path(folder, "server.log")) as url:
+            answers = asyncio.run(converse(url, given.sessions, given.seed))
+        pairs = matched(served(answers), simulated(trace, profile))
+    return report.publish(rows_of(pairs), about, given.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

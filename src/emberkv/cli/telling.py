@@ -1,0 +1,20 @@
+"""The voice: how commands tell what went wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+from emberkv.errors import EmberError
+
+
+@contextmanager
+def errors_told() -> Iterator[Console]:
+    """Gives the console for standard error; an error of ours is printed there, and the command exits with 2."""
+    errors = Console(stderr=True)
+    try:
+        yield errors
+    except EmberError as error:
+        errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error

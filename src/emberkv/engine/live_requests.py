@@ -1,0 +1,153 @@
+"""The requests in flight: their next tokens are drawn here, and each gets its outputs, the last one exactly once."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from emberkv.core.scheduler import Scheduler, StepPlan
+from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.limits import ModelLimits
+from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenOutput
+from emberkv.engine.sampling import SampledToken, Sampler, SamplingState
+from emberkv.engine.torch_engine import StepResult
+
+
+@dataclass(slots=True)
+class Live:
+    """A request in flight."""
+
+    request: GenerationRequest
+    sequence: Sequence
+    state: SamplingState
+    listener: OutputListener
+    submitted_at: float
+    admitted_at: float | None = None
+    answered: bool = False
+
+
+class LiveRequests:
+    """By request id. Belongs to the engine's thread.
+
+    clock: seconds. forget: called with the id of each request that has ended, before its last output.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: ModelLimits,
+        sampler: Sampler,
+        *,
+        clock: Callable[[], float],
+        forget: Callable[[str], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._limits = limits
+        self._sampler = sampler
+        self._clock = clock
+        self._forget = forget
+        self._live: dict[str, Live] = {}
+
+    def add(self, arrived: Iterable[Live]) -> None:
+        """Know them; they are not queued by this."""
+        self._live.update((live.request.request_id, live) for live in arrived)
+
+    def admitted(self, sequences: Iterable[Sequence], now: float) -> Iterator[Sequence]:
+        """Those of them that had not been admitted before."""
+        for sequence in sequences:
+            live = self._live[sequence.request_id]
+            if live.admitted_at is None:
+                live.admitted_at = now
+                yield sequence
+
+    def end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """End a request for good; an id that is not in flight is ignored."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._scheduler.finish(request_id, reason)
+            self._send(live, finish_reason=reason, error=error)
+
+    def fail(self, sequences: Iterable[Sequence], error: str) -> None:
+        for request_id in {sequence.request_id for sequence in sequences}:
+            self.end(request_id, FinishReason.ERROR, error)
+
+    def end_all(self) -> None:
+        for request_id in list(self._live):
+            self.end(request_id, FinishReason.ABORT)
+
+    def sample(self, plan: StepPlan, result: StepResult | None) -> dict[str, SampledToken]:
+        """The next token of each sequence that is ready for one, by request id.
+
+        Those whose scores are not numbers end here, and leave the plan, before any of what was computed for them is
+        committed.
+        """
+        if result is None:
+            return {}
+        result = self._without_broken(plan, result)
+        ids = [sequence.request_id for sequence in result.sequences]
+        tokens = self._sampler.sample(result.logits, [self._live[request_id].state for request_id in ids])
+        return dict(zip(ids, tokens, strict=True))
+
+    def _without_broken(self, plan: StepPlan, result: StepResult) -> StepResult:
+        usable = result.logits.amax(dim=-1).isfinite()
+        broken = [sequence for sequence, good in zip(result.sequences, usable.tolist(), strict=True) if not good]
+        if not broken:
+            return result
+        self.fail(broken, "the model's scores for the next token are not numbers")
+        plan.decodes = [sequence for sequence in plan.decodes if sequence not in broken]
+        plan.prefills = [chunk for chunk in plan.prefills if chunk.sequence not in broken]
+        return StepResult([each for each in result.sequences if each not in broken], result.logits[usable])
+
+    def deliver(self, plan: StepPlan, sampled: dict[str, SampledToken]) -> None:
+        """Account for a computed plan, and hand out its tokens."""
+        stopped = {
+            request_id
+            for request_id, token in sampled.items()
+            if token.token_id in self._limits.eos_token_ids and not self._live[request_id].request.params.ignore_eos
+        }
+        tokens = {request_id: token.token_id for request_id, token in sampled.items()}
+        self._scheduler.complete(plan, tokens, stopped)
+        for request_id, token in sampled.items():
+            live = self._live[request_id]
+            live.state.append(token.token_id)
+            self._retain(live)
+            if request_id in stopped:
+                self._send(live, finish_reason=FinishReason.STOP)
+            else:
+                self._send(live, token=token, finish_reason=live.sequence.finish_reason)
+
+    def _retain(self, live: Live) -> None:
+        """At the first token: the whole prompt is computed, and its blocks are in the pool if they are to be."""
+        request, chain = live.request, live.sequence.chain
+        if request.retain_tokens and not live.answered:
+            blocks = chain.identities[: request.retain_tokens // chain.block_size]
+            self._scheduler.cache.pool.policy.retain(blocks, self._clock() + request.retain_seconds)
+
+    def _send(
+        self,
+        live: Live,
+        *,
+        token: SampledToken | None = None,
+        finish_reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> None:
+        first = not live.answered
+        live.answered = True
+        if finish_reason is not None:
+            self._forget(live.request.request_id)
+            del self._live[live.request.request_id]
+        live.listener(
+            TokenOutput(
+                live.request.request_id,
+                token_ids=(token.token_id,) if token is not None else (),
+                logprobs=(token.logprobs,) if token is not None and token.logprobs is not None else (),
+                usage=self._usage(live.sequence),
+                finish_reason=finish_reason,
+                error=error,
+                queue_seconds=live.admitted_at - live.submitted_at if first and live.admitted_at is not None else None,
+            )
+        )
+
+    def _usage(self, sequence: Sequence) -> CacheUsage:
+        cache = self._scheduler.cache
+        full = sequence.prompt_tokens - sequence.prompt_tokens % cache.pool.block_size
+        created = full - sequence.cached_tokens if cache.enabled else 0
+        return CacheUsage(sequence.prompt_tokens, sequence.cached_tokens, created, sequence.tier_tokens)

@@ -1,0 +1,80 @@
+"""Which tiers lie below the pool, who has which share of each, and in what order they give up blocks."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from emberkv.core.eviction import make_policy
+from emberkv.core.eviction_policy import EvictionPolicy
+from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.hashing import Identity
+from emberkv.core.retention import Retaining
+from emberkv.tiers.base import PolicyFactory, Tier
+from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.stack import EvictionHook, TierStack
+
+QUEUE_BYTES = 256 * 2**20
+POOL, RAM, DISK = "pool", "ram", "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class TierConfig:
+    """ram_bytes: of the RAM tier; 0: none. folder and disk_bytes: of the disk tier; None: none.
+
+    shares: by tier (`POOL`, `RAM`, `DISK`) and owner; a tier that is not in it is everybody's. retain_share: what part
+    of the pool may be retained on request, 0 to 1.
+    """
+
+    ram_bytes: int = 0
+    folder: Path | None = None
+    disk_bytes: int = 50 * 2**30
+    shares: Mapping[str, Mapping[str, Share]] = field(default_factory=dict)
+    retain_share: float = 0.0
+
+    def pool_policy(self, eviction: str, pool_bytes: int) -> EvictionPolicy[Identity]:
+        """eviction: a policy's name. Raises ConfigError for an unknown one."""
+
+        def inner() -> EvictionPolicy[Identity]:
+            ordering: EvictionPolicy[Identity] = make_policy(eviction)
+            return Retaining(ordering, max_bytes=self.retain_share * pool_bytes) if self.retain_share else ordering
+
+        return self._shared(POOL, inner)
+
+    def tier_policy(self, tier: str, eviction: str) -> PolicyFactory:
+        return lambda: self._shared(tier, lambda: make_policy(eviction))
+
+    def _shared(self, tier: str, make_inner: PolicyFactory) -> EvictionPolicy[Identity]:
+        shares = self.shares.get(tier)
+        return FairShares(make_inner, shares, Share()) if shares else make_inner()
+
+
+def open_tiers(
+    config: TierConfig, eviction: str, namespace: bytes, on_evicted: EvictionHook | None = None
+) -> TierStack | None:
+    """The tiers that the configuration names, or None. Raises ConfigError and CacheFolderError."""
+    tiers: list[Tier] = []
+    if config.ram_bytes:
+        tiers.append(MemoryTier(config.ram_bytes, policy=config.tier_policy(RAM, eviction), name=RAM))
+    if config.folder is not None:
+        policy = config.tier_policy(DISK, eviction)
+        tiers.append(DiskTier.open(config.folder, config.disk_bytes, namespace=namespace, policy=policy, name=DISK))
+    return TierStack(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted) if tiers else None
+
+
+def tier_namespace(root: Identity, device: torch.device) -> bytes:
+    """Under which name blocks outlive the process: the model's ``root``, and what else their last bits depend on.
+
+    An exact block must be what this machine would compute, and that changes with the library, the processor's
+    instructions and the number of threads.
+    """
+    if device.type == "cuda":
+        computed_by = [torch.cuda.get_device_name(device)]
+    else:
+        computed_by = [device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+        computed_by.append(str(torch.get_num_threads()))
+    return sha256(b"emberkv-tiers-1" + root + "\0".join([torch.__version__, *computed_by]).encode()).digest()

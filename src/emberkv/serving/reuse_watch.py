@@ -1,0 +1,54 @@
+"""The watch on reuse: the traffic that is served, followed for what caches of other sizes would make of it."""
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+from emberkv.core.events import BlockStored
+from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
+from emberkv.engine.news import CacheNews
+
+FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
+"""Sizes asked about, as multiples of the pool that serves."""
+
+
+def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> list[int]:
+    return sorted({max(1, round(num_blocks * factor)) for factor in factors})
+
+
+class ReuseWatch:
+    """An observer for `EngineLoop.watch`: prompts are looked up as they are admitted, answers stored as their blocks
+    fill. `saw` takes microseconds on the engine's thread; the curve may be read from any thread.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        """The pool's blocks, and the bytes of one."""
+        self.block_bytes = block_bytes
+        self._estimator = ReuseEstimator(capacities_around(num_blocks))
+        self._lock = Lock()
+
+    def saw(self, news: CacheNews) -> None:
+        with self._lock:
+            for sequence in news.admitted:
+                full = sequence.prompt_tokens // sequence.chain.block_size
+                self._estimator.access(sequence.chain.identities[:full])
+            for numbered in news.events:
+                if isinstance(numbered.event, BlockStored):
+                    self._estimator.keep(numbered.event.identities)
+
+    def curve(self) -> list[CurvePoint]:
+        """Empty before there is traffic."""
+        with self._lock:
+            return self._estimator.curve()
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The curve as JSON takes it."""
+        return [
+            {
+                "cache_bytes": point.capacity_blocks * self.block_bytes,
+                "cache_blocks": point.capacity_blocks,
+                "estimated_hit_ratio": point.hit_rate,
+                "standard_error": point.error,
+            }
+            for point in self.curve()
+        ]

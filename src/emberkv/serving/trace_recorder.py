@@ -1,0 +1,216 @@
+"""The trace recorder: which requests came when, and what they share, in identities that tell nothing of their text."""
+
+import logging
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from emberkv.core.hashing import token_array
+from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import Engine, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.serving.trace_sessions import KeyedIdentities, SessionBook, Turn, block_id
+
+_log = logging.getLogger(__name__)
+
+
+class Follows(NamedTuple):
+    """The request before in the same session, and the seconds between its end and this arrival."""
+
+    request: str
+    think_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest:
+    """arrival: seconds after the first request's. client, session: pseudonyms. output_tokens: without a token that ends
+    the sequence. max_output_tokens: the limit, or where the client broke off, the tokens that it got. blocks: chained
+    ids of the blocks of prompt and answer, the partial last one included; they hold known_tokens.
+    """
+
+    request: str
+    arrival: float
+    client: str
+    session: str
+    turn: int
+    prompt_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    block_size: int
+    blocks: Sequence[str]
+    known_tokens: int
+    after: Follows | None
+
+
+@dataclass(slots=True, eq=False)
+class _Taken:
+    """A request that was taken in. reason: how it ended; None while it is under way."""
+
+    request: GenerationRequest
+    arrival: float
+    answer: "array[int]" = field(default_factory=lambda: token_array(()))
+    reason: FinishReason | None = None
+    links: list[bytes] = field(default_factory=list)
+    turn: Turn | None = None
+    after: Follows | None = None
+
+
+class TraceRecorder:
+    """Gives each request to ``sink``, in the order of their arrival, once it and all before it have ended.
+
+    key: see `KeyedIdentities`. clock: monotonic seconds. Hashing and the sink's writing happen on a thread of the
+    recorder's own. Requests that end before their first token are left out. When the sink raises OSError, that is
+    logged, nothing more is recorded, and serving goes on.
+    """
+
+    def __init__(
+        self, sink: Callable[[RecordedRequest], None], *, block_size: int, key: bytes, clock: Callable[[], float]
+    ) -> None:
+        self._sink = sink
+        self._block_size = block_size
+        self._identities = KeyedIdentities(key, block_size)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._messages: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._numbers = count()
+        self._began: float | None = None
+        self._taken: OrderedDict[_Taken, None] = OrderedDict()
+        self._book = SessionBook()
+        self._public: PublicPrefixes | None = None
+        self._thread = threading.Thread(target=self._run, name="emberkv-trace", daemon=True)
+        self._thread.start()
+
+    def over(self, engine: Engine, public: PublicPrefixes | None = None) -> Engine:
+        """The same engine, whose requests are recorded. public: the prefixes that its tenants share."""
+        self._public = public
+        return _RecordingEngine(engine, self)
+
+    def close(self) -> None:
+        """Write what there is; answers under way as far as they got. Nothing may be submitted any more. Idempotent."""
+        self._messages.put(None)
+        self._thread.join()
+
+    def arrived(self, request: GenerationRequest) -> _Taken:
+        with self._lock:  # so that times and messages are in the same order
+            taken = _Taken(request, self._clock())
+            self._messages.put(lambda: self._take_in(taken))
+        return taken
+
+    def ended(self, taken: _Taken, reason: FinishReason) -> None:
+        at = self._clock()
+        self._messages.put(lambda: self._finish(taken, at, reason))
+
+    def refused(self, taken: _Taken) -> None:
+        self._messages.put(lambda: self._forget(taken))
+
+    def _run(self) -> None:
+        try:
+            while (message := self._messages.get()) is not None:
+                message()
+            for taken in [each for each in self._taken if each.reason is None]:
+                self._finish(taken, self._clock(), FinishReason.ABORT)
+        except OSError:
+            _log.exception("the trace cannot be written; recording has ended")
+            while self._messages.get() is not None:
+                pass
+
+    def _take_in(self, taken: _Taken) -> None:
+        if self._began is None:
+            self._began = taken.arrival
+        request, tokens = taken.request, token_array(taken.request.prompt_token_ids)
+        taken.links = self._links(request, tokens)
+        session = self._identities.name(
+            "session", f"{request.tenant}/{request.session_id}" if request.session_id else ""
+        )
+        full = len(tokens) // self._block_size
+        number = str(next(self._numbers))
+        taken.turn, before = self._book.enter(number, session, len(tokens), taken.links[:full])
+        if before is not None and before.ended is not None:
+            taken.after = Follows(before.request, taken.arrival - before.ended)
+        self._taken[taken] = None
+
+    def _links(self, request: GenerationRequest, tokens: "array[int]") -> list[bytes]:
+        public = 0 if self._public is None else self._public.blocks_of(token_array(request.prompt_token_ids))
+        return self._identities.links(request.salt, tokens, public)
+
+    def _finish(self, taken: _Taken, at: float, reason: FinishReason) -> None:
+        taken.reason = reason
+        if taken.turn is not None and taken.answer:
+            taken.turn.ended = at
+            tokens = token_array(taken.request.prompt_token_ids) + taken.answer
+            taken.links = self._links(taken.request, tokens)
+            self._book.reached(taken.turn, len(tokens), taken.links[: len(tokens) // self._block_size])
+        self._write_ended()
+
+    def _forget(self, taken: _Taken) -> None:
+        del self._taken[taken]
+        self._write_ended()
+
+    def _write_ended(self) -> None:
+        while self._taken:
+            first = next(iter(self._taken))
+            if first.reason is None:
+                return
+            del self._taken[first]
+            if first.answer and first.turn is not None:
+                self._sink(self._recorded(first, first.turn))
+
+    def _recorded(self, taken: _Taken, turn: Turn) -> RecordedRequest:
+        prompt, answer = len(taken.request.prompt_token_ids), len(taken.answer)
+        whole = taken.reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return RecordedRequest(
+            request=turn.request,
+            arrival=taken.arrival - (self._began or 0.0),
+            client=self._identities.name("client", taken.request.tenant),
+            session=turn.session,
+            turn=turn.number,
+            prompt_tokens=prompt,
+            output_tokens=answer,
+            max_output_tokens=taken.request.params.max_tokens if whole else answer,
+            block_size=self._block_size,
+            blocks=[block_id(link) for link in taken.links],
+            known_tokens=prompt + answer,
+            after=taken.after,
+        )
+
+
+class _RecordingEngine:
+    """An `Engine` that tells a recorder what passes through it."""
+
+    def __init__(self, engine: Engine, recorder: TraceRecorder) -> None:
+        self._engine = engine
+        self._recorder = recorder
+
+    @property
+    def context_length(self) -> int:
+        return self._engine.context_length
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self._engine.max_prompt_tokens
+
+    def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+        taken = self._recorder.arrived(request)
+
+        def listen(output: TokenOutput) -> None:
+            taken.answer.extend(output.token_ids)
+            if output.finish_reason is not None:
+                self._recorder.ended(taken, output.finish_reason)
+            listener(output)
+
+        try:
+            self._engine.submit(request, listen)
+        except BaseException:
+            self._recorder.refused(taken)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()

@@ -1,0 +1,131 @@
+"""The workshop: a hardware profile made of one machine's own times, in the same form as all others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+
+from emberkv.sim.fit import nonnegative_least_squares
+from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, Overheads, TierRates
+from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
+from emberkv.sim.roofline import Roofline, Work
+
+OVERHEADS = ("step", "sequence", "chunk", "token")
+"""Those that one model can tell apart; a layer's are in the step's."""
+
+TINY_SHARE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """One machine's times for one model.
+
+    linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
+    passes: see `HardwareProfile`. tiers: rates of the lower tiers. request_seconds: what a request takes beside its
+    steps.
+    """
+
+    linears: Sequence[tuple[int, float]]
+    steps: Sequence[tuple[Work, float]]
+    passes: Literal["one", "each"]
+    memory_bytes: int
+    tiers: Mapping[str, TierRates] = field(default_factory=dict)
+    request_seconds: float = 0.0
+
+
+def calibrated_profile(name: str, description: str, model: ModelSpec, measured: Measurements) -> HardwareProfile:
+    """The profile under which ``model`` takes the times measured.
+
+    Matrix products follow the times of the linear layers. What remains of the steps is shared out by non-negative least
+    squares of the relative errors among overheads, the bytes that decode attention reads, and the operations of prefill
+    attention. The peaks are the best rates seen, as nothing else is known of the machine.
+    """
+    linear = model.linear_parameters + model.vocab * model.hidden
+    weights = linear * DTYPE_BITS[model.base_dtype] / 8
+    seconds = list(accumulate((each for _, each in measured.linears), max))
+    rates = [2 * rows * linear / each for (rows, _), each in zip(measured.linears, seconds, strict=True)]
+    found = _share_out(model, measured, _draft(name, model, max(rates), weights / seconds[0], measured, rates))
+    peak = max(*rates, found.flops)
+    bandwidth = max(weights / seconds[0], found.bandwidth)
+    profile = _draft(name, model, peak, bandwidth, measured, rates)
+    changes = {
+        "description": description,
+        "gemm_bandwidth": weights / seconds[0] / bandwidth,
+        "decode_attention": [[1.0, _share(found.bandwidth, bandwidth)]],
+        "prefill_attention": [[1.0, _share(found.flops, peak)]],
+        "overheads_us": Overheads(**found.overheads),
+        "request_us": measured.request_seconds / MICROSECOND,
+    }
+    return HardwareProfile.model_validate(profile.model_copy(update=changes).model_dump(exclude_unset=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """overheads: microseconds. bandwidth, flops: of decode and prefill attention; 0 where they did not show."""
+
+    overheads: dict[str, float]
+    bandwidth: float
+    flops: float
+
+
+def _share(rate: float, peak: float) -> float:
+    """Attention too quick to show costs next to nothing either way; it then goes at the peak."""
+    return max(TINY_SHARE, rate / peak) if rate else 1.0
+
+
+def _share_out(model: ModelSpec, measured: Measurements, draft: HardwareProfile) -> _Shares:
+    roofline = Roofline(model, draft)
+    rows, rest, whole = [], [], []
+    for work, seconds in measured.steps:
+        terms = roofline.terms_of(work)
+        counts = roofline.overhead_counts(work)
+        # At the draft's peaks, attention's seconds times the peak are its bytes and operations.
+        read = terms.decode_attention * draft.bytes_per_second
+        computed = terms.prefill_attention * draft.flops(model.base_dtype)
+        rows.append([*(counts[each] for each in OVERHEADS), read, computed])
+        rest.append(max(0.0, seconds - terms.gemm - terms.logits - terms.elementwise))
+        whole.append(seconds)
+    relative = np.array(rows) / np.array(whole)[:, None]
+    scale = np.linalg.norm(relative, axis=0)
+    scale[scale == 0] = 1.0
+    found = nonnegative_least_squares(relative / scale, np.array(rest) / np.array(whole)) / scale
+    overheads = {each: float(value) / MICROSECOND for each, value in zip(OVERHEADS, found, strict=False)}
+    per_byte, per_operation = float(found[-2]), float(found[-1])
+    return _Shares(overheads, 1 / per_byte if per_byte else 0.0, 1 / per_operation if per_operation else 0.0)
+
+
+def _draft(
+    name: str, model: ModelSpec, peak: float, bandwidth: float, measured: Measurements, rates: Sequence[float]
+) -> HardwareProfile:
+    """Without overheads, and attention at the peaks."""
+    here = f"measured on this machine with {model.name}"
+    given = {
+        "memory_gib": "as the system reports",
+        "memory_gb_per_s": f"{here}: the best of what matrix products and attention read",
+        "peak_tflops": f"{here}: the best rate of a matrix product or of attention",
+        "gemm_bandwidth": f"{here}: linear layers with 1 row",
+        "gemm_compute": f"{here}: linear layers",
+        "prefill_attention": f"{here}: first tokens, by length and by what is cached",
+        "decode_attention": f"{here}: decode steps, by sequences and context",
+        "overheads_us": f"{here}: what is left of decode steps and first tokens, fitted",
+        "passes": "as the engine computes on this machine",
+        "request_us": f"{here}: first tokens over HTTP, less their steps",
+        "tiers": "measured on this machine: blocks stored, and loaded, verified and copied",
+    }
+    return HardwareProfile(
+        name=name,
+        memory_gib=measured.memory_bytes / GIB,
+        memory_gb_per_s=bandwidth / GB,
+        peak_tflops={model.base_dtype: peak / TERA},
+        gemm_bandwidth=1.0,
+        gemm_compute=[[float(rows), rate / peak] for (rows, _), rate in zip(measured.linears, rates, strict=True)],
+        prefill_attention=[[1.0, 1.0]],
+        decode_attention=[[1.0, 1.0]],
+        overheads_us=Overheads(),
+        passes=measured.passes,
+        request_us=0.0,
+        tiers=dict(measured.tiers),
+        sources=given,
+    )

@@ -1,0 +1,125 @@
+"""The slide rule: times and rates from formulas, for the set-ups that a plan does not simulate.
+
+First token: what a request costs outside the scheduler, computing the part of its prompt that is not cached, alone on
+the machine, and fetching the part that a lower tier has; no queueing. Most requests a second: the inverse of a
+request's share of the machine, which is computing that part and, for each token of the answer, its share of a decode
+step of as many sequences as the pool holds. Every prompt is taken to be cached to the same share.
+"""
+
+from collections import Counter
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from itertools import pairwise
+from math import fsum
+
+from emberkv.core.scheduler import PrefillChunk, StepPlan
+from emberkv.core.sequence import Sequence
+from emberkv.sim.cache_only import ReferenceChain
+from emberkv.sim.config import SimulationConfig
+from emberkv.sim.curves.visits import ROOT
+from emberkv.sim.hardware import GB, MICROSECOND, TierRates
+from emberkv.sim.stage import Machine
+from emberkv.workload.request import Request
+
+SAMPLED = 200
+"""Requests, evenly spaced, whose times are averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is asked. rate, busiest: requests a second, on the mean and in the busiest stretch; None when all arrive at
+    once. sample: prompt and answer lengths.
+    """
+
+    requests: int
+    rate: float | None
+    busiest: float | None
+    prompt_tokens: float
+    output_tokens: float
+    sample: list[tuple[int, int]]
+
+
+def demand_of(requests: Ordered[Request]) -> Demand:
+    """Of at least one request, in the order of arrival."""
+    count = len(requests)
+    duration = requests[-1].arrival_time - requests[0].arrival_time
+    every = max(1, count // SAMPLED)
+    return Demand(
+        requests=count,
+        rate=(count - 1) / duration if duration > 0 else None,
+        busiest=_busiest(requests, duration) if duration > 0 else None,
+        prompt_tokens=sum(request.prompt_tokens for request in requests) / count,
+        output_tokens=sum(request.output_tokens for request in requests) / count,
+        sample=[(request.prompt_tokens, request.output_tokens) for request in requests[::every]],
+    )
+
+
+def _busiest(requests: Ordered[Request], duration: float) -> float:
+    """Of at most 20 equal stretches of time, so long that each has 50 requests on the mean."""
+    stretches = max(1, min(20, len(requests) // 50))
+    begin = requests[0].arrival_time
+    counts = Counter(min(stretches - 1, int((each.arrival_time - begin) * stretches / duration)) for each in requests)
+    return max(counts.values()) * stretches / duration
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """first_token: seconds, mean, without queueing. requests_per_second: the most that one replica serves."""
+
+    first_token: float
+    requests_per_second: float
+
+
+class Formulas:
+    """The times of one replica of a machine."""
+
+    def __init__(self, machine: Machine, config: SimulationConfig, demand: Demand) -> None:
+        self._machine = machine
+        self._step_tokens = config.max_step_tokens
+        self._demand = demand
+        context = max(1, round(demand.prompt_tokens + demand.output_tokens / 2))
+        held = machine.num_blocks * machine.block_size // context
+        self._decoding = max(1, min(config.max_running, held))
+        self._context = context * self._decoding
+
+    @property
+    def decode_token(self) -> float:
+        """Seconds of the machine that a token of an answer takes, among as many sequences as the pool holds."""
+        return self._machine.timer.decode_seconds(self._decoding, self._context) / self._decoding
+
+    def prefill(self, start: int, stop: int) -> float:
+        """Seconds to compute tokens ``[start, stop)`` of a prompt, in steps of the configured budget."""
+        if start >= stop:
+            return 0.0
+        chain = ReferenceChain(ROOT, [b""] * (stop - 1), 1)
+        sequence = Sequence("planned", chain, 1)
+        cuts = [*range(start, stop, self._step_tokens), stop]
+        plans = [StepPlan(prefills=[PrefillChunk(sequence, first, last)]) for first, last in pairwise(cuts)]
+        return fsum(self._machine.timer.step_seconds(plan) for plan in plans)
+
+    @property
+    def prefill_token(self) -> float:
+        """Seconds to compute a prompt token, on the mean over the sample's prompts without a cache."""
+        tokens = sum(prompt for prompt, _ in self._demand.sample)
+        return fsum(self.prefill(0, prompt) for prompt, _ in self._demand.sample) / max(1, tokens)
+
+    def load(self, rates: TierRates, tokens: float) -> float:
+        """Seconds to fetch the state of ``tokens`` from a tier."""
+        if not tokens:
+            return 0.0
+        bytes_per_token = self._machine.block_bytes / self._machine.block_size
+        return rates.latency_us * MICROSECOND + tokens * bytes_per_token / (rates.read_gb_per_s * GB)
+
+    def times(self, in_pool: float, in_tier: float = 0.0, rates: TierRates | None = None) -> Times:
+        """in_pool, in_tier: shares of every prompt. What the tier has is loaded if that takes less than computing."""
+        waits, works = [], []
+        for prompt, output in self._demand.sample:
+            pool = round(in_pool * prompt)
+            cached = min(max(0, prompt - 1), pool + round(in_tier * prompt))
+            whole, rest = self.prefill(pool, prompt), self.prefill(cached, prompt)
+            loading = self.load(rates, cached - pool) if rates else 0.0
+            loads = rates is not None and rest + loading < whole
+            waits.append(rest + loading if loads else whole)
+            works.append((rest if loads else whole) + output * self.decode_token)
+        count = len(self._demand.sample)
+        return Times(self._machine.request_seconds + fsum(waits) / count, count / max(fsum(works), 1e-12))

@@ -1,0 +1,205 @@
+"""Lower tiers without bytes: what they have, what they evict, and how long their transfers take in virtual time.
+
+They are looked into, measured and chosen from by the code that serves; only the transfers are modelled. A tier moves
+one thing at a time in each direction, in the order asked for.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.hashing import Identity
+from emberkv.core.promotion import Load, Run
+from emberkv.core.rates import Rate
+from emberkv.sim.timing import NANOSECONDS, nanoseconds
+from emberkv.tiers.lookup import find_runs
+from emberkv.tiers.meter import TierMeter
+
+QUEUE_SECONDS = 1.0
+"""Longest that a block waits to be written down; later ones are skipped meanwhile, as the server's queue is bounded."""
+
+
+@dataclass(slots=True)
+class Channel:
+    """One direction of a tier. Bytes a second, and seconds that each transfer waits besides; free_at: nanoseconds."""
+
+    bandwidth: float
+    latency: float
+    free_at: int = 0
+
+    def duration(self, size: int) -> int:
+        return nanoseconds(self.latency + size / self.bandwidth)
+
+    def transfer(self, now: int, size: int) -> tuple[int, int]:
+        """Take the next turn: when it begins, and when it ends."""
+        begins = max(now, self.free_at)
+        self.free_at = begins + self.duration(size)
+        return begins, self.free_at
+
+
+class ModelledTier:
+    """A tier of so many blocks, ordered by an eviction policy. keeps: whether what it has outlives a lost replica."""
+
+    def __init__(
+        self,
+        name: str,
+        capacity: int,
+        block_bytes: int,
+        policy: EvictionPolicy[Identity],
+        *,
+        read: Channel,
+        write: Channel,
+        keeps: bool = False,
+    ) -> None:
+        self.name = name
+        self.keeps = keeps
+        self.meter = TierMeter()
+        self.read, self.write = read, write
+        self.block_bytes = block_bytes
+        self.evictions = self.skipped = 0
+        self._capacity = capacity
+        self._policy = policy
+        self._exact: dict[Identity, bool] = {}
+        self._arriving: deque[tuple[int, Identity, bool]] = deque()
+
+    @property
+    def stored_bytes(self) -> int:
+        return len(self._exact) * self.block_bytes
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        """How many leading ones it has."""
+        for index, identity in enumerate(identities):
+            known = self._exact.get(identity)
+            if known is None or (exact and not known):
+                return index
+        return len(identities)
+
+    def is_exact(self, identity: Identity) -> bool:
+        """Of a block that it has."""
+        return self._exact[identity]
+
+    def offer(self, identity: Identity, exact: bool, now: int) -> None:
+        """Write a block down, unless it is there; it is found from the time on at which it is written."""
+        self.settle(now)
+        if self.lookup((identity,), exact=exact):
+            return
+        if self.write.free_at - now > QUEUE_SECONDS * NANOSECONDS:
+            self.skipped += 1
+            return
+        _, ends = self.write.transfer(now, self.block_bytes)
+        self._arriving.append((ends, identity, exact))
+
+    def settle(self, now: int) -> None:
+        """Have what has been written by ``now``."""
+        while self._arriving and self._arriving[0][0] <= now:
+            _, identity, exact = self._arriving.popleft()
+            self._store(identity, exact)
+
+    def touch(self, identities: Sequence[Identity]) -> None:
+        """These are in use: the first most of all."""
+        self._policy.access([each for each in reversed(identities) if each in self._exact])
+
+    def clear(self) -> None:
+        for identity in self._exact:
+            self._policy.discard(identity)
+        self._exact.clear()
+        self._arriving.clear()
+
+    def _store(self, identity: Identity, exact: bool) -> None:
+        if identity in self._exact:
+            self._exact[identity] |= exact
+            return
+        if not self._capacity:
+            self.skipped += 1
+            return
+        if len(self._exact) == self._capacity:
+            del self._exact[self._policy.evict()]
+            self.evictions += 1
+        self._exact[identity] = exact
+        self._policy.admit(identity, Weight(self.block_bytes))
+        self._policy.release((identity,))
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """A load that has begun: when it ends, or is given up, and which blocks will have come by then (exact or not).
+
+    told: whether its end is on the agenda.
+    """
+
+    load: Load
+    ends: int
+    exact: list[bool]
+    told: bool = False
+
+
+@dataclass(slots=True)
+class LowerModel:
+    """The tiers of one replica, fastest first: its scheduler's `LowerTiers`.
+
+    now: nanoseconds, to be set before the scheduler may ask.
+    """
+
+    tiers: Sequence[ModelledTier]
+    now: int = 0
+    _prefill: Rate = field(default_factory=Rate)
+
+    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
+        for tier in self.tiers:
+            tier.settle(self.now)
+        return find_runs(self.tiers, [tier.meter for tier in self.tiers], identities, exact=exact)
+
+    def recompute_seconds(self, tokens: int) -> float | None:
+        return self._prefill.seconds_for(tokens)
+
+    def prefilled(self, tokens: int, duration: int) -> None:
+        """A step computed so many prompt tokens in so many nanoseconds."""
+        self._prefill.observe(tokens, duration / NANOSECONDS)
+
+    def offer(self, identity: Identity, exact: bool) -> None:
+        for tier in self.tiers:
+            tier.offer(identity, exact, self.now)
+
+    def touch(self, identities: Sequence[Identity]) -> None:
+        for tier in self.tiers:
+            tier.touch(identities)
+
+    def begin(self, load: Load) -> Transfer:
+        """Read its runs one after another; give up when computing would have been as fast."""
+        deadline = None if load.patience is None else self.now + nanoseconds(load.patience)
+        by_name = {tier.name: tier for tier in self.tiers}
+        at, first, came = self.now, 0, list[bool]()
+        for run in load.runs:
+            tier = by_name[run.tier]
+            identities = load.identities[first : first + run.count]
+            begins, ends = tier.read.transfer(at, run.count * tier.block_bytes)
+            tier.meter.fetched(run.count, run.count * tier.block_bytes, (ends - begins) / NANOSECONDS)
+            whole = run.count if deadline is None else _arrived(begins, ends, run.count, deadline)
+            came += [tier.is_exact(identity) for identity in identities[:whole]]
+            self._promote(tier, identities[:whole])
+            at, first = ends, first + run.count
+            if whole < run.count:
+                break
+        return Transfer(load, at if deadline is None else min(at, deadline), came)
+
+    def _promote(self, source: ModelledTier, identities: Sequence[Identity]) -> None:
+        """What comes from a slower tier is put into the faster ones."""
+        source.touch(identities)
+        for tier in self.tiers[: list(self.tiers).index(source)]:
+            for identity in identities:
+                tier.offer(identity, source.is_exact(identity), self.now)
+
+    def lost(self) -> None:
+        """The replica is lost, and what does not outlive it."""
+        for tier in self.tiers:
+            if not tier.keeps:
+                tier.clear()
+        self._prefill = Rate()
+
+
+def _arrived(begins: int, ends: int, count: int, deadline: int) -> int:
+    """How many of ``count`` blocks that come evenly between two times have come by ``deadline``."""
+    if deadline >= ends:
+        return count
+    return max(0, count * (deadline - begins) // max(1, ends - begins))

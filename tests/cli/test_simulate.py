@@ -1,0 +1,128 @@
+"""The simulate command as a user runs it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from emberkv.cli.main import app
+from tests.sim.test_config import WORKLOAD
+from tests.workload.build import jsonl, mooncake_line
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+SIMULATION = """
+simulation:
+  rates: {per_prefill_token: 0.001, per_decode_token: 0.01}
+  kv_blocks: 500
+"""
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["simulate", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+@pytest.fixture
+def set_up(tmp_path: Path) -> Path:
+    path = tmp_path / "a.yaml"
+    path.write_text(WORKLOAD + SIMULATION)
+    return path
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    return jsonl(tmp_path / "t.jsonl", *(mooncake_line(at, 1100, [0, 1, at + 2]) for at in range(4)))
+
+
+def test_a_yaml_file_end_to_end(tmp_path: Path, set_up: Path) -> None:
+    rows, summary = tmp_path / "rows.csv", tmp_path / "summary.json"
+    result = invoke(set_up, "--csv", rows, "--summary", summary)
+    assert result.exit_code == 0, result.output
+    assert "6 completed" in result.stdout
+    with rows.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 6
+    assert json.loads(summary.read_text())["requests"]["completed"] == 6
+    again = tmp_path / "again.csv"
+    assert invoke(set_up, "--csv", again).exit_code == 0
+    assert again.read_bytes() == rows.read_bytes()
+
+
+def test_a_trace_end_to_end(tmp_path: Path, trace: Path) -> None:
+    summary = tmp_path / "summary.json"
+    result = invoke(trace, "--model", "qwen2.5-7b", "--hardware", "l40s", "--replicas", "2", "--summary", summary,
+                    "--routing", "round-robin", "--kv-blocks", "50", "--eviction", "lfu", "--seed", "3")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(summary.read_text())
+    assert (found["block_size"], found["kv_blocks"]) == (512, 50)
+    assert [each["requests"] for each in found["replicas"]] == [2, 2]
+    assert found["set_up"]["eviction"] == "lfu"
+
+
+def test_without_time_hits_are_counted_in_blocks(tmp_path: Path, trace: Path) -> None:
+    result = invoke(trace, "--cache-only", "--kv-blocks", "100")
+    assert result.exit_code == 0, result.output
+    assert "6 of 12 found, 0.5000" in result.stdout
+    assert "TTFT" not in result.stdout
+
+
+def test_a_report_is_a_page(tmp_path: Path, set_up: Path) -> None:
+    page = tmp_path / "report.html"
+    assert invoke(set_up, "--report", page).exit_code == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_two_set_ups_side_by_side(tmp_path: Path, set_up: Path) -> None:
+    other = tmp_path / "b.yaml"
+    other.write_text(f"{SIMULATION}  prefix_caching: false\n")
+    result = invoke("--compare", set_up, other)
+    assert result.exit_code == 0, result.output
+    assert "Over the 6 requests that both completed" in result.stdout
+    lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in result.stdout.splitlines() if "│" in line}
+    left, right, change = (cell.strip() for cell in lines["hit rate, of prompt tokens"])
+    assert float(left) > 0
+    assert (right, change) == ("0", "-100.0%")
+
+
+def test_set_ups_of_different_workloads_are_not_compared(tmp_path: Path, set_up: Path, trace: Path) -> None:
+    other = tmp_path / "b.yaml"
+    other.write_text(WORKLOAD.replace("seed: 1", "seed: 2") + SIMULATION)
+    result = invoke("--compare", set_up, other)
+    assert result.exit_code == 2
+    assert "the set-ups have different workloads" in result.stderr
+    assert invoke(trace, "--compare", set_up, other).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a workload"),
+        (["gone.yaml"], "cannot read gone.yaml"),
+        (["gone.jsonl"], "cannot read gone.jsonl"),
+        (["gone.doc"], "no trace is known by '.doc'"),
+    ],
+)
+def test_what_cannot_be_run_is_told(arguments: list[str], said: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_bad_options_are_told(tmp_path: Path, set_up: Path) -> None:
+    for options, said in (
+        (["--routing", "nearest"], "'nearest' is unknown; accepted: random"),
+        (["--csv", str(tmp_path / "no" / "rows.csv")], "cannot write"),
+        (["--summary", str(tmp_path / "no" / "s.json")], "cannot write"),
+        (["--compare", str(set_up), str(set_up), "--csv", "x.csv"], "--compare writes no files"),
+    ):
+        result = invoke(set_up, *options)
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_as_they_are(path: Path) -> None:
+    result = invoke(path, "--stop-at", "60")
+    assert result.exit_code == 0, result.output
+    assert "completed" in result.stdout

@@ -1,0 +1,130 @@
+"""Commands to the engine's thread and news from it: done between steps, answered once, dropped when it stops."""
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from emberkv.core.events import AllBlocksCleared, BlockStored
+from emberkv.core.eviction import LRU
+from emberkv.core.hashing import PUBLIC_OWNER, Identity
+from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.retention import Retaining
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.news import CacheNews
+from emberkv.engine.request import GenerationRequest
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import EngineStoppedError
+from tests.engine.loop_harness import BLOCK, DEADLINE, Harness, Inbox, running
+
+PROMPT = range(2, 22)
+PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+def test_a_command_runs_on_the_engines_thread() -> None:
+    with running(Harness()) as harness:
+        harness.submit("a", PROMPT).wait()
+        name, cached = harness.loop.run(
+            lambda scheduler: (threading.current_thread().name, scheduler.cache.pool.num_cached)
+        ).result(DEADLINE)
+    assert (name, cached) == ("emberkv-engine", 5)
+
+
+def test_a_command_that_fails_ends_nobodys_request() -> None:
+    with running(Harness()) as harness:
+        inbox = harness.submit("a", PROMPT, new=30)
+        failed = harness.loop.run(lambda scheduler: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            failed.result(DEADLINE)
+        assert inbox.reason is FinishReason.LENGTH
+
+
+def test_a_cancelled_command_is_not_done() -> None:
+    done: list[object] = []
+    harness = Harness()
+    assert harness.loop.run(done.append).cancel()
+    with running(harness):
+        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+    assert done == []
+
+
+def test_a_command_that_comes_too_late_is_told() -> None:
+    harness = Harness()
+    waits = harness.loop.run(lambda scheduler: None)
+    harness.loop.stop()
+    with pytest.raises(EngineStoppedError, match="has stopped"):
+        waits.result(DEADLINE)
+    with pytest.raises(EngineStoppedError, match="is stopping"):
+        harness.loop.run(lambda scheduler: None)
+
+
+def test_watchers_get_what_changed_with_who_was_admitted() -> None:
+    news: list[CacheNews] = []
+    seen: list[tuple[str, int, int]] = []
+
+    def watch(each: CacheNews) -> None:
+        news.append(each)
+        for sequence in each.admitted:
+            assert sequence.admission is not None
+            seen.append((sequence.request_id, sequence.cached_tokens, sequence.admission.partial_tokens))
+
+    harness = Harness()
+    harness.loop.watch(watch)
+    with running(harness):
+        for name in "ab":
+            harness.submit(name, PROMPT, new=1).wait()
+        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
+        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+    assert seen == [("a", 0, 4), ("b", 16, 4)]
+    events = [numbered.event for each in news for numbered in each.events]
+    assert [type(event) for event in events] == [BlockStored] * 5 + [AllBlocksCleared]
+    assert {(each.time, each.missed) for each in news} == {(1000.0, False)}
+
+
+def test_a_watcher_that_fails_is_left_out() -> None:
+    calls: list[Sequence[object]] = []
+
+    def fails(each: CacheNews) -> None:
+        calls.append(each.events)
+        raise ValueError("not our problem")
+
+    harness = Harness()
+    harness.loop.watch(fails)
+    with running(harness):
+        assert harness.submit("a", PROMPT, new=30).reason is FinishReason.LENGTH
+    assert len(calls) == 1
+
+
+def test_public_blocks_are_shared_by_tenants_and_the_rest_is_not() -> None:
+    harness = Harness(public=PublicPrefixes([list(PROMPT)[:9]], BLOCK))
+    with running(harness):
+        hits: list[int] = []
+        for tenant in ("ann", "bob", "ann"):
+            inbox = Inbox()
+            request = GenerationRequest(f"{len(hits)}", list(PROMPT), PARAMS, tenant.encode(), tenant=tenant)
+            harness.loop.submit(request, inbox)
+            usage = inbox.wait().usage
+            assert usage is not None
+            hits.append(usage.cached_tokens)
+    assert hits == [0, 8, 16]
+    chain = harness.loop.chain(GenerationRequest("x", list(PROMPT), PARAMS, b"ann", tenant="ann"))
+    assert [chain.owner(index) for index in range(3)] == [PUBLIC_OWNER, PUBLIC_OWNER, "ann"]
+    block = harness.pool.lookup(chain.identities[2])
+    assert block is not None
+    assert block.owner == "ann"
+
+
+def test_what_a_request_retains_outlives_others_until_its_time() -> None:
+    now = [0.0]
+    retaining: Retaining[Identity] = Retaining(LRU(), max_bytes=100)
+    harness = Harness(policy=retaining, clock=lambda: now[0])
+    request = GenerationRequest("a", list(PROMPT), PARAMS, retain_tokens=10, retain_seconds=60)
+    chain = harness.loop.chain(request)
+    with running(harness):
+        inbox = Inbox()
+        harness.loop.submit(request, inbox)
+        inbox.wait()
+        assert [retaining.is_retained(identity) for identity in chain.identities] == [True, True, False, False, False]
+        now[0] = 61.0
+        harness.submit("b", [40], new=1).wait()
+        assert not any(map(retaining.is_retained, chain.identities))

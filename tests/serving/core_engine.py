@@ -1,0 +1,101 @@
+"""An engine of the real core without tensors: it answers each request at once, on the caller's thread."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from itertools import count, takewhile
+from typing import TypeVar
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.eviction import LRU
+from emberkv.core.explain import admission_outcome
+from emberkv.core.hashing import TokenChain
+from emberkv.core.ledger import Ledger
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import LowerTiers
+from emberkv.core.retention import Retaining
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.core.sequence import Sequence as Served
+from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.serving.cache_access import CacheAccess
+from emberkv.serving.cache_books import CacheBooks
+from emberkv.serving.tenants import Tenant
+
+T = TypeVar("T")
+
+ROOT = b"the model's root"
+BLOCK = 4
+UNIT = 8
+ANSWER = list(b"ok")
+
+
+class CoreEngine:
+    """``public``: tokens that all tenants share. ``now``: seconds since 1970, and of the clock."""
+
+    context_length = 1000
+    max_prompt_tokens = 990
+
+    def __init__(self, blocks: int = 200, *, lower: LowerTiers | None = None, public: Sequence[int] = ()) -> None:
+        self.policy = Retaining[bytes](LRU(), max_bytes=blocks)
+        self.pool = BlockPool(blocks, BLOCK, policy=self.policy)
+        self.scheduler = Scheduler(PrefixCache(self.pool, alignment=UNIT), SchedulerConfig(UNIT), lower)
+        self.submitted: list[GenerationRequest] = []
+        self.now = 1000.0
+        self.books = CacheBooks(Ledger(), clock=lambda: self.now)
+        self.access = CacheAccess(self.books, self.run, self.chain, clock=lambda: self.now, lower=lower)
+        self._public = list(public)
+        self._seen = 0
+
+    def chain(self, tokens: Sequence[int], tenant: Tenant) -> TokenChain:
+        common = takewhile(lambda at: tokens[at : at + 1] == self._public[at : at + 1] != [], count())
+        blocks = len(list(common)) // BLOCK
+        return TokenChain(ROOT, tokens, BLOCK, owner=tenant.name, salt=tenant.salt, public_blocks=blocks)
+
+    def run(self, command: Callable[[Scheduler], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        future.set_result(command(self.scheduler))
+        self._tell_events()
+        return future
+
+    def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+        self.submitted.append(request)
+        chain = self.chain(list(request.prompt_token_ids), Tenant(request.tenant, request.salt))
+        answer = ANSWER[: request.params.max_tokens]
+        sequence = Served(request.request_id, chain, len(answer))
+        self.scheduler.add(sequence)
+        while sequence.finish_reason is None:
+            self._step(sequence, answer, listener)
+
+    def _step(self, sequence: Served, answer: list[int], listener: OutputListener) -> None:
+        plan = self.scheduler.schedule()
+        for each in plan.admitted:
+            assert each.admission is not None
+            outcome = admission_outcome(each.admission, each.prompt_tokens)
+            self.books.admitted(each.request_id, self._prompt(each), each.prompt_tokens, outcome, alignment=UNIT)
+        samples = bool(plan.decodes) or any(chunk.samples for chunk in plan.prefills)
+        token = answer[sequence.num_generated] if samples else None
+        self.scheduler.complete(plan, {} if token is None else {sequence.request_id: token})
+        for load in plan.loads:
+            self.scheduler.loaded(load, [True] * len(load.blocks))
+        self._tell_events()
+        if token is not None:
+            usage = CacheUsage(
+                sequence.prompt_tokens, sequence.cached_tokens, tokens_by_tier=dict(sequence.tier_tokens)
+            )
+            listener(TokenOutput(sequence.request_id, (token,), usage=usage, finish_reason=sequence.finish_reason))
+
+    @staticmethod
+    def _prompt(sequence: Served) -> TokenChain:
+        assert isinstance(sequence.chain, TokenChain)
+        return sequence.chain
+
+    def _tell_events(self) -> None:
+        numbered = self.pool.events.since(self._seen)
+        assert numbered is not None
+        self._seen = self.pool.events.last_sequence
+        self.books.saw([each.event for each in numbered])
+
+    def abort(self, request_id: str) -> None:
+        return None
+
+    def stats(self) -> EngineStats:
+        return EngineStats()

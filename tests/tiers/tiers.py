@@ -1,0 +1,80 @@
+"""Tiers that wait, take their time or break when a test wants them to."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from emberkv.tiers.base import Stored, TierEntry
+from emberkv.tiers.memory import MemoryTier
+from tests.tiers.build import PATIENCE
+from tests.tiers.harness import Clock
+
+LARGE = 10_000_000
+
+
+class GatedTier(MemoryTier):
+    """What has been read is not handed out, and nothing is stored, while ``gate`` is closed.
+
+    began: set when somebody comes to the gate. loads: each batch, in order.
+    """
+
+    def __init__(self, name: str = "gated") -> None:
+        super().__init__(LARGE, name=name)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.began = threading.Event()
+        self.loads: list[tuple[bytes, ...]] = []
+        self.closed = False
+
+    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+        self.loads.append(tuple(identities))
+        found = super().load(identities)
+        self._pass()
+        return found
+
+    def store(self, entries: Sequence[TierEntry]) -> Stored:
+        self._pass()
+        return super().store(entries)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _pass(self) -> None:
+        self.began.set()
+        assert self.gate.wait(PATIENCE)
+
+
+class BrokenTier(MemoryTier):
+    """Raises what no tier should, from the methods in ``broken``."""
+
+    def __init__(self, name: str = "broken") -> None:
+        super().__init__(LARGE, name=name)
+        self.broken: set[str] = set()
+
+    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+        self._check("load")
+        return super().load(identities)
+
+    def store(self, entries: Sequence[TierEntry]) -> Stored:
+        self._check("store")
+        return super().store(entries)
+
+    def _check(self, method: str) -> None:
+        if method in self.broken:
+            raise ZeroDivisionError(method)
+
+
+class SlowTier(MemoryTier):
+    """A batch takes as long on ``clock`` as ``seconds`` says of its number of blocks."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[int], float], name: str = "slow") -> None:
+        super().__init__(LARGE, name=name)
+        self._clock = clock
+        self._seconds = seconds
+
+    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+        self._clock.now += self._seconds(len(identities))
+        return super().load(identities)
+
+    def store(self, entries: Sequence[TierEntry]) -> Stored:
+        self._clock.now += self._seconds(len(entries))
+        return super().store(entries)
