@@ -57,6 +57,7 @@ BENCHMARKS = (
         ("--rounds", "3", "--alignments", "5"),
         quick=("--rounds", "1", "--alignments", "1"),
     ),
+    Benchmark("restart", ("--rounds", "3"), quick=("--rounds", "1", "--samples", "1")),
     Benchmark(
         VLLM,
         ("--rounds", "3", "--samples", "4"),

@@ -105,6 +105,9 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"max_running": 0, "max_step_tokens": 0}, "max_step_tokens is 0: .*max_running is 0: "),
         ({"log_level": "loud"}, "log_level is 'loud'"),
         ({"warmup": "maybe"}, "warmup is 'maybe': .*valid boolean"),
+        ({"cache_disk": "10GiB"}, "cache_disk is given without cache_dir"),
+        ({"cache_dir": "/x", "cache_disk": "0"}, "cache_disk is '0': .*greater than 0"),
+        ({"ram_tier": "-1GiB"}, "ram_tier is '-1GiB'"),
         ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),
     ],
 )
@@ -129,3 +132,10 @@ def test_unknown_variables_are_named_with_the_known_ones() -> None:
 def test_a_config_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         ServeConfig().port = 1
+
+
+def test_tiers_are_off_without_a_size_or_a_folder() -> None:
+    config = serve_config({}, {})
+    assert (config.cache_dir, config.cache_disk, config.ram_tier) == (None, 50 * 2**30, 0)
+    config = serve_config({"ram_tier": "2GiB"}, {"EMBERKV_CACHE_DIR": "/blocks", "EMBERKV_CACHE_DISK": "1GiB"})
+    assert (config.cache_dir, config.cache_disk, config.ram_tier) == (Path("/blocks"), 2**30, 2**31)

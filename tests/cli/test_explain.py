@@ -32,6 +32,7 @@ ANSWER = {
         "found": "5.\nGo on",
     },
     "canonical": {"date": 2},
+    "elsewhere": [{"tenant": "bob", "tokens": 396}, {"model": "older", "tokens": 16}],
 }  # fmt: skip
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -94,13 +95,19 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
     assert lines[9] == "  is cached    …本\\n\\x1b[31mIt is 2026-01-04.\\nGo on"
     assert lines[10] == "  this prompt  …本\\n\\x1b[31mIt is 2026-01-05.\\nGo on"
     assert lines[11].index("^") == cell_len(lines[9][: lines[9].index("4.")])
-    assert lines[13] == "Canonical rules changed the prompt: date (2)."
+    assert lines[13:15] == ["Tenant bob has 396 of these tokens.", "For model older, the cache has 16 of these tokens."]
+    assert lines[16] == "Canonical rules changed the prompt: date (2)."
 
 
 def test_the_key_goes_along(server: _Server) -> None:
     assert invoke(server, "--text", "Hi", "--key", "sesame").exit_code == 0
     assert invoke(server, "--text", "Hi", EMBERKV_ADMIN_KEY="mellon").exit_code == 0
     assert [key for _, key, _ in server.asked] == ["Bearer sesame", "Bearer mellon"]
+
+
+def test_the_tenant_goes_along(server: _Server) -> None:
+    invoke(server, "--text", "Hi", "--raw", "--tenant", "bob")
+    assert [body for _, _, body in server.asked] == [{"openai": {"prompt": "Hi"}, "tenant": "bob"}]
 
 
 def test_a_file_with_a_request_or_a_text(server: _Server, tmp_path: Path) -> None:

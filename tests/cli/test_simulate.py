@@ -11,7 +11,8 @@ from emberkv.cli.main import app
 from tests.sim.test_config import WORKLOAD
 from tests.workload.build import jsonl, mooncake_line
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.yaml") if "workload:" in path.read_text())
 SIMULATION = """
 simulation:
   rates: {per_prefill_token: 0.001, per_decode_token: 0.01}

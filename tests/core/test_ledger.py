@@ -32,6 +32,17 @@ def test_the_last_place_known_to_have_lost_a_block_is_told() -> None:
     assert ledger.known(cached.identities[0]).loss == Loss("disk", 3.0, LossKind.EVICTED)
 
 
+def test_what_is_removed_leaves_every_place_and_later_news_does_not_say_otherwise() -> None:
+    cached = chain(range(4))
+    ledger = ledger_with(cached)
+    ledger.arrived("disk", cached.identities)
+    ledger.removed(cached.identities, now=2.0)
+    ledger.left(POOL, cached.identities, now=3.0)
+    loss = ledger.known(cached.identities[0]).loss
+    assert loss is not None
+    assert (loss.at, loss.kind) == (2.0, LossKind.REMOVED)
+
+
 def test_the_longest_lost_is_forgotten_first_and_then_the_oldest() -> None:
     ledger = Ledger(max_blocks=3)
     one, two, three, four, five = (chain([number] * SIZE) for number in range(5))

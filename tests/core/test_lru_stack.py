@@ -40,6 +40,14 @@ def test_what_is_dropped_is_the_least_recent_and_no_longer_there() -> None:
     assert stack.depths(["tail", "other", "head"]) == [1, 2, 3]
 
 
+def test_what_is_not_kept_no_longer_counts() -> None:
+    stack: LRUStack[int] = LRUStack()
+    stack.use(range(10))
+    stack.use([4])
+    stack.drop_unless(lambda key: key % 2 == 0)
+    assert stack.depths([4, 0, 2, 6, 8, 1]) == [1, 2, 3, 4, 5, None]
+
+
 def test_nothing_can_be_dropped_from_an_empty_stack() -> None:
     with pytest.raises(KeyError):
         LRUStack[str]().drop_oldest()

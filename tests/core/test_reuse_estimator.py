@@ -61,6 +61,18 @@ def test_a_sample_is_within_its_stated_error_and_within_its_memory() -> None:
         assert abs(point.hit_rate - exact_rate(requests, point.capacity_blocks)) < 3 * point.error
 
 
+def test_while_memory_suffices_the_curve_is_exact_however_large_the_capacities() -> None:
+    requests = [chain(root % 5, 4) for root in range(15)]
+    estimator = ReuseEstimator([10, 1_000_000], max_followed=20)
+    for blocks in requests:
+        estimator.access(blocks)
+    assert estimator.share == 1
+    assert [point.hit_rate for point in estimator.curve()] == pytest.approx([exact_rate(requests, 10), 40 / 60])
+    estimator.access(chain(99, 4))
+    assert estimator.share < 1
+    assert estimator.followed <= 20
+
+
 def test_a_larger_cache_never_has_a_lower_rate() -> None:
     estimator = ReuseEstimator([4000, 500, 1000, 500], max_followed=300)
     for blocks in skewed_requests(1000):

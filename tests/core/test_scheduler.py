@@ -79,6 +79,26 @@ def test_first_come_first_served_within_a_priority() -> None:
     assert [shape(harness.step())[1][0][0] for _ in range(4)] == ["urgent", "first", "second", "late"]
 
 
+def test_who_is_of_a_sooner_priority_overtakes_a_prompt_that_has_begun() -> None:
+    harness = Harness(max_step_tokens=8)
+    harness.add("patient", [1] * 20, new=1, priority=5)
+    assert shape(harness.step()) == ([], [("patient", 0, 4), ("patient", 4, 8)])
+    harness.add("equal", [2] * 8, new=1, priority=5)
+    harness.add("sooner", [3] * 12, new=1)
+    assert shape(harness.step()) == ([], [("sooner", 0, 4), ("sooner", 4, 8)])
+    assert shape(harness.step()) == ([], [("sooner", 8, 12), ("patient", 8, 12)])
+    assert shape(harness.step()) == ([], [("patient", 12, 16), ("patient", 16, 20)])
+    assert shape(harness.step()) == ([], [("equal", 0, 4), ("equal", 4, 8)])
+
+
+def test_a_prompt_that_has_begun_goes_on_when_who_is_sooner_does_not_fit() -> None:
+    harness = Harness(max_step_tokens=4)
+    harness.add("patient", [1] * 40, new=1, priority=5)
+    harness.step()
+    harness.add("sooner", [3] * 40, new=1)
+    assert shape(harness.step()) == ([], [("patient", 4, 8)])
+
+
 def test_no_more_than_max_running_are_admitted() -> None:
     harness = Harness(max_running=2)
     for name, token in (("a", 1), ("b", 2), ("c", 3)):

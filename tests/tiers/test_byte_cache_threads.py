@@ -140,3 +140,25 @@ def test_the_limit_holds_and_the_books_balance_whatever_happens_at_once(policy: 
     assert round(stats["memory_used_mb"] * MB) == sum(left)
     cache.clear()
     assert cache.get_stats() == InMemoryKVCacheManager(1).get_stats()
+
+
+def test_reads_do_not_wait_for_a_set_and_are_counted_and_recent_all_the_same() -> None:
+    evicting, may_go_on = threading.Event(), threading.Event()
+
+    def pause(key: str) -> None:
+        evicting.set()
+        assert may_go_on.wait(20)
+
+    cache = InMemoryKVCacheManager(4 / MB, on_evict=pause)
+    for key in "abcd":
+        cache.set(key, b"")
+    setting = threading.Thread(target=cache.set, args=("e", b""))
+    setting.start()
+    assert evicting.wait(20)
+    assert [cache.get("b") for _ in range(1000)] == [b""] * 1000
+    assert cache.get("?") is None
+    may_go_on.set()
+    setting.join(20)
+    cache.set("f", b"")
+    assert [key for key in "abcdef" if cache.get_metadata(key)] == ["b", "d", "e", "f"]
+    assert (cache.get_stats()["cache_hits"], cache.get_stats()["cache_misses"]) == (1000, 1)

@@ -1,6 +1,8 @@
 """``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take."""
 
-from collections.abc import Iterator
+import statistics
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from emberkv.cli.http_overhead import http_overhead
+from emberkv.cli.http_times import decode_times, request_seconds, served
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
 from emberkv.errors import ConfigError, EmberError
-from emberkv.sim.calibrated import Measurements, calibrated_profile
+from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
 from emberkv.sim.model_spec import ModelSpec
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 TIER_BYTES = 1024 * 2**20
+ROUNDS = 3
 
 _console = Console(stderr=True)
 
@@ -45,7 +48,7 @@ def calibrate(
         Path | None, typer.Option(help="Where to measure the disk. [default: beside the profile]")
     ] = None,
 ) -> None:
-    """Measure matrix products, decode steps, prefills, HTTP and the lower tiers here; takes about a minute.
+    """Measure matrix products, prefills, the lower tiers and a server's answers here; takes about a minute.
 
     Nothing else should run meanwhile. `emberkv simulate --hardware FILE` then predicts this machine.
     """
@@ -66,38 +69,61 @@ def calibrate(
 
 def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
     try:
-        from emberkv.engine import assembly, calibration, loader  # noqa: PLC0415
-        from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
+        from emberkv.engine import calibration  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
         ) from error
-    with _console.status("loading the model") as status:
-        source = config.model or str(files("emberkv") / "demo_model")
-        loaded = loader.load_model(source, dtype=config.dtype, device=config.device, attn_implementation=ATTENTION_NAME)
-        spec = _spec_of(config, loaded)
-        memory = calibration.device_memory(loaded.device)
-        engine = assembly.assemble(
-            loaded,
-            assembly.EngineConfig(
-                CACHE_BYTES, config.block_size, config.prefill_chunk, max_step_tokens=config.max_step_tokens
-            ),
-        )
+    with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
+        # On a thread that ends: as long as the thread of an OpenMP team lives, the team counts, and with more of them
+        # than cores, those of other threads sleep between operations. The engine's steps then take twice as long.
+        with ThreadPoolExecutor(1) as alone:
+            engine, linears = alone.submit(_load, config, status).result()
+        loaded, unit = engine.executor.loaded, engine.executor.alignment
         engine.loop.start()
         try:
-            measured = Measurements(
-                linears=_linears(loaded, status),
-                steps=[*_decodes(engine, loaded, status), *_prefills(engine, loaded, config, status)],
-                passes="each" if engine.executor.alignment == config.prefill_chunk else "one",
-                memory_bytes=memory,
-                tiers=_tier_rates(engine.executor.pool.block_bytes, config.block_size, folder, status),
-            )
-            profile = calibrated_profile(name, f"{spec.name} in {spec.base_dtype} on {loaded.device}", spec, measured)
-            status.update("requests over HTTP")
-            seconds = http_overhead(engine.loop, loaded.tokenizer, Roofline(spec, profile))
+            prefills = _prefills(engine, config, status)
         finally:
             engine.loop.stop()
+        status.update("lower tiers")
+        tiers = _tier_rates(engine.executor.pool.block_bytes, config.block_size, Path(place))
+        spec = _spec_of(config, loaded)
+        about = f"{spec.name} in {spec.base_dtype} on {loaded.device}"
+        memory = calibration.device_memory(loaded.device)
+        del engine, loaded
+        status.update("a server's answers")
+        with served(config, Path(place, "server.log")) as url:
+            decodes = decode_times(url)
+            measured = Measurements(
+                linears, [*prefills, *decodes], "each" if unit == config.prefill_chunk else "one", memory, tiers
+            )
+            profile = calibrated_profile(name, about, spec, measured)
+            seconds = request_seconds(url, Roofline(spec, profile))
+    _console.print(f"the profile takes the times measured within {deviation(profile, spec, measured):.0%} (median)")
     return profile.model_copy(update={"request_us": seconds / MICROSECOND})
+
+
+def _load(config: ServeConfig, status: Status) -> "tuple[AssembledEngine, list[tuple[int, float]]]":
+    """The engine, and the times of the model's linear layers."""
+    from emberkv.engine import assembly, calibration, loader  # noqa: PLC0415
+    from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
+
+    source = config.model or str(files("emberkv") / "demo_model")
+    loaded = loader.load_model(
+        source, dtype=config.dtype, device=config.device, attn_implementation=ATTENTION_NAME,
+        progress=lambda line: status.update(escape(line)),
+    )  # fmt: skip
+    engine = assembly.assemble(
+        loaded,
+        assembly.EngineConfig(
+            int(config.cache_ram or CACHE_BYTES),
+            config.block_size,
+            config.prefill_chunk,
+            max_step_tokens=config.max_step_tokens,
+        ),
+    )
+    status.update("matrix products")
+    return engine, [(each.rows, each.seconds) for each in calibration.time_linears(loaded.model)]
 
 
 def _spec_of(config: ServeConfig, loaded: "ModelOnDevice") -> ModelSpec:
@@ -112,43 +138,33 @@ def _linears(loaded: "ModelOnDevice", status: Status) -> list[tuple[int, float]]
     return [(each.rows, each.seconds) for each in time_linears(loaded.model)]
 
 
-def _decodes(engine: "AssembledEngine", loaded: "ModelOnDevice", status: Status) -> Iterator[tuple[Work, float]]:
-    from emberkv.engine.calibration import StepBench, decode_grid  # noqa: PLC0415
+def _prefills(engine: "AssembledEngine", config: ServeConfig, status: Status) -> list[tuple[Work, float]]:
+    """The median of `ROUNDS` rounds over all: a machine's pace changes, for seconds at a time."""
+    from emberkv.engine.calibration import PrefillBench, prefill_grid  # noqa: PLC0415
 
-    bench = StepBench(engine.loop, loaded.geometry.vocab_size)
-    for sequences, context in decode_grid(engine.loop.context_length, engine.scheduler.config.max_running):
-        status.update(f"decode steps of {sequences} sequences of {context} tokens")
-        found = bench.decode(sequences, context)
-        yield Work(found.sequences, found.context), found.seconds
-
-
-def _prefills(
-    engine: "AssembledEngine", loaded: "ModelOnDevice", config: ServeConfig, status: Status
-) -> Iterator[tuple[Work, float]]:
-    from emberkv.engine.calibration import StepBench, prefill_grid  # noqa: PLC0415
-
-    bench = StepBench(engine.loop, loaded.geometry.vocab_size, seed=1)
+    bench = PrefillBench(engine.loop, engine.executor.loaded.geometry.vocab_size)
     unit = engine.executor.alignment
     budget = config.max_step_tokens if unit < config.prefill_chunk else config.prefill_chunk
-    for start, stop in prefill_grid(engine.loop.context_length, unit, budget):
-        status.update(f"first tokens of {stop - start} tokens after {start}")
-        found = bench.prefill(start, stop)
-        yield Work(0, 0, (Chunk(found.start, found.stop, True),)), found.seconds
+    grid = list(prefill_grid(engine.loop.context_length, unit, budget))
+    found: defaultdict[Work, list[float]] = defaultdict(list)
+    for number in range(1, ROUNDS + 1):
+        status.update(f"first tokens, round {number} of {ROUNDS}")
+        for start, stop in grid:
+            found[Work(0, 0, (Chunk(start, stop, True),))].append(bench.prefill(start, stop))
+    return [(work, statistics.median(seconds)) for work, seconds in found.items()]
 
 
-def _tier_rates(block_bytes: int, block_size: int, folder: Path, status: Status) -> dict[str, TierRates]:
+def _tier_rates(block_bytes: int, block_size: int, folder: Path) -> dict[str, TierRates]:
     from emberkv.engine.calibration import time_tier  # noqa: PLC0415
 
-    status.update("lower tiers")
     found = {}
-    with TemporaryDirectory(prefix="emberkv-calibrate-", dir=folder) as place:
-        disk = DiskTier.open(Path(place), TIER_BYTES, namespace=b"calibration")
-        for tier in (MemoryTier(TIER_BYTES), disk):
-            times = time_tier(tier, block_bytes, block_size)
-            tier.close()
-            found[tier.name] = TierRates(
-                latency_us=times.latency / MICROSECOND,
-                read_gb_per_s=times.read_rate / GB,
-                write_gb_per_s=times.write_rate / GB,
-            )
+    disk = DiskTier.open(folder / "blocks", TIER_BYTES, namespace=b"calibration")
+    for tier in (MemoryTier(TIER_BYTES), disk):
+        times = time_tier(tier, block_bytes, block_size)
+        tier.close()
+        found[tier.name] = TierRates(
+            latency_us=times.latency / MICROSECOND,
+            read_gb_per_s=times.read_rate / GB,
+            write_gb_per_s=times.write_rate / GB,
+        )
     return found

@@ -35,6 +35,7 @@ def explain(
     response_id: Annotated[str | None, typer.Option(help="A past response's id, instead of a prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")] = False,
     api: Annotated[Api | None, typer.Option(help="What a request's JSON is of; default: told from its fields.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose prompt it is; for who has the admin key.")] = None,
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8080",
     key: Annotated[
         str | None,
@@ -49,6 +50,8 @@ def explain(
     console, errors = Console(), Console(stderr=True)
     try:
         question = _question(source, text, response_id, raw, api)
+        if tenant is not None:
+            question["tenant"] = tenant
         with httpx.Client(base_url=url, timeout=60) as client:
             answer = ask(client, question, key)
         shown = json.dumps(answer, ensure_ascii=False, indent=1) if as_json else view(_checked(answer))

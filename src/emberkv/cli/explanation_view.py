@@ -55,6 +55,12 @@ class Divergence(_Part):
     found: str
 
 
+class Elsewhere(_Part):
+    tokens: int
+    tenant: str | None = None
+    model: str | None = None
+
+
 class Answer(_Part):
     """What the server tells; see ``emberkv.serving.explain``."""
 
@@ -64,6 +70,7 @@ class Answer(_Part):
     misses: list[Miss]
     divergence: Divergence | None = None
     canonical: dict[str, int] = {}
+    elsewhere: list[Elsewhere] = []
 
 
 def view(answer: Answer) -> RenderableType:
@@ -71,6 +78,8 @@ def view(answer: Answer) -> RenderableType:
     parts: list[RenderableType] = [_headline(answer), _bar(answer), _legend(answer)]
     if answer.divergence is not None:
         parts += [Text(), *_difference(answer.divergence)]
+    if answer.elsewhere:
+        parts += [Text(), *(_out_of_reach(each) for each in answer.elsewhere)]
     if answer.canonical:
         changed = ", ".join(f"{name} ({count})" for name, count in answer.canonical.items())
         parts += [Text(), Text(f"Canonical rules changed the prompt: {changed}.")]
@@ -137,6 +146,11 @@ def _difference(divergence: Divergence) -> list[Text]:
         lines.append(Text.assemble(f"  {label:<11}  ", before, (_first_cells(_on_one_line(text), AFTER_CELLS), style)))
     lines.append(Text(" " * (15 + cell_len(before)) + "^", "bold"))
     return lines
+
+
+def _out_of_reach(elsewhere: Elsewhere) -> Text:
+    whose = f"Tenant {elsewhere.tenant}" if elsewhere.model is None else f"For model {elsewhere.model}, the cache"
+    return Text(f"{_on_one_line(whose)} has {elsewhere.tokens:,} of these tokens.")
 
 
 def _on_one_line(text: str) -> str:

@@ -23,13 +23,15 @@ from emberkv.serving.admin_guard import is_loopback
 from emberkv.serving.app import create_app
 from emberkv.serving.cache_books import CacheBooks
 from emberkv.serving.cache_setup import cache_access
-from emberkv.serving.canonical import load_rules
+from emberkv.serving.canonical import CanonicalRules, load_rules
 from emberkv.serving.context import ServingSettings
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from emberkv.serving.public_prompts import public_tokens
 from emberkv.serving.request_log import JsonFormatter
 from emberkv.serving.server import HttpServer, bind_socket
 from emberkv.serving.standard_prompts import standard_prompts
 from emberkv.serving.tenants import Tenants, declare_tenants
+from emberkv.serving.tenants_file import TIERS
 from emberkv.serving.warm_start import make_warmup
 from emberkv.serving.warmup import Warmup
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from emberkv.engine.loader import LoadedModel as ModelOnDevice
 
 DEMO_MODEL_NAME = "emberkv-demo"
+RETAINED_SHARE = 0.25
+"""Of the KV pool, what requests and pins may have evicted last."""
 
 _console = Console(stderr=True)
 
@@ -134,7 +138,7 @@ def run_server(config: ServeConfig) -> None:
             bound_to_loopback=is_loopback(bound.getsockname()[0]),
         )
         server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, drain_seconds=config.drain_seconds)
-        startup = _Startup(config, lifecycle, server, tenants)
+        startup = _Startup(config, lifecycle, server, tenants, settings.canonical)
         startup.thread.start()
         server.run()
         startup.finish()
@@ -143,9 +147,17 @@ def run_server(config: ServeConfig) -> None:
 class _Startup:
     """Loads the model beside the server, which answers /health and /ready meanwhile."""
 
-    def __init__(self, config: ServeConfig, lifecycle: Lifecycle, server: HttpServer, tenants: Tenants) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        lifecycle: Lifecycle,
+        server: HttpServer,
+        tenants: Tenants,
+        canonical: CanonicalRules | None,
+    ) -> None:
         self._config = config
         self._tenants = tenants
+        self._canonical = canonical
         self._lifecycle = lifecycle
         self._server = server
         self._engine: AssembledEngine | None = None
@@ -175,15 +187,17 @@ class _Startup:
             return
         self._warmup = warmup
         self._engine = engine
-        cache = cache_access(engine, self._books)
-        engine.loop.start()
         name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
+        cache = cache_access(engine, self._books, name=name, folder=self._config.cache_dir)
+        engine.loop.start()
         names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
         model = LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer, warmup, cache)
         self._lifecycle.loaded(model, warming=True)
         warmup.start()
         warmup.first_pass_ended.wait()
-        _print_summary(self._server.url, name, loaded, engine, self._config, time.perf_counter() - began)
+        is_ready = self._lifecycle.phase is Phase.READY
+        ready = f"{time.perf_counter() - began:.1f} s" if is_ready else "more time: see /ready"
+        _print_summary(self._server.url, name, loaded, engine, self._config, ready)
 
     def _load(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup]":
         config = self._config
@@ -206,8 +220,9 @@ class _Startup:
                 fingerprint_cache=config.fingerprint_cache or Path("~/.cache/emberkv").expanduser(),
             )
             status.update("allocating the KV pool and checking the attention")
-            files = config.warmup_system_files if config.warmup else None
-            prompts, problems = standard_prompts(files, loaded.tokenizer)
+            prompt_files = config.warmup_system_files if config.warmup else None
+            prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
+            public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
             engine = assemble(
                 loaded,
                 EngineConfig(
@@ -220,10 +235,14 @@ class _Startup:
                     exact=config.exact,
                     prefix_cache=config.prefix_cache,
                     tiers=TierConfig(
-                        ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk)
+                        ram_bytes=int(config.ram_tier),
+                        folder=config.cache_dir,
+                        disk_bytes=int(config.cache_disk),
+                        shares={tier: self._tenants.shares(tier) for tier in TIERS},
+                        retain_share=RETAINED_SHARE,
                     ),
                 ),
-                public_prefixes=[prompt.tokens for prompt in prompts],
+                public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
                 on_evicted=self._books.evicted,
             )
@@ -254,7 +273,7 @@ def _print_summary(
     loaded: "ModelOnDevice",
     engine: "AssembledEngine",
     config: ServeConfig,
-    seconds: float,
+    ready: str,
 ) -> None:
     pool = engine.executor.pool
     tokens = pool.num_blocks * pool.block_size
@@ -269,7 +288,7 @@ def _print_summary(
         "tiers": _tiers_line(config),
         "listening": f"{url}  (OpenAI: {url}/v1, Anthropic: {url})",
         "health": "/health  /ready  /metrics",
-        "ready in": f"{seconds:.1f} s",
+        "ready in": ready,
     }
     for label, text in rows.items():
         table.add_row(f"[bold]{label}[/]", escape(text))

@@ -58,7 +58,7 @@ class EventLog:
         wanted = self.last_sequence - sequence
         if not 0 <= wanted <= len(self._events):
             return None
-        return list(islice(self._events, len(self._events) - wanted, None))
+        return list(islice(reversed(self._events), wanted))[::-1]  # from the end: most readers lack only a few
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ An entry is admitted once, then held and released any number of times, and leave
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -58,6 +58,10 @@ class EvictionPolicy(ABC, Generic[K]):
     def available_to(self, owner: str) -> int:
         """How many keys may be evicted to make room for entries of ``owner``."""
         return len(self)
+
+    def bytes_by_owner(self) -> Mapping[str, float]:
+        """What each owner has, held or not; empty where owners make no difference."""
+        return {}
 
     def reserved(self, size: float) -> int:
         """How many entries of ``size`` may at worst be kept from an owner for the sake of others."""

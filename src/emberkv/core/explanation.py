@@ -29,6 +29,7 @@ class Reason(Enum):
 class LossKind(Enum):
     EVICTED = "evicted"  # its place was needed
     CLEARED = "cleared"  # the whole place was emptied
+    REMOVED = "removed"  # somebody had it forgotten
 
 
 @dataclass(frozen=True, slots=True)

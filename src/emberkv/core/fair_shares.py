@@ -29,6 +29,13 @@ class Share:
             )
 
 
+def check_floors(shares: Mapping[str, Share], capacity_bytes: int, place: str) -> None:
+    """Raises ConfigError for floors that a place of ``capacity_bytes`` cannot keep together."""
+    floors = sum(share.floor_bytes for share in shares.values())
+    if floors > capacity_bytes:
+        raise ConfigError(f"the floors in {place} add up to {floors:,} bytes; it has {capacity_bytes:,}")
+
+
 @dataclass(eq=False, slots=True)
 class _Account(Generic[K]):
     """What one owner has: keys ordered by its own policy, and all their bytes, held ones included."""
@@ -87,7 +94,6 @@ class FairShares(EvictionPolicy[K]):
         return self._released
 
     def bytes_by_owner(self) -> dict[str, float]:
-        """Of those who have any."""
         return {owner: account.size for owner, account in self._accounts.items() if account.size}
 
     def admit(self, key: K, weight: Weight) -> None:

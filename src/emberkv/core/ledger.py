@@ -106,12 +106,21 @@ class Ledger:
                 self._lost.pop(identity, None)
 
     def left(self, place: str, identities: Iterable[Identity], now: float) -> None:
-        """Blocks are no longer in ``place``, whether their arrival there was told or not."""
+        """Blocks are no longer in ``place``; of a tier, whether their arrival there was told or not."""
         self._lose(place, identities, Loss(place, now, LossKind.EVICTED))
 
     def cleared(self, place: str, now: float) -> None:
         """``place`` is empty now; only what was known to be there is lost by it."""
         self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
+
+    def removed(self, identities: Sequence[Identity], now: float) -> None:
+        """Blocks were taken out of every place, whether it was told already that they left one or not."""
+        for identity in identities:
+            places = self.places(identity)
+            for place in places:
+                self._held[place].discard(identity)
+            if identity in self._entries:
+                self._mark(identity, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
 
     def above(self, entry: Entry) -> Entry | None:
         """The known block before ``entry``, across the border to what is public."""
@@ -169,9 +178,13 @@ class Ledger:
     def _lose(self, place: str, identities: Iterable[Identity], loss: Loss) -> None:
         held = self._held.setdefault(place, set())
         for identity in identities:
+            if place == POOL and identity not in held:
+                continue
             held.discard(identity)
-            entry = self._entries.get(identity)
-            if entry is not None and not any(identity in other for other in self._held.values()):
-                entry.loss = loss
-                self._lost.pop(identity, None)
-                self._lost[identity] = None
+            if identity in self._entries and not any(identity in other for other in self._held.values()):
+                self._mark(identity, loss)
+
+    def _mark(self, identity: Identity, loss: Loss) -> None:
+        self._entries[identity].loss = loss
+        self._lost.pop(identity, None)
+        self._lost[identity] = None

@@ -11,7 +11,6 @@ from emberkv.core.promotion import Admission, Load, LoadChoice, LowerTiers, Prom
 from emberkv.core.sequence import Sequence
 from emberkv.errors import IntegrityError
 
-
 PROBE_EVERY = 32
 """One in so many loads that are expected to be too slow is begun all the same: without one, nobody would notice that
 the tier has become faster. A load's patience bounds what that costs."""

@@ -5,7 +5,7 @@ holds the top of one and the same stack, so one pass over the uses tells the hit
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -61,6 +61,11 @@ class LRUStack(Generic[K]):
     def drop_oldest(self) -> K:
         """Remove and return the lowest key. Raises KeyError when there is none."""
         return self._places.popitem(last=False)[0]
+
+    def drop_unless(self, kept: Callable[[K], bool]) -> None:
+        """Remove every key that is not to be kept. O(n)."""
+        self._places = OrderedDict((key, place) for key, place in self._places.items() if kept(key))
+        self._renumber(0)
 
     def _renumber(self, coming: int) -> None:
         for place, key in enumerate(self._places):

@@ -1,9 +1,9 @@
 """The estimator: what hit rate a cache of other sizes would have on the traffic that is being served.
 
 Spatial sampling (SHARDS; Waldspurger et al., "Efficient MRC construction with SHARDS", FAST 2015): only blocks whose
-identity falls into a fixed part of all hashes are followed, and their depth in an LRU stack is scaled up by that part's
-inverse. Identities are SHA-256, so they are their own hash. Memory is bounded: what lies deeper than the largest
-capacity asked about is dropped from the stack.
+identity falls into a part of all hashes are followed, and their depth in an LRU stack is scaled up by that part's
+inverse. Identities are SHA-256, so they are their own hash. Memory is bounded: when too many blocks are followed, the
+part is halved, until it is so small that what does not fit lies deeper than the largest capacity asked about.
 """
 
 from bisect import bisect_left
@@ -35,8 +35,8 @@ class CurvePoint:
 class ReuseEstimator:
     """Estimates the hit rate at several capacities at once. Not thread-safe.
 
-    capacities: in blocks. max_followed: most sampled blocks remembered, which sets the sampled share: all, if the
-    largest capacity is no larger. half_life: after so many blocks looked up, what was counted before weighs half, so
+    capacities: in blocks. max_followed: most blocks remembered; while there are no more, every block is followed and
+    the curve is exact. half_life: after so many blocks looked up, what was counted before weighs half, so
     that the curve follows the traffic.
     """
 
@@ -47,9 +47,8 @@ class ReuseEstimator:
                 "at least one capacity is needed, and each number must be at least 1"
             )
         self.capacities = sorted(set(capacities))
-        self.share = min(1.0, max_followed / self.capacities[-1])
-        whole = 1 << 8 * _HASH_BYTES
-        self._threshold = min(round(self.share * whole), whole - 1).to_bytes(_HASH_BYTES)
+        self.share = 1.0
+        self._least_share = min(1.0, max_followed / self.capacities[-1])
         self._max_followed = min(max_followed, self.capacities[-1])
         self._half_life = half_life
         self._since_halved = 0
@@ -65,12 +64,12 @@ class ReuseEstimator:
     def access(self, identities: Sequence[Identity]) -> None:
         """A request looks up its prompt's blocks, in chain order."""
         sampled = self._sampled(identities)
-        deepest = len(self.capacities)
+        deepest, weight = len(self.capacities), 1 / self.share
         for identity, depth in zip(sampled, self._stack.depths(sampled), strict=True):
             missed = deepest if depth is None else bisect_left(self.capacities, self._scaled(depth))
             group = self._misses[identity[-1] % GROUPS]
             for at in range(missed):
-                group[at] += 1
+                group[at] += weight
         self._use(sampled)
         self._looked_up += len(identities)
         self._since_halved += len(identities)
@@ -87,7 +86,7 @@ class ReuseEstimator:
             return []
         points = []
         for at, capacity in enumerate(self.capacities):
-            counts = [group[at] / self.share for group in self._misses]
+            counts = [group[at] for group in self._misses]
             mean = sum(counts) / GROUPS
             spread = GROUPS / (GROUPS - 1) * sum((count - mean) ** 2 for count in counts)
             error = sqrt((1 - self.share) * spread) / self._looked_up
@@ -101,6 +100,11 @@ class ReuseEstimator:
         threshold = self._threshold
         return [identity for identity in identities if identity < threshold]
 
+    @property
+    def _threshold(self) -> bytes:
+        """Identities below it are in the sample, where that is not all."""
+        return round(self.share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
+
     def _scaled(self, depth: int) -> float:
         """The depth among all blocks at which one lies that is ``depth`` among the sampled: itself, and between its
         neighbours above as many others as the sample leaves out."""
@@ -109,7 +113,11 @@ class ReuseEstimator:
     def _use(self, sampled: Sequence[Identity]) -> None:
         self._stack.use(sampled)
         while len(self._stack) > self._max_followed:
-            self._stack.drop_oldest()
+            if self.share > self._least_share:
+                self.share = max(self._least_share, self.share / 2)
+                self._stack.drop_unless(self._threshold.__gt__)
+            else:
+                self._stack.drop_oldest()
 
     def _halve(self) -> None:
         self._since_halved = 0

@@ -206,11 +206,22 @@ class Scheduler:
         return PrefillChunk(sequence, start, min(start + self.config.prefill_chunk, len(sequence.chain)))
 
     def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
-        """The admitted sequence that still has tokens to plan, or else the next one admitted."""
-        for sequence in self._running:
-            if sequence.status is SequenceStatus.PREFILLING and sequence.num_computed < len(sequence.chain):
-                return sequence
-        return self._admit(plan)
+        """The admitted sequence that still has tokens to plan, or else the next one admitted.
+
+        Who is of a sooner priority is admitted before another's prompt is gone on with.
+        """
+        begun = [
+            each
+            for each in self._running
+            if each.status is SequenceStatus.PREFILLING and each.num_computed < len(each.chain)
+        ]
+        if not begun:
+            return self._admit(plan)
+        first = min(begun, key=lambda each: each.rank)
+        waiting = self._admissible()
+        if waiting is not None and waiting.priority < first.priority:
+            return self._admit(plan) or first
+        return first
 
     def _admissible(self) -> Sequence | None:
         """Who is next in line, unless it is known not to fit."""

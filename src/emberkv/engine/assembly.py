@@ -15,6 +15,7 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
+from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.tier_setup import TierConfig, open_tiers, tier_namespace
 from emberkv.engine.torch_engine import TorchEngine
@@ -61,10 +62,11 @@ def assemble(
     config: EngineConfig,
     *,
     public_prefixes: Iterable[Sequence[int]] = (),
+    sampler: Sampler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
     on_evicted: EvictionHook | None = None,
 ) -> AssembledEngine:
-    """An engine whose thread is not started yet. on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
+    """An engine whose thread is not started yet. sampler, on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
     public_prefixes: token sequences that all tenants share. Raises ConfigError when a setting cannot work,
     UnsupportedModelError when the paged attention does not reproduce the model's own, CacheFolderError when the disk
@@ -87,7 +89,7 @@ def assemble(
         on_failure.pop_all()
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     public = PublicPrefixes(public_prefixes, config.block_size)
-    loop = EngineLoop(executor, scheduler, limits, tiers=link, public=public, on_crash=on_crash)
+    loop = EngineLoop(executor, scheduler, limits, tiers=link, public=public, sampler=sampler, on_crash=on_crash)
     return AssembledEngine(loop, executor, scheduler, namespace, tiers, link)
 
 

@@ -1,14 +1,11 @@
-"""The measuring bench: how long this machine takes for matrix products, decode steps, prefills, and tiers' transfers.
-
-Everything goes the way of a request, through the engine's own loop, so that scheduling and sampling are in the times.
-"""
+"""The measuring bench: how long this machine takes for matrix products, prefills and tiers' transfers."""
 
 import itertools
 import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import psutil
@@ -35,22 +32,6 @@ class LinearTime(NamedTuple):
     """Seconds of all linear layers of the model together, output layer included, for so many rows."""
 
     rows: int
-    seconds: float
-
-
-class DecodeTime(NamedTuple):
-    """Seconds of a step that decodes ``sequences``, attending to ``context`` tokens in all."""
-
-    sequences: int
-    context: int
-    seconds: float
-
-
-class PrefillTime(NamedTuple):
-    """Seconds from handing in a prompt to its first token, with all before ``start`` cached; there are ``stop``."""
-
-    start: int
-    stop: int
     seconds: float
 
 
@@ -100,25 +81,25 @@ def _median_seconds(run: Callable[[], object], clock: Clock, repeats: int) -> fl
 
 
 class _Answer:
-    """Times of one request's tokens; written on the engine's thread, read once ``done`` is set."""
+    """When one request's first token came. ``ended`` is set on the engine's thread, after all else."""
 
     def __init__(self, clock: Clock) -> None:
-        self.times: list[float] = []
-        self.done = threading.Event()
+        self.first = 0.0
         self.reason: FinishReason | None = None
+        self.ended = threading.Event()
         self._clock = clock
 
     def __call__(self, output: TokenOutput) -> None:
-        self.times.append(self._clock())
+        self.first = self.first or self._clock()
         if output.finish_reason is not None:
             self.reason = output.finish_reason
-            self.done.set()
+            self.ended.set()
 
 
-class StepBench:
-    """Measures steps on a running engine that has nothing else to do. Prompts are made up, and all different.
+class PrefillBench:
+    """Measures first tokens of a running engine that has nothing else to do. Prompts are made up, all different.
 
-    Raises EmberError when an answer fails.
+    Scheduling and sampling are in the times. Raises EmberError when an answer fails.
     """
 
     def __init__(self, engine: Engine, vocab: int, *, seed: int = 0, clock: Clock = time.perf_counter) -> None:
@@ -128,57 +109,27 @@ class StepBench:
         self._clock = clock
         self._ids = (f"calibration-{number}" for number in itertools.count())
 
-    def decode(self, sequences: int, context: int, *, steps: int = 16) -> DecodeTime:
-        """The median step while ``sequences`` prompts of ``context`` tokens are all being answered."""
-        prompts = [self._tokens(context) for _ in range(sequences)]
-        self._wait([self._submit(prompt, 1) for prompt in prompts])  # cached then, so that they begin almost together
-        answers = [self._submit(prompt, steps + 2 * sequences) for prompt in prompts]
-        self._wait(answers)
-        all_run = max(answer.times[0] for answer in answers)
-        longest = min(answer.times[-1] for answer in answers)
-        first = answers[0].times
-        inside = [at for at, when in enumerate(first) if all_run <= when <= longest]
-        gaps = [first[at + 1] - first[at] for at in inside[:-1]]
-        reached = context + statistics.fmean(inside[:-1]) + 1
-        return DecodeTime(sequences, round(sequences * reached), statistics.median(gaps))
-
-    def prefill(self, start: int, stop: int, *, repeats: int = 5) -> PrefillTime:
-        """The median time to a first token with the first ``start`` tokens cached."""
+    def prefill(self, start: int, stop: int, *, repeats: int = 5) -> float:
+        """The median of seconds from handing in a prompt of ``stop`` tokens to its first token, ``start`` of them
+        being cached.
+        """
         beginning = self._tokens(start)
         if start:
-            self._wait([self._submit(beginning + self._tokens(1), 1)])
-        times = []
-        for _ in range(repeats):
-            prompt = beginning + self._tokens(stop - start)
-            began = self._clock()
-            answer = self._submit(prompt, 1)
-            self._wait([answer])
-            times.append(answer.times[0] - began)
-        return PrefillTime(start, stop, statistics.median(times))
+            self._first_token(beginning + self._tokens(1))
+        return statistics.median(self._first_token(beginning + self._tokens(stop - start)) for _ in range(repeats))
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocab) for _ in range(count)]
 
-    def _submit(self, prompt: Sequence[int], max_tokens: int) -> _Answer:
+    def _first_token(self, prompt: list[int]) -> float:
         answer = _Answer(self._clock)
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        began = self._clock()
         self._engine.submit(GenerationRequest(next(self._ids), prompt, params), answer)
-        return answer
-
-    @staticmethod
-    def _wait(answers: Sequence[_Answer]) -> None:
-        for answer in answers:
-            answer.done.wait()
-            if answer.reason is not FinishReason.LENGTH:
-                raise EmberError(f"an answer to measure by ended with {answer.reason}; it must reach its length")
-
-
-def decode_grid(context_length: int, max_running: int) -> Iterator[tuple[int, int]]:
-    """(sequences, context) to measure, as far as they fit."""
-    for sequences in (1, 2, 4, 8, 16):
-        for context in (64, 512, 2048):
-            if sequences <= max_running and context + 64 <= context_length and sequences * context <= 16_384:
-                yield sequences, context
+        answer.ended.wait()
+        if answer.reason is not FinishReason.LENGTH:
+            raise EmberError(f"an answer to measure by ended with {answer.reason}; it must reach its length")
+        return answer.first - began
 
 
 def prefill_grid(context_length: int, unit: int, budget: int) -> Iterator[tuple[int, int]]:

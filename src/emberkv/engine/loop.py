@@ -268,4 +268,5 @@ class EngineLoop:
             loaded_blocks=stats.loaded_blocks,
             unloaded_blocks=stats.unloaded_blocks,
             tier_trouble=dict(self._tiers.trouble) if self._tiers is not None else {},
+            pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
         )

@@ -84,7 +84,7 @@ class EngineStats:
 
     load_choices: admissions that looked below the pool, by what was decided (`LoadChoice`). tier_trouble: blocks lost
     between the pool and the tiers, by kind (`TierLink`). tiers: by name, fastest first, and stack: what they share;
-    empty and None without any.
+    empty and None without any. pool_bytes_by_owner: of cached blocks; empty without tenants.
     """
 
     running: int = 0  # requests that hold blocks
@@ -104,6 +104,7 @@ class EngineStats:
     loaded_blocks: int = 0
     unloaded_blocks: int = 0  # a load was to bring them, and did not
     tier_trouble: Mapping[str, int] = field(default_factory=dict)
+    pool_bytes_by_owner: Mapping[str, int] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     stack: StackStats | None = None
 

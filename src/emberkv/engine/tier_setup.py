@@ -10,7 +10,7 @@ import torch
 
 from emberkv.core.eviction import make_policy
 from emberkv.core.eviction_policy import EvictionPolicy
-from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.fair_shares import FairShares, Share, check_floors
 from emberkv.core.hashing import Identity
 from emberkv.core.retention import Retaining
 from emberkv.tiers.base import PolicyFactory, Tier
@@ -37,20 +37,25 @@ class TierConfig:
     retain_share: float = 0.0
 
     def pool_policy(self, eviction: str, pool_bytes: int) -> EvictionPolicy[Identity]:
-        """eviction: a policy's name. Raises ConfigError for an unknown one."""
+        """eviction: a policy's name. Raises ConfigError for an unknown one, and for floors above the pool's size."""
 
         def inner() -> EvictionPolicy[Identity]:
             ordering: EvictionPolicy[Identity] = make_policy(eviction)
             return Retaining(ordering, max_bytes=self.retain_share * pool_bytes) if self.retain_share else ordering
 
-        return self._shared(POOL, inner)
+        return self._shared(POOL, inner, pool_bytes)()
 
     def tier_policy(self, tier: str, eviction: str) -> PolicyFactory:
-        return lambda: self._shared(tier, lambda: make_policy(eviction))
+        """Raises ConfigError for floors above the tier's size."""
+        size = self.ram_bytes if tier == RAM else self.disk_bytes
+        return self._shared(tier, lambda: make_policy(eviction), size)
 
-    def _shared(self, tier: str, make_inner: PolicyFactory) -> EvictionPolicy[Identity]:
+    def _shared(self, tier: str, make_inner: PolicyFactory, size: int) -> PolicyFactory:
         shares = self.shares.get(tier)
-        return FairShares(make_inner, shares, Share()) if shares else make_inner()
+        if not shares:
+            return make_inner
+        check_floors(shares, size, f"the {tier} tier" if tier != POOL else "the KV pool")
+        return lambda: FairShares(make_inner, shares, Share())
 
 
 def open_tiers(

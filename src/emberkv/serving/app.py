@@ -2,7 +2,7 @@
 
 import time
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -59,5 +59,9 @@ def create_app(
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(context.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/metrics/tenants", dependencies=[Depends(context.guard.operator)])
+    async def tenant_metrics() -> Response:
+        return Response(context.tenant_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return app

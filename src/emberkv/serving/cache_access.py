@@ -10,6 +10,7 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.serving.cache_books import CacheBooks
+from emberkv.serving.reuse_watch import ReuseWatch
 from emberkv.serving.tenants import Tenant
 from emberkv.tiers.stack import TierStack
 
@@ -27,6 +28,7 @@ class CacheAccess:
     """chain: a prompt's blocks as its tenant's requests name them. clock: seconds, by which retention ends.
 
     lower: what loads come from; None: nothing is below the pool. stack: the same tiers, to be told what to drop.
+    reuse: what caches of other sizes would find of the traffic; None: nobody follows it.
     other_models: how many of a prompt's tokens are cached for each other model that is known of, by its name.
     """
 
@@ -36,4 +38,5 @@ class CacheAccess:
     clock: Callable[[], float] = time.monotonic
     lower: LowerTiers | None = None
     stack: TierStack | None = None
+    reuse: ReuseWatch | None = None
     other_models: Callable[[Sequence[int], Tenant], Mapping[str, int]] = lambda _tokens, _tenant: {}

@@ -74,6 +74,11 @@ class CacheBooks:
 
         self._write(write)
 
+    def removed(self, identities: Sequence[Identity]) -> None:
+        """Blocks that were taken out of every place."""
+        now = self._clock()
+        self._write(lambda ledger: ledger.removed(identities, now))
+
     def cleared(self, place: str) -> None:
         """A lower tier was emptied."""
         now = self._clock()

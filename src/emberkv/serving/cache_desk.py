@@ -41,12 +41,15 @@ class CacheDesk:
         self._cache = cache
 
     async def statistics(self) -> dict[str, Any]:
-        """Counters since the start, and what each place holds, by tenant too where shares are kept."""
+        """Counters since the start, what each place holds, by tenant too where shares are kept, and what an LRU pool of
+        other sizes would find of recent prompts.
+        """
         figures = await self._run(_figures)
         stack = self._cache.stack
         tiers = await asyncio.to_thread(stack.stats) if stack is not None else {}
         places = {POOL: figures.pop(POOL), **{name: asdict(stats) for name, stats in tiers.items()}}
-        return {**figures, "places": places}
+        reuse = self._cache.reuse
+        return {**figures, "places": places, "other_sizes": [] if reuse is None else reuse.figures()}
 
     async def prefixes(self, by: str, limit: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         """by: "largest" or "hottest"."""
@@ -58,7 +61,12 @@ class CacheDesk:
         with self._cache.books.reading() as ledger:
             chosen = [(each, first_tokens(ledger, each.identity, SHOWN_TOKENS)) for each in choose(ledger, limit)]
         return [
-            {**asdict(each), "identity": each.identity.hex(), "begins": text_of(tokenizer, tokens)}
+            {
+                **asdict(each),
+                "identity": each.identity.hex(),
+                "places": list(dict.fromkeys([*each.places, *self._cache.books.below(each.identity)])),
+                "begins": text_of(tokenizer, tokens),
+            }
             for each, tokens in chosen
         ]
 
@@ -86,7 +94,9 @@ class CacheDesk:
             identities = unshared(ledger, path.identities)
         removed = await self._run(lambda scheduler: scheduler.remove(identities))
         stack = self._cache.stack
-        return {POOL: removed, **await self._below(None if stack is None else stack.remove(identities))}
+        below = await self._below(None if stack is None else stack.remove(identities))
+        self._cache.books.removed(identities)
+        return {POOL: removed, **below}
 
     async def clear(self) -> dict[str, int]:
         """Forget everything; blocks, by place."""

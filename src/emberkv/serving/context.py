@@ -22,8 +22,10 @@ from emberkv.serving.generator import Prompt, TextGenerator
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.metrics import Clock, ServingMetrics
 from emberkv.serving.request_log import log_finished
+from emberkv.serving.reuse_metrics import ReuseCollector
 from emberkv.serving.secret import SECRET_BYTES
 from emberkv.serving.sessions import Sessions, session_id
+from emberkv.serving.tenant_metrics import TenantMetrics
 from emberkv.serving.tenants import Tenant, Tenants
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.warmup_metrics import WarmupCollector
@@ -77,6 +79,7 @@ class ServingContext:
         self.keys = ApiKeys(self.tenants)
         self.metrics = ServingMetrics(lifecycle.engine_stats)
         self.metrics.register(WarmupCollector(lifecycle.warmup_report))
+        self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(
             settings.admin_key,
             bound_to_loopback=settings.bound_to_loopback,
@@ -85,6 +88,7 @@ class ServingContext:
         )
         self.sessions = Sessions()
         self.recent = RecentlyAsked()
+        self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._generator: TextGenerator | None = None
 
     def asked(
@@ -122,7 +126,9 @@ class ServingContext:
 
     def _closed(self, asked: Asked, stream: AnswerStream) -> None:
         self.lifecycle.untrack(stream)
-        self.sessions.count(asked, [answer.usage for answer in stream.answers], self.wall_clock())
+        usages = [answer.usage for answer in stream.answers]
+        self.sessions.count(asked, usages, self.wall_clock())
+        self.tenant_metrics.count(asked.tenant.name, usages)
         for request_id, answer, timer in stream.timed_answers:
             log_finished(asked, request_id, answer, timer, self._summary(request_id, answer))
 

@@ -10,6 +10,7 @@ from emberkv.errors import EngineStoppedError
 from emberkv.serving.answer_stream import AnswerStream
 from emberkv.serving.cache_access import CacheAccess
 from emberkv.serving.failures import NotReadyError, UnknownModelError
+from emberkv.serving.reuse_watch import ReuseWatch
 from emberkv.serving.warmup import Warmup
 from emberkv.serving.warmup_report import WarmupPhase, WarmupReport
 
@@ -89,6 +90,10 @@ class Lifecycle:
         if self._model is None:
             return WarmupReport(WarmupPhase.WAITING)
         return WarmupReport(WarmupPhase.OFF) if self._model.warmup is None else self._model.warmup.report()
+
+    def reuse(self) -> ReuseWatch | None:
+        cache = None if self._model is None else self._model.cache
+        return None if cache is None else cache.reuse
 
     def check_accepting(self) -> None:
         """Raises NotReadyError unless new answers may be started."""

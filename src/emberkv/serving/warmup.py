@@ -153,16 +153,16 @@ class Warmup:
         try:
             if self._settings.enabled:
                 self._first_pass()
-            self.first_pass_ended.set()
             self._tell_if_ready()
+            self.first_pass_ended.set()
             while not self._closing.is_set():
                 self._wake.wait(self.tick())
         except Exception:  # noqa: BLE001 - a server without a warmup is slower at first, and must go on
             _log.exception("warming has stopped; the server goes on without")
             self._totals = replace(self._totals, phase=WarmupPhase.FAILED)
         finally:
-            self.first_pass_ended.set()
             self._tell_if_ready()
+            self.first_pass_ended.set()
 
     def _first_pass(self) -> None:
         deadline = self._clock() + self._settings.timeout

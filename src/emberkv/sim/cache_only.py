@@ -91,12 +91,12 @@ class Replay:
     def admit(self, request: Request) -> Outcome:
         """Find what is cached of a prompt, keep the prompt, and what is known of its answer."""
         size = self._size
-        chain = request.chain(self._root_of(request), size)
+        content = request.full_content()
+        chain = ContentChain(self._root_of(request), content, request.prompt_tokens, size)
         turn = self._sessions.turn_of(request, chain)
-        full = len(chain.identities) * size
-        references = chain.identities + block_identities(
-            chain.parent(len(chain.identities)), request.full_content(), full, request.prompt_tokens, size
-        )
+        full = len(chain.identities)
+        partial = block_identities(chain.parent(full), content, full * size, request.prompt_tokens, size)
+        references = chain.identities + partial
         asked = ReferenceChain(chain.root, references, size)
         replica = self._routed.choose(asked)
         assert replica is not None, "no replica is ever lost here"

@@ -1,5 +1,6 @@
 """The workshop: a hardware profile made of one machine's own times, in the same form as all others."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -23,8 +24,7 @@ class Measurements:
     """One machine's times for one model.
 
     linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
-    passes: see `HardwareProfile`. tiers: rates of the lower tiers. request_seconds: what a request takes beside its
-    steps.
+    passes: see `HardwareProfile`. tiers: rates of the lower tiers.
     """
 
     linears: Sequence[tuple[int, float]]
@@ -32,7 +32,6 @@ class Measurements:
     passes: Literal["one", "each"]
     memory_bytes: int
     tiers: Mapping[str, TierRates] = field(default_factory=dict)
-    request_seconds: float = 0.0
 
 
 def calibrated_profile(name: str, description: str, model: ModelSpec, measured: Measurements) -> HardwareProfile:
@@ -56,9 +55,14 @@ def calibrated_profile(name: str, description: str, model: ModelSpec, measured: 
         "decode_attention": [[1.0, _share(found.bandwidth, bandwidth)]],
         "prefill_attention": [[1.0, _share(found.flops, peak)]],
         "overheads_us": Overheads(**found.overheads),
-        "request_us": measured.request_seconds / MICROSECOND,
     }
     return HardwareProfile.model_validate(profile.model_copy(update=changes).model_dump(exclude_unset=True))
+
+
+def deviation(profile: HardwareProfile, model: ModelSpec, measured: Measurements) -> float:
+    """The median size of the relative error, over all steps measured."""
+    roofline = Roofline(model, profile)
+    return statistics.median(abs(roofline.terms_of(work).total / seconds - 1) for work, seconds in measured.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +112,10 @@ def _draft(
         "gemm_bandwidth": f"{here}: linear layers with 1 row",
         "gemm_compute": f"{here}: linear layers",
         "prefill_attention": f"{here}: first tokens, by length and by what is cached",
-        "decode_attention": f"{here}: decode steps, by sequences and context",
-        "overheads_us": f"{here}: what is left of decode steps and first tokens, fitted",
+        "decode_attention": f"{here}: answers over HTTP, by streams and context",
+        "overheads_us": f"{here}: what is left of answers and first tokens, fitted",
         "passes": "as the engine computes on this machine",
-        "request_us": f"{here}: first tokens over HTTP, less their steps",
+        "request_us": f"{here}: first tokens over HTTP, less their prefills",
         "tiers": "measured on this machine: blocks stored, and loaded, verified and copied",
     }
     return HardwareProfile(

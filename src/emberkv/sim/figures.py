@@ -102,13 +102,15 @@ def bar_plot(name: str, description: str, x: Axis, y: Axis, heights: Sequence[fl
 
 
 def _set_axis(axes: "Axes", which: str, axis: Axis) -> None:
-    from matplotlib.ticker import PercentFormatter, StrMethodFormatter  # noqa: PLC0415 - loaded for reports only
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter  # noqa: PLC0415 - loaded for reports only
 
     side = axes.xaxis if which == "x" else axes.yaxis
     set_limits = axes.set_xlim if which == "x" else axes.set_ylim
     (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.label)
     if axis.log:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_minor_formatter(NullFormatter())  # the default one writes mathematical text
     if axis.share:
         side.set_major_formatter(PercentFormatter(1.0, decimals=0))
     else:

@@ -1,10 +1,10 @@
 """The byte cache in host memory: the one place that counts a RAM tier's bytes and holds it to its limit.
 
-What to evict is the policy's decision, when to is ours. Reads wait for no lock: they note what they read, and whoever
-next needs the books (a set, a question about statistics, or a read that finds many notes and the lock free) settles
-them under the lock, in the order in which they were noted. So reads of many threads do not queue, no read is ever left
-uncounted, and a set sees the recency of every read before it. This needs no more than that a dict's look-up and a
-deque's append are atomic, which CPython promises with and without its global lock.
+What to evict is the policy's decision, when to is ours. Reads note what they read, and whoever next needs the books (a
+set, a question about statistics, or now and then a read that finds the lock free) settles them under the lock, in the
+order in which they were noted. So reads of many threads do not queue, no read is ever left uncounted, and a set sees
+the recency of every read before it. This needs no more than that a dict's look-up and a deque's append are atomic,
+which CPython promises with and without its global lock.
 """
 
 import math
@@ -24,11 +24,11 @@ from emberkv.tiers.entry_checks import check_value, key_size_of
 MB = 2**20
 """Bytes."""
 
-_MAX_NOTES = 32
-"""Reads noted before one of them settles: many enough for the lock to cost next to nothing, few enough to be quick."""
+_MANY_NOTES = 32
+"""Each so many-th read settles: many enough for the lock to cost next to nothing, few enough to be quick."""
 
-_MAX_SETTLED = 2 * _MAX_NOTES
-"""Notes that a read settles at most: more than come in meanwhile, so that what piled up behind a busy lock goes."""
+_MAX_NOTES = 4096
+"""Reads noted before one of them waits for the lock. A thread that holds it and has lost its turn gets it back then."""
 
 
 class EntryMetadata(TypedDict):
@@ -125,9 +125,10 @@ class InMemoryKVCacheManager:
             notes.append(None)
         else:
             return None
-        if len(notes) >= _MAX_NOTES and self._lock.acquire(blocking=False):
+        noted = len(notes)
+        if not noted % _MANY_NOTES and self._lock.acquire(blocking=noted >= _MAX_NOTES):
             try:
-                self._settle(_MAX_SETTLED)
+                self._settle()
             finally:
                 self._lock.release()
         return entry.value if entry is not None else None
@@ -209,12 +210,11 @@ class InMemoryKVCacheManager:
                 "evictions": self._evictions,
             }
 
-    def _settle(self, most: int | None = None) -> None:
-        """Count the reads noted, at most ``most`` of them, and tell the policy of hits. The caller holds the lock."""
-        count = len(self._notes) if most is None else min(len(self._notes), most)
+    def _settle(self) -> None:
+        """Count the reads noted so far and tell the policy of the hits. The caller holds the lock."""
         take, entries = self._notes.popleft, self._entries
         hits: list[str] = []
-        for _ in range(count):
+        for _ in range(len(self._notes)):
             key = take()
             if key is None:
                 self._misses += 1

@@ -1,9 +1,19 @@
 """The chain room: a content's blocks under the identities by which the core's pool and cache know them."""
 
+from collections.abc import Iterable
 from hashlib import sha256
 
 from emberkv.core.hashing import Identity
 from emberkv.workload.content import Content
+
+
+def chained(parent: Identity, blocks: Iterable[bytes]) -> list[Identity]:
+    """The identities of blocks told by their encoded tokens, ``parent`` being that of the block before."""
+    identities = []
+    for tokens in blocks:
+        parent = sha256(parent + tokens).digest()
+        identities.append(parent)
+    return identities
 
 
 def block_identities(parent: Identity, content: Content, start: int, stop: int, block_size: int) -> list[Identity]:
@@ -11,11 +21,7 @@ def block_identities(parent: Identity, content: Content, start: int, stop: int, 
 
     ``start`` is a multiple of the block size; where ``stop`` is not, the last identity is that of a partial block.
     """
-    identities = []
-    for first in range(start, stop, block_size):
-        parent = sha256(parent + content.encode(first, min(first + block_size, stop))).digest()
-        identities.append(parent)
-    return identities
+    return chained(parent, content.encode_blocks(start, stop, block_size))
 
 
 class ContentChain:
@@ -27,7 +33,7 @@ class ContentChain:
     content begins with that one's.
     """
 
-    __slots__ = ("_content", "_length", "block_size", "identities", "root")
+    __slots__ = ("_content", "_length", "_tokens", "block_size", "identities", "root")
 
     def __init__(
         self, root: Identity, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
@@ -35,19 +41,19 @@ class ContentChain:
         self.root = root
         self.block_size = block_size
         self._content = content
-        self._length = length
-        self.identities = earlier.identities_of(root, content, length, block_size) if earlier else []
-        known, full = len(self.identities) * block_size, length - length % block_size
-        parent = self.identities[-1] if self.identities else root
-        self.identities += block_identities(parent, content, known, full, block_size)
+        self._length = 0
+        known = earlier.blocks_shared(root, content, length, block_size) if earlier else 0
+        self.identities: list[Identity] = earlier.identities[:known] if earlier else []
+        self._tokens: list[bytes] = earlier._tokens[:known] if earlier else []
+        self.grow(length)
 
-    def identities_of(self, root: Identity, content: Content, length: int, block_size: int) -> list[Identity]:
-        """Those of this chain's identities that the first ``length`` tokens of ``content`` have too, all or none."""
+    def blocks_shared(self, root: Identity, content: Content, length: int, block_size: int) -> int:
+        """How many blocks of this chain the first ``length`` tokens of ``content`` have too, all or none."""
         blocks = min(len(self.identities), length // block_size)
         same = (root, block_size) == (self.root, self.block_size)
         if not same or content.cut(0, blocks * block_size) != self._content.cut(0, blocks * block_size):
-            return []
-        return self.identities[:blocks]
+            return 0
+        return blocks
 
     def __len__(self) -> int:
         return self._length
@@ -61,8 +67,7 @@ class ContentChain:
 
     def block_tokens(self, index: int) -> bytes:
         """What stands for the tokens of full block ``index``: where they come from."""
-        start = index * self.block_size
-        return self._content.encode(start, start + self.block_size)
+        return self._tokens[index]
 
     def parent(self, index: int) -> Identity:
         return self.identities[index - 1] if index else self.root
@@ -83,4 +88,5 @@ class ContentChain:
         known = len(self.identities)
         if length // self.block_size > known:
             start, stop = known * self.block_size, length - length % self.block_size
-            self.identities += block_identities(self.parent(known), self._content, start, stop, self.block_size)
+            self._tokens += self._content.encode_blocks(start, stop, self.block_size)
+            self.identities += chained(self.parent(known), self._tokens[known:])

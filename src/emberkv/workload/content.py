@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from hashlib import sha256, shake_128
 from itertools import accumulate
+from struct import Struct
 from typing import NamedTuple
 
 from emberkv.core.hashing import encode_tokens
@@ -26,6 +27,9 @@ def stream_key(*names: str | int) -> bytes:
         field = str(name).encode()
         digest.update(len(field).to_bytes(8, "little") + field)
     return digest.digest()[:KEY_BYTES]
+
+
+_BOUNDS = Struct("<QQ")
 
 
 class Span(NamedTuple):
@@ -45,8 +49,7 @@ class Span(NamedTuple):
 
     def encode(self, start: int, stop: int) -> bytes:
         """Bytes that are equal for equal parts of equal streams only."""
-        first = self.start
-        return self.key + (first + start).to_bytes(8, "little") + (first + stop).to_bytes(8, "little")
+        return self.key + _BOUNDS.pack(self.start + start, self.start + stop)
 
     def token_ids(self) -> list[int]:
         """Ids made from the key and the position, so that equal spans have equal ids."""
@@ -122,6 +125,25 @@ class Content:
             return piece.encode(start - before, stop - before)
         return b"".join(piece.encode(first, last) for piece, first, last in self._parts(start, stop))
 
+    def encode_blocks(self, start: int, stop: int, size: int) -> Iterator[bytes]:
+        """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            last = min(start + size, stop)
+            while self._ends[index] <= start:
+                index += 1
+            piece, end = self.pieces[index], self._ends[index]
+            if last > end:
+                yield self.encode(start, last)
+            elif isinstance(piece, Tokens):
+                yield piece.encode(start - end + piece.size, last - end + piece.size)
+            else:
+                shift = piece.stop - end
+                last = max(last, min(end, stop) - (min(end, stop) - start) % size)
+                for first in range(start, last, size):
+                    yield piece.key + _BOUNDS.pack(first + shift, min(first + size, last) + shift)
+            start = last
+
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids below `MAX_TOKEN`, made up where only the origin is known; equal contents give equal ids."""
         return [token for piece in self.cut(start, stop).pieces for token in piece.token_ids()]
@@ -140,15 +162,19 @@ class Content:
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     last: Piece | None = None
     for piece in pieces:
-        if not piece.size:
+        if isinstance(piece, Span):
+            if piece.start == piece.stop:
+                continue
+            if isinstance(last, Span) and last.stop == piece.start and last.key == piece.key:
+                last = Span(last.key, last.start, piece.stop)
+                continue
+        elif not piece.ids:
             continue
-        if isinstance(last, Span) and isinstance(piece, Span) and last.key == piece.key and last.stop == piece.start:
-            last = Span(last.key, last.start, piece.stop)
-        elif isinstance(last, Tokens) and isinstance(piece, Tokens):
+        elif isinstance(last, Tokens):
             last = Tokens(last.ids + piece.ids)
-        else:
-            if last is not None:
-                yield last
-            last = piece
+            continue
+        if last is not None:
+            yield last
+        last = piece
     if last is not None:
         yield last

@@ -102,3 +102,7 @@ def test_a_page_is_written(results: Results, tmp_path: Path) -> None:
     write_report({"chats": results}, path)
     assert path.read_text(encoding="utf-8") == render_report({"chats": results})
     assert Page(path.read_text()).texts["h1"] == ["emberkv simulate: chats"]
+
+
+def test_no_label_is_mathematical_markup(results: Results) -> None:
+    assert "$" not in render_report({"chats": results})

@@ -1,0 +1,94 @@
+"""The models that share a cache folder: their names and roots, so that a miss can say that another one has it."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.tiers.disk_layout import BLOCKS, BlockFile
+
+FILE_NAME = "models.json"
+
+
+class KnownModel(BaseModel):
+    """root: the parent of its chains' first blocks. Bytes are in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
+
+    name: str
+    root: bytes
+    block_size: int = Field(ge=1)
+
+
+class KnownModels(BaseModel):
+    """By namespace, in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    models: dict[str, KnownModel] = {}
+
+
+class OtherModels:
+    """Of one cache folder, as seen by the model of ``namespace``, which is written down with the others.
+
+    A file that cannot be read is begun anew: all that is lost are names. Raises OSError when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, namespace: bytes, own: KnownModel) -> None:
+        self._folder = folder
+        self._known = _read(folder / FILE_NAME)
+        self._known.models[namespace.hex()] = own
+        _write(folder / FILE_NAME, self._known.model_dump_json())
+        self._others = {name: model for name, model in self._known.models.items() if name != namespace.hex()}
+
+    def cached(self, tokens: Sequence[int], own: TokenChain, salt: bytes) -> Mapping[str, int]:
+        """How many of a prompt's first tokens each other model has in the folder, by its name; those with none are
+        left out. own: the prompt's chain here; salt: its tenant's.
+        """
+        public = sum(own.owner(index) == PUBLIC_OWNER for index in range(len(own.identities)))
+        owner = own.owner(public) if public < len(own.identities) else ""
+        counts: dict[str, int] = {}
+        for namespace, model in self._others.items():
+            chain = TokenChain(
+                model.root,
+                tokens,
+                model.block_size,
+                owner=owner,
+                salt=salt,
+                public_blocks=public * own.block_size // model.block_size,
+            )
+            count = self._run(bytes.fromhex(namespace), chain) * model.block_size
+            if count:
+                counts[model.name] = max(count, counts.get(model.name, 0))
+        return counts
+
+    def _run(self, namespace: bytes, chain: TokenChain) -> int:
+        for index, identity in enumerate(chain.identities):
+            if not self._has(namespace, identity, chain.owner(index)):
+                return index
+        return len(chain.identities)
+
+    def _has(self, namespace: bytes, identity: Identity, owner: str) -> bool:
+        files = (BlockFile(namespace, identity, owner, exact, 0, 0) for exact in (True, False))
+        return any((self._folder / BLOCKS / file.path).exists() for file in files)
+
+
+def _read(path: Path) -> KnownModels:
+    try:
+        return KnownModels.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):  # missing, or damaged: see OtherModels
+        return KnownModels()
+
+
+def _write(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

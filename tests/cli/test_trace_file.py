@@ -1,0 +1,72 @@
+"""A recorded trace replays with the very hits that were served."""
+
+from pathlib import Path
+
+import pytest
+
+from emberkv.cli.trace_file import recording
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.core.sequence import Sequence
+from emberkv.engine.request import GenerationRequest
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import ConfigError
+from emberkv.sim.replica import ANY_TOKEN
+from emberkv.workload.ember_trace import read
+from emberkv.workload.request import Request
+from tests.engine.loop_harness import BLOCK, CHUNK, Harness, Inbox, running
+
+SYSTEM = list(range(2, 15))
+
+
+def replayed(requests: list[Request]) -> list[int]:
+    """Cached tokens of each request, served one after the other by a fresh scheduler like the harness's."""
+    scheduler = Scheduler(PrefixCache(BlockPool(24, BLOCK), alignment=BLOCK), SchedulerConfig(CHUNK, 16))
+    found = []
+    for request in requests:
+        sequence = Sequence(request.request_id, request.chain(bytes(32), BLOCK), request.max_output_tokens)
+        scheduler.add(sequence)
+        while sequence.finish_reason is None:
+            scheduler.complete(scheduler.schedule(), ANY_TOKEN)
+        found.append(sequence.cached_tokens)
+    return found
+
+
+def test_a_replay_hits_what_was_hit(tmp_path: Path) -> None:
+    path = tmp_path / "served.jsonl"
+    served = []
+    with recording(path, BLOCK) as recorder, running(Harness()) as harness:
+        assert recorder is not None
+        engine = recorder.over(harness.loop)
+        for session in range(4):
+            prompt = [*SYSTEM, 20 + session]
+            for turn in range(3):
+                inbox = Inbox()
+                params = SamplingParams(max_tokens=3 + turn, temperature=0.0)
+                engine.submit(GenerationRequest(f"{session}-{turn}", list(prompt), params), inbox)
+                usage = inbox.wait().usage
+                assert usage is not None
+                served.append(usage.cached_tokens)
+                prompt += [*inbox.tokens, 30 + turn, 31]
+    requests = list(read(path))
+    assert replayed(requests) == served
+    assert len(set(served)) > 3
+    assert len({request.session_id for request in requests}) == 4
+    assert [request.turn for request in requests] == [0, 1, 2] * 4
+    assert all(request.after for request in requests if request.turn)
+
+
+def test_without_a_path_nothing_is_recorded() -> None:
+    with recording(None, 16) as recorder:
+        assert recorder is None
+
+
+def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "old.jsonl"
+    path.write_text("old")
+    with pytest.raises(ConfigError, match="which exists; name a file that does not"), recording(path, 16):
+        pass
+    assert path.read_text() == "old"
+    with pytest.raises(ConfigError, match="cannot be written: No such"), recording(tmp_path / "no" / "x.jsonl", 16):
+        pass

@@ -1,0 +1,137 @@
+"""The log: a line for each finished request, as text or JSON, and never a word of a prompt."""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from emberkv.core.sequence import FinishReason
+from emberkv.serving.app import create_app
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.context import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.request_log import JsonFormatter
+from tests.serving.core_engine import CoreEngine
+from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
+from tests.serving.harness import MODEL, Client
+from tests.serving.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
+
+MARKER = "Rumpelstiltskin"
+
+
+class Lines(logging.Handler):
+    """Everything that is logged, each record as a formatter writes it."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(formatter)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture(params=[JsonFormatter(), logging.Formatter("%(name)s %(message)s")], ids=["json", "text"])
+def log(request: pytest.FixtureRequest) -> Iterator[Lines]:
+    handler = Lines(request.param)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield handler
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
+def requests(log: Lines) -> list[str]:
+    return [line for line in log.lines if "emberkv.requests" in line]
+
+
+@pytest.mark.parametrize("log", [JsonFormatter()], indirect=True)
+def test_a_finished_request_in_json(log: Lines) -> None:
+    server = two_tenants()
+    response = server.complete(LONG, ANN)
+    (line,) = requests(log)
+    fields: dict[str, Any] = json.loads(line)
+    assert fields.pop("time")[:2] == "20"
+    assert fields.pop("first_token_seconds") <= fields.pop("total_seconds")
+    assert fields == {
+        "level": "info",
+        "logger": "emberkv.requests",
+        "request": response.json()["id"],
+        "api": "completions",
+        "tenant": server.core.submitted[0].tenant,
+        "finish": "length",
+        "prompt_tokens": 46,
+        "cached_tokens": 0,
+        "completion_tokens": 2,
+        "cache": "hit=0;miss=46;why=new@0",
+        "canonical": {},
+    }
+
+
+@pytest.mark.parametrize("log", [logging.Formatter("%(name)s %(message)s")], indirect=True)
+def test_a_finished_request_in_text(log: Lines) -> None:
+    Server().complete(LONG)
+    (line,) = requests(log)
+    assert line.startswith("emberkv.requests request=cmpl-")
+    assert "api=completions finish=length prompt_tokens=46 cached_tokens=0 completion_tokens=2" in line
+    assert "tenant" not in line
+
+
+@pytest.mark.parametrize("log", [JsonFormatter()], indirect=True)
+def test_each_answer_has_its_line(log: Lines) -> None:
+    server = Server()
+    body = {"model": MODEL, "prompt": [LONG, "x" * 50], "max_tokens": 2}
+    request_id = server.client.post("/v1/completions", body).json()["id"]
+    assert [json.loads(line)["request"] for line in requests(log)] == [request_id, f"{request_id}.1"]
+
+
+@pytest.mark.parametrize("log", [JsonFormatter()], indirect=True)
+def test_other_messages_and_failures_in_json(log: Lines) -> None:
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logging.getLogger("emberkv.test").exception("it failed: %s", "badly")
+    fields = json.loads(log.lines[-1])
+    assert (fields["level"], fields["message"]) == ("error", "it failed: badly")
+    assert fields["exception"].endswith("ValueError: no")
+
+
+def test_no_word_of_a_prompt_reaches_any_log(log: Lines) -> None:
+    rules = CanonicalRules.model_validate({"lines": [{"name": "x", "match": "Rumpel*", "action": "drop"}]})
+    core = CoreEngine()
+    server = Server(core, bound_to_loopback=True, canonical=rules)
+    conversation = {
+        "messages": [{"role": "system", "content": f"{MARKER}\nBe kind."}, {"role": "user", "content": MARKER}]
+    }
+    headers = {"x-session-id": MARKER}
+    for stream in (False, True):
+        ask = {"model": MODEL, "max_tokens": 2, "stream": stream}
+        server.client.post("/v1/chat/completions", {**ask, **conversation}, headers=headers)
+        server.client.post("/v1/completions", {**ask, "prompt": MARKER}, headers=headers)
+        server.client.post("/v1/messages", {**ask, "system": MARKER, "messages": conversation["messages"][1:]})
+        server.client.post("/v1/completions", {**ask, "prompt": MARKER, "temperature": MARKER})
+        server.client.post("/v1/chat/completions", {**ask, "messages": [{"role": MARKER, "content": MARKER}]})
+        offending = [{"role": "user", "content": "offend the template"}, {"role": "user", "content": MARKER}]
+        server.client.post("/v1/chat/completions", {**ask, "messages": offending})
+    server.client.post("/v1/cache/explain", text(MARKER * 3), headers=HERE)
+    server.client.post("/v1/cache/explain", {"openai": conversation}, headers=HERE)
+    server.client.post("/v1/cache/warm", text(MARKER * 3), headers=HERE)
+    assert len(requests(log)) == 7
+    assert not [line for line in log.lines if MARKER in line]
+
+
+def test_nor_when_the_engine_fails(log: Lines) -> None:
+    engine = FakeEngine(Script("no", finish=FinishReason.ERROR, error="the engine failed: RuntimeError"))
+    lifecycle = Lifecycle()
+    lifecycle.loaded(LoadedModel((MODEL,), 0, engine, ByteTokenizer()))
+    client = Client(create_app(lifecycle, ServingSettings()))
+    for stream in (False, True):
+        client.post("/v1/completions", {"model": MODEL, "prompt": MARKER, "stream": stream})
+    engine.stop()
+    assert len(requests(log)) == 2
+    assert all("error" in line for line in requests(log))
+    assert not [line for line in log.lines if MARKER in line]
