@@ -1,4 +1,4 @@
-"""Explanations from a ledger, and against a real pool: reasons, divergences, and that every token is accounted for."""
+"""Explanations from a ledger and against a real pool: reasons, divergences, and every token accounted for."""
 
 from collections.abc import Sequence
 
@@ -232,9 +232,10 @@ class CountedChain(TokenChain):
     """Counts how often a block's tokens are asked for."""
 
     __slots__ = ("asked",)
+    asked: int
 
     def block_tokens(self, index: int) -> bytes:
-        self.asked = getattr(self, "asked", 0) + 1
+        self.asked += 1
         return super().block_tokens(index)
 
 
@@ -245,6 +246,7 @@ def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
     ledger.apply(stored(cached), 1.0)
     ledger.left(POOL, cached.identities[10:], 2.0)
     prompt = CountedChain(b"root", [*tokens[:-100], *[-1] * 100], 16)
+    prompt.asked = 0
     outcome = outcome_of([(POOL, ledger.cached_run(prompt))], len(prompt), block_size=16, alignment=32)
     explanation = explain(ledger, prompt, outcome, alignment=32)
     assert [reason for reason, _, _ in told(explanation)] == [Reason.EVICTED, Reason.DIVERGED, Reason.PARTIAL]

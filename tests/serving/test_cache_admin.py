@@ -1,14 +1,20 @@
 """The operator's routes below /v1/cache: who may use them, and what they do to a real pool."""
 
+import json
+from collections import Counter
 from typing import Any
 
 import pytest
 
+from emberkv.core.promotion import LoadChoice
+from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError
 from emberkv.serving.app import create_app
+from emberkv.serving.cache_desk import plain
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenants import EVERYBODY
+from emberkv.tiers.stats import TierStats
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
 from tests.serving.harness import MODEL, Client
@@ -98,6 +104,15 @@ def test_statistics(server: Server) -> None:
     pool = answer["places"]["pool"]
     assert pool["blocks"] == {"total": 200, "cached": 11, "free": 200}
     assert answer["sessions"] == 0
+
+
+def test_counters_become_plain_figures() -> None:
+    stats = CacheStats(load_choices=Counter({LoadChoice.LOAD: 2}), tier_hit_tokens=Counter(disk=16))
+    figures = json.loads(json.dumps(plain(stats)))
+    assert (figures["load_choices"], figures["tier_hit_tokens"]) == ({"load": 2}, {"disk": 16})
+    tier = json.loads(json.dumps(plain(TierStats(skipped=Counter(queue=1)))))
+    assert tier["skipped"] == {"queue": 1}
+    assert tier["load_latency"] == {"counts": [0] * 16, "seconds": 0.0}
 
 
 def test_sessions_are_grouped(server: Server) -> None:

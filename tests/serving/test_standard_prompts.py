@@ -4,6 +4,7 @@ from pathlib import Path
 
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.system_prompt import BUILT_IN_PROMPT
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.standard_prompts import standard_prompts
 from emberkv.serving.warm_prompt import WarmPrompt
 from tests.serving.fakes import ByteTokenizer
@@ -34,3 +35,16 @@ def test_a_prompt_that_the_template_rejects_is_a_problem(tmp_path: Path) -> None
     assert prompts == [warm_prompt("Be kind.")]
     assert problems == ["system prompt 1: the chat template rejects these messages"]
     assert list(prompts[0].tokens) == shared_prefix(ByteTokenizer(), "Be kind.")
+
+
+def test_rules_rewrite_them_as_they_do_requests(tmp_path: Path) -> None:
+    rules = CanonicalRules.model_validate({"lines": [{"name": "date", "match": "Today is*", "action": "move"}]})
+    (tmp_path / "a").write_text("Today is Monday\nBe kind.")
+    prompts, _ = standard_prompts([tmp_path / "a"], ByteTokenizer(), rules)
+    (moved,) = rules.of_system(["Today is Monday\nBe kind."]).texts
+    assert moved.startswith("Be kind.")
+    assert prompts == [warm_prompt(moved)]
+
+
+def test_none_are_asked_for() -> None:
+    assert standard_prompts(None, ByteTokenizer()) == ([], [])

@@ -8,6 +8,7 @@ from emberkv.core.fair_shares import Share
 from emberkv.errors import ConfigError
 from emberkv.serving.tenants_file import key_digest, read_tenants
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tenants.yaml"
 DIGEST = key_digest("sesame").hex()
 WHOLE = f"""
 tenants:
@@ -51,6 +52,13 @@ def test_a_whole_file(tmp_path: Path) -> None:
         (None, "Once upon a time"),
         (None, "Es war einmal"),
     ]
+
+
+def test_the_example() -> None:
+    file = read_tenants(EXAMPLE)
+    assert file.shares("disk")["acme"] == Share(2**30, 10 * 2**30)
+    assert len({source.digest({}) for entry in file.tenants.values() for source in entry.keys}) == 3
+    assert len(file.public_prefixes) == 2
 
 
 def test_an_empty_file_has_no_tenants(tmp_path: Path) -> None:

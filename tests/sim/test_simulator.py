@@ -151,6 +151,23 @@ def test_a_request_takes_a_while_to_get_to_a_replica() -> None:
     assert [(each.arrival, each.first_token) for each in outcomes] == [(1000 * MS, 1015 * MS)]
 
 
+def test_requests_get_to_replicas_side_by_side() -> None:
+    outcomes: list[Outcome] = []
+    rates = stage.ConstantRates(0, 0.001, 0.01)
+    machine = stage.Machine(10, 100, 1, rates, request_seconds=0.04, request_token_seconds=0.001)
+    source = ClosedLoopTraceSource([single("a", 10, 1, at=1), single("b", 30, 1, at=1.01)])
+    stage.build(config(), machine, source, outcomes.append, lambda done, now: None).run()
+    assert [(each.arrival, each.first_token) for each in outcomes] == [(1000 * MS, 1060 * MS), (1010 * MS, 1110 * MS)]
+
+
+def test_who_is_on_the_way_to_a_replica_at_the_end_is_unfinished() -> None:
+    outcomes: list[Outcome] = []
+    machine = stage.Machine(10, 100, 1, stage.ConstantRates(0, 0.001, 0.01), request_seconds=0.04)
+    source = ClosedLoopTraceSource([single("a", 10, 1, at=1)])
+    stage.build(config(stop_at=1.02), machine, source, outcomes.append, lambda done, now: None).run()
+    assert [each.status for each in outcomes] == [Status.UNFINISHED]
+
+
 def test_a_pool_that_is_too_small_preempts_and_computes_again() -> None:
     ran = run([single("a", 30, 40), single("b", 30, 40)], kv_blocks=9)
     outcome = ran.outcomes["b"]

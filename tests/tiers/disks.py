@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from emberkv.core.eviction import LRU
+from emberkv.core.hashing import Identity
 from emberkv.tiers.base import PolicyFactory, TierEntry
 from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.disk_files import BlockFiles
@@ -63,6 +64,10 @@ def opened(
 def files_of(folder: Path) -> list[Path]:
     """All block files, whoever's they are."""
     return sorted(path for path in folder.rglob("*.kv") if path.is_file())
+
+
+def path_of(folder: Path, identity: Identity) -> Path:
+    return next(path for path in files_of(folder) if path.name.startswith(identity.hex()))
 
 
 def others_of(folder: Path) -> list[str]:

@@ -58,6 +58,22 @@ def test_a_sum_is_the_pieces_in_turn(left: list[Span], right: list[Span]) -> Non
     assert total.token_ids(0, 99) == Content(left).token_ids(0, 99) + Content(right).token_ids(0, 99)
 
 
+any_pieces = st.lists(
+    st.builds(lambda key, start, size: Span(key, start, start + size), st.sampled_from([A, B]), st.integers(0, 3),
+              st.integers(0, 20))
+    | st.builds(lambda ids: Tokens(array("i", ids)), st.lists(st.integers(0, 9), max_size=20)),
+    max_size=6,
+)  # fmt: skip
+
+
+@given(any_pieces, st.integers(0, 40), st.integers(0, 120), st.integers(1, 7))
+def test_blocks_are_encoded_as_they_are_one_by_one(pieces: list[Span], start: int, stop: int, size: int) -> None:
+    content = Content(pieces)
+    stop = min(stop, len(content))
+    expected = [content.encode(first, min(first + size, stop)) for first in range(start, stop, size)]
+    assert list(content.encode_blocks(start, stop, size)) == expected
+
+
 @given(pieces, pieces, st.integers(0, 10), st.integers(1, 10))
 def test_encodings_are_equal_exactly_when_the_tokens_are(
     left: list[Span], right: list[Span], start: int, size: int

@@ -1,22 +1,26 @@
 """``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take."""
 
+import asyncio
 import statistics
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from emberkv.cli.http_times import decode_times, request_seconds, served
+from emberkv.cli.http_times import decode_times, request_times, served
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
 from emberkv.errors import ConfigError, EmberError
-from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation
+from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
 from emberkv.sim.model_spec import ModelSpec
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 CACHE_BYTES = 256 * 2**20
 TIER_BYTES = 1024 * 2**20
 ROUNDS = 3
+
+T = TypeVar("T")
 
 _console = Console(stderr=True)
 
@@ -53,6 +59,8 @@ def calibrate(
     Nothing else should run meanwhile. `emberkv simulate --hardware FILE` then predicts this machine.
     """
     try:
+        if not output.parent.is_dir():
+            raise ConfigError(f"output is {str(output)!r}; {str(output.parent)!r} must be a folder that exists")
         given = {
             "model": model, "dtype": dtype, "device": device, "prefill_chunk": prefill_chunk, "block_size": block_size
         }  # fmt: skip
@@ -93,14 +101,19 @@ def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
         del engine, loaded
         status.update("a server's answers")
         with served(config, Path(place, "server.log")) as url:
-            decodes = decode_times(url)
+            decodes = asyncio.run(_with_client(url, decode_times))
             measured = Measurements(
                 linears, [*prefills, *decodes], "each" if unit == config.prefill_chunk else "one", memory, tiers
             )
             profile = calibrated_profile(name, about, spec, measured)
-            seconds = request_seconds(url, Roofline(spec, profile))
+            beside = asyncio.run(_with_client(url, partial(request_times, roofline=Roofline(spec, profile))))
     _console.print(f"the profile takes the times measured within {deviation(profile, spec, measured):.0%} (median)")
-    return profile.model_copy(update={"request_us": seconds / MICROSECOND})
+    return with_request_times(profile, beside)
+
+
+async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        return await measure(client)
 
 
 def _load(config: ServeConfig, status: Status) -> "tuple[AssembledEngine, list[tuple[int, float]]]":

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from emberkv.bench.client import Answer, Target, ask
-from emberkv.bench.workload import Workload
+from emberkv.bench.client import Answer, Clock, Target, ask
+from emberkv.bench.workload import Message, Workload
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.sim.roofline import Chunk, Roofline, Work
@@ -26,7 +26,8 @@ ROUNDS = 3
 STREAMS = (1, 2, 4, 8)
 STREAM_WORDS = (30, 300, 1200)
 STREAM_TOKENS = 40
-REQUEST_WORDS = (20, 60, 120)
+SYSTEM_WORDS = (0, 300, 900)
+BESIDE_TOKENS = 24
 
 
 @contextmanager
@@ -69,54 +70,88 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
     raise EmberError(f"the server to measure did not become ready: {log.read_text(errors='replace')[-500:].strip()}")
 
 
-def decode_times(url: str) -> list[tuple[Work, float]]:
+async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_counter) -> list[tuple[Work, float]]:
     """Decode steps by streams and context, each with the median of its seconds over `ROUNDS`."""
-    return asyncio.run(_decode_times(url))
-
-
-def request_seconds(url: str, roofline: Roofline) -> float:
-    """From sending a request to its first text, less what ``roofline`` expects of its prefill; the mean."""
-    return asyncio.run(_request_seconds(url, roofline))
-
-
-async def _decode_times(url: str) -> list[tuple[Work, float]]:
     found = []
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        for words in STREAM_WORDS:
-            for streams in STREAMS:
-                rounds = [await _decode(client, streams, words, f"{words} {streams} {each}") for each in range(ROUNDS)]
-                found.append((rounds[0][0], statistics.median(seconds for _, seconds in rounds)))
+    for words in STREAM_WORDS:
+        for streams in STREAMS:
+            rounds = [
+                await _decode(client, streams, words, f"{words} {streams} {number}", clock) for number in range(ROUNDS)
+            ]
+            found.append((rounds[0][0], statistics.median(seconds for _, seconds in rounds)))
     return found
 
 
-async def _decode(client: httpx.AsyncClient, streams: int, words: int, nonce: str) -> tuple[Work, float]:
+async def request_times(
+    client: httpx.AsyncClient, roofline: Roofline, *, clock: Clock = time.perf_counter
+) -> list[tuple[int, float]]:
+    """(prompt tokens, seconds from sending a request to its first text beyond what ``roofline`` expects of its steps).
+
+    Half of the requests come beside another answer, when server and client have more to do.
+    """
+    found = []
+    for words in SYSTEM_WORDS:
+        script = Workload(system_tokens=words, user_tokens=40, nonce=f"calibrate requests {words}")
+        await _ask(client, [*script.opening(), script.question(0, 0)], 1, clock)  # the beginning is cached from here on
+        for number in range(1, 4 * ROUNDS):
+            messages = [*script.opening(), script.question(number, 0)]
+            found.append(await _idle(client, messages, roofline, clock))
+            messages = [*script.opening(), script.question(number, 1)]
+            found.append(await _busy(client, messages, script.question(number, 2), roofline, clock))
+    return found
+
+
+async def _decode(client: httpx.AsyncClient, streams: int, words: int, nonce: str, clock: Clock) -> tuple[Work, float]:
     script = Workload(sessions=streams, user_tokens=words, nonce=f"calibrate {nonce}")
-    await _together(client, script, streams, 1)  # cached then, so that the streams begin together
-    answers = await _together(client, script, streams, STREAM_TOKENS)
+    await _together(client, script, streams, 1, clock)  # cached then, so that the streams begin together
+    answers = await _together(client, script, streams, STREAM_TOKENS, clock)
     context = sum((each.usage.prompt_tokens or 0) + STREAM_TOKENS // 2 for each in answers if each.usage is not None)
     each_token = [(each.piece_times[-1] - each.piece_times[0]) / (STREAM_TOKENS - 1) for each in answers]
     return Work(streams, context), statistics.median(each_token)
 
 
-async def _together(client: httpx.AsyncClient, script: Workload, streams: int, tokens: int) -> Sequence[Answer]:
-    return await asyncio.gather(*(_ask(client, script, stream, tokens) for stream in range(streams)))
+async def _together(
+    client: httpx.AsyncClient, script: Workload, streams: int, tokens: int, clock: Clock
+) -> Sequence[Answer]:
+    return await asyncio.gather(
+        *(_ask(client, [script.question(stream, 0)], tokens, clock) for stream in range(streams))
+    )
 
 
-async def _ask(client: httpx.AsyncClient, script: Workload, session: int, tokens: int) -> Answer:
-    question = script.question(session, 0)
-    answer = await ask(client, Target(NAME), [question], max_tokens=tokens, clock=time.perf_counter)
+async def _ask(client: httpx.AsyncClient, messages: Sequence[Message], tokens: int, clock: Clock) -> Answer:
+    return _sound(await ask(client, Target(NAME), messages, max_tokens=tokens, clock=clock))
+
+
+def _sound(answer: Answer) -> Answer:
     if answer.error or answer.usage is None or not answer.piece_times:
         raise EmberError(f"a request to measure by failed: {answer.error or 'it came without text or usage'}")
     return answer
 
 
-async def _request_seconds(url: str, roofline: Roofline) -> float:
-    found = []
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        for number in range(4 * ROUNDS):
-            for words in REQUEST_WORDS:
-                found.append(await _beside_steps(client, roofline, words, f"{number}"))
-                background = asyncio.create_task(_stream(client, f"background {number} {words}"))
-                await asyncio.sleep(BACKGROUND_SECONDS)
-                found.append(await _beside_steps(client, roofline, words, f"{number} busy", await_stream=background))
-    return max(0.0, statistics.fmean(found))
+async def _idle(
+    client: httpx.AsyncClient, messages: Sequence[Message], roofline: Roofline, clock: Clock
+) -> tuple[int, float]:
+    answer = await _ask(client, messages, 1, clock)
+    chunk = _chunk(answer)
+    return chunk.stop, (answer.ttft or 0.0) - roofline.terms_of(Work(0, 0, (chunk,))).total
+
+
+async def _busy(
+    client: httpx.AsyncClient, messages: Sequence[Message], other: Message, roofline: Roofline, clock: Clock
+) -> tuple[int, float]:
+    started = asyncio.Event()
+    asked = ask(client, Target(NAME), [other], max_tokens=BESIDE_TOKENS, clock=clock, on_text=started.set)
+    streaming = asyncio.create_task(asked)
+    streaming.add_done_callback(lambda _: started.set())
+    await started.wait()
+    answer = await _ask(client, messages, 1, clock)
+    chunk, beside = _chunk(answer), _chunk(_sound(await streaming))
+    context = beside.stop + BESIDE_TOKENS // 2
+    step = roofline.terms_of(Work(1, context, (chunk,))).total
+    waited = roofline.decode_seconds(1, context) / 2  # for the step under way, on average
+    return chunk.stop, (answer.ttft or 0.0) - step - waited
+
+
+def _chunk(answer: Answer) -> Chunk:
+    assert answer.usage is not None
+    return Chunk(answer.usage.cached_tokens or 0, answer.usage.prompt_tokens or 0, True)

@@ -5,25 +5,20 @@ again, or evicted when its slot is needed. Free is not forgotten, and the order 
 eviction policy.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, Snapshot
+from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, uniform_weight
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.eviction import LRU
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.eviction_policy import EvictionPolicy
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.integrity import broken_laws
-from emberkv.core.matching import Match, MatchEnd
+from emberkv.core.matching import Match
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
-BlockWeight = Callable[[int], Weight]
-"""The eviction weight of a block at a position in its chain."""
-
-
-def uniform_weight(position: int) -> Weight:
-    """Every block alike."""
-    return Weight()
+__all__ = ["BlockPool", "BlockWeight", "uniform_weight"]
 
 
 class BlockPool:
@@ -55,10 +50,8 @@ class BlockPool:
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
         self.policy: EvictionPolicy[Identity] = policy if policy is not None else LRU()
-        self._weight = weight
+        self._cached = CachedBlocks(self.policy, weight, self.events, self.stats, journal=journal)
         self._blank = self.blocks[::-1]
-        self._index: dict[Identity, Block] = {}
-        self._journal: dict[Identity, Block] | None = {} if journal else None
 
     @property
     def num_blocks(self) -> int:
@@ -76,7 +69,7 @@ class BlockPool:
     @property
     def max_sequence_blocks(self) -> int:
         """How many blocks a sequence of any owner can have when nobody else runs, however full the floors are."""
-        return max(0, self.num_blocks - self.policy.reserved(self._weight(0).size))
+        return max(0, self.num_blocks - self.policy.reserved(self._cached.weight(0).size))
 
     @property
     def num_evictable(self) -> int:
@@ -86,34 +79,21 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Blocks found under an identity, held or not."""
-        return len(self._index)
+        return len(self._cached.index)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks ``num_tokens`` take."""
         return -(-num_tokens // self.block_size)
 
     def lookup(self, identity: Identity) -> Block | None:
-        return self._index.get(identity)
+        return self._cached.index.get(identity)
 
     def match(self, chain: Chain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
         """The longest consecutive run of cached blocks of ``chain[start:stop]`` (in blocks). Holds nothing.
 
         A block is a hit only if its tokens equal the chain's, whatever its identity says.
         """
-        index = self._index
-        identities = chain.identities
-        found: list[Block] = []
-        for position in range(start, stop):
-            block = index.get(identities[position])
-            if block is None:
-                return Match(found, MatchEnd.ABSENT)
-            if block.tokens != chain.block_tokens(position):
-                self.stats.collisions += 1
-                return Match(found, MatchEnd.TOKENS_DIFFER)
-            if exact_only and not block.exact:
-                return Match(found, MatchEnd.INEXACT)
-            found.append(block)
-        return Match(found, MatchEnd.LIMIT)
+        return self._cached.match(chain, start, stop, exact_only=exact_only)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Hold cached blocks once more, so that nobody evicts them."""
@@ -138,7 +118,7 @@ class BlockPool:
             raise NoFreeBlocksError(f"{count} blocks asked for, {self.free_for(owner)} of {self.num_blocks} are free")
         short = count - len(self._blank)
         if short > 0:
-            self._forget_evicted([self.policy.evict_for(owner) for _ in range(short)])
+            self._blank += self._cached.evict(short, owner)
         allocated = []
         for _ in range(count):
             block = self._blank.pop()
@@ -156,16 +136,13 @@ class BlockPool:
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
         published = self._publish(block, chain, position, exact)
-        if self._journal is not None and block.identity is not None:
-            self._journal[block.identity] = block
+        self._cached.write_down(block)
         return published
 
     def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
-        identity = chain.identities[position]
-        tokens = chain.block_tokens(position)
-        known = self._index.get(identity)
+        known = self.lookup(chain.identities[position])
         if known is not None:
-            if known.tokens != tokens:
+            if known.tokens != chain.block_tokens(position):
                 self.stats.collisions += 1
                 return block
             if known.exact or not exact:
@@ -174,20 +151,10 @@ class BlockPool:
                 self.free([block])
                 return known
             self.stats.replaced_blocks += 1
-            self._unindex(known)
+            self._withdraw(known)
         block.state = BlockState.COMMITTED
-        block.identity = identity
-        block.parent = chain.parent(position)
-        block.tokens = tokens
-        block.position = position
-        block.owner = chain.owner(position)
-        block.exact = exact
-        self._index[identity] = block
-        self.policy.admit(identity, self._weigh(block))
-        self._evict_surplus()
-        self.stats.committed_blocks += 1
-        if known is None:
-            self.events.append(BlockStored((identity,), block.parent, (tokens,), self.block_size))
+        self._cached.enter(block, chain, position, exact=exact, in_place=known is not None)
+        self._blank += self._cached.evict_surplus()
         return block
 
     def free(self, blocks: Sequence[Block]) -> None:
@@ -206,7 +173,7 @@ class BlockPool:
                 else:
                     released.append(block.identity)
         self.policy.release(released)
-        self._evict_surplus()
+        self._blank += self._cached.evict_surplus()
 
     def expect(self, count: int, owner: str = "") -> list[Block]:
         """``count`` blocks whose content a lower tier will bring. Raises NoFreeBlocksError as `allocate` does."""
@@ -242,73 +209,39 @@ class BlockPool:
 
     def take_committed(self) -> list[Block]:
         """What was committed since the last call and is still found; what `fulfil` brought in is not among it."""
-        if not self._journal:
-            return []
-        committed, self._journal = self._journal, {}
-        return [block for identity, block in committed.items() if self._index.get(identity) is block]
+        return self._cached.take_committed()
 
     def remove(self, identities: Iterable[Identity]) -> int:
         """Forget these blocks, as `clear` forgets all; how many there were."""
-        removed = [identity for identity in dict.fromkeys(identities) if identity in self._index]
-        for identity in removed:
-            self._unindex(self._index[identity])
-        if removed:
-            self.events.append(BlockRemoved(tuple(removed)))
-        return len(removed)
+        blocks = self._cached.among(identities)
+        if blocks:
+            self.events.append(BlockRemoved(tuple(block.identity for block in blocks if block.identity is not None)))
+        for block in blocks:
+            self._withdraw(block)
+        return len(blocks)
 
     def clear(self) -> None:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
-        for block in list(self._index.values()):
-            self._unindex(block)
+        for block in list(self._cached.index.values()):
+            self._withdraw(block)
         self.revoke(self.blocks)
         self.events.append(AllBlocksCleared())
 
     def snapshot(self) -> Snapshot:
-        parents = {identity: block.parent for identity, block in self._index.items()}
-        return Snapshot(self.events.last_sequence, parents)
+        return self._cached.snapshot()
 
-    def _weigh(self, block: Block) -> Weight:
-        weight = self._weight(block.position)
-        return Weight(weight.size, weight.cost, block.owner) if block.owner else weight
-
-    def _evict_surplus(self) -> None:
-        surplus = list(self.policy.surplus())
-        if surplus:
-            for identity in surplus:
-                self.policy.discard(identity)
-            self._forget_evicted(surplus)
-
-    def _forget_evicted(self, identities: list[Identity]) -> None:
-        for identity in identities:
-            block = self._index.pop(identity)
-            self._wipe(block)
-            self._blank.append(block)
-        self.stats.evicted_blocks += len(identities)
-        self.events.append(BlockRemoved(tuple(identities)))
-
-    def _unindex(self, block: Block) -> None:
-        assert block.identity is not None
-        del self._index[block.identity]
+    def _withdraw(self, block: Block) -> None:
+        self._cached.leave(block)
         if block.ref_count:
-            self.policy.forget(block.identity)
             block.state = BlockState.ALLOCATED
         else:
-            self.policy.discard(block.identity)
             self._blank.append(block)
-        self._wipe(block)
-
-    @staticmethod
-    def _wipe(block: Block) -> None:
-        block.identity = None
-        block.parent = b""
-        block.tokens = b""
-        block.exact = False
 
     def check_integrity(self, holders: Iterable[Iterable[Block]] | None = None) -> None:
         """Raise IntegrityError unless the conservation law holds.
 
         holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
-        broken = broken_laws(self.blocks, self._blank, self._index, len(self.policy), holders)
+        broken = broken_laws(self.blocks, self._blank, self._cached.index, len(self.policy), holders)
         if broken:
             raise IntegrityError("; ".join(broken[:5]))

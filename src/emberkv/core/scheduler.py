@@ -136,9 +136,9 @@ class Scheduler:
         sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
         their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.
         """
+        self.stats.decode_tokens += len(plan.decodes)
         for sequence in plan.decodes:
             sequence.num_computed += 1
-            self.stats.decode_tokens += 1
             sequence.held.commit_decoded(sequence.num_computed)
         for chunk in plan.prefills:
             chunk.sequence.num_computed = chunk.stop
@@ -170,7 +170,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Preempt from the back until ``sequence`` can grow; False if it was itself the one to go."""
-        while sequence.held.missing_blocks(len(sequence.chain)) > self._free_for(sequence):
+        while (missing := sequence.held.missing_blocks(len(sequence.chain))) and missing > self._free_for(sequence):
             victim = max(self._running, key=lambda each: each.rank)
             self._preempt(victim)
             plan.preempted.append(victim)

@@ -13,10 +13,11 @@ from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.figures import figures
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.live_requests import Live, LiveRequests
 from emberkv.engine.mailbox import Mail, Mailbox
-from emberkv.engine.news import CacheNews, CacheObserver
+from emberkv.engine.news import CacheObserver, NewsDesk
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
 from emberkv.engine.sampling import Sampler, SamplingState
 from emberkv.engine.tier_link import TierLink
@@ -64,7 +65,6 @@ class EngineLoop:
         self._tiers = tiers
         self._public = public
         self._clock = clock
-        self._wall_clock = wall_clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
         self._mailbox = Mailbox()
@@ -75,9 +75,7 @@ class EngineLoop:
             clock=clock,
             forget=self._mailbox.forget,
         )
-        self._admitted: list[Sequence] = []
-        self._observers: tuple[CacheObserver, ...] = ()
-        self._told = scheduler.cache.pool.events.last_sequence
+        self._news = NewsDesk(scheduler.cache.pool.events, wall_clock)
         self._stats = EngineStats()
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
@@ -148,13 +146,13 @@ class EngineLoop:
 
     def watch(self, observer: CacheObserver) -> None:
         """Tell ``observer`` what changes in the cache from now on. One that raises is not told again."""
-        self._observers = (*self._observers, observer)
+        self._news.add(observer)
 
     def _run(self) -> None:
         try:
             while self._take_in():
                 self._step()
-                self._tell()
+                self._news.tell()
                 self._publish_stats()
         except Exception as error:  # noqa: BLE001 - the thread ends here, and whoever watches it is told why
             _log.exception("the engine failed and has stopped")
@@ -197,7 +195,7 @@ class EngineLoop:
         self._scheduler.cache.pool.policy.expire(began)
         plan = self._scheduler.schedule()
         self._begin(plan, began)
-        self._tell()  # of who was admitted, before any output can ask why
+        self._news.tell()  # of who was admitted, before any output can ask why
         if not plan:
             return
         try:
@@ -216,7 +214,7 @@ class EngineLoop:
 
     def _begin(self, plan: StepPlan, now: float) -> None:
         first_time = list(self._live.admitted(plan.admitted, now))
-        self._admitted += first_time
+        self._news.admitted += first_time
         if self._tiers is not None:
             for sequence in first_time:
                 self._tiers.used(sequence.chain.identities[: sequence.cached_tokens // sequence.chain.block_size])
@@ -233,40 +231,5 @@ class EngineLoop:
             self._scheduler.loaded(load, ())
         self._publish_stats()
 
-    def _tell(self) -> None:
-        log = self._scheduler.cache.pool.events
-        admitted, self._admitted = self._admitted, []
-        events = log.since(self._told) if self._observers else ()
-        self._told = log.last_sequence
-        if not (admitted or events or events is None):
-            return
-        news = CacheNews(self._wall_clock(), admitted, events or (), missed=events is None)
-        for observer in self._observers:
-            try:
-                observer(news)
-            except Exception:  # noqa: BLE001 - answers do not depend on who watches
-                _log.exception("an observer of the cache failed and is not told again")
-                self._observers = tuple(each for each in self._observers if each is not observer)
-
     def _publish_stats(self) -> None:
-        pool, stats = self._scheduler.cache.pool, self._scheduler.stats
-        self._stats = EngineStats(
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            total_blocks=pool.num_blocks,
-            free_blocks=pool.num_free,
-            cached_blocks=pool.num_evictable,
-            prefix_query_tokens=stats.query_tokens,
-            prefix_hit_tokens=stats.hit_tokens,
-            evictions=stats.evicted_blocks,
-            preemptions=stats.preemptions,
-            prefill_tokens=stats.prefill_tokens,
-            decode_tokens=stats.decode_tokens,
-            loads=len(self._scheduler.loads),
-            tier_hit_tokens=dict(stats.tier_hit_tokens),
-            load_choices={choice.value: count for choice, count in stats.load_choices.items()},
-            loaded_blocks=stats.loaded_blocks,
-            unloaded_blocks=stats.unloaded_blocks,
-            tier_trouble=dict(self._tiers.trouble) if self._tiers is not None else {},
-            pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
-        )
+        self._stats = figures(self._scheduler, self._tiers)

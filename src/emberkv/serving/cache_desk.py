@@ -1,9 +1,10 @@
 """What the cache's own routes do: each of these is a command on the engine's thread, or a look into the books."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import Enum
 from math import inf
 from typing import Any, TypeVar
 
@@ -47,7 +48,7 @@ class CacheDesk:
         figures = await self._run(_figures)
         stack = self._cache.stack
         tiers = await asyncio.to_thread(stack.stats) if stack is not None else {}
-        places = {POOL: figures.pop(POOL), **{name: asdict(stats) for name, stats in tiers.items()}}
+        places = {POOL: figures.pop(POOL), **{name: plain(stats) for name, stats in tiers.items()}}
         reuse = self._cache.reuse
         return {**figures, "places": places, "other_sizes": [] if reuse is None else reuse.figures()}
 
@@ -115,14 +116,25 @@ class CacheDesk:
         return await asyncio.wrap_future(removal) if removal is not None else {}
 
 
+def plain(stats: object) -> Any:
+    """Figures as JSON has them. Not `dataclasses.asdict`, which spoils counters."""
+    if is_dataclass(stats) and not isinstance(stats, type):
+        return {each.name: plain(getattr(stats, each.name)) for each in fields(stats)}
+    if isinstance(stats, Mapping):
+        return {plain(key): plain(value) for key, value in stats.items()}
+    if isinstance(stats, (list, tuple)):
+        return [plain(each) for each in stats]
+    return stats.value if isinstance(stats, Enum) else stats
+
+
 def _figures(scheduler: Scheduler) -> dict[str, Any]:
     pool, stats = scheduler.cache.pool, scheduler.stats
-    figures = asdict(stats)
-    figures["load_choices"] = {choice.value: count for choice, count in stats.load_choices.items()}
-    figures["tier_hit_tokens"] = dict(stats.tier_hit_tokens)
     blocks = {"total": pool.num_blocks, "cached": pool.num_cached, "free": pool.num_free}
     shares = dict(pool.policy.bytes_by_owner()) if isinstance(pool.policy, FairShares) else {}
-    return {"counters": figures, POOL: {"blocks": blocks, "block_size": pool.block_size, "bytes_by_tenant": shares}}
+    return {
+        "counters": plain(stats),
+        POOL: {"blocks": blocks, "block_size": pool.block_size, "bytes_by_tenant": shares},
+    }
 
 
 def _clear(scheduler: Scheduler) -> int:

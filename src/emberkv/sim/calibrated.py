@@ -59,6 +59,14 @@ def calibrated_profile(name: str, description: str, model: ModelSpec, measured: 
     return HardwareProfile.model_validate(profile.model_copy(update=changes).model_dump(exclude_unset=True))
 
 
+def with_request_times(profile: HardwareProfile, times: Sequence[tuple[int, float]]) -> HardwareProfile:
+    """times: (prompt tokens, seconds beside the steps) of requests; shared out to each request and each token."""
+    factors = np.array([[1.0, float(tokens)] for tokens, _ in times])
+    once, each_token = nonnegative_least_squares(factors, np.array([seconds for _, seconds in times]))
+    update = {"request_us": float(once) / MICROSECOND, "request_token_us": float(each_token) / MICROSECOND}
+    return profile.model_copy(update=update)
+
+
 def deviation(profile: HardwareProfile, model: ModelSpec, measured: Measurements) -> float:
     """The median size of the relative error, over all steps measured."""
     roofline = Roofline(model, profile)
@@ -115,7 +123,8 @@ def _draft(
         "decode_attention": f"{here}: answers over HTTP, by streams and context",
         "overheads_us": f"{here}: what is left of answers and first tokens, fitted",
         "passes": "as the engine computes on this machine",
-        "request_us": f"{here}: first tokens over HTTP, less their prefills",
+        "request_us": f"{here}: first tokens over HTTP, less their steps",
+        "request_token_us": f"{here}: the same, by the length of the prompt",
         "tiers": "measured on this machine: blocks stored, and loaded, verified and copied",
     }
     return HardwareProfile(
@@ -130,6 +139,7 @@ def _draft(
         overheads_us=Overheads(),
         passes=measured.passes,
         request_us=0.0,
+        request_token_us=0.0,
         tiers=dict(measured.tiers),
         sources=given,
     )

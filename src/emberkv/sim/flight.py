@@ -14,6 +14,8 @@ class Flight:
     """One request from its arrival to its outcome, over all its attempts.
 
     arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
+    ends_early: whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving.
+    last_length: of the chain, in tokens, when its last sample is drawn.
     """
 
     request: Request
@@ -26,20 +28,15 @@ class Flight:
     replica: int | None = None
     retries: int = 0
 
-    @property
-    def max_new_tokens(self) -> int:
-        return max(1, self.request.max_output_tokens)
+    max_new_tokens: int = field(init=False)
+    ends_early: bool = field(init=False)
+    last_length: int = field(init=False)
 
-    @property
-    def ends_early(self) -> bool:
-        """Whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving."""
-        return self.request.output_tokens < self.max_new_tokens
-
-    @property
-    def tokens_left(self) -> int:
-        """How many tokens are still to be sampled, an end-of-sequence token included."""
-        total = self.request.output_tokens + 1 if self.ends_early else self.max_new_tokens
-        return total - (self.sequence.num_generated if self.sequence else 0)
+    def __post_init__(self) -> None:
+        prompt, output = self.request.prompt_tokens, self.request.output_tokens
+        self.max_new_tokens = max(1, self.request.max_output_tokens)
+        self.ends_early = output < self.max_new_tokens
+        self.last_length = prompt + (output if self.ends_early else self.max_new_tokens - 1)
 
     def attempt(self) -> Sequence:
         """Begin, or begin anew."""

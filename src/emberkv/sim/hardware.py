@@ -89,8 +89,9 @@ class HardwareProfile(Strict):
     rows reach. gemm_compute: share of the peak by rows. prefill_attention: share of the peak by tokens.
     decode_attention: share of the bandwidth by megabytes of keys and values read in one layer; it never takes less
     than attention_floor_us. passes: whether a step is one forward pass, or the decodes are one and each prefill chunk
-    another. runtime_gib: memory that the runtime itself takes. request_us: what a request costs before the scheduler
-    has it. tiers: rates of the lower tiers. sources: where each of these comes from, by its name.
+    another. runtime_gib: memory that the runtime itself takes. request_us, request_token_us: what a request and each
+    token of its prompt cost beside its steps. tiers: rates of the lower tiers. sources: where each of these comes
+    from, by its name.
     """
 
     name: str
@@ -108,6 +109,7 @@ class HardwareProfile(Strict):
     passes: Literal["one", "each"] = "one"
     runtime_gib: NonNegativeFloat = 0.0
     request_us: NonNegativeFloat = 0.0
+    request_token_us: NonNegativeFloat = 0.0
     tiers: dict[str, TierRates] = Field(default_factory=dict)
     sources: dict[str, str]
 

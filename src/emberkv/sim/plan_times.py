@@ -122,4 +122,8 @@ class Formulas:
             waits.append(rest + loading if loads else whole)
             works.append((rest if loads else whole) + output * self.decode_token)
         count = len(self._demand.sample)
-        return Times(self._machine.request_seconds + fsum(waits) / count, count / max(fsum(works), 1e-12))
+        entering = (
+            self._machine.request_seconds
+            + self._machine.request_token_seconds * fsum(prompt for prompt, _ in self._demand.sample) / count
+        )
+        return Times(entering + fsum(waits) / count, count / max(fsum(works), 1e-12))

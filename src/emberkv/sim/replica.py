@@ -140,7 +140,7 @@ class Replica:
             flight = self._flights[sequence.request_id]
             if flight.first_token is None:
                 flight.first_token = step.ends
-            if flight.ends_early and flight.tokens_left == 1:
+            if flight.ends_early and len(sequence.chain) == flight.last_length:
                 stopped.add(sequence.request_id)
         finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
         if self.lower is not None:
@@ -201,10 +201,14 @@ class Replica:
         if not self.together or plan.admitted or plan.preempted:
             return 1
         size = self.pool.block_size
-        return 1 + min(
-            min(-len(sequence.chain) % size, self._flights[sequence.request_id].tokens_left - 1)
-            for sequence in plan.decodes
-        )
+        more = size
+        for sequence in plan.decodes:
+            length = len(sequence.chain)
+            left = self._flights[sequence.request_id].last_length - length
+            more = min(more, -length % size, left)
+            if not more:
+                break
+        return 1 + more
 
     def _grow(self, plan: StepPlan, steps: int) -> None:
         """Account for decode steps that only make sequences longer, within the blocks that they hold."""

@@ -41,8 +41,9 @@ class Simulator:
     """Drives replicas behind a router with the requests of a source; every request has one outcome in the end.
 
     root_of, block_size: of the requests' chains. emit: takes each outcome as it comes. outages: of each replica, or
-    several of one, in order. max_retries: how many lost replicas a request survives. request_seconds: from a
-    request's arrival until a replica can have it. stop_at: virtual seconds; whoever is in flight then is unfinished.
+    several of one, in order. max_retries: how many lost replicas a request survives. request_seconds,
+    request_token_seconds: from a request's arrival until a replica can have it, and for each token of its prompt.
+    stop_at: virtual seconds; whoever is in flight then is unfinished.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Simulator:
         outages: Sequence[Iterator[Outage]] = (),
         max_retries: int = 3,
         request_seconds: float = 0.0,
+        request_token_seconds: float = 0.0,
         stop_at: float | None = None,
         progress: Progress = lambda done, now: None,
     ) -> None:
@@ -68,12 +70,13 @@ class Simulator:
         self._emit = emit
         self._outages = outages
         self._max_retries = max_retries
-        self._request_time = nanoseconds(request_seconds)
+        self._request_seconds = (request_seconds, request_token_seconds)
         self._stop_at = None if stop_at is None else nanoseconds(stop_at)
         self._progress = progress
         self._agenda = Agenda()
         self._sessions = Sessions()
         self._stranded: list[Flight] = []
+        self._entering: dict[Flight, None] = {}
         self._touched: set[int] = set()
         self._now = 0
         self._open = 0
@@ -94,7 +97,8 @@ class Simulator:
             interrupted = True
         for replica in self.replicas:
             replica.settle(self._now)
-        in_flight = [flight for replica in self.replicas for flight in replica.flights] + self._stranded
+        in_flight = [flight for replica in self.replicas for flight in replica.flights]
+        in_flight += [*self._entering, *self._stranded]
         for flight in sorted(in_flight, key=lambda each: each.arrival):
             self._end(flight, Status.UNFINISHED)
         return Ending(self._now / NANOSECONDS, interrupted)
@@ -123,12 +127,22 @@ class Simulator:
         self._open += 1
         arrival = max(self._now, nanoseconds(request.arrival_time))
         flight = Flight(request, arrival, request.chain(self._root_of(request), self._block_size, earlier))
-        self._agenda.add(arrival + self._request_time, Kind.ARRIVAL, partial(self._arrive, flight, then))
+        self._agenda.add(arrival, Kind.ARRIVAL, partial(self._arrive, flight, then))
 
     def _arrive(self, flight: Flight, then: Callable[[], None]) -> None:
         flight.turn = self._sessions.turn_of(flight.request, flight.chain)
-        self._send(flight)
+        once, each_token = self._request_seconds
+        delay = nanoseconds(once + each_token * flight.request.prompt_tokens)
+        if delay:
+            self._entering[flight] = None
+            self._agenda.add(self._now + delay, Kind.ARRIVAL, partial(self._enter, flight))
+        else:
+            self._send(flight)
         then()
+
+    def _enter(self, flight: Flight) -> None:
+        del self._entering[flight]
+        self._send(flight)
 
     def _send(self, flight: Flight) -> None:
         index = self._routed.choose(flight.chain)

@@ -38,6 +38,7 @@ class Machine:
     timer: StepTimer
     weight: BlockWeight = uniform_weight
     request_seconds: float = 0.0
+    request_token_seconds: float = 0.0
     profile: HardwareProfile | None = None
 
 
@@ -78,7 +79,8 @@ def machine_of(config: SimulationConfig, block_size: int) -> Machine:
         kv_block_bytes(model, block_size, config.tensor_parallel) * config.tensor_parallel,
         Roofline(model, profile, tensor_parallel=config.tensor_parallel),
         recompute_weight(model, block_size),
-        profile.request_us / 1e6,
+        profile.request_us * MICROSECOND,
+        profile.request_token_us * MICROSECOND,
         profile,
     )
 
@@ -169,6 +171,7 @@ def build(
         outages=outages(planned, drawn, config.replicas, rng),
         max_retries=config.max_retries,
         request_seconds=machine.request_seconds,
+        request_token_seconds=machine.request_token_seconds,
         stop_at=config.stop_at,
         progress=progress,
     )

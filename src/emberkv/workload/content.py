@@ -139,9 +139,11 @@ class Content:
                 yield piece.encode(start - end + piece.size, last - end + piece.size)
             else:
                 shift = piece.stop - end
-                last = max(last, min(end, stop) - (min(end, stop) - start) % size)
-                for first in range(start, last, size):
-                    yield piece.key + _BOUNDS.pack(first + shift, min(first + size, last) + shift)
+                yield piece.key + _BOUNDS.pack(start + shift, last + shift)
+                whole = min(end, stop) - size
+                while last <= whole:
+                    start, last = last, last + size
+                    yield piece.key + _BOUNDS.pack(start + shift, last + shift)
             start = last
 
     def token_ids(self, start: int, stop: int) -> list[int]:

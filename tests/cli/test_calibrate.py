@@ -1,0 +1,82 @@
+"""Calibration's requests, against a scripted server; and what the command refuses at once."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from emberkv.cli.http_times import STREAM_TOKENS, STREAM_WORDS, STREAMS, SYSTEM_WORDS, decode_times, request_times
+from emberkv.cli.main import app
+from emberkv.errors import EmberError
+from emberkv.sim.roofline import Chunk, Roofline, Work
+from tests.bench.fake_server import Event, FakeServer, finish, piece, usage
+from tests.sim.flat import TINY, with_overheads
+
+TOKEN = 0.5
+PROMPT, CACHED = 30, 10
+
+
+def answer(body: dict[str, Any]) -> list[Event]:
+    """As many tokens as asked for, one each half second."""
+    tokens = body["max_tokens"]
+    end: list[Event] = [(0.0, finish()), (0.0, usage(PROMPT, tokens, CACHED)), (0.0, "[DONE]")]
+    return [*[(TOKEN, piece("x")) for _ in range(tokens)], *end]
+
+
+def test_decode_steps_are_told_by_streams_and_context() -> None:
+    server = FakeServer(answer)
+
+    async def measure() -> list[tuple[Work, float]]:
+        async with server.client() as client:
+            return await decode_times(client, clock=server.clock)
+
+    found = asyncio.run(measure())
+    assert [work for work, _ in found] == [Work(n, n * (PROMPT + STREAM_TOKENS // 2)) for n in STREAMS] * len(
+        STREAM_WORDS
+    )
+    alone = [seconds for work, seconds in found if work.sequences == 1]
+    assert alone == [pytest.approx(TOKEN)] * len(STREAM_WORDS)
+
+
+def test_a_request_s_time_is_what_its_steps_do_not_take() -> None:
+    server = FakeServer(answer)
+    roofline = Roofline(TINY, with_overheads(step=100_000))
+
+    async def measure() -> list[tuple[int, float]]:
+        async with server.client() as client:
+            return await request_times(client, roofline, clock=server.clock)
+
+    found = asyncio.run(measure())
+    prefill = roofline.terms_of(Work(0, 0, (Chunk(CACHED, PROMPT, True),))).total
+    assert {tokens for tokens, _ in found} == {PROMPT}
+    assert found[0][1] == pytest.approx(TOKEN - prefill)
+    assert len(found) % (2 * len(SYSTEM_WORDS)) == 0
+
+
+def test_a_request_that_fails_ends_the_measurement() -> None:
+    server = FakeServer(lambda body: httpx.Response(500, text="out of order"))
+
+    async def measure() -> None:
+        async with server.client() as client:
+            await decode_times(client, clock=server.clock)
+
+    with pytest.raises(EmberError, match="out of order"):
+        asyncio.run(measure())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-o", "/no/such/folder/me.yaml"], "must be a folder that exists"),
+        (["-o", "me.yaml", "--dtype", "int3"], "dtype is 'int3'"),
+        (["-o", "me.yaml", "--prefill-chunk", "100"], "prefill_chunk is 100; it must be a multiple of block_size"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(arguments: list[str], said: str) -> None:
+    outcome = CliRunner().invoke(app, ["calibrate", *arguments])
+    assert outcome.exit_code == 1
+    assert said in outcome.output
+    assert not Path("me.yaml").exists()

@@ -1,0 +1,74 @@
+"""A calibrated profile takes the times that it was made of."""
+
+import pytest
+
+from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
+from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
+from emberkv.sim.model_config import load_spec
+from emberkv.sim.roofline import Chunk, Roofline, Work
+from tests.sim.flat import FLAT
+
+DEMO = load_spec("emberkv-demo")
+SHAPES = [Work(n, n * each) for n in (1, 4, 16) for each in (64, 512, 2048)]
+SHAPES += [Work(0, 0, (Chunk(start, start + length, True),)) for start in (0, 1024) for length in (32, 128, 256)]
+
+
+def machine(**changes: object) -> HardwareProfile:
+    """A made-up machine of about the size of a small CPU."""
+    given = {
+        "memory_gb_per_s": 20.0,
+        "peak_tflops": {"bf16": 0.5},
+        "gemm_bandwidth": 0.8,
+        "decode_attention": [[1.0, 0.5]],
+        "prefill_attention": [[1.0, 0.3]],
+        "overheads_us": Overheads(step=2000, sequence=80, chunk=300, token=25),
+    }
+    return FLAT.model_copy(update=given | changes)
+
+
+def measured_on(hardware: HardwareProfile, works: list[Work]) -> Measurements:
+    roofline = Roofline(DEMO, hardware)
+    linears = [
+        (rows, roofline.terms_of(Work(rows, 0)).gemm + roofline.terms_of(Work(rows, 0)).logits)
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    ]
+    steps = [(work, roofline.terms_of(work).total) for work in works]
+    tiers = {"disk": TierRates(latency_us=20, read_gb_per_s=1.5, write_gb_per_s=0.5)}
+    return Measurements(linears, steps, "one", 2**34, tiers)
+
+
+@pytest.mark.parametrize("passes", ["one", "each"])
+def test_a_machine_is_recognised_by_its_times(passes: str) -> None:
+    hardware = machine(passes=passes)
+    measured = measured_on(hardware, SHAPES)
+    found = calibrated_profile("found", "", DEMO, measured)
+    assert deviation(found, DEMO, measured) < 0.02
+    unseen = measured_on(hardware, [Work(8, 8 * 300), Work(2, 3000), Work(0, 0, (Chunk(512, 576, True),))])
+    assert deviation(found, DEMO, unseen) < 0.05
+    assert found.overheads_us.step == pytest.approx(2000, rel=0.05)
+
+
+def test_the_profile_is_a_file_like_all_others() -> None:
+    found = calibrated_profile("found", "here", DEMO, measured_on(machine(), SHAPES))
+    assert parse_profile(dump_profile(found)) == found
+    assert (found.name, found.description, found.memory_gib, found.tiers["disk"].read_gb_per_s) == (
+        "found", "here", 16, 1.5,
+    )  # fmt: skip
+
+
+def test_times_that_fall_with_more_rows_are_noise() -> None:
+    measured = measured_on(machine(), SHAPES)
+    (one, seconds), *rest = measured.linears
+    noisy = Measurements([(one, 1.5 * seconds), *rest], measured.steps, "one", 2**34)
+    found = calibrated_profile("found", "", DEMO, noisy)
+    roofline = Roofline(DEMO, found)
+    gemms = [roofline.terms_of(Work(rows, 0)).gemm for rows in range(1, 300)]
+    assert gemms == sorted(gemms)
+
+
+def test_a_request_s_own_time_is_told_from_that_of_its_tokens() -> None:
+    profile = calibrated_profile("found", "", DEMO, measured_on(machine(), SHAPES))
+    times = [(tokens, 0.005 + 2e-6 * tokens) for tokens in (50, 400, 1500)]
+    found = with_request_times(profile, times)
+    assert (found.request_us, found.request_token_us) == (pytest.approx(5000), pytest.approx(2))
+    assert with_request_times(profile, [(50, -0.001), (90, -0.002)]).request_us == 0
