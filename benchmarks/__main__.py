@@ -50,6 +50,7 @@ VLLM = "vs_vllm"
 BENCHMARKS = (
     Benchmark("core", quick=("--repeats", "1")),
     Benchmark("ram_cache", quick=("--quick",)),
+    Benchmark("simulator", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(
@@ -57,6 +58,9 @@ BENCHMARKS = (
         ("--rounds", "3", "--alignments", "5"),
         quick=("--rounds", "1", "--alignments", "1"),
     ),
+    Benchmark("h100_points"),
+    Benchmark("groundtruth"),
+    Benchmark("this_machine", quick=("--sessions", "4", "--rounds", "1")),
     Benchmark("restart", ("--rounds", "3"), quick=("--rounds", "1", "--samples", "1")),
     Benchmark(
         VLLM,

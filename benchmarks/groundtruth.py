@@ -114,6 +114,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder with groundtruth/")
     parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
+    if not (given.data / RUN).exists():
+        print(f"left out: no {given.data / RUN}", file=sys.stderr)
+        return 0
     about = report.about("benchmarks.groundtruth", __doc__)
     return report.publish(rows_of(given.data / RUN), about, given.out)
 

@@ -1,6 +1,6 @@
 """This machine predicted: calibrated, then serving conversations for real, and the same requests simulated.
 
-    python -m benchmarks.this_machine [--emberkv "COMMAND"] [--sessions 24] [--seed 0] [--out PREFIX]
+    python -m benchmarks.this_machine [--emberkv "COMMAND"] [--sessions 24] [--rounds 3] [--out PREFIX]
 
 `emberkv calibrate` measures; `emberkv serve --record-trace` then answers multi-turn conversations of the bundled demo
 model and writes down what came; the trace is replayed under the profile. Times are the client's, so that HTTP is in
@@ -41,6 +41,7 @@ FLAGS = (
     "--prefill-chunk", "128", "--max-step-tokens", "256", "--max-running", "64",
 )  # fmt: skip
 TURNS = 4
+WARM_UP_SEED = 1000
 TTFT_TARGET = 0.20
 
 
@@ -74,7 +75,7 @@ async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
         await asyncio.sleep(begin)
         messages: list[Message] = script.opening()
         answers = []
-        async with httpx.AsyncClient(base_url=url, timeout=120, headers={"X-Session-Id": str(number)}) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=120, headers={"X-Session-Id": f"{seed}-{number}"}) as client:
             for turn in range(TURNS):
                 messages.append(script.question(number, turn))
                 limit = rng.randrange(20, 60)
@@ -129,22 +130,44 @@ def matched(real: Sequence[Sequence[Told]], model: Sequence[Sequence[Told]]) -> 
     return pairs
 
 
-def rows_of(pairs: Sequence[tuple[Told, Told]]) -> list[Row]:
+Round = Sequence[tuple[Told, Told]]
+"""Served and simulated, request by request."""
+
+
+def play(command: Sequence[str], folder: Path, profile: Path, sessions: int, seed: int) -> Round:
+    """Serve conversations with a server of their own, and simulate them.
+
+    Some come before those that count: a server takes longer for the first steps of each shape.
+    """
+    trace = folder / f"served-{seed}.jsonl"
+    server = lib.Server(
+        "emberkv",
+        lambda port: [*command, "serve", "--port", str(port), "--record-trace", str(trace), *FLAGS],
+        "/ready",
+    )
+    with lib.serving(server, folder / f"server-{seed}.log") as url:
+        before = asyncio.run(converse(url, max(2, sessions // 2), WARM_UP_SEED + seed))
+        answers = asyncio.run(converse(url, sessions, seed))
+    return matched(served([*before, *answers]), simulated(trace, profile))[len(before) * TURNS :]
+
+
+def rows_of(rounds: Sequence[Round]) -> list[Row]:
     rows: list[Row] = []
     for name, field, target in (("TTFT", "ttft", TTFT_TARGET), ("end to end", "end_to_end", None)):
-        ours = [getattr(model, field) for _, model in pairs]
-        theirs = [getattr(real, field) for real, _ in pairs]
-        means = statistics.fmean(ours), statistics.fmean(theirs)
-        title = f"{name}, mean: simulated {means[0]:.1f} ms, measured {means[1]:.1f} ms; error"
-        rows.append(Figure(title, "", [abs(means[0] / means[1] - 1)], target))
-        for percent in (50, 90):
-            both = [statistics.quantiles(values, n=100, method="inclusive")[percent - 1] for values in (ours, theirs)]
-            title = f"{name}, p{percent}: simulated {both[0]:.1f} ms, measured {both[1]:.1f} ms; error"
-            rows.append(Figure(title, "", [both[0] / both[1] - 1]))
-    different = sum(real.cached_tokens != model.cached_tokens for real, model in pairs)
-    rows.append(Figure(f"requests with other cached tokens, of {len(pairs)}", "", [different], 0))
-    share = sum(real.cached_tokens for real, _ in pairs) / sum(real.prompt_tokens for real, _ in pairs)
-    rows.append(Figure("prompt tokens cached", "", [share]))
+        real = [[getattr(told, field) for told, _ in pairs] for pairs in rounds]
+        model = [[getattr(told, field) for _, told in pairs] for pairs in rounds]
+        rows.append(Figure(f"{name}, mean, measured", "ms", [statistics.fmean(each) for each in real]))
+        rows.append(Figure(f"{name}, mean, simulated", "ms", [statistics.fmean(each) for each in model]))
+        errors = [abs(statistics.fmean(b) / statistics.fmean(a) - 1) for a, b in zip(real, model, strict=True)]
+        rows.append(Figure(f"{name}, mean: error", "", errors, target))
+        errors = [statistics.median(b) / statistics.median(a) - 1 for a, b in zip(real, model, strict=True)]
+        rows.append(Figure(f"{name}, median: error", "", errors))
+    different = [sum(real.cached_tokens != model.cached_tokens for real, model in pairs) for pairs in rounds]
+    rows.append(Figure(f"requests with other cached tokens, of {len(rounds[0])}", "", different, 0))
+    shares = [
+        sum(real.cached_tokens for real, _ in pairs) / sum(real.prompt_tokens for real, _ in pairs) for pairs in rounds
+    ]
+    rows.append(Figure("prompt tokens cached", "", shares))
     return rows
 
 
@@ -152,23 +175,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emberkv", default=f"{sys.executable} -m emberkv.cli.main", help="the command to run")
     parser.add_argument("--sessions", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", type=Path, help="a calibrated profile, in place of calibrating")
     parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
-    about = report.about("benchmarks.this_machine", __doc__, sessions=given.sessions, turns=TURNS)
+    about = report.about(
+        "benchmarks.this_machine", __doc__, sessions=given.sessions, turns=TURNS, rounds=given.rounds
+    )  # fmt: skip
     command = shlex.split(given.emberkv)
     with tempfile.TemporaryDirectory(prefix="emberkv-here-") as folder:
-        profile, trace = Path(folder, "here.yaml"), Path(folder, "served.jsonl")
-        calibrate(command, profile)
-        server = lib.Server(
-            "emberkv",
-            lambda port: [*command, "serve", "--port", str(port), "--record-trace", str(trace), *FLAGS],
-            "/ready",
-        )
-        with lib.serving(server, Path(folder, "server.log")) as url:
-            answers = asyncio.run(converse(url, given.sessions, given.seed))
-        pairs = matched(served(answers), simulated(trace, profile))
-    return report.publish(rows_of(pairs), about, given.out)
+        profile = given.profile or Path(folder, "here.yaml")
+        if given.profile is None:
+            calibrate(command, profile)
+        rounds = [play(command, Path(folder), profile, given.sessions, seed) for seed in range(given.rounds)]
+    return report.publish(rows_of(rounds), about, given.out)
 
 
 if __name__ == "__main__":

@@ -139,3 +139,13 @@ def test_tiers_are_off_without_a_size_or_a_folder() -> None:
     assert (config.cache_dir, config.cache_disk, config.ram_tier) == (None, 50 * 2**30, 0)
     config = serve_config({"ram_tier": "2GiB"}, {"EMBERKV_CACHE_DIR": "/blocks", "EMBERKV_CACHE_DISK": "1GiB"})
     assert (config.cache_dir, config.cache_disk, config.ram_tier) == (Path("/blocks"), 2**30, 2**31)
+
+
+def test_a_secret_is_never_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"^secret: it must have at least 16 characters") as raised:
+        serve_config({}, {"EMBERKV_SECRET": "too short"})
+    assert "too short" not in str(raised.value)
+    config = serve_config({}, {"EMBERKV_SECRET": "long enough to be one"})
+    assert config.secret is not None
+    assert config.secret.get_secret_value() == "long enough to be one"
+    assert "long enough" not in repr(config)

@@ -9,6 +9,17 @@ from emberkv.core.ledger import Ledger
 SIZE = 4
 
 
+class CountedChain(TokenChain):
+    """Counts how often a block's tokens are asked for."""
+
+    __slots__ = ("asked",)
+    asked: int
+
+    def block_tokens(self, index: int) -> bytes:
+        self.asked += 1
+        return super().block_tokens(index)
+
+
 def stored(tokens: TokenChain) -> BlockStored:
     blocks = tuple(tokens.block_tokens(index) for index in range(len(tokens.identities)))
     return BlockStored(tuple(tokens.identities), tokens.root, blocks, tokens.block_size)

@@ -15,7 +15,7 @@ from emberkv.core.matching import MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Admission
 from tests.core.harness import chain
-from tests.core.ledgers import SIZE, asked, ledger_with, stored, told
+from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, stored, told
 
 
 def test_nothing_is_known() -> None:
@@ -226,17 +226,6 @@ def test_what_was_generated_since_is_no_part_of_the_prompt() -> None:
     explanation = explain(ledger, grown, Outcome(), alignment=SIZE, prompt_tokens=6)
     assert told(explanation) == [(Reason.DIVERGED, 0, 4), (Reason.PARTIAL, 4, 2)]
     assert explanation.divergence == Divergence(3, (0, 1, 2), (9,), (3, 4, 5), cached=True)
-
-
-class CountedChain(TokenChain):
-    """Counts how often a block's tokens are asked for."""
-
-    __slots__ = ("asked",)
-    asked: int
-
-    def block_tokens(self, index: int) -> bytes:
-        self.asked += 1
-        return super().block_tokens(index)
 
 
 def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +42,22 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value, now."""
+        values = self._samples(name, labels)
+        assert len(values) == 1, f"{name} {labels}: {values}"
+        return values[0]
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of all samples of that name with these labels; 0 where there is none yet."""
+        return sum(self._samples(name, labels))
+
+    def _samples(self, name: str, labels: Mapping[str, str]) -> list[float]:
         text = httpx.get(f"{self.url}/metrics", timeout=DEADLINE).text
-        values = [
+        return [
             sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
-        assert len(values) == 1, f"{name} {labels}: {values}"
-        return values[0]
 
     def is_idle(self) -> bool:
         """Whether nobody runs or waits, and no block is held."""

@@ -20,7 +20,6 @@ def test_the_simulated_scheduler_is_the_serving_one() -> None:
     assert type(scheduler) is stage.Scheduler is serving.Scheduler is Scheduler
     assert type(scheduler.cache) is stage.PrefixCache is serving.PrefixCache
     assert type(scheduler.cache.pool) is stage.BlockPool is serving.BlockPool
-    assert stage.make_policy is serving.make_policy
 
 
 def test_a_first_turn_computes_all_of_it() -> None:

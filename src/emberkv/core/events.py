@@ -46,19 +46,20 @@ class EventLog:
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
-        self._events: deque[NumberedEvent] = deque(maxlen=capacity)
+        self._events: deque[Event] = deque(maxlen=capacity)
         self.last_sequence = 0
 
     def append(self, event: Event) -> None:
         self.last_sequence += 1
-        self._events.append(NumberedEvent(self.last_sequence, event))
+        self._events.append(event)
 
     def since(self, sequence: int) -> Sequence[NumberedEvent] | None:
         """The events after ``sequence``; None when some are no longer kept, or when there was no such event yet."""
         wanted = self.last_sequence - sequence
         if not 0 <= wanted <= len(self._events):
             return None
-        return list(islice(reversed(self._events), wanted))[::-1]  # from the end: most readers lack only a few
+        latest = list(islice(reversed(self._events), wanted))[::-1]  # from the end: most readers lack only a few
+        return [NumberedEvent(number, event) for number, event in enumerate(latest, sequence + 1)]
 
 
 @dataclass(frozen=True, slots=True)

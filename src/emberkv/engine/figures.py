@@ -11,6 +11,7 @@ def figures(scheduler: Scheduler, tiers: TierLink | None) -> EngineStats:
     return EngineStats(
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,
+        block_size=pool.block_size,
         total_blocks=pool.num_blocks,
         free_blocks=pool.num_free,
         cached_blocks=pool.num_evictable,
@@ -26,4 +27,5 @@ def figures(scheduler: Scheduler, tiers: TierLink | None) -> EngineStats:
         loaded_blocks=stats.loaded_blocks,
         unloaded_blocks=stats.unloaded_blocks,
         tier_trouble=dict(tiers.trouble) if tiers is not None else {},
+        pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
     )

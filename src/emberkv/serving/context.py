@@ -27,6 +27,7 @@ from emberkv.serving.secret import SECRET_BYTES
 from emberkv.serving.sessions import Sessions, session_id
 from emberkv.serving.tenant_metrics import TenantMetrics
 from emberkv.serving.tenants import Tenant, Tenants
+from emberkv.serving.tier_metrics import TierCollector
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.warmup_metrics import WarmupCollector
 
@@ -78,6 +79,7 @@ class ServingContext:
         self.tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
         self.keys = ApiKeys(self.tenants)
         self.metrics = ServingMetrics(lifecycle.engine_stats)
+        self.metrics.register(TierCollector(lifecycle.engine_stats))
         self.metrics.register(WarmupCollector(lifecycle.warmup_report))
         self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(

@@ -11,7 +11,7 @@ from emberkv.core.promotion import LoadChoice
 from emberkv.engine.request import EngineStats
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
-_BOUNDS = (*map(str, BOUNDS), "+Inf")
+_LE = (*map(str, BOUNDS), "+Inf")
 
 
 class TierCollector(Collector):
@@ -25,21 +25,105 @@ class TierCollector(Collector):
         if stats is None:
             return
         yield from _tokens(stats)
-        yield from _contents(stats.tiers)
-        yield from _traffic(stats.tiers)
-        yield from _losses(stats.tiers)
         yield from _loads(stats)
+        yield from _blocks(stats.tiers)
+        yield from _faults(stats.tiers)
+        yield from _latencies(stats.tiers)
         if stats.stack is not None:
             yield from _writing(stats.stack)
 
 
 def _tokens(stats: EngineStats) -> Iterator[Metric]:
-    """By tier, in which the pool is the first. A tier is looked into for what no faster one has."""
-    below = sum(stats.tier_hit_tokens.values())
-    in_pool = stats.prefix_hit_tokens - below
-    looked_up = {name: (tier.hits * stats.block_size, tier.misses * stats.block_size) for name, tier in stats.tiers.items()}
-    found = {POOL: (in_pool, stats.prefix_query_tokens - in_pool), **looked_up}
-    yield _counter("emberkv_tier_hit_tokens", "Prompt tokens looked up and found.", {at: hit for at, (hit, _) in found.items()})
-    yield _counter("emberkv_tier_miss_tokens", "Prompt tokens looked up and not found.", {at: miss for at, (_, miss) in found.items()})
-    reused = {POOL: in_pool, **{name: stats.tier_hit_tokens.get(name, 0) for name in stats.tiers}}
-    yield _counter("emberkv_tier_reused_tokens", "Prompt tokens reused, by the tier that they came from.", reused)
+    """The pool is the first tier; each is looked into for what no faster one has, and those below in full blocks."""
+    pool = stats.prefix_hit_tokens - sum(stats.tier_hit_tokens.values())
+    size, tiers = stats.block_size, stats.tiers.items()
+    hits = {POOL: pool, **{name: tier.hits * size for name, tier in tiers}}
+    misses = {POOL: stats.prefix_query_tokens - pool, **{name: tier.misses * size for name, tier in tiers}}
+    reused = {POOL: pool, **{name: stats.tier_hit_tokens.get(name, 0) for name in stats.tiers}}
+    yield _counter("hit_tokens", "Prompt tokens looked up and found.", hits)
+    yield _counter("miss_tokens", "Prompt tokens looked up and not found.", misses)
+    yield _counter("reused_tokens", "Prompt tokens not computed, by where they came from.", reused)
+
+
+def _loads(stats: EngineStats) -> Iterator[Metric]:
+    choices = CounterMetricFamily(
+        "emberkv_load_choices", "Prompts whose missing blocks were looked for below the pool.", labels=["choice"]
+    )
+    for choice in LoadChoice:
+        choices.add_metric([choice.value], stats.load_choices.get(choice.value, 0))
+    yield choices
+    shared = stats.load_choices.get(LoadChoice.SHARED.value, 0)
+    yield CounterMetricFamily("emberkv_loads_avoided", "Loads avoided by sharing one in flight.", value=shared)
+    yield GaugeMetricFamily("emberkv_loads_running", "Loads from lower tiers in flight.", value=stats.loads)
+    blocks = CounterMetricFamily("emberkv_load_blocks", "Blocks that loads were to bring.", labels=["outcome"])
+    blocks.add_metric(["arrived"], stats.loaded_blocks)
+    blocks.add_metric(["lost"], stats.unloaded_blocks)
+    yield blocks
+    lost = CounterMetricFamily("emberkv_transfer_troubles", "Blocks lost on their way.", labels=["kind"])
+    for kind, count in sorted(stats.tier_trouble.items()):
+        lost.add_metric([kind], count)
+    yield lost
+
+
+def _blocks(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    yield _gauge("blocks", "Blocks held.", {name: tier.entries for name, tier in tiers.items()})
+    yield _gauge("bytes", "Bytes held.", {name: tier.bytes for name, tier in tiers.items()})
+    yield _gauge("max_bytes", "Bytes that may be held.", {name: tier.max_bytes for name, tier in tiers.items()})
+    yield _counter("loads", "Blocks read and verified.", {name: tier.loads for name, tier in tiers.items()})
+    yield _counter("stores", "Blocks written.", {name: tier.stores for name, tier in tiers.items()})
+    yield _counter("evictions", "Blocks given up.", {name: tier.evictions for name, tier in tiers.items()})
+
+
+def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    kinds: tuple[tuple[str, str, str, Callable[[TierStats], Mapping[str, int]]], ...] = (
+        ("skipped", "Blocks not stored.", "reason", lambda tier: tier.skipped),
+        ("corrupt", "Blocks refused and removed.", "fault", lambda tier: tier.corrupt),
+        ("troubles", "Failures of the place itself.", "kind", lambda tier: tier.troubles),
+    )
+    for name, text, label, counts in kinds:
+        family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier", label])
+        for tier, stats in tiers.items():
+            for kind, count in sorted(counts(stats).items()):
+                family.add_metric([tier, kind], count)
+        yield family
+
+
+def _latencies(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    loads = HistogramMetricFamily("emberkv_tier_load_seconds", "Time to read a batch of blocks.", labels=["tier"])
+    stores = HistogramMetricFamily("emberkv_tier_store_seconds", "Time to store a batch of blocks.", labels=["tier"])
+    for name, tier in tiers.items():
+        loads.add_metric([name], _buckets(tier.load_latency), tier.load_latency.seconds)
+        stores.add_metric([name], _buckets(tier.store_latency), tier.store_latency.seconds)
+    yield loads
+    yield stores
+
+
+def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
+    return list(zip(_LE, map(float, accumulate(latencies.counts)), strict=True))
+
+
+def _writing(stack: StackStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("emberkv_tier_queue_bytes", "Bytes that wait to be stored.", value=stack.queue_bytes)
+    offers = CounterMetricFamily("emberkv_tier_offers", "Blocks offered to the tiers, by outcome.", labels=["outcome"])
+    offers.add_metric(["stored already"], stack.already_stored)
+    offers.add_metric(["queue full"], stack.queue_full)
+    offers.add_metric(["queued"], stack.offered - stack.already_stored - stack.queue_full)
+    yield offers
+    failures = CounterMetricFamily("emberkv_tier_failures", "Work on tiers that failed unforeseen.", labels=["error"])
+    for error, count in sorted(stack.failures.items()):
+        failures.add_metric([error], count)
+    yield failures
+
+
+def _counter(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier"])
+    for tier, value in values.items():
+        family.add_metric([tier], value)
+    return family
+
+
+def _gauge(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(f"emberkv_tier_{name}", text, labels=["tier"])
+    for tier, value in values.items():
+        family.add_metric([tier], value)
+    return family

@@ -7,6 +7,7 @@ from random import Random
 
 from emberkv.cluster.routing import make_router
 from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
+from emberkv.core.events import EventLog
 from emberkv.core.eviction import make_policy
 from emberkv.core.eviction_policy import Weight
 from emberkv.core.hashing import Identity, root_identity
@@ -26,6 +27,9 @@ from emberkv.sim.simulator import Progress, RootOf, Simulator
 from emberkv.sim.tiers import Channel, LowerModel, ModelledTier
 from emberkv.sim.timing import ConstantRates, StepClock, StepTimer
 from emberkv.workload.source import Source
+
+EVENTS_KEPT = 1024
+"""Block events that a replica keeps for its router, which reads them after each step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def recompute_weight(model: ModelSpec, block_size: int) -> BlockWeight:
     linear = 2.0 * model.active_parameters * block_size
     per_key = 4.0 * model.layers * model.query_size * block_size
     size = float(model.kv_bytes_per_token * block_size)
-    return lambda position: Weight(size, linear + per_key * position * block_size)
+    return cache(lambda position: Weight(size, linear + per_key * position * block_size))
 
 
 def machine_of(config: SimulationConfig, block_size: int) -> Machine:
@@ -99,6 +103,7 @@ def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
         machine.block_size,
         policy=make_policy(config.eviction),
         weight=machine.weight,
+        events=EventLog(EVENTS_KEPT),
         journal=bool(config.tiers),
     )
     return PrefixCache(pool, alignment=machine.block_size, enabled=config.prefix_caching)

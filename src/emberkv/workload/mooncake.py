@@ -68,8 +68,9 @@ class MooncakeLine(BaseModel):
                 f"an input_length of {length} takes {full + bool(partial)} blocks of {block_size} tokens, "
                 f"but there are {len(ids)} hash_ids; is the block size another?"
             )
-        keys = (scope + each.to_bytes(SCOPE_BYTES, "little") for each in ids)
-        return Content(Span(key, 0, min(block_size, length - at * block_size)) for at, key in enumerate(keys))
+        keys = [scope + each.to_bytes(SCOPE_BYTES, "little") for each in ids]
+        spans = [Span(key, 0, block_size) for key in keys[:full]]
+        return Content([*spans, *(Span(key, 0, partial) for key in keys[full:])])
 
 
 def read(path: Path, *, scope: str, block_size: int | None = None) -> Iterator[Request]:

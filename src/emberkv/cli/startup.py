@@ -1,0 +1,145 @@
+"""The start of a server: the model is loaded and warmed beside the HTTP server, which answers /health and /ready."""
+
+import threading
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from emberkv.cli.serve_console import console, print_summary
+from emberkv.config import ServeConfig
+from emberkv.core.ledger import Ledger
+from emberkv.errors import ConfigError
+from emberkv.serving.cache_books import CacheBooks
+from emberkv.serving.cache_setup import cache_access
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from emberkv.serving.public_prompts import public_tokens
+from emberkv.serving.server import HttpServer
+from emberkv.serving.standard_prompts import standard_prompts
+from emberkv.serving.tenants import Tenants
+from emberkv.serving.tenants_file import TIERS
+from emberkv.serving.warm_start import make_warmup
+from emberkv.serving.warmup import Warmup
+
+if TYPE_CHECKING:
+    from emberkv.engine.assembly import AssembledEngine, EngineConfig
+    from emberkv.engine.loader import LoadedModel as ModelOnDevice
+
+DEMO_MODEL_NAME = "emberkv-demo"
+RETAINED_SHARE = 0.25
+"""Of the KV pool, what requests and pins may have evicted last."""
+
+
+class Startup:
+    """Loads the model on a thread of its own, then warms it and lets requests in."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        lifecycle: Lifecycle,
+        server: HttpServer,
+        tenants: Tenants,
+        canonical: CanonicalRules | None,
+    ) -> None:
+        self._config = config
+        self._tenants = tenants
+        self._canonical = canonical
+        self._lifecycle = lifecycle
+        self._server = server
+        self._engine: AssembledEngine | None = None
+        self._warmup: Warmup | None = None
+        self._books = CacheBooks(Ledger())
+        self._failure: Exception | None = None
+        self.thread = threading.Thread(target=self._run, name="emberkv-startup", daemon=True)
+
+    def finish(self) -> None:
+        """Stop the warmup and the engine; raise what kept it from starting."""
+        if self._warmup is not None:
+            self._warmup.close()
+        self.thread.join(timeout=0 if self._failure is None and self._engine is None else None)
+        if self._engine is not None:
+            self._engine.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            loaded, engine, warmup = self._load()
+        except Exception as error:  # noqa: BLE001 - carried over to the main thread, which raises it
+            self._failure = error
+            self._lifecycle.failed(str(error))
+            self._server.stop()
+            return
+        self._warmup = warmup
+        self._engine = engine
+        name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
+        cache = cache_access(engine, self._books, name=name, folder=self._config.cache_dir)
+        engine.loop.start()
+        names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
+        model = LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer, warmup, cache)
+        self._lifecycle.loaded(model, warming=True)
+        warmup.start()
+        warmup.first_pass_ended.wait()
+        is_ready = self._lifecycle.phase is Phase.READY
+        ready = f"{time.perf_counter() - began:.1f} s" if is_ready else "more time: see /ready"
+        print_summary(self._server.url, name, loaded, engine, self._config, ready)
+
+    def _load(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup]":
+        config = self._config
+        with console.status("importing PyTorch") as status:
+            try:
+                from emberkv.engine.assembly import assemble, free_memory  # noqa: PLC0415
+                from emberkv.engine.loader import load_model  # noqa: PLC0415
+                from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
+            except ModuleNotFoundError as error:
+                raise ConfigError(
+                    f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+                ) from error
+            loaded = load_model(
+                config.model or str(files("emberkv") / "demo_model"),
+                dtype=config.dtype,
+                device=config.device,
+                attn_implementation=ATTENTION_NAME,
+                progress=lambda line: status.update(escape(line)),
+                fingerprint_cache=config.fingerprint_cache or Path("~/.cache/emberkv").expanduser(),
+            )
+            status.update("allocating the KV pool and checking the attention")
+            prompt_files = config.warmup_system_files if config.warmup else None
+            prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
+            public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
+            engine = assemble(
+                loaded,
+                self._engine_config(int(config.cache_ram or free_memory(loaded.device) // 4)),
+                public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
+                on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
+                on_evicted=self._books.evicted,
+            )
+        warmup = make_warmup(config, engine, self._tenants, prompts, problems, on_ready=self._lifecycle.warmed)
+        return loaded, engine, warmup
+
+    def _engine_config(self, cache_bytes: int) -> "EngineConfig":
+        from emberkv.engine.assembly import EngineConfig  # noqa: PLC0415 - needs torch, and only now
+        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415
+
+        config = self._config
+        return EngineConfig(
+            cache_bytes=cache_bytes,
+            block_size=config.block_size,
+            prefill_chunk=config.prefill_chunk,
+            max_step_tokens=config.max_step_tokens,
+            max_running=config.max_running,
+            eviction=config.eviction,
+            exact=config.exact,
+            prefix_cache=config.prefix_cache,
+            tiers=TierConfig(
+                ram_bytes=int(config.ram_tier),
+                folder=config.cache_dir,
+                disk_bytes=int(config.cache_disk),
+                shares={tier: self._tenants.shares(tier) for tier in TIERS},
+                retain_share=RETAINED_SHARE,
+            ),
+        )
