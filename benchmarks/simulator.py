@@ -42,7 +42,9 @@ ROUTING = ("random", "round-robin", "least-loaded", "longest-prefix", "prefix-mi
 
 CHAT = {
     "seed": 1, "sessions": 1000, "arrivals": {"kind": "poisson", "rate": 2.0},
-    "system_prompts": {"products": {"count": 20, "skew": 1.1, "tokens": {"kind": "lognormal", "median": 900, "p90": 2500}}},
+    "system_prompts": {
+        "products": {"count": 20, "skew": 1.1, "tokens": {"kind": "lognormal", "median": 900, "p90": 2500}},
+    },
     "clients": [{
         "name": "chat", "weight": 1, "system_prompts": "products", "max_output_tokens": 1024, "max_context": 16384,
         "message": {"kind": "lognormal", "median": 60, "p90": 400},

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from emberkv.cli.http_times import STREAM_TOKENS, STREAM_WORDS, STREAMS, SYSTEM_WORDS, decode_times, request_times
 from emberkv.cli.main import app
 from emberkv.errors import EmberError
-from emberkv.sim.roofline import Chunk, Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Chunk, Work
 from tests.bench.fake_server import Event, FakeServer, finish, piece, usage
 from tests.sim.flat import TINY, with_overheads
 

@@ -40,7 +40,7 @@ def ask(client: httpx.Client, prompt: Sequence[int], max_tokens: int = 8) -> Cho
 
 
 @contextmanager
-def users(server: Server, expected: Sequence[Choice], *, count: int, seed: int) -> Iterator["SimpleQueue[int | None]"]:
+def users(server: Server, expected: Sequence[Choice], *, count: int, seed: str) -> Iterator["SimpleQueue[int | None]"]:
     """So many at once; then the server is killed, in the middle of what they asked for.
 
     expected: the answers to ``PROMPTS``. The queue tells of each answer: of a wrong one the prompt's number, else None.

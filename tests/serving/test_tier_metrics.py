@@ -61,9 +61,7 @@ def test_a_tier_is_asked_for_what_no_faster_one_has_and_the_pool_is_the_first() 
     }
     places = "pool", "ram", "disk"
     samples = {name: zip(places, values, strict=True) for name, values in expected.items()}
-    check(
-        {(f"tier_{name}_total", tier): value for name, found in samples.items() for tier, value in found}, "tier"
-    )
+    check({(f"tier_{name}_total", tier): value for name, found in samples.items() for tier, value in found}, "tier")
 
 
 def test_what_a_tier_holds_and_moves() -> None:

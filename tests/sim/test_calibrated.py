@@ -5,7 +5,8 @@ import pytest
 from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
 from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
 from emberkv.sim.model_config import load_spec
-from emberkv.sim.roofline import Chunk, Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Chunk, Work
 from tests.sim.flat import FLAT
 
 DEMO = load_spec("emberkv-demo")

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.sim.fit import bare, fit_overheads, nonnegative_least_squares
-from emberkv.sim.roofline import Chunk, Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Chunk, Work
 from tests.sim.flat import FLAT, TINY, with_overheads
 
 WORKS = [Work(n, 50 * n, chunks) for n in (1, 4, 9) for chunks in ((), (Chunk(0, 32, True),), (Chunk(8, 9, False),))]

@@ -13,7 +13,8 @@ from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, Trac
 from emberkv.workload.trace import TraceFormat, clip, merge, read_trace, scale_rate, scopes
 from tests.workload.build import jsonl, mooncake_line, request, span, workload
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.yaml") if "workload:" in path.read_text())
 
 
 def trace() -> list[Request]:

@@ -24,7 +24,8 @@ from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, 
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
 from emberkv.sim.model_spec import ModelSpec
-from emberkv.sim.roofline import Chunk, Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Chunk, Work
 from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.memory import MemoryTier
 

@@ -18,7 +18,8 @@ from emberkv.bench.client import Answer, Clock, Target, ask
 from emberkv.bench.workload import Message, Workload
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
-from emberkv.sim.roofline import Chunk, Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Chunk, Work
 
 NAME = "calibrated"
 READY_SECONDS = 600.0

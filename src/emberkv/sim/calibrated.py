@@ -11,7 +11,8 @@ import numpy as np
 from emberkv.sim.fit import nonnegative_least_squares
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, Overheads, TierRates
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
-from emberkv.sim.roofline import Roofline, Work
+from emberkv.sim.roofline import Roofline
+from emberkv.sim.work import Work
 
 OVERHEADS = ("step", "sequence", "chunk", "token")
 """Those that one model can tell apart; a layer's are in the step's."""
