@@ -16,8 +16,8 @@ from benchmarks import report
 from benchmarks.figures import Comparison, Figure, Row
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.eviction import POLICY_NAMES, make_policy
 from emberkv.core.hashing import TokenChain, root_identity
+from emberkv.core.policies.eviction import POLICY_NAMES, make_policy
 from emberkv.core.prefix_cache import PrefixCache
 
 BLOCK_SIZE = 16

@@ -25,7 +25,7 @@ from benchmarks.disk_reads import Shelf, shelf
 from benchmarks.figures import Comparison, Figure, Row
 
 from emberkv import InMemoryKVCacheManager
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.tiers.byte_cache import MB
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
 
 ENV_PREFIX = "EMBERKV_"

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
 
 

@@ -77,8 +77,10 @@ def test_a_report_is_a_page(tmp_path: Path, set_up: Path) -> None:
 def test_two_set_ups_side_by_side(tmp_path: Path, set_up: Path) -> None:
     other = tmp_path / "b.yaml"
     other.write_text(f"{SIMULATION}  prefix_caching: false\n")
-    result = invoke("--compare", set_up, other)
+    page = tmp_path / "both.html"
+    result = invoke("--compare", set_up, other, "--report", page)
     assert result.exit_code == 0, result.output
+    assert "a.yaml, b.yaml" in page.read_text()
     assert "Over the 6 requests that both completed" in result.stdout
     lines = {line.split("│")[1].strip(): line.split("│")[2:5] for line in result.stdout.splitlines() if "│" in line}
     left, right, change = (cell.strip() for cell in lines["hit rate, of prompt tokens"])
@@ -115,7 +117,7 @@ def test_bad_options_are_told(tmp_path: Path, set_up: Path) -> None:
         (["--routing", "nearest"], "'nearest' is unknown; accepted: random"),
         (["--csv", str(tmp_path / "no" / "rows.csv")], "cannot write"),
         (["--summary", str(tmp_path / "no" / "s.json")], "cannot write"),
-        (["--compare", str(set_up), str(set_up), "--csv", "x.csv"], "--compare writes no files"),
+        (["--compare", str(set_up), str(set_up), "--csv", "x.csv"], "--compare writes no --csv"),
     ):
         result = invoke(set_up, *options)
         assert result.exit_code == 2

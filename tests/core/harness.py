@@ -7,13 +7,13 @@ from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.eviction import make_policy
-from emberkv.core.eviction_policy import EvictionPolicy
-from emberkv.core.fair_shares import FairShares, Share
 from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity
+from emberkv.core.policies.eviction import make_policy
+from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.policies.fair_shares import FairShares, Share
+from emberkv.core.policies.retention import Retaining
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Load
-from emberkv.core.retention import Retaining
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from tests.core.lower import FakeTiers

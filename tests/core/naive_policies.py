@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.eviction_policy import Weight
-from emberkv.core.fair_shares import Share
+from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.fair_shares import Share
 
 
 class Naive(Protocol):

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from emberkv.core.eviction import POLICY_NAMES
-from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.policies.eviction import POLICY_NAMES
+from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
 from emberkv.errors import DuplicateRequestError, PromptTooLongError
 from tests.core.harness import Harness, random_token

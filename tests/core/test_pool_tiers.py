@@ -5,10 +5,10 @@ import pytest
 from emberkv.core.block import BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import BlockRemoved
-from emberkv.core.eviction import LRU
-from emberkv.core.eviction_policy import Weight
-from emberkv.core.fair_shares import FairShares, Share
 from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.errors import NoFreeBlocksError
 from tests.core.harness import chain, root, store
 

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from emberkv.core.fair_shares import FairShares, Share
 from emberkv.core.hashing import PUBLIC_OWNER, TokenChain
+from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.sequence import Sequence
 from emberkv.errors import NoFreeBlocksError, PromptTooLongError
 from tests.core.harness import Harness, root

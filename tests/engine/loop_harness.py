@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.eviction_policy import EvictionPolicy
 from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pytest
 
 from emberkv.core.events import AllBlocksCleared, BlockStored
-from emberkv.core.eviction import LRU
 from emberkv.core.hashing import PUBLIC_OWNER, Identity
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
-from emberkv.core.retention import Retaining
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.news import CacheNews
 from emberkv.engine.request import GenerationRequest

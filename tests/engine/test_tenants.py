@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.fair_shares import Share
 from emberkv.core.hashing import PUBLIC_OWNER
+from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams

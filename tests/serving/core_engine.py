@@ -6,19 +6,19 @@ from itertools import count, takewhile
 from typing import TypeVar
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.eviction import LRU
-from emberkv.core.explain import admission_outcome
+from emberkv.core.explaining.explain import admission_outcome
+from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import TokenChain
-from emberkv.core.ledger import Ledger
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.retention import Retaining
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import LowerTiers
-from emberkv.core.retention import Retaining
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
-from emberkv.serving.cache_access import CacheAccess
-from emberkv.serving.cache_books import CacheBooks
-from emberkv.serving.tenants import Tenant
+from emberkv.serving.admin.cache_access import CacheAccess
+from emberkv.serving.admin.cache_books import CacheBooks
+from emberkv.serving.tenancy.tenants import Tenant
 
 T = TypeVar("T")
 

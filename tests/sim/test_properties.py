@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.sim.outcome import CsvRows, Status
 from tests.sim.build import Ran, mixed_requests, run
 

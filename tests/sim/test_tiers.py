@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from emberkv.core.eviction import LRU
+from emberkv.core.policies.eviction import LRU
 from emberkv.core.promotion import LoadChoice
 from emberkv.errors import ConfigError
 from emberkv.sim.outcome import CacheEvent

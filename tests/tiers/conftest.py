@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.eviction import LRU
+from emberkv.core.policies.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, Tier
 from tests.tiers.contract import TIERS, MakeTier
 

@@ -4,8 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-from emberkv.core.eviction import LRU
 from emberkv.core.hashing import Identity
+from emberkv.core.policies.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, TierEntry
 from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.disk_files import BlockFiles

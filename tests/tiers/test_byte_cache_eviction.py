@@ -3,7 +3,7 @@
 import pytest
 
 from emberkv import InMemoryKVCacheManager
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.tiers.byte_cache import MB
 from tests.tiers.harness import cache_of, held, used
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from emberkv import InMemoryKVCacheManager
-from emberkv.core.eviction import POLICY_NAMES, make_policy
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction import POLICY_NAMES, make_policy
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.tiers.byte_cache import MB
 
 LIMIT = 60

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from emberkv import InMemoryKVCacheManager
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.tiers.byte_cache import MB
 
 T = TypeVar("T")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from emberkv.core.eviction import LRU
-from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.tiers.disk import DiskTier
 from tests.tiers.build import NAMESPACE, entries, identities, records
 

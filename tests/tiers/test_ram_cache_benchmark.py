@@ -7,7 +7,7 @@ import pytest
 from benchmarks import disk_open, disk_reads
 from benchmarks.ram_cache import THREADS, Effort, Load, Stage, measure_disk, measure_load, percentiles_us
 
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from emberkv.core.eviction import FIFO
+from emberkv.core.policies.eviction import FIFO
 from emberkv.tiers.base import TierEntry
 from tests.tiers.build import entries, inexact
 from tests.tiers.contract import BLOCKS, ENTRIES, IDS, MakeTier, has, put

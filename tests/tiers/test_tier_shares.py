@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from emberkv.core.eviction import LRU
-from emberkv.core.fair_shares import FairShares, Share
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.tiers.base import PolicyFactory
 from tests.tiers.build import entries
 from tests.tiers.contract import BLOCKS, ENTRIES, IDS, MakeTier, has

@@ -62,7 +62,7 @@ class Elsewhere(_Part):
 
 
 class Answer(_Part):
-    """What the server tells; see ``emberkv.serving.explain``."""
+    """What the server tells; see ``emberkv.serving.admin.explain``."""
 
     prompt_tokens: int
     hit_tokens: int

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from emberkv.cli.telling import errors_told
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
 from emberkv.sim.config import with_changes
 from emberkv.sim.inputs import open_set_up, required

@@ -12,13 +12,13 @@ from emberkv.cli.startup import Startup
 from emberkv.cli.trace_file import recording
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
 from emberkv.errors import EmberError
-from emberkv.serving.admin_guard import is_loopback
+from emberkv.serving.admin.guard import is_loopback
 from emberkv.serving.app import create_app
-from emberkv.serving.canonical import load_rules
+from emberkv.serving.canonical.rules import load_rules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
-from emberkv.serving.tenants import declare_tenants
+from emberkv.serving.tenancy.tenants import declare_tenants
 
 
 def serve(

@@ -12,7 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emberkv.cli import simulate_tables as tables
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError, EmberError
 from emberkv.sim.compare import compare, same_workload
 from emberkv.sim.config import SimulationConfig, with_changes
@@ -57,12 +57,11 @@ def simulate(
         "prefix_caching": prefix_caching, "cache_only": cache_only or None, "seed": seed, "warm_up": warm_up,
         "stop_at": stop_at,
     }  # fmt: skip
-    outputs = [path for path in (csv_file, summary, report) if path is not None]
     with _errors_told() as errors:
         if compare_files is not None:
-            if outputs:
-                raise ConfigError("--compare writes no files; run each set-up by itself for --csv, --summary, --report")
-            _compare(workload, compare_files, changes, errors)
+            if csv_file is not None or summary is not None:
+                raise ConfigError("--compare writes no --csv and no --summary; run each set-up by itself for them")
+            _write(_compare(workload, compare_files, changes, errors), None, report)
             return
         if workload is None:
             raise ConfigError("give a workload: a trace, or a YAML file")
@@ -70,10 +69,13 @@ def simulate(
         config = with_changes(set_up.simulation, changes)
         results = _carry_out(config, _seeded(required(requests, workload), seed), errors, csv_file=csv_file)
         Console().print(tables.summary(results, workload.name))
-        _write(results, workload.name, summary, report)
+        _write({workload.name: results}, summary, report)
 
 
-def _compare(workload: Path | None, files: tuple[Path, Path], changes: dict[str, Any], errors: Console) -> None:
+def _compare(
+    workload: Path | None, files: tuple[Path, Path], changes: dict[str, Any], errors: Console
+) -> dict[str, Results]:
+    """The results by file."""
     (left, ours), (right, theirs) = (open_set_up(path) for path in files)
     requests = required(open_set_up(workload)[1], workload) if workload else same_workload(ours, theirs)
     requests = _seeded(requests, changes["seed"])
@@ -81,6 +83,8 @@ def _compare(workload: Path | None, files: tuple[Path, Path], changes: dict[str,
         _carry_out(with_changes(each.simulation, changes), requests, errors, keep_ids=True) for each in (left, right)
     ]
     Console().print(tables.comparison(compare(*results), *(path.name for path in files)))
+    names = [path.name if files[0].name != files[1].name else str(path) for path in files]
+    return dict(zip(names, results, strict=True))
 
 
 def _seeded(workload: Workload, seed: int | None) -> Workload:
@@ -102,16 +106,17 @@ def _carry_out(config: SimulationConfig, workload: Workload, errors: Console, **
     return results
 
 
-def _write(results: Results, name: str, summary: Path | None, report: Path | None) -> None:
+def _write(results: dict[str, Results], summary: Path | None, report: Path | None) -> None:
     if summary is not None:
+        (only,) = results.values()
         try:
-            summary.write_text(json.dumps(results.summary, indent=1) + "\n", encoding="utf-8")
+            summary.write_text(json.dumps(only.summary, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {summary}: {error.strerror}") from error
     if report is not None:
         from emberkv.sim.report import write_report  # noqa: PLC0415  # plots load slowly, and few ask for them
 
-        write_report({name: results}, report)
+        write_report(results, report)
 
 
 @contextmanager

@@ -10,19 +10,19 @@ from rich.markup import escape
 
 from emberkv.cli.serve_console import console, print_summary
 from emberkv.config import ServeConfig
-from emberkv.core.ledger import Ledger
+from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
-from emberkv.serving.cache_books import CacheBooks
-from emberkv.serving.cache_setup import cache_access
-from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.admin.cache_books import CacheBooks
+from emberkv.serving.admin.cache_setup import cache_access
+from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
-from emberkv.serving.public_prompts import public_tokens
 from emberkv.serving.server import HttpServer
-from emberkv.serving.standard_prompts import standard_prompts
-from emberkv.serving.tenants import Tenants
-from emberkv.serving.tenants_file import TIERS
-from emberkv.serving.warm_start import make_warmup
-from emberkv.serving.warmup import Warmup
+from emberkv.serving.tenancy.public_prompts import public_tokens
+from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.tenancy.tenants_file import TIERS
+from emberkv.serving.warmup.standard_prompts import standard_prompts
+from emberkv.serving.warmup.warm_start import make_warmup
+from emberkv.serving.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine, EngineConfig
@@ -80,7 +80,7 @@ class Startup:
         cache = cache_access(engine, self._books, name=name, folder=self._config.cache_dir)
         engine.loop.start()
         names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
-        model = LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer, warmup, cache)
+        model = LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer, warmup, cache, engine.public)
         self._lifecycle.loaded(model, warming=True)
         warmup.start()
         warmup.first_pass_ended.wait()

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from emberkv.core.block import Block, BlockState
 from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, uniform_weight
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
-from emberkv.core.eviction import LRU
-from emberkv.core.eviction_policy import EvictionPolicy
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.integrity import broken_laws
 from emberkv.core.matching import Match
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 

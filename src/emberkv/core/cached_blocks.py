@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 
 from emberkv.core.block import Block
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.matching import Match, MatchEnd
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.stats import CacheStats
 
 BlockWeight = Callable[[int], Weight]

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from emberkv.core.block_pool import BlockPool, BlockWeight
-from emberkv.core.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
@@ -39,14 +39,15 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class AssembledEngine:
-    """namespace: of the model, under which its state outlives the process. tiers: below the pool, and link: what
-    connects them to it; None where there are none, or no prefix cache.
+    """namespace: of the model, under which its state outlives the process. public: the prefixes that all tenants share.
+    tiers: below the pool, and link: what connects them to it; None where there are none, or no prefix cache.
     """
 
     loop: EngineLoop
     executor: TorchEngine
     scheduler: Scheduler
     namespace: bytes
+    public: PublicPrefixes
     tiers: TierStack | None = None
     link: TierLink | None = None
 
@@ -90,7 +91,7 @@ def assemble(
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     public = PublicPrefixes(public_prefixes, config.block_size)
     loop = EngineLoop(executor, scheduler, limits, tiers=link, public=public, sampler=sampler, on_crash=on_crash)
-    return AssembledEngine(loop, executor, scheduler, namespace, tiers, link)
+    return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
 
 
 def _scheduler(

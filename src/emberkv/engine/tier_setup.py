@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from emberkv.core.eviction import make_policy
-from emberkv.core.eviction_policy import EvictionPolicy
-from emberkv.core.fair_shares import FairShares, Share, check_floors
 from emberkv.core.hashing import Identity
-from emberkv.core.retention import Retaining
+from emberkv.core.policies.eviction import make_policy
+from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
+from emberkv.core.policies.retention import Retaining
 from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.memory import MemoryTier

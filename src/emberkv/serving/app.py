@@ -9,14 +9,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from emberkv.errors import EmberError
-from emberkv.serving.admin import cache_router
-from emberkv.serving.anthropic_api import anthropic_router
-from emberkv.serving.body_limit import BodyLimit
+from emberkv.serving.admin.routes import cache_router
+from emberkv.serving.api.anthropic_api import anthropic_router
+from emberkv.serving.api.body_limit import BodyLimit
+from emberkv.serving.api.failures import answer_failure, answer_nobody
+from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.context import ServingContext, ServingSettings
-from emberkv.serving.failures import answer_failure, answer_nobody
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import Clock
-from emberkv.serving.openai_api import openai_router
 
 
 def create_app(

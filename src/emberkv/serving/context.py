@@ -11,25 +11,25 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from emberkv.serving import cache_header
-from emberkv.serving.admin_guard import AdminGuard
-from emberkv.serving.answer import Answer
-from emberkv.serving.answer_stream import AnswerStream
-from emberkv.serving.asked import Asked, RecentlyAsked
-from emberkv.serving.auth import ApiKeys
-from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.generator import Prompt, TextGenerator
+from emberkv.serving.admin.asked import Asked, RecentlyAsked
+from emberkv.serving.admin.guard import AdminGuard
+from emberkv.serving.admin.reuse_metrics import ReuseCollector
+from emberkv.serving.admin.sessions import Sessions, session_id
+from emberkv.serving.answers.answer import Answer
+from emberkv.serving.answers.answer_stream import AnswerStream
+from emberkv.serving.answers.generator import Prompt, TextGenerator
+from emberkv.serving.api import cache_header
+from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.metrics import Clock, ServingMetrics
 from emberkv.serving.request_log import log_finished
-from emberkv.serving.reuse_metrics import ReuseCollector
-from emberkv.serving.secret import SECRET_BYTES
-from emberkv.serving.sessions import Sessions, session_id
-from emberkv.serving.tenant_metrics import TenantMetrics
-from emberkv.serving.tenants import Tenant, Tenants
+from emberkv.serving.tenancy.auth import ApiKeys
+from emberkv.serving.tenancy.secret import SECRET_BYTES
+from emberkv.serving.tenancy.tenant_metrics import TenantMetrics
+from emberkv.serving.tenancy.tenants import Tenant, Tenants
 from emberkv.serving.tier_metrics import TierCollector
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.serving.warmup_metrics import WarmupCollector
+from emberkv.serving.warmup.warmup_metrics import WarmupCollector
 
 DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
@@ -109,7 +109,7 @@ class ServingContext:
         if self._generator is None:
             model = self.lifecycle.model()
             recorder = self.settings.recorder
-            engine = model.engine if recorder is None else recorder.over(model.engine)
+            engine = model.engine if recorder is None else recorder.over(model.engine, model.public)
             self._generator = TextGenerator(engine, model.tokenizer, metrics=self.metrics, clock=self.clock)
         stream = self._generator.start(prompts, asked, on_close=partial(self._closed, asked))
         self.lifecycle.track(stream)

@@ -4,15 +4,16 @@ import asyncio
 from dataclasses import dataclass
 from enum import Enum
 
+from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.engine.request import Engine, EngineStats
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
-from emberkv.serving.answer_stream import AnswerStream
-from emberkv.serving.cache_access import CacheAccess
-from emberkv.serving.failures import NotReadyError, UnknownModelError
-from emberkv.serving.reuse_watch import ReuseWatch
-from emberkv.serving.warmup import Warmup
-from emberkv.serving.warmup_report import WarmupPhase, WarmupReport
+from emberkv.serving.admin.cache_access import CacheAccess
+from emberkv.serving.admin.reuse_watch import ReuseWatch
+from emberkv.serving.answers.answer_stream import AnswerStream
+from emberkv.serving.api.failures import NotReadyError, UnknownModelError
+from emberkv.serving.warmup.warmup import Warmup
+from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 
 
 class Phase(Enum):
@@ -29,7 +30,7 @@ class LoadedModel:
 
     names: what requests may call it; the first is what answers call it.
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
-    cache: the way to what it has cached; None where nobody may look.
+    cache: the way to what it has cached; None where nobody may look. public: the prefixes that all tenants share.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     warmup: Warmup | None = None
     cache: CacheAccess | None = None
+    public: PublicPrefixes | None = None
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""

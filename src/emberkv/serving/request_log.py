@@ -5,9 +5,9 @@ import logging
 from typing import Any
 
 from emberkv.core.sequence import FinishReason
-from emberkv.serving.answer import Answer
-from emberkv.serving.asked import Asked
-from emberkv.serving.cache_header import CacheSummary
+from emberkv.serving.admin.asked import Asked
+from emberkv.serving.answers.answer import Answer
+from emberkv.serving.api.cache_header import CacheSummary
 from emberkv.serving.metrics import AnswerTimer
 
 logger = logging.getLogger("emberkv.requests")

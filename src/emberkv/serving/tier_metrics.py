@@ -6,7 +6,7 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from emberkv.core.explanation import POOL
+from emberkv.core.explaining.explanation import POOL
 from emberkv.core.promotion import LoadChoice
 from emberkv.engine.request import EngineStats
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats

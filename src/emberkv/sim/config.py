@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.workload.lines import explain
 from emberkv.workload.spec import GeneratedWorkload

@@ -8,9 +8,9 @@ from random import Random
 from emberkv.cluster.routing import make_router
 from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
 from emberkv.core.events import EventLog
-from emberkv.core.eviction import make_policy
-from emberkv.core.eviction_policy import Weight
 from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.policies.eviction import make_policy
+from emberkv.core.policies.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError

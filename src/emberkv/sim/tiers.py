@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.hashing import Identity
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.promotion import Load, Run
 from emberkv.core.rates import Rate
 from emberkv.sim.timing import NANOSECONDS, nanoseconds

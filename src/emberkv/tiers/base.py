@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from emberkv.core.eviction_policy import EvictionPolicy
+from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.tiers.stats import TierStats
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]

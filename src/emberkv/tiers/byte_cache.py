@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict
 
-from emberkv.core.eviction import make_policy
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction import make_policy
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.errors import ConfigError, EntryError
 from emberkv.tiers.entry_checks import check_value, key_size_of
 
@@ -73,8 +73,8 @@ class InMemoryKVCacheManager:
     """Bytes by key, within a limit of memory, for any number of threads.
 
     max_memory_mb: the limit in units of 1,048,576 bytes; fractions are fine. An entry takes its value's bytes and its
-    key's in UTF-8. eviction_policy: one of `emberkv.core.eviction.POLICY_NAMES`; all cost O(1) an operation, save
-    those that rank entries, which cost O(log n). clock: wall clock in seconds.
+    key's in UTF-8. eviction_policy: one of `emberkv.core.policies.eviction.POLICY_NAMES`; all cost O(1) an operation,
+    save those that rank entries, which cost O(log n). clock: wall clock in seconds.
 
     For a tier built on it: make: a policy of its own instead of a named one; `set` raises EntryError, too, where that
     one leaves no room. weigh: an entry's weight in its eyes, from key and bytes. on_evict: told of each key evicted,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from emberkv.core.eviction import LRU
+from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import PolicyFactory, Stored, TierEntry
 from emberkv.tiers.disk_files import BlockFiles

@@ -6,7 +6,7 @@ Pure bookkeeping in memory, without a lock: the tier holds one around each call,
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from emberkv.core.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.tiers.base import PolicyFactory
 from emberkv.tiers.disk_layout import BlockFile
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emberkv.core.eviction import LRU
-from emberkv.core.eviction_policy import Weight
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.eviction_policy import Weight
 from emberkv.errors import EntryError
 from emberkv.tiers.base import PolicyFactory, Stored, TierEntry
 from emberkv.tiers.byte_cache import MB, InMemoryKVCacheManager

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.eviction import POLICY_NAMES
+from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.replayed import replay
 from emberkv.sim.curves.visits import Visit, visits

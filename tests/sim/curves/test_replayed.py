@@ -2,7 +2,7 @@
 
 import pytest
 
-from emberkv.core.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import Weight
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import SampledReplay, replay, sample

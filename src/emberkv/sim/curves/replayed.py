@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
-from emberkv.core.eviction import make_policy
+from emberkv.core.policies.eviction import make_policy
 from emberkv.errors import ConfigError
 from emberkv.sim.cache_only import ReferenceChain
 from emberkv.sim.curves.lru import LRUCurve

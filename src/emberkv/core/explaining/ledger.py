@@ -1,0 +1,190 @@
+"""The ledger: what is known of every block that was cached, where it is or how it went."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from emberkv.core.explaining.explanation import POOL, Loss, LossKind
+from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.errors import ConfigError
+
+DEFAULT_MAX_BLOCKS = 100_000
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One block. hits: prompts whose reused prefix ended here; last_hit: when the last of them came."""
+
+    identity: Identity
+    parent: Identity
+    tokens: bytes
+    loss: Loss | None = None
+    hits: int = 0
+    last_hit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """Where a chain becomes ``owner``'s: above lies the last public block, or the model's root."""
+
+    above: Identity
+    owner: str
+
+
+class Ledger:
+    """Follows the pool's events and the tiers' news, and remembers up to ``max_blocks`` blocks.
+
+    Beyond that, what was lost longest ago is forgotten first, then what was learned longest ago. A forgotten block is
+    only explained less well: what a prompt hits is not decided here. Times are passed in, in seconds.
+    """
+
+    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS) -> None:
+        if max_blocks < 1:
+            raise ConfigError(f"a ledger of {max_blocks} blocks; it must remember at least 1")
+        self._max_blocks = max_blocks
+        self._entries: dict[Identity, Entry] = {}
+        self._children: dict[Identity, list[Identity]] = {}  # sorted by their tokens
+        self._held: dict[str, set[Identity]] = {POOL: set()}
+        self._lost: dict[Identity, None] = {}  # in the order of their loss
+        self._borders: dict[Identity, Border] = {}  # by the salted parent of the first private block
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, identity: Identity) -> bool:
+        return identity in self._entries
+
+    def get(self, identity: Identity) -> Entry | None:
+        return self._entries.get(identity)
+
+    def known(self, identity: Identity) -> Entry:
+        """Raises KeyError for a block that is not known."""
+        return self._entries[identity]
+
+    def places(self, identity: Identity) -> list[str]:
+        """Where a block is, the pool first."""
+        return [place for place, held in self._held.items() if identity in held]
+
+    def children(self, identity: Identity) -> Sequence[Identity]:
+        """The known blocks that follow a block or a root, sorted by their encoded tokens."""
+        return self._children.get(identity, ())
+
+    def below(self, identity: Identity) -> list[Identity]:
+        """The known blocks that follow a block, across the border to what is private."""
+        beyond = [parent for parent, border in self._borders.items() if border.above == identity]
+        return [child for parent in (identity, *beyond) for child in self.children(parent)]
+
+    def place_among(self, siblings: Sequence[Identity], tokens: bytes) -> int:
+        """Where among sorted ``siblings`` a block of ``tokens`` is, or would be."""
+        return bisect_left(siblings, tokens, key=lambda identity: self._entries[identity].tokens)
+
+    def apply(self, event: Event, now: float) -> None:
+        """An event of the pool."""
+        if isinstance(event, BlockStored):
+            parent = event.parent
+            for identity, tokens in zip(event.identities, event.tokens, strict=True):
+                self._learn(identity, parent, tokens)
+                self.arrived(POOL, (identity,))
+                parent = identity
+        elif isinstance(event, BlockRemoved):
+            self.left(POOL, event.identities, now)
+        elif isinstance(event, AllBlocksCleared):
+            self.cleared(POOL, now)
+
+    def arrived(self, place: str, identities: Iterable[Identity]) -> None:
+        """Blocks are in ``place`` now. Those never seen in the pool are not remembered: their tokens are not known."""
+        held = self._held.setdefault(place, set())
+        for identity in identities:
+            entry = self._entries.get(identity)
+            if entry is not None:
+                held.add(identity)
+                entry.loss = None
+                self._lost.pop(identity, None)
+
+    def left(self, place: str, identities: Iterable[Identity], now: float) -> None:
+        """Blocks are no longer in ``place``; of a tier, whether their arrival there was told or not."""
+        self._lose(place, identities, Loss(place, now, LossKind.EVICTED))
+
+    def cleared(self, place: str, now: float) -> None:
+        """``place`` is empty now; only what was known to be there is lost by it."""
+        self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
+
+    def removed(self, identities: Sequence[Identity], now: float) -> None:
+        """Blocks were taken out of every place, whether it was told already that they left one or not."""
+        for identity in identities:
+            places = self.places(identity)
+            for place in places:
+                self._held[place].discard(identity)
+            if identity in self._entries:
+                self._mark(identity, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
+
+    def above(self, entry: Entry) -> Entry | None:
+        """The known block before ``entry``, across the border to what is public."""
+        border = self._borders.get(entry.parent)
+        return self._entries.get(entry.parent if border is None else border.above)
+
+    def border(self, entry: Entry) -> Border | None:
+        """The border that lies just above ``entry``, where one does."""
+        return self._borders.get(entry.parent)
+
+    def served(self, chain: TokenChain, hit_blocks: int, now: float) -> None:
+        """A prompt reused its first ``hit_blocks`` blocks."""
+        count = len(chain.identities)
+        first = bisect_left(range(count), True, key=lambda index: chain.owner(index) != PUBLIC_OWNER)
+        if first < count:
+            above = chain.identities[first - 1] if first else chain.root
+            if chain.parent(first) != above:
+                self._borders.pop(chain.parent(first), None)
+                self._borders[chain.parent(first)] = Border(above, chain.owner(first))
+                if len(self._borders) > self._max_blocks:
+                    del self._borders[next(iter(self._borders))]
+        entry = self._entries.get(chain.identities[hit_blocks - 1]) if hit_blocks else None
+        if entry is not None:
+            entry.hits += 1
+            entry.last_hit = now
+
+    def cached_run(self, chain: TokenChain) -> int:
+        """How many leading blocks of ``chain`` are known to be somewhere."""
+        for index, identity in enumerate(chain.identities):
+            entry = self._entries.get(identity)
+            if entry is None or entry.loss is not None:
+                return index
+        return len(chain.identities)
+
+    def _learn(self, identity: Identity, parent: Identity, tokens: bytes) -> None:
+        if identity in self._entries:
+            return
+        while len(self._entries) >= self._max_blocks:
+            self._forget(next(iter(self._lost), None) or next(iter(self._entries)))
+        self._entries[identity] = Entry(identity, parent, tokens)
+        siblings = self._children.setdefault(parent, [])
+        siblings.insert(self.place_among(siblings, tokens), identity)
+
+    def _forget(self, identity: Identity) -> None:
+        entry = self._entries[identity]
+        siblings = self._children[entry.parent]
+        del siblings[self.place_among(siblings, entry.tokens)]
+        if not siblings:
+            del self._children[entry.parent]
+        del self._entries[identity]
+        self._lost.pop(identity, None)
+        for held in self._held.values():
+            held.discard(identity)
+
+    def _lose(self, place: str, identities: Iterable[Identity], loss: Loss) -> None:
+        held = self._held.setdefault(place, set())
+        for identity in identities:
+            if place == POOL and identity not in held:
+                continue
+            held.discard(identity)
+            if identity in self._entries and not any(identity in other for other in self._held.values()):
+                self._mark(identity, loss)
+
+    def _mark(self, identity: Identity, loss: Loss) -> None:
+        self._entries[identity].loss = loss
+        self._lost.pop(identity, None)
+        self._lost[identity] = None

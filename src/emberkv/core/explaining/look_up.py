@@ -1,0 +1,43 @@
+"""What a prompt would hit if it came now, decided as an admission decides it; holds, loads and counts nothing."""
+
+from emberkv.core.explaining.explain import REFUSED
+from emberkv.core.explaining.explanation import POOL, Outcome, Reason, outcome_of
+from emberkv.core.hashing import Chain
+from emberkv.core.matching import MatchEnd
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import NOTHING_BELOW, LoadChoice, LowerTiers, Promotion, choose
+
+
+def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outcome:
+    """The outcome for ``chain`` as a prompt. What a load would bring counts as hit."""
+    match = cache.match(chain)
+    if match.end is MatchEnd.OFF:
+        return Outcome(set_aside={Reason.CACHE_OFF: len(chain)})
+    size, known = cache.pool.block_size, len(match.blocks)
+    below = NOTHING_BELOW
+    if lower is not None and match.end in (MatchEnd.ABSENT, MatchEnd.INEXACT):
+        below = _from_below(cache, lower, chain, known)
+    loaded = below.runs if below.choice is LoadChoice.LOAD else []
+    runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
+    outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
+    set_aside = dict(outcome.set_aside)
+    if below.rounded:
+        set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
+    if below.declined:
+        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size
+    return Outcome(outcome.hit, set_aside, None if loaded else REFUSED.get(match.end))
+
+
+def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> Promotion:
+    """What to load of the blocks behind the first ``known`` ones."""
+    stop = cache.whole(cache.usable_blocks(chain))
+    if known >= stop:
+        return NOTHING_BELOW
+
+    def useful(count: int) -> int:
+        return max(0, cache.whole(known + count) - known)
+
+    def computing(count: int) -> float | None:
+        return lower.recompute_seconds((known + count - cache.whole(known)) * chain.block_size)
+
+    return choose(lower.find(chain.identities[known:stop], exact=cache.exact), useful, computing)

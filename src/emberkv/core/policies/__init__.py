@@ -1,0 +1,1 @@
+"""Which entry gives up its place: the eviction policies, and what bounds them."""

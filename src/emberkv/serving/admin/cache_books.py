@@ -1,0 +1,114 @@
+"""The ledger between threads: the engine's brings news and never waits for a reader; readers get what is explained."""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from emberkv.core.events import BlockRemoved, Event
+from emberkv.core.explaining.explain import explain
+from emberkv.core.explaining.explanation import Explanation, Outcome
+from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.hashing import Identity, TokenChain
+
+MAX_RECORDS = 2000
+
+
+class CacheBooks:
+    """A `Ledger`, and the explanations of the last ``max_records`` prompts that were served, by request id.
+
+    News is written down in the order in which it comes; what comes while somebody reads waits for the next to come.
+    clock: seconds since 1970. below: the lower tiers that have a block, asked about each that a place gives up.
+    """
+
+    def __init__(
+        self, ledger: Ledger, *, clock: Callable[[], float] = time.time, max_records: int = MAX_RECORDS
+    ) -> None:
+        self.below: Callable[[Identity], Sequence[str]] = lambda _: ()
+        self._ledger = ledger
+        self._clock = clock
+        self._max_records = max_records
+        self._lock = threading.Lock()
+        self._unwritten: deque[Callable[[Ledger], None]] = deque()
+        self._explained: OrderedDict[str, Explanation] = OrderedDict()
+
+    def saw(self, events: Sequence[Event]) -> None:
+        """What changed in the pool."""
+        now = self._clock()
+
+        def write(ledger: Ledger) -> None:
+            for event in events:
+                ledger.apply(event, now)
+
+        self._write(write)
+        for event in events:
+            if isinstance(event, BlockRemoved):
+                self._still_below(event.identities)
+
+    def evicted(self, place: str, identities: Sequence[Identity]) -> None:
+        """What a lower tier gave up."""
+        now = self._clock()
+        self._write(lambda ledger: ledger.left(place, identities, now))
+        self._still_below(identities)
+
+    def stored(self, place: str, identities: Sequence[Identity]) -> None:
+        """What a lower tier has now."""
+        self._write(lambda ledger: ledger.arrived(place, identities))
+
+    def admitted(
+        self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, alignment: int
+    ) -> None:
+        """A prompt is being served. To be told before the events of the step that admitted it.
+
+        alignment: tokens of the unit in which state can be reused.
+        """
+        now = self._clock()
+
+        def write(ledger: Ledger) -> None:
+            found = explain(ledger, chain, outcome, alignment=alignment, prompt_tokens=prompt_tokens)
+            ledger.served(chain, found.hit_tokens // chain.block_size, now)
+            self._explained[request_id] = found
+            if len(self._explained) > self._max_records:
+                self._explained.popitem(last=False)
+
+        self._write(write)
+
+    def removed(self, identities: Sequence[Identity]) -> None:
+        """Blocks that were taken out of every place."""
+        now = self._clock()
+        self._write(lambda ledger: ledger.removed(identities, now))
+
+    def cleared(self, place: str) -> None:
+        """A lower tier was emptied."""
+        now = self._clock()
+        self._write(lambda ledger: ledger.cleared(place, now))
+
+    def explained(self, request_id: str) -> Explanation | None:
+        """Of a prompt that was served; None when it was not, or too long ago."""
+        with self.reading():
+            return self._explained.get(request_id)
+
+    @contextmanager
+    def reading(self) -> Iterator[Ledger]:
+        """The ledger, up to date, for as long as the context lasts."""
+        with self._lock:
+            self._catch_up()
+            yield self._ledger
+
+    def _still_below(self, identities: Iterable[Identity]) -> None:
+        for identity in identities:
+            for place in self.below(identity):
+                self.stored(place, (identity,))
+
+    def _write(self, news: Callable[[Ledger], None]) -> None:
+        self._unwritten.append(news)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._catch_up()
+            finally:
+                self._lock.release()
+
+    def _catch_up(self) -> None:
+        while self._unwritten:
+            self._unwritten.popleft()(self._ledger)

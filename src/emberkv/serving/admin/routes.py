@@ -1,0 +1,173 @@
+"""The cache's own routes below /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
+
+import asyncio
+from math import inf
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import RequestError
+from emberkv.serving.admin.cache_access import CacheAccess
+from emberkv.serving.admin.cache_desk import CacheDesk, Path
+from emberkv.serving.admin.cache_questions import CacheQuestion, rendered_prompt, tenant_meant
+from emberkv.serving.admin.explain import Explained, explain_prompt, explanation_json
+from emberkv.serving.answers.generator import Prompt, answer_budget
+from emberkv.serving.api.failures import CLIENT_GONE, NotFoundError
+from emberkv.serving.api.rendering import RenderedPrompt
+from emberkv.serving.api.sse import unless_disconnected
+from emberkv.serving.api.validation import parse_body
+from emberkv.serving.context import ServingContext
+from emberkv.serving.tenancy.tenants import Tenant
+
+MAX_LISTED = 200
+
+
+def cache_router(context: ServingContext) -> APIRouter:
+    routes = CacheRoutes(context)
+    router = APIRouter(prefix="/v1/cache")
+    for path, answer in (("", routes.statistics), ("/sessions", routes.sessions), ("/prefixes", routes.prefixes)):
+        router.add_api_route(path, answer, methods=["GET"])
+    for answer in (routes.explain, routes.warm, routes.pin, routes.unpin, routes.remove, routes.clear):
+        router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
+    return router
+
+
+class CacheRoutes:
+    """All but explain are the operator's. A POST's body is a `CacheQuestion`."""
+
+    def __init__(self, context: ServingContext) -> None:
+        self._context = context
+
+    async def statistics(self, http: Request) -> Response:
+        await self._context.guard.operator(http)
+        sessions = self._context.sessions
+        return JSONResponse({"object": "cache", **await self._desk().statistics(), "sessions": len(sessions)})
+
+    async def sessions(self, http: Request) -> Response:
+        await self._context.guard.operator(http)
+        return JSONResponse({"object": "list", "data": self._context.sessions.listing()})
+
+    async def prefixes(self, http: Request) -> Response:
+        await self._context.guard.operator(http)
+        by, limit = http.query_params.get("by", "hottest"), http.query_params.get("limit", "20")
+        if by not in ("hottest", "largest"):
+            raise RequestError(f"by is {by!r}; it must be 'hottest' or 'largest'", param="by")
+        if not limit.isdecimal() or not 0 < int(limit) <= MAX_LISTED:
+            raise RequestError(f"limit is {limit!r}; it must be from 1 to {MAX_LISTED}", param="limit")
+        listed = await self._desk().prefixes(by, int(limit), self._context.lifecycle.model().tokenizer)
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def explain(self, http: Request) -> Response:
+        """Of a tenant's own prompt or response; of anybody's, for the operator."""
+        context = self._context
+        tenant = await context.guard.asker(http)
+        question = await self._question(http, "openai", "anthropic", "response_id")
+        if question.response_id is not None:
+            explained = self._past(question.response_id, question.answer, tenant)
+        else:
+            explained = await self._present(question, tenant)
+        tokenizer = context.lifecycle.model().tokenizer
+        return JSONResponse(explanation_json(explained, tokenizer, now=context.wall_clock()))
+
+    async def warm(self, http: Request) -> Response:
+        """Have a prompt computed now, so that the next request with it hits."""
+        context = self._context
+        arrived = context.clock()
+        await context.guard.operator(http)
+        question = await self._question(http, "openai", "anthropic")
+        tenant, prompt = tenant_meant(question, context.tenants), await self._prompt(question)
+        answer_budget(context.lifecycle.model().engine, len(prompt.token_ids), 1)
+        asked = context.asked(http, "warm", tenant, arrived, prompt.canonical)
+        stream = context.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], asked)
+        async with stream:
+            answers = await unless_disconnected(http.receive, stream.collect())
+        if answers is None:
+            return Response(status_code=CLIENT_GONE)
+        usage = answers[0].answer.usage
+        figures = {"cached_tokens": usage.cached_tokens, "computed_tokens": usage.computed_tokens}
+        return JSONResponse({"object": "cache.warmed", "prompt_tokens": usage.prompt_tokens, **figures})
+
+    async def pin(self, http: Request) -> Response:
+        """Have a prefix evicted last. For good, it is also warmed again whenever it is lost."""
+        await self._context.guard.operator(http)
+        question, path = await self._path(http)
+        retained = await self._desk().retain(path, question.seconds or inf)
+        warmup = self._context.lifecycle.model().warmup
+        kept_warm = warmup.pin(path.tokens, path.tenant) if warmup is not None and question.seconds is None else 0
+        figures = {"blocks": len(path.identities), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
+        return JSONResponse({"object": "cache.pinned", "prefix": path.identities[-1].hex(), **figures})
+
+    async def unpin(self, http: Request) -> Response:
+        await self._context.guard.operator(http)
+        _, path = await self._path(http)
+        await self._desk().let_go(path)
+        warmup = self._context.lifecycle.model().warmup
+        if warmup is not None:
+            warmup.unpin(path.tokens, path.tenant)
+        return JSONResponse({"object": "cache.unpinned", "prefix": path.identities[-1].hex()})
+
+    async def remove(self, http: Request) -> Response:
+        """Forget a prefix, unless others share it, and all that goes on from it."""
+        await self._context.guard.operator(http)
+        _, path = await self._path(http)
+        return JSONResponse({"object": "cache.removed", "blocks": await self._desk().remove(path)})
+
+    async def clear(self, http: Request) -> Response:
+        await self._context.guard.operator(http)
+        _check_json(http)
+        return JSONResponse({"object": "cache.cleared", "blocks": await self._desk().clear()})
+
+    def _past(self, response_id: str, answer: int, tenant: Tenant | None) -> Explained:
+        """Another tenant's response is as unknown as one that never was."""
+        context = self._context
+        asked = context.recent.get(response_id)
+        if asked is not None and (tenant is None or asked.tenant == tenant):
+            explanation = self._cache().books.explained(asked.answer_id(answer))
+            if explanation is not None:
+                return Explained(explanation, asked.canonical)
+        message = f"response_id {response_id!r} is unknown; only the last responses are remembered"
+        raise NotFoundError(message, param="response_id")
+
+    async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
+        context = self._context
+        prompt = await self._prompt(question)
+        whose = tenant if tenant is not None else tenant_meant(question, context.tenants)
+        others = [] if tenant is not None else [context.tenants.named(name) for name in context.tenants.names]
+        return await explain_prompt(self._cache(), prompt, whose, others)
+
+    async def _path(self, http: Request) -> tuple[CacheQuestion, Path]:
+        question = await self._question(http, "openai", "anthropic", "prefix")
+        if question.prefix is not None:
+            return question, self._desk().path(question.prefix_identity())
+        tenant, prompt = tenant_meant(question, self._context.tenants), await self._prompt(question)
+        chain = await asyncio.to_thread(self._cache().chain, prompt.token_ids, tenant)
+        if not chain.identities:
+            raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
+        return question, Path(list(chain.identities), prompt.token_ids, tenant.name)
+
+    async def _question(self, http: Request, *accepted: str) -> CacheQuestion:
+        _check_json(http)
+        question = parse_body(CacheQuestion, await http.body())
+        question.check(*accepted)
+        return question
+
+    async def _prompt(self, question: CacheQuestion) -> RenderedPrompt:
+        model, rules = self._context.lifecycle.model(), self._context.settings.canonical
+        return await asyncio.to_thread(rendered_prompt, question, model, rules)
+
+    def _cache(self) -> CacheAccess:
+        cache = self._context.lifecycle.model().cache
+        if cache is None:
+            raise HTTPException(404)
+        return cache
+
+    def _desk(self) -> CacheDesk:
+        return CacheDesk(self._cache())
+
+
+def _check_json(http: Request) -> None:
+    """What a page's form can send from somebody's browser is never JSON, and so cannot act in their name."""
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "the content-type must be application/json")

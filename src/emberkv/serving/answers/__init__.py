@@ -1,0 +1,1 @@
+"""From tokens to text: an answer while it is generated."""

@@ -1,0 +1,175 @@
+"""From the engine's thread to the event loop: the answers to one HTTP request, as they are made."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
+from emberkv.errors import EmberError, EngineStoppedError
+from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
+from emberkv.serving.api.failures import GenerationFailedError
+from emberkv.serving.metrics import AnswerTimer
+
+
+class Postbox:
+    """Carries outputs from the engine's thread to an event loop; one wake-up serves a whole step's outputs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[Callable[[TokenOutput], None], TokenOutput]] = deque()
+        self._wake_is_due = False
+
+    def post(self, deliver: Callable[[TokenOutput], None], output: TokenOutput) -> None:
+        """From any thread: have ``deliver(output)`` called on the loop."""
+        self._waiting.append((deliver, output))
+        if not self._wake_is_due:
+            self._wake_is_due = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader left
+                self.loop.call_soon_threadsafe(self._deliver_all)
+
+    def _deliver_all(self) -> None:
+        self._wake_is_due = False  # before emptying, so that a later post wakes the loop again
+        while self._waiting:
+            deliver, output = self._waiting.popleft()
+            deliver(output)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One answer, its request in the engine, and the outputs that wait to be absorbed."""
+
+    request_id: str
+    answer: Answer
+    timer: AnswerTimer
+    inbox: list[TokenOutput] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """A finished answer with all of its text."""
+
+    answer: Answer
+    text: str
+    logprobs: tuple[PlacedLogprobs, ...]
+
+
+class AnswerStream:
+    """The answers to one HTTP request. Iterate once, inside ``async with``, which aborts what is unfinished.
+
+    Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
+    the engine fails.
+    """
+
+    def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
+        self._engine = engine
+        self._on_close = on_close
+        self._slots: list[_Slot] = []
+        self._due: deque[_Slot] = deque()
+        self._news = asyncio.Event()
+        self._interruption: EmberError | None = None
+        self._closed = False
+
+    @property
+    def timed_answers(self) -> list[tuple[str, Answer, AnswerTimer]]:
+        """Each answer with its request's name in the engine."""
+        return [(slot.request_id, slot.answer, slot.timer) for slot in self._slots]
+
+    @property
+    def answers(self) -> list[Answer]:
+        """In the order of the prompts; their figures are final once the stream has ended."""
+        return [slot.answer for slot in self._slots]
+
+    def add(self, request: GenerationRequest, answer: Answer, timer: AnswerTimer, postbox: Postbox) -> None:
+        """Submit one more request; raises what ``Engine.submit`` raises."""
+        slot = _Slot(request.request_id, answer, timer)
+
+        def deliver(output: TokenOutput) -> None:
+            timer.saw(output)
+            slot.inbox.append(output)
+            self._due.append(slot)
+            self._news.set()
+
+        self._engine.submit(request, lambda output: postbox.post(deliver, output))
+        self._slots.append(slot)
+
+    def interrupt(self, error: EmberError) -> None:
+        """End the stream early: whoever iterates gets ``error``."""
+        self._interruption = error
+        self._news.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AnswerDelta:
+        while True:
+            if self._interruption is not None:
+                raise self._interruption
+            while self._due:
+                delta = self._absorb(self._due.popleft())
+                if delta is not None:
+                    return delta
+            if all(slot.answer.finish_reason for slot in self._slots):
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+
+    def _absorb(self, slot: _Slot) -> AnswerDelta | None:
+        if not slot.inbox or slot.answer.finish_reason is not None:
+            return None
+        for output in slot.inbox:
+            slot.answer.absorb(output)
+        slot.inbox.clear()
+        answer = slot.answer
+        if answer.stop_sequence is not None:
+            self._engine.abort(slot.request_id)
+        if answer.finish_reason is FinishReason.ERROR:
+            raise GenerationFailedError(f"generation failed: {answer.error}")
+        if answer.finish_reason is FinishReason.ABORT:
+            raise EngineStoppedError("the engine stopped before the answer was finished")
+        return answer.take()
+
+    async def started(self) -> bool:
+        """Wait for the first output, from which on the first answer's cache usage is known; False if none comes."""
+        first = self._slots[0]
+        while not (first.inbox or first.answer.finish_reason or self._interruption):
+            self._news.clear()
+            await self._news.wait()
+        if first.inbox:
+            first.answer.usage = first.inbox[0].usage or first.answer.usage
+        return bool(first.inbox or first.answer.finish_reason)
+
+    async def collect(self) -> list[WholeAnswer]:
+        """Wait for all answers."""
+        texts: list[list[str]] = [[] for _ in self._slots]
+        logprobs: list[list[PlacedLogprobs]] = [[] for _ in self._slots]
+        async for delta in self:
+            texts[delta.index].append(delta.text)
+            logprobs[delta.index].extend(delta.logprobs)
+        return [
+            WholeAnswer(slot.answer, "".join(text), tuple(entries))
+            for slot, text, entries in zip(self._slots, texts, logprobs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Abort what is unfinished. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for slot in self._slots:
+            if slot.answer.finish_reason is None:
+                self._engine.abort(slot.request_id)
+            slot.timer.finished(slot.answer.finish_reason or FinishReason.ABORT)
+        self._on_close(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

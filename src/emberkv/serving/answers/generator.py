@@ -1,0 +1,90 @@
+"""Starts answers: token ids and parameters in, a stream of text out."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from emberkv.engine.request import Engine, GenerationRequest
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.tokenizer import Tokenizer
+from emberkv.errors import PromptTooLongError, RequestError
+from emberkv.serving.admin.asked import Asked
+from emberkv.serving.answers.answer import Answer
+from emberkv.serving.answers.answer_stream import AnswerStream, Postbox
+from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One answer's order: token ids and how to continue them.
+
+    retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``.
+    """
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    retain_tokens: int = 0
+    retain_seconds: float = 0.0
+
+
+class TextGenerator:
+    """Starts answers on a model's engine. Belongs to one event loop at a time."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, metrics: ServingMetrics, clock: Clock) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._clock = clock
+        self._postbox: Postbox | None = None
+
+    def start(
+        self, prompts: Sequence[Prompt], asked: Asked, *, on_close: Callable[[AnswerStream], None]
+    ) -> AnswerStream:
+        """Submit one request a prompt; call from the event loop.
+
+        Raises what ``Engine.submit`` raises; then nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        if self._postbox is None or self._postbox.loop is not loop:
+            self._postbox = Postbox(loop)
+        stream = AnswerStream(self._engine, on_close)
+        try:
+            for index, prompt in enumerate(prompts):
+                request = GenerationRequest(
+                    asked.answer_id(index),
+                    prompt.token_ids,
+                    prompt.params,
+                    asked.tenant.salt,
+                    tenant=asked.tenant.name,
+                    session_id=asked.session,
+                    retain_tokens=prompt.retain_tokens,
+                    retain_seconds=prompt.retain_seconds,
+                )
+                answer = Answer(index, len(prompt.token_ids), self._tokenizer.detokenizer(), prompt.params.stop)
+                timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
+                stream.add(request, answer, timer, self._postbox)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+def answer_budget(engine: Engine, prompt_tokens: int, asked: int | None, *, field: str = "max_tokens") -> int:
+    """How many tokens an answer may have: what ``field`` asked for, or else what the context has left.
+
+    Raises PromptTooLongError when prompt and answer do not fit, RequestError when the prompt is empty.
+    """
+    if prompt_tokens == 0:
+        raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
+    if prompt_tokens > engine.max_prompt_tokens:
+        raise PromptTooLongError(
+            f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted"
+        )
+    room = engine.context_length - prompt_tokens
+    if asked is not None and asked > room:
+        raise PromptTooLongError(
+            f"{field} is {asked}; after a prompt of {prompt_tokens} tokens, the context of "
+            f"{engine.context_length} tokens has room for at most {room}",
+            param=field,
+        )
+    return room if asked is None else asked

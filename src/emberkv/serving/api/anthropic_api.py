@@ -1,0 +1,144 @@
+"""The Anthropic API's routes: messages and their token count."""
+
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from emberkv.core.sequence import FinishReason
+from emberkv.serving.answers.answer import Answer
+from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.answers.generator import Prompt, answer_budget
+from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.api.failures import anthropic_error, failure_mid_stream
+from emberkv.serving.api.rendering import render_messages
+from emberkv.serving.api.sse import EventStream, compact_json, sse_event, whole_response
+from emberkv.serving.api.validation import parse_body
+from emberkv.serving.canonical.requests import Applied
+from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.context import ServingContext
+from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.tenancy.tenants import Tenant
+
+_DELTA_HEAD = (
+    'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'
+)
+
+
+def prepare_messages(
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+) -> tuple[MessagesRequest, Prompt, Applied]:
+    """Check, render and tokenize a request. Raises RequestError."""
+    request = parse_body(MessagesRequest, body)
+    model.check_name(request.model)
+    rendered = render_messages(request, model.tokenizer, rules)
+    budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
+    prompt = Prompt(rendered.token_ids, request.sampling(budget), rendered.retain_tokens, rendered.retain_seconds)
+    return request, prompt, rendered.canonical
+
+
+def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None = None) -> int:
+    """How many tokens a request's prompt has. Raises RequestError."""
+    request = parse_body(PromptRequest, body)
+    model.check_name(request.model)
+    return len(render_messages(request, model.tokenizer, rules).token_ids)
+
+
+def anthropic_router(context: ServingContext) -> APIRouter:
+    """The routes, guarded by the context's API keys."""
+    router = APIRouter()
+    guard = Depends(context.tenant)
+
+    @router.post("/v1/messages")
+    async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+        arrived = context.clock()
+        work = partial(prepare_messages, rules=context.settings.canonical)
+        request, prompt, canonical = await context.prepare(work, await http.body())
+        asked = context.asked(http, "messages", tenant, arrived, canonical)
+        stream = context.start([prompt], asked)
+        form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
+        headers = partial(context.cache_headers, stream)
+        if request.stream:
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
+
+    @router.post("/v1/messages/count_tokens", dependencies=[guard])
+    async def count(http: Request) -> Response:
+        work = partial(count_tokens, rules=context.settings.canonical)
+        return JSONResponse({"input_tokens": await context.prepare(work, await http.body())})
+
+    return router
+
+
+def usage_of(answer: Answer) -> dict[str, int]:
+    """The prompt's tokens in three parts that add up to all of them, and the answer's.
+
+    Read: reused from the cache. Creation: computed in full blocks, which later prompts can reuse. Input: the
+    rest, which is the prompt's last, partly filled block.
+    """
+    usage = answer.usage
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.created_tokens,
+        "cache_creation_input_tokens": usage.created_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": answer.completion_tokens,
+    }
+
+
+def stop_reason(answer: Answer) -> str:
+    if answer.stop_sequence is not None:
+        return "stop_sequence"
+    return "max_tokens" if answer.finish_reason is FinishReason.LENGTH else "end_turn"
+
+
+class MessageForm:
+    """How one answer is written down, whole or as events."""
+
+    def __init__(self, request_id: str, model: str) -> None:
+        self._id = request_id
+        self._model = model
+
+    def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]:
+        """The response to a request that did not ask for a stream."""
+        (whole,) = answers
+        return {
+            **self._message(whole.answer),
+            "content": [{"type": "text", "text": whole.text}],
+            "stop_reason": stop_reason(whole.answer),
+            "stop_sequence": whole.answer.stop_sequence,
+        }
+
+    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+        """The whole sequence of events. A failure becomes an error event, which is then the last."""
+        try:
+            await stream.started()
+            (answer,) = stream.answers
+            yield _event("message_start", message=self._message(answer))
+            yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            async for delta in stream:
+                if delta.text:
+                    yield f"{_DELTA_HEAD}{compact_json(delta.text)}}}}}\n\n".encode()
+            yield _event("content_block_stop", index=0)
+            reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}
+            yield _event("message_delta", delta=reason, usage=usage_of(answer))
+            yield _event("message_stop")
+        except Exception as error:  # noqa: BLE001 - the answer has begun: an event is all that can tell of it
+            yield sse_event(anthropic_error(failure_mid_stream(error)), "error")
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage_of(answer),
+        }
+
+
+def _event(kind: str, **fields: object) -> bytes:
+    return sse_event({"type": kind, **fields}, kind)

@@ -1,0 +1,130 @@
+"""The OpenAI API's routes: chat completions, completions, models."""
+
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from emberkv.serving.answers.generator import Prompt, answer_budget
+from emberkv.serving.api.openai_forms import ChatForm, CompletionForm
+from emberkv.serving.api.openai_schema import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    OpenAIRequest,
+)
+from emberkv.serving.api.rendering import render_chat
+from emberkv.serving.api.sse import EventStream, whole_response
+from emberkv.serving.api.validation import parse_body
+from emberkv.serving.canonical.requests import Applied
+from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.context import ServingContext
+from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.tenancy.tenants import Tenant
+
+
+def prepare_chat(
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+) -> tuple[ChatCompletionRequest, list[Prompt], Applied]:
+    """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
+
+    Raises RequestError.
+    """
+    request = parse_body(ChatCompletionRequest, body)
+    model.check_name(request.model)
+    request.check()
+    logprobs = request.wanted_logprobs
+    rendered = render_chat(request, model.tokenizer, rules)
+    token_ids = rendered.token_ids
+    if request.max_completion_tokens is None:
+        field, asked = "max_tokens", request.max_tokens
+    else:
+        field, asked = "max_completion_tokens", request.max_completion_tokens
+    budget = answer_budget(model.engine, len(token_ids), asked, field=field)
+    prompts = [
+        Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds)
+        for each in request.sampling(max_tokens=budget, logprobs=logprobs)
+    ]
+    return request, prompts, rendered.canonical
+
+
+def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionRequest, list[Prompt]]:
+    """Check and tokenize a completion request. Raises RequestError."""
+    request = parse_body(CompletionRequest, body)
+    model.check_name(request.model)
+    request.check()
+    prompts = []
+    for given in request.prompts():
+        token_ids = model.tokenizer.encode(given, add_special_tokens=True) if isinstance(given, str) else given
+        budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
+        if request.max_tokens is None:
+            budget = min(budget, DEFAULT_COMPLETION_TOKENS)
+        choices = request.sampling(max_tokens=budget, logprobs=request.logprobs)
+        prompts += [Prompt(token_ids, params) for params in choices]
+    return request, prompts
+
+
+def openai_router(context: ServingContext) -> APIRouter:
+    """The routes, guarded by the context's API keys."""
+    router = APIRouter()
+    guard = Depends(context.tenant)
+
+    def form_arguments(request: OpenAIRequest, request_id: str) -> dict[str, Any]:
+        model = context.lifecycle.model()
+        return {
+            "request_id": request_id,
+            "model": model.names[0],
+            "created": int(context.wall_clock()),
+            "token_text": model.tokenizer.token_text,
+            "choices": request.choices,
+            "include_usage": request.include_usage,
+        }
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+        arrived = context.clock()
+        work = partial(prepare_chat, rules=context.settings.canonical)
+        request, prompts, canonical = await context.prepare(work, await http.body())
+        asked = context.asked(http, "chat_completions", tenant, arrived, canonical)
+        stream = context.start(prompts, asked)
+        form = ChatForm(**form_arguments(request, asked.request_id))
+        headers = partial(context.cache_headers, stream)
+        if request.stream:
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
+
+    @router.post("/v1/completions")
+    async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+        arrived = context.clock()
+        request, prompts = await context.prepare(prepare_completion, await http.body())
+        asked = context.asked(http, "completions", tenant, arrived)
+        stream = context.start(prompts, asked)
+        form = CompletionForm(**form_arguments(request, asked.request_id))
+        headers = partial(context.cache_headers, stream)
+        if request.stream:
+            return EventStream(stream, form.events(stream), headers)
+        return await whole_response(http, stream, form.whole, headers)
+
+    @router.get("/v1/models", dependencies=[guard])
+    async def models() -> Response:
+        model = context.lifecycle.model()
+        return JSONResponse({"object": "list", "data": [_model_card(model, name) for name in model.names]})
+
+    @router.get("/v1/models/{name:path}", dependencies=[guard])
+    async def model_card(name: str) -> Response:
+        model = context.lifecycle.model()
+        model.check_name(name)
+        return JSONResponse(_model_card(model, name))
+
+    return router
+
+
+def _model_card(model: LoadedModel, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "emberkv",
+        "max_model_len": model.engine.context_length,
+    }

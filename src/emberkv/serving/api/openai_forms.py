@@ -1,0 +1,184 @@
+"""The OpenAI API's answers: whole, and as a stream of chunks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, ClassVar
+
+from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
+from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.api.failures import failure_mid_stream, openai_error
+from emberkv.serving.api.sse import compact_json, sse_event
+
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+DONE = b"data: [DONE]\n\n"
+
+TokenText = Callable[[int], str]
+
+
+class OpenAIForm(ABC):
+    """How one request's answers are written down.
+
+    choices: answers to each prompt; a prompt's tokens are counted once, with its first answer.
+    include_usage: whether the stream ends with a chunk of usage.
+    """
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        created: int,
+        token_text: TokenText,
+        *,
+        choices: int = 1,
+        include_usage: bool = False,
+    ) -> None:
+        self._id = request_id
+        self._model = model
+        self._created = created
+        self._choices = choices
+        self._include_usage = include_usage
+        self.token_text = token_text
+        head = compact_json(self._envelope(self.chunk_object))
+        # a chunk is put together as text, because one is made for every token of every stream
+        self._chunk_head = f'data: {head[:-1]},"choices":['
+        self._chunk_tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+
+    @abstractmethod
+    def opening_choice(self, index: int) -> str | None:
+        """The JSON of the choice that announces an answer, where the API has one."""
+
+    @abstractmethod
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        """The JSON of a chunk's only choice."""
+
+    @abstractmethod
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]: ...
+
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+        """The response to a request that did not ask for a stream."""
+        return {
+            **self._envelope(self.whole_object),
+            "choices": [self.whole_choice(index, answer) for index, answer in enumerate(answers)],
+            "usage": self._usage([answer.answer for answer in answers]),
+        }
+
+    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+        """The whole stream of events. A failure becomes an error event; [DONE] comes last in any case."""
+        try:
+            for answer in stream.answers:
+                opening = self.opening_choice(answer.index)
+                if opening is not None:
+                    yield self._chunk(opening)
+            async for delta in stream:
+                yield self._chunk(self.delta_choice(delta))
+            if self._include_usage:
+                envelope = self._envelope(self.chunk_object)
+                yield sse_event({**envelope, "choices": [], "usage": self._usage(stream.answers)})
+        except Exception as error:  # noqa: BLE001 - the answer has begun: an event is all that can tell of it
+            yield sse_event(openai_error(failure_mid_stream(error)))
+        yield DONE
+
+    def _chunk(self, choice: str) -> bytes:
+        return f"{self._chunk_head}{choice}{self._chunk_tail}".encode()
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        first_of_each = answers[:: self._choices]
+        prompt = sum(answer.usage.prompt_tokens for answer in first_of_each)
+        completion = sum(answer.completion_tokens for answer in answers)
+        cached = sum(answer.usage.cached_tokens for answer in first_of_each)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def finish_json(delta: AnswerDelta) -> str:
+    return "null" if delta.finish_reason is None else f'"{delta.finish_reason.value}"'
+
+
+def finish_name(answer: Answer) -> str | None:
+    return None if answer.finish_reason is None else answer.finish_reason.value
+
+
+class ChatForm(OpenAIForm):
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening_choice(self, index: int) -> str:
+        delta = '"delta":{"role":"assistant","content":""}'
+        return f'{{"index":{index},{delta},"logprobs":null,"finish_reason":null}}'
+
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        content = f'{{"content":{compact_json(delta.text)}}}' if delta.text else "{}"
+        logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
+        return f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish_json(delta)}}}'
+
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
+            "finish_reason": finish_name(whole.answer),
+        }
+
+    def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
+        return {
+            "content": [
+                {
+                    **self._token(entry.token.token_id, entry.token.logprob),
+                    "top_logprobs": [self._token(*alternative) for alternative in entry.token.top],
+                }
+                for entry in entries
+            ]
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self.token_text(token_id)
+        whole_characters = "\ufffd" not in text
+        return {
+            "token": text,
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": list(text.encode()) if whole_characters else None,
+        }
+
+
+class CompletionForm(OpenAIForm):
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def opening_choice(self, index: int) -> None:
+        return None
+
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
+        return (
+            f'{{"index":{delta.index},"text":{compact_json(delta.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{finish_json(delta)}}}'
+        )
+
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": whole.text,
+            "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
+            "finish_reason": finish_name(whole.answer),
+        }
+
+    def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
+        return {
+            "tokens": [self.token_text(entry.token.token_id) for entry in entries],
+            "token_logprobs": [max(entry.token.logprob, LOWEST_LOGPROB) for entry in entries],
+            "top_logprobs": [
+                {self.token_text(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in entry.token.top}
+                for entry in entries
+            ],
+            "text_offset": [entry.start for entry in entries],
+        }

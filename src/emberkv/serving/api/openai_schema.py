@@ -1,0 +1,177 @@
+"""The OpenAI API's requests: their fields, and which of them cannot be honoured here."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from emberkv.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from emberkv.errors import RequestError
+from emberkv.serving.api.validation import RequestBody
+
+MAX_ANSWERS = 64  # prompts times n, in one HTTP request
+DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's own /v1/completions
+
+_UNSUPPORTED = (
+    "allowed_token_ids",
+    "audio",
+    "bad_words",
+    "echo",
+    "function_call",
+    "functions",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "logit_bias",
+    "min_tokens",
+    "prompt_logprobs",
+    "stop_token_ids",
+    "structured_outputs",
+    "suffix",
+    "use_beam_search",
+    "web_search_options",
+)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(RequestBody):
+    """What chat and plain completions have in common. ``top_k`` and the fields after it are extensions."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    response_format: dict[str, Any] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raises RequestError for what is not supported."""
+        self.refuse(*_UNSUPPORTED)
+        if not 1 <= self.choices <= MAX_ANSWERS:
+            raise RequestError(f"n is {self.n}; it must be from 1 to {MAX_ANSWERS}", param="n")
+        if self.best_of is not None and self.best_of != self.choices:
+            raise RequestError(
+                f"best_of is {self.best_of}; it is not supported: leave it out, or make it n ({self.choices})",
+                param="best_of",
+            )
+        format_type = (self.response_format or {"type": "text"}).get("type")
+        if format_type != "text":
+            raise RequestError(
+                f"response_format.type is {format_type!r}; only 'text' is supported", param="response_format"
+            )
+
+    def sampling(self, *, max_tokens: int, logprobs: int | None) -> list[SamplingParams]:
+        """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``.
+
+        Raises RequestError when a value is out of range.
+        """
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "ignore_eos": self.ignore_eos,
+        }
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return [
+            SamplingParams(
+                max_tokens=max_tokens,
+                stop=stop,
+                seed=None if self.seed is None else self.seed + choice,
+                logprobs=logprobs,
+                **fields,
+            )
+            for choice in range(self.choices)
+        ]
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """The body of POST /v1/chat/completions. The messages' own shape is checked by ``chat_messages``."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives to report beside each token; None for no log-probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(
+                f"top_logprobs is {self.top_logprobs} but logprobs is not true; set it, or leave both out",
+                param="top_logprobs",
+            )
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the chat template is to show.
+
+        A model cannot be made to call a tool here, so 'required' and named tools are refused.
+        """
+        if self.tool_choice not in (None, "none", "auto"):
+            raise RequestError(
+                f"tool_choice is {self.tool_choice!r}; only 'none' and 'auto' are supported",
+                param="tool_choice",
+            )
+        return None if self.tool_choice == "none" else self.tools or None
+
+
+class CompletionRequest(OpenAIRequest):
+    """The body of POST /v1/completions."""
+
+    prompt: Any
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each as text or as token ids. Raises RequestError for any other form."""
+        given = self.prompt
+        many = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
+        prompts: list[str | list[int]] = given if many else [given]
+        for prompt in prompts:
+            if not (isinstance(prompt, str) or _is_token_ids(prompt)):
+                raise RequestError(
+                    "prompt must be a string, a list of strings, a list of token ids (integers from 0), "
+                    "or a list of such lists",
+                    param="prompt",
+                )
+        if len(prompts) * self.choices > MAX_ANSWERS:
+            raise RequestError(
+                f"{len(prompts)} prompts with n = {self.choices} ask for {len(prompts) * self.choices} answers; "
+                f"at most {MAX_ANSWERS} are accepted",
+                param="prompt",
+            )
+        return prompts
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)

@@ -1,0 +1,59 @@
+"""From a checked request to token ids: canonical rules, chat template, tokenizer; and what is to be retained."""
+
+from dataclasses import dataclass, field
+
+from emberkv.engine.tokenizer import Tokenizer
+from emberkv.errors import RequestError
+from emberkv.serving.api.anthropic_schema import PromptRequest
+from emberkv.serving.api.chat_messages import template_messages
+from emberkv.serving.api.openai_schema import ChatCompletionRequest
+from emberkv.serving.api.retain_marks import anthropic_mark, chat_mark, covered_tokens, without_marks
+from emberkv.serving.canonical.requests import Applied, canonical_chat, canonical_messages
+from emberkv.serving.canonical.rules import CanonicalRules
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds."""
+
+    token_ids: list[int]
+    canonical: Applied = field(default_factory=dict)
+    retain_tokens: int = 0
+    retain_seconds: float = 0.0
+
+
+def render_messages(request: PromptRequest, tokenizer: Tokenizer, rules: CanonicalRules | None) -> RenderedPrompt:
+    """An Anthropic request's prompt. Raises RequestError for what cannot be used."""
+    request, canonical = canonical_messages(request, rules)
+    text = request.prompt_text(tokenizer)
+    mark = anthropic_mark(request)
+    try:
+        cut = None if mark is None else mark.cut.prompt_text(tokenizer)
+    except RequestError:
+        cut = None  # a template may refuse half a conversation; a wish about eviction is no reason to refuse the whole
+    return _tokenized(tokenizer, text, canonical, cut, mark.seconds if mark else 0.0)
+
+
+def render_chat(request: ChatCompletionRequest, tokenizer: Tokenizer, rules: CanonicalRules | None) -> RenderedPrompt:
+    """An OpenAI chat request's prompt. Raises RequestError for what cannot be used."""
+    request, canonical = canonical_chat(request, rules)
+    text = _chat_text(request, tokenizer)
+    mark = chat_mark(request)
+    try:
+        cut = None if mark is None else _chat_text(mark.cut, tokenizer)
+    except RequestError:
+        cut = None  # as above
+    return _tokenized(tokenizer, text, canonical, cut, mark.seconds if mark else 0.0)
+
+
+def _chat_text(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
+    return tokenizer.render_chat(template_messages(request.messages), tools=without_marks(request.shown_tools))
+
+
+def _tokenized(
+    tokenizer: Tokenizer, text: str, canonical: Applied, cut_text: str | None, seconds: float
+) -> RenderedPrompt:
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    if cut_text is None:
+        return RenderedPrompt(token_ids, canonical)
+    return RenderedPrompt(token_ids, canonical, covered_tokens(tokenizer, text, token_ids, cut_text), seconds)

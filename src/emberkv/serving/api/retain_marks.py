@@ -1,0 +1,115 @@
+"""``cache_control``: prefixes that a request asks to keep for a while. A wish about eviction's order, never a lock.
+
+Anthropic's marks stand on blocks of the system prompt and of messages, and on tools; on OpenAI requests the same object
+is accepted on messages, their text parts and tools. A mark covers the prompt from its beginning through what it is on.
+Of several, the one that lasts longest counts, and of these the last, since it covers the others.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from emberkv.engine.tokenizer import Tokenizer
+from emberkv.errors import RequestError
+from emberkv.serving.api.anthropic_schema import PromptRequest
+from emberkv.serving.api.openai_schema import ChatCompletionRequest
+
+FIELD = "cache_control"
+LIFETIMES = {"5m": 300.0, "1h": 3600.0}
+
+Request = TypeVar("Request", PromptRequest, ChatCompletionRequest)
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark(Generic[Request]):
+    """seconds: how long to keep it. cut: the request as far as the mark covers it."""
+
+    seconds: float
+    cut: Request
+
+
+def anthropic_mark(request: PromptRequest) -> Mark[PromptRequest] | None:
+    """The mark that counts; None without one. Raises RequestError for one that cannot be used."""
+    return _lasting_longest(_anthropic_marks(request))
+
+
+def chat_mark(request: ChatCompletionRequest) -> Mark[ChatCompletionRequest] | None:
+    """As `anthropic_mark`."""
+    return _lasting_longest(_chat_marks(request))
+
+
+def covered_tokens(tokenizer: Tokenizer, text: str, token_ids: list[int], cut_text: str) -> int:
+    """How many of a prompt's tokens lie within what it has in common with its cut form, both rendered."""
+    shorter = min(len(text), len(cut_text))
+    length = bisect_left(range(shorter), True, key=lambda at: text[: at + 1] != cut_text[: at + 1])
+    common = tokenizer.encode(text[:length], add_special_tokens=False)
+    pairs = zip(common, token_ids, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(common), len(token_ids)))
+
+
+def without_marks(tools: list[Json] | None) -> list[Json] | None:
+    """OpenAI tools as the template is to show them: a mark on one is no part of it."""
+    return tools and [{key: value for key, value in tool.items() if key != FIELD} for tool in tools]
+
+
+def _lasting_longest(marks: Iterator[Mark[Request]]) -> Mark[Request] | None:
+    best = None
+    for mark in marks:
+        if best is None or mark.seconds >= best.seconds:
+            best = mark
+    return best
+
+
+def _anthropic_marks(request: PromptRequest) -> Iterator[Mark[PromptRequest]]:
+    anyone = [{"role": "user", "content": ""}]  # templates want a message behind the system prompt
+    for index, tool in enumerate(request.tools or ()):
+        if seconds := _seconds(tool, f"tools.{index}"):
+            yield Mark(seconds, request.model_copy(update={"tools": _to(request.tools, index), "messages": anyone}))
+    if isinstance(request.system, list):
+        for index, block in enumerate(request.system):
+            if seconds := _seconds(block, f"system.{index}"):
+                yield Mark(
+                    seconds, request.model_copy(update={"system": request.system[: index + 1], "messages": anyone})
+                )
+    for seconds, messages in _message_marks(request.messages, "messages.{}", ".content.{}"):
+        yield Mark(seconds, request.model_copy(update={"messages": messages}))
+
+
+def _chat_marks(request: ChatCompletionRequest) -> Iterator[Mark[ChatCompletionRequest]]:
+    for index, tool in enumerate(request.tools or ()):
+        if seconds := _seconds(tool, f"tools[{index}]"):
+            yield Mark(seconds, request.model_copy(update={"tools": _to(request.tools, index)}))
+    for seconds, messages in _message_marks(request.messages, "messages[{}]", ".content[{}]"):
+        yield Mark(seconds, request.model_copy(update={"messages": messages}))
+
+
+def _message_marks(messages: list[Json], message_place: str, part_place: str) -> Iterator[tuple[float, list[Json]]]:
+    """Each mark's seconds, and the messages as far as it covers them."""
+    for index, message in enumerate(messages):
+        place = message_place.format(index)
+        content = message.get("content")
+        for part, each in enumerate(content if isinstance(content, list) else ()):
+            if seconds := _seconds(each, place + part_place.format(part)):
+                yield seconds, [*messages[:index], {**message, "content": _to(content, part)}]
+        if seconds := _seconds(message, place):
+            yield seconds, messages[: index + 1]
+
+
+def _to(items: Any, index: int) -> Any:
+    return items[: index + 1]
+
+
+def _seconds(marked: object, place: str) -> float:
+    """How long something is to be kept; 0 where it bears no mark."""
+    control = marked.get(FIELD) if isinstance(marked, dict) else None
+    if control is None:
+        return 0.0
+    at = f"{place}.{FIELD}"
+    if not isinstance(control, dict) or control.get("type") != "ephemeral":
+        raise RequestError(f"{at} is {control!r}; it must be an object with type 'ephemeral'", param=at)
+    lifetime = control.get("ttl", "5m")
+    if not isinstance(lifetime, str) or lifetime not in LIFETIMES:
+        raise RequestError(f"{at}.ttl is {lifetime!r}; it must be '5m' or '1h'", param=f"{at}.ttl")
+    return LIFETIMES[lifetime]

@@ -1,0 +1,90 @@
+"""Answers over HTTP, as server-sent events or whole. Both end when their client leaves."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.api.failures import CLIENT_GONE
+
+T = TypeVar("T")
+
+
+def sse_event(data: object, name: str | None = None) -> bytes:
+    """One event whose data is a JSON object."""
+    prefix = f"event: {name}\n" if name else ""
+    return f"{prefix}data: {compact_json(data)}\n\n".encode()
+
+
+def compact_json(data: object) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Await ``work``. If the client goes first, cancel it, wait until it has cleaned up, and return None."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.wait((task, watch))
+    return None if task.cancelled() else task.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they are made. However it ends, the answers behind the events are closed.
+
+    headers: asked for once the first answer has begun, from which on its cache usage is known.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, answers: AnswerStream, events: AsyncGenerator[bytes, None], headers: Callable[[], dict[str, str]]
+    ) -> None:
+        # not Response.__init__, which would give the stream the length of an empty body
+        self._answers = answers
+        self._events = events
+        self._late_headers = headers
+        self.status_code = 200
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answers:
+            await unless_disconnected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        late = self._late_headers() if await self._answers.started() else {}
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **late})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def whole_response(
+    request: Request,
+    stream: AnswerStream,
+    write: Callable[[list[WholeAnswer]], dict[str, Any]],
+    headers: Callable[[], dict[str, str]],
+) -> Response:
+    """Wait for all answers and write them as one JSON object, with ``headers`` as they are then."""
+    async with stream:
+        answers = await unless_disconnected(request.receive, stream.collect())
+    if answers is None:
+        return Response(status_code=CLIENT_GONE)
+    return JSONResponse(write(answers), headers=headers())

@@ -1,0 +1,1 @@
+"""Who asks: keys, tenants, their salts and shares."""

@@ -1,0 +1,184 @@
+"""The tenants file: who may ask, what each may keep in each tier, and which prompts' beginnings all share."""
+
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from emberkv.core.hashing import PUBLIC_OWNER
+from emberkv.core.policies.fair_shares import Share
+from emberkv.errors import ConfigError
+
+TIERS = ("pool", "ram", "disk")
+KEY_TENANT_PREFIX = "key-"
+"""Begins the names of tenants that are made of ``--api-key``."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def _tenant_name(name: str) -> str:
+    if not _NAME.fullmatch(name) or name == PUBLIC_OWNER or name.startswith(KEY_TENANT_PREFIX):
+        raise ValueError(
+            "a tenant's name has 1 to 64 of a-z, 0-9, '.', '_' and '-', begins with a letter or digit, "
+            f"and is neither {PUBLIC_OWNER!r} nor begins with {KEY_TENANT_PREFIX!r}"
+        )
+    return name
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise ValueError("it must be the key's SHA-256 in 64 hexadecimal digits")
+    return text.lower()
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class KeySource(_Strict):
+    """One API key, which is not written into the file: its SHA-256, or the environment variable that holds it."""
+
+    sha256: Annotated[str, AfterValidator(_digest)] | None = None
+    env: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.sha256 is None) == (self.env is None):
+            raise ValueError("a key is given as {sha256: DIGEST} or as {env: VARIABLE}")
+        return self
+
+    def digest(self, environ: Mapping[str, str]) -> bytes:
+        """The key's SHA-256. Raises ConfigError for a variable that is not set, or empty."""
+        if self.sha256 is not None:
+            return bytes.fromhex(self.sha256)
+        assert self.env is not None
+        key = environ.get(self.env, "")
+        if not key:
+            raise ConfigError(f"the environment variable {self.env}, which is to hold a key, is not set")
+        return key_digest(key)
+
+
+class TierShare(_Strict):
+    """floor: bytes that others leave to the owner. quota: bytes that it may have; without one, all there are."""
+
+    floor: ByteSize = ByteSize(0)
+    quota: ByteSize | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.quota is not None and self.quota < self.floor:
+            raise ValueError(f"the quota, {self.quota} bytes, is below the floor, {self.floor}")
+        return self
+
+    def share(self) -> Share:
+        return Share(int(self.floor), None if self.quota is None else int(self.quota))
+
+
+class Shares(_Strict):
+    """An owner's share of each tier."""
+
+    pool: TierShare = TierShare()
+    ram: TierShare = TierShare()
+    disk: TierShare = TierShare()
+
+
+class TenantEntry(Shares):
+    keys: list[KeySource] = Field(min_length=1)
+
+
+class PublicPrompt(_Strict):
+    """A beginning that all tenants share. system: a system prompt, rendered as the model's chat template does.
+    text: as it stands, as completions send it. The file variants name a file, from the tenants file's folder on.
+    """
+
+    system: str | None = Field(default=None, min_length=1)
+    system_file: str | None = Field(default=None, min_length=1)
+    text: str | None = Field(default=None, min_length=1)
+    text_file: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a public prefix is given as one of system, system_file, text and text_file")
+        return self
+
+
+class TenantsFile(_Strict):
+    """tenants: by name. public: the share of what is cached of public prefixes."""
+
+    tenants: dict[Annotated[str, AfterValidator(_tenant_name)], TenantEntry] = {}
+    public: Shares = Shares()
+    public_prefixes: list[PublicPrompt] = []
+
+    def shares(self, tier: str) -> dict[str, Share]:
+        """Each owner's share of a tier of `TIERS`."""
+        owners: dict[str, Shares] = {**self.tenants, PUBLIC_OWNER: self.public}
+        return {owner: getattr(shares, tier).share() for owner, shares in owners.items()}
+
+
+def key_digest(key: str) -> bytes:
+    """SHA-256 of a key's UTF-8 bytes."""
+    return sha256(key.encode()).digest()
+
+
+def read_tenants(path: Path) -> TenantsFile:
+    """Read a tenants file, and the prompts' files that it names into ``system`` and ``text``.
+
+    Raises ConfigError that names the file and each key at fault.
+    """
+    try:
+        data = yaml.load(path.read_bytes(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        found = TenantsFile.model_validate({} if data is None else data)
+    except OSError as error:
+        raise ConfigError(f"the tenants file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the tenants file {path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        complaints = "; ".join(_complaint(detail) for detail in error.errors(include_url=False))
+        raise ConfigError(f"the tenants file {path}: {complaints}") from error
+    prompts = [_with_text(prompt, path.parent) for prompt in found.public_prefixes]
+    return found.model_copy(update={"public_prefixes": prompts})
+
+
+def _with_text(prompt: PublicPrompt, folder: Path) -> PublicPrompt:
+    (source,) = prompt.model_fields_set
+    if not source.endswith("_file"):
+        return prompt
+    path = folder / getattr(prompt, source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"the public prefix {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the public prefix {path} is not UTF-8 at byte {error.start}") from error
+    if not text:
+        raise ConfigError(f"the public prefix {path} is empty")
+    return PublicPrompt.model_validate({source.removesuffix("_file"): text})
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a mapping's second entry under one key is an error: two tenants of one name are a mistake."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    "in a mapping", node.start_mark, f"{key!r} is there twice", node.value[index][0].start_mark
+                )
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _complaint(detail: Any) -> str:
+    """What is wrong where; what a key's entry says is not repeated, as it may be the key itself."""
+    name = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the file"
+    message = detail["msg"].removeprefix("Value error, ")
+    if "keys" in detail["loc"]:
+        return f"{name}: {message}; a key is given as {{sha256: DIGEST}} or as {{env: VARIABLE}}"
+    return f"{name} is {detail['input']!r}: {message}"

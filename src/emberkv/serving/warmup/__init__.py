@@ -1,0 +1,1 @@
+"""What is computed before the first request, and kept warm after."""

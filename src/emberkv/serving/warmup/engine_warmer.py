@@ -1,0 +1,81 @@
+"""A warmup's way to the engine's loop."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler
+from emberkv.engine.request import GenerationRequest, OutputListener
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import EngineStoppedError
+from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.warmup.warm_prompt import WarmPrompt
+
+if TYPE_CHECKING:
+    from emberkv.engine.loop import EngineLoop
+
+WARMUP_PRIORITY = 1_000_000
+"""Behind all requests that somebody waits for, whose priority is 0."""
+
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+_PATIENCE_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+class EngineWarmer:
+    """The `WarmEngine` over an engine's loop. The prompts of no tenant are the operator's, and unsalted.
+
+    block_size: tokens.
+    """
+
+    def __init__(self, loop: "EngineLoop", tenants: Tenants, *, block_size: int) -> None:
+        self._loop = loop
+        self._tenants = tenants
+        self._block_size = block_size
+
+    def chain(self, prompt: WarmPrompt) -> Chain:
+        """Raises UnknownTenantError."""
+        return self._loop.chain(self._request(prompt, ""))
+
+    def cached_tokens(self, chain: Chain) -> int:
+        return self._ask(lambda scheduler: _cached_tokens(scheduler.cache, chain))
+
+    def keep(self, chain: Chain) -> None:
+        self._ask(lambda scheduler: scheduler.cache.pool.policy.retain(chain.identities, math.inf))
+
+    def let_go(self, identities: Iterable[Identity]) -> None:
+        released = tuple(identities)
+        self._ask(lambda scheduler: scheduler.cache.pool.policy.let_go(released))
+
+    def room(self) -> int:
+        stats = self._loop.stats()
+        return (stats.free_blocks - stats.cached_blocks) * self._block_size
+
+    def compute(self, prompt: WarmPrompt, request_id: str, listener: OutputListener) -> None:
+        self._loop.submit(self._request(prompt, request_id), listener)
+
+    def abort(self, request_id: str) -> None:
+        self._loop.abort(request_id)
+
+    def _request(self, prompt: WarmPrompt, request_id: str) -> GenerationRequest:
+        is_operators = prompt.tenant in ("", PUBLIC_OWNER)
+        salt = b"" if is_operators else self._tenants.named(prompt.tenant).salt
+        return GenerationRequest(
+            request_id, prompt.tokens, _ONE_TOKEN, salt, priority=WARMUP_PRIORITY, tenant=prompt.tenant
+        )
+
+    def _ask(self, command: Callable[[Scheduler], T]) -> T:
+        try:
+            return self._loop.run(command).result(_PATIENCE_SECONDS)
+        except TimeoutError as error:
+            raise EngineStoppedError(f"the engine gave no answer within {_PATIENCE_SECONDS:g} s") from error
+
+
+def _cached_tokens(cache: PrefixCache, chain: Chain) -> int:
+    if not cache.enabled:
+        return 0
+    match = cache.pool.match(chain, stop=len(chain.identities), exact_only=cache.exact)
+    return cache.whole(len(match.blocks)) * chain.block_size

@@ -1,0 +1,107 @@
+"""What use has taught: the prefixes worth most are written beside the disk tier, for the next start to warm."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from emberkv.core.explaining.explain import decode_tokens
+from emberkv.core.hashing import Chain, Identity
+from emberkv.core.popularity import PrefixPopularity, full_tokens
+from emberkv.errors import EmberError, PrefixFileError
+from emberkv.serving.metrics import Clock
+from emberkv.serving.warmup.prefix_file import prefix_file, read_prefixes, write_prefixes
+from emberkv.serving.warmup.warm_prompt import WarmPrompt
+
+SAVE_SECONDS = 300.0
+MAX_PREFIXES = 1000
+LEAST_SCORE = 0.1
+"""What one reuse counts for after a little more than three days."""
+
+_log = logging.getLogger(__name__)
+
+
+class LearnedPrompts:
+    """Counts reuse, and keeps the result in a file. For any number of threads.
+
+    folder: where the file goes. namespace: the model's, by which its prefixes are told from others'. chain: a prompt's
+    blocks as its tenant's requests name them; raises EmberError for an unknown tenant. clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        namespace: bytes,
+        chain: Callable[[WarmPrompt], Chain],
+        *,
+        popularity: PrefixPopularity | None = None,
+        save_seconds: float = SAVE_SECONDS,
+        clock: Clock = time.time,
+    ) -> None:
+        self._path = prefix_file(folder, namespace)
+        self._namespace = namespace
+        self._chain = chain
+        self._popularity = popularity if popularity is not None else PrefixPopularity()
+        self._save_seconds = save_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._changed = False
+        self._saved_at = clock()
+
+    def used(self, chain: Chain, hit_tokens: int) -> None:
+        """A request has reused the first ``hit_tokens`` of ``chain``."""
+        if hit_tokens:
+            with self._lock:
+                self._popularity.used(chain, hit_tokens, self._clock())
+                self._changed = True
+
+    def restore(self) -> list[WarmPrompt]:
+        """What the file holds, the best first, and counts on from there. A file that cannot be used is passed over.
+
+        Left out are prefixes whose identity is another now: those of tenants that have gone, or have another salt.
+        """
+        try:
+            prefixes, saved_at = read_prefixes(self._path, namespace=self._namespace)
+        except PrefixFileError as error:
+            _log.warning("learned prompts are not restored: %s", error)
+            return []
+        prompts, chains = [], []
+        for prefix, tokens in zip(prefixes, full_tokens(prefixes), strict=True):
+            prompt = WarmPrompt(decode_tokens(tokens), prefix.owner)
+            chains.append(self._chain_of(prompt, prefix.identity))
+            if chains[-1] is not None:
+                prompts.append(prompt)
+        with self._lock:
+            self._popularity.restore(prefixes, chains, saved_at)
+        return prompts
+
+    def save_when_due(self) -> float:
+        """Save if it is time to; the seconds until it will be again."""
+        due_in = self._saved_at + self._save_seconds - self._clock()
+        if due_in > 0:
+            return due_in
+        self.save()
+        return self._save_seconds
+
+    def save(self) -> None:
+        """Write the file, unless nothing is new. A failure is logged: the server's work does not depend on it."""
+        now = self._clock()
+        self._saved_at = now
+        with self._lock:
+            if not self._changed:
+                return
+            best = self._popularity.best(now, least_score=LEAST_SCORE)[:MAX_PREFIXES]
+            self._changed = False
+        try:
+            write_prefixes(self._path, best, namespace=self._namespace, saved_at=now)
+        except OSError as error:
+            _log.warning("learned prompts are not saved: %s: %s", self._path, error.strerror)
+            self._changed = True  # so that they are the next time
+
+    def _chain_of(self, prompt: WarmPrompt, identity: Identity) -> Chain | None:
+        try:
+            chain = self._chain(prompt)
+        except EmberError:  # a tenant that has gone
+            return None
+        return chain if chain.identities and chain.identities[-1] == identity else None

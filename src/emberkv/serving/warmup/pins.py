@@ -1,0 +1,83 @@
+"""The prompts that are to stay warm, and which of them may have gone cold."""
+
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from emberkv.core.hashing import Identity
+from emberkv.serving.warmup.warm_prompt import Outcome, Warming, WarmPrompt
+
+_UNTRIED = Warming(Outcome.FAILED)
+
+
+@dataclass(slots=True, eq=False)
+class Pin:
+    """One prompt. stale: not known to be cached. due_at: not to be warmed before, by the warmup's clock."""
+
+    prompt: WarmPrompt
+    identities: frozenset[Identity] = frozenset()
+    stale: bool = True
+    due_at: float = 0.0
+    warming: Warming = _UNTRIED
+
+    @property
+    def is_warm(self) -> bool:
+        return self.warming.outcome is Outcome.WARM and not self.stale
+
+
+class Pins:
+    """Pins by prompt, in the order in which they came; for any number of threads.
+
+    unit: tokens that hits are rounded down to, and prompts with them.
+    """
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._lock = threading.Lock()
+        self._pins: dict[WarmPrompt, Pin] = {}
+
+    def __iter__(self) -> Iterator[Pin]:
+        with self._lock:
+            return iter(list(self._pins.values()))
+
+    def add(self, tokens: Iterable[int], tenant: str) -> int:
+        """How many tokens are pinned; 0, and no pin, for a prompt shorter than the unit."""
+        prompt = self.rounded(WarmPrompt(tuple(tokens), tenant))
+        if prompt.tokens:
+            with self._lock:
+                self._pins.setdefault(prompt, Pin(prompt))
+        return len(prompt.tokens)
+
+    def remove(self, tokens: Iterable[int], tenant: str) -> Pin | None:
+        with self._lock:
+            return self._pins.pop(self.rounded(WarmPrompt(tuple(tokens), tenant)), None)
+
+    def lost(self, identities: Collection[Identity] | None) -> bool:
+        """Mark the pins that these blocks belong to, all for None, as stale; whether there are any."""
+        with self._lock:
+            hit = [
+                pin for pin in self._pins.values() if identities is None or not pin.identities.isdisjoint(identities)
+            ]
+            for pin in hit:
+                pin.stale = True
+        return bool(hit)
+
+    def stale(self) -> list[Pin]:
+        """What is to be warmed, some time; prompts that can never be are not among it."""
+        return [pin for pin in self if pin.stale and pin.warming.outcome is not Outcome.IMPOSSIBLE]
+
+    def begin(self, pin: Pin, identities: Iterable[Identity]) -> None:
+        """From now on, what is lost counts again."""
+        with self._lock:
+            pin.stale = False
+            pin.identities = frozenset(identities)
+
+    def end(self, pin: Pin, warming: Warming, *, due_at: float) -> None:
+        with self._lock:
+            pin.warming = warming
+            pin.stale = pin.stale or warming.outcome is not Outcome.WARM
+            pin.due_at = due_at
+
+    def rounded(self, prompt: WarmPrompt) -> WarmPrompt:
+        """What of a prompt can be hit."""
+        return replace(prompt, tokens=prompt.tokens[: len(prompt.tokens) // self._unit * self._unit])

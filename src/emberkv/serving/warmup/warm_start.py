@@ -1,0 +1,48 @@
+"""Puts a server's warmup together."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from emberkv.config import ServeConfig
+from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.warmup.engine_warmer import EngineWarmer
+from emberkv.serving.warmup.learned_prompts import LearnedPrompts
+from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
+
+if TYPE_CHECKING:
+    from emberkv.engine.assembly import AssembledEngine
+
+_log = logging.getLogger(__name__)
+
+
+def make_warmup(
+    config: ServeConfig,
+    engine: "AssembledEngine",
+    tenants: Tenants,
+    prompts: Sequence[WarmPrompt],
+    problems: Sequence[str],
+    *,
+    on_ready: Callable[[], None],
+) -> Warmup:
+    """The warmup of ``prompts``, which watches the engine from now on and is not started yet.
+
+    problems: why others are no prompts. on_ready: see `Warmup`. What use teaches is kept in ``config.cache_dir``.
+    Without a prefix cache nothing is warmed.
+    """
+    cache = engine.scheduler.cache
+    warmer = EngineWarmer(engine.loop, tenants, block_size=cache.pool.block_size)
+    settings = WarmupSettings(
+        config.warmup and config.prefix_cache, config.warmup_timeout, config.warmup_required, cache.alignment
+    )
+    if not settings.enabled:
+        prompts, problems = (), ()
+    for tokens in (len(prompt.tokens) for prompt in prompts if len(prompt.tokens) < settings.unit):
+        _log.warning("warmup: a system prompt of %d tokens is too short; hits begin at %d", tokens, settings.unit)
+    learned = None
+    if config.cache_dir is not None:
+        learned = LearnedPrompts(config.cache_dir, engine.executor.root(b""), warmer.chain)
+    warmup = Warmup(warmer, settings, prompts, problems=problems, learned=learned, on_ready=on_ready)
+    engine.loop.watch(warmup.saw)
+    return warmup

@@ -1,0 +1,235 @@
+"""Keeps prompts warm: before the server is ready, and again whenever their state has gone from the pool."""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from emberkv.core.events import AllBlocksCleared, BlockRemoved
+from emberkv.core.hashing import Identity
+from emberkv.engine.news import CacheNews
+from emberkv.errors import EmberError
+from emberkv.serving.metrics import Clock
+from emberkv.serving.warmup.learned_prompts import LearnedPrompts
+from emberkv.serving.warmup.pins import Pin, Pins
+from emberkv.serving.warmup.warm_prompt import Outcome, WarmEngine, Warming, WarmPrompt, warm
+from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+
+_CLOSE_SECONDS = 5.0
+_ID_PREFIX = "warmup-"
+"""Of the requests for which nobody waits; what they reuse teaches nothing."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSettings:
+    """enabled: False warms only what is pinned later on. timeout: seconds that one pass over prompts may take.
+
+    required: readiness waits until each prompt that was there at the start is warm, not only for the first pass.
+    unit: tokens that hits are rounded down to. rewarm_seconds: least time from one try to warm a prompt to the next.
+    """
+
+    enabled: bool = True
+    timeout: float = 60.0
+    required: bool = False
+    unit: int = 1
+    rewarm_seconds: float = 30.0
+
+
+class Warmup:
+    """Warms prompts on a thread of its own: pinned ones always, learned ones once, at the start, in the time left over.
+
+    prompts: pinned from the start. problems: why others that were wished for are no prompts; they are never warm.
+    on_ready: called once, when readiness waits no longer: after the first pass, however it went, or with
+    ``settings.required`` when all of ``prompts`` are warm. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        engine: WarmEngine,
+        settings: WarmupSettings,
+        prompts: Sequence[WarmPrompt] = (),
+        *,
+        problems: Sequence[str] = (),
+        learned: LearnedPrompts | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.first_pass_ended = threading.Event()
+        self._engine = engine
+        self._settings = settings
+        self._problems = tuple(problems)
+        self._learned = learned
+        self._on_ready = on_ready
+        self._clock = clock
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._request_id = ""
+        self._pins = Pins(settings.unit)
+        for prompt in prompts:
+            self._pins.add(prompt.tokens, prompt.tenant)
+        self._awaited = list(self._pins)
+        self._totals = WarmupReport(WarmupPhase.RUNNING if settings.enabled else WarmupPhase.OFF, settings.required)
+        self._is_ready = False
+        self._thread = threading.Thread(target=self._run, name="emberkv-warmup", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop warming, and write down what was learned. Idempotent."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._engine.abort(self._request_id)
+            self._thread.join(_CLOSE_SECONDS)
+        if self._learned is not None:
+            self._learned.save()
+
+    def pin(self, tokens: Iterable[int], tenant: str = "") -> int:
+        """Keep ``tokens`` warm for ``tenant`` from now on; how many of them, hits being rounded down."""
+        count = self._pins.add(tokens, tenant)
+        self._wake.set()
+        return count
+
+    def unpin(self, tokens: Iterable[int], tenant: str = "") -> bool:
+        """Whether ``tokens`` were pinned for ``tenant``. What is cached stays until its place is needed.
+
+        Raises EngineStoppedError.
+        """
+        pin = self._pins.remove(tokens, tenant)
+        if pin is not None:
+            self._engine.let_go(pin.identities)
+        return pin is not None
+
+    def pins(self) -> list[WarmPrompt]:
+        return [pin.prompt for pin in self._pins]
+
+    def saw(self, news: CacheNews) -> None:
+        """What has changed in the cache: for `EngineLoop.watch`."""
+        if self._learned is not None:
+            for sequence in news.admitted:
+                if not sequence.request_id.startswith(_ID_PREFIX):
+                    self._learned.used(sequence.chain, sequence.cached_tokens)
+        events = [numbered.event for numbered in news.events]
+        cleared = news.missed or any(isinstance(event, AllBlocksCleared) for event in events)
+        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.identities]
+        self.pool_lost(None if cleared else removed)
+
+    def pool_lost(self, identities: Collection[Identity] | None) -> None:
+        """Blocks have left the pool; None: nobody knows which. From any thread; returns at once."""
+        if self._pins.lost(identities):
+            self._wake.set()
+
+    def report(self) -> WarmupReport:
+        """From any thread."""
+        pins = list(self._pins)
+        found = [f"prompt {n}: {pin.warming.problem}" for n, pin in enumerate(pins, 1) if pin.warming.problem]
+        return replace(
+            self._totals,
+            prompts=len(pins) + len(self._problems),
+            warm_prompts=sum(pin.is_warm for pin in pins),
+            tokens=sum(pin.warming.cached for pin in pins),
+            problems=(*self._problems, *found),
+        )
+
+    def tick(self) -> float | None:
+        """Warm the pinned prompts that are due and save what was learned; the seconds until anything will be due."""
+        self._wake.clear()
+        now = self._clock()
+        due = [pin for pin in self._pins.stale() if pin.due_at <= now]
+        if due:
+            self._warm_pins(due, now + self._settings.timeout)
+            self._tell_if_ready()
+        waits = [pin.due_at - self._clock() for pin in self._pins.stale()]
+        if self._learned is not None:
+            waits.append(self._learned.save_when_due())
+        return max(0.0, min(waits)) if waits else None
+
+    def _run(self) -> None:
+        try:
+            if self._settings.enabled:
+                self._first_pass()
+            self._tell_if_ready()
+            self.first_pass_ended.set()
+            while not self._closing.is_set():
+                self._wake.wait(self.tick())
+        except Exception:  # noqa: BLE001 - a server without a warmup is slower at first, and must go on
+            _log.exception("warming has stopped; the server goes on without")
+            self._totals = replace(self._totals, phase=WarmupPhase.FAILED)
+        finally:
+            self._tell_if_ready()
+            self.first_pass_ended.set()
+
+    def _first_pass(self) -> None:
+        deadline = self._clock() + self._settings.timeout
+        outcomes = self._warm_pins(self._pins, deadline)
+        outcomes |= self._restore(deadline)
+        if Outcome.TIMED_OUT in outcomes:
+            phase = WarmupPhase.TIMED_OUT
+        else:
+            phase = WarmupPhase.FAILED if self._problems or outcomes - {Outcome.WARM} else WarmupPhase.DONE
+        self._totals = replace(self._totals, phase=phase)
+        report = self.report()
+        _log.log(logging.INFO if phase is WarmupPhase.DONE else logging.WARNING, "warmup %s", report)
+        for problem in report.problems:
+            _log.warning("warmup, %s", problem)
+
+    def _warm_pins(self, pins: Iterable[Pin], deadline: float) -> set[Outcome]:
+        outcomes = set()
+        for pin in pins:
+            warming = self._warm(pin.prompt, deadline, pin)
+            self._pins.end(pin, warming, due_at=self._clock() + self._settings.rewarm_seconds)
+            outcomes.add(warming.outcome)
+        return outcomes
+
+    def _restore(self, deadline: float) -> set[Outcome]:
+        """Warm what an earlier run has learned, the best first: while there is time, and room that is empty."""
+        learned = self._learned.restore() if self._learned is not None else []
+        prompts = [prompt for prompt in dict.fromkeys(map(self._pins.rounded, learned)) if prompt.tokens]
+        self._totals = replace(self._totals, learned=len(prompts))
+        for prompt in prompts:
+            if len(prompt.tokens) > self._engine.room():
+                continue
+            outcome = self._warm(prompt, deadline).outcome
+            if outcome in (Outcome.TIMED_OUT, Outcome.FAILED):
+                return {outcome}
+            self._totals = replace(self._totals, restored=self._totals.restored + (outcome is Outcome.WARM))
+        return set()
+
+    def _warm(self, prompt: WarmPrompt, deadline: float, pin: Pin | None = None) -> Warming:
+        began = self._clock()
+        try:
+            chain = self._engine.chain(prompt)
+        except EmberError as error:
+            return Warming(Outcome.IMPOSSIBLE, problem=str(error))
+        if pin is not None:
+            self._pins.begin(pin, chain.identities)
+        self._request_id = f"{_ID_PREFIX}{uuid.uuid4().hex}"
+        warming = warm(
+            self._engine,
+            prompt,
+            chain,
+            self._request_id,
+            lambda: self._remaining(deadline),
+            keep=pin is not None,
+        )
+        self._totals = replace(
+            self._totals,
+            computed_tokens=self._totals.computed_tokens + warming.computed,
+            seconds=self._totals.seconds + self._clock() - began,
+            timeouts=self._totals.timeouts + (warming.outcome is Outcome.TIMED_OUT),
+        )
+        return warming
+
+    def _remaining(self, deadline: float) -> float:
+        return 0.0 if self._closing.is_set() else deadline - self._clock()
+
+    def _tell_if_ready(self) -> None:
+        all_warm = not self._problems and all(pin.is_warm for pin in self._awaited)
+        if not self._is_ready and (all_warm or not self._settings.required or not self._settings.enabled):
+            self._is_ready = True
+            self._on_ready()

@@ -1,0 +1,252 @@
+"""Explanations from a ledger and against a real pool: reasons, divergences, and every token accounted for."""
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.events import AllBlocksCleared
+from emberkv.core.explaining.explain import admission_outcome, common_tokens, decode_tokens, explain
+from emberkv.core.explaining.explanation import (
+    POOL,
+    Divergence,
+    Explanation,
+    Loss,
+    LossKind,
+    Miss,
+    Outcome,
+    Reason,
+    outcome_of,
+)
+from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.hashing import TokenChain
+from emberkv.core.matching import MatchEnd
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.promotion import Admission
+from tests.core.harness import chain
+from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, stored, told
+
+
+def test_nothing_is_known() -> None:
+    explanation = asked(Ledger(), chain(range(10)))
+    assert explanation.hit == {}
+    assert told(explanation) == [(Reason.NEW, 0, 8), (Reason.PARTIAL, 8, 2)]
+    assert explanation.divergence is None
+
+
+def test_a_prompt_that_is_cached_but_for_its_last_block() -> None:
+    explanation = asked(ledger_with(chain(range(12))), chain(range(12)))
+    assert explanation.hit == {POOL: 8}
+    assert told(explanation) == [(Reason.PARTIAL, 8, 4)]
+    explanation = asked(ledger_with(chain(range(12))), chain(range(13)))
+    assert (explanation.hit, told(explanation)) == ({POOL: 12}, [(Reason.PARTIAL, 12, 1)])
+
+
+def test_a_prompt_that_goes_on_where_nothing_did() -> None:
+    explanation = asked(ledger_with(chain(range(8))), chain(range(18)))
+    assert explanation.hit == {POOL: 8}
+    assert told(explanation) == [(Reason.NEW, 8, 8), (Reason.PARTIAL, 16, 2)]
+
+
+def test_the_first_difference_is_told_with_what_is_around_it() -> None:
+    cached = chain([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+    explanation = asked(ledger_with(cached), chain([1, 2, 3, 4, 5, 6, -7, 8, 9, 10, 11]))
+    assert explanation.hit == {POOL: 4}
+    assert told(explanation) == [(Reason.DIVERGED, 4, 4), (Reason.PARTIAL, 8, 3)]
+    assert explanation.divergence == Divergence(
+        position=6, before=(1, 2, 3, 4, 5, 6), expected=(7, 8, 9, 10, 11, 12), found=(-7, 8, 9, 10, 11), cached=True
+    )
+
+
+def test_a_difference_in_the_very_first_token() -> None:
+    divergence = asked(ledger_with(chain(range(8))), chain([99, *range(1, 8)])).divergence
+    assert divergence == Divergence(0, (), tuple(range(8)), (99, *range(1, 8)), cached=True)
+
+
+def test_what_is_told_around_a_difference_is_bounded() -> None:
+    cached = chain(range(1000))
+    divergence = asked(ledger_with(cached), chain([*range(500), -1, *range(501, 1000)])).divergence
+    assert divergence is not None
+    assert divergence.position == 500
+    assert divergence.before == tuple(range(476, 500))
+    assert divergence.expected == tuple(range(500, 524))
+    assert divergence.found == (-1, *range(501, 524))
+
+
+def test_the_nearest_of_many_siblings_is_told() -> None:
+    siblings = [chain([7, 7, third, fourth]) for third in range(300) for fourth in (1, 2)]
+    divergence = asked(ledger_with(*siblings), chain([7, 7, 150, 3, 0])).divergence
+    assert divergence is not None
+    assert (divergence.position, divergence.found) == (3, (3, 0))
+    assert divergence.expected in {(1,), (2,)}
+
+
+def test_of_equally_near_siblings_a_cached_one_is_told() -> None:
+    siblings = [chain([7, 7, 7, last]) for last in (1, 2, 4, 5)]
+    ledger = ledger_with(*siblings)
+    ledger.left(POOL, [siblings[1].identities[0], siblings[2].identities[0]], now=2.0)
+    divergence = asked(ledger, chain([7, 7, 7, 3, 0])).divergence
+    assert divergence is not None
+    assert divergence.cached
+    assert divergence.expected in {(1,), (5,)}
+    ledger.cleared(POOL, now=3.0)
+    divergence = asked(ledger, chain([7, 7, 7, 3, 0])).divergence
+    assert divergence is not None
+    assert not divergence.cached
+
+
+def test_an_eviction_is_told_with_its_time_and_place() -> None:
+    cached = chain(range(12))
+    ledger = ledger_with(cached)
+    ledger.left(POOL, cached.identities[1:], now=5.0)
+    explanation = asked(ledger, chain(range(17)))
+    assert explanation.hit == {POOL: 4}
+    assert explanation.misses == (
+        Miss(Reason.EVICTED, 4, 8, Loss(POOL, 5.0, LossKind.EVICTED)),
+        Miss(Reason.NEW, 12, 4),
+        Miss(Reason.PARTIAL, 16, 1),
+    )
+
+
+def test_a_cleared_cache_is_no_eviction() -> None:
+    ledger = ledger_with(chain(range(8)))
+    ledger.apply(AllBlocksCleared(), 4.0)
+    (miss, _) = asked(ledger, chain(range(9))).misses
+    assert miss == Miss(Reason.EVICTED, 0, 8, Loss(POOL, 4.0, LossKind.CLEARED))
+
+
+def test_alignment_and_short_prompts() -> None:
+    ledger = ledger_with(chain(range(12)))
+    explanation = asked(ledger, chain(range(14)), alignment=8)
+    assert explanation.hit == {POOL: 8}
+    assert told(explanation) == [(Reason.ALIGNMENT, 8, 4), (Reason.PARTIAL, 12, 2)]
+    assert told(asked(ledger, chain(range(8)), alignment=8)) == [(Reason.ALIGNMENT, 0, 4), (Reason.TOO_SHORT, 4, 4)]
+    assert told(asked(ledger, chain([50, 51]), alignment=8)) == [(Reason.TOO_SHORT, 0, 2)]
+
+
+def test_what_a_tier_had_and_was_not_loaded() -> None:
+    outcome = Outcome({POOL: 4, "disk": 4}, {Reason.RECOMPUTE_CHEAPER: 8, Reason.LOAD_FAILED: 4})
+    explanation = explain(Ledger(), chain(range(30)), outcome, alignment=SIZE)
+    assert explanation.hit == {POOL: 4, "disk": 4}
+    assert told(explanation) == [
+        (Reason.RECOMPUTE_CHEAPER, 8, 8),
+        (Reason.LOAD_FAILED, 16, 4),
+        (Reason.NEW, 20, 8),
+        (Reason.PARTIAL, 28, 2),
+    ]
+
+
+def test_a_known_block_that_must_not_be_used() -> None:
+    cached = chain(range(8))
+    outcome = Outcome(refused=Reason.INEXACT)
+    explanation = explain(ledger_with(cached), chain(range(9)), outcome, alignment=SIZE)
+    assert told(explanation) == [(Reason.INEXACT, 0, 8), (Reason.PARTIAL, 8, 1)]
+
+
+def test_another_salt_is_never_spoken_of() -> None:
+    ledger = ledger_with(chain(range(8), salt=b"theirs"))
+    explanation = asked(ledger, chain(range(9), salt=b"ours"))
+    assert told(explanation) == [(Reason.NEW, 0, 8), (Reason.PARTIAL, 8, 1)]
+    assert explanation.divergence is None
+
+
+def test_leaving_a_public_prefix_is_told_to_everyone() -> None:
+    public = chain(range(8))
+    ours = TokenChain(public.root, [0, 1, 2, 3, 4, 5, -6, 7, 8], SIZE, owner="ann", salt=b"ours", public_blocks=1)
+    divergence = asked(ledger_with(public), ours).divergence
+    assert divergence is not None
+    assert (divergence.position, divergence.expected, divergence.found) == (6, (6, 7), (-6, 7, 8))
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20), st.lists(st.integers(0, 3), max_size=20))
+def test_encoded_tokens_are_read_back(tokens: list[int], others: list[int]) -> None:
+    encoded = TokenChain(b"", tokens, SIZE).encoded()
+    assert decode_tokens(encoded) == tuple(tokens)
+    common = common_tokens(encoded, TokenChain(b"", others, SIZE).encoded())
+    assert tokens[:common] == others[:common]
+    assert tokens[common : common + 1] != others[common : common + 1] or common in (len(tokens), len(others))
+
+
+prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=1, max_size=25)
+
+
+@given(prompts, st.integers(4, 9), st.integers(2, 60), st.sampled_from([2, 4]))
+def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
+    served: Sequence[list[int]], pool_blocks: int, remembered: int, alignment: int
+) -> None:
+    pool = BlockPool(pool_blocks, 2)
+    cache = PrefixCache(pool, alignment=alignment)
+    ledger, seen = Ledger(remembered), 0
+    for now, tokens in enumerate(served):
+        prompt = chain(tokens, block_size=2)
+        found = pool.match(prompt, stop=len(prompt.identities)).blocks
+        if len(ledger) < remembered:
+            assert ledger.cached_run(prompt) == len(found)
+        outcome = outcome_of([(POOL, len(found))], len(prompt), block_size=2, alignment=alignment)
+        explanation = explain(ledger, prompt, outcome, alignment=alignment)
+        check_account(explanation, prompt)
+        assert explanation.hit_tokens == len(cache.find(prompt)) * 2
+        if pool.blocks_for(len(prompt)) <= pool_blocks:
+            lease = cache.acquire(prompt)
+            lease.extend(len(prompt))
+            lease.commit_prefilled(len(prompt))
+            lease.release()
+        for numbered in pool.events.since(seen) or ():
+            ledger.apply(numbered.event, float(now))
+            seen = numbered.sequence
+        assert len(ledger) <= remembered
+
+
+def check_account(explanation: Explanation, prompt: TokenChain) -> None:
+    """Hit and misses are the prompt, without gap or overlap; a divergence is one."""
+    at = explanation.hit_tokens
+    for miss in explanation.misses:
+        assert (miss.start, miss.tokens > 0) == (at, True)
+        at = miss.stop
+    assert at == len(prompt) == explanation.prompt_tokens
+    divergence = explanation.divergence
+    assert (divergence is not None) == any(miss.reason is Reason.DIVERGED for miss in explanation.misses)
+    if divergence is not None:
+        assert divergence.found[0] == prompt[divergence.position] != divergence.expected[0]
+        assert divergence.before == tuple(prompt.slice(0, divergence.position))[-24:]
+
+
+def test_what_an_admission_found() -> None:
+    admission = Admission(8, {"disk": 4}, MatchEnd.ABSENT, recompute_cheaper_tokens=16, load_failed_tokens=4)
+    assert admission_outcome(admission, 100) == Outcome(
+        {POOL: 8, "disk": 4}, {Reason.RECOMPUTE_CHEAPER: 16, Reason.LOAD_FAILED: 4}
+    )
+    assert admission_outcome(Admission(0, {}, MatchEnd.INEXACT), 100) == Outcome(refused=Reason.INEXACT)
+    assert admission_outcome(Admission(0, {}, MatchEnd.TOKENS_DIFFER), 9) == Outcome(refused=Reason.COLLISION)
+
+
+def test_without_a_cache_nothing_else_is_said() -> None:
+    outcome = admission_outcome(Admission(0, {}, MatchEnd.OFF, partial_tokens=1), 9)
+    assert told(explain(ledger_with(chain(range(9))), chain(range(9)), outcome, alignment=SIZE)) == [
+        (Reason.CACHE_OFF, 0, 9)
+    ]
+
+
+def test_what_was_generated_since_is_no_part_of_the_prompt() -> None:
+    grown = chain([0, 1, 2, 3, 4, 5])
+    grown.append(6)
+    grown.append(7)
+    ledger = ledger_with(chain([0, 1, 2, 9]))
+    explanation = explain(ledger, grown, Outcome(), alignment=SIZE, prompt_tokens=6)
+    assert told(explanation) == [(Reason.DIVERGED, 0, 4), (Reason.PARTIAL, 4, 2)]
+    assert explanation.divergence == Divergence(3, (0, 1, 2), (9,), (3, 4, 5), cached=True)
+
+
+def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
+    tokens = list(range(128_000))
+    cached = TokenChain(b"root", tokens, 16)
+    ledger = Ledger()
+    ledger.apply(stored(cached), 1.0)
+    ledger.left(POOL, cached.identities[10:], 2.0)
+    prompt = CountedChain(b"root", [*tokens[:-100], *[-1] * 100], 16)
+    prompt.asked = 0
+    outcome = outcome_of([(POOL, ledger.cached_run(prompt))], len(prompt), block_size=16, alignment=32)
+    explanation = explain(ledger, prompt, outcome, alignment=32)
+    assert [reason for reason, _, _ in told(explanation)] == [Reason.EVICTED, Reason.DIVERGED, Reason.PARTIAL]
+    assert prompt.asked == 1

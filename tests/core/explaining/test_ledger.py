@@ -1,0 +1,64 @@
+"""The ledger's books: places, losses, and what is forgotten."""
+
+import pytest
+
+from emberkv.core.explaining.explanation import POOL, Loss, LossKind
+from emberkv.core.explaining.ledger import Ledger
+from emberkv.errors import ConfigError
+from tests.core.harness import chain
+from tests.core.ledgers import SIZE, asked, ledger_with, stored
+
+
+def test_a_block_is_lost_when_it_leaves_its_last_place() -> None:
+    cached = chain(range(4))
+    ledger = ledger_with(cached)
+    ledger.arrived("disk", cached.identities)
+    ledger.left(POOL, cached.identities, now=2.0)
+    assert ledger.places(cached.identities[0]) == ["disk"]
+    assert ledger.cached_run(cached) == 1
+    ledger.left("disk", cached.identities, now=3.0)
+    assert ledger.cached_run(cached) == 0
+    (miss, _) = asked(ledger, chain(range(5))).misses
+    assert miss.loss == Loss("disk", 3.0, LossKind.EVICTED)
+    ledger.arrived("disk", cached.identities)
+    assert ledger.cached_run(cached) == 1
+
+
+def test_the_last_place_known_to_have_lost_a_block_is_told() -> None:
+    cached = chain(range(4))
+    ledger = ledger_with(cached)
+    ledger.left(POOL, cached.identities, now=2.0)
+    ledger.left("disk", cached.identities, now=3.0)
+    assert ledger.known(cached.identities[0]).loss == Loss("disk", 3.0, LossKind.EVICTED)
+
+
+def test_what_is_removed_leaves_every_place_and_later_news_does_not_say_otherwise() -> None:
+    cached = chain(range(4))
+    ledger = ledger_with(cached)
+    ledger.arrived("disk", cached.identities)
+    ledger.removed(cached.identities, now=2.0)
+    ledger.left(POOL, cached.identities, now=3.0)
+    loss = ledger.known(cached.identities[0]).loss
+    assert loss is not None
+    assert (loss.at, loss.kind) == (2.0, LossKind.REMOVED)
+
+
+def test_the_longest_lost_is_forgotten_first_and_then_the_oldest() -> None:
+    ledger = Ledger(max_blocks=3)
+    one, two, three, four, five = (chain([number] * SIZE) for number in range(5))
+    for each in (one, two, three):
+        ledger.apply(stored(each), 1.0)
+    ledger.left(POOL, two.identities, now=2.0)
+    ledger.apply(stored(four), 3.0)
+    assert [ledger.cached_run(each) for each in (one, two, three, four)] == [1, 0, 1, 1]
+    assert ledger.get(two.identities[0]) is None
+    ledger.apply(stored(five), 4.0)
+    assert ledger.get(one.identities[0]) is None
+    assert len(ledger) == 3
+    ledger.left(POOL, one.identities, now=5.0)  # what is forgotten is no error
+    assert ledger.places(one.identities[0]) == []
+
+
+def test_a_ledger_must_remember_something() -> None:
+    with pytest.raises(ConfigError, match="0 blocks"):
+        Ledger(0)

@@ -1,0 +1,84 @@
+"""The books between threads: news in order, readers that delay nobody, records that are bounded."""
+
+import threading
+
+from emberkv.core.events import BlockRemoved, BlockStored
+from emberkv.core.explaining.explanation import POOL, Loss, LossKind, Outcome, Reason
+from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.hashing import Identity
+from emberkv.serving.admin.cache_books import CacheBooks
+from tests.core.harness import chain
+from tests.core.ledgers import stored
+
+PROMPT = chain(range(10))
+(FIRST, SECOND) = PROMPT.identities
+
+
+def books(**limits: int) -> CacheBooks:
+    return CacheBooks(Ledger(), clock=lambda: 5.0, **limits)
+
+
+def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
+    kept = books()
+    kept.admitted("a", PROMPT, 10, Outcome(), alignment=4)
+    kept.saw([stored(PROMPT)])
+    kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), alignment=4)
+    first, second = kept.explained("a"), kept.explained("b")
+    assert first is not None
+    assert second is not None
+    assert [miss.reason for miss in first.misses] == [Reason.NEW, Reason.PARTIAL]
+    assert [miss.reason for miss in second.misses] == [Reason.PARTIAL]
+    with kept.reading() as ledger:
+        assert ledger.known(SECOND).hits == 1
+
+
+def test_only_the_last_records_are_kept() -> None:
+    kept = books(max_records=2)
+    for request_id in "abc":
+        kept.admitted(request_id, PROMPT, 10, Outcome(), alignment=4)
+    assert [kept.explained(request_id) is not None for request_id in "abc"] == [False, True, True]
+
+
+def test_a_reader_does_not_hold_up_who_brings_news() -> None:
+    kept = books()
+    writer = threading.Thread(target=lambda: kept.saw([stored(PROMPT)]))
+    with kept.reading() as ledger:
+        writer.start()
+        writer.join(20)
+        assert not writer.is_alive()
+        assert FIRST not in ledger
+    with kept.reading() as ledger:
+        assert FIRST in ledger
+
+
+def test_news_of_many_threads_is_complete() -> None:
+    kept = books()
+    chains = [chain([number] * 4) for number in range(200)]
+
+    def write(part: int) -> None:
+        for each in chains[part::4]:
+            kept.saw([BlockStored(tuple(each.identities), each.root, (each.block_tokens(0),), 4)])
+            kept.explained("nobody")
+
+    threads = [threading.Thread(target=write, args=(part,)) for part in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    with kept.reading() as ledger:
+        assert len(ledger) == 200
+
+
+def test_what_one_place_gives_up_may_still_be_in_another() -> None:
+    kept = books()
+    on_disk: set[Identity] = {FIRST}
+    kept.below = lambda identity: ["disk"] if identity in on_disk else []
+    kept.saw([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
+    with kept.reading() as ledger:
+        assert ledger.places(FIRST) == ["disk"]
+        assert ledger.known(FIRST).loss is None
+        assert ledger.known(SECOND).loss == Loss(POOL, 5.0, LossKind.EVICTED)
+    on_disk.clear()
+    kept.evicted("disk", [FIRST])
+    with kept.reading() as ledger:
+        assert ledger.known(FIRST).loss == Loss("disk", 5.0, LossKind.EVICTED)

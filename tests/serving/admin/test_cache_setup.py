@@ -1,0 +1,61 @@
+"""The books on a real engine loop: a reason is there with the first output, and tells of the time before."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+from emberkv.core.explaining.explanation import Explanation, LossKind, Reason
+from emberkv.core.explaining.ledger import Ledger
+from emberkv.engine.request import TokenOutput
+from emberkv.serving.admin.cache_books import CacheBooks
+from emberkv.serving.admin.cache_setup import observer
+from tests.engine.loop_harness import BLOCK, Harness, Inbox, running
+
+PROMPT = [*range(2, 20)]
+
+
+def watched(num_blocks: int = 24) -> tuple[Harness, CacheBooks]:
+    harness, books = Harness(num_blocks=num_blocks), CacheBooks(Ledger(), clock=lambda: 7.0)
+    harness.loop.watch(observer(books, alignment=BLOCK))
+    return harness, books
+
+
+def explained(harness: Harness, books: CacheBooks, request_id: str, prompt: list[int]) -> Explanation:
+    """As known on the engine's thread when the first output is handed out."""
+    found: list[Explanation | None] = []
+
+    def listen(output: TokenOutput) -> None:
+        found.append(books.explained(output.request_id))
+
+    harness.submit(request_id, prompt, new=2, inbox=Inbox(listen)).wait()
+    assert found[0] is not None
+    return found[0]
+
+
+def reasons(explanation: Explanation) -> list[tuple[Reason, int, int]]:
+    return [(miss.reason, miss.start, miss.tokens) for miss in explanation.misses]
+
+
+def test_the_reason_is_known_with_the_first_output() -> None:
+    harness, books = watched()
+    with running(harness):
+        cold = explained(harness, books, "a", PROMPT)
+        warm = explained(harness, books, "b", PROMPT)
+        other = explained(harness, books, "c", [*PROMPT[:9], 40, *PROMPT[10:]])
+    assert reasons(cold) == [(Reason.NEW, 0, 16), (Reason.PARTIAL, 16, 2)]
+    assert (warm.hit, reasons(warm)) == ({"pool": 16}, [(Reason.PARTIAL, 16, 2)])
+    assert (other.hit, reasons(other)) == ({"pool": 8}, [(Reason.DIVERGED, 8, 8), (Reason.PARTIAL, 16, 2)])
+    assert other.divergence is not None
+    assert (other.divergence.position, other.divergence.found[0], other.divergence.expected[0]) == (9, 40, 11)
+
+
+def test_an_eviction_on_the_way_is_told() -> None:
+    harness, books = watched(num_blocks=6)
+    with running(harness):
+        explained(harness, books, "a", PROMPT)
+        explained(harness, books, "b", [30, *PROMPT[1:]])
+        again = explained(harness, books, "c", PROMPT)
+    (evicted, _) = again.misses[-2:]
+    assert evicted.reason is Reason.EVICTED
+    assert evicted.loss is not None
+    assert (evicted.loss.place, evicted.loss.at, evicted.loss.kind) == ("pool", 7.0, LossKind.EVICTED)

@@ -1,0 +1,211 @@
+"""A warmup over the engine's own loop: what it warms, real requests hit."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from emberkv.core.hashing import PUBLIC_OWNER, Identity
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.retention import Retaining
+from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.scheduler import StepPlan
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import GenerationRequest
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.warmup.engine_warmer import EngineWarmer
+from emberkv.serving.warmup.learned_prompts import LearnedPrompts
+from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
+from emberkv.serving.warmup.warmup_report import WarmupPhase
+from tests.engine.loop_harness import BLOCK, CHUNK, FakeExecutor, Harness, Inbox, running
+from tests.serving.harness import eventually
+
+PROMPT = WarmPrompt(tuple(range(2, 42)))
+TENANTS = Tenants(["key a", "key b"], secret=b"s" * 32)
+NOBODY = Tenants(secret=b"")
+A, B = TENANTS.names
+
+
+@contextmanager
+def warming(
+    harness: Harness,
+    *prompts: WarmPrompt,
+    tenants: Tenants = NOBODY,
+    engine: EngineWarmer | None = None,
+    **given: object,
+) -> Iterator[Warmup]:
+    """Over the harness's running loop, after the first pass."""
+    learned = given.pop("learned", None)
+    settings = WarmupSettings(unit=BLOCK, **given)  # type: ignore[arg-type]
+    engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
+    warmup = Warmup(engine, settings, prompts, learned=learned)  # type: ignore[arg-type]
+    harness.loop.watch(warmup.saw)
+    with running(harness):
+        warmup.start()
+        assert warmup.first_pass_ended.wait(20)
+        yield warmup
+        warmup.close()
+
+
+def ask(harness: Harness, prompt: WarmPrompt, tenants: Tenants = NOBODY, request_id: str = "real") -> int:
+    """How many tokens a real request that begins with ``prompt`` has cached."""
+    tenant = tenants.named(prompt.tenant)
+    inbox = Inbox()
+    request = GenerationRequest(
+        request_id, [*prompt.tokens, 45, 46, 47], SamplingParams(max_tokens=2), tenant.salt, tenant=tenant.name
+    )
+    harness.loop.submit(request, inbox)
+    usage = inbox.wait().usage
+    assert usage is not None
+    return usage.cached_tokens
+
+
+def test_the_first_real_request_hits_all_of_it() -> None:
+    harness = Harness()
+    with warming(harness, PROMPT) as warmup:
+        assert (warmup.report().phase, warmup.report().tokens) == (WarmupPhase.DONE, 40)
+        assert ask(harness, PROMPT) == 40
+
+
+def test_tenants_find_their_own_prompts_and_public_ones() -> None:
+    public = WarmPrompt(tuple(range(10, 22)))
+    harness = Harness(num_blocks=48, public=PublicPrefixes([public.tokens], BLOCK))
+    with warming(harness, public, WarmPrompt(PROMPT.tokens, A), tenants=TENANTS) as warmup:
+        assert warmup.report().is_warm
+        assert ask(harness, WarmPrompt(PROMPT.tokens, A), TENANTS, "1") == 40
+        assert ask(harness, WarmPrompt(PROMPT.tokens, B), TENANTS, "2") == 0
+        assert ask(harness, WarmPrompt(public.tokens, A), TENANTS, "3") == 12
+        assert ask(harness, WarmPrompt(public.tokens, B), TENANTS, "4") == 12
+        owners = {block.owner for block in harness.pool.blocks}
+        assert {PUBLIC_OWNER, A, B} <= owners
+
+
+class AbortOpensGate(EngineWarmer):
+    """Lets the engine go on only when the warmup gives up."""
+
+    gate: threading.Event
+
+    def abort(self, request_id: str) -> None:
+        super().abort(request_id)
+        self.gate.set()
+
+
+def test_the_time_limit_holds_to_within_one_step_and_what_was_done_stays() -> None:
+    gate = threading.Event()
+
+    def stay_in_the_second_step(plan: StepPlan, number: int) -> None:
+        if number == 1:
+            assert gate.wait(20)
+
+    harness = Harness(FakeExecutor(on_step=stay_in_the_second_step))
+    engine = AbortOpensGate(harness.loop, NOBODY, block_size=BLOCK)
+    engine.gate = gate
+    with warming(harness, PROMPT, engine=engine, timeout=0.05, rewarm_seconds=1000.0) as warmup:
+        report = warmup.report()
+        assert (report.phase, report.timeouts) == (WarmupPhase.TIMED_OUT, 1)
+        assert harness.executor.steps == 2
+        assert (report.tokens, report.computed_tokens) == (32, 32)  # of two steps, each of two chunks
+        assert report.tokens == 4 * CHUNK
+        assert ask(harness, PROMPT) == 32
+
+
+def test_real_requests_go_first() -> None:
+    """A request that comes while a prompt is being warmed is answered before the prompt is."""
+    submitted, order = threading.Event(), []
+
+    def on_step(plan: StepPlan, number: int) -> None:
+        if number == 0:
+            assert submitted.wait(20)
+        order.extend(chunk.sequence.request_id.partition("-")[0] for chunk in plan.prefills)
+
+    harness = Harness(FakeExecutor(on_step=on_step), num_blocks=48)
+    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupSettings(unit=BLOCK), [PROMPT])
+    with running(harness):
+        warmup.start()
+        eventually(lambda: harness.executor.steps == 1)
+        inbox = harness.submit("real", [7] * 32, new=1)
+        submitted.set()
+        assert inbox.reason is FinishReason.LENGTH
+        assert warmup.first_pass_ended.wait(20)
+        warmup.close()
+    assert order == ["warmup", "warmup", "real", "real", "real", "real", "warmup", "warmup", "warmup"]
+
+
+def test_after_a_clear_it_is_warmed_again() -> None:
+    harness = Harness()
+    with warming(harness, PROMPT, rewarm_seconds=0.0) as warmup:
+        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(20)
+        eventually(lambda: warmup.report().computed_tokens == 80)
+        eventually(lambda: warmup.report().is_warm)
+        assert ask(harness, PROMPT) == 40
+
+
+def test_after_an_eviction_it_is_warmed_again() -> None:
+    harness = Harness(num_blocks=16)
+    with warming(harness, PROMPT, rewarm_seconds=0.0) as warmup:
+        assert harness.submit("other", [44] * 52, new=1).reason is FinishReason.LENGTH
+        eventually(lambda: warmup.report().computed_tokens > 40)
+        eventually(lambda: warmup.report().is_warm)
+        assert ask(harness, PROMPT) == 40
+
+
+def test_where_retention_is_possible_it_is_evicted_last() -> None:
+    policy: Retaining[Identity] = Retaining(LRU(), max_bytes=20)
+    harness = Harness(policy=policy)
+    with warming(harness, PROMPT) as warmup:
+        for number in range(5):
+            assert harness.submit(f"{number}", [number + 3] * 40, new=1).reason is FinishReason.LENGTH
+        assert ask(harness, PROMPT) == 40
+        assert warmup.report().computed_tokens == 40
+        assert warmup.unpin(PROMPT.tokens)
+        assert policy.retained_bytes == 0
+
+
+def test_without_a_prefix_cache_it_says_so() -> None:
+    harness = Harness(prefix_cache=False)
+    with warming(harness, PROMPT) as warmup:
+        assert warmup.report().problems == ("prompt 1: the pool has kept 0 of 40 tokens",)
+
+
+def test_prompts_that_can_never_fit() -> None:
+    harness = Harness()
+    with warming(harness, WarmPrompt((3,) * 200), WarmPrompt((1000,) * 8)) as warmup:
+        first, second = warmup.report().problems
+        assert "200 prompt tokens" in first
+        assert "token id 1000 is not in the vocabulary" in second
+        assert ask(harness, PROMPT) == 0
+
+
+def test_an_engine_that_stopped() -> None:
+    harness = Harness()
+    warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupSettings(unit=BLOCK), [PROMPT])
+    harness.loop.stop()
+    warmup.start()
+    assert warmup.first_pass_ended.wait(20)
+    warmup.close()
+    assert warmup.report().phase is WarmupPhase.FAILED
+    assert "stop" in warmup.report().problems[0]
+
+
+@pytest.mark.parametrize("tenant", ["", A], ids=["everybody", "tenant"])
+def test_use_teaches_the_next_start(tenant: str, tmp_path: object) -> None:
+    tenants = TENANTS if tenant else NOBODY
+    prompt = replace(PROMPT, tenant=tenant)
+
+    def learned(harness: Harness) -> LearnedPrompts:
+        chain = EngineWarmer(harness.loop, tenants, block_size=BLOCK).chain
+        return LearnedPrompts(tmp_path, harness.executor.root(b""), chain)  # type: ignore[arg-type]
+
+    first = Harness()
+    with warming(first, tenants=tenants, learned=learned(first)):
+        assert [ask(first, prompt, tenants, str(number)) for number in range(3)] == [0, 40, 40]
+    second = Harness()
+    with warming(second, tenants=tenants, learned=learned(second)) as warmup:
+        assert (warmup.report().learned, warmup.report().restored) == (1, 1)
+        assert ask(second, prompt, tenants) == 40
+    third = Harness()
+    assert learned(third).restore() == [prompt]  # what the warmup itself reused counts for nothing
