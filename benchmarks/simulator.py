@@ -87,10 +87,10 @@ def run_here(case: Case, trace: Path) -> Outcome:
         config = with_changes(SimulationConfig(), case.changes)
         results = simulate(config, workload, csv_file=Path(folder) / "rows.csv")
         seconds = time.process_time() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {name: found for name, found in results.summary.items() if name != "memory_over_time"}
     uncached = [replica["prefilled_tokens"] for replica in summary["replicas"]]
     summary["imbalance"] = max(uncached) / sum(uncached) * results.config.replicas
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return Outcome(seconds, peak, summary)
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from emberkv.sim.config import Targets
 from emberkv.sim.inputs import Workload
+from emberkv.sim.latencies import percentile, spread
 from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn, cache_event
 from emberkv.sim.rows import Rows
 from emberkv.sim.run import Results, simulate
-from emberkv.sim.summary import percentile, spread, summarize
+from emberkv.sim.summary import summarize
 from tests.sim.build import config, single
 from tests.workload.build import workload
 

@@ -88,6 +88,18 @@ def test_look_ups_are_counted_where_no_faster_tier_had_the_block(make: Make) -> 
     assert (stats["slow"].hits, stats["slow"].misses) == (3, 3)
 
 
+def test_peeking_finds_the_same_and_is_counted_nowhere(make: Make) -> None:
+    fast, slow = ram("fast"), ram("slow")
+    stack = make(fast, slow)
+    fast.store(entries(BLOCKS[:2]))
+    slow.store(entries(BLOCKS[:5]))
+    before = stack.stats()
+    assert stack.peek(IDS[:8]) == [Run("fast", 2, None), Run("slow", 3, None)]
+    assert stack.peek(IDS[5:]) == []
+    assert stack.stats() == before
+    assert stack.find(IDS[:8]) == stack.peek(IDS[:8])
+
+
 def test_a_rounded_block_is_not_found_where_exact_ones_are_asked_for(make: Make) -> None:
     stack = make(ram())
     offer(stack, [*BLOCKS[:2], inexact(BLOCKS[2])])

@@ -12,11 +12,12 @@ from typing import Protocol
 
 from emberkv.core.block import Block
 from emberkv.core.hashing import Identity
-from emberkv.core.promotion import Load, Run
+from emberkv.core.promotion import Load, LowerTiers, Run
 from emberkv.core.rates import Rate
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.fetch import Fetch, Records
 from emberkv.tiers.stack import Offer, TierStack
+from emberkv.tiers.stats import Troubles
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class TierLink:
     ) -> None:
         self.stack = stack
         self.news: Callable[[], None] = lambda: None
-        self.trouble: Counter[str] = Counter()
+        self._troubles = Troubles(_log, "blocks between the pool and the tiers")
         self._blocks = blocks
         self._step_tokens = step_tokens
         self._exact = exact
@@ -73,6 +74,11 @@ class TierLink:
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
         return self.stack.find(identities, exact=exact)
+
+    @property
+    def peeking(self) -> LowerTiers:
+        """The same, for questions that are no request's: what they find is not counted."""
+        return _Peeking(self)
 
     def recompute_seconds(self, tokens: int) -> float | None:
         """As many whole steps as that takes, and the rest."""
@@ -112,6 +118,10 @@ class TierLink:
 
         deadline = None if load.patience is None else self._clock() + load.patience
         self._flights[load] = _Flight(load, self.stack.fetch(list(load.identities), load.runs, done), deadline)
+
+    @property
+    def trouble(self) -> Counter[str]:
+        return self._troubles.counts
 
     @property
     def has_news(self) -> bool:
@@ -170,8 +180,20 @@ class TierLink:
         return False
 
     def _count(self, kind: str, blocks: int) -> None:
-        self.trouble[kind] += blocks
-        _log.warning("blocks on their way between the pool and the tiers: %s, %d so far", kind, self.trouble[kind])
+        self._troubles.count(kind, times=blocks)
+
+
+class _Peeking:
+    """`TierLink` for whoever only asks."""
+
+    def __init__(self, link: TierLink) -> None:
+        self._link = link
+
+    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
+        return self._link.stack.peek(identities, exact=exact)
+
+    def recompute_seconds(self, tokens: int) -> float | None:
+        return self._link.recompute_seconds(tokens)
 
 
 def _offer(block: Block, content: memoryview) -> Offer:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.inputs import Workload
+from emberkv.sim.latencies import spread
 from emberkv.sim.outcome import Status
 from emberkv.sim.rows import Row
 from emberkv.sim.run import Results
-from emberkv.sim.summary import prefix_caching, spread
+from emberkv.sim.summary import prefix_caching
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from emberkv.sim.curves.curve import CapacityCurve
 from emberkv.sim.figures import Axis, Line, bar_plot, line_plot
 from emberkv.sim.hardware import GIB
+from emberkv.sim.latencies import percentile, ratio
 from emberkv.sim.outcome import Status
 from emberkv.sim.rows import Row, Rows
 from emberkv.sim.run import Results
-from emberkv.sim.summary import percentile, ratio
 from emberkv.sim.timing import NANOSECONDS
 
 BINS = 60

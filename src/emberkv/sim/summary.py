@@ -4,41 +4,19 @@ Percentiles are nearest ranks, so that each is a value of the CSV. Rates of toke
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from math import ceil, fsum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from emberkv.sim.config import Targets
+from emberkv.sim.latencies import Attainment, Pace, ratio
 from emberkv.sim.outcome import CacheEvent, Status
 from emberkv.sim.rows import Row, Rows
 from emberkv.sim.series import Series
 from emberkv.sim.timing import NANOSECONDS
 
-PERCENTILES = (50, 90, 95, 99)
 POINTS = 64
 """Most samples of memory over time in a summary."""
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The smallest value that at least ``percent`` of the sorted, non-empty values do not exceed."""
-    return ordered[max(0, ceil(percent * len(ordered) / 100) - 1)]
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean, percentiles and extremes of those that are there; None without any."""
-    found = sorted(value for value in values if value is not None)
-    if not found:
-        return None
-    return {
-        "mean": fsum(found) / len(found),
-        **{f"p{percent}": percentile(found, percent) for percent in PERCENTILES},
-        "min": found[0],
-        "max": found[-1],
-    }
-
-
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def summarize(
@@ -46,120 +24,118 @@ def summarize(
 ) -> dict[str, Any]:
     """As JSON takes it. Times are in seconds or, where the name says so, milliseconds; tokens unless said.
 
-    blocks_of: tokens of a block, to count hits in blocks too.
+    blocks_of: tokens of a block, to count hits in blocks too. One pass over the rows.
     """
-    statuses: Counter[Status] = Counter()
-    completed: list[Row] = []
+    statuses, ends = Counter[Status](), Counter[str]()
+    caching, pace, blocks, attained = Caching(), Pace(), Blocks(blocks_of or 1), Attainment(slo or Targets())
+    tiers = Counter[str]()
+    replicas: dict[int, Caching] = {}
     for row in rows:
         statuses[row.status] += 1
-        if row.status is Status.COMPLETED:
-            completed.append(row)
+        ends.update(preemptions=row.preemptions, retries=row.retries)
+        if row.status is not Status.COMPLETED:
+            continue
+        for part in (caching, pace, blocks, attained):
+            part.add(row)
+        tiers.update(dict(zip(rows.tiers, row.tier_tokens, strict=True)))
+        if row.replica is not None:
+            replicas.setdefault(row.replica, Caching()).add(row)
     summary = {
         "requests": {"total": len(rows), **{status.value: statuses[status] for status in Status}},
-        **_pace(completed),
-        "ttft_ms": spread([row.ttft_ms for row in completed]),
-        "tpot_ms": spread([row.tpot_ms for row in completed]),
-        "e2e_latency_ms": spread([row.e2e_ms for row in completed]),
-        "slo": _attainment(completed, slo or Targets(), len(rows) - statuses[Status.REJECTED]),
-        "prefix_caching": prefix_caching(completed),
-        "tiers": _tiers(completed, rows.tiers),
-        "replicas": _replicas(completed),
-        "preemptions": sum(row.preemptions for row in rows),
-        "retries": sum(row.retries for row in rows),
+        **pace.found(),
+        "slo": attained.found(len(rows) - statuses[Status.REJECTED]),
+        "prefix_caching": caching.found(),
+        "tiers": caching.by_tier({name: tiers[name] for name in rows.tiers}),
+        "replicas": [{"replica": index, **part.totals()} for index, part in sorted(replicas.items())],
+        "preemptions": ends["preemptions"],
+        "retries": ends["retries"],
     }
     if blocks_of is not None:
-        summary["blocks"] = _blocks(completed, blocks_of)
+        summary["blocks"] = blocks.found()
     if series is not None:
         summary["memory_over_time"] = memory_over_time(series)
     return summary
 
 
-def prefix_caching(completed: Sequence[Row]) -> dict[str, Any]:
-    """Hit rates are shares of prompt tokens; request_hit_rate of requests that hit anything."""
-    prompts = sum(row.prompt_tokens for row in completed)
-    cached = sum(row.cached_tokens for row in completed)
-    prefilled = sum(row.prefilled_tokens for row in completed)
-    later = [row for row in completed if row.conversational]
-    events = Counter(row.event for row in completed)
-    return {
-        "overall_hit_rate": ratio(cached, prompts),
-        "conversational_hit_rate": ratio(
-            sum(row.cached_tokens for row in later), sum(row.prompt_tokens for row in later)
-        ),
-        "conversational_requests": len(later),
-        "request_hit_rate": ratio(sum(row.cached_tokens > 0 for row in completed), len(completed)),
-        "event_counts": {event.value: events[event] for event in CacheEvent},
-        "average_cached_prefix_length": ratio(cached, len(completed)),
-        "average_tokens_prefilled": ratio(prefilled, len(completed)),
-        "prefill_reduction_ratio": 1 - ratio(prefilled, prompts) if prompts else 0.0,
-        "total_tokens_saved": cached,
-    }
+def prefix_caching(rows: Iterable[Row]) -> dict[str, Any]:
+    """What the cache did for these requests. Hit rates are shares of prompt tokens, but for request_hit_rate."""
+    caching = Caching()
+    for row in rows:
+        caching.add(row)
+    return caching.found()
 
 
-def _blocks(completed: Sequence[Row], size: int) -> dict[str, Any]:
-    """A prompt's partial last block counts as one, as in `emberkv.sim.cache_only`."""
-    references = sum(-(-row.prompt_tokens // size) for row in completed)
-    hits = sum(-(-row.cached_tokens // size) for row in completed)
-    return {"references": references, "hits": hits, "hit_rate": ratio(hits, references)}
+@dataclass(slots=True)
+class Caching:
+    """Sums over requests of what was cached and what was computed. later: those that are not a session's first."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    hits: int = 0
+    later: int = 0
+    later_prompt_tokens: int = 0
+    later_cached_tokens: int = 0
+    events: Counter[CacheEvent | None] = field(default_factory=Counter)
+
+    def add(self, row: Row) -> None:
+        self.requests += 1
+        self.prompt_tokens += row.prompt_tokens
+        self.output_tokens += row.output_tokens
+        self.cached_tokens += row.cached_tokens
+        self.prefilled_tokens += row.prefilled_tokens
+        self.hits += row.cached_tokens > 0
+        self.events[row.event] += 1
+        if row.conversational:
+            self.later += 1
+            self.later_prompt_tokens += row.prompt_tokens
+            self.later_cached_tokens += row.cached_tokens
+
+    def found(self) -> dict[str, Any]:
+        return {
+            "overall_hit_rate": ratio(self.cached_tokens, self.prompt_tokens),
+            "conversational_hit_rate": ratio(self.later_cached_tokens, self.later_prompt_tokens),
+            "conversational_requests": self.later,
+            "request_hit_rate": ratio(self.hits, self.requests),
+            "event_counts": {event.value: self.events[event] for event in CacheEvent},
+            "average_cached_prefix_length": ratio(self.cached_tokens, self.requests),
+            "average_tokens_prefilled": ratio(self.prefilled_tokens, self.requests),
+            "prefill_reduction_ratio": 1 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0,
+            "total_tokens_saved": self.cached_tokens,
+        }
+
+    def by_tier(self, brought: Mapping[str, int]) -> dict[str, Any]:
+        """Where cached tokens came from; what no lower tier brought was in the pool."""
+        found = {"pool": self.cached_tokens - sum(brought.values()), **brought}
+        return {
+            name: {"tokens": tokens, "hit_rate": ratio(tokens, self.prompt_tokens)} for name, tokens in found.items()
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """One replica's part."""
+        names = ("requests", "prompt_tokens", "output_tokens", "cached_tokens", "prefilled_tokens")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "hit_rate": ratio(self.cached_tokens, self.prompt_tokens),
+        }
 
 
-def _pace(completed: Sequence[Row]) -> dict[str, Any]:
-    """duration: from the first arrival to the last completion."""
-    ends = [row.completion / NANOSECONDS for row in completed if row.completion is not None]
-    duration = max(ends) - min(row.arrival for row in completed) / NANOSECONDS if ends else 0.0
-    return {
-        "duration": duration,
-        "throughput": {
-            "requests_per_second": ratio(len(completed), duration),
-            "prompt_tokens_per_second": ratio(sum(row.prompt_tokens for row in completed), duration),
-            "output_tokens_per_second": ratio(sum(row.output_tokens for row in completed), duration),
-        },
-    }
+@dataclass(slots=True)
+class Blocks:
+    """Hits in blocks; a prompt's partial last block counts as one, as in `emberkv.sim.cache_only`."""
 
+    size: int
+    references: int = 0
+    hits: int = 0
 
-def _attainment(completed: Sequence[Row], slo: Targets, wanted: int) -> dict[str, Any] | None:
-    """Shares of all requests that could be served; who did not complete attained nothing. None without targets."""
-    targets: dict[str, tuple[float | None, Callable[[Row], float | None]]] = {
-        "ttft_ms": (slo.ttft_ms, lambda row: row.ttft_ms),
-        "tpot_ms": (slo.tpot_ms, lambda row: row.tpot_ms),
-        "e2e_ms": (slo.e2e_ms, lambda row: row.e2e_ms),
-    }
-    kept = [True] * len(completed)
-    found: dict[str, Any] = {}
-    for name, (target, value_of) in targets.items():
-        if target is None:
-            continue
-        values = [value_of(row) for row in completed]
-        attained = [value is None or value <= target for value in values]
-        kept = [before and now for before, now in zip(kept, attained, strict=True)]
-        found[name] = {"target": target, "attained": ratio(sum(attained), wanted)}
-    return {**found, "all": ratio(sum(kept), wanted)} if found else None
+    def add(self, row: Row) -> None:
+        self.references += -(-row.prompt_tokens // self.size)
+        self.hits += -(-row.cached_tokens // self.size)
 
-
-def _tiers(completed: Sequence[Row], tiers: Sequence[str]) -> dict[str, Any]:
-    """Where cached tokens came from; what no lower tier brought was in the pool."""
-    prompts = sum(row.prompt_tokens for row in completed)
-    by_tier = {name: sum(row.tier_tokens[at] for row in completed) for at, name in enumerate(tiers)}
-    found = {"pool": sum(row.cached_tokens for row in completed) - sum(by_tier.values()), **by_tier}
-    return {name: {"tokens": tokens, "hit_rate": ratio(tokens, prompts)} for name, tokens in found.items()}
-
-
-def _replicas(completed: Sequence[Row]) -> list[dict[str, Any]]:
-    """By number, those that completed anything."""
-    totals: dict[int, Counter[str]] = {}
-    for row in completed:
-        if row.replica is not None:
-            totals.setdefault(row.replica, Counter()).update(
-                requests=1,
-                prompt_tokens=row.prompt_tokens,
-                output_tokens=row.output_tokens,
-                cached_tokens=row.cached_tokens,
-                prefilled_tokens=row.prefilled_tokens,
-            )
-    return [
-        {"replica": index, **found, "hit_rate": ratio(found["cached_tokens"], found["prompt_tokens"])}
-        for index, found in sorted(totals.items())
-    ]
+    def found(self) -> dict[str, Any]:
+        return {"references": self.references, "hits": self.hits, "hit_rate": ratio(self.hits, self.references)}
 
 
 def memory_over_time(series: Series) -> dict[str, Any]:

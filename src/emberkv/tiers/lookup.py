@@ -17,25 +17,36 @@ class Searched(Protocol):
 
 
 def find_runs(
-    tiers: Sequence[Searched], meters: Sequence[TierMeter], identities: Sequence[bytes], *, exact: bool
+    tiers: Sequence[Searched],
+    meters: Sequence[TierMeter],
+    identities: Sequence[bytes],
+    *,
+    exact: bool,
+    counted: bool = True,
 ) -> list[Run]:
     """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
 
     Counts a hit for that tier, and a miss for the faster ones; where nobody has a block, a miss for all, as for those
-    after it.
+    after it. counted: False where nobody is served, so that the meters are only asked how long loads take.
     """
     runs: list[Run] = []
     position = 0
     while position < len(identities):
         rank, count = _first_run(tiers, identities[position:], exact)
-        for meter in meters[:rank]:
-            meter.looked_up(0, count)
+        if counted:
+            _count(meters, rank, count)
         if rank == len(tiers):
             break
-        meters[rank].looked_up(count, 0)
         runs.append(Run(tiers[rank].name, count, meters[rank].seconds_for(count)))
         position += count
     return runs
+
+
+def _count(meters: Sequence[TierMeter], rank: int, count: int) -> None:
+    for meter in meters[:rank]:
+        meter.looked_up(0, count)
+    if rank < len(meters):
+        meters[rank].looked_up(count, 0)
 
 
 def _first_run(tiers: Sequence[Searched], identities: Sequence[bytes], exact: bool) -> tuple[int, int]:

@@ -74,6 +74,10 @@ class TierStack:
         """
         return find_runs(self._tiers, self._meters, identities, exact=exact)
 
+    def peek(self, identities: Sequence[bytes], *, exact: bool = False) -> list[Run]:
+        """What `find` would say, for whoever only asks: counted nowhere."""
+        return find_runs(self._tiers, self._meters, identities, exact=exact, counted=False)
+
     def places(self, identity: bytes) -> list[str]:
         """The tiers that have a block, fastest first. Memory only, and counted nowhere."""
         return [tier.name for tier in self._tiers if tier.lookup((identity,))]

@@ -81,16 +81,16 @@ class StackStats:
 
 
 class Troubles:
-    """Failures by kind, logged with their first, second, fourth... so that a broken disk does not flood the log."""
+    """Failures by kind, logged whenever their number reaches a power of two, so that they do not flood the log."""
 
     def __init__(self, log: logging.Logger, place: str) -> None:
         self._log = log
         self._place = place
         self.counts: Counter[str] = Counter()
 
-    def count(self, kind: str, detail: str) -> None:
+    def count(self, kind: str, detail: str = "", times: int = 1) -> None:
         """detail: must say nothing of a block's content or its owner."""
-        self.counts[kind] += 1
-        times = self.counts[kind]
-        if times & (times - 1) == 0:
-            self._log.warning("%s: %s (%s), %d so far", self._place, kind, detail, times)
+        before = self.counts[kind]
+        self.counts[kind] = now = before + times
+        if now.bit_length() > before.bit_length():
+            self._log.warning("%s: %s%s, %d so far", self._place, kind, detail and f" ({detail})", now)

@@ -27,8 +27,8 @@ class Runner(Protocol):
 class CacheAccess:
     """chain: a prompt's blocks as its tenant's requests name them. clock: seconds, by which retention ends.
 
-    lower: what loads come from; None: nothing is below the pool. stack: the same tiers, to be told what to drop.
-    reuse: what caches of other sizes would find of the traffic; None: nobody follows it.
+    lower: what loads come from, asked without being counted; None: nothing is below the pool. stack: the same tiers, to
+    be told what to drop. reuse: what caches of other sizes would find of the traffic; None: nobody follows it.
     other_models: how many of a prompt's tokens are cached for each other model that is known of, by its name.
     """
 

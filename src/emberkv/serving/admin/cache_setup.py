@@ -60,7 +60,8 @@ def cache_access(engine: "AssembledEngine", books: CacheBooks, *, name: str, fol
     def chain(tokens: Sequence[int], tenant: Tenant) -> TokenChain:
         return loop.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
 
-    access = CacheAccess(books, loop.run, chain, lower=engine.link, stack=engine.tiers, reuse=reuse)
+    lower = engine.link.peeking if engine.link is not None else None
+    access = CacheAccess(books, loop.run, chain, lower=lower, stack=engine.tiers, reuse=reuse)
     if folder is None or engine.tiers is None:
         return access
     own = KnownModel(name=name, root=engine.executor.root(b""), block_size=engine.scheduler.cache.pool.block_size)

@@ -1,0 +1,166 @@
+"""A real server whose cache folder is shared, read-only, full, damaged or gone: right answers all the same.
+
+What went wrong is told by counters, and none of these servers fails to stop in order.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import CheckpointFactory
+from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.users import PROMPTS, Choice, ask
+from tests.tiers.disks import files_of
+
+SMALL_POOL = ("--cache-ram", str(48 * 12 * 1024))
+"""48 blocks; the prompts take 84, so that each round of them needs what lies below."""
+SECOND_HALVES = 4 * 10
+"""Blocks of the longer prompts of each pair that the shorter ones have not."""
+
+
+@dataclass
+class Filled:
+    """A server that runs, the folder to which it has written, and what it has answered to `PROMPTS`."""
+
+    server: Server
+    cache: Path
+    flags: Sequence[str]
+    expected: Sequence[Choice]
+
+
+@pytest.fixture(scope="module")
+def filled(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
+    folder = tmp_path_factory.mktemp("filled")
+    flags = (str(checkpoint("llama")), "--served-name", "tiny", "--prefill-chunk", "32", "--no-warmup", *SMALL_POOL)
+    with serving(folder, *flags, "--cache-dir", str(folder / "cache")) as server:
+        expected = answers(server)
+        settle(server)
+        yield Filled(server, folder / "cache", flags, expected)
+    assert server.exit_code() == 0
+
+
+def answers(server: Server) -> list[Choice]:
+    with httpx.Client(base_url=server.url, timeout=DEADLINE) as client:
+        return [ask(client, prompt) for prompt in PROMPTS]
+
+
+def settle(server: Server) -> None:
+    eventually(lambda: server.is_idle() and not server.metric("emberkv_tier_queue_bytes"))
+
+
+def loaded_from_disk(server: Server) -> float:
+    return server.metric("emberkv_tier_reused_tokens_total", tier="disk")
+
+
+def test_a_second_server_on_the_folder_loads_and_does_not_store(filled: Filled, tmp_path: Path) -> None:
+    with serving(tmp_path, *filled.flags, "--cache-dir", str(filled.cache)) as second:
+        assert answers(second) == filled.expected
+        assert loaded_from_disk(second) > 0
+        with httpx.Client(base_url=second.url, timeout=DEADLINE) as client:
+            ask(client, PROMPTS[0][::-1])
+        settle(second)
+        skipped = second.metric("emberkv_tier_skipped_total", tier="disk", reason="another process writes here")
+        assert skipped == len(PROMPTS[0]) // 16
+        assert "another process writes here" in second.log.read_text()
+        assert answers(filled.server) == filled.expected
+    assert second.exit_code() == 0
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="nothing here to take root's right to write anywhere")
+def test_a_read_only_folder_is_loaded_from(filled: Filled, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled.cache, cache)
+    folders = [cache, *(path for path in cache.rglob("*") if path.is_dir())]
+    for path in [*folders, cache / "blocks" / "lock"]:
+        path.chmod(0o500)
+    obedient = ("setpriv", "--bounding-set", "-dac_override") if os.geteuid() == 0 else ()
+    try:
+        with serving(tmp_path, *filled.flags, "--cache-dir", str(cache), through=obedient) as server:
+            assert answers(server) == filled.expected
+            assert loaded_from_disk(server) > 0
+            assert server.metric("emberkv_tier_troubles_total", tier="disk", kind="folder cannot be written") == 1
+        assert server.exit_code() == 0
+    finally:
+        for path in folders:
+            path.chmod(0o700)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="nothing here to limit what a process may write")
+def test_where_the_disk_takes_nothing_the_ram_tier_still_serves(filled: Filled, tmp_path: Path) -> None:
+    """A file may have less bytes than a block needs, so that each write fails half way."""
+    flags = (*filled.flags, "--cache-dir", str(tmp_path / "cache"), "--ram-tier", "4MiB", "--log-level", "warning")
+    with serving(tmp_path, *flags, through=("prlimit", "--fsize=10000")) as server:
+        assert answers(server) == filled.expected
+        assert answers(server) == filled.expected
+        settle(server)
+        assert server.metric("emberkv_tier_skipped_total", tier="disk", reason="write failed") >= SECOND_HALVES
+        assert server.metric("emberkv_tier_blocks", tier="disk") == 0
+        assert server.metric("emberkv_tier_reused_tokens_total", tier="ram") > 0
+        assert server.metric("emberkv_tier_loads_total", tier="ram") > 0
+        assert files_of(tmp_path) == []
+        assert list((tmp_path / "cache" / "blocks" / "tmp").iterdir()) == []
+    assert server.exit_code() == 0
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Flip a bit, or cut the end off."""
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        content[place] ^= 1 << rng.randrange(8)
+    else:
+        del content[place:]
+    path.write_bytes(content)
+
+
+def test_files_damaged_and_then_lost_while_the_server_runs(filled: Filled, tmp_path: Path) -> None:
+    cache, rng = tmp_path / "cache", random.Random(40)
+    shutil.copytree(filled.cache, cache)
+    with serving(tmp_path, *filled.flags, "--cache-dir", str(cache)) as server:
+        for path in files_of(cache):
+            damage(path, rng)
+        assert answers(server) == filled.expected
+        settle(server)
+        assert server.total("emberkv_tier_corrupt_total", tier="disk") > 0
+        assert loaded_from_disk(server) == 0
+        assert answers(server) == filled.expected  # from what was written anew
+        assert loaded_from_disk(server) > 0
+        settle(server)
+        shutil.rmtree(cache)
+        assert answers(server) == filled.expected
+        assert server.total("emberkv_tier_troubles_total", tier="disk", kind="vanished") > 0
+        settle(server)
+    assert server.exit_code() == 0
+    assert not cache.exists()
+
+
+def test_what_is_told_of_a_request(filled: Filled) -> None:
+    """A line with its id and none of its words; and asking why it missed counts as no traffic of the tiers."""
+    server, asked = filled.server, {"messages": [{"role": "user", "content": "zebra " * 40}], "max_tokens": 3}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", **asked}, timeout=DEADLINE)
+    settle(server)
+    before = tier_tokens(server)
+    explained = httpx.post(
+        f"{server.url}/v1/cache/explain", json={"openai": {"model": "tiny", **asked}}, timeout=DEADLINE
+    )
+    assert explained.status_code == 200, explained.text
+    assert tier_tokens(server) == before
+    told = [line for line in server.log.read_text().splitlines() if response.json()["id"] in line]
+    assert len(told) == 1
+    assert "prompt_tokens=" in told[0]
+    assert "zebra" not in server.log.read_text()
+
+
+def tier_tokens(server: Server) -> dict[tuple[str, str], float]:
+    """What each tier was looked into for, found or not."""
+    return {
+        (name, tier): server.metric(f"emberkv_tier_{name}_tokens_total", tier=tier)
+        for name in ("hit", "miss")
+        for tier in ("pool", "disk")
+    }
