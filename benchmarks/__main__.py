@@ -50,6 +50,7 @@ VLLM = "vs_vllm"
 BENCHMARKS = (
     Benchmark("core", quick=("--repeats", "1")),
     Benchmark("ram_cache", quick=("--quick",)),
+    Benchmark("disk_open", quick=("--blocks", "2000", "--rounds", "1")),
     Benchmark("simulator", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
@@ -62,6 +63,7 @@ BENCHMARKS = (
     Benchmark("groundtruth"),
     Benchmark("this_machine", quick=("--sessions", "4", "--rounds", "1")),
     Benchmark("restart", ("--rounds", "3"), quick=("--rounds", "1", "--samples", "1")),
+    Benchmark("prober", quick=("--samples", "6", "--tokens", "200", "--rounds", "1")),
     Benchmark(
         VLLM,
         ("--rounds", "3", "--samples", "4"),

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +69,12 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[Server]:
-    """A server on a free port, stopped at the end."""
+def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Iterator[Server]:
+    """A server on a free port, stopped at the end. through: a command that starts the rest of its line."""
     log = folder / "server.log"
     with log.open("wb") as stderr:
-        process = subprocess.Popen([*COMMAND, *arguments, "--port", "0"], stderr=stderr, env=clean_environment(folder))
+        command = [*through, *COMMAND, *arguments, "--port", "0"]
+        process = subprocess.Popen(command, stderr=stderr, env=clean_environment(folder))
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:

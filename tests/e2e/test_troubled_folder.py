@@ -137,7 +137,7 @@ def test_files_damaged_and_then_lost_while_the_server_runs(filled: Filled, tmp_p
         assert server.total("emberkv_tier_troubles_total", tier="disk", kind="vanished") > 0
         settle(server)
     assert server.exit_code() == 0
-    assert not cache.exists()
+    assert not (cache / "blocks").exists()
 
 
 def test_what_is_told_of_a_request(filled: Filled) -> None:

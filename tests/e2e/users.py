@@ -31,7 +31,8 @@ PROMPTS = [
 def ask(client: httpx.Client, prompt: Sequence[int], max_tokens: int = 8) -> Choice:
     """The greedy answer: text, log-probabilities, reason to end."""
     body = {
-        "model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "logprobs": 3, "ignore_eos": True,
+        "model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "logprobs": 3,
+        "ignore_eos": True,
     }  # fmt: skip
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text

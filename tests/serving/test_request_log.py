@@ -13,10 +13,10 @@ from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.request_log import JsonFormatter
+from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client
-from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
 
 MARKER = "Rumpelstiltskin"
 

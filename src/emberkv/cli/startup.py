@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.markup import escape
 
@@ -27,6 +29,8 @@ from emberkv.serving.warmup.warmup import Warmup
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine, EngineConfig
     from emberkv.engine.loader import LoadedModel as ModelOnDevice
+
+T = TypeVar("T")
 
 DEMO_MODEL_NAME = "emberkv-demo"
 RETAINED_SHARE = 0.25
@@ -68,7 +72,7 @@ class Startup:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            loaded, engine, warmup = self._load()
+            loaded, engine, warmup = _on_a_thread_that_ends(self._load)
         except Exception as error:  # noqa: BLE001 - carried over to the main thread, which raises it
             self._failure = error
             self._lifecycle.failed(str(error))
@@ -143,3 +147,19 @@ class Startup:
                 retain_share=RETAINED_SHARE,
             ),
         )
+
+
+def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
+    """The OpenMP threads of a thread that used torch and lives on slow down every step of the engine's."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - carried over to who waits for the result
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="emberkv-load", daemon=True)
+    thread.start()
+    thread.join()
+    return outcome.result()

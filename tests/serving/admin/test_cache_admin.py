@@ -15,10 +15,10 @@ from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import EVERYBODY
 from emberkv.tiers.stats import TierStats
+from tests.serving.admin.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
 from tests.serving.harness import MODEL, Client
-from tests.serving.admin.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
 
 GETS = ("", "/sessions", "/prefixes")
 POSTS = ("/warm", "/pin", "/unpin", "/remove", "/clear")
