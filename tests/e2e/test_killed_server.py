@@ -25,7 +25,7 @@ SMALL = (
     *("--cache-disk", str(QUOTA)),
 )
 """The first two hold less than the prompts whose answers are compared, and all of them less than the users ask for."""
-TROUBLES = ("tier_corrupt", "tier_troubles", "tier_failures", "tier_skipped", "transfer_troubles")
+TROUBLES = ("tier_corrupt", "tier_troubles", "tier_failures", "tier_skipped")
 
 
 def test_kills_under_load(checkpoint: CheckpointFactory, tmp_path: Path, long: bool) -> None:
@@ -81,6 +81,8 @@ def check_server(server: Server, cache: Path, expected: Sequence[Choice]) -> boo
     eventually(lambda: server.is_idle() and not server.metric("emberkv_tier_queue_bytes"))
     assert temporary_files(cache) == []
     assert {trouble: server.total(f"emberkv_{trouble}_total") for trouble in TROUBLES} == dict.fromkeys(TROUBLES, 0)
+    for kind in ("tokens", "size"):
+        assert server.total("emberkv_transfer_troubles_total", kind=kind) == 0
     return server.metric("emberkv_tier_reused_tokens_total", tier="disk") > 0
 
 

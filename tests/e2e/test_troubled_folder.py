@@ -50,25 +50,32 @@ def answers(server: Server) -> list[Choice]:
         return [ask(client, prompt) for prompt in PROMPTS]
 
 
+def right(server: Server, expected: Sequence[Choice]) -> bool:
+    """True; fails where an answer is not as expected."""
+    assert answers(server) == expected
+    return True
+
+
 def settle(server: Server) -> None:
     eventually(lambda: server.is_idle() and not server.metric("emberkv_tier_queue_bytes"))
 
 
-def loaded_from_disk(server: Server) -> float:
-    return server.metric("emberkv_tier_reused_tokens_total", tier="disk")
+def reused(server: Server, tier: str) -> float:
+    """Tokens."""
+    return server.metric("emberkv_tier_reused_tokens_total", tier=tier)
 
 
 def test_a_second_server_on_the_folder_loads_and_does_not_store(filled: Filled, tmp_path: Path) -> None:
     with serving(tmp_path, *filled.flags, "--cache-dir", str(filled.cache)) as second:
-        assert answers(second) == filled.expected
-        assert loaded_from_disk(second) > 0
+        assert right(second, filled.expected)
+        assert reused(second, "disk") > 0
         with httpx.Client(base_url=second.url, timeout=DEADLINE) as client:
             ask(client, PROMPTS[0][::-1])
         settle(second)
         skipped = second.metric("emberkv_tier_skipped_total", tier="disk", reason="another process writes here")
         assert skipped == len(PROMPTS[0]) // 16
         assert "another process writes here" in second.log.read_text()
-        assert answers(filled.server) == filled.expected
+        assert right(filled.server, filled.expected)
     assert second.exit_code() == 0
 
 
@@ -82,8 +89,8 @@ def test_a_read_only_folder_is_loaded_from(filled: Filled, tmp_path: Path) -> No
     obedient = ("setpriv", "--bounding-set", "-dac_override") if os.geteuid() == 0 else ()
     try:
         with serving(tmp_path, *filled.flags, "--cache-dir", str(cache), through=obedient) as server:
-            assert answers(server) == filled.expected
-            assert loaded_from_disk(server) > 0
+            assert right(server, filled.expected)
+            assert reused(server, "disk") > 0
             assert server.metric("emberkv_tier_troubles_total", tier="disk", kind="folder cannot be written") == 1
         assert server.exit_code() == 0
     finally:
@@ -96,13 +103,12 @@ def test_where_the_disk_takes_nothing_the_ram_tier_still_serves(filled: Filled, 
     """A file may have less bytes than a block needs, so that each write fails half way."""
     flags = (*filled.flags, "--cache-dir", str(tmp_path / "cache"), "--ram-tier", "4MiB", "--log-level", "warning")
     with serving(tmp_path, *flags, through=("prlimit", "--fsize=10000")) as server:
-        assert answers(server) == filled.expected
-        assert answers(server) == filled.expected
+        assert right(server, filled.expected)
+        # a load that a slow machine does not bring in time is given up, so not every one is sure to be of use
+        eventually(lambda: right(server, filled.expected) and reused(server, "ram"))
         settle(server)
         assert server.metric("emberkv_tier_skipped_total", tier="disk", reason="write failed") >= SECOND_HALVES
         assert server.metric("emberkv_tier_blocks", tier="disk") == 0
-        assert server.metric("emberkv_tier_reused_tokens_total", tier="ram") > 0
-        assert server.metric("emberkv_tier_loads_total", tier="ram") > 0
         assert files_of(tmp_path) == []
         assert list((tmp_path / "cache" / "blocks" / "tmp").iterdir()) == []
     assert server.exit_code() == 0
@@ -125,16 +131,14 @@ def test_files_damaged_and_then_lost_while_the_server_runs(filled: Filled, tmp_p
     with serving(tmp_path, *filled.flags, "--cache-dir", str(cache)) as server:
         for path in files_of(cache):
             damage(path, rng)
-        assert answers(server) == filled.expected
-        settle(server)
-        assert server.total("emberkv_tier_corrupt_total", tier="disk") > 0
-        assert loaded_from_disk(server) == 0
-        assert answers(server) == filled.expected  # from what was written anew
-        assert loaded_from_disk(server) > 0
+        assert right(server, filled.expected)
+        eventually(lambda: server.total("emberkv_tier_corrupt_total", tier="disk"))
+        assert reused(server, "disk") == 0
+        eventually(lambda: right(server, filled.expected) and reused(server, "disk"))  # what was written anew
         settle(server)
         shutil.rmtree(cache)
-        assert answers(server) == filled.expected
-        assert server.total("emberkv_tier_troubles_total", tier="disk", kind="vanished") > 0
+        assert right(server, filled.expected)
+        eventually(lambda: server.total("emberkv_tier_troubles_total", tier="disk", kind="vanished"))
         settle(server)
     assert server.exit_code() == 0
     assert not (cache / "blocks").exists()

@@ -40,6 +40,11 @@ def test_a_later_turn_computes_what_is_new() -> None:
     assert outcome.first_token == 10_050 * MS
 
 
+def test_hits_end_at_the_unit_that_the_server_rounds_to() -> None:
+    ran = run([turn("s", 0, 100, 50), turn("s", 1, 200, 5, at=10)], hit_unit=40)
+    assert ran.cached("s.1") == (120, 80)
+
+
 def test_a_long_conversation() -> None:
     ran = run([turn("s", 0, 9_950, 50), turn("s", 1, 12_000, 5, at=100)], kv_blocks=3000)
     assert ran.cached("s.1") == (10_000, 2_000)

@@ -46,13 +46,13 @@ def calibrate(
     model: Annotated[str | None, typer.Argument(help="A model folder or hub id; the bundled demo without one.")] = None,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write, a .yaml file.")],
-    name: Annotated[str | None, typer.Option(help="What to call it. [default: the file's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call it. (default: the file's name)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens per prefill pass.")] = DEFAULT_PREFILL_CHUNK,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to measure the disk. [default: beside the profile]")
+        Path | None, typer.Option(help="Where to measure the disk. (default: beside the profile)")
     ] = None,
 ) -> None:
     """Measure matrix products, prefills, the lower tiers and a server's answers here; takes about a minute.

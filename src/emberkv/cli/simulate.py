@@ -33,6 +33,9 @@ def simulate(
         int | None, typer.Option(min=1, help="Of each replica; default: what fits its memory.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the trace's own, or 16.")] = None,
+    hit_unit: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to which hits are rounded down; default: a block.")
+    ] = None,
     eviction: Annotated[str | None, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Whether to reuse anything.")] = None,
     cache_only: Annotated[bool, typer.Option("--cache-only", help="No time: hits by capacity alone.")] = False,
@@ -54,6 +57,7 @@ def simulate(
     changes = {
         "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "replicas": replicas,
         "routing": routing, "kv_blocks": kv_blocks, "block_size": block_size, "eviction": eviction,
+        "hit_unit": hit_unit,
         "prefix_caching": prefix_caching, "cache_only": cache_only or None, "seed": seed, "warm_up": warm_up,
         "stop_at": stop_at,
     }  # fmt: skip

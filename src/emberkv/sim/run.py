@@ -46,7 +46,8 @@ class Results:
             "interrupted": self.ending.interrupted,
         }
         blocks_of = self.machine.block_size if self.config.cache_only else None
-        found = summarize(self.rows, slo=self.config.slo, series=self.series, blocks_of=blocks_of)
+        slo = None if self.config.cache_only else self.config.slo
+        found = summarize(self.rows, slo=slo, series=self.series, blocks_of=blocks_of)
         return {"set_up": self.config.model_dump(mode="json", exclude_unset=True), **how, **found}
 
 

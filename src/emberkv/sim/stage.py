@@ -97,7 +97,7 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
 
 
 def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
-    """A fresh cache over an empty pool. Hits end at any block."""
+    """A fresh cache over an empty pool."""
     pool = BlockPool(
         machine.num_blocks,
         machine.block_size,
@@ -106,7 +106,8 @@ def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
         events=EventLog(EVENTS_KEPT),
         journal=bool(config.tiers),
     )
-    return PrefixCache(pool, alignment=machine.block_size, enabled=config.prefix_caching)
+    alignment = _rounded_up(config.hit_unit or 1, machine.block_size)
+    return PrefixCache(pool, alignment=alignment, enabled=config.prefix_caching)
 
 
 def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:
@@ -143,10 +144,14 @@ def lower_of(config: SimulationConfig, machine: Machine) -> list[LowerModel | No
 
 def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None) -> Scheduler:
     """A fresh scheduler, cache and pool, as the server has them."""
-    size = machine.block_size
-    chunk = -(-config.prefill_chunk // size) * size
+    cache = cache_of(config, machine)
+    chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
-    return Scheduler(cache_of(config, machine), SchedulerConfig(chunk, budget, config.max_running), lower)
+    return Scheduler(cache, SchedulerConfig(chunk, budget, config.max_running), lower)
+
+
+def _rounded_up(tokens: int, unit: int) -> int:
+    return -(-tokens // unit) * unit
 
 
 def build(
