@@ -1,7 +1,7 @@
 """The scheduler's plans, worked out by hand: 16 blocks of 4 tokens, chunks of 4, unless a test says otherwise."""
 
 from emberkv.core.scheduler import StepPlan
-from emberkv.core.sequence import FinishReason, SequenceStatus
+from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, SequenceStatus
 from tests.core.harness import Harness
 
 
@@ -229,4 +229,14 @@ def test_a_refusal_is_taken_back_when_a_sooner_one_arrives() -> None:
     assert not harness.step().admitted
     harness.add("small", [3] * 2, priority=-1)
     assert [each.request_id for each in harness.step().admitted] == ["small"]
+    harness.finish()
+
+
+def test_background_work_gets_one_chunk_a_step_and_none_beside_anothers() -> None:
+    harness = Harness(max_step_tokens=16)
+    harness.add("background", range(12), priority=BACKGROUND_PRIORITY)
+    assert shape(harness.step()) == ([], [("background", 0, 4)])
+    assert shape(harness.step()) == ([], [("background", 4, 8)])
+    harness.add("awaited", [7] * 8)
+    assert shape(harness.step()) == ([], [("awaited", 0, 4), ("awaited", 4, 8)])
     harness.finish()

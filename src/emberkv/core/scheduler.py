@@ -14,7 +14,7 @@ from emberkv.core.loads import Loads
 from emberkv.core.matching import Match
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Load, LowerTiers
-from emberkv.core.sequence import FinishReason, Sequence, SequenceStatus
+from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
@@ -188,7 +188,7 @@ class Scheduler:
                 chunk = self._next_chunk(sequence)
                 length = chunk.stop - chunk.start
                 # One chunk always goes, so that decoding sequences never starve those that wait to begin.
-                if length > budget and plan.prefills:
+                if plan.prefills and (length > budget or sequence.priority >= BACKGROUND_PRIORITY):
                     return
                 budget -= length
                 sequence.num_computed = chunk.stop

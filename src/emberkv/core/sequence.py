@@ -24,6 +24,10 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+BACKGROUND_PRIORITY = 1_000_000
+"""From here on, nobody waits for a sequence: a step computes at most one chunk of it, and none beside another's."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.

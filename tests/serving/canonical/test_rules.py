@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emberkv.errors import ConfigError
@@ -155,6 +155,10 @@ tools = st.lists(
 )
 
 
+@example(
+    [{"match": "b*", "action": "move", "until": "a*"}, {"match": "d*d", "action": "move", "until": "b*"}],
+    ["dd\na\nb"], "", [],
+)  # fmt: skip
 @given(line_rules, st.lists(texts, min_size=1, max_size=3), texts, tools)
 def test_applied_twice_is_applied_once(
     lines: list[dict[str, str]], system: list[str], user: str, given_tools: list[Any]

@@ -74,8 +74,8 @@ class _Strict(BaseModel):
 class LineRule(_Strict):
     """What to do with lines that match.
 
-    until: the rule takes all lines from a match up to, not including, the next one that matches this; without such a
-    one, to the text's end. where: in the system prompt, in the user's messages, or both.
+    until: the rule takes all lines from a match up to, not including, the next one that matches this, or any rule;
+    without such a one, to the text's end. where: in the system prompt, in the user's messages, or both.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
@@ -99,7 +99,7 @@ class ToolRules(_Strict):
 
 
 class CanonicalRules(_Strict):
-    """The rules of one file, applied in its order."""
+    """The rules of one file; the first that a line matches takes it."""
 
     lines: list[LineRule] = []
     tools: ToolRules = ToolRules()
@@ -114,33 +114,23 @@ class CanonicalRules(_Strict):
 
     def of_system(self, texts: list[str]) -> "Rewritten":
         """The system prompt's texts; moved lines come to the end of the last one, rule by rule."""
-        counts: Counter[str] = Counter()
-        moved: list[str] = []
-        for rule in self.lines:
-            if rule.where == "user":
-                continue
-            taken = []
-            for index, text in enumerate(texts):
-                kept, lines = _split(rule, text)
-                if lines:
-                    texts = [*texts[:index], kept, *texts[index + 1 :]]
-                    taken += lines
-            if taken:
-                counts[rule.name] = len(taken)
-                moved += taken if rule.action == "move" else []
+        rules = [rule for rule in self.lines if rule.where != "user"]
+        kept: list[str] = []
+        taken: dict[str, list[str]] = {rule.name: [] for rule in rules}
+        for text in texts:
+            rest, lines = _split(rules, text)
+            kept.append(rest)
+            for name, some in lines.items():
+                taken[name] += some
+        moved = [line for rule in rules if rule.action == "move" for line in taken[rule.name]]
         if moved:
-            last = texts[-1]
-            texts = [*texts[:-1], "\n".join([*([last] if last else []), *moved])]
-        return Rewritten(texts, counts)
+            kept[-1] = "\n".join([*([kept[-1]] if kept[-1] else []), *moved])
+        return Rewritten(kept, _sizes(taken))
 
     def of_user(self, text: str) -> "Rewritten":
         """A user's text."""
-        counts: Counter[str] = Counter()
-        for rule in self.lines:
-            if rule.where != "system":
-                text, lines = _split(rule, text)
-                counts.update({rule.name: len(lines)} if lines else {})
-        return Rewritten([text], counts)
+        kept, taken = _split([rule for rule in self.lines if rule.where != "system"], text)
+        return Rewritten([kept], _sizes(taken))
 
     def of_tools(self, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
         """Tools in either API's form."""
@@ -177,18 +167,29 @@ def load_rules(path: Path) -> CanonicalRules:
         raise ConfigError(f"canonical rules {path} cannot be read: {error}") from error
 
 
-def _split(rule: LineRule, text: str) -> tuple[str, list[str]]:
-    """``text`` without the rule's lines, and those."""
+def _split(rules: list[LineRule], text: str) -> tuple[str, dict[str, list[str]]]:
+    """``text`` without the lines that rules take, and those by rule.
+
+    A line is the first rule's that it matches, which ends another's section: so what was moved is found again as it is.
+    """
     kept: list[str] = []
-    taken: list[str] = []
-    inside = False
+    taken: dict[str, list[str]] = {}
+    section: LineRule | None = None
     for line in text.split("\n"):
-        if inside and rule.until is not None and rule.until.matches(line):
-            inside = False
-        starts = rule.match.matches(line)
-        (taken if inside or starts else kept).append(line)
-        inside = inside or (starts and rule.until is not None)
+        begun = next((rule for rule in rules if rule.match.matches(line)), None)
+        if begun is not None or (section is not None and section.until is not None and section.until.matches(line)):
+            section = begun
+        if section is None:
+            kept.append(line)
+        else:
+            taken.setdefault(section.name, []).append(line)
+        if section is not None and section.until is None:
+            section = None
     return ("\n".join(kept) if taken else text), taken
+
+
+def _sizes(taken: Mapping[str, list[str]]) -> Counter[str]:
+    return Counter({name: len(lines) for name, lines in taken.items() if lines})
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler
+from emberkv.core.sequence import BACKGROUND_PRIORITY
 from emberkv.engine.request import GenerationRequest, OutputListener
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
@@ -16,8 +17,6 @@ from emberkv.serving.warmup.warm_prompt import WarmPrompt
 if TYPE_CHECKING:
     from emberkv.engine.loop import EngineLoop
 
-WARMUP_PRIORITY = 1_000_000
-"""Behind all requests that somebody waits for, whose priority is 0."""
 
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 _PATIENCE_SECONDS = 30.0
@@ -64,7 +63,7 @@ class EngineWarmer:
         is_operators = prompt.tenant in ("", PUBLIC_OWNER)
         salt = b"" if is_operators else self._tenants.named(prompt.tenant).salt
         return GenerationRequest(
-            request_id, prompt.tokens, _ONE_TOKEN, salt, priority=WARMUP_PRIORITY, tenant=prompt.tenant
+            request_id, prompt.tokens, _ONE_TOKEN, salt, priority=BACKGROUND_PRIORITY, tenant=prompt.tenant
         )
 
     def _ask(self, command: Callable[[Scheduler], T]) -> T:
