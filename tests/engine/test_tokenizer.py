@@ -31,6 +31,16 @@ def test_pieces_are_cached_where_the_tokenizer_lets_them(kind: str) -> None:
     assert len(tokenizer.cache) == (0 if kind in WHOLE_ONLY else 3)
 
 
+def test_nobody_finds_the_pieces_that_another_has_sent() -> None:
+    tokenizer = wrap(sorted(set(KINDS) - set(WHOLE_ONLY))[0])
+    text = f"a{USER_START}river{TURN_END}{USER_START}river"
+    ours, theirs = tokenizer.remembering_for("ours"), tokenizer.remembering_for("theirs")
+    assert ours.encode(text, add_special_tokens=True) == tokenizer.encode(text, add_special_tokens=True)
+    assert [len(each.cache) for each in (tokenizer, ours, theirs)] == [3, 3, 0]
+    assert tokenizer.remembering_for("ours") is ours
+    assert tokenizer.remembering_for("") is tokenizer
+
+
 def test_written_out_special_tokens_can_be_plain_text() -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), split_special_tokens=True)
     text = f"{USER_START}user"

@@ -57,6 +57,9 @@ class ByteTokenizer:
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()
 
+    def remembering_for(self, owner: str) -> "ByteTokenizer":
+        return self
+
 
 @dataclass(frozen=True)
 class Script:

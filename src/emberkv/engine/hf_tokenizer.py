@@ -3,6 +3,7 @@
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +39,7 @@ class HFTokenizer:
         self._cut = _cut_pattern(self._backend, list(added.values()))
         self._frame = _template_frame(self._backend)
         self._cache = PieceCache(cache_bytes)
+        self._by_owner: dict[str, HFTokenizer] = {"": self}
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
 
     @property
@@ -104,6 +106,16 @@ class HFTokenizer:
         before = self._backend.decode(self._anchor, skip_special_tokens=False)
         text: str = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text[len(before) :]
+
+    def remembering_for(self, owner: str) -> "HFTokenizer":
+        """The same tokenizer with the owner's own cache of pieces: a shared one would tell, by the time that encoding
+        takes, what others have sent.
+        """
+        if owner not in self._by_owner:
+            own = copy(self)
+            own._cache = PieceCache(self._cache.max_bytes)
+            self._by_owner.setdefault(owner, own)
+        return self._by_owner[owner]
 
     def detokenizer(self) -> WindowDetokenizer:
         """A fresh one, for one answer."""

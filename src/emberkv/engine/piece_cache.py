@@ -10,7 +10,7 @@ class PieceCache:
     """Maps a piece of text to its token ids, in at most ``max_bytes`` of memory. Safe to use from many threads."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[str, array[int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -34,14 +34,14 @@ class PieceCache:
     def put(self, piece: str, ids: "array[int]") -> None:
         """Remember ``ids``, forgetting older pieces for it; a piece larger than the cache is not remembered."""
         size = _size(piece, ids)
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             return
         with self._lock:
             if piece in self._entries:
                 return
             self._entries[piece] = ids
             self._bytes += size
-            while self._bytes > self._max_bytes:
+            while self._bytes > self.max_bytes:
                 self._bytes -= _size(*self._entries.popitem(last=False))
 
 

@@ -138,7 +138,7 @@ class ServingContext:
         """The route dependency that checks the API key. Raises UnauthorizedError."""
         return self.keys.tenant_of(request.headers)
 
-    async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes) -> T:
+    async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes, tenant: Tenant) -> T:
         """Parse, render and tokenize a request; off the event loop when it is large."""
-        task = partial(work, body, self.lifecycle.model())
+        task = partial(work, body, self.lifecycle.model().seen_by(tenant.name))
         return await asyncio.to_thread(task) if len(body) > LARGE_BODY_BYTES else task()

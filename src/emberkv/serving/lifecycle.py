@@ -1,7 +1,7 @@
 """Whether the server may generate: loading, warming, ready, draining or failed; and the answers now running."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -40,6 +40,10 @@ class LoadedModel:
     warmup: Warmup | None = None
     cache: CacheAccess | None = None
     public: PublicPrefixes | None = None
+
+    def seen_by(self, tenant: str) -> "LoadedModel":
+        """The model as a tenant meets it: nothing is faster because another has sent it."""
+        return replace(self, tokenizer=self.tokenizer.remembering_for(tenant))
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""

@@ -77,7 +77,8 @@ class CacheRoutes:
         arrived = context.clock()
         await context.guard.operator(http)
         question = await self._question(http, "openai", "anthropic")
-        tenant, prompt = tenant_meant(question, context.tenants), await self._prompt(question)
+        tenant = tenant_meant(question, context.tenants)
+        prompt = await self._prompt(question, tenant)
         answer_budget(context.lifecycle.model().engine, len(prompt.token_ids), 1)
         asked = context.asked(http, "warm", tenant, arrived, prompt.canonical)
         stream = context.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], asked)
@@ -132,8 +133,8 @@ class CacheRoutes:
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
         context = self._context
-        prompt = await self._prompt(question)
         whose = tenant if tenant is not None else tenant_meant(question, context.tenants)
+        prompt = await self._prompt(question, whose)
         others = [] if tenant is not None else [context.tenants.named(name) for name in context.tenants.names]
         return await explain_prompt(self._cache(), prompt, whose, others)
 
@@ -141,7 +142,8 @@ class CacheRoutes:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
             return question, self._desk().path(question.prefix_identity())
-        tenant, prompt = tenant_meant(question, self._context.tenants), await self._prompt(question)
+        tenant = tenant_meant(question, self._context.tenants)
+        prompt = await self._prompt(question, tenant)
         chain = await asyncio.to_thread(self._cache().chain, prompt.token_ids, tenant)
         if not chain.identities:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
@@ -153,8 +155,8 @@ class CacheRoutes:
         question.check(*accepted)
         return question
 
-    async def _prompt(self, question: CacheQuestion) -> RenderedPrompt:
-        model, rules = self._context.lifecycle.model(), self._context.settings.canonical
+    async def _prompt(self, question: CacheQuestion, tenant: Tenant) -> RenderedPrompt:
+        model, rules = self._context.lifecycle.model().seen_by(tenant.name), self._context.settings.canonical
         return await asyncio.to_thread(rendered_prompt, question, model, rules)
 
     def _cache(self) -> CacheAccess:

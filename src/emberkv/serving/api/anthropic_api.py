@@ -55,7 +55,7 @@ def anthropic_router(context: ServingContext) -> APIRouter:
     async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         work = partial(prepare_messages, rules=context.settings.canonical)
-        request, prompt, canonical = await context.prepare(work, await http.body())
+        request, prompt, canonical = await context.prepare(work, await http.body(), tenant)
         asked = context.asked(http, "messages", tenant, arrived, canonical)
         stream = context.start([prompt], asked)
         form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
@@ -64,10 +64,10 @@ def anthropic_router(context: ServingContext) -> APIRouter:
             return EventStream(stream, form.events(stream), headers)
         return await whole_response(http, stream, form.whole, headers)
 
-    @router.post("/v1/messages/count_tokens", dependencies=[guard])
-    async def count(http: Request) -> Response:
+    @router.post("/v1/messages/count_tokens")
+    async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(count_tokens, rules=context.settings.canonical)
-        return JSONResponse({"input_tokens": await context.prepare(work, await http.body())})
+        return JSONResponse({"input_tokens": await context.prepare(work, await http.body(), tenant)})
 
     return router
 

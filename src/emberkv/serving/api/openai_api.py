@@ -85,7 +85,7 @@ def openai_router(context: ServingContext) -> APIRouter:
     async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         work = partial(prepare_chat, rules=context.settings.canonical)
-        request, prompts, canonical = await context.prepare(work, await http.body())
+        request, prompts, canonical = await context.prepare(work, await http.body(), tenant)
         asked = context.asked(http, "chat_completions", tenant, arrived, canonical)
         stream = context.start(prompts, asked)
         form = ChatForm(**form_arguments(request, asked.request_id))
@@ -97,7 +97,7 @@ def openai_router(context: ServingContext) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
-        request, prompts = await context.prepare(prepare_completion, await http.body())
+        request, prompts = await context.prepare(prepare_completion, await http.body(), tenant)
         asked = context.asked(http, "completions", tenant, arrived)
         stream = context.start(prompts, asked)
         form = CompletionForm(**form_arguments(request, asked.request_id))
