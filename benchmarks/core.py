@@ -5,14 +5,12 @@
 Exits with 1 when a target is missed.
 """
 
-import argparse
 import random
 import sys
 import time
 from array import array
-from pathlib import Path
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.figures import Comparison, Figure, Row
 
 from emberkv.core.block_pool import BlockPool
@@ -78,11 +76,10 @@ def measure(policy: str, repeats: int, rng: random.Random) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--policy", choices=POLICY_NAMES, default="lru")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     about = report.about("benchmarks.core", __doc__, policy=given.policy, repeats=given.repeats, seed=given.seed)
     return report.publish(measure(given.policy, given.repeats, random.Random(given.seed)), about, given.out)

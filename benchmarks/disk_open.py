@@ -7,14 +7,13 @@ kernel's caches, as after a server's restart, not as after a machine's. Blocks a
 Exits with 1 when the target is missed.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from hashlib import sha256
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.figures import Figure
 
 from emberkv.tiers.base import TierEntry
@@ -62,11 +61,9 @@ def measure(parent: Path | None, blocks: int, rounds: int) -> Figure:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__, rounds=5)
     parser.add_argument("--blocks", type=int, default=TARGET_BLOCKS)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the tier's folder is made; default: for temporary files")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     about = report.about("benchmarks.disk_open", __doc__, blocks=given.blocks, owners=OWNERS, rounds=given.rounds)
     return report.publish([measure(given.folder, given.blocks, given.rounds)], about, given.out)

@@ -8,7 +8,6 @@ ask for, to say what ignoring the limit would give. Nothing is timed here, so th
 when a mean is more than 15% off.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import measured_elsewhere
 from benchmarks.figures import Figure, Row
 
 from emberkv.sim.config import SimulationConfig, TraceConfig
@@ -25,7 +24,6 @@ from emberkv.sim.inputs import Workload
 from emberkv.sim.outcome import Status
 from emberkv.sim.run import simulate
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 RUN = Path("groundtruth") / "vllm_rtx4090_llama31_8b"
 TARGET = 0.15
 METRICS = ("TTFT", "TPOT", "end to end")
@@ -110,15 +108,7 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder with groundtruth/")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
-    given = parser.parse_args()
-    if not (given.data / RUN).exists():
-        print(f"left out: no {given.data / RUN}", file=sys.stderr)
-        return 0
-    about = report.about("benchmarks.groundtruth", __doc__)
-    return report.publish(rows_of(given.data / RUN), about, given.out)
+    return measured_elsewhere.run("benchmarks.groundtruth", __doc__, RUN, rows_of)
 
 
 if __name__ == "__main__":

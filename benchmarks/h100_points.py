@@ -8,7 +8,6 @@ give, which is what the profile has. Prints both, by group; times to first token
 so the machine does not matter. Exits with 1 when a target is missed, or when the profile differs from the fit.
 """
 
-import argparse
 import csv
 import statistics
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import measured_elsewhere
 from benchmarks.closed_loop import BLOCK_SIZE, Loop, Walk, walk
 from benchmarks.figures import Figure, Row
 
@@ -26,7 +25,6 @@ from emberkv.sim.hardware import MICROSECOND, HardwareProfile, Overheads, load_p
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 POINTS = Path("groundtruth") / "h100_ttft_tpot.csv"
 MODELS = {"Qwen/Qwen3-32B": "qwen3-32b", "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b"}
 ROUNDS = {"sglang": 1, "vllm": 5, "trtllm": 5}
@@ -180,19 +178,13 @@ def rows_of(samples: Sequence[Sample], hardware: HardwareProfile) -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder with groundtruth/")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
-    given = parser.parse_args()
-    if not (given.data / POINTS).exists():
-        print(f"left out: no {given.data / POINTS}", file=sys.stderr)
-        return 0
-    about = report.about("benchmarks.h100_points", __doc__)
+def measure(path: Path) -> list[Row]:
     hardware = load_profile("h100")
-    return report.publish(
-        rows_of(sample_points(read_points(given.data / POINTS), hardware), hardware), about, given.out
-    )
+    return rows_of(sample_points(read_points(path), hardware), hardware)
+
+
+def main() -> int:
+    return measured_elsewhere.run("benchmarks.h100_points", __doc__, POINTS, measure)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ constant. It consists of the interpreter and the imported libraries, the tokeniz
 buffers that depend on the longest prompt rather than on the model. Exits with 1 when a target is missed.
 """
 
-import argparse
 import asyncio
 import random
-import shlex
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import ensure_model, write_model
 from prometheus_client.parser import text_string_to_metric_families
@@ -141,20 +138,15 @@ def tiny_model(folder: Path) -> Path:
 
 
 def main() -> int:
-    work = Path(tempfile.gettempdir()) / "emberkv-benchmarks"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
-    parser.add_argument("--model", type=Path, default=work / "random-qwen2", help="written there if missing")
-    parser.add_argument("--cache-ram", default="1GiB")
+    parser = arguments.random_model_parser(__doc__, cache_ram="1GiB")
     parser.add_argument("--requests", type=int, default=1000, help=f"a multiple of {BATCH}, above it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
-    work.mkdir(parents=True, exist_ok=True)
+    arguments.WORK.mkdir(parents=True, exist_ok=True)
     settings = {"cache_ram": given.cache_ram, "requests": given.requests, "seed": given.seed}
     about = report.about("benchmarks.memory", __doc__, **settings)
-    rng, log = random.Random(given.seed), work / "emberkv.log"
-    tiny = tiny_model(work / "tiny-qwen2")
+    rng, log = random.Random(given.seed), arguments.WORK / "emberkv.log"
+    tiny = tiny_model(arguments.WORK / "tiny-qwen2")
     bare = serve_and_observe(lib.emberkv_server(given.emberkv, tiny, "--cache-ram", TINY_POOL), log, rng, BATCH)
     constant = bare.last - weights(tiny) - size_of(TINY_POOL)
     model = ensure_model(given.model)

@@ -9,18 +9,16 @@ a random Qwen2 (written if missing) and the bundled demo model, in the dtypes th
 target is missed.
 """
 
-import argparse
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import ensure_model
 from transformers import AutoConfig, DynamicCache
@@ -197,19 +195,18 @@ def measure(folder: Path, rng: random.Random, *, chunk: int, repeats: int, align
 
 def default_models() -> list[Path]:
     return [
-        ensure_model(Path(tempfile.gettempdir()) / "emberkv-benchmarks" / "random-qwen2"),
+        ensure_model(arguments.WORK / "random-qwen2"),
         Path(str(files("emberkv"))) / "demo_model",
     ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--models", type=Path, nargs="+")
     parser.add_argument("--chunk", type=int, default=DEFAULT_PREFILL_CHUNK, help="for all but the rates by chunk")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--alignments", type=int, default=8, help="cached lengths tried in each round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     settings = {name: getattr(given, name) for name in ("chunk", "repeats", "alignments", "seed")}
     about = report.about("benchmarks.prefill", __doc__, **settings)

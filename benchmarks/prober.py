@@ -7,15 +7,13 @@ of the stopwatch, for as many of its own that are warm, in random order. The AUC
 took longer than the other; a guess is 0.5. Serves the bundled model. Exits with 1 when a target is missed.
 """
 
-import argparse
 import asyncio
 import random
-import shlex
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Figure
 from benchmarks.rank_test import auc, p_value
 
@@ -58,12 +56,9 @@ def table(rounds: list[dict[str, list[float]]], rng: random.Random) -> list[Figu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
+    parser = arguments.server_parser(__doc__, rounds=3)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     settings = {"samples": given.samples, "tokens": given.tokens, "rounds": given.rounds}
     keys = [flag for key in KEYS for flag in ("--api-key", key)]

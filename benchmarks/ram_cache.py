@@ -8,7 +8,6 @@ cold: dropped from it before each read. Through the stack, a block is also verif
 missed.
 """
 
-import argparse
 import statistics
 import sys
 import threading
@@ -20,7 +19,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.disk_reads import Shelf, shelf
 from benchmarks.figures import Comparison, Figure, Row
 
@@ -209,14 +208,12 @@ def measure_disk(folder: Path | None, policy: str, rounds: int, effort: Effort) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__, rounds=5)
     parser.add_argument("--policy", choices=POLICY_NAMES, default="lru")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, help="where the disk tier's folder is made; default: for temporary files"
     )
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--out", "--json", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     rounds, effort = (1, Effort(0.05, 5_000, 100)) if given.quick else (given.rounds, Effort(0.5, 100_000))
     about = report.about("benchmarks.ram_cache", __doc__, policy=given.policy, rounds=rounds, threads=THREADS)

@@ -7,18 +7,16 @@ once with the files as the system has cached them, once after it was told to for
 each start is measured. Exits with 1 when a target is missed.
 """
 
-import argparse
 import asyncio
 import os
 import random
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
@@ -80,25 +78,19 @@ def table(rounds: Sequence[Figures]) -> list[Comparison]:
 
 
 def main() -> int:
-    work = Path(tempfile.gettempdir()) / "emberkv-benchmarks"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
-    parser.add_argument("--model", type=Path, default=work / "random-qwen2", help="written there if missing")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = arguments.random_model_parser(__doc__, cache_ram="2GiB", rounds=3)
     parser.add_argument("--samples", type=int, default=3, help="prompts computed in each round")
-    parser.add_argument("--cache-ram", default="2GiB")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
-    work.mkdir(parents=True, exist_ok=True)
+    arguments.WORK.mkdir(parents=True, exist_ok=True)
     settings = {"rounds": given.rounds, "samples": given.samples, "cache_ram": given.cache_ram}
     about = report.about("benchmarks.restart", __doc__, **settings)
     rounds = []
     ensure_model(given.model)
     for turn in range(given.rounds):
-        with tempfile.TemporaryDirectory(dir=work) as folder:
+        with tempfile.TemporaryDirectory(dir=arguments.WORK) as folder:
             flags = ("--cache-ram", given.cache_ram, "--dtype", "bfloat16", "--cache-dir", folder)
             server = lib.emberkv_server(given.emberkv, given.model, *flags)
-            rounds.append(one_round(server, Path(folder), work / "emberkv.log", given.samples))
+            rounds.append(one_round(server, Path(folder), arguments.WORK / "emberkv.log", given.samples))
         print(f"round {turn + 1}: {rounds[-1]}", file=sys.stderr)
     return report.publish(table(rounds), about, given.out)
 

@@ -6,18 +6,15 @@ All figures are ratios of measurements of the same round, so that they mean the 
 when a target is missed.
 """
 
-import argparse
 import asyncio
 import os
 import random
-import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
@@ -129,16 +126,10 @@ def table(rounds: Sequence[Figures]) -> list[Comparison]:
 
 
 def main() -> int:
-    work = Path(tempfile.gettempdir()) / "emberkv-benchmarks"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
-    parser.add_argument("--model", type=Path, default=work / "random-qwen2", help="written there if missing")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = arguments.random_model_parser(__doc__, cache_ram="2GiB", rounds=3)
     parser.add_argument("--alignments", type=int, default=24, help="cached lengths tried in each round")
-    parser.add_argument("--cache-ram", default="2GiB")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
-    work.mkdir(parents=True, exist_ok=True)
+    arguments.WORK.mkdir(parents=True, exist_ok=True)
     flags = ("--cache-ram", given.cache_ram, "--dtype", "bfloat16")
     on = lib.emberkv_server(given.emberkv, ensure_model(given.model), *flags)
     off = lib.emberkv_server(given.emberkv, given.model, *flags, "--no-prefix-cache")
@@ -146,7 +137,7 @@ def main() -> int:
     about = report.about("benchmarks.serving_ratios", __doc__, **settings)
     rounds = []
     for turn in range(given.rounds):
-        rounds.append(one_round(on, off, work / "emberkv.log", given.alignments))
+        rounds.append(one_round(on, off, arguments.WORK / "emberkv.log", given.alignments))
         print(f"round {turn + 1}: {rounds[-1]}", file=sys.stderr)
     return report.publish(table(rounds), about, given.out)
 

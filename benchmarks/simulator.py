@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import arguments, report
 from benchmarks.figures import Comparison, Figure, Row
+from benchmarks.measured_elsewhere import DATA
 
 from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
 from emberkv.sim.inputs import Workload
 from emberkv.sim.run import simulate
 from emberkv.workload.spec import parse_workload
 
-TRACE = Path(__file__).parents[2] / "shared/data/traces/mooncake_conversation.jsonl"
+TRACE = DATA / "traces" / "mooncake_conversation.jsonl"
 MILLION = 1_000_000
 NODE_BLOCKS = 5_859
 LRU_RATES = {
@@ -157,12 +158,10 @@ def measure(trace: Path, rounds: int, *, quick: bool) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = arguments.parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="one round, of little")
     parser.add_argument("--trace", type=Path, default=TRACE)
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     if given.case is not None:
         found = run_here(Case(**json.loads(given.case)), given.trace)

@@ -7,10 +7,8 @@ model and writes down what came; the trace is replayed under the profile. Times 
 them. Exits with 1 when the mean time to first token is more than 20% off, or when any request's cached tokens differ.
 """
 
-import argparse
 import asyncio
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Figure, Row
 
 from emberkv.bench.client import Answer, Target, ask
@@ -172,22 +170,18 @@ def rows_of(rounds: Sequence[Round]) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emberkv", default=f"{sys.executable} -m emberkv.cli.main", help="the command to run")
+    parser = arguments.server_parser(__doc__, rounds=3)
     parser.add_argument("--sessions", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="a calibrated profile, in place of calibrating")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
     given = parser.parse_args()
     about = report.about(
         "benchmarks.this_machine", __doc__, sessions=given.sessions, turns=TURNS, rounds=given.rounds
     )  # fmt: skip
-    command = shlex.split(given.emberkv)
     with tempfile.TemporaryDirectory(prefix="emberkv-here-") as folder:
         profile = given.profile or Path(folder, "here.yaml")
         if given.profile is None:
-            calibrate(command, profile)
-        rounds = [play(command, Path(folder), profile, given.sessions, seed) for seed in range(given.rounds)]
+            calibrate(given.emberkv, profile)
+        rounds = [play(given.emberkv, Path(folder), profile, given.sessions, seed) for seed in range(given.rounds)]
     return report.publish(rows_of(rounds), about, given.out)
 
 

@@ -7,20 +7,17 @@ match. vLLM gets both cores and, where they are installed, the libraries its man
 OpenMP (comes with it) and tcmalloc (Debian's libtcmalloc-minimal4). Exits with 1 when a target is missed.
 """
 
-import argparse
 import asyncio
 import ctypes.util
 import os
 import random
-import shlex
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import lib, report
+from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
@@ -93,32 +90,25 @@ def vllm_server(python: Path, model: Path, gib: int) -> lib.Server:
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": ":".join(preload),
     }
-    arguments = [
+    flags = [
         "--model", str(model), "--dtype", "bfloat16", "--max-model-len", "16384", "--host", "127.0.0.1",
         "--enable-prefix-caching", "--enable-prompt-tokens-details",
     ]  # fmt: skip
     module = "vllm.entrypoints.openai.api_server"
-    return lib.Server("vLLM", lambda port: [str(python), "-m", module, *arguments, "--port", str(port)], "/health", env)
+    return lib.Server("vLLM", lambda port: [str(python), "-m", module, *flags, "--port", str(port)], "/health", env)
 
 
 def preloads(server: lib.Server) -> list[str]:
     return [Path(library).name for library in server.env["LD_PRELOAD"].split(":") if library]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = arguments.server_parser(__doc__, rounds=5)
     parser.add_argument("--vllm-python", type=Path, required=True)
-    parser.add_argument("--emberkv", type=shlex.split, default=[sys.executable, "-m", "emberkv.cli.main"])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=5, help="prompts of each kind in a round")
     parser.add_argument("--cache-gib", type=int, default=2, help="each server's KV cache")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "emberkv-benchmarks")
-    parser.add_argument("--out", type=Path, help="writes PREFIX.json and PREFIX.md")
-    return parser.parse_args()
-
-
-def main() -> int:
-    given = arguments()
+    parser.add_argument("--work", type=Path, default=arguments.WORK)
+    given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     model = ensure_model(given.work / "random-qwen2")
     cache = ("--cache-ram", f"{given.cache_gib}GiB", "--dtype", "bfloat16")

@@ -4,11 +4,12 @@ import statistics
 
 import pytest
 from benchmarks import groundtruth, h100_points
+from benchmarks.measured_elsewhere import DATA
 
 from emberkv.sim.hardware import load_profile
 
-RUN = groundtruth.DATA / groundtruth.RUN
-POINTS = h100_points.DATA / h100_points.POINTS
+RUN = DATA / groundtruth.RUN
+POINTS = DATA / h100_points.POINTS
 
 
 @pytest.mark.skipif(not RUN.is_dir(), reason="no recorded run at hand")
