@@ -18,7 +18,7 @@ from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, run_workload
 from emberkv.bench.summary import Summary, as_json, summarize
 from emberkv.bench.workload import Workload
-from emberkv.errors import EmberError
+from emberkv.cli.telling import errors_told
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
@@ -92,19 +92,15 @@ def bench(
 
     Exits with 1 when a request failed, and with 2 when the server cannot be used.
     """
-    console, errors = Console(), Console(stderr=True)
     workload = Workload(
         sessions=sessions, turns=turns, concurrency=concurrency, system_tokens=system_tokens,
         user_tokens=user_tokens, answer_tokens=answer_tokens, seed=seed, nonce=nonce or secrets.token_hex(8),
     )  # fmt: skip
     target = Target(model, endpoint, extensions, seed)
-    try:
+    with errors_told() as errors:
         target, workload, records = asyncio.run(_run(connect(url, api_key, timeout), target, workload, errors))
-    except EmberError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     summary = summarize(records)
-    console.print(report.render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
+    Console().print(report.render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
     if json_file:
         json_file.write_text(json.dumps(_result(url, target, workload, records, summary), indent=1) + "\n")
     failures = [record.error for record in records if record.error]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from emberkv.cli.explanation_view import Answer, view
+from emberkv.cli.telling import errors_told
 from emberkv.errors import EmberError, RequestError
 
 PATH = "/v1/cache/explain"
@@ -47,18 +48,14 @@ def explain(
 
     Exits with 2 when the server cannot be asked.
     """
-    console, errors = Console(), Console(stderr=True)
-    try:
+    with errors_told():
         question = _question(source, text, response_id, raw, api)
         if tenant is not None:
             question["tenant"] = tenant
         with httpx.Client(base_url=url, timeout=60) as client:
             answer = ask(client, question, key)
         shown = json.dumps(answer, ensure_ascii=False, indent=1) if as_json else view(_checked(answer))
-    except EmberError as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
-    console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    Console().print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def ask(client: httpx.Client, question: dict[str, Any], key: str | None) -> dict[str, Any]:

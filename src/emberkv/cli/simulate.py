@@ -1,8 +1,6 @@
 """The simulate command: what a cache, a machine or a policy is worth, asked before buying."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +9,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emberkv.cli import simulate_tables as tables
+from emberkv.cli.telling import errors_told
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.errors import ConfigError, EmberError
+from emberkv.errors import ConfigError
 from emberkv.sim.compare import compare, same_workload
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.inputs import Workload, open_set_up, required
@@ -61,7 +60,7 @@ def simulate(
         "prefix_caching": prefix_caching, "cache_only": cache_only or None, "seed": seed, "warm_up": warm_up,
         "stop_at": stop_at,
     }  # fmt: skip
-    with _errors_told() as errors:
+    with errors_told() as errors:
         if compare_files is not None:
             if csv_file is not None or summary is not None:
                 raise ConfigError("--compare writes no --csv and no --summary; run each set-up by itself for them")
@@ -121,14 +120,3 @@ def _write(results: dict[str, Results], summary: Path | None, report: Path | Non
         from emberkv.sim.report import write_report  # noqa: PLC0415  # plots load slowly, and few ask for them
 
         write_report(results, report)
-
-
-@contextmanager
-def _errors_told() -> Iterator[Console]:
-    """Gives the console for standard error; an error of ours is printed there, and the command exits with 2."""
-    errors = Console(stderr=True)
-    try:
-        yield errors
-    except EmberError as error:
-        errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error

@@ -11,10 +11,12 @@ from emberkv.errors import EmberError
 
 @contextmanager
 def errors_told() -> Iterator[Console]:
-    """Gives the console for standard error; an error of ours is printed there, and the command exits with 2."""
-    errors = Console(stderr=True)
+    """Gives the console for standard error, which takes text as it is. An error of ours is printed there, and the
+    command exits with 2.
+    """
+    errors = Console(stderr=True, markup=False, highlight=False)
     try:
         yield errors
     except EmberError as error:
-        errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(str(error), style="red", soft_wrap=True)
         raise typer.Exit(2) from error

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.errors import EmberError, WorkloadError
+from emberkv.cli.telling import errors_told
+from emberkv.errors import WorkloadError
 from emberkv.workload.description import Description, Lengths, describe
 from emberkv.workload.files import ASSUMED, ServiceTime, is_description, open_requests, write_trace
 from emberkv.workload.trace import TraceFormat, clip, merge, scale_rate, scopes
@@ -32,21 +31,6 @@ From = Annotated[TraceFormat | None, typer.Option("--from", help="The format; de
 To = Annotated[TraceFormat, typer.Option("--to", help="The format to write.")]
 
 
-@contextmanager
-def _errors_told() -> Iterator[Callable[[str], None]]:
-    """Gives what prints to standard error; an error of ours is printed there, and the command exits with 2."""
-    errors = Console(stderr=True)
-
-    def tell(text: str, style: str = "") -> None:
-        errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    try:
-        yield tell
-    except EmberError as error:
-        tell(str(error), "red")
-        raise typer.Exit(2) from error
-
-
 @app.command("generate")
 def generate(
     description: Annotated[Path, typer.Argument(help="A YAML file with a workload.")],
@@ -63,13 +47,13 @@ def generate(
     assumed to take the time that the options give; emberkv's own format also keeps who follows whom.
     """
     service = ServiceTime(first_token, per_token)
-    with _errors_told() as tell:
+    with errors_told() as errors:
         if not is_description(description):
             raise WorkloadError(f"{description} is not a .yaml file; convert turns traces into traces")
         requests = open_requests(description, service=service)
         note = f"generated; assumed {first_token:g} s to the first token and {per_token:g} s for each further one"
         count = write_trace(output, requests, format=to, block_size=block_size, note=note)
-        tell(f"{count:,} requests in {output} ({note})")
+        errors.print(f"{count:,} requests in {output} ({note})", soft_wrap=True)
 
 
 @app.command("describe")
@@ -85,7 +69,7 @@ def describe_command(
 ) -> None:
     """Say what a workload is made of, and what share of its prompts an unlimited cache would find."""
     service = ServiceTime(first_token, per_token)
-    with _errors_told() as tell:
+    with errors_told() as errors:
         requests = open_requests(workload, format=format, block_size=trace_block_size, service=service)
         found = describe(requests, block_size)
         if found is None:
@@ -95,7 +79,9 @@ def describe_command(
         else:
             Console().print(_table(found, workload.name))
         if is_description(workload):
-            tell(f"Assumed {first_token:g} s to a first token and {per_token:g} s for each further one.")
+            errors.print(
+                f"Assumed {first_token:g} s to a first token and {per_token:g} s for each further one.", soft_wrap=True
+            )
 
 
 @app.command("convert")
@@ -112,7 +98,7 @@ def convert(
     stop: Annotated[float, typer.Option(help="Seconds; what arrives then or later is left out.")] = math.inf,
 ) -> None:
     """Turn traces into another format, merged, clipped (in recorded time) and then sped up, as the options say."""
-    with _errors_told() as tell:
+    with errors_told() as errors:
         names = scopes(inputs) if len(inputs) > 1 else [None]
         traces = [
             open_requests(path, format=format, block_size=trace_block_size, scope=name)
@@ -120,7 +106,7 @@ def convert(
         ]
         requests = scale_rate(clip(merge(*traces), start, stop), rate)
         count = write_trace(output, requests, format=to, block_size=block_size)
-        tell(f"{count:,} requests in {output}")
+        errors.print(f"{count:,} requests in {output}", soft_wrap=True)
 
 
 def _as_json(found: Description) -> dict[str, Any]:
