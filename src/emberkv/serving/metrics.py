@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import EngineStats, TokenOutput
+from emberkv.serving.metric_families import EngineStatsCollector, labelled_gauge
 
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
@@ -17,21 +18,16 @@ Clock = Callable[[], float]
 """Seconds, monotonic."""
 
 
-class EngineCollector(Collector):
-    """Reads the engine's figures when they are asked for; before there is an engine, there are none."""
+class EngineCollector(EngineStatsCollector):
+    """The pool, the requests and the tokens."""
 
-    def __init__(self, read: Callable[[], EngineStats | None]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._read()
-        if stats is None:
-            return
-        blocks = GaugeMetricFamily("emberkv_pool_blocks", "Blocks of the pool.", labels=["state"])
-        blocks.add_metric(["in_use"], stats.total_blocks - stats.free_blocks)
-        blocks.add_metric(["cached"], stats.cached_blocks)
-        blocks.add_metric(["empty"], stats.free_blocks - stats.cached_blocks)
-        yield blocks
+    def families(self, stats: EngineStats) -> Iterator[Metric]:
+        blocks = {
+            "in_use": stats.total_blocks - stats.free_blocks,
+            "cached": stats.cached_blocks,
+            "empty": stats.free_blocks - stats.cached_blocks,
+        }
+        yield labelled_gauge("emberkv_pool_blocks", "Blocks of the pool.", "state", blocks)
         gauges = (
             ("emberkv_requests_running", "Requests that hold blocks.", stats.running),
             ("emberkv_requests_waiting", "Requests that wait for blocks.", stats.waiting),

@@ -4,26 +4,20 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from emberkv.core.explaining.explanation import POOL
 from emberkv.core.promotion import LoadChoice
 from emberkv.engine.request import EngineStats
+from emberkv.serving.metric_families import EngineStatsCollector, labelled_counter, labelled_gauge
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 _LE = (*map(str, BOUNDS), "+Inf")
 
 
-class TierCollector(Collector):
-    """Reads the tiers' figures when they are asked for; before there is an engine, there are none."""
+class TierCollector(EngineStatsCollector):
+    """Lookups, loads and stores by tier, and what went wrong with them."""
 
-    def __init__(self, read: Callable[[], EngineStats | None]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._read()
-        if stats is None:
-            return
+    def families(self, stats: EngineStats) -> Iterator[Metric]:
         yield from _tokens(stats)
         yield from _loads(stats)
         yield from _blocks(stats.tiers)
@@ -46,23 +40,16 @@ def _tokens(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _loads(stats: EngineStats) -> Iterator[Metric]:
-    choices = CounterMetricFamily(
-        "emberkv_load_choices", "Prompts whose missing blocks were looked for below the pool.", labels=["choice"]
-    )
-    for choice in LoadChoice:
-        choices.add_metric([choice.value], stats.load_choices.get(choice.value, 0))
-    yield choices
-    shared = stats.load_choices.get(LoadChoice.SHARED.value, 0)
+    choices = {choice.value: stats.load_choices.get(choice.value, 0) for choice in LoadChoice}
+    text = "Prompts whose missing blocks were looked for below the pool."
+    yield labelled_counter("emberkv_load_choices", text, "choice", choices)
+    shared = choices[LoadChoice.SHARED.value]
     yield CounterMetricFamily("emberkv_loads_avoided", "Loads avoided by sharing one in flight.", value=shared)
     yield GaugeMetricFamily("emberkv_loads_running", "Loads from lower tiers in flight.", value=stats.loads)
-    blocks = CounterMetricFamily("emberkv_load_blocks", "Blocks that loads were to bring.", labels=["outcome"])
-    blocks.add_metric(["arrived"], stats.loaded_blocks)
-    blocks.add_metric(["lost"], stats.unloaded_blocks)
-    yield blocks
-    lost = CounterMetricFamily("emberkv_transfer_troubles", "Blocks lost on their way.", labels=["kind"])
-    for kind, count in sorted(stats.tier_trouble.items()):
-        lost.add_metric([kind], count)
-    yield lost
+    blocks = {"arrived": stats.loaded_blocks, "lost": stats.unloaded_blocks}
+    yield labelled_counter("emberkv_load_blocks", "Blocks that loads were to bring.", "outcome", blocks)
+    lost = dict(sorted(stats.tier_trouble.items()))
+    yield labelled_counter("emberkv_transfer_troubles", "Blocks lost on their way.", "kind", lost)
 
 
 def _blocks(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
@@ -104,26 +91,19 @@ def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
 
 def _writing(stack: StackStats) -> Iterator[Metric]:
     yield GaugeMetricFamily("emberkv_tier_queue_bytes", "Bytes that wait to be stored.", value=stack.queue_bytes)
-    offers = CounterMetricFamily("emberkv_tier_offers", "Blocks offered to the tiers, by outcome.", labels=["outcome"])
-    offers.add_metric(["stored already"], stack.already_stored)
-    offers.add_metric(["queue full"], stack.queue_full)
-    offers.add_metric(["queued"], stack.offered - stack.already_stored - stack.queue_full)
-    yield offers
-    failures = CounterMetricFamily("emberkv_tier_failures", "Work on tiers that failed unforeseen.", labels=["error"])
-    for error, count in sorted(stack.failures.items()):
-        failures.add_metric([error], count)
-    yield failures
+    offers = {
+        "stored already": stack.already_stored,
+        "queue full": stack.queue_full,
+        "queued": stack.offered - stack.already_stored - stack.queue_full,
+    }
+    yield labelled_counter("emberkv_tier_offers", "Blocks offered to the tiers, by outcome.", "outcome", offers)
+    failures = dict(sorted(stack.failures.items()))
+    yield labelled_counter("emberkv_tier_failures", "Work on tiers that failed unforeseen.", "error", failures)
 
 
 def _counter(name: str, text: str, values: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier"])
-    for tier, value in values.items():
-        family.add_metric([tier], value)
-    return family
+    return labelled_counter(f"emberkv_tier_{name}", text, "tier", values)
 
 
 def _gauge(name: str, text: str, values: Mapping[str, int]) -> Metric:
-    family = GaugeMetricFamily(f"emberkv_tier_{name}", text, labels=["tier"])
-    for tier, value in values.items():
-        family.add_metric([tier], value)
-    return family
+    return labelled_gauge(f"emberkv_tier_{name}", text, "tier", values)

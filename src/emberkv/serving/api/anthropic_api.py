@@ -14,7 +14,7 @@ from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.failures import anthropic_error, failure_mid_stream
 from emberkv.serving.api.rendering import render_messages
-from emberkv.serving.api.sse import EventStream, compact_json, sse_event, whole_response
+from emberkv.serving.api.sse import compact_json, respond, sse_event
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.canonical.requests import Applied
 from emberkv.serving.canonical.rules import CanonicalRules
@@ -60,9 +60,7 @@ def anthropic_router(context: ServingContext) -> APIRouter:
         stream = context.start([prompt], asked)
         form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
         headers = partial(context.cache_headers, stream)
-        if request.stream:
-            return EventStream(stream, form.events(stream), headers)
-        return await whole_response(http, stream, form.whole, headers)
+        return await respond(http, stream, form, headers, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")
     async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:

@@ -15,7 +15,7 @@ from emberkv.serving.api.openai_schema import (
     OpenAIRequest,
 )
 from emberkv.serving.api.rendering import render_chat
-from emberkv.serving.api.sse import EventStream, whole_response
+from emberkv.serving.api.sse import respond
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.canonical.requests import Applied
 from emberkv.serving.canonical.rules import CanonicalRules
@@ -90,9 +90,7 @@ def openai_router(context: ServingContext) -> APIRouter:
         stream = context.start(prompts, asked)
         form = ChatForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        if request.stream:
-            return EventStream(stream, form.events(stream), headers)
-        return await whole_response(http, stream, form.whole, headers)
+        return await respond(http, stream, form, headers, as_events=bool(request.stream))
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
@@ -102,9 +100,7 @@ def openai_router(context: ServingContext) -> APIRouter:
         stream = context.start(prompts, asked)
         form = CompletionForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        if request.stream:
-            return EventStream(stream, form.events(stream), headers)
-        return await whole_response(http, stream, form.whole, headers)
+        return await respond(http, stream, form, headers, as_events=bool(request.stream))
 
     @router.get("/v1/models", dependencies=[guard])
     async def models() -> Response:

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,6 +14,14 @@ from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.failures import CLIENT_GONE
 
 T = TypeVar("T")
+
+
+class Form(Protocol):
+    """How an API writes down the answers to one request: as events, or as one JSON object."""
+
+    def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]: ...
+
+    def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]: ...
 
 
 def sse_event(data: object, name: str | None = None) -> bytes:
@@ -76,15 +84,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def whole_response(
-    request: Request,
-    stream: AnswerStream,
-    write: Callable[[list[WholeAnswer]], dict[str, Any]],
-    headers: Callable[[], dict[str, str]],
+async def respond(
+    request: Request, stream: AnswerStream, form: Form, headers: Callable[[], dict[str, str]], *, as_events: bool
 ) -> Response:
-    """Wait for all answers and write them as one JSON object, with ``headers`` as they are then."""
+    """Send events, or wait for all answers and write them whole. headers: asked for once they can be known."""
+    if as_events:
+        return EventStream(stream, form.events(stream), headers)
     async with stream:
         answers = await unless_disconnected(request.receive, stream.collect())
     if answers is None:
         return Response(status_code=CLIENT_GONE)
-    return JSONResponse(write(answers), headers=headers())
+    return JSONResponse(form.whole(answers), headers=headers())

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from emberkv.core.explaining.explanation import POOL
 from emberkv.engine.request import CacheUsage, EngineStats
-
-POOL = "pool"
+from emberkv.serving.metric_families import EngineStatsCollector
 
 
 class TenantMetrics:
@@ -35,14 +34,8 @@ class TenantMetrics:
         return generate_latest(self._registry)
 
 
-class _BytesCollector(Collector):
-    def __init__(self, read: Callable[[], EngineStats | None]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._read()
-        if stats is None:
-            return
+class _BytesCollector(EngineStatsCollector):
+    def families(self, stats: EngineStats) -> Iterator[Metric]:
         held = GaugeMetricFamily(
             "emberkv_tenant_bytes", "Bytes cached for a tenant, or for all in public blocks.", labels=["tier", "tenant"]
         )

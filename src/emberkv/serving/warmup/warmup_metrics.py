@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from emberkv.serving.metric_families import labelled_gauge
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 
 
@@ -16,14 +17,10 @@ class WarmupCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         report = self._read()
-        prompts = GaugeMetricFamily("emberkv_warmup_prompts", "Prompts to be kept warm.", labels=["state"])
-        prompts.add_metric(["warm"], report.warm_prompts)
-        prompts.add_metric(["cold"], report.prompts - report.warm_prompts)
-        yield prompts
-        phase = GaugeMetricFamily("emberkv_warmup_phase", "1 for how the warmup at the start stands.", labels=["phase"])
-        for each in WarmupPhase:
-            phase.add_metric([each.value], float(each is report.phase))
-        yield phase
+        prompts = {"warm": report.warm_prompts, "cold": report.prompts - report.warm_prompts}
+        yield labelled_gauge("emberkv_warmup_prompts", "Prompts to be kept warm.", "state", prompts)
+        phases = {each.value: float(each is report.phase) for each in WarmupPhase}
+        yield labelled_gauge("emberkv_warmup_phase", "1 for how the warmup at the start stands.", "phase", phases)
         gauges = (
             ("emberkv_warmup_cached_tokens", "Tokens of these prompts that were cached when last seen.", report.tokens),
             ("emberkv_warmup_restored_prompts", "Learned prompts warmed at the start.", report.restored),
