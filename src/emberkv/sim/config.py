@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -21,11 +20,12 @@ from pydantic import (
 
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.errors import ConfigError, WorkloadError
+from emberkv.errors import ConfigError
 from emberkv.workload.lines import explain
 from emberkv.workload.spec import GeneratedWorkload
 from emberkv.workload.strict import Strict
 from emberkv.workload.trace import TraceFormat
+from emberkv.workload.yaml_file import read_yaml
 
 
 def _one_of(names: tuple[str, ...]) -> AfterValidator:
@@ -188,13 +188,8 @@ class SetUp(Strict):
 
 
 def load_set_up(path: Path) -> SetUp:
-    """A YAML file. Raises ConfigError naming the file and each key at fault."""
-    try:
-        data = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise WorkloadError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    """A YAML file. Raises ConfigError naming the file and each key at fault, and WorkloadError if it cannot be read."""
+    data = read_yaml(path, ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping with workload or trace, and simulation")
     try:

@@ -1,6 +1,6 @@
 """The door: when new conversations begin."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -12,6 +12,14 @@ from emberkv.workload.strict import Strict
 from emberkv.workload.trace import read_trace
 
 
+def _apart(gap: Callable[[], float]) -> Iterator[float]:
+    """Times without end, each a drawn gap after the one before; the first, after 0."""
+    now = 0.0
+    while True:
+        now += gap()
+        yield now
+
+
 class Poisson(Strict):
     """``rate`` conversations a second, independent of each other."""
 
@@ -19,10 +27,7 @@ class Poisson(Strict):
     rate: PositiveFloat
 
     def times(self, rng: Random) -> Iterator[float]:
-        now = 0.0
-        while True:
-            now += rng.expovariate(self.rate)
-            yield now
+        return _apart(lambda: rng.expovariate(self.rate))
 
 
 class Gamma(Strict):
@@ -36,10 +41,7 @@ class Gamma(Strict):
 
     def times(self, rng: Random) -> Iterator[float]:
         shape = self.burstiness**-2
-        now = 0.0
-        while True:
-            now += rng.gammavariate(shape, 1 / (self.rate * shape))
-            yield now
+        return _apart(lambda: rng.gammavariate(shape, 1 / (self.rate * shape)))
 
 
 class Constant(Strict):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from emberkv.errors import WorkloadError
@@ -11,6 +10,7 @@ from emberkv.workload.arrivals import Arrivals
 from emberkv.workload.distributions import Distribution
 from emberkv.workload.lines import explain
 from emberkv.workload.strict import Strict
+from emberkv.workload.yaml_file import read_yaml
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -115,12 +115,7 @@ def load_workload(path: Path) -> GeneratedWorkload:
 
     Raises WorkloadError naming the file and what is wrong.
     """
-    try:
-        data = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise WorkloadError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise WorkloadError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, WorkloadError)
     if not isinstance(data, dict) or "workload" not in data:
         raise WorkloadError(f"{path}: there is no key 'workload'; expected one with a mapping under it")
     return parse_workload(data["workload"], folder=path.parent, source=f"{path}: workload")
