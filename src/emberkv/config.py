@@ -74,6 +74,8 @@ class ServeConfig(BaseModel):
     prefill_chunk: tokens computed per prefill pass; a multiple of block_size. Hits are rounded down to it.
     max_step_tokens: token budget of a step that decodes and prefills.
     exact: reuse only KV state that is bit-equal to a cold prefill's.
+    kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
+    "torch": torch's own operations; "auto": C++ where it can be.
     prefix_cache: False computes every prompt anew.
     cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
     ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
@@ -87,6 +89,7 @@ class ServeConfig(BaseModel):
     warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
     warmup_required: the server is not ready before these are warm, however long that takes.
+    machine_cache: a folder for what is worth keeping of this machine: hashes of weight files, compiled kernels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,6 +100,7 @@ class ServeConfig(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
     cache_ram: ByteSize | None = Field(default=None, gt=0)
     block_size: int = Field(default=16, ge=1, le=1024)
     prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1)
@@ -122,7 +126,7 @@ class ServeConfig(BaseModel):
     warmup_required: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
-    fingerprint_cache: Path | None = None
+    machine_cache: Path = Path("~/.cache/emberkv").expanduser()
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:

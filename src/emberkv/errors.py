@@ -25,6 +25,10 @@ class UnsupportedModelError(ModelError):
     """The architecture keeps state that is not per-token KV; serving it would be wrong."""
 
 
+class KernelsError(EmberError):
+    """The C++ kernels cannot be compiled or loaded on this machine."""
+
+
 class RequestError(EmberError):
     """A request cannot be served as it stands; the caller can correct it.
 

@@ -39,7 +39,7 @@ def test_what_the_command_line_switches_off_is_off() -> None:
         ("EMBERKV_API_KEYS", "one, two,,", "api_keys", ("one", "two")),
         ("EMBERKV_API_KEYS", "", "api_keys", ()),
         ("EMBERKV_PREFIX_CACHE", "off", "prefix_cache", False),
-        ("EMBERKV_FINGERPRINT_CACHE", "/tmp/x", "fingerprint_cache", Path("/tmp/x")),  # noqa: S108 - only a name
+        ("EMBERKV_MACHINE_CACHE", "/tmp/x", "machine_cache", Path("/tmp/x")),  # noqa: S108 - only a name
         ("EMBERKV_DRAIN_SECONDS", "0", "drain_seconds", 0.0),
         ("EMBERKV_MODEL", "someone/model", "model", "someone/model"),
     ],

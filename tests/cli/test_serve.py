@@ -15,6 +15,7 @@ from emberkv import __version__
 from emberkv.cli.main import app
 from emberkv.serving.server import bind_socket
 from tests.conftest import CheckpointFactory
+from tests.machine import MACHINE_CACHE
 from tests.models import CONTEXT
 
 Serve = Callable[..., str]
@@ -25,11 +26,11 @@ def run(*arguments: str, environ: dict[str, str] | None = None) -> Result:
 
 
 @pytest.fixture
-def refusal(tmp_path: Path) -> Serve:
+def refusal() -> Serve:
     """``refusal(*arguments)``: what is printed when the server refuses to start."""
 
     def serve(*arguments: str, environ: dict[str, str] | None = None) -> str:
-        environ = {"EMBERKV_FINGERPRINT_CACHE": str(tmp_path / "fingerprints"), **(environ or {})}
+        environ = {"EMBERKV_MACHINE_CACHE": str(MACHINE_CACHE), **(environ or {})}
         result = run("serve", *arguments, "--port", "0", environ=environ)
         assert result.exit_code == 1
         assert result.stdout == ""

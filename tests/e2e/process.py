@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.machine import MACHINE_CACHE
+
 DEADLINE = 120.0
 COMMAND = [sys.executable, "-m", "emberkv.cli.main", "serve"]
 
@@ -25,10 +27,10 @@ def eventually(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def clean_environment(folder: Path) -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """This process's environment without settings of ours; one thread computes, so that others can work."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
-    ours = {"COLUMNS": "250", "OMP_NUM_THREADS": "1", "EMBERKV_FINGERPRINT_CACHE": str(folder / "fingerprints")}
+    ours = {"COLUMNS": "250", "OMP_NUM_THREADS": "1", "EMBERKV_MACHINE_CACHE": str(MACHINE_CACHE)}
     return inherited | ours
 
 
@@ -74,7 +76,7 @@ def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Itera
     log = folder / "server.log"
     with log.open("wb") as stderr:
         command = [*through, *COMMAND, *arguments, "--port", "0"]
-        process = subprocess.Popen(command, stderr=stderr, env=clean_environment(folder))
+        process = subprocess.Popen(command, stderr=stderr, env=clean_environment())
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:

@@ -3,15 +3,20 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from emberkv.engine.loader import LoadedModel, load_model
+from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from tests.conftest import CheckpointFactory
+from tests.engine.driver import Driver
+from tests.machine import MACHINE_CACHE
 
 ModelFactory = Callable[..., LoadedModel]
+DriverFactory = Callable[..., Driver]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,3 +41,14 @@ def paged(checkpoint: CheckpointFactory) -> ModelFactory:
         return replace(models[key], model=copy.deepcopy(models[key].model))
 
     return get
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    return Kernels.built(MACHINE_CACHE)
+
+
+@pytest.fixture(params=["torch", "native"])
+def driver(request: pytest.FixtureRequest, kernels: Kernels) -> DriverFactory:
+    """``driver(loaded, ...)``: a `Driver` by torch's own operations, and by the C++ kernels."""
+    return partial(Driver, kernels=kernels if request.param == "native" else None)

@@ -12,8 +12,9 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.core.stats import CacheStats
-from emberkv.engine.decode_step import shared_prefixes
 from emberkv.engine.loader import LoadedModel
+from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.runs import shared_prefixes
 from emberkv.engine.torch_engine import TorchEngine
 
 BLOCK = 8
@@ -40,7 +41,7 @@ class Run:
 
 
 class Driver:
-    """A greedy engine over blocks of 8 tokens, tiles of 16 and chunks of 64.
+    """A greedy engine over blocks of 8 tokens, tiles of 16 with torch's attention, and chunks of 64.
 
     shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once.
     mixed_steps: those that both decoded and prefilled.
@@ -54,11 +55,15 @@ class Driver:
         exact: bool = False,
         prefix_cache: bool = True,
         max_step_tokens: int = 256,
+        kernels: Kernels | None = None,
     ) -> None:
         cache_bytes = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
-        self.executor = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, tile=TILE)
+        self.executor = TorchEngine(
+            loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
+        )
         self.pool = BlockPool(num_blocks, BLOCK)
-        self.cache = PrefixCache(self.pool, alignment=self.executor.alignment, exact=exact, enabled=prefix_cache)
+        alignment, uniform = self.executor.alignment, self.executor.uniform
+        self.cache = PrefixCache(self.pool, alignment=alignment, uniform=uniform, exact=exact, enabled=prefix_cache)
         self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
         self.shared_decodes = 0
         self.mixed_steps = 0

@@ -4,20 +4,19 @@ import random
 
 import pytest
 
-from tests.engine.conftest import ModelFactory
-from tests.engine.driver import Driver
+from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.test_exactness import text
 from tests.models import SUPPORTED
 
 
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
-def test_greedy_answers_are_those_given_alone(paged: ModelFactory, arch: str) -> None:
+def test_greedy_answers_are_those_given_alone(driver: DriverFactory, paged: ModelFactory, arch: str) -> None:
     rng = random.Random(arch)
     stem = text(rng, 264)
     prompts = [stem + text(rng, tail) for tail in (1, 3, 20, 50)] + [text(rng, length) for length in (1, 40, 130)]
-    alone = Driver(paged(arch), prefix_cache=False)
+    alone = driver(paged(arch), prefix_cache=False)
     expected = [alone.run_one(prompt, new=48).tokens for prompt in prompts]
-    together = Driver(paged(arch), num_blocks=60)
+    together = driver(paged(arch), num_blocks=60)
     together.run_one(stem)
 
     answers = together.run(*prompts, new=48)
@@ -30,20 +29,20 @@ def test_greedy_answers_are_those_given_alone(paged: ModelFactory, arch: str) ->
     assert together.pool.num_free == together.pool.num_blocks
 
 
-def test_a_second_visit_decodes_the_same_answer(paged: ModelFactory) -> None:
+def test_a_second_visit_decodes_the_same_answer(driver: DriverFactory, paged: ModelFactory) -> None:
     rng = random.Random(0)
     prompt = text(rng, 100)
-    driver = Driver(paged("llama"))
-    first, second = driver.run_one(prompt, new=40), driver.run_one(prompt, new=40)
+    served = driver(paged("llama"))
+    first, second = served.run_one(prompt, new=40), served.run_one(prompt, new=40)
     assert second.cached > 0
     assert first.tokens == second.tokens
 
 
-def test_a_prompt_that_arrives_twice_at_once_is_computed_once(paged: ModelFactory) -> None:
+def test_a_prompt_that_arrives_twice_at_once_is_computed_once(driver: DriverFactory, paged: ModelFactory) -> None:
     rng = random.Random(0)
     prompt = text(rng, 200)
-    driver = Driver(paged("llama"), max_step_tokens=64)
-    unit = driver.executor.alignment
-    first, second = driver.run(prompt, prompt, new=8)
+    served = driver(paged("llama"), max_step_tokens=64)
+    unit = served.executor.alignment
+    first, second = served.run(prompt, prompt, new=8)
     assert first.tokens == second.tokens
-    assert driver.stats.prefill_tokens == 200 + (200 - 199 // unit * unit)
+    assert served.stats.prefill_tokens == 200 + (200 - 199 // unit * unit)

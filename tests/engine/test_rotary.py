@@ -12,7 +12,7 @@ from emberkv.engine.geometry import inspect_geometry
 from emberkv.engine.loader import load_model
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.errors import UnsupportedModelError
-from tests.engine.driver import Driver
+from tests.engine.conftest import DriverFactory
 from tests.engine.test_exactness import text
 from tests.models import CONTEXT, SUPPORTED, tiny_tokenizer
 
@@ -52,7 +52,9 @@ def test_an_unknown_rotation_is_refused() -> None:
 
 @pytest.mark.parametrize("rope", [LONGROPE, {**DYNAMIC}], ids=["longrope", "dynamic"])
 @torch.inference_mode()
-def test_up_to_the_limit_the_state_is_that_of_a_run_at_once(tmp_path: Path, rope: dict[str, Any]) -> None:
+def test_up_to_the_limit_the_state_is_that_of_a_run_at_once(
+    driver: DriverFactory, tmp_path: Path, rope: dict[str, Any]
+) -> None:
     """Prefill, hits and decode choose the rotation that transformers chooses for the whole."""
     settings = config("llama", rope_parameters=rope, max_position_embeddings=CONTEXT if rope is LONGROPE else 256)
     torch.manual_seed(0)
@@ -60,9 +62,9 @@ def test_up_to_the_limit_the_state_is_that_of_a_run_at_once(tmp_path: Path, rope
     tiny_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), device="cpu", attn_implementation=ATTENTION_NAME)
     assert loaded.context_length == 256
-    driver, prompt = Driver(loaded), text(random.Random(0), 250)
-    driver.run_one(prompt[:200])
-    run = driver.run_one(prompt, new=6)
+    served, prompt = driver(loaded), text(random.Random(0), 250)
+    served.run_one(prompt[:200])
+    run = served.run_one(prompt, new=6)
     assert run.cached > 0
     auto_class: Any = AutoModelForCausalLM
     plain = auto_class.from_pretrained(tmp_path, attn_implementation="eager").eval()

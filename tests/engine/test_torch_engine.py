@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from emberkv.engine.loader import LoadedModel
+from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.torch_engine import TorchEngine
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
-from tests.engine.conftest import ModelFactory
+from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver
 from tests.engine.test_exactness import text
 from tests.models import SUPPORTED
@@ -32,10 +33,10 @@ def plain(checkpoint: CheckpointFactory, arch: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
 @torch.inference_mode()
 def test_logits_are_those_of_transformers(
-    checkpoint: CheckpointFactory, paged: ModelFactory, arch: str, dtype: torch.dtype
+    checkpoint: CheckpointFactory, driver: DriverFactory, paged: ModelFactory, arch: str, dtype: torch.dtype
 ) -> None:
     prompt = text(random.Random(arch), LONG)
-    run = Driver(paged(arch, str(dtype).removeprefix("torch."))).run_one(prompt, new=24)
+    run = driver(paged(arch, str(dtype).removeprefix("torch."))).run_one(prompt, new=24)
     whole = torch.tensor([[*prompt, *run.tokens]])
     theirs = plain(checkpoint, arch, dtype)(whole).logits[0, LONG - 1 : -1].float()
     ours = torch.stack(run.logits).float()
@@ -46,21 +47,28 @@ def test_logits_are_those_of_transformers(
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
 @torch.inference_mode()
 def test_greedy_answers_are_those_of_transformers(
-    checkpoint: CheckpointFactory, paged: ModelFactory, arch: str
+    checkpoint: CheckpointFactory, driver: DriverFactory, paged: ModelFactory, arch: str
 ) -> None:
     rng = random.Random(arch)
     model = plain(checkpoint, arch, torch.float32)
     model.generation_config.eos_token_id = None
-    driver = Driver(paged(arch))
+    served = driver(paged(arch))
     for length in (1, 30, LONG):
         prompt = text(rng, length)
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
-        assert driver.run_one(prompt, new=40).tokens == theirs[0, length:].tolist()
+        assert served.run_one(prompt, new=40).tokens == theirs[0, length:].tolist()
 
 
-def engine(loaded: LoadedModel, *, num_blocks: int = 64, chunk: int = CHUNK, tile: int = TILE) -> TorchEngine:
+def engine(
+    loaded: LoadedModel,
+    *,
+    num_blocks: int = 64,
+    chunk: int = CHUNK,
+    kernels: Kernels | None = None,
+    tile: int = TILE,
+) -> TorchEngine:
     size = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
-    return TorchEngine(loaded, cache_bytes=size, block_size=BLOCK, prefill_chunk=chunk, tile=tile)
+    return TorchEngine(loaded, cache_bytes=size, block_size=BLOCK, prefill_chunk=chunk, kernels=kernels, tile=tile)
 
 
 def test_a_plan_without_a_last_chunk_gives_no_logits(paged: ModelFactory) -> None:
@@ -88,7 +96,7 @@ def test_hits_end_at_chunks_where_a_smaller_tile_cannot_be(
     paged: ModelFactory, num_blocks: int, chunk: int, tile: int
 ) -> None:
     made = engine(paged("llama"), num_blocks=num_blocks, chunk=chunk, tile=tile)
-    assert (made.alignment, made.tile) == (chunk, chunk)
+    assert made.alignment == chunk
 
 
 @pytest.mark.parametrize(
@@ -129,6 +137,29 @@ def test_hits_end_at_chunks_where_there_are_experts(paged: ModelFactory) -> None
 
 
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_the_kernels_hits_end_at_blocks_and_decode_steps_are_exact(
+    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
+) -> None:
+    made = engine(paged(arch, dtype), kernels=kernels)
+    assert made.alignment == BLOCK
+    assert made.uniform
+
+
+@pytest.mark.parametrize("disturbance", [lambda rows: rows, lambda rows: rows == 1], ids=["rows", "one"])
+def test_the_kernels_do_not_hide_that_results_depend_on_the_number_of_rows(
+    paged: ModelFactory, kernels: Kernels, disturbance: Callable[[int], int]
+) -> None:
+    loaded = paged("llama")
+    loaded.model.get_submodule("model.embed_tokens").register_forward_hook(
+        lambda module, given, output: output + 1e-3 * disturbance(output.shape[1])
+    )
+    made = engine(loaded, kernels=kernels)
+    assert made.alignment == CHUNK
+    assert not made.uniform
+
+
+@pytest.mark.parametrize("arch", sorted(SUPPORTED))
 @pytest.mark.parametrize("num_blocks", [1, 3, 64])
 def test_the_check_against_the_plain_forward_passes(paged: ModelFactory, arch: str, num_blocks: int) -> None:
     engine(paged(arch), num_blocks=num_blocks).check_against_plain_forward()
@@ -150,12 +181,13 @@ def test_a_model_that_computes_no_numbers_is_refused(paged: ModelFactory) -> Non
         engine(loaded).check_against_plain_forward()
 
 
-def test_what_state_depends_on_is_in_the_root(paged: ModelFactory) -> None:
+def test_what_state_depends_on_is_in_the_root(paged: ModelFactory, kernels: Kernels) -> None:
     engines = {
         "this": engine(paged("llama")),
         "other weights": engine(paged("llama", seed=1)),
         "other dtype": engine(paged("llama", "bfloat16")),
         "other tile": engine(paged("llama"), tile=CHUNK),
+        "other kernels": engine(paged("llama"), kernels=kernels, tile=BLOCK),
         "other model": engine(paged("qwen3")),
         "other block size": TorchEngine(
             paged("llama"), cache_bytes=2**20, block_size=16, prefill_chunk=CHUNK, tile=TILE

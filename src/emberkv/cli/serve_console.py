@@ -49,6 +49,7 @@ def print_summary(
             "torch.", ""
         ),
         "KV pool": f"{pool.num_bytes / 2**20:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
+        "kernels": _kernels_line(engine),
         "prefix cache": f"{cache}, eviction {config.eviction}, prefill chunks of {config.prefill_chunk}",
         "tiers": _tiers_line(config),
         "listening": f"{url}  (OpenAI: {url}/v1, Anthropic: {url})",
@@ -60,6 +61,13 @@ def print_summary(
     console.print(table)
     curl = _curl_line(url, name, bool(config.api_keys or config.tenants))
     console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _kernels_line(engine: "AssembledEngine") -> str:
+    kernels = engine.executor.kernels
+    if kernels is None:
+        return "torch"
+    return f"C++, in vectors of {kernels.lanes}" + (", with bf16 products" if kernels.multiplies_bf16 else "")
 
 
 def _tiers_line(config: ServeConfig) -> str:

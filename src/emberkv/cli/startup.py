@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.markup import escape
@@ -98,6 +97,7 @@ class Startup:
             try:
                 from emberkv.engine.assembly import assemble, free_memory  # noqa: PLC0415
                 from emberkv.engine.loader import load_model  # noqa: PLC0415
+                from emberkv.engine.native.choice import find_kernels  # noqa: PLC0415
                 from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
             except ModuleNotFoundError as error:
                 raise ConfigError(
@@ -109,8 +109,10 @@ class Startup:
                 device=config.device,
                 attn_implementation=ATTENTION_NAME,
                 progress=lambda line: status.update(escape(line)),
-                fingerprint_cache=config.fingerprint_cache or Path("~/.cache/emberkv").expanduser(),
+                fingerprint_cache=config.machine_cache,
             )
+            status.update("compiling the C++ kernels, if they are not yet")
+            kernels = find_kernels(config.kernels, loaded, config.machine_cache)
             status.update("allocating the KV pool and checking the attention")
             prompt_files = config.warmup_system_files if config.warmup else None
             prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
@@ -118,6 +120,7 @@ class Startup:
             engine = assemble(
                 loaded,
                 self._engine_config(int(config.cache_ram or free_memory(loaded.device) // 4)),
+                kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
                 on_evicted=self._books.evicted,

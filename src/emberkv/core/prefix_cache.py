@@ -65,16 +65,17 @@ class Lease:
     def commit_prefilled(self, stop: int) -> None:
         """Commit the blocks that are complete now that prefill has computed all tokens up to ``stop``.
 
-        What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be.
+        What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be, unless
+        the engine is uniform.
         """
-        whole = stop - stop % self._cache.alignment
+        whole = stop if self._cache.uniform else stop - stop % self._cache.alignment
         self._commit(whole, exact=True)
         if stop > whole:
             self._commit(stop, exact=False)
 
     def commit_decoded(self, stop: int) -> None:
         """Commit the blocks that are complete now that a decode step has computed the last token before ``stop``."""
-        self._commit(stop, exact=False)
+        self._commit(stop, exact=self._cache.uniform)
 
     def _commit(self, num_computed: int, *, exact: bool) -> None:
         """A collision ends it for good: the identities of all that follows name the other chain as well."""
@@ -100,15 +101,19 @@ class PrefixCache:
     """Finds the longest cached prefix of a chain in a pool.
 
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
-    wherever a run of it begins. exact: reuse only blocks that are bit-equal to a cold prefill.
+    wherever a run of it begins. uniform: decode steps give those bits, too, and so does any part of a unit.
+    exact: reuse only blocks that are bit-equal to a cold prefill.
     enabled: False finds nothing and commits nothing.
     """
 
-    def __init__(self, pool: BlockPool, *, alignment: int, exact: bool = False, enabled: bool = True) -> None:
+    def __init__(
+        self, pool: BlockPool, *, alignment: int, uniform: bool = False, exact: bool = False, enabled: bool = True
+    ) -> None:
         if alignment < 1 or alignment % pool.block_size:
             raise ConfigError(f"alignment {alignment} must be a positive multiple of the block size {pool.block_size}")
         self.pool = pool
         self.alignment = alignment
+        self.uniform = uniform
         self.exact = exact
         self.enabled = enabled
 

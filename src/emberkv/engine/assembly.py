@@ -15,6 +15,7 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
+from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.tier_setup import TierConfig, open_tiers, tier_namespace
@@ -62,6 +63,7 @@ def assemble(
     loaded: LoadedModel,
     config: EngineConfig,
     *,
+    kernels: Kernels | None = None,
     public_prefixes: Iterable[Sequence[int]] = (),
     sampler: Sampler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
@@ -69,9 +71,10 @@ def assemble(
 ) -> AssembledEngine:
     """An engine whose thread is not started yet. sampler, on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
-    public_prefixes: token sequences that all tenants share. Raises ConfigError when a setting cannot work,
-    UnsupportedModelError when the paged attention does not reproduce the model's own, CacheFolderError when the disk
-    tier's folder can be neither made nor read.
+    kernels: see `TorchEngine`. public_prefixes: token sequences that all tenants share.
+
+    Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce the
+    model's own, CacheFolderError when the disk tier's folder can be neither made nor read.
     """
     weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
     executor = TorchEngine(
@@ -79,6 +82,7 @@ def assemble(
         cache_bytes=config.cache_bytes,
         block_size=config.block_size,
         prefill_chunk=config.prefill_chunk,
+        kernels=kernels,
     )
     executor.check_against_plain_forward()
     namespace = tier_namespace(executor.root(b""), executor.pool.device)
@@ -101,7 +105,13 @@ def _scheduler(
     pool = BlockPool(
         executor.pool.num_blocks, config.block_size, policy=policy, weight=weight, journal=tiers is not None
     )
-    cache = PrefixCache(pool, alignment=executor.alignment, exact=config.exact, enabled=config.prefix_cache)
+    cache = PrefixCache(
+        pool,
+        alignment=executor.alignment,
+        uniform=executor.uniform,
+        exact=config.exact,
+        enabled=config.prefix_cache,
+    )
     step_tokens = max(1, config.max_step_tokens // config.prefill_chunk) * config.prefill_chunk
     link = TierLink(tiers, executor.pool, step_tokens=step_tokens, exact=config.exact) if tiers is not None else None
     limits = SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running)

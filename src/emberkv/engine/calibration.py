@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.native.layers import NativeGatedPair, NativeLinear
 from emberkv.engine.packed_linear import PackedLinear
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
@@ -53,7 +54,9 @@ def device_memory(device: torch.device) -> int:
 @torch.inference_mode()
 def time_linears(model: nn.Module, *, clock: Clock = time.perf_counter, repeats: int = 7) -> list[LinearTime]:
     """The model's linear layers as they are served, each with inputs of its own width."""
-    layers = [each for each in model.modules() if isinstance(each, (PackedLinear, nn.Linear))]
+    layers = [
+        each for each in model.modules() if isinstance(each, (NativeLinear, NativeGatedPair, PackedLinear, nn.Linear))
+    ]
     kind = next(model.parameters())
     found = []
     for rows in LINEAR_ROWS:

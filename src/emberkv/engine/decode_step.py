@@ -8,6 +8,7 @@ from torch import Tensor
 from emberkv.engine.attention_math import has_partial_kernel, masked_attention, merge, partial_attention
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.runs import shared_prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,28 +139,6 @@ class DecodeStep(AttentionStep):
 
     def _ids(self, members: list[int]) -> Tensor:
         return torch.tensor(members, device=self._pool.device)
-
-
-def shared_prefixes(
-    tables: list[list[int]], lengths: list[int], block_size: int, min_tokens: int
-) -> list[tuple[list[int], int]]:
-    """Groups of sequences whose tables begin alike, with the number of common full blocks (pure, on slot numbers).
-
-    A group has at least two members; its common blocks hold at least ``min_tokens``, none of them the new token.
-    """
-    by_first: dict[int, list[int]] = {}
-    for member, table in enumerate(tables):
-        by_first.setdefault(table[0], []).append(member)
-    groups = []
-    for members in by_first.values():
-        limit = min((lengths[m] - 1) // block_size for m in members)
-        reference = tables[members[0]]
-        for member in members[1:]:
-            table = tables[member]
-            limit = next((i for i in range(limit) if table[i] != reference[i]), limit)
-        if len(members) > 1 and limit * block_size >= min_tokens:
-            groups.append((members, limit))
-    return groups
 
 
 def bucket_by_length(blocks: list[int], *, max_waste: float = 0.5) -> list[list[int]]:

@@ -1,19 +1,20 @@
 """Attention over the paged pool, plugged into transformers through its AttentionInterface.
 
 The model is called on packed tokens ``[1, tokens]`` without a cache of its own. Each attention layer hands its new
-queries, keys and values to the *step* in force: the step writes K and V into the pool and attends over the pool. A
-prefill step is one sequence's chunk; a decode step is one new token of each of many sequences.
+queries, keys and values to the *step* in force: the step writes K and V into the pool and attends over the pool.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
+
+from emberkv.engine.runs import Run
 
 ATTENTION_NAME = "emberkv_paged"
 
@@ -39,21 +40,14 @@ class AttentionStep(ABC):
         """
 
 
-class PackedStep(AttentionStep):
-    """Several steps in one forward pass: each has its own consecutive rows, in order; rows after them are padding.
+class AttentionBackend(Protocol):
+    """Makes steps over one pool. name: distinguishes KV state whose bits may differ, in the identities of blocks."""
 
-    parts: the steps with their numbers of rows. A later part sees what an earlier one has written.
-    """
+    name: str
 
-    def __init__(self, parts: list[tuple[int, AttentionStep]]) -> None:
-        self._rows = [rows for rows, _ in parts]
-        self._steps = [step for _, step in parts]
-
-    def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        padding = queries.shape[0] - sum(self._rows)
-        shares = zip(*(torch.split(each, [*self._rows, padding]) for each in (queries, keys, values)), strict=True)
-        parts = [step.attend(call, *share) for step, share in zip(self._steps, shares, strict=False)]
-        return torch.cat([*parts, torch.zeros_like(queries[:padding])])
+    def step(self, runs: Sequence[Run]) -> AttentionStep:
+        """For all runs' rows, one run after the other; rows after them are padding."""
+        ...
 
 
 _current_step: ContextVar[AttentionStep] = ContextVar("emberkv_attention_step")
@@ -69,8 +63,14 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
         _current_step.reset(token)
 
 
+class _AttentionLayer(Protocol):
+    """What transformers' attention modules have in common."""
+
+    layer_idx: int
+
+
 def _paged_attention(
-    module: nn.Module,
+    module: _AttentionLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,7 +82,7 @@ def _paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: ``[1, heads, tokens, dim]`` in, ``[1, tokens, heads, dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap)  # type: ignore[arg-type]
+    call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap)
     out = _current_step.get().attend(
         call,
         query.squeeze(0).transpose(0, 1),

@@ -9,13 +9,16 @@ from torch import Tensor
 from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
-from emberkv.engine.decode_step import DecodeStep
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.packed_linear import let_go_of_checkpoint, pack_linears, rows_are_independent
-from emberkv.engine.paged_attention import AttentionStep, PackedStep, attention_step
-from emberkv.engine.prefill_step import PrefillStep
+from emberkv.engine.native.attention import NativeAttention
+from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.native.layers import can_compute, replace_layers
+from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
+from emberkv.engine.paged_attention import AttentionBackend, attention_step
+from emberkv.engine.runs import Run
 from emberkv.engine.steady_activation import steady_activations
+from emberkv.engine.torch_attention import TorchAttention
 from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
@@ -36,51 +39,71 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Tokens to compute together. keep: the rows whose logits are wanted."""
+    """A run to compute. tokens: as many as the run has. samples: whether the last one's logits are wanted."""
 
-    step: AttentionStep
-    tokens: list[int]
-    positions: list[int]
-    keep: list[int]
+    run: Run
+    tokens: Batch[int]
+    samples: bool
 
 
 class TorchEngine:
     """A loaded model over a paged KV pool. Not thread-safe: one loop drives it.
 
-    cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. tile: tokens whose attention is
-    computed together, a divisor of prefill_chunk.
+    cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. kernels: compute attention and
+    most layers on CPU; None leaves them to torch. tile: tokens whose attention torch computes together, a divisor of
+    prefill_chunk; the kernels need none.
 
-    Prefill is *tile-invariant*: tokens ``[k * tile, (k + 1) * tile)`` get the same KV state, to the last bit, in
-    whatever chunk they are computed. Attention is, by its cut at absolute positions; whether the linear layers are
-    depends on the machine's libraries, so it is tried. Where it is not, `alignment`, to which hits are rounded down, is
-    the chunk instead of the tile.
+    Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
+    in whatever chunk they are computed; hits are rounded down to a multiple of ``alignment``. It is a block with the
+    kernels, by which no row influences another. With torch it is a tile, as attention is cut at absolute positions,
+    where the machine's libraries compute the linear layers so. Both are tried; where it fails, it is the chunk.
+    It is *uniform* if decode steps give a token's state the same bits as well, which with the kernels they do.
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, cache_bytes: int, block_size: int, prefill_chunk: int, tile: int = TILE_TOKENS
+        self,
+        loaded: LoadedModel,
+        *,
+        cache_bytes: int,
+        block_size: int,
+        prefill_chunk: int,
+        kernels: Kernels | None = None,
+        tile: int = TILE_TOKENS,
     ) -> None:
         self.loaded = loaded
         self.prefill_chunk = prefill_chunk
-        self.tile = tile if prefill_chunk % tile == 0 and tile % block_size == 0 else prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
         self._expected = self._plain_logits()
+        self.kernels = kernels if kernels is not None and can_compute(loaded) else None
+        if self.kernels is not None:
+            replace_layers(self._model, self.kernels)
         pack_linears(self._model)
         if self._device.type == "cpu":
             steady_activations(self._model)
             let_go_of_checkpoint(self._model)
+        self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
+        wanted = block_size if self.kernels is not None else tile
+        self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
+        self._attention = self._make_attention()
         self._tile_invariant = self._is_tile_invariant()
         if not self._tile_invariant:
-            self.tile = prefill_chunk
-        self.alignment = self.tile
+            self.alignment = prefill_chunk
+            self._attention = self._make_attention()
+        self.uniform = self.kernels is not None and self._tile_invariant and self._decodes_as_it_prefills()
+
+    def _make_attention(self) -> AttentionBackend:
+        if self.kernels is not None:
+            return NativeAttention(self.pool, self.kernels)
+        return TorchAttention(self.pool, self.alignment)
 
     def root(self, salt: bytes) -> Identity:
         """The root of the block identities of every prompt under ``salt``."""
         return root_identity(
             fingerprint=self.loaded.fingerprint,
             dtype=str(self.loaded.dtype).removeprefix("torch."),
-            layout=f"{KV_LAYOUT};tile={self.tile}",
+            layout=f"{KV_LAYOUT};tile={self.alignment};attention={self._attention.name}",
             block_size=self.pool.block_size,
             salt=salt,
         )
@@ -91,41 +114,21 @@ class TorchEngine:
 
         Where rows do not influence one another's bits, all goes through the model in one pass.
         """
-        works = [self._decode_work(plan.decodes)] if plan.decodes else []
-        works += [self._prefill_work(chunk) for chunk in plan.prefills]
-        passes = [works] if self._tile_invariant else [[work] for work in works]
-        logits = [self._forward(some) for some in passes]
+        decodes = [_decode_work(sequence) for sequence in plan.decodes]
+        prefills = [_prefill_work(chunk) for chunk in plan.prefills]
+        passes = [decodes + prefills] if self._tile_invariant else [decodes, *([work] for work in prefills)]
+        logits = [self._forward(works) for works in passes if works]
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         return StepResult(ready, torch.cat(logits)) if ready else None
 
-    def _prefill_work(self, chunk: PrefillChunk) -> _Work:
-        chain = chunk.sequence.chain
-        slots = [block.slot for block in chunk.sequence.held.blocks]
-        tokens = chain.slice(chunk.start, chunk.stop)
-        step = PrefillStep(self.pool, slots, chunk.start, len(tokens), tile=self.tile)
-        keep = [len(tokens) - 1] if chunk.samples else []
-        return _Work(step, tokens, list(range(chunk.start, chunk.stop)), keep)
-
-    def _decode_work(self, sequences: Batch[Sequence]) -> _Work:
-        lengths = [len(sequence.chain) for sequence in sequences]
-        tables = [[block.slot for block in sequence.held.blocks] for sequence in sequences]
-        return _Work(
-            DecodeStep(self.pool, tables, lengths),
-            [sequence.chain[-1] for sequence in sequences],
-            [length - 1 for length in lengths],
-            list(range(len(sequences))),
-        )
-
     def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
-        step = PrefillStep(self.pool, slots, start, len(tokens), tile=self.tile)
-        keep = [len(tokens) - 1] if sample else []
-        return self._forward([_Work(step, tokens, list(range(start, start + len(tokens))), keep)])
+        return self._forward([_Work(Run(slots, start, len(tokens)), tokens, sample)])
 
     def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor:
         """Compute each sequence's last token (its length counts it); ``[len(tokens), vocab]``."""
-        step = DecodeStep(self.pool, tables, lengths)
-        return self._forward([_Work(step, tokens, [length - 1 for length in lengths], list(range(len(tokens))))])
+        given = zip(tokens, lengths, tables, strict=True)
+        return self._forward([_Work(Run(table, n - 1, 1, decode=True), [token], True) for token, n, table in given])
 
     def _forward(self, works: list[_Work]) -> Tensor:
         """One pass over all works' tokens; the logits to keep, in order."""
@@ -133,18 +136,17 @@ class TorchEngine:
         positions: list[int] = []
         keep: list[int] = []
         for work in works:
-            keep += [len(tokens) + row for row in work.keep]
             tokens += work.tokens
-            positions += work.positions
-        padding = rounded_rows(len(tokens)) - len(tokens)
-        alone = len(works) == 1 and not padding
-        step = works[0].step if alone else PackedStep([(len(work.tokens), work.step) for work in works])
+            positions += range(work.run.start, work.run.stop)
+            if work.samples:
+                keep.append(len(tokens) - 1)
+        padding = rounded_rows(len(tokens)) - len(tokens) if self._packed else 0
         arguments = {
             "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
             "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
             "use_cache": False,
         }
-        with attention_step(step):
+        with attention_step(self._attention.step([work.run for work in works])):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._model.base_model(**arguments)
@@ -159,10 +161,10 @@ class TorchEngine:
         Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
         """
         experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
-        if self.tile == self.prefill_chunk or experts or not rows_are_independent(self._model):
+        if self.alignment == self.prefill_chunk or experts or not rows_are_independent(self._model):
             return False
         # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
-        return all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.tile // 2 + 1))
+        return all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.alignment // 2 + 1))
 
     @torch.inference_mode()
     def _same_in_pieces(self, length: int) -> bool:
@@ -171,12 +173,30 @@ class TorchEngine:
         if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
             return False
         tokens = self._made_up_tokens(length)
+        self.pool.clear(list(range(2 * blocks)))
         logits = []
-        for cut, first in (self.prefill_chunk, 0), (self.tile, blocks):
+        for cut, first in (self.prefill_chunk, 0), (self.alignment, blocks):
             slots = list(range(first, first + blocks))
             self.prefill(tokens[:cut], 0, slots, sample=False)
             logits.append(self.prefill(tokens[cut:], cut, slots, sample=True))
         return torch.equal(*logits) and torch.equal(*torch.split(self.pool.storage[: 2 * blocks], blocks))
+
+    @torch.inference_mode()
+    def _decodes_as_it_prefills(self) -> bool:
+        """Whether decode steps give a text's last tokens the KV state and the logits that prefill gives them."""
+        tail = 3
+        length = self.alignment + tail
+        blocks = -(-length // self.pool.block_size)
+        if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
+            return False
+        tokens = self._made_up_tokens(length)
+        self.pool.clear(list(range(2 * blocks)))
+        first, second = list(range(blocks)), list(range(blocks, 2 * blocks))
+        expected = self.prefill(tokens, 0, first, sample=True)
+        self.prefill(tokens[:-tail], 0, second, sample=False)
+        for stop in range(length - tail, length):
+            logits = self.decode([tokens[stop]], [stop + 1], [second])
+        return torch.equal(logits, expected) and torch.equal(*torch.split(self.pool.storage[: 2 * blocks], blocks))
 
     @torch.inference_mode()
     def _plain_logits(self) -> Tensor:
@@ -201,7 +221,7 @@ class TorchEngine:
         length = self._expected.shape[0]
         tokens = self._made_up_tokens(length)
         slots = list(range(-(-length // self.pool.block_size)))
-        cut = max(self.tile, length // 2 // self.tile * self.tile)
+        cut = max(self.alignment, length // 2 // self.alignment * self.alignment)
         if length < cut + 2:
             paged, at = [self.prefill(tokens, 0, slots, sample=True)], [length - 1]
         else:
@@ -219,6 +239,17 @@ class TorchEngine:
 
     def _made_up_tokens(self, count: int) -> list[int]:
         return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
+
+
+def _prefill_work(chunk: PrefillChunk) -> _Work:
+    sequence = chunk.sequence
+    run = Run([block.slot for block in sequence.held.blocks], chunk.start, chunk.stop - chunk.start)
+    return _Work(run, sequence.chain.slice(chunk.start, chunk.stop), chunk.samples)
+
+
+def _decode_work(sequence: Sequence) -> _Work:
+    run = Run([block.slot for block in sequence.held.blocks], len(sequence.chain) - 1, 1, decode=True)
+    return _Work(run, [sequence.chain[-1]], True)
 
 
 def rounded_rows(rows: int) -> int:

@@ -16,6 +16,7 @@ from emberkv.engine.geometry import inspect_geometry
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.model_identity import model_fingerprint
+from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.tier_setup import tier_namespace
@@ -87,7 +88,8 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
     for_trial = 2 * -(-(chunk + TILE_TOKENS) // block_size)  # the engine computes something twice to find its alignment
     blocks = max(for_trial, -(-prompt_tokens // block_size))
     cache_bytes = blocks * block_size * geometry.bytes_per_token(model.dtype)
-    engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk)
+    kernels = find_kernels(_SETTINGS.kernels, loaded, _SETTINGS.machine_cache)
+    engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk, kernels=kernels)
     engine.check_against_plain_forward()
     return engine
 

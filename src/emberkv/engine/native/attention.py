@@ -1,0 +1,151 @@
+"""A pass's attention by the compiled kernel: which rows attend over which spans of keys together."""
+
+from collections.abc import Sequence as Batch
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emberkv.engine.kv_pool import KVPool
+from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels
+from emberkv.engine.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.runs import Run, shared_prefixes
+
+ROWS_PER_TASK = 128
+"""Query rows, heads included, for which a span of keys is laid out once."""
+
+
+class NativeAttention:
+    """Makes the steps. Any cut of a prompt gives the same bits, so tiles can be as small as blocks are."""
+
+    def __init__(self, pool: KVPool, kernels: Kernels) -> None:
+        self._pool = pool
+        self._kernels = kernels
+        self.name = kernels.identity
+
+    def step(self, runs: Batch[Run]) -> AttentionStep:
+        return NativeStep(self._pool, self._kernels, runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """tasks: of dtype TASK. row_ids: what these point into. partial_of: each row's first partial result, or -1."""
+
+    tasks: NDArray[np.void]
+    row_ids: NDArray[np.int32]
+    partial_of: NDArray[np.int64]
+    num_partials: int
+
+
+class NativeStep(AttentionStep):
+    """All runs' rows, one after the other; rows after them are padding.
+
+    Sequences with one new token share the computation over leading blocks that they have in common, span by span.
+    """
+
+    def __init__(self, pool: KVPool, kernels: Kernels, runs: Batch[Run]) -> None:
+        self._pool = pool
+        self._kernels = kernels
+        self._runs = runs
+        counts = [run.count for run in runs]
+        self._rows = sum(counts)
+        self._slots = np.array([slot for run in runs for slot in run.slots], dtype=np.int64)
+        self._table_of = _offsets([len(run.slots) for run in runs])
+        self._first_row = _offsets(counts)
+        self._tables = np.repeat(np.array(self._table_of, dtype=np.int32), counts)
+        self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
+        self._longest = max(run.stop for run in runs)
+        self._plans: dict[int | None, _Plan] = {}
+        self._call = self._prepared()
+
+    def _prepared(self) -> AttentionCall:
+        geometry, storage = self._pool.geometry, self._pool.storage
+        element = storage.element_size()
+        return AttentionCall(
+            slot_bytes=storage.stride(0) * element,
+            value_bytes=storage.stride(2) * element,
+            rows=self._rows,
+            heads=geometry.num_heads,
+            kv_heads=geometry.num_kv_heads,
+            dim=geometry.head_dim,
+            block_size=self._pool.block_size,
+            type=int(self._pool.dtype is torch.bfloat16),
+            threads=torch.get_num_threads(),
+            slots=self._slots.ctypes.data,
+            tables=self._tables.ctypes.data,
+            positions=self._positions.ctypes.data,
+        )
+
+    def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        window = call.window if call.window is not None and call.window < self._longest else None
+        plan = self._plan(window)
+        out = torch.empty(queries.shape, dtype=queries.dtype)
+        out[self._rows :] = 0
+        queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
+        native, storage = self._call, self._pool.storage
+        native.queries, native.keys, native.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
+        native.query_row, native.query_head, _ = queries.stride()
+        native.key_row, native.key_head, _ = keys.stride()
+        native.value_row, native.value_head, _ = values.stride()
+        native.out = out.data_ptr()
+        native.pool = storage.data_ptr() + call.layer * storage.stride(1) * storage.element_size()
+        native.scale, native.softcap, native.window = call.scale, call.softcap or 0.0, window or 0
+        native.tasks, native.num_tasks = plan.tasks.ctypes.data, len(plan.tasks)
+        native.row_ids, native.partial_of = plan.row_ids.ctypes.data, plan.partial_of.ctypes.data
+        native.partials = self._partials(plan.num_partials).data_ptr()
+        self._kernels.attend(native)
+        return out
+
+    def _partials(self, count: int) -> Tensor:
+        """Memory for so many rows' results over one span: weighted values, and their weights' maximum and sum."""
+        lanes, geometry = self._kernels.lanes, self._pool.geometry
+        width = -(-geometry.head_dim // lanes) * lanes + lanes
+        return self._pool.scores.take((count, geometry.num_heads, width), torch.float32)
+
+    def _plan(self, window: int | None) -> _Plan:
+        if window not in self._plans:
+            self._plans[window] = self._make_plan(window)
+        return self._plans[window]
+
+    def _make_plan(self, window: int | None) -> _Plan:
+        span = self._kernels.span
+        rows_per_task = max(1, ROWS_PER_TASK * self._pool.geometry.num_kv_heads // self._pool.geometry.num_heads)
+        tasks: list[tuple[int, ...]] = []
+        row_ids = list(range(self._rows))
+        partial_of = np.full(self._rows, -1, dtype=np.int64)
+        num_partials = 0
+        shared_spans = [0] * len(self._runs)
+        for members, spans in self._shared_spans() if window is None else ():
+            tasks.append((len(row_ids), len(members), self._table_of[members[0]], 0, spans, spans * span, False))
+            for member in members:
+                shared_spans[member] = spans
+                row_ids.append(self._first_row[member])
+                partial_of[self._first_row[member]] = num_partials
+                num_partials += -(-self._runs[member].stop // span)
+        for run, shared, table, row in zip(self._runs, shared_spans, self._table_of, self._first_row, strict=True):
+            for first in range(0, run.count, rows_per_task):
+                rows = min(rows_per_task, run.count - first)
+                stop = run.start + first + rows
+                begin = shared if window is None else max(0, run.start + first - window + 1) // span
+                tasks.append((row + first, rows, table, begin, -(-stop // span), stop, not shared))
+        return _Plan(np.array(tasks, dtype=TASK), np.array(row_ids, dtype=np.int32), partial_of, num_partials)
+
+    def _shared_spans(self) -> list[tuple[list[int], int]]:
+        """Runs of one token each with so many whole leading spans in common."""
+        single = [index for index, run in enumerate(self._runs) if run.count == 1]
+        tables = [self._runs[index].slots for index in single]
+        lengths = [self._runs[index].stop for index in single]
+        groups = shared_prefixes(tables, lengths, self._pool.block_size, self._kernels.span)
+        found = [([single[member] for member in members], blocks) for members, blocks in groups]
+        return [(members, blocks * self._pool.block_size // self._kernels.span) for members, blocks in found]
+
+
+def _offsets(lengths: list[int]) -> list[int]:
+    """Where each of several runs laid end to end begins."""
+    total, offsets = 0, []
+    for length in lengths:
+        offsets.append(total)
+        total += length
+    return offsets

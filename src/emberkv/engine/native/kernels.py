@@ -1,0 +1,93 @@
+"""The compiled library's functions, with their arguments' structures field by field as in the C++ sources."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+
+from emberkv.engine.native.build import build
+from emberkv.errors import KernelsError
+
+TASK = np.dtype(
+    [(name, np.int32) for name in ("first_row", "rows", "table", "first_span", "last_span", "stop", "whole")]
+)
+"""A run of spans for some rows; see `Task` in attention.cpp."""
+
+_ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class AttentionCall(ctypes.Structure):
+    """One layer's attention, for all rows of a pass."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("queries", "keys", "values", "out")),
+        *((f"{name}_{axis}", _LONG) for name in ("query", "key", "value") for axis in ("row", "head")),
+        ("pool", _ADDRESS),
+        *((name, _LONG) for name in ("slot_bytes", "value_bytes")),
+        *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type")),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+        *((name, _INT) for name in ("window", "threads")),
+        *((name, _ADDRESS) for name in ("slots", "tables", "positions", "tasks")),
+        ("num_tasks", _LONG),
+        *((name, _ADDRESS) for name in ("row_ids", "partial_of", "partials")),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """One linear layer, or two with a gate between, for some rows."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("inputs", "weight", "bias", "out")),
+        ("input_row", _LONG),
+        *((name, _INT) for name in ("rows", "in_features", "out_features", "type", "activation", "threads")),
+    )
+
+
+class NormCall(ctypes.Structure):
+    """One normalization of some rows."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("inputs", "scale", "out")),
+        ("input_row", _LONG),
+        *((name, _INT) for name in ("rows", "size", "type", "threads")),
+        ("epsilon", _FLOAT),
+    )
+
+
+class Kernels:
+    """The loaded library. Its functions let other Python threads run, and trust what they are given.
+
+    identity: of the machine code; equal ones give equal bits. span: keys whose softmax is computed at once. lanes: fp32
+    values in a vector. columns: outputs of a linear layer computed side by side. multiplies_bf16: whether bf16 is
+    multiplied as such, without which linear layers take fp32 only.
+    """
+
+    def __init__(self, library: Path) -> None:
+        """Raises KernelsError when the file cannot be loaded."""
+        try:
+            loaded = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise KernelsError(f"{library} cannot be loaded: {error}") from error
+        self.identity = library.stem
+        self.span = int(loaded.emberkv_span())
+        self.lanes = int(loaded.emberkv_lanes())
+        self.columns = int(loaded.emberkv_columns())
+        self.multiplies_bf16 = bool(loaded.emberkv_multiplies_bf16())
+        self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
+        self._rms_norm = loaded.emberkv_rms_norm
+        for function in (self._attend, self._linear, self._rms_norm):
+            function.restype = None
+
+    @classmethod
+    def built(cls, folder: Path) -> "Kernels":
+        """Compiled into ``folder`` if they are not there. Raises KernelsError."""
+        return cls(build(folder))
+
+    def attend(self, call: AttentionCall) -> None:
+        self._attend(ctypes.byref(call))
+
+    def linear(self, call: LinearCall) -> None:
+        self._linear(ctypes.byref(call))
+
+    def rms_norm(self, call: NormCall) -> None:
+        self._rms_norm(ctypes.byref(call))

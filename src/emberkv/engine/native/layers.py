@@ -1,0 +1,188 @@
+"""A model's linear layers, gated pairs of them and RMS norms, computed by the compiled kernels."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+from transformers.pytorch_utils import Conv1D
+
+from emberkv.engine.loader import LoadedModel
+from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall
+
+_ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
+"""By their number in linear.cpp."""
+
+
+class NativeLinear(nn.Module):
+    """A frozen linear layer. weight: ``[out_features, in_features]``; the plain copy is not kept."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = _packed(weight, kernels.columns)
+        self.bias = None if bias is None else _padded(bias.detach().float(), kernels.columns)
+        self._kernels = kernels
+        self._call = _call(self)
+        if self.bias is not None:
+            self._call.bias = self.bias.data_ptr()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _compute(self._kernels, self._call, inputs)
+
+
+class NativeGatedPair(nn.Module):
+    """Two frozen linear layers without bias of the same shape, as ``activation(gate(x)) * up(x)``."""
+
+    def __init__(self, kernels: Kernels, gate: Tensor, up: Tensor, activation: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = gate.shape
+        self.packed = torch.stack([_packed(gate, kernels.columns), _packed(up, kernels.columns)], dim=1)
+        self._kernels = kernels
+        self._call = _call(self)
+        self._call.activation = activation
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _compute(self._kernels, self._call, inputs)
+
+
+class NativeRMSNorm(nn.Module):
+    """scale: fp32 ``[size]``, what each normalized value is multiplied by."""
+
+    def __init__(self, kernels: Kernels, scale: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.scale = scale.contiguous()
+        self._kernels = kernels
+        self._call = NormCall(
+            scale=self.scale.data_ptr(), size=scale.numel(), epsilon=epsilon, threads=torch.get_num_threads()
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        call = self._call
+        rows = inputs.reshape(-1, call.size).contiguous()
+        out = torch.empty_like(rows)
+        call.inputs, call.out, call.input_row = rows.data_ptr(), out.data_ptr(), call.size
+        call.rows, call.type = rows.shape[0], int(rows.dtype is torch.bfloat16)
+        self._kernels.rms_norm(call)
+        return out.view(inputs.shape)
+
+
+def _call(layer: NativeLinear | NativeGatedPair) -> LinearCall:
+    return LinearCall(
+        weight=layer.packed.data_ptr(),
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        type=int(layer.packed.dtype is torch.bfloat16),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _compute(kernels: Kernels, call: LinearCall, inputs: Tensor) -> Tensor:
+    rows = inputs.reshape(-1, call.in_features).contiguous()
+    out = torch.empty((rows.shape[0], call.out_features), dtype=rows.dtype)
+    call.inputs, call.out, call.input_row, call.rows = rows.data_ptr(), out.data_ptr(), call.in_features, rows.shape[0]
+    kernels.linear(call)
+    return out.view(*inputs.shape[:-1], call.out_features)
+
+
+def _packed(weight: Tensor, columns: int) -> Tensor:
+    """``[groups, units, columns, values of a unit]``: side by side what is multiplied at the same time."""
+    values = 2 if weight.dtype is torch.bfloat16 else 1
+    rows = _padded(weight.detach(), columns)
+    return rows.view(-1, columns, rows.shape[1] // values, values).transpose(1, 2).contiguous()
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    """Zeros added to the first axis, up to the next multiple."""
+    missing = -tensor.shape[0] % multiple
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]).contiguous()
+
+
+def can_compute(loaded: LoadedModel) -> bool:
+    """Whether the kernels compute on this model's device and in its type."""
+    return loaded.device.type == "cpu" and loaded.dtype in (torch.float32, torch.bfloat16)
+
+
+@torch.inference_mode()
+def replace_layers(model: nn.Module, kernels: Kernels) -> int:
+    """Put the kernels in the place of every layer that they can compute. Returns the number of layers replaced.
+
+    A layer is known by its parts, and by giving the same on random rows.
+    """
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            native = _gated(child, kernels) or _norm(child, kernels)
+            if native is not None:
+                setattr(parent, name, native)
+                replaced += 1
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, Conv1D)) and _takes(child.weight, kernels):
+                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
+                setattr(parent, name, NativeLinear(kernels, weight, child.bias))
+                replaced += 1
+    return replaced
+
+
+def _takes(weight: Tensor, kernels: Kernels) -> bool:
+    bf16 = weight.dtype is torch.bfloat16 and kernels.multiplies_bf16 and not any(size % 2 for size in weight.shape)
+    return weight.dtype is torch.float32 or bf16
+
+
+def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
+    """The module with its gate and its activation in one, if it is ``down(activation(gate(x)) * up(x))``."""
+    down = getattr(module, "down_proj", None)
+    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    pair = _gate_and_up(module)
+    if not isinstance(down, nn.Linear) or pair is None or activation is None:
+        return None
+    gate, up = pair
+    if not (_takes(gate, kernels) and gate.shape == up.shape):
+        return None
+    points = torch.linspace(-9, 9, 97)
+    same = [
+        number for number, each in _ACTIVATIONS.items() if torch.allclose(activation(points), each(points), atol=1e-5)
+    ]
+    if not same:
+        return None
+    native = nn.Sequential(NativeGatedPair(kernels, gate, up, same[0]), down)
+    return native if _alike(native, module, gate.shape[1], gate.dtype) else None
+
+
+def _gate_and_up(module: Any) -> tuple[Tensor, Tensor] | None:
+    both = _weight_without_bias(getattr(module, "gate_up_proj", None))
+    if both is not None:
+        gate, up = both.chunk(2)
+        return gate, up
+    first = _weight_without_bias(getattr(module, "gate_proj", None))
+    second = _weight_without_bias(getattr(module, "up_proj", None))
+    return None if first is None or second is None else (first, second)
+
+
+def _weight_without_bias(layer: Any) -> Tensor | None:
+    takes_part = isinstance(layer, nn.Linear) and getattr(layer, "bias", None) is None
+    return layer.weight if takes_part else None
+
+
+def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
+        return None
+    if weight.ndim != 1 or weight.numel() % kernels.lanes or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    for offset in (0.0, 1.0):  # Gemma's weights are what is added to one
+        native = NativeRMSNorm(kernels, weight.detach().float() + offset, epsilon)
+        if _alike(native, module, weight.numel(), weight.dtype):
+            return native
+    return None
+
+
+def _alike(ours: nn.Module, theirs: nn.Module, size: int, dtype: torch.dtype) -> bool:
+    rows = torch.randn(8, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    expected, got = theirs(rows).float(), ours(rows).float()
+    return bool((got - expected).norm() <= tolerance * expected.norm())

@@ -1,0 +1,88 @@
+// Linear layers on CPU, and two of them with a gate between: act(x Wg) * (x Wu).
+//
+// Weights are laid out as `multiply_rows` takes them: COLUMNS outputs side by side, unit after unit of the inputs.
+
+#include "vectors.hpp"
+
+namespace emberkv {
+
+constexpr int BATCH = 8 * ROWS;  // input rows that take their turn with the same weights
+
+enum Activation : int32_t { NONE, SILU, GELU_TANH };
+
+}  // namespace emberkv
+
+// Shared with kernels.py, field by field.
+extern "C" struct LinearCall {
+    const void* inputs;   // [rows, in], rows input_row elements apart
+    const void* weight;   // [groups, units of in, COLUMNS]; gated: [groups, 2, units of in, COLUMNS], the gate's first
+    const float* bias;    // [groups * COLUMNS], or null; never where gated
+    void* out;            // [rows, out]
+    int64_t input_row;
+    int32_t rows, in, out_features, type, activation, threads;  // activation NONE: not gated
+};
+
+namespace emberkv {
+
+// x / (1 + e^-t), with t = x for SiLU and 2 sqrt(2 / pi) (x + 0.044715 x^3) for GELU in its tanh form.
+inline Floats activated(Floats x, int32_t activation) {
+    const Floats t = activation == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
+    const Floats e = exp2_of((t > Floats{} ? -t : t) * LOG2_E);  // e^-|t|
+    return x * (t > Floats{} ? splat(1.0f) : e) / (1.0f + e);
+}
+
+template <class Arithmetic, class Unit = typename Arithmetic::Unit>
+void linear_unit(const LinearCall& call, int64_t group, int first, int rows) {
+    const bool gated = call.activation != NONE;
+    const int units = call.in / Arithmetic::VALUES, element = call.type == FP32 ? 4 : 2;
+    const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
+    const Unit* inputs = reinterpret_cast<const Unit*>(static_cast<const char*>(call.inputs) + first * call.input_row * element);
+    const Unit* weight = static_cast<const Unit*>(call.weight) + group * (gated ? 2 : 1) * units * COLUMNS;
+    const int stride = int(call.input_row / Arithmetic::VALUES);
+    alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
+    multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, weight, units, sums, COLUMNS);
+    if (gated) multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, weight + units * COLUMNS, units, ups, COLUMNS);
+    for (int row = 0; row < rows; row++) {
+        float* sum = sums + row * COLUMNS;
+        for (int c = 0; c < COLUMNS; c += LANES) {
+            Floats value = load<Floats>(sum + c);
+            if (call.bias) value += load<Floats>(call.bias + group * COLUMNS + c);
+            if (gated) value = activated(value, call.activation) * load<Floats>(ups + row * COLUMNS + c);
+            store(sum + c, value);
+        }
+        char* to = static_cast<char*>(call.out) + (int64_t(first + row) * call.out_features + group * COLUMNS) * element;
+        narrow(sum, Type(call.type), columns, to);
+    }
+}
+
+template <class Arithmetic>
+void linear(const LinearCall& call) {
+    const int64_t groups = (call.out_features + COLUMNS - 1) / COLUMNS, batches = (call.rows + BATCH - 1) / BATCH;
+#pragma omp parallel for num_threads(call.threads) schedule(static)
+    for (int64_t unit = 0; unit < groups * batches; unit++) {
+        const int first = int(unit % batches) * BATCH;
+        linear_unit<Arithmetic>(call, unit / batches, first, std::min(BATCH, call.rows - first));
+    }
+}
+
+}  // namespace emberkv
+
+EMBERKV_EXPORT int32_t emberkv_columns() { return emberkv::COLUMNS; }
+
+EMBERKV_EXPORT int32_t emberkv_lanes() { return emberkv::LANES; }
+
+// Whether bf16 is multiplied as such; if not, `emberkv_linear` takes fp32 only.
+EMBERKV_EXPORT int32_t emberkv_multiplies_bf16() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+EMBERKV_EXPORT void emberkv_linear(const LinearCall* call) {
+#if defined(__AVX512BF16__)
+    if (call->type == emberkv::BF16) return emberkv::linear<emberkv::Bf16Pairs>(*call);
+#endif
+    emberkv::linear<emberkv::SinglePrecision>(*call);
+}

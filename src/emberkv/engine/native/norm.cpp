@@ -1,0 +1,50 @@
+// Root-mean-square normalization on CPU (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+#include <cmath>
+
+#include "vectors.hpp"
+
+// Shared with kernels.py, field by field.
+extern "C" struct NormCall {
+    const void* inputs;  // [rows, size], rows input_row elements apart
+    const float* scale;  // [size]
+    void* out;           // [rows, size]
+    int64_t input_row;
+    int32_t rows, size, type, threads;
+    float epsilon;
+};
+
+namespace emberkv {
+
+inline Floats values_at(const void* from, Type type, int64_t index) {
+    if (type == FP32) return load<Floats>(static_cast<const float*>(from) + index);
+    Floats values;
+    const uint16_t* bf16 = static_cast<const uint16_t*>(from) + index;
+    for (int lane = 0; lane < LANES; lane++) values[lane] = widened(bf16[lane]);
+    return values;
+}
+
+inline void norm_row(const NormCall& call, int row) {
+    const Type type = Type(call.type);
+    const int64_t first = row * call.input_row, out = int64_t(row) * call.size;
+    Floats squares = {};
+    for (int i = 0; i < call.size; i += LANES) {
+        const Floats value = values_at(call.inputs, type, first + i);
+        squares += value * value;
+    }
+    const float mean = across(squares, [](float a, float b) { return a + b; }) / float(call.size);
+    const float factor = 1.0f / std::sqrt(mean + call.epsilon);
+    for (int i = 0; i < call.size; i += LANES) {
+        float values[LANES];
+        store(values, values_at(call.inputs, type, first + i) * factor * load<Floats>(call.scale + i));
+        narrow(values, type, LANES, static_cast<char*>(call.out) + (out + i) * (type == FP32 ? 4 : 2));
+    }
+}
+
+}  // namespace emberkv
+
+EMBERKV_EXPORT void emberkv_rms_norm(const NormCall* call) {
+    const int threads = call->rows >= 8 ? call->threads : 1;  // a few rows are done before another thread has woken
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int row = 0; row < call->rows; row++) emberkv::norm_row(*call, row);
+}

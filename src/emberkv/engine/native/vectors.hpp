@@ -1,0 +1,177 @@
+// Vectors, values in fp32 and bf16, and products of small matrices, for the kernels of this folder.
+//
+// Whatever is computed for a row is computed in the same order however many rows there are, so that its bits do not
+// depend on its neighbours.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define EMBERKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace emberkv {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, VECTORS = 2;
+#else
+constexpr int LANES = 4, VECTORS = 4;
+#endif
+constexpr int COLUMNS = LANES * VECTORS;  // of a product, held in registers at once
+constexpr int ROWS = 6;                   // of a product, held in registers at once
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+
+template <class Vector, class Value>
+inline Vector load(const Value* from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <class Vector, class Value>
+inline void store(Value* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// All lanes' largest value or sum, by halves.
+template <class Combine>
+inline float across(Floats vector, Combine combine) {
+    float lanes[LANES];
+    store(lanes, vector);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] = combine(lanes[lane], lanes[lane + half]);
+    return lanes[0];
+}
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+enum Type : int32_t { FP32, BF16 };
+
+inline float widened(uint16_t bf16) {
+    uint32_t bits = uint32_t(bf16) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Stores values in fp32 as ``type``.
+inline void narrow(const float* from, Type type, int count, void* to) {
+    if (type == FP32) {
+        std::memcpy(to, from, size_t(count) * 4);
+    } else {
+        int i = 0;
+#if defined(__AVX512BF16__)
+        for (; i + LANES <= count; i += LANES)
+            store(static_cast<uint16_t*>(to) + i, _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+        for (; i < count; i++) static_cast<uint16_t*>(to)[i] = to_bf16(from[i]);
+    }
+}
+
+// How values are multiplied. A unit is what one multiplication takes of a row: one value in fp32, or, where the
+// processor multiplies bf16 itself, two neighbours.
+struct SinglePrecision {
+    using Unit = float;
+    static constexpr int VALUES = 1;
+    static Floats multiply_add(Floats sum, Unit a, const Unit* b) { return sum + a * load<Floats>(b); }
+    static void put(Unit* to, Floats values) { store(to, values); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Pairs {
+    using Unit = uint32_t;
+    static constexpr int VALUES = 2;
+    static Floats multiply_add(Floats sum, Unit a, const Unit* b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), load<__m512bh>(b));
+    }
+    static void put(Unit* to, Floats values) { store(to, _mm512_cvtneps_pbh((__m512)values)); }
+};
+#endif
+
+// c[r][v] = sum over u of a[r][u] * b[u][v], for R rows and V vectors of columns; b's rows are COLUMNS units apart.
+template <class Arithmetic, int R, int V, class Unit = typename Arithmetic::Unit>
+void multiply_few(const Unit* a, int a_stride, const Unit* b, int depth, float* c, int c_stride) {
+    Floats sums[R][V] = {};
+    for (int u = 0; u < depth; u++)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++)
+                sums[r][v] = Arithmetic::multiply_add(sums[r][v], a[r * a_stride + u], b + u * COLUMNS + v * LANES);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
+}
+
+template <class Arithmetic, int V, class Unit = typename Arithmetic::Unit>
+void multiply_rows(const Unit* a, int rows, int a_stride, const Unit* b, int depth, float* c, int c_stride) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride)
+        multiply_few<Arithmetic, ROWS, V>(a, a_stride, b, depth, c, c_stride);
+    switch (rows) {
+        case 5: return multiply_few<Arithmetic, 5, V>(a, a_stride, b, depth, c, c_stride);
+        case 4: return multiply_few<Arithmetic, 4, V>(a, a_stride, b, depth, c, c_stride);
+        case 3: return multiply_few<Arithmetic, 3, V>(a, a_stride, b, depth, c, c_stride);
+        case 2: return multiply_few<Arithmetic, 2, V>(a, a_stride, b, depth, c, c_stride);
+        case 1: return multiply_few<Arithmetic, 1, V>(a, a_stride, b, depth, c, c_stride);
+    }
+}
+
+// The same for any number of columns, a multiple of LANES: b holds ``COLUMNS`` of them after one another, full_depth
+// units each, of which the first ``depth`` count.
+template <class Arithmetic, class Unit = typename Arithmetic::Unit>
+void multiply(
+    const Unit* a, int rows, int a_stride, const Unit* b, int columns, int full_depth, int depth, float* c, int c_stride
+) {
+    for (; columns > 0; columns -= COLUMNS, b += full_depth * COLUMNS, c += COLUMNS) {
+        switch (std::min(columns, COLUMNS) / LANES) {
+            case 4: multiply_rows<Arithmetic, 4>(a, rows, a_stride, b, depth, c, c_stride); break;
+            case 3: multiply_rows<Arithmetic, 3>(a, rows, a_stride, b, depth, c, c_stride); break;
+            case 2: multiply_rows<Arithmetic, 2>(a, rows, a_stride, b, depth, c, c_stride); break;
+            case 1: multiply_rows<Arithmetic, 1>(a, rows, a_stride, b, depth, c, c_stride); break;
+        }
+    }
+}
+
+// 2^x for x <= 0, and 0 below 2^-126. Taylor's polynomial on [-1/2, 1/2]: off by 1.2e-7 at most.
+inline Floats exp2_of(Floats x) {
+    const Floats round = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to whole numbers
+    Floats shifted = x + round;
+    Floats r = x - (shifted - round);
+    Floats p = splat(1.5403530393381608e-4f);
+    p = p * r + 1.3333558146428443e-3f;
+    p = p * r + 9.6181291076284772e-3f;
+    p = p * r + 5.5504108664821580e-2f;
+    p = p * r + 2.4022650695910072e-1f;
+    p = p * r + 6.9314718055994531e-1f;
+    p = p * r + 1.0f;
+    Ints exponent = ((Ints)shifted - (Ints)round) << 23;
+    return x > splat(-126.0f) ? (Floats)((Ints)p + exponent) : Floats{};
+}
+
+inline float exp2_of(float x) { return exp2_of(splat(x))[0]; }
+
+}  // namespace emberkv
