@@ -7,7 +7,6 @@ alignment divides the chunk size; that is what makes a hit's logits equal a cold
 
 from collections.abc import Container, Iterable, Mapping
 from collections.abc import Sequence as Batch
-from heapq import heappop, heappush
 
 from emberkv.core.hashing import Identity
 from emberkv.core.loads import Loads
@@ -17,6 +16,7 @@ from emberkv.core.promotion import Load, LowerTiers
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
+from emberkv.core.waiting_queue import WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]
@@ -39,12 +39,11 @@ class Scheduler:
             )
         if config.prefill_chunk < 1 or config.prefill_chunk % cache.alignment:
             raise ConfigError(f"prefill_chunk is {config.prefill_chunk}; it must be a multiple of {cache.alignment}")
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._waiting = WaitingQueue(self._free_for)
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._loads = Loads(cache, lower)
         self._arrivals = 0
-        self._free_when_refused: int | None = None
 
     @property
     def stats(self) -> CacheStats:
@@ -97,7 +96,7 @@ class Scheduler:
         self._arrivals += 1
         sequence.order = self._arrivals
         self._by_id[sequence.request_id] = sequence
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a sequence wherever it is and free its blocks. An id that is not here (any more) is ignored."""
@@ -113,14 +112,14 @@ class Scheduler:
         """
         for sequence in self._loads.end(load, exact):
             if sequence.status is SequenceStatus.LOADING:
-                self._enqueue(sequence)
-        self._free_when_refused = None
+                self._waiting.push(sequence)
+        self._waiting.forget_refusal()
 
     def remove(self, identities: Iterable[Identity]) -> int:
         """Forget cached blocks, and what of them is being loaded; how many were cached."""
         wanted = list(identities)
         self._loads.revoke(wanted)
-        self._free_when_refused = None
+        self._waiting.forget_refusal()
         return self.cache.pool.remove(wanted)
 
     def schedule(self) -> StepPlan:
@@ -145,7 +144,7 @@ class Scheduler:
             self.stats.prefill_tokens += chunk.stop - chunk.start
             chunk.sequence.held.commit_prefilled(chunk.stop)
         if plan.prefills:
-            self._free_when_refused = None  # whoever waits may share what was just committed
+            self._waiting.forget_refusal()  # whoever waits may share what was just committed
         finished = []
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         for sequence in ready:
@@ -224,15 +223,8 @@ class Scheduler:
         return first
 
     def _admissible(self) -> Sequence | None:
-        """Who is next in line, unless it is known not to fit."""
-        while self._waiting and self._waiting[0][2].status is not SequenceStatus.WAITING:
-            heappop(self._waiting)
-        if not self._waiting or len(self._running) >= self.config.max_running:
-            return None
-        sequence = self._waiting[0][2]
-        if self._free_when_refused is not None and self._free_for(sequence) <= self._free_when_refused:
-            return None
-        return sequence
+        """Who is next in line, if one more may run and it is not known not to fit."""
+        return self._waiting.first() if len(self._running) < self.config.max_running else None
 
     def _free_for(self, sequence: Sequence) -> int:
         pool = self.cache.pool
@@ -242,10 +234,9 @@ class Scheduler:
         while sequence := self._admissible():
             match = self.cache.match(sequence.chain)
             if not self._fits(sequence, match):
-                self._free_when_refused = self._free_for(sequence)
+                self._waiting.refuse(sequence)
                 return None
-            heappop(self._waiting)
-            self._free_when_refused = None
+            self._waiting.pop()
             if self._loads.wait(sequence, match, plan.loads):
                 sequence.status = SequenceStatus.LOADING
                 continue
@@ -276,17 +267,12 @@ class Scheduler:
             sequence.cached_tokens = lease.hit_tokens
             self._loads.account(sequence, match)
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
-        heappush(self._waiting, (*sequence.rank, sequence))
-        self._free_when_refused = None
-
     def _preempt(self, sequence: Sequence) -> None:
         self._let_go(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.stats.preemptions += 1
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._let_go(sequence)
@@ -299,4 +285,4 @@ class Scheduler:
             sequence.lease.release()
             sequence.lease = None
             self._running.remove(sequence)
-            self._free_when_refused = None
+            self._waiting.forget_refusal()
