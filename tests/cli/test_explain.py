@@ -99,6 +99,14 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
     assert lines[16] == "Canonical rules changed the prompt: date (2)."
 
 
+@pytest.mark.parametrize("how", ["removed", "cleared"])
+def test_what_the_operator_did_is_said_to_be_that(server: _Server, how: str) -> None:
+    misses = [{"reason": how, "start": 200, "tokens": 200, "lost": {"place": "pool", "how": how, "seconds_ago": 5}}]
+    server.answer = (200, {**ANSWER, "misses": misses})
+    line = invoke(server, "--text", "Hi").stdout.splitlines()[4].rstrip()
+    assert line == f"░  {how}  200  from token 200: it was cached; {how} from pool by the operator 5 s ago"
+
+
 def test_the_key_goes_along(server: _Server) -> None:
     assert invoke(server, "--text", "Hi", "--key", "sesame").exit_code == 0
     assert invoke(server, "--text", "Hi", EMBERKV_ADMIN_KEY="mellon").exit_code == 0

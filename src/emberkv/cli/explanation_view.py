@@ -11,12 +11,17 @@ BEFORE_CELLS = 28
 AFTER_CELLS = 44
 
 _PLACES = ("green", "cyan", "blue", "bright_blue")
-_REASONS = {"diverged": "red", "evicted": "yellow", "new": "magenta", "load-failed": "bright_red"}
+_REASONS = {
+    "diverged": "red", "evicted": "yellow", "removed": "yellow", "cleared": "yellow", "new": "magenta",
+    "load-failed": "bright_red",
+}  # fmt: skip
 _OTHER = "bright_black"
 _MEANINGS = {
     "new": "never seen before",
     "diverged": "what is cached goes on with other tokens",
     "evicted": "it was cached",
+    "removed": "it was cached",
+    "cleared": "it was cached",
     "other-model": "cached for another model",
     "other-tenant": "cached for another tenant",
     "recompute": "computing was expected to be faster than loading",
@@ -128,7 +133,10 @@ def _legend(answer: Answer) -> Table:
 
 
 def _lost(lost: Lost | None) -> str:
-    return f"; {lost.how} from {lost.place} {_ago(lost.seconds_ago)} ago" if lost is not None else ""
+    if lost is None:
+        return ""
+    by = " by the operator" if lost.how in ("removed", "cleared") else ""
+    return f"; {lost.how} from {lost.place}{by} {_ago(lost.seconds_ago)} ago"
 
 
 def _ago(seconds: float) -> str:

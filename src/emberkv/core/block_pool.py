@@ -215,7 +215,8 @@ class BlockPool:
         """Forget these blocks, as `clear` forgets all; how many there were."""
         blocks = self._cached.among(identities)
         if blocks:
-            self.events.append(BlockRemoved(tuple(block.identity for block in blocks if block.identity is not None)))
+            gone = tuple(block.identity for block in blocks if block.identity is not None)
+            self.events.append(BlockRemoved(gone, evicted=False))
         for block in blocks:
             self._withdraw(block)
         return len(blocks)

@@ -20,9 +20,10 @@ class BlockStored:
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """Blocks are no longer found under these identities."""
+    """Blocks are no longer found under these identities. evicted: their place was needed; else they were removed."""
 
     identities: tuple[Identity, ...]
+    evicted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.events import AllBlocksCleared
+from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.explaining.explain import admission_outcome, common_tokens, decode_tokens, explain
 from emberkv.core.explaining.explanation import (
     POOL,
@@ -113,7 +113,21 @@ def test_a_cleared_cache_is_no_eviction() -> None:
     ledger = ledger_with(chain(range(8)))
     ledger.apply(AllBlocksCleared(), 4.0)
     (miss, _) = asked(ledger, chain(range(9))).misses
-    assert miss == Miss(Reason.EVICTED, 0, 8, Loss(POOL, 4.0, LossKind.CLEARED))
+    assert miss == Miss(Reason.CLEARED, 0, 8, Loss(POOL, 4.0, LossKind.CLEARED))
+
+
+def test_each_way_to_lose_blocks_is_a_reason_of_its_own() -> None:
+    cached = chain(range(20))
+    ledger = ledger_with(cached)
+    ledger.apply(BlockRemoved(tuple(cached.identities[1:2]), evicted=False), 3.0)
+    ledger.apply(BlockRemoved(tuple(cached.identities[3:])), 2.0)
+    explanation = asked(ledger, chain(range(21)))
+    assert explanation.hit == {POOL: 4}
+    assert explanation.misses == (
+        Miss(Reason.REMOVED, 4, 8, Loss(POOL, 3.0, LossKind.REMOVED)),  # with one still cached, of no use without it
+        Miss(Reason.EVICTED, 12, 8, Loss(POOL, 2.0, LossKind.EVICTED)),
+        Miss(Reason.PARTIAL, 20, 1),
+    )
 
 
 def test_alignment_and_short_prompts() -> None:

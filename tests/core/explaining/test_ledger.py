@@ -43,6 +43,15 @@ def test_what_is_removed_leaves_every_place_and_later_news_does_not_say_otherwis
     assert (loss.at, loss.kind) == (2.0, LossKind.REMOVED)
 
 
+def test_what_was_evicted_before_is_not_removed_again() -> None:
+    cached = chain(range(8))
+    ledger = ledger_with(cached)
+    ledger.left(POOL, cached.identities[1:], now=2.0)
+    ledger.removed(cached.identities, now=5.0)
+    losses = [ledger.known(identity).loss for identity in cached.identities]
+    assert losses == [Loss(POOL, 5.0, LossKind.REMOVED), Loss(POOL, 2.0, LossKind.EVICTED)]
+
+
 def test_the_longest_lost_is_forgotten_first_and_then_the_oldest() -> None:
     ledger = Ledger(max_blocks=3)
     one, two, three, four, five = (chain([number] * SIZE) for number in range(5))

@@ -195,14 +195,15 @@ def test_a_removed_prefix_takes_along_what_goes_on_from_it_but_not_what_others_s
     assert ask(server, "/remove", **text(LONG))["blocks"] == {"pool": 8}
     answer = server.explain(**text(LONG))
     assert answer["hit_tokens"] == 24
-    assert answer["misses"][0]["lost"]["how"] == "removed"
+    assert answer["misses"][0]["reason"] == answer["misses"][0]["lost"]["how"] == "removed"
     assert server.explain(**text(LONG[:24] + "something else entirely"))["hit_tokens"] == 40
 
 
 def test_a_cleared_cache_has_nothing(server: Server) -> None:
     server.complete(LONG)
     assert ask(server, "/clear")["blocks"] == {"pool": 11}
-    assert server.explain(**text(LONG))["misses"][0]["lost"]["how"] == "cleared"
+    (lost, _) = server.explain(**text(LONG))["misses"]
+    assert lost["reason"] == lost["lost"]["how"] == "cleared"
     assert look(server, "/prefixes?by=largest")["data"] == []
 
 

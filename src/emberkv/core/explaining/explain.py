@@ -1,10 +1,10 @@
 """Explains a prompt from the ledger: why the tokens that were not found were not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Miss, Outcome, Reason
+from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
 from emberkv.core.explaining.ledger import Entry, Ledger
 from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain
 from emberkv.core.matching import MatchEnd
@@ -20,6 +20,8 @@ COMPARED_SIBLINGS = 64
 
 REFUSED = {MatchEnd.INEXACT: Reason.INEXACT, MatchEnd.TOKENS_DIFFER: Reason.COLLISION}
 """Why a search ended at a block that is there."""
+
+_LOST = {LossKind.EVICTED: Reason.EVICTED, LossKind.REMOVED: Reason.REMOVED, LossKind.CLEARED: Reason.CLEARED}
 
 
 def admission_outcome(admission: Admission, prompt_tokens: int) -> Outcome:
@@ -75,15 +77,36 @@ def _rest(
     while known < stop and chain.identities[known] in ledger:
         known += 1
     misses = []
-    if known > first:
-        loss = ledger.known(chain.identities[first]).loss
-        misses.append(Miss(refused or Reason.EVICTED, first * size, (known - first) * size, loss))
+    if known > first and refused is not None:
+        misses.append(Miss(refused, first * size, (known - first) * size, ledger.known(chain.identities[first]).loss))
+    elif known > first:
+        misses += _losses(ledger, chain, first, known)
     if known == stop:
         return misses, None
     divergence = _divergence(ledger, chain, known, length)
     reason = Reason.NEW if divergence is None else Reason.DIVERGED
     misses.append(Miss(reason, known * size, (stop - known) * size))
     return misses, divergence
+
+
+def _losses(ledger: Ledger, chain: TokenChain, first: int, stop: int) -> Iterator[Miss]:
+    """Known blocks ``[first, stop)``, the first of which is gone: a miss for each run of them that went in one way.
+
+    What is still cached behind a lost block is of no use without it, and counts with it.
+    """
+    size = chain.block_size
+    start, loss = first, ledger.known(chain.identities[first]).loss
+    for index in range(first + 1, stop):
+        later = ledger.known(chain.identities[index]).loss
+        if later is not None and _how_lost(later) is not _how_lost(loss):
+            yield Miss(_how_lost(loss), start * size, (index - start) * size, loss)
+            start, loss = index, later
+    yield Miss(_how_lost(loss), start * size, (stop - start) * size, loss)
+
+
+def _how_lost(loss: Loss | None) -> Reason:
+    """None: the ledger has not heard how, and most blocks go by eviction."""
+    return _LOST[loss.kind] if loss is not None else Reason.EVICTED
 
 
 def _divergence(ledger: Ledger, chain: TokenChain, index: int, length: int) -> Divergence | None:

@@ -13,7 +13,9 @@ class Reason(Enum):
 
     NEW = "new"  # the prompt goes on where nothing known does
     DIVERGED = "diverged"  # what is known goes on with other tokens
-    EVICTED = "evicted"  # it was cached; see the loss
+    EVICTED = "evicted"  # it was cached, and its place was needed; see the loss
+    REMOVED = "removed"  # it was cached, and somebody had it forgotten
+    CLEARED = "cleared"  # it was cached, and the whole cache was emptied
     OTHER_MODEL = "other-model"  # the same tokens are cached for another model
     OTHER_TENANT = "other-tenant"  # the same tokens are cached for another tenant
     RECOMPUTE_CHEAPER = "recompute"  # a tier has it; computing was expected to be faster than loading

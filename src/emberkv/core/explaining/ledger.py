@@ -91,7 +91,7 @@ class Ledger:
                 self.arrived(POOL, (identity,))
                 parent = identity
         elif isinstance(event, BlockRemoved):
-            self.left(POOL, event.identities, now)
+            self.left(POOL, event.identities, now, LossKind.EVICTED if event.evicted else LossKind.REMOVED)
         elif isinstance(event, AllBlocksCleared):
             self.cleared(POOL, now)
 
@@ -105,21 +105,25 @@ class Ledger:
                 entry.loss = None
                 self._lost.pop(identity, None)
 
-    def left(self, place: str, identities: Iterable[Identity], now: float) -> None:
+    def left(self, place: str, identities: Iterable[Identity], now: float, kind: LossKind = LossKind.EVICTED) -> None:
         """Blocks are no longer in ``place``; of a tier, whether their arrival there was told or not."""
-        self._lose(place, identities, Loss(place, now, LossKind.EVICTED))
+        self._lose(place, identities, Loss(place, now, kind))
 
     def cleared(self, place: str, now: float) -> None:
         """``place`` is empty now; only what was known to be there is lost by it."""
         self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
 
     def removed(self, identities: Sequence[Identity], now: float) -> None:
-        """Blocks were taken out of every place, whether it was told already that they left one or not."""
+        """Blocks were taken out of every place, whether it was told already that they left one or not.
+
+        What was lost before, in another way, is not lost by this.
+        """
         for identity in identities:
             places = self.places(identity)
             for place in places:
                 self._held[place].discard(identity)
-            if identity in self._entries:
+            entry = self._entries.get(identity)
+            if entry is not None and entry.loss is None:
                 self._mark(identity, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
 
     def above(self, entry: Entry) -> Entry | None:
