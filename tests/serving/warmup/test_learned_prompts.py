@@ -43,7 +43,7 @@ class Salts:
 
 
 def learned(folder: Path, chain: Salts | None = None, clock: Clock | None = None, **arguments: float) -> LearnedPrompts:
-    return LearnedPrompts(folder, NAMESPACE, chain or Salts(), clock=clock or Clock(), **arguments)  # type: ignore[arg-type]
+    return LearnedPrompts(folder, NAMESPACE, chain or Salts(), clock=clock or Clock(), **arguments)  # type: ignore[arg-type]  # settings by name
 
 
 def test_the_file_holds_what_was_written(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """The models that share a cache folder: their names and roots, so that a miss can say that another one has it."""
 
-import os
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.serving.whole_file import remove_leftovers, replace_file
 from emberkv.tiers.disk_layout import BLOCKS, BlockFile
 
 FILE_NAME = "models.json"
@@ -39,9 +39,10 @@ class OtherModels:
 
     def __init__(self, folder: Path, namespace: bytes, own: KnownModel) -> None:
         self._folder = folder
+        remove_leftovers(folder, re.escape(FILE_NAME))
         self._known = _read(folder / FILE_NAME)
         self._known.models[namespace.hex()] = own
-        _write(folder / FILE_NAME, self._known.model_dump_json())
+        replace_file(folder / FILE_NAME, self._known.model_dump_json().encode())
         self._others = {name: model for name, model in self._known.models.items() if name != namespace.hex()}
 
     def cached(self, tokens: Sequence[int], own: TokenChain, salt: bytes) -> Mapping[str, int]:
@@ -81,14 +82,3 @@ def _read(path: Path) -> KnownModels:
         return KnownModels.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):  # missing, or damaged: see OtherModels
         return KnownModels()
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,13 +1,13 @@
 """The server's secret, which tenants' salts are derived with; it must outlive the process if cached blocks do."""
 
-import contextlib
 import logging
 import os
+import re
 import stat
-import tempfile
 from pathlib import Path
 
 from emberkv.errors import ConfigError
+from emberkv.serving.whole_file import drafted, remove_leftovers
 
 SECRET_BYTES = 32
 SECRET_FILE = "secret"  # noqa: S105 - a file's name
@@ -26,6 +26,7 @@ def server_secret(given: str | None, cache_dir: Path | None) -> bytes:
     if cache_dir is None:
         return os.urandom(SECRET_BYTES)
     path = cache_dir / SECRET_FILE
+    remove_leftovers(cache_dir, re.escape(SECRET_FILE))
     try:
         return _read(path) if path.exists() else _create(path)
     except OSError as error:
@@ -48,16 +49,9 @@ def _create(path: Path) -> bytes:
     """Write a whole file first and then give it its name, unless another process was sooner: then read that one's."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     secret = os.urandom(SECRET_BYTES)
-    handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)  # readable by this user only
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return _read(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+    with drafted(path, secret) as draft:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return _read(path)
     return secret

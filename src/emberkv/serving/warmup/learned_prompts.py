@@ -11,8 +11,9 @@ from emberkv.core.hashing import Chain, Identity
 from emberkv.core.popularity import PrefixPopularity, full_tokens
 from emberkv.errors import EmberError, PrefixFileError
 from emberkv.serving.metrics import Clock
-from emberkv.serving.warmup.prefix_file import prefix_file, read_prefixes, write_prefixes
+from emberkv.serving.warmup.prefix_file import FILE_NAMES, prefix_file, read_prefixes, write_prefixes
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.serving.whole_file import remove_leftovers
 
 SAVE_SECONDS = 300.0
 MAX_PREFIXES = 1000
@@ -39,6 +40,7 @@ class LearnedPrompts:
         save_seconds: float = SAVE_SECONDS,
         clock: Clock = time.time,
     ) -> None:
+        remove_leftovers(folder, FILE_NAMES)
         self._path = prefix_file(folder, namespace)
         self._namespace = namespace
         self._chain = chain

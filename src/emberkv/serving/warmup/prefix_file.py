@@ -4,8 +4,6 @@ The first line is JSON with format, version and the checksum of what follows: JS
 and the prefixes.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,8 +13,11 @@ from xxhash import xxh3_128_hexdigest
 
 from emberkv.core.popularity import PopularPrefix, full_tokens
 from emberkv.errors import PrefixFileError
+from emberkv.serving.whole_file import replace_file
 
 MAX_FILE_BYTES = 64 * 2**20
+FILE_NAMES = r"prefixes\.[0-9a-f]{16}\.json"
+"""Pattern of the names that `prefix_file` gives, of whichever model."""
 
 _STRICT = ConfigDict(extra="forbid", from_attributes=True, ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -61,16 +62,7 @@ def write_prefixes(path: Path, prefixes: Sequence[PopularPrefix], *, namespace: 
     body = _Body(namespace=namespace, saved_at=saved_at, prefixes=listed).model_dump_json().encode()
     head = _Head(checksum=xxh3_128_hexdigest(body)).model_dump_json().encode()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(head + b"\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, head + b"\n" + body)
 
 
 def read_prefixes(path: Path, *, namespace: bytes) -> tuple[list[PopularPrefix], float]:
