@@ -13,8 +13,8 @@ from tests.workload.build import jsonl, mooncake_line
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:50.95,396,109\n"
 
 
-def plan(*arguments: str | Path) -> tuple[int, str]:
-    outcome = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+def plan(*arguments: str | Path, columns: int = 200) -> tuple[int, str]:
+    outcome = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": str(columns)})
     return outcome.exit_code, outcome.output
 
 
@@ -46,6 +46,25 @@ def test_formulas_alone_simulate_nothing(trace: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "plan.json").read_text())
     assert {point["simulated"] for point in found["set_ups"]} == {None}
     assert {point["replicas"] for point in found["set_ups"]} == {2}
+
+
+def test_titles_and_tables_fit_a_narrow_terminal(trace: Path) -> None:
+    _, output = plan(trace, columns=80)
+    lines = [line.rstrip() for line in output.splitlines()]
+    (title,) = (at for at, line in enumerate(lines) if line.startswith("Set-ups, "))
+    assert lines[title].endswith("GiB of KV memory")
+    assert [heading.strip() for heading in lines[title + 2].split("┃")][-4:-1] == ["found*", "mean*", "p99*"]
+    assert "*Simulated, with queueing: share found, TTFT." in lines
+    _, output = plan(trace, "--no-simulate", columns=80)
+    assert "By formula: share found, TTFT without queueing, most requests a second." in output.splitlines()
+    assert "*" not in output
+
+
+def test_the_help_breaks_no_sentence() -> None:
+    lines = [line.strip() for line in plan("--help")[1].splitlines()]
+    assert "Times come from formulas for every set-up, and for a few of them from the simulator." in lines
+    (rates,) = (line for line in lines if line.startswith("Hit rates"))
+    assert rates.endswith("of a sample if it is long.")
 
 
 def test_a_trace_of_lengths_only_promises_nothing_of_a_cache(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from emberkv.sim.inputs import open_set_up, required
 from emberkv.sim.plan_words import recommendation, seconds_words, size_words, tier_words
 from emberkv.sim.planner import Plan, Planner
 
+_BY_FORMULA = "By formula: share found, TTFT without queueing, most requests a second."
+_SIMULATED = f"{_BY_FORMULA}\n*Simulated, with queueing: share found, TTFT."
+
 
 def plan(
     workload: Annotated[Path, typer.Argument(help="A trace, or a YAML file with a workload or a trace.")],
@@ -36,8 +39,9 @@ def plan(
 ) -> None:
     """Say what a cache of each size would find of a workload, what that does to waiting times, and what to get.
 
-    Hit rates by size come from the workload alone: for LRU exactly, in one pass; for other policies from a replay, of
-    a sample if it is long. Times come from formulas for every set-up, and for a few of them from the simulator.
+    Hit rates come from the workload alone: for LRU exactly, for other policies by a replay, of a sample if it is long.
+
+    Times come from formulas for every set-up, and for a few of them from the simulator.
     """
     changes = {
         "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "block_size": block_size,
@@ -56,6 +60,7 @@ def plan(
         if found.unlimited:
             console.print(_sizes(found))
         console.print(_set_ups(found))
+        console.print(_SIMULATED if _is_simulated(found) else _BY_FORMULA, highlight=False)
         for sentence in recommendation(found):
             console.print(sentence, markup=False, highlight=False)
 
@@ -82,13 +87,15 @@ def _sizes(found: Plan) -> Table:
     return table
 
 
+def _is_simulated(found: Plan) -> bool:
+    return any(point.simulated is not None for point in found.set_ups)
+
+
 def _set_ups(found: Plan) -> Table:
-    title = (
-        f"Set-ups, each replica with {size_words(found.pool_bytes)} of KV memory. By formula: found, TTFT without "
-        "queueing, most requests a second. Simulated, where it was: found, TTFT with queueing"
-    )
+    title = f"Set-ups, each replica with {size_words(found.pool_bytes)} of KV memory"
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("replicas", "each and", "found", "TTFT", "req/s", "found", "mean", "p99"):
+    simulated = ("found*", "mean*", "p99*") if _is_simulated(found) else ()
+    for heading in ("replicas", "each and", "found", "TTFT", "req/s", *simulated):
         table.add_column(heading, justify="right")
     for point in found.set_ups:
         beside = f"{size_words(point.tier_bytes)} {tier_words(point.tier)}" if point.tier else ""
