@@ -8,8 +8,17 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from emberkv.cli.http_times import STREAM_TOKENS, STREAM_WORDS, STREAMS, SYSTEM_WORDS, decode_times, request_times
+from emberkv.cli.http_times import (
+    STREAM_TOKENS,
+    STREAM_WORDS,
+    STREAMS,
+    SYSTEM_WORDS,
+    decode_times,
+    request_times,
+    served,
+)
 from emberkv.cli.main import app
+from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.work import Chunk, Work
@@ -66,6 +75,12 @@ def test_a_request_that_fails_ends_the_measurement() -> None:
 
     with pytest.raises(EmberError, match="out of order"):
         asyncio.run(measure())
+
+
+def test_a_server_that_ends_instead_of_becoming_ready_is_not_waited_for(tmp_path: Path) -> None:
+    config = ServeConfig(model=str(tmp_path / "nothing"))
+    with pytest.raises(EmberError, match=r"did not become ready: .*nothing"), served(config, tmp_path / "log"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ HOUR = 3600.0
 
 
 def chain(tokens: Sequence[int], **arguments: object) -> TokenChain:
-    return TokenChain(ROOT, tokens, BLOCK, **arguments)  # type: ignore[arg-type]
+    return TokenChain(ROOT, tokens, BLOCK, **arguments)  # type: ignore[arg-type]  # settings by name
 
 
 def encoded(*tokens: int) -> bytes:
@@ -110,7 +110,7 @@ def test_what_is_worth_least_is_forgotten_first() -> None:
 @pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"half_life": 0.0}, {"half_life": float("nan")}], ids=str)
 def test_refused_bounds(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
-        PrefixPopularity(**arguments)  # type: ignore[arg-type]
+        PrefixPopularity(**arguments)  # type: ignore[arg-type]  # settings by name
 
 
 def test_a_prefix_that_extends_none_before_it() -> None:

@@ -37,7 +37,7 @@ def paged(checkpoint: CheckpointFactory) -> ModelFactory:
         key = (arch, dtype, seed)
         if key not in models:
             folder = str(checkpoint(arch, seed=seed))
-            models[key] = load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
+            models[key] = load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text
         return replace(models[key], model=copy.deepcopy(models[key].model))
 
     return get

@@ -85,7 +85,7 @@ def test_settings_reach_their_places(paged: ModelFactory) -> None:
 )
 def test_settings_that_cannot_work(paged: ModelFactory, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        assemble(paged("llama"), replace(CONFIG, **change))  # type: ignore[arg-type]
+        assemble(paged("llama"), replace(CONFIG, **change))  # type: ignore[arg-type]  # fields by name
 
 
 def test_a_prompt_that_the_pool_cannot_hold(paged: ModelFactory) -> None:

@@ -185,4 +185,4 @@ def write_wide_model(arch: str, folder: Path) -> None:
 
 
 def load(folder: Path, dtype: str) -> LoadedModel:
-    return load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
+    return load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text

@@ -104,7 +104,7 @@ def test_devices_that_are_not_here_are_named(device: str) -> None:
 
 def test_unknown_dtype_is_named() -> None:
     with pytest.raises(ConfigError, match=r"int3.*accepted are auto"):
-        choose_dtype("int3", None, CPU)  # type: ignore[arg-type]
+        choose_dtype("int3", None, CPU)  # type: ignore[arg-type]  # what is refused
 
 
 def test_progress_names_each_stage(checkpoint: CheckpointFactory) -> None:

@@ -81,7 +81,7 @@ def test_watchers_get_what_changed_with_who_was_admitted() -> None:
     assert {(each.time, each.missed) for each in news} == {(1000.0, False)}
 
 
-def test_a_watcher_that_fails_is_left_out() -> None:
+def test_a_watcher_that_fails_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[Sequence[object]] = []
 
     def fails(each: CacheNews) -> None:
@@ -93,6 +93,9 @@ def test_a_watcher_that_fails_is_left_out() -> None:
     with running(harness):
         assert harness.submit("a", PROMPT, new=30).reason is FinishReason.LENGTH
     assert len(calls) == 1
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"is not told again: {__name__}.{fails.__qualname__}")
+    assert record.exc_info is not None
 
 
 def test_public_blocks_are_shared_by_tenants_and_the_rest_is_not() -> None:

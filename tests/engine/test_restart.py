@@ -40,7 +40,7 @@ def engine(
     paged: ModelFactory, folder: Path | None, arch: str = "llama", *, sampler: Sampler | None = None, **change: object
 ) -> Iterator[AssembledEngine]:
     tiers = TierConfig(folder=folder, disk_bytes=2**28)
-    config = replace(CONFIG, **{"tiers": tiers, **change})  # type: ignore[arg-type]
+    config = replace(CONFIG, **{"tiers": tiers, **change})  # type: ignore[arg-type]  # fields by name
     made = assemble(paged(arch), config, sampler=sampler)
     made.loop.start()
     try:

@@ -18,7 +18,7 @@ LOGITS = torch.tensor(PROBABILITIES).log()
 
 
 def state(prompt: Sequence[int] = (), *, rng: random.Random | None = None, **params: object) -> SamplingState:
-    return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1))  # type: ignore[arg-type]
+    return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1))  # type: ignore[arg-type]  # fields by name
 
 
 def frequencies(draws: int = 4000, logits: torch.Tensor = LOGITS, **params: object) -> dict[int, float]:

@@ -56,7 +56,7 @@ class Recorder:
 
 def serve(folder: Path, dtype: str) -> tuple[AssembledEngine, TokenChain]:
     """A server's engine that has answered a request with the standard system prompt, and that request's chain."""
-    model = load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]
+    model = load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text
     engine = assemble(model, EngineConfig(cache_bytes=4 << 20, block_size=BLOCK, prefill_chunk=DEFAULT_PREFILL_CHUNK))
     conversation = [
         {"role": "system", "content": get_standard_system_prompt()},

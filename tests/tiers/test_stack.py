@@ -27,7 +27,7 @@ def make() -> Iterator[Make]:
 
     def get(*tiers: Tier, **settings: object) -> TierStack:
         arguments = {"namespace": NAMESPACE, "queue_bytes": LARGE, **settings}
-        made.append(TierStack(tiers, **arguments))  # type: ignore[arg-type]
+        made.append(TierStack(tiers, **arguments))  # type: ignore[arg-type]  # settings by name
         return made[-1]
 
     yield get

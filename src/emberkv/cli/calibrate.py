@@ -1,15 +1,12 @@
 """``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take."""
 
 import asyncio
-import statistics
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import httpx
 import typer
@@ -30,10 +27,8 @@ from emberkv.tiers.disk import DiskTier
 from emberkv.tiers.memory import MemoryTier
 
 if TYPE_CHECKING:
-    from emberkv.engine.assembly import AssembledEngine
-    from emberkv.engine.loader import LoadedModel as ModelOnDevice
+    from emberkv.engine.engine_bench import EngineBench
 
-CACHE_BYTES = 256 * 2**20
 TIER_BYTES = 1024 * 2**20
 ROUNDS = 3
 
@@ -77,39 +72,37 @@ def calibrate(
 
 
 def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
-    try:
-        from emberkv.engine import calibration  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
-        ) from error
+    bench_of = _engine_bench()
     with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
-        # On a thread that ends: as long as the thread of an OpenMP team lives, the team counts, and with more of them
-        # than cores, those of other threads sleep between operations. The engine's steps then take twice as long.
-        with ThreadPoolExecutor(1) as alone:
-            engine, linears = alone.submit(_load, config, status).result()
-        loaded, unit = engine.executor.loaded, engine.executor.alignment
-        engine.loop.start()
-        try:
-            prefills = _prefills(engine, config, status)
-        finally:
-            engine.loop.stop()
+        with ThreadPoolExecutor(1) as alone:  # a thread that ends; see `EngineBench`
+            bench = alone.submit(bench_of, config, lambda line: status.update(escape(line))).result()
+        prefills = _prefills(bench, status)
         status.update("lower tiers")
-        tiers = _tier_rates(engine.executor.pool.block_bytes, config.block_size, Path(place))
-        spec = _spec_of(config, loaded)
-        about = f"{spec.name} in {spec.base_dtype} on {loaded.device}"
-        memory = calibration.device_memory(loaded.device)
-        del engine, loaded
+        tiers = _tier_rates(bench, Path(place))
+        spec = _spec_of(config, bench)
+        about = f"{spec.name} in {spec.base_dtype} on {bench.device}"
+        linears, memory = [(each.rows, each.seconds) for each in bench.linears], bench.memory
+        chunk_passes: Literal["one", "each"] = "each" if bench.alignment == config.prefill_chunk else "one"
+        del bench  # its memory is the server's from here on
         status.update("a server's answers")
         with served(config, Path(place, "server.log")) as url:
             decodes = asyncio.run(_with_client(url, decode_times))
-            measured = Measurements(
-                linears, [*prefills, *decodes], "each" if unit == config.prefill_chunk else "one", memory, tiers
-            )
+            measured = Measurements(linears, [*prefills, *decodes], chunk_passes, memory, tiers)
             profile = calibrated_profile(name, about, spec, measured)
             beside = asyncio.run(_with_client(url, partial(request_times, roofline=Roofline(spec, profile))))
     _console.print(f"the profile takes the times measured within {deviation(profile, spec, measured):.0%} (median)")
     return with_request_times(profile, beside)
+
+
+def _engine_bench() -> "type[EngineBench]":
+    """The one place where torch comes in, so that the command line works without it."""
+    try:
+        from emberkv.engine.engine_bench import EngineBench  # noqa: PLC0415 - needs torch, as no other import here does
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+        ) from error
+    return EngineBench
 
 
 async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
@@ -117,64 +110,21 @@ async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitabl
         return await measure(client)
 
 
-def _load(config: ServeConfig, status: Status) -> "tuple[AssembledEngine, list[tuple[int, float]]]":
-    """The engine, and the times of the model's linear layers."""
-    from emberkv.engine import assembly, calibration, loader  # noqa: PLC0415
-    from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
-
-    source = config.model or str(files("emberkv") / "demo_model")
-    loaded = loader.load_model(
-        source, dtype=config.dtype, device=config.device, attn_implementation=ATTENTION_NAME,
-        progress=lambda line: status.update(escape(line)),
-    )  # fmt: skip
-    engine = assembly.assemble(
-        loaded,
-        assembly.EngineConfig(
-            int(config.cache_ram or CACHE_BYTES),
-            config.block_size,
-            config.prefill_chunk,
-            max_step_tokens=config.max_step_tokens,
-        ),
-    )
-    status.update("matrix products")
-    return engine, [(each.rows, each.seconds) for each in calibration.time_linears(loaded.model)]
+def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
+    told = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtype)}
+    return spec_from_config(told, DEMO_NAME if config.model is None else bench.loaded.name)
 
 
-def _spec_of(config: ServeConfig, loaded: "ModelOnDevice") -> ModelSpec:
-    told = loaded.model.config.to_dict() | {"torch_dtype": str(loaded.dtype)}
-    return spec_from_config(told, DEMO_NAME if config.model is None else loaded.name)
+def _prefills(bench: "EngineBench", status: Status) -> list[tuple[Work, float]]:
+    measured = bench.prefills(ROUNDS, status.update)
+    return [(Work(0, 0, (Chunk(start, stop, True),)), seconds) for (start, stop), seconds in measured.items()]
 
 
-def _linears(loaded: "ModelOnDevice", status: Status) -> list[tuple[int, float]]:
-    from emberkv.engine.calibration import time_linears  # noqa: PLC0415
-
-    status.update("matrix products")
-    return [(each.rows, each.seconds) for each in time_linears(loaded.model)]
-
-
-def _prefills(engine: "AssembledEngine", config: ServeConfig, status: Status) -> list[tuple[Work, float]]:
-    """The median of `ROUNDS` rounds over all: a machine's pace changes, for seconds at a time."""
-    from emberkv.engine.calibration import PrefillBench, prefill_grid  # noqa: PLC0415
-
-    bench = PrefillBench(engine.loop, engine.executor.loaded.geometry.vocab_size)
-    unit = engine.executor.alignment
-    budget = config.max_step_tokens if unit < config.prefill_chunk else config.prefill_chunk
-    grid = list(prefill_grid(engine.loop.context_length, unit, budget))
-    found: defaultdict[Work, list[float]] = defaultdict(list)
-    for number in range(1, ROUNDS + 1):
-        status.update(f"first tokens, round {number} of {ROUNDS}")
-        for start, stop in grid:
-            found[Work(0, 0, (Chunk(start, stop, True),))].append(bench.prefill(start, stop))
-    return [(work, statistics.median(seconds)) for work, seconds in found.items()]
-
-
-def _tier_rates(block_bytes: int, block_size: int, folder: Path) -> dict[str, TierRates]:
-    from emberkv.engine.calibration import time_tier  # noqa: PLC0415
-
+def _tier_rates(bench: "EngineBench", folder: Path) -> dict[str, TierRates]:
     found = {}
     disk = DiskTier.open(folder / "blocks", TIER_BYTES, namespace=b"calibration")
     for tier in (MemoryTier(TIER_BYTES), disk):
-        times = time_tier(tier, block_bytes, block_size)
+        times = bench.tier(tier)
         tier.close()
         found[tier.name] = TierRates(
             latency_us=times.latency / MICROSECOND,

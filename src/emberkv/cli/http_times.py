@@ -23,6 +23,7 @@ from emberkv.sim.work import Chunk, Work
 
 NAME = "calibrated"
 READY_SECONDS = 600.0
+ASK_AGAIN_SECONDS = 0.1
 ROUNDS = 3
 STREAMS = (1, 2, 4, 8)
 STREAM_WORDS = (30, 300, 1200)
@@ -50,7 +51,7 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *told, "--no-warmup"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - our own command
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - this program
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_ready(process, url, log)
@@ -62,13 +63,22 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
 
 def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     deadline = time.monotonic() + READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if _is_ready(url):
+            return
         try:
-            if httpx.get(f"{url}/ready", timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)  # it does not listen yet
+            process.wait(ASK_AGAIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+        break
     raise EmberError(f"the server to measure did not become ready: {log.read_text(errors='replace')[-500:].strip()}")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5).is_success
+    except httpx.TransportError:  # it does not listen yet
+        return False
 
 
 async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_counter) -> list[tuple[Work, float]]:

@@ -181,7 +181,10 @@ def _taking_notes(calls: list[_Call]) -> Iterator[None]:
 
 
 def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
-    """Every attention call of one forward pass over three tokens."""
+    """Every attention call of one forward pass over three tokens.
+
+    The architecture's own code runs here, so any of the usual errors says that it cannot be traced.
+    """
     calls: list[_Call] = []
     model.set_attn_implementation(_NOTE_TAKER)
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")

@@ -62,7 +62,8 @@ def _is_unchanged(model: PreTrainedModel, folder: Path) -> bool:
     names = {name.removeprefix(f"{model.base_model_prefix}."): name for name in unproven}
     for path in files:
         with safe_open(path, framework="pt") as tensors:
-            for stored_name in tensors.keys():  # noqa: SIM118 - not a dict
+            stored_names: list[str] = tensors.keys()
+            for stored_name in stored_names:
                 name = stored_name if stored_name in unproven else names.get(stored_name, "")
                 if name not in unproven:
                     continue

@@ -56,6 +56,11 @@ class NewsDesk:
         for observer in self._observers:
             try:
                 observer(news)
-            except Exception:  # noqa: BLE001 - answers do not depend on who watches
-                _log.exception("an observer of the cache failed and is not told again")
+            except Exception:  # noqa: BLE001 - logged; answers do not depend on who watches
+                _log.exception("an observer of the cache failed and is not told again: %s", _name(observer))
                 self._observers = tuple(each for each in self._observers if each is not observer)
+
+
+def _name(observer: CacheObserver) -> str:
+    """Of its function or method, or else of its class."""
+    return f"{observer.__module__}.{getattr(observer, '__qualname__', type(observer).__qualname__)}"

@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 STYLES = (
     {"color": "#0b4f8a", "linestyle": "-"},
@@ -65,7 +68,7 @@ def line_plot(
     marks: vertical lines by what they stand for.
     """
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Axes) -> None:
         for number, line in enumerate(lines):
             values = [float("nan") if value is None else value for value in line.y]
             axes.plot(line.x, values, label=line.label, **STYLES[number % len(STYLES)])
@@ -86,7 +89,7 @@ def bar_plot(name: str, description: str, x: Axis, y: Axis, heights: Sequence[fl
         order = Axis(f"{x.label}, the most loaded first")
         return line_plot(name, description, order, y, [Line(y.label, range(len(falling)), falling)])
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Axes) -> None:
         axes.bar(
             range(len(heights)), heights, width=0.7, color="#d5e3f0", edgecolor="#0b4f8a", hatch="//", linewidth=1.0
         )
@@ -101,9 +104,7 @@ def bar_plot(name: str, description: str, x: Axis, y: Axis, heights: Sequence[fl
     return _svg(name, description, draw)
 
 
-def _set_axis(axes: "Axes", which: str, axis: Axis) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter  # noqa: PLC0415 - loaded for reports only
-
+def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     side = axes.xaxis if which == "x" else axes.yaxis
     set_limits = axes.set_xlim if which == "x" else axes.set_ylim
     (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.label)
@@ -118,16 +119,12 @@ def _set_axis(axes: "Axes", which: str, axis: Axis) -> None:
     set_limits(axis.start, axis.stop)
 
 
-def _legend(axes: "Axes", entries: int) -> None:
+def _legend(axes: Axes, entries: int) -> None:
     """Above the plot, where it covers nothing."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=entries)
 
 
-def _svg(name: str, description: str, draw: Callable[["Axes"], None]) -> str:
-    from matplotlib import rc_context  # noqa: PLC0415 - loaded for reports only
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
+def _svg(name: str, description: str, draw: Callable[[Axes], None]) -> str:
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(6.2, 3.5), layout="constrained")
         FigureCanvasSVG(figure)

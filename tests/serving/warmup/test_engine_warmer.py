@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -36,13 +37,13 @@ def warming(
     *prompts: WarmPrompt,
     tenants: Tenants = NOBODY,
     engine: EngineWarmer | None = None,
+    learned: LearnedPrompts | None = None,
     **given: object,
 ) -> Iterator[Warmup]:
     """Over the harness's running loop, after the first pass."""
-    learned = given.pop("learned", None)
-    settings = WarmupSettings(unit=BLOCK, **given)  # type: ignore[arg-type]
+    settings = WarmupSettings(unit=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
-    warmup = Warmup(engine, settings, prompts, learned=learned)  # type: ignore[arg-type]
+    warmup = Warmup(engine, settings, prompts, learned=learned)
     harness.loop.watch(warmup.saw)
     with running(harness):
         warmup.start()
@@ -191,13 +192,13 @@ def test_an_engine_that_stopped() -> None:
 
 
 @pytest.mark.parametrize("tenant", ["", A], ids=["everybody", "tenant"])
-def test_use_teaches_the_next_start(tenant: str, tmp_path: object) -> None:
+def test_use_teaches_the_next_start(tenant: str, tmp_path: Path) -> None:
     tenants = TENANTS if tenant else NOBODY
     prompt = replace(PROMPT, tenant=tenant)
 
     def learned(harness: Harness) -> LearnedPrompts:
         chain = EngineWarmer(harness.loop, tenants, block_size=BLOCK).chain
-        return LearnedPrompts(tmp_path, harness.executor.root(b""), chain)  # type: ignore[arg-type]
+        return LearnedPrompts(tmp_path, harness.executor.root(b""), chain)
 
     first = Harness()
     with warming(first, tenants=tenants, learned=learned(first)):

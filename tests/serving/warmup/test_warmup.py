@@ -57,7 +57,7 @@ class FakePool:
             raise ConfigError("tenant 'gone' is unknown")
         return TokenChain(ROOT, prompt.tokens, BLOCK, owner=prompt.tenant, salt=prompt.tenant.encode())
 
-    def cached_tokens(self, chain: TokenChain) -> int:  # type: ignore[override]
+    def cached_tokens(self, chain: TokenChain) -> int:
         if self.broken is not None:
             raise self.broken
         count = 0
@@ -67,7 +67,7 @@ class FakePool:
             count += 1
         return count * BLOCK
 
-    def keep(self, chain: TokenChain) -> None:  # type: ignore[override]
+    def keep(self, chain: TokenChain) -> None:
         self.kept += [identity for identity in chain.identities if identity not in self.kept]
 
     def let_go(self, identities: Iterable[bytes]) -> None:
@@ -136,7 +136,7 @@ class Maker:
         clock = {} if real_clock else {"clock": self.pool.clock}
         warmup = Warmup(
             self.pool,
-            WarmupSettings(**settings),  # type: ignore[arg-type]
+            WarmupSettings(**settings),  # type: ignore[arg-type]  # fields by name
             prompts,
             problems=problems,
             learned=learned,
@@ -148,7 +148,7 @@ class Maker:
 
     def run(self, *prompts: WarmPrompt, **arguments: object) -> Warmup:
         """One whose first pass has ended."""
-        warmup = self(*prompts, **arguments)  # type: ignore[arg-type]
+        warmup = self(*prompts, **arguments)  # type: ignore[arg-type]  # settings by name
         warmup.start()
         assert warmup.first_pass_ended.wait(20)
         return warmup

@@ -1,0 +1,92 @@
+"""An engine on the measuring bench: a model's, loaded as a server loads it, and how long its parts take here."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.resources import files
+
+import torch
+
+from emberkv.config import ServeConfig
+from emberkv.engine.assembly import EngineConfig, assemble
+from emberkv.engine.calibration import (
+    LinearTime,
+    PrefillBench,
+    TransferTime,
+    device_memory,
+    prefill_grid,
+    time_linears,
+    time_tier,
+)
+from emberkv.engine.loader import load_model
+from emberkv.engine.native.choice import find_kernels
+from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.tiers.base import Tier
+
+CACHE_BYTES = 256 * 2**20
+
+Told = Callable[[str], None]
+"""Told what is being done, in a line of plain text."""
+
+
+class EngineBench:
+    """Loads the model of ``config``, or the bundled one, and times its linear layers at once, as ``linears``.
+
+    On CPU, make it on a thread that ends: as long as the thread of an OpenMP team lives, the team counts, and with more
+    of them than cores, those of other threads sleep between operations. The engine's steps then take twice as long.
+    """
+
+    def __init__(self, config: ServeConfig, told: Told) -> None:
+        source = config.model or str(files("emberkv") / "demo_model")
+        self.loaded = load_model(
+            source, dtype=config.dtype, device=config.device, attn_implementation=ATTENTION_NAME, progress=told
+        )
+        self._config = EngineConfig(
+            int(config.cache_ram or CACHE_BYTES),
+            config.block_size,
+            config.prefill_chunk,
+            max_step_tokens=config.max_step_tokens,
+        )
+        told("compiling the C++ kernels, if they are not yet")
+        kernels = find_kernels(config.kernels, self.loaded, config.machine_cache)
+        self._engine = assemble(self.loaded, self._config, kernels=kernels)
+        told("matrix products")
+        self.linears: list[LinearTime] = time_linears(self.loaded.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.device
+
+    @property
+    def memory(self) -> int:
+        """Bytes of it where the model is."""
+        return device_memory(self.device)
+
+    @property
+    def alignment(self) -> int:
+        """Tokens of the unit in which state can be reused."""
+        return self._engine.executor.alignment
+
+    def prefills(self, rounds: int, told: Told) -> dict[tuple[int, int], float]:
+        """Seconds of prefills of the tokens ``[start, stop)``, those before being cached; the engine runs meanwhile.
+
+        The median of rounds over all: a machine's pace changes, for seconds at a time.
+        """
+        config, loop = self._config, self._engine.loop
+        budget = config.max_step_tokens if self.alignment < config.prefill_chunk else config.prefill_chunk
+        grid = list(prefill_grid(loop.context_length, self.alignment, budget))
+        bench = PrefillBench(loop, self.loaded.geometry.vocab_size)
+        found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        loop.start()
+        try:
+            for number in range(1, rounds + 1):
+                told(f"first tokens, round {number} of {rounds}")
+                for start, stop in grid:
+                    found[start, stop].append(bench.prefill(start, stop))
+        finally:
+            loop.stop()
+        return {prefill: statistics.median(seconds) for prefill, seconds in found.items()}
+
+    def tier(self, tier: Tier) -> TransferTime:
+        """The transfers of blocks of this engine's size to and from ``tier``."""
+        return time_tier(tier, self._engine.executor.pool.block_bytes, self._config.block_size)
