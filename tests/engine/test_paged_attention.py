@@ -33,6 +33,22 @@ def empty_pool(heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, nu
     return pool
 
 
+def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``[tokens, heads, dim]``, one query and one head after the other."""
+    queries, keys, values = q.double(), k.double(), v.double()
+    groups = queries.shape[1] // keys.shape[1]
+    out = torch.empty_like(queries)
+    for at in range(len(queries)):
+        first = 0 if call.window is None else max(0, at - call.window + 1)
+        for head in range(queries.shape[1]):
+            seen = slice(first, at + 1)
+            scores = keys[seen, head // groups] @ queries[at, head] * call.scale
+            if call.softcap is not None:
+                scores = torch.tanh(scores / call.softcap) * call.softcap
+            out[at, head] = torch.softmax(scores, 0) @ values[seen, head // groups]
+    return out
+
+
 class Sequence:
     """Random queries, keys and values ``[tokens, heads, dim]``, and where their keys and values lie."""
 
@@ -47,19 +63,7 @@ class Sequence:
         return self.q.shape[0]
 
     def expected(self, call: LayerCall) -> Tensor:
-        """``[tokens, heads, dim]``, one query and one head after the other."""
-        queries, keys, values = self.q.double(), self.k.double(), self.v.double()
-        groups = queries.shape[1] // keys.shape[1]
-        out = torch.empty_like(queries)
-        for at in range(len(self)):
-            first = 0 if call.window is None else max(0, at - call.window + 1)
-            for head in range(queries.shape[1]):
-                seen = slice(first, at + 1)
-                scores = keys[seen, head // groups] @ queries[at, head] * call.scale
-                if call.softcap is not None:
-                    scores = torch.tanh(scores / call.softcap) * call.softcap
-                out[at, head] = torch.softmax(scores, 0) @ values[seen, head // groups]
-        return out
+        return expected(call, self.q, self.k, self.v)
 
     def prefill(self, pool: KVPool, call: LayerCall, cuts: list[int]) -> Tensor:
         parts = []

@@ -31,6 +31,7 @@ def serve(
     ram_tier: options.RamTier = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    kernels: options.Kernels = None,
     exact: options.Exact = None,
     prefix_cache: options.PrefixCache = None,
     prefill_chunk: options.PrefillChunk = None,

@@ -25,6 +25,9 @@ CacheDisk = Annotated[str | None, typer.Option(help="Most that the blocks in --c
 RamTier = Annotated[str | None, typer.Option(help="Host memory for blocks that leave the KV pool. (default: none)")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. (default: auto)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. (default: auto)")]
+Kernels = Annotated[
+    str | None, typer.Option(help="What computes on a CPU: auto, native (C++) or torch. (default: auto)")
+]
 Exact = Annotated[
     bool | None, typer.Option("--exact", help="Reuse only KV state that is bit-equal to a cold prefill's.")
 ]

@@ -95,31 +95,29 @@ class Startup:
         config = self._config
         with console.status("importing PyTorch") as status:
             try:
-                from emberkv.engine.assembly import assemble, free_memory  # noqa: PLC0415
-                from emberkv.engine.loader import load_model  # noqa: PLC0415
-                from emberkv.engine.native.choice import find_kernels  # noqa: PLC0415
-                from emberkv.engine.paged_attention import ATTENTION_NAME  # noqa: PLC0415
+                from emberkv.engine import assembly, loader, paged_attention  # noqa: PLC0415 - takes seconds, which show
+                from emberkv.engine.native import choice  # noqa: PLC0415 - the same
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
-            loaded = load_model(
+            loaded = loader.load_model(
                 config.model or str(files("emberkv") / "demo_model"),
                 dtype=config.dtype,
                 device=config.device,
-                attn_implementation=ATTENTION_NAME,
+                attn_implementation=paged_attention.ATTENTION_NAME,
                 progress=lambda line: status.update(escape(line)),
                 fingerprint_cache=config.machine_cache,
             )
             status.update("compiling the C++ kernels, if they are not yet")
-            kernels = find_kernels(config.kernels, loaded, config.machine_cache)
+            kernels = choice.find_kernels(config.kernels, loaded, config.machine_cache)
             status.update("allocating the KV pool and checking the attention")
             prompt_files = config.warmup_system_files if config.warmup else None
             prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
-            engine = assemble(
+            engine = assembly.assemble(
                 loaded,
-                self._engine_config(int(config.cache_ram or free_memory(loaded.device) // 4)),
+                self._engine_config(int(config.cache_ram or assembly.free_memory(loaded.device) // 4)),
                 kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
@@ -130,7 +128,7 @@ class Startup:
 
     def _engine_config(self, cache_bytes: int) -> "EngineConfig":
         from emberkv.engine.assembly import EngineConfig  # noqa: PLC0415 - needs torch, and only now
-        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415
+        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415 - the same
 
         config = self._config
         return EngineConfig(

@@ -6,7 +6,7 @@
 // arXiv:2205.14135). No operation on a row depends on which rows are computed beside it, so a row has the same bits in
 // a prompt computed at once, in one computed piece by piece, and in a decode step.
 
-#include <limits>
+#include <cmath>
 #include <memory>
 #include <type_traits>
 
@@ -16,7 +16,7 @@ namespace emberkv {
 
 constexpr int SPAN = 256;        // keys
 constexpr int BATCH = 2 * ROWS;  // query rows whose scores over a span are held at once
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float UNSEEN = -1e30f;  // a score so low that it weighs nothing
 
 // cap * tanh(score / cap), with tanh|x| = (1 - e^-2|x|) / (1 + e^-2|x|), given the sign of x.
 inline Floats capped(Floats score, float cap) {
@@ -39,32 +39,32 @@ softmax(float* scores, int keys, int begin, int end, float scale, float softcap,
     constexpr int STEP = LANES / Arithmetic::VALUES;
     if (begin >= end) {
         std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
-        return {-INFINITE, 0};
+        return {UNSEEN, 0};
     }
     if (softcap > 0)
         for (int k = 0; k < keys; k += LANES) store(scores + k, capped(load<Floats>(scores + k) * scale, softcap));
-    std::fill(scores, scores + begin, -INFINITE);
-    std::fill(scores + end, scores + keys, -INFINITE);
+    std::fill(scores, scores + begin, UNSEEN);
+    std::fill(scores + end, scores + keys, UNSEEN);
     const float factor = (softcap > 0 ? 1 : scale) * LOG2_E;
-    Floats most = splat(-INFINITE);
+    Floats most = splat(UNSEEN);
     for (int k = 0; k < keys; k += LANES) most = larger(most, load<Floats>(scores + k));
-    const float maximum = factor * across(most, [](float a, float b) { return a > b ? a : b; });
+    const float maximum = factor * largest(most);
     Floats sums = {};
     for (int k = 0; k < keys; k += LANES) {
         Floats weight = exp2_of(load<Floats>(scores + k) * factor - maximum);
         sums += weight;
         Arithmetic::put(weights + k / LANES * STEP, weight);
     }
-    return {maximum, across(sums, [](float a, float b) { return a + b; })};
+    return {maximum, total(sums)};
 }
 
 // Adds a span's weighted values to those of the spans before it, both relative to their own maxima.
-__attribute__((noinline)) void fold(Softmax& total, float* values, const Softmax& span, const float* more, int dim) {
-    if (span.maximum == -INFINITE) return;
-    const float maximum = std::max(total.maximum, span.maximum);
-    const float old_weight = exp2_of(total.maximum - maximum), new_weight = exp2_of(span.maximum - maximum);
-    total.sum = total.sum * old_weight + span.sum * new_weight;
-    total.maximum = maximum;
+__attribute__((noinline)) void fold(Softmax& whole, float* values, const Softmax& span, const float* more, int dim) {
+    if (span.maximum == UNSEEN) return;
+    const float difference = span.maximum - whole.maximum, smaller = exp2_of(-std::fabs(difference));
+    const float old_weight = difference > 0 ? smaller : 1.0f, new_weight = difference > 0 ? 1.0f : smaller;
+    whole.sum = whole.sum * old_weight + span.sum * new_weight;
+    whole.maximum = std::max(whole.maximum, span.maximum);
     for (int d = 0; d < dim; d += LANES)
         store(values + d, load<Floats>(values + d) * old_weight + load<Floats>(more + d) * new_weight);
 }
@@ -106,13 +106,13 @@ void transpose(const Unit* rows, int stride, int units, Unit* to) {
 // Values as they are stored, put into units; one half of a pair beyond the end is zero.
 void widen(const void* from, Type type, int count, float* to) {
     if (type == FP32) {
-        std::memcpy(to, from, size_t(count) * 4);
+        copy(to, from, size_t(count) * 4);
     } else {
         for (int i = 0; i < count; i++) to[i] = widened(static_cast<const uint16_t*>(from)[i]);
     }
 }
 
-void widen(const void* from, Type, int count, uint32_t* to) { std::memcpy(to, from, size_t(count) * 2); }
+void widen(const void* from, Type, int count, uint32_t* to) { copy(to, from, size_t(count) * 2); }
 
 // Two keys' values side by side, as products over keys take them.
 void interleave(const void* even, const void* odd, Type, int count, uint32_t* to) {
@@ -179,8 +179,8 @@ public:
         for (int head = 0; head < call_.kv_heads; head++) {
             const size_t size = size_t(call_.dim) * element_;
             char* to = keys + head * size;
-            std::memcpy(to, element(call_.keys, row * call_.key_row + head * call_.key_head), size);
-            std::memcpy(to + call_.value_bytes, element(call_.values, row * call_.value_row + head * call_.value_head), size);
+            copy(to, element(call_.keys, row * call_.key_row + head * call_.key_head), size);
+            copy(to + call_.value_bytes, element(call_.values, row * call_.value_row + head * call_.value_head), size);
         }
     }
 
@@ -189,7 +189,7 @@ public:
         const int count = task.rows * groups_;
         buffers_.take(*this, count);
         for (int i = 0; i < count; i++) {
-            totals_[i] = {-INFINITE, 0};
+            totals_[i] = {UNSEEN, 0};
             std::memset(sums_ + i * dims_, 0, size_t(dims_) * 4);
             const void* query = element(call_.queries, row_of(task, i) * call_.query_row + head_of(kv_head, i) * call_.query_head);
             queries_[i * unit_stride_ + units_ - 1] = 0;
@@ -208,7 +208,7 @@ public:
 
     void fold_partials(int row, int head) {
         buffers_.take(*this, 1);
-        Softmax total{-INFINITE, 0};
+        Softmax total{UNSEEN, 0};
         std::memset(sums_, 0, size_t(dims_) * 4);
         for (int span = 0; span <= call_.positions[row] / SPAN; span++) {
             const float* partial = partial_at(row, head, span);
@@ -283,14 +283,14 @@ private:
                 continue;
             }
             float* partial = partial_at(row_of(task, first + i), head_of(kv_head, first + i), span);
-            std::memcpy(partial, product, size_t(dims_) * 4);
+            copy(partial, product, size_t(dims_) * 4);
             partial[dims_] = spans[i].maximum;
             partial[dims_ + 1] = spans[i].sum;
         }
     }
 
-    void finish(int row, int head, const Softmax& total, float* sums) const {
-        const float factor = 1.0f / total.sum;
+    void finish(int row, int head, const Softmax& whole, float* sums) const {
+        const float factor = 1.0f / whole.sum;
         for (int d = 0; d < dims_; d += LANES) store(sums + d, load<Floats>(sums + d) * factor);
         char* to = static_cast<char*>(call_.out) + (int64_t(row) * call_.heads + head) * call_.dim * element_;
         narrow(sums, type_, call_.dim, to);

@@ -1,7 +1,9 @@
 """A pass's attention by the compiled kernel: which rows attend over which spans of keys together."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,8 @@ from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels
 from emberkv.engine.paged_attention import AttentionStep, LayerCall
 from emberkv.engine.runs import Run, shared_prefixes
 
-ROWS_PER_TASK = 128
-"""Query rows, heads included, for which a span of keys is laid out once."""
+ROWS_PER_TASK = 64, 512
+"""Query rows of one KV head, at least and at most, for which a span of keys is laid out once."""
 
 
 class NativeAttention:
@@ -27,6 +29,24 @@ class NativeAttention:
 
     def step(self, runs: Batch[Run]) -> AttentionStep:
         return NativeStep(self._pool, self._kernels, runs)
+
+
+class _Task(NamedTuple):
+    """Rows of one sequence, or of several that are the same up to ``stop``, over a run of spans; as in TASK."""
+
+    first_row: int
+    rows: int
+    table: int
+    first_span: int
+    last_span: int
+    stop: int
+    whole: bool
+
+    def split(self, pieces: int) -> "Iterator[_Task]":
+        """Into tasks of fewer spans each, none of which has all."""
+        size = -(-(self.last_span - self.first_span) // pieces)
+        for first in range(self.first_span, self.last_span, max(1, size)):
+            yield self._replace(first_span=first, last_span=min(first + size, self.last_span), whole=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +78,7 @@ class NativeStep(AttentionStep):
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
         self._plans: dict[int | None, _Plan] = {}
+        self._threads = torch.get_num_threads()
         self._call = self._prepared()
 
     def _prepared(self) -> AttentionCall:
@@ -72,7 +93,7 @@ class NativeStep(AttentionStep):
             dim=geometry.head_dim,
             block_size=self._pool.block_size,
             type=int(self._pool.dtype is torch.bfloat16),
-            threads=torch.get_num_threads(),
+            threads=self._threads,
             slots=self._slots.ctypes.data,
             tables=self._tables.ctypes.data,
             positions=self._positions.ctypes.data,
@@ -111,26 +132,41 @@ class NativeStep(AttentionStep):
 
     def _make_plan(self, window: int | None) -> _Plan:
         span = self._kernels.span
-        rows_per_task = max(1, ROWS_PER_TASK * self._pool.geometry.num_kv_heads // self._pool.geometry.num_heads)
-        tasks: list[tuple[int, ...]] = []
+        tasks: list[_Task] = []
         row_ids = list(range(self._rows))
-        partial_of = np.full(self._rows, -1, dtype=np.int64)
-        num_partials = 0
+        partial: set[int] = set()  # rows whose spans are not all in one task
         shared_spans = [0] * len(self._runs)
         for members, spans in self._shared_spans() if window is None else ():
-            tasks.append((len(row_ids), len(members), self._table_of[members[0]], 0, spans, spans * span, False))
+            rows = [self._first_row[member] for member in members]
+            tasks.append(_Task(len(row_ids), len(rows), self._table_of[members[0]], 0, spans, spans * span, False))
+            row_ids += rows
+            partial.update(rows)
             for member in members:
                 shared_spans[member] = spans
-                row_ids.append(self._first_row[member])
-                partial_of[self._first_row[member]] = num_partials
-                num_partials += -(-self._runs[member].stop // span)
+        tokens = self._tokens_per_task()
         for run, shared, table, row in zip(self._runs, shared_spans, self._table_of, self._first_row, strict=True):
-            for first in range(0, run.count, rows_per_task):
-                rows = min(rows_per_task, run.count - first)
-                stop = run.start + first + rows
+            for first in range(0, run.count, tokens):
+                count = min(tokens, run.count - first)
+                stop = run.start + first + count
                 begin = shared if window is None else max(0, run.start + first - window + 1) // span
-                tasks.append((row + first, rows, table, begin, -(-stop // span), stop, not shared))
+                tasks.append(_Task(row + first, count, table, begin, -(-stop // span), stop, not shared))
+        pieces = self._threads // (len(tasks) * self._pool.geometry.num_kv_heads)
+        if pieces > 1 and window is None:
+            partial.update(range(self._rows))
+            tasks = [part for task in tasks for part in task.split(pieces)]
+        partial_of = np.full(self._rows, -1, dtype=np.int64)
+        num_partials = 0
+        for row in sorted(partial):
+            partial_of[row] = num_partials
+            num_partials += int(self._positions[row]) // span + 1
         return _Plan(np.array(tasks, dtype=TASK), np.array(row_ids, dtype=np.int32), partial_of, num_partials)
+
+    def _tokens_per_task(self) -> int:
+        """As many as leave every thread something to do, within the limits."""
+        geometry, (least, most) = self._pool.geometry, ROWS_PER_TASK
+        share = -(-self._rows * geometry.num_heads // self._threads)
+        rows: int = min(most, max(least, share)) * geometry.num_kv_heads // geometry.num_heads
+        return max(1, rows)
 
     def _shared_spans(self) -> list[tuple[list[int], int]]:
         """Runs of one token each with so many whole leading spans in common."""

@@ -32,7 +32,7 @@ inline void norm_row(const NormCall& call, int row) {
         const Floats value = values_at(call.inputs, type, first + i);
         squares += value * value;
     }
-    const float mean = across(squares, [](float a, float b) { return a + b; }) / float(call.size);
+    const float mean = total(squares) / float(call.size);
     const float factor = 1.0f / std::sqrt(mean + call.epsilon);
     for (int i = 0; i < call.size; i += LANES) {
         float values[LANES];

@@ -53,14 +53,33 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// All lanes' largest value or sum, by halves.
-template <class Combine>
-inline float across(Floats vector, Combine combine) {
-    float lanes[LANES];
-    store(lanes, vector);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] = combine(lanes[lane], lanes[lane + half]);
-    return lanes[0];
+inline float largest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)vector);
+#else
+    float most = vector[0];
+    for (int lane = 1; lane < LANES; lane++) most = std::max(most, vector[lane]);
+    return most;
+#endif
+}
+
+inline float total(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)vector);
+#else
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
+    return sum;
+#endif
+}
+
+// Copies without a call, as the lengths here are short.
+inline void copy(void* to, const void* from, size_t bytes) {
+    char* target = static_cast<char*>(to);
+    const char* source = static_cast<const char*>(from);
+    for (; bytes >= sizeof(Floats); bytes -= sizeof(Floats), target += sizeof(Floats), source += sizeof(Floats))
+        store(target, load<Floats>(source));
+    if (bytes) std::memcpy(target, source, bytes);
 }
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -156,20 +175,27 @@ void multiply(
     }
 }
 
-// 2^x for x <= 0, and 0 below 2^-126. Taylor's polynomial on [-1/2, 1/2]: off by 1.2e-7 at most.
+// 2^x for x <= 0, any finite one. The polynomial is the best of its degree on [-1/2, 1/2] that is 1 at 0: off by 1e-7.
 inline Floats exp2_of(Floats x) {
+#if defined(__AVX512F__)
+    const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, 0);
+#else
     const Floats round = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to whole numbers
-    Floats shifted = x + round;
-    Floats r = x - (shifted - round);
-    Floats p = splat(1.5403530393381608e-4f);
-    p = p * r + 1.3333558146428443e-3f;
-    p = p * r + 9.6181291076284772e-3f;
-    p = p * r + 5.5504108664821580e-2f;
-    p = p * r + 2.4022650695910072e-1f;
-    p = p * r + 6.9314718055994531e-1f;
+    const Floats shifted = x + round, whole = shifted - round;
+#endif
+    const Floats r = x - whole;
+    Floats p = splat(1.3264694716781378e-3f);
+    p = p * r + 9.6715148538351059e-3f;
+    p = p * r + 5.5507339537143707e-2f;
+    p = p * r + 2.4022242426872253e-1f;
+    p = p * r + 6.9314700365066528e-1f;
     p = p * r + 1.0f;
-    Ints exponent = ((Ints)shifted - (Ints)round) << 23;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+    const Ints exponent = ((Ints)shifted - (Ints)round) << 23;
     return x > splat(-126.0f) ? (Floats)((Ints)p + exponent) : Floats{};
+#endif
 }
 
 inline float exp2_of(float x) { return exp2_of(splat(x))[0]; }

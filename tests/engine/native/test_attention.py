@@ -1,0 +1,175 @@
+"""The compiled attention, against attention written out in double precision, and against itself cut otherwise."""
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emberkv.engine.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.kv_pool import KVPool
+from emberkv.engine.native.attention import NativeStep
+from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.paged_attention import LayerCall
+from emberkv.engine.runs import Run
+from tests.engine.test_paged_attention import TOLERANCE
+from tests.engine.test_paged_attention import expected as written_out
+
+BLOCK = 16
+CALL = LayerCall(1, 0.2, None, None)
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    kind: torch.dtype = request.param
+    return kind
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pool_of(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, num_blocks: int = 160) -> KVPool:
+    """A pool in which whatever is read before it is written gives NaN."""
+    geometry = ModelGeometry(heads, kv_heads, dim, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2)
+    pool = KVPool(geometry, dtype, num_blocks, BLOCK, torch.device("cpu"))
+    pool.storage.fill_(float("nan"))
+    return pool
+
+
+class Text:
+    """Random queries, keys and values ``[tokens, heads, dim]`` of one sequence, in blocks at random places."""
+
+    def __init__(self, pool: KVPool, length: int, slots: list[int], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        geometry = pool.geometry
+        heads = geometry.num_heads, geometry.num_kv_heads, geometry.num_kv_heads
+        made = [torch.randn(n, length, geometry.head_dim, generator=generator).to(pool.dtype) for n in heads]
+        self.q, self.k, self.v = (each.transpose(0, 1) for each in made)  # as models hand them over
+        self.slots = slots
+
+    def __len__(self) -> int:
+        return self.q.shape[0]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.q[start:stop], self.k[start:stop], self.v[start:stop]
+
+
+def places(pool: KVPool, seed: int = 0) -> Iterator[int]:
+    return iter(random.Random(seed).sample(range(pool.num_blocks), pool.num_blocks))
+
+
+def text(pool: KVPool, length: int, seed: int = 0) -> Text:
+    slots = places(pool, seed)
+    return Text(pool, length, [next(slots) for _ in range(-(-length // BLOCK))], seed)
+
+
+def compute(pool: KVPool, kernels: Kernels, call: LayerCall, pieces: list[tuple[Text, int, int]]) -> Tensor:
+    """One pass over pieces of texts."""
+    step = NativeStep(pool, kernels, [Run(each.slots, start, stop - start) for each, start, stop in pieces])
+    q, k, v = (torch.cat(some) for some in zip(*(each.rows(start, stop) for each, start, stop in pieces), strict=True))
+    return step.attend(call, q, k, v)
+
+
+def cut(pool: KVPool, kernels: Kernels, call: LayerCall, whole: Text, cuts: list[int]) -> Tensor:
+    parts = [compute(pool, kernels, call, [(whole, start, stop)]) for start, stop in pairwise([0, *cuts, len(whole)])]
+    return torch.cat(parts)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCE[ours.dtype])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 8), (4, 2, 20), (6, 1, 64), (7, 1, 80), (2, 1, 136)])
+@pytest.mark.parametrize("window", [None, 1, 5, 100, 300])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_it_is_attention(
+    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None
+) -> None:
+    call = LayerCall(1, dim**-0.5, window, softcap)
+    pool = pool_of(heads, kv_heads, dim, dtype)
+    whole = text(pool, kernels.span + 70)
+    close(cut(pool, kernels, call, whole, [1, 40, 300]), written_out(call, whole.q, whole.k, whole.v))
+
+
+def test_what_it_stores_are_the_keys_and_the_values(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 20, dtype)
+    whole = text(pool, 37)
+    cut(pool, kernels, CALL, whole, [20])
+    for at in range(37):
+        stored = pool.storage[whole.slots[at // BLOCK], CALL.layer, :, at % BLOCK]
+        assert torch.equal(stored, torch.stack([whole.k[at], whole.v[at]]))
+    assert pool.storage.isnan().sum() == pool.storage.numel() - 37 * 2 * 2 * 20
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_row_has_the_same_bits_however_a_text_is_cut(kernels: Kernels, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    call = LayerCall(1, 0.2, data.draw(st.sampled_from([None, 7, 290])), data.draw(st.sampled_from([None, 3.0])))
+    length = data.draw(st.integers(2, 2 * kernels.span + 50))
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6)))
+    at_once, in_pieces = pool_of(4, 2, 16, kind), pool_of(4, 2, 16, kind)
+    expected = cut(at_once, kernels, call, text(at_once, length), [])
+    got = cut(in_pieces, kernels, call, Text(in_pieces, length, text(in_pieces, length, seed=9).slots), cuts)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("common", [0, 1, 2])
+def test_sequences_with_common_blocks_get_the_bits_that_each_gets_alone(
+    kernels: Kernels, dtype: torch.dtype, common: int
+) -> None:
+    """In one pass with a piece of a prompt."""
+    pool = pool_of(4, 2, 16, dtype)
+    slots = places(pool)
+    stem = [next(slots) for _ in range(common * kernels.span // BLOCK)]
+    trunk = Text(pool, common * kernels.span, stem, seed=1)
+    members = []
+    for seed, tail in enumerate((1, 30, 300)):
+        member = Text(pool, len(trunk) + tail, stem + [next(slots) for _ in range(-(-tail // BLOCK))], seed=2 + seed)
+        for ours, theirs in zip((member.k, member.v), (trunk.k, trunk.v), strict=True):
+            ours[: len(trunk)] = theirs
+        members.append(member)
+        if len(member) > 1:
+            compute(pool, kernels, CALL, [(member, 0, len(member) - 1)])
+    prompt = Text(pool, 50, [next(slots) for _ in range(4)], seed=9)
+    last = [(member, len(member) - 1, len(member)) for member in members]
+
+    alone = [compute(pool, kernels, CALL, [piece]) for piece in (*last, (prompt, 0, 50))]
+    together = compute(pool, kernels, CALL, [*last, (prompt, 0, 50)])
+
+    assert torch.equal(together, torch.cat(alone))
+    for member, row in zip(members, together, strict=False):
+        close(row, written_out(CALL, member.q, member.k, member.v)[-1])
+
+
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_more_threads_than_tasks_share_the_spans_and_change_no_bit(
+    kernels: Kernels, dtype: torch.dtype, threads: None, count: int
+) -> None:
+    pool = pool_of(4, 1, 16, dtype)
+    whole = text(pool, 3 * kernels.span + 5)
+    compute(pool, kernels, CALL, [(whole, 0, len(whole) - 3)])
+    pieces = [(whole, len(whole) - 3, len(whole))]
+    torch.set_num_threads(1)
+    expected = compute(pool, kernels, CALL, pieces)
+    torch.set_num_threads(count)
+    assert torch.equal(compute(pool, kernels, CALL, pieces), expected)
+
+
+def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, 20)
+    step = NativeStep(pool, kernels, [Run(whole.slots, 0, 18)])
+    out = step.attend(CALL, whole.q, whole.k, whole.v)
+    assert torch.equal(out[18:], torch.zeros_like(out[18:]))
+    close(out[:18], written_out(CALL, whole.q, whole.k, whole.v)[:18])

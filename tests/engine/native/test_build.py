@@ -1,0 +1,86 @@
+"""Compiling the kernels: once for a machine, and a clear word where it fails."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from emberkv.engine.native import build as module
+from emberkv.engine.native.build import build
+from emberkv.engine.native.choice import find_kernels
+from emberkv.engine.native.kernels import Kernels
+from emberkv.errors import KernelsError
+from tests.engine.conftest import ModelFactory
+from tests.machine import MACHINE_CACHE
+
+
+def test_it_compiles_once(tmp_path: Path) -> None:
+    library = build(tmp_path / "new" / "folder")
+    written = library.stat().st_mtime_ns
+    assert build(library.parent) == library
+    assert library.stat().st_mtime_ns == written
+    assert list(library.parent.iterdir()) == [library]
+    assert Kernels(library).lanes >= 4
+
+
+def test_other_flags_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(MACHINE_CACHE)
+    monkeypatch.setattr(module, "_FLAGS", (*module._FLAGS, "-O1"))
+    assert build(tmp_path).name != first.name
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def broken_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    compiler = folder / "g++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+
+def test_without_a_compiler_it_says_which_would_do(tmp_path: Path, no_compiler: None) -> None:
+    with pytest.raises(KernelsError, match=r"no C\+\+ compiler: none of g\+\+, clang\+\+, c\+\+ is on the PATH"):
+        build(tmp_path)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_compiler(tmp_path, monkeypatch, "echo 'unknown processor' >&2; exit 1")
+    with pytest.raises(KernelsError, match=r"cannot compile the C\+\+ kernels: unknown processor"):
+        build(tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.raises(KernelsError, match=f"cannot be put into {taken / 'below'}"):
+        build(taken / "below")
+
+
+def test_a_library_that_is_none_is_named(tmp_path: Path) -> None:
+    wrong = tmp_path / "kernels.so"
+    wrong.write_text("not machine code")
+    with pytest.raises(KernelsError, match=f"{wrong} cannot be loaded"):
+        Kernels(wrong)
+
+
+def test_auto_takes_the_kernels_and_else_does_without(
+    paged: ModelFactory, no_compiler: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert find_kernels("auto", paged("llama"), tmp_path) is None
+    assert "torch computes in place of the C++ kernels, which takes longer: no C++ compiler" in caplog.text
+    with pytest.raises(KernelsError, match=r"no C\+\+ compiler"):
+        find_kernels("native", paged("llama"), tmp_path)
+
+
+def test_what_is_wanted_is_what_computes(paged: ModelFactory, caplog: pytest.LogCaptureFixture) -> None:
+    assert find_kernels("torch", paged("llama"), MACHINE_CACHE) is None
+    assert isinstance(find_kernels("auto", paged("llama"), MACHINE_CACHE), Kernels)
+    assert isinstance(find_kernels("native", paged("llama", "bfloat16"), MACHINE_CACHE), Kernels)
+    assert find_kernels("auto", paged("llama", "float16"), MACHINE_CACHE) is None
+    assert not caplog.records
+    with pytest.raises(KernelsError, match=r"compute float32 and bfloat16 on a CPU; the model is torch.float16 on cpu"):
+        find_kernels("native", paged("llama", "float16"), MACHINE_CACHE)

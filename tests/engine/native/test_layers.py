@@ -1,0 +1,124 @@
+"""Linear layers, gated pairs and norms by the kernels: the same numbers, row by row, whatever the other rows are."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
+from tests.engine.conftest import ModelFactory
+
+SOME_ROWS = [(0, 1), (129, 130), (3, 5), (0, 6), (5, 22), (64, 128), (1, 130), *((64, 64 + n) for n in range(1, 55, 3))]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> torch.dtype:
+    kind: torch.dtype = request.param
+    if kind is torch.bfloat16 and not kernels.multiplies_bf16:
+        pytest.skip("this processor does not multiply bf16")
+    return kind
+
+
+def weights(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("size", "outputs"), [(96, 80), (64, 64), (6, 2), (130, 200)])
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 3, 5), (0,)], ids=str)
+def test_a_linear_layer_is_what_it_was(
+    kernels: Kernels, dtype: torch.dtype, bias: bool, size: int, outputs: int, shape: tuple[int, ...]
+) -> None:
+    layer = nn.Linear(size, outputs, bias=bias).to(dtype).requires_grad_(False)
+    inputs = torch.randn(*shape, size).to(dtype)
+    ours = NativeLinear(kernels, layer.weight, layer.bias)(inputs)
+    assert ours.dtype is dtype
+    torch.testing.assert_close(ours, layer(inputs))
+
+
+@pytest.mark.parametrize(("number", "activation"), [(1, silu), (2, lambda x: gelu(x, approximate="tanh"))])
+def test_a_gated_pair_is_activation_of_gate_times_up(
+    kernels: Kernels, dtype: torch.dtype, number: int, activation: object
+) -> None:
+    gate, up, inputs = weights(80, 96, dtype), weights(80, 96, dtype, 1), weights(33, 96, dtype, 2)
+    ours = NativeGatedPair(kernels, gate, up, number)(inputs)
+    x, g, u = (each.double() for each in (inputs, gate, up))
+    expected = activation(x @ g.t()) * (x @ u.t())  # type: ignore[operator]
+    error = (ours.double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype is torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("make", [LlamaRMSNorm, GemmaRMSNorm])
+def test_a_norm_is_what_it_was(kernels: Kernels, dtype: torch.dtype, make: type[nn.Module]) -> None:
+    model = nn.Sequential(make(96, eps=1e-5).to(dtype))
+    with torch.no_grad():
+        model[0].weight.copy_(weights(1, 96, dtype)[0])
+    inputs = 3 * weights(40, 96, dtype, 1).view(2, 20, 96)
+    expected = model(inputs)
+    assert replace_layers(model, kernels) == 1
+    assert isinstance(model[0], NativeRMSNorm)
+    torch.testing.assert_close(model(inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated", "norm"])
+def test_a_row_has_the_same_bits_among_any_other_rows(kernels: Kernels, dtype: torch.dtype, kind: str) -> None:
+    first, second = weights(200, 320, dtype), weights(200, 320, dtype, 1)
+    layer: nn.Module = {
+        "linear": NativeLinear(kernels, first, first[:, 0]),
+        "gated": NativeGatedPair(kernels, first, second, 1),
+        "norm": NativeRMSNorm(kernels, first[0].float(), 1e-6),
+    }[kind]
+    inputs = weights(130, 320, dtype, 2)
+    whole = layer(inputs)
+    for start, stop in SOME_ROWS:
+        assert torch.equal(layer(inputs[start:stop]), whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("arch", "linears", "pairs", "norms"),
+    [("llama", 16, 3, 7), ("gemma2", 11, 2, 9), ("phi3", 7, 2, 5), ("qwen3", 16, 3, 13), ("gpt2", 9, 0, 0)],
+)
+def test_every_layer_of_a_kind_that_the_kernels_know_is_replaced(
+    paged: ModelFactory, kernels: Kernels, arch: str, linears: int, pairs: int, norms: int
+) -> None:
+    model = paged(arch).model
+    replace_layers(model, kernels)
+    kinds = [type(module) for module in model.modules()]
+    assert [kinds.count(kind) for kind in (NativeLinear, NativeGatedPair, NativeRMSNorm)] == [linears, pairs, norms]
+    assert not any(issubclass(kind, (nn.Linear, Conv1D)) for kind in kinds)
+
+
+class Odd(nn.Module):
+    """Has the parts of a gated pair, and does something else with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(48, 32, bias=False), nn.SiLU()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.act_fn(self.up_proj(inputs)) * self.gate_proj(inputs))
+        return result
+
+
+class OddRMSNorm(LlamaRMSNorm):
+    """Has the parts of a norm, and does something else with them."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        result: Tensor = super().forward(hidden_states) * 0.5
+        return result
+
+
+def test_a_layer_that_only_looks_like_one_is_left(kernels: Kernels) -> None:
+    model = nn.Sequential(Odd(), OddRMSNorm(32)).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    replace_layers(model, kernels)
+    assert not any(isinstance(module, (NativeGatedPair, NativeRMSNorm)) for module in model.modules())
+    inputs = weights(5, 32, torch.float32)
+    torch.testing.assert_close(model(inputs), plain(inputs))
