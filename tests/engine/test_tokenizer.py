@@ -12,7 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.piece_cache import PieceCache
 from emberkv.errors import RequestError
-from tests.engine.tokenizer_kinds import KINDS, REFERENCES, TOKENIZERS, WHOLE_ONLY, byte_level, special, texts, wrap
+from tests.engine.tokenizer_kinds import (
+    BETWEEN_WORDS,
+    KINDS,
+    REFERENCES,
+    TOKENIZERS,
+    WHOLE_ONLY,
+    byte_level,
+    long_texts,
+    special,
+    texts,
+    wrap,
+)
 from tests.models import TURN_END, USER_START, tiny_tokenizer
 
 
@@ -22,6 +33,25 @@ def test_encoding_pieces_equals_encoding_the_whole(kind: str, text: str, add_spe
     expected = REFERENCES[kind].encode(text, add_special_tokens=add_special_tokens).ids
     assert TOKENIZERS[kind].encode(text, add_special_tokens=add_special_tokens) == expected
     assert TOKENIZERS[kind].encode(text, add_special_tokens=add_special_tokens) == expected  # from the cache
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(sorted(BETWEEN_WORDS)), text=long_texts, more=texts)
+def test_encoding_long_texts_between_words_equals_encoding_the_whole(kind: str, text: str, more: str) -> None:
+    for whole in (text, text + more):
+        expected = REFERENCES[kind].encode(whole, add_special_tokens=False).ids
+        assert TOKENIZERS[kind].encode(whole, add_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_is_added_to_a_text_does_not_have_it_encoded_anew(kind: str) -> None:
+    tokenizer = wrap(kind)
+    text = "it carries what the rain gives it, " * 100
+    tokenizer.encode(text, add_special_tokens=False)
+    before = len(tokenizer.cache)
+    tokenizer.encode(f"{text} and more", add_special_tokens=False)
+    assert len(tokenizer.cache) - before == (kind not in WHOLE_ONLY)
+    assert (before > 4) is (kind in BETWEEN_WORDS)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from emberkv.engine.hf_tokenizer import HFTokenizer
@@ -16,6 +16,24 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 def special(content: str, **flags: bool) -> AddedToken:
     return AddedToken(content, special=True, normalized=False, **flags)
+
+
+def cut_between_words(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    """Without added tokens that reach over spaces, so that its texts can be cut between words."""
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.add_special_tokens([special("<s>"), special(USER_START), special(TURN_END)])
+    return tokenizer
+
+
+def like_qwen() -> pre_tokenizers.PreTokenizer:
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def with_specials(tokenizer: Tokenizer, **flags: bool) -> Tokenizer:
@@ -72,6 +90,8 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level-rstrip": lambda: byte_level(rstrip=True),
     "byte-level-lstrip": lambda: byte_level(lstrip=True),
     "byte-level-single-word": lambda: byte_level(single_word=True),
+    "byte-level-words": lambda: cut_between_words(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "split-words": lambda: cut_between_words(like_qwen()),
     "sentencepiece-first": lambda: sentencepiece_like("first"),
     "sentencepiece-always": lambda: sentencepiece_like("always"),
     "sentencepiece-never": lambda: sentencepiece_like("never"),
@@ -79,6 +99,8 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "sentencepiece-template": lambda: with_template(sentencepiece_like("first")),
     "lowercase-unigram": lowercase_unigram,
 }
+BETWEEN_WORDS = {"byte-level-words", "split-words"}
+"""Kinds whose texts can be cut between words, too."""
 WHOLE_ONLY = {"byte-level-lstrip", "byte-level-single-word"}
 """Kinds whose special tokens reach into the text around them."""
 
@@ -98,3 +120,8 @@ fragments = st.one_of(
     st.text(max_size=8),
 )
 texts = st.lists(fragments, max_size=14).map("".join)
+
+words = st.lists(
+    st.one_of(st.sampled_from(["river", "a", "rain,", "It's", "(two", "I", "12", " ", "\n"]), fragments), max_size=60
+)
+long_texts = st.builds(lambda some, times: " ".join(some * times), words, st.integers(1, 12))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emberkv.engine.detokenizer import WindowDetokenizer
 from emberkv.engine.piece_cache import PieceCache
+from emberkv.engine.word_gaps import cuts_at_gaps, parts
 from emberkv.errors import RequestError
 
 DEFAULT_CACHE_BYTES = 64 << 20
@@ -25,7 +26,8 @@ class HFTokenizer:
     A chat server encodes the same growing conversation again at every turn. Tokenizers cut a text at special
     tokens before anything else, so the text from one special token to the next always encodes alike, and a
     cache of such pieces leaves only the new ones to encode. The result equals encoding the whole text; where a
-    tokenizer has features that let pieces influence one another, the whole text is encoded.
+    tokenizer has features that let pieces influence one another, the whole text is encoded. Where words do not, either,
+    long pieces are cut again between words, so that a text that grows at its end is not encoded anew.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -38,6 +40,7 @@ class HFTokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._cut = _cut_pattern(self._backend, list(added.values()))
         self._frame = _template_frame(self._backend)
+        self._cuts_at_gaps = self._cut is not None and cuts_at_gaps(self._backend, list(added.values()))
         self._cache = PieceCache(cache_bytes)
         self._by_owner: dict[str, HFTokenizer] = {"": self}
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -66,7 +69,8 @@ class HFTokenizer:
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
         ids = list(before)
         for piece in self._pieces(self._cut, text):
-            ids.extend(self._encode_piece(piece))
+            for part in parts(piece) if self._cuts_at_gaps else (piece,):
+                ids.extend(self._encode_piece(part))
         ids.extend(after)
         return ids
 

@@ -1,5 +1,6 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass
 
@@ -115,8 +116,10 @@ class TorchEngine:
         Where rows do not influence one another's bits, all goes through the model in one pass.
         """
         decodes = [_decode_work(sequence) for sequence in plan.decodes]
-        prefills = [_prefill_work(chunk) for chunk in plan.prefills]
-        passes = [decodes + prefills] if self._tile_invariant else [decodes, *([work] for work in prefills)]
+        if self._tile_invariant:
+            passes = [decodes + [_prefill_work(chunk) for chunk in _in_one_piece(plan.prefills)]]
+        else:
+            passes = [decodes, *([_prefill_work(chunk)] for chunk in plan.prefills)]
         logits = [self._forward(works) for works in passes if works]
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         return StepResult(ready, torch.cat(logits)) if ready else None
@@ -239,6 +242,17 @@ class TorchEngine:
 
     def _made_up_tokens(self, count: int) -> list[int]:
         return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
+
+
+def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:
+    """Those of one sequence that follow one another, as one."""
+    joined: list[PrefillChunk] = []
+    for chunk in chunks:
+        if joined and joined[-1].sequence is chunk.sequence and joined[-1].stop == chunk.start:
+            joined[-1] = PrefillChunk(chunk.sequence, joined[-1].start, chunk.stop)
+        else:
+            joined.append(chunk)
+    return joined
 
 
 def _prefill_work(chunk: PrefillChunk) -> _Work:
