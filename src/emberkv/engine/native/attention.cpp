@@ -6,119 +6,16 @@
 // arXiv:2205.14135). No operation on a row depends on which rows are computed beside it, so a row has the same bits in
 // a prompt computed at once, in one computed piece by piece, and in a decode step.
 
-#include <cmath>
 #include <memory>
 #include <type_traits>
 
-#include "vectors.hpp"
+#include "layout.hpp"
+#include "softmax.hpp"
 
 namespace emberkv {
 
 constexpr int SPAN = 256;        // keys
 constexpr int BATCH = 2 * ROWS;  // query rows whose scores over a span are held at once
-constexpr float UNSEEN = -1e30f;  // a score so low that it weighs nothing
-
-// cap * tanh(score / cap), with tanh|x| = (1 - e^-2|x|) / (1 + e^-2|x|), given the sign of x.
-inline Floats capped(Floats score, float cap) {
-    const Ints sign = Ints{} + INT32_MIN;
-    Ints x = (Ints)(score * (1.0f / cap));
-    Floats e = exp2_of((Floats)(x | sign) * (2.0f * LOG2_E));  // e^-2|x|
-    Floats tanh = (1.0f - e) / (1.0f + e);
-    return (Floats)((Ints)tanh | (x & sign)) * cap;
-}
-
-struct Softmax {
-    float maximum, sum;  // maximum: of score * log2(e)
-};
-
-// Makes weights 2^(score - maximum) of a row's scores over ``keys`` keys, of which it sees [begin, end). Never inlined:
-// a compiler might round differently in another place.
-template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-__attribute__((noinline)) Softmax
-softmax(float* scores, int keys, int begin, int end, float scale, float softcap, Unit* weights) {
-    constexpr int STEP = LANES / Arithmetic::VALUES;
-    if (begin >= end) {
-        std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
-        return {UNSEEN, 0};
-    }
-    if (softcap > 0)
-        for (int k = 0; k < keys; k += LANES) store(scores + k, capped(load<Floats>(scores + k) * scale, softcap));
-    std::fill(scores, scores + begin, UNSEEN);
-    std::fill(scores + end, scores + keys, UNSEEN);
-    const float factor = (softcap > 0 ? 1 : scale) * LOG2_E;
-    Floats most = splat(UNSEEN);
-    for (int k = 0; k < keys; k += LANES) most = larger(most, load<Floats>(scores + k));
-    const float maximum = factor * largest(most);
-    Floats sums = {};
-    for (int k = 0; k < keys; k += LANES) {
-        Floats weight = exp2_of(load<Floats>(scores + k) * factor - maximum);
-        sums += weight;
-        Arithmetic::put(weights + k / LANES * STEP, weight);
-    }
-    return {maximum, total(sums)};
-}
-
-// Adds a span's weighted values to those of the spans before it, both relative to their own maxima.
-__attribute__((noinline)) void fold(Softmax& whole, float* values, const Softmax& span, const float* more, int dim) {
-    if (span.maximum == UNSEEN) return;
-    const float difference = span.maximum - whole.maximum, smaller = exp2_of(-std::fabs(difference));
-    const float old_weight = difference > 0 ? smaller : 1.0f, new_weight = difference > 0 ? 1.0f : smaller;
-    whole.sum = whole.sum * old_weight + span.sum * new_weight;
-    whole.maximum = std::max(whole.maximum, span.maximum);
-    for (int d = 0; d < dim; d += LANES)
-        store(values + d, load<Floats>(values + d) * old_weight + load<Floats>(more + d) * new_weight);
-}
-
-// 16 rows of units, ``stride`` apart, to columns COLUMNS apart. units: a multiple of LANES.
-template <class Unit>
-void transpose(const Unit* rows, int stride, int units, Unit* to) {
-    static_assert(sizeof(Unit) == 4);
-#if defined(__AVX512F__)
-    for (int first = 0; first < units; first += LANES) {
-        __m512i a[16], b[16];
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows + i * stride + first);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        for (int i = 0; i < 8; i += 4)
-            for (int j = 0; j < 4; j++) {
-                b[2 * i + j] = _mm512_shuffle_i32x4(a[2 * i + j], a[2 * i + j + 4], 0x88);
-                b[2 * i + j + 4] = _mm512_shuffle_i32x4(a[2 * i + j], a[2 * i + j + 4], 0xdd);
-            }
-        for (int j = 0; j < 8; j++) {
-            const int u = first + j;
-            _mm512_storeu_si512(to + u * COLUMNS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-            _mm512_storeu_si512(to + (u + 8) * COLUMNS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
-        }
-    }
-#else
-    for (int u = 0; u < units; u++)
-        for (int lane = 0; lane < LANES; lane++) to[u * COLUMNS + lane] = rows[lane * stride + u];
-#endif
-}
-
-// Values as they are stored, put into units; one half of a pair beyond the end is zero.
-void widen(const void* from, Type type, int count, float* to) {
-    if (type == FP32) {
-        copy(to, from, size_t(count) * 4);
-    } else {
-        for (int i = 0; i < count; i++) to[i] = widened(static_cast<const uint16_t*>(from)[i]);
-    }
-}
-
-void widen(const void* from, Type, int count, uint32_t* to) { copy(to, from, size_t(count) * 2); }
-
-// Two keys' values side by side, as products over keys take them.
-void interleave(const void* even, const void* odd, Type, int count, uint32_t* to) {
-    auto a = static_cast<const uint16_t*>(even), b = static_cast<const uint16_t*>(odd);
-    for (int i = 0; i < count; i++) to[i] = uint32_t(a[i]) | (b ? uint32_t(b[i]) << 16 : 0);
-}
 
 }  // namespace emberkv
 
@@ -191,14 +88,18 @@ public:
         for (int i = 0; i < count; i++) {
             totals_[i] = {UNSEEN, 0};
             std::memset(sums_ + i * dims_, 0, size_t(dims_) * 4);
-            const void* query = element(call_.queries, row_of(task, i) * call_.query_row + head_of(kv_head, i) * call_.query_head);
+            const int64_t at = row_of(task, i) * call_.query_row + head_of(kv_head, i) * call_.query_head;
             queries_[i * unit_stride_ + units_ - 1] = 0;
-            widen(query, type_, call_.dim, queries_ + i * unit_stride_);
+            widen(element(call_.queries, at), type_, call_.dim, queries_ + i * unit_stride_);
         }
+        const char *here[SPAN], *next[SPAN];
+        locate(task, kv_head, task.first_span * SPAN, next);
         for (int span = task.first_span; span < task.last_span; span++) {
-            const int begin = span * SPAN, keys = std::min(SPAN, task.stop - begin);
+            const int keys = std::min(SPAN, task.stop - span * SPAN);
             if (keys <= 0) break;
-            pack(task, kv_head, begin, keys);
+            std::copy(next, next + keys, here);
+            pack(here, keys);
+            locate(task, kv_head, (span + 1) * SPAN, next);
             for (int first = 0; first < count; first += BATCH)
                 attend_span(task, kv_head, span, keys, first, std::min(BATCH, count - first));
         }
@@ -220,27 +121,44 @@ public:
 private:
     int row_of(const Task& task, int i) const { return call_.row_ids[task.first_row + i / groups_]; }
     int head_of(int kv_head, int i) const { return kv_head * groups_ + i % groups_; }
-    const char* element(const void* base, int64_t index) const { return static_cast<const char*>(base) + index * element_; }
-    char* at(int64_t table, int64_t position) const {
-        const int64_t slot = call_.slots[table + position / call_.block_size];
-        return call_.pool + slot * call_.slot_bytes + position % call_.block_size * call_.kv_heads * call_.dim * element_;
+
+    const char* element(const void* base, int64_t index) const {
+        return static_cast<const char*>(base) + index * element_;
     }
+
+    char* at(int64_t table, int64_t position) const {
+        const int64_t slot = call_.slots[table + position / call_.block_size], offset = position % call_.block_size;
+        return call_.pool + slot * call_.slot_bytes + offset * call_.kv_heads * call_.dim * element_;
+    }
+
     float* partial_at(int row, int head, int span) const {
         return call_.partials + ((call_.partial_of[row] + span) * call_.heads + head) * (dims_ + LANES);
     }
 
-    // Lays a span out for products: keys transposed, values as they are.
-    void pack(const Task& task, int kv_head, int begin, int keys) {
-        const char* from[SPAN];
-        for (int k = 0; k < keys; k++) from[k] = at(task.table, begin + k) + int64_t(kv_head) * call_.dim * element_;
-        for (int k = 0; k < keys; k += LANES) {
-            for (int lane = 0; lane < LANES; lane++) {
-                Unit* row = rows_ + lane * unit_stride_;
-                row[units_ - 1] = 0;
-                if (k + lane < keys) widen(from[k + lane], type_, call_.dim, row);
-                else std::memset(row, 0, size_t(units_) * sizeof(Unit));
+    // Where a span's keys of one head lie. Has the cache load them, and their values, while others are computed: blocks
+    // lie apart, and no processor foresees where.
+    void locate(const Task& task, int kv_head, int begin, const char** keys) const {
+        const int size = call_.dim * element_, token = call_.kv_heads * size, stop = std::min(begin + SPAN, task.stop);
+        const char* key = nullptr;
+        for (int k = begin, left = 0; k < stop; k++, left--, key += token) {
+            if (left == 0) {
+                key = at(task.table, k) + int64_t(kv_head) * size;
+                left = call_.block_size - k % call_.block_size;
             }
-            transpose(rows_, unit_stride_, unit_stride_, keys_ + k / COLUMNS * unit_stride_ * COLUMNS + k % COLUMNS);
+            keys[k - begin] = key;
+            for (int byte = 0; byte < size; byte += 64) {
+                __builtin_prefetch(key + byte);
+                __builtin_prefetch(key + byte + call_.value_bytes);
+            }
+        }
+    }
+
+    // Lays a span out for products: keys transposed, values as they are.
+    void pack(const char* const* from, int keys) {
+        for (int k = 0; k < keys; k += LANES) {
+            const char* rows[LANES];
+            for (int lane = 0; lane < LANES; lane++) rows[lane] = row_of_units(from, k + lane, keys, lane);
+            transpose(rows, unit_stride_, keys_ + k / COLUMNS * unit_stride_ * COLUMNS + k % COLUMNS);
         }
         constexpr int DEPTH = SPAN / Arithmetic::VALUES;
         const int depth = round_up(keys, LANES) / Arithmetic::VALUES;
@@ -248,14 +166,26 @@ private:
             const int k = u * Arithmetic::VALUES;
             for (int d = 0; d < dims_; d += COLUMNS) {
                 Unit* to = values_ + (d / COLUMNS * DEPTH + u) * COLUMNS;
-                const int count = std::min(COLUMNS, call_.dim - d);
+                const int64_t value = d * element_ + call_.value_bytes;
+                const char* odd = k + 1 < keys ? from[k + 1] + value : nullptr;
                 if (k >= keys) std::memset(to, 0, COLUMNS * sizeof(Unit));
-                else put_values(from[k] + d * element_ + call_.value_bytes, k + 1 < keys ? from[k + 1] + d * element_ + call_.value_bytes : nullptr, count, to);
+                else put_values(from[k] + value, odd, std::min(COLUMNS, call_.dim - d), to);
             }
         }
     }
 
-    void put_values(const char* even, const char* odd, int count, uint32_t* to) { interleave(even, odd, type_, count, to); }
+    // A key in units, of which there are as many as lanes or a multiple; copied unless it is like that where it lies.
+    const char* row_of_units(const char* const* from, int k, int keys, int lane) {
+        const bool in_units = element_ * Arithmetic::VALUES == sizeof(Unit);
+        if (in_units && call_.dim == unit_stride_ * Arithmetic::VALUES && k < keys) return from[k];
+        Unit* row = rows_ + lane * unit_stride_;
+        row[units_ - 1] = 0;
+        if (k < keys) widen(from[k], type_, call_.dim, row);
+        else std::memset(row, 0, size_t(units_) * sizeof(Unit));
+        return reinterpret_cast<const char*>(row);
+    }
+
+    void put_values(const char* even, const char* odd, int count, uint32_t* to) { interleave(even, odd, count, to); }
     void put_values(const char* even, const char*, int count, float* to) { widen(even, type_, count, to); }
 
     void attend_span(const Task& task, int kv_head, int span, int keys, int first, int count) {
@@ -267,11 +197,12 @@ private:
         Softmax spans[BATCH];
         for (int i = 0; i < count; i++) {
             const int position = call_.positions[row_of(task, first + i)];
-            const int seen_from = call_.window > 0 ? std::max(0, position - call_.window + 1 - begin) : 0;
+            const int first_seen = call_.window > 0 ? position - call_.window + 1 - begin : 0;
+            const int seen_from = std::clamp(first_seen, 0, columns);
             const int seen_to = std::clamp(position + 1 - begin, 0, keys);
-            spans[i] = softmax<Arithmetic>(
-                scores_ + i * SPAN, columns, std::min(seen_from, columns), seen_to, call_.scale, call_.softcap, weights_ + i * DEPTH
-            );
+            float* scores = scores_ + i * SPAN;
+            Unit* weights = weights_ + i * DEPTH;
+            spans[i] = softmax<Arithmetic>(scores, columns, seen_from, seen_to, call_.scale, call_.softcap, weights);
         }
         multiply<Arithmetic>(
             weights_, count, DEPTH, values_, dims_, DEPTH, columns / Arithmetic::VALUES, products_, dims_
@@ -302,31 +233,31 @@ private:
         size_t size = 0;
 
         void take(Worker& worker, int count) {
-            const size_t units = worker.unit_stride_, dims = worker.dims_, depth = SPAN / Arithmetic::VALUES;
-            const size_t columns = round_up(int(dims), COLUMNS);
-            char* next = nullptr;
-            for (int pass = 0; pass < 2; pass++) {  // first how much, then where
-                auto put = [&](auto*& where, size_t length) {
-                    where = reinterpret_cast<std::remove_reference_t<decltype(where)>>(next);
-                    next += (length * sizeof *where + 63) / 64 * 64;
-                };
-                put(worker.queries_, units * count);
-                put(worker.totals_, count);
-                put(worker.sums_, dims * count);
-                put(worker.rows_, units * LANES);
-                put(worker.keys_, units * SPAN);
-                put(worker.values_, columns * depth);
-                put(worker.scores_, size_t(SPAN) * BATCH);
-                put(worker.weights_, depth * BATCH);
-                put(worker.products_, dims * BATCH);
-                if (pass == 1) return;
-                const size_t needed = size_t(next - static_cast<char*>(nullptr)) + 64;
-                if (needed > size) {
-                    memory.reset(new char[needed]());
-                    size = needed;
-                }
-                next = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+            const size_t needed = lay_out(worker, count, 0) + 64;
+            if (needed > size) {
+                memory.reset(new char[needed]());
+                size = needed;
             }
+            lay_out(worker, count, (reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+        }
+
+        // From ``next`` on; returns where it ends.
+        static uintptr_t lay_out(Worker& worker, int count, uintptr_t next) {
+            const size_t units = worker.unit_stride_, dims = worker.dims_, depth = SPAN / Arithmetic::VALUES;
+            auto put = [&](auto*& where, size_t length) {
+                where = reinterpret_cast<std::remove_reference_t<decltype(where)>>(next);
+                next += (length * sizeof *where + 63) / 64 * 64;
+            };
+            put(worker.queries_, units * count);
+            put(worker.totals_, count);
+            put(worker.sums_, dims * count);
+            put(worker.rows_, units * LANES);
+            put(worker.keys_, units * SPAN);
+            put(worker.values_, round_up(int(dims), COLUMNS) * depth);
+            put(worker.scores_, size_t(SPAN) * BATCH);
+            put(worker.weights_, depth * BATCH);
+            put(worker.products_, dims * BATCH);
+            return next;
         }
     };
 
@@ -353,8 +284,10 @@ void attend(const AttentionCall& call) {
         for (int64_t unit = 0; unit < call.num_tasks * call.kv_heads; unit++)
             worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
 #pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < int64_t(call.rows) * call.heads; unit++)
-            if (call.partial_of[unit / call.heads] >= 0) worker.fold_partials(int(unit / call.heads), int(unit % call.heads));
+        for (int64_t unit = 0; unit < int64_t(call.rows) * call.heads; unit++) {
+            const int row = int(unit / call.heads);
+            if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
+        }
     }
 }
 

@@ -69,7 +69,9 @@ def _compile(compiler: str, sources: list[Path], library: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> bytes:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=_PATIENCE, check=True)  # noqa: S603 - a fixed list, without a shell
+        done = subprocess.run(  # noqa: S603 - a fixed list, without a shell
+            command, cwd=folder, capture_output=True, timeout=_PATIENCE, check=True
+        )
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines() or ["without a word"]
         raise KernelsError(f"{command[0]} cannot compile the C++ kernels: {said[0]}") from error

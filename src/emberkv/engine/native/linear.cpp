@@ -36,7 +36,8 @@ void linear_unit(const LinearCall& call, int64_t group, int first, int rows) {
     const bool gated = call.activation != NONE;
     const int units = call.in / Arithmetic::VALUES, element = call.type == FP32 ? 4 : 2;
     const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
-    const Unit* inputs = reinterpret_cast<const Unit*>(static_cast<const char*>(call.inputs) + first * call.input_row * element);
+    const char* begin = static_cast<const char*>(call.inputs) + first * call.input_row * element;
+    const Unit* inputs = reinterpret_cast<const Unit*>(begin);
     const Unit* weight = static_cast<const Unit*>(call.weight) + group * (gated ? 2 : 1) * units * COLUMNS;
     const int stride = int(call.input_row / Arithmetic::VALUES);
     alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
@@ -50,8 +51,8 @@ void linear_unit(const LinearCall& call, int64_t group, int first, int rows) {
             if (gated) value = activated(value, call.activation) * load<Floats>(ups + row * COLUMNS + c);
             store(sum + c, value);
         }
-        char* to = static_cast<char*>(call.out) + (int64_t(first + row) * call.out_features + group * COLUMNS) * element;
-        narrow(sum, Type(call.type), columns, to);
+        const int64_t at = int64_t(first + row) * call.out_features + group * COLUMNS;
+        narrow(sum, Type(call.type), columns, static_cast<char*>(call.out) + at * element);
     }
 }
 

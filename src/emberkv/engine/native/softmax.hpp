@@ -1,0 +1,66 @@
+// The softmax of a row's scores over a span of keys, and how the results over spans become one.
+
+#pragma once
+
+#include <cmath>
+
+#include "vectors.hpp"
+
+namespace emberkv {
+
+constexpr float UNSEEN = -1e30f;  // a score so low that it weighs nothing
+
+// cap * tanh(score / cap), with tanh|x| = (1 - e^-2|x|) / (1 + e^-2|x|), given the sign of x.
+inline Floats capped(Floats score, float cap) {
+    const Ints sign = Ints{} + INT32_MIN;
+    Ints x = (Ints)(score * (1.0f / cap));
+    Floats e = exp2_of((Floats)(x | sign) * (2.0f * LOG2_E));  // e^-2|x|
+    Floats tanh = (1.0f - e) / (1.0f + e);
+    return (Floats)((Ints)tanh | (x & sign)) * cap;
+}
+
+struct Softmax {
+    float maximum, sum;  // maximum: of score * log2(e)
+};
+
+// Makes weights 2^(score - maximum) of a row's scores over ``keys`` keys, of which it sees [begin, end). Never inlined:
+// a compiler might round differently in another place.
+template <class Arithmetic, class Unit = typename Arithmetic::Unit>
+__attribute__((noinline)) Softmax
+softmax(float* scores, int keys, int begin, int end, float scale, float softcap, Unit* weights) {
+    constexpr int STEP = LANES / Arithmetic::VALUES;
+    if (begin >= end) {
+        std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
+        return {UNSEEN, 0};
+    }
+    if (softcap > 0)
+        for (int k = 0; k < keys; k += LANES) store(scores + k, capped(load<Floats>(scores + k) * scale, softcap));
+    std::fill(scores, scores + begin, UNSEEN);
+    std::fill(scores + end, scores + keys, UNSEEN);
+    const float factor = (softcap > 0 ? 1 : scale) * LOG2_E;
+    Floats most = splat(UNSEEN);
+    for (int k = 0; k < keys; k += LANES) most = larger(most, load<Floats>(scores + k));
+    const float maximum = factor * largest(most);
+    Floats sums = {};
+    for (int k = 0; k < keys; k += LANES) {
+        Floats weight = exp2_of(load<Floats>(scores + k) * factor - maximum);
+        sums += weight;
+        Arithmetic::put(weights + k / LANES * STEP, weight);
+    }
+    return {maximum, total(sums)};
+}
+
+// Adds a span's weighted values to those of the spans before it, both relative to their own maxima.
+__attribute__((noinline)) inline void fold(
+    Softmax& whole, float* values, const Softmax& span, const float* more, int dim
+) {
+    if (span.maximum == UNSEEN) return;
+    const float difference = span.maximum - whole.maximum, smaller = exp2_of(-std::fabs(difference));
+    const float old_weight = difference > 0 ? smaller : 1.0f, new_weight = difference > 0 ? 1.0f : smaller;
+    whole.sum = whole.sum * old_weight + span.sum * new_weight;
+    whole.maximum = std::max(whole.maximum, span.maximum);
+    for (int d = 0; d < dim; d += LANES)
+        store(values + d, load<Floats>(values + d) * old_weight + load<Floats>(more + d) * new_weight);
+}
+
+}  // namespace emberkv
