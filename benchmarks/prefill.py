@@ -1,4 +1,4 @@
-"""Prefill in this process: rates by chunk size, against transformers' own forward pass, and times by tile size.
+"""Prefill in this process: rates by chunk size, against transformers' own forward pass, with and without the kernels.
 
     python -m benchmarks.prefill [--models FOLDER ...] [--chunk 128] [--repeats 3] [--alignments 8] [--out PREFIX]
 
@@ -23,23 +23,23 @@ from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import ensure_model
 from transformers import AutoConfig, DynamicCache
 
-from emberkv.config import DEFAULT_PREFILL_CHUNK
+from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TokenChain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.loader import load_model
+from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
-from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
+from emberkv.engine.torch_engine import TorchEngine
 
 BLOCK_SIZE = 16
 STEP_TOKENS = 512
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
-TILES = (16, 32, 64, 128)
 SHORT, LONG = 2048, 6600
 CONTEXT, TURN = 8000, 32
-SPAN = 256  # cached lengths are drawn from CONTEXT +- SPAN / 2, so that every way to fall on a tile occurs
+SPAN = 256  # cached lengths are drawn from CONTEXT +- SPAN / 2, so that every way to fall on a unit of reuse occurs
 SHARE_OF_BEST = 0.9
 SHARE_OF_PLAIN = 0.9
 Prompts = Callable[[int], list[int]]
@@ -48,23 +48,24 @@ Prompts = Callable[[int], list[int]]
 class Ours:
     """The scheduler and an engine with a model of its own, driven by the caller.
 
-    tokens: what the pool holds at least. tile: see TorchEngine; `tile` is what it uses, after checking this machine.
+    tokens: what the pool holds at least. native: whether the C++ kernels compute, where they can.
     """
 
-    def __init__(self, folder: Path, *, chunk: int, tokens: int, tile: int = TILE_TOKENS) -> None:
+    def __init__(self, folder: Path, *, chunk: int, tokens: int, native: bool = True) -> None:
         loaded = load_model(str(folder), attn_implementation=ATTENTION_NAME)
-        tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for the engine's check of its tiles
+        tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for what the engine tries at its start
         cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtype)
+        kernels = find_kernels("auto" if native else "torch", loaded, ServeConfig().machine_cache)
         self._engine = TorchEngine(
-            loaded, cache_bytes=cache_bytes, block_size=BLOCK_SIZE, prefill_chunk=chunk, tile=tile
+            loaded, cache_bytes=cache_bytes, block_size=BLOCK_SIZE, prefill_chunk=chunk, kernels=kernels
         )
         pool = BlockPool(self._engine.pool.num_blocks, BLOCK_SIZE)
         cache = PrefixCache(pool, alignment=self._engine.alignment)
         self._scheduler = Scheduler(cache, SchedulerConfig(chunk, max(chunk, STEP_TOKENS)))
-        self.tile = self._engine.tile
+        self.unit = self._engine.alignment
 
     def seconds(self, prompt: list[int], *, cached: int = 0) -> float:
-        """To the scores of the first token. Raises RuntimeError unless the hit is ``cached`` tokens, to the tile."""
+        """To the scores of the first token. Raises RuntimeError unless the hit is ``cached`` tokens, rounded down."""
         begin = time.perf_counter()
         sequence = Served("prefill", TokenChain(self._engine.root(b""), prompt, BLOCK_SIZE), max_new_tokens=1)
         self._scheduler.add(sequence)
@@ -74,7 +75,7 @@ class Ours:
             sampled = {} if result is None else {sequence.request_id: int(result.logits[0].argmax())}
             self._scheduler.complete(plan, sampled)
         elapsed = time.perf_counter() - begin
-        if sequence.cached_tokens != cached - cached % self.tile:
+        if sequence.cached_tokens != cached - cached % self.unit:
             raise RuntimeError(f"{sequence.cached_tokens} tokens were cached; this measurement needs {cached}")
         return elapsed
 
@@ -156,28 +157,30 @@ def on_cached(engine: Ours, prompts: Prompts, rng: random.Random, alignments: in
     return statistics.fmean(times)
 
 
-def by_tile(folder: Path, prompts: Prompts, rng: random.Random, chunk: int, repeats: int, alignments: int) -> list[Row]:
-    """Milliseconds of a cold prompt and of a turn on a cached one, each tile size in turn."""
-    tiles = [tile for tile in TILES if chunk % tile == 0]
-    engines = {tile: Ours(folder, chunk=chunk, tokens=3 * CONTEXT, tile=tile) for tile in tiles}
-    cold: dict[int, list[float]] = {tile: [] for tile in tiles}
-    cached: dict[int, list[float]] = {tile: [] for tile in tiles}
+def by_kernels(
+    folder: Path, prompts: Prompts, rng: random.Random, chunk: int, repeats: int, alignments: int
+) -> list[Row]:
+    """Milliseconds of a cold prompt and of a turn on a cached one, with the C++ kernels and with torch, in turn."""
+    engines = {
+        name: Ours(folder, chunk=chunk, tokens=3 * CONTEXT, native=native)
+        for name, native in (("kernels", True), ("torch", False))
+    }
+    cold: dict[str, list[float]] = {name: [] for name in engines}
+    cached: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.seconds(prompts(SHORT))
     for _ in range(repeats):
-        for tile, engine in engines.items():
-            cold[tile].append(1e3 * engine.seconds(prompts(LONG)))
-            cached[tile].append(1e3 * on_cached(engine, prompts, rng, alignments))
-    rows: list[Row] = []
-    for what, times in (
-        (f"{LONG:,} cold tokens", cold),
-        (f"{TURN} new tokens on {CONTEXT:,} cached", cached),
-    ):
-        for tile, values in times.items():
-            used = engines[tile].tile
-            note = "" if used == tile else f" (falls back to {used} here)"
-            rows.append(Figure(f"{folder.name}: {what}, tiles of {tile}{note}", "ms", values))
-    return rows
+        for name, engine in engines.items():
+            cold[name].append(1e3 * engine.seconds(prompts(LONG)))
+            cached[name].append(1e3 * on_cached(engine, prompts, rng, alignments))
+    units = ", ".join(f"{name} {engine.unit}" for name, engine in engines.items())
+    return [
+        Comparison(f"{folder.name}: {what}", "ms", "kernels", times["kernels"], "torch", times["torch"])
+        for what, times in (
+            (f"{LONG:,} cold tokens", cold),
+            (f"{TURN} new tokens on {CONTEXT:,} cached (unit of reuse: {units})", cached),
+        )
+    ]
 
 
 def measure(folder: Path, rng: random.Random, *, chunk: int, repeats: int, alignments: int) -> list[Row]:
@@ -189,7 +192,7 @@ def measure(folder: Path, rng: random.Random, *, chunk: int, repeats: int, align
     return [
         *by_chunk(folder, prompts, repeats),
         *against_plain(folder, prompts, chunk, repeats),
-        *by_tile(folder, prompts, rng, chunk, repeats, alignments),
+        *by_kernels(folder, prompts, rng, chunk, repeats, alignments),
     ]
 
 

@@ -30,8 +30,8 @@ from emberkv.sim.model_config import DEMO_NAME, load_spec
 from emberkv.sim.run import simulate
 from emberkv.workload.ember_trace import read
 
-BLOCK_SIZE = 32
-"""As large as the tiles in which prefill is exact, so that server and simulation round hits down alike."""
+BLOCK_SIZE = 16
+"""Hits end at blocks in the simulation and, with the C++ kernels, in the server."""
 
 CACHE_BYTES = 64 * 2**20
 FLAGS = (
