@@ -16,6 +16,7 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
 from emberkv.engine.loader import load_model
+from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
@@ -23,6 +24,7 @@ from emberkv.engine.warm_blocks import store_prefix
 from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory
 from tests.engine.loop_harness import Inbox
+from tests.machine import MACHINE_CACHE
 
 BLOCK = 16
 
@@ -57,7 +59,8 @@ class Recorder:
 def serve(folder: Path, dtype: str) -> tuple[AssembledEngine, TokenChain]:
     """A server's engine that has answered a request with the standard system prompt, and that request's chain."""
     model = load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text
-    engine = assemble(model, EngineConfig(cache_bytes=4 << 20, block_size=BLOCK, prefill_chunk=DEFAULT_PREFILL_CHUNK))
+    config = EngineConfig(cache_bytes=4 << 20, block_size=BLOCK, prefill_chunk=DEFAULT_PREFILL_CHUNK)
+    engine = assemble(model, config, kernels=find_kernels("auto", model, MACHINE_CACHE))
     conversation = [
         {"role": "system", "content": get_standard_system_prompt()},
         {"role": "user", "content": "How many lamps?"},
