@@ -71,7 +71,7 @@ class ServeConfig(BaseModel):
 
     model: a folder or a hub id; None serves the bundled demonstration model.
     cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory.
-    prefill_chunk: tokens computed per prefill pass; a multiple of block_size. Hits are rounded down to it.
+    prefill_chunk: tokens computed per prefill pass; a multiple of block_size.
     max_step_tokens: token budget of a step that decodes and prefills.
     exact: reuse only KV state that is bit-equal to a cold prefill's.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;

@@ -67,7 +67,9 @@ def _kernels_line(engine: "AssembledEngine") -> str:
     kernels = engine.executor.kernels
     if kernels is None:
         return "torch"
-    return f"C++, in vectors of {kernels.lanes}" + (", with bf16 products" if kernels.multiplies_bf16 else "")
+    products = ", with bf16 products" if kernels.multiplies_bf16 else ""
+    reuse = "decoded state is exact, too" if engine.executor.uniform else "hits end at chunks or tiles"
+    return f"C++, in vectors of {kernels.lanes}{products}: {reuse}"
 
 
 def _tiers_line(config: ServeConfig) -> str:

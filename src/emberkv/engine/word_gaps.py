@@ -31,7 +31,7 @@ def cuts_at_gaps(backend: Backend, added: Sequence[AddedToken]) -> bool:
     """Whether this tokenizer encodes the parts of any text as it does the whole.
 
     It must be byte-level BPE, whose tokens never leave the words that a regular expression finds from left to right; no
-    added token may reach over a space; and between letter, space and letter a word must begin, which is tried.
+    added token may reach over a space; and the words on both sides of a gap must be those of the whole, which is tried.
     """
     plain = isinstance(backend.model, BPE) and not backend.model.dropout
     if not plain or any(token.rstrip or re.search(r"\s", token.content) for token in added):
@@ -39,7 +39,7 @@ def cuts_at_gaps(backend: Backend, added: Sequence[AddedToken]) -> bool:
     if _described(backend.normalizer) not in (None, {"type": "NFC"}):
         return False
     return _is_byte_level(_described(backend.pre_tokenizer)) and all(
-        _begins_a_word(backend, *each) for each in _contexts()
+        _splits_alike(backend, *each) for each in _contexts()
     )
 
 
@@ -70,6 +70,6 @@ def _contexts() -> Iterator[tuple[str, str]]:
         yield f"{before} {before}q", f" z{after} {after}"
 
 
-def _begins_a_word(backend: Backend, before: str, after: str) -> bool:
-    words = backend.pre_tokenizer.pre_tokenize_str(before + after)
-    return any(start == len(before) for _, (start, _) in words)
+def _splits_alike(backend: Backend, before: str, after: str) -> bool:
+    words = backend.pre_tokenizer.pre_tokenize_str
+    return [word for word, _ in words(before) + words(after)] == [word for word, _ in words(before + after)]

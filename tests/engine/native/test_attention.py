@@ -166,6 +166,27 @@ def test_more_threads_than_tasks_share_the_spans_and_change_no_bit(
     assert torch.equal(compute(pool, kernels, CALL, pieces), expected)
 
 
+def test_rows_on_both_sides_of_a_span_share_its_threads(kernels: Kernels, dtype: torch.dtype, threads: None) -> None:
+    pool = pool_of(4, 1, 16, dtype)
+    whole = text(pool, kernels.span + 6)
+    compute(pool, kernels, CALL, [(whole, 0, kernels.span - 3)])
+    pieces = [(whole, kernels.span - 3, len(whole))]
+    torch.set_num_threads(1)
+    expected = compute(pool, kernels, CALL, pieces)
+    for count in (2, 4, 8):
+        torch.set_num_threads(count)
+        assert torch.equal(compute(pool, kernels, CALL, pieces), expected)
+
+
+@pytest.mark.parametrize("length", [129, 257])
+def test_one_query_row_at_a_time_gets_the_bits_of_many(kernels: Kernels, dtype: torch.dtype, length: int) -> None:
+    """With a KV head for each head, a decode step multiplies single rows."""
+    at_once, singly = pool_of(2, 2, 24, dtype), pool_of(2, 2, 24, dtype)
+    expected = cut(at_once, kernels, CALL, text(at_once, length), [])
+    got = cut(singly, kernels, CALL, text(singly, length), list(range(length - 10, length)))
+    assert torch.equal(got, expected)
+
+
 def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) -> None:
     pool = pool_of(4, 2, 16, dtype)
     whole = text(pool, 20)

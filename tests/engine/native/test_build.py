@@ -42,7 +42,7 @@ def broken_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
 
 
 def test_without_a_compiler_it_says_which_would_do(tmp_path: Path, no_compiler: None) -> None:
-    with pytest.raises(KernelsError, match=r"no C\+\+ compiler: none of g\+\+, clang\+\+, c\+\+ is on the PATH"):
+    with pytest.raises(KernelsError, match=r"no C\+\+ compiler: none of g\+\+, c\+\+ is on the PATH"):
         build(tmp_path)
 
 
@@ -57,6 +57,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     taken.write_text("")
     with pytest.raises(KernelsError, match=f"cannot be put into {taken / 'below'}"):
         build(taken / "below")
+
+
+def test_a_folder_that_others_can_write_into_is_not_trusted(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(KernelsError, match=f"{open_to_all} belongs to somebody else or can be written by all"):
+        build(open_to_all)
 
 
 def test_a_library_that_is_none_is_named(tmp_path: Path) -> None:

@@ -213,7 +213,9 @@ private:
                 fold(totals_[first + i], sums_ + (first + i) * dims_, spans[i], product, dims_);
                 continue;
             }
-            float* partial = partial_at(row_of(task, first + i), head_of(kv_head, first + i), span);
+            const int row = row_of(task, first + i);
+            if (begin > call_.positions[row]) continue;  // it has no place for what it does not see
+            float* partial = partial_at(row, head_of(kv_head, first + i), span);
             copy(partial, product, size_t(dims_) * 4);
             partial[dims_] = spans[i].maximum;
             partial[dims_ + 1] = spans[i].sum;

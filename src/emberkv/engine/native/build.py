@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -13,15 +14,19 @@ import torch
 from emberkv.errors import KernelsError
 
 _SOURCES = Path(__file__).parent
-_COMPILERS = ("g++", "clang++", "c++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-fvisibility=hidden")
+_COMPILERS = ("g++", "c++")
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC",
+    "-fvisibility=hidden",
+)  # fmt: skip
 _PATIENCE = 300.0  # seconds for a compiler's run; a few are usual
 
 
 def build(folder: Path) -> Path:
     """The compiled library, below ``folder``, whose name is its identity: of sources, compiler, flags and processor.
 
-    Raises KernelsError, which says why there are no kernels here.
+    Raises KernelsError, which says why there are no kernels here: among others, because somebody else could write
+    into the folder, and so choose what this process runs.
     """
     if sys.platform != "linux":
         raise KernelsError(f"the C++ kernels are for Linux; this is {sys.platform}")
@@ -30,38 +35,43 @@ def build(folder: Path) -> Path:
         raise KernelsError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH")
     sources = sorted(_SOURCES.glob("*.cpp"))
     known = hashlib.sha256(_predefined(compiler))
-    for part in (*_FLAGS, *map(str, _openmp())):
+    for part in (*_FLAGS, *(path.name for path in _openmp())):
         known.update(f"\0{part}".encode())
     for path in (*sources, *sorted(_SOURCES.glob("*.hpp"))):
         known.update(b"\0" + path.read_bytes())
     library = folder / f"kernels-{known.hexdigest()[:16]}.so"
     if not library.exists():
         _compile(compiler, sources, library)
+    for path in (library, folder):
+        found = path.stat()
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+            raise KernelsError(f"{path} belongs to somebody else or can be written by all; name another machine cache")
     return library
 
 
 def _predefined(compiler: str) -> bytes:
     """The compiler's version and what it knows of the processor."""
-    return _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull], Path.cwd())
+    return _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull], _SOURCES)
 
 
 def _openmp() -> list[Path]:
     """torch's own OpenMP, where it brings one: the threads of a second one would get into its way."""
     package = Path(torch.__file__).parent
-    return [
-        path for folder in (package / "lib", package.parent / "torch.libs") for path in folder.glob("libgomp*.so*")
-    ][:1]
+    folders = package / "lib", package.parent / "torch.libs"
+    return sorted(path for folder in folders for path in folder.glob("libgomp*.so*"))[:1]
 
 
 def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="kernels-build-") as name:
             work = Path(name)
             _run([compiler, *_FLAGS, "-c", *map(str, sources)], work)
             objects = [f"{source.stem}.o" for source in sources]
             openmp = list(map(str, _openmp())) or ["-fopenmp"]
             _run([compiler, "-shared", *objects, *openmp, "-o", library.name], work)
+            with (work / library.name).open("rb") as made:
+                os.fsync(made.fileno())  # before its name is there: a half-written library would be found for ever
             (work / library.name).replace(library)
     except OSError as error:
         raise KernelsError(f"the C++ kernels cannot be put into {library.parent}: {error}") from error

@@ -30,7 +30,7 @@ inline void norm_row(const NormCall& call, int row) {
     Floats squares = {};
     for (int i = 0; i < call.size; i += LANES) {
         const Floats value = values_at(call.inputs, type, first + i);
-        squares += value * value;
+        squares = multiply_add(value, value, squares);
     }
     const float mean = total(squares) / float(call.size);
     const float factor = 1.0f / std::sqrt(mean + call.epsilon);

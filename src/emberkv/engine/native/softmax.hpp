@@ -23,11 +23,9 @@ struct Softmax {
     float maximum, sum;  // maximum: of score * log2(e)
 };
 
-// Makes weights 2^(score - maximum) of a row's scores over ``keys`` keys, of which it sees [begin, end). Never inlined:
-// a compiler might round differently in another place.
+// Makes weights 2^(score - maximum) of a row's scores over ``keys`` keys, of which it sees [begin, end).
 template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-__attribute__((noinline)) Softmax
-softmax(float* scores, int keys, int begin, int end, float scale, float softcap, Unit* weights) {
+Softmax softmax(float* scores, int keys, int begin, int end, float scale, float softcap, Unit* weights) {
     constexpr int STEP = LANES / Arithmetic::VALUES;
     if (begin >= end) {
         std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
@@ -43,7 +41,7 @@ softmax(float* scores, int keys, int begin, int end, float scale, float softcap,
     const float maximum = factor * largest(most);
     Floats sums = {};
     for (int k = 0; k < keys; k += LANES) {
-        Floats weight = exp2_of(load<Floats>(scores + k) * factor - maximum);
+        Floats weight = exp2_of(multiply_add(load<Floats>(scores + k), splat(factor), splat(-maximum)));
         sums += weight;
         Arithmetic::put(weights + k / LANES * STEP, weight);
     }
@@ -51,7 +49,7 @@ softmax(float* scores, int keys, int begin, int end, float scale, float softcap,
 }
 
 // Adds a span's weighted values to those of the spans before it, both relative to their own maxima.
-__attribute__((noinline)) inline void fold(
+inline void fold(
     Softmax& whole, float* values, const Softmax& span, const float* more, int dim
 ) {
     if (span.maximum == UNSEEN) return;
@@ -59,8 +57,10 @@ __attribute__((noinline)) inline void fold(
     const float old_weight = difference > 0 ? smaller : 1.0f, new_weight = difference > 0 ? 1.0f : smaller;
     whole.sum = whole.sum * old_weight + span.sum * new_weight;
     whole.maximum = std::max(whole.maximum, span.maximum);
-    for (int d = 0; d < dim; d += LANES)
-        store(values + d, load<Floats>(values + d) * old_weight + load<Floats>(more + d) * new_weight);
+    for (int d = 0; d < dim; d += LANES) {
+        const Floats added = load<Floats>(more + d) * new_weight;
+        store(values + d, multiply_add(load<Floats>(values + d), splat(old_weight), added));
+    }
 }
 
 }  // namespace emberkv

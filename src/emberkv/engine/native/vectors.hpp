@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -44,6 +44,18 @@ inline void store(Value* to, Vector vector) {
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
+
+// a * b + c, rounded once where the processor can. A compiler that may join two operations does so in one place and not
+// in another, so it may not (-ffp-contract=off).
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -119,7 +131,9 @@ inline void narrow(const float* from, Type type, int count, void* to) {
 struct SinglePrecision {
     using Unit = float;
     static constexpr int VALUES = 1;
-    static Floats multiply_add(Floats sum, Unit a, const Unit* b) { return sum + a * load<Floats>(b); }
+    static Floats add_product(Floats sum, Unit a, const Unit* b) {
+        return multiply_add(splat(a), load<Floats>(b), sum);
+    }
     static void put(Unit* to, Floats values) { store(to, values); }
 };
 
@@ -127,7 +141,7 @@ struct SinglePrecision {
 struct Bf16Pairs {
     using Unit = uint32_t;
     static constexpr int VALUES = 2;
-    static Floats multiply_add(Floats sum, Unit a, const Unit* b) {
+    static Floats add_product(Floats sum, Unit a, const Unit* b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), load<__m512bh>(b));
     }
     static void put(Unit* to, Floats values) { store(to, _mm512_cvtneps_pbh((__m512)values)); }
@@ -141,7 +155,7 @@ void multiply_few(const Unit* a, int a_stride, const Unit* b, int depth, float* 
     for (int u = 0; u < depth; u++)
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
-                sums[r][v] = Arithmetic::multiply_add(sums[r][v], a[r * a_stride + u], b + u * COLUMNS + v * LANES);
+                sums[r][v] = Arithmetic::add_product(sums[r][v], a[r * a_stride + u], b + u * COLUMNS + v * LANES);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
@@ -185,11 +199,11 @@ inline Floats exp2_of(Floats x) {
 #endif
     const Floats r = x - whole;
     Floats p = splat(1.3264694716781378e-3f);
-    p = p * r + 9.6715148538351059e-3f;
-    p = p * r + 5.5507339537143707e-2f;
-    p = p * r + 2.4022242426872253e-1f;
-    p = p * r + 6.9314700365066528e-1f;
-    p = p * r + 1.0f;
+    p = multiply_add(p, r, splat(9.6715148538351059e-3f));
+    p = multiply_add(p, r, splat(5.5507339537143707e-2f));
+    p = multiply_add(p, r, splat(2.4022242426872253e-1f));
+    p = multiply_add(p, r, splat(6.9314700365066528e-1f));
+    p = multiply_add(p, r, splat(1.0f));
 #if defined(__AVX512F__)
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
