@@ -69,8 +69,9 @@ def serve(folder: Path, dtype: str) -> tuple[AssembledEngine, TokenChain]:
     inbox = Inbox()
     engine.loop.start()
     engine.loop.submit(GenerationRequest("real", tokens, SamplingParams(max_tokens=1)), inbox)
-    assert inbox.reason is FinishReason.LENGTH
+    reason = inbox.reason
     engine.loop.stop()
+    assert reason in (FinishReason.LENGTH, FinishReason.STOP)  # a random model's first token may be its last
     return engine, TokenChain(engine.executor.root(b""), tokens, BLOCK)
 
 
