@@ -68,8 +68,8 @@ def _kernels_line(engine: "AssembledEngine") -> str:
     if kernels is None:
         return "torch"
     products = ", with bf16 products" if kernels.multiplies_bf16 else ""
-    reuse = "decoded state is exact, too" if engine.executor.uniform else "hits end at chunks or tiles"
-    return f"C++, in vectors of {kernels.lanes}{products}: {reuse}"
+    reuse = "decoded KV is exact" if engine.executor.uniform else "decoded KV is not exact"
+    return f"C++, vectors of {kernels.lanes}{products}; {reuse}"
 
 
 def _tiers_line(config: ServeConfig) -> str:
