@@ -16,6 +16,7 @@ from emberkv.engine.native.attention import NativeStep
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import LayerCall
 from emberkv.engine.runs import Run
+from emberkv.errors import UnsupportedModelError
 from tests.engine.test_paged_attention import TOLERANCE
 from tests.engine.test_paged_attention import expected as written_out
 
@@ -194,3 +195,11 @@ def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) 
     out = step.attend(CALL, whole.q, whole.k, whole.v)
     assert torch.equal(out[18:], torch.zeros_like(out[18:]))
     close(out[:18], written_out(CALL, whole.q, whole.k, whole.v)[:18])
+
+
+def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, 5)
+    step = NativeStep(pool, kernels, [Run(whole.slots, 0, 5)])
+    with pytest.raises(UnsupportedModelError, match=r"given torch\.float64, "):
+        step.attend(CALL, whole.q.double(), whole.k, whole.v)

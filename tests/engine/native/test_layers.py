@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
+from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import ModelFactory
 
 SOME_ROWS = [(0, 1), (129, 130), (3, 5), (0, 6), (5, 22), (64, 128), (1, 130), *((64, 64 + n) for n in range(1, 55, 3))]
@@ -122,3 +123,12 @@ def test_a_layer_that_only_looks_like_one_is_left(kernels: Kernels) -> None:
     assert not any(isinstance(module, (NativeGatedPair, NativeRMSNorm)) for module in model.modules())
     inputs = weights(5, 32, torch.float32)
     torch.testing.assert_close(model(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16])
+def test_inputs_of_another_type_are_refused(kernels: Kernels, given: torch.dtype) -> None:
+    layer = NativeLinear(kernels, weights(64, 32, torch.float32), None)
+    with pytest.raises(UnsupportedModelError, match=rf"given {given}, torch\.float32; they take all float32 or all"):
+        layer(weights(3, 32, given))
+    with pytest.raises(UnsupportedModelError, match=r"given torch\.float16; they take"):
+        NativeRMSNorm(kernels, torch.ones(32), 1e-6)(weights(3, 32, torch.float16))

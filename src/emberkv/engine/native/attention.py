@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels
+from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels, type_number
 from emberkv.engine.paged_attention import AttentionStep, LayerCall
 from emberkv.engine.runs import Run, shared_prefixes
 
@@ -92,7 +92,6 @@ class NativeStep(AttentionStep):
             kv_heads=geometry.num_kv_heads,
             dim=geometry.head_dim,
             block_size=self._pool.block_size,
-            type=int(self._pool.dtype is torch.bfloat16),
             threads=self._threads,
             slots=self._slots.ctypes.data,
             tables=self._tables.ctypes.data,
@@ -106,6 +105,7 @@ class NativeStep(AttentionStep):
         out[self._rows :] = 0
         queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
         native, storage = self._call, self._pool.storage
+        native.type = type_number(queries, keys, values, storage)
         native.queries, native.keys, native.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
         native.query_row, native.query_head, _ = queries.stride()
         native.key_row, native.key_head, _ = keys.stride()

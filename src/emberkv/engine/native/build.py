@@ -40,13 +40,21 @@ def build(folder: Path) -> Path:
     for path in (*sources, *sorted(_SOURCES.glob("*.hpp"))):
         known.update(b"\0" + path.read_bytes())
     library = folder / f"kernels-{known.hexdigest()[:16]}.so"
-    if not library.exists():
-        _compile(compiler, sources, library)
-    for path in (library, folder):
-        found = path.stat()
-        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
-            raise KernelsError(f"{path} belongs to somebody else or can be written by all; name another machine cache")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
+        if not library.exists():
+            _compile(compiler, sources, library)
+        _check_owner(library)
+    except OSError as error:
+        raise KernelsError(f"the C++ kernels cannot be put into {folder}: {error}") from error
     return library
+
+
+def _check_owner(path: Path) -> None:
+    found = path.stat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+        raise KernelsError(f"{path} belongs to somebody else or can be written by all; name another machine cache")
 
 
 def _predefined(compiler: str) -> bytes:
@@ -62,19 +70,15 @@ def _openmp() -> list[Path]:
 
 
 def _compile(compiler: str, sources: list[Path], library: Path) -> None:
-    try:
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="kernels-build-") as name:
-            work = Path(name)
-            _run([compiler, *_FLAGS, "-c", *map(str, sources)], work)
-            objects = [f"{source.stem}.o" for source in sources]
-            openmp = list(map(str, _openmp())) or ["-fopenmp"]
-            _run([compiler, "-shared", *objects, *openmp, "-o", library.name], work)
-            with (work / library.name).open("rb") as made:
-                os.fsync(made.fileno())  # before its name is there: a half-written library would be found for ever
-            (work / library.name).replace(library)
-    except OSError as error:
-        raise KernelsError(f"the C++ kernels cannot be put into {library.parent}: {error}") from error
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="kernels-build-") as name:
+        work = Path(name)
+        _run([compiler, *_FLAGS, "-c", *map(str, sources)], work)
+        objects = [f"{source.stem}.o" for source in sources]
+        openmp = list(map(str, _openmp())) or ["-fopenmp"]
+        _run([compiler, "-shared", *objects, *openmp, "-o", library.name], work)
+        with (work / library.name).open("rb") as made:
+            os.fsync(made.fileno())  # before its name is there: a half-written library would be found for ever
+        (work / library.name).replace(library)
 
 
 def _run(command: list[str], folder: Path) -> bytes:

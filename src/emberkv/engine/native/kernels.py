@@ -4,16 +4,34 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from emberkv.engine.native.build import build
-from emberkv.errors import KernelsError
+from emberkv.errors import KernelsError, UnsupportedModelError
 
 TASK = np.dtype(
     [(name, np.int32) for name in ("first_row", "rows", "table", "first_span", "last_span", "stop", "whole")]
 )
 """A run of spans for some rows; see `Task` in attention.cpp."""
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+def type_number(*tensors: torch.Tensor) -> int:
+    """The type of all of these, by its number in vectors.hpp.
+
+    Raises UnsupportedModelError for any other and for a mixture: the kernels would read beyond the end of a tensor.
+    """
+    kinds = {tensor.dtype for tensor in tensors}
+    number = _TYPES.get(kinds.pop()) if len(kinds) == 1 else None
+    if number is None:
+        given = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise UnsupportedModelError(
+            f"the C++ kernels are given {given}; they take all float32 or all bfloat16: serve with --kernels torch"
+        )
+    return number
 
 
 class AttentionCall(ctypes.Structure):

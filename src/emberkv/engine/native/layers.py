@@ -10,13 +10,10 @@ from torch.nn.functional import gelu, silu
 from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall
+from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall, type_number
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Their numbers in vectors.hpp."""
 
 
 class NativeLinear(nn.Module):
@@ -33,7 +30,7 @@ class NativeLinear(nn.Module):
             self._call.bias = self.bias.data_ptr()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _compute(self._kernels, self._call, inputs)
+        return _compute(self._kernels, self._call, self.packed, inputs)
 
 
 class NativeGatedPair(nn.Module):
@@ -48,7 +45,7 @@ class NativeGatedPair(nn.Module):
         self._call.activation = activation
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _compute(self._kernels, self._call, inputs)
+        return _compute(self._kernels, self._call, self.packed, inputs)
 
 
 class NativeRMSNorm(nn.Module):
@@ -67,7 +64,7 @@ class NativeRMSNorm(nn.Module):
         rows = inputs.reshape(-1, call.size).contiguous()
         out = torch.empty_like(rows)
         call.inputs, call.out, call.input_row = rows.data_ptr(), out.data_ptr(), call.size
-        call.rows, call.type = rows.shape[0], _TYPES[rows.dtype]
+        call.rows, call.type = rows.shape[0], type_number(rows)
         self._kernels.rms_norm(call)
         return out.view(inputs.shape)
 
@@ -77,15 +74,13 @@ def _call(layer: NativeLinear | NativeGatedPair) -> LinearCall:
         weight=layer.packed.data_ptr(),
         in_features=layer.in_features,
         out_features=layer.out_features,
-        type=_TYPES[layer.packed.dtype],
         threads=torch.get_num_threads(),
     )
 
 
-def _compute(kernels: Kernels, call: LinearCall, inputs: Tensor) -> Tensor:
+def _compute(kernels: Kernels, call: LinearCall, weight: Tensor, inputs: Tensor) -> Tensor:
     rows = inputs.reshape(-1, call.in_features).contiguous()
-    if _TYPES.get(rows.dtype) != call.type:
-        raise TypeError(f"inputs of {rows.dtype} for a layer of another type")
+    call.type = type_number(rows, weight)
     out = torch.empty((rows.shape[0], call.out_features), dtype=rows.dtype)
     call.inputs, call.out, call.input_row, call.rows = rows.data_ptr(), out.data_ptr(), call.in_features, rows.shape[0]
     kernels.linear(call)
