@@ -14,7 +14,7 @@
 
 namespace emberkv {
 
-constexpr int SPAN = 256;        // keys
+constexpr int SPAN = 512;        // keys
 constexpr int BATCH = 2 * ROWS;  // query rows whose scores over a span are held at once
 
 }  // namespace emberkv

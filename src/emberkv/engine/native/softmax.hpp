@@ -41,7 +41,8 @@ Softmax softmax(float* scores, int keys, int begin, int end, float scale, float 
     const float maximum = factor * largest(most);
     Floats sums = {};
     for (int k = 0; k < keys; k += LANES) {
-        Floats weight = exp2_of(multiply_add(load<Floats>(scores + k), splat(factor), splat(-maximum)));
+        const Floats exponent = multiply_add(load<Floats>(scores + k), splat(factor), splat(-maximum));
+        const Floats weight = exp2_of<Arithmetic::EXP2_DEGREE>(exponent);
         sums += weight;
         Arithmetic::put(weights + k / LANES * STEP, weight);
     }

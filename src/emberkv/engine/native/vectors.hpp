@@ -134,6 +134,7 @@ struct SinglePrecision {
     static Floats add_product(Floats sum, Unit a, const Unit* b) {
         return multiply_add(splat(a), load<Floats>(b), sum);
     }
+    static constexpr int EXP2_DEGREE = 5;
     static void put(Unit* to, Floats values) { store(to, values); }
 };
 
@@ -144,6 +145,7 @@ struct Bf16Pairs {
     static Floats add_product(Floats sum, Unit a, const Unit* b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), load<__m512bh>(b));
     }
+    static constexpr int EXP2_DEGREE = 3;  // for values that are then rounded to a unit's
     static void put(Unit* to, Floats values) { store(to, _mm512_cvtneps_pbh((__m512)values)); }
 };
 #endif
@@ -189,7 +191,9 @@ void multiply(
     }
 }
 
-// 2^x for x <= 0, any finite one. The polynomial is the best of its degree on [-1/2, 1/2] that is 1 at 0: off by 1e-7.
+// 2^x for x <= 0, any finite one, by the polynomials of degree 3 and 5 that are best on [-1/2, 1/2] among those that are
+// 1 at 0: off by 1e-4, which is little beside bf16's rounding, and by 1e-7.
+template <int DEGREE = 5>
 inline Floats exp2_of(Floats x) {
 #if defined(__AVX512F__)
     const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, 0);
@@ -198,12 +202,13 @@ inline Floats exp2_of(Floats x) {
     const Floats shifted = x + round, whole = shifted - round;
 #endif
     const Floats r = x - whole;
-    Floats p = splat(1.3264694716781378e-3f);
-    p = multiply_add(p, r, splat(9.6715148538351059e-3f));
-    p = multiply_add(p, r, splat(5.5507339537143707e-2f));
-    p = multiply_add(p, r, splat(2.4022242426872253e-1f));
-    p = multiply_add(p, r, splat(6.9314700365066528e-1f));
-    p = multiply_add(p, r, splat(1.0f));
+    static_assert(DEGREE == 3 || DEGREE == 5);
+    constexpr float THREE[] = {5.5008827541281141e-2f, 2.4221099191424464e-1f, 6.9328294760477915e-1f, 1.0f};
+    constexpr float FIVE[] = {1.3264694716781378e-3f, 9.6715148538351059e-3f, 5.5507339537143707e-2f,
+                              2.4022242426872253e-1f, 6.9314700365066528e-1f, 1.0f};
+    const float* coefficients = DEGREE == 3 ? THREE : FIVE;
+    Floats p = splat(coefficients[0]);
+    for (int i = 1; i <= DEGREE; i++) p = multiply_add(p, r, splat(coefficients[i]));
 #if defined(__AVX512F__)
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
