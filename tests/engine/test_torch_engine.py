@@ -146,6 +146,23 @@ def test_with_the_kernels_hits_end_at_blocks_and_decode_steps_are_exact(
     assert made.uniform
 
 
+@pytest.mark.parametrize("arch", sorted(SUPPORTED))
+@torch.inference_mode()
+def test_with_the_kernels_the_last_layer_computes_only_what_logits_need(
+    paged: ModelFactory, kernels: Kernels, arch: str
+) -> None:
+    served = engine(paged(arch), kernels=kernels)
+    computed: list[int] = []  # rows, layer by layer
+    for name, module in served.loaded.model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_hook(lambda _, given, out: computed.append(int(out[0].any(dim=-1).sum())))
+    tokens = text(random.Random(arch), 20)
+    served.prefill(tokens[:16], 0, [0, 1, 2, 3, 4], sample=False)
+    served.prefill(tokens[16:], 16, [0, 1, 2, 3, 4], sample=True)
+    before = served.loaded.geometry.num_layers - 1
+    assert computed == [*[16] * before, 0, *[4] * before, 1]
+
+
 @pytest.mark.parametrize("disturbance", [lambda rows: rows, lambda rows: rows == 1], ids=["rows", "one"])
 def test_the_kernels_do_not_hide_that_results_depend_on_the_number_of_rows(
     paged: ModelFactory, kernels: Kernels, disturbance: Callable[[int], int]

@@ -29,8 +29,22 @@ class LayerCall:
     softcap: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class RowsLeft:
+    """Rows of a pass, of which there are ``of``, whose results are still wanted. index: int64, ascending."""
+
+    index: Tensor
+    of: int
+
+
 class AttentionStep(ABC):
-    """The batch whose attention is being computed."""
+    """The batch whose attention is being computed.
+
+    rows_left: None while all rows are wanted. After the last layer's attention no row needs another one, and those
+    without wanted logits need nothing more; a step may leave them, and layers after it can.
+    """
+
+    rows_left: RowsLeft | None = None
 
     @abstractmethod
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -45,8 +59,8 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def step(self, runs: Sequence[Run]) -> AttentionStep:
-        """For all runs' rows, one run after the other; rows after them are padding."""
+    def step(self, runs: Sequence[Run], wanted: Sequence[int]) -> AttentionStep:
+        """For all runs' rows, one run after the other; rows after them are padding. wanted: whose logits are."""
         ...
 
 
@@ -61,6 +75,12 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
         yield
     finally:
         _current_step.reset(token)
+
+
+def rows_left() -> RowsLeft | None:
+    """Those of the step in force; None where all rows are wanted, or where there is no step."""
+    step = _current_step.get(None)
+    return None if step is None else step.rows_left
 
 
 class _AttentionLayer(Protocol):

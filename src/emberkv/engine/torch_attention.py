@@ -22,7 +22,7 @@ class TorchAttention:
         self._pool = pool
         self._tile = tile
 
-    def step(self, runs: Sequence[Run]) -> AttentionStep:
+    def step(self, runs: Sequence[Run], wanted: Sequence[int]) -> AttentionStep:
         parts: list[tuple[int, AttentionStep]] = []
         for decode, group in groupby(runs, key=lambda run: run.decode):
             some = list(group)

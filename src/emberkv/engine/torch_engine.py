@@ -149,7 +149,7 @@ class TorchEngine:
             "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
             "use_cache": False,
         }
-        with attention_step(self._attention.step([work.run for work in works])):
+        with attention_step(self._attention.step([work.run for work in works], keep)):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._model.base_model(**arguments)

@@ -74,9 +74,20 @@ def text(pool: KVPool, length: int, seed: int = 0) -> Text:
     return Text(pool, length, [next(slots) for _ in range(-(-length // BLOCK))], seed)
 
 
-def compute(pool: KVPool, kernels: Kernels, call: LayerCall, pieces: list[tuple[Text, int, int]]) -> Tensor:
-    """One pass over pieces of texts."""
-    step = NativeStep(pool, kernels, [Run(each.slots, start, stop - start) for each, start, stop in pieces])
+def step_of(pool: KVPool, kernels: Kernels, pieces: list[tuple[Text, int, int]], wanted: list[int]) -> NativeStep:
+    return NativeStep(pool, kernels, [Run(each.slots, start, stop - start) for each, start, stop in pieces], wanted)
+
+
+def compute(
+    pool: KVPool,
+    kernels: Kernels,
+    call: LayerCall,
+    pieces: list[tuple[Text, int, int]],
+    wanted: list[int] | None = None,
+) -> Tensor:
+    """One pass over pieces of texts. wanted: rows, or all."""
+    rows = sum(stop - start for _, start, stop in pieces)
+    step = step_of(pool, kernels, pieces, list(range(rows)) if wanted is None else wanted)
     q, k, v = (torch.cat(some) for some in zip(*(each.rows(start, stop) for each, start, stop in pieces), strict=True))
     return step.attend(call, q, k, v)
 
@@ -191,7 +202,7 @@ def test_one_query_row_at_a_time_gets_the_bits_of_many(kernels: Kernels, dtype: 
 def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) -> None:
     pool = pool_of(4, 2, 16, dtype)
     whole = text(pool, 20)
-    step = NativeStep(pool, kernels, [Run(whole.slots, 0, 18)])
+    step = step_of(pool, kernels, [(whole, 0, 18)], list(range(18)))
     out = step.attend(CALL, whole.q, whole.k, whole.v)
     assert torch.equal(out[18:], torch.zeros_like(out[18:]))
     close(out[:18], written_out(CALL, whole.q, whole.k, whole.v)[:18])
@@ -200,6 +211,54 @@ def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) 
 def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dtype: torch.dtype) -> None:
     pool = pool_of(4, 2, 16, dtype)
     whole = text(pool, 5)
-    step = NativeStep(pool, kernels, [Run(whole.slots, 0, 5)])
+    step = step_of(pool, kernels, [(whole, 0, 5)], [4])
     with pytest.raises(UnsupportedModelError, match=r"given torch\.float64, "):
         step.attend(CALL, whole.q.double(), whole.k, whole.v)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("wanted", [[], [699], [0, 5, 650, 700, 701, 720]])
+def test_the_last_layer_attends_for_the_wanted_rows_only(
+    kernels: Kernels, dtype: torch.dtype, window: int | None, wanted: list[int]
+) -> None:
+    last = LayerCall(1, 0.2, window, None)
+    pools = [pool_of(4, 2, 16, dtype) for _ in range(2)]
+    given = [None, wanted]
+    all_rows, some = (
+        compute(pool, kernels, last, [(text(pool, 700), 0, 700), (text(pool, 30, seed=1), 0, 30)], rows)
+        for pool, rows in zip(pools, given, strict=True)
+    )
+    left = torch.zeros_like(all_rows)
+    left[wanted] = all_rows[wanted]
+    assert torch.equal(some, left)
+    assert torch.equal(*(torch.nan_to_num(pool.storage) for pool in pools))  # the keys and values of all
+
+
+def test_layers_before_the_last_attend_for_all_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    pieces = [(text(pool, 40), 0, 40)]
+    first = LayerCall(0, 0.2, None, None)
+    assert torch.equal(compute(pool, kernels, first, pieces, [39]), compute(pool, kernels, first, pieces))
+
+
+def test_after_the_last_layer_the_wanted_rows_are_left(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, 10)
+    step = step_of(pool, kernels, [(whole, 0, 10)], [3, 9])
+    step.attend(LayerCall(0, 0.2, None, None), whole.q, whole.k, whole.v)
+    assert step.rows_left is None
+    step.attend(LayerCall(1, 0.2, None, None), whole.q, whole.k, whole.v)
+    assert step.rows_left is not None
+    assert (step.rows_left.index.tolist(), step.rows_left.of) == ([3, 9], 10)
+
+
+def test_sequences_whose_wanted_rows_share_a_prefix_get_the_same_bits_as_alone(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    shared = text(pool, 1100)
+    compute(pool, kernels, CALL, [(shared, 0, 1100)])
+    again = [(shared, 1090, 1100), (shared, 1095, 1100)]
+    together = compute(pool, kernels, CALL, again, [9, 14])
+    assert torch.equal(together[9], together[14])
+    assert torch.equal(together[9], compute(pool, kernels, CALL, [(shared, 1099, 1100)])[0])

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
+from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft, attention_step
 from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import ModelFactory
 
@@ -132,3 +133,29 @@ def test_inputs_of_another_type_are_refused(kernels: Kernels, given: torch.dtype
         layer(weights(3, 32, given))
     with pytest.raises(UnsupportedModelError, match=r"given torch\.float16; they take"):
         NativeRMSNorm(kernels, torch.ones(32), 1e-6)(weights(3, 32, torch.float16))
+
+
+class _Left(AttentionStep):
+    """After the last layer's attention."""
+
+    def __init__(self, rows: list[int], of: int) -> None:
+        self.rows_left = RowsLeft(torch.tensor(rows, dtype=torch.int64), of)
+
+    def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("rows", [[], [6], [0, 2, 6]])
+def test_rows_that_are_not_left_are_not_computed(kernels: Kernels, rows: list[int]) -> None:
+    layer = NativeLinear(kernels, weights(64, 32, torch.float32), weights(64, 1, torch.float32).flatten())
+    pair = NativeGatedPair(kernels, weights(64, 32, torch.float32), weights(64, 32, torch.float32), 1)
+    inputs = weights(7, 32, torch.float32).view(1, 7, 32)
+    whole = layer(inputs), pair(inputs)
+    inputs[0, [row for row in range(7) if row not in rows]] = float("nan")
+    with attention_step(_Left(rows, of=7)):
+        some = layer(inputs), pair(inputs)
+        other_rows = layer(whole[0].new_ones(3, 32))
+    for all_rows, left in zip(whole, some, strict=True):
+        assert torch.equal(left[0, rows], all_rows[0, rows])
+        assert left.count_nonzero() == all_rows[0, rows].count_nonzero()
+    assert torch.equal(other_rows, layer(torch.ones(3, 32)))  # those of the output layer, for instance

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Batch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels, type_number
-from emberkv.engine.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft
 from emberkv.engine.runs import Run, shared_prefixes
 
 ROWS_PER_TASK = 64, 512
@@ -27,8 +27,8 @@ class NativeAttention:
         self._kernels = kernels
         self.name = kernels.identity
 
-    def step(self, runs: Batch[Run]) -> AttentionStep:
-        return NativeStep(self._pool, self._kernels, runs)
+    def step(self, runs: Batch[Run], wanted: Batch[int]) -> AttentionStep:
+        return NativeStep(self._pool, self._kernels, runs, wanted)
 
 
 class _Task(NamedTuple):
@@ -49,6 +49,14 @@ class _Task(NamedTuple):
             yield self._replace(first_span=first, last_span=min(first + size, self.last_span), whole=False)
 
 
+class _Part(NamedTuple):
+    """Consecutive tokens of a sequence. first_row: of theirs in the pass. table: where the sequence's slots begin."""
+
+    run: Run
+    first_row: int
+    table: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """tasks: of dtype TASK. row_ids: what these point into. partial_of: each row's first partial result, or -1."""
@@ -60,24 +68,25 @@ class _Plan:
 
 
 class NativeStep(AttentionStep):
-    """All runs' rows, one after the other; rows after them are padding.
+    """All runs' rows, one after the other; rows after them are padding. wanted: rows whose logits are, ascending.
 
-    Sequences with one new token share the computation over leading blocks that they have in common, span by span.
+    Sequences with one new token share the computation over leading blocks that they have in common, span by span. The
+    last layer attends for the wanted rows only.
     """
 
-    def __init__(self, pool: KVPool, kernels: Kernels, runs: Batch[Run]) -> None:
+    def __init__(self, pool: KVPool, kernels: Kernels, runs: Batch[Run], wanted: Batch[int]) -> None:
         self._pool = pool
         self._kernels = kernels
-        self._runs = runs
         counts = [run.count for run in runs]
+        tables = _offsets([len(run.slots) for run in runs])
+        self._parts = [_Part(run, row, table) for run, row, table in zip(runs, _offsets(counts), tables, strict=True)]
+        self._wanted = wanted
         self._rows = sum(counts)
         self._slots = np.array([slot for run in runs for slot in run.slots], dtype=np.int64)
-        self._table_of = _offsets([len(run.slots) for run in runs])
-        self._first_row = _offsets(counts)
-        self._tables = np.repeat(np.array(self._table_of, dtype=np.int32), counts)
+        self._tables = np.repeat(np.array(tables, dtype=np.int32), counts)
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
-        self._plans: dict[int | None, _Plan] = {}
+        self._plans: dict[tuple[int | None, bool], _Plan] = {}
         self._threads = torch.get_num_threads()
         self._call = self._prepared()
 
@@ -100,9 +109,14 @@ class NativeStep(AttentionStep):
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         window = call.window if call.window is not None and call.window < self._longest else None
-        plan = self._plan(window)
-        out = torch.empty(queries.shape, dtype=queries.dtype)
-        out[self._rows :] = 0
+        only_wanted = call.layer == self._pool.geometry.num_layers - 1 and len(self._wanted) < self._rows
+        plan = self._plan(window, only_wanted=only_wanted)
+        if only_wanted:
+            out = torch.zeros(queries.shape, dtype=queries.dtype)
+            self.rows_left = RowsLeft(torch.tensor(self._wanted, dtype=torch.int64), queries.shape[0])
+        else:
+            out = torch.empty(queries.shape, dtype=queries.dtype)
+            out[self._rows :] = 0
         queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
         native, storage = self._call, self._pool.storage
         native.type = type_number(queries, keys, values, storage)
@@ -125,34 +139,44 @@ class NativeStep(AttentionStep):
         width = -(-geometry.head_dim // lanes) * lanes + lanes
         return self._pool.scores.take((count, geometry.num_heads, width), torch.float32)
 
-    def _plan(self, window: int | None) -> _Plan:
-        if window not in self._plans:
-            self._plans[window] = self._make_plan(window)
-        return self._plans[window]
+    def _plan(self, window: int | None, *, only_wanted: bool) -> _Plan:
+        if (window, only_wanted) not in self._plans:
+            parts = list(self._wanted_parts()) if only_wanted else self._parts
+            self._plans[window, only_wanted] = self._make_plan(window, parts)
+        return self._plans[window, only_wanted]
 
-    def _make_plan(self, window: int | None) -> _Plan:
+    def _wanted_parts(self) -> "Iterator[_Part]":
+        at = 0
+        for row in self._wanted:
+            while row >= self._parts[at].first_row + self._parts[at].run.count:
+                at += 1
+            part = self._parts[at]
+            position = part.run.start + row - part.first_row
+            yield _Part(replace(part.run, start=position, count=1), row, part.table)
+
+    def _make_plan(self, window: int | None, parts: list[_Part]) -> _Plan:
         span = self._kernels.span
         tasks: list[_Task] = []
         row_ids = list(range(self._rows))
         partial: set[int] = set()  # rows whose spans are not all in one task
-        shared_spans = [0] * len(self._runs)
-        for members, spans in self._shared_spans() if window is None else ():
-            rows = [self._first_row[member] for member in members]
-            tasks.append(_Task(len(row_ids), len(rows), self._table_of[members[0]], 0, spans, spans * span, False))
+        shared_spans = [0] * len(parts)
+        for members, spans in self._shared_spans(parts) if window is None else ():
+            rows = [parts[member].first_row for member in members]
+            tasks.append(_Task(len(row_ids), len(rows), parts[members[0]].table, 0, spans, spans * span, False))
             row_ids += rows
             partial.update(rows)
             for member in members:
                 shared_spans[member] = spans
         tokens = self._tokens_per_task()
-        for run, shared, table, row in zip(self._runs, shared_spans, self._table_of, self._first_row, strict=True):
+        for (run, row, table), shared in zip(parts, shared_spans, strict=True):
             for first in range(0, run.count, tokens):
                 count = min(tokens, run.count - first)
                 stop = run.start + first + count
                 begin = shared if window is None else max(0, run.start + first - window + 1) // span
                 tasks.append(_Task(row + first, count, table, begin, -(-stop // span), stop, not shared))
-        pieces = self._threads // (len(tasks) * self._pool.geometry.num_kv_heads)
+        pieces = self._threads // max(1, len(tasks) * self._pool.geometry.num_kv_heads)
         if pieces > 1 and window is None:
-            partial.update(range(self._rows))
+            partial.update(row + i for run, row, _ in parts for i in range(run.count))
             tasks = [part for task in tasks for part in task.split(pieces)]
         partial_of = np.full(self._rows, -1, dtype=np.int64)
         num_partials = 0
@@ -168,11 +192,11 @@ class NativeStep(AttentionStep):
         rows: int = min(most, max(least, share)) * geometry.num_kv_heads // geometry.num_heads
         return max(1, rows)
 
-    def _shared_spans(self) -> list[tuple[list[int], int]]:
-        """Runs of one token each with so many whole leading spans in common."""
-        single = [index for index, run in enumerate(self._runs) if run.count == 1]
-        tables = [self._runs[index].slots for index in single]
-        lengths = [self._runs[index].stop for index in single]
+    def _shared_spans(self, parts: list[_Part]) -> list[tuple[list[int], int]]:
+        """Parts of one token each with so many whole leading spans in common."""
+        single = [index for index, part in enumerate(parts) if part.run.count == 1]
+        tables = [parts[index].run.slots for index in single]
+        lengths = [parts[index].run.stop for index in single]
         groups = shared_prefixes(tables, lengths, self._pool.block_size, self._kernels.span)
         found = [([single[member] for member in members], blocks) for members, blocks in groups]
         return [(members, blocks * self._pool.block_size // self._kernels.span) for members, blocks in found]

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall, type_number
+from emberkv.engine.paged_attention import rows_left
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""
@@ -79,12 +80,23 @@ def _call(layer: NativeLinear | NativeGatedPair) -> LinearCall:
 
 
 def _compute(kernels: Kernels, call: LinearCall, weight: Tensor, inputs: Tensor) -> Tensor:
-    rows = inputs.reshape(-1, call.in_features).contiguous()
+    """Of the rows that are left; zeros for others."""
+    rows = inputs.reshape(-1, call.in_features)
+    left = rows_left()
+    if left is None or left.of != rows.shape[0]:
+        out = _product(kernels, call, weight, rows.contiguous())
+    else:
+        out = rows.new_zeros(left.of, call.out_features)
+        out[left.index] = _product(kernels, call, weight, rows[left.index])
+    return out.view(*inputs.shape[:-1], call.out_features)
+
+
+def _product(kernels: Kernels, call: LinearCall, weight: Tensor, rows: Tensor) -> Tensor:
     call.type = type_number(rows, weight)
     out = torch.empty((rows.shape[0], call.out_features), dtype=rows.dtype)
     call.inputs, call.out, call.input_row, call.rows = rows.data_ptr(), out.data_ptr(), call.in_features, rows.shape[0]
     kernels.linear(call)
-    return out.view(*inputs.shape[:-1], call.out_features)
+    return out
 
 
 def _packed(weight: Tensor, columns: int) -> Tensor:
