@@ -43,6 +43,20 @@ def test_an_answers_blocks_can_be_found_by_the_next_turn() -> None:
     assert watch.curve()[-1].hit_rate == pytest.approx(4 / 6)
 
 
+def test_what_is_told_with_an_admission_waits_for_what_is_told_next() -> None:
+    pool = BlockPool(8, 4)
+    watch = ReuseWatch(num_blocks=8, block_bytes=1024)
+    for start in (0, 100, 200):
+        watch.saw(admitted(range(start, start + 8)))
+        assert watch.waiting == 1  # however many come one after the other
+    store(pool, chain(range(8)))
+    watch.saw(CacheNews(time=0.0, admitted=(), events=pool.events.since(0) or ()))
+    assert watch.waiting == 0
+    watch.saw(admitted(range(8)))
+    assert watch.curve()[-1].hit_rate == pytest.approx(2 / 8)
+    assert watch.waiting == 0
+
+
 def test_prometheus_and_json_tell_a_point_by_its_bytes() -> None:
     registry = CollectorRegistry()
     watch: ReuseWatch | None = None

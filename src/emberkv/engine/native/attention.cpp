@@ -100,8 +100,12 @@ public:
             std::copy(next, next + keys, here);
             pack(here, keys);
             locate(task, kv_head, (span + 1) * SPAN, next);
-            for (int first = 0; first < count; first += BATCH)
-                attend_span(task, kv_head, span, keys, first, std::min(BATCH, count - first));
+            const int ahead = std::clamp(task.stop - (span + 1) * SPAN, 0, SPAN);
+            for (int first = 0; first < count; first += BATCH) {
+                const int last = std::min(first + BATCH, count);
+                prefetch(next + ahead * first / count, next + ahead * last / count);
+                attend_span(task, kv_head, span, keys, first, last - first);
+            }
         }
         if (task.whole)
             for (int i = 0; i < count; i++) finish(row_of(task, i), head_of(kv_head, i), totals_[i], sums_ + i * dims_);
@@ -135,8 +139,7 @@ private:
         return call_.partials + ((call_.partial_of[row] + span) * call_.heads + head) * (dims_ + LANES);
     }
 
-    // Where a span's keys of one head lie. Has the cache load them, and their values, while others are computed: blocks
-    // lie apart, and no processor foresees where.
+    // Where a span's keys of one head lie.
     void locate(const Task& task, int kv_head, int begin, const char** keys) const {
         const int size = call_.dim * element_, token = call_.kv_heads * size, stop = std::min(begin + SPAN, task.stop);
         const char* key = nullptr;
@@ -146,11 +149,18 @@ private:
                 left = call_.block_size - k % call_.block_size;
             }
             keys[k - begin] = key;
-            for (int byte = 0; byte < size; byte += 64) {
-                __builtin_prefetch(key + byte);
-                __builtin_prefetch(key + byte + call_.value_bytes);
-            }
         }
+    }
+
+    // Has the cache load keys and their values while others are computed: blocks lie apart, and no processor foresees
+    // where.
+    void prefetch(const char* const* key, const char* const* last) const {
+        const int size = call_.dim * element_;
+        for (; key < last; key++)
+            for (int byte = 0; byte < size; byte += 64) {
+                __builtin_prefetch(*key + byte, 0, 2);
+                __builtin_prefetch(*key + byte + call_.value_bytes, 0, 2);
+            }
     }
 
     // Lays a span out for products: keys transposed, values as they are.

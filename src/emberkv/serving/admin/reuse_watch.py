@@ -1,10 +1,11 @@
 """The watch on reuse: the traffic that is served, followed for what caches of other sizes would make of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
 from emberkv.core.events import BlockStored
+from emberkv.core.hashing import Identity
 from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.engine.news import CacheNews
 
@@ -18,27 +19,38 @@ def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> li
 
 class ReuseWatch:
     """An observer for `EngineLoop.watch`: prompts are looked up as they are admitted, answers stored as their blocks
-    fill. `saw` takes microseconds on the engine's thread; the curve may be read from any thread.
+    fill. What it is told with an admission waits for what is told next, or for a reader, and so no first token waits
+    for the looking up. The curve may be read from any thread.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         """The pool's blocks, and the bytes of one."""
         self.block_bytes = block_bytes
         self._estimator = ReuseEstimator(capacities_around(num_blocks))
+        self._waiting: list[tuple[Callable[[Sequence[Identity]], None], Sequence[Identity]]] = []
         self._lock = Lock()
+
+    @property
+    def waiting(self) -> int:
+        """What it was told and has not taken in yet."""
+        return len(self._waiting)
 
     def saw(self, news: CacheNews) -> None:
         with self._lock:
+            self._catch_up()
             for sequence in news.admitted:
                 full = sequence.prompt_tokens // sequence.chain.block_size
-                self._estimator.access(sequence.chain.identities[:full])
+                self._waiting.append((self._estimator.access, sequence.chain.identities[:full]))
             for numbered in news.events:
                 if isinstance(numbered.event, BlockStored):
-                    self._estimator.keep(numbered.event.identities)
+                    self._waiting.append((self._estimator.keep, numbered.event.identities))
+            if not news.admitted:
+                self._catch_up()
 
     def curve(self) -> list[CurvePoint]:
         """Empty before there is traffic."""
         with self._lock:
+            self._catch_up()
             return self._estimator.curve()
 
     def figures(self) -> list[dict[str, Any]]:
@@ -52,3 +64,8 @@ class ReuseWatch:
             }
             for point in self.curve()
         ]
+
+    def _catch_up(self) -> None:
+        for take_in, identities in self._waiting:
+            take_in(identities)
+        self._waiting.clear()
