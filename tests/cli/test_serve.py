@@ -69,6 +69,7 @@ def test_an_unknown_variable(refusal: Serve) -> None:
         ("--cache-ram", "lots", "cache_ram is 'lots'"),
         ("--cache-ram", "0", "cache_ram is '0'"),
         ("--dtype", "int4", "dtype is 'int4'"),
+        ("--kernels", "cuda", "kernels is 'cuda'"),
         ("--eviction", "random", "eviction is 'random': use one of lru"),
         ("--block-size", "17", "prefill_chunk is 128; it must be a multiple of block_size, 17"),
         ("--max-body", "big", "max_body is 'big'"),

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from importlib.resources import files
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.markup import escape
@@ -26,14 +25,12 @@ from emberkv.serving.warmup.warm_start import make_warmup
 from emberkv.serving.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
-    from emberkv.engine.assembly import AssembledEngine, EngineConfig
+    from emberkv.engine.assembly import AssembledEngine
     from emberkv.engine.loader import LoadedModel as ModelOnDevice
 
 T = TypeVar("T")
 
 DEMO_MODEL_NAME = "emberkv-demo"
-RETAINED_SHARE = 0.25
-"""Of the KV pool, what requests and pins may have evicted last."""
 
 
 class Startup:
@@ -95,29 +92,21 @@ class Startup:
         config = self._config
         with console.status("importing PyTorch") as status:
             try:
-                from emberkv.engine import assembly, loader, paged_attention  # noqa: PLC0415 - takes seconds, which show
-                from emberkv.engine.native import choice  # noqa: PLC0415 - the same
+                from emberkv.engine import assembly, configured  # noqa: PLC0415 - takes seconds, which show
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
-            loaded = loader.load_model(
-                config.model or str(files("emberkv") / "demo_model"),
-                dtype=config.dtype,
-                device=config.device,
-                attn_implementation=paged_attention.ATTENTION_NAME,
-                progress=lambda line: status.update(escape(line)),
-                fingerprint_cache=config.machine_cache,
-            )
-            status.update("compiling the C++ kernels, if they are not yet")
-            kernels = choice.find_kernels(config.kernels, loaded, config.machine_cache)
+            loaded, kernels = configured.load_configured(config, lambda line: status.update(escape(line)))
             status.update("allocating the KV pool and checking the attention")
             prompt_files = config.warmup_system_files if config.warmup else None
             prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
+            cache_bytes = int(config.cache_ram or assembly.free_memory(loaded.device) // 4)
+            tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})
             engine = assembly.assemble(
                 loaded,
-                self._engine_config(int(config.cache_ram or assembly.free_memory(loaded.device) // 4)),
+                configured.engine_config(config, cache_bytes, tiers),
                 kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
@@ -125,29 +114,6 @@ class Startup:
             )
         warmup = make_warmup(config, engine, self._tenants, prompts, problems, on_ready=self._lifecycle.warmed)
         return loaded, engine, warmup
-
-    def _engine_config(self, cache_bytes: int) -> "EngineConfig":
-        from emberkv.engine.assembly import EngineConfig  # noqa: PLC0415 - needs torch, and only now
-        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415 - the same
-
-        config = self._config
-        return EngineConfig(
-            cache_bytes=cache_bytes,
-            block_size=config.block_size,
-            prefill_chunk=config.prefill_chunk,
-            max_step_tokens=config.max_step_tokens,
-            max_running=config.max_running,
-            eviction=config.eviction,
-            exact=config.exact,
-            prefix_cache=config.prefix_cache,
-            tiers=TierConfig(
-                ram_bytes=int(config.ram_tier),
-                folder=config.cache_dir,
-                disk_bytes=int(config.cache_disk),
-                shares={tier: self._tenants.shares(tier) for tier in TIERS},
-                retain_share=RETAINED_SHARE,
-            ),
-        )
 
 
 def _on_a_thread_that_ends(work: Callable[[], T]) -> T:

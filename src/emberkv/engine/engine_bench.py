@@ -2,13 +2,11 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
-from importlib.resources import files
 
 import torch
 
 from emberkv.config import ServeConfig
-from emberkv.engine.assembly import EngineConfig, assemble
+from emberkv.engine.assembly import assemble
 from emberkv.engine.calibration import (
     LinearTime,
     PrefillBench,
@@ -18,15 +16,11 @@ from emberkv.engine.calibration import (
     time_linears,
     time_tier,
 )
-from emberkv.engine.loader import load_model
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.engine.configured import Told, engine_config, load_configured
+from emberkv.engine.tier_setup import TierConfig
 from emberkv.tiers.base import Tier
 
 CACHE_BYTES = 256 * 2**20
-
-Told = Callable[[str], None]
-"""Told what is being done, in a line of plain text."""
 
 
 class EngineBench:
@@ -37,18 +31,8 @@ class EngineBench:
     """
 
     def __init__(self, config: ServeConfig, told: Told) -> None:
-        source = config.model or str(files("emberkv") / "demo_model")
-        self.loaded = load_model(
-            source, dtype=config.dtype, device=config.device, attn_implementation=ATTENTION_NAME, progress=told
-        )
-        self._config = EngineConfig(
-            int(config.cache_ram or CACHE_BYTES),
-            config.block_size,
-            config.prefill_chunk,
-            max_step_tokens=config.max_step_tokens,
-        )
-        told("compiling the C++ kernels, if they are not yet")
-        kernels = find_kernels(config.kernels, self.loaded, config.machine_cache)
+        self.loaded, kernels = load_configured(config, told)
+        self._config = engine_config(config, int(config.cache_ram or CACHE_BYTES), TierConfig())
         self._engine = assemble(self.loaded, self._config, kernels=kernels)
         told("matrix products")
         self.linears: list[LinearTime] = time_linears(self.loaded.model)

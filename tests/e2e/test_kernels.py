@@ -1,0 +1,46 @@
+"""What computes, as a user chooses it and sees it: the C++ kernels, or torch."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import CheckpointFactory
+from tests.e2e.process import COMMAND, DEADLINE, clean_environment, serving
+
+PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles of 32, and a rest
+
+
+@pytest.mark.parametrize(
+    ("given", "compiler", "shown", "cached"),
+    [
+        ((), True, r"C\+\+, vectors of \d+.*; decoded KV is exact", 80),
+        (("--kernels", "torch"), True, r"torch$", 64),
+        ((), False, r"torch$", 64),
+    ],
+    ids=["found", "not wanted", "no compiler"],
+)
+def test_the_summary_says_what_computes(
+    checkpoint: CheckpointFactory, tmp_path: Path, given: tuple[str, ...], compiler: bool, shown: str, cached: int
+) -> None:
+    through = () if compiler else ("env", f"PATH={tmp_path}")
+    arguments = (str(checkpoint("llama")), "--cache-ram", "8MiB", *given)
+    with serving(tmp_path, *arguments, through=through) as server:
+        log = server.log.read_text()
+        body = {"model": checkpoint("llama").name, "prompt": PROMPT, "max_tokens": 1}
+        for _ in range(2):
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=DEADLINE).json()
+    assert re.search(rf"kernels\s+{shown}", re.sub(r" +\n", "\n", log), re.MULTILINE), log
+    assert ("torch computes in place of the C++ kernels" in log) is not compiler
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+
+
+def test_kernels_that_are_asked_for_and_cannot_be_are_an_error(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    command = [*COMMAND, str(checkpoint("llama")), "--kernels", "native", "--port", "0"]
+    environ = clean_environment() | {"PATH": str(tmp_path)}
+    refused = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert refused.returncode == 1
+    assert "error: no C++ compiler: none of g++, c++ is on the PATH" in refused.stderr
+    assert "Traceback" not in refused.stderr
