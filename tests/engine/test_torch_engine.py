@@ -146,6 +146,12 @@ def test_with_the_kernels_hits_end_at_blocks_and_decode_steps_are_exact(
     assert made.uniform
 
 
+def test_with_the_kernels_blocks_as_large_as_chunks_are_tried_as_well(paged: ModelFactory, kernels: Kernels) -> None:
+    made = engine(paged("llama"), kernels=kernels, chunk=BLOCK)
+    assert made.alignment == BLOCK
+    assert made.uniform
+
+
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
 @torch.inference_mode()
 def test_with_the_kernels_the_last_layer_computes_only_what_logits_need(

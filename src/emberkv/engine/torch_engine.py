@@ -164,25 +164,32 @@ class TorchEngine:
         Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
         """
         experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
-        if self.alignment == self.prefill_chunk or experts or not rows_are_independent(self._model):
+        whole_chunks = self.alignment == self.prefill_chunk and self.kernels is None
+        if whole_chunks or experts or not rows_are_independent(self._model):
             return False
         # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
         return all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.alignment // 2 + 1))
 
     @torch.inference_mode()
     def _same_in_pieces(self, length: int) -> bool:
-        """Whether tokens cut after a chunk and after a tile get the same KV state and the same last logits."""
+        """Whether tokens cut after a chunk or after a tile get the KV state and the last logits that they get whole."""
         blocks = -(-length // self.pool.block_size)
         if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
             return False
         tokens = self._made_up_tokens(length)
         self.pool.clear(list(range(2 * blocks)))
-        logits = []
-        for cut, first in (self.prefill_chunk, 0), (self.alignment, blocks):
-            slots = list(range(first, first + blocks))
-            self.prefill(tokens[:cut], 0, slots, sample=False)
-            logits.append(self.prefill(tokens[cut:], cut, slots, sample=True))
-        return torch.equal(*logits) and torch.equal(*torch.split(self.pool.storage[: 2 * blocks], blocks))
+        first, second = list(range(blocks)), list(range(blocks, 2 * blocks))
+        expected = self.prefill(tokens, 0, first, sample=True)
+        for cut in {self.prefill_chunk, self.alignment}:
+            self.pool.clear(second)
+            self.prefill(tokens[:cut], 0, second, sample=False)
+            logits = self.prefill(tokens[cut:], cut, second, sample=True)
+            if not (torch.equal(logits, expected) and self._same_blocks(first, second)):
+                return False
+        return True
+
+    def _same_blocks(self, first: list[int], second: list[int]) -> bool:
+        return torch.equal(self.pool.storage[first], self.pool.storage[second])
 
     @torch.inference_mode()
     def _decodes_as_it_prefills(self) -> bool:
@@ -199,7 +206,7 @@ class TorchEngine:
         self.prefill(tokens[:-tail], 0, second, sample=False)
         for stop in range(length - tail, length):
             logits = self.decode([tokens[stop]], [stop + 1], [second])
-        return torch.equal(logits, expected) and torch.equal(*torch.split(self.pool.storage[: 2 * blocks], blocks))
+        return torch.equal(logits, expected) and self._same_blocks(first, second)
 
     @torch.inference_mode()
     def _plain_logits(self) -> Tensor:
