@@ -68,6 +68,38 @@ def test_a_norm_is_what_it_was(kernels: Kernels, dtype: torch.dtype, make: type[
     torch.testing.assert_close(model(inputs), expected)
 
 
+@pytest.mark.parametrize(("make", "scale"), [(LlamaRMSNorm, 100.0), (GemmaRMSNorm, 101.0)])
+def test_a_norm_of_large_weights_is_not_taken_for_another(
+    kernels: Kernels, make: type[nn.Module], scale: float
+) -> None:
+    model = nn.Sequential(make(96).to(torch.bfloat16))
+    nn.init.constant_(model[0].weight, 100)
+    replace_layers(model, kernels)
+    assert isinstance(model[0], NativeRMSNorm)
+    assert model[0].scale.tolist() == [scale] * 96
+
+
+class Clamped(nn.Module):
+    """A gated pair of which what is large is clamped, as some experts' is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(32, 64, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(64, 32, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        gate = self.act_fn(self.gate_proj(inputs)).clamp(max=7)
+        result: Tensor = self.down_proj(gate * self.up_proj(inputs))
+        return result
+
+
+def test_a_pair_that_clamps_what_is_large_is_left(kernels: Kernels) -> None:
+    model = nn.Sequential(Clamped()).requires_grad_(False)
+    replace_layers(model, kernels)
+    assert isinstance(model[0], Clamped)
+
+
 @pytest.mark.parametrize("kind", ["linear", "gated", "norm"])
 def test_a_row_has_the_same_bits_among_any_other_rows(kernels: Kernels, dtype: torch.dtype, kind: str) -> None:
     first, second = weights(200, 320, dtype), weights(200, 320, dtype, 1)
