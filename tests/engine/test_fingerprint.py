@@ -141,3 +141,12 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin"):
         weights_fingerprint(folder, None)
+
+
+def test_what_a_killed_process_left_beside_the_hashes_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f"{CACHE_FILE}.abcd1234.tmp"
+    left.write_text("{")
+    os.utime(left, (0, 0))
+    weights_fingerprint(write_model(tmp_path / "model"), tmp_path)
+    assert not left.exists()
+    assert (tmp_path / CACHE_FILE).is_file()

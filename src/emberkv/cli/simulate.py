@@ -50,8 +50,9 @@ def simulate(
 ) -> None:
     """Replay a workload through the scheduler, cache and router that serve, in virtual time.
 
-    A YAML file can say all that the options say, under the key simulation; options go before it. An interrupt
-    (Ctrl-C) ends it early and writes what there is.
+    A YAML file can say all that the options say, under the key simulation; options go before it.
+
+    An interrupt (Ctrl-C) ends it early and writes what there is.
     """
     changes = {
         "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "replicas": replicas,

@@ -43,8 +43,11 @@ def generate(
 ) -> None:
     """Write a described workload as a trace.
 
-    A follow-up comes a think time after the turn before it completes. Nothing is simulated here, so each turn is
-    assumed to take the time that the options give; emberkv's own format also keeps who follows whom.
+    A follow-up comes a think time after the turn before it completes.
+
+    Nothing is simulated here: each turn is assumed to take the time that the options give.
+
+    emberkv's own format also keeps who follows whom.
     """
     service = ServiceTime(first_token, per_token)
     with errors_told() as errors:

@@ -1,15 +1,14 @@
 """The identity of a model's weights: by their content, never by their name."""
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from emberkv.engine.checkpoint import weight_files
+from emberkv.whole_file import remove_leftovers, replace_file
 
 CACHE_FILE = "weight-hashes.json"
 _CHUNK_BYTES = 4 << 20
@@ -87,9 +86,8 @@ class _HashCache:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {**self._load(), key: entry}
-        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as temporary:
-            json.dump(content, temporary)
-        os.replace(temporary.name, self.file)
+        remove_leftovers(self.file.parent, re.escape(self.file.name))
+        replace_file(self.file, json.dumps(content).encode())
 
 
 def _is_entry(entry: object) -> bool:

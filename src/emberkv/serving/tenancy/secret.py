@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from emberkv.errors import ConfigError
-from emberkv.serving.whole_file import drafted, remove_leftovers
+from emberkv.whole_file import drafted, remove_leftovers
 
 SECRET_BYTES = 32
 SECRET_FILE = "secret"  # noqa: S105 - a file's name

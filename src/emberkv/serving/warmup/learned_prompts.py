@@ -13,7 +13,7 @@ from emberkv.errors import EmberError, PrefixFileError
 from emberkv.serving.metrics import Clock
 from emberkv.serving.warmup.prefix_file import FILE_NAMES, prefix_file, read_prefixes, write_prefixes
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.serving.whole_file import remove_leftovers
+from emberkv.whole_file import remove_leftovers
 
 SAVE_SECONDS = 300.0
 MAX_PREFIXES = 1000

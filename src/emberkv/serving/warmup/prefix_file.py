@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 
 from emberkv.core.popularity import PopularPrefix, full_tokens
 from emberkv.errors import PrefixFileError
-from emberkv.serving.whole_file import replace_file
+from emberkv.whole_file import replace_file
 
 MAX_FILE_BYTES = 64 * 2**20
 FILE_NAMES = r"prefixes\.[0-9a-f]{16}\.json"

@@ -1,4 +1,4 @@
-"""Small files of a cache folder that are whole or not there: written as a draft beside their place, then put into it.
+"""Small files that are whole or not there: written as a draft beside their place, then put into it.
 
 A process that is killed meanwhile leaves its draft, which whoever opens the file next removes.
 """
