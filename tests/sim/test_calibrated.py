@@ -35,12 +35,13 @@ def measured_on(hardware: HardwareProfile, works: list[Work]) -> Measurements:
     ]
     steps = [(work, roofline.terms_of(work).total) for work in works]
     tiers = {"disk": TierRates(latency_us=20, read_gb_per_s=1.5, write_gb_per_s=0.5)}
-    return Measurements(linears, steps, "one", 2**34, tiers)
+    return Measurements(linears, steps, hardware.passes, 2**34, tiers, hardware.last_layer)
 
 
 @pytest.mark.parametrize("passes", ["one", "each"])
-def test_a_machine_is_recognised_by_its_times(passes: str) -> None:
-    hardware = machine(passes=passes)
+@pytest.mark.parametrize("last_layer", ["all", "wanted"])
+def test_a_machine_is_recognised_by_its_times(passes: str, last_layer: str) -> None:
+    hardware = machine(passes=passes, last_layer=last_layer)
     measured = measured_on(hardware, SHAPES)
     found = calibrated_profile("found", "", DEMO, measured)
     assert deviation(found, DEMO, measured) < 0.02

@@ -68,6 +68,28 @@ def test_only_the_last_chunk_of_a_prompt_needs_logits() -> None:
     assert roofline.terms_of(Work(0, 0, (Chunk(0, 16, True),))).logits == pytest.approx(linear(1, 8, 32))
 
 
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_last_layer_that_computes_what_is_wanted_costs_keys_and_values_for_the_rest(samples: bool) -> None:
+    sparing = FLAT.model_copy(update={"last_layer": "wanted"})
+    terms = Roofline(TINY, sparing).terms_of(Work(3, 100, (Chunk(10, 30, samples),)))
+    rows, last = 3 + 20, 3 + samples
+    after = linear(last, 8, 8) + linear(last, 8, 32) + linear(last, 16, 8)
+    assert terms.gemm == pytest.approx(layer_gemm(rows) + linear(rows, 8, 16) + after)
+    pairs = sum(position + 1 for position in range(10, 30))
+    assert terms.prefill_attention == pytest.approx(4 * 8 * (pairs + 30 * samples) * NS)
+    assert terms.decode_attention == pytest.approx(2 * 100 * 16 * NS)
+    nothing = Roofline(TINY, sparing).terms_of(Work(0, 0, (Chunk(0, 20, False),)))
+    assert nothing.gemm == pytest.approx(layer_gemm(20) + linear(20, 8, 16))
+
+
+def test_a_last_layer_with_a_window_computes_what_is_wanted_of_the_window() -> None:
+    sparing = FLAT.model_copy(update={"last_layer": "wanted"})
+    windowed = replace(WINDOWED, window_layers=2)
+    terms = Roofline(windowed, sparing).terms_of(Work(0, 0, (Chunk(0, 20, True),)))
+    pairs = sum(min(position + 1, 8) for position in range(20))
+    assert terms.prefill_attention == pytest.approx(4 * 8 * (pairs + 8) * NS)
+
+
 def test_a_window_bounds_what_its_layers_read_and_compute() -> None:
     roofline = Roofline(WINDOWED, FLAT)
     assert roofline.terms_of(Work(2, 100)).decode_attention == pytest.approx((100 + 2 * 8) * 16 * NS)

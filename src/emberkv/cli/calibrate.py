@@ -82,12 +82,13 @@ def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
         spec = _spec_of(config, bench)
         about = f"{spec.name} in {spec.base_dtype} on {bench.device}"
         linears, memory = [(each.rows, each.seconds) for each in bench.linears], bench.memory
-        chunk_passes: Literal["one", "each"] = "each" if bench.alignment == config.prefill_chunk else "one"
+        passes: Literal["one", "each"] = "one" if bench.one_pass else "each"
+        last_layer: Literal["all", "wanted"] = "wanted" if bench.last_layer_spares else "all"
         del bench  # its memory is the server's from here on
         status.update("a server's answers")
         with served(config, Path(place, "server.log")) as url:
             decodes = asyncio.run(_with_client(url, decode_times))
-            measured = Measurements(linears, [*prefills, *decodes], chunk_passes, memory, tiers)
+            measured = Measurements(linears, [*prefills, *decodes], passes, memory, tiers, last_layer)
             profile = calibrated_profile(name, about, spec, measured)
             beside = asyncio.run(_with_client(url, partial(request_times, roofline=Roofline(spec, profile))))
     _console.print(f"the profile takes the times measured within {deviation(profile, spec, measured):.0%} (median)")

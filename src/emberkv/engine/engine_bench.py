@@ -51,13 +51,23 @@ class EngineBench:
         """Tokens of the unit in which state can be reused."""
         return self._engine.executor.alignment
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step is one forward pass."""
+        return self._engine.executor.one_pass
+
+    @property
+    def last_layer_spares(self) -> bool:
+        """Whether the last layer attends, and goes on, only for rows whose logits are wanted."""
+        return self._engine.executor.kernels is not None
+
     def prefills(self, rounds: int, told: Told) -> dict[tuple[int, int], float]:
         """Seconds of prefills of the tokens ``[start, stop)``, those before being cached; the engine runs meanwhile.
 
         The median of rounds over all: a machine's pace changes, for seconds at a time.
         """
         config, loop = self._config, self._engine.loop
-        budget = config.max_step_tokens if self.alignment < config.prefill_chunk else config.prefill_chunk
+        budget = config.max_step_tokens if self.one_pass else config.prefill_chunk
         grid = list(prefill_grid(loop.context_length, self.alignment, budget))
         bench = PrefillBench(loop, self.loaded.geometry.vocab_size)
         found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)

@@ -58,6 +58,7 @@ class TorchEngine:
     in whatever chunk they are computed; hits are rounded down to a multiple of ``alignment``. It is a block with the
     kernels, by which no row influences another. With torch it is a tile, as attention is cut at absolute positions,
     where the machine's libraries compute the linear layers so. Both are tried; where it fails, it is the chunk.
+    Where it holds, all of a step is *one pass*.
     It is *uniform* if decode steps give a token's state the same bits as well, which with the kernels they do.
     """
 
@@ -88,11 +89,11 @@ class TorchEngine:
         wanted = block_size if self.kernels is not None else tile
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
         self._attention = self._make_attention()
-        self._tile_invariant = self._is_tile_invariant()
-        if not self._tile_invariant:
+        self.one_pass = self._is_tile_invariant()
+        if not self.one_pass:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
-        self.uniform = self.kernels is not None and self._tile_invariant and self._decodes_as_it_prefills()
+        self.uniform = self.kernels is not None and self.one_pass and self._decodes_as_it_prefills()
 
     def _make_attention(self) -> AttentionBackend:
         if self.kernels is not None:
@@ -116,7 +117,7 @@ class TorchEngine:
         Where rows do not influence one another's bits, all goes through the model in one pass.
         """
         decodes = [_decode_work(sequence) for sequence in plan.decodes]
-        if self._tile_invariant:
+        if self.one_pass:
             passes = [decodes + [_prefill_work(chunk) for chunk in _in_one_piece(plan.prefills)]]
         else:
             passes = [decodes, *([_prefill_work(chunk)] for chunk in plan.prefills)]

@@ -25,7 +25,7 @@ class Measurements:
     """One machine's times for one model.
 
     linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
-    passes: see `HardwareProfile`. tiers: rates of the lower tiers.
+    passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers.
     """
 
     linears: Sequence[tuple[int, float]]
@@ -33,6 +33,7 @@ class Measurements:
     passes: Literal["one", "each"]
     memory_bytes: int
     tiers: Mapping[str, TierRates] = field(default_factory=dict)
+    last_layer: Literal["all", "wanted"] = "all"
 
 
 def calibrated_profile(name: str, description: str, model: ModelSpec, measured: Measurements) -> HardwareProfile:
@@ -124,6 +125,7 @@ def _draft(
         "decode_attention": f"{here}: answers over HTTP, by streams and context",
         "overheads_us": f"{here}: what is left of answers and first tokens, fitted",
         "passes": "as the engine computes on this machine",
+        "last_layer": "likewise",
         "request_us": f"{here}: first tokens over HTTP, less their steps",
         "request_token_us": f"{here}: the same, by the length of the prompt",
         "tiers": "measured on this machine: blocks stored, and loaded, verified and copied",
@@ -139,6 +141,7 @@ def _draft(
         decode_attention=[[1.0, 1.0]],
         overheads_us=Overheads(),
         passes=measured.passes,
+        last_layer=measured.last_layer,
         request_us=0.0,
         request_token_us=0.0,
         tiers=dict(measured.tiers),

@@ -40,6 +40,7 @@ class Roofline:
         self.hardware = hardware
         self.tensor_parallel = tensor_parallel
         self._one_pass = hardware.passes == "one"
+        self._last_wanted = hardware.last_layer == "wanted"
         self._overheads = hardware.overheads_us
         self._bandwidth = hardware.bytes_per_second
         self._flops = hardware.flops(model.weights_dtype if model.weights_dtype == "fp8" else model.base_dtype)
@@ -51,7 +52,7 @@ class Roofline:
         self._kv_bytes = model.kv_bytes_per_layer * heads / model.kv_heads
         self._score_flops = 4 * model.query_size / tensor_parallel
         self._element_bytes = DTYPE_BITS[model.base_dtype] / 8
-        self._rows: dict[int, RowTerms] = {}
+        self._rows: dict[tuple[int, int], RowTerms] = {}
         self._sampled: dict[int, float] = {}
 
     def step_seconds(self, plan: StepPlan) -> float:
@@ -96,7 +97,7 @@ class Roofline:
         rows, sampled = sequences, sequences
         for start, stop, samples in chunks:
             tokens = stop - start
-            terms.prefill_attention += self._prefill_attention(start, stop)
+            terms.prefill_attention += self._prefill_attention(start, stop, samples)
             terms.sequence_overhead += self._overheads.chunk * MICROSECOND
             terms.token_overhead += self._overheads.token * MICROSECOND * tokens
             if self._one_pass:
@@ -109,9 +110,10 @@ class Roofline:
         return terms
 
     def _add_pass(self, terms: StepTerms, rows: int, sampled: int) -> None:
-        known = self._rows.get(rows)
+        last = sampled if self._last_wanted else rows
+        known = self._rows.get((rows, last))
         if known is None:
-            known = self._rows[rows] = self._row_terms(rows)
+            known = self._rows[rows, last] = self._row_terms(rows, last)
         if sampled not in self._sampled:
             self._sampled[sampled] = self._logits(sampled)
         terms.gemm += known.gemm
@@ -120,14 +122,14 @@ class Roofline:
         terms.layer_overhead += known.layer_overhead
         terms.logits += self._sampled[sampled]
 
-    def _row_terms(self, rows: int) -> RowTerms:
+    def _row_terms(self, rows: int, last: int) -> RowTerms:
+        """last: rows for which the last layer goes on after its keys and values."""
         model, devices = self.model, self.tensor_parallel
         mixtures = model.moe_layers * self._mixture(rows) if model.moe_layers else 0.0
         dense = (model.layers - model.moe_layers) * self._mlp(rows, model.intermediate)
         width = model.query_size + 2 * model.kv_size
-        attention = self._linear(rows, model.hidden, width / devices) + self._linear(
-            rows, model.query_size / devices, model.hidden
-        )
+        attention = self._linear(rows, model.hidden, width / devices) + self._attention_out(rows)
+        spared = self._after_attention(rows) - self._after_attention(last) if last < rows else 0.0
         # Two norms with their residuals read and write 8 vectors; rotation and the cache 2 of each head's; the MLP's
         # activation 3 of its width.
         mlp = max(model.intermediate, model.experts_per_token * model.expert_intermediate)
@@ -135,11 +137,21 @@ class Roofline:
         moved = rows * vectors * self._element_bytes / (self._bandwidth * self.hardware.gemm_bandwidth)
         overhead = self._overheads.layer * model.layers + self._overheads.launch
         return RowTerms(
-            gemm=mixtures + dense + model.layers * attention,
+            gemm=mixtures + dense + model.layers * attention - spared,
             elementwise=model.layers * moved,
             all_reduce=2 * model.layers * self._all_reduce(rows),
             layer_overhead=overhead * MICROSECOND,
         )
+
+    def _after_attention(self, rows: int) -> float:
+        """What the last layer's products take from there on."""
+        if not rows:
+            return 0.0
+        mlp = self._mixture(rows) if self.model.moe_layers else self._mlp(rows, self.model.intermediate)
+        return self._attention_out(rows) + mlp
+
+    def _attention_out(self, rows: int) -> float:
+        return self._linear(rows, self.model.query_size / self.tensor_parallel, self.model.hidden)
 
     def _all_reduce(self, rows: int) -> float:
         """A ring exchanges 2(n-1)/n of the data over each link."""
@@ -184,13 +196,22 @@ class Roofline:
             seconds += model.window_layers * self._read_kv(min(context, sequences * model.window))
         return seconds
 
-    def _prefill_attention(self, start: int, stop: int) -> float:
-        model = self.model
-        seconds = (model.layers - model.window_layers) * self._attend(_pairs(stop) - _pairs(start), stop)
-        if model.window_layers:
-            pairs = _pairs(stop, model.window) - _pairs(start, model.window)
-            reach = min(stop, stop - start + model.window)
-            seconds += model.window_layers * self._attend(pairs, reach)
+    def _prefill_attention(self, start: int, stop: int, samples: bool) -> float:
+        windowed = self.model.window_layers
+        full = self.model.layers - windowed
+        if not self._last_wanted:
+            return self._attention_of(full, windowed, start, stop)
+        last = (1, 0) if full else (0, 1)
+        seconds = self._attention_of(full - last[0], windowed - last[1], start, stop)
+        return seconds + self._attention_of(*last, stop - 1, stop) if samples else seconds
+
+    def _attention_of(self, full: int, windowed: int, start: int, stop: int) -> float:
+        """Of so many layers without a window and with one."""
+        seconds = full * self._attend(_pairs(stop) - _pairs(start), stop)
+        if windowed:
+            pairs = _pairs(stop, self.model.window) - _pairs(start, self.model.window)
+            reach = min(stop, stop - start + self.model.window)
+            seconds += windowed * self._attend(pairs, reach)
         return seconds
 
     def _attend(self, pairs: float, reach: int) -> float:
