@@ -43,7 +43,8 @@ class Run:
 class Driver:
     """A greedy engine over blocks of 8 tokens, tiles of 16 with torch's attention, and chunks of 64.
 
-    shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once.
+    shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once, of
+    ``least_shared`` tokens.
     mixed_steps: those that both decoded and prefilled.
     """
 
@@ -65,6 +66,7 @@ class Driver:
         alignment, uniform = self.executor.alignment, self.executor.uniform
         self.cache = PrefixCache(self.pool, alignment=alignment, uniform=uniform, exact=exact, enabled=prefix_cache)
         self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
+        self.least_shared = 256 if kernels is None else kernels.span
         self.shared_decodes = 0
         self.mixed_steps = 0
         self._runs = 0
@@ -112,4 +114,4 @@ class Driver:
     def _count_shared(self, plan: StepPlan) -> None:
         tables = [[block.slot for block in each.held.blocks] for each in plan.decodes]
         lengths = [len(each.chain) for each in plan.decodes]
-        self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, 256))
+        self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, self.least_shared))

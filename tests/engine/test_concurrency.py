@@ -12,11 +12,12 @@ from tests.models import SUPPORTED
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
 def test_greedy_answers_are_those_given_alone(driver: DriverFactory, paged: ModelFactory, arch: str) -> None:
     rng = random.Random(arch)
-    stem = text(rng, 264)
+    stem = text(rng, 520)
     prompts = [stem + text(rng, tail) for tail in (1, 3, 20, 50)] + [text(rng, length) for length in (1, 40, 130)]
     alone = driver(paged(arch), prefix_cache=False)
     expected = [alone.run_one(prompt, new=48).tokens for prompt in prompts]
-    together = driver(paged(arch), num_blocks=60)
+    together = driver(paged(arch), num_blocks=92)
+    assert len(stem) > together.least_shared
     together.run_one(stem)
 
     answers = together.run(*prompts, new=48)

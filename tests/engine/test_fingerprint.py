@@ -150,3 +150,13 @@ def test_what_a_killed_process_left_beside_the_hashes_is_removed(tmp_path: Path)
     weights_fingerprint(write_model(tmp_path / "model"), tmp_path)
     assert not left.exists()
     assert (tmp_path / CACHE_FILE).is_file()
+
+
+@pytest.mark.parametrize("folder", ["file/below", "file"])
+def test_a_folder_that_cannot_keep_the_hashes_costs_a_reading_only(
+    tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    model = write_model(tmp_path / "model")
+    assert weights_fingerprint(model, tmp_path / folder) == weights_fingerprint(model, None)
+    assert "cannot be written, so the next start reads the weights again" in caplog.text

@@ -101,8 +101,8 @@ def test_hits_end_at_chunks_where_a_smaller_tile_cannot_be(
 
 @pytest.mark.parametrize(
     "disturbance",
-    [lambda rows: rows, lambda rows: rows % 2, lambda rows: rows == 1],
-    ids=["rows", "odd", "one"],
+    [lambda rows: rows, lambda rows: rows % 2, lambda rows: rows == 1, lambda rows: rows > CHUNK],
+    ids=["rows", "odd", "one", "many"],
 )
 def test_hits_end_at_chunks_where_results_depend_on_the_number_of_rows(
     paged: ModelFactory, disturbance: Callable[[int], int]
@@ -169,16 +169,22 @@ def test_with_the_kernels_the_last_layer_computes_only_what_logits_need(
     assert computed == [*[16] * before, 0, *[4] * before, 1]
 
 
-@pytest.mark.parametrize("disturbance", [lambda rows: rows, lambda rows: rows == 1], ids=["rows", "one"])
+@pytest.mark.parametrize("chunk", [CHUNK, BLOCK])
+@pytest.mark.parametrize(
+    "disturbance",
+    [lambda rows, _: rows, lambda rows, _: rows == 1, lambda rows, chunk: rows > chunk],
+    ids=["rows", "one", "many"],
+)
 def test_the_kernels_do_not_hide_that_results_depend_on_the_number_of_rows(
-    paged: ModelFactory, kernels: Kernels, disturbance: Callable[[int], int]
+    paged: ModelFactory, kernels: Kernels, disturbance: Callable[[int, int], int], chunk: int
 ) -> None:
     loaded = paged("llama")
     loaded.model.get_submodule("model.embed_tokens").register_forward_hook(
-        lambda module, given, output: output + 1e-3 * disturbance(output.shape[1])
+        lambda module, given, output: output + 1e-3 * disturbance(output.shape[1], chunk)
     )
-    made = engine(loaded, kernels=kernels)
-    assert made.alignment == CHUNK
+    made = engine(loaded, kernels=kernels, chunk=chunk)
+    assert made.alignment == chunk
+    assert not made.one_pass
     assert not made.uniform
 
 

@@ -1,6 +1,7 @@
 """The identity of a model's weights: by their content, never by their name."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import xxhash
 
 from emberkv.engine.checkpoint import weight_files
 from emberkv.whole_file import remove_leftovers, replace_file
+
+_log = logging.getLogger(__name__)
 
 CACHE_FILE = "weight-hashes.json"
 _CHUNK_BYTES = 4 << 20
@@ -71,11 +74,14 @@ class _HashCache:
         return digest
 
     def _load(self) -> dict[str, list[int | str]]:
-        if self.file is None or not self.file.is_file():
+        if self.file is None:
             return {}
         try:
             content = json.loads(self.file.read_bytes())
-        except ValueError:  # half written by a machine that went down, say: as good as empty
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:  # half written by a machine that went down, say: as good as empty
+            _log.warning("%s cannot be read, so weights are read to be known: %s", self.file, error)
             return {}
         if not isinstance(content, dict):
             return {}
@@ -84,10 +90,13 @@ class _HashCache:
     def _store(self, key: str, entry: list[int | str]) -> None:
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {**self._load(), key: entry}
-        remove_leftovers(self.file.parent, re.escape(self.file.name))
-        replace_file(self.file, json.dumps(content).encode())
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.file.parent, re.escape(self.file.name))
+            replace_file(self.file, json.dumps(content).encode())
+        except OSError as error:
+            _log.warning("%s cannot be written, so the next start reads the weights again: %s", self.file, error)
 
 
 def _is_entry(entry: object) -> bool:

@@ -5,6 +5,8 @@ itself, and fp32 products go to a library that picks its kernel, and with it the
 rows.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -42,11 +44,16 @@ def pack_linears(model: nn.Module) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)) and _can_pack(child.weight):
+            if is_linear(child) and _can_pack(child.weight):
                 weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
                 setattr(parent, name, PackedLinear(weight, child.bias))
                 replaced += 1
     return replaced
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether it computes a linear layer and nothing more: a subclass may do something else with its weight."""
+    return type(module) in (nn.Linear, Conv1D)
 
 
 @torch.no_grad()

@@ -60,7 +60,10 @@ class AttentionBackend(Protocol):
     name: str
 
     def step(self, runs: Sequence[Run], wanted: Sequence[int]) -> AttentionStep:
-        """For all runs' rows, one run after the other; rows after them are padding. wanted: whose logits are."""
+        """For all runs' rows, one run after the other; rows after them are padding.
+
+        wanted: the rows whose logits are, ascending.
+        """
         ...
 
 

@@ -190,7 +190,7 @@ def test_rows_on_both_sides_of_a_span_share_its_threads(kernels: Kernels, dtype:
         assert torch.equal(compute(pool, kernels, CALL, pieces), expected)
 
 
-@pytest.mark.parametrize("length", [129, 257])
+@pytest.mark.parametrize("length", [129, 513])
 def test_one_query_row_at_a_time_gets_the_bits_of_many(kernels: Kernels, dtype: torch.dtype, length: int) -> None:
     """With a KV head for each head, a decode step multiplies single rows."""
     at_once, singly = pool_of(2, 2, 24, dtype), pool_of(2, 2, 24, dtype)
@@ -208,6 +208,16 @@ def test_rows_beyond_the_runs_are_padding(kernels: Kernels, dtype: torch.dtype) 
     close(out[:18], written_out(CALL, whole.q, whole.k, whole.v)[:18])
 
 
+def test_padding_is_left_out_with_the_rows_that_are_not_wanted(kernels: Kernels, dtype: torch.dtype) -> None:
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, 20)
+    step = step_of(pool, kernels, [(whole, 0, 18)], [17])
+    out = step.attend(CALL, whole.q, whole.k, whole.v)
+    assert out.any(dim=-1).any(dim=-1).nonzero().flatten().tolist() == [17]
+    assert step.rows_left is not None
+    assert (step.rows_left.index.tolist(), step.rows_left.of) == ([17], 20)
+
+
 def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dtype: torch.dtype) -> None:
     pool = pool_of(4, 2, 16, dtype)
     whole = text(pool, 5)
@@ -218,9 +228,11 @@ def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dty
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("wanted", [[], [699], [0, 5, 650, 700, 701, 720]])
+@pytest.mark.parametrize("count", [1, 16])
 def test_the_last_layer_attends_for_the_wanted_rows_only(
-    kernels: Kernels, dtype: torch.dtype, window: int | None, wanted: list[int]
+    kernels: Kernels, dtype: torch.dtype, threads: None, window: int | None, wanted: list[int], count: int
 ) -> None:
+    torch.set_num_threads(count)
     last = LayerCall(1, 0.2, window, None)
     pools = [pool_of(4, 2, 16, dtype) for _ in range(2)]
     given = [None, wanted]

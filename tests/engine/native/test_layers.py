@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
+from emberkv.engine.packed_linear import pack_linears, rows_are_independent
 from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft, attention_step
 from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import ModelFactory
@@ -147,6 +148,21 @@ class OddRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         result: Tensor = super().forward(hidden_states) * 0.5
         return result
+
+
+class Router(nn.Linear):
+    """A layer that does something else with its weight."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs).softmax(dim=-1)
+
+
+def test_a_layer_derived_from_a_linear_one_is_left(kernels: Kernels) -> None:
+    model = nn.Sequential(Router(32, 8), nn.Linear(8, 8)).requires_grad_(False)
+    assert replace_layers(model, kernels) == 1
+    assert pack_linears(model) == 0
+    assert isinstance(model[0], Router)
+    assert not rows_are_independent(model)
 
 
 def test_a_layer_that_only_looks_like_one_is_left(kernels: Kernels) -> None:

@@ -100,7 +100,7 @@ public:
             std::copy(next, next + keys, here);
             pack(here, keys);
             locate(task, kv_head, (span + 1) * SPAN, next);
-            const int ahead = std::clamp(task.stop - (span + 1) * SPAN, 0, SPAN);
+            const int ahead = span + 1 < task.last_span ? std::clamp(task.stop - (span + 1) * SPAN, 0, SPAN) : 0;
             for (int first = 0; first < count; first += BATCH) {
                 const int last = std::min(first + BATCH, count);
                 prefetch(next + ahead * first / count, next + ahead * last / count);

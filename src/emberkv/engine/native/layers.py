@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
-from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall, type_number
+from emberkv.engine.packed_linear import is_linear
 from emberkv.engine.paged_attention import rows_left
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
@@ -133,7 +133,7 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
                 replaced += 1
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, Conv1D)) and _takes(child.weight, kernels):
+            if is_linear(child) and _takes(child.weight, kernels):
                 weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
                 setattr(parent, name, NativeLinear(kernels, weight, child.bias))
                 replaced += 1
@@ -150,7 +150,7 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     down = getattr(module, "down_proj", None)
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     pair = _gate_and_up(module)
-    if not isinstance(down, nn.Linear) or pair is None or activation is None:
+    if not is_linear(down) or pair is None or activation is None:
         return None
     gate, up = pair
     if not (_takes(gate, kernels) and gate.shape == up.shape):
@@ -176,7 +176,7 @@ def _gate_and_up(module: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _weight_without_bias(layer: Any) -> Tensor | None:
-    takes_part = isinstance(layer, nn.Linear) and getattr(layer, "bias", None) is None
+    takes_part = type(layer) is nn.Linear and layer.bias is None
     return layer.weight if takes_part else None
 
 

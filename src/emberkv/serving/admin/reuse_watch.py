@@ -19,8 +19,8 @@ def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> li
 
 class ReuseWatch:
     """An observer for `EngineLoop.watch`: prompts are looked up as they are admitted, answers stored as their blocks
-    fill. What it is told with an admission waits for what is told next, or for a reader, and so no first token waits
-    for the looking up. The curve may be read from any thread.
+    fill. What it is told with an admission waits for what is told next, or for a reader, so that a prompt of one step
+    does not wait for its own looking up. The curve may be read from any thread.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
@@ -66,6 +66,6 @@ class ReuseWatch:
         ]
 
     def _catch_up(self) -> None:
-        for take_in, identities in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for take_in, identities in waiting:
             take_in(identities)
-        self._waiting.clear()
