@@ -12,7 +12,7 @@ from emberkv.errors import KernelsError, UnsupportedModelError
 TASK = np.dtype(
     [(name, np.int32) for name in ("first_row", "rows", "table", "first_span", "last_span", "stop", "whole")]
 )
-"""A run of spans for some rows; see `Task` in attention.cpp."""
+"""A run of spans for some rows; see `Task` in calls.hpp."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 

@@ -2,6 +2,7 @@
 //
 // Weights are laid out as `multiply_rows` takes them: COLUMNS outputs side by side, unit after unit of the inputs.
 
+#include "calls.hpp"
 #include "vectors.hpp"
 
 namespace emberkv {
@@ -9,20 +10,6 @@ namespace emberkv {
 constexpr int BATCH = 8 * ROWS;  // input rows that take their turn with the same weights
 
 enum Activation : int32_t { NONE, SILU, GELU_TANH };
-
-}  // namespace emberkv
-
-// Shared with kernels.py, field by field.
-extern "C" struct LinearCall {
-    const void* inputs;   // [rows, in], rows input_row elements apart
-    const void* weight;   // [groups, units of in, COLUMNS]; gated: [groups, 2, units of in, COLUMNS], the gate's first
-    const float* bias;    // [groups * COLUMNS], or null; never where gated
-    void* out;            // [rows, out]
-    int64_t input_row;
-    int32_t rows, in, out_features, type, activation, threads;  // activation NONE: not gated
-};
-
-namespace emberkv {
 
 // x / (1 + e^-t), with t = x for SiLU and 2 sqrt(2 / pi) (x + 0.044715 x^3) for GELU in its tanh form.
 inline Floats activated(Floats x, int32_t activation) {

@@ -2,17 +2,8 @@
 
 #include <cmath>
 
+#include "calls.hpp"
 #include "vectors.hpp"
-
-// Shared with kernels.py, field by field.
-extern "C" struct NormCall {
-    const void* inputs;  // [rows, size], rows input_row elements apart
-    const float* scale;  // [size]
-    void* out;           // [rows, size]
-    int64_t input_row;
-    int32_t rows, size, type, threads;
-    float epsilon;
-};
 
 namespace emberkv {
 
