@@ -158,7 +158,10 @@ void multiply_few(const Unit* a, int a_stride, const Unit* b, int depth, float* 
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
                 sums[r][v] = Arithmetic::add_product(sums[r][v], a[r * a_stride + u], b + u * COLUMNS + v * LANES);
+    // Written out, these keep the sums in registers; as loops they had the compiler put all of them into memory first.
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
