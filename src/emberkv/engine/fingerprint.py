@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -54,14 +53,15 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
 class _HashCache:
     """Remembers the hashes of files that have not changed since, in one JSON file; None remembers nothing.
 
-    Whatever is wrong with the JSON file costs a reading of the weights, never a wrong answer.
+    Whatever is wrong with the JSON file costs a reading of the weights, never a wrong answer. One that cannot be used
+    is told of once, and then left alone.
     """
 
-    file: Path | None
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
 
     def get(self, path: Path) -> str:
         before = path.stat()
@@ -74,29 +74,35 @@ class _HashCache:
         return digest
 
     def _load(self) -> dict[str, list[int | str]]:
-        if self.file is None:
+        if self._file is None:
             return {}
         try:
-            content = json.loads(self.file.read_bytes())
+            content = json.loads(self._file.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:  # half written by a machine that went down, say: as good as empty
-            _log.warning("%s cannot be read, so weights are read to be known: %s", self.file, error)
+        except ValueError:  # half written by a machine that went down, say: as good as empty
+            return {}
+        except OSError as error:
+            self._let_go(error)
             return {}
         if not isinstance(content, dict):
             return {}
         return {key: entry for key, entry in content.items() if _is_entry(entry)}
 
     def _store(self, key: str, entry: list[int | str]) -> None:
-        if self.file is None:
-            return
         content = {**self._load(), key: entry}
+        if self._file is None:
+            return
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.file.parent, re.escape(self.file.name))
-            replace_file(self.file, json.dumps(content).encode())
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._file.parent, re.escape(self._file.name))
+            replace_file(self._file, json.dumps(content).encode())
         except OSError as error:
-            _log.warning("%s cannot be written, so the next start reads the weights again: %s", self.file, error)
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        _log.warning("weights are read anew at each start, as %s cannot be used: %s", self._file, error)
+        self._file = None
 
 
 def _is_entry(entry: object) -> bool:
