@@ -5,8 +5,6 @@ itself, and fp32 products go to a library that picks its kernel, and with it the
 rows.
 """
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -44,16 +42,23 @@ def pack_linears(model: nn.Module) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_linear(child) and _can_pack(child.weight):
-                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
-                setattr(parent, name, PackedLinear(weight, child.bias))
+            parts = linear_parts(child)
+            if parts is not None and _can_pack(parts[0]):
+                setattr(parent, name, PackedLinear(*parts))
                 replaced += 1
     return replaced
 
 
-def is_linear(module: object) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether it computes a linear layer and nothing more: a subclass may do something else with its weight."""
-    return type(module) in (nn.Linear, Conv1D)
+def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
+    """Weight ``[out_features, in_features]`` and bias of a linear layer; None for anything else.
+
+    A class derived from one may do something else with its weight.
+    """
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    if type(module) is Conv1D:
+        return module.weight.t(), module.bias
+    return None
 
 
 @torch.no_grad()

@@ -14,18 +14,19 @@ TASK = np.dtype(
 )
 """A run of spans for some rows; see `Task` in calls.hpp."""
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What is computed, by its number in vectors.hpp."""
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
 def type_number(*tensors: torch.Tensor) -> int:
-    """The type of all of these, by its number in vectors.hpp.
+    """The type of all of these, by its number in `TYPES`.
 
     Raises UnsupportedModelError for any other and for a mixture: the kernels would read beyond the end of a tensor.
     """
     kinds = {tensor.dtype for tensor in tensors}
-    number = _TYPES.get(kinds.pop()) if len(kinds) == 1 else None
+    number = TYPES.get(kinds.pop()) if len(kinds) == 1 else None
     if number is None:
         given = ", ".join(str(tensor.dtype) for tensor in tensors)
         raise UnsupportedModelError(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels, LinearCall, NormCall, type_number
-from emberkv.engine.packed_linear import is_linear
+from emberkv.engine.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
+from emberkv.engine.packed_linear import linear_parts
 from emberkv.engine.paged_attention import rows_left
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
@@ -115,7 +115,7 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 def can_compute(loaded: LoadedModel) -> bool:
     """Whether the kernels compute on this model's device and in its type."""
-    return loaded.device.type == "cpu" and loaded.dtype in (torch.float32, torch.bfloat16)
+    return loaded.device.type == "cpu" and loaded.dtype in TYPES
 
 
 @torch.inference_mode()
@@ -133,9 +133,9 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
                 replaced += 1
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_linear(child) and _takes(child.weight, kernels):
-                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
-                setattr(parent, name, NativeLinear(kernels, weight, child.bias))
+            parts = linear_parts(child)
+            if parts is not None and _takes(parts[0], kernels):
+                setattr(parent, name, NativeLinear(kernels, *parts))
                 replaced += 1
     return replaced
 
@@ -147,10 +147,10 @@ def _takes(weight: Tensor, kernels: Kernels) -> bool:
 
 def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     """The module with its gate and its activation in one, if it is ``down(activation(gate(x)) * up(x))``."""
-    down = getattr(module, "down_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     pair = _gate_and_up(module)
-    if not is_linear(down) or pair is None or activation is None:
+    if linear_parts(down) is None or pair is None or activation is None:
         return None
     gate, up = pair
     if not (_takes(gate, kernels) and gate.shape == up.shape):
@@ -176,8 +176,11 @@ def _gate_and_up(module: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _weight_without_bias(layer: Any) -> Tensor | None:
-    takes_part = type(layer) is nn.Linear and layer.bias is None
-    return layer.weight if takes_part else None
+    match linear_parts(layer):
+        case (weight, None):
+            return weight
+        case _:
+            return None
 
 
 def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
@@ -185,7 +188,7 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
     weight = getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
         return None
-    if weight.ndim != 1 or weight.numel() % kernels.lanes or weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.ndim != 1 or weight.numel() % kernels.lanes or weight.dtype not in TYPES:
         return None
     # Gemma's weights are what is added to one. In bf16 that hardly shows where they are large.
     exact, size = copy.deepcopy(module).float(), weight.numel()
