@@ -82,6 +82,15 @@ def test_a_last_layer_that_computes_what_is_wanted_costs_keys_and_values_for_the
     assert nothing.gemm == pytest.approx(layer_gemm(20) + linear(20, 8, 16))
 
 
+def test_the_experts_of_a_last_layer_compute_all_rows() -> None:
+    work = Work(0, 0, (Chunk(0, 20, True),))
+    spared = (
+        Roofline(MIXTURE, FLAT).terms_of(work).gemm
+        - Roofline(MIXTURE, FLAT.model_copy(update={"last_layer": "wanted"})).terms_of(work).gemm
+    )
+    assert spared == pytest.approx(linear(20, 8, 8) - linear(1, 8, 8))
+
+
 def test_a_last_layer_with_a_window_computes_what_is_wanted_of_the_window() -> None:
     sparing = FLAT.model_copy(update={"last_layer": "wanted"})
     windowed = replace(WINDOWED, window_layers=2)

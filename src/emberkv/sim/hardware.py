@@ -89,10 +89,10 @@ class HardwareProfile(Strict):
     rows reach. gemm_compute: share of the peak by rows. prefill_attention: share of the peak by tokens.
     decode_attention: share of the bandwidth by megabytes of keys and values read in one layer; it never takes less
     than attention_floor_us. passes: whether a step is one forward pass, or the decodes are one and each prefill chunk
-    another. last_layer: whether its attention and what follows are computed for all rows, or for those alone whose
-    logits are wanted. runtime_gib: memory that the runtime itself takes. request_us, request_token_us: what a request
-    and each token of its prompt cost beside its steps. tiers: rates of the lower tiers. sources: where each of these
-    comes from, by its name.
+    another. last_layer: whether its attention and what follows, experts apart, are computed for all rows, or for those
+    alone whose logits are wanted. runtime_gib: memory that the runtime itself takes. request_us, request_token_us: what
+    a request and each token of its prompt cost beside its steps. tiers: rates of the lower tiers. sources: where each
+    of these comes from, by its name.
     """
 
     name: str

@@ -144,10 +144,10 @@ class Roofline:
         )
 
     def _after_attention(self, rows: int) -> float:
-        """What the last layer's products take from there on."""
+        """What the last layer's products take from there on; experts are left out, as they compute all rows anyway."""
         if not rows:
             return 0.0
-        mlp = self._mixture(rows) if self.model.moe_layers else self._mlp(rows, self.model.intermediate)
+        mlp = 0.0 if self.model.moe_layers else self._mlp(rows, self.model.intermediate)
         return self._attention_out(rows) + mlp
 
     def _attention_out(self, rows: int) -> float:
