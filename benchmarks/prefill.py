@@ -29,9 +29,8 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
+from emberkv.engine.configured import load_configured
 from emberkv.engine.loader import load_model
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch_engine import TorchEngine
 
 BLOCK_SIZE = 16
@@ -52,10 +51,10 @@ class Ours:
     """
 
     def __init__(self, folder: Path, *, chunk: int, tokens: int, native: bool = True) -> None:
-        loaded = load_model(str(folder), attn_implementation=ATTENTION_NAME)
+        config = ServeConfig(model=str(folder), kernels="auto" if native else "torch")
+        loaded, kernels = load_configured(config, lambda _: None)
         tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for what the engine tries at its start
         cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtype)
-        kernels = find_kernels("auto" if native else "torch", loaded, ServeConfig().machine_cache)
         self._engine = TorchEngine(
             loaded, cache_bytes=cache_bytes, block_size=BLOCK_SIZE, prefill_chunk=chunk, kernels=kernels
         )

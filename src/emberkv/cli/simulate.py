@@ -118,6 +118,6 @@ def _write(results: dict[str, Results], summary: Path | None, report: Path | Non
         except OSError as error:
             raise ConfigError(f"cannot write {summary}: {error.strerror}") from error
     if report is not None:
-        from emberkv.sim.report import write_report  # noqa: PLC0415  # plots load slowly, and few ask for them
+        from emberkv.sim.report import write_report  # noqa: PLC0415 - plots load slowly, and few ask for them
 
         write_report(results, report)
