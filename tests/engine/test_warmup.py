@@ -60,7 +60,7 @@ def serve(folder: Path, dtype: str) -> tuple[AssembledEngine, TokenChain]:
     """A server's engine that has answered a request with the standard system prompt, and that request's chain."""
     model = load_model(str(folder), dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text
     config = EngineConfig(cache_bytes=4 << 20, block_size=BLOCK, prefill_chunk=DEFAULT_PREFILL_CHUNK)
-    engine = assemble(model, config, kernels=find_kernels("auto", model, MACHINE_CACHE))
+    engine = assemble(model, config, kernels=find_kernels("auto", model, BLOCK, MACHINE_CACHE))
     conversation = [
         {"role": "system", "content": get_standard_system_prompt()},
         {"role": "user", "content": "How many lamps?"},

@@ -33,7 +33,7 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
         fingerprint_cache=config.machine_cache,
     )
     told("compiling the C++ kernels, if they are not yet")
-    return loaded, find_kernels(config.kernels, loaded, config.machine_cache)
+    return loaded, find_kernels(config.kernels, loaded, config.block_size, config.machine_cache)
 
 
 def engine_config(config: ServeConfig, cache_bytes: int, tiers: TierConfig) -> EngineConfig:

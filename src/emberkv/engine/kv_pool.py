@@ -14,6 +14,9 @@ from emberkv.errors import ConfigError
 class KVPool:
     """KV state laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
 
+    Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
+    (native/layout.hpp), and what is said of these axes here does not apply.
+
     A *row* is one block's K (or V) of one layer. ``rows(slots)`` gives each slot's first row; the K of a layer is
     ``2 * layer`` rows further, its V one more. scores: memory for attention scores, lent to one layer at a time.
     """

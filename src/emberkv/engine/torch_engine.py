@@ -13,8 +13,9 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.native.attention import NativeAttention
+from emberkv.engine.native.choice import can_compute
 from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.native.layers import can_compute, replace_layers
+from emberkv.engine.native.layers import replace_layers
 from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
 from emberkv.engine.paged_attention import AttentionBackend, attention_step
 from emberkv.engine.runs import Run
@@ -78,7 +79,7 @@ class TorchEngine:
         self._device = loaded.device
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
         self._expected = self._plain_logits()
-        self.kernels = kernels if kernels is not None and can_compute(loaded) else None
+        self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         if self.kernels is not None:
             replace_layers(self._model, self.kernels)
         pack_linears(self._model)

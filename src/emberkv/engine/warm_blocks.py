@@ -88,7 +88,7 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
     for_trial = 2 * -(-(chunk + TILE_TOKENS) // block_size)  # the engine computes something twice to find its alignment
     blocks = max(for_trial, -(-prompt_tokens // block_size))
     cache_bytes = blocks * block_size * geometry.bytes_per_token(model.dtype)
-    kernels = find_kernels(_SETTINGS.kernels, loaded, _SETTINGS.machine_cache)
+    kernels = find_kernels(_SETTINGS.kernels, loaded, block_size, _SETTINGS.machine_cache)
     engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk, kernels=kernels)
     engine.check_against_plain_forward()
     return engine

@@ -39,10 +39,12 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pool_of(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, num_blocks: int = 160) -> KVPool:
+def pool_of(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, num_blocks: int = 160, block_size: int = BLOCK
+) -> KVPool:
     """A pool in which whatever is read before it is written gives NaN."""
     geometry = ModelGeometry(heads, kv_heads, dim, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2)
-    pool = KVPool(geometry, dtype, num_blocks, BLOCK, torch.device("cpu"))
+    pool = KVPool(geometry, dtype, num_blocks, block_size, torch.device("cpu"))
     pool.storage.fill_(float("nan"))
     return pool
 
@@ -71,7 +73,7 @@ def places(pool: KVPool, seed: int = 0) -> Iterator[int]:
 
 def text(pool: KVPool, length: int, seed: int = 0) -> Text:
     slots = places(pool, seed)
-    return Text(pool, length, [next(slots) for _ in range(-(-length // BLOCK))], seed)
+    return Text(pool, length, [next(slots) for _ in range(-(-length // pool.block_size))], seed)
 
 
 def step_of(pool: KVPool, kernels: Kernels, pieces: list[tuple[Text, int, int]], wanted: list[int]) -> NativeStep:
@@ -113,14 +115,33 @@ def test_it_is_attention(
     close(cut(pool, kernels, call, whole, [1, 40, 300]), written_out(call, whole.q, whole.k, whole.v))
 
 
+def stored(pool: KVPool, slot: int) -> tuple[Tensor, Tensor]:
+    """A block's keys and values, ``[block_size, kv_heads, dim]``, as in layout.hpp."""
+    heads, dim, size = pool.geometry.num_kv_heads, pool.geometry.head_dim, pool.block_size
+    pair = 4 // pool.storage.element_size()
+    keys, values = pool.storage[slot, CALL.layer]
+    return (
+        keys.reshape(heads, dim // pair, size, pair).permute(2, 0, 1, 3).reshape(size, heads, dim),
+        values.reshape(heads, size // pair, dim, pair).permute(1, 3, 0, 2).reshape(size, heads, dim),
+    )
+
+
 def test_what_it_stores_are_the_keys_and_the_values(kernels: Kernels, dtype: torch.dtype) -> None:
     pool = pool_of(4, 2, 20, dtype)
     whole = text(pool, 37)
     cut(pool, kernels, CALL, whole, [20])
-    for at in range(37):
-        stored = pool.storage[whole.slots[at // BLOCK], CALL.layer, :, at % BLOCK]
-        assert torch.equal(stored, torch.stack([whole.k[at], whole.v[at]]))
+    blocks = [stored(pool, slot) for slot in whole.slots]
+    assert torch.equal(torch.cat([keys for keys, _ in blocks])[:37], whole.k)
+    assert torch.equal(torch.cat([values for _, values in blocks])[:37], whole.v)
     assert pool.storage.isnan().sum() == pool.storage.numel() - 37 * 2 * 2 * 20
+
+
+@pytest.mark.parametrize("block_size", [2, 6, 8, 24, 32, 48, 1024])
+def test_blocks_of_any_size_give_the_same_bits(kernels: Kernels, dtype: torch.dtype, block_size: int) -> None:
+    usual, other = pool_of(4, 2, 64, dtype), pool_of(4, 2, 64, dtype, 400, block_size)
+    length = kernels.span + 77
+    expected = cut(usual, kernels, CALL, text(usual, length), [])
+    assert torch.equal(cut(other, kernels, CALL, text(other, length), [1, 40, 300]), expected)
 
 
 @settings(max_examples=25, deadline=None)

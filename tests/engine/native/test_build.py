@@ -78,17 +78,29 @@ def test_auto_takes_the_kernels_and_else_does_without(
     paged: ModelFactory, no_compiler: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert find_kernels("auto", paged("llama"), tmp_path) is None
+        assert find_kernels("auto", paged("llama"), 16, tmp_path) is None
     assert "torch computes in place of the C++ kernels, which takes longer: no C++ compiler" in caplog.text
     with pytest.raises(KernelsError, match=r"no C\+\+ compiler"):
-        find_kernels("native", paged("llama"), tmp_path)
+        find_kernels("native", paged("llama"), 16, tmp_path)
 
 
 def test_what_is_wanted_is_what_computes(paged: ModelFactory, caplog: pytest.LogCaptureFixture) -> None:
-    assert find_kernels("torch", paged("llama"), MACHINE_CACHE) is None
-    assert isinstance(find_kernels("auto", paged("llama"), MACHINE_CACHE), Kernels)
-    assert isinstance(find_kernels("native", paged("llama", "bfloat16"), MACHINE_CACHE), Kernels)
-    assert find_kernels("auto", paged("llama", "float16"), MACHINE_CACHE) is None
+    assert find_kernels("torch", paged("llama"), 16, MACHINE_CACHE) is None
+    assert isinstance(find_kernels("auto", paged("llama"), 16, MACHINE_CACHE), Kernels)
+    assert isinstance(find_kernels("native", paged("llama", "bfloat16"), 16, MACHINE_CACHE), Kernels)
+    assert find_kernels("auto", paged("llama", "float16"), 16, MACHINE_CACHE) is None
     assert not caplog.records
     with pytest.raises(KernelsError, match=r"compute float32 and bfloat16 on a CPU; the model is torch.float16 on cpu"):
-        find_kernels("native", paged("llama", "float16"), MACHINE_CACHE)
+        find_kernels("native", paged("llama", "float16"), 16, MACHINE_CACHE)
+
+
+def test_values_that_do_not_come_in_pairs_are_left_to_torch(
+    paged: ModelFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert isinstance(find_kernels("native", paged("llama"), 5, MACHINE_CACHE), Kernels)
+    odd = "bfloat16 in heads and blocks of even size; here heads are of 16 and blocks of 5"
+    with pytest.raises(KernelsError, match=odd):
+        find_kernels("native", paged("llama", "bfloat16"), 5, MACHINE_CACHE)
+    with caplog.at_level(logging.WARNING):
+        assert find_kernels("auto", paged("llama", "bfloat16"), 5, MACHINE_CACHE) is None
+    assert odd in caplog.text

@@ -21,6 +21,7 @@ constexpr int BATCH = 2 * ROWS;  // query rows whose scores over a span are held
 template <class Arithmetic>
 class Worker {
     using Unit = typename Arithmetic::Unit;
+    static constexpr int UNITS = LANES / Arithmetic::VALUES;  // of values, for a vector of keys
 
 public:
     explicit Worker(const AttentionCall& call)
@@ -29,17 +30,18 @@ public:
           element_(call.type == FP32 ? 4 : 2),
           groups_(call.heads / call.kv_heads),
           dims_(round_up(call.dim, LANES)),
-          units_((call.dim + Arithmetic::VALUES - 1) / Arithmetic::VALUES),
-          unit_stride_(round_up(units_, LANES)) {}
+          units_(call.dim / Arithmetic::VALUES),
+          layout_(call.dim, call.block_size, type_, call.value_bytes),
+          in_place_(layout_.pair == Arithmetic::VALUES && layout_.piece == LANES && dims_ == call.dim),
+          key_stride_(in_place_ ? call.block_size : LANES) {}
 
     void store_new(int row) const {
-        const int64_t position = call_.positions[row];
-        char* keys = at(call_.tables[row], position);
+        const int64_t position = call_.positions[row], offset = position % call_.block_size;
+        char* block = block_at(call_.tables[row], position);
         for (int head = 0; head < call_.kv_heads; head++) {
-            const size_t size = size_t(call_.dim) * element_;
-            char* to = keys + head * size;
-            copy(to, element(call_.keys, row * call_.key_row + head * call_.key_head), size);
-            copy(to + call_.value_bytes, element(call_.values, row * call_.value_row + head * call_.value_head), size);
+            const char* key = element(call_.keys, row * call_.key_row + head * call_.key_head);
+            const char* value = element(call_.values, row * call_.value_row + head * call_.value_head);
+            layout_.store(block, head, int(offset), key, value);
         }
     }
 
@@ -51,21 +53,19 @@ public:
             totals_[i] = {UNSEEN, 0};
             std::memset(sums_ + i * dims_, 0, size_t(dims_) * 4);
             const int64_t at = row_of(task, i) * call_.query_row + head_of(kv_head, i) * call_.query_head;
-            queries_[i * unit_stride_ + units_ - 1] = 0;
-            widen(element(call_.queries, at), type_, call_.dim, queries_ + i * unit_stride_);
+            widen(element(call_.queries, at), type_, call_.dim, queries_ + i * units_);
         }
-        const char *here[SPAN], *next[SPAN];
-        locate(task, kv_head, task.first_span * SPAN, next);
+        Piece here[SPAN], next[SPAN];
+        int ahead = locate(task, kv_head, task.first_span, next);
         for (int span = task.first_span; span < task.last_span; span++) {
             const int keys = std::min(SPAN, task.stop - span * SPAN);
             if (keys <= 0) break;
-            std::copy(next, next + keys, here);
-            pack(here, keys);
-            locate(task, kv_head, (span + 1) * SPAN, next);
-            const int ahead = span + 1 < task.last_span ? std::clamp(task.stop - (span + 1) * SPAN, 0, SPAN) : 0;
+            std::copy(next, next + ahead, here);
+            open(here, keys);
+            ahead = span + 1 < task.last_span ? locate(task, kv_head, span + 1, next) : 0;
             for (int first = 0; first < count; first += BATCH) {
                 const int last = std::min(first + BATCH, count);
-                prefetch(next + ahead * first / count, next + ahead * last / count);
+                for (int p = ahead * first / count; p < ahead * last / count; p++) layout_.prefetch(next[p]);
                 attend_span(task, kv_head, span, keys, first, last - first);
             }
         }
@@ -92,79 +92,52 @@ private:
         return static_cast<const char*>(base) + index * element_;
     }
 
-    char* at(int64_t table, int64_t position) const {
-        const int64_t slot = call_.slots[table + position / call_.block_size], offset = position % call_.block_size;
-        return call_.pool + slot * call_.slot_bytes + offset * call_.kv_heads * call_.dim * element_;
+    char* block_at(int64_t table, int64_t position) const {
+        return call_.pool + call_.slots[table + position / call_.block_size] * call_.slot_bytes;
     }
 
     float* partial_at(int row, int head, int span) const {
         return call_.partials + ((call_.partial_of[row] + span) * call_.heads + head) * (dims_ + LANES);
     }
 
-    // Where a span's keys of one head lie.
-    void locate(const Task& task, int kv_head, int begin, const char** keys) const {
-        const int size = call_.dim * element_, token = call_.kv_heads * size, stop = std::min(begin + SPAN, task.stop);
-        const char* key = nullptr;
-        for (int k = begin, left = 0; k < stop; k++, left--, key += token) {
-            if (left == 0) {
-                key = at(task.table, k) + int64_t(kv_head) * size;
-                left = call_.block_size - k % call_.block_size;
-            }
-            keys[k - begin] = key;
+    // Where a span's keys of one head lie. Returns the number of pieces.
+    int locate(const Task& task, int kv_head, int span, Piece* pieces) const {
+        const int begin = span * SPAN, stop = std::min(begin + SPAN, task.stop);
+        int count = 0;
+        for (int k = begin; k < stop; k += layout_.piece)
+            pieces[count++] = layout_.piece_at(block_at(task.table, k), kv_head, k % call_.block_size);
+        return count;
+    }
+
+    // Finds a span's factors: where they lie, or in copies of what cannot be multiplied from there.
+    void open(const Piece* pieces, int keys) {
+        for (int first = 0; first < keys; first += LANES, pieces += LANES / layout_.piece) {
+            const bool there = in_place_ && first + LANES <= keys;
+            const Piece vector = there ? *pieces : copied(pieces, std::min(LANES, keys - first), first);
+            key_vectors_[first / LANES] = reinterpret_cast<const Unit*>(vector.keys);
+            const Unit* values = reinterpret_cast<const Unit*>(vector.values);
+            for (int u = 0; u < UNITS; u++) value_units_[first / Arithmetic::VALUES + u] = values + u * dims_;
         }
     }
 
-    // Has the cache load keys and their values while others are computed: blocks lie apart, and no processor foresees
-    // where.
-    void prefetch(const char* const* key, const char* const* last) const {
-        const int size = call_.dim * element_;
-        for (; key < last; key++)
-            for (int byte = 0; byte < size; byte += 64) {
-                __builtin_prefetch(*key + byte, 0, 2);
-                __builtin_prefetch(*key + byte + call_.value_bytes, 0, 2);
-            }
-    }
-
-    // Lays a span out for products: keys transposed, values as they are.
-    void pack(const char* const* from, int keys) {
-        for (int k = 0; k < keys; k += LANES) {
-            const char* rows[LANES];
-            for (int lane = 0; lane < LANES; lane++) rows[lane] = row_of_units(from, k + lane, keys, lane);
-            transpose(rows, unit_stride_, keys_ + k / COLUMNS * unit_stride_ * COLUMNS + k % COLUMNS);
+    // A vector of keys, of which there may be fewer: the others' values are zero. first: its place in the span.
+    Piece copied(const Piece* pieces, int count, int first) {
+        const int vector = in_place_ ? 0 : first / LANES;
+        Unit *keys = keys_ + vector * units_ * key_stride_, *values = values_ + vector * UNITS * dims_;
+        std::memset(values, 0, size_t(UNITS) * dims_ * sizeof(Unit));
+        for (int k = 0; k < count; k += layout_.piece, pieces++) {
+            const int some = std::min(layout_.piece, count - k);
+            layout_.copy_piece(*pieces, some, keys + k, key_stride_, values + k / Arithmetic::VALUES * dims_, dims_);
         }
-        constexpr int DEPTH = SPAN / Arithmetic::VALUES;
-        const int depth = round_up(keys, LANES) / Arithmetic::VALUES;
-        for (int u = 0; u < depth; u++) {
-            const int k = u * Arithmetic::VALUES;
-            for (int d = 0; d < dims_; d += COLUMNS) {
-                Unit* to = values_ + (d / COLUMNS * DEPTH + u) * COLUMNS;
-                const int64_t value = d * element_ + call_.value_bytes;
-                const char* odd = k + 1 < keys ? from[k + 1] + value : nullptr;
-                if (k >= keys) std::memset(to, 0, COLUMNS * sizeof(Unit));
-                else put_values(from[k] + value, odd, std::min(COLUMNS, call_.dim - d), to);
-            }
-        }
+        return {reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values)};
     }
-
-    // A key in units, of which there are as many as lanes or a multiple; copied unless it is like that where it lies.
-    const char* row_of_units(const char* const* from, int k, int keys, int lane) {
-        const bool in_units = element_ * Arithmetic::VALUES == sizeof(Unit);
-        if (in_units && call_.dim == unit_stride_ * Arithmetic::VALUES && k < keys) return from[k];
-        Unit* row = rows_ + lane * unit_stride_;
-        row[units_ - 1] = 0;
-        if (k < keys) widen(from[k], type_, call_.dim, row);
-        else std::memset(row, 0, size_t(units_) * sizeof(Unit));
-        return reinterpret_cast<const char*>(row);
-    }
-
-    void put_values(const char* even, const char* odd, int count, uint32_t* to) { interleave(even, odd, count, to); }
-    void put_values(const char* even, const char*, int count, float* to) { widen(even, type_, count, to); }
 
     void attend_span(const Task& task, int kv_head, int span, int keys, int first, int count) {
         const int begin = span * SPAN, columns = round_up(keys, LANES);
         constexpr int DEPTH = SPAN / Arithmetic::VALUES;
+        const ByVector<Unit> keys_by_vector{key_vectors_, key_stride_};
         multiply<Arithmetic>(
-            queries_ + first * unit_stride_, count, unit_stride_, keys_, columns, unit_stride_, units_, scores_, SPAN
+            queries_ + first * units_, count, units_, keys_by_vector, columns, units_, scores_, SPAN
         );
         Softmax spans[BATCH];
         for (int i = 0; i < count; i++) {
@@ -176,8 +149,9 @@ private:
             Unit* weights = weights_ + i * DEPTH;
             spans[i] = softmax<Arithmetic>(scores, columns, seen_from, seen_to, call_.scale, call_.softcap, weights);
         }
+        const ByUnit<Unit> values_by_unit{value_units_, 0};
         multiply<Arithmetic>(
-            weights_, count, DEPTH, values_, dims_, DEPTH, columns / Arithmetic::VALUES, products_, dims_
+            weights_, count, DEPTH, values_by_unit, dims_, columns / Arithmetic::VALUES, products_, dims_
         );
         for (int i = 0; i < count; i++) {
             const float* product = products_ + i * dims_;
@@ -217,7 +191,8 @@ private:
 
         // From ``next`` on; returns where it ends.
         static uintptr_t lay_out(Worker& worker, int count, uintptr_t next) {
-            const size_t units = worker.unit_stride_, dims = worker.dims_, depth = SPAN / Arithmetic::VALUES;
+            const size_t units = worker.units_, dims = worker.dims_, depth = SPAN / Arithmetic::VALUES;
+            const size_t copied = worker.in_place_ ? LANES : SPAN;  // keys
             auto put = [&](auto*& where, size_t length) {
                 where = reinterpret_cast<std::remove_reference_t<decltype(where)>>(next);
                 next += (length * sizeof *where + 63) / 64 * 64;
@@ -225,9 +200,8 @@ private:
             put(worker.queries_, units * count);
             put(worker.totals_, count);
             put(worker.sums_, dims * count);
-            put(worker.rows_, units * LANES);
-            put(worker.keys_, units * SPAN);
-            put(worker.values_, round_up(int(dims), COLUMNS) * depth);
+            put(worker.keys_, copied / LANES * units * worker.key_stride_);
+            put(worker.values_, copied / Arithmetic::VALUES * dims);
             put(worker.scores_, size_t(SPAN) * BATCH);
             put(worker.weights_, depth * BATCH);
             put(worker.products_, dims * BATCH);
@@ -237,8 +211,12 @@ private:
 
     const AttentionCall& call_;
     const Type type_;
-    const int element_, groups_, dims_, units_, unit_stride_;
-    Unit *queries_, *rows_, *keys_, *values_, *weights_;
+    const int element_, groups_, dims_, units_;
+    const BlockLayout layout_;
+    const bool in_place_;   // whether products take all but a last, half-filled vector of keys from the pool
+    const int key_stride_;  // units, from one unit of a vector's keys to the next
+    Unit *queries_, *keys_, *values_, *weights_;
+    const Unit *key_vectors_[SPAN / LANES], *value_units_[SPAN / Arithmetic::VALUES];
     float *sums_, *scores_, *products_;
     Softmax* totals_;
     static thread_local Buffers buffers_;

@@ -16,7 +16,7 @@ from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft
 from emberkv.engine.runs import Run, shared_prefixes
 
 ROWS_PER_TASK = 64, 512
-"""Query rows of one KV head, at least and at most, for which a span of keys is laid out once."""
+"""Query rows of one KV head, at least and at most, that take their turns with a span of keys."""
 
 
 class NativeAttention:

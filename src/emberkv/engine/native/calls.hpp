@@ -20,7 +20,7 @@ struct AttentionCall {
     const void *queries, *keys, *values;  // strides are in elements, and 1 within a head
     void* out;                            // [rows, heads, dim]
     int64_t query_row, query_head, key_row, key_head, value_row, value_head;
-    char* pool;  // this layer's keys in slot 0: [block_size, kv_heads, dim]
+    char* pool;  // this layer's keys in slot 0, as in layout.hpp
     int64_t slot_bytes, value_bytes;  // to the next slot's keys; to the same slot's values
     int32_t rows, heads, kv_heads, dim, block_size, type;
     float scale, softcap;  // softcap 0: none

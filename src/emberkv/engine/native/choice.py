@@ -4,25 +4,47 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.native.layers import can_compute
+from emberkv.engine.native.kernels import TYPES, Kernels
 from emberkv.errors import KernelsError
 
 _log = logging.getLogger(__name__)
 
 
-def find_kernels(wanted: Literal["auto", "native", "torch"], loaded: LoadedModel, folder: Path) -> Kernels | None:
+def can_compute(loaded: LoadedModel, block_size: int) -> bool:
+    """Whether the kernels compute on this model's device, in its type, over blocks of so many tokens."""
+    return _on_cpu(loaded) and _in_pairs(loaded, block_size)
+
+
+def _on_cpu(loaded: LoadedModel) -> bool:
+    return loaded.device.type == "cpu" and loaded.dtype in TYPES
+
+
+def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:
+    """Whether values of bf16 fill the pairs in which the pool holds them, of a head's and of neighbouring tokens'."""
+    return loaded.dtype is not torch.bfloat16 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
+
+
+def find_kernels(
+    wanted: Literal["auto", "native", "torch"], loaded: LoadedModel, block_size: int, folder: Path
+) -> Kernels | None:
     """The kernels, compiled into ``folder`` if they are not there yet; None leaves the model to torch.
 
-    "auto" does without them, and says why, where "native" raises KernelsError.
+    "auto" does without them where "native" raises KernelsError, and says why if it need not be so.
     """
-    if wanted == "torch" or (wanted == "auto" and not can_compute(loaded)):
+    if wanted == "torch" or (wanted == "auto" and not _on_cpu(loaded)):
         return None
     try:
-        if not can_compute(loaded):
+        if not _on_cpu(loaded):
             raise KernelsError(
                 f"the C++ kernels compute float32 and bfloat16 on a CPU; the model is {loaded.dtype} on {loaded.device}"
+            )
+        if not _in_pairs(loaded, block_size):
+            raise KernelsError(
+                f"the C++ kernels take bfloat16 in heads and blocks of even size; here heads are of "
+                f"{loaded.geometry.head_dim} and blocks of {block_size}"
             )
         return Kernels.built(folder)
     except KernelsError as error:

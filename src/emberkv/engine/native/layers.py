@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from emberkv.engine.loader import LoadedModel
 from emberkv.engine.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
 from emberkv.engine.packed_linear import linear_parts
 from emberkv.engine.paged_attention import rows_left
@@ -111,11 +110,6 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
     """Zeros added to the first axis, up to the next multiple."""
     missing = -tensor.shape[0] % multiple
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]).contiguous()
-
-
-def can_compute(loaded: LoadedModel) -> bool:
-    """Whether the kernels compute on this model's device and in its type."""
-    return loaded.device.type == "cpu" and loaded.dtype in TYPES
 
 
 @torch.inference_mode()

@@ -1,46 +1,17 @@
-// Keys and values as products take them: keys transposed, values of two keys side by side where bf16 is multiplied.
+// How a block holds one layer's keys and values: as products take them, so that most are multiplied where they lie.
+//
+// Of each KV head, a block of keys is [dim / PAIR, block_size, PAIR] and one of values [block_size / PAIR, dim, PAIR].
+// A PAIR is what 4 bytes hold, 2 values in bf16 and 1 in fp32: a unit where these are multiplied as such.
 
 #pragma once
+
+#include <numeric>
 
 #include "vectors.hpp"
 
 namespace emberkv {
 
-// LANES rows of units to columns COLUMNS apart. units: a multiple of LANES.
-template <class Unit>
-void transpose(const char* const* rows, int units, Unit* to) {
-    static_assert(sizeof(Unit) == 4);
-#if defined(__AVX512F__)
-    for (int first = 0; first < units; first += LANES) {
-        __m512i a[16], b[16];
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + first * 4);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        for (int i = 0; i < 8; i += 4)
-            for (int j = 0; j < 4; j++) {
-                b[2 * i + j] = _mm512_shuffle_i32x4(a[2 * i + j], a[2 * i + j + 4], 0x88);
-                b[2 * i + j + 4] = _mm512_shuffle_i32x4(a[2 * i + j], a[2 * i + j + 4], 0xdd);
-            }
-        for (int j = 0; j < 8; j++) {
-            const int u = first + j;
-            _mm512_storeu_si512(to + u * COLUMNS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
-            _mm512_storeu_si512(to + (u + 8) * COLUMNS, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
-        }
-    }
-#else
-    for (int u = 0; u < units; u++)
-        for (int lane = 0; lane < LANES; lane++) std::memcpy(to + u * COLUMNS + lane, rows[lane] + u * 4, 4);
-#endif
-}
-
-// Values as they are stored, put into units; one half of a pair beyond the end is zero.
+// Values as they are computed, put into units.
 inline void widen(const void* from, Type type, int count, float* to) {
     if (type == FP32) {
         copy(to, from, size_t(count) * 4);
@@ -51,25 +22,84 @@ inline void widen(const void* from, Type type, int count, float* to) {
 
 inline void widen(const void* from, Type, int count, uint32_t* to) { copy(to, from, size_t(count) * 2); }
 
-// Two keys' values side by side, as products over keys take them.
-inline void interleave(const void* even, const void* odd, int count, uint32_t* to) {
-    auto a = static_cast<const uint16_t*>(even), b = static_cast<const uint16_t*>(odd);
-    int i = 0;
-#if defined(__AVX512BW__)
-    const __m512i side_by_side = _mm512_set_epi64(
-        0x002f000f002e000e, 0x002d000d002c000c, 0x002b000b002a000a, 0x0029000900280008,
-        0x0027000700260006, 0x0025000500240004, 0x0023000300220002, 0x0021000100200000
-    );
-    const __m512i half = _mm512_set1_epi16(16);
-    for (; b && i + 32 <= count; i += 32) {
-        const __m512i first = _mm512_loadu_si512(a + i), second = _mm512_loadu_si512(b + i);
-        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(first, side_by_side, second));
-        _mm512_storeu_si512(
-            to + i + 16, _mm512_permutex2var_epi16(first, _mm512_add_epi16(side_by_side, half), second)
-        );
-    }
-#endif
-    for (; i < count; i++) to[i] = uint32_t(a[i]) | (b ? uint32_t(b[i]) << 16 : 0);
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
+
+// Neighbouring keys of one head and their values, where they lie in a block.
+struct Piece {
+    const char *keys, *values;
+};
+
+struct BlockLayout {
+    int dim, block_size, pair;  // pair: 2 in bf16, for which dim and block_size are even; or 1
+    int64_t head_bytes;         // from one head's keys, or values, to the next one's
+    int64_t value_bytes;        // from keys to values
+    int piece;                  // keys that lie together, and are of one vector
+
+    BlockLayout(int dim, int block_size, Type type, int64_t value_bytes)
+        : dim(dim),
+          block_size(block_size),
+          pair(type == FP32 ? 1 : 2),
+          head_bytes(int64_t(dim) * block_size * (type == FP32 ? 4 : 2)),
+          value_bytes(value_bytes),
+          piece(std::gcd(LANES, block_size)) {}
+
+    int units() const { return dim / pair; }
+
+    // block: of keys, at its first head's. offset: of a token; for a piece, of its first one.
+    Piece piece_at(const char* block, int head, int offset) const {
+        const char* keys = block + head * head_bytes;
+        return {keys + offset * 4, keys + value_bytes + offset / pair * dim * 4};
+    }
+
+    void store(char* block, int head, int offset, const char* key, const char* value) const {
+        char* keys = block + head * head_bytes + offset * 4;
+        for (int u = 0; u < units(); u++) std::memcpy(keys + u * block_size * 4, key + u * 4, 4);
+        char* values = block + value_bytes + head * head_bytes + offset / pair * dim * 4;
+        if (pair == 1) return copy(values, value, size_t(dim) * 4);
+        uint16_t* pairs = reinterpret_cast<uint16_t*>(values) + offset % 2;
+        for (int d = 0; d < dim; d++) std::memcpy(pairs + 2 * d, value + 2 * d, 2);
+    }
+
+    // Has the cache load a piece while others are computed: blocks lie apart, and no processor foresees where.
+    void prefetch(const Piece& from) const {
+        for (int u = 0; u < units(); u++) __builtin_prefetch(from.keys + u * block_size * 4, 0, 2);
+        for (int byte = 0; byte < piece / pair * dim * 4; byte += 64) __builtin_prefetch(from.values + byte, 0, 2);
+    }
+
+    // The first ``count`` keys of a piece and their values in units, one of keys below another stride apart, one of
+    // values dims apart. What lies beyond is left alone, but for the other half of a value's unit, which is zero.
+    void copy_piece(const Piece& from, int count, uint32_t* keys, int stride, uint32_t* values, int dims) const {
+        for (int u = 0; u < units(); u++) copy(keys + u * stride, from.keys + u * block_size * 4, size_t(count) * 4);
+        for (int t = 0; t < count; t += 2, values += dims) {
+            copy(values, from.values + t * dim * 2, size_t(dim) * 4);
+            if (t + 1 < count) continue;
+            for (int d = 0; d < dim; d++) values[d] &= 0xffff;
+        }
+    }
+
+    void copy_piece(const Piece& from, int count, float* keys, int stride, float* values, int dims) const {
+        for (int u = 0; u < units(); u++) {
+            auto units = reinterpret_cast<const uint32_t*>(from.keys + u * block_size * 4);
+            float* to = keys + u * pair * stride;
+            if (pair == 1) {
+                copy(to, units, size_t(count) * 4);
+            } else {
+                for (int t = 0; t < count; t++) {
+                    to[t] = as_float(units[t] << 16);
+                    to[stride + t] = as_float(units[t] & 0xffff0000);
+                }
+            }
+        }
+        for (int t = 0; t < count; t++, values += dims) {
+            auto units = reinterpret_cast<const uint32_t*>(from.values) + t / pair * dim;
+            if (pair == 1) copy(values, units, size_t(dim) * 4);
+            else for (int d = 0; d < dim; d++) values[d] = as_float(t % 2 ? units[d] & 0xffff0000 : units[d] << 16);
+        }
+    }
+};
 
 }  // namespace emberkv

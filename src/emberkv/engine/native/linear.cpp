@@ -1,6 +1,6 @@
 // Linear layers on CPU, and two of them with a gate between: act(x Wg) * (x Wu).
 //
-// Weights are laid out as `multiply_rows` takes them: COLUMNS outputs side by side, unit after unit of the inputs.
+// Weights are `Packed`: COLUMNS outputs side by side, unit after unit of the inputs.
 
 #include "calls.hpp"
 #include "vectors.hpp"
@@ -28,8 +28,9 @@ void linear_unit(const LinearCall& call, int64_t group, int first, int rows) {
     const Unit* weight = static_cast<const Unit*>(call.weight) + group * (gated ? 2 : 1) * units * COLUMNS;
     const int stride = int(call.input_row / Arithmetic::VALUES);
     alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
-    multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, weight, units, sums, COLUMNS);
-    if (gated) multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, weight + units * COLUMNS, units, ups, COLUMNS);
+    const Packed<Unit> gate{weight, units}, up = gate.from(COLUMNS);
+    multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, gate, units, sums, COLUMNS);
+    if (gated) multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, up, units, ups, COLUMNS);
     for (int row = 0; row < rows; row++) {
         float* sum = sums + row * COLUMNS;
         for (int c = 0; c < COLUMNS; c += LANES) {

@@ -150,14 +150,44 @@ struct Bf16Pairs {
 };
 #endif
 
-// c[r][v] = sum over u of a[r][u] * b[u][v], for R rows and V vectors of columns; b's rows are COLUMNS units apart.
-template <class Arithmetic, int R, int V, class Unit = typename Arithmetic::Unit>
-void multiply_few(const Unit* a, int a_stride, const Unit* b, int depth, float* c, int c_stride) {
+// The second factor of a product: where a unit's LANES columns of vector v lie. ``from(column)`` are the columns from
+// there on, a multiple of COLUMNS.
+
+// COLUMNS columns after one another, ``depth`` units each.
+template <class Unit>
+struct Packed {
+    const Unit* first;
+    int depth;
+    const Unit* at(int u, int v) const { return first + u * COLUMNS + v * LANES; }
+    Packed from(int column) const { return {first + column * depth, depth}; }
+};
+
+// Each vector's columns where they are, one unit ``stride`` units below another.
+template <class Unit>
+struct ByVector {
+    const Unit* const* vectors;
+    int stride;
+    const Unit* at(int u, int v) const { return vectors[v] + u * stride; }
+    ByVector from(int column) const { return {vectors + column / LANES, stride}; }
+};
+
+// Each unit's columns where they are.
+template <class Unit>
+struct ByUnit {
+    const Unit* const* units;
+    int column;
+    const Unit* at(int u, int v) const { return units[u] + column + v * LANES; }
+    ByUnit from(int more) const { return {units, column + more}; }
+};
+
+// c[r][v] = sum over u of a[r][u] * b[u][v], for R rows and V vectors of columns.
+template <class Arithmetic, int R, int V, class Factor, class Unit = typename Arithmetic::Unit>
+void multiply_few(const Unit* a, int a_stride, Factor b, int depth, float* c, int c_stride) {
     Floats sums[R][V] = {};
     for (int u = 0; u < depth; u++)
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
-                sums[r][v] = Arithmetic::add_product(sums[r][v], a[r * a_stride + u], b + u * COLUMNS + v * LANES);
+                sums[r][v] = Arithmetic::add_product(sums[r][v], a[r * a_stride + u], b.at(u, v));
     // Written out, these keep the sums in registers; as loops they had the compiler put all of them into memory first.
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -165,8 +195,8 @@ void multiply_few(const Unit* a, int a_stride, const Unit* b, int depth, float* 
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
-template <class Arithmetic, int V, class Unit = typename Arithmetic::Unit>
-void multiply_rows(const Unit* a, int rows, int a_stride, const Unit* b, int depth, float* c, int c_stride) {
+template <class Arithmetic, int V, class Factor, class Unit = typename Arithmetic::Unit>
+void multiply_rows(const Unit* a, int rows, int a_stride, Factor b, int depth, float* c, int c_stride) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride)
         multiply_few<Arithmetic, ROWS, V>(a, a_stride, b, depth, c, c_stride);
     switch (rows) {
@@ -178,18 +208,16 @@ void multiply_rows(const Unit* a, int rows, int a_stride, const Unit* b, int dep
     }
 }
 
-// The same for any number of columns, a multiple of LANES: b holds ``COLUMNS`` of them after one another, full_depth
-// units each, of which the first ``depth`` count.
-template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-void multiply(
-    const Unit* a, int rows, int a_stride, const Unit* b, int columns, int full_depth, int depth, float* c, int c_stride
-) {
-    for (; columns > 0; columns -= COLUMNS, b += full_depth * COLUMNS, c += COLUMNS) {
-        switch (std::min(columns, COLUMNS) / LANES) {
-            case 4: multiply_rows<Arithmetic, 4>(a, rows, a_stride, b, depth, c, c_stride); break;
-            case 3: multiply_rows<Arithmetic, 3>(a, rows, a_stride, b, depth, c, c_stride); break;
-            case 2: multiply_rows<Arithmetic, 2>(a, rows, a_stride, b, depth, c, c_stride); break;
-            case 1: multiply_rows<Arithmetic, 1>(a, rows, a_stride, b, depth, c, c_stride); break;
+// The same for any number of columns, a multiple of LANES.
+template <class Arithmetic, class Factor, class Unit = typename Arithmetic::Unit>
+void multiply(const Unit* a, int rows, int a_stride, Factor b, int columns, int depth, float* c, int c_stride) {
+    for (int column = 0; column < columns; column += COLUMNS, c += COLUMNS) {
+        const Factor these = b.from(column);
+        switch (std::min(columns - column, COLUMNS) / LANES) {
+            case 4: multiply_rows<Arithmetic, 4>(a, rows, a_stride, these, depth, c, c_stride); break;
+            case 3: multiply_rows<Arithmetic, 3>(a, rows, a_stride, these, depth, c, c_stride); break;
+            case 2: multiply_rows<Arithmetic, 2>(a, rows, a_stride, these, depth, c, c_stride); break;
+            case 1: multiply_rows<Arithmetic, 1>(a, rows, a_stride, these, depth, c, c_stride); break;
         }
     }
 }
