@@ -7,7 +7,7 @@ from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity
+from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity, tail_identity
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
@@ -69,6 +69,7 @@ class Harness:
     policy: str = "lru"
     exact: bool = False
     enabled: bool = True
+    uniform: bool = False
     max_step_tokens: int = 16
     max_running: int = 8
     lower: FakeTiers | None = None
@@ -79,7 +80,9 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size, policy=self._make_policy(), journal=True)
-        self.cache = PrefixCache(self.pool, alignment=self.alignment, exact=self.exact, enabled=self.enabled)
+        self.cache = PrefixCache(
+            self.pool, alignment=self.alignment, uniform=self.uniform, exact=self.exact, enabled=self.enabled
+        )
         config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running)
         self.scheduler = Scheduler(self.cache, config, self.lower)
 
@@ -151,9 +154,11 @@ class Harness:
         """Write what an engine would, over a context that must hold exactly the chain's own tokens."""
         self.check_plan(plan)
         for sequence in plan.decodes:
-            self._write(sequence, len(sequence.chain) - 1, len(sequence.chain), whole=0)
+            length = len(sequence.chain)
+            self._write(sequence, length - 1, length, whole=length if self.uniform else 0)
         for chunk in plan.prefills:
-            self._write(chunk.sequence, chunk.start, chunk.stop, whole=chunk.stop - chunk.stop % self.alignment)
+            whole = chunk.stop if self.uniform else chunk.stop - chunk.stop % self.alignment
+            self._write(chunk.sequence, chunk.start, chunk.stop, whole=whole)
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
 
     def _write(self, sequence: Sequence, start: int, stop: int, *, whole: int) -> None:
@@ -179,8 +184,8 @@ class Harness:
         planned: dict[str, int] = {}
         for chunk in plan.prefills:
             request_id, start, stop = chunk.sequence.request_id, chunk.start, chunk.stop
-            assert start % self.alignment == 0
-            assert start < stop == min(start + self.chunk, len(chunk.sequence.chain))
+            assert self.uniform or start % self.alignment == 0
+            assert start < stop == min(start - start % self.alignment + self.chunk, len(chunk.sequence.chain))
             assert planned.get(request_id, start) == start, "a gap between two chunks"
             planned[request_id] = stop
         names = [sequence.request_id for sequence in plan.decodes]
@@ -195,10 +200,13 @@ class Harness:
         assert len(running) <= self.max_running
         for sequence in running:
             assert sequence.cached_tokens <= sequence.prompt_tokens - 1
-            assert sequence.cached_tokens % self.alignment == 0
+            assert self.uniform or sequence.cached_tokens % self.alignment == 0
             self._check_admission(sequence)
         for identity in self.pool.snapshot().parents:
             self._check_content(identity)
+        for block in self.pool.blocks:
+            if block.partial:
+                self._check_tail(block)
 
     def _check_admission(self, sequence: Sequence) -> None:
         admission = sequence.admission
@@ -214,13 +222,25 @@ class Harness:
     def _check_content(self, identity: bytes) -> None:
         block = self.pool.lookup(identity)
         assert block is not None
-        cells = [self.cells[block.slot, offset] for offset in range(self.block_size)]
-        prefix = cells[-1].prefix
-        ends = range(len(prefix) - (self.block_size - 1) * TOKEN_BYTES, len(prefix) + 1, TOKEN_BYTES)
-        assert [cell.prefix for cell in cells] == [prefix[:end] for end in ends]
+        prefix = self._prefix_of(block, self.block_size)
         assert chain_identities(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == identity
+
+    def _check_tail(self, block: Block) -> None:
+        prefix = self._prefix_of(block, len(block.tokens) // TOKEN_BYTES)
+        before = prefix[: -len(block.tokens)]
+        parents = [before[:ROOT_BYTES], *chain_identities(before[:ROOT_BYTES], before[ROOT_BYTES:], self.block_size)]
+        assert (block.parent, block.identity) == (parents[-1], tail_identity(parents[-1]))
+        assert block.position == len(parents) - 1
+
+    def _prefix_of(self, block: Block, count: int) -> bytes:
+        """What all of a block's ``count`` positions depend on: each holds what the tokens say, and is exact."""
+        cells = [self.cells[block.slot, offset] for offset in range(count)]
+        prefix = cells[-1].prefix
+        ends = range(len(prefix) - (count - 1) * TOKEN_BYTES, len(prefix) + 1, TOKEN_BYTES)
+        assert [cell.prefix for cell in cells] == [prefix[:end] for end in ends]
         assert prefix.endswith(block.tokens)
         assert not block.exact or all(cell.exact for cell in cells)
+        return prefix
 
 
 def random_token(random: Random, vocabulary: int = 2) -> Callable[[Sequence], int]:

@@ -16,7 +16,7 @@ PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles o
 @pytest.mark.parametrize(
     ("given", "compiler", "shown", "cached"),
     [
-        ((), True, r"C\+\+, vectors of \d+.*; decoded KV is exact", 80),
+        ((), True, r"C\+\+, vectors of \d+.*; decoded KV is exact", 89),
         (("--kernels", "torch"), True, r"torch$", 64),
         ((), False, r"torch$", 64),
     ],

@@ -119,6 +119,7 @@ def test_what_use_has_taught_is_warm_after_a_restart(
         used = [chat(server, folder.name, system, f"{number}?", key="first") for number in range(3)]
         assert used[0] == 0
         assert used[1] == used[2] > 500
+        full = used[1] // 16 * 16  # only full blocks are on disk, and only such are learned
         eventually(server.is_idle)
     if blocks == "lost":
         shutil.rmtree(cache / "blocks")
@@ -126,8 +127,8 @@ def test_what_use_has_taught_is_warm_after_a_restart(
         report = warmup(server)
         assert (report["phase"], report["learned"], report["restored"]) == ("done", 1, 1)
         computed = server.metric("emberkv_prefill_tokens_total")
-        assert computed < 100 if blocks == "kept" else computed >= used[1]
+        assert computed < 100 if blocks == "kept" else computed >= full
         before = server.metric("emberkv_prefix_cache_hit_tokens_total")
-        assert chat(server, folder.name, system, "4?", key="first") == used[1]
-        assert server.metric("emberkv_prefix_cache_hit_tokens_total") == before + used[1]
+        assert chat(server, folder.name, system, "4?", key="first") == full
+        assert server.metric("emberkv_prefix_cache_hit_tokens_total") == before + full
         assert chat(server, folder.name, system, "4?", key="other") == 0

@@ -51,7 +51,8 @@ def test_hits_have_the_logits_and_the_state_of_a_cold_run(
     assert warm.run_one(stem).cached == 0
     for common, prompt in branches(rng, stem):
         hit, computed = warm.run_one(prompt), cold.run_one(prompt)
-        assert hit.cached == common // unit * unit
+        assert hit.cached // unit * unit == common // unit * unit
+        assert warm.executor.uniform or hit.cached % unit == 0
         assert_equal_bits(hit, computed)
         whole = len(prompt) // unit * unit // BLOCK
         assert torch.equal(hit.kv[:whole], computed.kv[:whole])
@@ -152,9 +153,30 @@ def test_with_the_kernels_an_answer_is_reused_as_exactly_as_a_prompt(
 
     visit, computed = exact.run_one(second), cold.run_one(second)
 
-    assert visit.cached == (2 * CHUNK + 3 + 79) // BLOCK * BLOCK
+    assert visit.cached == 2 * CHUNK + 3 + 79  # all but the last token, which was never computed
     assert_equal_bits(visit, computed)
     assert torch.equal(visit.kv, computed.kv)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
+def test_with_the_kernels_a_partial_block_is_gone_on_with(
+    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
+) -> None:
+    """From any place within it, and as it was before somebody else went on otherwise."""
+    rng = random.Random(f"{arch} {dtype}")
+    warm = Driver(paged(arch, dtype), kernels=kernels)
+    cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
+    for extra in range(1, BLOCK):
+        stem = text(rng, CHUNK + extra)
+        warm.run_one(stem)
+        for kept in (len(stem), len(stem) - rng.randrange(1, extra + 1)):
+            other = (stem[kept - 1] - 2) % (VOCAB_SIZE - 3) + 3
+            prompt = [*stem[:kept], other, *text(rng, rng.randrange(1, BLOCK))]
+            hit, computed = warm.run_one(prompt), cold.run_one(prompt)
+            assert_equal_bits(hit, computed)
+            full = len(prompt) // BLOCK
+            assert torch.equal(hit.kv[:full], computed.kv[:full])
+            assert hit.cached in ((kept, CHUNK) if warm.executor.uniform else (CHUNK,))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

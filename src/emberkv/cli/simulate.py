@@ -33,7 +33,7 @@ def simulate(
     ] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the trace's own, or 16.")] = None,
     hit_unit: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to which hits are rounded down; default: a block.")
+        int | None, typer.Option(min=1, help="Tokens to which hits are rounded down; default: a block; 1: not at all.")
     ] = None,
     eviction: Annotated[str | None, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Whether to reuse anything.")] = None,

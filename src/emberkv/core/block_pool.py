@@ -95,6 +95,32 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
+    def find_tail(self, chain: Chain, position: int, *, exact_only: bool = False) -> tuple[Block, int] | None:
+        """The partial block behind the first ``position`` blocks of ``chain``, and how many tokens they have in common.
+
+        At least one, and never the chain's last. Holds nothing.
+        """
+        found = self._cached.find_tail(chain, position)
+        return found if found is None or found[0].exact or not exact_only else None
+
+    def take_tail(self, block: Block) -> None:
+        """Hold what `find_tail` found, to write on behind its tokens: nobody finds it any more."""
+        self._cached.leave(block)
+        block.state = BlockState.ALLOCATED
+        block.ref_count = 1
+
+    def leave_tail(self, block: Block, chain: Chain, position: int, count: int, *, exact: bool) -> None:
+        """Make a block visible whose holder is about to free it, as the partial one behind those before ``position``.
+
+        count: of its tokens, those that are in place. There is one such block behind another: the latest.
+        """
+        if block.state is not BlockState.ALLOCATED:
+            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be left")
+        block.state = BlockState.COMMITTED
+        known = self._cached.enter_tail(block, chain, position, count, exact=exact)
+        if known is not None:
+            self._blank.append(known)
+
     def pin(self, blocks: Iterable[Block]) -> None:
         """Hold cached blocks once more, so that nobody evicts them."""
         taken = []
@@ -212,14 +238,14 @@ class BlockPool:
         return self._cached.take_committed()
 
     def remove(self, identities: Iterable[Identity]) -> int:
-        """Forget these blocks, as `clear` forgets all; how many there were."""
+        """Forget these blocks, as `clear` forgets all; how many full ones there were."""
         blocks = self._cached.among(identities)
-        if blocks:
-            gone = tuple(block.identity for block in blocks if block.identity is not None)
+        gone = tuple(block.identity for block in blocks if block.identity is not None and not block.partial)
+        if gone:
             self.events.append(BlockRemoved(gone, evicted=False))
         for block in blocks:
             self._withdraw(block)
-        return len(blocks)
+        return len(gone)
 
     def clear(self) -> None:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from emberkv.core.block import Block
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import Chain, Identity, common_tokens, encode_tokens, tail_identity, token_array
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.stats import CacheStats
@@ -57,21 +57,48 @@ class CachedBlocks:
             found.append(block)
         return Match(found, MatchEnd.LIMIT)
 
+    def find_tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+        """See `BlockPool.find_tail`."""
+        block = self.index.get(tail_identity(chain.parent(position)))
+        if block is None:
+            return None
+        start = position * chain.block_size
+        common = common_tokens(block.tokens, _encoded(chain, start, min(start + chain.block_size, len(chain) - 1)))
+        return (block, common) if common else None
+
     def enter(self, block: Block, chain: Chain, position: int, *, exact: bool, in_place: bool) -> None:
         """Make a held block visible. in_place: of another one that was visible under the same identity just now."""
         identity = chain.identities[position]
+        block.tokens = chain.block_tokens(position)
+        self._enter(block, identity, chain, position, exact)
+        self._stats.committed_blocks += 1
+        if not in_place:
+            self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
+
+    def enter_tail(self, block: Block, chain: Chain, position: int, count: int, *, exact: bool) -> Block | None:
+        """Make a held block visible that has ``count`` tokens; returns the one that is not any more, if there was one.
+
+        Nobody is told, and the block goes without notice: who mirrors the cache mirrors full blocks.
+        """
+        identity = tail_identity(chain.parent(position))
+        known = self.index.get(identity)
+        if known is not None:
+            self.leave(known)
+        start = position * chain.block_size
+        block.tokens = _encoded(chain, start, start + count)
+        block.partial = True
+        self._enter(block, identity, chain, position, exact)
+        return known
+
+    def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, exact: bool) -> None:
         block.identity = identity
         block.parent = chain.parent(position)
-        block.tokens = chain.block_tokens(position)
         block.position = position
         block.owner = chain.owner(position)
         block.exact = exact
         self.index[identity] = block
         weight = self.weight(position)
         self.policy.admit(identity, Weight(weight.size, weight.cost, block.owner) if block.owner else weight)
-        self._stats.committed_blocks += 1
-        if not in_place:
-            self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
 
     def leave(self, block: Block) -> None:
         """A block is not found any more, without having been evicted."""
@@ -96,10 +123,12 @@ class CachedBlocks:
 
     def _evicted(self, identities: list[Identity]) -> list[Block]:
         blocks = [self.index.pop(identity) for identity in identities]
+        full = tuple(identity for identity, block in zip(identities, blocks, strict=True) if not block.partial)
         for block in blocks:
             _wipe(block)
-        self._stats.evicted_blocks += len(blocks)
-        self._events.append(BlockRemoved(tuple(identities)))
+        self._stats.evicted_blocks += len(full)
+        if full:
+            self._events.append(BlockRemoved(full))
         return blocks
 
     def write_down(self, block: Block) -> None:
@@ -115,11 +144,12 @@ class CachedBlocks:
         return [block for identity, block in committed.items() if self.index.get(identity) is block]
 
     def among(self, identities: Iterable[Identity]) -> list[Block]:
-        """The blocks that are found under any of these, each once."""
-        return [self.index[identity] for identity in dict.fromkeys(identities) if identity in self.index]
+        """The blocks that are found under any of these, each once, and the partial ones behind these."""
+        wanted = dict.fromkeys(key for identity in identities for key in (identity, tail_identity(identity)))
+        return [self.index[identity] for identity in wanted if identity in self.index]
 
     def snapshot(self) -> Snapshot:
-        parents = {identity: block.parent for identity, block in self.index.items()}
+        parents = {identity: block.parent for identity, block in self.index.items() if not block.partial}
         return Snapshot(self._events.last_sequence, parents)
 
 
@@ -128,3 +158,8 @@ def _wipe(block: Block) -> None:
     block.parent = b""
     block.tokens = b""
     block.exact = False
+    block.partial = False
+
+
+def _encoded(chain: Chain, start: int, stop: int) -> bytes:
+    return encode_tokens(token_array(chain.slice(start, stop)))

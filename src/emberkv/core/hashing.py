@@ -60,6 +60,20 @@ def chain_identities(parent: Identity, tokens: bytes, block_size: int) -> list[I
     return identities
 
 
+def tail_identity(parent: Identity) -> Identity:
+    """Of the partial block that a sequence left behind the block ``parent``, whatever its tokens are."""
+    return sha256(b"emberkv-tail-1" + parent).digest()
+
+
+def common_tokens(one: bytes, other: bytes) -> int:
+    """How many leading tokens two encoded runs have in common."""
+    shorter = min(len(one), len(other))
+    for start in range(0, shorter, TOKEN_BYTES):
+        if one[start : start + TOKEN_BYTES] != other[start : start + TOKEN_BYTES]:
+            return start // TOKEN_BYTES
+    return shorter // TOKEN_BYTES
+
+
 class Chain(Protocol):
     """A sequence as the core sees it: its length and its full blocks' identities, however its tokens are described.
 

@@ -121,7 +121,9 @@ class Loads:
 
     def account(self, sequence: Sequence, match: Match) -> None:
         """Write down where the hit of a sequence that is being admitted comes from."""
-        size, known, hit = self._cache.pool.block_size, len(match.blocks), sequence.held.hit_tokens
+        size, known = self._cache.pool.block_size, len(match.blocks)
+        hit, in_blocks = sequence.held.hit_tokens, sequence.held.num_committed * size
+        tail = hit - in_blocks
         brought: Counter[str] = Counter()
         border = hit // size
         for wait in reversed(sequence.waits):  # what an earlier load brought, a later one need not have brought again
@@ -135,12 +137,14 @@ class Loads:
             declined -= max(0, known - sequence.waits[-1].stop)
         elif decision.choice is not LoadChoice.SHARED:  # decided after the wait, about the same blocks
             failed -= declined + decision.rounded
+        cheaper, lost = max(0, declined) * size, max(0, failed) * size
+        cheaper, tail = max(0, cheaper - tail), max(0, tail - cheaper)  # the partial block has part of what a tier has
         sequence.admission = Admission(
             pool_tokens=hit - sum(tier_tokens.values()),
             tier_tokens=tier_tokens,
             end=match.end,
-            recompute_cheaper_tokens=max(0, declined) * size,
-            load_failed_tokens=max(0, failed) * size,
-            alignment_tokens=known * size - hit + decision.rounded * size,
-            partial_tokens=sequence.prompt_tokens - self._cache.usable_blocks(sequence.chain) * size,
+            recompute_cheaper_tokens=cheaper,
+            load_failed_tokens=max(0, lost - tail),
+            alignment_tokens=known * size - in_blocks + decision.rounded * size,
+            partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
         )

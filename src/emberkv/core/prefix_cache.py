@@ -18,7 +18,16 @@ from emberkv.errors import ConfigError
 class Lease:
     """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out."""
 
-    __slots__ = ("_cache", "_chain", "_collided", "blocks", "context_exact", "hit_tokens", "num_committed")
+    __slots__ = (
+        "_cache",
+        "_chain",
+        "_collided",
+        "_num_computed",
+        "blocks",
+        "context_exact",
+        "hit_tokens",
+        "num_committed",
+    )
 
     def __init__(self, cache: "PrefixCache", chain: Chain, hit: list[Block]) -> None:
         self._cache = cache
@@ -28,6 +37,17 @@ class Lease:
         self.num_committed = len(hit)
         self.hit_tokens = len(hit) * cache.pool.block_size
         self.context_exact = all(block.exact for block in hit)
+        self._take_tail()
+        self._num_computed = self.hit_tokens
+
+    def _take_tail(self) -> None:
+        found = self._cache.tail(self._chain, len(self.blocks))
+        if found is not None:
+            block, tokens = found
+            self.context_exact = self.context_exact and block.exact
+            self._cache.pool.take_tail(block)
+            self.blocks.append(block)
+            self.hit_tokens += tokens
 
     def missing_blocks(self, num_tokens: int) -> int:
         """How many blocks more the table needs to cover ``num_tokens``."""
@@ -41,10 +61,10 @@ class Lease:
             self.blocks += self._cache.pool.allocate(missing, owner)
 
     def adopt(self, start: int) -> int:
-        """Take over blocks that others committed since, from token ``start`` (a multiple of the alignment) on.
+        """Take over blocks that others committed since, from the one with token ``start`` on, the next to compute.
 
-        Only whole alignment units count, as in `acquire`, and only once all before ``start`` is committed. Our own
-        blocks for that stretch are freed. Returns the number of tokens adopted.
+        Only whole alignment units count, as in `acquire`, and only once all before them is committed. Our own blocks
+        for that stretch are freed. Returns the number of tokens adopted.
         """
         pool = self._cache.pool
         first = start // pool.block_size
@@ -58,7 +78,8 @@ class Lease:
         self.blocks[first : first + len(found)] = found
         self.num_committed = first + len(found)
         self.context_exact = self.context_exact and all(block.exact for block in found)
-        adopted = len(found) * pool.block_size
+        self._num_computed = self.num_committed * pool.block_size
+        adopted = self._num_computed - start
         self.hit_tokens += adopted
         return adopted
 
@@ -79,6 +100,7 @@ class Lease:
 
     def _commit(self, num_computed: int, *, exact: bool) -> None:
         """A collision ends it for good: the identities of all that follows name the other chain as well."""
+        self._num_computed = num_computed
         self.context_exact = self.context_exact and exact
         if self._collided or not self._cache.enabled:
             return
@@ -92,8 +114,13 @@ class Lease:
             self.num_committed = position + 1
 
     def release(self) -> None:
-        """Let go of every block, tail first."""
-        self._cache.pool.free(self.blocks)
+        """Let go of every block, tail first. What is computed of one that is not full stays for who goes on there."""
+        pool = self._cache.pool
+        in_tail = self._num_computed - self.num_committed * pool.block_size
+        if self._cache.reuses_tails and not self._collided and 0 < in_tail < pool.block_size:
+            tail = self.blocks[self.num_committed]
+            pool.leave_tail(tail, self._chain, self.num_committed, in_tail, exact=self.context_exact)
+        pool.free(self.blocks)
         self.blocks = []
 
 
@@ -101,7 +128,8 @@ class PrefixCache:
     """Finds the longest cached prefix of a chain in a pool.
 
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
-    wherever a run of it begins. uniform: decode steps give those bits, too, and so does any part of a unit.
+    wherever a run of it begins. uniform: decode steps give those bits, too, and so does any part of a unit; where a
+    unit is a block, a hit then goes on into the partial block that a sequence left behind.
     exact: reuse only blocks that are bit-equal to a cold prefill.
     enabled: False finds nothing and commits nothing.
     """
@@ -117,6 +145,11 @@ class PrefixCache:
         self.exact = exact
         self.enabled = enabled
 
+    @property
+    def reuses_tails(self) -> bool:
+        """Whether a hit goes on into a partial block."""
+        return self.enabled and self.uniform and self.alignment == self.pool.block_size
+
     def usable_blocks(self, chain: Chain) -> int:
         """How many of a chain's blocks could be reused at most: its last token's logits are what the caller wants."""
         return (len(chain) - 1) // self.pool.block_size
@@ -127,14 +160,18 @@ class PrefixCache:
         return num_blocks // unit * unit
 
     def match(self, chain: Chain, start: int = 0) -> Match:
-        """The cached blocks that follow token ``start``, not rounded, and why there are no more. Holds nothing."""
+        """The cached blocks from the one with token ``start`` on, not rounded, and why no more. Holds nothing."""
         if not self.enabled:
             return Match([], MatchEnd.OFF)
         first, stop = start // self.pool.block_size, self.usable_blocks(chain)
         return self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
 
+    def tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+        """See `BlockPool.find_tail`; None where partial blocks are not reused."""
+        return self.pool.find_tail(chain, position, exact_only=self.exact) if self.reuses_tails else None
+
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
-        """The cached blocks that follow token ``start``, a multiple of the alignment; whole alignment units only.
+        """The cached blocks from the one with token ``start`` on; whole alignment units only.
 
         At least the chain's last token is left to compute. Holds nothing.
         """

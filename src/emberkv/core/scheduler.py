@@ -202,7 +202,8 @@ class Scheduler:
             if sequence.num_preemptions == 0:
                 sequence.cached_tokens += adopted
         start = sequence.num_computed
-        return PrefillChunk(sequence, start, min(start + self.config.prefill_chunk, len(sequence.chain)))
+        stop = start - start % self.cache.alignment + self.config.prefill_chunk
+        return PrefillChunk(sequence, start, min(stop, len(sequence.chain)))
 
     def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
         """The admitted sequence that still has tokens to plan, or else the next one admitted.

@@ -149,5 +149,5 @@ class LiveRequests:
     def _usage(self, sequence: Sequence) -> CacheUsage:
         cache = self._scheduler.cache
         full = sequence.prompt_tokens - sequence.prompt_tokens % cache.pool.block_size
-        created = full - sequence.cached_tokens if cache.enabled else 0
+        created = max(0, full - sequence.cached_tokens) if cache.enabled else 0
         return CacheUsage(sequence.prompt_tokens, sequence.cached_tokens, created, sequence.tier_tokens)

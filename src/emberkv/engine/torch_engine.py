@@ -56,11 +56,12 @@ class TorchEngine:
     prefill_chunk; the kernels need none.
 
     Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
-    in whatever chunk they are computed; hits are rounded down to a multiple of ``alignment``. It is a block with the
+    in whatever chunk they are computed; a hit's full blocks end at a multiple of ``alignment``. It is a block with the
     kernels, by which no row influences another. With torch it is a tile, as attention is cut at absolute positions,
     where the machine's libraries compute the linear layers so. Both are tried; where it fails, it is the chunk.
     Where it holds, all of a step is *one pass*.
-    It is *uniform* if decode steps give a token's state the same bits as well, which with the kernels they do.
+    It is *uniform* if decode steps give a token's state the same bits as well, and so does a piece that begins within a
+    block, which with the kernels they do.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class TorchEngine:
         if not self.one_pass:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
-        self.uniform = self.kernels is not None and self.one_pass and self._decodes_as_it_prefills()
+        self.uniform = self.kernels is not None and self.one_pass and self._is_uniform()
 
     def _make_attention(self) -> AttentionBackend:
         if self.kernels is not None:
@@ -170,11 +171,16 @@ class TorchEngine:
         if whole_chunks or experts or not rows_are_independent(self._model):
             return False
         # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
-        return all(self._same_in_pieces(self.prefill_chunk + tail) for tail in (1, self.alignment // 2 + 1))
+        cuts = {self.prefill_chunk, self.alignment}
+        return all(self._same_in_pieces(self.prefill_chunk + tail, cuts) for tail in (1, self.alignment // 2 + 1))
+
+    def _is_uniform(self) -> bool:
+        within = {self.alignment + 1, 2 * self.alignment - 1}
+        return self._decodes_as_it_prefills() and self._same_in_pieces(2 * self.alignment + 1, within)
 
     @torch.inference_mode()
-    def _same_in_pieces(self, length: int) -> bool:
-        """Whether tokens cut after a chunk or after a tile get the KV state and the last logits that they get whole."""
+    def _same_in_pieces(self, length: int, cuts: Iterable[int]) -> bool:
+        """Whether tokens cut in two, at each of ``cuts``, get the KV state and the last logits that they get whole."""
         blocks = -(-length // self.pool.block_size)
         if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
             return False
@@ -182,7 +188,7 @@ class TorchEngine:
         self.pool.clear(list(range(2 * blocks)))
         first, second = list(range(blocks)), list(range(blocks, 2 * blocks))
         expected = self.prefill(tokens, 0, first, sample=True)
-        for cut in {self.prefill_chunk, self.alignment}:
+        for cut in cuts:
             self.pool.clear(second)
             self.prefill(tokens[:cut], 0, second, sample=False)
             logits = self.prefill(tokens[cut:], cut, second, sample=True)

@@ -60,7 +60,7 @@ class Replay:
 
     def __init__(self, config: SimulationConfig, machine: Machine) -> None:
         self._size = machine.block_size
-        self._caches = [cache_of(config, machine) for _ in range(config.replicas)]
+        self._caches = [cache_of(config, machine, tails=False) for _ in range(config.replicas)]
         self._states = [ReplicaState() for _ in self._caches]
         router = make_router(config.routing, config.replicas, Random(f"{config.seed}/simulation"))
         self._routed = Routed(router, self._states)

@@ -101,8 +101,9 @@ class SimulationConfig(Strict):
     model, hardware: names or files; weights, kv: number types other than the model's. rates: in place of both.
     kv_blocks: of each replica; None: what its memory holds beside weights, activations and the runtime. memory: bytes
     of each device, if not the profile's. block_size: tokens; None: the trace's own, or 16. hit_unit: hits are rounded
-    down to so many tokens; None: a block. emberkv's server rounds to 32 on CPUs. hit_unit and prefill_chunk are rounded
-    up to whole blocks and units; max_step_tokens: the budget of a step; max_running: sequences admitted at a time.
+    down to so many tokens, in whole blocks; None: a block; 1: not at all, so that they go on into the partial block
+    that a conversation left, as with the kernels of emberkv's server. prefill_chunk is rounded up to whole units;
+    max_step_tokens: the budget of a step; max_running: sequences admitted at a time.
     prefix_caching: False computes every prompt anew. salted: clients share nothing with each other.
     together: whether steps that change nothing but lengths are taken together, which is faster and changes no result.
     warm_up: requests that arrive in the first so many seconds are in no result. stop_at: seconds; who is in flight

@@ -96,8 +96,8 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
     )  # fmt: skip
 
 
-def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
-    """A fresh cache over an empty pool."""
+def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool) -> PrefixCache:
+    """A fresh cache over an empty pool. tails: whether hits go on into partial blocks."""
     pool = BlockPool(
         machine.num_blocks,
         machine.block_size,
@@ -106,8 +106,8 @@ def cache_of(config: SimulationConfig, machine: Machine) -> PrefixCache:
         events=EventLog(EVENTS_KEPT),
         journal=bool(config.tiers),
     )
-    alignment = _rounded_up(config.hit_unit or 1, machine.block_size)
-    return PrefixCache(pool, alignment=alignment, enabled=config.prefix_caching)
+    alignment = _rounded_up(config.hit_unit or machine.block_size, machine.block_size)
+    return PrefixCache(pool, alignment=alignment, uniform=tails, enabled=config.prefix_caching)
 
 
 def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:
@@ -144,7 +144,7 @@ def lower_of(config: SimulationConfig, machine: Machine) -> list[LowerModel | No
 
 def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None) -> Scheduler:
     """A fresh scheduler, cache and pool, as the server has them."""
-    cache = cache_of(config, machine)
+    cache = cache_of(config, machine, tails=config.hit_unit == 1)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
     return Scheduler(cache, SchedulerConfig(chunk, budget, config.max_running), lower)

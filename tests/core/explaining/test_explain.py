@@ -20,6 +20,7 @@ from emberkv.core.explaining.explanation import (
     outcome_of,
 )
 from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.explaining.look_up import look_up
 from emberkv.core.hashing import TokenChain
 from emberkv.core.matching import MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
@@ -185,27 +186,26 @@ def test_encoded_tokens_are_read_back(tokens: list[int], others: list[int]) -> N
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=1, max_size=25)
 
 
-@given(prompts, st.integers(4, 9), st.integers(2, 60), st.sampled_from([2, 4]))
+@given(prompts, st.integers(4, 9), st.integers(2, 60), st.sampled_from([1, 2]), st.sampled_from([2, 4]), st.booleans())
 def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
-    served: Sequence[list[int]], pool_blocks: int, remembered: int, alignment: int
+    served: Sequence[list[int]], pool_blocks: int, remembered: int, unit: int, size: int, uniform: bool
 ) -> None:
-    pool = BlockPool(pool_blocks, 2)
-    cache = PrefixCache(pool, alignment=alignment)
+    pool = BlockPool(pool_blocks, size)
+    cache = PrefixCache(pool, alignment=unit * size, uniform=uniform)
     ledger, seen = Ledger(remembered), 0
     for now, tokens in enumerate(served):
-        prompt = chain(tokens, block_size=2)
+        prompt = chain(tokens, block_size=size)
         found = pool.match(prompt, stop=len(prompt.identities)).blocks
         if len(ledger) < remembered:
             assert ledger.cached_run(prompt) == len(found)
-        outcome = outcome_of([(POOL, len(found))], len(prompt), block_size=2, alignment=alignment)
-        explanation = explain(ledger, prompt, outcome, alignment=alignment)
+        explanation = explain(ledger, prompt, look_up(cache, None, prompt), alignment=cache.alignment)
         check_account(explanation, prompt)
-        assert explanation.hit_tokens == len(cache.find(prompt)) * 2
-        if pool.blocks_for(len(prompt)) <= pool_blocks:
-            lease = cache.acquire(prompt)
+        lease = cache.acquire(prompt)
+        assert explanation.hit_tokens == lease.hit_tokens
+        if lease.missing_blocks(len(prompt)) <= pool.num_free:
             lease.extend(len(prompt))
             lease.commit_prefilled(len(prompt))
-            lease.release()
+        lease.release()
         for numbered in pool.events.since(seen) or ():
             ledger.apply(numbered.event, float(now))
             seen = numbered.sequence

@@ -1,12 +1,13 @@
 """Explains a prompt from the ledger: why the tokens that were not found were not."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
 from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
 from emberkv.core.explaining.ledger import Entry, Ledger
-from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain
+from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, common_tokens
 from emberkv.core.matching import MatchEnd
 from emberkv.core.promotion import Admission
 
@@ -53,14 +54,25 @@ def explain(
         misses.append(Miss(reason, at, min(tokens, length - at)))
         at = misses[-1].stop
     divergence = None
-    if length <= alignment:
+    if length <= alignment and not outcome.hit:
         misses.append(Miss(Reason.TOO_SHORT, at, length - at))
     else:
         stop = max(at, (length - 1) // size * size)
-        rest, divergence = _rest(ledger, chain, at // size, length, outcome.refused)
+        rest, divergence = _behind(at, *_rest(ledger, chain, at // size, length, outcome.refused))
         misses += [*rest, Miss(Reason.PARTIAL, stop, length - stop)]
     kept = tuple(miss for miss in misses if miss.tokens)
     return Explanation(length, dict(outcome.hit), kept, divergence)
+
+
+def _behind(at: int, misses: Sequence[Miss], divergence: Divergence | None) -> tuple[list[Miss], Divergence | None]:
+    """What is left of these from token ``at`` on, where a hit may end within a block.
+
+    A partial block is in no ledger. If it went on with the prompt's tokens where known ones differ, nothing known does.
+    """
+    left = [replace(miss, start=(start := max(at, miss.start)), tokens=max(0, miss.stop - start)) for miss in misses]
+    if divergence is None or divergence.position >= at:
+        return left, divergence
+    return [replace(miss, reason=Reason.NEW) if miss.reason is Reason.DIVERGED else miss for miss in left], None
 
 
 def _some(counts: dict[K, int]) -> dict[K, int]:
@@ -162,15 +174,6 @@ def _tokens_from(ledger: Ledger, entry: Entry, skip: int) -> tuple[int, ...]:
         entry = ledger.known(following[0])
         encoded += entry.tokens
     return decode_tokens(encoded[: SHOWN_TOKENS * TOKEN_BYTES])
-
-
-def common_tokens(one: bytes, other: bytes) -> int:
-    """How many leading tokens two encoded runs have in common."""
-    shorter = min(len(one), len(other))
-    for start in range(0, shorter, TOKEN_BYTES):
-        if one[start : start + TOKEN_BYTES] != other[start : start + TOKEN_BYTES]:
-            return start // TOKEN_BYTES
-    return shorter // TOKEN_BYTES
 
 
 def decode_tokens(encoded: bytes) -> tuple[int, ...]:

@@ -20,12 +20,16 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     loaded = below.runs if below.choice is LoadChoice.LOAD else []
     runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
-    set_aside = dict(outcome.set_aside)
+    hit, set_aside = dict(outcome.hit), dict(outcome.set_aside)
+    found = cache.tail(chain, known + sum(run.count for run in loaded))
+    tail = found[1] if found is not None else 0
+    if tail:
+        hit[POOL] = hit.get(POOL, 0) + tail
     if below.rounded:
         set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
-        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size
-    return Outcome(outcome.hit, set_aside, None if loaded else REFUSED.get(match.end))
+        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size - tail
+    return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
 def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> Promotion:
