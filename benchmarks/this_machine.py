@@ -31,12 +31,13 @@ from emberkv.sim.run import simulate
 from emberkv.workload.ember_trace import read
 
 BLOCK_SIZE = 16
-"""Hits end at blocks in the simulation and, with the C++ kernels, in the server."""
+HIT_UNIT = 1
+"""With the C++ kernels, and so in the simulation, a hit goes on into the partial block that a conversation left."""
 
 CACHE_BYTES = 64 * 2**20
 FLAGS = (
     "--no-warmup", "--block-size", str(BLOCK_SIZE), "--cache-ram", f"{CACHE_BYTES // 2**20}MiB",
-    "--prefill-chunk", "128", "--max-step-tokens", "256", "--max-running", "64",
+    "--prefill-chunk", "128", "--max-step-tokens", "256", "--max-running", "64", "--trace-unit", str(HIT_UNIT),
 )  # fmt: skip
 TURNS = 4
 WARM_UP_SEED = 1000
@@ -103,8 +104,8 @@ def simulated(trace: Path, profile: Path) -> list[list[Told]]:
     """The sessions in the order of their first arrival."""
     blocks = CACHE_BYTES // (load_spec(DEMO_NAME).kv_bytes_per_token * BLOCK_SIZE)
     set_up = sim_config.SimulationConfig(
-        model=DEMO_NAME, hardware=str(profile), kv_blocks=blocks, block_size=BLOCK_SIZE, prefill_chunk=128,
-        max_step_tokens=256, max_running=64,
+        model=DEMO_NAME, hardware=str(profile), kv_blocks=blocks, block_size=BLOCK_SIZE, hit_unit=HIT_UNIT,
+        prefill_chunk=128, max_step_tokens=256, max_running=64,
     )  # fmt: skip
     workload = SimWorkload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
     results = simulate(set_up, workload, keep_ids=True)

@@ -85,6 +85,7 @@ class ServeConfig(BaseModel):
     admin_key: what the cache's own routes ask for; without one they are open on a loopback address only.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed identities, no text.
+    trace_unit: tokens that have an identity in it, a divisor of block_size; None: as many as a block has.
     warmup: False computes no prompt before the first request asks for it.
     warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
@@ -120,6 +121,7 @@ class ServeConfig(BaseModel):
     admin_key: SecretStr | None = None
     canonical: Path | None = None
     record_trace: Path | None = None
+    trace_unit: int | None = Field(default=None, ge=1)
     warmup: bool = True
     warmup_timeout: Annotated[float, BeforeValidator(_warmup_seconds)] = DEFAULT_WARMUP_SECONDS
     warmup_system_files: tuple[Path, ...] = ()
@@ -134,6 +136,14 @@ class ServeConfig(BaseModel):
             raise ValueError(
                 f"prefill_chunk is {self.prefill_chunk}; it must be a multiple of block_size, {self.block_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trace_unit_fits_blocks(self) -> Self:
+        if self.trace_unit is not None and self.block_size % self.trace_unit:
+            raise ValueError(f"trace_unit is {self.trace_unit}; it must divide block_size, {self.block_size}")
+        if self.trace_unit is not None and self.record_trace is None:
+            raise ValueError("trace_unit is given without record_trace; name the file to write, too")
         return self
 
     @model_validator(mode="after")

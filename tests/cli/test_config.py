@@ -106,6 +106,8 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"log_level": "loud"}, "log_level is 'loud'"),
         ({"warmup": "maybe"}, "warmup is 'maybe': .*valid boolean"),
         ({"cache_disk": "10GiB"}, "cache_disk is given without cache_dir"),
+        ({"record_trace": "a", "trace_unit": 3}, "trace_unit is 3; it must divide block_size, 16"),
+        ({"trace_unit": 1}, "trace_unit is given without record_trace"),
         ({"cache_dir": "/x", "cache_disk": "0"}, "cache_disk is '0': .*greater than 0"),
         ({"ram_tier": "-1GiB"}, "ram_tier is '-1GiB'"),
         ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),

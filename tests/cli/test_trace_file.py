@@ -20,9 +20,10 @@ from tests.engine.loop_harness import BLOCK, CHUNK, Harness, Inbox, running
 SYSTEM = list(range(2, 15))
 
 
-def replayed(requests: list[Request]) -> list[int]:
+def replayed(requests: list[Request], *, uniform: bool) -> list[int]:
     """Cached tokens of each request, served one after the other by a fresh scheduler like the harness's."""
-    scheduler = Scheduler(PrefixCache(BlockPool(24, BLOCK), alignment=BLOCK), SchedulerConfig(CHUNK, 16))
+    cache = PrefixCache(BlockPool(24, BLOCK), alignment=BLOCK, uniform=uniform)
+    scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16))
     found = []
     for request in requests:
         sequence = Sequence(request.request_id, request.chain(bytes(32), BLOCK), request.max_output_tokens)
@@ -33,10 +34,12 @@ def replayed(requests: list[Request]) -> list[int]:
     return found
 
 
-def test_a_replay_hits_what_was_hit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("unit", "uniform"), [(BLOCK, False), (1, False), (1, True)])
+def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, uniform: bool) -> None:
+    """To the token where the trace knows every token and hits go on into partial blocks."""
     path = tmp_path / "served.jsonl"
     served = []
-    with recording(path, BLOCK) as recorder, running(Harness()) as harness:
+    with recording(path, unit) as recorder, running(Harness(uniform=uniform)) as harness:
         assert recorder is not None
         engine = recorder.over(harness.loop)
         for session in range(4):
@@ -50,7 +53,8 @@ def test_a_replay_hits_what_was_hit(tmp_path: Path) -> None:
                 served.append(usage.cached_tokens)
                 prompt += [*inbox.tokens, 30 + turn, 31]
     requests = list(read(path))
-    assert replayed(requests) == served
+    assert replayed(requests, uniform=uniform) == served
+    assert any(cached % BLOCK for cached in served) is uniform
     assert len(set(served)) > 3
     assert len({request.session_id for request in requests}) == 4
     assert [request.turn for request in requests] == [0, 1, 2] * 4

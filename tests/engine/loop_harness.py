@@ -104,13 +104,14 @@ class Harness:
         on_crash: Callable[[Exception], None] = lambda error: None,
         prefix_cache: bool = True,
         exact: bool = False,
+        uniform: bool = False,
         tiers: TierLink | None = None,
         policy: EvictionPolicy[Identity] | None = None,
         public: PublicPrefixes | None = None,
     ) -> None:
         self.executor = executor or FakeExecutor()
         self.pool = BlockPool(num_blocks, BLOCK, policy=policy, journal=tiers is not None)
-        cache = PrefixCache(self.pool, alignment=BLOCK, exact=exact, enabled=prefix_cache)
+        cache = PrefixCache(self.pool, alignment=BLOCK, uniform=uniform, exact=exact, enabled=prefix_cache)
         self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16), tiers)
         self.loop = EngineLoop(
             self.executor,

@@ -129,6 +129,15 @@ def test_public_blocks_are_shared_across_salts() -> None:
     assert (one[0] == other[0], one[1] == other[1]) == (True, False)
 
 
+def test_public_blocks_are_the_server_s_and_not_the_trace_s() -> None:
+    desk = Desk(public=PublicPrefixes([range(16)], 8))
+    desk.whole("a", range(18), [50], salt=b"a")
+    desk.whole("b", range(18), [50], salt=b"b")
+    first, second = desk.close()
+    assert first.blocks[:4] == second.blocks[:4]
+    assert first.blocks[4] != second.blocks[4]
+
+
 def test_requests_come_in_the_order_of_their_arrival() -> None:
     desk = Desk()
     for name in "abc":

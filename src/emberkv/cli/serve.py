@@ -50,6 +50,7 @@ def serve(
     admin_key: options.AdminKey = None,
     canonical: options.Canonical = None,
     record_trace: options.RecordTrace = None,
+    trace_unit: options.TraceUnit = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
 ) -> None:
@@ -72,7 +73,7 @@ def run_server(config: ServeConfig) -> None:
     set_up_logging(config)
     lifecycle = Lifecycle()
     tenants = declare_tenants(config, os.environ)
-    with recording(config.record_trace, config.block_size) as recorder:
+    with recording(config.record_trace, config.trace_unit or config.block_size) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = ServingSettings(
             max_body_bytes=int(config.max_body),

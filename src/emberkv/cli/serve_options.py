@@ -64,5 +64,8 @@ Canonical = Annotated[Path | None, typer.Option(help="YAML file of rules that dr
 RecordTrace = Annotated[
     Path | None, typer.Option(help="Write a trace of the requests to this new file: times and identities, no text.")
 ]
+TraceUnit = Annotated[
+    int | None, typer.Option(help="Tokens that have an identity in the trace. (default: as many as a block has)")
+]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error. (default: info)")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json. (default: text)")]

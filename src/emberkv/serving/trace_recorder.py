@@ -135,7 +135,10 @@ class TraceRecorder:
         self._taken[taken] = None
 
     def _links(self, request: GenerationRequest, tokens: "array[int]") -> list[bytes]:
-        public = 0 if self._public is None else self._public.blocks_of(token_array(request.prompt_token_ids))
+        public = 0
+        if self._public is not None:
+            shared = self._public.blocks_of(token_array(request.prompt_token_ids)) * self._public.block_size
+            public = shared // self._block_size
         return self._identities.links(request.salt, tokens, public)
 
     def _finish(self, taken: _Taken, at: float, reason: FinishReason) -> None:
