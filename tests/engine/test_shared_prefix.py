@@ -19,7 +19,7 @@ TINY = HFTokenizer(tiny_tokenizer())
 def prompt_of(tokenizer: HFTokenizer, system: str, *turns: str) -> list[int]:
     messages = [{"role": "system", "content": system}]
     messages += [{"role": "user" if turn % 2 == 0 else "assistant", "content": text} for turn, text in enumerate(turns)]
-    return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+    return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False).tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,7 +32,7 @@ def test_every_conversation_begins_with_it(system: str, turns: list[str]) -> Non
 
 def test_it_ends_where_the_users_words_begin() -> None:
     text = f"<|im_start|>system\nBe kind.{TURN_END}\n<|im_start|>user\n"
-    assert shared_prefix(TINY, "Be kind.") == TINY.encode(text, add_special_tokens=False)
+    assert shared_prefix(TINY, "Be kind.") == TINY.encode(text, add_special_tokens=False).tolist()
 
 
 def test_a_template_whose_last_token_may_melt_into_the_users_words() -> None:
@@ -61,7 +61,7 @@ def test_without_a_template_it_is_plain_text(kind: str) -> None:
     assert len(prefix) > 5
     for more in ("one", "two"):
         text = f"a river carries what the rain gives it, {more}"
-        assert tokenizer.encode(text, add_special_tokens=True)[: len(prefix)] == prefix
+        assert tokenizer.encode(text, add_special_tokens=True).tolist()[: len(prefix)] == prefix
 
 
 def test_a_template_that_takes_no_system_prompt(fast_tokenizer: PreTrainedTokenizerFast) -> None:

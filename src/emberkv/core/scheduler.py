@@ -1,8 +1,9 @@
 """Continuous batching: what the next step computes, for whom, and who has to wait.
 
 A step decodes every running sequence together, then spends what is left of its token budget on prefill chunks. Chunks
-are computed one sequence at a time. They begin at multiples of the cache's alignment, as hits end there and the
-alignment divides the chunk size; that is what makes a hit's logits equal a cold run's.
+are computed one sequence at a time. They end at multiples of the cache's alignment, which divides the chunk size, or
+at the prompt's end, and begin there or where the hit ends. A hit ends at such a multiple, too, unless no cut changes a
+bit; that is what makes its logits equal a cold run's.
 """
 
 from collections.abc import Container, Iterable, Mapping
@@ -247,13 +248,14 @@ class Scheduler:
         return None
 
     def _fits(self, sequence: Sequence, match: Match) -> bool:
-        pool = self.cache.pool
-        # What others hold already costs nothing; all else comes out of the free blocks.
-        shared = sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
         slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
-        return pool.blocks_for(len(sequence.chain)) - shared + slack <= self._free_for(sequence)
+        missing = self.cache.pool.blocks_for(len(sequence.chain)) + slack - self._free_for(sequence)
+        if missing <= 0:
+            return True
+        # What others hold already costs nothing; all else comes out of the free blocks.
+        return missing <= sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
 
     def _take_in(self, sequence: Sequence, match: Match) -> None:
         lease = self.cache.lease(sequence.chain, match.blocks[: self.cache.whole(len(match.blocks))])

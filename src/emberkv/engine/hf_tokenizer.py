@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from emberkv.core.hashing import token_array
 from emberkv.engine.detokenizer import WindowDetokenizer
 from emberkv.engine.piece_cache import PieceCache
 from emberkv.engine.word_gaps import cuts_at_gaps, parts
@@ -55,7 +56,7 @@ class HFTokenizer:
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> "array[int]":
         """The ids of ``text``, in which special tokens written out count as such.
 
         Raises RequestError when the text is no valid Unicode (a lone surrogate).
@@ -67,11 +68,11 @@ class HFTokenizer:
         if self._cut is None or (add_special_tokens and self._frame is None):
             return self._encode_whole(text, add_special_tokens)
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
-        ids = list(before)
+        ids = token_array(before)
         for piece in self._pieces(self._cut, text):
             for part in parts(piece) if self._cuts_at_gaps else (piece,):
                 ids.extend(self._encode_piece(part))
-        ids.extend(after)
+        ids.extend(token_array(after))
         return ids
 
     def render_chat(
@@ -125,14 +126,13 @@ class HFTokenizer:
         """A fresh one, for one answer."""
         return WindowDetokenizer(self._backend, self._special_ids)
 
-    def _encode_whole(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+    def _encode_whole(self, text: str, add_special_tokens: bool) -> "array[int]":
+        return token_array(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _encode_piece(self, piece: str) -> "array[int]":
         ids = self._cache.get(piece)
         if ids is None:
-            ids = array("I", self._encode_whole(piece, add_special_tokens=False))
+            ids = self._encode_whole(piece, add_special_tokens=False)
             self._cache.put(piece, ids)
         return ids
 

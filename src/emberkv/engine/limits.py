@@ -1,7 +1,11 @@
 """What a request must keep to, whatever the engine is doing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from emberkv.core.hashing import token_array
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import PromptTooLongError, RequestError
 
@@ -22,7 +26,7 @@ class ModelLimits:
         prompt = request.prompt_token_ids
         if not prompt:
             raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+        if not self._in_vocabulary(prompt):
             wrong = next(token for token in prompt if not 0 <= token < self.vocab_size)
             raise RequestError(f"token id {wrong} is not in the vocabulary of {self.vocab_size}", param="prompt")
         room = min(self.context_length, pool_tokens)
@@ -34,3 +38,10 @@ class ModelLimits:
                 f"{source} holds {room}",
                 param="prompt" if len(prompt) >= room else "max_tokens",
             )
+
+    def _in_vocabulary(self, prompt: Sequence[int]) -> bool:
+        try:
+            tokens = np.frombuffer(token_array(prompt), dtype=np.int32)
+        except OverflowError:
+            return False
+        return bool(tokens.min() >= 0 and tokens.max() < self.vocab_size)

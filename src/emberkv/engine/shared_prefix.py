@@ -1,5 +1,6 @@
 """What every request with a certain system prompt begins with, in tokens."""
 
+from array import array
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -41,7 +42,7 @@ def _conversation(system_prompt: str, opening: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": opening}]
 
 
-def _common(sequences: Sequence[list[int]]) -> list[int]:
+def _common(sequences: Sequence["array[int]"]) -> list[int]:
     first, last = min(sequences), max(sequences)  # all others lie between them, and so begin with what both do
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return [token for token, _ in pairs]

@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ class IncrementalDetokenizer(Protocol):
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> "array[int]":
+        """The text's token ids, as the core takes them (`token_array`)."""
+        ...
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None

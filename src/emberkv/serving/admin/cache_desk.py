@@ -1,7 +1,7 @@
 """What the cache's own routes do: each of these is a command on the engine's thread, or a look into the books."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
@@ -31,7 +31,7 @@ class Path:
     """Full blocks from a chain's beginning, their tokens, and the name of the tenant whose they are."""
 
     identities: list[Identity]
-    tokens: list[int]
+    tokens: Sequence[int]
     tenant: str
 
 

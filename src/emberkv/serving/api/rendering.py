@@ -1,5 +1,6 @@
 """From a checked request to token ids: canonical rules, chat template, tokenizer; and what is to be retained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from emberkv.engine.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from emberkv.serving.canonical.rules import CanonicalRules
 class RenderedPrompt:
     """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds."""
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     canonical: Applied = field(default_factory=dict)
     retain_tokens: int = 0
     retain_seconds: float = 0.0

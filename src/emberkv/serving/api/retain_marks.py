@@ -6,7 +6,7 @@ Of several, the one that lasts longest counts, and of these the last, since it c
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -40,7 +40,7 @@ def chat_mark(request: ChatCompletionRequest) -> Mark[ChatCompletionRequest] | N
     return _lasting_longest(_chat_marks(request))
 
 
-def covered_tokens(tokenizer: Tokenizer, text: str, token_ids: list[int], cut_text: str) -> int:
+def covered_tokens(tokenizer: Tokenizer, text: str, token_ids: Sequence[int], cut_text: str) -> int:
     """How many of a prompt's tokens lie within what it has in common with its cut form, both rendered."""
     shorter = min(len(text), len(cut_text))
     length = bisect_left(range(shorter), True, key=lambda at: text[: at + 1] != cut_text[: at + 1])

@@ -1,6 +1,6 @@
 """Public prefixes, as the tokens that prompts with them begin with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.tokenizer import Tokenizer
@@ -11,13 +11,13 @@ from emberkv.serving.tenancy.tenants_file import PublicPrompt
 
 def public_tokens(
     declared: Iterable[PublicPrompt], tokenizer: Tokenizer, rules: CanonicalRules | None = None
-) -> list[list[int]]:
+) -> list[Sequence[int]]:
     """What `PublicPrefixes` is made of; prompts' files must have been read, as `read_tenants` does.
 
     rules: which rewrite the system prompts of requests, and so these. Raises ConfigError for a prompt that the model's
     chat template does not take.
     """
-    tokens = []
+    tokens: list[Sequence[int]] = []
     for number, prompt in enumerate(declared):
         try:
             if prompt.system is not None:
