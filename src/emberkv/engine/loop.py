@@ -18,6 +18,7 @@ from emberkv.engine.limits import ModelLimits
 from emberkv.engine.live_requests import Live, LiveRequests
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.news import CacheObserver, NewsDesk
+from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
 from emberkv.engine.sampling import Sampler, SamplingState
 from emberkv.engine.tier_link import TierLink
@@ -67,6 +68,7 @@ class EngineLoop:
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
+        self._chains = RecentChains(scheduler.cache.pool.block_size)
         self._mailbox = Mailbox()
         self._live = LiveRequests(
             scheduler,
@@ -125,10 +127,9 @@ class EngineLoop:
     def chain(self, request: GenerationRequest) -> TokenChain:
         """The prompt under the identities by which the cache knows its blocks."""
         tokens = request.prompt_token_ids
-        return TokenChain(
+        return self._chains.chain(
             self._executor.root(b""),
             tokens,
-            self._scheduler.cache.pool.block_size,
             owner=request.tenant,
             salt=request.salt,
             public_blocks=self._public.blocks_of(tokens) if self._public is not None else 0,
