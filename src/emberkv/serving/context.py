@@ -133,6 +133,8 @@ class ServingContext:
         self.tenant_metrics.count(asked.tenant.name, usages)
         for request_id, answer, timer in stream.timed_answers:
             log_finished(asked, request_id, answer, timer, self._summary(request_id, answer))
+        if (reuse := self.lifecycle.reuse()) is not None:
+            reuse.settle()
 
     async def tenant(self, request: Request) -> Tenant:
         """The route dependency that checks the API key. Raises UnauthorizedError."""

@@ -7,7 +7,7 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.sequence import Sequence
 from emberkv.engine.news import CacheNews
 from emberkv.serving.admin.reuse_metrics import ReuseCollector
-from emberkv.serving.admin.reuse_watch import ReuseWatch, capacities_around
+from emberkv.serving.admin.reuse_watch import MOST_WAITING, ReuseWatch, capacities_around
 from tests.core.harness import chain, store
 
 RATIO, ERROR = "emberkv_estimated_hit_ratio", "emberkv_estimated_hit_ratio_error"
@@ -43,18 +43,28 @@ def test_an_answers_blocks_can_be_found_by_the_next_turn() -> None:
     assert watch.curve()[-1].hit_rate == pytest.approx(4 / 6)
 
 
-def test_what_is_told_with_an_admission_waits_for_what_is_told_next() -> None:
+def test_what_is_told_waits_until_it_is_to_be_taken_in() -> None:
     pool = BlockPool(8, 4)
     watch = ReuseWatch(num_blocks=8, block_bytes=1024)
-    for start in (0, 100, 200):
-        watch.saw(admitted(range(start, start + 8)))
-        assert watch.waiting == 1  # however many come one after the other
+    watch.saw(admitted(range(8), range(100, 108), range(200, 208)))
     store(pool, chain(range(8)))
     watch.saw(CacheNews(time=0.0, admitted=(), events=pool.events.since(0) or ()))
+    assert watch.waiting == 5
+    watch.settle()
     assert watch.waiting == 0
     watch.saw(admitted(range(8)))
     assert watch.curve()[-1].hit_rate == pytest.approx(2 / 8)
     assert watch.waiting == 0
+
+
+def test_what_nobody_asks_for_is_taken_in_before_it_becomes_too_much() -> None:
+    watch = ReuseWatch(num_blocks=8, block_bytes=1024)
+    for _ in range(MOST_WAITING):
+        watch.saw(admitted(range(8)))
+    assert watch.waiting == MOST_WAITING
+    watch.saw(admitted(range(8)))
+    assert watch.waiting == 0
+    assert watch.curve()[-1].hit_rate == pytest.approx(MOST_WAITING / (MOST_WAITING + 1))
 
 
 def test_prometheus_and_json_tell_a_point_by_its_bytes() -> None:

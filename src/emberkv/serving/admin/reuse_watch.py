@@ -1,5 +1,6 @@
 """The watch on reuse: the traffic that is served, followed for what caches of other sizes would make of it."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
@@ -12,6 +13,9 @@ from emberkv.engine.news import CacheNews
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 """Sizes asked about, as multiples of the pool that serves."""
 
+MOST_WAITING = 1024
+"""Admissions and stored blocks that it is told of, before it takes them in unasked."""
+
 
 def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> list[int]:
     return sorted({max(1, round(num_blocks * factor)) for factor in factors})
@@ -19,15 +23,15 @@ def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> li
 
 class ReuseWatch:
     """An observer for `EngineLoop.watch`: prompts are looked up as they are admitted, answers stored as their blocks
-    fill. What it is told with an admission waits for what is told next, or for a reader, so that a prompt of one step
-    does not wait for its own looking up. The curve may be read from any thread.
+    fill. What it is told waits until it is to settle, or for a reader: no answer waits for its prompt's looking up.
+    The curve may be read from any thread.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         """The pool's blocks, and the bytes of one."""
         self.block_bytes = block_bytes
         self._estimator = ReuseEstimator(capacities_around(num_blocks))
-        self._waiting: list[tuple[Callable[[Sequence[Identity]], None], Sequence[Identity]]] = []
+        self._waiting: deque[tuple[Callable[[Sequence[Identity]], None], Sequence[Identity]]] = deque()
         self._lock = Lock()
 
     @property
@@ -36,16 +40,19 @@ class ReuseWatch:
         return len(self._waiting)
 
     def saw(self, news: CacheNews) -> None:
+        for sequence in news.admitted:
+            full = sequence.prompt_tokens // sequence.chain.block_size
+            self._waiting.append((self._estimator.access, sequence.chain.identities[:full]))
+        for numbered in news.events:
+            if isinstance(numbered.event, BlockStored):
+                self._waiting.append((self._estimator.keep, numbered.event.identities))
+        if len(self._waiting) > MOST_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take in what waits. From any thread, when nobody waits for this one."""
         with self._lock:
             self._catch_up()
-            for sequence in news.admitted:
-                full = sequence.prompt_tokens // sequence.chain.block_size
-                self._waiting.append((self._estimator.access, sequence.chain.identities[:full]))
-            for numbered in news.events:
-                if isinstance(numbered.event, BlockStored):
-                    self._waiting.append((self._estimator.keep, numbered.event.identities))
-            if not news.admitted:
-                self._catch_up()
 
     def curve(self) -> list[CurvePoint]:
         """Empty before there is traffic."""
@@ -66,6 +73,6 @@ class ReuseWatch:
         ]
 
     def _catch_up(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for take_in, identities in waiting:
+        while self._waiting:
+            take_in, identities = self._waiting.popleft()
             take_in(identities)
