@@ -56,7 +56,7 @@ BENCHMARKS = (
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(
         "serving_ratios",
-        ("--rounds", "3", "--alignments", "5"),
+        ("--rounds", "3", "--alignments", "12"),
         quick=("--rounds", "1", "--alignments", "1"),
     ),
     Benchmark("h100_points"),

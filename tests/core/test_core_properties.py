@@ -212,7 +212,7 @@ class CoreMachine(RuleBasedStateMachine):
     def _check_shares(self) -> None:
         if isinstance(self.pool.policy, FairShares):
             used = self.pool.policy.bytes_by_owner()
-            assert sum(used.values()) == self.pool.num_cached
+            assert sum(used.values()) == sum(block.identity is not None for block in self.pool.blocks)
             quota = (self.harness.shares or {})["other"].quota_bytes
             if quota is not None and used.get("other", 0) > quota:
                 blocks = [self.pool.lookup(identity) for identity in self.others]

@@ -9,11 +9,11 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.prefix_cache import Lease, PrefixCache
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import IntegrityError
-from tests.core.harness import Harness, chain
+from tests.core.harness import Harness, chain, root
 
 
-def cache(num_blocks: int = 16, *, exact: bool = False, uniform: bool = True) -> PrefixCache:
-    return PrefixCache(BlockPool(num_blocks, 4), alignment=4, uniform=uniform, exact=exact)
+def cache(num_blocks: int = 16, *, uniform: bool = True) -> PrefixCache:
+    return PrefixCache(BlockPool(num_blocks, 4), alignment=4, uniform=uniform)
 
 
 def computed(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -> Lease:
@@ -108,9 +108,19 @@ def test_the_latest_takes_the_place_of_the_one_before() -> None:
     first.release()
     second.release()
     shared.pool.check_integrity([])
-    assert shared.pool.num_cached == 3
+    assert (shared.pool.num_cached, shared.pool.num_evictable) == (2, 3)
     assert hit(shared, chain([*range(8), 50, 51, 52])) == 8
     assert hit(shared, chain([*range(8), 60, 61])) == 9
+
+
+def test_one_that_goes_further_in_the_same_way_stays() -> None:
+    shared = cache()
+    first, second = computed(shared, chain(range(11))), computed(shared, chain(range(10)))
+    first.release()
+    second.release()
+    shared.pool.check_integrity([])
+    assert shared.pool.num_evictable == 3
+    assert hit(shared, chain(range(12))) == 11
 
 
 def test_it_is_evicted_first_and_without_a_word() -> None:
@@ -146,6 +156,16 @@ def test_what_is_forgotten_takes_the_partial_block_behind_it_along() -> None:
     assert hit(shared, chain(range(12))) == 8
 
 
+def test_so_does_the_one_behind_what_is_public() -> None:
+    shared = cache()
+    ours = TokenChain(root(4), range(10), 4, owner="ann", salt=b"ann", public_blocks=2)
+    left(shared, ours)
+    shared.pool.remove(ours.identities[1:])
+    computed(shared, TokenChain(root(4), range(8), 4, public_blocks=2)).release()
+    again = TokenChain(root(4), range(12), 4, owner="ann", salt=b"ann", public_blocks=2)
+    assert hit(shared, again) == 8
+
+
 def test_clearing_forgets_it() -> None:
     shared = cache()
     left(shared, chain(range(11)))
@@ -154,16 +174,13 @@ def test_clearing_forgets_it() -> None:
     assert (shared.pool.num_cached, hit(shared, chain(range(12)))) == (0, 0)
 
 
-def test_what_is_inexact_is_not_reused_by_who_wants_it_exact() -> None:
+def test_what_is_not_exact_is_not_left() -> None:
     shared = cache()
     lease = computed(shared, chain(range(11)), count=8)
     lease.context_exact = False  # as behind a block that was loaded
     lease.commit_prefilled(11)
     lease.release()
-    strict = PrefixCache(shared.pool, alignment=4, uniform=True, exact=True)
-    assert strict.acquire(chain(range(12))).hit_tokens == 8
-    again = shared.acquire(chain(range(12)))
-    assert (again.hit_tokens, again.context_exact) == (11, False)
+    assert hit(shared, chain(range(12))) == 8
 
 
 def test_behind_a_collision_nothing_is_left() -> None:
@@ -173,10 +190,9 @@ def test_behind_a_collision_nothing_is_left() -> None:
     known.blocks[0].tokens = b"other"  # the same identity, other tokens
     known.release()
     shared.pool.remove(tokens.identities[1:])
-    collided = computed(shared, chain(range(7)))
-    cached = shared.pool.num_cached
-    collided.release()
-    assert shared.pool.num_cached == cached
+    before = shared.pool.num_evictable
+    computed(shared, chain(range(7))).release()
+    assert (shared.pool.num_evictable, shared.pool.stats.collisions > 0) == (before, True)
 
 
 def test_a_full_block_that_another_has_computed_since_replaces_it() -> None:
@@ -196,7 +212,7 @@ def test_a_block_that_others_hold_cannot_be_left() -> None:
     shared = cache()
     lease = computed(shared, chain(range(8)))
     with pytest.raises(IntegrityError, match="slot 0 is committed; only an allocated block can be left"):
-        shared.pool.leave_tail(lease.blocks[0], chain(range(8)), 0, 2, exact=True)
+        shared.pool.leave_tail(lease.blocks[0], chain(range(8)), 0, 2)
 
 
 def test_chunks_end_where_blocks_do_all_the_same() -> None:

@@ -23,7 +23,7 @@ class Block:
     position: the block's index in its chain. owner: on whose books it is.
     exact: the content is bit-equal to what a cold prefill of the same chain writes. False for KV that decode steps
     or partial chunks computed, and for everything computed on top of such KV.
-    partial: ``tokens`` are fewer than a block's. It is the end of what a sequence left behind its parent's block, and
+    partial: ``tokens`` are fewer than a block's. It is the end of what a sequence left behind the block ``parent``, and
     is found by `BlockPool.find_tail` only.
     """
 

@@ -8,7 +8,7 @@ eviction policy.
 from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, uniform_weight
+from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, encoded_slice, uniform_weight
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.integrity import broken_laws
@@ -78,8 +78,8 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks found under an identity, held or not."""
-        return len(self._cached.index)
+        """Full blocks found under an identity, held or not."""
+        return self._cached.num_full
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks ``num_tokens`` take."""
@@ -95,13 +95,12 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
-    def find_tail(self, chain: Chain, position: int, *, exact_only: bool = False) -> tuple[Block, int] | None:
+    def find_tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
         """The partial block behind the first ``position`` blocks of ``chain``, and how many tokens they have in common.
 
         At least one, and never the chain's last. Holds nothing.
         """
-        found = self._cached.find_tail(chain, position)
-        return found if found is None or found[0].exact or not exact_only else None
+        return self._cached.find_tail(chain, position)
 
     def take_tail(self, block: Block) -> None:
         """Hold what `find_tail` found, to write on behind its tokens: nobody finds it any more."""
@@ -109,17 +108,23 @@ class BlockPool:
         block.state = BlockState.ALLOCATED
         block.ref_count = 1
 
-    def leave_tail(self, block: Block, chain: Chain, position: int, count: int, *, exact: bool) -> None:
+    def leave_tail(self, block: Block, chain: Chain, position: int, count: int) -> None:
         """Make a block visible whose holder is about to free it, as the partial one behind those before ``position``.
 
-        count: of its tokens, those that are in place. There is one such block behind another: the latest.
+        count: of its tokens, those that are in place; they must be exact. There is one such block behind another: the
+        latest, unless the one before goes further in the same way.
         """
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be left")
-        block.state = BlockState.COMMITTED
-        known = self._cached.enter_tail(block, chain, position, count, exact=exact)
+        start = position * self.block_size
+        tokens = encoded_slice(chain, start, start + count)
+        known = self._cached.known_tail(chain, position)
         if known is not None:
-            self._blank.append(known)
+            if known.tokens.startswith(tokens):
+                return
+            self._withdraw(known)
+        block.state = BlockState.COMMITTED
+        self._cached.enter_tail(block, chain, position, tokens)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Hold cached blocks once more, so that nobody evicts them."""

@@ -36,6 +36,7 @@ class CachedBlocks:
         self.policy = policy
         self.weight = weight
         self.index: dict[Identity, Block] = {}
+        self._tails: dict[Identity, set[Identity]] = {}  # those of partial blocks, by the block that they are behind
         self._events = events
         self._stats = stats
         self._journal: dict[Identity, Block] | None = {} if journal else None
@@ -59,38 +60,43 @@ class CachedBlocks:
 
     def find_tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
         """See `BlockPool.find_tail`."""
-        block = self.index.get(tail_identity(chain.parent(position)))
+        block = self.known_tail(chain, position)
         if block is None:
             return None
         start = position * chain.block_size
-        common = common_tokens(block.tokens, _encoded(chain, start, min(start + chain.block_size, len(chain) - 1)))
+        common = common_tokens(block.tokens, encoded_slice(chain, start, min(start + chain.block_size, len(chain) - 1)))
         return (block, common) if common else None
 
     def enter(self, block: Block, chain: Chain, position: int, *, exact: bool, in_place: bool) -> None:
         """Make a held block visible. in_place: of another one that was visible under the same identity just now."""
         identity = chain.identities[position]
         block.tokens = chain.block_tokens(position)
-        self._enter(block, identity, chain, position, exact)
+        self._enter(block, identity, chain, position, exact=exact)
         self._stats.committed_blocks += 1
         if not in_place:
             self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
 
-    def enter_tail(self, block: Block, chain: Chain, position: int, count: int, *, exact: bool) -> Block | None:
-        """Make a held block visible that has ``count`` tokens; returns the one that is not any more, if there was one.
+    @property
+    def num_full(self) -> int:
+        return len(self.index) - sum(map(len, self._tails.values()))
+
+    def known_tail(self, chain: Chain, position: int) -> Block | None:
+        return self.index.get(tail_identity(chain.parent(position)))
+
+    def enter_tail(self, block: Block, chain: Chain, position: int, tokens: bytes) -> None:
+        """Make a held block visible that has these tokens; there must be no other one behind the same block.
 
         Nobody is told, and the block goes without notice: who mirrors the cache mirrors full blocks.
         """
         identity = tail_identity(chain.parent(position))
-        known = self.index.get(identity)
-        if known is not None:
-            self.leave(known)
-        start = position * chain.block_size
-        block.tokens = _encoded(chain, start, start + count)
+        block.tokens = tokens
         block.partial = True
-        self._enter(block, identity, chain, position, exact)
-        return known
+        self._enter(block, identity, chain, position, exact=True)
+        if position:
+            block.parent = chain.identities[position - 1]  # unsalted, as whoever has it forgotten knows it
+        self._tails.setdefault(block.parent, set()).add(identity)
 
-    def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, exact: bool) -> None:
+    def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, *, exact: bool) -> None:
         block.identity = identity
         block.parent = chain.parent(position)
         block.position = position
@@ -108,7 +114,7 @@ class CachedBlocks:
             self.policy.forget(block.identity)
         else:
             self.policy.discard(block.identity)
-        _wipe(block)
+        self._wipe(block)
 
     def evict(self, count: int, owner: str) -> list[Block]:
         """The blocks that make room for ``count`` of ``owner``; the policy must have as many for it."""
@@ -125,7 +131,7 @@ class CachedBlocks:
         blocks = [self.index.pop(identity) for identity in identities]
         full = tuple(identity for identity, block in zip(identities, blocks, strict=True) if not block.partial)
         for block in blocks:
-            _wipe(block)
+            self._wipe(block)
         self._stats.evicted_blocks += len(full)
         if full:
             self._events.append(BlockRemoved(full))
@@ -145,21 +151,26 @@ class CachedBlocks:
 
     def among(self, identities: Iterable[Identity]) -> list[Block]:
         """The blocks that are found under any of these, each once, and the partial ones behind these."""
-        wanted = dict.fromkeys(key for identity in identities for key in (identity, tail_identity(identity)))
+        wanted = dict.fromkeys(key for each in identities for key in (each, *self._tails.get(each, ())))
         return [self.index[identity] for identity in wanted if identity in self.index]
 
     def snapshot(self) -> Snapshot:
         parents = {identity: block.parent for identity, block in self.index.items() if not block.partial}
         return Snapshot(self._events.last_sequence, parents)
 
+    def _wipe(self, block: Block) -> None:
+        if block.partial and block.identity is not None:
+            tails = self._tails[block.parent]
+            tails.discard(block.identity)
+            if not tails:
+                del self._tails[block.parent]
+        block.identity = None
+        block.parent = b""
+        block.tokens = b""
+        block.exact = False
+        block.partial = False
 
-def _wipe(block: Block) -> None:
-    block.identity = None
-    block.parent = b""
-    block.tokens = b""
-    block.exact = False
-    block.partial = False
 
-
-def _encoded(chain: Chain, start: int, stop: int) -> bytes:
+def encoded_slice(chain: Chain, start: int, stop: int) -> bytes:
+    """Tokens ``[start, stop)`` of a chain, encoded."""
     return encode_tokens(token_array(chain.slice(start, stop)))

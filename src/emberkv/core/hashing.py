@@ -6,7 +6,6 @@ covers everything else that the KV state depends on, so equal identities mean eq
 
 import sys
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
@@ -108,12 +107,12 @@ class TokenChain:
     """A sequence's tokens with the identities of its full blocks, each hashed once, when it fills.
 
     root: the model's. The first ``public_blocks`` full blocks of ``tokens`` are chained from it and shared by all; the
-    salt enters where they end, and all from there on is ``owner``'s. earlier: a chain whose identities are not hashed
-    again as far as this one begins with its prompt.
+    salt enters where they end, and all from there on is ``owner``'s. known: the identities of its first blocks, if they
+    were hashed before.
     """
 
     __slots__ = (
-        "_encoded", "_owner", "_private_parent", "_public_blocks", "_salt", "_tokens",
+        "_encoded", "_owner", "_private_parent", "_public_blocks", "_tokens",
         "block_size", "identities", "root",
     )  # fmt: skip
 
@@ -126,17 +125,15 @@ class TokenChain:
         owner: str = "",
         salt: bytes = b"",
         public_blocks: int = 0,
-        earlier: "TokenChain | None" = None,
+        known: Iterable[Identity] = (),
     ) -> None:
         self.root = root
         self.block_size = block_size
         self._owner = owner
-        self._salt = salt
         self._tokens = token_array(tokens)
         self._encoded = self.encoded()  # of the prompt alone
         public = self._public_blocks = min(public_blocks, len(self._tokens) // block_size)
-        shared = earlier._blocks_shared(self) if earlier is not None else 0
-        self.identities: list[Identity] = earlier.identities[:shared] if earlier is not None else []
+        self.identities = list(known)
         self._hash(self.identities[-1] if self.identities else root, public)
         self._private_parent = salted(self.identities[public - 1] if public else root, salt)
         is_private = len(self.identities) > public
@@ -147,17 +144,6 @@ class TokenChain:
         width = self.block_size * TOKEN_BYTES
         rest = self._encoded[len(self.identities) * width : stop * width]
         self.identities += chain_identities(parent, rest, self.block_size)
-
-    def _blocks_shared(self, later: "TokenChain") -> int:
-        """With how many of its blocks the prompt of ``later`` begins, under the same identities."""
-        borders = (self.root, self.block_size, self._salt, self._public_blocks)
-        if borders != (later.root, later.block_size, later._salt, later._public_blocks):
-            return 0
-        width, ours, theirs = self.block_size * TOKEN_BYTES, self._encoded, later._encoded
-        stop = min(len(ours), len(theirs)) // width
-        if ours[: stop * width] == theirs[: stop * width]:
-            return stop
-        return bisect_left(range(stop), True, key=lambda at: ours[: (at + 1) * width] != theirs[: (at + 1) * width])
 
     def __len__(self) -> int:
         return len(self._tokens)

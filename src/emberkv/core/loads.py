@@ -138,13 +138,17 @@ class Loads:
         elif decision.choice is not LoadChoice.SHARED:  # decided after the wait, about the same blocks
             failed -= declined + decision.rounded
         cheaper, lost = max(0, declined) * size, max(0, failed) * size
-        cheaper, tail = max(0, cheaper - tail), max(0, tail - cheaper)  # the partial block has part of what a tier has
+        # A partial block has the beginning of what a tier has: of what a load did not bring, or of what was declined.
+        if decision.choice is LoadChoice.LOAD:
+            lost, cheaper = max(0, lost - tail), max(0, cheaper - max(0, tail - lost))
+        else:
+            cheaper, lost = max(0, cheaper - tail), max(0, lost - max(0, tail - cheaper))
         sequence.admission = Admission(
             pool_tokens=hit - sum(tier_tokens.values()),
             tier_tokens=tier_tokens,
             end=match.end,
             recompute_cheaper_tokens=cheaper,
-            load_failed_tokens=max(0, lost - tail),
+            load_failed_tokens=lost,
             alignment_tokens=known * size - in_blocks + decision.rounded * size,
             partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
         )

@@ -44,7 +44,6 @@ class Lease:
         found = self._cache.tail(self._chain, len(self.blocks))
         if found is not None:
             block, tokens = found
-            self.context_exact = self.context_exact and block.exact
             self._cache.pool.take_tail(block)
             self.blocks.append(block)
             self.hit_tokens += tokens
@@ -117,11 +116,14 @@ class Lease:
         """Let go of every block, tail first. What is computed of one that is not full stays for who goes on there."""
         pool = self._cache.pool
         in_tail = self._num_computed - self.num_committed * pool.block_size
-        if self._cache.reuses_tails and not self._collided and 0 < in_tail < pool.block_size:
-            tail = self.blocks[self.num_committed]
-            pool.leave_tail(tail, self._chain, self.num_committed, in_tail, exact=self.context_exact)
+        if self._leaves_tails and 0 < in_tail < pool.block_size:
+            pool.leave_tail(self.blocks[self.num_committed], self._chain, self.num_committed, in_tail)
         pool.free(self.blocks)
         self.blocks = []
+
+    @property
+    def _leaves_tails(self) -> bool:
+        return self._cache.reuses_tails and self.context_exact and not self._collided
 
 
 class PrefixCache:
@@ -168,7 +170,7 @@ class PrefixCache:
 
     def tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
         """See `BlockPool.find_tail`; None where partial blocks are not reused."""
-        return self.pool.find_tail(chain, position, exact_only=self.exact) if self.reuses_tails else None
+        return self.pool.find_tail(chain, position) if self.reuses_tails else None
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks from the one with token ``start`` on; whole alignment units only.

@@ -116,7 +116,8 @@ class EngineLoop:
         Raises PromptTooLongError, RequestError, DuplicateRequestError or EngineStoppedError; then no output follows.
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
-        sequence = Sequence(request.request_id, self.chain(request), request.params.max_tokens, request.priority)
+        chain = self._chain(request, remember=True)
+        sequence = Sequence(request.request_id, chain, request.params.max_tokens, request.priority)
 
         def make() -> Live:
             state = SamplingState(request.params, request.prompt_token_ids, self._rng)
@@ -126,6 +127,9 @@ class EngineLoop:
 
     def chain(self, request: GenerationRequest) -> TokenChain:
         """The prompt under the identities by which the cache knows its blocks."""
+        return self._chain(request, remember=False)
+
+    def _chain(self, request: GenerationRequest, *, remember: bool) -> TokenChain:
         tokens = request.prompt_token_ids
         return self._chains.chain(
             self._executor.root(b""),
@@ -133,6 +137,7 @@ class EngineLoop:
             owner=request.tenant,
             salt=request.salt,
             public_blocks=self._public.blocks_of(tokens) if self._public is not None else 0,
+            remember=remember,
         )
 
     def abort(self, request_id: str) -> None:

@@ -1,55 +1,100 @@
-"""The chains of the latest prompts, so that a conversation's next turn is hashed only from where it goes on."""
+"""The identities of the latest prompts, so that a conversation's next turn is hashed only from where it goes on."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from emberkv.core.hashing import Identity, TokenChain, encode_tokens, token_array
+from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, encode_tokens, token_array
 
-MAX_BLOCKS = 65_536
-"""About 200 bytes each, for tokens and identity."""
+MAX_PROMPTS = 64
+"""All are looked at for each prompt, a third of a microsecond each."""
+
+MAX_BYTES = 16 << 20
+
+
+class _Prompt(NamedTuple):
+    """borders: what its identities depend on beside its tokens. tokens: of its full blocks, encoded."""
+
+    borders: tuple[Identity, bytes, int]
+    tokens: bytes
+    identities: list[Identity]
+
+    @property
+    def size(self) -> int:
+        """In bytes, about: an identity is 65 and a pointer."""
+        return len(self.tokens) + 73 * len(self.identities)
 
 
 class RecentChains:
-    """Makes chains. Of those with one beginning, a first block under a salt, the latest is remembered.
+    """Makes chains, and remembers the latest prompts of those that it is to. Safe to use from many threads.
 
-    max_blocks: of all together; the least recently used are forgotten. Safe to use from many threads.
+    max_bytes: of all together, the first ones forgotten first; as are those beyond `MAX_PROMPTS`.
     """
 
-    def __init__(self, block_size: int, max_blocks: int = MAX_BLOCKS) -> None:
+    def __init__(self, block_size: int, max_bytes: int = MAX_BYTES) -> None:
         self._block_size = block_size
-        self._max_blocks = max_blocks
-        self._blocks = 0
-        self._chains: OrderedDict[tuple[bytes, bytes], tuple[TokenChain, int]] = OrderedDict()
+        self._width = block_size * TOKEN_BYTES
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._prompts: deque[_Prompt] = deque()
         self._lock = threading.Lock()
 
     @property
-    def blocks(self) -> int:
-        """How many are remembered."""
-        return self._blocks
+    def bytes_used(self) -> int:
+        """Never above the limit."""
+        return self._bytes
 
     def chain(
-        self, root: Identity, tokens: Sequence[int], *, owner: str, salt: bytes, public_blocks: int
+        self, root: Identity, tokens: Sequence[int], *, owner: str, salt: bytes, public_blocks: int, remember: bool
     ) -> TokenChain:
         """See `TokenChain`."""
         ids = token_array(tokens)
-        key = salt, encode_tokens(ids[: self._block_size])
+        full = len(ids) // self._block_size
+        public_blocks = min(public_blocks, full)
+        borders = root, salt, public_blocks
+        encoded = encode_tokens(ids[: full * self._block_size])
         with self._lock:
-            earlier, _ = self._chains.get(key, (None, 0))
+            known = self._known(borders, encoded)
         chain = TokenChain(
-            root, ids, self._block_size, owner=owner, salt=salt, public_blocks=public_blocks, earlier=earlier
+            root, ids, self._block_size, owner=owner, salt=salt, public_blocks=public_blocks, known=known
         )
-        self._remember(key, chain)
+        if remember and full:
+            self._remember(_Prompt(borders, encoded, chain.identities[:full]))
         return chain
 
-    def _remember(self, key: tuple[bytes, bytes], chain: TokenChain) -> None:
-        blocks = len(chain.identities)
-        if not 0 < blocks <= self._max_blocks:
+    def _known(self, borders: tuple[Identity, bytes, int], tokens: bytes) -> Iterable[Identity]:
+        """The identities of the blocks that are also a remembered prompt's.
+
+        A turn goes on behind the whole of the one before, so a look at where the shorter of two ends finds it. If none
+        is like that, the latest with the same first block is as good a guess as any.
+        """
+        width, best, most = self._width, None, 0
+        for prompt in self._prompts:
+            if prompt.borders != borders:
+                continue
+            end = min(len(tokens), len(prompt.tokens))
+            if end > most and prompt.tokens[end - width : end] == tokens[end - width : end]:
+                if prompt.tokens[:end] == tokens[:end]:
+                    best, most = prompt, end
+            elif not most and prompt.tokens[:width] == tokens[:width]:
+                best = prompt
+        if best is None:
+            return ()
+        blocks = most // width or _blocks_in_common(best.tokens, tokens, width)
+        return best.identities[:blocks]
+
+    def _remember(self, prompt: _Prompt) -> None:
+        if prompt.size > self._max_bytes:
             return
         with self._lock:
-            _, replaced = self._chains.pop(key, (None, 0))
-            self._chains[key] = chain, blocks
-            self._blocks += blocks - replaced
-            while self._blocks > self._max_blocks:
-                _, (_, forgotten) = self._chains.popitem(last=False)
-                self._blocks -= forgotten
+            self._prompts.append(prompt)
+            self._bytes += prompt.size
+            while self._bytes > self._max_bytes or len(self._prompts) > MAX_PROMPTS:
+                self._bytes -= self._prompts.popleft().size
+
+
+def _blocks_in_common(one: bytes, other: bytes, width: int) -> int:
+    shorter = min(len(one), len(other)) // width
+    return bisect_left(range(shorter), True, key=lambda at: one[: (at + 1) * width] != other[: (at + 1) * width])

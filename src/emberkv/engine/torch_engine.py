@@ -24,6 +24,8 @@ from emberkv.engine.torch_attention import TorchAttention
 from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
+"""Without the kernels, which have an order of their own and with it another name of the attention."""
+
 TILE_TOKENS = 32
 """Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
 
@@ -175,8 +177,8 @@ class TorchEngine:
         return all(self._same_in_pieces(self.prefill_chunk + tail, cuts) for tail in (1, self.alignment // 2 + 1))
 
     def _is_uniform(self) -> bool:
-        within = {self.alignment + 1, 2 * self.alignment - 1}
-        return self._decodes_as_it_prefills() and self._same_in_pieces(2 * self.alignment + 1, within)
+        within = {self.alignment // 2 + 1, self.alignment + 1}
+        return self._decodes_as_it_prefills() and self._same_in_pieces(self.alignment + 3, within)
 
     @torch.inference_mode()
     def _same_in_pieces(self, length: int, cuts: Iterable[int]) -> bool:

@@ -25,7 +25,7 @@ class Reason(Enum):
     CACHE_OFF = "cache-off"  # prompts are not looked up
     ALIGNMENT = "alignment"  # it is cached, and lies beyond the last whole unit in which state can be reused
     PARTIAL = "partial"  # the last block, which is not full, or whose last token's scores are what is wanted
-    TOO_SHORT = "too-short"  # the prompt is shorter than one unit in which state can be reused
+    TOO_SHORT = "too-short"  # the prompt is shorter than one unit in which state can be reused, and nothing was found
 
 
 class LossKind(Enum):
