@@ -9,7 +9,7 @@ from typing import NamedTuple
 from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, encode_tokens, token_array
 
 MAX_PROMPTS = 64
-"""All are looked at for each prompt, a third of a microsecond each."""
+"""All are looked at for each prompt, which takes tens of microseconds."""
 
 MAX_BYTES = 16 << 20
 
