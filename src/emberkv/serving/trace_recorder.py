@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,9 +17,6 @@ from emberkv.engine.request import Engine, EngineStats, GenerationRequest, Outpu
 from emberkv.serving.trace_sessions import KeyedIdentities, SessionBook, Turn, block_id
 
 _log = logging.getLogger(__name__)
-
-LAG = 0.05
-"""Seconds after which a request is looked at, so that its first token does not wait for its recording."""
 
 
 class Follows(NamedTuple):
@@ -115,8 +111,6 @@ class TraceRecorder:
     def _run(self) -> None:
         try:
             while (message := self._messages.get()) is not None:
-                if self._messages.empty():
-                    time.sleep(LAG)
                 message()
             for taken in [each for each in self._taken if each.reason is None]:
                 self._finish(taken, self._clock(), FinishReason.ABORT)
