@@ -37,9 +37,14 @@ class CachedBlocks:
         self.weight = weight
         self.index: dict[Identity, Block] = {}
         self._tails: dict[Identity, set[Identity]] = {}  # those of partial blocks, by the block that they are behind
+        self._num_tails = 0
         self._events = events
         self._stats = stats
         self._journal: dict[Identity, Block] | None = {} if journal else None
+
+    @property
+    def num_full(self) -> int:
+        return len(self.index) - self._num_tails
 
     def match(self, chain: Chain, start: int, stop: int, *, exact_only: bool) -> Match:
         """See `BlockPool.match`."""
@@ -76,10 +81,6 @@ class CachedBlocks:
         if not in_place:
             self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
 
-    @property
-    def num_full(self) -> int:
-        return len(self.index) - sum(map(len, self._tails.values()))
-
     def known_tail(self, chain: Chain, position: int) -> Block | None:
         return self.index.get(tail_identity(chain.parent(position)))
 
@@ -95,6 +96,7 @@ class CachedBlocks:
         if position:
             block.parent = chain.identities[position - 1]  # unsalted, as whoever has it forgotten knows it
         self._tails.setdefault(block.parent, set()).add(identity)
+        self._num_tails += 1
 
     def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, *, exact: bool) -> None:
         block.identity = identity
@@ -162,6 +164,7 @@ class CachedBlocks:
         if block.partial and block.identity is not None:
             tails = self._tails[block.parent]
             tails.discard(block.identity)
+            self._num_tails -= 1
             if not tails:
                 del self._tails[block.parent]
         block.identity = None

@@ -6,6 +6,7 @@ covers everything else that the KV state depends on, so equal identities mean eq
 
 import sys
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
@@ -67,11 +68,9 @@ def tail_identity(parent: Identity) -> Identity:
 
 def common_tokens(one: bytes, other: bytes) -> int:
     """How many leading tokens two encoded runs have in common."""
-    shorter = min(len(one), len(other))
-    for start in range(0, shorter, TOKEN_BYTES):
-        if one[start : start + TOKEN_BYTES] != other[start : start + TOKEN_BYTES]:
-            return start // TOKEN_BYTES
-    return shorter // TOKEN_BYTES
+    shorter = min(len(one), len(other)) // TOKEN_BYTES
+    ends = range(TOKEN_BYTES, (shorter + 1) * TOKEN_BYTES, TOKEN_BYTES)
+    return bisect_left(ends, True, key=lambda end: one[:end] != other[:end])
 
 
 class Chain(Protocol):

@@ -1,12 +1,11 @@
 """The identities of the latest prompts, so that a conversation's next turn is hashed only from where it goes on."""
 
 import threading
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, encode_tokens, token_array
+from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, common_tokens, encode_tokens, token_array
 
 MAX_PROMPTS = 64
 """All are looked at for each prompt, which takes tens of microseconds."""
@@ -82,8 +81,8 @@ class RecentChains:
                 best = prompt
         if best is None:
             return ()
-        blocks = most // width or _blocks_in_common(best.tokens, tokens, width)
-        return best.identities[:blocks]
+        common = most or common_tokens(best.tokens, tokens) * TOKEN_BYTES
+        return best.identities[: common // width]
 
     def _remember(self, prompt: _Prompt) -> None:
         if prompt.size > self._max_bytes:
@@ -93,8 +92,3 @@ class RecentChains:
             self._bytes += prompt.size
             while self._bytes > self._max_bytes or len(self._prompts) > MAX_PROMPTS:
                 self._bytes -= self._prompts.popleft().size
-
-
-def _blocks_in_common(one: bytes, other: bytes, width: int) -> int:
-    shorter = min(len(one), len(other)) // width
-    return bisect_left(range(shorter), True, key=lambda at: one[: (at + 1) * width] != other[: (at + 1) * width])
