@@ -280,6 +280,7 @@ def test_an_id_in_flight_cannot_be_used_again() -> None:
     [
         ([], 1, RequestError, "prompt", "the prompt is empty"),
         ([2, VOCAB], 1, RequestError, "prompt", f"token id {VOCAB} is not in the vocabulary of {VOCAB}"),
+        ([2**40], 1, RequestError, "prompt", f"token id {2**40} is not in the vocabulary of {VOCAB}"),
         ([-1], 1, RequestError, "prompt", "token id -1 is not"),
         ([2] * 96, 1, PromptTooLongError, "prompt", "96 prompt tokens and 1 to generate are 97; the KV pool holds 96"),
         ([2] * 90, 7, PromptTooLongError, "max_tokens", "90 prompt tokens and 7 to generate are 97"),

@@ -45,6 +45,12 @@ def test_hits_end_at_the_unit_that_the_server_rounds_to() -> None:
     assert ran.cached("s.1") == (120, 80)
 
 
+def test_hits_that_are_not_rounded_go_on_into_a_partial_block() -> None:
+    turns = [turn("s", 0, 103, 50), turn("s", 1, 200, 5, at=10)]
+    assert run(turns).cached("s.1") == (150, 50)
+    assert run(turns, hit_unit=1).cached("s.1") == (153, 47)
+
+
 def test_a_long_conversation() -> None:
     ran = run([turn("s", 0, 9_950, 50), turn("s", 1, 12_000, 5, at=100)], kv_blocks=3000)
     assert ran.cached("s.1") == (10_000, 2_000)

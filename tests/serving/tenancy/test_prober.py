@@ -21,6 +21,7 @@ from emberkv.core.scheduler import Scheduler
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
 from emberkv.engine.loader import LoadedModel as ModelOnDevice
 from emberkv.engine.loader import load_model
+from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.serving.admin.cache_books import CacheBooks
@@ -30,6 +31,7 @@ from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants
 from tests.conftest import CheckpointFactory
+from tests.machine import MACHINE_CACHE
 from tests.models import VOCAB_SIZE
 from tests.serving.harness import DEADLINE, MODEL, Client
 
@@ -55,8 +57,8 @@ class Service:
     def __init__(self, engine: AssembledEngine, model: ModelOnDevice) -> None:
         self.engine = engine
         lifecycle = Lifecycle()
-        cache = cache_access(engine, CacheBooks(Ledger()), name=MODEL)
-        lifecycle.loaded(LoadedModel((MODEL,), 0, engine.loop, model.tokenizer, cache=cache))
+        self.cache = cache_access(engine, CacheBooks(Ledger()), name=MODEL)
+        lifecycle.loaded(LoadedModel((MODEL,), 0, engine.loop, model.tokenizer, cache=self.cache))
         settings = ServingSettings(tenants=Tenants(KEYS, secret=b"server secret"), admin_key="admin-key")
         self.client = Client(create_app(lifecycle, settings))
 
@@ -104,8 +106,11 @@ def model(checkpoint: CheckpointFactory) -> ModelOnDevice:
 
 
 @contextmanager
-def service(model: ModelOnDevice, config: EngineConfig, public: list[int]) -> Iterator[Service]:
-    engine = assemble(replace(model, model=copy.deepcopy(model.model)), config, public_prefixes=[public])
+def service(
+    model: ModelOnDevice, config: EngineConfig, public: list[int], kernels: Kernels | None = None
+) -> Iterator[Service]:
+    own = replace(model, model=copy.deepcopy(model.model))
+    engine = assemble(own, config, kernels=kernels, public_prefixes=[public])
     found = Service(engine, model)
     engine.loop.start()
     try:
@@ -156,6 +161,23 @@ ROOMY = EngineConfig(cache_bytes=2**25, block_size=16, prefill_chunk=32, tiers=T
 @pytest.fixture
 def public() -> list[int]:
     return tokens(random.Random(0), PUBLIC_TOKENS)
+
+
+def test_a_partial_block_behind_a_public_prefix_is_its_tenants(model: ModelOnDevice, public: list[int]) -> None:
+    prompt = [*public, *tokens(random.Random(1), 9)]
+    with service(model, ROOMY, public, Kernels.built(MACHINE_CACHE)) as server:
+        cached = [server.ask(key, prompt)[1]["hit_tokens"] for key in (KEYS[0], KEYS[1], KEYS[0], KEYS[1])]
+    assert cached == [0, PUBLIC_TOKENS, len(prompt) - 1, len(prompt) - 1]
+
+
+def test_no_look_up_for_other_sizes_is_left_when_an_answer_has_gone_out(
+    model: ModelOnDevice, public: list[int]
+) -> None:
+    with service(model, ROOMY, public) as server:
+        for _ in range(3):
+            server.ask(KEYS[0], public)
+        assert server.cache.reuse is not None
+        assert server.cache.reuse.waiting == 0
 
 
 def test_a_probe_looks_and_costs_as_a_control_does(model: ModelOnDevice, tmp_path: Path, public: list[int]) -> None:
