@@ -110,6 +110,14 @@ def test_a_corrupt_cache_costs_a_reading_only(tmp_path: Path, content: str) -> N
     assert len(json.loads((cache / CACHE_FILE).read_text())) == 1
 
 
+def test_a_cache_that_is_no_json_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, cache = write_model(tmp_path / "a"), tmp_path / "cache"
+    cache.mkdir()
+    (cache / CACHE_FILE).write_text("{")
+    weights_fingerprint(folder, cache)
+    assert f"{cache / CACHE_FILE} is no JSON and will be written anew" in caplog.text
+
+
 def test_a_hub_file_is_known_by_its_blob_and_not_read(tmp_path: Path) -> None:
     first = weights_fingerprint(write_hub_snapshot(tmp_path / "hub1", "main", SHA, b"one"), None)
     same_blob = write_hub_snapshot(tmp_path / "hub2", "other", SHA, b"not what the name says")

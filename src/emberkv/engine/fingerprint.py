@@ -80,7 +80,8 @@ class _HashCache:
             content = json.loads(self._file.read_bytes())
         except FileNotFoundError:
             return {}
-        except ValueError:  # half written by a machine that went down, say: as good as empty
+        except ValueError as error:  # half written by a machine that went down, say: as good as empty
+            _log.warning("%s is no JSON and will be written anew, the weights being read again: %s", self._file, error)
             return {}
         except OSError as error:
             self._let_go(error)
