@@ -48,6 +48,10 @@ class DuplicateRequestError(RequestError):
     """A request id is already in flight."""
 
 
+class SamplingError(EmberError):
+    """A request's parameters leave no distribution to draw its next token from."""
+
+
 class EngineStoppedError(EmberError):
     """The engine has stopped, or stops before this request could finish."""
 

@@ -7,9 +7,21 @@ import pytest
 from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
-from emberkv.engine.request import CacheUsage, TokenOutput
+from emberkv.engine.request import CacheUsage, GenerationRequest, TokenOutput
+from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
-from tests.engine.loop_harness import BLOCK, CONTEXT, DEADLINE, EOS, VOCAB, FakeExecutor, Harness, Inbox, running
+from tests.engine.loop_harness import (
+    BLOCK,
+    CONTEXT,
+    DEADLINE,
+    EOS,
+    VOCAB,
+    FakeExecutor,
+    Harness,
+    Inbox,
+    running,
+    successor,
+)
 
 VICTIM = range(2, 22)  # 20 tokens: three chunks
 OTHER = range(30, 42)
@@ -180,6 +192,22 @@ def test_scores_that_are_no_numbers_end_their_own_request_only(tokens: int, scor
             28, cached_tokens=16 if tokens == 20 else 20, created_tokens=12 if tokens == 20 else 8
         )
     assert victim.tokens == alone(VICTIM, 5)[: tokens - 20]
+    assert other.tokens == alone(OTHER, 8)
+
+
+def test_a_request_that_cannot_be_sampled_ends_alone() -> None:
+    """Its penalties make the scores overflow; the step that it is in goes on for the other."""
+    executor = FakeExecutor(scores=lambda sequence: 3e38 if sequence.request_id == "victim" else 1.0)
+    executor.next_token = lambda sequence: 2 if sequence.request_id == "victim" else successor(sequence)
+    harness = Harness(executor)
+    victim, params = Inbox(), SamplingParams(max_tokens=5, temperature=0.0, repetition_penalty=0.01)
+    harness.loop.submit(GenerationRequest("victim", list(VICTIM), params), victim)
+    other = harness.submit("other", OTHER, new=8)
+    with running(harness):
+        last = victim.wait()
+        assert last.finish_reason is FinishReason.ERROR
+        assert last.error == "the penalties make the scores for the next token overflow; use weaker ones"
+        assert other.reason is FinishReason.LENGTH
     assert other.tokens == alone(OTHER, 8)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
 from emberkv.engine.request import CacheUsage, GenerationRequest
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingState
+from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig, tier_namespace
 from emberkv.errors import ConfigError
@@ -30,7 +30,7 @@ class RecordingSampler(Sampler):
 
     logits: list[Tensor] = field(default_factory=list)
 
-    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
         self.logits += logits.clone().unbind(0)
         return super().sample(logits, states)
 

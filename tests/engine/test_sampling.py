@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.engine.sampling import Sampler, SamplingState
+from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import RequestError
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log()
@@ -21,20 +23,29 @@ def state(prompt: Sequence[int] = (), *, rng: random.Random | None = None, **par
     return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1))  # type: ignore[arg-type]  # fields by name
 
 
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    """The tokens of rows none of which fails."""
+    tokens = []
+    for each in Sampler().sample(logits, states):
+        assert isinstance(each, SampledToken), each
+        tokens.append(each)
+    return tokens
+
+
 def frequencies(draws: int = 4000, logits: torch.Tensor = LOGITS, **params: object) -> dict[int, float]:
     """How often each token is drawn from ``logits`` [vocab]."""
     row, drawing = logits.unsqueeze(0), state(**params)
-    counts = Counter(Sampler().sample(row, [drawing])[0].token_id for _ in range(draws))
+    counts = Counter(sample(row, [drawing])[0].token_id for _ in range(draws))
     return {token: count / draws for token, count in sorted(counts.items())}
 
 
 def greedy_token(logits: list[float], sampling: SamplingState) -> int:
-    return Sampler().sample(torch.tensor([logits]), [sampling])[0].token_id
+    return sample(torch.tensor([logits]), [sampling])[0].token_id
 
 
 def test_temperature_zero_takes_the_first_of_the_most_likely() -> None:
     rows = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    tokens = Sampler().sample(rows, [state(temperature=0.0), state(temperature=0.0)])
+    tokens = sample(rows, [state(temperature=0.0), state(temperature=0.0)])
     assert [(token.token_id, token.logprobs) for token in tokens] == [(1, None), (0, None)]
 
 
@@ -114,7 +125,7 @@ def test_frequency_penalty_grows_with_each_use() -> None:
 
 def test_penalties_leave_the_models_logits_alone() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0]])
-    Sampler().sample(logits, [state([0], repetition_penalty=2.0, presence_penalty=1.0)])
+    sample(logits, [state([0], repetition_penalty=2.0, presence_penalty=1.0)])
     assert logits.tolist() == [[3.0, 2.0, 1.0]]
 
 
@@ -122,7 +133,7 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
     sampling = state([0], temperature=0.0, repetition_penalty=100.0, logprobs=2)
     sampling.append(0)
     logits = torch.tensor([PROBABILITIES]).log() + 7.0
-    (token,) = Sampler().sample(logits, [sampling])
+    (token,) = sample(logits, [sampling])
     assert token.token_id == 1
     assert token.logprobs is not None
     assert token.logprobs.token_id == 1
@@ -132,7 +143,7 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
 
 
 def test_zero_logprobs_report_the_chosen_token_alone() -> None:
-    (token,) = Sampler().sample(LOGITS.unsqueeze(0), [state(temperature=0.0, logprobs=0)])
+    (token,) = sample(LOGITS.unsqueeze(0), [state(temperature=0.0, logprobs=0)])
     assert token.logprobs is not None
     assert token.logprobs.top == ()
     assert token.logprobs.logprob == pytest.approx(math.log(0.5), abs=1e-6)
@@ -142,7 +153,7 @@ def draw_answer(sampling: SamplingState, length: int = 20) -> list[int]:
     rows = torch.randn(length, 1, 64, generator=torch.Generator().manual_seed(3))
     answer = []
     for row in rows:
-        answer.append(Sampler().sample(row, [sampling])[0].token_id)
+        answer.append(sample(row, [sampling])[0].token_id)
         sampling.append(answer[-1])
     return answer
 
@@ -180,9 +191,103 @@ def test_a_row_in_a_batch_gets_what_it_gets_alone(rows: list[SamplingParams], dt
     together = [SamplingState(row, [1, 2, 3], random.Random(0)) for row in rows]
     alone = [SamplingState(row, [1, 2, 3], random.Random(0)) for row in rows]
     for logits in steps:
-        batch = Sampler().sample(logits, together)
-        singles = [Sampler().sample(logits[i : i + 1], [single])[0] for i, single in enumerate(alone)]
+        batch = sample(logits, together)
+        singles = [sample(logits[i : i + 1], [single])[0] for i, single in enumerate(alone)]
         assert batch == singles
         for token, one, other in zip(batch, together, alone, strict=True):
             one.append(token.token_id)
             other.append(token.token_id)
+
+
+SMALLEST = 5e-324
+edges = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, -0.0, SMALLEST, 1e-300, 1e-30, 1.0, 2.0]),
+        "top_p": st.sampled_from([SMALLEST, 1e-320, 1e-300, 0.5, math.nextafter(1.0, 0.0), 1.0]),
+        "top_k": st.sampled_from([0, 1, 2, 99, 100, 101, 2**63, 10**30]),
+        "min_p": st.sampled_from([0.0, SMALLEST, 0.5, 1.0]),
+        "seed": st.sampled_from([-(2**63), -1, 0, 2**63 - 1]),
+        "repetition_penalty": st.sampled_from([0.01, math.nextafter(1.0, 2.0), 100.0]),
+        "presence_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
+        "frequency_penalty": st.sampled_from([-2.0, SMALLEST, 2.0]),
+        "logprobs": st.sampled_from([None, 0, 20]),
+    },
+)
+ROWS = {
+    "flat": torch.zeros(100),
+    "steep": torch.arange(100) * 100.0,
+    "far below zero": torch.full((100,), -1e30),
+    "one token only": torch.full((100,), -math.inf).index_fill(0, torch.tensor(7), 3.0),
+    "tiny": torch.linspace(-1e-40, 1e-40, 100),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(parameters=edges, row=st.sampled_from(sorted(ROWS)), uniform=st.sampled_from([0.0, math.nextafter(1.0, 0.0)]))
+def test_accepted_parameters_always_choose_a_possible_token(
+    parameters: dict[str, float], row: str, uniform: float
+) -> None:
+    drawing = state([7, 8], rng=_Constant(uniform), **parameters)
+    logits = ROWS[row]
+    for _ in range(3):
+        (token,) = sample(logits.unsqueeze(0), [drawing])
+        assert math.isfinite(logits[token.token_id])
+        drawing.append(token.token_id)
+
+
+class _Constant(random.Random):
+    """Draws one number for ever."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__(0)
+        self._number = number
+
+    def random(self) -> float:
+        return self._number
+
+
+REFUSED = {
+    "temperature": [-SMALLEST, 2.1, math.nan, math.inf],
+    "top_p": [0.0, -1.0, 1.1, math.nan],
+    "top_k": [-1],
+    "min_p": [-SMALLEST, 1.1, math.nan],
+    "seed": [-(2**63) - 1, 2**63],
+    "repetition_penalty": [0.0, SMALLEST, 1e-39, 0.009, 100.1, 1e39, math.inf, math.nan],
+    "presence_penalty": [-2.1, 2.1, math.nan],
+    "frequency_penalty": [-2.1, 2.1, math.nan],
+    "logprobs": [-1, 21],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_parameters_beyond_their_bounds_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(RequestError, match=f"{name} is .*; it must be ") as refused:
+        state(**{name: value})
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("bad", "params", "reason"),
+    [
+        (torch.full((4,), math.nan), {}, "the model's scores for the next token are not numbers"),
+        (torch.tensor([0.0, math.inf, 0.0, 0.0]), {}, "the model's scores for the next token are not numbers"),
+        (torch.full((4,), 3e38), {"repetition_penalty": 0.01}, "the penalties make the scores .* overflow"),
+    ],
+)
+def test_a_row_that_cannot_be_sampled_fails_alone(bad: torch.Tensor, params: dict[str, float], reason: str) -> None:
+    good = torch.tensor([0.0, 1.0, 5.0, 2.0])
+    rows = [state(temperature=0.0), state([0, 1, 2, 3], **params), state(top_k=1)]
+    before, failed, after = Sampler().sample(torch.stack([good, bad, good]), rows)
+    assert isinstance(failed, SamplingFailure)
+    assert re.match(reason, failed.reason)
+    assert [before, after] == [SampledToken(2, None)] * 2
+
+
+def test_an_unexpected_error_fails_its_row_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    outside = state([99], repetition_penalty=2.0)  # a prompt token that the scores have no place for
+    failed, other = Sampler().sample(LOGITS.repeat(2, 1), [outside, state(temperature=0.0)])
+    assert failed == SamplingFailure("sampling failed: IndexError")
+    assert other == SampledToken(0, None)
+    (record,) = caplog.records
+    assert record.exc_info is not None

@@ -7,7 +7,7 @@ from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenOutput
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingState
+from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
 from emberkv.engine.torch_engine import StepResult
 
 
@@ -76,25 +76,26 @@ class LiveRequests:
     def sample(self, plan: StepPlan, result: StepResult | None) -> dict[str, SampledToken]:
         """The next token of each sequence that is ready for one, by request id.
 
-        Those whose scores are not numbers end here, and leave the plan, before any of what was computed for them is
-        committed.
+        A request that cannot be sampled ends with ERROR and leaves the plan before its tokens of this step are
+        committed. The other requests of the step are not affected.
         """
         if result is None:
             return {}
-        result = self._without_broken(plan, result)
         ids = [sequence.request_id for sequence in result.sequences]
-        tokens = self._sampler.sample(result.logits, [self._live[request_id].state for request_id in ids])
-        return dict(zip(ids, tokens, strict=True))
-
-    def _without_broken(self, plan: StepPlan, result: StepResult) -> StepResult:
-        usable = result.logits.amax(dim=-1).isfinite()
-        broken = [sequence for sequence, good in zip(result.sequences, usable.tolist(), strict=True) if not good]
-        if not broken:
-            return result
-        self.fail(broken, "the model's scores for the next token are not numbers")
-        plan.decodes = [sequence for sequence in plan.decodes if sequence not in broken]
-        plan.prefills = [chunk for chunk in plan.prefills if chunk.sequence not in broken]
-        return StepResult([each for each in result.sequences if each not in broken], result.logits[usable])
+        results = self._sampler.sample(result.logits, [self._live[request_id].state for request_id in ids])
+        sampled: dict[str, SampledToken] = {}
+        failed: dict[str, str] = {}
+        for request_id, each in zip(ids, results, strict=True):
+            if isinstance(each, SamplingFailure):
+                failed[request_id] = each.reason
+            else:
+                sampled[request_id] = each
+        for request_id, reason in failed.items():
+            self.end(request_id, FinishReason.ERROR, reason)
+        if failed:
+            plan.decodes = [each for each in plan.decodes if each.request_id not in failed]
+            plan.prefills = [each for each in plan.prefills if each.sequence.request_id not in failed]
+        return sampled
 
     def deliver(self, plan: StepPlan, sampled: dict[str, SampledToken]) -> None:
         """Account for a computed plan, and hand out its tokens."""

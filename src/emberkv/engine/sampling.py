@@ -1,5 +1,6 @@
 """Chooses the next token of each sequence in a batch; no row's choice depends on the other rows."""
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ import torch
 
 from emberkv.engine.request import TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import SamplingError
 
+_log = logging.getLogger(__name__)
+
+_NOT_NUMBERS = "the model's scores for the next token are not numbers"
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and finding the top 1,024 is far cheaper than sorting a vocabulary
 
 
@@ -19,6 +24,13 @@ class SampledToken:
 
     token_id: int
     logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFailure:
+    """Why no token could be chosen for one row; it ends that row's request and no other."""
+
+    reason: str
 
 
 class SamplingState:
@@ -55,14 +67,32 @@ class Sampler:
     """Turns logits into tokens: penalties, temperature, top_k, top_p and min_p, in this order."""
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
-        """One token for each row of ``logits`` [n, vocab], whose requests are ``states`` (n of them)."""
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
+        """One result for each row of ``logits`` [n, vocab], whose requests are ``states`` (n of them).
+
+        A row that cannot be sampled gets a failure and leaves the other rows as they are.
+        """
         # Of equal logits, the first; over bf16 as it is, torch's argmax takes five times as long.
-        greedy: list[int] = logits.float().argmax(dim=-1).tolist()
+        scores = logits.float()
+        greedy = scores.argmax(dim=-1, keepdim=True)  # the place of a NaN, where a row has one
+        usable: list[bool] = scores.gather(-1, greedy).isfinite().squeeze(-1).tolist()
+        likeliest: list[int] = greedy.squeeze(-1).tolist()
         return [
-            SampledToken(token_id, None) if state.is_plain_greedy else _sample_row(row, state)
-            for token_id, row, state in zip(greedy, logits, states, strict=True)
+            _sampled(row, state, token_id) if is_usable else SamplingFailure(_NOT_NUMBERS)
+            for token_id, is_usable, row, state in zip(likeliest, usable, scores, states, strict=True)
         ]
+
+
+def _sampled(logits: torch.Tensor, state: SamplingState, likeliest: int) -> SampledToken | SamplingFailure:
+    if state.is_plain_greedy:
+        return SampledToken(likeliest, None)
+    try:
+        return _sample_row(logits, state)
+    except SamplingError as error:
+        return SamplingFailure(str(error))
+    except Exception as error:  # noqa: BLE001 - the request ends with it; the other requests of the step do not
+        _log.exception("sampling failed for one request")
+        return SamplingFailure(f"sampling failed: {type(error).__name__}")
 
 
 class _Penalties:
@@ -104,11 +134,12 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 def _sample_row(logits: torch.Tensor, state: SamplingState) -> SampledToken:
-    raw = logits.float()
-    penalized = state.penalize(raw)
+    penalized = state.penalize(logits)
+    if not bool(penalized.max().isfinite()):
+        raise SamplingError("the penalties make the scores for the next token overflow; use weaker ones")
     greedy = state.params.is_greedy
     token_id = int(penalized.argmax()) if greedy else _draw(penalized, state.params, state.draw())
-    logprobs = None if state.params.logprobs is None else _logprobs(raw, token_id, state.params.logprobs)
+    logprobs = None if state.params.logprobs is None else _logprobs(logits, token_id, state.params.logprobs)
     return SampledToken(token_id, logprobs)
 
 
@@ -127,7 +158,10 @@ def _draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
 
 
 def _truncate(probabilities: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probabilities [k] that top_k, top_p and min_p leave, not normalized again, and their token ids [k]."""
+    """The probabilities [k], k >= 1, that top_k, top_p and min_p leave, not normalized again, and their token ids [k].
+
+    The likeliest token is always among them.
+    """
     vocabulary = probabilities.numel()
     mass = 1.0
     if 0 < params.top_k < vocabulary:
@@ -139,7 +173,8 @@ def _truncate(probabilities: torch.Tensor, params: SamplingParams) -> tuple[torc
         kept, token_ids = probabilities, torch.arange(vocabulary)
     if params.top_p < 1.0:
         before = kept.cumsum(dim=-1) - kept
-        size = int((before < params.top_p * mass).sum())
+        # The likeliest token is kept even where a tiny top_p times the mass rounds to 0.
+        size = max(1, int((before < params.top_p * mass).sum()))
         kept, token_ids = kept[:size], token_ids[:size]
     if params.min_p > 0.0:
         likely = kept >= params.min_p * kept.max()

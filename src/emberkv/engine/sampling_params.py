@@ -1,12 +1,13 @@
 """What a request asks of the sampler. Free of torch, so that API modules can build it."""
 
-import math
 from dataclasses import dataclass
 
 from emberkv.errors import RequestError
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+REPETITION_PENALTIES = (0.01, 100.0)
+"""Lowest and highest; beyond them, products with a model's scores would leave the range of float32."""
 
 
 def _require(condition: bool, param: str, given: object, accepted: str) -> None:
@@ -19,6 +20,7 @@ class SamplingParams:
     """How to choose tokens, and when to stop.
 
     temperature: 0 is greedy; the range is [0, 2].
+    top_p: in (0, 1]; however small, it keeps the likeliest token.
     top_k: 0 keeps all tokens.
     logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
@@ -45,8 +47,11 @@ class SamplingParams:
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 to 1")
-        penalty = self.repetition_penalty
-        _require(math.isfinite(penalty) and penalty > 0.0, "repetition_penalty", penalty, "a finite number above 0")
+        lowest, highest = REPETITION_PENALTIES
+        _require(
+            lowest <= self.repetition_penalty <= highest,
+            "repetition_penalty", self.repetition_penalty, f"from {lowest:g} to {highest:g}",
+        )  # fmt: skip
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
         _require(

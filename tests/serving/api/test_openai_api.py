@@ -150,6 +150,11 @@ def test_several_choices_share_a_prompt_and_differ_in_seed(client: Client, engin
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
 
 
+def test_the_seeds_of_several_choices_go_on_after_the_largest(client: Client, engine: FakeEngine) -> None:
+    assert chat(client, n=3, seed=2**63 - 2).status_code == 200
+    assert [request.params.seed for request in engine.submitted] == [2**63 - 2, 2**63 - 1, -(2**63)]
+
+
 def test_several_choices_streamed(client: Client, engine: FakeEngine) -> None:
     engine.script = Script("abc")
     texts = {0: "", 1: ""}

@@ -1,5 +1,6 @@
 """The OpenAI API's requests: their fields, and which of them cannot be honoured here."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -84,7 +85,7 @@ class OpenAIRequest(RequestBody):
             )
 
     def sampling(self, *, max_tokens: int, logprobs: int | None) -> list[SamplingParams]:
-        """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``.
+        """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``, as a 64-bit integer.
 
         Raises RequestError when a value is out of range.
         """
@@ -100,16 +101,13 @@ class OpenAIRequest(RequestBody):
             "ignore_eos": self.ignore_eos,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return [
-            SamplingParams(
-                max_tokens=max_tokens,
-                stop=stop,
-                seed=None if self.seed is None else self.seed + choice,
-                logprobs=logprobs,
-                **fields,
-            )
-            for choice in range(self.choices)
-        ]
+        first = SamplingParams(max_tokens=max_tokens, stop=stop, seed=self.seed, logprobs=logprobs, **fields)
+        return [replace(first, seed=_nth_seed(first.seed, choice)) for choice in range(self.choices)]
+
+
+def _nth_seed(seed: int | None, choice: int) -> int | None:
+    """``seed + choice``; after the largest 64-bit integer comes the smallest."""
+    return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
 
 
 class ChatCompletionRequest(OpenAIRequest):
