@@ -67,9 +67,8 @@ def _kernels_line(engine: "AssembledEngine") -> str:
     kernels = engine.executor.kernels
     if kernels is None:
         return "torch"
-    products = ", with bf16 products" if kernels.multiplies_bf16 else ""
     reuse = "decoded KV is exact" if engine.executor.uniform else "decoded KV is not exact"
-    return f"C++, vectors of {kernels.lanes}{products}; {reuse}"
+    return f"C++, vectors of {kernels.lanes}; {reuse}"
 
 
 def _tiers_line(config: ServeConfig) -> str:

@@ -21,10 +21,8 @@ SOME_ROWS = [(0, 1), (129, 130), (3, 5), (0, 6), (5, 22), (64, 128), (1, 130), *
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest, kernels: Kernels) -> torch.dtype:
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     kind: torch.dtype = request.param
-    if kind is torch.bfloat16 and not kernels.multiplies_bf16:
-        pytest.skip("this processor does not multiply bf16")
     return kind
 
 

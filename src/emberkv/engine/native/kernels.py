@@ -77,8 +77,7 @@ class Kernels:
     """The loaded library. Its functions let other Python threads run, and trust what they are given.
 
     identity: of the machine code; equal ones give equal bits. span: keys whose softmax is computed at once. lanes: fp32
-    values in a vector. columns: outputs of a linear layer computed side by side. multiplies_bf16: whether bf16 is
-    multiplied as such, without which linear layers take fp32 only.
+    values in a vector. columns: outputs of a linear layer computed side by side.
     """
 
     def __init__(self, library: Path) -> None:
@@ -91,7 +90,6 @@ class Kernels:
         self.span = int(loaded.emberkv_span())
         self.lanes = int(loaded.emberkv_lanes())
         self.columns = int(loaded.emberkv_columns())
-        self.multiplies_bf16 = bool(loaded.emberkv_multiplies_bf16())
         self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
         self._rms_norm = loaded.emberkv_rms_norm
         for function in (self._attend, self._linear, self._rms_norm):

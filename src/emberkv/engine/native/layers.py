@@ -128,15 +128,16 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             parts = linear_parts(child)
-            if parts is not None and _takes(parts[0], kernels):
+            if parts is not None and _takes(parts[0]):
                 setattr(parent, name, NativeLinear(kernels, *parts))
                 replaced += 1
     return replaced
 
 
-def _takes(weight: Tensor, kernels: Kernels) -> bool:
-    bf16 = weight.dtype is torch.bfloat16 and kernels.multiplies_bf16 and not any(size % 2 for size in weight.shape)
-    return weight.dtype is torch.float32 or bf16
+def _takes(weight: Tensor) -> bool:
+    """Whether the kernels compute with such weights: fp32, or bf16 in pairs of neighbours."""
+    pairs = weight.dtype is torch.bfloat16 and not any(size % 2 for size in weight.shape)
+    return weight.dtype is torch.float32 or pairs
 
 
 def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
@@ -147,7 +148,7 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     if linear_parts(down) is None or pair is None or activation is None:
         return None
     gate, up = pair
-    if not (_takes(gate, kernels) and gate.shape == up.shape):
+    if not (_takes(gate) and gate.shape == up.shape):
         return None
     points = torch.linspace(-9, 9, 97)
     same = [

@@ -60,18 +60,7 @@ EMBERKV_EXPORT int32_t emberkv_columns() { return emberkv::COLUMNS; }
 
 EMBERKV_EXPORT int32_t emberkv_lanes() { return emberkv::LANES; }
 
-// Whether bf16 is multiplied as such; if not, `emberkv_linear` takes fp32 only.
-EMBERKV_EXPORT int32_t emberkv_multiplies_bf16() {
-#if defined(__AVX512BF16__)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 EMBERKV_EXPORT void emberkv_linear(const LinearCall* call) {
-#if defined(__AVX512BF16__)
     if (call->type == emberkv::BF16) return emberkv::linear<emberkv::Bf16Pairs>(*call);
-#endif
     emberkv::linear<emberkv::SinglePrecision>(*call);
 }

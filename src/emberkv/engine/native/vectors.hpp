@@ -126,8 +126,7 @@ inline void narrow(const float* from, Type type, int count, void* to) {
     }
 }
 
-// How values are multiplied. A unit is what one multiplication takes of a row: one value in fp32, or, where the
-// processor multiplies bf16 itself, two neighbours.
+// How values are multiplied. A unit is what one multiplication takes of a row: one value in fp32, two neighbours in bf16.
 struct SinglePrecision {
     using Unit = float;
     static constexpr int VALUES = 1;
@@ -147,6 +146,22 @@ struct Bf16Pairs {
     }
     static constexpr int EXP2_DEGREE = 3;  // for values that are then rounded to a unit's
     static void put(Unit* to, Floats values) { store(to, _mm512_cvtneps_pbh((__m512)values)); }
+};
+#else
+// For processors without an instruction that multiplies bf16: both values of a unit are widened to fp32, which is
+// exact, and added one after the other.
+struct Bf16Pairs {
+    using Unit = uint32_t;
+    static constexpr int VALUES = 2;
+    static Floats add_product(Floats sum, Unit a, const Unit* b) {
+        const Ints left = Ints{} + int32_t(a), right = load<Ints>(b);
+        sum = multiply_add(first_of(left), first_of(right), sum);
+        return multiply_add(second_of(left), second_of(right), sum);
+    }
+
+private:
+    static Floats first_of(Ints units) { return (Floats)(units << 16); }
+    static Floats second_of(Ints units) { return (Floats)(units & int32_t(0xffff0000)); }
 };
 #endif
 
