@@ -17,7 +17,7 @@ LEAVES = {"", "errors", "config", "whole_file"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
-    "": {"tiers", "engine"},
+    "": {"tiers", "engine", "llm"},
     "errors": set[str](),
     "config": {"core", "errors"},
     "whole_file": set[str](),
@@ -25,6 +25,7 @@ ALLOWED = {
     "tiers": {"tiers", "core", *LEAVES},
     "engine": {"engine", "tiers", "core", *LEAVES},
     "serving": {"serving", "engine", "tiers", "core", *LEAVES},
+    "llm": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
     "workload": {"workload", "core", *LEAVES},
     "cluster": {"cluster", "core", *LEAVES},

@@ -6,14 +6,25 @@ from typing import TYPE_CHECKING, Any
 from emberkv.tiers.byte_cache import InMemoryKVCacheManager
 
 if TYPE_CHECKING:
+    from emberkv.engine.sampling_params import SamplingParams
     from emberkv.engine.system_prompt import get_standard_system_prompt
     from emberkv.engine.warmup import warmup_kv_cache
+    from emberkv.llm import LLM
 
-__all__ = ["InMemoryKVCacheManager", "__version__", "get_standard_system_prompt", "warmup_kv_cache"]
+__all__ = [
+    "LLM",
+    "InMemoryKVCacheManager",
+    "SamplingParams",
+    "__version__",
+    "get_standard_system_prompt",
+    "warmup_kv_cache",
+]
 
 __version__ = "0.1.0"
 
 _ON_DEMAND = {
+    "LLM": "emberkv.llm",
+    "SamplingParams": "emberkv.engine.sampling_params",
     "get_standard_system_prompt": "emberkv.engine.system_prompt",
     "warmup_kv_cache": "emberkv.engine.warmup",
 }
