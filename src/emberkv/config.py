@@ -90,7 +90,7 @@ class ServeConfig(BaseModel):
     warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
     warmup_required: the server is not ready before these are warm, however long that takes.
-    machine_cache: a folder for what is worth keeping of this machine: hashes of weight files, compiled kernels.
+    machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

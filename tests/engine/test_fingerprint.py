@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.engine.fingerprint import CACHE_FILE, weights_fingerprint
+from emberkv.engine.fingerprint import file_states, weights_fingerprint
 from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
 SHA = "ab" * 32
@@ -45,127 +45,82 @@ def replace_bytes(path: Path, content: bytes, mtime_ns: int) -> None:
 
 
 def test_equal_files_in_other_folders_are_the_same_weights(tmp_path: Path) -> None:
-    first = weights_fingerprint(write_model(tmp_path / "a"), None)
-    assert weights_fingerprint(write_model(tmp_path / "b"), None) == first
+    first = weights_fingerprint(write_model(tmp_path / "a"))
+    assert weights_fingerprint(write_model(tmp_path / "b")) == first
     assert len(first) == 32
 
 
 def test_other_bytes_of_equal_length_are_other_weights(tmp_path: Path) -> None:
-    first = weights_fingerprint(write_model(tmp_path / "a", b"one"), None)
-    assert weights_fingerprint(write_model(tmp_path / "b", b"two"), None) != first
+    first = weights_fingerprint(write_model(tmp_path / "a", b"one"))
+    assert weights_fingerprint(write_model(tmp_path / "b", b"two")) != first
 
 
 def test_another_config_is_another_model(tmp_path: Path) -> None:
-    first = weights_fingerprint(write_model(tmp_path / "a"), None)
-    assert weights_fingerprint(write_model(tmp_path / "b", config='{"rope_theta": 1}'), None) != first
+    first = weights_fingerprint(write_model(tmp_path / "a"))
+    assert weights_fingerprint(write_model(tmp_path / "b", config='{"rope_theta": 1}')) != first
 
 
 def test_tokenizer_files_do_not_count(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "a")
-    first = weights_fingerprint(folder, None)
+    first = weights_fingerprint(folder)
     (folder / "tokenizer.json").write_text("{}")
-    assert weights_fingerprint(folder, None) == first
+    assert weights_fingerprint(folder) == first
 
 
 def test_every_shard_counts(tmp_path: Path) -> None:
-    first = weights_fingerprint(write_shards(tmp_path / "a", {"x.safetensors": b"1", "y.safetensors": b"2"}), None)
+    first = weights_fingerprint(write_shards(tmp_path / "a", {"x.safetensors": b"1", "y.safetensors": b"2"}))
     same = write_shards(tmp_path / "b", {"y.safetensors": b"2", "x.safetensors": b"1"})
     other = write_shards(tmp_path / "c", {"x.safetensors": b"1", "y.safetensors": b"3"})
     swapped = write_shards(tmp_path / "d", {"x.safetensors": b"2", "y.safetensors": b"1"})
-    assert weights_fingerprint(same, None) == first
-    assert weights_fingerprint(other, None) != first
-    assert weights_fingerprint(swapped, None) != first
+    assert weights_fingerprint(same) == first
+    assert weights_fingerprint(other) != first
+    assert weights_fingerprint(swapped) != first
 
 
-def test_changed_weights_of_equal_name_and_size_are_noticed_by_their_time(tmp_path: Path) -> None:
-    folder, cache = write_model(tmp_path / "a", b"one"), tmp_path / "cache"
+def test_other_bytes_of_equal_size_and_times_are_other_weights(tmp_path: Path) -> None:
+    """As ``cp -p``, ``tar`` and images with fixed times leave them; links to where the hub's client keeps files too."""
+    folder = write_model(tmp_path / "a", b"one")
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(1_000, 1_000))
-    first = weights_fingerprint(folder, cache)
-    replace_bytes(weights, b"two", 2_000)
-    second = weights_fingerprint(folder, cache)
-    assert second != first
-    replace_bytes(weights, b"one", 3_000)
-    assert weights_fingerprint(folder, cache) == first
+    first = weights_fingerprint(folder)
+    replace_bytes(weights, b"two", 1_000)
+    assert weights_fingerprint(folder) != first
 
 
-def test_unchanged_weights_are_not_read_again(tmp_path: Path) -> None:
-    folder, cache = write_model(tmp_path / "a", b"one"), tmp_path / "cache"
+def test_a_link_is_followed_whatever_its_target_is_called(tmp_path: Path) -> None:
+    first = weights_fingerprint(write_hub_snapshot(tmp_path / "hub1", "main", SHA, b"one"))
+    assert weights_fingerprint(write_hub_snapshot(tmp_path / "hub2", "main", SHA, b"two")) != first
+    assert weights_fingerprint(write_hub_snapshot(tmp_path / "hub3", "other", "cd" * 32, b"one")) == first
+    assert weights_fingerprint(write_model(tmp_path / "plain", b"one")) == first
+
+
+def test_files_that_are_written_or_replaced_show_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "a", b"one")
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(1_000, 1_000))
-    first = weights_fingerprint(folder, cache)
-    replace_bytes(weights, b"two", 1_000)  # only a file that is not read can hide this
-    assert weights_fingerprint(folder, cache) == first
-    assert weights_fingerprint(folder, None) != first
-    assert [path.name for path in cache.iterdir()] == [CACHE_FILE]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 3, "y": [1, 2]}', '"\\ud800"'])
-def test_a_corrupt_cache_costs_a_reading_only(tmp_path: Path, content: str) -> None:
-    folder, cache = write_model(tmp_path / "a"), tmp_path / "cache"
-    first = weights_fingerprint(folder, None)
-    cache.mkdir()
-    (cache / CACHE_FILE).write_text(content)
-    assert weights_fingerprint(folder, cache) == first
-    assert len(json.loads((cache / CACHE_FILE).read_text())) == 1
-
-
-def test_a_cache_that_is_no_json_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, cache = write_model(tmp_path / "a"), tmp_path / "cache"
-    cache.mkdir()
-    (cache / CACHE_FILE).write_text("{")
-    weights_fingerprint(folder, cache)
-    assert f"{cache / CACHE_FILE} is no JSON and will be written anew" in caplog.text
-
-
-def test_a_hub_file_is_known_by_its_blob_and_not_read(tmp_path: Path) -> None:
-    first = weights_fingerprint(write_hub_snapshot(tmp_path / "hub1", "main", SHA, b"one"), None)
-    same_blob = write_hub_snapshot(tmp_path / "hub2", "other", SHA, b"not what the name says")
-    other_blob = write_hub_snapshot(tmp_path / "hub3", "main", "cd" * 32, b"one")
-    assert weights_fingerprint(same_blob, None) == first
-    assert weights_fingerprint(other_blob, None) != first
-
-
-def test_a_link_that_is_no_hub_blob_is_read(tmp_path: Path) -> None:
-    target = write_model(tmp_path / "target")
-    folder = write_model(tmp_path / "a")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(target / "model.safetensors")
-    assert weights_fingerprint(folder, None) == weights_fingerprint(target, None)
+    before = file_states(folder)
+    assert file_states(folder) == before
+    copy = tmp_path / "copy"
+    copy.write_bytes(b"two")
+    os.utime(copy, ns=(1_000, 1_000))
+    copy.replace(weights)
+    replaced = file_states(folder)
+    (folder / "config.json").write_text("{ }")
+    assert len({tuple(states) for states in (before, replaced, file_states(folder))}) == 3
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "a", {"x.safetensors": b"1", "y.safetensors": b"2"})
     (folder / "y.safetensors").unlink()
     with pytest.raises(CorruptModelError, match=r"lacks y\.safetensors"):
-        weights_fingerprint(folder, None)
+        weights_fingerprint(folder)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "a")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match="no weights"):
-        weights_fingerprint(folder, None)
+        weights_fingerprint(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin"):
-        weights_fingerprint(folder, None)
-
-
-def test_what_a_killed_process_left_beside_the_hashes_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / f"{CACHE_FILE}.abcd1234.tmp"
-    left.write_text("{")
-    os.utime(left, (0, 0))
-    weights_fingerprint(write_model(tmp_path / "model"), tmp_path)
-    assert not left.exists()
-    assert (tmp_path / CACHE_FILE).is_file()
-
-
-@pytest.mark.parametrize("folder", ["file", "file/below", "taken"])
-def test_a_folder_that_cannot_keep_the_hashes_costs_a_reading_only(
-    tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "taken" / CACHE_FILE).mkdir(parents=True)
-    model = write_shards(tmp_path / "model", {"a.safetensors": b"one", "b.safetensors": b"two"})
-    assert weights_fingerprint(model, tmp_path / folder) == weights_fingerprint(model, None)
-    assert caplog.text.count("weights are read anew at each start") == 1
+        weights_fingerprint(folder)

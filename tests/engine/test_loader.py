@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from emberkv.engine.loader import choose_device, choose_dtype, load_model
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, CorruptModelError
 from tests.conftest import CheckpointFactory
 from tests.models import CONTEXT, SUPPORTED, VOCAB_SIZE
 
@@ -113,13 +113,25 @@ def test_progress_names_each_stage(checkpoint: CheckpointFactory) -> None:
     assert [line.split()[0] for line in lines] == ["finding", "loading", "identifying", "loading"]
 
 
-def test_changed_weights_change_the_fingerprint(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first = load_model(str(checkpoint("llama")), fingerprint_cache=cache)
-    again = load_model(str(checkpoint("llama")), fingerprint_cache=cache)
-    other = load_model(str(checkpoint("llama", seed=1)), fingerprint_cache=cache)
+def test_changed_weights_change_the_fingerprint(checkpoint: CheckpointFactory) -> None:
+    first = load_model(str(checkpoint("llama")))
+    again = load_model(str(checkpoint("llama")))
+    other = load_model(str(checkpoint("llama", seed=1)))
     assert first.fingerprint == again.fingerprint
     assert first.fingerprint != other.fingerprint
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_refused(
+    checkpoint: CheckpointFactory, copied: Path
+) -> None:
+    other = checkpoint("llama", seed=1) / "model.safetensors"
+
+    def replace(line: str) -> None:
+        if "of weights" in line:  # they are identified, and not read yet
+            shutil.copyfile(other, copied / "model.safetensors")
+
+    with pytest.raises(CorruptModelError, match="changed while they were loaded"):
+        load_model(str(copied), progress=replace)
 
 
 def test_eos_tokens_may_be_a_list(copied: Path) -> None:

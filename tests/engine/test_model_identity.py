@@ -23,7 +23,7 @@ def load(folder: Path, **settings: object) -> PreTrainedModel:
 def test_it_is_the_checkpoints(arch: str, dtype: torch.dtype, checkpoint: CheckpointFactory) -> None:
     folder = checkpoint(arch)
     model = load(folder, dtype=dtype, attn_implementation="eager")
-    assert model_fingerprint(model) == weights_fingerprint(folder, None)
+    assert model_fingerprint(model) == weights_fingerprint(folder)
 
 
 def test_files_that_name_tensors_without_the_base_models_prefix(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_files_that_name_tensors_without_the_base_models_prefix(checkpoint: Chec
     model.config.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as tensors:
         assert "embed_tokens.weight" in tensors.keys()  # noqa: SIM118 - not a dict
-    assert model_fingerprint(load(tmp_path)) == weights_fingerprint(tmp_path, None)
+    assert model_fingerprint(load(tmp_path)) == weights_fingerprint(tmp_path)
 
 
 def test_weights_that_the_files_lack(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_changed_weight(checkpoint: CheckpointFactory) -> None:
     assert changed == model_fingerprint(model)
     with torch.no_grad():
         model.get_output_embeddings().weight[3, 3] += 1
-    assert model_fingerprint(model) not in (changed, weights_fingerprint(checkpoint("llama"), None))
+    assert model_fingerprint(model) not in (changed, weights_fingerprint(checkpoint("llama")))
 
 
 def test_a_changed_setting(checkpoint: CheckpointFactory) -> None:
@@ -64,7 +64,7 @@ def test_a_changed_setting(checkpoint: CheckpointFactory) -> None:
 def test_the_files_are_gone_or_broken(checkpoint: CheckpointFactory, copied: Path) -> None:
     model = load(copied)
     named = model_fingerprint(model)
-    assert named == weights_fingerprint(checkpoint("llama"), None)
+    assert named == weights_fingerprint(checkpoint("llama"))
     (copied / "config.json").write_text("{}")
     in_memory = model_fingerprint(model)
     assert in_memory.startswith("in-memory-")

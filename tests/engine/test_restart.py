@@ -14,7 +14,7 @@ from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.tier_setup import TierConfig, tier_namespace
+from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
 from emberkv.tiers.disk import DiskTier
 from tests.engine.conftest import ModelFactory
@@ -195,16 +195,3 @@ def test_settings_that_cannot_work_leave_the_folder_to_others(paged: ModelFactor
     tier = DiskTier.open(tmp_path, 2**20, namespace=b"any")
     assert tier.read_only is None
     tier.close()
-
-
-def test_a_namespace_depends_on_how_many_threads_compute() -> None:
-    device = torch.device("cpu")
-    name = tier_namespace(b"root", device)
-    assert (len(name), tier_namespace(b"root", device)) == (32, name)
-    assert tier_namespace(b"other", device) != name
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        assert tier_namespace(b"root", device) != name
-    finally:
-        torch.set_num_threads(threads)

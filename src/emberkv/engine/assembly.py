@@ -15,10 +15,11 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
+from emberkv.engine.namespace import tier_namespace
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.tier_setup import TierConfig, open_tiers, tier_namespace
+from emberkv.engine.tier_setup import TierConfig, open_tiers
 from emberkv.engine.torch_engine import TorchEngine
 from emberkv.tiers.stack import EvictionHook, TierStack
 
@@ -85,7 +86,7 @@ def assemble(
         kernels=kernels,
     )
     executor.check_against_plain_forward()
-    namespace = tier_namespace(executor.root(b""), executor.pool.device)
+    namespace = tier_namespace(executor.root(b""), loaded.model, executor.pool.device)
     with ExitStack() as on_failure:
         tiers = open_tiers(config.tiers, config.eviction, namespace, on_evicted) if config.prefix_cache else None
         if tiers is not None:

@@ -30,7 +30,6 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
         device=config.device,
         attn_implementation=ATTENTION_NAME,
         progress=told,
-        fingerprint_cache=config.machine_cache,
     )
     told("compiling the C++ kernels, if they are not yet")
     return loaded, find_kernels(config.kernels, loaded, config.block_size, config.machine_cache)

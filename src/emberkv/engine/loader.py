@@ -27,7 +27,7 @@ from emberkv.engine.checkpoint import (
     read_json,
     weight_files,
 )
-from emberkv.engine.fingerprint import weights_fingerprint
+from emberkv.engine.fingerprint import file_states, weights_fingerprint
 from emberkv.engine.geometry import ModelGeometry, inspect_geometry
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.errors import ConfigError, CorruptModelError, UnsupportedModelError
@@ -72,7 +72,6 @@ def load_model(
     device: str = "auto",
     attn_implementation: str = "eager",
     progress: Progress = lambda _: None,
-    fingerprint_cache: Path | None = None,
     fetch: Fetch = fetch_from_hub,
 ) -> LoadedModel:
     """Load a causal language model whose state is per-token KV.
@@ -81,10 +80,9 @@ def load_model(
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
     attn_implementation: a name registered with transformers' AttentionInterface.
     progress: called with a short line at the start of each stage.
-    fingerprint_cache: folder that remembers the hashes of local weight files; None hashes at every load.
 
-    Raises ModelNotFoundError, CorruptModelError, UnsupportedModelError (before any weights are read), and
-    ConfigError for a dtype or device that cannot be used.
+    Raises ModelNotFoundError, CorruptModelError (also for files that change while they are read), UnsupportedModelError
+    (before any weights are read), and ConfigError for a dtype or device that cannot be used.
     """
     _silence()
     target = choose_device(device)
@@ -98,9 +96,12 @@ def load_model(
     progress("loading the tokenizer")
     tokenizer = _load_tokenizer(folder)
     progress("identifying the weights")
-    fingerprint = weights_fingerprint(folder, fingerprint_cache)
+    before = file_states(folder)
+    fingerprint = weights_fingerprint(folder)
     progress(f"loading {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB of weights")
     model = _load_weights(folder, config, chosen, attn_implementation)
+    if file_states(folder) != before:
+        raise CorruptModelError(f"the files in {folder} changed while they were loaded; start again")
     torch.nn.Module.to(model, target).requires_grad_(False)
     return LoadedModel(
         model=model,

@@ -29,7 +29,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     folder = _checkpoint_folder(model)
     if folder is not None and _is_unchanged(model, folder):
-        return weights_fingerprint(folder, None)
+        return weights_fingerprint(folder)
     return f"in-memory-{_content_hash(model)}"
 
 

@@ -1,12 +1,8 @@
 """Which tiers lie below the pool, who has which share of each, and in what order they give up blocks."""
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-
-import torch
 
 from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction import make_policy
@@ -69,17 +65,3 @@ def open_tiers(
         policy = config.tier_policy(DISK, eviction)
         tiers.append(DiskTier.open(config.folder, config.disk_bytes, namespace=namespace, policy=policy, name=DISK))
     return TierStack(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted) if tiers else None
-
-
-def tier_namespace(root: Identity, device: torch.device) -> bytes:
-    """Under which name blocks outlive the process: the model's ``root``, and what else their last bits depend on.
-
-    An exact block must be what this machine would compute, and that changes with the library, the processor's
-    instructions and the number of threads.
-    """
-    if device.type == "cuda":
-        computed_by = [torch.cuda.get_device_name(device)]
-    else:
-        computed_by = [device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()]
-        computed_by.append(str(torch.get_num_threads()))
-    return sha256(b"emberkv-tiers-1" + root + "\0".join([torch.__version__, *computed_by]).encode()).digest()

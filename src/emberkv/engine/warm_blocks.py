@@ -16,10 +16,10 @@ from emberkv.engine.geometry import inspect_geometry
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.model_identity import model_fingerprint
+from emberkv.engine.namespace import tier_namespace
 from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.shared_prefix import shared_prefix
-from emberkv.engine.tier_setup import tier_namespace
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
 from emberkv.engine.warmup import BlockStore
@@ -52,7 +52,7 @@ def store_prefix(
         return False
     engine = private_engine(model, fingerprint, len(tokens))
     token_chain = TokenChain(engine.root(b""), tokens, engine.pool.block_size)
-    namespace = tier_namespace(token_chain.root, engine.pool.device)
+    namespace = tier_namespace(token_chain.root, engine.loaded.model, engine.pool.device)
     whole = len(token_chain.identities) * engine.pool.block_size
     for start in range(0, whole, engine.prefill_chunk):
         if not in_time():
