@@ -4,6 +4,7 @@ import platform
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -38,8 +39,8 @@ def _libraries() -> list[str]:
 
 def _processor(device: torch.device) -> list[str]:
     if device.type == "cuda":
-        versions = torch.version.cuda, torch.backends.cudnn.version()
-        return [torch.cuda.get_device_name(device), *map(str, versions)]
+        cudnn: Any = torch.backends.cudnn  # its functions are untyped
+        return [torch.cuda.get_device_name(device), str(torch.version.cuda), str(cudnn.version())]
     instructions = sorted(name for name, present in torch.cpu.get_capabilities().items() if present is True)
     threads = str(torch.get_num_threads())
     return [device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), *instructions, threads]
