@@ -58,6 +58,13 @@ def test_a_port_in_use() -> None:
     assert f"error: 127.0.0.1:{port} is already in use" in result.stderr
 
 
+def test_an_error_in_json_where_the_log_is_json(refusal: Serve) -> None:
+    (line,) = refusal("--log-format", "json", "--dtype", "int4").splitlines()
+    fields = json.loads(line)
+    assert (fields["level"], fields["logger"]) == ("error", "emberkv.serve")
+    assert fields["message"].startswith("dtype is 'int4'")
+
+
 def test_an_unknown_variable(refusal: Serve) -> None:
     printed = refusal(environ={"EMBERKV_CACHE_RAMM": "1GiB"})
     assert "error: unknown variable EMBERKV_CACHE_RAMM; known are EMBERKV_MODEL" in printed

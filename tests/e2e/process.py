@@ -87,7 +87,7 @@ def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Itera
 
 def _ready_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
     end = time.monotonic() + DEADLINE
-    while not (found := re.search(r"listening\s+(http://\S+)", log.read_text())):
+    while not (found := re.search(r'listening(?:\s+|": ")(http://\S+)', log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, f"the server is not ready in time: {log.read_text()}"
         time.sleep(0.05)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
-from emberkv.serving.request_log import JsonFormatter
+from emberkv.serving.request_log import JsonFormatter, TextFormatter, duration, percent
 from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
@@ -74,11 +76,37 @@ def test_a_finished_request_in_json(log: Lines) -> None:
 
 @pytest.mark.parametrize("log", [logging.Formatter("%(name)s %(message)s")], indirect=True)
 def test_a_finished_request_in_text(log: Lines) -> None:
-    Server().complete(LONG)
-    (line,) = requests(log)
-    assert line.startswith("emberkv.requests request=cmpl-")
-    assert "api=completions finish=length prompt_tokens=46 cached_tokens=0 completion_tokens=2" in line
-    assert "tenant" not in line
+    server = Server()
+    server.complete(LONG)
+    server.complete(LONG)
+    first, second = requests(log)
+    assert re.fullmatch(r"emberkv.requests text  46 prompt, 0 cached \(0.0%\)  2 out  ttft \d+ ms", first)
+    assert "  46 prompt, 40 cached (86.9%)  2 out" in second
+
+
+def test_a_line_of_text_on_a_terminal() -> None:
+    def line(level: int) -> str:
+        record = logging.LogRecord("emberkv", level, "", 0, "the cache is %s", ("cold",), None)
+        record.created = time.mktime((2026, 11, 28, 12, 42, 3, 0, 0, -1))
+        return TextFormatter(terminal=True).format(record)
+
+    assert line(logging.INFO) == "12:42:03 the cache is cold"
+    assert line(logging.WARNING) == "12:42:03 WARNING the cache is cold"
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "expected"),
+    [(7515, 7516, "99.9%"), (7516, 7516, "100.0%"), (1, 10_000, "0.0%"), (2, 3, "66.6%"), (0, 0, "0.0%")],
+)
+def test_a_percentage_is_rounded_down(part: int, whole: int, expected: str) -> None:
+    assert percent(part, whole) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.0621, "62 ms"), (1.0621, "1,062 ms"), (17.1084, "17.1 s"), (2350.9, "2,350.9 s")]
+)
+def test_a_duration_has_a_unit_that_fits(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
 
 
 @pytest.mark.parametrize("log", [JsonFormatter()], indirect=True)

@@ -1,15 +1,15 @@
 """``emberkv serve``: the server that its options describe."""
 
+import logging
 import os
 
 import typer
-from rich.markup import escape
 
 from emberkv.cli import serve_options as options
-from emberkv.cli.serve_console import console, set_up_logging
+from emberkv.cli.serve_console import print_error, set_up_logging
 from emberkv.cli.startup import Startup
 from emberkv.cli.trace_file import recording
-from emberkv.config import ServeConfig, serve_config
+from emberkv.config import ENV_PREFIX, ServeConfig, serve_config
 from emberkv.errors import EmberError
 from emberkv.serving.admin.guard import is_loopback
 from emberkv.serving.app import create_app
@@ -18,6 +18,8 @@ from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 from emberkv.serving.tenancy.tenants import declare_tenants
+
+_log = logging.getLogger(__name__)
 
 
 def serve(
@@ -61,16 +63,17 @@ def serve(
     given = dict(locals())
     given["api_keys"] = given.pop("api_key") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
+    set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
         run_server(serve_config(given, os.environ))
     except EmberError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        print_error(str(error))
         raise typer.Exit(1) from error
 
 
 def run_server(config: ServeConfig) -> None:
     """Serve until told to stop. Raises EmberError when the server cannot start."""
-    set_up_logging(config)
+    set_up_logging(config.log_format, config.log_level)
     lifecycle = Lifecycle()
     tenants = declare_tenants(config, os.environ)
     with recording(config.record_trace, config.trace_unit or config.block_size) as recorder:
@@ -88,3 +91,4 @@ def run_server(config: ServeConfig) -> None:
         startup.thread.start()
         server.run()
         startup.finish()
+        _log.info("stopped")

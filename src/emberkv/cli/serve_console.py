@@ -5,31 +5,46 @@ import logging
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 from emberkv.config import ServeConfig
-from emberkv.serving.request_log import JsonFormatter
+from emberkv.serving.request_log import JsonFormatter, TextFormatter
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
     from emberkv.engine.loader import LoadedModel as ModelOnDevice
 
+_HANDLER = "emberkv serve"
+
 console = Console(stderr=True)
+"""Silent while the log is JSON, which then is alone on its stream."""
+
+_log = logging.getLogger("emberkv.serve")
 
 
-def set_up_logging(config: ServeConfig) -> None:
-    """To the terminal in colour; to a file or a pipe as one line a message, plain or JSON."""
-    handler: logging.Handler = logging.StreamHandler()
-    line = "%(asctime)s %(levelname)s %(message)s"
-    if config.log_format == "json":
-        handler.setFormatter(JsonFormatter())
-    elif console.is_terminal:
-        handler, line = RichHandler(console=console, show_path=False), "%(message)s"
-    logging.basicConfig(level=config.log_level.upper(), format=line, handlers=[handler])
+def set_up_logging(log_format: str | None, level: str = "info") -> None:
+    """Log to stderr, as JSON alone for the format "json", else as text. A second call replaces the first's settings."""
+    console.quiet = log_format == "json"
+    handler = logging.StreamHandler()
+    handler.name = _HANDLER
+    handler.setFormatter(JsonFormatter() if console.quiet else TextFormatter(terminal=console.is_terminal))
+    root = logging.getLogger()
+    for earlier in [each for each in root.handlers if each.name == _HANDLER]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(console.quiet)
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def print_error(message: str) -> None:
+    """Say why the server does not start or has stopped."""
+    if console.quiet:
+        _log.error("%s", message)
+    else:
+        console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 def print_summary(
@@ -56,6 +71,10 @@ def print_summary(
         "health": "/health  /ready  /metrics",
         "ready in": ready,
     }
+    if console.quiet:
+        fields = {label.lower().replace(" ", "_"): text for label, text in rows.items()}
+        _log.info("ready", extra={"fields": {"message": "ready", "url": url, **fields}})
+        return
     for label, text in rows.items():
         table.add_row(f"[bold]{label}[/]", escape(text))
     console.print(table)

@@ -106,6 +106,11 @@ class Lifecycle:
         if self.phase not in (Phase.WARMING, Phase.READY):
             raise NotReadyError(f"the server takes no new requests: {self.detail}")
 
+    @property
+    def running(self) -> int:
+        """HTTP requests whose answers are being made."""
+        return len(self._running)
+
     def track(self, stream: AnswerStream) -> None:
         self._running.add(stream)
         self._idle.clear()

@@ -1,4 +1,7 @@
-"""One line for each finished request: who, how much, from where, why not, how long. Never what was said."""
+"""The server's log: one line for each finished answer and each refused request, as text or JSON; never any prompt text.
+
+Each record carries its figures as ``fields``, which `JsonFormatter` writes out; the message is for a person.
+"""
 
 import json
 import logging
@@ -12,15 +15,19 @@ from emberkv.serving.metrics import AnswerTimer
 
 logger = logging.getLogger("emberkv.requests")
 
+_SHORT_NAMES = {"chat_completions": "chat", "completions": "text"}
+_ORDINARY_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+
 
 def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary) -> None:
-    """Everything told is a number, or a name that the server or its operator gave."""
+    """Log one answer. All that is logged is a number, or a name that the server or its operator gave."""
     seconds = timer.first_token_seconds
+    finish = answer.finish_reason or FinishReason.ABORT
     fields = {
         "request": request_id,
         "api": asked.api,
         "tenant": asked.tenant.name,
-        "finish": (answer.finish_reason or FinishReason.ABORT).value,
+        "finish": finish.value,
         "prompt_tokens": answer.usage.prompt_tokens,
         "cached_tokens": answer.usage.cached_tokens,
         "completion_tokens": answer.completion_tokens,
@@ -29,8 +36,26 @@ def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTim
         "total_seconds": round(timer.total_seconds, 4),
         "canonical": dict(asked.canonical),
     }
-    told = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, "", {}))
-    logger.info("%s", told, extra={"fields": fields})
+    prompt, cached = answer.usage.prompt_tokens, answer.usage.cached_tokens
+    parts = [
+        _SHORT_NAMES.get(asked.api, asked.api),
+        f"{prompt:,} prompt, {cached:,} cached ({percent(cached, prompt)})",
+        f"{answer.completion_tokens:,} out",
+        f"ttft {duration(seconds)}" if seconds is not None else "",
+        "" if finish in _ORDINARY_ENDS else finish.value,
+        asked.tenant.name,
+    ]
+    logger.info("%s", "  ".join(filter(None, parts)), extra={"fields": fields})
+
+
+def percent(part: int, whole: int) -> str:
+    """A share with one decimal, rounded down, so that only all of it is 100%."""
+    return f"{1000 * part // whole / 10 if whole else 0.0:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """In milliseconds below ten seconds, in seconds from there on."""
+    return f"{seconds * 1000:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 class JsonFormatter(logging.Formatter):
@@ -47,3 +72,18 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+class TextFormatter(logging.Formatter):
+    """A log record as text. For a terminal: the time of day, and the level only where it is not the ordinary one."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        if terminal:
+            self.datefmt = "%H:%M:%S"
+        self._terminal = terminal
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if self._terminal and record.levelno == logging.INFO:
+            return f"{record.asctime} {record.message}"
+        return super().formatMessage(record)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 from types import FrameType
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp
 
 from emberkv.errors import ConfigError
 from emberkv.serving.lifecycle import Lifecycle
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8080
@@ -87,7 +90,13 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._draining_loop = asyncio.get_running_loop()
-        await self._lifecycle.drain(0 if self.force_exit else self._drain_seconds)
+        seconds = 0 if self.force_exit else self._drain_seconds
+        running = self._lifecycle.running
+        if running:
+            _log.info("draining %d request%s, at most %g s", running, "s" * (running > 1), seconds)
+        else:
+            _log.info("stopping")
+        await self._lifecycle.drain(seconds)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
