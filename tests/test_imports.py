@@ -13,13 +13,14 @@ import emberkv
 SOURCE = Path(emberkv.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"", "errors", "config", "whole_file"}
+LEAVES = {"", "errors", "config", "trusted_paths", "whole_file"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
     "": {"tiers", "engine", "llm"},
     "errors": set[str](),
     "config": {"core", "errors"},
+    "trusted_paths": {"errors"},
     "whole_file": set[str](),
     "core": {"core", "errors"},
     "tiers": {"tiers", "core", *LEAVES},

@@ -88,6 +88,10 @@ class CacheFolderError(EmberError):
     """A folder cannot be used as a cache of blocks."""
 
 
+class UntrustedPathError(EmberError):
+    """A file or folder belongs to another user, or can be written by all, and so cannot be relied on."""
+
+
 class PrefixFileError(EmberError):
     """A file of learned prefixes cannot be read as what it claims to be."""
 

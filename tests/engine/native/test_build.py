@@ -63,7 +63,7 @@ def test_a_folder_that_others_can_write_into_is_not_trusted(tmp_path: Path) -> N
     open_to_all = tmp_path / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    with pytest.raises(KernelsError, match=f"{open_to_all} belongs to somebody else or can be written by all"):
+    with pytest.raises(KernelsError, match=f"{open_to_all} can be written by all users"):
         build(open_to_all)
 
 

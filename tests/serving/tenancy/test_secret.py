@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, UntrustedPathError
 from emberkv.serving.tenancy.secret import server_secret
 
 
@@ -51,6 +51,21 @@ def test_one_that_others_can_read_is_used_with_a_warning(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         assert server_secret(None, tmp_path) == secret
     assert "is open to other users" in caplog.text
+
+
+def test_one_that_others_may_have_written_is_refused(tmp_path: Path) -> None:
+    server_secret(None, tmp_path)
+    (tmp_path / "secret").chmod(0o666)
+    with pytest.raises(UntrustedPathError, match="secret can be written by all users"):
+        server_secret(None, tmp_path)
+
+
+def test_a_link_to_a_secret_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "planted").write_bytes(b"x" * 32)
+    (tmp_path / "secret").symlink_to("planted")
+    assert server_secret(None, tmp_path) != b"x" * 32
+    assert "no secret can be kept" in caplog.text
+    assert (tmp_path / "planted").read_bytes() == b"x" * 32
 
 
 def test_where_none_can_be_kept_the_server_starts_with_a_warning(

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from emberkv.errors import KernelsError
+from emberkv.errors import KernelsError, UntrustedPathError
+from emberkv.trusted_paths import check_owner
 
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("g++", "c++")
@@ -42,19 +42,15 @@ def build(folder: Path) -> Path:
     library = folder / f"kernels-{known.hexdigest()[:16]}.so"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(folder)
+        check_owner(folder)
         if not library.exists():
             _compile(compiler, sources, library)
-        _check_owner(library)
+        check_owner(library)
+    except UntrustedPathError as error:
+        raise KernelsError(f"the C++ kernels are not taken from {folder} (EMBERKV_MACHINE_CACHE): {error}") from error
     except OSError as error:
         raise KernelsError(f"the C++ kernels cannot be put into {folder}: {error}") from error
     return library
-
-
-def _check_owner(path: Path) -> None:
-    found = path.stat()
-    if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
-        raise KernelsError(f"{path} belongs to somebody else or can be written by all; name another machine cache")
 
 
 def _predefined(compiler: str) -> bytes:

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from emberkv.errors import ConfigError
+from emberkv.trusted_paths import open_own_file
 from emberkv.whole_file import drafted, remove_leftovers
 
 SECRET_BYTES = 32
@@ -19,7 +20,8 @@ def server_secret(given: str | None, cache_dir: Path | None) -> bytes:
     """What was ``given``, else what the file ``secret`` in ``cache_dir`` holds, which is made where there is none.
 
     Without a folder, and with a warning in one that cannot be written, it is random: what tenants have cached on disk
-    is found again by no later process. Raises ConfigError for a file that does not hold a secret.
+    is found again by no later process. Raises ConfigError for a file that does not hold a secret, and
+    UntrustedPathError for one that another user may have written.
     """
     if given is not None:
         return given.encode()
@@ -28,14 +30,14 @@ def server_secret(given: str | None, cache_dir: Path | None) -> bytes:
     path = cache_dir / SECRET_FILE
     remove_leftovers(cache_dir, re.escape(SECRET_FILE))
     try:
-        return _read(path) if path.exists() else _create(path)
+        return _read(path) if os.path.lexists(path) else _create(path)
     except OSError as error:
         _log.warning("no secret can be kept as %s (%s); tenants' cached blocks end with this run", path, error.strerror)
         return os.urandom(SECRET_BYTES)
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as file:
         others = stat.S_IMODE(os.fstat(file.fileno()).st_mode) & (stat.S_IRWXG | stat.S_IRWXO)
         secret = file.read(SECRET_BYTES + 1)
     if others:
