@@ -1,18 +1,20 @@
 """Settings, read once at the edge: defaults, then ``EMBERKV_*`` variables, then what the command line gives."""
 
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -26,12 +28,7 @@ DEFAULT_PREFILL_CHUNK = 128
 
 
 DEFAULT_WARMUP_SECONDS = 60.0
-WARMUP_VARIABLES = {
-    "KV_CACHE_WARMUP": "warmup",
-    "WARMUP_TIMEOUT_SEC": "warmup_timeout",
-    "WARMUP_SYSTEM_FILE": "warmup_system_files",
-}
-"""Read beside the ``EMBERKV_*`` variables, which go before them; an empty one counts as not given."""
+_WARMUP_SECONDS = (1.0, 300.0)
 
 _LISTS = ("api_keys", "warmup_system_files")
 _HIDDEN = ("secret", "api_keys", "admin_key")
@@ -39,25 +36,22 @@ _HIDDEN = ("secret", "api_keys", "admin_key")
 
 _FEWEST_SECRET_CHARACTERS = 16
 
+_NOT_SETTINGS = ("warmup_fallback_file",)
+"""Fields that `serve_config` fills in, and that no option or ``EMBERKV_*`` variable sets."""
+
 _log = logging.getLogger(__name__)
-
-
-def _warmup_seconds(given: object) -> float:
-    """A server is to start whatever its warmup's deadline is, so a useless one is replaced, with a warning."""
-    try:
-        seconds = float(given) if isinstance(given, (str, int, float)) else 0.0
-    except ValueError:
-        seconds = 0.0
-    if 1 <= seconds <= 300:
-        return seconds
-    _log.warning("warmup_timeout is %r; it must be from 1 to 300 seconds, so %g is used", given, DEFAULT_WARMUP_SECONDS)
-    return DEFAULT_WARMUP_SECONDS
 
 
 def _long_enough(secret: SecretStr) -> SecretStr:
     if len(secret) < _FEWEST_SECRET_CHARACTERS:
         raise ValueError(f"it must have at least {_FEWEST_SECRET_CHARACTERS} characters, drawn at random")
     return secret
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError("it must be a finite number of seconds")
+    return number
 
 
 def _known_policy(name: str) -> str:
@@ -87,8 +81,9 @@ class ServeConfig(BaseModel):
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed identities, no text.
     trace_unit: tokens that have an identity in it, a divisor of block_size; None: as many as a block has.
     warmup: False computes no prompt before the first request asks for it.
-    warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; anything else warns and becomes 60.
-    warmup_system_files: system prompts to warm, one a file; without any, the built-in one.
+    warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; another number warns and becomes 60.
+    warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be
+    missing, else the built-in one.
     warmup_required: the server is not ready before these are warm, however long that takes.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
@@ -123,8 +118,9 @@ class ServeConfig(BaseModel):
     record_trace: Path | None = None
     trace_unit: int | None = Field(default=None, ge=1)
     warmup: bool = True
-    warmup_timeout: Annotated[float, BeforeValidator(_warmup_seconds)] = DEFAULT_WARMUP_SECONDS
+    warmup_timeout: Annotated[float, AfterValidator(_finite)] = DEFAULT_WARMUP_SECONDS
     warmup_system_files: tuple[Path, ...] = ()
+    warmup_fallback_file: Path | None = None
     warmup_required: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -153,31 +149,78 @@ class ServeConfig(BaseModel):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class WarmupVariables:
+    """What three variables say that other servers of this kind have, too; None where one is empty or of no use.
+
+    enabled: ``KV_CACHE_WARMUP``. timeout: ``WARMUP_TIMEOUT_SEC``, from 1 to 300 seconds. system_file:
+    ``WARMUP_SYSTEM_FILE``.
+    """
+
+    enabled: bool | None = None
+    timeout: float | None = None
+    system_file: Path | None = None
+
+
+def warmup_variables(environ: Mapping[str, str]) -> WarmupVariables:
+    """Read the three variables. A bad value is ignored with a warning: a server is to start whatever they hold."""
+    enabled = timeout = None
+    if switch := environ.get("KV_CACHE_WARMUP", "").strip():
+        try:
+            enabled = TypeAdapter(bool).validate_python(switch)
+        except ValidationError:
+            _log.warning("KV_CACHE_WARMUP is %r; it must be 0 or 1, so it is ignored", switch)
+    if seconds := environ.get("WARMUP_TIMEOUT_SEC", "").strip():
+        timeout = _warmup_seconds("WARMUP_TIMEOUT_SEC", seconds)
+    file = environ.get("WARMUP_SYSTEM_FILE", "")
+    return WarmupVariables(enabled, timeout, Path(file).expanduser() if file else None)
+
+
+def _warmup_seconds(name: str, given: str | float) -> float:
+    """A usable deadline, with a warning where it is not the one given."""
+    least, most = _WARMUP_SECONDS
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if least <= seconds <= most:
+        return seconds
+    default = DEFAULT_WARMUP_SECONDS
+    _log.warning("%s is %s; it must be from %g to %g seconds, so %g is used", name, given, least, most, default)
+    return default
+
+
 def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
     """Merge ``EMBERKV_*`` variables with what was ``given`` (entries of None count as not given).
 
-    ``EMBERKV_API_KEYS`` and ``EMBERKV_WARMUP_SYSTEM_FILES`` hold entries separated by commas. The three variables of
-    `WARMUP_VARIABLES` count too. Raises ConfigError naming each variable or setting at fault.
+    ``EMBERKV_API_KEYS`` and ``EMBERKV_WARMUP_SYSTEM_FILES`` hold entries separated by commas. Where nothing else is
+    given, those of `WarmupVariables` count. Raises ConfigError naming each variable or setting at fault.
     """
     values: dict[str, Any] = {}
-    for variable, name in WARMUP_VARIABLES.items():
-        if text := environ.get(variable, ""):
-            values[name] = (text,) if name in _LISTS else text
     unknown = []
+    known = [name for name in ServeConfig.model_fields if name not in _NOT_SETTINGS]
     for variable, text in environ.items():
         if variable.startswith(ENV_PREFIX):
             name = variable.removeprefix(ENV_PREFIX).lower()
-            if name not in ServeConfig.model_fields:
+            if name not in known:
                 unknown.append(variable)
             values[name] = [each.strip() for each in text.split(",") if each.strip()] if name in _LISTS else text
     if unknown:
-        known = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in ServeConfig.model_fields)
-        raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {known}")
+        names = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in known)
+        raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {names}")
     values.update({name: value for name, value in given.items() if value is not None})
+    variables = warmup_variables(environ)
+    others = {
+        "warmup": variables.enabled,
+        "warmup_timeout": variables.timeout,
+        "warmup_fallback_file": variables.system_file,
+    }
+    values = {**{name: value for name, value in others.items() if value is not None}, **values}
     try:
-        return ServeConfig.model_validate(values)
+        config = ServeConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_complaint(detail) for detail in error.errors())) from error
+    return config.model_copy(update={"warmup_timeout": _warmup_seconds("--warmup-timeout", config.warmup_timeout)})
 
 
 def _complaint(detail: Any) -> str:

@@ -51,31 +51,55 @@ def test_variables(variable: str, text: str, name: str, expected: object) -> Non
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, (True, 60.0, ())),
-        ({"KV_CACHE_WARMUP": "", "WARMUP_TIMEOUT_SEC": "", "WARMUP_SYSTEM_FILE": ""}, (True, 60.0, ())),
-        ({"KV_CACHE_WARMUP": "1", "WARMUP_TIMEOUT_SEC": "1"}, (True, 1.0, ())),
-        ({"KV_CACHE_WARMUP": "0", "WARMUP_TIMEOUT_SEC": "300"}, (False, 300.0, ())),
-        ({"WARMUP_TIMEOUT_SEC": "2.5", "WARMUP_SYSTEM_FILE": "/a,b/c.txt"}, (True, 2.5, (Path("/a,b/c.txt"),))),
-        ({"EMBERKV_WARMUP_SYSTEM_FILES": "a.txt, b.txt"}, (True, 60.0, (Path("a.txt"), Path("b.txt")))),
-        ({"KV_CACHE_WARMUP": "0", "EMBERKV_WARMUP": "1"}, (True, 60.0, ())),
-        ({"WARMUP_TIMEOUT_SEC": "no number", "EMBERKV_WARMUP_TIMEOUT": "5"}, (True, 5.0, ())),
+        ({}, (True, 60.0, (), None)),
+        ({"KV_CACHE_WARMUP": "", "WARMUP_TIMEOUT_SEC": "", "WARMUP_SYSTEM_FILE": ""}, (True, 60.0, (), None)),
+        ({"KV_CACHE_WARMUP": "1", "WARMUP_TIMEOUT_SEC": "1"}, (True, 1.0, (), None)),
+        ({"KV_CACHE_WARMUP": "off", "WARMUP_TIMEOUT_SEC": "300"}, (False, 300.0, (), None)),
+        ({"WARMUP_TIMEOUT_SEC": "2.5", "WARMUP_SYSTEM_FILE": "/a,b/c.txt"}, (True, 2.5, (), Path("/a,b/c.txt"))),
+        ({"WARMUP_SYSTEM_FILE": "~/c.txt"}, (True, 60.0, (), Path("~/c.txt").expanduser())),
+        ({"EMBERKV_WARMUP_SYSTEM_FILES": "a.txt, b.txt"}, (True, 60.0, (Path("a.txt"), Path("b.txt")), None)),
+        ({"KV_CACHE_WARMUP": "0", "EMBERKV_WARMUP": "1"}, (True, 60.0, (), None)),
     ],
 )
 def test_warmup_variables(
-    environ: dict[str, str], expected: tuple[bool, float, tuple[Path, ...]], caplog: pytest.LogCaptureFixture
+    environ: dict[str, str],
+    expected: tuple[bool, float, tuple[Path, ...], Path | None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = serve_config({}, environ)
-    assert (config.warmup, config.warmup_timeout, config.warmup_system_files) == expected
+    files = config.warmup_system_files, config.warmup_fallback_file
+    assert (config.warmup, config.warmup_timeout, *files) == expected
     assert not config.warmup_required
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("text", ["0", "0.99", "300.5", "-5", "1e9", "nan", "inf", "soon", "60s"])
-@pytest.mark.parametrize("given", [True, False], ids=["flag", "variable"])
-def test_a_useless_warmup_timeout_warns_and_is_60(text: str, given: bool, caplog: pytest.LogCaptureFixture) -> None:
-    config = serve_config({"warmup_timeout": text}, {}) if given else serve_config({}, {"WARMUP_TIMEOUT_SEC": text})
-    assert config.warmup_timeout == 60.0
-    assert caplog.messages == [f"warmup_timeout is {text!r}; it must be from 1 to 300 seconds, so 60 is used"]
+def test_a_useless_timeout_in_the_variable_warns_and_is_60(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_config({}, {"WARMUP_TIMEOUT_SEC": text}).warmup_timeout == 60.0
+    assert caplog.messages == [f"WARMUP_TIMEOUT_SEC is {text}; it must be from 1 to 300 seconds, so 60 is used"]
+
+
+@pytest.mark.parametrize("text", ["0", "0.99", "300.5", "-5", "9999"])
+def test_a_timeout_out_of_bounds_warns_and_is_60(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_config({"warmup_timeout": text}, {}).warmup_timeout == 60.0
+    assert caplog.messages == [f"--warmup-timeout is {float(text)}; it must be from 1 to 300 seconds, so 60 is used"]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "soon", "60s", ""])
+def test_a_timeout_that_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"warmup.timeout"):
+        serve_config({"warmup_timeout": text}, {})
+
+
+@pytest.mark.parametrize("text", ["2", "maybe", "-1"])
+def test_a_useless_switch_in_the_variable_warns_and_is_ignored(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_config({}, {"KV_CACHE_WARMUP": text}).warmup is True
+    assert caplog.messages == [f"KV_CACHE_WARMUP is {text!r}; it must be 0 or 1, so it is ignored"]
+
+
+def test_no_variable_of_ours_sets_the_fallback_file() -> None:
+    with pytest.raises(ConfigError, match="unknown variable EMBERKV_WARMUP_FALLBACK_FILE"):
+        serve_config({}, {"EMBERKV_WARMUP_FALLBACK_FILE": "x"})
 
 
 def test_warmup_settings_of_the_command_line_go_first() -> None:

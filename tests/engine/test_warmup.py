@@ -25,6 +25,7 @@ from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory
 from tests.engine.loop_harness import Inbox
 from tests.machine import MACHINE_CACHE
+from tests.serving.harness import eventually
 
 BLOCK = 16
 
@@ -163,20 +164,19 @@ def test_a_tokenizer_without_a_chat_template(llama: PreTrainedModel, fast_tokeni
     assert len(entries) >= 12
 
 
-def test_out_of_time_between_chunks_what_was_done_is_stored(
-    llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Asked three times while it prepares and then before each chunk, there is time for two chunks."""
+def test_given_up_what_was_done_is_stored(llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Asked twice while it prepares, before each chunk and before each block, it goes on into the second chunk."""
     whole, part = Recorder(), Recorder()
-    answers = iter([True] * 4)
+    blocks = DEFAULT_PREFILL_CHUNK // BLOCK
+    answers = iter([True] * (2 + 1 + blocks + 1 + 3))
     prompt = "Where do the lamps stand? " * 40
     assert store_prefix(llama, fast_tokenizer, prompt, whole, in_time=lambda: True)
     assert not store_prefix(llama, fast_tokenizer, prompt, part, in_time=lambda: next(answers, False))
-    assert len(whole.entries) > 2 * DEFAULT_PREFILL_CHUNK // BLOCK
-    assert list(part.entries.items()) == list(whole.entries.items())[: 2 * DEFAULT_PREFILL_CHUNK // BLOCK]
+    assert len(whole.entries) > 2 * blocks
+    assert list(part.entries.items()) == list(whole.entries.items())[: blocks + 3]
 
 
-def test_cancelled_it_stops_after_the_chunk(llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_cancelled_it_stops_after_the_block(llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast) -> None:
     store = Gate()
 
     async def cancel() -> None:
@@ -187,8 +187,26 @@ def test_cancelled_it_stops_after_the_chunk(llama: PreTrainedModel, fast_tokeniz
             await task
         store.go_on.set()
 
-    asyncio.run(cancel())  # which waits for the thread
-    assert len(store.entries) == DEFAULT_PREFILL_CHUNK // BLOCK
+    asyncio.run(cancel())
+    eventually(lambda: not _is_computing())
+    assert len(store.entries) == 1
+
+
+def test_out_of_time_within_a_step_it_returns_at_once_and_stores_nothing_more(
+    llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first block is not stored before the call has returned, so only a call that does not wait for it returns."""
+    store = Gate()
+    warming = warmup_kv_cache(llama, fast_tokenizer, store, timeout_sec=0.05, system_prompt="Lamps? " * 200)
+    assert asyncio.run(warming) is False
+    assert caplog.messages == ["the cache is not warmed in 0.05 s; what was done stays"]
+    store.go_on.set()
+    eventually(lambda: not _is_computing())
+    assert len(store.entries) <= 1
+
+
+def _is_computing() -> bool:
+    return any(thread.name == "emberkv-warmup" for thread in threading.enumerate())
 
 
 class Gate(Recorder):
@@ -202,6 +220,63 @@ class Gate(Recorder):
         self.reached.set()
         assert self.go_on.wait(60)
         super().set(key, value, prefix_tokens)
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("KV_CACHE_WARMUP", "WARMUP_TIMEOUT_SEC", "WARMUP_SYSTEM_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_file_of_the_variable_is_warmed_and_an_argument_goes_first(
+    llama: PreTrainedModel,
+    fast_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    environ: pytest.MonkeyPatch,
+) -> None:
+    built_in = warmed(llama, fast_tokenizer)[1]
+    path = tmp_path / "prompt.txt"
+    path.write_text("Where do the lamps stand? " * 12)
+    expected = warmed(llama, fast_tokenizer, system_prompt=path.read_text())[1]
+    environ.setenv("WARMUP_SYSTEM_FILE", str(path))
+    assert warmed(llama, fast_tokenizer) == (True, expected)
+    assert get_standard_system_prompt() == path.read_text()
+    environ.setenv("WARMUP_SYSTEM_FILE", str(tmp_path / "missing"))
+    assert warmed(llama, fast_tokenizer, system_prompt=path.read_text()) == (True, expected)
+    assert warmed(llama, fast_tokenizer) == (True, built_in)
+
+
+def test_a_variable_switches_it_off_and_an_argument_on(
+    llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast, environ: pytest.MonkeyPatch
+) -> None:
+    environ.setenv("KV_CACHE_WARMUP", "0")
+    assert warmed(llama, fast_tokenizer) == (False, {})
+    assert warmed(llama, fast_tokenizer, enabled=True)[0]
+
+
+def test_the_time_is_the_variables_and_an_argument_goes_first(
+    llama: PreTrainedModel,
+    fast_tokenizer: PreTrainedTokenizerFast,
+    environ: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Gate()
+    environ.setenv("WARMUP_TIMEOUT_SEC", "1")
+    assert asyncio.run(warmup_kv_cache(llama, fast_tokenizer, store)) is False
+    assert caplog.messages == ["the cache is not warmed in 1 s; what was done stays"]
+    assert asyncio.run(warmup_kv_cache(llama, fast_tokenizer, store, timeout_sec=0.02)) is False
+    assert caplog.messages[1:] == ["the cache is not warmed in 0.02 s; what was done stays"]
+    store.go_on.set()
+
+
+def test_a_prompt_without_a_full_block_is_not_called_warm(
+    llama: PreTrainedModel, fast_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = copy.deepcopy(fast_tokenizer)
+    plain.chat_template = None
+    assert warmed(llama, plain, system_prompt="Hi.") == (False, {})
+    assert "fewer than a block of 16" in caplog.text
 
 
 class Failing:

@@ -22,7 +22,7 @@ from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy.public_prompts import public_tokens
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.tenancy.tenants_file import TIERS
-from emberkv.serving.warmup.standard_prompts import standard_prompts
+from emberkv.serving.warmup.standard_prompts import configured_prompts, standard_prompts
 from emberkv.serving.warmup.warm_start import make_warmup
 from emberkv.serving.warmup.warmup import Warmup
 
@@ -49,6 +49,7 @@ class Startup:
         self._config = config
         self._tenants = tenants
         self._canonical = canonical
+        self._system_prompts = configured_prompts(config)
         self._lifecycle = lifecycle
         self._server = server
         self._engine: AssembledEngine | None = None
@@ -102,8 +103,7 @@ class Startup:
                 ) from error
             loaded, kernels = configured.load_configured(config, lambda line: status.update(escape(line)))
             status.update("allocating the KV pool and checking the attention")
-            prompt_files = config.warmup_system_files if config.warmup else None
-            prompts, problems = standard_prompts(prompt_files, loaded.tokenizer, self._canonical)
+            prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
             cache_bytes = int(config.cache_ram or assembly.free_memory(loaded.device) // 4)
             tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})

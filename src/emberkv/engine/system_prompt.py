@@ -1,8 +1,10 @@
 """The standard system prompt: an operator's file, or one that is built in."""
 
 import logging
+import os
 from pathlib import Path
 
+from emberkv.config import warmup_variables
 from emberkv.errors import ConfigError
 
 MAX_PROMPT_BYTES = 2**20
@@ -22,29 +24,39 @@ _log = logging.getLogger(__name__)
 def get_standard_system_prompt(warmup_file: str | Path | None = None) -> str:
     """What ``warmup_file`` holds, to the letter, else the built-in assistant prompt.
 
-    The built-in prompt is also the answer, with a warning, when the file is missing, cannot be read, is larger than
-    1 MiB, or is not UTF-8; and when it is empty.
+    Without an argument, the variable ``WARMUP_SYSTEM_FILE`` names the file. The built-in prompt is also the answer,
+    with a warning, when the file is missing, cannot be read, is empty, larger than 1 MiB, or not UTF-8.
     """
-    if warmup_file is None:
+    return prompt_or_built_in(Path(warmup_file) if warmup_file else warmup_variables(os.environ).system_file)
+
+
+def prompt_or_built_in(path: Path | None) -> str:
+    """As `get_standard_system_prompt`; None is the built-in prompt, whatever the environment holds."""
+    if path is None:
         return BUILT_IN_PROMPT
     try:
-        return _read(Path(warmup_file))
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 at byte {error.start}"
+        return read_system_prompt(path)
     except ConfigError as error:
-        problem = str(error)
-    _log.warning("the system prompt file %s %s; the built-in prompt takes its place", warmup_file, problem)
-    return BUILT_IN_PROMPT
+        _log.warning("the system prompt file %s; the built-in prompt takes its place", error)
+        return BUILT_IN_PROMPT
 
 
-def _read(path: Path) -> str:
-    with path.open("rb") as file:
-        content = file.read(MAX_PROMPT_BYTES + 1)
+def read_system_prompt(path: Path) -> str:
+    """What a file holds, to the letter but for a byte-order mark.
+
+    Raises ConfigError, beginning with the file's name, where it cannot be read, is larger than 1 MiB, is not UTF-8 or
+    is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_PROMPT_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 at byte {error.start}") from error
     if len(content) > MAX_PROMPT_BYTES:
-        raise ConfigError(f"is larger than {MAX_PROMPT_BYTES:,} bytes")
-    text = content.decode("utf-8-sig")
+        raise ConfigError(f"{path} is larger than {MAX_PROMPT_BYTES:,} bytes")
     if not text.strip():
-        raise ConfigError("is empty")
+        raise ConfigError(f"{path} is empty")
     return text

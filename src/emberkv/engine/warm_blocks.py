@@ -23,11 +23,11 @@ from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
 from emberkv.engine.warmup import BlockStore
-from emberkv.errors import PromptTooLongError, UnsupportedModelError
+from emberkv.errors import PromptTooLongError, RequestError, UnsupportedModelError
 from emberkv.tiers.codec import BlockRecord, encode_record
 
 InTime = Callable[[], bool]
-"""Whether there is time to begin another step."""
+"""Whether somebody still waits for it."""
 
 _SETTINGS = ServeConfig()
 
@@ -42,11 +42,19 @@ def store_prefix(
 ) -> bool:
     """Store each full block of what all requests with ``system_prompt`` begin with; whether all are stored.
 
-    Raises EmberError when the model cannot be served or the prompt does not fit, and what ``store.set`` raises.
+    in_time: asked before each step of the preparation, each prefill chunk and each block.
+
+    Raises EmberError when the model cannot be served, the prompt does not fit or is shorter than a block, and what
+    ``store.set`` raises.
     """
     if not in_time():
         return False
     tokens = shared_prefix(_as_ours(tokenizer), system_prompt)
+    if len(tokens) < _SETTINGS.block_size:
+        raise RequestError(
+            f"requests with this system prompt have {len(tokens)} tokens in common, fewer than a block of "
+            f"{_SETTINGS.block_size}: there is nothing to store"
+        )
     fingerprint = model_fingerprint(model)
     if not in_time():
         return False
@@ -58,6 +66,8 @@ def store_prefix(
         if not in_time():
             return False
         for record in _compute(engine, token_chain, start, min(start + engine.prefill_chunk, whole)):
+            if not in_time():
+                return False
             value = encode_record(record, namespace=namespace)
             store.set(record.identity.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
     return True

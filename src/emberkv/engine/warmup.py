@@ -5,12 +5,16 @@ Nothing heavy is imported before it is needed: importing the package must stay c
 
 import asyncio
 import logging
+import os
 import threading
-import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
-from emberkv.engine.system_prompt import get_standard_system_prompt
+from emberkv.config import DEFAULT_WARMUP_SECONDS, warmup_variables
+from emberkv.engine.system_prompt import prompt_or_built_in
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +29,8 @@ async def warmup_kv_cache(
     model: Any,
     tokenizer: Any,
     cache_manager: BlockStore | None = None,
-    timeout_sec: float = 60.0,
-    enabled: bool = True,
+    timeout_sec: float | None = None,
+    enabled: bool | None = None,
     *,
     system_prompt: str | None = None,
 ) -> bool:
@@ -34,44 +38,72 @@ async def warmup_kv_cache(
 
     model: a transformers causal language model, which is left as it is; meanwhile its weights are there a second
     time on a CPU. tokenizer: its fast tokenizer. cache_manager: without one there is nowhere to store, so the answer
-    is False. system_prompt: the standard one by default. What is stored is the part that all chat requests with this
-    prompt begin with, rendered by the tokenizer's chat template.
+    is False. What is stored is the part that all chat requests with this prompt begin with, rendered by the
+    tokenizer's chat template.
 
-    Keys are the hexadecimal block identities of a server with default settings that serves the same weights; values
+    Arguments that are not given are read from the environment: timeout_sec, in seconds, from ``WARMUP_TIMEOUT_SEC``,
+    else 60; enabled from ``KV_CACHE_WARMUP``, else True; system_prompt from the file that ``WARMUP_SYSTEM_FILE`` names,
+    else the built-in prompt. A variable of no use is ignored with a warning.
+
+    Keys are the hexadecimal block hashes of a server with default settings that serves the same weights; values
     are the records of its cache tiers, with the same bytes; ``prefix_tokens`` counts the tokens up to and with a block.
 
-    Computes in a thread. The timeout, in seconds, is looked at before each step of the preparation and each prefill
-    chunk; whatever was stored until then, also when the caller is cancelled, stays.
+    Computes in a thread of its own. When the time is up or the caller is cancelled, this returns at once. The thread
+    ends after the step that it is in, which may be a compilation, and stores no further block; the process waits for it
+    at its exit. What was stored until then stays: it is whole, and a prefix of the prompt.
 
-    Returns True when every block is stored. False, without an exception, when not ``enabled``, out of time, or
-    something is missing or fails; the log says what.
+    Returns True when every full block is stored. False, without an exception, when not enabled, out of time, or
+    something is missing or fails, a prompt shorter than a block among it; the log says what.
     """
-    if not enabled:
+    variables = warmup_variables(os.environ)
+    if not _first(enabled, variables.enabled, True):
         return False
+    seconds = _first(timeout_sec, variables.timeout, DEFAULT_WARMUP_SECONDS)
     given = {"model": model, "tokenizer": tokenizer, "cache_manager": cache_manager}
     if missing := [name for name, value in given.items() if value is None]:
         _log.warning("nothing is warmed: %s missing", " and ".join(missing) + (" is" if len(missing) == 1 else " are"))
         return False
+    prompt = system_prompt if system_prompt is not None else prompt_or_built_in(variables.system_file)
     given_up = threading.Event()
-    deadline = time.monotonic() + timeout_sec
-
-    def in_time() -> bool:
-        return time.monotonic() < deadline and not given_up.is_set()
-
-    prompt = system_prompt if system_prompt is not None else get_standard_system_prompt()
+    done = False
     try:
-        done = await asyncio.to_thread(_store_blocks, model, tokenizer, prompt, cache_manager, in_time)
+        if seconds > 0:
+            work = _started(lambda: _store_blocks(model, tokenizer, prompt, cache_manager, given_up))
+            done = await asyncio.wait_for(work, seconds)
+    except TimeoutError:
+        pass  # it says so below
     except Exception as error:  # noqa: BLE001 - a cold cache is slow, never wrong: callers go on without
         _log.warning("warming the cache failed: %s: %s", type(error).__name__, error)
         return False
     finally:
         given_up.set()
     if not done:
-        _log.warning("the cache is not warmed in %s s; what was done stays", timeout_sec)
+        _log.warning("the cache is not warmed in %g s; what was done stays", seconds)
     return done
 
 
-def _store_blocks(model: Any, tokenizer: Any, prompt: str, store: Any, in_time: Callable[[], bool]) -> bool:
+def _first(given: T | None, variable: T | None, default: T) -> T:
+    if given is not None:
+        return given
+    return variable if variable is not None else default
+
+
+def _started(work: Callable[[], bool]) -> "asyncio.Future[bool]":
+    """What ``work`` comes to on a thread of its own: one of asyncio's would be waited for when the loop is closed."""
+    outcome: Future[bool] = Future()
+    outcome.set_running_or_notify_cancel()  # from now on, nobody who stops waiting cancels it
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller, if it still waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="emberkv-warmup").start()
+    return asyncio.wrap_future(outcome)
+
+
+def _store_blocks(model: Any, tokenizer: Any, prompt: str, store: Any, given_up: threading.Event) -> bool:
     from emberkv.engine.warm_blocks import store_prefix  # noqa: PLC0415 - brings torch with it
 
-    return store_prefix(model, tokenizer, prompt, store, in_time=in_time)
+    return store_prefix(model, tokenizer, prompt, store, in_time=lambda: not given_up.is_set())

@@ -172,9 +172,18 @@ def test_what_is_cached_already_is_not_computed(make: Maker, pool: FakePool) -> 
 
 
 def test_prompts_are_cut_to_what_can_be_hit(make: Maker, pool: FakePool) -> None:
-    warmup = make.run(WarmPrompt(tuple(range(11))), WarmPrompt((1, 2, 3)), unit=4)
+    report = make.run(WarmPrompt(tuple(range(11))), unit=4).report()
     assert pool.computed == [WarmPrompt(tuple(range(8)))]
-    assert warmup.report().prompts == 1
+    assert (report.phase, report.prompts, report.tokens) == (WarmupPhase.DONE, 1, 8)
+
+
+def test_a_prompt_shorter_than_what_can_be_hit_is_a_problem_that_readiness_waits_for(make: Maker) -> None:
+    report = make.run(ONE, WarmPrompt((1, 2, 3)), unit=4, required=True).report()
+    assert (report.phase, report.prompts, report.warm_prompts) == (WarmupPhase.FAILED, 2, 1)
+    assert report.problems == (
+        "requests with a system prompt have 3 tokens in common, too few to be kept warm: 4 are reused at a time",
+    )
+    assert make.ready == []
 
 
 def test_the_time_is_up_while_a_prompt_is_computed(make: Maker, pool: FakePool) -> None:

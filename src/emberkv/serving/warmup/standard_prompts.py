@@ -1,30 +1,41 @@
 """The operator's system prompts, as the tokens that requests with them begin with."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from emberkv.config import ServeConfig
 from emberkv.engine.shared_prefix import shared_prefix
-from emberkv.engine.system_prompt import get_standard_system_prompt
+from emberkv.engine.system_prompt import prompt_or_built_in, read_system_prompt
 from emberkv.engine.tokenizer import Tokenizer
-from emberkv.errors import RequestError
+from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 
 
-def standard_prompts(
-    files: Sequence[Path] | None, tokenizer: Tokenizer, rules: CanonicalRules | None = None
-) -> tuple[list[WarmPrompt], list[str]]:
-    """One prompt a file, or the built-in one if there are no files; and why a prompt cannot be used with this model.
+def configured_prompts(config: ServeConfig) -> list[str]:
+    """The texts of the system prompts to warm; none if nothing is to be warmed.
 
-    files: None for no prompts at all. rules: which rewrite the system prompts of requests, and so these.
+    Raises ConfigError for a file of ``config.warmup_system_files`` that is of no use.
     """
-    if files is None:
-        return [], []
-    texts = dict.fromkeys(map(get_standard_system_prompt, files or (None,)))
-    if rules is not None:
-        texts = dict.fromkeys(rules.of_system([text]).texts[0] for text in texts)
+    if not config.warmup:
+        return []
+    if not config.warmup_system_files:
+        return [prompt_or_built_in(config.warmup_fallback_file)]
+    try:
+        return [read_system_prompt(path.expanduser()) for path in config.warmup_system_files]
+    except ConfigError as error:
+        raise ConfigError(f"--warmup-system-file {error}") from error
+
+
+def standard_prompts(
+    texts: Sequence[str], tokenizer: Tokenizer, rules: CanonicalRules | None = None
+) -> tuple[list[WarmPrompt], list[str]]:
+    """What requests with these system prompts begin with; and why a prompt cannot be used with this model.
+
+    rules: which rewrite the system prompts of requests, and so these.
+    """
+    unique = dict.fromkeys(rules.of_system([text]).texts[0] if rules is not None else text for text in texts)
     prompts, problems = [], []
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(unique, 1):
         try:
             prompts.append(WarmPrompt(tuple(shared_prefix(tokenizer, text))))
         except RequestError as error:

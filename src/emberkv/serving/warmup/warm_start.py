@@ -1,6 +1,5 @@
 """Puts a server's warmup together."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
-
-_log = logging.getLogger(__name__)
 
 
 def make_warmup(
@@ -38,8 +35,6 @@ def make_warmup(
     )
     if not settings.enabled:
         prompts, problems = (), ()
-    for tokens in (len(prompt.tokens) for prompt in prompts if len(prompt.tokens) < settings.unit):
-        _log.warning("warmup: a system prompt of %d tokens is too short; hits begin at %d", tokens, settings.unit)
     learned = None
     if config.cache_dir is not None:
         learned = LearnedPrompts(config.cache_dir, engine.executor.root(b""), warmer.chain)

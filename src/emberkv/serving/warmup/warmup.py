@@ -42,7 +42,8 @@ class WarmupSettings:
 class Warmup:
     """Warms prompts on a thread of its own: pinned ones always, learned ones once, at the start, in the time left over.
 
-    prompts: pinned from the start. problems: why others that were wished for are no prompts; they are never warm.
+    prompts: pinned from the start. problems: why others that were wished for are no prompts; they are never warm, nor
+    are prompts shorter than ``settings.unit``.
     on_ready: called once, when readiness waits no longer: after the first pass, however it went, or with
     ``settings.required`` when all of ``prompts`` are warm. clock: monotonic seconds.
     """
@@ -61,7 +62,6 @@ class Warmup:
         self.first_pass_ended = threading.Event()
         self._engine = engine
         self._settings = settings
-        self._problems = tuple(problems)
         self._learned = learned
         self._on_ready = on_ready
         self._clock = clock
@@ -69,8 +69,8 @@ class Warmup:
         self._closing = threading.Event()
         self._request_id = ""
         self._pins = Pins(settings.unit)
-        for prompt in prompts:
-            self._pins.add(prompt.tokens, prompt.tenant)
+        short = [prompt for prompt in prompts if not self._pins.add(prompt.tokens, prompt.tenant)]
+        self._problems = (*problems, *(_too_short(prompt, settings.unit) for prompt in short))
         self._awaited = list(self._pins)
         self._totals = WarmupReport(WarmupPhase.RUNNING if settings.enabled else WarmupPhase.OFF, settings.required)
         self._is_ready = False
@@ -233,3 +233,10 @@ class Warmup:
         if not self._is_ready and (all_warm or not self._settings.required or not self._settings.enabled):
             self._is_ready = True
             self._on_ready()
+
+
+def _too_short(prompt: WarmPrompt, unit: int) -> str:
+    return (
+        f"requests with a system prompt have {len(prompt.tokens)} tokens in common, too few to be kept warm: "
+        f"{unit} are reused at a time"
+    )
