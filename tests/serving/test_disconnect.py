@@ -68,7 +68,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(client: Client, engine:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/messages", "headers": [], "query_string": b""}
-    asyncio.run(client.app({**scope, "server": ("test", 80), "scheme": "http"}, receive, send))
+    scope = {"type": "http", "method": "POST", "path": "/v1/messages", "query_string": b""}
+    asyncio.run(client.app({**scope, "headers": [(b"host", b"test")], "scheme": "http"}, receive, send))
     assert sent[0]["status"] == 499
     assert engine.submitted == []

@@ -11,11 +11,12 @@ from emberkv.cli.startup import Startup
 from emberkv.cli.trace_file import recording
 from emberkv.config import ENV_PREFIX, ServeConfig, serve_config
 from emberkv.errors import EmberError
-from emberkv.serving.admin.guard import is_loopback
 from emberkv.serving.app import create_app
 from emberkv.serving.canonical.rules import load_rules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.peer_user import is_own_user
+from emberkv.serving.request_source import is_loopback
 from emberkv.serving.server import HttpServer, bind_socket
 from emberkv.serving.tenancy.tenants import declare_tenants
 
@@ -85,6 +86,7 @@ def run_server(config: ServeConfig) -> None:
             canonical=load_rules(config.canonical) if config.canonical is not None else None,
             admin_key=config.admin_key.get_secret_value() if config.admin_key is not None else None,
             bound_to_loopback=is_loopback(bound.getsockname()[0]),
+            is_own_user=is_own_user,
         )
         server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, drain_seconds=config.drain_seconds)
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)

@@ -17,6 +17,7 @@ from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.context import ServingContext, ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import Clock
+from emberkv.serving.request_source import SourceCheck
 
 
 def create_app(
@@ -34,6 +35,9 @@ def create_app(
     context = ServingContext(lifecycle, settings, clock=clock, wall_clock=wall_clock)
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins
+    )  # the last one added is the first to see a request
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_failure)
     app.add_exception_handler(ClientDisconnect, answer_nobody)
@@ -56,7 +60,7 @@ def create_app(
         }
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[Depends(context.guard.metrics)])
     async def metrics() -> Response:
         return Response(context.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from emberkv.serving.admin.asked import Asked, RecentlyAsked
-from emberkv.serving.admin.guard import AdminGuard
+from emberkv.serving.admin.guard import AdminGuard, IsOwnUser
 from emberkv.serving.admin.reuse_metrics import ReuseCollector
 from emberkv.serving.admin.sessions import Sessions, session_id
 from emberkv.serving.answers.answer import Answer
@@ -44,9 +44,8 @@ class ServingSettings:
     """max_body_bytes: the largest request body accepted.
 
     tenants: who may ask; None makes each of ``api_keys`` one of its own, and without these no key is asked for.
-    canonical: rules that rewrite prompts before they are rendered. admin_key: what the cache's own routes ask for; None
-    opens them to all who reach a server that is ``bound_to_loopback``, and to nobody elsewhere. recorder: is told of
-    every request.
+    canonical: rules that rewrite prompts before they are rendered. recorder: is told of every request. For admin_key,
+    metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: see `SourceCheck`.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -54,8 +53,11 @@ class ServingSettings:
     tenants: Tenants | None = None
     canonical: CanonicalRules | None = None
     admin_key: str | None = None
+    metrics_key: str | None = None
     recorder: TraceRecorder | None = None
     bound_to_loopback: bool = False
+    is_own_user: IsOwnUser = lambda _: True
+    allowed_origins: tuple[str, ...] = ()
 
 
 class ServingContext:
@@ -84,9 +86,11 @@ class ServingContext:
         self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(
             settings.admin_key,
+            metrics_key=settings.metrics_key,
             bound_to_loopback=settings.bound_to_loopback,
             tenants=self.tenants,
             keys=self.keys,
+            is_own_user=settings.is_own_user,
         )
         self.sessions = Sessions()
         self.recent = RecentlyAsked()

@@ -13,7 +13,7 @@ from emberkv.serving.admin.cache_desk import plain
 from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.tenancy.tenants import EVERYBODY
+from emberkv.serving.tenancy.tenants import EVERYBODY, Tenants
 from emberkv.tiers.stats import TierStats
 from tests.serving.admin.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
@@ -51,23 +51,62 @@ def statuses(server: Server, headers: dict[str, str]) -> set[int]:
 def test_without_a_key_only_this_machine_is_let_in() -> None:
     assert statuses(Server(bound_to_loopback=True), HERE) == {200}
     assert statuses(Server(bound_to_loopback=True), {"host": "[::1]:8080"}) == {200}
-    assert statuses(Server(bound_to_loopback=False), HERE) == {404}
+    assert statuses(Server(bound_to_loopback=False), HERE) == {403}
+    another_users = Server(bound_to_loopback=True, is_own_user=lambda _connection: False)
+    assert statuses(another_users, HERE) == {403}
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"host": "rebound.example"},
-        {"host": "192.168.1.2"},
-        {**HERE, "origin": "https://a-page.example"},
-        {**HERE, "x-forwarded-for": "10.0.0.1"},
-        {**HERE, "forwarded": "for=10.0.0.1"},
-    ],
-)
-def test_a_page_or_a_proxy_on_this_machine_is_not_the_operator(headers: dict[str, str]) -> None:
+FROM_ELSEWHERE = [
+    {"host": "rebound.example"},
+    {"host": "192.168.1.2"},
+    {"host": "localhost.example"},
+    {"host": "0.0.0.0:8080"},
+    {**HERE, "origin": "https://a-page.example"},
+    {**HERE, "origin": "null"},
+    {**HERE, "origin": "http://[::1"},
+    {**HERE, "x-forwarded-for": "10.0.0.1"},
+    {**HERE, "forwarded": "for=10.0.0.1"},
+    {**HERE, "via": "1.1 proxy"},
+    {**HERE, "cf-connecting-ip": "10.0.0.1"},
+    {**HERE, "true-client-ip": "10.0.0.1"},
+    {**HERE, "x-client-ip": "10.0.0.1"},
+    {**HERE, "x-forwarded-proto": "https"},
+    {**HERE, "x-request-id": "1"},
+]
+
+
+@pytest.mark.parametrize("key", [{}, {"x-api-key": "x"}, {"authorization": "Bearer x"}])
+@pytest.mark.parametrize("headers", FROM_ELSEWHERE)
+def test_a_page_or_a_proxy_on_this_machine_is_not_the_operator(headers: dict[str, str], key: dict[str, str]) -> None:
     server = Server(bound_to_loopback=True)
-    assert statuses(server, headers) == {401}
-    assert server.client.post("/v1/cache/explain", text("a"), headers=headers).status_code == 401
+    server.complete("My password is hunter2, tell nobody.")
+    answers = [server.client.get("/v1/cache/prefixes", headers={**headers, **key})]
+    answers += [
+        server.client.post(f"/v1/cache/{route}", text("My password is"), headers={**headers, **key})
+        for route in ("explain", "clear")
+    ]
+    assert [answer.status_code for answer in answers] == [403, 403, 403]
+    assert not any("hunter" in answer.text for answer in answers)
+    assert server.core.pool.num_cached > 0
+
+
+def test_where_api_keys_are_set_an_admin_key_is_needed_even_here() -> None:
+    server = Server(bound_to_loopback=True, tenants=Tenants(("ann-key",), secret=b"secret" * 6))
+    server.complete("Ann's secret: the river is for sale.", ANN)
+    for headers in (HERE, {**HERE, **ANN}):
+        assert statuses(server, headers) == {403}
+    refusal = server.client.get("/v1/cache/prefixes", headers=HERE).json()["error"]
+    assert refusal["message"] == "this needs an admin key, and the server has none; start it with --admin-key-file"
+    assert server.client.post("/v1/cache/explain", text("Ann's secret"), headers=HERE).status_code == 401
+    assert server.client.post("/v1/cache/explain", text("Ann's secret"), headers=ANN).status_code == 200
+
+
+def test_a_keyless_server_on_the_network_explains_nothing() -> None:
+    server = Server(bound_to_loopback=False)
+    server.complete("My password is hunter2, tell nobody.")
+    for headers in (HERE, {**HERE, "x-api-key": "x"}, {"host": "gpu-box:8080"}):
+        response = server.client.post("/v1/cache/explain", text("My password is"), headers=headers)
+        assert (response.status_code, "hunter" in response.text) == (403, False)
 
 
 def test_with_a_key_it_is_asked_for_even_here() -> None:
@@ -85,13 +124,15 @@ def test_a_tenants_key_opens_nothing_but_explain() -> None:
     assert server.client.post("/v1/cache/explain", text("a"), headers={}).status_code == 401
 
 
-@pytest.mark.parametrize(("key", "message"), [("", "admin_key is empty"), ("ann-key", "is also an API key")])
-def test_an_admin_key_that_is_none(key: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        create_app(Lifecycle(), ServingSettings(api_keys=("ann-key",), admin_key=key))
+@pytest.mark.parametrize(("key", "message"), [("", "key is empty"), ("ann-key", "is also an API key")])
+@pytest.mark.parametrize("setting", ["admin_key", "metrics_key"])
+def test_an_admin_key_that_is_none(setting: str, key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--{setting.replace('_', '-')} ?.*{message.removeprefix('key ')}"):
+        create_app(Lifecycle(), ServingSettings(api_keys=("ann-key",), **{setting: key}))
 
 
-def test_a_model_whose_cache_nobody_may_see(client: Client) -> None:
+def test_a_model_whose_cache_nobody_may_see(lifecycle: Lifecycle) -> None:
+    client = Client(create_app(lifecycle, ServingSettings(bound_to_loopback=True)))
     assert client.get("/v1/cache", headers=HERE).status_code == 404
 
 

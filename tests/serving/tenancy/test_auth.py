@@ -72,9 +72,28 @@ def test_the_shape_follows_the_client(guarded: Client) -> None:
     assert guarded.post("/v1/messages/count_tokens", MESSAGE).json()["error"]["type"] == "authentication_error"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_probes_are_open(guarded: Client, path: str) -> None:
     assert guarded.get(path).status_code == 200
+
+
+def test_the_metrics_are_the_operators_where_keys_are_set(lifecycle: Lifecycle) -> None:
+    def status(headers: dict[str, str], admin_key: str | None = None, metrics_key: str | None = None) -> int:
+        settings = ServingSettings(api_keys=("sesame",), admin_key=admin_key, metrics_key=metrics_key)
+        return Client(create_app(lifecycle, settings)).get("/metrics", headers=headers).status_code
+
+    assert [status(headers) for headers in ({}, bearer("sesame"))] == [403, 403]
+    given = ({}, bearer("sesame"), bearer("root"), bearer("scrape"), x_api_key("scrape"))
+    assert [status(headers, "root", "scrape") for headers in given] == [401, 401, 200, 200, 200]
+    assert [status(headers, "root") for headers in given] == [401, 401, 200, 401, 401]
+
+
+def test_the_metrics_key_opens_nothing_else_and_works_without_api_keys(lifecycle: Lifecycle) -> None:
+    scraped = Client(create_app(lifecycle, ServingSettings(metrics_key="scrape", bound_to_loopback=False)))
+    statuses = [scraped.get(path, headers=bearer("scrape")).status_code for path in ("/metrics", "/metrics/tenants")]
+    assert statuses == [200, 403]
+    assert scraped.get("/metrics").status_code == 401
+    assert scraped.get("/v1/models").status_code == 200
 
 
 def test_each_key_has_its_own_salt_and_no_keys_have_none(guarded: Client, client: Client, engine: FakeEngine) -> None:

@@ -70,8 +70,9 @@ def test_bytes_by_tier_and_tenant(guarded: Client, engine: FakeEngine) -> None:
     }
 
 
-def test_tenants_cannot_read_it_and_the_open_metrics_name_none(guarded: Client) -> None:
+def test_tenants_cannot_read_it_and_the_plain_metrics_name_none(guarded: Client) -> None:
     ask(guarded, "acme")
     assert guarded.get(PATH).status_code == 401
     assert guarded.get(PATH, headers={"authorization": "Bearer globex-key"}).status_code == 401
-    assert "acme" not in guarded.get("/metrics").text
+    assert "acme" not in (plain := guarded.get("/metrics", headers={"authorization": "Bearer admin-key"})).text
+    assert "emberkv_requests_finished_total" in plain.text

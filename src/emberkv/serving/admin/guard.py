@@ -1,72 +1,94 @@
-"""Who may use the cache's own routes: the operator by a key of their own, or whoever is on this machine."""
+"""Access to what belongs to the operator: the routes below /v1/cache, and the metrics."""
 
 import hmac
+from collections.abc import Callable
 from hashlib import sha256
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from emberkv.errors import ConfigError
-from emberkv.serving.api.failures import UnauthorizedError
+from emberkv.serving.api.failures import ForbiddenError, UnauthorizedError
+from emberkv.serving.request_source import is_from_this_machine
 from emberkv.serving.tenancy.auth import ApiKeys, given_key
 from emberkv.serving.tenancy.tenants import Tenant, Tenants
 
-_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+IsOwnUser = Callable[[HTTPConnection], bool]
+"""Whether a connection from this machine was opened by the user that runs the server, or by root."""
 
 
 class AdminGuard:
-    """admin_key: None lets in whoever reaches a server that is ``bound_to_loopback``, and nobody elsewhere.
+    """Decides who the operator is.
 
-    Raises ConfigError for an admin key that is empty, or a tenant's.
+    With an admin key, it is who sends it. Without one, and without API keys, it is any program on this machine, if the
+    server is ``bound_to_loopback``: see `is_from_this_machine` and ``is_own_user``. Otherwise there is no operator.
+    metrics_key: opens the metrics, as the admin key does. Raises ConfigError for a key that is empty or opens something
+    else, too.
     """
 
-    def __init__(self, admin_key: str | None, *, bound_to_loopback: bool, tenants: Tenants, keys: ApiKeys) -> None:
-        if admin_key is not None and not admin_key:
-            raise ConfigError("admin_key is empty; give a key, or none at all")
-        self._key = None if admin_key is None else sha256(admin_key.encode()).digest()
-        if self._key is not None and self._key in tenants.by_key:
-            raise ConfigError("admin_key is also an API key; it must be a key of its own")
+    def __init__(
+        self,
+        admin_key: str | None,
+        *,
+        metrics_key: str | None = None,
+        bound_to_loopback: bool,
+        tenants: Tenants,
+        keys: ApiKeys,
+        is_own_user: IsOwnUser = lambda _: True,
+    ) -> None:
+        self._admin = _digest("--admin-key", admin_key, tenants)
+        self._metrics = _digest("--metrics-key", metrics_key, tenants)
+        if self._metrics is not None and self._metrics == self._admin:
+            raise ConfigError("--metrics-key is also the admin key; give it a key of its own, or none at all")
+        self._keyless = not tenants.by_key
         self._on_loopback = bound_to_loopback
         self._keys = keys
+        self._is_own_user = is_own_user
 
     async def operator(self, request: Request) -> None:
-        """Lets the operator in. Raises UnauthorizedError, or HTTPException 404 where these routes do not exist."""
-        if self._key is None and not self._on_loopback:
-            raise HTTPException(404)
-        if self._key is None:
-            _check_came_from_here(request)
-        elif not self._is_admin(request):
-            raise UnauthorizedError("this needs the admin key; send it as 'Authorization: Bearer KEY'")
+        """Lets the operator in. Raises UnauthorizedError, or ForbiddenError where no key would open this."""
+        if self._admin is not None:
+            if not _matches(request, self._admin):
+                raise UnauthorizedError("this needs the admin key; send it as 'Authorization: Bearer KEY'")
+        elif not self._keyless or not self._on_loopback:
+            raise ForbiddenError("this needs an admin key, and the server has none; start it with --admin-key-file")
+        elif not (is_from_this_machine(request) and self._is_own_user(request)):
+            raise ForbiddenError(
+                "without an admin key, this is open only to programs that the server's user runs on this machine; "
+                "start the server with --admin-key-file to use it from elsewhere"
+            )
 
     async def asker(self, request: Request) -> Tenant | None:
-        """The tenant who asks about its own prompts; None is the operator. Raises UnauthorizedError."""
-        if self._is_admin(request):
-            return None
-        if self._key is None and self._on_loopback and given_key(request.headers) is None:
-            _check_came_from_here(request)
+        """The tenant who asks about its own prompts; None is the operator. Raises as `operator` does."""
+        if self._keyless or (self._admin is not None and _matches(request, self._admin)):
+            await self.operator(request)
             return None
         return self._keys.tenant_of(request.headers)
 
-    def _is_admin(self, request: Request) -> bool:
-        given = given_key(request.headers)
-        return self._key is not None and given is not None and hmac.compare_digest(self._key, sha256(given).digest())
+    async def metrics(self, request: Request) -> None:
+        """Lets in who may read the metrics: anybody on a server without API keys and metrics key, else who sends the
+        metrics key or the admin key. Raises UnauthorizedError, or ForbiddenError where no key would open this.
+        """
+        if self._keyless and self._metrics is None:
+            return
+        accepted = [key for key in (self._admin, self._metrics) if key is not None]
+        if any(_matches(request, key) for key in accepted):
+            return
+        if not accepted:
+            raise ForbiddenError("this needs a metrics key, and the server has none; start it with --metrics-key-file")
+        raise UnauthorizedError("this needs the metrics key or the admin key; send it as 'Authorization: Bearer KEY'")
 
 
-def _check_came_from_here(request: Request) -> None:
-    """A web page in somebody's browser, or a proxy, can reach a loopback address too; neither is the operator."""
-    origin = request.headers.get("origin")
-    hosts = [request.url.hostname, *([urlsplit(origin).hostname] if origin is not None else [])]
-    if not all(map(is_loopback, hosts)) or any(header in request.headers for header in _PROXY_HEADERS):
-        raise UnauthorizedError("this is open without a key to programs on this machine only; set an admin key")
+def _digest(option: str, key: str | None, tenants: Tenants) -> bytes | None:
+    if key is None:
+        return None
+    if not key:
+        raise ConfigError(f"{option} is empty; give a key, or none at all")
+    digest = sha256(key.encode()).digest()
+    if digest in tenants.by_key:
+        raise ConfigError(f"{option} is also an API key; it must be a key of its own")
+    return digest
 
 
-def is_loopback(host: str | None) -> bool:
-    """Whether a name or an address is this machine's alone."""
-    if host is None:
-        return False
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+def _matches(request: Request, digest: bytes) -> bool:
+    given = given_key(request.headers)
+    return given is not None and hmac.compare_digest(digest, sha256(given).digest())

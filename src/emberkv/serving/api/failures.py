@@ -20,6 +20,10 @@ class UnauthorizedError(RequestError):
     """The request has no API key, or a wrong one."""
 
 
+class ForbiddenError(RequestError):
+    """No key that the client could send would make this allowed."""
+
+
 class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
@@ -54,6 +58,7 @@ class Failure:
 _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (PromptTooLongError, 400, "context_length_exceeded"),
     (UnauthorizedError, 401, "invalid_api_key"),
+    (ForbiddenError, 403, "forbidden"),
     (UnknownModelError, 404, "model_not_found"),
     (NotFoundError, 404, "not_found"),
     (BodyTooLargeError, 413, "request_too_large"),
@@ -65,6 +70,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
 
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     503: "overloaded_error",
@@ -104,13 +110,13 @@ def anthropic_error(failure: Failure) -> dict[str, Any]:
 
 def speaks_anthropic(connection: HTTPConnection) -> bool:
     """Whether the client expects the Anthropic API's shapes."""
-    return connection.url.path.startswith("/v1/messages") or "anthropic-version" in connection.headers
+    return connection.scope["path"].startswith("/v1/messages") or "anthropic-version" in connection.headers
 
 
 async def answer_failure(request: Request, error: Exception) -> JSONResponse:
     """The exception handler of all routes."""
     if isinstance(error, HTTPException) and error.status_code == 404:
-        error = HTTPException(404, f"there is no {request.url.path} here")
+        error = HTTPException(404, f"there is no {request.scope['path']} here")
     failure = failure_of(error)
     shape = anthropic_error if speaks_anthropic(request) else openai_error
     return JSONResponse(shape(failure), status_code=failure.status, headers=dict(failure.headers))
