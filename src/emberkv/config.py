@@ -31,7 +31,7 @@ DEFAULT_WARMUP_SECONDS = 60.0
 _WARMUP_SECONDS = (1.0, 300.0)
 
 _LISTS = ("api_keys", "warmup_system_files")
-_HIDDEN = ("secret", "api_keys", "admin_key")
+_HIDDEN = ("secret", "api_keys", "admin_key", "metrics_key")
 """What these hold must not be repeated in an error."""
 
 _FEWEST_SECRET_CHARACTERS = 16
@@ -54,10 +54,29 @@ def _finite(number: float) -> float:
     return number
 
 
+def usable_key(key: str) -> str:
+    """The key as it is. Raises ValueError for one that no client could send, which would lock all out, or none."""
+    if not key:
+        raise ValueError("the key is empty; give a key of some length, drawn at random, or leave it out")
+    if key != key.strip() or not key.isprintable():
+        raise ValueError("the key begins or ends with a blank, or has a character that no header can carry")
+    return key
+
+
+def _usable_secret_key(key: SecretStr) -> SecretStr:
+    usable_key(key.get_secret_value())
+    return key
+
+
 def _known_policy(name: str) -> str:
     if name not in POLICY_NAMES:
         raise ValueError(f"use one of {', '.join(POLICY_NAMES)}")
     return name
+
+
+Key = Annotated[SecretStr, AfterValidator(_usable_secret_key)]
+NotEmpty = Annotated[str, Field(min_length=1)]
+"""An empty model would be the demonstration model, and an empty host all addresses."""
 
 
 class ServeConfig(BaseModel):
@@ -76,7 +95,9 @@ class ServeConfig(BaseModel):
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.
-    admin_key: what the cache's own routes ask for; without one they are open on a loopback address only.
+    api_keys, api_key_file: keys given themselves, and a file that holds more, one a line; docs/security.md says what a
+    server without any is open to. admin_key, metrics_key: what the cache's own routes and the metrics ask for; each
+    can come from its file instead.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed identities, no text.
     trace_unit: tokens that have an identity in it, a divisor of block_size; None: as many as a block has.
@@ -90,9 +111,9 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | None = None
-    served_name: str | None = None
-    host: str = "127.0.0.1"
+    model: NotEmpty | None = None
+    served_name: NotEmpty | None = None
+    host: NotEmpty = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -105,7 +126,8 @@ class ServeConfig(BaseModel):
     eviction: Annotated[str, AfterValidator(_known_policy)] = "lru"
     exact: bool = False
     prefix_cache: bool = True
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[Key, ...] = ()
+    api_key_file: Path | None = None
     cache_dir: Path | None = None
     cache_disk: ByteSize = Field(default=ByteSize(50 * 2**30), gt=0)
     ram_tier: ByteSize = Field(default=ByteSize(0), ge=0)
@@ -113,7 +135,10 @@ class ServeConfig(BaseModel):
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
     drain_seconds: float = Field(default=10.0, ge=0)
-    admin_key: SecretStr | None = None
+    admin_key: Key | None = None
+    admin_key_file: Path | None = None
+    metrics_key: Key | None = None
+    metrics_key_file: Path | None = None
     canonical: Path | None = None
     record_trace: Path | None = None
     trace_unit: int | None = Field(default=None, ge=1)
@@ -140,6 +165,13 @@ class ServeConfig(BaseModel):
             raise ValueError(f"trace_unit is {self.trace_unit}; it must divide block_size, {self.block_size}")
         if self.trace_unit is not None and self.record_trace is None:
             raise ValueError("trace_unit is given without record_trace; name the file to write, too")
+        return self
+
+    @model_validator(mode="after")
+    def _one_key_of_a_kind(self) -> Self:
+        for name in ("admin_key", "metrics_key"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name} and {name}_file are both given; give one of them")
         return self
 
     @model_validator(mode="after")
@@ -197,7 +229,7 @@ def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeC
     given, those of `WarmupVariables` count. Raises ConfigError naming each variable or setting at fault.
     """
     values: dict[str, Any] = {}
-    unknown = []
+    unknown, empty = [], []
     known = [name for name in ServeConfig.model_fields if name not in _NOT_SETTINGS]
     for variable, text in environ.items():
         if variable.startswith(ENV_PREFIX):
@@ -205,6 +237,10 @@ def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeC
             if name not in known:
                 unknown.append(variable)
             values[name] = [each.strip() for each in text.split(",") if each.strip()] if name in _LISTS else text
+            if not values[name]:
+                empty.append(variable)
+    if empty:  # a secret that did not reach the server must not open it
+        raise ConfigError(f"{', '.join(sorted(empty))} is set to nothing; give a value, or do not set it")
     if unknown:
         names = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in known)
         raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {names}")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
 from emberkv.core.policies.eviction import POLICY_NAMES
@@ -36,8 +36,7 @@ def test_what_the_command_line_switches_off_is_off() -> None:
         ("EMBERKV_CACHE_RAM", "4GiB", "cache_ram", 4 * 2**30),
         ("EMBERKV_CACHE_RAM", "1.5 gb", "cache_ram", 1_500_000_000),
         ("EMBERKV_MAX_BODY", "2000", "max_body", 2000),
-        ("EMBERKV_API_KEYS", "one, two,,", "api_keys", ("one", "two")),
-        ("EMBERKV_API_KEYS", "", "api_keys", ()),
+        ("EMBERKV_API_KEYS", "one, two,,", "api_keys", (SecretStr("one"), SecretStr("two"))),
         ("EMBERKV_PREFIX_CACHE", "off", "prefix_cache", False),
         ("EMBERKV_MACHINE_CACHE", "/tmp/x", "machine_cache", Path("/tmp/x")),  # noqa: S108 - only a name
         ("EMBERKV_DRAIN_SECONDS", "0", "drain_seconds", 0.0),
@@ -133,6 +132,7 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"record_trace": "a", "trace_unit": 3}, "trace_unit is 3; it must divide block_size, 16"),
         ({"trace_unit": 1}, "trace_unit is given without record_trace"),
         ({"cache_dir": "/x", "cache_disk": "0"}, "cache_disk is '0': .*greater than 0"),
+        ({"admin_key": "a", "admin_key_file": "b"}, "admin_key and admin_key_file are both given"),
         ({"ram_tier": "-1GiB"}, "ram_tier is '-1GiB'"),
         ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),
     ],
@@ -140,6 +140,33 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
 def test_a_bad_value_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?i){message}"):
         serve_config(given, {})
+
+
+@pytest.mark.parametrize("text", ["", " , ", ","])
+def test_keys_that_did_not_arrive_do_not_open_the_server(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^EMBERKV_API_KEYS is set to nothing; give a value, or do not set it$"):
+        serve_config({}, {"EMBERKV_API_KEYS": text})
+
+
+@pytest.mark.parametrize("name", sorted(ServeConfig.model_fields))
+def test_no_variable_may_be_empty(name: str) -> None:
+    variable = f"EMBERKV_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"^{variable} is set to nothing"):
+        serve_config({}, {variable: ""})
+
+
+@pytest.mark.parametrize("key", ["", " k ", "k\n", "a\0b"])
+@pytest.mark.parametrize("name", ["api_keys", "admin_key", "metrics_key"])
+def test_a_key_that_no_client_can_send_is_refused_and_not_repeated(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}(.0)?: the key (is empty|begins or ends)") as refused:
+        serve_config({name: [key] if name == "api_keys" else key}, {})
+    assert repr(key)[1:-1] not in str(refused.value) or not key
+
+
+@pytest.mark.parametrize("name", ["host", "model", "served_name"])
+def test_an_empty_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '': .*at least 1 character"):
+        serve_config({name: ""}, {})
 
 
 def test_a_bad_variable_is_named_by_its_setting() -> None:

@@ -50,6 +50,35 @@ def test_help_names_every_setting() -> None:
         assert option in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["--api-key", ""], {}, "api_keys.0: the key is empty"),
+        (["--api-key", " k "], {}, "api_keys.0: the key begins or ends with a blank"),
+        (["--admin-key", ""], {}, "admin_key: the key is empty"),
+        (["--api-key-file", "none.txt"], {}, "--api-key-file none.txt cannot be read: No such file"),
+        (["--api-key-file", "empty.txt"], {}, "--api-key-file empty.txt holds no key"),
+        (["--tenants", "empty.txt"], {}, "the tenants file empty.txt names no tenant"),
+        ([], {"EMBERKV_API_KEYS": ""}, "EMBERKV_API_KEYS is set to nothing"),
+        ([], {"EMBERKV_API_KEYS": " , "}, "EMBERKV_API_KEYS is set to nothing"),
+        ([], {"EMBERKV_TENANTS": ""}, "EMBERKV_TENANTS is set to nothing"),
+        ([""], {}, "model is ''"),
+        (["--host", ""], {}, "host is ''"),
+    ],
+)
+def test_what_is_empty_opens_no_server(
+    refusal: Serve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environ: dict[str, str],
+    message: str,
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(*arguments, environ=environ)
+
+
 def test_a_port_in_use() -> None:
     with closing(bind_socket("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

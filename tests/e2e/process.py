@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.machine import MACHINE_CACHE
 
 DEADLINE = 120.0
+METRICS_KEY = "metrics-key"
 COMMAND = [sys.executable, "-m", "emberkv.cli.main", "serve"]
 
 
@@ -28,9 +29,12 @@ def eventually(condition: Callable[[], object]) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without settings of ours; one thread computes, so that others can work."""
+    """This process's environment without settings of ours; one thread computes, so that others can work. The metrics
+    have a key, so that they can be read whether API keys are set or not.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
     ours = {"COLUMNS": "250", "OMP_NUM_THREADS": "1", "EMBERKV_MACHINE_CACHE": str(MACHINE_CACHE)}
+    ours["EMBERKV_METRICS_KEY"] = METRICS_KEY
     return inherited | ours
 
 
@@ -53,7 +57,7 @@ class Server:
         return sum(self._samples(name, labels))
 
     def _samples(self, name: str, labels: Mapping[str, str]) -> list[float]:
-        text = httpx.get(f"{self.url}/metrics", timeout=DEADLINE).text
+        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": METRICS_KEY}, timeout=DEADLINE).text
         return [
             sample.value
             for family in text_string_to_metric_families(text)

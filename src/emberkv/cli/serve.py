@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
@@ -18,9 +20,16 @@ from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.peer_user import is_own_user
 from emberkv.serving.request_source import is_loopback
 from emberkv.serving.server import HttpServer, bind_socket
+from emberkv.serving.tenancy.keys import server_keys
 from emberkv.serving.tenancy.tenants import declare_tenants
 
 _log = logging.getLogger(__name__)
+
+_OPEN_TO_ALL = (
+    "listening on %s without an API key: all who reach this address may generate, list the model and read /metrics, "
+    "and see by hits and times what others have sent; the routes below /v1/cache are closed. Give --api-key-file, or "
+    "listen on 127.0.0.1"
+)
 
 
 def serve(
@@ -43,6 +52,7 @@ def serve(
     max_running: options.MaxRunning = None,
     eviction: options.Eviction = None,
     api_key: options.ApiKey = None,
+    api_key_file: options.ApiKeyFile = None,
     tenants: options.Tenants = None,
     max_body: options.MaxBody = None,
     drain_seconds: options.DrainSeconds = None,
@@ -51,6 +61,9 @@ def serve(
     warmup_system_file: options.WarmupSystemFile = None,
     warmup_required: options.WarmupRequired = None,
     admin_key: options.AdminKey = None,
+    admin_key_file: options.AdminKeyFile = None,
+    metrics_key: options.MetricsKey = None,
+    metrics_key_file: options.MetricsKeyFile = None,
     canonical: options.Canonical = None,
     record_trace: options.RecordTrace = None,
     trace_unit: options.TraceUnit = None,
@@ -66,17 +79,31 @@ def serve(
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
-        run_server(serve_config(given, os.environ))
+        config = serve_config(given, os.environ)
+        set_up_logging(config.log_format, config.log_level)
+        warn_of_keys_in_arguments(given)
+        run_server(config)
     except EmberError as error:
         print_error(str(error))
         raise typer.Exit(1) from error
 
 
+def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:
+    """given: what the command line gave, by the names of `ServeConfig`."""
+    options = {"api_keys": "--api-key", "admin_key": "--admin-key", "metrics_key": "--metrics-key"}
+    for name, option in options.items():
+        if given.get(name):
+            variable = f"{ENV_PREFIX}{name.upper()}"
+            _log.warning(
+                "other users can read %s in the list of processes; use %s-file or %s", option, option, variable
+            )
+
+
 def run_server(config: ServeConfig) -> None:
     """Serve until told to stop. Raises EmberError when the server cannot start."""
-    set_up_logging(config.log_format, config.log_level)
     lifecycle = Lifecycle()
-    tenants = declare_tenants(config, os.environ)
+    keys = server_keys(config)
+    tenants = declare_tenants(config, keys.api, os.environ)
     with recording(config.record_trace, config.trace_unit or config.block_size) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = ServingSettings(
@@ -84,10 +111,13 @@ def run_server(config: ServeConfig) -> None:
             tenants=tenants,
             recorder=recorder,
             canonical=load_rules(config.canonical) if config.canonical is not None else None,
-            admin_key=config.admin_key.get_secret_value() if config.admin_key is not None else None,
+            admin_key=keys.admin,
+            metrics_key=keys.metrics,
             bound_to_loopback=is_loopback(bound.getsockname()[0]),
             is_own_user=is_own_user,
         )
+        if not (settings.bound_to_loopback or tenants.by_key):
+            _log.warning(_OPEN_TO_ALL, config.host)
         server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, drain_seconds=config.drain_seconds)
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         startup.thread.start()

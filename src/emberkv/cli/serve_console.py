@@ -78,7 +78,7 @@ def print_summary(
     for label, text in rows.items():
         table.add_row(f"[bold]{label}[/]", escape(text))
     console.print(table)
-    curl = _curl_line(url, name, bool(config.api_keys or config.tenants))
+    curl = _curl_line(url, name, bool(config.api_keys or config.api_key_file or config.tenants))
     console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
 
 

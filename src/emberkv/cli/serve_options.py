@@ -39,7 +39,10 @@ BlockSize = Annotated[int | None, typer.Option(help="Tokens per KV block. (defau
 MaxStepTokens = Annotated[int | None, typer.Option(help="Token budget of one step. (default: 256)")]
 MaxRunning = Annotated[int | None, typer.Option(help="Requests that run at once. (default: 64)")]
 Eviction = Annotated[str | None, typer.Option(help="lru, lfu, fifo, s3fifo or greedy-dual. (default: lru)")]
-ApiKey = Annotated[list[str] | None, typer.Option(help="Accept this key; repeat for more.")]
+ApiKey = Annotated[
+    list[str] | None, typer.Option(help="Accept this key; repeat for more. Other users see it in the process list.")
+]
+ApiKeyFile = Annotated[Path | None, typer.Option(help="Accept the keys in this file, one a line.")]
 Tenants = Annotated[
     Path | None, typer.Option(help="YAML file of tenants: their keys, floors and quotas, and public prefixes.")
 ]
@@ -58,8 +61,13 @@ WarmupRequired = Annotated[
     bool | None, typer.Option("--warmup-required", help="Not ready before the system prompts are warm.")
 ]
 AdminKey = Annotated[
-    str | None, typer.Option(help="Key of the routes below /v1/cache; without one, only this machine may use them.")
+    str | None, typer.Option(help="Key of the routes below /v1/cache; without any key, only this machine may use them.")
 ]
+AdminKeyFile = Annotated[Path | None, typer.Option(help="File that holds the admin key.")]
+MetricsKey = Annotated[
+    str | None, typer.Option(help="Key of /metrics; without one, the admin key's if API keys are set, or else open.")
+]
+MetricsKeyFile = Annotated[Path | None, typer.Option(help="File that holds the metrics key.")]
 Canonical = Annotated[Path | None, typer.Option(help="YAML file of rules that drop or move volatile lines of prompts.")]
 RecordTrace = Annotated[
     Path | None, typer.Option(help="Write a trace of the requests to this new file: times and identities, no text.")

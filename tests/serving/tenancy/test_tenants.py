@@ -87,22 +87,31 @@ def test_a_variable_that_is_not_set(environ: dict[str, str]) -> None:
 def test_the_configuration_declares_them(tmp_path: Path) -> None:
     path = tmp_path / "tenants.yaml"
     path.write_text("tenants: {acme: {keys: [{env: ACME_KEY}]}}\npublic_prefixes: [{text: Hello}]")
-    config = ServeConfig.model_validate({"tenants": path, "api_keys": ("plain",), "secret": "s" * 16})
-    tenants = declare_tenants(config, ENVIRON)
+    config = ServeConfig.model_validate({"tenants": path, "secret": "s" * 16})
+    tenants = declare_tenants(config, ("plain",), ENVIRON)
     assert tenants.names[1] == "acme"
     assert [prompt.text for prompt in tenants.public_prefixes] == ["Hello"]
-    assert declare_tenants(config, ENVIRON).named("acme") == tenants.named("acme")
+    assert declare_tenants(config, ("plain",), ENVIRON).named("acme") == tenants.named("acme")
 
 
 def test_the_secret_stays_beside_the_cache_between_starts(tmp_path: Path) -> None:
-    config = ServeConfig(api_keys=("plain",), cache_dir=tmp_path / "cache")
-    first, second = (declare_tenants(config, {}).by_key for _ in range(2))
+    config = ServeConfig(cache_dir=tmp_path / "cache")
+    first, second = (declare_tenants(config, ("plain",), {}).by_key for _ in range(2))
     assert first == second
     assert (tmp_path / "cache" / "secret").is_file()
-    without = ServeConfig(api_keys=("plain",))
-    assert declare_tenants(without, {}).by_key != declare_tenants(without, {}).by_key
+    without = ServeConfig()
+    assert declare_tenants(without, ("plain",), {}).by_key != declare_tenants(without, ("plain",), {}).by_key
 
 
 def test_without_tenants_no_secret_is_made(tmp_path: Path) -> None:
-    declare_tenants(ServeConfig(cache_dir=tmp_path / "cache"), {})
+    declare_tenants(ServeConfig(cache_dir=tmp_path / "cache"), (), {})
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", ["", "# no tenants yet", "public_prefixes: [{text: Hello}]", "tenants: {}"])
+def test_a_file_without_tenants_opens_no_server(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"tenants\.yaml names no tenant, so that the server would ask for no key"):
+        declare_tenants(ServeConfig(tenants=path), (), {})
+    assert len(declare_tenants(ServeConfig(tenants=path), ("plain",), {}).by_key) == 1

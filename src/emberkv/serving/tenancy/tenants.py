@@ -92,10 +92,17 @@ class Tenants:
         return {**dict.fromkeys(self._tenants, Share()), **self._file.shares(tier)}
 
 
-def declare_tenants(config: ServeConfig, environ: Mapping[str, str]) -> Tenants:
-    """The tenants of the configuration's file and keys. Raises ConfigError for what of these cannot be."""
+def declare_tenants(config: ServeConfig, api_keys: Sequence[str], environ: Mapping[str, str]) -> Tenants:
+    """The tenants of the configuration's file, and one for each of ``api_keys``. Raises ConfigError for what of these
+    cannot be.
+    """
     file = read_tenants(config.tenants) if config.tenants is not None else TenantsFile()
-    if not (config.api_keys or file.tenants):
+    if not (api_keys or file.tenants):
+        if config.tenants is not None:
+            raise ConfigError(
+                f"the tenants file {config.tenants} names no tenant, so that the server would ask for no key; "
+                "name one, or give an API key"
+            )
         return Tenants(file=file, secret=b"")  # there is nobody to keep apart
     given = config.secret.get_secret_value() if config.secret is not None else None
-    return Tenants(config.api_keys, file, secret=server_secret(given, config.cache_dir), environ=environ)
+    return Tenants(api_keys, file, secret=server_secret(given, config.cache_dir), environ=environ)
