@@ -60,13 +60,6 @@ def test_titles_and_tables_fit_a_narrow_terminal(trace: Path) -> None:
     assert "*" not in output
 
 
-def test_the_help_breaks_no_sentence() -> None:
-    lines = [line.strip() for line in plan("--help")[1].splitlines()]
-    assert "Times come from formulas for every set-up, and for a few of them from the simulator." in lines
-    (rates,) = (line for line in lines if line.startswith("Hit rates"))
-    assert rates.endswith("of a sample if it is long.")
-
-
 def test_a_trace_of_lengths_only_promises_nothing_of_a_cache(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(AZURE)

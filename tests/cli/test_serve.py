@@ -1,4 +1,4 @@
-"""``emberkv serve`` that cannot start: exit code 1, one line that says why, and the port given back."""
+"""``emberkv serve`` that cannot start: exit code 2, one line that says why, and the port given back."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def refusal() -> Serve:
     def serve(*arguments: str, environ: dict[str, str] | None = None) -> str:
         environ = {"EMBERKV_MACHINE_CACHE": str(MACHINE_CACHE), **(environ or {})}
         result = run("serve", *arguments, "--port", "0", environ=environ)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stdout == ""
         assert "Traceback" not in result.stderr
         return result.stderr
@@ -83,7 +83,7 @@ def test_a_port_in_use() -> None:
     with closing(bind_socket("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = run("serve", "--port", str(port))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f"error: 127.0.0.1:{port} is already in use" in result.stderr
 
 
@@ -162,7 +162,7 @@ def test_the_port_is_free_again_after_a_refusal(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     result = run("serve", str(tmp_path), "--port", str(port))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     with closing(bind_socket("127.0.0.1", port)):
         pass
 

@@ -41,6 +41,6 @@ def test_kernels_that_are_asked_for_and_cannot_be_are_an_error(checkpoint: Check
     command = [*COMMAND, str(checkpoint("llama")), "--kernels", "native", "--port", "0"]
     environ = clean_environment() | {"PATH": str(tmp_path)}
     refused = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=DEADLINE)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "error: no C++ compiler: none of g++, c++ is on the PATH" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -55,7 +55,7 @@ def test_settings(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
             [*COMMAND, "--port", str(httpx.URL(server.url).port)],
             env=clean_environment(), capture_output=True, text=True, check=False, timeout=DEADLINE,
         )  # fmt: skip
-        assert second.returncode == 1
+        assert second.returncode == 2
         assert f"error: {httpx.URL(server.url).netloc.decode()} is already in use" in second.stderr
 
 

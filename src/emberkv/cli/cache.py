@@ -15,13 +15,14 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from emberkv.cli.command import App
 from emberkv.cli.telling import errors_told
 from emberkv.errors import CacheFolderError
 from emberkv.tiers.disk_files import BlockFiles
 from emberkv.tiers.disk_layout import BLOCKS, BlockFile, scan
 from emberkv.tiers.verify import verify
 
-app = typer.Typer(name="cache", help="Inspect, check and empty a folder of cached blocks.", no_args_is_help=True)
+app = App(name="cache", help="Inspect, check and empty a folder of cached blocks.")
 
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="The folder given to serve as --cache-dir.")]
 

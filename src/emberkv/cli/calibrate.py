@@ -16,7 +16,7 @@ from rich.status import Status
 
 from emberkv.cli.http_times import decode_times, request_times, served
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
-from emberkv.errors import ConfigError, EmberError
+from emberkv.errors import ConfigError
 from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
@@ -54,20 +54,13 @@ def calibrate(
 
     Nothing else should run meanwhile. `emberkv simulate --hardware FILE` then predicts this machine.
     """
-    try:
-        if not output.parent.is_dir():
-            raise ConfigError(f"output is {str(output)!r}; {str(output.parent)!r} must be a folder that exists")
-        given = {
-            "model": model, "dtype": dtype, "device": device, "prefill_chunk": prefill_chunk, "block_size": block_size
-        }  # fmt: skip
-        profile = _measure(serve_config(given, {}), name or output.stem, folder or output.parent)
-        output.write_text(dump_profile(profile), encoding="utf-8")
-    except EmberError as error:
-        _console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        _console.print(f"[bold red]error:[/] cannot write {escape(str(output))}: {error.strerror}", soft_wrap=True)
-        raise typer.Exit(1) from error
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {str(output)!r}: {str(output.parent)!r} must be a folder that exists")
+    given = {
+        "model": model, "dtype": dtype, "device": device, "prefill_chunk": prefill_chunk, "block_size": block_size
+    }  # fmt: skip
+    profile = _measure(serve_config(given, {}), name or output.stem, folder or output.parent)
+    output.write_text(dump_profile(profile), encoding="utf-8")
     _console.print(f"{output}: pass it as --hardware {output}", highlight=False)
 
 

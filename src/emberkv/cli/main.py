@@ -8,18 +8,13 @@ from emberkv import __version__
 from emberkv.cli import cache, workload
 from emberkv.cli.bench import bench
 from emberkv.cli.calibrate import calibrate
+from emberkv.cli.command import App
 from emberkv.cli.explain import explain
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
 
-app = typer.Typer(
-    name="emberkv",
-    help="A verified prefix KV cache for LLM inference.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+app = App(name="emberkv", help="A verified prefix KV cache for LLM inference.")
 app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("calibrate")(calibrate)
@@ -39,10 +34,13 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """A verified prefix KV cache for LLM inference: it serves, explains, simulates and plans.
+
+    Exit codes: 0 success; 1 failed requests or bad blocks were found; 2 a bad option, file or server; 130 interrupted.
+    """
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from emberkv.cli import serve_options as options
 from emberkv.cli.serve_console import print_error, set_up_logging
 from emberkv.cli.startup import Startup
+from emberkv.cli.telling import USAGE_EXIT_CODE
 from emberkv.cli.trace_file import recording
 from emberkv.config import ENV_PREFIX, ServeConfig, serve_config
 from emberkv.errors import EmberError
@@ -85,7 +86,7 @@ def serve(
         run_server(config)
     except EmberError as error:
         print_error(str(error))
-        raise typer.Exit(1) from error
+        raise typer.Exit(USAGE_EXIT_CODE) from error
 
 
 def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emberkv.cli import telling
 from emberkv.config import ServeConfig
 from emberkv.serving.request_log import JsonFormatter, TextFormatter
 
@@ -44,7 +45,7 @@ def print_error(message: str) -> None:
     if console.quiet:
         _log.error("%s", message)
     else:
-        console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+        telling.print_error(message)
 
 
 def print_summary(

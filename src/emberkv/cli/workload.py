@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emberkv.cli.command import App
 from emberkv.cli.telling import errors_told
 from emberkv.errors import WorkloadError
 from emberkv.workload.description import Description, Lengths, describe
 from emberkv.workload.files import ASSUMED, ServiceTime, is_description, open_requests, write_trace
 from emberkv.workload.trace import TraceFormat, clip, merge, scale_rate, scopes
 
-app = typer.Typer(name="workload", help="Generate, describe and convert workloads.", no_args_is_help=True)
+app = App(name="workload", help="Generate, describe and convert workloads.")
 
 FirstToken = Annotated[float, typer.Option(min=0.0, help="Seconds to a first token, assumed for generated turns.")]
 PerToken = Annotated[float, typer.Option(min=0.0, help="Seconds for each further token, likewise.")]

@@ -1,0 +1,129 @@
+"""Typer commands as all of emberkv's are: help in plain text within 80 columns, and one way to report errors."""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from textwrap import wrap
+from typing import Any, Protocol
+
+import typer
+from pydantic import ValidationError
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
+
+from emberkv.cli.telling import errors_told, print_error
+from emberkv.complaints import in_plain_words
+
+NAME_COLUMNS = 28
+"""Columns for an option's name; the help of one with a longer name begins on the next line."""
+
+_VALUES = {"int": "N", "float": "NUMBER", "str": "TEXT", "Path": "PATH", "path": "PATH", "file": "PATH"}
+"""What help calls an option's value, by its type, where the option does not name it (``metavar``)."""
+
+
+class HelpFormatter(Protocol):
+    """The part of click's help formatter that is used here; click within typer is private."""
+
+    width: int
+
+    def section(self, name: str) -> AbstractContextManager[None]: ...
+    def write(self, string: str) -> None: ...
+
+
+class Command(TyperCommand):
+    """A command whose errors are one sentence, and whose help is grouped by each option's ``rich_help_panel``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_told():
+            return super().invoke(ctx)
+
+    def format_options(self, ctx: Any, formatter: HelpFormatter) -> None:
+        _write_options(self.get_params(ctx), ctx, formatter)
+
+
+class Group(TyperGroup):
+    """A command with subcommands; without one, it prints its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: HelpFormatter) -> None:
+        _write_options(self.get_params(ctx), ctx, formatter)
+        rows = [(name, command.get_short_help_str(200)) for name, command in self.commands.items()]
+        _write_rows("Commands", rows, formatter)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        standalone = extra.pop("standalone_mode", True)
+        extra["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **extra)
+        try:
+            code = super().main(*args, **extra)
+        except TyperException as error:
+            context = getattr(error, "ctx", None)
+            print_error(_sentence(error), f"Try '{context.command_path} --help'." if context is not None else "")
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            print_error("not confirmed, so nothing was done")
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class App(typer.Typer):
+    """A Typer application of such commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **settings)
+
+
+def _sentence(error: TyperException) -> str:
+    """What is wrong with the command line. A value is named by its option: ``--port 'x': use a whole number``."""
+    if isinstance(error.__cause__, ValidationError) and isinstance(error, typer.BadParameter) and error.param:
+        detail = error.__cause__.errors(include_url=False)[0]
+        name = error.param.opts[-1] if error.param.param_type_name == "option" else error.param.name
+        words = re.sub("^.* is not one of ", "use one of ", in_plain_words(detail)).rstrip(".")
+        return f"{name} {detail['input']!r}: {words}"
+    message = error.format_message().removeprefix("Invalid value for ").rstrip(".")
+    return message[:1].lower() + message[1:]
+
+
+def _write_options(params: Sequence[Any], ctx: Any, formatter: HelpFormatter) -> None:
+    """Write the arguments, then each group of options under its heading, and options without a group last."""
+    groups = defaultdict[str, list[tuple[str, str]]](list)
+    for param in params:
+        record = param.get_help_record(ctx)
+        if record is not None:
+            is_argument = param.param_type_name == "argument"
+            title = "Arguments" if is_argument else getattr(param, "rich_help_panel", None) or ""
+            groups[title].append((re.sub("<([^>]*)>", _value_name, record[0]), record[1]))
+    arguments, ungrouped = groups.pop("Arguments", []), groups.pop("", [])
+    for title, rows in [("Arguments", arguments), *groups.items(), ("Other" if groups else "Options", ungrouped)]:
+        _write_rows(title, rows, formatter)
+
+
+def _write_rows(title: str, rows: Sequence[tuple[str, str]], formatter: HelpFormatter) -> None:
+    """Write names and their help in two columns. Lines break at spaces only, so that no option's name is cut."""
+    if not rows:
+        return
+    column = min(NAME_COLUMNS, max(len(name) for name, _ in rows) + 2)
+    with formatter.section(typer.style(title, bold=True)):
+        for name, text in rows:
+            lines = wrap(text, formatter.width - column - 2, break_on_hyphens=False, break_long_words=False) or [""]
+            if len(name) > column - 2:
+                lines.insert(0, "")
+            for index, line in enumerate(lines):
+                formatter.write(f"  {name if index == 0 else '':<{column}}{line}".rstrip() + "\n")
+
+
+def _value_name(match: re.Match[str]) -> str:
+    """``<list[Path]>`` becomes PATH, ``<int range>`` N; choices, ``<chat|completions>``, only lose their brackets."""
+    kinds = match[1].removeprefix("list[").removesuffix("]").removesuffix(" range").split(",")
+    return " ".join(_VALUES.get(kind, kind) for kind in kinds)

@@ -1,0 +1,63 @@
+"""What pydantic finds wrong with a value, in plain words that say what would work.
+
+Every setting, file and option that pydantic checks is reported in these words, so that no user reads pydantic's own.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+_SUGGESTIONS = {
+    "int_parsing": "use a whole number",
+    "int_type": "use a whole number",
+    "int_from_float": "use a whole number",
+    "int_parsing_size": "use a number with fewer digits",
+    "float_parsing": "use a number",
+    "float_type": "use a number",
+    "finite_number": "use a finite number",
+    "bool_parsing": "use true or false",
+    "bool_type": "use true or false",
+    "byte_size": "use a size such as 4GiB",
+    "byte_size_unit": "use a size such as 4GiB",
+    "greater_than": "use more than {gt}",
+    "greater_than_equal": "use at least {ge}",
+    "less_than": "use less than {lt}",
+    "less_than_equal": "use at most {le}",
+    "multiple_of": "use a multiple of {multiple_of}",
+    "string_type": "use text, in quotes if it looks like a number",
+    "string_unicode": "use text in UTF-8",
+    "string_too_short": "use text that is not empty",
+    "path_type": "use a path",
+    "list_type": "use a list",
+    "tuple_type": "use a list",
+    "dict_type": "use keys with values",
+    "model_type": "use keys with values",
+    "mapping_type": "use keys with values",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "missing": "it is required",
+    "extra_forbidden": "it is unknown",
+    "none_required": "leave it out",
+}
+
+
+def in_plain_words(detail: Mapping[str, Any]) -> str:
+    """What would work instead of a value, from an entry of ``ValidationError.errors()``: "use a whole number".
+
+    A message that a validator of ours raised is given as it is.
+    """
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(context.get("error", detail["msg"])).removeprefix("Value error, ")
+    if kind in ("literal_error", "enum"):
+        return f"use {str(context['expected']).replace(chr(39), '')}"
+    if kind in _SUGGESTIONS:
+        return _SUGGESTIONS[kind].format(**context)
+    message: str = detail["msg"]
+    return message[:1].lower() + message[1:].replace("Input should be", "use")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for a name that resembles a known one, else nothing."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

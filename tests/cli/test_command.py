@@ -1,0 +1,81 @@
+"""Help in 80 columns, and errors of the command line as one sentence."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.core import TyperGroup
+from typer.testing import CliRunner
+
+from emberkv import __version__
+from emberkv.cli.main import app
+from emberkv.cli.telling import printable
+
+COMMAND = typer.main.get_command(app)
+
+
+def walk(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group, with the words that call it."""
+    yield path, command
+    if isinstance(command, TyperGroup):
+        for name, child in command.commands.items():
+            yield from walk(child, (*path, name))
+
+
+COMMANDS = dict(walk(COMMAND))
+
+
+def printed(*arguments: str) -> str:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).output
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns_and_cuts_no_name(path: tuple[str, ...]) -> None:
+    text = printed(*path, "--help")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    assert not any(re.search(r"--[\w-]*-$", line) for line in lines), "an option's name goes on in the next line"
+    for param in COMMANDS[path].params:
+        if param.param_type_name == "option" and not param.hidden:
+            assert all(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in param.opts + param.secondary_opts)
+    assert not re.search(r"<\w+(\[\w+\])?>", text), "a Python type stands for a value"
+
+
+@pytest.mark.parametrize("path", [path for path, command in COMMANDS.items() if isinstance(command, TyperGroup)])
+def test_a_group_alone_prints_its_help(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, path)
+    assert result.exit_code == 0
+    assert result.stdout == CliRunner().invoke(app, [*path, "--help"]).stdout
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(option: str) -> None:
+    assert printed(option) == f"emberkv {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("simulate --replicas 0", "--replicas '0': use at least 1"),
+        ("simulate --replicas x", "--replicas 'x': use a whole number"),
+        ("bench --url u --timeout soon", "--timeout 'soon': use a number"),
+        ("bench --url u --endpoint chats", "--endpoint 'chats': use one of 'chat', 'completions'"),
+        ("bench", "missing option '--url'"),
+        ("workload convert -o x", "missing argument 'inputs'"),
+        ("serve --cache-ran 4GiB", "no such option: --cache-ran (Possible options: --cache-dir, --cache-disk, --cache-ram)"),
+        ("simulat", "no such command 'simulat'. Did you mean 'simulate'?"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments: str, message: str) -> None:
+    result = CliRunner().invoke(app, arguments.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    first, hint = result.stderr.splitlines()
+    assert first.startswith(f"error: {message}")
+    assert re.fullmatch(r"Try 'emberkv[\w ]* --help'\.", hint)
+
+
+def test_control_characters_and_surrogates_of_a_message_are_escaped() -> None:
+    assert printable("a\x1b[2J\tb\udcff\nc é") == "a\\x1b[2J\\tb\\udcff\nc é"
