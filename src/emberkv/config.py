@@ -2,10 +2,12 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +32,7 @@ DEFAULT_PREFILL_CHUNK = 128
 DEFAULT_WARMUP_SECONDS = 60.0
 _WARMUP_SECONDS = (1.0, 300.0)
 
-_LISTS = ("api_keys", "warmup_system_files")
+_LISTS = ("api_keys", "cors_origins", "warmup_system_files")
 _HIDDEN = ("secret", "api_keys", "admin_key", "metrics_key")
 """What these hold must not be repeated in an error."""
 
@@ -66,6 +68,19 @@ def usable_key(key: str) -> str:
 def _usable_secret_key(key: SecretStr) -> SecretStr:
     usable_key(key.get_secret_value())
     return key
+
+
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (parts.scheme not in ("http", "https") or f"{parts.scheme}://{parts.netloc}" != text):
+        raise ValueError("an origin is like https://example.com or http://localhost:3000, without a path; '*' is all")
+    return text
+
+
+def _url_prefix(text: str) -> str:
+    if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
+        raise ValueError("it must be like /emberkv: begin with a slash and not end with one")
+    return text
 
 
 def _known_policy(name: str) -> str:
@@ -106,6 +121,9 @@ class ServeConfig(BaseModel):
     warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be
     missing, else the built-in one.
     warmup_required: the server is not ready before these are warm, however long that takes.
+    cors_origins: web pages from these origins may use the API, "*" being all.
+    root_path: the path under which a proxy serves the API.
+    tls_cert, tls_key: PEM files of a certificate and its key, for HTTPS.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
 
@@ -147,6 +165,10 @@ class ServeConfig(BaseModel):
     warmup_system_files: tuple[Path, ...] = ()
     warmup_fallback_file: Path | None = None
     warmup_required: bool = False
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    root_path: Annotated[str, AfterValidator(_url_prefix)] = ""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     machine_cache: Path = Path("~/.cache/emberkv").expanduser()
@@ -172,6 +194,12 @@ class ServeConfig(BaseModel):
         for name in ("admin_key", "metrics_key"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 raise ValueError(f"{name} and {name}_file are both given; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_has_a_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; give both, or neither for plain HTTP")
         return self
 
     @model_validator(mode="after")

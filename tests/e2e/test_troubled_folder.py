@@ -107,7 +107,7 @@ def test_where_the_disk_takes_nothing_the_ram_tier_still_serves(filled: Filled, 
         # a load that a slow machine does not bring in time is given up, so not every one is sure to be of use
         eventually(lambda: right(server, filled.expected) and reused(server, "ram"))
         settle(server)
-        assert server.metric("emberkv_tier_skipped_total", tier="disk", reason="write failed") >= SECOND_HALVES
+        assert server.metric("emberkv_tier_skipped_total", tier="disk", reason="write_failed") >= SECOND_HALVES
         assert server.metric("emberkv_tier_blocks", tier="disk") == 0
         assert files_of(tmp_path) == []
         assert list((tmp_path / "cache" / "blocks" / "tmp").iterdir()) == []

@@ -76,7 +76,7 @@ def openai_events(response: httpx.Response) -> list[Any]:
 
 def openai_error(response: httpx.Response) -> dict[str, Any]:
     body = response.json()
-    assert set(body) == {"error"}
+    assert set(body) == {"error", "request_id"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
     error: dict[str, Any] = body["error"]
     return error
@@ -84,7 +84,7 @@ def openai_error(response: httpx.Response) -> dict[str, Any]:
 
 def anthropic_error(response: httpx.Response) -> dict[str, Any]:
     body = response.json()
-    assert set(body) == {"type", "error"}
+    assert set(body) == {"type", "error", "request_id"}
     assert body["type"] == "error"
     assert set(body["error"]) == {"type", "message"}
     error: dict[str, Any] = body["error"]

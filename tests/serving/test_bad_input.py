@@ -191,7 +191,7 @@ def test_unknown_routes_and_methods(client: Client) -> None:
     assert openai_error(missing)["message"] == "there is no /v2/nothing here"
     wrong = client.get("/v1/chat/completions")
     assert wrong.status_code == 405
-    assert wrong.headers["allow"] == "POST"
-    assert openai_error(wrong)["message"] == "Method Not Allowed"
+    assert wrong.headers["allow"] == "POST, OPTIONS"
+    assert openai_error(wrong)["message"] == "GET cannot be used on /v1/chat/completions; use POST"
     assert client.get("/v1/messages").status_code == 405
     assert anthropic_error(client.get("/v1/messages"))["type"] == "invalid_request_error"

@@ -59,6 +59,7 @@ def test_a_finished_request_in_json(log: Lines) -> None:
     fields: dict[str, Any] = json.loads(line)
     assert fields.pop("time")[:2] == "20"
     assert fields.pop("first_token_seconds") <= fields.pop("total_seconds")
+    assert fields.pop("request_id") == response.headers["x-request-id"]
     assert fields == {
         "level": "info",
         "logger": "emberkv.requests",
@@ -128,6 +129,28 @@ def test_other_messages_and_failures_in_json(log: Lines) -> None:
     assert fields["exception"].endswith("ValueError: no")
 
 
+@pytest.mark.parametrize("log", [JsonFormatter()], indirect=True)
+def test_a_refused_request_in_json(log: Lines) -> None:
+    server = two_tenants()
+    server.client.post("/v1/completions", {"model": MODEL}, headers={**ANN, "x-request-id": "mine-1"})
+    server.client.post("/v1/completions", {"model": MODEL, "prompt": "x"}, headers={"x-api-key": "guess"})
+    server.client.get("/v1/chat/%0Aforged?key=secret")
+    lines = [json.loads(line) for line in requests(log)]
+    told = [tuple(line[name] for name in ("method", "path", "status", "code", "param")) for line in lines]
+    assert told == [
+        ("POST", "/v1/completions", 400, None, "prompt"),
+        ("POST", "/v1/completions", 401, "invalid_api_key", None),
+        ("GET", "/v1/chat/%0Aforged", 404, None, None),
+    ]
+    assert lines[0]["request_id"] == "mine-1"
+
+
+@pytest.mark.parametrize("log", [logging.Formatter("%(message)s")], indirect=True)
+def test_a_refused_request_in_text(log: Lines) -> None:
+    Server().client.post("/v1/completions", {"model": MODEL}, headers={"x-request-id": "mine-1"})
+    assert "400  POST /v1/completions  prompt  mine-1" in log.lines
+
+
 def test_no_word_of_a_prompt_reaches_any_log(log: Lines) -> None:
     rules = CanonicalRules.model_validate({"lines": [{"name": "x", "match": "Rumpel*", "action": "drop"}]})
     core = CoreEngine()
@@ -148,7 +171,7 @@ def test_no_word_of_a_prompt_reaches_any_log(log: Lines) -> None:
     server.client.post("/v1/cache/explain", text(MARKER * 3), headers=HERE)
     server.client.post("/v1/cache/explain", {"openai": conversation}, headers=HERE)
     server.client.post("/v1/cache/warm", text(MARKER * 3), headers=HERE)
-    assert len(requests(log)) == 7
+    assert len(requests(log)) == 7 + 6  # answered, and refused
     assert not [line for line in log.lines if MARKER in line]
 
 
@@ -160,6 +183,8 @@ def test_nor_when_the_engine_fails(log: Lines) -> None:
     for stream in (False, True):
         client.post("/v1/completions", {"model": MODEL, "prompt": MARKER, "stream": stream})
     engine.stop()
-    assert len(requests(log)) == 2
-    assert all("error" in line for line in requests(log))
+    whole, refused, streamed = requests(log)
+    assert "error" in whole
+    assert "generation_failed" in refused
+    assert "error" in streamed
     assert not [line for line in log.lines if MARKER in line]

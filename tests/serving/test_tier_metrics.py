@@ -78,8 +78,8 @@ def test_what_a_tier_holds_and_moves() -> None:
 
 
 def test_what_went_wrong_is_told_by_kind() -> None:
-    check({("tier_skipped_total", "disk,disk full"): 3, ("tier_skipped_total", "disk,no room"): 1}, "tier", "reason")
-    check({("tier_corrupt_total", "disk,bytes changed"): 1}, "tier", "fault")
+    check({("tier_skipped_total", "disk,disk_full"): 3, ("tier_skipped_total", "disk,no_room"): 1}, "tier", "reason")
+    check({("tier_corrupt_total", "disk,bytes_changed"): 1}, "tier", "fault")
     check({("tier_troubles_total", "disk,vanished"): 2}, "tier", "kind")
     check({("transfer_troubles_total", "patience"): 3}, "kind")
 
@@ -113,8 +113,8 @@ def test_loads_avoided_are_those_that_were_shared() -> None:
 def test_the_way_down_is_told_whole() -> None:
     assert registry(STATS).get_sample_value("emberkv_tier_queue_bytes") == 512
     expected: dict[tuple[str, str], float] = {
-        ("tier_offers_total", "stored already"): 9,
-        ("tier_offers_total", "queue full"): 2,
+        ("tier_offers_total", "stored_already"): 9,
+        ("tier_offers_total", "queue_full"): 2,
         ("tier_offers_total", "queued"): 19,
     }
     check(expected, "outcome")

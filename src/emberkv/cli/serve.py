@@ -68,6 +68,10 @@ def serve(
     canonical: options.Canonical = None,
     record_trace: options.RecordTrace = None,
     trace_unit: options.TraceUnit = None,
+    cors_origin: options.CorsOrigin = None,
+    root_path: options.RootPath = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
 ) -> None:
@@ -77,6 +81,7 @@ def serve(
     """
     given = dict(locals())
     given["api_keys"] = given.pop("api_key") or None
+    given["cors_origins"] = given.pop("cors_origin") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
@@ -114,12 +119,16 @@ def run_server(config: ServeConfig) -> None:
             canonical=load_rules(config.canonical) if config.canonical is not None else None,
             admin_key=keys.admin,
             metrics_key=keys.metrics,
+            allowed_origins=config.cors_origins,
+            root_path=config.root_path,
             bound_to_loopback=is_loopback(bound.getsockname()[0]),
             is_own_user=is_own_user,
         )
         if not (settings.bound_to_loopback or tenants.by_key):
             _log.warning(_OPEN_TO_ALL, config.host)
-        server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, drain_seconds=config.drain_seconds)
+        tls = (config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
+        app = create_app(lifecycle, settings)
+        server = HttpServer(app, lifecycle, bound, drain_seconds=config.drain_seconds, tls=tls)
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         startup.thread.start()
         server.run()

@@ -75,5 +75,12 @@ RecordTrace = Annotated[
 TraceUnit = Annotated[
     int | None, typer.Option(help="Tokens that have an identity in the trace. (default: as many as a block has)")
 ]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="Web pages from this origin, such as https://example.com, may use the API; repeat for more."),
+]
+RootPath = Annotated[str | None, typer.Option(help="Path under which a proxy serves the API, such as /emberkv.")]
+TlsCert = Annotated[Path | None, typer.Option(help="PEM file of the certificate to serve HTTPS with.")]
+TlsKey = Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error. (default: info)")]
 LogFormat = Annotated[str | None, typer.Option(help="text or json. (default: text)")]

@@ -84,7 +84,20 @@ class Startup:
         cache = cache_access(engine, self._books, name=name, folder=self._config.cache_dir)
         engine.loop.start()
         names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
-        model = LoadedModel(names, int(time.time()), engine.loop, loaded.tokenizer, warmup, cache, engine.public)
+        model = LoadedModel(
+            names,
+            int(time.time()),
+            engine.loop,
+            loaded.tokenizer,
+            warmup,
+            cache,
+            engine.public,
+            {
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "device": str(loaded.device),
+                "kernels": "torch" if engine.executor.kernels is None else "native",
+            },
+        )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()
         warmup.first_pass_ended.wait()

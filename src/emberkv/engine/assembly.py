@@ -95,7 +95,16 @@ def assemble(
         on_failure.pop_all()
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     public = PublicPrefixes(public_prefixes, config.block_size)
-    loop = EngineLoop(executor, scheduler, limits, tiers=link, public=public, sampler=sampler, on_crash=on_crash)
+    loop = EngineLoop(
+        executor,
+        scheduler,
+        limits,
+        tiers=link,
+        public=public,
+        block_bytes=executor.pool.block_bytes,
+        sampler=sampler,
+        on_crash=on_crash,
+    )
     return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
 
 

@@ -5,13 +5,14 @@ from emberkv.engine.request import EngineStats
 from emberkv.engine.tier_link import TierLink
 
 
-def figures(scheduler: Scheduler, tiers: TierLink | None) -> EngineStats:
+def figures(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int) -> EngineStats:
     """All but what the tiers count themselves, which is theirs to tell from any thread."""
     pool, stats = scheduler.cache.pool, scheduler.stats
     return EngineStats(
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,
         block_size=pool.block_size,
+        block_bytes=block_bytes,
         total_blocks=pool.num_blocks,
         free_blocks=pool.num_free,
         cached_blocks=pool.num_evictable,

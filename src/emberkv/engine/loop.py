@@ -43,7 +43,7 @@ class EngineLoop:
     clock: seconds, for queue times and how long steps take. wall_clock: seconds since 1970, for news. rng: draws for
     requests that bring no seed. on_crash: called on the engine's thread when the loop itself fails, not just a step;
     every request then ends with ABORT. tiers: what lies below the pool; the scheduler's own. public: which prefixes all
-    tenants share.
+    tenants share. block_bytes: of the pool, a block's, for `stats`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class EngineLoop:
         *,
         tiers: TierLink | None = None,
         public: PublicPrefixes | None = None,
+        block_bytes: int = 0,
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -65,6 +66,7 @@ class EngineLoop:
         self._limits = limits
         self._tiers = tiers
         self._public = public
+        self._block_bytes = block_bytes
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
@@ -238,4 +240,4 @@ class EngineLoop:
         self._publish_stats()
 
     def _publish_stats(self) -> None:
-        self._stats = figures(self._scheduler, self._tiers)
+        self._stats = figures(self._scheduler, self._tiers, self._block_bytes)

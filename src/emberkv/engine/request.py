@@ -90,6 +90,7 @@ class EngineStats:
     running: int = 0  # requests that hold blocks
     waiting: int = 0  # requests that hold none yet, or lost theirs to a preemption
     block_size: int = 0  # tokens
+    block_bytes: int = 0  # of the pool, a block's
     total_blocks: int = 0
     free_blocks: int = 0  # nobody holds them; the cached ones are among them
     cached_blocks: int = 0  # of the free ones, those that still hold a reusable prefix

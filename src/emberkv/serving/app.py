@@ -6,18 +6,31 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from emberkv import __version__
 from emberkv.errors import EmberError
 from emberkv.serving.admin.routes import cache_router
+from emberkv.serving.api import cache_header
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.body_limit import BodyLimit
+from emberkv.serving.api.content_encoding import ContentDecoding
 from emberkv.serving.api.failures import answer_failure, answer_nobody
 from emberkv.serving.api.openai_api import openai_router
+from emberkv.serving.api.request_info import REQUEST_ID_HEADERS
+from emberkv.serving.api.request_scope import RequestScope
 from emberkv.serving.context import ServingContext, ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import Clock
 from emberkv.serving.request_source import SourceCheck
+
+_PLACES = {
+    "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
+    "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
+    "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
+    "operation": ["/health", "/ready", "/metrics", "/version"],
+}
 
 
 def create_app(
@@ -33,10 +46,23 @@ def create_app(
     """
     settings = settings or ServingSettings()
     context = ServingContext(lifecycle, settings, clock=clock, wall_clock=wall_clock)
-    app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+        root_path=settings.root_path,
+    )  # fmt: skip
+    app.add_middleware(ContentDecoding, max_bytes=settings.max_body_bytes)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=[cache_header.NAME, *REQUEST_ID_HEADERS],
+        )
     app.add_middleware(
-        SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins
+        RequestScope, metrics=context.metrics.http, clock=clock
     )  # the last one added is the first to see a request
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_failure)
@@ -44,6 +70,14 @@ def create_app(
     app.include_router(openai_router(context))
     app.include_router(anthropic_router(context))
     app.include_router(cache_router(context))
+
+    @app.get("/")
+    async def index() -> Response:
+        return JSONResponse({"name": "emberkv", "status": lifecycle.phase.value, **_PLACES})
+
+    @app.get("/version", dependencies=[Depends(context.tenant)])
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
 
     @app.get("/health")
     async def health() -> Response:

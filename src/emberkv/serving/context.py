@@ -19,9 +19,10 @@ from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.answers.generator import Prompt, TextGenerator
 from emberkv.serving.api import cache_header
+from emberkv.serving.api.request_info import request_info
 from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
-from emberkv.serving.metrics import Clock, ServingMetrics
+from emberkv.serving.metrics import BuildCollector, Clock, ServingMetrics
 from emberkv.serving.request_log import log_finished
 from emberkv.serving.tenancy.auth import ApiKeys
 from emberkv.serving.tenancy.secret import SECRET_BYTES
@@ -45,7 +46,8 @@ class ServingSettings:
 
     tenants: who may ask; None makes each of ``api_keys`` one of its own, and without these no key is asked for.
     canonical: rules that rewrite prompts before they are rendered. recorder: is told of every request. For admin_key,
-    metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: see `SourceCheck`.
+    metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: see `SourceCheck`. Web pages from
+    these may ask, "*" being all. root_path: the path under which a proxy serves all routes.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -58,6 +60,7 @@ class ServingSettings:
     bound_to_loopback: bool = False
     is_own_user: IsOwnUser = lambda _: True
     allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
 
 
 class ServingContext:
@@ -82,6 +85,7 @@ class ServingContext:
         self.keys = ApiKeys(self.tenants)
         self.metrics = ServingMetrics(lifecycle.engine_stats)
         self.metrics.register(TierCollector(lifecycle.engine_stats))
+        self.metrics.register(BuildCollector(lifecycle.about))
         self.metrics.register(WarmupCollector(lifecycle.warmup_report))
         self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(
@@ -102,7 +106,8 @@ class ServingContext:
     ) -> Asked:
         """A request that has arrived. Raises RequestError for a session's id that is too long."""
         request_id = _ID_PREFIXES[api] + uuid.uuid4().hex
-        return Asked(request_id, api, tenant, arrived, session_id(http.headers), canonical or {})
+        http_id = request_info(http).request_id
+        return Asked(request_id, api, tenant, arrived, session_id(http.headers), canonical or {}, http_id)
 
     def start(self, prompts: Sequence[Prompt], asked: Asked) -> AnswerStream:
         """Start answers that a drain waits for.

@@ -1,7 +1,8 @@
 """Whether the server may generate: loading, warming, ready, draining or failed; and the answers now running."""
 
 import asyncio
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -31,6 +32,7 @@ class LoadedModel:
     names: what requests may call it; the first is what answers call it.
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
     cache: the way to what it has cached; None where nobody may look. public: the prefixes that all tenants share.
+    about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class LoadedModel:
     warmup: Warmup | None = None
     cache: CacheAccess | None = None
     public: PublicPrefixes | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def seen_by(self, tenant: str) -> "LoadedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
@@ -91,6 +94,10 @@ class Lifecycle:
 
     def engine_stats(self) -> EngineStats | None:
         return None if self._model is None else self._model.engine.stats()
+
+    def about(self) -> Mapping[str, str]:
+        """The model's name and how it is computed; empty before there is one."""
+        return {} if self._model is None else {"model": self._model.names[0], **self._model.about}
 
     def warmup_report(self) -> WarmupReport:
         if self._model is None:

@@ -36,5 +36,10 @@ def labelled_gauge(name: str, text: str, label: str, values: Mapping[str, float]
 
 def _filled(family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[str, float]) -> Metric:
     for label, value in values.items():
-        family.add_metric([label], value)
+        family.add_metric([label_value(label)], value)
     return family
+
+
+def label_value(text: str) -> str:
+    """A few words as a label's value, which has no spaces."""
+    return text.replace(" ", "_")

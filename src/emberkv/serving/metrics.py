@@ -1,17 +1,28 @@
 """What Prometheus sees: the engine's counters, and how long requests waited for what."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from emberkv import __version__
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import EngineStats, TokenOutput
 from emberkv.serving.metric_families import EngineStatsCollector, labelled_gauge
 
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
+_REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_PROMPT_BUCKETS = tuple(2**power for power in range(4, 18))  # 16 to 131,072 tokens
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 Clock = Callable[[], float]
@@ -28,6 +39,8 @@ class EngineCollector(EngineStatsCollector):
             "empty": stats.free_blocks - stats.cached_blocks,
         }
         yield labelled_gauge("emberkv_pool_blocks", "Blocks of the pool.", "state", blocks)
+        sizes = {state: count * stats.block_bytes for state, count in blocks.items()}
+        yield labelled_gauge("emberkv_pool_bytes", "Bytes of the pool.", "state", sizes)
         gauges = (
             ("emberkv_requests_running", "Requests that hold blocks.", stats.running),
             ("emberkv_requests_waiting", "Requests that wait for blocks.", stats.waiting),
@@ -60,6 +73,16 @@ class ServingMetrics:
     def __init__(self, read_engine: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(read_engine))
+        for standard in (ProcessCollector, PlatformCollector, GCCollector):
+            standard(registry=self._registry)
+        self.http = HttpMetrics(self._registry)
+        self.prompt_tokens = Histogram(
+            "emberkv_prompt_tokens",
+            "Tokens of a prompt, cached ones included.",
+            labelnames=("api",),
+            buckets=_PROMPT_BUCKETS,
+            registry=self._registry,
+        )
         self.first_token = Histogram(
             "emberkv_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -92,6 +115,44 @@ class ServingMetrics:
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self._registry)
+
+
+class HttpMetrics:
+    """HTTP requests by route, method and status, and how long they took, from arrival to the response's last byte."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "emberkv_http_requests",
+            "HTTP requests answered. Status 499: the client left first.",
+            labelnames=("route", "method", "status"),
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "emberkv_http_request_seconds",
+            "From an HTTP request's arrival to the end of its response.",
+            labelnames=("route", "method"),
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+
+    def ended(self, route: str, method: str, status: int, seconds: float) -> None:
+        """route: its template, not the path, so that there are few."""
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route, method).observe(seconds)
+
+
+class BuildCollector(Collector):
+    """``emberkv_build_info``: the version, and the model once there is one.
+
+    about: the model's name and how it is computed, by label.
+    """
+
+    def __init__(self, about: Callable[[], Mapping[str, str]]) -> None:
+        self._about = about
+
+    def collect(self) -> Iterator[Metric]:
+        text = "What is served by what; always 1."
+        yield InfoMetricFamily("emberkv_build", text, value={"version": __version__, **self._about()})
 
 
 class AnswerTimer:

@@ -25,6 +25,7 @@ def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTim
     finish = answer.finish_reason or FinishReason.ABORT
     fields = {
         "request": request_id,
+        "request_id": asked.http_id,
         "api": asked.api,
         "tenant": asked.tenant.name,
         "finish": finish.value,
@@ -46,6 +47,28 @@ def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTim
         asked.tenant.name,
     ]
     logger.info("%s", "  ".join(filter(None, parts)), extra={"fields": fields})
+
+
+def log_refused(
+    *, request_id: str, method: str, path: str, status: int, code: str | None, param: str | None, seconds: float
+) -> None:
+    """Log a request that was answered with an error, or whose client left before it was answered.
+
+    path: its route's template, where it has one. The error's message is left out, as it may repeat what was sent.
+    """
+    fields = {
+        "request_id": request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "code": code,
+        "param": param,
+        "seconds": round(seconds, 4),
+    }
+    what = " ".join(filter(None, (code, param)))
+    parts = (str(status), f"{method} {path}", what, request_id)
+    level = logging.WARNING if status >= 500 else logging.INFO
+    logger.log(level, "%s", "  ".join(filter(None, parts)), extra={"fields": fields})
 
 
 def percent(part: int, whole: int) -> str:

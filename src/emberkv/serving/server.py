@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import socket
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -54,6 +55,8 @@ class HttpServer(uvicorn.Server):
     New requests are refused at once, running answers have ``drain_seconds`` to finish, and what is left is
     ended with an error event. A second signal ends it without waiting. ``run`` then returns, so that the
     caller can stop the engine. ``url`` is where the server listens.
+
+    tls: PEM files of a certificate and its key, for HTTPS. Raises ConfigError for files that are no such pair.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class HttpServer(uvicorn.Server):
         bound: socket.socket,
         *,
         drain_seconds: float = DEFAULT_DRAIN_SECONDS,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
+        certificate, key = tls or (None, None)
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -72,14 +77,21 @@ class HttpServer(uvicorn.Server):
             lifespan="off",
             timeout_keep_alive=75,  # longer than clients keep idle connections, so that they close first
             timeout_graceful_shutdown=5,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"tls_cert {certificate} and tls_key {key} cannot be used: {error}") from error
         super().__init__(config)
         self._lifecycle = lifecycle
         self._bound = bound
         self._drain_seconds = drain_seconds
         self._draining_loop: asyncio.AbstractEventLoop | None = None
         host, port = bound.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         super().run(sockets or [self._bound])

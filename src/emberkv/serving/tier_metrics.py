@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from emberkv.core.explaining.explanation import POOL
 from emberkv.core.promotion import LoadChoice
 from emberkv.engine.request import EngineStats
-from emberkv.serving.metric_families import EngineStatsCollector, labelled_counter, labelled_gauge
+from emberkv.serving.metric_families import EngineStatsCollector, label_value, labelled_counter, labelled_gauge
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 _LE = (*map(str, BOUNDS), "+Inf")
@@ -71,7 +71,7 @@ def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
         family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier", label])
         for tier, stats in tiers.items():
             for kind, count in sorted(counts(stats).items()):
-                family.add_metric([tier, kind], count)
+                family.add_metric([tier, label_value(kind)], count)
         yield family
 
 

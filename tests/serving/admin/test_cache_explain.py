@@ -1,5 +1,6 @@
 """/v1/cache/explain: of prompts and past responses, for tenants and for the operator."""
 
+import json
 from typing import Any
 
 import httpx
@@ -182,7 +183,8 @@ def test_another_tenants_response_is_as_unknown_as_none() -> None:
     assert server.explain(ADMIN, response_id=response_id)["prompt_tokens"] == 46
     refusals = [server.client.post(PATH, {"response_id": each}, headers=BOB) for each in (response_id, "cmpl-0")]
     assert [refusal.status_code for refusal in refusals] == [404, 404]
-    assert refusals[0].text.replace(response_id, "cmpl-0") == refusals[1].text
+    mine, none = (refusal.json()["error"] for refusal in refusals)
+    assert json.dumps(mine).replace(response_id, "cmpl-0") == json.dumps(none)
 
 
 def test_the_operator_names_the_tenant() -> None:

@@ -11,9 +11,9 @@ MAX_REMEMBERED = 2000
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """request_id: also its response's. api: the metrics' label. arrived: when it came, by the app's clock.
+    """request_id: also its response's. http_id: of the HTTP request, as in ``X-Request-Id``. api: the metrics' label.
 
-    canonical: how many lines or tools each rule changed.
+    arrived: when it came, by the app's clock. canonical: how many lines or tools each rule changed.
     """
 
     request_id: str
@@ -22,6 +22,7 @@ class Asked:
     arrived: float
     session: str = ""
     canonical: Mapping[str, int] = field(default_factory=dict)
+    http_id: str = ""
 
     def answer_id(self, index: int) -> str:
         """The engine's name for one of its answers."""

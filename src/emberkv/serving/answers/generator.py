@@ -63,6 +63,7 @@ class TextGenerator:
                 answer = Answer(index, len(prompt.token_ids), self._tokenizer.detokenizer(), prompt.params.stop)
                 timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
                 stream.add(request, answer, timer, self._postbox)
+                self._metrics.prompt_tokens.labels(asked.api).observe(len(prompt.token_ids))
         except BaseException:
             stream.close()
             raise

@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from emberkv.errors import EmberError, EngineStoppedError, PromptTooLongError, RequestError
+from emberkv.serving.api.request_info import REQUEST_ID_HEADERS, request_info
 
 CLIENT_GONE = 499  # nobody reads it, but a proxy's log may show it
 
@@ -34,6 +35,10 @@ class NotFoundError(RequestError):
 
 class BodyTooLargeError(RequestError):
     """The request's body exceeds the server's limit."""
+
+
+class UnsupportedEncodingError(RequestError):
+    """The request's body is compressed in a way that is not read here."""
 
 
 class NotReadyError(EmberError):
@@ -62,11 +67,14 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (UnknownModelError, 404, "model_not_found"),
     (NotFoundError, 404, "not_found"),
     (BodyTooLargeError, 413, "request_too_large"),
+    (UnsupportedEncodingError, 415, "unsupported_encoding"),
     (RequestError, 400, None),
     (NotReadyError, 503, "not_ready"),
     (EngineStoppedError, 503, "stopped"),
     (GenerationFailedError, 500, "generation_failed"),
 )  # the first match counts
+
+_HEADERS: Mapping[int, Mapping[str, str]] = {503: {"retry-after": "1"}, 415: {"accept-encoding": "gzip"}}
 
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -84,8 +92,7 @@ def failure_of(error: Exception) -> Failure:
     for kind, status, code in _KINDS:
         if isinstance(error, kind):
             param = error.param if isinstance(error, RequestError) else None
-            headers = {"retry-after": "1"} if status == 503 else {}
-            return Failure(status, str(error), code, param, headers)
+            return Failure(status, str(error), code, param, _HEADERS.get(status, {}))
     return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
 
 
@@ -113,13 +120,29 @@ def speaks_anthropic(connection: HTTPConnection) -> bool:
     return connection.scope["path"].startswith("/v1/messages") or "anthropic-version" in connection.headers
 
 
-async def answer_failure(request: Request, error: Exception) -> JSONResponse:
-    """The exception handler of all routes."""
+async def answer_failure(request: Request, error: Exception) -> Response:
+    """The exception handler of all routes. Both APIs' error bodies bear the request's id."""
+    info = request_info(request)
+    path = request.scope["path"]
     if isinstance(error, HTTPException) and error.status_code == 404:
-        error = HTTPException(404, f"there is no {request.scope['path']} here")
+        error = HTTPException(404, f"there is no {path} here")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        methods = _allowed_methods(error)
+        allow = {"allow": ", ".join([*methods, "OPTIONS"])}
+        if info.method == "OPTIONS":
+            return Response(status_code=204, headers=allow)
+        error = HTTPException(405, f"{info.method} cannot be used on {path}; use {' or '.join(methods)}", allow)
     failure = failure_of(error)
+    info.code, info.param = failure.code, failure.param
     shape = anthropic_error if speaks_anthropic(request) else openai_error
-    return JSONResponse(shape(failure), status_code=failure.status, headers=dict(failure.headers))
+    body = {**shape(failure), "request_id": info.request_id}
+    headers = {**failure.headers, **dict.fromkeys(REQUEST_ID_HEADERS, info.request_id)}
+    return JSONResponse(body, status_code=failure.status, headers=headers)
+
+
+def _allowed_methods(error: HTTPException) -> list[str]:
+    methods = (error.headers or {}).get("Allow", "").split(", ")
+    return ["GET", "HEAD"] if methods == ["GET"] else methods
 
 
 async def answer_nobody(_request: Request, _error: Exception) -> Response:

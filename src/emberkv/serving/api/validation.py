@@ -1,6 +1,7 @@
 """Request bodies: from JSON bytes to a checked model, or to an error that names the field."""
 
 import reprlib
+from codecs import BOM_UTF8
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,7 +32,7 @@ Body = TypeVar("Body", bound=RequestBody)
 def parse_body(kind: type[Body], body: bytes) -> Body:
     """Raises RequestError naming the first field at fault, what was given and what would be accepted."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
     field = problems[0]["loc"][0] if problems[0]["loc"] else None
