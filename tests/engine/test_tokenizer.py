@@ -172,3 +172,24 @@ def test_a_model_without_a_template_cannot_chat() -> None:
     with pytest.raises(RequestError, match="no chat template") as caught:
         TOKENIZERS["byte-level"].render_chat(CONVERSATION)
     assert caught.value.param == "messages"
+
+
+def test_the_bytes_of_every_token_of_a_text_are_the_texts() -> None:
+    text = "Grüße, 世界 \U0001f600 <|"
+    for tokenizer in TOKENIZERS.values():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        spelled = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        shown = "".join(map(tokenizer.token_text, ids))
+        assert spelled == shown or "\ufffd" in shown
+        assert "\ufffd" not in spelled
+
+
+def test_a_template_takes_variables_but_not_the_renderers_own() -> None:
+    fast = tiny_tokenizer()
+    fast.chat_template = "{{ mood }};{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+    tokenizer = HFTokenizer(fast)
+    assert tokenizer.render_chat(CONVERSATION, variables={"mood": "kind"}).startswith("kind;")
+    assert not tokenizer.render_chat(CONVERSATION, add_generation_prompt=False).endswith(">")
+    for name in ("tools", "tokenize", "chat_template", "messages"):
+        with pytest.raises(RequestError, match=f"chat_template_kwargs has '{name}'"):
+            tokenizer.render_chat(CONVERSATION, variables={name: 1})

@@ -38,21 +38,35 @@ class ByteTokenizer:
         return [BOS] * add_special_tokens + list(text.encode())
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         if messages[0]["content"] == "offend the template":
             raise RequestError("the chat template rejects these messages", param="messages")
-        shown = "".join(f"<tool {tool['function']['name']}>" for tool in tools or ())
+        shown = "".join(f"{{{name}={value}}}" for name, value in (variables or {}).items())
+        shown += "".join(f"<tool {tool['function']['name']}>" for tool in tools or ())
         for message in messages:
             calls = "".join(
                 f"[{call['function']['name']} {call['function']['arguments']['x']}]"
                 for call in message.get("tool_calls", ())
             )
             shown += f"<{message['role']}>{message['content']}{calls}"
-        return shown + "<assistant>"
+        return shown + "<assistant>" * add_generation_prompt + "..." * continue_final_message
 
     def token_text(self, token_id: int) -> str:
         return "<begin>" if token_id == BOS else bytes([token_id]).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<begin>" if token_id == BOS else bytes([token_id])
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"tokenizer_class": "ByteTokenizer", "eos_token": None, "chat_template": "roles in brackets"}
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

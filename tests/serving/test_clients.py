@@ -141,3 +141,47 @@ def test_anthropic_errors(claude: anthropic.Anthropic) -> None:
         ask(claude.with_options(api_key="wrong"))
     with pytest.raises(anthropic.APIStatusError, match="request_too_large"):
         ask(claude, content="a" * 200_000)
+
+
+def test_request_ids_reach_both_clients(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    listed = gpt.models.with_raw_response.list(extra_headers={"x-request-id": "mine"})
+    assert listed.headers["x-request-id"] == "mine"
+    answer = gpt.completions.create(model=MODEL, prompt="a", max_tokens=1)
+    assert answer._request_id is not None
+    message = claude.messages.create(model=MODEL, max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
+    assert message._request_id is not None
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        claude.messages.create(model="claude", max_tokens=1, messages=[{"role": "user", "content": "Hi"}])
+    assert unknown.value.request_id is not None
+
+
+def test_anthropic_models(claude: anthropic.Anthropic) -> None:
+    assert [(model.type, model.id, model.display_name) for model in claude.models.list()] == [
+        ("model", MODEL, MODEL),
+        ("model", "alias", "alias"),
+    ]
+    card = claude.models.retrieve("alias")
+    assert card.created_at.timestamp() == 1_700_000_000
+    assert card.max_input_tokens == 990
+
+
+def test_anthropic_cache_warming(claude: anthropic.Anthropic, engine: FakeEngine) -> None:
+    message = claude.messages.create(
+        model=MODEL,
+        max_tokens=0,
+        cache_control={"type": "ephemeral", "ttl": "1h"},
+        messages=[{"role": "user", "content": "Hi"}],
+    )
+    assert (message.content, message.stop_reason, message.usage.output_tokens) == ([], "max_tokens", 0)
+    assert engine.submitted[0].retain_tokens == PROMPT_TOKENS
+
+
+def test_openai_template_options(gpt: openai.OpenAI, engine: FakeEngine) -> None:
+    gpt.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}],
+        reasoning_effort="low",
+        extra_body={"chat_template_kwargs": {"enable_thinking": False}, "cache_salt": "mine"},
+    )
+    shown = bytes(engine.submitted[0].prompt_token_ids).decode()
+    assert shown == "{reasoning_effort=low}{enable_thinking=False}<user>Hi<assistant>"

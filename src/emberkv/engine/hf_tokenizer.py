@@ -4,6 +4,7 @@ import re
 from array import array
 from collections.abc import Mapping, Sequence
 from copy import copy
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,18 @@ from emberkv.engine.detokenizer import WindowDetokenizer
 from emberkv.engine.piece_cache import PieceCache
 from emberkv.engine.word_gaps import cuts_at_gaps, parts
 from emberkv.errors import RequestError
+
+_RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {"messages"}
+
+_BROKEN = "\ufffd"
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How tokenizers with byte fallback write a byte that is no character."""
+
+_PRINTED_BYTES = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTED_BYTES]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED_BYTES} | {chr(256 + n): byte for n, byte in enumerate(_OTHER_BYTES)}
+"""How byte-level tokenizers write each byte of a token: as the Latin-1 character, or from U+0100 on."""
 
 DEFAULT_CACHE_BYTES = 64 << 20
 
@@ -76,12 +89,25 @@ class HFTokenizer:
         return ids
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation, by the model's chat template, ending where the answer begins.
+        """See `Tokenizer.render_chat`.
 
-        Raises RequestError when the model has no template or the template rejects the messages.
+        Raises RequestError when the model has no template, the template rejects the messages, or a variable has a name
+        that is not the caller's to set.
         """
+        variables = variables or {}
+        reserved = sorted(variables.keys() & _RESERVED_VARIABLES)
+        if reserved:
+            raise RequestError(
+                f"chat_template_kwargs has {reserved[0]!r}, which cannot be set there", param="chat_template_kwargs"
+            )
         if not self._tokenizer.chat_template:
             raise RequestError(
                 "this model has no chat template; use a model that has one, or the completions endpoint",
@@ -94,7 +120,9 @@ class HFTokenizer:
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RequestError(
@@ -111,6 +139,32 @@ class HFTokenizer:
         before = self._backend.decode(self._anchor, skip_special_tokens=False)
         text: str = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text[len(before) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        text = self.token_text(token_id)
+        if _BROKEN not in text:
+            return text.encode()
+        piece = self._backend.id_to_token(token_id) or ""
+        if found := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(found[1])
+        if all(char in _BYTE_OF for char in piece):
+            return bytes(_BYTE_OF[char] for char in piece)
+        return text.encode()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a client needs to render and count as this tokenizer does: its class, special tokens and template."""
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items() if token}
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "vocab_size": self._backend.get_vocab_size(with_added_tokens=True),
+            "bos_token": None,
+            "eos_token": None,
+            "pad_token": None,
+            "unk_token": None,
+            **{name: token for name, token in special.items() if name != "additional_special_tokens"},
+            "chat_template": self._tokenizer.chat_template,
+        }
 
     def remembering_for(self, owner: str) -> "HFTokenizer":
         """The same tokenizer with the owner's own cache of pieces: a shared one would tell, by the time that encoding

@@ -25,9 +25,18 @@ class Tokenizer(Protocol):
         ...
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation, by the model's chat template, ending where the answer begins.
+        """The prompt text of a conversation, by the model's chat template.
+
+        It ends where the answer begins; without ``add_generation_prompt`` behind the last message, and with
+        ``continue_final_message`` within that, to be gone on with. variables: further ones for the template.
 
         Raises RequestError when the model has no template or the template rejects the messages.
         """
@@ -37,7 +46,16 @@ class Tokenizer(Protocol):
         """One token's own text, for logprobs; bytes that are no whole character show as U+FFFD."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes, which need not be whole characters."""
+        ...
+
     def detokenizer(self) -> IncrementalDetokenizer: ...
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Its class, its special tokens by name ("eos_token"), and its ``chat_template``."""
+        ...
 
     def remembering_for(self, owner: str) -> "Tokenizer":
         """The same tokenizer, for whom what others have encoded makes nothing faster."""

@@ -20,6 +20,7 @@ from emberkv.serving.api.failures import answer_failure, answer_nobody
 from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.api.request_info import REQUEST_ID_HEADERS
 from emberkv.serving.api.request_scope import RequestScope
+from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.context import ServingContext, ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import Clock
@@ -69,6 +70,7 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.include_router(openai_router(context))
     app.include_router(anthropic_router(context))
+    app.include_router(tokenizer_router(context))
     app.include_router(cache_router(context))
 
     @app.get("/")

@@ -8,7 +8,7 @@ import pytest
 
 from emberkv.core.sequence import FinishReason
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, Client
+from tests.serving.harness import MODEL, Client, anthropic_error
 
 USER = [{"role": "user", "content": "Hi"}]
 PROMPT = "<user>Hi<assistant>"
@@ -148,3 +148,30 @@ def test_count_tokens(client: Client, engine: FakeEngine) -> None:
     response = client.post("/v1/messages/count_tokens", {"model": MODEL, "messages": USER, "system": "Be"})
     assert response.json() == {"input_tokens": len("<system>Be" + PROMPT)}
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_asked_for_warms_the_cache(client: Client, engine: FakeEngine, stream: bool) -> None:
+    engine.script = Script("Hello", created=8)
+    answer = send(client, max_tokens=0, stream=stream)
+    if stream:
+        kinds = [line.removeprefix("event: ") for line in answer.text.split("\n") if line.startswith("event: ")]
+        assert kinds == ["message_start", "message_delta", "message_stop"]
+        return
+    message = answer.json()
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+    assert (message["usage"]["output_tokens"], message["usage"]["cache_creation_input_tokens"]) == (0, 8)
+
+
+def test_cache_control_of_the_request_covers_all_of_it(client: Client, engine: FakeEngine) -> None:
+    assert client.post(
+        "/v1/messages",
+        {"model": MODEL, "messages": USER, "max_tokens": 5, "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+    ).is_success
+    request = engine.submitted[-1]
+    assert (request.retain_tokens, request.retain_seconds) == (len(request.prompt_token_ids), 3600.0)
+    for bogus in ({"type": "forever"}, {"type": "ephemeral", "ttl": "2h"}):
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            refused = client.post(path, {"model": MODEL, "messages": USER, "max_tokens": 5, "cache_control": bogus})
+            assert refused.status_code == 400
+            assert "cache_control" in anthropic_error(refused)["message"]

@@ -7,7 +7,7 @@ import pytest
 
 from emberkv.core.sequence import FinishReason
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, Client, openai_events
+from tests.serving.harness import MODEL, Client, openai_error, openai_events
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -124,8 +124,8 @@ def test_chat_logprobs(client: Client, engine: FakeEngine) -> None:
         {"token": "x", "logprob": -0.25, "bytes": [ord("x")]},
         {"token": "y", "logprob": -9999.0, "bytes": [ord("y")]},
     ]
-    half = {"token": "\ufffd", "logprob": -0.5, "bytes": None, "top_logprobs": alternatives}
-    assert content == [half, half, {**half, "token": "!", "bytes": [ord("!")]}]
+    half = {"token": "\ufffd", "logprob": -0.5, "bytes": [0xC3], "top_logprobs": alternatives}
+    assert content == [half, {**half, "bytes": [0xA9]}, {**half, "token": "!", "bytes": [ord("!")]}]
 
 
 def test_chat_logprobs_without_alternatives_and_streamed(client: Client, engine: FakeEngine) -> None:
@@ -224,3 +224,57 @@ def test_a_large_prompt_is_prepared_off_the_event_loop(client: Client, engine: F
     assert response.json()["error"]["code"] == "context_length_exceeded"
     padded = chat(client, metadata={"filler": "x" * 30_000})
     assert padded.json()["choices"][0]["message"]["content"] == "Hello there"
+
+
+def rendered(engine: FakeEngine) -> str:
+    return bytes(engine.submitted[-1].prompt_token_ids).decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "{enable_thinking=False}<user>Hi<assistant>"),
+        ({"reasoning_effort": "low"}, "{reasoning_effort=low}<user>Hi<assistant>"),
+        ({"add_generation_prompt": False}, "<user>Hi"),
+        ({"continue_final_message": True}, "<user>Hi..."),
+        ({"continue_final_message": False, "add_generation_prompt": True}, "<user>Hi<assistant>"),
+    ],
+)
+def test_options_reach_the_chat_template(
+    client: Client, engine: FakeEngine, fields: dict[str, Any], expected: str
+) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], **fields}
+    assert client.post("/v1/chat/completions", body).status_code == 200
+    assert rendered(engine) == expected
+
+
+def test_a_final_message_is_not_continued_and_answered(client: Client) -> None:
+    body = {"model": MODEL, "messages": [{"role": "assistant", "content": "Hi"}]}
+    both = {**body, "continue_final_message": True, "add_generation_prompt": True}
+    assert openai_error(client.post("/v1/chat/completions", both))["param"] == "continue_final_message"
+
+
+def test_a_cache_salt_is_a_further_salt(client: Client, engine: FakeEngine) -> None:
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1}
+    for salt in (None, "one", "one", "two"):
+        assert client.post("/v1/completions", {**body, "cache_salt": salt}).status_code == 200
+    plain, one, again, two = (request.salt for request in engine.submitted)
+    assert one == again
+    assert len({plain, one, two}) == 3
+    assert openai_error(client.post("/v1/completions", {**body, "cache_salt": ""}))["param"] == "cache_salt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("chat_template", "{{ 1 }}"), ("return_token_ids", True), ("skip_special_tokens", False), ("documents", [{}])],
+)
+def test_what_would_change_the_answer_is_refused_by_name(client: Client, field: str, value: object) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], field: value}
+    assert openai_error(client.post("/v1/chat/completions", body))["param"] == field
+
+
+def test_a_chats_logprobs_have_bytes_where_the_text_is_broken(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("ü")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
+    content = client.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
+    assert [(each["token"], each["bytes"]) for each in content] == [("\ufffd", [0xC3]), ("\ufffd", [0xBC])]

@@ -5,7 +5,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.fakes import BOS, FakeEngine, Script
+from emberkv.engine.request import TokenLogprobs
+from emberkv.serving.answers.answer import Answer, PlacedLogprobs
+from emberkv.serving.answers.answer_stream import WholeAnswer
+from emberkv.serving.api.openai_forms import CompletionForm
+from tests.serving.fakes import BOS, ByteDetokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client, openai_events
 
 
@@ -41,9 +45,9 @@ def test_prompt_forms(client: Client, engine: FakeEngine, prompt: Any, expected:
 def test_completion_logprobs(client: Client, engine: FakeEngine) -> None:
     engine.script = Script("aé")
     assert complete(client, logprobs=1).json()["choices"][0]["logprobs"] == {
-        "tokens": ["a", "\ufffd", "\ufffd"],
+        "tokens": ["a", "bytes:\\xc3", "bytes:\\xa9"],
         "token_logprobs": [-0.5, -0.5, -0.5],
-        "top_logprobs": [{"x": -0.25}] * 3,
+        "top_logprobs": [{"x": -0.25, name: -0.5} for name in ("a", "bytes:\\xc3", "bytes:\\xa9")],
         "text_offset": [0, 1, 1],
     }
 
@@ -54,3 +58,50 @@ def test_completion_stream(client: Client, engine: FakeEngine) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "ab"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+class SameTexts:
+    """Tokens 1 and 2 have the same text; 3 and 4 are halves of a character."""
+
+    def token_text(self, token_id: int) -> str:
+        return {1: "a", 2: "a", 3: "\ufffd", 4: "\ufffd"}[token_id]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return {1: b"a", 2: b"a", 3: b"\xc3", 4: b"\xbc"}[token_id]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name", "expected"),
+    [
+        (2, "a", {"token_id:1": -0.1, "a": -0.5, "bytes:\\xc3": -2.0, "bytes:\\xbc": -3.0}),
+        (3, "bytes:\\xc3", {"a": -0.1, "token_id:2": -0.5, "bytes:\\xc3": -2.0, "bytes:\\xbc": -3.0}),
+    ],
+)
+def test_tokens_of_the_same_text_keep_their_own_logprobs(chosen: int, name: str, expected: dict[str, float]) -> None:
+    form = CompletionForm("cmpl-1", MODEL, 0, SameTexts())
+    top = ((1, -0.1), (2, -0.5), (3, -2.0), (4, -3.0))
+    token = TokenLogprobs(chosen, dict(top)[chosen], top)
+    answer = Answer(0, 1, ByteDetokenizer(), ())
+    whole = WholeAnswer(answer, "x", (PlacedLogprobs(0, 1, token),))
+    logprobs = form.whole([whole])["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [name]
+    assert logprobs["top_logprobs"] == [expected]
+
+
+def test_the_chosen_token_is_among_its_alternatives(client: Client) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 1, "logprobs": 1}
+    logprobs = client.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"x": -0.25, "H": -0.5}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_asked_for(client: Client, stream: bool) -> None:
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 0, "stream": stream}
+    answer = client.post("/v1/completions", {**body, "stream_options": {"include_usage": True} if stream else None})
+    if stream:
+        last, usage = openai_events(answer)
+        choice, used = last["choices"][0], usage["usage"]
+    else:
+        choice, used = answer.json()["choices"][0], answer.json()["usage"]
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("", "length", None)
+    assert (used["prompt_tokens"], used["completion_tokens"]) == (4, 0)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
-from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
+from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages
 from emberkv.serving.api.sse import compact_json
 from emberkv.serving.api.validation import RequestBody, parse_body
@@ -33,6 +33,14 @@ class CacheQuestion(RequestBody):
     answer: Annotated[int, Field(ge=0)] = 0
     tenant: str | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def cache_salt(self) -> str | None:
+        """The OpenAI request's. Raises RequestError for one that a request could not have."""
+        salt = (self.openai or {}).get("cache_salt")
+        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
+            raise RequestError(f"cache_salt must be a string of 1 to {MAX_SALT} characters", param="cache_salt")
+        return salt
 
     def check(self, *accepted: str) -> None:
         """Raises RequestError unless exactly one of ``accepted`` is given, of all forms."""

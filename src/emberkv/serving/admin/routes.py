@@ -77,7 +77,7 @@ class CacheRoutes:
         arrived = context.clock()
         await context.guard.operator(http)
         question = await self._question(http, "openai", "anthropic")
-        tenant = tenant_meant(question, context.tenants)
+        tenant = tenant_meant(question, context.tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
         answer_budget(context.lifecycle.model().engine, len(prompt.token_ids), 1)
         asked = context.asked(http, "warm", tenant, arrived, prompt.canonical)
@@ -124,7 +124,7 @@ class CacheRoutes:
         """Another tenant's response is as unknown as one that never was."""
         context = self._context
         asked = context.recent.get(response_id)
-        if asked is not None and (tenant is None or asked.tenant == tenant):
+        if asked is not None and (tenant is None or asked.tenant.name == tenant.name):
             explanation = self._cache().books.explained(asked.answer_id(answer))
             if explanation is not None:
                 return Explained(explanation, asked.canonical)
@@ -133,7 +133,7 @@ class CacheRoutes:
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
         context = self._context
-        whose = tenant if tenant is not None else tenant_meant(question, context.tenants)
+        whose = (tenant if tenant is not None else tenant_meant(question, context.tenants)).salted(question.cache_salt)
         prompt = await self._prompt(question, whose)
         others = [] if tenant is not None else [context.tenants.named(name) for name in context.tenants.names]
         return await explain_prompt(self._cache(), prompt, whose, others)
@@ -142,7 +142,7 @@ class CacheRoutes:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
             return question, self._desk().path(question.prefix_identity())
-        tenant = tenant_meant(question, self._context.tenants)
+        tenant = tenant_meant(question, self._context.tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
         chain = await asyncio.to_thread(self._cache().chain, prompt.token_ids, tenant)
         if not chain.identities:

@@ -32,13 +32,20 @@ class Answer:
     """Decodes one request's outputs, ends it at a stop string, and keeps its figures.
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
-    string, like the stop string itself, are not.
+    string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
     """
 
     def __init__(
-        self, index: int, prompt_tokens: int, detokenizer: IncrementalDetokenizer, stops: tuple[str, ...]
+        self,
+        index: int,
+        prompt_tokens: int,
+        detokenizer: IncrementalDetokenizer,
+        stops: tuple[str, ...],
+        *,
+        silent: bool = False,
     ) -> None:
         self.index = index
+        self.silent = silent
         self.usage = CacheUsage(prompt_tokens, cached_tokens=0)
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -60,6 +67,9 @@ class Answer:
         if self.finish_reason is not None:
             return
         self.usage = output.usage or self.usage
+        if self.silent and (output.token_ids or output.finish_reason is FinishReason.STOP):
+            self.finish_reason = FinishReason.LENGTH
+            return
         for position, token_id in enumerate(output.token_ids):
             self.completion_tokens += 1
             self._add(self._detokenizer.push((token_id,)), output.logprobs[position : position + 1])

@@ -18,13 +18,15 @@ from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 class Prompt:
     """One answer's order: token ids and how to continue them.
 
-    retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``.
+    retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``. silent: no token of the
+    answer is wanted; the engine draws one, because a prompt's last step ends with it, and it is not given out.
     """
 
     token_ids: Sequence[int]
     params: SamplingParams
     retain_tokens: int = 0
     retain_seconds: float = 0.0
+    silent: bool = False
 
 
 class TextGenerator:
@@ -60,7 +62,13 @@ class TextGenerator:
                     retain_tokens=prompt.retain_tokens,
                     retain_seconds=prompt.retain_seconds,
                 )
-                answer = Answer(index, len(prompt.token_ids), self._tokenizer.detokenizer(), prompt.params.stop)
+                answer = Answer(
+                    index,
+                    len(prompt.token_ids),
+                    self._tokenizer.detokenizer(),
+                    prompt.params.stop,
+                    silent=prompt.silent,
+                )
                 timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
                 stream.add(request, answer, timer, self._postbox)
                 self._metrics.prompt_tokens.labels(asked.api).observe(len(prompt.token_ids))

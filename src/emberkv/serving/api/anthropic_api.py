@@ -1,6 +1,7 @@
 """The Anthropic API's routes: messages and their token count."""
 
 from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
 
@@ -35,7 +36,13 @@ def prepare_messages(
     model.check_name(request.model)
     rendered = render_messages(request, model.tokenizer, rules)
     budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
-    prompt = Prompt(rendered.token_ids, request.sampling(budget), rendered.retain_tokens, rendered.retain_seconds)
+    prompt = Prompt(
+        rendered.token_ids,
+        request.sampling(budget),
+        rendered.retain_tokens,
+        rendered.retain_seconds,
+        silent=request.max_tokens == 0,
+    )
     return request, prompt, rendered.canonical
 
 
@@ -68,6 +75,19 @@ def anthropic_router(context: ServingContext) -> APIRouter:
         return JSONResponse({"input_tokens": await context.prepare(work, await http.body(), tenant)})
 
     return router
+
+
+def anthropic_card(model: LoadedModel, name: str) -> dict[str, Any]:
+    """The model as Anthropic's ``/v1/models`` lists it."""
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": model.engine.max_prompt_tokens,
+        "max_tokens": model.engine.context_length,
+    }
 
 
 def usage_of(answer: Answer) -> dict[str, int]:
@@ -103,7 +123,7 @@ class MessageForm:
         (whole,) = answers
         return {
             **self._message(whole.answer),
-            "content": [{"type": "text", "text": whole.text}],
+            "content": [] if whole.answer.silent else [{"type": "text", "text": whole.text}],
             "stop_reason": stop_reason(whole.answer),
             "stop_sequence": whole.answer.stop_sequence,
         }
@@ -114,11 +134,13 @@ class MessageForm:
             await stream.started()
             (answer,) = stream.answers
             yield _event("message_start", message=self._message(answer))
-            yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            if not answer.silent:
+                yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
             async for delta in stream:
                 if delta.text:
                     yield f"{_DELTA_HEAD}{compact_json(delta.text)}}}}}\n\n".encode()
-            yield _event("content_block_stop", index=0)
+            if not answer.silent:
+                yield _event("content_block_stop", index=0)
             reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}
             yield _event("message_delta", delta=reason, usage=usage_of(answer))
             yield _event("message_stop")

@@ -22,6 +22,7 @@ class PromptRequest(RequestBody):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
 
     def prompt_text(self, tokenizer: Tokenizer) -> str:
         """The rendered prompt. An answer that the last message begins is continued.
@@ -56,9 +57,9 @@ class PromptRequest(RequestBody):
 
 
 class MessagesRequest(PromptRequest):
-    """The body of POST /v1/messages."""
+    """The body of POST /v1/messages. max_tokens: 0 computes the prompt, so that it is cached, and answers nothing."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=0)]
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: float | None = None
@@ -71,7 +72,7 @@ class MessagesRequest(PromptRequest):
         """Raises RequestError when a value is out of range."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=max_tokens, stop=tuple(self.stop_sequences or ()), **fields)
+        return SamplingParams(max_tokens=max(1, max_tokens), stop=tuple(self.stop_sequences or ()), **fields)
 
 
 def _messages_of(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.serving.answers.generator import Prompt, answer_budget
+from emberkv.serving.api.anthropic_api import anthropic_card
+from emberkv.serving.api.failures import speaks_anthropic
 from emberkv.serving.api.openai_forms import ChatForm, CompletionForm
 from emberkv.serving.api.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
@@ -60,8 +62,9 @@ def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionReque
         budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
         if request.max_tokens is None:
             budget = min(budget, DEFAULT_COMPLETION_TOKENS)
-        choices = request.sampling(max_tokens=budget, logprobs=request.logprobs)
-        prompts += [Prompt(token_ids, params) for params in choices]
+        silent = request.max_tokens == 0
+        choices = request.sampling(max_tokens=1 if silent else budget, logprobs=request.logprobs)
+        prompts += [Prompt(token_ids, params, silent=silent) for params in choices]
     return request, prompts
 
 
@@ -76,7 +79,7 @@ def openai_router(context: ServingContext) -> APIRouter:
             "request_id": request_id,
             "model": model.names[0],
             "created": int(context.wall_clock()),
-            "token_text": model.tokenizer.token_text,
+            "tokens": model.tokenizer,
             "choices": request.choices,
             "include_usage": request.include_usage,
         }
@@ -86,7 +89,7 @@ def openai_router(context: ServingContext) -> APIRouter:
         arrived = context.clock()
         work = partial(prepare_chat, rules=context.settings.canonical)
         request, prompts, canonical = await context.prepare(work, await http.body(), tenant)
-        asked = context.asked(http, "chat_completions", tenant, arrived, canonical)
+        asked = context.asked(http, "chat_completions", tenant.salted(request.cache_salt), arrived, canonical)
         stream = context.start(prompts, asked)
         form = ChatForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
@@ -96,22 +99,27 @@ def openai_router(context: ServingContext) -> APIRouter:
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         arrived = context.clock()
         request, prompts = await context.prepare(prepare_completion, await http.body(), tenant)
-        asked = context.asked(http, "completions", tenant, arrived)
+        asked = context.asked(http, "completions", tenant.salted(request.cache_salt), arrived)
         stream = context.start(prompts, asked)
         form = CompletionForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
         return await respond(http, stream, form, headers, as_events=bool(request.stream))
 
     @router.get("/v1/models", dependencies=[guard])
-    async def models() -> Response:
+    async def models(http: Request) -> Response:
         model = context.lifecycle.model()
+        if speaks_anthropic(http):
+            cards = [anthropic_card(model, name) for name in model.names]
+            return JSONResponse(
+                {"data": cards, "has_more": False, "first_id": model.names[0], "last_id": model.names[-1]}
+            )
         return JSONResponse({"object": "list", "data": [_model_card(model, name) for name in model.names]})
 
     @router.get("/v1/models/{name:path}", dependencies=[guard])
-    async def model_card(name: str) -> Response:
+    async def model_card(name: str, http: Request) -> Response:
         model = context.lifecycle.model()
         model.check_name(name)
-        return JSONResponse(_model_card(model, name))
+        return JSONResponse((anthropic_card if speaks_anthropic(http) else _model_card)(model, name))
 
     return router
 

@@ -1,9 +1,10 @@
 """The OpenAI API's answers: whole, and as a stream of chunks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar, Protocol
 
+from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.failures import failure_mid_stream, openai_error
@@ -12,7 +13,13 @@ from emberkv.serving.api.sse import compact_json, sse_event
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 DONE = b"data: [DONE]\n\n"
 
-TokenText = Callable[[int], str]
+
+class TokenWriter(Protocol):
+    """A tokenizer, as far as single tokens are written down."""
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class OpenAIForm(ABC):
@@ -30,7 +37,7 @@ class OpenAIForm(ABC):
         request_id: str,
         model: str,
         created: int,
-        token_text: TokenText,
+        tokens: TokenWriter,
         *,
         choices: int = 1,
         include_usage: bool = False,
@@ -40,7 +47,7 @@ class OpenAIForm(ABC):
         self._created = created
         self._choices = choices
         self._include_usage = include_usage
-        self.token_text = token_text
+        self.tokens = tokens
         head = compact_json(self._envelope(self.chunk_object))
         # a chunk is put together as text, because one is made for every token of every stream
         self._chunk_head = f'data: {head[:-1]},"choices":['
@@ -141,12 +148,10 @@ class ChatForm(OpenAIForm):
         }
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token_id)
-        whole_characters = "\ufffd" not in text
         return {
-            "token": text,
+            "token": self.tokens.token_text(token_id),
             "logprob": max(logprob, LOWEST_LOGPROB),
-            "bytes": list(text.encode()) if whole_characters else None,
+            "bytes": list(self.tokens.token_bytes(token_id)),
         }
 
 
@@ -174,11 +179,30 @@ class CompletionForm(OpenAIForm):
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
         return {
-            "tokens": [self.token_text(entry.token.token_id) for entry in entries],
+            "tokens": [self._name(entry.token.token_id) for entry in entries],
             "token_logprobs": [max(entry.token.logprob, LOWEST_LOGPROB) for entry in entries],
-            "top_logprobs": [
-                {self.token_text(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in entry.token.top}
-                for entry in entries
-            ],
+            "top_logprobs": [self._alternatives(entry.token) for entry in entries],
             "text_offset": [entry.start for entry in entries],
         }
+
+    def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens by name, and the chosen one, where alternatives were asked for.
+
+        Of tokens with the same text, the chosen one has it as its name, or else the likeliest.
+        """
+        named: dict[str, float] = {}
+        chosen = self._name(token.token_id)
+        for token_id, logprob in token.top:
+            name = self._name(token_id)
+            if name in named or (name == chosen and token_id != token.token_id):
+                name = f"token_id:{token_id}"
+            named[name] = max(logprob, LOWEST_LOGPROB)
+        return {**named, chosen: max(token.logprob, LOWEST_LOGPROB)} if token.top else named
+
+    def _name(self, token_id: int) -> str:
+        """A token's text, or its bytes as ``bytes:\\xe2\\x80``, where these are no whole characters."""
+        spelled = self.tokens.token_bytes(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)

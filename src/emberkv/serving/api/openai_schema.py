@@ -9,13 +9,17 @@ from emberkv.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.api.validation import RequestBody
 
+MAX_SALT = 256
 MAX_ANSWERS = 64  # prompts times n, in one HTTP request
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's own /v1/completions
 
 _UNSUPPORTED = (
+    "add_special_tokens",
     "allowed_token_ids",
     "audio",
     "bad_words",
+    "chat_template",
+    "documents",
     "echo",
     "function_call",
     "functions",
@@ -23,12 +27,17 @@ _UNSUPPORTED = (
     "guided_grammar",
     "guided_json",
     "guided_regex",
+    "include_stop_str_in_output",
     "logit_bias",
     "min_tokens",
+    "prompt_embeds",
     "prompt_logprobs",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
     "stop_token_ids",
     "structured_outputs",
     "suffix",
+    "truncate_prompt_tokens",
     "use_beam_search",
     "web_search_options",
 )
@@ -58,6 +67,7 @@ class OpenAIRequest(RequestBody):
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
     @property
     def choices(self) -> int:
@@ -71,6 +81,8 @@ class OpenAIRequest(RequestBody):
     def check(self) -> None:
         """Raises RequestError for what is not supported."""
         self.refuse(*_UNSUPPORTED)
+        if (self.model_extra or {}).get("skip_special_tokens") is False:
+            raise RequestError("skip_special_tokens is false; leave it out", param="skip_special_tokens")
         if not 1 <= self.choices <= MAX_ANSWERS:
             raise RequestError(f"n is {self.n}; it must be from 1 to {MAX_ANSWERS}", param="n")
         if self.best_of is not None and self.best_of != self.choices:
@@ -110,7 +122,33 @@ def _nth_seed(seed: int | None, choice: int) -> int | None:
     return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
 
 
-class ChatCompletionRequest(OpenAIRequest):
+class TemplateOptions(RequestBody):
+    """How a conversation is rendered, beside its messages. chat_template_kwargs: variables for the chat template.
+
+    add_generation_prompt: whether an answer is begun; true unless the final message is continued.
+    continue_final_message: whether the answer goes on with the last message. reasoning_effort: a variable, too.
+    """
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+
+    def template_options(self) -> dict[str, Any]:
+        """As `Tokenizer.render_chat` takes them. Raises RequestError for two that exclude each other."""
+        continued = bool(self.continue_final_message)
+        if continued and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt are both true; one of them must not be",
+                param="continue_final_message",
+            )
+        begun = not continued if self.add_generation_prompt is None else self.add_generation_prompt
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        variables = {**effort, **(self.chat_template_kwargs or {})}
+        return {"add_generation_prompt": begun, "continue_final_message": continued, "variables": variables}
+
+
+class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
     """The body of POST /v1/chat/completions. The messages' own shape is checked by ``chat_messages``."""
 
     messages: list[dict[str, Any]]

@@ -1,13 +1,14 @@
 """From a checked request to token ids: canonical rules, chat template, tokenizer; and what is to be retained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.chat_messages import template_messages
-from emberkv.serving.api.openai_schema import ChatCompletionRequest
+from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions
 from emberkv.serving.api.retain_marks import anthropic_mark, chat_mark, covered_tokens, without_marks
 from emberkv.serving.canonical.requests import Applied, canonical_chat, canonical_messages
 from emberkv.serving.canonical.rules import CanonicalRules
@@ -47,8 +48,18 @@ def render_chat(request: ChatCompletionRequest, tokenizer: Tokenizer, rules: Can
     return _tokenized(tokenizer, text, canonical, cut, mark.seconds if mark else 0.0)
 
 
+def chat_text(
+    options: TemplateOptions,
+    messages: Sequence[Mapping[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: Tokenizer,
+) -> str:
+    """A conversation as the chat template renders it. Raises RequestError for what cannot be used."""
+    return tokenizer.render_chat(template_messages(messages), tools=without_marks(tools), **options.template_options())
+
+
 def _chat_text(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
-    return tokenizer.render_chat(template_messages(request.messages), tools=without_marks(request.shown_tools))
+    return chat_text(request, request.messages, request.shown_tools, tokenizer)
 
 
 def _tokenized(

@@ -1,8 +1,9 @@
 """``cache_control``: prefixes that a request asks to keep for a while. A wish about eviction's order, never a lock.
 
-Anthropic's marks stand on blocks of the system prompt and of messages, and on tools; on OpenAI requests the same object
-is accepted on messages, their text parts and tools. A mark covers the prompt from its beginning through what it is on.
-Of several, the one that lasts longest counts, and of these the last, since it covers the others.
+Anthropic's marks stand on blocks of the system prompt and of messages, on tools, and on the request itself; on OpenAI
+requests the same object is accepted on messages, their text parts and tools. A mark covers the prompt from its
+beginning through what it is on. Of several, the one that lasts longest counts, and of these the last, since it covers
+the others.
 """
 
 from bisect import bisect_left
@@ -63,6 +64,8 @@ def _lasting_longest(marks: Iterator[Mark[Request]]) -> Mark[Request] | None:
 
 
 def _anthropic_marks(request: PromptRequest) -> Iterator[Mark[PromptRequest]]:
+    if seconds := _seconds({FIELD: request.cache_control}, ""):
+        yield Mark(seconds, request)  # of the request itself: all of it is covered
     anyone = [{"role": "user", "content": ""}]  # templates want a message behind the system prompt
     for index, tool in enumerate(request.tools or ()):
         if seconds := _seconds(tool, f"tools.{index}"):
@@ -106,7 +109,7 @@ def _seconds(marked: object, place: str) -> float:
     control = marked.get(FIELD) if isinstance(marked, dict) else None
     if control is None:
         return 0.0
-    at = f"{place}.{FIELD}"
+    at = f"{place}.{FIELD}" if place else FIELD
     if not isinstance(control, dict) or control.get("type") != "ephemeral":
         raise RequestError(f"{at} is {control!r}; it must be an object with type 'ephemeral'", param=at)
     lifetime = control.get("ttl", "5m")

@@ -2,7 +2,7 @@
 
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
@@ -17,6 +17,12 @@ class Tenant:
 
     name: str
     salt: bytes
+
+    def salted(self, cache_salt: str | None) -> "Tenant":
+        """The tenant with a further salt beneath its own, from a request's ``cache_salt``; None leaves it as it is."""
+        if cache_salt is None:
+            return self
+        return replace(self, salt=hmac.digest(self.salt, b"emberkv cache_salt\0" + cache_salt.encode(), "sha256"))
 
 
 EVERYBODY = Tenant("", b"")

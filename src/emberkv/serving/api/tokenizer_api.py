@@ -1,0 +1,90 @@
+"""The tokenizer's routes, in vLLM's shapes: tokenize, detokenize, tokenizer_info."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from emberkv.errors import RequestError
+from emberkv.serving.api.openai_schema import TemplateOptions
+from emberkv.serving.api.rendering import chat_text
+from emberkv.serving.api.validation import RequestBody, parse_body
+from emberkv.serving.context import ServingContext
+from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.tenancy.tenants import Tenant
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+class TokenizeRequest(TemplateOptions):
+    """The body of POST /tokenize: a prompt, or a conversation to be rendered by the chat template.
+
+    add_special_tokens: by default for a prompt only, as a chat template writes them itself.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestBody):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]]
+
+
+def tokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+    """Raises RequestError."""
+    request = parse_body(TokenizeRequest, body)
+    if request.model is not None:
+        model.check_name(request.model)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("give either prompt or messages", param="prompt")
+    if request.prompt is not None:
+        text, special = request.prompt, request.add_special_tokens is not False
+    else:
+        text = chat_text(request, request.messages or [], request.tools, model.tokenizer)
+        special = bool(request.add_special_tokens)
+    token_ids = list(model.tokenizer.encode(text, add_special_tokens=special))
+    names = [model.tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
+    return {
+        "count": len(token_ids),
+        "max_model_len": model.engine.context_length,
+        "tokens": token_ids,
+        "token_strs": names,
+    }
+
+
+def detokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+    """Special tokens are written out. Raises RequestError."""
+    request = parse_body(DetokenizeRequest, body)
+    if request.model is not None:
+        model.check_name(request.model)
+    text = b"".join(map(model.tokenizer.token_bytes, request.tokens))
+    return {"prompt": text.decode(errors="replace")}
+
+
+def tokenizer_router(context: ServingContext) -> APIRouter:
+    """The routes, guarded by the context's API keys."""
+    router = APIRouter()
+    guard = Depends(context.tenant)
+
+    @router.post("/tokenize")
+    async def tokenize_text(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+        return JSONResponse(await context.prepare(tokenize, await http.body(), tenant))
+
+    @router.post("/detokenize")
+    async def detokenize_ids(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+        return JSONResponse(await context.prepare(detokenize, await http.body(), tenant))
+
+    @router.get("/tokenizer_info", dependencies=[guard])
+    async def tokenizer_info() -> Response:
+        model = context.lifecycle.model()
+        return JSONResponse({**model.tokenizer.description, "model_max_length": model.engine.context_length})
+
+    return router

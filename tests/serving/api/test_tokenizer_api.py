@@ -1,0 +1,68 @@
+"""The tokenizer's routes, in the shapes that vLLM's clients expect."""
+
+import pytest
+
+from emberkv.serving.app import create_app
+from emberkv.serving.context import ServingSettings
+from emberkv.serving.lifecycle import Lifecycle
+from tests.serving.fakes import BOS
+from tests.serving.harness import MODEL, Client, openai_error
+
+
+def test_a_prompt(client: Client) -> None:
+    assert client.post("/tokenize", {"model": MODEL, "prompt": "Hi"}).json() == {
+        "count": 3,
+        "max_model_len": 1000,
+        "tokens": [BOS, ord("H"), ord("i")],
+        "token_strs": None,
+    }
+    body = {"prompt": "Hi", "add_special_tokens": False, "return_token_strs": True}
+    assert client.post("/tokenize", body).json()["token_strs"] == ["H", "i"]
+
+
+def test_a_conversation_is_counted_as_it_is_served(client: Client) -> None:
+    conversation = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+    served = client.post("/v1/chat/completions", {**conversation, "max_tokens": 1}).json()
+    tokens = client.post("/tokenize", conversation).json()
+    assert tokens["count"] == served["usage"]["prompt_tokens"]
+    assert bytes(tokens["tokens"]) == b"<user>Hi<assistant>"
+    unfinished = client.post("/tokenize", {**conversation, "add_generation_prompt": False}).json()
+    assert bytes(unfinished["tokens"]) == b"<user>Hi"
+
+
+def test_tokens_become_their_text_again(client: Client) -> None:
+    tokens = list("Grüße".encode())
+    assert client.post("/detokenize", {"model": MODEL, "tokens": tokens}).json() == {"prompt": "Grüße"}
+    assert client.post("/detokenize", {"tokens": tokens[:3]}).json() == {"prompt": "Gr\ufffd"}
+
+
+def test_tokenizer_info(client: Client) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert (info["tokenizer_class"], info["chat_template"]) == ("ByteTokenizer", "roles in brackets")
+    assert info["model_max_length"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"model": MODEL}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)
+def test_what_cannot_be_used(client: Client, path: str, body: dict[str, object], param: str) -> None:
+    assert openai_error(client.post(path, body))["param"] == param
+
+
+def test_they_need_a_key_where_keys_are_set(lifecycle: Lifecycle) -> None:
+    client = Client(create_app(lifecycle, ServingSettings(api_keys=("sesame",))))
+    answers = [
+        client.post("/tokenize", {"prompt": "a"}),
+        client.post("/detokenize", {"tokens": []}),
+        client.get("/tokenizer_info"),
+        client.get("/version"),
+    ]
+    assert [answer.status_code for answer in answers] == [401] * 4
