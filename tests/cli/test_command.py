@@ -65,7 +65,10 @@ def test_version(option: str) -> None:
         ("bench --url u --endpoint chats", "--endpoint 'chats': use one of 'chat', 'completions'"),
         ("bench", "missing option '--url'"),
         ("workload convert -o x", "missing argument 'inputs'"),
-        ("serve --cache-ran 4GiB", "no such option: --cache-ran (Possible options: --cache-dir, --cache-disk, --cache-ram)"),
+        (
+            "serve --cache-ran 4GiB",
+            "no such option: --cache-ran (Possible options: --cache-dir, --cache-disk, --cache-ram)",
+        ),
         ("simulat", "no such command 'simulat'. Did you mean 'simulate'?"),
     ],
 )
