@@ -163,7 +163,7 @@ class LLM:
         max_step_tokens: int | None = None,
         max_running: int | None = None,
         machine_cache: str | os.PathLike[str] | None = None,
-        progress: Progress = lambda _: None,
+        progress: Progress | None = None,
     ) -> None:
         given = {
             "model": None if model is None else os.fspath(model), "dtype": dtype, "device": device, "kernels": kernels,
@@ -177,7 +177,7 @@ class LLM:
         # OpenMP threads belong to the thread that first used torch; were it this one, its team would compete with
         # that of the engine's thread for the cores at every step.
         with ThreadPoolExecutor(1, thread_name_prefix="emberkv-load") as loading:
-            self.loaded, self.engine = loading.submit(self._load, config, progress).result()
+            self.loaded, self.engine = loading.submit(self._load, config, progress or (lambda _: None)).result()
         self._cache = cache_access(self.engine, self._books, name=self.loaded.name, folder=config.cache_dir)
         self.engine.loop.start()
 
