@@ -17,7 +17,7 @@ from benchmarks import arguments, report
 from benchmarks.figures import Figure
 
 from emberkv.tiers.base import TierEntry
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 
 SECONDS = 2.0
 TARGET_BLOCKS = 100_000
@@ -28,7 +28,7 @@ QUOTA = 2**40
 OPEN = f"""
 import sys, time
 from pathlib import Path
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 begin = time.perf_counter()
 tier = DiskTier.open(Path(sys.argv[1]), {QUOTA}, namespace={NAMESPACE!r})
 seconds = time.perf_counter() - begin

@@ -12,10 +12,10 @@ from pathlib import Path
 from emberkv.core.hashing import TokenChain
 from emberkv.tiers.byte_cache import MB
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.disk import DiskTier
-from emberkv.tiers.disk_layout import scan
+from emberkv.tiers.disk.layout import scan
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import Offer, TierStack
 
 NAMESPACE = bytes(range(32))
 VALUES = 64
@@ -42,8 +42,8 @@ class Shelf:
         self._identities = [record.identity for record in records]
         self._stacks = {}
         for tier in (self.ram, self.disk):
-            stack = TierStack([tier], namespace=NAMESPACE, queue_bytes=_QUOTA)
-            stack.offer([Offer(record) for record in records])
+            stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=_QUOTA)
+            stack.offload([OffloadedBlock(record) for record in records])
             assert stack.flush(60)
             self._stacks[tier.name] = stack
         self._paths = {file.identity: self._blocks / file.path for file in scan(self._blocks)}
@@ -61,7 +61,7 @@ class Shelf:
 
         def fetch(identity: bytes) -> list[BlockRecord | None]:
             outcome: Future[list[BlockRecord | None]] = Future()
-            stack.fetch([identity], stack.find([identity]), outcome.set_result)
+            stack.onboard([identity], stack.find([identity]), outcome.set_result)
             return outcome.result()
 
         return self._timed(calls, fetch, cold=cold)

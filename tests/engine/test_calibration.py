@@ -17,7 +17,7 @@ from emberkv.engine.calibration import (
     time_tier,
 )
 from emberkv.errors import EmberError
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 from tests.engine.loop_harness import VOCAB, FakeExecutor, Harness, running
 

@@ -16,7 +16,7 @@ from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, Samp
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
 from tests.engine.test_exactness import text

@@ -9,8 +9,8 @@ from emberkv.core.sequence import Sequence as Prompt
 from emberkv.engine.tier_link import TierLink
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import Offer, TierStack
 from tests.engine.loop_harness import BLOCK, CHUNK, DEADLINE, FakeExecutor, Harness, Inbox
 
 NAMESPACE = b"model"
@@ -65,7 +65,7 @@ class TieredHarness(Harness):
         self, tier: GatedTier | None = None, *, exact: bool = False, clock: Callable[[], float] = lambda: 0.0
     ) -> None:
         self.tier = tier or GatedTier()
-        self.stack = TierStack([self.tier], namespace=NAMESPACE, queue_bytes=2**20)
+        self.stack = TierManager([self.tier], namespace=NAMESPACE, queue_bytes=2**20)
         self.bytes = FakeBytes()
         self.link = TierLink(self.stack, self.bytes, step_tokens=2 * CHUNK, exact=exact, clock=clock)
         super().__init__(FakeExecutor(on_step=self._compute), clock=clock, tiers=self.link, exact=exact)
@@ -93,7 +93,7 @@ class TieredHarness(Harness):
             record = BlockRecord(
                 identity, chain.parent(position), chain.block_tokens(position), position, exact, payload or identity
             )
-            self.stack.offer([Offer(record)])
+            self.stack.offload([OffloadedBlock(record)])
         assert self.stack.flush(DEADLINE)
 
     def ask(self, request_id: str, prompt: Sequence[int], new: int = 2) -> Inbox:

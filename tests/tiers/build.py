@@ -8,7 +8,7 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.promotion import Run
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
-from emberkv.tiers.stack import TierStack
+from emberkv.tiers.manager import TierManager
 
 NAMESPACE = b"first model".ljust(32, b".")
 OTHER = b"other model".ljust(32, b".")
@@ -42,10 +42,12 @@ def identities(blocks: Sequence[BlockRecord]) -> list[bytes]:
 
 
 def fetched(
-    stack: TierStack, blocks: Sequence[BlockRecord], runs: Sequence[Run] | None = None
+    stack: TierManager, blocks: Sequence[BlockRecord], runs: Sequence[Run] | None = None
 ) -> list[BlockRecord | None]:
-    """What the stack brings of these blocks, by default of what it says that it has."""
+    """The records of these blocks, by default of the runs that are found; what reading them led to has happened."""
     wanted = identities(blocks)
     outcome: Future[list[BlockRecord | None]] = Future()
-    stack.fetch(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
-    return outcome.result(PATIENCE)
+    stack.onboard(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
+    found = outcome.result(PATIENCE)
+    assert stack.flush(PATIENCE)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emberkv.tiers.base import PolicyFactory, Tier
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 from tests.tiers.build import NAMESPACE, entries, identities, records
 

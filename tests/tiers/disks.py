@@ -7,9 +7,9 @@ from pathlib import Path
 from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, TierEntry
-from emberkv.tiers.disk import DiskTier
-from emberkv.tiers.disk_files import BlockFiles
-from emberkv.tiers.disk_layout import LOCK, TEMPORARY
+from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.layout import JOURNAL, LOCK, TEMPORARY
+from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE
 
 LARGE = 1_000_000
@@ -71,8 +71,11 @@ def path_of(folder: Path, identity: Identity) -> Path:
 
 
 def others_of(folder: Path) -> list[str]:
-    """All other files, without the lock's."""
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".kv" and path.name != LOCK]
+    """All other files, without the lock and the journal."""
+    known = (LOCK, JOURNAL)
+    return [
+        path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".kv" and path.name not in known
+    ]
 
 
 def leave_temporary(folder: Path, name: str, data: bytes) -> None:

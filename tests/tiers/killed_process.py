@@ -9,9 +9,9 @@ import random
 import sys
 from pathlib import Path
 
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import Offer, TierStack
 from tests.tiers.build import NAMESPACE, fetched, identities, inexact, records
 
 CHAINS = [records(12, seed=seed, payload_bytes=40_000) for seed in range(6)]
@@ -20,12 +20,12 @@ QUOTA = 2_000_000
 """Two thirds of all, so that storing evicts."""
 
 
-def open_stack(folder: Path) -> TierStack:
+def open_stack(folder: Path) -> TierManager:
     tiers = MemoryTier(200_000), DiskTier.open(folder, QUOTA, namespace=NAMESPACE)
-    return TierStack(tiers, namespace=NAMESPACE, queue_bytes=1_000_000)
+    return TierManager(tiers, namespace=NAMESPACE, queue_bytes=1_000_000)
 
 
-def served_right(stack: TierStack, number: int) -> bool:
+def served_right(stack: TierManager, number: int) -> bool:
     """Whether all that comes of a chain is what was once stored."""
     found = fetched(stack, CHAINS[number])
     expected = zip(CHAINS[number], ROUNDED[number], strict=True)
@@ -40,7 +40,7 @@ def main() -> None:
         action = rng.random()
         if action < 0.5:
             chain = rng.choice((CHAINS, ROUNDED))[number]
-            stack.offer([Offer(record, f"owner {number}") for record in chain[: rng.randint(1, 12)]])
+            stack.offload([OffloadedBlock(record, f"owner {number}") for record in chain[: rng.randint(1, 12)]])
         elif action < 0.55:
             stack.remove(identities(CHAINS[number][rng.randrange(12) :]))
         elif not served_right(stack, number):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from emberkv.tiers.codec import MAGIC
-from emberkv.tiers.disk import DiskTier
-from emberkv.tiers.stack import TierStack
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.manager import TierManager
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, records
 from tests.tiers.disks import opened, path_of
 
@@ -22,8 +22,8 @@ def tier(tmp_path: Path) -> DiskTier:
 
 
 @pytest.fixture
-def stack(tier: DiskTier) -> Iterator[TierStack]:
-    stack = TierStack([tier], namespace=NAMESPACE, queue_bytes=100_000)
+def stack(tier: DiskTier) -> Iterator[TierManager]:
+    stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=100_000)
     yield stack
     stack.close(PATIENCE)
 
@@ -57,7 +57,7 @@ def flipped(data: bytes) -> bytes:
     ],
 )
 def test_bytes_that_are_not_the_block_are_refused_counted_and_removed(
-    tmp_path: Path, tier: DiskTier, stack: TierStack, damage: Callable[[bytes], bytes], fault: str
+    tmp_path: Path, tier: DiskTier, stack: TierManager, damage: Callable[[bytes], bytes], fault: str
 ) -> None:
     tier.store(ENTRIES[:3])
     path = path_of(tmp_path, IDS[1])
@@ -71,7 +71,9 @@ def test_bytes_that_are_not_the_block_are_refused_counted_and_removed(
     assert fetched(stack, BLOCKS[:3]) == BLOCKS[:3]
 
 
-def test_a_rounded_block_under_an_exact_one_s_name_is_refused(tmp_path: Path, tier: DiskTier, stack: TierStack) -> None:
+def test_a_rounded_block_under_an_exact_one_s_name_is_refused(
+    tmp_path: Path, tier: DiskTier, stack: TierManager
+) -> None:
     tier.store(ENTRIES[:1])
     path = path_of(tmp_path, IDS[0])
     path.write_bytes(entries(records(1, exact=False))[0].data)

@@ -145,14 +145,16 @@ def test_the_limit_holds_and_the_books_balance_whatever_happens_at_once(policy: 
 def test_reads_do_not_wait_for_a_set_and_are_counted_and_recent_all_the_same() -> None:
     evicting, may_go_on = threading.Event(), threading.Event()
 
-    def pause(key: str) -> None:
-        evicting.set()
-        assert may_go_on.wait(20)
+    def clock() -> float:
+        if threading.current_thread().name == "setting":
+            evicting.set()
+            assert may_go_on.wait(20)
+        return 0.0
 
-    cache = InMemoryKVCacheManager(4 / MB, on_evict=pause)
+    cache = InMemoryKVCacheManager(4 / MB, clock=clock)
     for key in "abcd":
         cache.set(key, b"")
-    setting = threading.Thread(target=cache.set, args=("e", b""))
+    setting = threading.Thread(target=cache.set, args=("e", b""), name="setting")
     setting.start()
     assert evicting.wait(20)
     assert [cache.get("b") for _ in range(1000)] == [b""] * 1000

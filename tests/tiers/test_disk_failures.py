@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.base import Removed
+from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE, PATIENCE, entries, identities, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of, path_of, stored
 
@@ -123,8 +124,9 @@ def test_times_that_cannot_be_written_cost_nothing_but_the_order(tier: DiskTier,
 def test_a_file_that_cannot_be_removed_is_counted(tier: DiskTier, files: FailingFiles) -> None:
     tier.store(ENTRIES[:2])
     files.fails, files.error = "unlink", errno.EACCES
-    assert tier.remove(IDS[:1]) == 1
-    assert (tier.lookup(IDS[:1]), tier.stats().troubles) == (0, {"not removed": 1})
+    assert tier.remove(IDS[:1]) == Removed(0, 1, "not removed: Permission denied")
+    stats = tier.stats()
+    assert (tier.lookup(IDS[:1]), stats.entries, stats.troubles) == (0, 2, {"not removed": 1})
 
 
 def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_the_second_process_on_a_folder_loads_and_does_not_store(tmp_path: Path)
     assert tier.load(IDS[:2]) == ENTRIES[:2]
     assert tier.store(ENTRIES[3:4]).count == 0
     assert tier.stats().skipped == {"another process writes here": 1}
-    assert tier.remove(IDS[:1]) == 1
+    assert tier.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
     assert (tier.lookup(IDS[:1]), len(files_of(tmp_path))) == (0, 3)
     done.set()
     other.join(PATIENCE)

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from emberkv.tiers.base import TierEntry
+from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.disk_layout import owner_folder
-from emberkv.tiers.stack import TierStack
+from emberkv.tiers.disk.layout import owner_folder
+from emberkv.tiers.manager import TierManager
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, inexact, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of
 
@@ -46,7 +46,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.namespace = namespace
         self.files = FailingFiles(self.folder)
         self.tier = opened(self.folder, QUOTA, namespace=namespace, files=self.files)
-        self.stack = TierStack([self.tier], namespace=namespace, queue_bytes=100_000)
+        self.stack = TierManager([self.tier], namespace=namespace, queue_bytes=100_000)
         self.evictions = 0
         assert self.tier.read_only is None
 
@@ -100,13 +100,13 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(block=blocks)
     def remove(self, block: int) -> None:
-        assert self.tier.remove(IDS[block : block + 1]) == ((self.namespace, block) in self.kept)
+        assert self.tier.remove(IDS[block : block + 1]) == Removed((self.namespace, block) in self.kept)
         self.dropped((self.namespace, block))
 
     @rule()
     def clear(self) -> None:
         gone = [key for key in self.kept if key[0] == self.namespace]
-        assert self.tier.clear() == len(gone)
+        assert self.tier.clear() == Removed(len(gone))
         for key in gone:
             self.dropped(key)
 

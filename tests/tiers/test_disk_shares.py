@@ -5,7 +5,7 @@ from pathlib import Path
 
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import FairShares, Share
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE, entries, identities, records
 
 SIZE = len(entries(records(1))[0].data)

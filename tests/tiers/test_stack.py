@@ -7,27 +7,27 @@ import pytest
 
 from emberkv.core.promotion import Run
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Tier
+from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import Offer, TierStack
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock
 from tests.tiers.tiers import LARGE, SlowTier
 
-Make = Callable[..., TierStack]
+Make = Callable[..., TierManager]
 BLOCKS = records(20)
 IDS = identities(BLOCKS)
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    made: list[TierStack] = []
+    made: list[TierManager] = []
 
-    def get(*tiers: Tier, **settings: object) -> TierStack:
+    def get(*tiers: Tier, **settings: object) -> TierManager:
         arguments = {"namespace": NAMESPACE, "queue_bytes": LARGE, **settings}
-        made.append(TierStack(tiers, **arguments))  # type: ignore[arg-type]  # settings by name
+        made.append(TierManager(tiers, **arguments))  # type: ignore[arg-type]  # settings by name
         return made[-1]
 
     yield get
@@ -39,12 +39,12 @@ def ram(name: str = "ram", max_bytes: int = LARGE) -> MemoryTier:
     return MemoryTier(max_bytes, name=name)
 
 
-def offer(stack: TierStack, blocks: Sequence[BlockRecord], owner: str = "") -> None:
-    stack.offer([Offer(each, owner) for each in blocks])
+def offer(stack: TierManager, blocks: Sequence[BlockRecord], owner: str = "") -> None:
+    stack.offload([OffloadedBlock(each, owner) for each in blocks])
     assert stack.flush(PATIENCE)
 
 
-def found(stack: TierStack, blocks: Sequence[BlockRecord], *, exact: bool = False) -> list[tuple[str, int]]:
+def found(stack: TierManager, blocks: Sequence[BlockRecord], *, exact: bool = False) -> list[tuple[str, int]]:
     return [(run.tier, run.count) for run in stack.find(identities(blocks), exact=exact)]
 
 
@@ -140,7 +140,7 @@ def test_blocks_of_a_slow_tier_are_put_into_the_fast_ones(make: Make) -> None:
 
 def test_after_a_restart_blocks_come_from_disk(make: Make, tmp_path: Path) -> None:
     before = make(ram(), opened(tmp_path))
-    before.offer([Offer(each) for each in BLOCKS])
+    before.offload([OffloadedBlock(each) for each in BLOCKS])
     assert before.close(PATIENCE)
     after = make(ram(), opened(tmp_path))
     assert found(after, BLOCKS) == [("disk", 20)]
@@ -170,19 +170,17 @@ def test_bad_bytes_do_not_reach_a_faster_tier(make: Make) -> None:
 
 def test_remove_takes_what_was_offered_before(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
-    stack.offer([Offer(each) for each in BLOCKS])
+    stack.offload([OffloadedBlock(each) for each in BLOCKS])
     removed = stack.remove(IDS[5:])
-    assert removed
-    assert removed.result(PATIENCE) == {"fast": 15, "slow": 15}
+    assert {name: each.result(PATIENCE) for name, each in removed.items()} == {"fast": Removed(15), "slow": Removed(15)}
     assert found(stack, BLOCKS) == [("fast", 5)]
 
 
 def test_clear_takes_all(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
-    stack.offer([Offer(each) for each in BLOCKS])
+    stack.offload([OffloadedBlock(each) for each in BLOCKS])
     cleared = stack.clear()
-    assert cleared
-    assert cleared.result(PATIENCE) == {"fast": 20, "slow": 20}
+    assert {name: each.result(PATIENCE) for name, each in cleared.items()} == {"fast": Removed(20), "slow": Removed(20)}
     assert found(stack, BLOCKS) == []
 
 
@@ -209,7 +207,7 @@ def test_evictions_are_told(make: Make) -> None:
 def test_the_expected_time_is_what_fetches_took(make: Make) -> None:
     clock = Clock()
     tier = SlowTier(clock, lambda blocks: 0.5 * blocks)
-    stack = make(tier, clock=clock, loaders=1)
+    stack = make(tier, clock=clock, readers=1)
     tier.store(entries(BLOCKS))
     assert stack.find(IDS[:3]) == [Run("slow", 3, None)]
     fetched(stack, BLOCKS[:4])
@@ -220,11 +218,12 @@ def test_the_expected_time_is_what_fetches_took(make: Make) -> None:
 
 def test_latencies_are_counted_by_batch(make: Make) -> None:
     clock = Clock()
-    stack = make(SlowTier(clock, lambda blocks: 0.004 * blocks), clock=clock, loaders=1)
+    stack = make(SlowTier(clock, lambda blocks: 0.004 * blocks), clock=clock, readers=1)
     offer(stack, BLOCKS)
     fetched(stack, BLOCKS)
     stats = stack.stats()["slow"]
-    assert (stats.store_latency.count, stats.load_latency.count) == (20, 3)
+    assert stats.load_latency.count == 3
+    assert 1 <= stats.store_latency.count <= 20
     assert stats.store_latency.seconds == pytest.approx(0.08)
     assert stats.load_latency.seconds == pytest.approx(0.08)
     assert (stats.load_latency.counts[6], stats.load_latency.counts[7], stats.load_latency.counts[8]) == (0, 1, 2)
@@ -232,4 +231,4 @@ def test_latencies_are_counted_by_batch(make: Make) -> None:
 
 def test_tiers_must_have_names_of_their_own() -> None:
     with pytest.raises(ConfigError, match="each needs a name of its own"):
-        TierStack([ram(), ram()], namespace=NAMESPACE, queue_bytes=1)
+        TierManager([ram(), ram()], namespace=NAMESPACE, queue_bytes=1)

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 import pytest
 
 from emberkv.core.promotion import Run
-from emberkv.tiers.base import TierEntry
+from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.fetch import CHUNK_BLOCKS, Fetch
+from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import Offer, TierStack
+from emberkv.tiers.onboarding import PIECE_BLOCKS, Onboarding
 from tests.tiers.build import NAMESPACE, PATIENCE, entries, fetched, identities, records
 from tests.tiers.tiers import LARGE, BrokenTier, GatedTier
 
@@ -28,8 +28,8 @@ def tier() -> GatedTier:
 
 
 @pytest.fixture
-def stack(tier: GatedTier) -> Iterator[TierStack]:
-    stack = TierStack([tier], namespace=NAMESPACE, queue_bytes=5 * OFFER_BYTES, loaders=1)
+def stack(tier: GatedTier) -> Iterator[TierManager]:
+    stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=5 * OFFER_BYTES, readers=1)
     yield stack
     tier.gate.set()
     stack.close(PATIENCE)
@@ -40,15 +40,15 @@ def close_gate(tier: GatedTier) -> None:
     tier.gate.clear()
 
 
-def start(stack: TierStack, blocks: list[BlockRecord]) -> tuple[Fetch, Outcome]:
+def start(stack: TierManager, blocks: list[BlockRecord]) -> tuple[Onboarding, Outcome]:
     outcome: Outcome = Future()
     wanted = identities(blocks)
-    return stack.fetch(wanted, stack.find(wanted), outcome.set_result), outcome
+    return stack.onboard(wanted, stack.find(wanted), outcome.set_result), outcome
 
 
-def test_the_queue_is_bounded_and_what_does_not_fit_is_skipped(tier: GatedTier, stack: TierStack) -> None:
+def test_the_queue_is_bounded_and_what_does_not_fit_is_skipped(tier: GatedTier, stack: TierManager) -> None:
     close_gate(tier)
-    stack.offer([Offer(each) for each in BLOCKS[:9]])
+    stack.offload([OffloadedBlock(each) for each in BLOCKS[:9]])
     assert tier.began.wait(PATIENCE)
     stats = stack.stack_stats()
     assert (stats.offered, stats.queue_full, stats.queue_bytes) == (9, 4, 5 * OFFER_BYTES)
@@ -58,15 +58,15 @@ def test_the_queue_is_bounded_and_what_does_not_fit_is_skipped(tier: GatedTier, 
     assert (stack.stats()["gated"].entries, stack.stack_stats().queue_bytes) == (5, 0)
 
 
-def test_a_touch_never_waits_either(tier: GatedTier, stack: TierStack) -> None:
+def test_a_touch_never_waits_either(tier: GatedTier, stack: TierManager) -> None:
     close_gate(tier)
-    stack.offer([Offer(each) for each in BLOCKS[:5]])
+    stack.offload([OffloadedBlock(each) for each in BLOCKS[:5]])
     for _ in range(100):
         stack.touch(IDS)
     assert stack.stack_stats().queue_bytes <= 5 * OFFER_BYTES
 
 
-def test_a_look_up_does_not_wait_for_a_load(tier: GatedTier, stack: TierStack) -> None:
+def test_a_look_up_does_not_wait_for_a_load(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries(BLOCKS))
     close_gate(tier)
     _, outcome = start(stack, BLOCKS)
@@ -75,7 +75,7 @@ def test_a_look_up_does_not_wait_for_a_load(tier: GatedTier, stack: TierStack) -
     assert not outcome.done()
 
 
-def test_fetches_take_turns(tier: GatedTier, stack: TierStack) -> None:
+def test_fetches_take_turns(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries([*BLOCKS, *OTHERS]))
     close_gate(tier)
     _, long = start(stack, BLOCKS)
@@ -84,7 +84,7 @@ def test_fetches_take_turns(tier: GatedTier, stack: TierStack) -> None:
     tier.gate.set()
     assert (long.result(PATIENCE), short.result(PATIENCE)) == (BLOCKS, OTHERS)
     assert tier.loads.index(tuple(identities(OTHERS))) <= 2
-    assert len(tier.loads) == 40 // CHUNK_BLOCKS + 1
+    assert len(tier.loads) == 40 // PIECE_BLOCKS + 1
 
 
 def test_one_fetch_is_read_by_all_loaders_at_once() -> None:
@@ -95,46 +95,46 @@ def test_one_fetch_is_read_by_all_loaders_at_once() -> None:
             meeting.wait(PATIENCE)
             return super().load(identities)
 
-    stack = TierStack([MeetingTier(LARGE)], namespace=NAMESPACE, queue_bytes=1, loaders=3)
+    stack = TierManager([MeetingTier(LARGE)], namespace=NAMESPACE, queue_bytes=1, readers=3)
     outcome: Outcome = Future()
-    stack.fetch(IDS, [Run("ram", 3 * CHUNK_BLOCKS, None)], outcome.set_result)
+    stack.onboard(IDS, [Run("ram", 3 * PIECE_BLOCKS, None)], outcome.set_result)
     assert outcome.result(PATIENCE) == [None] * 40
     assert not meeting.broken
     stack.close(PATIENCE)
 
 
-def test_nothing_is_read_beyond_a_block_that_is_missing(tier: GatedTier, stack: TierStack) -> None:
+def test_nothing_is_read_beyond_a_block_that_is_missing(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries([*BLOCKS[:3], *BLOCKS[4:]]))
     assert fetched(stack, BLOCKS, [Run("gated", 40, None)])[:4] == [*BLOCKS[:3], None]
-    assert tier.loads == [tuple(IDS[:CHUNK_BLOCKS])]
+    assert tier.loads[0] == tuple(IDS[:PIECE_BLOCKS])
+    assert not any(IDS[PIECE_BLOCKS] == load[0] for load in tier.loads)  # only a check of the rest comes after
 
 
-def test_a_cancelled_fetch_reads_no_further_and_tells_what_came(tier: GatedTier, stack: TierStack) -> None:
+def test_a_cancelled_fetch_reads_no_further_and_tells_what_came(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries(BLOCKS))
     close_gate(tier)
     fetch, outcome = start(stack, BLOCKS)
     assert tier.began.wait(PATIENCE)
     fetch.cancel()
     tier.gate.set()
-    assert outcome.result(PATIENCE) == [*BLOCKS[:CHUNK_BLOCKS], *[None] * (40 - CHUNK_BLOCKS)]
+    assert outcome.result(PATIENCE) == [*BLOCKS[:PIECE_BLOCKS], *[None] * (40 - PIECE_BLOCKS)]
     assert len(tier.loads) == 1
 
 
-def test_a_fetch_of_nothing_is_told(stack: TierStack) -> None:
+def test_a_fetch_of_nothing_is_told(stack: TierManager) -> None:
     assert fetched(stack, BLOCKS, []) == [None] * 40
     assert fetched(stack, [], []) == []
 
 
 def test_what_was_read_before_a_removal_is_not_stored_again_after_it() -> None:
     fast, slow = MemoryTier(LARGE), GatedTier()
-    stack = TierStack([fast, slow], namespace=NAMESPACE, queue_bytes=LARGE)
+    stack = TierManager([fast, slow], namespace=NAMESPACE, queue_bytes=LARGE)
     slow.store(entries(BLOCKS[:2]))
     close_gate(slow)
     _, outcome = start(stack, BLOCKS[:2])
     assert slow.began.wait(PATIENCE)
     removed = stack.remove(IDS[:2])
-    assert removed
-    assert removed.result(PATIENCE) == {"ram": 0, "gated": 2}
+    assert {name: each.result(PATIENCE) for name, each in removed.items()} == {"ram": Removed(), "gated": Removed(2)}
     slow.gate.set()
     outcome.result(PATIENCE)
     assert stack.flush(PATIENCE)
@@ -148,28 +148,29 @@ def broken() -> BrokenTier:
 
 
 @pytest.fixture
-def shaky(broken: BrokenTier) -> Iterator[TierStack]:
-    stack = TierStack([broken], namespace=NAMESPACE, queue_bytes=LARGE)
+def shaky(broken: BrokenTier) -> Iterator[TierManager]:
+    stack = TierManager([broken], namespace=NAMESPACE, queue_bytes=LARGE)
     yield stack
     stack.close(PATIENCE)
 
 
 def test_a_store_that_raises_is_counted_and_the_next_one_goes_on(
-    broken: BrokenTier, shaky: TierStack, caplog: pytest.LogCaptureFixture
+    broken: BrokenTier, shaky: TierManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken.broken = {"store"}
-    shaky.offer([Offer(each) for each in BLOCKS[:3]])
+    shaky.offload([OffloadedBlock(each) for each in BLOCKS[:3]])
     assert shaky.flush(PATIENCE)
     broken.broken = set()
-    shaky.offer([Offer(each) for each in BLOCKS[:3]])
+    shaky.offload([OffloadedBlock(each) for each in BLOCKS[:3]])
     assert shaky.flush(PATIENCE)
-    assert shaky.stack_stats().failures == {"ZeroDivisionError": 3}
+    failures = shaky.stack_stats().failures["ZeroDivisionError"]
+    assert 1 <= failures <= 3  # batches
     assert shaky.stack_stats().queue_bytes == 0
     assert fetched(shaky, BLOCKS[:3]) == BLOCKS[:3]
-    assert caplog.messages.count("a change of the tiers failed") == 3
+    assert caplog.messages.count("broken tier: a change failed") == failures
 
 
-def test_a_load_that_raises_is_a_miss_and_the_next_one_goes_on(broken: BrokenTier, shaky: TierStack) -> None:
+def test_a_load_that_raises_is_a_miss_and_the_next_one_goes_on(broken: BrokenTier, shaky: TierManager) -> None:
     broken.store(entries(BLOCKS))
     broken.broken = {"load"}
     assert fetched(shaky, BLOCKS) == [None] * 40
@@ -182,17 +183,17 @@ def refuse(found: list[BlockRecord | None]) -> None:
     raise IndexError(len(found))
 
 
-def test_who_fails_to_take_its_blocks_does_not_stop_the_others(broken: BrokenTier, shaky: TierStack) -> None:
+def test_who_fails_to_take_its_blocks_does_not_stop_the_others(broken: BrokenTier, shaky: TierManager) -> None:
     broken.store(entries(BLOCKS))
-    shaky.fetch(IDS, shaky.find(IDS), refuse)
+    shaky.onboard(IDS, shaky.find(IDS), refuse)
     assert fetched(shaky, BLOCKS) == BLOCKS
     shaky.close(PATIENCE)
     assert shaky.stack_stats().failures == {"IndexError": 1}
 
 
-def test_close_stores_what_is_queued(tier: GatedTier, stack: TierStack) -> None:
+def test_close_stores_what_is_queued(tier: GatedTier, stack: TierManager) -> None:
     close_gate(tier)
-    stack.offer([Offer(each) for each in BLOCKS[:5]])
+    stack.offload([OffloadedBlock(each) for each in BLOCKS[:5]])
     assert tier.began.wait(PATIENCE)
     closing: Future[bool] = Future()
     thread = threading.Thread(target=lambda: closing.set_result(stack.close(PATIENCE)))
@@ -204,25 +205,25 @@ def test_close_stores_what_is_queued(tier: GatedTier, stack: TierStack) -> None:
     assert tier.closed
 
 
-def test_close_does_not_wait_longer_than_it_was_told(tier: GatedTier, stack: TierStack) -> None:
+def test_close_does_not_wait_longer_than_it_was_told(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries(BLOCKS))
     close_gate(tier)
     _, outcome = start(stack, BLOCKS)
     assert tier.began.wait(PATIENCE)
-    stack.offer([Offer(each) for each in OTHERS])
+    stack.offload([OffloadedBlock(each) for each in OTHERS])
     assert not stack.close(0.01)
     assert outcome.result(0) == [None] * 40
     tier.gate.set()
 
 
-def test_after_close_nothing_is_stored_and_a_fetch_is_told_at_once(tier: GatedTier, stack: TierStack) -> None:
+def test_after_close_nothing_is_stored_and_a_fetch_is_told_at_once(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries(BLOCKS))
     assert stack.close(PATIENCE)
     assert stack.close(PATIENCE)
-    stack.offer([Offer(each) for each in OTHERS])
+    stack.offload([OffloadedBlock(each) for each in OTHERS])
     stack.touch(IDS)
-    assert stack.remove(IDS) is None
-    assert stack.clear() is None
+    for removal in (stack.remove(IDS), stack.clear()):
+        assert removal["gated"].result(0) == Removed(reason="closed")
     assert stack.flush(PATIENCE)
     assert stack.stack_stats().queue_full == len(OTHERS)
     _, outcome = start(stack, BLOCKS)

@@ -18,9 +18,9 @@ from rich.text import Text
 from emberkv.cli.command import App
 from emberkv.cli.telling import errors_told
 from emberkv.errors import CacheFolderError
-from emberkv.tiers.disk_files import BlockFiles
-from emberkv.tiers.disk_layout import BLOCKS, BlockFile, scan
-from emberkv.tiers.verify import verify
+from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.layout import BLOCKS, BlockFile, scan
+from emberkv.tiers.disk.verify import verify
 
 app = App(name="cache", help="Inspect, check and empty a folder of cached blocks.")
 

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -78,6 +78,37 @@ class PrefixPopularity:
             node, at = run, at + len(run.identities)
         if self._bytes > self._max_tokens * TOKEN_BYTES:
             self._forget(now)
+
+    def forget(self, identities: Collection[Identity] | None) -> int:
+        """Drop these blocks and all that extends them, everything for None; how many prefixes that leaves fewer."""
+        before = sum(1 for _ in self._runs(self._top))
+        pending = [self._top]
+        while pending:
+            node = pending.pop()
+            for first, run in list(node.children.items()):
+                cut = next(
+                    (at for at, each in enumerate(run.identities) if identities is None or each in identities), None
+                )
+                if cut is None:
+                    pending.append(run)
+                    continue
+                self._bytes -= sum(len(each.tokens) for each in (run, *self._runs(run)))
+                del node.children[first]
+                if cut:
+                    kept = len(run.tokens) // len(run.identities) * cut
+                    shorter = _Run(node, run.identities[:cut], run.tokens[:kept], run.owner, run.score, run.at)
+                    node.children[first] = shorter
+                    self._bytes += kept
+        return before - sum(1 for _ in self._runs(self._top))
+
+    @staticmethod
+    def _runs(top: _Run) -> Iterator[_Run]:
+        """All runs below one."""
+        pending = list(top.children.values())
+        while pending:
+            run = pending.pop()
+            yield run
+            pending += run.children.values()
 
     def best(self, now: float, *, least_score: float = 0.0) -> list[PopularPrefix]:
         """All prefixes that score so much, the best first; a prefix comes after the one that it extends.

@@ -21,7 +21,8 @@ from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.tier_setup import TierConfig, open_tiers
 from emberkv.engine.torch_engine import TorchEngine
-from emberkv.tiers.stack import EvictionHook, TierStack
+from emberkv.tiers.manager import TierManager
+from emberkv.tiers.worker import EvictionHook
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class AssembledEngine:
     scheduler: Scheduler
     namespace: bytes
     public: PublicPrefixes
-    tiers: TierStack | None = None
+    tiers: TierManager | None = None
     link: TierLink | None = None
 
     def close(self, timeout: float = 10.0) -> None:
@@ -68,7 +69,7 @@ def assemble(
     public_prefixes: Iterable[Sequence[int]] = (),
     sampler: Sampler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
-    on_evicted: EvictionHook | None = None,
+    on_evicted: EvictionHook = lambda _tier, _hashes: None,
 ) -> AssembledEngine:
     """An engine whose thread is not started yet. sampler, on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
@@ -109,7 +110,7 @@ def assemble(
 
 
 def _scheduler(
-    executor: TorchEngine, config: EngineConfig, weight: BlockWeight, tiers: TierStack | None
+    executor: TorchEngine, config: EngineConfig, weight: BlockWeight, tiers: TierManager | None
 ) -> tuple[Scheduler, TierLink | None]:
     policy = config.tiers.pool_policy(config.eviction, executor.pool.num_bytes)
     pool = BlockPool(

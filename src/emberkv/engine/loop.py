@@ -109,8 +109,8 @@ class EngineLoop:
         """As of the last step; the tiers' figures as of now."""
         if self._tiers is None:
             return self._stats
-        stack = self._tiers.stack
-        return replace(self._stats, tiers=stack.stats(), stack=stack.stack_stats())
+        manager = self._tiers.manager
+        return replace(self._stats, tiers=manager.stats(), stack=manager.stack_stats())
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         """Queue a request; hashing the prompt's blocks happens here, on the caller's thread.
@@ -177,7 +177,7 @@ class EngineLoop:
         for command in mail.commands:
             command.run(self._scheduler)
         if self._tiers is not None:
-            for load, exact in self._tiers.ended():
+            for load, exact in self._tiers.completed():
                 self._scheduler.loaded(load, exact)
         if mail:
             self._publish_stats()
@@ -216,7 +216,7 @@ class EngineLoop:
             return
         self._live.deliver(plan, sampled)
         if self._tiers is not None:
-            self._tiers.copy_down(self._scheduler.cache.pool.take_committed())
+            self._tiers.offload(self._scheduler.cache.pool.take_committed())
             if plan.prefills:
                 self._tiers.computed(plan.num_tokens, self._clock() - began)
 
@@ -227,7 +227,7 @@ class EngineLoop:
             for sequence in first_time:
                 self._tiers.used(sequence.chain.identities[: sequence.cached_tokens // sequence.chain.block_size])
             for load in plan.loads:
-                self._tiers.begin(load)
+                self._tiers.onboard(load)
 
     def _end_all(self) -> None:
         mail = self._mailbox.close()

@@ -1,6 +1,6 @@
-"""Between the pool's bytes and the tiers below: what was committed goes down, what was asked for comes up verified.
+"""Connects the pool's bytes to the tier manager: committed blocks are offloaded, loads are onboarded into their blocks.
 
-All methods but `find` and `stats` belong to the engine's thread; nothing here waits for a disk.
+All methods but `find` and `peeking` are for the engine's thread; none waits for a disk.
 """
 
 import logging
@@ -15,15 +15,19 @@ from emberkv.core.hashing import Identity
 from emberkv.core.promotion import Load, LowerTiers, Run
 from emberkv.core.rates import Rate
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.fetch import Fetch, Records
-from emberkv.tiers.stack import Offer, TierStack
+from emberkv.tiers.manager import OffloadedBlock, TierManager
+from emberkv.tiers.onboarding import Onboarding, Records
 from emberkv.tiers.stats import Troubles
 
 _log = logging.getLogger(__name__)
 
 
+FIRST_LOAD_SECONDS = 5.0
+"""How long a load may take while it is not known how long computing its blocks would."""
+
+
 class BlockBytes(Protocol):
-    """Where blocks' bytes are; `KVPool` is one."""
+    """The bytes of blocks by slot; `KVPool` is one."""
 
     @property
     def block_bytes(self) -> int: ...
@@ -34,16 +38,16 @@ class BlockBytes(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
-    """A load on its way. deadline: by the clock; None: it may take as long as it does."""
+class _PendingLoad:
+    """deadline: by the clock; when it has passed, the load ends with the blocks that have come."""
 
     load: Load
-    fetch: Fetch
-    deadline: float | None
+    onboarding: Onboarding
+    deadline: float
 
 
 class TierLink:
-    """The `LowerTiers` of a scheduler, over a stack of tiers.
+    """The `LowerTiers` of a scheduler, over a manager of tiers.
 
     step_tokens: how many prompt tokens a step computes when there is nothing else to do. exact: only blocks that are
     bit-equal to a cold prefill's go down. clock: seconds. news: called, on any thread, when `has_news` may be True.
@@ -54,14 +58,14 @@ class TierLink:
 
     def __init__(
         self,
-        stack: TierStack,
+        manager: TierManager,
         blocks: BlockBytes,
         *,
         step_tokens: int,
         exact: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stack = stack
+        self.manager = manager
         self.news: Callable[[], None] = lambda: None
         self._troubles = Troubles(_log, "blocks between the pool and the tiers")
         self._blocks = blocks
@@ -69,11 +73,11 @@ class TierLink:
         self._exact = exact
         self._clock = clock
         self._prefill = Rate()
-        self._flights: dict[Load, _Flight] = {}
-        self._fetched: deque[tuple[Load, Records]] = deque()
+        self._pending: dict[Load, _PendingLoad] = {}
+        self._arrived: deque[tuple[Load, Records]] = deque()
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
-        return self.stack.find(identities, exact=exact)
+        return self.manager.find(identities, exact=exact)
 
     @property
     def peeking(self) -> LowerTiers:
@@ -93,12 +97,12 @@ class TierLink:
         self._prefill.observe(tokens, max(0.0, seconds))
 
     def used(self, identities: Sequence[Identity]) -> None:
-        """These were hit in the pool: they are as recent below."""
+        """These were hit in the pool, so make them as recent in the tiers."""
         if identities:
-            self.stack.touch(identities)
+            self.manager.touch(identities)
 
-    def copy_down(self, blocks: Sequence[Block]) -> None:
-        """Offer these to the tiers; their bytes are copied here and now, and all else is done elsewhere."""
+    def offload(self, blocks: Sequence[Block]) -> None:
+        """Have the tiers store these. Their bytes are copied out of the pool before this returns."""
         wanted = [block for block in blocks if block.exact or not self._exact]
         if not wanted:
             return
@@ -107,17 +111,19 @@ class TierLink:
         except (MemoryError, RuntimeError) as error:  # torch has no memory for it: the blocks stay where they are
             self._count(type(error).__name__, len(wanted))
             return
-        self.stack.offer([_offer(block, content) for block, content in zip(wanted, contents, strict=True)])
+        self.manager.offload([_offloaded(block, content) for block, content in zip(wanted, contents, strict=True)])
 
-    def begin(self, load: Load) -> None:
-        """Have a load's blocks read."""
+    def onboard(self, load: Load) -> None:
+        """Have a load's blocks read, for as long as its patience lasts, or `FIRST_LOAD_SECONDS` where it has none."""
 
         def done(records: Records) -> None:
-            self._fetched.append((load, records))
+            self._arrived.append((load, records))
             self.news()
 
-        deadline = None if load.patience is None else self._clock() + load.patience
-        self._flights[load] = _Flight(load, self.stack.fetch(list(load.identities), load.runs, done), deadline)
+        patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
+        deadline = self._clock() + patience
+        onboarding = self.manager.onboard(list(load.identities), load.runs, done)
+        self._pending[load] = _PendingLoad(load, onboarding, deadline)
 
     @property
     def trouble(self) -> Counter[str]:
@@ -126,32 +132,30 @@ class TierLink:
     @property
     def has_news(self) -> bool:
         left = self.seconds_left
-        return bool(self._fetched) or (left is not None and left <= 0)
+        return bool(self._arrived) or (left is not None and left <= 0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the patience with a load ends; None when there is no such time."""
-        deadlines = [flight.deadline for flight in self._flights.values() if flight.deadline is not None]
+        """Until the next load's deadline; None where there is no load."""
+        deadlines = [pending.deadline for pending in self._pending.values()]
         return min(deadlines) - self._clock() if deadlines else None
 
-    def ended(self) -> list[tuple[Load, list[bool]]]:
+    def completed(self) -> list[tuple[Load, list[bool]]]:
         """The loads that have ended since the last call, whose bytes are in their slots now as far as they came.
 
-        The flags are for `Scheduler.loaded`. A load that has taken as long as computing would have ends here, with what
-        has come by then.
+        The flags are for `Scheduler.loaded`. A load whose deadline has passed ends here, with what has come by then.
         """
         results = []
-        while self._fetched:
-            load, records = self._fetched.popleft()
-            if self._flights.pop(load, None) is not None:
+        while self._arrived:
+            load, records = self._arrived.popleft()
+            if self._pending.pop(load, None) is not None:
                 results.append((load, self._place(load, records)))
         now = self._clock()
-        for flight in list(self._flights.values()):
-            if flight.deadline is not None and flight.deadline <= now:
-                del self._flights[flight.load]
-                flight.fetch.cancel()
-                self._count("patience", 1)
-                results.append((flight.load, self._place(flight.load, list(flight.fetch.records))))
+        for pending in [each for each in self._pending.values() if each.deadline <= now]:
+            del self._pending[pending.load]
+            records = self.manager.cancel(pending.onboarding)
+            self._count("patience", 1)
+            results.append((pending.load, self._place(pending.load, records)))
         return results
 
     def _place(self, load: Load, records: Records) -> list[bool]:
@@ -162,7 +166,7 @@ class TierLink:
                 break
             try:
                 self._blocks.write_block(block.slot, record.payload)
-            except (MemoryError, RuntimeError) as error:  # as in copy_down: what is not there is computed
+            except (MemoryError, RuntimeError) as error:  # as in offload: what is not there is computed
                 self._count(type(error).__name__, 1)
                 break
             exact.append(record.exact)
@@ -184,19 +188,19 @@ class TierLink:
 
 
 class _Peeking:
-    """`TierLink` for whoever only asks."""
+    """`TierLink` for questions that no request asks."""
 
     def __init__(self, link: TierLink) -> None:
         self._link = link
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
-        return self._link.stack.peek(identities, exact=exact)
+        return self._link.manager.peek(identities, exact=exact)
 
     def recompute_seconds(self, tokens: int) -> float | None:
         return self._link.recompute_seconds(tokens)
 
 
-def _offer(block: Block, content: memoryview) -> Offer:
+def _offloaded(block: Block, content: memoryview) -> OffloadedBlock:
     assert block.identity is not None
     record = BlockRecord(block.identity, block.parent, block.tokens, block.position, block.exact, content)
-    return Offer(record, block.owner)
+    return OffloadedBlock(record, block.owner)

@@ -10,9 +10,10 @@ from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
 from emberkv.core.policies.retention import Retaining
 from emberkv.tiers.base import PolicyFactory, Tier
-from emberkv.tiers.disk import DiskTier
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.stack import EvictionHook, TierStack
+from emberkv.tiers.worker import EvictionHook
 
 QUEUE_BYTES = 256 * 2**20
 POOL, RAM, DISK = "pool", "ram", "disk"
@@ -55,8 +56,8 @@ class TierConfig:
 
 
 def open_tiers(
-    config: TierConfig, eviction: str, namespace: bytes, on_evicted: EvictionHook | None = None
-) -> TierStack | None:
+    config: TierConfig, eviction: str, namespace: bytes, on_evicted: EvictionHook = lambda _tier, _hashes: None
+) -> TierManager | None:
     """The tiers that the configuration names, or None. Raises ConfigError and CacheFolderError."""
     tiers: list[Tier] = []
     if config.ram_bytes:
@@ -64,4 +65,4 @@ def open_tiers(
     if config.folder is not None:
         policy = config.tier_policy(DISK, eviction)
         tiers.append(DiskTier.open(config.folder, config.disk_bytes, namespace=namespace, policy=policy, name=DISK))
-    return TierStack(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted) if tiers else None
+    return TierManager(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted) if tiers else None

@@ -13,7 +13,7 @@ from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.promotion import Load, Run
 from emberkv.core.rates import Rate
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
-from emberkv.tiers.lookup import find_runs
+from emberkv.tiers.manager import find_runs
 from emberkv.tiers.meter import TierMeter
 
 QUEUE_SECONDS = 1.0

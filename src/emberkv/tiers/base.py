@@ -1,4 +1,4 @@
-"""What every tier is: a place for opaque bytes by identity, asked in batches only."""
+"""The interface of a tier: a store of opaque bytes by block hash, called with batches only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ PolicyFactory = Callable[[], EvictionPolicy[Any]]
 
 @dataclass(frozen=True, slots=True)
 class TierEntry:
-    """A block as a tier keeps it. owner: whose books it is on; "" where nobody told. exact: see `BlockRecord`."""
+    """A block as a tier keeps it. owner: whose share it takes; "" for the only one. exact: see `BlockRecord`."""
 
     identity: bytes
     owner: str
@@ -23,14 +23,26 @@ class TierEntry:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What came of a store. count: of the entries given, those that the tier now has. evicted: what had to go."""
+    """The result of a store. count: of the entries given, those that the tier has now. evicted: what had to go."""
 
     count: int = 0
     evicted: list[bytes] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The result of a removal. count: blocks that are gone. kept: blocks whose bytes are still stored, though this
+    process does not serve them any more. reason: why they are; "" where none are kept.
+    """
+
+    count: int = 0
+    kept: int = 0
+    reason: str = ""
+
+
 class Tier(Protocol):
-    """All verbs may be called from any thread. Failures of the place itself are counted in ``stats``, never raised.
+    """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
+    itself are counted in ``stats``, never raised.
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
@@ -38,26 +50,33 @@ class Tier(Protocol):
 
     name: str
 
+    @property
+    def refresh_seconds(self) -> float | None:
+        """How often `refresh` is to be called; None: never."""
+
     def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
-        """How many of the first identities it has, in one run. Memory only, never I/O. exact: count only such."""
+        """The length of the run of blocks, from the first on, that are here. No I/O. exact: count only exact blocks."""
 
     def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
-        """What was stored, unverified; None where it is not here or cannot be read."""
+        """The entries as they were stored, unverified; None where one is not here or cannot be read."""
 
     def touch(self, identities: Sequence[bytes]) -> None:
-        """These were used elsewhere: as recent as if they had been loaded."""
+        """Make these as recent as if they had been loaded."""
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         """Keep what is not here yet; an exact entry replaces one that is not. Evicts until it fits."""
 
-    def remove(self, identities: Sequence[bytes]) -> int:
-        """Drop these; how many were there."""
+    def remove(self, identities: Sequence[bytes]) -> Removed:
+        """Drop these; afterwards `lookup` does not find them."""
 
-    def clear(self) -> int:
-        """Drop all that ``lookup`` could find; how many there were."""
+    def clear(self) -> Removed:
+        """Drop all that `lookup` could find."""
+
+    def refresh(self) -> None:
+        """Take in what other processes have changed."""
 
     def stats(self) -> TierStats:
-        """What it holds and what went wrong; the traffic is the stack's to count."""
+        """Contents and failures; the traffic is counted by the manager."""
 
     def close(self) -> None:
         """Give back what the tier holds open. What it stores stays."""

@@ -1,4 +1,4 @@
-"""The byte cache in host memory: the one place that counts a RAM tier's bytes and holds it to its limit.
+"""The public byte cache in host memory, which holds its entries to a limit of bytes.
 
 What to evict is the policy's decision, when to is ours. Reads note what they read, and whoever next needs the books (a
 set, a question about statistics, or now and then a read that finds the lock free) settles them under the lock, in the
@@ -76,10 +76,6 @@ class InMemoryKVCacheManager:
     key's in UTF-8. eviction_policy: one of `emberkv.core.policies.eviction.POLICY_NAMES`; all cost O(1) an operation,
     save those that rank entries, which cost O(log n). clock: wall clock in seconds.
 
-    For a tier built on it: make: a policy of its own instead of a named one; `set` raises EntryError, too, where that
-    one leaves no room. weigh: an entry's weight in its eyes, from key and bytes. on_evict: told of each key evicted,
-    while the cache is locked.
-
     Raises ConfigError, a ValueError, for an unknown policy or a size that is not a finite number above 0.
     """
 
@@ -89,17 +85,12 @@ class InMemoryKVCacheManager:
         eviction_policy: str = "lru",
         *,
         clock: Callable[[], float] = time.time,
-        make: Callable[[], EvictionPolicy[str]] | None = None,
-        weigh: Callable[[str, int], Weight] | None = None,
-        on_evict: Callable[[str], None] | None = None,
     ) -> None:
         limit = max_memory_mb * MB
         if not 0 < limit < math.inf:
             raise ConfigError(f"max_memory_mb is {max_memory_mb!r}; it must be a finite number above 0")
         self._limit = int(limit)
-        self._make_policy: Callable[[], EvictionPolicy[str]] = make or partial(make_policy, eviction_policy)
-        self._weigh = weigh or _weigh
-        self._on_evict = on_evict
+        self._make_policy: Callable[[], EvictionPolicy[str]] = partial(make_policy, eviction_policy)
         self._clock = clock
         self._lock = threading.Lock()
         self.clear()
@@ -152,20 +143,14 @@ class InMemoryKVCacheManager:
             if replaced is not None:  # it stays readable until the new one takes its place
                 self._policy.discard(key)
                 self._count_bytes(replaced, -1)
-            weight = self._weigh(key, size)
             while self._key_bytes + self._value_bytes + size > self._limit:
-                if not self._policy.available_to(weight.owner):
-                    self._entries.pop(key, None)
-                    raise EntryError(f"entry of {size:,} bytes has no room beside what others are guaranteed")
-                self._drop_evicted(self._policy.evict_for(weight.owner))
+                self._count_bytes(self._entries.pop(self._policy.evict()), -1)
+                self._evictions += 1
             entry = _Entry(value, key_size, prefix_tokens, self._clock())
             self._entries[key] = entry
             self._count_bytes(entry, +1)
-            self._policy.admit(key, weight)
+            self._policy.admit(key, Weight(size=size))
             self._policy.release((key,))
-            for surplus in list(self._policy.surplus()):
-                self._policy.discard(surplus)
-                self._drop_evicted(surplus)
 
     def delete(self, key: str) -> bool:
         """Drop the entry; whether there was one."""
@@ -226,16 +211,6 @@ class InMemoryKVCacheManager:
                 hits.append(key)
         self._policy.access(hits)
 
-    def _drop_evicted(self, key: str) -> None:
-        self._count_bytes(self._entries.pop(key), -1)
-        self._evictions += 1
-        if self._on_evict is not None:
-            self._on_evict(key)
-
     def _count_bytes(self, entry: _Entry, sign: int) -> None:
         self._key_bytes += sign * entry.key_size
         self._value_bytes += sign * len(entry.value)
-
-
-def _weigh(key: str, size: int) -> Weight:
-    return Weight(size=size)

@@ -1,109 +1,88 @@
-"""The RAM tier: encoded blocks in host memory, below a pool that lives elsewhere or is small."""
+"""The RAM tier: encoded blocks in host memory, below a pool that is on a device or is small."""
 
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import Weight
-from emberkv.errors import EntryError
-from emberkv.tiers.base import PolicyFactory, Stored, TierEntry
-from emberkv.tiers.byte_cache import MB, InMemoryKVCacheManager
+from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.errors import ConfigError
+from emberkv.tiers.base import PolicyFactory, Removed, Stored, TierEntry
 from emberkv.tiers.stats import TierStats
 
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    owner: str
-    exact: bool
-    size: int
+KEY_BYTES = 64
+"""Counted for each entry beside its own bytes."""
 
 
 class MemoryTier:
-    """A `Tier` on `InMemoryKVCacheManager`, which counts the bytes: a block's own and 64 for its key.
+    """A `Tier` in a dictionary. An entry is one immutable value, so a load sees the whole of the old or of the new one.
 
-    max_bytes: its limit. Raises ConfigError, a ValueError, where it is not above 0.
+    max_bytes: its limit, for entries and `KEY_BYTES` for each. Raises ConfigError where it is not above 0.
     """
 
+    refresh_seconds = None
+
     def __init__(self, max_bytes: int, *, policy: PolicyFactory = LRU, name: str = "ram") -> None:
+        if max_bytes <= 0:
+            raise ConfigError(f"the RAM tier's size is {max_bytes} bytes; it must be above 0")
         self.name = name
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()  # orders stores and removals; loads and look-ups do not wait for it
-        self._held: dict[str, _Held] = {}
+        self._make_policy = policy
+        self._lock = threading.Lock()  # for all but look-ups, which read the dictionary alone
+        self._entries: dict[bytes, TierEntry] = {}
+        self._policy: EvictionPolicy[bytes] = policy()
+        self._bytes = 0
         self._owners: Counter[str] = Counter()
-        self._evicted: list[bytes] = []
         self._skipped: Counter[str] = Counter()
         self._evictions = 0
-        self._cache = InMemoryKVCacheManager(
-            max_bytes / MB, make=policy, weigh=self._weigh, on_evict=self._forget_evicted
-        )
 
     def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
         for index, identity in enumerate(identities):
-            held = self._held.get(identity.hex())
-            if held is None or (exact and not held.exact):
+            entry = self._entries.get(identity)
+            if entry is None or (exact and not entry.exact):
                 return index
         return len(identities)
 
     def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
-        found = [self._load_one(identity) for identity in reversed(identities)]
-        return found[::-1]
-
-    def _load_one(self, identity: bytes) -> TierEntry | None:
-        key = identity.hex()
-        held, data = self._held.get(key), self._cache.get(key)
-        return TierEntry(identity, held.owner, data, held.exact) if held and data is not None else None
+        with self._lock:
+            self._use(identities)
+            return [self._entries.get(identity) for identity in identities]
 
     def touch(self, identities: Sequence[bytes]) -> None:
-        for identity in reversed(identities):
-            self._cache.get(identity.hex())
+        with self._lock:
+            self._use(identities)
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
+        evicted: list[bytes] = []
         with self._lock:
-            self._evicted = []
-            count = sum(self._store_one(entry) for entry in reversed(entries))
-            return Stored(count, self._evicted)
+            count = sum(self._store_one(entry, evicted) for entry in reversed(entries))
+            return Stored(count, [identity for identity in evicted if identity not in self._entries])
 
-    def _store_one(self, entry: TierEntry) -> bool:
-        key = entry.identity.hex()
-        held = self._held.get(key)
-        if held and (held.exact or not entry.exact):
-            return True
-        size = len(key) + len(entry.data)
-        if size > self._max_bytes:
-            self._skipped["too large"] += 1
-            return False
-        self._forget(key)
-        self._held[key] = _Held(entry.owner, entry.exact, size)
-        self._owners[entry.owner] += size
-        try:
-            self._cache.set(key, entry.data)
-        except EntryError:  # all that could go is guaranteed to others
-            self._skipped["no room"] += 1
-            self._forget(key)
-        return key in self._held
-
-    def remove(self, identities: Sequence[bytes]) -> int:
+    def remove(self, identities: Sequence[bytes]) -> Removed:
         with self._lock:
-            keys = [identity.hex() for identity in identities]
-            for key in keys:
-                self._forget(key)
-            return sum(self._cache.delete(key) for key in keys)
+            found = [identity for identity in dict.fromkeys(identities) if identity in self._entries]
+            for identity in found:
+                self._policy.discard(identity)
+                self._drop(identity)
+            return Removed(len(found))
 
-    def clear(self) -> int:
+    def clear(self) -> Removed:
         with self._lock:
-            count = len(self._held)
-            self._cache.clear()
-            self._held.clear()
+            count = len(self._entries)
+            self._entries = {}
+            self._policy = self._make_policy()
+            self._bytes = 0
             self._owners.clear()
-            return count
+            return Removed(count)
+
+    def refresh(self) -> None:
+        """Nobody else changes this process's memory."""
 
     def stats(self) -> TierStats:
         with self._lock:
             return TierStats(
-                entries=len(self._held),
-                bytes=sum(self._owners.values()),
+                entries=len(self._entries),
+                bytes=self._bytes,
                 max_bytes=self._max_bytes,
                 bytes_by_owner={owner: size for owner, size in self._owners.items() if size},
                 evictions=self._evictions,
@@ -113,15 +92,54 @@ class MemoryTier:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _weigh(self, key: str, size: int) -> Weight:
-        return Weight(size=size, owner=self._held[key].owner)
+    def _use(self, identities: Sequence[bytes]) -> None:
+        self._policy.access([identity for identity in reversed(identities) if identity in self._entries])
 
-    def _forget(self, key: str) -> None:
-        held = self._held.pop(key, None)
-        if held:
-            self._owners[held.owner] -= held.size
+    def _store_one(self, entry: TierEntry, evicted: list[bytes]) -> bool:
+        """Whether the block is here now. Where there is no room for it, the entry that it would replace stays."""
+        replaced = self._entries.get(entry.identity)
+        if replaced and (replaced.exact or not entry.exact):
+            return True
+        size = _size(entry)
+        if size > self._max_bytes:
+            self._skipped["too large"] += 1
+            return False
+        if replaced:
+            self._policy.discard(entry.identity)
+        freed = _size(replaced) if replaced else 0
+        while self._bytes - freed + size > self._max_bytes:
+            if not self._policy.available_to(entry.owner):  # all that could go is guaranteed to others
+                self._skipped["no room"] += 1
+                if replaced:
+                    self._admit(replaced)
+                return False
+            self._evict(self._policy.evict_for(entry.owner), evicted)
+        if replaced:
+            self._drop(entry.identity)
+        self._entries[entry.identity] = entry
+        self._count(entry, +1)
+        self._admit(entry)
+        for surplus in list(self._policy.surplus()):
+            self._policy.discard(surplus)
+            self._evict(surplus, evicted)
+        return entry.identity in self._entries
 
-    def _forget_evicted(self, key: str) -> None:
-        self._forget(key)
+    def _admit(self, entry: TierEntry) -> None:
+        self._policy.admit(entry.identity, Weight(size=_size(entry), owner=entry.owner))
+        self._policy.release((entry.identity,))
+
+    def _evict(self, identity: bytes, evicted: list[bytes]) -> None:
+        self._drop(identity)
         self._evictions += 1
-        self._evicted.append(bytes.fromhex(key))
+        evicted.append(identity)
+
+    def _drop(self, identity: bytes) -> None:
+        self._count(self._entries.pop(identity), -1)
+
+    def _count(self, entry: TierEntry, sign: int) -> None:
+        self._bytes += sign * _size(entry)
+        self._owners[entry.owner] += sign * _size(entry)
+
+
+def _size(entry: TierEntry) -> int:
+    return KEY_BYTES + len(entry.data)

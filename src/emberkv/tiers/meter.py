@@ -13,7 +13,7 @@ class TierMeter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hits = self._misses = self._loads = self._stores = 0
+        self._hits = self._misses = self._loads = self._stores = self._stalls = 0
         self._corrupt: Counter[str] = Counter()
         self._load_latency = LatencyHistogram()
         self._store_latency = LatencyHistogram()
@@ -46,6 +46,11 @@ class TierMeter:
         with self._lock:
             self._corrupt[fault] += 1
 
+    def stalled(self) -> None:
+        """A read has taken longer than the request for its blocks waits."""
+        with self._lock:
+            self._stalls += 1
+
     def seconds_for(self, blocks: int) -> float | None:
         """Expected time to fetch so many; None before the first fetch."""
         with self._lock:
@@ -61,6 +66,7 @@ class TierMeter:
                 loads=self._loads,
                 stores=self._stores,
                 corrupt=dict(self._corrupt),
+                troubles={**stats.troubles, **({"stalled": self._stalls} if self._stalls else {})},
                 load_latency=self._load_latency.snapshot(),
                 store_latency=self._store_latency.snapshot(),
             )

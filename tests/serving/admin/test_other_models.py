@@ -7,7 +7,7 @@ import pytest
 
 from emberkv.core.hashing import TokenChain
 from emberkv.serving.admin.other_models import FILE_NAME, KnownModel, OtherModels
-from emberkv.tiers.disk_layout import BLOCKS, BlockFile
+from emberkv.tiers.disk.layout import BLOCKS, BlockFile
 
 OLD, NEW = b"\x01" * 32, b"\x02" * 32
 TOKENS = list(range(20))

@@ -12,7 +12,7 @@ from emberkv.core.scheduler import Scheduler
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.reuse_watch import ReuseWatch
 from emberkv.serving.tenancy.tenants import Tenant
-from emberkv.tiers.stack import TierStack
+from emberkv.tiers.manager import TierManager
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ class Runner(Protocol):
 class CacheAccess:
     """chain: a prompt's blocks as its tenant's requests name them. clock: seconds, by which retention ends.
 
-    lower: what loads come from, asked without being counted; None: nothing is below the pool. stack: the same tiers, to
-    be told what to drop. reuse: what caches of other sizes would find of the traffic; None: nobody follows it.
-    other_models: how many of a prompt's tokens are cached for each other model that is known of, by its name.
+    lower: what loads come from, asked without being counted; None: nothing is below the pool. manager: of the same
+    tiers. reuse: what caches of other sizes would find of the traffic; None: it is not followed. other_models:
+    how many of a prompt's tokens are cached for each other model that is known of, by its name.
     """
 
     books: CacheBooks
@@ -37,6 +37,6 @@ class CacheAccess:
     chain: Callable[[Sequence[int], Tenant], TokenChain]
     clock: Callable[[], float] = time.monotonic
     lower: LowerTiers | None = None
-    stack: TierStack | None = None
+    manager: TierManager | None = None
     reuse: ReuseWatch | None = None
     other_models: Callable[[Sequence[int], Tenant], Mapping[str, int]] = lambda _tokens, _tenant: {}

@@ -1,7 +1,7 @@
 """What the cache's own routes do: each of these is a command on the engine's thread, or a look into the books."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
@@ -19,11 +19,19 @@ from emberkv.engine.tokenizer import Tokenizer
 from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.explain import text_of
 from emberkv.serving.api.failures import NotFoundError
+from emberkv.serving.warmup.warmup import Warmup
+from emberkv.tiers.base import Removed
 
 T = TypeVar("T")
 
 SHOWN_TOKENS = 24
-"""Tokens told of the beginning of a listed prefix."""
+"""Shown of the beginning of a listed prefix."""
+
+ANSWER_SECONDS = 10.0
+"""How long an answer about a removal waits for a disk."""
+
+LEARNED = "learned_prompts"
+NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stored is removed when the disk answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +43,32 @@ class Path:
     tenant: str
 
 
-class CacheDesk:
-    """Over one model's cache; belongs to the event loop."""
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What a removal has removed. blocks: by place. learned_prompts: prefixes that no next start computes again.
 
-    def __init__(self, cache: CacheAccess) -> None:
+    kept: what is still stored, though it is not served any more: by place, how many, and why.
+    """
+
+    blocks: Mapping[str, int]
+    learned_prompts: int
+    kept: Mapping[str, Mapping[str, int | str]]
+
+
+class CacheDesk:
+    """Over one model's cache; belongs to the event loop. warmup: of the model, which has learned prompts."""
+
+    def __init__(self, cache: CacheAccess, warmup: Warmup | None = None) -> None:
         self._cache = cache
+        self._warmup = warmup
 
     async def statistics(self) -> dict[str, Any]:
         """Counters since the start, what each place holds, by tenant too where shares are kept, and what an LRU pool of
         other sizes would find of recent prompts.
         """
         figures = await self._run(_figures)
-        stack = self._cache.stack
-        tiers = await asyncio.to_thread(stack.stats) if stack is not None else {}
+        manager = self._cache.manager
+        tiers = await asyncio.to_thread(manager.stats) if manager is not None else {}
         places = {POOL: figures.pop(POOL), **{name: plain(stats) for name, stats in tiers.items()}}
         reuse = self._cache.reuse
         return {**figures, "places": places, "other_sizes": [] if reuse is None else reuse.figures()}
@@ -89,31 +110,61 @@ class CacheDesk:
     async def let_go(self, path: Path) -> None:
         await self._run(lambda scheduler: scheduler.cache.pool.policy.let_go(path.identities))
 
-    async def remove(self, path: Path) -> dict[str, int]:
-        """Forget a prefix and all that goes on from it, but not what other prefixes share; blocks, by place."""
+    async def remove(self, path: Path) -> Removal:
+        """Remove a prefix and all that goes on from it, but not what other prefixes share, from pool, tiers and learned
+        prompts.
+        """
         with self._cache.books.reading() as ledger:
             identities = unshared(ledger, path.identities)
-        removed = await self._run(lambda scheduler: scheduler.remove(identities))
-        stack = self._cache.stack
-        below = await self._below(None if stack is None else stack.remove(identities))
-        self._cache.books.removed(identities)
-        return {POOL: removed, **below}
+        manager = self._cache.manager
 
-    async def clear(self) -> dict[str, int]:
-        """Forget everything; blocks, by place."""
-        removed = await self._run(_clear)
-        stack = self._cache.stack
-        below = await self._below(None if stack is None else stack.clear())
-        for place in below:
-            self._cache.books.cleared(place)
-        return {POOL: removed, **below}
+        def command(scheduler: Scheduler) -> tuple[int, Mapping[str, Future[Removed]]]:
+            return scheduler.remove(identities), manager.remove(identities) if manager is not None else {}
+
+        removal = await self._removal(identities, command)
+        self._cache.books.removed(identities)
+        return removal
+
+    async def clear(self) -> Removal:
+        """Remove everything of this model, from pool, tiers and learned prompts."""
+        manager = self._cache.manager
+
+        def command(scheduler: Scheduler) -> tuple[int, Mapping[str, Future[Removed]]]:
+            return _clear(scheduler), manager.clear() if manager is not None else {}
+
+        removal = await self._removal(None, command)
+        for place in removal.blocks:
+            if place != POOL:
+                self._cache.books.cleared(place)
+        return removal
+
+    async def _removal(
+        self,
+        identities: Collection[Identity] | None,
+        command: Callable[[Scheduler], tuple[int, Mapping[str, Future[Removed]]]],
+    ) -> Removal:
+        """Pool and tiers are told between two steps, so that no block gets from one to the other meanwhile."""
+        warmup = self._warmup
+        forgetting = asyncio.to_thread(warmup.forget, identities) if warmup is not None else _nothing()
+        learned = asyncio.ensure_future(forgetting)
+        pool, futures = await self._run(command)
+        awaited = {name: asyncio.wrap_future(future) for name, future in futures.items()}
+        await asyncio.wait([learned, *awaited.values()], timeout=ANSWER_SECONDS)
+        results = {name: future.result() if future.done() else NO_ANSWER for name, future in awaited.items()}
+        prompts = learned.result() if learned.done() else NO_ANSWER
+        kept = {name: result for name, result in (*results.items(), (LEARNED, prompts)) if result.reason}
+        return Removal(
+            blocks={POOL: pool, **{name: result.count for name, result in results.items()}},
+            learned_prompts=prompts.count,
+            kept={name: {"count": result.kept, "reason": result.reason} for name, result in kept.items()},
+        )
 
     async def _run(self, command: Callable[[Scheduler], T]) -> T:
         return await asyncio.wrap_future(self._cache.run(command))
 
-    @staticmethod
-    async def _below(removal: "Future[dict[str, int]] | None") -> dict[str, int]:
-        return await asyncio.wrap_future(removal) if removal is not None else {}
+
+async def _nothing() -> Removed:
+    return Removed()
 
 
 def plain(stats: object) -> Any:

@@ -55,13 +55,13 @@ def cache_access(engine: "AssembledEngine", books: CacheBooks, *, name: str, fol
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
     loop.watch(reuse.saw)
     if engine.tiers is not None:
-        books.below = engine.tiers.places
+        books.below = engine.tiers.tiers_of
 
     def chain(tokens: Sequence[int], tenant: Tenant) -> TokenChain:
         return loop.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
 
     lower = engine.link.peeking if engine.link is not None else None
-    access = CacheAccess(books, loop.run, chain, lower=lower, stack=engine.tiers, reuse=reuse)
+    access = CacheAccess(books, loop.run, chain, lower=lower, manager=engine.tiers, reuse=reuse)
     if folder is None or engine.tiers is None:
         return access
     own = KnownModel(name=name, root=engine.executor.root(b""), block_size=engine.scheduler.cache.pool.block_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
-from emberkv.tiers.disk_layout import BLOCKS, BlockFile
+from emberkv.tiers.disk.layout import BLOCKS, BlockFile
 from emberkv.whole_file import remove_leftovers, replace_file
 
 FILE_NAME = "models.json"

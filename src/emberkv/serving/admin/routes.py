@@ -1,6 +1,7 @@
 """The cache's own routes below /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
 
 import asyncio
+from dataclasses import asdict
 from math import inf
 
 from fastapi import APIRouter, Request
@@ -113,12 +114,12 @@ class CacheRoutes:
         """Forget a prefix, unless others share it, and all that goes on from it."""
         await self._context.guard.operator(http)
         _, path = await self._path(http)
-        return JSONResponse({"object": "cache.removed", "blocks": await self._desk().remove(path)})
+        return JSONResponse({"object": "cache.removed", **asdict(await self._desk().remove(path))})
 
     async def clear(self, http: Request) -> Response:
         await self._context.guard.operator(http)
         _check_json(http)
-        return JSONResponse({"object": "cache.cleared", "blocks": await self._desk().clear()})
+        return JSONResponse({"object": "cache.cleared", **asdict(await self._desk().clear())})
 
     def _past(self, response_id: str, answer: int, tenant: Tenant | None) -> Explained:
         """Another tenant's response is as unknown as one that never was."""
@@ -166,7 +167,7 @@ class CacheRoutes:
         return cache
 
     def _desk(self) -> CacheDesk:
-        return CacheDesk(self._cache())
+        return CacheDesk(self._cache(), self._context.lifecycle.model().warmup)
 
 
 def _check_json(http: Request) -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from emberkv.core.explaining.explain import decode_tokens
@@ -13,6 +13,7 @@ from emberkv.errors import EmberError, PrefixFileError
 from emberkv.serving.metrics import Clock
 from emberkv.serving.warmup.prefix_file import FILE_NAMES, prefix_file, read_prefixes, write_prefixes
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.tiers.base import Removed
 from emberkv.whole_file import remove_leftovers
 
 SAVE_SECONDS = 300.0
@@ -50,6 +51,8 @@ class LearnedPrompts:
         self._lock = threading.Lock()
         self._changed = False
         self._saved_at = clock()
+        self._restoring = threading.Lock()
+        self._restored: list[tuple[WarmPrompt, Chain]] | None = None
 
     def used(self, chain: Chain, hit_tokens: int) -> None:
         """A request has reused the first ``hit_tokens`` of ``chain``."""
@@ -59,24 +62,47 @@ class LearnedPrompts:
                 self._changed = True
 
     def restore(self) -> list[WarmPrompt]:
-        """What the file holds, the best first, and counts on from there. A file that cannot be used is passed over.
+        """The prompts in the file, the best first, which are counted on from there. An unusable file is passed over.
 
-        Left out are prefixes whose identity is another now: those of tenants that have gone, or have another salt.
+        Left out are prefixes whose identity is another now: those of tenants that have gone, or have another salt; and
+        what `forget` has named. Further calls return the same.
         """
+        with self._restoring:
+            if self._restored is None:
+                self._restored = self._read()
+            return [prompt for prompt, _ in self._restored]
+
+    def _read(self) -> list[tuple[WarmPrompt, Chain]]:
         try:
             prefixes, saved_at = read_prefixes(self._path, namespace=self._namespace)
         except PrefixFileError as error:
             _log.warning("learned prompts are not restored: %s", error)
             return []
-        prompts, chains = [], []
+        found, chains = [], []
         for prefix, tokens in zip(prefixes, full_tokens(prefixes), strict=True):
             prompt = WarmPrompt(decode_tokens(tokens), prefix.owner)
-            chains.append(self._chain_of(prompt, prefix.identity))
-            if chains[-1] is not None:
-                prompts.append(prompt)
+            chain = self._chain_of(prompt, prefix.identity)
+            chains.append(chain)
+            if chain is not None:
+                found.append((prompt, chain))
         with self._lock:
             self._popularity.restore(prefixes, chains, saved_at)
-        return prompts
+        return found
+
+    def forget(self, identities: Collection[Identity] | None) -> Removed:
+        """Drop the prefixes with these blocks, all for None, here and in the file."""
+        self.restore()
+        with self._restoring:
+            self._restored = [
+                (prompt, chain)
+                for prompt, chain in self._restored or ()
+                if identities is not None and not any(each in identities for each in chain.identities)
+            ]
+        with self._lock:
+            count = self._popularity.forget(identities)
+            self._changed = self._changed or count > 0 or identities is None
+        failure = self.save()
+        return Removed(0, count, failure) if failure else Removed(count)
 
     def save_when_due(self) -> float:
         """Save if it is time to; the seconds until it will be again."""
@@ -86,20 +112,27 @@ class LearnedPrompts:
         self.save()
         return self._save_seconds
 
-    def save(self) -> None:
-        """Write the file, unless nothing is new. A failure is logged: the server's work does not depend on it."""
+    def save(self) -> str:
+        """Write the file, unless nothing is new, or delete it where there is nothing to write. A failure is logged, as
+        the server's work does not depend on it, and returned; "" otherwise.
+        """
         now = self._clock()
         self._saved_at = now
         with self._lock:
             if not self._changed:
-                return
+                return ""
             best = self._popularity.best(now, least_score=LEAST_SCORE)[:MAX_PREFIXES]
             self._changed = False
         try:
-            write_prefixes(self._path, best, namespace=self._namespace, saved_at=now)
+            if best:
+                write_prefixes(self._path, best, namespace=self._namespace, saved_at=now)
+            else:
+                self._path.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("learned prompts are not saved: %s: %s", self._path, error.strerror)
             self._changed = True  # so that they are the next time
+            return error.strerror or type(error).__name__
+        return ""
 
     def _chain_of(self, prompt: WarmPrompt, identity: Identity) -> Chain | None:
         try:

@@ -1,7 +1,7 @@
 """The prompts that are to stay warm, and which of them may have gone cold."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from emberkv.core.hashing import Identity
@@ -12,10 +12,13 @@ _UNTRIED = Warming(Outcome.FAILED)
 
 @dataclass(slots=True, eq=False)
 class Pin:
-    """One prompt. stale: not known to be cached. due_at: not to be warmed before, by the warmup's clock."""
+    """One prompt. stale: not known to be cached. due_at: not to be warmed before, by the warmup's clock. last: the hash
+    of its last block, once it was tried.
+    """
 
     prompt: WarmPrompt
     identities: frozenset[Identity] = frozenset()
+    last: Identity | None = None
     stale: bool = True
     due_at: float = 0.0
     warming: Warming = _UNTRIED
@@ -66,11 +69,12 @@ class Pins:
         """What is to be warmed, some time; prompts that can never be are not among it."""
         return [pin for pin in self if pin.stale and pin.warming.outcome is not Outcome.IMPOSSIBLE]
 
-    def begin(self, pin: Pin, identities: Iterable[Identity]) -> None:
-        """From now on, what is lost counts again."""
+    def begin(self, pin: Pin, identities: Sequence[Identity]) -> None:
+        """From now on, what is lost counts again. identities: of the prompt's blocks, in order."""
         with self._lock:
             pin.stale = False
             pin.identities = frozenset(identities)
+            pin.last = identities[-1] if identities else None
 
     def end(self, pin: Pin, warming: Warming, *, due_at: float) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.pins import Pin, Pins
 from emberkv.serving.warmup.warm_prompt import Outcome, WarmEngine, Warming, WarmPrompt, warm
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+from emberkv.tiers.base import Removed
 
 _CLOSE_SECONDS = 5.0
 _ID_PREFIX = "warmup-"
@@ -67,6 +68,7 @@ class Warmup:
         self._clock = clock
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._removed = threading.Event()
         self._request_id = ""
         self._pins = Pins(settings.unit)
         short = [prompt for prompt in prompts if not self._pins.add(prompt.tokens, prompt.tenant)]
@@ -87,7 +89,21 @@ class Warmup:
             self._engine.abort(self._request_id)
             self._thread.join(_CLOSE_SECONDS)
         if self._learned is not None:
-            self._learned.save()
+            saving = threading.Thread(target=self._learned.save, name="emberkv-learned", daemon=True)
+            saving.start()
+            saving.join(_CLOSE_SECONDS)  # a disk that does not answer must not keep the server from ending
+
+    def forget(self, identities: Collection[Identity] | None) -> Removed:
+        """The operator removes these blocks, all for None: learned prompts with them go, in memory and on disk, and so
+        do the pins of prompts that end in one of them. What is being warmed ends, and no learned prompt is restored any
+        more by this process. Returns how many prefixes were learned.
+        """
+        self._removed.set()
+        self._engine.abort(self._request_id)
+        for pin in self._pins if identities is not None else ():
+            if pin not in self._awaited and pin.last is not None and pin.last in (identities or ()):
+                self._pins.remove(pin.prompt.tokens, pin.prompt.tenant)
+        return self._learned.forget(identities) if self._learned is not None else Removed()
 
     def pin(self, tokens: Iterable[int], tenant: str = "") -> int:
         """Keep ``tokens`` warm for ``tenant`` from now on; how many of them, hits being rounded down."""
@@ -192,6 +208,8 @@ class Warmup:
         prompts = [prompt for prompt in dict.fromkeys(map(self._pins.rounded, learned)) if prompt.tokens]
         self._totals = replace(self._totals, learned=len(prompts))
         for prompt in prompts:
+            if self._removed.is_set():
+                break
             if len(prompt.tokens) > self._engine.room():
                 continue
             outcome = self._warm(prompt, deadline).outcome

@@ -1,6 +1,7 @@
 """How the disk tier's folder is laid out: a block's file name says all that an index needs to know.
 
     FOLDER/blocks/lock                              held by the one process that writes
+    FOLDER/blocks/journal                           what it has stored and removed, see `journal`
     FOLDER/blocks/tmp/                              files being written
     FOLDER/blocks/<namespace>/@<owner>/<identity>.kv       a block; .near.kv where it is not exact
 
@@ -9,7 +10,7 @@ What else lies in FOLDER belongs to others and is left alone.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -18,6 +19,7 @@ from emberkv.errors import CacheFolderError
 
 BLOCKS = "blocks"
 LOCK = "lock"
+JOURNAL = "journal"
 TEMPORARY = "tmp"
 MAX_OWNER_BYTES = 200
 """Of an owner's name as a folder's; file systems take 255."""
@@ -58,34 +60,62 @@ def owner_of(folder: str) -> str:
     return unquote(folder[1:])
 
 
-def scan(blocks: Path) -> Iterator[BlockFile]:
-    """Every block below ``blocks``, of all models, in no order. Names that are not ours are passed over.
+def parse_path(path: str, size: int, mtime_ns: int) -> BlockFile | None:
+    """The block whose `BlockFile.path` this is; None where it is not one, as for a name that other programs gave."""
+    namespace, _, rest = path.partition("/")
+    folder, _, name = rest.partition("/")
+    place = _parse_folder(namespace, folder)
+    found = _parse_name(name)
+    return BlockFile(place[0], found[0], place[1], found[1], size, mtime_ns) if place and found else None
 
-    Raises CacheFolderError where a folder cannot be read.
+
+def scan(blocks: Path, passed_over: Callable[[str], None] = lambda _: None) -> Iterator[BlockFile]:
+    """Every block below ``blocks``, of all models, in no order.
+
+    passed_over: called with the path of each other file or folder where only blocks are expected. Raises
+    CacheFolderError where a folder cannot be read.
     """
     try:
-        for namespace_folder in _folders(blocks):
-            namespace = _unhex(namespace_folder.name)
-            if namespace is not None:
-                for folder in _folders(namespace_folder.path):
-                    if folder.name.startswith("@"):
-                        yield from _scan_owner(folder.path, namespace, owner_of(folder.name))
+        for namespace in _folders(blocks):
+            if namespace.name == TEMPORARY:
+                continue
+            for folder in _folders(namespace.path):
+                place = _parse_folder(namespace.name, folder.name)
+                if place is None:
+                    passed_over(f"{namespace.name}/{folder.name}")
+                else:
+                    yield from _scan_owner(folder.path, *place, passed_over)
     except OSError as error:
         raise CacheFolderError(f"cache folder {blocks} cannot be read: {error.strerror}") from error
 
 
-def _scan_owner(folder: str, namespace: bytes, owner: str) -> Iterator[BlockFile]:
+def _scan_owner(folder: str, namespace: bytes, owner: str, passed_over: Callable[[str], None]) -> Iterator[BlockFile]:
     with os.scandir(folder) as found:
         for each in found:
-            name, dot, ending = each.name.partition(".")
-            identity = _unhex(name)
-            if identity is None or dot + ending not in (_EXACT, _NEAR) or not each.is_file(follow_symlinks=False):
+            block = _parse_name(each.name)
+            if block is None or not each.is_file(follow_symlinks=False):
+                passed_over(f"{namespace.hex()}/{owner_folder(owner)}/{each.name}")
                 continue
             try:
                 status = each.stat(follow_symlinks=False)
             except FileNotFoundError:  # another process, which writes here, has just evicted it
                 continue
-            yield BlockFile(namespace, identity, owner, dot + ending == _EXACT, status.st_size, status.st_mtime_ns)
+            yield BlockFile(namespace, block[0], owner, block[1], status.st_size, status.st_mtime_ns)
+
+
+def _parse_folder(namespace: str, folder: str) -> tuple[bytes, str] | None:
+    """Namespace and owner, where these names are the ones that `BlockFile.path` gives them."""
+    model, owner = _unhex(namespace), owner_of(folder)
+    return (model, owner) if model and model.hex() == namespace and owner_folder(owner) == folder else None
+
+
+def _parse_name(name: str) -> tuple[bytes, bool] | None:
+    """Block hash and exactness, where this is the file's name that `BlockFile.path` gives them."""
+    stem, dot, ending = name.partition(".")
+    identity = _unhex(stem)
+    if identity is None or identity.hex() != stem or dot + ending not in (_EXACT, _NEAR):
+        return None
+    return identity, dot + ending == _EXACT
 
 
 def _folders(path: Path | str) -> list["os.DirEntry[str]"]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from emberkv.errors import BlockError
 from emberkv.tiers.codec import verified_record
-from emberkv.tiers.disk_files import BlockFiles
-from emberkv.tiers.disk_layout import BlockFile
+from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.layout import BlockFile
 
 
 def verify(files: BlockFiles, listed: Iterable[BlockFile]) -> Iterator[tuple[BlockFile, str | None]]:

@@ -1,4 +1,4 @@
-"""The disk tier's books: which files there are, what they take, and which of them go when space is short.
+"""The disk tier's index: which files there are, how large they are, and which of them go when space is short.
 
 Pure bookkeeping in memory, without a lock: the tier holds one around each call, and does the file work outside of it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.tiers.base import PolicyFactory
-from emberkv.tiers.disk_layout import BlockFile
+from emberkv.tiers.disk.layout import BlockFile
 
 
 class DiskIndex:
@@ -42,10 +42,14 @@ class DiskIndex:
         for key, file in sorted(kept.items(), key=lambda item: (item[1].mtime_ns, item[0])):
             self._enter(key, file)
             self._last_stamp = file.mtime_ns
-        gone += self._surplus()
-        while self.bytes > self.max_bytes:
-            gone.append(self._strike(self._policy.evict()))
-        return gone
+        return gone + self._excess()
+
+    def note(self, file: BlockFile) -> list[BlockFile]:
+        """Enter a file that another process has written. Returns what must go for it."""
+        self.discard(file.key)
+        self._enter(file.key, file)
+        self._last_stamp = max(self._last_stamp, file.mtime_ns)
+        return self._excess()
 
     def find(self, key: bytes) -> BlockFile | None:
         """A file that can be loaded."""
@@ -72,7 +76,7 @@ class DiskIndex:
         return [self._strike(key)]
 
     def set_aside(self, file: BlockFile) -> None:
-        """It cannot be read: still there and counted, but not found until stored again."""
+        """It cannot be read, or not be removed: still there and counted, but not found until it is stored again."""
         if self._files.get(file.key) is file:
             self._unreadable.add(file.key)
 
@@ -109,6 +113,12 @@ class DiskIndex:
         self._count(file, +1)
         self._policy.admit(key, Weight(size=max(file.size, 1), owner=file.owner))
         self._policy.release((key,))
+
+    def _excess(self) -> list[BlockFile]:
+        gone = self._surplus()
+        while self.bytes > self.max_bytes:
+            gone.append(self._strike(self._policy.evict()))
+        return gone
 
     def _surplus(self) -> list[BlockFile]:
         return [file for key in list(self._policy.surplus()) for file in self.discard(key)]

@@ -1,19 +1,25 @@
-"""The disk tier's only way to the disk: files read, written whole or not at all, and removed.
+"""All file operations of the disk tier: blocks are read, written whole or not at all, and removed.
 
 Nothing is synced. What a killed process wrote is complete, because a file gets its name only when it is; a machine that
 loses power may lose recent blocks or leave damaged ones, which the checksum finds.
 """
 
+import errno
 import fcntl
 import itertools
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from emberkv.errors import CacheFolderError
-from emberkv.tiers.disk_layout import BLOCKS, LOCK, TEMPORARY
+from emberkv.errors import CacheFolderError, UntrustedPathError
+from emberkv.tiers.disk.layout import BLOCKS, LOCK, TEMPORARY, BlockFile, scan
+from emberkv.trusted_paths import check_owner, open_own_file
 
 _FOLDER_MODE = 0o700
 _FILE_MODE = 0o600
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Never through a link, and a FIFO in a block's place is not waited for."""
 
 
 class BlockFiles:
@@ -35,10 +41,25 @@ class BlockFiles:
                 raise CacheFolderError(
                     f"cache folder {folder} cannot be used: {error.strerror}; give a folder that exists or can be made"
                 ) from error
+        try:
+            check_owner(folder)
+            check_owner(self.blocks)
+        except UntrustedPathError as error:
+            raise CacheFolderError(f"cache folder {folder} is not trusted: {error}") from error
 
     def lock(self) -> int | None:
-        """Become the one who writes here: a descriptor that keeps the lock until closed; None where another has it."""
-        descriptor = os.open(self.blocks / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+        """Become the process that writes here: a descriptor that keeps the lock until closed; None where another
+        has it.
+
+        An empty folder in the lock's place is removed.
+        """
+        path = self.blocks / LOCK
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        try:
+            descriptor = open_own_file(path, os.O_RDWR | os.O_CREAT)
+        except UntrustedPathError as error:
+            raise OSError(errno.EPERM, str(error)) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,17 +67,41 @@ class BlockFiles:
             return None
         return descriptor
 
+    def holds(self, lock: int) -> bool:
+        """Whether a descriptor of `lock` still is the lock of this folder, which may have been moved or replaced."""
+        try:
+            there = os.stat(self.blocks / LOCK, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(lock))
+
+    def exists(self) -> bool:
+        return self.blocks.is_dir()
+
+    def scan(self) -> Iterator[BlockFile]:
+        """Every block that is there. Raises CacheFolderError instead of OSError."""
+        return scan(self.blocks)
+
     def tidy(self) -> int:
-        """Make the folder private, remove what an interrupted writer left; how many files that were. Needs the lock."""
+        """Make the folder private, remove what an interrupted writer left; how many entries of its folder for
+        temporary files are not files and were left alone. Needs the lock.
+        """
         self.blocks.chmod(_FOLDER_MODE)
         self._make_folder(self._temporary)
-        left = os.listdir(self._temporary)
-        for name in left:
-            os.unlink(f"{self._temporary}/{name}")
-        return len(left)
+        folder = os.open(self._temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        left = 0
+        try:
+            for name in os.listdir(folder):
+                try:
+                    os.unlink(name, dir_fd=folder)
+                except (IsADirectoryError, PermissionError):  # Linux and macOS say it so of a folder
+                    left += 1
+        finally:
+            os.close(folder)
+        return left
 
     def read(self, path: str) -> bytes:
-        descriptor = os.open(f"{self._root}/{path}", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(f"{self._root}/{path}", os.O_RDONLY | _SAFELY)
         try:
             return _read_all(descriptor)
         finally:
@@ -64,7 +109,7 @@ class BlockFiles:
 
     def write(self, path: str, data: bytes, stamp_ns: int) -> None:
         """Put the file in its place in one step. stamp_ns: its time of last use."""
-        temporary = f"{self._temporary}/{next(self._names)}"
+        temporary = f"{self._temporary}/{os.getpid()}-{next(self._names)}"
         try:
             self._write_temporary(temporary, data, stamp_ns)
             self._move(temporary, f"{self._root}/{path}")
@@ -84,7 +129,7 @@ class BlockFiles:
         Path(f"{self._root}/{path}").unlink(missing_ok=True)
 
     def _write_temporary(self, path: str, data: bytes, stamp_ns: int) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _FILE_MODE)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _SAFELY, _FILE_MODE)
         try:
             rest = memoryview(data)
             while rest:
@@ -96,7 +141,7 @@ class BlockFiles:
     def _move(self, temporary: str, path: str) -> None:
         try:
             os.replace(temporary, path)
-        except FileNotFoundError:  # its first block of this model and owner, or somebody removed the folder
+        except FileNotFoundError:  # its first block of this model and owner, or the folder was removed
             parent = os.path.dirname(path)
             self._make_folder(os.path.dirname(parent))
             self._make_folder(parent)
@@ -108,7 +153,10 @@ class BlockFiles:
 
 def _read_all(descriptor: int) -> bytes:
     """In one call, as files of blocks do not grow; a rest beyond what one call gives is read too."""
-    wanted = os.fstat(descriptor).st_size
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    wanted = found.st_size
     data = os.read(descriptor, wanted)
     while len(data) < wanted:
         more = os.read(descriptor, wanted - len(data))

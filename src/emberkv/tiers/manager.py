@@ -1,0 +1,334 @@
+"""The tiers below the pool: blocks are offloaded to all of them in the background, and onboarded from the fastest.
+
+    offload ──> a queue for each tier ──> its worker's thread ──> Tier.store
+    find    ──> the tiers' indexes, in memory
+    onboard ──> pieces, in turns ──> the workers' readers ──> Tier.load, verified ──> done
+    remove  ──> struck out of all of these at once
+
+A removal is final: it drops the records of onboardings in progress, and is queued behind what was stored before it;
+what it names is not found from then on, nor does a block that was read before it reach a faster tier.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from emberkv.core.promotion import Run
+from emberkv.errors import ConfigError
+from emberkv.tiers.base import Removed, Tier
+from emberkv.tiers.codec import BlockRecord
+from emberkv.tiers.meter import TierMeter
+from emberkv.tiers.onboarding import Onboarding, Piece, Records
+from emberkv.tiers.stats import StackStats, TierStats
+from emberkv.tiers.worker import EvictionHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadedBlock:
+    """A block to store. owner: whose share it takes."""
+
+    record: BlockRecord
+    owner: str = ""
+
+
+class TierManager:
+    """The tiers, fastest first. No method waits for a disk but `flush` and `close`, which take a time limit.
+
+    namespace: of the model; blocks of another one are refused. queue_bytes: what may wait to be stored in one tier.
+    readers: threads that read from a tier. clock: seconds, for rates and latencies. on_evicted: called with a tier's
+    name and the block hashes that it has evicted, on that tier's thread. start: False for tests that call the workers'
+    methods themselves. Raises ConfigError for two tiers of one name.
+
+        manager = TierManager([MemoryTier(2**30)], namespace=b"model", queue_bytes=2**28)
+        manager.offload([OffloadedBlock(record)])
+        manager.onboard(hashes, manager.find(hashes), print)  # prints the records
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        namespace: bytes,
+        queue_bytes: int,
+        readers: int = 2,
+        clock: Callable[[], float] = time.perf_counter,
+        on_evicted: EvictionHook = lambda _tier, _hashes: None,
+        start: bool = True,
+    ) -> None:
+        self._ranks = {tier.name: rank for rank, tier in enumerate(tiers)}
+        if len(self._ranks) < len(tiers):
+            raise ConfigError(f"tiers are called {[tier.name for tier in tiers]}; each needs a name of its own")
+        self._lock = threading.Lock()  # the workers' queues, the onboardings and the counters
+        self._changed = threading.Condition(self._lock)
+        self._onboardings: set[Onboarding] = set()
+        self._telling = 0  # onboardings that have finished and whose `done` has not returned
+        self._closed = False
+        self._offered = self._already_stored = self._queue_full = 0
+        self._failures: Counter[str] = Counter()
+        self.workers = tuple(
+            TierWorker(
+                tier,
+                rank,
+                lock=self._lock,
+                changed=self._changed,
+                namespace=namespace,
+                queue_bytes=queue_bytes,
+                clock=clock,
+                on_read=self.read_ended,
+                on_evicted=on_evicted,
+                failed=self._count_failure,
+            )
+            for rank, tier in enumerate(tiers)
+        )
+        self._meters = [worker.meter for worker in self.workers]
+        for worker in self.workers if start else ():
+            worker.start(readers)
+
+    def find(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
+        """The longest run of blocks from the first hash on, each from the fastest tier that has it. No I/O.
+
+        exact: only blocks that are bit-equal to a cold prefill's.
+        """
+        return find_runs(self.workers, self._meters, block_hashes, exact=exact)
+
+    def peek(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
+        """What `find` would return, without counting hits and misses."""
+        return find_runs(self.workers, self._meters, block_hashes, exact=exact, counted=False)
+
+    def tiers_of(self, block_hash: bytes) -> list[str]:
+        """The names of the tiers that have a block, fastest first. No I/O, and nothing is counted."""
+        return [worker.name for worker in self.workers if worker.lookup((block_hash,))]
+
+    def offload(self, blocks: Sequence[OffloadedBlock]) -> None:
+        """Store these in every tier that lacks them, in the background. A block that does not fit into a tier's queue
+        is skipped there and counted.
+        """
+        stored = full = 0
+        with self._lock:
+            for block in blocks:
+                lacking = self._lacking(block.record)
+                queued = QueuedBlock(block.record, block.owner)
+                stored += not lacking
+                accepted = [worker.put(Store([queued], queued.size)) for worker in lacking]
+                full += not all(accepted)
+            self._offered += len(blocks)
+            self._already_stored += stored
+            self._queue_full += full
+
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
+        """Make these the most recent of every tier, in the background, the first most of all, because the pool has
+        served them. Skipped where a queue is full.
+        """
+        with self._lock:
+            for worker in self.workers:
+                worker.put(Touch(block_hashes, sum(map(len, block_hashes))))
+
+    def onboard(
+        self, block_hashes: Sequence[bytes], runs: Sequence[Run], done: Callable[[Records], None]
+    ) -> Onboarding:
+        """Read the blocks that ``runs`` (of `find`) cover, and call ``done`` once, on any thread.
+
+        ``done`` gets a record or None for each hash; only those before the first None are of use. A record's bytes are
+        those that were stored, under that hash, which its parent and its tokens make up; whether the tokens are the
+        caller's own is left to the caller. What comes from a slower tier is stored in the faster ones.
+        """
+        onboarding = Onboarding(block_hashes, runs, self._ranks, done)
+        with self._lock:
+            if self._closed:
+                onboarding.cancel()
+            self._onboardings.add(onboarding)
+            for rank in onboarding.ranks:
+                self.workers[rank].enqueue(onboarding)
+            ended = self._ended()
+        self._tell(ended)
+        return onboarding
+
+    def cancel(self, onboarding: Onboarding) -> Records:
+        """Read no further; the records so far. A tier that is still reading is not searched until it has answered."""
+        with self._lock:
+            for worker in self.workers:
+                worker.gave_up(onboarding)
+            onboarding.cancel()
+            records = list(onboarding.records)
+            ended = self._ended()
+        self._tell(ended)
+        return records
+
+    def remove(self, block_hashes: Collection[bytes]) -> dict[str, "Future[Removed]"]:
+        """Drop these from every tier, by its name. Final from the moment of return, see above; a block that is
+        offloaded later is a new one.
+        """
+        return self._remove(frozenset(block_hashes))
+
+    def clear(self) -> dict[str, "Future[Removed]"]:
+        """Drop all blocks of this model, as `remove` does."""
+        return self._remove(None)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the queues are empty; whether they are within ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(self._is_idle, timeout)
+
+    def stats(self) -> dict[str, TierStats]:
+        """By the tier's name, fastest first."""
+        return {worker.name: worker.meter.complete(worker.tier.stats()) for worker in self.workers}
+
+    def stack_stats(self) -> StackStats:
+        with self._lock:
+            return StackStats(
+                offered=self._offered,
+                already_stored=self._already_stored,
+                queue_full=self._queue_full,
+                queue_bytes=sum(worker.queued_bytes for worker in self.workers),
+                failures=dict(self._failures),
+            )
+
+    def close(self, timeout: float) -> bool:
+        """Cancel what is being onboarded, store what is queued, and close the tiers, within ``timeout`` seconds.
+
+        Whether all that was queued is stored. Afterwards nothing is stored or found any more.
+        """
+        with self._changed:
+            first, self._closed = not self._closed, True
+            for onboarding in self._onboardings:
+                onboarding.cancel()
+            stuck = self._ended()
+        self._tell(stuck)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_idle() and not self._onboardings and not self._telling, timeout)
+            all_stored = self._is_idle()
+            for worker in self.workers:
+                worker.close()
+            stuck, self._onboardings = list(self._onboardings), set()
+            self._telling += len(stuck)
+        self._tell(stuck)
+        for worker in self.workers if first else ():
+            worker.tier.close()
+        return all_stored
+
+    def read_ended(self, worker: TierWorker, onboarding: Onboarding, piece: Piece, reading: Reading) -> None:
+        """Take in a piece that a worker has read: pass it on, store it in faster tiers, check what is not sound."""
+        with self._lock:
+            worker.returned(onboarding, piece)
+            onboarding.timings.append(reading.timing)
+            kept = onboarding.end(piece, reading.records)
+            if None in reading.records:
+                worker.check(onboarding.rest_of(piece, piece.start + reading.records.index(None)))
+            for entry, record in zip(reading.entries, kept, strict=False):
+                if entry and record:
+                    block = QueuedBlock(record, entry.owner, entry)
+                    for faster in self.workers[: worker.rank]:
+                        faster.put(Store([block], block.size))
+            ended = self._ended()
+        self._tell(ended)
+
+    def _remove(self, block_hashes: Collection[bytes] | None) -> dict[str, "Future[Removed]"]:
+        jobs = {worker.name: Remove(block_hashes) for worker in self.workers}
+        with self._lock:
+            for onboarding in self._onboardings:
+                onboarding.remove(block_hashes)
+            for worker in self.workers:
+                if self._closed or not worker.put(jobs[worker.name]):
+                    jobs[worker.name].result.set_result(Removed(reason="closed"))
+            ended = self._ended()
+        self._tell(ended)
+        return {name: job.result for name, job in jobs.items()}
+
+    def _lacking(self, record: BlockRecord) -> list[TierWorker]:
+        """The workers of the tiers in which this block is not, or only one that is less exact."""
+        wanted = (record.identity,)
+        return [worker for worker in self.workers if not worker.lookup(wanted, exact=record.exact)]
+
+    def _is_idle(self) -> bool:
+        return all(worker.idle for worker in self.workers)
+
+    def _ended(self) -> list[Onboarding]:
+        """Those that have finished, taken out. The caller holds the lock."""
+        ended = [each for each in self._onboardings if each.finished]
+        self._onboardings.difference_update(ended)
+        self._telling += len(ended)
+        return ended
+
+    def _tell(self, ended: Sequence[Onboarding]) -> None:
+        for onboarding in ended:
+            self._measure(onboarding)
+            try:
+                onboarding.done(list(onboarding.records))
+            except Exception as error:
+                logger.exception("the receiver of onboarded blocks failed")
+                self._count_failure(error)
+            with self._lock:
+                self._telling -= 1
+                self._changed.notify_all()
+
+    def _measure(self, onboarding: Onboarding) -> None:
+        """Learn how long it took, by tier, from the first read to the last, as reads overlap."""
+        for rank, meter in enumerate(self._meters):
+            timings = [timing for timing in onboarding.timings if timing.rank == rank and timing.blocks]
+            if timings:
+                seconds = max(each.ended for each in timings) - min(each.began for each in timings)
+                meter.fetched(sum(each.blocks for each in timings), sum(each.size for each in timings), seconds)
+
+    def _count_failure(self, error: Exception) -> None:
+        with self._lock:
+            self._failures[type(error).__name__] += 1
+
+
+class Searched(Protocol):
+    """The part of a tier that `find_runs` needs; a simulated tier has no more."""
+
+    @property
+    def name(self) -> str: ...
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int: ...
+
+
+def find_runs(
+    tiers: Sequence[Searched],
+    meters: Sequence[TierMeter],
+    block_hashes: Sequence[bytes],
+    *,
+    exact: bool,
+    counted: bool = True,
+) -> list[Run]:
+    """The longest run of blocks from the first hash on, each from the fastest tier that has it.
+
+    Counts a hit for that tier, and a miss for the faster ones; where no tier has a block, a miss for all, for that
+    block and those after it. counted: False where no request is served, so that nothing is counted.
+    """
+    runs: list[Run] = []
+    position = 0
+    while position < len(block_hashes):
+        rank, count = _first_run(tiers, block_hashes[position:], exact)
+        if counted:
+            for meter in meters[:rank]:
+                meter.looked_up(0, count)
+            for meter in meters[rank : rank + 1]:
+                meter.looked_up(count, 0)
+        if rank == len(tiers):
+            break
+        runs.append(Run(tiers[rank].name, count, meters[rank].seconds_for(count)))
+        position += count
+    return runs
+
+
+def _first_run(tiers: Sequence[Searched], block_hashes: Sequence[bytes], exact: bool) -> tuple[int, int]:
+    """The rank of the fastest tier with the first block, and the blocks it has before a faster one has the next.
+
+    All blocks, under the rank after the last, where no tier has the first.
+    """
+    for rank, tier in enumerate(tiers):
+        count = tier.lookup(block_hashes, exact=exact)
+        if count:
+            faster = tiers[:rank]
+            later = range(1, count) if faster else ()
+            ends = (at for at in later if any(each.lookup(block_hashes[at : at + 1], exact=exact) for each in faster))
+            return rank, next(ends, count)
+    return len(tiers), len(block_hashes)

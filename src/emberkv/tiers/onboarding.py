@@ -1,0 +1,105 @@
+"""One request for a run of blocks, which the workers of the tiers that have them read in pieces."""
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from emberkv.core.promotion import Run
+from emberkv.tiers.codec import BlockRecord
+
+PIECE_BLOCKS = 8
+"""Many enough for turns to cost little, few enough for all threads of a worker to have work."""
+
+Records = list[BlockRecord | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long reading a piece took, in seconds, and what came of it: sound blocks, and the bytes of their records."""
+
+    rank: int
+    began: float
+    ended: float
+    blocks: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Blocks ``[start, stop)`` of an onboarding, all from one tier. rank: of the tier, 0 the fastest."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Onboarding:
+    """Blocks asked for together, and the records that have come. The manager's lock is held around all methods.
+
+    Blocks behind one that is missing are of no use, so they are not read once that is known.
+    """
+
+    def __init__(
+        self, block_hashes: Sequence[bytes], runs: Sequence[Run], ranks: dict[str, int], done: Callable[[Records], None]
+    ) -> None:
+        self.block_hashes = block_hashes
+        self.records: Records = [None] * len(block_hashes)
+        self.timings: list[Timing] = []
+        self.done = done
+        self.reading: list[Piece] = []
+        self._pieces: dict[int, deque[Piece]] = {}
+        self._usable = len(block_hashes)
+        self._removed: set[int] = set()
+        first = 0
+        for run in runs:
+            stop = min(first + run.count, len(block_hashes))
+            rank = ranks[run.tier]
+            pieces = (Piece(rank, at, min(at + PIECE_BLOCKS, stop)) for at in range(first, stop, PIECE_BLOCKS))
+            self._pieces.setdefault(rank, deque()).extend(pieces)
+            first = stop
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the tiers that are still to be read from."""
+        return [rank for rank, pieces in self._pieces.items() if pieces and pieces[0].start < self._usable]
+
+    @property
+    def finished(self) -> bool:
+        return not self.reading and not self.ranks
+
+    def cancel(self) -> None:
+        """Read no more than what is being read now."""
+        self._pieces.clear()
+
+    def remove(self, block_hashes: Collection[bytes] | None) -> None:
+        """These blocks, all for None, were removed: their records are dropped, those not yet read included."""
+        for at, block_hash in enumerate(self.block_hashes):
+            if block_hashes is None or block_hash in block_hashes:
+                self._removed.add(at)
+                self.records[at] = None
+                self._usable = min(self._usable, at)
+
+    def begin(self, rank: int) -> Piece | None:
+        """The next piece to read from a tier, to be followed by `end`; None where there is none."""
+        pieces = self._pieces.get(rank)
+        if not pieces or pieces[0].start >= self._usable:
+            self._pieces.pop(rank, None)
+            return None
+        piece = pieces.popleft()
+        self.reading.append(piece)
+        return piece
+
+    def end(self, piece: Piece, records: Records) -> Records:
+        """Take in the records of a piece, fewer than it has blocks where reading failed; those that are kept."""
+        self.reading.remove(piece)
+        kept = [None if piece.start + at in self._removed else record for at, record in enumerate(records)]
+        self.records[piece.start : piece.start + len(kept)] = kept
+        sound = kept.index(None) if None in kept else len(kept)
+        if piece.start + sound < piece.stop:
+            self._usable = min(self._usable, piece.start + sound)
+        return kept
+
+    def rest_of(self, piece: Piece, start: int) -> list[bytes]:
+        """The hashes from block ``start`` of a piece to the end of what is still to be read from its tier."""
+        pieces = [piece, *self._pieces.get(piece.rank, ())]
+        return [each for part in pieces for each in self.block_hashes[max(part.start, start) : part.stop]]

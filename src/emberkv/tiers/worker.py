@@ -1,0 +1,338 @@
+"""A tier's worker: one thread that changes the tier in the order of its queue, and others that read from it.
+
+Each tier has a worker of its own, so a slow tier holds up no other. The threads are daemons: one that waits for a disk
+that never answers does not keep the process from ending.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from emberkv.errors import BlockError
+from emberkv.tiers.base import Removed, Tier, TierEntry
+from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
+from emberkv.tiers.meter import TierMeter
+from emberkv.tiers.onboarding import Onboarding, Piece, Records, Timing
+
+logger = logging.getLogger(__name__)
+
+BATCH_BLOCKS = 32
+"""Blocks handed to a tier's `store` or checked at once."""
+
+Clock = Callable[[], float]
+EvictionHook = Callable[[str, Sequence[bytes]], None]
+"""Called with a tier's name and the block hashes that it has evicted, on the thread that changes the tier."""
+
+
+@dataclass(eq=False, slots=True)
+class QueuedBlock:
+    """A block to store; its bytes are made by the first worker that needs them. size: what it keeps in memory."""
+
+    record: BlockRecord
+    owner: str
+    entry: TierEntry | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.entry.data) if self.entry else len(self.record.payload) + len(self.record.tokens)
+
+    def encoded(self, namespace: bytes) -> TierEntry:
+        if self.entry is None:
+            data = encode_record(self.record, namespace=namespace)
+            self.entry = TierEntry(self.record.identity, self.owner, data, self.record.exact)
+        return self.entry
+
+
+@dataclass(eq=False, slots=True)
+class Store:
+    blocks: list[QueuedBlock]
+    size: int
+
+
+@dataclass(eq=False, slots=True)
+class Touch:
+    block_hashes: Sequence[bytes]
+    size: int
+
+
+@dataclass(eq=False, slots=True)
+class Check:
+    """Read these blocks again and remove those that are not sound. They are not found until that is done."""
+
+    block_hashes: Collection[bytes]
+    size: int = 0
+
+    def hides(self, block_hash: bytes) -> bool:
+        return block_hash in self.block_hashes
+
+
+@dataclass(eq=False, slots=True)
+class Remove:
+    """block_hashes: None: all. They are not found from now on."""
+
+    block_hashes: Collection[bytes] | None
+    result: "Future[Removed]" = field(default_factory=Future)
+    size: int = 0
+
+    def hides(self, block_hash: bytes) -> bool:
+        return self.block_hashes is None or block_hash in self.block_hashes
+
+
+Job = Store | Touch | Check | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading a piece brought. records: None where a block is missing or not sound; empty where reading failed."""
+
+    entries: list[TierEntry | None]
+    records: Records
+    timing: Timing
+
+
+class TierWorker:
+    """Queue and threads of one tier.
+
+    rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
+    `lookup`, `run` and `read`; notified when a job has ended. queue_bytes: limit of what may wait to be stored.
+    on_read: called with each `Reading`, without the lock. on_evicted: see `TierManager`. failed: called with each error
+    that no tier should raise.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        rank: int,
+        *,
+        lock: threading.Lock,
+        changed: threading.Condition,
+        namespace: bytes,
+        queue_bytes: int,
+        clock: Clock,
+        on_read: "ReadHook",
+        on_evicted: EvictionHook,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.tier = tier
+        self.rank = rank
+        self.meter = TierMeter()
+        self.queued_bytes = 0
+        self.closed = False
+        self._lock = lock
+        self._changed = changed
+        self._namespace = namespace
+        self._queue_bytes = queue_bytes
+        self._clock = clock
+        self._on_read = on_read
+        self._on_evicted = on_evicted
+        self._failed = failed
+        self._writable = threading.Condition(lock)
+        self._readable = threading.Condition(lock)
+        self._jobs: deque[Job] = deque()
+        self._running: Job | None = None
+        self._hidden: tuple[Check | Remove, ...] = ()
+        self._turns: deque[Onboarding] = deque()
+        self._stalled: set[tuple[Onboarding, Piece]] = set()
+
+    @property
+    def name(self) -> str:
+        return self.tier.name
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be changed, and nothing is being changed."""
+        return not self._jobs and self._running is None
+
+    def start(self, readers: int) -> None:
+        for number, target in enumerate((self._write_loop, *[self._read_loop] * readers)):
+            name = f"emberkv-{self.name}-{f'reader-{number}' if number else 'writer'}"
+            threading.Thread(target=target, name=name, daemon=True).start()
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        """As the tier's, without what is being removed or checked; nothing while a read that was given up is stuck."""
+        if self._stalled or self.closed:
+            return 0
+        for job in self._hidden:
+            identities = identities[: next((at for at, each in enumerate(identities) if job.hides(each)), None)]
+        return self.tier.lookup(identities, exact=exact)
+
+    def put(self, job: Job) -> bool:
+        """Queue a job; False where its size does not fit, or after `close`."""
+        if self.closed or (job.size and self.queued_bytes + job.size > self._queue_bytes):
+            return False
+        self.queued_bytes += job.size
+        if isinstance(job, Check | Remove):
+            self._hidden = (*self._hidden, job)
+        self._jobs.append(job)
+        self._writable.notify()
+        return True
+
+    def check(self, block_hashes: Iterable[bytes]) -> None:
+        """Queue a check of those that no job in the queue hides already."""
+        unchecked = [each for each in block_hashes if not any(job.hides(each) for job in self._hidden)]
+        if unchecked:
+            self.put(Check(frozenset(unchecked)))
+
+    def take(self) -> Job | None:
+        """The next job to `run`, with the stores that follow a store, to be followed by `finish`."""
+        if not self._jobs:
+            return None
+        job = self._jobs.popleft()
+        if isinstance(job, Store):
+            while self._jobs and isinstance(after := self._jobs[0], Store) and len(job.blocks) < BATCH_BLOCKS:
+                job = Store([*job.blocks, *after.blocks], job.size + after.size)
+                self._jobs.popleft()
+        self._running = job
+        return job
+
+    def run(self, job: Job) -> None:
+        """Change the tier."""
+        match job:
+            case Store(blocks=blocks):
+                self._store(blocks)
+            case Touch(block_hashes=block_hashes):
+                self.tier.touch(block_hashes)
+            case Check(block_hashes=block_hashes):
+                self._check(list(block_hashes))
+            case Remove(block_hashes=block_hashes, result=result):
+                result.set_result(self.tier.clear() if block_hashes is None else self.tier.remove(list(block_hashes)))
+
+    def finish(self, job: Job) -> None:
+        self._running = None
+        self.queued_bytes -= job.size
+        self._hidden = tuple(each for each in self._hidden if each is not job)
+        self._changed.notify_all()
+
+    def enqueue(self, onboarding: Onboarding) -> None:
+        """Have this tier's part of it read, in turns with other onboardings."""
+        self._turns.append(onboarding)
+        self._readable.notify_all()
+
+    def begin_read(self) -> tuple[Onboarding, Piece] | None:
+        """The next piece to `read`, to be followed by `Onboarding.end`; None where there is none."""
+        while self._turns:
+            onboarding = self._turns.popleft()
+            piece = onboarding.begin(self.rank)
+            if piece is not None:
+                self._turns.append(onboarding)
+                return onboarding, piece
+        return None
+
+    def read(self, onboarding: Onboarding, piece: Piece) -> Reading:
+        began = self._clock()
+        entries: list[TierEntry | None] = []
+        records: Records = []
+        try:
+            entries = self.tier.load(onboarding.block_hashes[piece.start : piece.stop])
+            records = [self._sound(entry) if entry else None for entry in entries]
+        except Exception as error:
+            logger.exception("%s tier: blocks could not be read; they are computed instead", self.name)
+            self._failed(error)
+        ended = self._clock()
+        sound = [entry for entry, record in zip(entries, records, strict=False) if entry and record]
+        self.meter.loaded(len(sound), ended - began)
+        timing = Timing(piece.rank, began, ended, len(sound), sum(len(entry.data) for entry in sound))
+        return Reading(entries, records, timing)
+
+    def gave_up(self, onboarding: Onboarding) -> None:
+        """The request for these blocks does not wait any more for what is being read."""
+        stuck = {(onboarding, piece) for piece in onboarding.reading if piece.rank == self.rank}
+        if stuck:
+            self._stalled |= stuck
+            self.meter.stalled()
+
+    def returned(self, onboarding: Onboarding, piece: Piece) -> None:
+        """A read has ended, so the tier answers."""
+        self._stalled.discard((onboarding, piece))
+
+    def close(self) -> None:
+        """End the threads, those that wait for the disk excepted, and drop what is queued."""
+        self.closed = True
+        for job in self._jobs:
+            self.queued_bytes -= job.size
+            if isinstance(job, Remove):
+                job.result.set_result(Removed(reason="closed"))
+        self._jobs.clear()
+        self._turns.clear()
+        self._writable.notify_all()
+        self._readable.notify_all()
+
+    def _write_loop(self) -> None:
+        every = self.tier.refresh_seconds
+        due = time.monotonic() + every if every is not None else None
+        while True:
+            with self._lock:
+                if not self._jobs and not self.closed:
+                    self._writable.wait(None if due is None else max(0.0, due - time.monotonic()))
+                if self.closed:
+                    return
+                job = self.take()
+            if job is not None:
+                self._run_guarded(job)
+                with self._lock:
+                    self.finish(job)
+            if every is not None and due is not None and time.monotonic() >= due:
+                self._guard(self.tier.refresh)
+                due = time.monotonic() + every
+
+    def _read_loop(self) -> None:
+        while True:
+            with self._lock:
+                while (turn := self.begin_read()) is None and not self.closed:
+                    self._readable.wait()
+            if turn is None:
+                return
+            self._on_read(self, *turn, self.read(*turn))
+
+    def _run_guarded(self, job: Job) -> None:
+        error = self._guard(lambda: self.run(job))
+        if error is not None and isinstance(job, Remove):
+            job.result.set_result(Removed(reason=f"failed: {type(error).__name__}"))
+
+    def _guard(self, change: Callable[[], None]) -> Exception | None:
+        try:
+            change()
+        except Exception as error:
+            logger.exception("%s tier: a change failed", self.name)
+            self._failed(error)
+            return error
+        return None
+
+    def _store(self, blocks: Sequence[QueuedBlock]) -> None:
+        lacking = [each for each in blocks if not self.tier.lookup((each.record.identity,), exact=each.record.exact)]
+        if not lacking:
+            return
+        entries = [each.encoded(self._namespace) for each in lacking]
+        began = self._clock()
+        outcome = self.tier.store(entries)
+        self.meter.stored(outcome.count, self._clock() - began)
+        if outcome.evicted:
+            self._on_evicted(self.name, outcome.evicted)
+
+    def _check(self, block_hashes: Sequence[bytes]) -> None:
+        for start in range(0, len(block_hashes), BATCH_BLOCKS):
+            for entry in self.tier.load(block_hashes[start : start + BATCH_BLOCKS]):
+                fault = self._fault(entry) if entry else ""
+                if entry and fault:
+                    self.tier.remove((entry.identity,))
+                    self.meter.refused(fault)
+
+    def _sound(self, entry: TierEntry) -> BlockRecord | None:
+        try:
+            return verified_record(entry.data, namespace=self._namespace, identity=entry.identity, exact=entry.exact)
+        except BlockError:
+            return None
+
+    def _fault(self, entry: TierEntry) -> str:
+        try:
+            verified_record(entry.data, namespace=self._namespace, identity=entry.identity, exact=entry.exact)
+        except BlockError as error:
+            return error.fault
+        return ""
+
+
+ReadHook = Callable[[TierWorker, Onboarding, Piece, Reading], None]
