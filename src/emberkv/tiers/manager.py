@@ -144,6 +144,8 @@ class TierManager:
             if self._closed:
                 onboarding.cancel()
             self._onboardings.add(onboarding)
+            for worker in self.workers:
+                worker.drop_removed(onboarding)
             for rank in onboarding.ranks:
                 self.workers[rank].enqueue(onboarding)
             ended = self._ended()

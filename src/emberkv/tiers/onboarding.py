@@ -50,12 +50,14 @@ class Onboarding:
         self._pieces: dict[int, deque[Piece]] = {}
         self._usable = len(block_hashes)
         self._removed: set[int] = set()
+        self._sources: list[int] = []  # of each block, the rank of the tier that it is to come from
         first = 0
         for run in runs:
             stop = min(first + run.count, len(block_hashes))
             rank = ranks[run.tier]
             pieces = (Piece(rank, at, min(at + PIECE_BLOCKS, stop)) for at in range(first, stop, PIECE_BLOCKS))
             self._pieces.setdefault(rank, deque()).extend(pieces)
+            self._sources += [rank] * (stop - first)
             first = stop
 
     @property
@@ -71,10 +73,13 @@ class Onboarding:
         """Read no more than what is being read now."""
         self._pieces.clear()
 
-    def remove(self, block_hashes: Collection[bytes] | None) -> None:
-        """These blocks, all for None, were removed: their records are dropped, those not yet read included."""
+    def remove(self, block_hashes: Collection[bytes] | None, *, rank: int | None = None) -> None:
+        """These blocks, all for None, were removed from the tier of ``rank``, from every tier for None: their records
+        are dropped, those not yet read included.
+        """
         for at, block_hash in enumerate(self.block_hashes):
-            if block_hashes is None or block_hash in block_hashes:
+            named = block_hashes is None or block_hash in block_hashes
+            if named and (rank is None or (at < len(self._sources) and self._sources[at] == rank)):
                 self._removed.add(at)
                 self.records[at] = None
                 self._usable = min(self._usable, at)

@@ -122,7 +122,7 @@ class TierWorker:
         self.meter = TierMeter()
         self.queued_bytes = 0
         self.closed = False
-        self._lock = lock
+        self.lock = lock
         self._changed = changed
         self._namespace = namespace
         self._queue_bytes = queue_bytes
@@ -212,6 +212,12 @@ class TierWorker:
         self._turns.append(onboarding)
         self._readable.notify_all()
 
+    def drop_removed(self, onboarding: Onboarding) -> None:
+        """Blocks whose removal is queued are still in the tier, but not to be read any more."""
+        for job in self._hidden:
+            if isinstance(job, Remove):
+                onboarding.remove(job.block_hashes, rank=self.rank)
+
     def begin_read(self) -> tuple[Onboarding, Piece] | None:
         """The next piece to `read`, to be followed by `Onboarding.end`; None where there is none."""
         while self._turns:
@@ -265,7 +271,7 @@ class TierWorker:
         every = self.tier.refresh_seconds
         due = time.monotonic() + every if every is not None else None
         while True:
-            with self._lock:
+            with self.lock:
                 if not self._jobs and not self.closed:
                     self._writable.wait(None if due is None else max(0.0, due - time.monotonic()))
                 if self.closed:
@@ -273,7 +279,7 @@ class TierWorker:
                 job = self.take()
             if job is not None:
                 self._run_guarded(job)
-                with self._lock:
+                with self.lock:
                     self.finish(job)
             if every is not None and due is not None and time.monotonic() >= due:
                 self._guard(self.tier.refresh)
@@ -281,7 +287,7 @@ class TierWorker:
 
     def _read_loop(self) -> None:
         while True:
-            with self._lock:
+            with self.lock:
                 while (turn := self.begin_read()) is None and not self.closed:
                     self._readable.wait()
             if turn is None:

@@ -1,0 +1,158 @@
+"""Several processes on one folder: they follow what one of them writes, and another takes over when that one ends."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emberkv.errors import CacheFolderError
+from emberkv.tiers.base import Removed
+from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.journal import JournalWriter
+from emberkv.tiers.disk.layout import BlockFile
+from tests.tiers.build import OTHER, entries, identities, records
+from tests.tiers.disks import files_of, opened, stored
+
+BLOCKS = records(6)
+ENTRIES = entries(BLOCKS)
+IDS = identities(BLOCKS)
+
+
+class CountingFiles(BlockFiles):
+    """scans: how often the folder was listed."""
+
+    scans = 0
+
+    def scan(self) -> Iterator[BlockFile]:
+        self.scans += 1
+        return super().scan()
+
+
+def test_a_reader_follows_the_writer_without_listing_the_folder(tmp_path: Path) -> None:
+    writer, files = opened(tmp_path), CountingFiles(tmp_path)
+    reader = opened(tmp_path, files=files)
+    assert reader.lookup(IDS) == 0
+    writer.store(ENTRIES[:4])
+    reader.refresh()
+    assert reader.load(IDS[:5]) == [*ENTRIES[:4], None]
+    assert reader.stats().bytes == writer.stats().bytes
+    writer.remove(IDS[2:3])
+    for _ in range(3):
+        reader.refresh()
+    assert [reader.lookup([each]) for each in IDS] == [1, 1, 0, 1, 0, 0]
+    assert files.scans == 1
+    assert reader.stats().troubles == {}
+
+
+def test_a_reader_takes_over_when_the_writer_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer, reader = opened(tmp_path), opened(tmp_path)
+    assert reader.store(ENTRIES[:1]).count == 0
+    writer.store(ENTRIES[:2])
+    writer.close()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        reader.refresh()
+    assert reader.read_only is None
+    assert caplog.messages == ["disk tier: this process writes to the folder, which has 2 blocks"]
+    assert reader.store(ENTRIES[2:4]).count == 2
+    assert opened(tmp_path).lookup(IDS) == 4
+
+
+def test_what_a_reader_removes_is_not_served_by_it_and_goes_when_it_writes(tmp_path: Path) -> None:
+    writer, reader = opened(tmp_path), opened(tmp_path)
+    writer.store(ENTRIES[:4])
+    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    assert reader.clear() == Removed(0, 4, "another process writes here")
+    reader.refresh()
+    assert (reader.lookup(IDS), writer.lookup(IDS), len(files_of(tmp_path))) == (0, 4, 4)
+    writer.store(ENTRIES[4:5])  # stored after the removal
+    reader.refresh()
+    assert reader.lookup(IDS[4:5]) == 1
+    writer.close()
+    reader.refresh()
+    assert [path.name for path in files_of(tmp_path)] == [f"{IDS[4].hex()}.kv"]
+    assert [reader.lookup([each]) for each in IDS] == [0, 0, 0, 0, 1, 0]
+
+
+def test_a_folder_that_goes_and_comes_back_is_used_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "cache"
+    tier = opened(folder)
+    tier.store(ENTRIES[:2])
+    folder.rename(tmp_path / "elsewhere")
+    tier.refresh()
+    assert tier.lookup(IDS) == 0
+    assert tier.store(ENTRIES[2:3]).count == 0
+    assert tier.stats().skipped == {"folder is gone": 1}
+    assert not folder.exists()
+    (tmp_path / "elsewhere").rename(folder)
+    tier.refresh()
+    assert tier.load(IDS[:2]) == ENTRIES[:2]
+    assert tier.store(ENTRIES[2:3]).count == 1
+    gone = "disk tier: folder is gone; nothing is loaded or stored until it is back"
+    assert caplog.messages == [gone]
+
+
+def test_a_journal_that_was_begun_anew_or_lost_has_readers_scan_again(tmp_path: Path) -> None:
+    writer, files = opened(tmp_path), CountingFiles(tmp_path)
+    reader = opened(tmp_path, files=files)
+    writer.store(ENTRIES[:1])
+    JournalWriter(tmp_path / "blocks").begin()
+    reader.refresh()
+    assert (files.scans, reader.lookup(IDS)) == (2, 1)
+    (tmp_path / "blocks" / "journal").unlink()
+    for _ in range(3):
+        reader.refresh()
+    assert (files.scans, reader.lookup(IDS)) == (2, 1)
+
+
+def test_other_models_of_a_reader_s_folder_count_too(tmp_path: Path) -> None:
+    writer = opened(tmp_path, namespace=OTHER)
+    reader = opened(tmp_path)
+    writer.store(entries(BLOCKS[:3], namespace=OTHER))
+    reader.refresh()
+    assert (reader.stats().entries, reader.lookup(IDS)) == (3, 0)
+
+
+def test_a_folder_of_another_user_is_not_trusted(tmp_path: Path) -> None:
+    stored(tmp_path, ENTRIES[:1])
+    tmp_path.chmod(0o777)
+    with pytest.raises(CacheFolderError, match=r"is not trusted: .* can be written by all users"):
+        opened(tmp_path)
+
+
+def test_links_and_folders_in_the_place_of_files_do_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, victim = tmp_path / "cache", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").touch()
+    stored(folder, ENTRIES[:1])
+    shutil.rmtree(folder / "blocks" / "tmp")
+    (folder / "blocks" / "tmp").symlink_to(victim)
+    assert opened(folder).read_only == "folder cannot be written"
+    assert (victim / "file").exists()
+    (folder / "blocks" / "tmp").unlink()
+    (folder / "blocks" / "tmp" / "odd").mkdir(parents=True)
+    (folder / "blocks" / "lock").unlink()
+    (folder / "blocks" / "lock").mkdir()
+    tier = opened(folder)
+    assert (tier.read_only, tier.store(ENTRIES[1:2]).count) == (None, 1)
+    assert "disk tier: 1 folders among the temporary files are left alone" in caplog.messages
+    tier.close()
+    (folder / "blocks" / "lock").unlink()
+    (folder / "blocks" / "lock").symlink_to(tmp_path / "target")
+    assert opened(folder).read_only == "folder cannot be written"
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_in_a_block_s_place_is_passed_over_at_once(tmp_path: Path, make: object) -> None:
+    assert callable(make)
+    tier = opened(tmp_path)
+    tier.store(ENTRIES[:2])
+    path = next(path for path in files_of(tmp_path) if path.name.startswith(IDS[0].hex()))
+    path.unlink()
+    make(path)
+    assert tier.load(IDS[:2]) == [None, ENTRIES[1]]
+    assert tier.stats().troubles == {"unreadable": 1}
