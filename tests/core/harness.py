@@ -7,7 +7,7 @@ from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, root_identity, tail_identity
+from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, partial_identity, root_identity
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
@@ -153,6 +153,17 @@ class Harness:
     def compute(self, plan: StepPlan) -> None:
         """Write what an engine would, over a context that must hold exactly the chain's own tokens."""
         self.check_plan(plan)
+        targets = {copy.target.slot for copy in plan.copies}
+        assert not targets & {copy.source.slot for copy in plan.copies}
+        for copy in plan.copies:
+            assert copy.source.ref_count > 0, "the block may be evicted before it is copied"
+            assert (copy.target.state, copy.target.ref_count) == (BlockState.ALLOCATED, 1)
+            for offset in range(self.block_size):
+                cell = self.cells.get((copy.source.slot, offset))
+                if cell is None:
+                    self.cells.pop((copy.target.slot, offset), None)
+                else:
+                    self.cells[copy.target.slot, offset] = cell
         for sequence in plan.decodes:
             length = len(sequence.chain)
             self._write(sequence, length - 1, length, whole=length if self.uniform else 0)
@@ -196,7 +207,7 @@ class Harness:
         """The conservation law, and that every block found under an identity holds what the identity says."""
         running = self.scheduler.running
         loading = [load.blocks for load in self.scheduler.loads]
-        self.pool.check_integrity([*(each.held.blocks for each in running), *loading])
+        self.pool.check_integrity([*(each.held.pinned for each in running), *loading])
         assert len(running) <= self.max_running
         for sequence in running:
             assert sequence.cached_tokens <= sequence.prompt_tokens - 1
@@ -206,7 +217,7 @@ class Harness:
             self._check_content(identity)
         for block in self.pool.blocks:
             if block.partial:
-                self._check_tail(block)
+                self._check_partial(block)
 
     def _check_admission(self, sequence: Sequence) -> None:
         admission = sequence.admission
@@ -225,11 +236,12 @@ class Harness:
         prefix = self._prefix_of(block, self.block_size)
         assert chain_identities(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == identity
 
-    def _check_tail(self, block: Block) -> None:
+    def _check_partial(self, block: Block) -> None:
         prefix = self._prefix_of(block, len(block.tokens) // TOKEN_BYTES)
         before = prefix[: -len(block.tokens)]
         parents = [before[:ROOT_BYTES], *chain_identities(before[:ROOT_BYTES], before[ROOT_BYTES:], self.block_size)]
-        assert (block.parent, block.identity) == (parents[-1], tail_identity(parents[-1]))
+        assert (block.parent, block.identity) == (parents[-1], partial_identity(parents[-1], block.tokens))
+        assert block.num_tokens == len(block.tokens) // TOKEN_BYTES < self.block_size
         assert block.position == len(parents) - 1
 
     def _prefix_of(self, block: Block, count: int) -> bytes:

@@ -19,6 +19,10 @@ class CountedChain(TokenChain):
         self.asked += 1
         return super().block_tokens(index)
 
+    def encoded_slice(self, start: int, stop: int) -> bytes:
+        self.asked += 1
+        return super().encoded_slice(start, stop)
+
 
 def stored(tokens: TokenChain) -> BlockStored:
     blocks = tuple(tokens.block_tokens(index) for index in range(len(tokens.identities)))
@@ -35,7 +39,7 @@ def ledger_with(*chains: TokenChain) -> Ledger:
 def asked(ledger: Ledger, prompt: TokenChain, *, alignment: int = SIZE) -> Explanation:
     runs = [(POOL, ledger.cached_run(prompt))]
     outcome = outcome_of(runs, len(prompt), block_size=SIZE, alignment=alignment)
-    return explain(ledger, prompt, outcome, alignment=alignment)
+    return explain(ledger, prompt, outcome, hit_unit=alignment)
 
 
 def told(explanation: Explanation) -> list[tuple[Reason, int, int]]:

@@ -70,7 +70,7 @@ class CoreEngine:
         for each in plan.admitted:
             assert each.admission is not None
             outcome = admission_outcome(each.admission, each.prompt_tokens)
-            self.books.admitted(each.request_id, self._prompt(each), each.prompt_tokens, outcome, alignment=UNIT)
+            self.books.admitted(each.request_id, self._prompt(each), each.prompt_tokens, outcome, hit_unit=UNIT)
         samples = bool(plan.decodes) or any(chunk.samples for chunk in plan.prefills)
         token = answer[sequence.num_generated] if samples else None
         self.scheduler.complete(plan, {} if token is None else {sequence.request_id: token})

@@ -31,7 +31,8 @@ _MEANINGS = {
     "cache-off": "the server runs without its prefix cache",
     "alignment": "cached, but beyond the last whole unit of reuse",
     "partial": "the last block, which is not full or holds the prompt's end",
-    "too-short": "shorter than one unit of reuse",
+    "too-short": "no longer than one unit of reuse",
+    "last-token": "always computed: its scores choose the next one",
 }
 
 

@@ -23,8 +23,9 @@ class Block:
     position: the block's index in its chain. owner: on whose books it is.
     exact: the content is bit-equal to what a cold prefill of the same chain writes. False for KV that decode steps
     or partial chunks computed, and for everything computed on top of such KV.
-    partial: ``tokens`` are fewer than a block's. It is the end of what a sequence left behind the block ``parent``, and
-    is found by `BlockPool.find_tail` only.
+    num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the
+    end of what a finished sequence computed. Only `BlockPool.longest_child` finds a partial block.
+    previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
 
     slot: int
@@ -36,4 +37,19 @@ class Block:
     position: int = 0
     owner: str = ""
     exact: bool = False
+    num_tokens: int = 0
     partial: bool = False
+    previous: Identity = b""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Before a step computes, the KV bytes of block ``source`` are to be copied into ``target``.
+
+    num_tokens: how many leading tokens of ``source`` are reused; what lies behind them in ``target`` is overwritten as
+    the sequence goes on, and never attended to before.
+    """
+
+    source: Block
+    target: Block
+    num_tokens: int

@@ -8,7 +8,7 @@ eviction policy.
 from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, encoded_slice, uniform_weight
+from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, uniform_weight
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.integrity import broken_laws
@@ -95,36 +95,35 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
-    def find_tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
-        """The partial block behind the first ``position`` blocks of ``chain``, and how many tokens they have in common.
+    def index_children(self) -> None:
+        """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent."""
+        self._cached.index_children()
 
-        At least one, and never the chain's last. Holds nothing.
+    def longest_child(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+        """Of the cached blocks behind the first ``position`` blocks of ``chain``, full or partial, the one that begins
+        with most of the tokens that follow there, and how many these are. Holds nothing.
+
+        At least one token, at most all of a block but the last, and never the chain's last token. None where there is
+        no such block, and without `index_children`.
         """
-        return self._cached.find_tail(chain, position)
+        start = position * self.block_size
+        return self._cached.longest_child(chain, start, min(start + self.block_size, len(chain)) - 1)
 
-    def take_tail(self, block: Block) -> None:
-        """Hold what `find_tail` found, to write on behind its tokens: nobody finds it any more."""
-        self._cached.leave(block)
-        block.state = BlockState.ALLOCATED
-        block.ref_count = 1
+    def commit_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
+        """Make block ``position`` of ``chain`` visible with its first ``count`` tokens, which are computed and exact.
 
-    def leave_tail(self, block: Block, chain: Chain, position: int, count: int) -> None:
-        """Make a block visible whose holder is about to free it, as the partial one behind those before ``position``.
-
-        count: of its tokens, those that are in place; they must be exact. There is one such block behind another: the
-        latest, unless the one before goes further in the same way.
+        The caller is about to free it and writes to it no more. Nothing happens if a cached block begins with these
+        tokens; a partial block that they go on from is forgotten. Needs `index_children`.
         """
         if block.state is not BlockState.ALLOCATED:
-            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be left")
+            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
         start = position * self.block_size
-        tokens = encoded_slice(chain, start, start + count)
-        known = self._cached.known_tail(chain, position)
-        if known is not None:
-            if known.tokens.startswith(tokens):
-                return
-            self._withdraw(known)
+        known = self._cached.longest_child(chain, start, start + count)
+        if known is not None and known[1] == count and known[0].exact:
+            return
+        self._supersede(chain, start, start + count)
         block.state = BlockState.COMMITTED
-        self._cached.enter_tail(block, chain, position, tokens)
+        self._cached.enter_partial(block, chain, position, count)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Hold cached blocks once more, so that nobody evicts them."""
@@ -183,6 +182,8 @@ class BlockPool:
                 return known
             self.stats.replaced_blocks += 1
             self._withdraw(known)
+        if exact:
+            self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
         block.state = BlockState.COMMITTED
         self._cached.enter(block, chain, position, exact=exact, in_place=known is not None)
         self._blank += self._cached.evict_surplus()
@@ -262,6 +263,12 @@ class BlockPool:
     def snapshot(self) -> Snapshot:
         return self._cached.snapshot()
 
+    def _supersede(self, chain: Chain, start: int, stop: int) -> None:
+        """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found."""
+        shorter = self._cached.partial_prefix(chain, start, stop)
+        if shorter is not None:
+            self._withdraw(shorter)
+
     def _withdraw(self, block: Block) -> None:
         self._cached.leave(block)
         if block.ref_count:
@@ -274,6 +281,8 @@ class BlockPool:
 
         holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
         """
-        broken = broken_laws(self.blocks, self._blank, self._cached.index, len(self.policy), holders)
+        broken = broken_laws(
+            self.blocks, self._blank, self._cached.index, len(self.policy), holders, self._cached.children
+        )
         if broken:
             raise IntegrityError("; ".join(broken[:5]))

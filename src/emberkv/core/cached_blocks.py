@@ -1,10 +1,12 @@
 """The cached blocks of a pool: found under their identities, compared by their tokens, evicted in a policy's order."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 from emberkv.core.block import Block
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.hashing import Chain, Identity, common_tokens, encode_tokens, tail_identity, token_array
+from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity, partial_identity
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.core.stats import CacheStats
@@ -16,6 +18,51 @@ BlockWeight = Callable[[int], Weight]
 def uniform_weight(position: int) -> Weight:
     """Every block alike."""
     return Weight()
+
+
+_BY_TOKENS = attrgetter("tokens")
+
+
+class ChildIndex:
+    """Cached blocks by the hash of their parent, each list sorted by the blocks' encoded tokens.
+
+    Of all children of a block, the one with the longest common prefix with a run of tokens is then next to the place
+    where that run itself would be: finding it takes one binary search and two comparisons.
+    """
+
+    def __init__(self) -> None:
+        self._children: dict[Identity, list[Block]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._children.values()))
+
+    def __contains__(self, block: Block) -> bool:
+        return any(child is block for child in self._children.get(block.parent, ()))
+
+    def add(self, block: Block) -> None:
+        siblings = self._children.get(block.parent)
+        if siblings is None:
+            self._children[block.parent] = [block]
+        else:
+            siblings.insert(bisect_left(siblings, block.tokens, key=_BY_TOKENS), block)
+
+    def discard(self, block: Block) -> None:
+        siblings = self._children[block.parent]
+        if len(siblings) == 1:
+            del self._children[block.parent]
+            return
+        at = bisect_left(siblings, block.tokens, key=_BY_TOKENS)
+        while siblings[at] is not block:
+            at += 1
+        del siblings[at]
+
+    def neighbours(self, parent: Identity, tokens: bytes) -> list[Block]:
+        """Of the children of ``parent``, the one just before ``tokens`` and the one at or just after them."""
+        siblings = self._children.get(parent)
+        if siblings is None:
+            return []
+        at = bisect_left(siblings, tokens, key=_BY_TOKENS)
+        return siblings[max(0, at - 1) : at + 1]
 
 
 class CachedBlocks:
@@ -36,15 +83,16 @@ class CachedBlocks:
         self.policy = policy
         self.weight = weight
         self.index: dict[Identity, Block] = {}
-        self._tails: dict[Identity, set[Identity]] = {}  # those of partial blocks, by the block that they are behind
-        self._num_tails = 0
+        self.children: ChildIndex | None = None
+        self._partial: dict[Identity, set[Identity]] = {}  # hashes of partial blocks, by `Block.previous`
+        self._num_partial = 0
         self._events = events
         self._stats = stats
         self._journal: dict[Identity, Block] | None = {} if journal else None
 
     @property
     def num_full(self) -> int:
-        return len(self.index) - self._num_tails
+        return len(self.index) - self._num_partial
 
     def match(self, chain: Chain, start: int, stop: int, *, exact_only: bool) -> Match:
         """See `BlockPool.match`."""
@@ -63,40 +111,68 @@ class CachedBlocks:
             found.append(block)
         return Match(found, MatchEnd.LIMIT)
 
-    def find_tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
-        """See `BlockPool.find_tail`."""
-        block = self.known_tail(chain, position)
-        if block is None:
+    def index_children(self) -> None:
+        """See `BlockPool.index_children`."""
+        if self.children is None:
+            self.children = ChildIndex()
+            for block in self.index.values():
+                self.children.add(block)
+
+    def longest_child(self, chain: Chain, start: int, stop: int) -> tuple[Block, int] | None:
+        """The cached block that begins with most of tokens ``[start, stop)``, which are of one block, and how many."""
+        if self.children is None or stop <= start:
             return None
-        start = position * chain.block_size
-        common = common_tokens(block.tokens, encoded_slice(chain, start, min(start + chain.block_size, len(chain) - 1)))
-        return (block, common) if common else None
+        index = start // chain.block_size
+        tokens = chain.encoded_slice(start, stop)
+        near = list(self.children.neighbours(chain.parent(index), tokens))
+        if (public := chain.unsalted_parent(index)) != chain.parent(index):
+            # The first private block: what follows the public part is another's, unless it is public as well.
+            near += [each for each in self.children.neighbours(public, tokens) if each.owner == PUBLIC_OWNER]
+        best, most = None, 0
+        for child in near:
+            common = min(child.num_tokens, chain.common_tokens(start, stop, child.tokens))
+            if common > most:
+                best, most = child, common
+        return (best, most) if best is not None else None
+
+    def partial_prefix(self, chain: Chain, start: int, stop: int) -> Block | None:
+        """A cached partial block all of whose tokens are the first of ``[start, stop)``.
+
+        There is at most one, just before these tokens in order: no cached partial block is the beginning of another
+        exact one.
+        """
+        if self.children is None:
+            return None
+        parent, tokens = chain.parent(start // chain.block_size), chain.encoded_slice(start, stop)
+        for child in self.children.neighbours(parent, tokens):
+            if child.partial and chain.common_tokens(start, stop, child.tokens) >= child.num_tokens:
+                return child
+        return None
 
     def enter(self, block: Block, chain: Chain, position: int, *, exact: bool, in_place: bool) -> None:
         """Make a held block visible. in_place: of another one that was visible under the same identity just now."""
         identity = chain.identities[position]
         block.tokens = chain.block_tokens(position)
+        block.num_tokens = chain.block_size
         self._enter(block, identity, chain, position, exact=exact)
         self._stats.committed_blocks += 1
         if not in_place:
             self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
 
-    def known_tail(self, chain: Chain, position: int) -> Block | None:
-        return self.index.get(tail_identity(chain.parent(position)))
+    def enter_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
+        """Make a held block visible of which only the first ``count`` tokens are computed.
 
-    def enter_tail(self, block: Block, chain: Chain, position: int, tokens: bytes) -> None:
-        """Make a held block visible that has these tokens; there must be no other one behind the same block.
-
-        Nobody is told, and the block goes without notice: who mirrors the cache mirrors full blocks.
+        No event tells of it, now or when it goes: subscribers track full blocks only.
         """
-        identity = tail_identity(chain.parent(position))
-        block.tokens = tokens
+        start = position * chain.block_size
+        block.tokens = chain.encoded_slice(start, start + count)
+        block.num_tokens = count
         block.partial = True
+        identity = partial_identity(chain.parent(position), block.tokens)
         self._enter(block, identity, chain, position, exact=True)
-        if position:
-            block.parent = chain.identities[position - 1]  # unsalted, as whoever has it forgotten knows it
-        self._tails.setdefault(block.parent, set()).add(identity)
-        self._num_tails += 1
+        block.previous = chain.unsalted_parent(position)
+        self._partial.setdefault(block.previous, set()).add(identity)
+        self._num_partial += 1
 
     def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, *, exact: bool) -> None:
         block.identity = identity
@@ -105,6 +181,8 @@ class CachedBlocks:
         block.owner = chain.owner(position)
         block.exact = exact
         self.index[identity] = block
+        if self.children is not None:
+            self.children.add(block)
         weight = self.weight(position)
         self.policy.admit(identity, Weight(weight.size, weight.cost, block.owner) if block.owner else weight)
 
@@ -153,7 +231,7 @@ class CachedBlocks:
 
     def among(self, identities: Iterable[Identity]) -> list[Block]:
         """The blocks that are found under any of these, each once, and the partial ones behind these."""
-        wanted = dict.fromkeys(key for each in identities for key in (each, *self._tails.get(each, ())))
+        wanted = dict.fromkeys(key for each in identities for key in (each, *self._partial.get(each, ())))
         return [self.index[identity] for identity in wanted if identity in self.index]
 
     def snapshot(self) -> Snapshot:
@@ -161,19 +239,18 @@ class CachedBlocks:
         return Snapshot(self._events.last_sequence, parents)
 
     def _wipe(self, block: Block) -> None:
+        if self.children is not None:
+            self.children.discard(block)
         if block.partial and block.identity is not None:
-            tails = self._tails[block.parent]
-            tails.discard(block.identity)
-            self._num_tails -= 1
-            if not tails:
-                del self._tails[block.parent]
+            partial = self._partial[block.previous]
+            partial.discard(block.identity)
+            self._num_partial -= 1
+            if not partial:
+                del self._partial[block.previous]
+            block.partial = False
+            block.previous = b""
         block.identity = None
         block.parent = b""
         block.tokens = b""
+        block.num_tokens = 0
         block.exact = False
-        block.partial = False
-
-
-def encoded_slice(chain: Chain, start: int, stop: int) -> bytes:
-    """Tokens ``[start, stop)`` of a chain, encoded."""
-    return encode_tokens(token_array(chain.slice(start, stop)))

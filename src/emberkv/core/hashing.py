@@ -61,9 +61,9 @@ def chain_identities(parent: Identity, tokens: bytes, block_size: int) -> list[I
     return identities
 
 
-def tail_identity(parent: Identity) -> Identity:
-    """Of the partial block that a sequence left behind the block ``parent``, whatever its tokens are."""
-    return sha256(b"emberkv-tail-1" + parent).digest()
+def partial_identity(parent: Identity, tokens: bytes) -> Identity:
+    """The hash of a block that holds fewer tokens than a full one; never equal to a full block's."""
+    return sha256(b"emberkv-partial-1" + parent + tokens).digest()
 
 
 def common_tokens(one: bytes, other: bytes) -> int:
@@ -77,7 +77,8 @@ class Chain(Protocol):
     """A sequence as the core sees it: its length and its full blocks' identities, however its tokens are described.
 
     ``block_tokens`` is what a hit is compared by: equal bytes if and only if the tokens are equal. `TokenChain` holds
-    token ids; a recorded or generated workload may know its tokens by origin only.
+    token ids; a recorded or generated workload may know its tokens by origin only. Encoded blocks that begin with more
+    equal tokens lie nearer to each other in the order of their bytes.
     """
 
     block_size: int
@@ -93,7 +94,19 @@ class Chain(Protocol):
 
     def block_tokens(self, index: int) -> bytes: ...
 
+    def encoded_slice(self, start: int, stop: int) -> bytes:
+        """What stands for tokens ``[start, stop)`` of one block."""
+        ...
+
+    def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+        """How many leading tokens of ``[start, stop)`` an encoded block begins with."""
+        ...
+
     def parent(self, index: int) -> Identity: ...
+
+    def unsalted_parent(self, index: int) -> Identity:
+        """As `parent`, but at the first private block the hash of what lies before it, without the tenant's salt."""
+        ...
 
     def owner(self, index: int) -> str:
         """On whose books block ``index`` is: a tenant's name, "" where there is only one, or `PUBLIC_OWNER`."""
@@ -162,9 +175,18 @@ class TokenChain:
         encoded = self._encoded[start * TOKEN_BYTES : stop * TOKEN_BYTES]
         return encoded if stop * TOKEN_BYTES <= len(self._encoded) else encode_tokens(self._tokens[start:stop])
 
+    def encoded_slice(self, start: int, stop: int) -> bytes:
+        return encode_tokens(self._tokens[start:stop])
+
+    def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+        return common_tokens(self.encoded_slice(start, stop), encoded)
+
     def parent(self, index: int) -> Identity:
         if index == self._public_blocks:
             return self._private_parent
+        return self.unsalted_parent(index)
+
+    def unsalted_parent(self, index: int) -> Identity:
         return self.identities[index - 1] if index else self.root
 
     def owner(self, index: int) -> str:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from emberkv.core.block import Block, BlockState
+from emberkv.core.cached_blocks import ChildIndex
 from emberkv.core.hashing import Identity
 
 
@@ -13,11 +14,13 @@ def broken_laws(
     index: Mapping[Identity, Block],
     evictable: int,
     holders: Iterable[Iterable[Block]] | None,
+    children: ChildIndex | None = None,
 ) -> list[str]:
     """What does not hold; empty when the books balance.
 
     blank: free blocks that hold nothing. index: the blocks found under an identity. evictable: how many the policy
     could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
+    children: the same blocks by their parents, where the pool keeps them so.
     """
     laws = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
     if holders is not None:
@@ -26,6 +29,9 @@ def broken_laws(
             (block.ref_count == held[block.slot], f"slot {block.slot}: {block.ref_count} refs, {held[block.slot]} held")
             for block in blocks
         ]
+    if children is not None:
+        known = len(children) == len(index) and all(block in children for block in index.values())
+        laws.append((known, "the children of blocks and the index differ"))
     return [what for holds, what in laws if not holds]
 
 

@@ -123,7 +123,7 @@ class Loads:
         """Write down where the hit of a sequence that is being admitted comes from."""
         size, known = self._cache.pool.block_size, len(match.blocks)
         hit, in_blocks = sequence.held.hit_tokens, sequence.held.num_committed * size
-        tail = hit - in_blocks
+        copied = hit - in_blocks
         brought: Counter[str] = Counter()
         border = hit // size
         for wait in reversed(sequence.waits):  # what an earlier load brought, a later one need not have brought again
@@ -138,11 +138,11 @@ class Loads:
         elif decision.choice is not LoadChoice.SHARED:  # decided after the wait, about the same blocks
             failed -= declined + decision.rounded
         cheaper, lost = max(0, declined) * size, max(0, failed) * size
-        # A partial block has the beginning of what a tier has: of what a load did not bring, or of what was declined.
+        # The tokens copied are the first of what a tier has: of what a load did not bring, or of what was declined.
         if decision.choice is LoadChoice.LOAD:
-            lost, cheaper = max(0, lost - tail), max(0, cheaper - max(0, tail - lost))
+            lost, cheaper = max(0, lost - copied), max(0, cheaper - max(0, copied - lost))
         else:
-            cheaper, lost = max(0, cheaper - tail), max(0, lost - max(0, tail - cheaper))
+            cheaper, lost = max(0, cheaper - copied), max(0, lost - max(0, copied - cheaper))
         sequence.admission = Admission(
             pool_tokens=hit - sum(tier_tokens.values()),
             tier_tokens=tier_tokens,

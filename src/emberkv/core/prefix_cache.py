@@ -1,14 +1,14 @@
 """The prefix cache: match, pin, and hand out a lease; everything a sequence does to blocks goes through its lease.
 
-tokens   0 ............... hit ................ full ........ len
-         |  shared: found  |  ours: computed,   |  tail: the  |
-         |  and pinned     |  then committed    |  last block |
-         |                 |  as they fill      |  fills      |
+tokens   0 ............... full ....... hit ............... len
+         |  shared: found  |  copied: the  |  ours: computed,  |
+         |  and pinned     |  beginning of |  then committed   |
+         |                 |  a block      |  as blocks fill   |
 """
 
 from collections.abc import Sequence
 
-from emberkv.core.block import Block, BlockState
+from emberkv.core.block import Block, BlockCopy, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import Chain
 from emberkv.core.matching import Match, MatchEnd
@@ -16,13 +16,18 @@ from emberkv.errors import ConfigError
 
 
 class Lease:
-    """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out."""
+    """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out.
+
+    Where a hit may end within a block, the lease also holds the block whose beginning is to be copied, until the step
+    that copies it has been computed.
+    """
 
     __slots__ = (
         "_cache",
         "_chain",
         "_collided",
         "_num_computed",
+        "_source",
         "blocks",
         "context_exact",
         "hit_tokens",
@@ -37,50 +42,81 @@ class Lease:
         self.num_committed = len(hit)
         self.hit_tokens = len(hit) * cache.pool.block_size
         self.context_exact = all(block.exact for block in hit)
-        self._take_tail()
         self._num_computed = self.hit_tokens
+        self._source: Block | None = None
+        self._reuse_beginning()
 
-    def _take_tail(self) -> None:
-        found = self._cache.tail(self._chain, len(self.blocks))
+    @property
+    def pinned(self) -> list[Block]:
+        """Every block that the lease holds: the block table, and the block to copy from."""
+        return self.blocks if self._source is None else [*self.blocks, self._source]
+
+    @property
+    def copy(self) -> BlockCopy | None:
+        """What is to be copied before the first of the sequence's tokens is computed; None when that is done."""
+        if self._source is None:
+            return None
+        count = self._num_computed % self._cache.pool.block_size
+        return BlockCopy(self._source, self.blocks[self.num_committed], count)
+
+    def _reuse_beginning(self) -> None:
+        """Let the hit go on into the block behind the committed ones, as far as a cached block begins like it."""
+        found = self._cache.longest_child(self._chain, self.num_committed)
         if found is not None:
-            block, tokens = found
-            self._cache.pool.take_tail(block)
-            self.blocks.append(block)
+            self._source, tokens = found
+            self._cache.pool.pin([self._source])
+            self.context_exact = self.context_exact and self._source.exact
             self.hit_tokens += tokens
+            self._num_computed += tokens
+
+    def _release_source(self) -> None:
+        if self._source is not None:
+            self._cache.pool.free([self._source])
+            self._source = None
 
     def missing_blocks(self, num_tokens: int) -> int:
         """How many blocks more the table needs to cover ``num_tokens``."""
         return max(0, self._cache.pool.blocks_for(num_tokens) - len(self.blocks))
 
     def extend(self, num_tokens: int) -> None:
-        """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with nothing changed."""
+        """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with no block allocated.
+
+        If the block to copy from is one of those that are needed, it is not copied, and the hit ends before it.
+        """
         missing = self.missing_blocks(num_tokens)
-        if missing:
-            owner = self._chain.owner(len(self.blocks) + missing - 1)
-            self.blocks += self._cache.pool.allocate(missing, owner)
+        if not missing:
+            return
+        pool, owner = self._cache.pool, self._chain.owner(len(self.blocks) + missing - 1)
+        if self._source is not None and len(self.blocks) == self.num_committed and missing > pool.free_for(owner):
+            self._release_source()
+            self.context_exact = all(block.exact for block in self.blocks)
+            self.hit_tokens = self._num_computed = len(self.blocks) * pool.block_size
+        self.blocks += pool.allocate(missing, owner)
 
     def adopt(self, start: int) -> int:
-        """Take over blocks that others committed since, from the one with token ``start`` on, the next to compute.
+        """Reuse what others committed since, from token ``start`` on, the next to compute.
 
-        Only whole alignment units count, as in `acquire`, and only once all before them is committed. Our own blocks
-        for that stretch are freed. Returns the number of tokens adopted.
+        Whole alignment units are shared as in `acquire`, and our own blocks for that stretch are freed; the beginning
+        of one more block may be copied. Both only once all before ``start`` is committed. Returns the number of tokens.
         """
         pool = self._cache.pool
         first = start // pool.block_size
         if self.num_committed < first:
             return 0
+        before = self.hit_tokens
         found = self._cache.find(self._chain, start)
-        if not found:
-            return 0
-        pool.pin(found)
-        pool.free(self.blocks[first : first + len(found)])
-        self.blocks[first : first + len(found)] = found
-        self.num_committed = first + len(found)
-        self.context_exact = self.context_exact and all(block.exact for block in found)
-        self._num_computed = self.num_committed * pool.block_size
-        adopted = self._num_computed - start
-        self.hit_tokens += adopted
-        return adopted
+        if found:
+            self._release_source()
+            pool.pin(found)
+            pool.free(self.blocks[first : first + len(found)])
+            self.blocks[first : first + len(found)] = found
+            self.num_committed = first + len(found)
+            self.context_exact = self.context_exact and all(block.exact for block in found)
+            self._num_computed = self.num_committed * pool.block_size
+            self.hit_tokens += self._num_computed - start
+        if self._num_computed == self.num_committed * pool.block_size:
+            self._reuse_beginning()
+        return self.hit_tokens - before
 
     def commit_prefilled(self, stop: int) -> None:
         """Commit the blocks that are complete now that prefill has computed all tokens up to ``stop``.
@@ -88,6 +124,7 @@ class Lease:
         What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be, unless
         the engine is uniform.
         """
+        self._release_source()
         whole = stop if self._cache.uniform else stop - stop % self._cache.alignment
         self._commit(whole, exact=True)
         if stop > whole:
@@ -113,25 +150,29 @@ class Lease:
             self.num_committed = position + 1
 
     def release(self) -> None:
-        """Let go of every block, tail first. What is computed of one that is not full stays for who goes on there."""
+        """Free every block, the last first. A last block that is not full stays cached with what is computed of it."""
         pool = self._cache.pool
-        in_tail = self._num_computed - self.num_committed * pool.block_size
-        if self._leaves_tails and 0 < in_tail < pool.block_size:
-            pool.leave_tail(self.blocks[self.num_committed], self._chain, self.num_committed, in_tail)
+        count = self._num_computed - self.num_committed * pool.block_size
+        if self._commits_partial_blocks and 0 < count < pool.block_size:
+            pool.commit_partial(self.blocks[self.num_committed], self._chain, self.num_committed, count)
+        self._release_source()
         pool.free(self.blocks)
         self.blocks = []
 
     @property
-    def _leaves_tails(self) -> bool:
-        return self._cache.reuses_tails and self.context_exact and not self._collided
+    def _commits_partial_blocks(self) -> bool:
+        """Whether the last block holds what `_num_computed` says, bit-equal to a cold prefill, under its own hash."""
+        copied = self._source is None
+        return self._cache.reuses_partial_blocks and copied and self.context_exact and not self._collided
 
 
 class PrefixCache:
     """Finds the longest cached prefix of a chain in a pool.
 
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
-    wherever a run of it begins. uniform: decode steps give those bits, too, and so does any part of a unit; where a
-    unit is a block, a hit then goes on into the partial block that a sequence left behind.
+    wherever a run of it begins. uniform: the engine is batch-invariant; decode steps give those bits, too, and so does
+    any part of a unit. Where a unit is a block, a hit then ends at any token: the beginning of the next block is copied
+    from the cached block that begins with the same tokens.
     exact: reuse only blocks that are bit-equal to a cold prefill.
     enabled: False finds nothing and commits nothing.
     """
@@ -146,11 +187,14 @@ class PrefixCache:
         self.uniform = uniform
         self.exact = exact
         self.enabled = enabled
+        self.reuses_partial_blocks = enabled and uniform and alignment == pool.block_size
+        if self.reuses_partial_blocks:
+            pool.index_children()
 
     @property
-    def reuses_tails(self) -> bool:
-        """Whether a hit goes on into a partial block."""
-        return self.enabled and self.uniform and self.alignment == self.pool.block_size
+    def hit_unit(self) -> int:
+        """Hits are rounded down to a multiple of this many tokens."""
+        return 1 if self.reuses_partial_blocks else self.alignment
 
     def usable_blocks(self, chain: Chain) -> int:
         """How many of a chain's blocks could be reused at most: its last token's logits are what the caller wants."""
@@ -168,9 +212,13 @@ class PrefixCache:
         first, stop = start // self.pool.block_size, self.usable_blocks(chain)
         return self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
 
-    def tail(self, chain: Chain, position: int) -> tuple[Block, int] | None:
-        """See `BlockPool.find_tail`; None where partial blocks are not reused."""
-        return self.pool.find_tail(chain, position) if self.reuses_tails else None
+    def longest_child(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+        """The block from which the beginning of block ``position`` can be copied, and how many tokens of it.
+
+        See `BlockPool.longest_child`; None where hits end at blocks only.
+        """
+        found = self.pool.longest_child(chain, position) if self.reuses_partial_blocks else None
+        return None if found is None or (self.exact and not found[0].exact) else found
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks from the one with token ``start`` on; whole alignment units only.

@@ -128,7 +128,7 @@ class Admission:
     recompute_cheaper_tokens: int = 0  # a tier has them
     load_failed_tokens: int = 0  # a load was to bring them
     alignment_tokens: int = 0  # found, and rounded away
-    partial_tokens: int = 0  # the last block, unless it is full and not the prompt's end: never reused
+    partial_tokens: int = 0  # of the last block, unless it is full and not the prompt's end, those that were not reused
 
 
 @dataclass(frozen=True, slots=True)

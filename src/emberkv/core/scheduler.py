@@ -204,7 +204,8 @@ class Scheduler:
                 sequence.cached_tokens += adopted
         start = sequence.num_computed
         stop = start - start % self.cache.alignment + self.config.prefill_chunk
-        return PrefillChunk(sequence, start, min(stop, len(sequence.chain)))
+        copy = sequence.held.copy if start % self.cache.pool.block_size else None
+        return PrefillChunk(sequence, start, min(stop, len(sequence.chain)), copy)
 
     def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
         """The admitted sequence that still has tokens to plan, or else the next one admitted.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from emberkv.core.block import BlockCopy
 from emberkv.core.promotion import Load
 from emberkv.core.sequence import Sequence
 
@@ -19,11 +20,15 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Compute tokens ``[start, stop)`` of a sequence over the KV state of all before them."""
+    """Compute tokens ``[start, stop)`` of a sequence over the KV state of all before them.
+
+    copy: where the state of the tokens before ``start``, in the block that has both, is to be copied from first.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    copy: BlockCopy | None = None
 
     @property
     def samples(self) -> bool:
@@ -33,8 +38,10 @@ class PrefillChunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """decodes: one forward pass together. prefills: one pass each, in order, after it.
+    """What the engine computes next. `copies` come before everything else.
 
+    decodes: each sequence's latest token, in one forward pass. prefills: in order; in the same pass where the engine is
+    batch-invariant, and in one pass each after it elsewhere.
     loads: what the driver is to bring up from lower tiers from now on, while it computes this and later plans.
     """
 
@@ -43,6 +50,11 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+
+    @property
+    def copies(self) -> list[BlockCopy]:
+        """Blocks to copy. No target is a source, and none is read or written by anything else in the step before."""
+        return [chunk.copy for chunk in self.prefills if chunk.copy is not None]
 
     @property
     def num_tokens(self) -> int:

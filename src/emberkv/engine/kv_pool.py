@@ -83,6 +83,12 @@ class KVPool:
         else:
             target.copy_(torch.from_numpy(source.copy()))
 
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks, each from its source's slot to its target's; no slot may be in both."""
+        if sources:
+            taken = self.storage.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
+            self.storage.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
+
     def rows(self, slots: list[int]) -> Tensor:
         """Each slot's first row, int64 ``[len(slots)]``."""
         return torch.tensor(slots, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)

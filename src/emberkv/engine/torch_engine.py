@@ -120,6 +120,8 @@ class TorchEngine:
 
         Where rows do not influence one another's bits, all goes through the model in one pass.
         """
+        copies = plan.copies
+        self.pool.copy_blocks([copy.source.slot for copy in copies], [copy.target.slot for copy in copies])
         decodes = [_decode_work(sequence) for sequence in plan.decodes]
         if self.one_pass:
             passes = [decodes + [_prefill_work(chunk) for chunk in _in_one_piece(plan.prefills)]]

@@ -45,8 +45,18 @@ class ReferenceChain:
     def block_tokens(self, index: int) -> bytes:
         return self.identities[index]
 
+    def encoded_slice(self, start: int, stop: int) -> bytes:
+        """A block is all or nothing here: what stands for it cannot be cut."""
+        return self.identities[start // self.block_size]
+
+    def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+        return stop - start if encoded == self.encoded_slice(start, stop) else 0
+
     def parent(self, index: int) -> Identity:
         return self.identities[index - 1] if index else self.root
+
+    def unsalted_parent(self, index: int) -> Identity:
+        return self.parent(index)
 
     def owner(self, index: int) -> str:
         return ""

@@ -69,8 +69,17 @@ class ContentChain:
         """What stands for the tokens of full block ``index``: where they come from."""
         return self._tokens[index]
 
+    def encoded_slice(self, start: int, stop: int) -> bytes:
+        return self._content.encode(start, min(stop, self._length))
+
+    def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+        return self._content.common_tokens(start, min(stop, self._length), encoded)
+
     def parent(self, index: int) -> Identity:
         return self.identities[index - 1] if index else self.root
+
+    def unsalted_parent(self, index: int) -> Identity:
+        return self.parent(index)
 
     def owner(self, index: int) -> str:
         return ""

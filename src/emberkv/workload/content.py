@@ -13,7 +13,7 @@ from itertools import accumulate
 from struct import Struct
 from typing import NamedTuple
 
-from emberkv.core.hashing import encode_tokens
+from emberkv.core.hashing import common_tokens, encode_tokens
 
 KEY_BYTES = 16
 SCOPE_BYTES = 8
@@ -29,7 +29,7 @@ def stream_key(*names: str | int) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
-_BOUNDS = Struct("<QQ")
+_BOUNDS = Struct(">QQ")  # big-endian: encoded spans that go on longer together are nearer in the order of their bytes
 
 
 class Span(NamedTuple):
@@ -51,6 +51,18 @@ class Span(NamedTuple):
         """Bytes that are equal for equal parts of equal streams only."""
         return self.key + _BOUNDS.pack(self.start + start, self.start + stop)
 
+    def common(self, start: int, stop: int, encoded: bytes) -> tuple[int, int]:
+        """How many tokens from ``start`` to ``stop`` ``encoded`` begins with, and the bytes they take; 0 if it goes on
+        otherwise after them.
+        """
+        own = self.encode(start, stop)
+        head = KEY_BYTES + _BOUNDS.size // 2
+        if encoded[:head] != own[:head] or len(encoded) < len(own):
+            return 0, 0
+        _, end = _BOUNDS.unpack_from(encoded, KEY_BYTES)
+        common = min(end - self.start, stop) - start
+        return common, len(own) if end == self.start + stop else 0
+
     def token_ids(self) -> list[int]:
         """Ids made from the key and the position, so that equal spans have equal ids."""
         drawn = shake_128(self.key).digest(4 * self.stop)[4 * self.start :]
@@ -71,6 +83,12 @@ class Tokens(NamedTuple):
 
     def encode(self, start: int, stop: int) -> bytes:
         return encode_tokens(self.ids[start:stop])
+
+    def common(self, start: int, stop: int, encoded: bytes) -> tuple[int, int]:
+        """See `Span.common`."""
+        own = self.encode(start, stop)
+        common = common_tokens(own, encoded)
+        return common, len(own) if common == stop - start else 0
 
     def token_ids(self) -> list[int]:
         return self.ids.tolist()
@@ -124,6 +142,17 @@ class Content:
             before = end - piece.size
             return piece.encode(start - before, stop - before)
         return b"".join(piece.encode(first, last) for piece, first, last in self._parts(start, stop))
+
+    def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+        """How many leading tokens of ``[start, stop)`` the tokens begin with that `encode` gave ``encoded`` for."""
+        total = at = 0
+        for piece, first, last in self._parts(start, stop):
+            common, read = piece.common(first, last, encoded[at:])
+            total += common
+            at += read
+            if not read:
+                break
+        return total
 
     def encode_blocks(self, start: int, stop: int, size: int) -> Iterator[bytes]:
         """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""

@@ -54,7 +54,7 @@ def test_the_first_difference_is_told_with_what_is_around_it() -> None:
     cached = chain([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
     explanation = asked(ledger_with(cached), chain([1, 2, 3, 4, 5, 6, -7, 8, 9, 10, 11]))
     assert explanation.hit == {POOL: 4}
-    assert told(explanation) == [(Reason.DIVERGED, 4, 4), (Reason.PARTIAL, 8, 3)]
+    assert told(explanation) == [(Reason.ALIGNMENT, 4, 2), (Reason.DIVERGED, 6, 2), (Reason.PARTIAL, 8, 3)]
     assert explanation.divergence == Divergence(
         position=6, before=(1, 2, 3, 4, 5, 6), expected=(7, 8, 9, 10, 11, 12), found=(-7, 8, 9, 10, 11), cached=True
     )
@@ -140,9 +140,49 @@ def test_alignment_and_short_prompts() -> None:
     assert told(asked(ledger, chain([50, 51]), alignment=8)) == [(Reason.TOO_SHORT, 0, 2)]
 
 
+def test_where_hits_end_at_any_token_only_the_last_one_is_left() -> None:
+    ledger = ledger_with(chain(range(12)))
+    unit = {"hit_unit": 1}
+    repeat = explain(ledger, chain(range(7)), Outcome({POOL: 6}), **unit)
+    assert told(repeat) == [(Reason.LAST, 6, 1)]
+    short = explain(ledger, chain([50, 51]), Outcome(), **unit)
+    assert told(short) == [(Reason.DIVERGED, 0, 1), (Reason.LAST, 1, 1)]
+    assert told(explain(Ledger(), chain([50, 51, 52]), Outcome(), **unit)) == [(Reason.NEW, 0, 2), (Reason.LAST, 2, 1)]
+    left = explain(ledger, chain([*range(6), 70, 71, 72, 73]), Outcome({POOL: 6}), **unit)
+    assert told(left) == [(Reason.DIVERGED, 6, 3), (Reason.LAST, 9, 1)]
+    assert left.divergence is not None
+    assert left.divergence.position == 6
+
+
+def test_where_hits_end_at_any_token_the_beginning_of_a_lost_block_is_lost() -> None:
+    cached = chain(range(12))
+    ledger = ledger_with(cached)
+    ledger.left(POOL, cached.identities[1:], now=5.0)
+    explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
+    assert explanation.misses == (
+        Miss(Reason.EVICTED, 4, 2, Loss(POOL, 5.0, LossKind.EVICTED)),
+        Miss(Reason.DIVERGED, 6, 1),
+        Miss(Reason.LAST, 7, 1),
+    )
+
+
+def test_of_a_block_in_a_tier_only_the_whole_is_reused() -> None:
+    cached = chain(range(12))
+    ledger = ledger_with(cached)
+    ledger.arrived("disk", cached.identities)
+    ledger.left(POOL, cached.identities[1:], now=5.0)
+    explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
+    assert told(explanation) == [(Reason.ALIGNMENT, 4, 2), (Reason.DIVERGED, 6, 1), (Reason.LAST, 7, 1)]
+
+
+def test_a_hit_in_a_partial_block_goes_on_where_nothing_known_does() -> None:
+    explanation = explain(ledger_with(chain(range(8))), chain([*range(5), 70, 71, 72]), Outcome({POOL: 6}), hit_unit=1)
+    assert (told(explanation), explanation.divergence) == ([(Reason.NEW, 6, 1), (Reason.LAST, 7, 1)], None)
+
+
 def test_what_a_tier_had_and_was_not_loaded() -> None:
     outcome = Outcome({POOL: 4, "disk": 4}, {Reason.RECOMPUTE_CHEAPER: 8, Reason.LOAD_FAILED: 4})
-    explanation = explain(Ledger(), chain(range(30)), outcome, alignment=SIZE)
+    explanation = explain(Ledger(), chain(range(30)), outcome, hit_unit=SIZE)
     assert explanation.hit == {POOL: 4, "disk": 4}
     assert told(explanation) == [
         (Reason.RECOMPUTE_CHEAPER, 8, 8),
@@ -155,7 +195,7 @@ def test_what_a_tier_had_and_was_not_loaded() -> None:
 def test_a_known_block_that_must_not_be_used() -> None:
     cached = chain(range(8))
     outcome = Outcome(refused=Reason.INEXACT)
-    explanation = explain(ledger_with(cached), chain(range(9)), outcome, alignment=SIZE)
+    explanation = explain(ledger_with(cached), chain(range(9)), outcome, hit_unit=SIZE)
     assert told(explanation) == [(Reason.INEXACT, 0, 8), (Reason.PARTIAL, 8, 1)]
 
 
@@ -198,8 +238,8 @@ def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
         found = pool.match(prompt, stop=len(prompt.identities)).blocks
         if len(ledger) < remembered:
             assert ledger.cached_run(prompt) == len(found)
-        explanation = explain(ledger, prompt, look_up(cache, None, prompt), alignment=cache.alignment)
-        check_account(explanation, prompt)
+        explanation = explain(ledger, prompt, look_up(cache, None, prompt), hit_unit=cache.hit_unit)
+        check_account(explanation, prompt, cache.hit_unit)
         lease = cache.acquire(prompt)
         assert explanation.hit_tokens == lease.hit_tokens
         if lease.missing_blocks(len(prompt)) <= pool.num_free:
@@ -212,16 +252,22 @@ def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
         assert len(ledger) <= remembered
 
 
-def check_account(explanation: Explanation, prompt: TokenChain) -> None:
+def check_account(explanation: Explanation, prompt: TokenChain, hit_unit: int) -> None:
     """Hit and misses are the prompt, without gap or overlap; a divergence is one."""
     at = explanation.hit_tokens
     for miss in explanation.misses:
         assert (miss.start, miss.tokens > 0) == (at, True)
         at = miss.stop
     assert at == len(prompt) == explanation.prompt_tokens
+    reasons = {miss.reason for miss in explanation.misses}
+    if hit_unit == 1:  # no reason speaks of blocks, and all but the last token is explained by what is known
+        assert reasons <= {Reason.NEW, Reason.DIVERGED, Reason.EVICTED, Reason.LAST}
+        assert explanation.misses[-1] == Miss(Reason.LAST, len(prompt) - 1, 1)
     divergence = explanation.divergence
     assert (divergence is not None) == any(miss.reason is Reason.DIVERGED for miss in explanation.misses)
     if divergence is not None:
+        (diverged,) = (miss for miss in explanation.misses if miss.reason is Reason.DIVERGED)
+        assert diverged.start == divergence.position
         assert divergence.found[0] == prompt[divergence.position] != divergence.expected[0]
         assert divergence.before == tuple(prompt.slice(0, divergence.position))[-24:]
 
@@ -237,7 +283,7 @@ def test_what_an_admission_found() -> None:
 
 def test_without_a_cache_nothing_else_is_said() -> None:
     outcome = admission_outcome(Admission(0, {}, MatchEnd.OFF, partial_tokens=1), 9)
-    assert told(explain(ledger_with(chain(range(9))), chain(range(9)), outcome, alignment=SIZE)) == [
+    assert told(explain(ledger_with(chain(range(9))), chain(range(9)), outcome, hit_unit=SIZE)) == [
         (Reason.CACHE_OFF, 0, 9)
     ]
 
@@ -247,8 +293,8 @@ def test_what_was_generated_since_is_no_part_of_the_prompt() -> None:
     grown.append(6)
     grown.append(7)
     ledger = ledger_with(chain([0, 1, 2, 9]))
-    explanation = explain(ledger, grown, Outcome(), alignment=SIZE, prompt_tokens=6)
-    assert told(explanation) == [(Reason.DIVERGED, 0, 4), (Reason.PARTIAL, 4, 2)]
+    explanation = explain(ledger, grown, Outcome(), hit_unit=SIZE, prompt_tokens=6)
+    assert told(explanation) == [(Reason.ALIGNMENT, 0, 3), (Reason.DIVERGED, 3, 1), (Reason.PARTIAL, 4, 2)]
     assert explanation.divergence == Divergence(3, (0, 1, 2), (9,), (3, 4, 5), cached=True)
 
 
@@ -261,6 +307,6 @@ def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
     prompt = CountedChain(b"root", [*tokens[:-100], *[-1] * 100], 16)
     prompt.asked = 0
     outcome = outcome_of([(POOL, ledger.cached_run(prompt))], len(prompt), block_size=16, alignment=32)
-    explanation = explain(ledger, prompt, outcome, alignment=32)
+    explanation = explain(ledger, prompt, outcome, hit_unit=32)
     assert [reason for reason, _, _ in told(explanation)] == [Reason.EVICTED, Reason.DIVERGED, Reason.PARTIAL]
     assert prompt.asked == 1

@@ -20,9 +20,9 @@ def books(**limits: int) -> CacheBooks:
 
 def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
     kept = books()
-    kept.admitted("a", PROMPT, 10, Outcome(), alignment=4)
+    kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
     kept.saw([stored(PROMPT)])
-    kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), alignment=4)
+    kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), hit_unit=4)
     first, second = kept.explained("a"), kept.explained("b")
     assert first is not None
     assert second is not None
@@ -35,7 +35,7 @@ def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
 def test_only_the_last_records_are_kept() -> None:
     kept = books(max_records=2)
     for request_id in "abc":
-        kept.admitted(request_id, PROMPT, 10, Outcome(), alignment=4)
+        kept.admitted(request_id, PROMPT, 10, Outcome(), hit_unit=4)
     assert [kept.explained(request_id) is not None for request_id in "abc"] == [False, True, True]
 
 

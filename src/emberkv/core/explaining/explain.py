@@ -39,14 +39,13 @@ def admission_outcome(admission: Admission, prompt_tokens: int) -> Outcome:
 
 
 def explain(
-    ledger: Ledger, chain: TokenChain, outcome: Outcome, *, alignment: int, prompt_tokens: int | None = None
+    ledger: Ledger, chain: TokenChain, outcome: Outcome, *, hit_unit: int, prompt_tokens: int | None = None
 ) -> Explanation:
     """Account for every token of a prompt, of which ``outcome`` was found.
 
-    chain: begins with the prompt. prompt_tokens: the prompt's length; None: it is all of the chain. alignment: tokens
-    of the unit in which state can be reused.
+    chain: begins with the prompt. prompt_tokens: the prompt's length; None: it is all of the chain. hit_unit: hits end
+    at a multiple of this many tokens, as `PrefixCache.hit_unit` says.
     """
-    size = chain.block_size
     length = len(chain) if prompt_tokens is None else prompt_tokens
     misses: list[Miss] = []
     at = sum(outcome.hit.values())
@@ -54,25 +53,15 @@ def explain(
         misses.append(Miss(reason, at, min(tokens, length - at)))
         at = misses[-1].stop
     divergence = None
-    if length <= alignment and not outcome.hit:
+    if hit_unit > 1 and length <= hit_unit and not outcome.hit:
         misses.append(Miss(Reason.TOO_SHORT, at, length - at))
     else:
-        stop = max(at, (length - 1) // size * size)
-        rest, divergence = _behind(at, *_rest(ledger, chain, at // size, length, outcome.refused))
-        misses += [*rest, Miss(Reason.PARTIAL, stop, length - stop)]
+        grain = 1 if hit_unit == 1 else chain.block_size
+        stop = max(at, (length - 1) // grain * grain)
+        rest, divergence = _rest(ledger, chain, at, stop, length, outcome.refused, copied=hit_unit == 1)
+        misses += [*rest, Miss(Reason.LAST if hit_unit == 1 else Reason.PARTIAL, stop, length - stop)]
     kept = tuple(miss for miss in misses if miss.tokens)
     return Explanation(length, dict(outcome.hit), kept, divergence)
-
-
-def _behind(at: int, misses: Sequence[Miss], divergence: Divergence | None) -> tuple[list[Miss], Divergence | None]:
-    """What is left of these from token ``at`` on, where a hit may end within a block.
-
-    A partial block is in no ledger. If it went on with the prompt's tokens where known ones differ, nothing known does.
-    """
-    left = [replace(miss, start=(start := max(at, miss.start)), tokens=max(0, miss.stop - start)) for miss in misses]
-    if divergence is None or divergence.position >= at:
-        return left, divergence
-    return [replace(miss, reason=Reason.NEW) if miss.reason is Reason.DIVERGED else miss for miss in left], None
 
 
 def _some(counts: dict[K, int]) -> dict[K, int]:
@@ -80,25 +69,35 @@ def _some(counts: dict[K, int]) -> dict[K, int]:
 
 
 def _rest(
-    ledger: Ledger, chain: TokenChain, first: int, length: int, refused: Reason | None
+    ledger: Ledger, chain: TokenChain, at: int, stop: int, length: int, refused: Reason | None, *, copied: bool
 ) -> tuple[list[Miss], Divergence | None]:
-    """What became of the prompt's blocks from ``first`` to the last full one: a run that is known, then what is not."""
+    """What became of the prompt's tokens ``[at, stop)``: of known blocks, of the beginning of one more, of the rest.
+
+    ``at`` lies within a block where a hit ends there, which may be one that the ledger does not know. copied: the
+    beginnings of blocks in the pool are reused.
+    """
     size = chain.block_size
-    stop = max(first, (length - 1) // size)
-    known = first
-    while known < stop and chain.identities[known] in ledger:
+    first = known = at // size
+    while (known + 1) * size <= stop and chain.identities[known] in ledger:
         known += 1
-    misses = []
+    misses: list[Miss] = []
+    divergence = None
     if known > first and refused is not None:
         misses.append(Miss(refused, first * size, (known - first) * size, ledger.known(chain.identities[first]).loss))
     elif known > first:
         misses += _losses(ledger, chain, first, known)
-    if known == stop:
-        return misses, None
-    divergence = _divergence(ledger, chain, known, length)
-    reason = Reason.NEW if divergence is None else Reason.DIVERGED
-    misses.append(Miss(reason, known * size, (stop - known) * size))
-    return misses, divergence
+    if known * size < stop:
+        beginning, divergence = _divergence(ledger, chain, known, stop, length, copied=copied)
+        if divergence is not None and divergence.position < at:  # the hit went further, in a block of no ledger
+            divergence = None
+        if misses and misses[-1].reason is beginning.reason:
+            misses[-1] = replace(misses[-1], tokens=misses[-1].tokens + beginning.tokens)
+        else:
+            misses.append(beginning)
+        reason = Reason.NEW if divergence is None else Reason.DIVERGED
+        misses.append(Miss(reason, beginning.stop, stop - beginning.stop))
+    left = [replace(miss, start=max(at, miss.start), tokens=miss.stop - max(at, miss.start)) for miss in misses]
+    return [miss for miss in left if miss.tokens > 0], divergence
 
 
 def _losses(ledger: Ledger, chain: TokenChain, first: int, stop: int) -> Iterator[Miss]:
@@ -121,17 +120,27 @@ def _how_lost(loss: Loss | None) -> Reason:
     return _LOST[loss.kind] if loss is not None else Reason.EVICTED
 
 
-def _divergence(ledger: Ledger, chain: TokenChain, index: int, length: int) -> Divergence | None:
-    """How block ``index`` differs from the known block in its place that it has most in common with."""
+def _divergence(
+    ledger: Ledger, chain: TokenChain, index: int, stop: int, length: int, *, copied: bool
+) -> tuple[Miss, Divergence | None]:
+    """How block ``index``, up to token ``stop``, differs from the known block in its place that it is nearest to.
+
+    Returns the tokens that both begin with, as a miss, and the difference; None where nothing known differs.
+    """
     # A chain that has just become private may have left what is public: both go on from here.
-    public = chain.identities[index - 1] if index else chain.root
-    rivals = [known for parent in dict.fromkeys((chain.parent(index), public)) if (known := ledger.children(parent))]
+    parents = dict.fromkeys((chain.parent(index), chain.unsalted_parent(index)))
+    rivals = [known for parent in parents if (known := ledger.children(parent))]
+    start = index * chain.block_size
     if not rivals:
-        return None
-    tokens = chain.block_tokens(index)
+        return Miss(Reason.NEW, start, 0), None
+    tokens = chain.encoded_slice(start, min(start + chain.block_size, stop))
     nearest, common = max((_nearest(ledger, each, tokens) for each in rivals), key=lambda found: found[1])
-    position = index * chain.block_size + common
-    return Divergence(
+    lost = nearest.loss is not None or (copied and POOL in ledger.places(nearest.identity))
+    beginning = Miss(_how_lost(nearest.loss) if lost else Reason.ALIGNMENT, start, common, nearest.loss)
+    position = start + common
+    if position == min(start + chain.block_size, stop):
+        return beginning, None
+    return beginning, Divergence(
         position,
         tuple(chain.slice(max(0, position - SHOWN_TOKENS), position)),
         _tokens_from(ledger, nearest, common),

@@ -23,9 +23,10 @@ class Reason(Enum):
     INEXACT = "inexact"  # it is cached, not bit-equal to a cold prefill, and only such state may be reused
     COLLISION = "collision"  # its identity is taken by other tokens: never served
     CACHE_OFF = "cache-off"  # prompts are not looked up
-    ALIGNMENT = "alignment"  # it is cached, and lies beyond the last whole unit in which state can be reused
-    PARTIAL = "partial"  # the last block, which is not full, or whose last token's scores are what is wanted
-    TOO_SHORT = "too-short"  # the prompt is shorter than one unit in which state can be reused, and nothing was found
+    ALIGNMENT = "alignment"  # it is cached, and lies beyond the last whole unit in which it can be reused or loaded
+    PARTIAL = "partial"  # hits end at blocks; the last one is not full, or ends with the prompt's last token
+    TOO_SHORT = "too-short"  # hits end at a unit of several tokens, the prompt is no longer, and nothing was found
+    LAST = "last-token"  # hits end at any token, and the prompt's last one is computed for the scores that follow it
 
 
 class LossKind(Enum):

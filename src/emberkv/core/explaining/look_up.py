@@ -21,14 +21,14 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
     hit, set_aside = dict(outcome.hit), dict(outcome.set_aside)
-    found = cache.tail(chain, known + sum(run.count for run in loaded))
-    tail = found[1] if found is not None else 0
-    if tail:
-        hit[POOL] = hit.get(POOL, 0) + tail
+    found = cache.longest_child(chain, known + sum(run.count for run in loaded))
+    copied = found[1] if found is not None else 0
+    if copied:
+        hit[POOL] = hit.get(POOL, 0) + copied
     if below.rounded:
         set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
-        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size - tail
+        set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size - copied
     return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 

@@ -57,16 +57,16 @@ class CacheBooks:
         self._write(lambda ledger: ledger.arrived(place, identities))
 
     def admitted(
-        self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, alignment: int
+        self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, hit_unit: int
     ) -> None:
         """A prompt is being served. To be told before the events of the step that admitted it.
 
-        alignment: tokens of the unit in which state can be reused.
+        hit_unit: as `PrefixCache.hit_unit`.
         """
         now = self._clock()
 
         def write(ledger: Ledger) -> None:
-            found = explain(ledger, chain, outcome, alignment=alignment, prompt_tokens=prompt_tokens)
+            found = explain(ledger, chain, outcome, hit_unit=hit_unit, prompt_tokens=prompt_tokens)
             ledger.served(chain, found.hit_tokens // chain.block_size, now)
             self._explained[request_id] = found
             if len(self._explained) > self._max_records:

@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 _ANY_ANSWER = SamplingParams(max_tokens=1)
 
 
-def observer(books: CacheBooks, *, alignment: int) -> CacheObserver:
-    """Writes an engine's news into books. alignment: tokens of the unit in which state can be reused.
+def observer(books: CacheBooks, *, hit_unit: int) -> CacheObserver:
+    """Writes an engine's news into books. hit_unit: as `PrefixCache.hit_unit`.
 
     Where events were missed, the ledger keeps some blocks that are gone: reasons and lists suffer, not hits, which are
     looked up in the cache itself.
@@ -36,9 +36,7 @@ def observer(books: CacheBooks, *, alignment: int) -> CacheObserver:
         for sequence in news.admitted:
             if sequence.admission is not None and isinstance(sequence.chain, TokenChain):
                 outcome = admission_outcome(sequence.admission, sequence.prompt_tokens)
-                books.admitted(
-                    sequence.request_id, sequence.chain, sequence.prompt_tokens, outcome, alignment=alignment
-                )
+                books.admitted(sequence.request_id, sequence.chain, sequence.prompt_tokens, outcome, hit_unit=hit_unit)
         if news.events:
             books.saw([numbered.event for numbered in news.events])
 
@@ -51,7 +49,7 @@ def cache_access(engine: "AssembledEngine", books: CacheBooks, *, name: str, fol
     name: of the model. folder: where it keeps blocks; its name is written there, for other models to tell.
     """
     loop = engine.loop
-    loop.watch(observer(books, alignment=engine.scheduler.cache.alignment))
+    loop.watch(observer(books, hit_unit=engine.scheduler.cache.hit_unit))
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
     loop.watch(reuse.saw)
     if engine.tiers is not None:

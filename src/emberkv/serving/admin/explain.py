@@ -36,11 +36,11 @@ async def explain_prompt(
     others: tenants that the asker may hear of: whether one of them has what this tenant has not.
     """
     chain = await asyncio.to_thread(cache.chain, prompt.token_ids, tenant)
-    outcome, alignment = await asyncio.wrap_future(
-        cache.run(lambda scheduler: (look_up(scheduler.cache, cache.lower, chain), scheduler.cache.alignment))
+    outcome, hit_unit = await asyncio.wrap_future(
+        cache.run(lambda scheduler: (look_up(scheduler.cache, cache.lower, chain), scheduler.cache.hit_unit))
     )
     with cache.books.reading() as ledger:
-        explanation = explain(ledger, chain, outcome, alignment=alignment)
+        explanation = explain(ledger, chain, outcome, hit_unit=hit_unit)
     elsewhere: list[Mapping[str, Any]] = []
     for model, tokens in (await asyncio.to_thread(cache.other_models, prompt.token_ids, tenant)).items():
         elsewhere.append({"model": model, "tokens": tokens})
