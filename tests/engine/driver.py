@@ -109,7 +109,7 @@ class Driver:
             slots = [block.slot for block in chunk.sequence.held.blocks]
             runs[chunk.sequence.request_id].kv = self.executor.pool.storage[slots].clone()
         self.scheduler.complete(plan, sampled)
-        self.pool.check_integrity([each.held.blocks for each in self.scheduler.running])
+        self.pool.check_integrity([each.held.pinned for each in self.scheduler.running])
 
     def _count_shared(self, plan: StepPlan) -> None:
         tables = [[block.slot for block in each.held.blocks] for each in plan.decodes]

@@ -159,15 +159,13 @@ def test_with_the_kernels_an_answer_is_reused_as_exactly_as_a_prompt(
 
 
 @pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_with_the_kernels_a_partial_block_is_gone_on_with(
-    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
-) -> None:
-    """From any place within it, and as it was before somebody else went on otherwise."""
+def test_with_the_kernels_a_hit_ends_at_any_token(paged: ModelFactory, kernels: Kernels, arch: str, dtype: str) -> None:
+    """Within a partial block, and within a full one, whose other tokens are then overwritten in the copy."""
     rng = random.Random(f"{arch} {dtype}")
     warm = Driver(paged(arch, dtype), kernels=kernels)
     cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
     for extra in range(1, BLOCK):
-        stem = text(rng, CHUNK + extra)
+        stem = text(rng, CHUNK + extra + BLOCK * rng.randrange(2))
         warm.run_one(stem)
         for kept in (len(stem), len(stem) - rng.randrange(1, extra + 1)):
             other = (stem[kept - 1] - 2) % (VOCAB_SIZE - 3) + 3
@@ -176,7 +174,35 @@ def test_with_the_kernels_a_partial_block_is_gone_on_with(
             assert_equal_bits(hit, computed)
             full = len(prompt) // BLOCK
             assert torch.equal(hit.kv[:full], computed.kv[:full])
-            assert hit.cached in ((kept, CHUNK) if warm.executor.uniform else (CHUNK,))
+            assert hit.cached == (kept if warm.executor.uniform else kept // CHUNK * CHUNK)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3"])
+def test_with_the_kernels_any_mix_of_repeats_and_divergences_is_exact(
+    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
+) -> None:
+    """Prompts served together, with answers of any length, in a pool so small that blocks are evicted all along."""
+    rng = random.Random(f"{arch} {dtype} mix")
+    warm = Driver(paged(arch, dtype), num_blocks=20, max_step_tokens=40, kernels=kernels)
+    cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
+    assert warm.executor.uniform
+    known = [text(rng, 40)]
+    within_a_block = 0
+    for _ in range(12):
+        prompts = [
+            [*(stem := rng.choice(known))[: rng.randrange(1, len(stem) + 1)], *text(rng, rng.randrange(5))][:60]
+            for _ in range(rng.randrange(1, 4))
+        ]
+        new = rng.randrange(1, 20)
+        for run, prompt in zip(warm.run(*prompts, new=new), prompts, strict=True):
+            computed = cold.run_one(prompt, new=new)
+            assert run.tokens == computed.tokens
+            assert_equal_bits(run, computed)
+            within_a_block += run.cached % BLOCK > 0
+            known.append([*prompt, *run.tokens])
+    assert within_a_block >= 5
+    assert warm.stats.evicted_blocks > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
