@@ -14,6 +14,8 @@ from tests.conftest import CheckpointFactory
 from tests.e2e.process import DEADLINE, Server, eventually, serving
 from tests.models import CONTEXT, VOCAB_SIZE
 
+SHARED_TOKENS = 16
+"""More than all prompts here begin with: what the chat template puts first, and "Concerning"."""
 HIT, QUERY = "emberkv_prefix_cache_hit_tokens_total", "emberkv_prefix_cache_query_tokens_total"
 
 
@@ -75,9 +77,9 @@ def test_openai_chat(server: Server, gpt: openai.OpenAI, model: str) -> None:
     warm_text, warm, warm_rise = ask()
     assert warm_text == cold_text
     assert cold.prompt_tokens == warm.prompt_tokens > 300
-    assert cold.prompt_tokens_details.cached_tokens == 0
-    assert warm.prompt_tokens_details.cached_tokens > warm.prompt_tokens - 150
-    assert cold_rise == (cold.prompt_tokens, 0)
+    assert cold.prompt_tokens_details.cached_tokens < SHARED_TOKENS
+    assert warm.prompt_tokens_details.cached_tokens == warm.prompt_tokens - 1
+    assert cold_rise == (cold.prompt_tokens, cold.prompt_tokens_details.cached_tokens)
     assert warm_rise == (warm.prompt_tokens, warm.prompt_tokens_details.cached_tokens)
 
 
@@ -96,9 +98,10 @@ def test_openai_stream(server: Server, gpt: openai.OpenAI, model: str) -> None:
     cold_text, cold, _ = ask()
     warm_text, warm, rise = ask()
     assert warm_text == cold_text
-    assert (cold.prompt_tokens_details.cached_tokens, cold.completion_tokens) == (0, warm.completion_tokens)
+    assert cold.prompt_tokens_details.cached_tokens < SHARED_TOKENS
+    assert cold.completion_tokens == warm.completion_tokens
     assert rise == (warm.prompt_tokens, warm.prompt_tokens_details.cached_tokens)
-    assert warm.prompt_tokens_details.cached_tokens > 0
+    assert warm.prompt_tokens_details.cached_tokens == warm.prompt_tokens - 1
 
 
 def test_openai_completions_of_token_ids(server: Server, gpt: openai.OpenAI, model: str) -> None:
@@ -116,6 +119,20 @@ def test_openai_completions_of_token_ids(server: Server, gpt: openai.OpenAI, mod
     assert counters.rise() == (1200, cached)
 
 
+@pytest.mark.parametrize("answer", [1, 2, 4, 15, 40])
+def test_a_short_prompt_is_reused_whatever_its_answers_length(
+    server: Server, gpt: openai.OpenAI, model: str, answer: int
+) -> None:
+    prompt = f"{answer} futures of artificial intelligence"
+    for attempt in range(3):
+        got = gpt.completions.with_raw_response.create(model=model, prompt=prompt, max_tokens=answer, temperature=0)
+        usage = got.parse().usage
+        assert usage is not None
+        if attempt:
+            hit = usage.prompt_tokens - 1
+            assert got.headers["x-emberkv-cache"] == f"hit={hit};pool={hit};miss=1;why=last-token@{hit}"
+
+
 def test_anthropic_messages(server: Server, claude: anthropic.Anthropic, model: str) -> None:
     def ask() -> tuple[str, anthropic.types.Usage, tuple[int, int]]:
         counters = Counters(server)
@@ -129,7 +146,7 @@ def test_anthropic_messages(server: Server, claude: anthropic.Anthropic, model: 
     cold_text, cold, cold_rise = ask()
     warm_text, warm, warm_rise = ask()
     assert warm_text == cold_text
-    assert (cold.cache_read_input_tokens, cold_rise[1]) == (0, 0)
+    assert (cold.cache_read_input_tokens or 0) < SHARED_TOKENS
     assert cold.cache_creation_input_tokens
     assert warm.cache_read_input_tokens
     for usage, rise in (cold, cold_rise), (warm, warm_rise):

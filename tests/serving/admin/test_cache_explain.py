@@ -68,7 +68,7 @@ def test_a_prompt_that_is_only_asked_about(server: Server) -> None:
     server.complete(LONG)
     answer = server.explain(**text(LONG.replace("fox", "fax")))
     assert answer["hit_tokens_by_place"] == {"pool": 16}
-    assert reasons(answer) == [("diverged", 16, 28), ("partial", 44, 2)]
+    assert reasons(answer) == [("alignment", 16, 2), ("diverged", 18, 26), ("partial", 44, 2)]
     assert answer["divergence"] == {
         "token": 18,
         "still_cached": True,
