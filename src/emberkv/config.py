@@ -152,6 +152,7 @@ class ServeConfig(BaseModel):
     tenants: Path | None = None
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
+    max_connections: int = Field(default=1024, ge=1)
     drain_seconds: float = Field(default=10.0, ge=0)
     admin_key: Key | None = None
     admin_key_file: Path | None = None

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
+from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 
@@ -51,10 +52,15 @@ class Client:
 
 @contextmanager
 def serving(
-    lifecycle: Lifecycle, settings: ServingSettings | None = None, *, drain_seconds: float = 5.0
+    lifecycle: Lifecycle,
+    settings: ServingSettings | None = None,
+    *,
+    drain_seconds: float = 5.0,
+    limits: ConnectionLimits | None = None,
 ) -> Iterator[HttpServer]:
     """A real server on a port of its own, in a thread."""
-    server = HttpServer(create_app(lifecycle, settings), lifecycle, bind_socket(port=0), drain_seconds=drain_seconds)
+    app, bound = create_app(lifecycle, settings), bind_socket(port=0)
+    server = HttpServer(app, lifecycle, bound, drain_seconds=drain_seconds, limits=limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     eventually(lambda: server.started)

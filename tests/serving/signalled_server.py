@@ -1,4 +1,9 @@
-"""A server in a process of its own, to be sent signals. Its engine stops speaking after two tokens."""
+"""A server in a process of its own, to be sent signals. Its engine stops speaking after two tokens, and stops
+once standard input has a line, or ends.
+"""
+
+import logging
+import sys
 
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
@@ -11,9 +16,13 @@ def main() -> None:
     lifecycle = Lifecycle()
     lifecycle.loaded(LoadedModel(("tiny",), 0, engine, ByteTokenizer()))
     server = HttpServer(create_app(lifecycle), lifecycle, bind_socket(port=0), drain_seconds=600)
-    print(server.url, flush=True)
-    server.run()
-    engine.stop()
+    logging.basicConfig(level="INFO")
+    with server.capture_signals():
+        print(server.url, flush=True)
+        server.run()
+        print("stopping the engine", flush=True)
+        sys.stdin.readline()
+        engine.stop()
     print("returned")
 
 

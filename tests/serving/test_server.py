@@ -7,16 +7,19 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from emberkv.errors import ConfigError
+from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 from tests.serving.fakes import FakeEngine, Script
+from tests.serving.harness import eventually, serving
 
 ROOT = Path(__file__).parents[2]
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}],"stream":true}'
@@ -80,9 +83,9 @@ def test_sixteen_streams_at_once(server: HttpServer, engine: FakeEngine) -> None
         assert "".join(texts) == "Hello " * 20
 
 
-def signalled_server() -> "subprocess.Popen[str]":
+def signalled_server(stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tests.serving.signalled_server"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
 
 def read_port(process: "subprocess.Popen[str]") -> int:
@@ -92,18 +95,18 @@ def read_port(process: "subprocess.Popen[str]") -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_server_and_returns_to_the_caller(sent: signal.Signals) -> None:
     with signalled_server() as process:
         port = read_port(process)
         assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).json() == {"status": "alive"}
         process.send_signal(sent)
         assert process.stdout is not None
-        assert process.stdout.read() == "returned\n"
+        assert process.stdout.read() == "stopping the engine\nreturned\n"
     assert process.returncode == 0
 
 
-def test_a_second_signal_does_not_wait_for_answers() -> None:
+def test_a_second_interrupt_does_not_wait_for_answers() -> None:
     with signalled_server() as process:
         port = read_port(process)
         with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as connection:
@@ -111,13 +114,62 @@ def test_a_second_signal_does_not_wait_for_answers() -> None:
             received = b""
             while b'"content":"He' not in received and b'"content":"e"' not in received:
                 received += connection.recv(65536)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             while (status := httpx.get(f"http://127.0.0.1:{port}/ready", timeout=20).json()["status"]) != "draining":
                 assert status == "ready"
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             while b"[DONE]" not in received:
                 received += connection.recv(65536)
         assert b"the server shut down before the answer was finished" in received
         assert process.stdout is not None
+        assert process.stdout.read() == "stopping the engine\nreturned\n"
+    assert process.returncode == 0
+
+
+def test_signals_while_the_engine_stops_do_not_end_the_process() -> None:
+    with signalled_server(subprocess.PIPE) as process:
+        read_port(process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopping the engine\n"
+        for sent in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            process.send_signal(sent)
+        assert process.stdin is not None
+        process.stdin.close()
         assert process.stdout.read() == "returned\n"
     assert process.returncode == 0
+
+
+def test_readers_that_do_not_read_do_not_hold_up_the_shutdown(
+    lifecycle: Lifecycle, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.script = Script("Hello " * 150)
+    body = b'{"model":"tiny","prompt":"a","max_tokens":900,"stream":true,"n":4,"logprobs":5}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(lifecycle, drain_seconds=0))
+        server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(3):
+            connection = stack.enter_context(closing(socket.socket()))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", urlsplit(server.url).port))
+            connection.sendall(head + body)
+        eventually(lambda: len(engine.submitted) == 12 and engine.running == 0)
+        assert len(server.server_state.connections) == 3
+    assert server.server_state.tasks == set()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_request_that_the_shutdown_cancels_is_refused_without_a_traceback(
+    lifecycle: Lifecycle, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(lifecycle, drain_seconds=0))
+        server.config.timeout_graceful_shutdown = 0
+        connection = stack.enter_context(closing(socket.create_connection(("127.0.0.1", urlsplit(server.url).port))))
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        eventually(lambda: server.server_state.tasks)
+        server.stop()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+    assert not [record for record in caplog.records if record.exc_info]

@@ -17,10 +17,11 @@ from emberkv.errors import EmberError
 from emberkv.serving.app import create_app
 from emberkv.serving.canonical.rules import load_rules
 from emberkv.serving.context import ServingSettings
+from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.peer_user import is_own_user
 from emberkv.serving.request_source import is_loopback
-from emberkv.serving.server import HttpServer, bind_socket
+from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy.keys import server_keys
 from emberkv.serving.tenancy.tenants import declare_tenants
 
@@ -56,6 +57,7 @@ def serve(
     api_key_file: options.ApiKeyFile = None,
     tenants: options.Tenants = None,
     max_body: options.MaxBody = None,
+    max_connections: options.MaxConnections = None,
     drain_seconds: options.DrainSeconds = None,
     warmup: options.Warmup = None,
     warmup_timeout: options.WarmupTimeout = None,
@@ -127,10 +129,17 @@ def run_server(config: ServeConfig) -> None:
         if not (settings.bound_to_loopback or tenants.by_key):
             _log.warning(_OPEN_TO_ALL, config.host)
         tls = (config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
-        app = create_app(lifecycle, settings)
-        server = HttpServer(app, lifecycle, bound, drain_seconds=config.drain_seconds, tls=tls)
+        server = HttpServer(
+            create_app(lifecycle, settings),
+            lifecycle,
+            bound,
+            drain_seconds=config.drain_seconds,
+            limits=ConnectionLimits(connections=openable_connections(config.max_connections)),
+            tls=tls,
+        )
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
-        startup.thread.start()
-        server.run()
-        startup.finish()
+        with server.capture_signals():
+            startup.thread.start()
+            server.run()
+            startup.finish()
         _log.info("stopped")

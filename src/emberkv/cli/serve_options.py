@@ -47,6 +47,7 @@ Tenants = Annotated[
     Path | None, typer.Option(help="YAML file of tenants: their keys, floors and quotas, and public prefixes.")
 ]
 MaxBody = Annotated[str | None, typer.Option(help="Largest request body. (default: 16MiB)")]
+MaxConnections = Annotated[int | None, typer.Option(help="Connections at once. (default: 1024)")]
 DrainSeconds = Annotated[float | None, typer.Option(help="Patience when asked to stop. (default: 10)")]
 Warmup = Annotated[
     bool | None, typer.Option("--warmup/--no-warmup", help="Compute system prompts before the start. (default: on)")
