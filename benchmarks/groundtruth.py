@@ -1,6 +1,6 @@
 """A real vLLM run on an RTX 4090, replayed: 300 requests that overload the card, their queue and their tokens.
 
-    python -m benchmarks.groundtruth [--data ../shared/data] [--out PREFIX]
+    python -m benchmarks.groundtruth [--out PREFIX]
 
 vLLM's settings and KV blocks are those it wrote down. Efficiencies, and what else the card's data sheet does not say,
 are those of H100; nothing is fitted to this run. It is simulated a second time with as many KV blocks as anyone could
@@ -24,7 +24,7 @@ from emberkv.sim.inputs import Workload
 from emberkv.sim.outcome import Status
 from emberkv.sim.run import simulate
 
-RUN = Path("groundtruth") / "vllm_rtx4090_llama31_8b"
+RUN = measured_elsewhere.DATA / "vllm_rtx4090_llama31_8b"
 TARGET = 0.15
 METRICS = ("TTFT", "TPOT", "end to end")
 ENOUGH_BLOCKS = 100_000
@@ -45,7 +45,7 @@ class Latencies:
 
 def measured(folder: Path) -> Latencies:
     """From the scheduler's clock, which starts when a request is queued."""
-    lines = (folder / "requests.jsonl").read_text().splitlines()
+    lines = measured_elsewhere.text_of(folder / "requests.jsonl.xz").splitlines()
     return _latencies(
         (1e3 * each["queued_ts"], 1e3 * each["first_token_ts"], 1e3 * each["last_token_ts"], each["output_toks"])
         for each in map(json.loads, lines)
@@ -80,7 +80,7 @@ def set_up(folder: Path, kv_blocks: int | None = None) -> SimulationConfig:
 
 
 def simulated(folder: Path, kv_blocks: int | None = None) -> Latencies:
-    workload = Workload(None, TraceConfig(path="workload.jsonl"), folder)
+    workload = Workload(None, TraceConfig(path="workload.jsonl.xz"), folder)
     results = simulate(set_up(folder, kv_blocks), workload)
     rows = list(results.rows)
     assert all(row.status is Status.COMPLETED for row in rows)

@@ -1,6 +1,6 @@
 """The step-time model against 534 measured points of vLLM, SGLang and TensorRT-LLM on H100.
 
-    python -m benchmarks.h100_points [--data ../shared/data] [--out PREFIX]
+    python -m benchmarks.h100_points [--out PREFIX]
 
 Three overheads are fitted (a layer, a decoding sequence, an all-reduce), to the times per output token; everything
 else comes from the profile. Each (engine, model) group is predicted with what the others alone give, and with what all
@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from benchmarks import measured_elsewhere
@@ -25,7 +26,7 @@ from emberkv.sim.hardware import MICROSECOND, HardwareProfile, Overheads, load_p
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
 
-POINTS = Path("groundtruth") / "h100_ttft_tpot.csv"
+POINTS = measured_elsewhere.DATA / "h100_ttft_tpot.csv.xz"
 MODELS = {"Qwen/Qwen3-32B": "qwen3-32b", "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b"}
 ROUNDS = {"sglang": 1, "vllm": 5, "trtllm": 5}
 """How often each client asks, all beginning at once. The file does not say; by SGLang's times to first token, which
@@ -80,21 +81,20 @@ def _total(kernels: float, counts: Mapping[str, float], overheads: Mapping[str, 
 
 
 def read_points(path: Path) -> list[Point]:
-    with path.open(newline="") as file:
-        return [
-            Point(
-                engine=row["backend"],
-                model=MODELS[row["model_path"]],
-                weights=row["gemm_quant_mode"] or "bf16",
-                devices=int(row["tp_size"]),
-                clients=int(row["batch_size"]),
-                prompt=int(row["isl"]),
-                answer=int(row["osl"]),
-                ttft=float(row["silicon_ttft_ms"]) / 1e3,
-                tpot=float(row["silicon_tpot_ms"]) / 1e3,
-            )
-            for row in csv.DictReader(file)
-        ]
+    return [
+        Point(
+            engine=row["backend"],
+            model=MODELS[row["model_path"]],
+            weights=row["gemm_quant_mode"] or "bf16",
+            devices=int(row["tp_size"]),
+            clients=int(row["batch_size"]),
+            prompt=int(row["isl"]),
+            answer=int(row["osl"]),
+            ttft=float(row["silicon_ttft_ms"]) / 1e3,
+            tpot=float(row["silicon_tpot_ms"]) / 1e3,
+        )
+        for row in csv.DictReader(StringIO(measured_elsewhere.text_of(path)))
+    ]
 
 
 def sample_points(points: Iterable[Point], hardware: HardwareProfile) -> list[Sample]:

@@ -1,26 +1,25 @@
-"""Files that others measured, which lie beside the project where they are at hand, and benchmarks against them."""
+"""Traces and points that others measured, kept compressed with the tests, and benchmarks against them."""
 
-import sys
+import lzma
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import arguments, report
 from benchmarks.figures import Row
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[1] / "tests" / "data"
+"""Sources and licences stand in its README.md."""
+
+MOONCAKE = DATA / "mooncake_conversation.jsonl.xz"
+AZURE = DATA / "azure_2023_conv.csv.xz"
+
+
+def text_of(path: Path) -> str:
+    """A file's text, decompressed."""
+    return lzma.decompress(path.read_bytes()).decode()
 
 
 def run(module: str, doc: str | None, measured: Path, rows_of: Callable[[Path], Sequence[Row]]) -> int:
-    """The whole command of a benchmark against ``measured``, a path below the data; without it, publishes nothing.
-
-    Returns what the command exits with.
-    """
-    parser = arguments.parser(doc)
-    parser.add_argument("--data", type=Path, default=DATA, help="the folder with groundtruth/")
-    given = parser.parse_args()
-    path = given.data / measured
-    if not path.exists():
-        print(f"left out: no {path}", file=sys.stderr)
-        return 0
-    about = report.about(module, doc)
-    return report.publish(rows_of(path), about, given.out)
+    """The whole command of a benchmark against ``measured``. Returns what the command exits with."""
+    given = arguments.parser(doc).parse_args()
+    return report.publish(rows_of(measured), report.about(module, doc), given.out)

@@ -86,7 +86,7 @@ def test_a_server_that_ends_instead_of_becoming_ready_is_not_waited_for(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-o", "/no/such/folder/me.yaml"], "must be a folder that exists"),
+        (["-o", "/no/such/folder/me.yaml"], "there is no folder"),
         (["-o", "me.yaml", "--dtype", "int3"], "dtype is 'int3'"),
         (["-o", "me.yaml", "--prefill-chunk", "100"], "prefill_chunk is 100; it must be a multiple of block_size"),
     ],

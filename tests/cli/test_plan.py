@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from emberkv.cli.main import app
+from tests.sim.test_config import WORKLOAD
 from tests.workload.build import jsonl, mooncake_line
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:50.95,396,109\n"
@@ -53,11 +54,29 @@ def test_titles_and_tables_fit_a_narrow_terminal(trace: Path) -> None:
     lines = [line.rstrip() for line in output.splitlines()]
     (title,) = (at for at, line in enumerate(lines) if line.startswith("Set-ups, "))
     assert lines[title].endswith("GiB of KV memory")
-    assert [heading.strip() for heading in lines[title + 2].split("┃")][-4:-1] == ["found*", "mean*", "p99*"]
-    assert "*Simulated, with queueing: share found, TTFT." in lines
-    _, output = plan(trace, "--no-simulate", columns=80)
-    assert "By formula: share found, TTFT without queueing, most requests a second." in output.splitlines()
-    assert "*" not in output
+    assert [heading.strip() for heading in lines[title + 2].split("┃")][-4:-1] == ["TTFT", "p99", "req/s"]
+    assert "sim" in {cell.strip() for line in lines for cell in line.split("│")}
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_it_ends_with_what_to_get(trace: Path, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    code, output = plan(trace, "--price-per-hour", "2.5", "--report", page, "--json", tmp_path / "p.json")
+    assert code == 0, output
+    get = json.loads((tmp_path / "p.json").read_text())["get_this"]
+    assert get[0].startswith("Get 1 replica on 1 x H100 SXM, with ")
+    assert get[0].endswith(": $2.50 an hour.")
+    assert output.index(get[0]) > output.index("Of all prompt tokens")
+    assert get[0] in page.read_text()
+
+
+def test_a_service_level_of_the_file_or_an_option_is_planned_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(WORKLOAD + "simulation: {model: qwen2.5-0.5b, slo: {ttft_ms: 0.001}}")
+    _, output = plan(path)
+    assert "No set-up tried serves this workload." in output
+    _, output = plan(path, "--ttft-p99", "60000")
+    assert "time to first token p99 within 60 s" in " ".join(output.split())
 
 
 def test_a_trace_of_lengths_only_promises_nothing_of_a_cache(tmp_path: Path) -> None:
@@ -86,7 +105,7 @@ def test_a_description_is_planned_with_its_own_set_up(tmp_path: Path) -> None:
         (["--model", "nothing-known"], "no model 'nothing-known'"),
         (["--hardware", "abacus"], "no hardware 'abacus'"),
         (["--eviction", "clairvoyant"], "accepted: lru"),
-        (["--json", "/no/such/folder/plan.json"], "cannot write /no/such/folder/plan.json"),
+        (["--json", "/no/such/folder/plan.json"], "cannot write --json /no/such/folder/plan.json: there is no folder"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_with_its_reason(trace: Path, options: list[str], reason: str) -> None:

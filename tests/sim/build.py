@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
-
-import pytest
 
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.outcome import Outcome
@@ -16,9 +13,6 @@ from emberkv.workload.content import Content, Span
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, TraceSource
 from tests.workload.build import span
-
-MOONCAKE = Path(__file__).parents[3] / "shared/data/traces/mooncake_conversation.jsonl"
-needs_trace = pytest.mark.skipif(not MOONCAKE.exists(), reason="the Mooncake trace is not on this machine")
 
 RATES = {"per_step": 0.0, "per_prefill_token": 0.001, "per_decode_token": 0.01}
 """A step takes 1 ms a prompt token and 10 ms a decoded one."""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
+from emberkv.errors import ConfigError
+from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
@@ -74,3 +75,15 @@ def test_a_request_s_own_time_is_told_from_that_of_its_tokens() -> None:
     found = with_request_times(profile, times)
     assert (found.request_us, found.request_token_us) == (pytest.approx(5000), pytest.approx(2))
     assert with_request_times(profile, [(50, -0.001), (90, -0.002)]).request_us == 0
+
+
+def test_a_profile_that_is_near_is_accepted() -> None:
+    check_fit(0.15, tolerance=0.15, load=99.0, cores=2)
+
+
+@pytest.mark.parametrize(
+    ("load", "why"), [(7.0, r"busy \(load 7.0 on 2 cores\)"), (1.0, "do not follow the profile's form")]
+)
+def test_a_profile_that_is_far_off_is_refused_with_the_likely_reason(load: float, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"nothing is written: .* 54% .*--tolerance 0.15 allows; .*{why}"):
+        check_fit(0.54, tolerance=0.15, load=load, cores=2)

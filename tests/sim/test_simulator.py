@@ -65,10 +65,10 @@ def test_an_answer_that_ends_at_its_limit_leaves_its_last_token_to_compute() -> 
 @pytest.mark.parametrize(
     ("block_size", "prompt", "cached", "event"),
     [
-        (10, 100, 90, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
-        (10, 80, 70, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (10, 100, 90, CacheEvent.CONVERSATIONAL_HIT),
+        (10, 80, 70, CacheEvent.CONVERSATIONAL_HIT),
         (1, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
-        (10, 150, 140, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (10, 150, 140, CacheEvent.CONVERSATIONAL_HIT),
         (10, 151, 150, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
         (10, 152, 150, CacheEvent.CONVERSATIONAL_HIT),
     ],
@@ -85,6 +85,13 @@ def test_a_later_prompt_that_says_something_else() -> None:
     other = single("s.1", 200, 5, span("s", 60), span("other", 140), at=10, session_id="s", turn=1)
     ran = run([turn("s", 0, 100, 50), other])
     assert ran.cached("s.1") == (60, 140)
+    assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_HIT
+
+
+def test_a_later_prompt_that_finds_nothing_and_says_something_else_is_an_unexpected_miss() -> None:
+    other = single("s.1", 200, 5, span("other", 200), at=10, session_id="s", turn=1)
+    ran = run([turn("s", 0, 100, 50), other])
+    assert ran.cached("s.1") == (0, 200)
     assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT
 
 

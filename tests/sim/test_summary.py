@@ -35,6 +35,11 @@ def ran(folder: Path, **changes: Any) -> tuple[Results, list[dict[str, str]]]:
         return results, list(csv.DictReader(rows))
 
 
+def hits_of(rows: list[dict[str, str]]) -> int:
+    """As their events name them."""
+    return sum("HIT" in row["prefix_cache_event"] for row in rows)
+
+
 def numbers(rows: list[dict[str, str]], column: str) -> list[float]:
     return [float(row[column]) for row in rows if row[column]]
 
@@ -60,18 +65,23 @@ def test_every_figure_follows_from_the_rows_as_written(tmp_path: Path) -> None:
     prefilled = sum(numbers(done, "tokens_actually_prefilled"))
     later = [row for row in done if row["is_conversational_turn"] == "true"]
     assert summary["prefix_caching"] == {
-        "overall_hit_rate": cached / prompts,
-        "conversational_hit_rate": sum(numbers(later, "cached_prefix_length")) / sum(numbers(later, "prompt_tokens")),
+        "token_hit_rate": cached / prompts,
+        "request_hit_rate": hits_of(done) / len(done),
+        "overall_hit_rate": hits_of(done) / len(done),
+        "conversational_token_hit_rate": sum(numbers(later, "cached_prefix_length"))
+        / sum(numbers(later, "prompt_tokens")),
+        "conversational_hit_rate": hits_of(later) / len(later),
         "conversational_requests": len(later),
-        "request_hit_rate": sum(row["cached_prefix_length"] != "0" for row in done) / len(done),
         "event_counts": {
             each.value: Counter(row["prefix_cache_event"] for row in done)[each.value] for each in CacheEvent
         },
         "average_cached_prefix_length": cached / len(done),
         "average_tokens_prefilled": prefilled / len(done),
         "prefill_reduction_ratio": 1 - prefilled / prompts,
+        "tokens_recomputed": max(0, cached + prefilled - prompts),
         "total_tokens_saved": cached,
     }
+    assert summary["success_rate"] == len(done) / len(rows)
     duration = max(numbers(done, "completion_time")) - min(numbers(done, "arrival_time"))
     assert summary["duration"] == duration
     assert summary["throughput"]["output_tokens_per_second"] == sum(numbers(done, "output_tokens")) / duration
@@ -115,7 +125,7 @@ def test_the_cache_is_worth_what_it_saves_over_the_same_requests(tmp_path: Path)
     on, rows_on = ran(tmp_path, kv_blocks=1000, tiers=[])
     off, rows_off = ran(tmp_path, kv_blocks=1000, tiers=[], prefix_caching=False)
     assert {row["request_id"] for row in rows_on} == {row["request_id"] for row in rows_off}
-    assert off.summary["prefix_caching"]["overall_hit_rate"] == 0
+    assert off.summary["prefix_caching"]["token_hit_rate"] == 0
     assert on.summary["prefix_caching"]["prefill_reduction_ratio"] > 0.45
     assert on.summary["ttft_ms"]["mean"] < off.summary["ttft_ms"]["mean"]
 
@@ -134,7 +144,7 @@ def test_a_simulation_of_nothing_has_a_summary() -> None:
     summary = summarize(Rows(), slo=Targets(ttft_ms=1.0))
     assert summary["requests"]["total"] == 0
     assert summary["ttft_ms"] is None
-    assert summary["prefix_caching"]["overall_hit_rate"] == 0.0
+    assert summary["prefix_caching"]["token_hit_rate"] == 0.0
     assert summary["slo"]["all"] == 0.0
 
 
@@ -146,7 +156,7 @@ def test_a_simulation_of_nothing_has_a_summary() -> None:
         (Turn.CONTINUES, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
         (Turn.CONTINUES, 100, 0, CacheEvent.MISS_FULL),
         (Turn.UNEXPECTED, 100, 0, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
-        (Turn.UNEXPECTED, 100, 16, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (Turn.UNEXPECTED, 100, 16, CacheEvent.CONVERSATIONAL_HIT),
         (Turn.FIRST, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
         (Turn.UNEXPECTED, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
         (Turn.FIRST, 1, 0, CacheEvent.MISS_FULL),

@@ -50,7 +50,7 @@ def test_describe_prints_a_table(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", mooncake_line(0, 10, [0, 1, 2]), mooncake_line(1000, 10, [0, 1, 3]))
     result = invoke("describe", path, "--trace-block-size", "4")
     assert result.exit_code == 0
-    for said in ("2 over 1.0 s, 1.00 a second", "6 references, 4 unique", "2 prefix hits, 0.3333", "8 of 20, 0.4000"):
+    for said in ("2 over 1.0 s, 1.00 a second", "6 references, 4 unique", "2 prefix hits, 33.3%", "8 of 20, 40.0%"):
         assert said in result.stdout
 
 
@@ -92,3 +92,17 @@ def test_errors_are_told_in_a_line(tmp_path: Path, arguments: list[str], said: s
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_a_file_that_exists_is_replaced_only_if_asked(tmp_path: Path, description: Path, command: str) -> None:
+    trace = jsonl(tmp_path / "t.jsonl", mooncake_line(0, 600, [0, 1]))
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious")
+    arguments = [description, output] if command == "generate" else [trace, "--output", output]
+    refused = invoke(command, *arguments)
+    assert refused.exit_code == 2
+    assert "out.jsonl exists; name another file, or replace it with --overwrite" in refused.stderr
+    assert output.read_text() == "precious"
+    assert invoke(command, *arguments, "--overwrite").exit_code == 0
+    assert len(list(read_trace(output))) > 0

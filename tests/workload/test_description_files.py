@@ -95,7 +95,7 @@ def test_arrivals_can_be_those_of_a_trace(tmp_path: Path) -> None:
         ),
         ({"arrivals": {"kind": "gamma", "rate": 1}}, {}, "arrivals.gamma.burstiness: Field required"),
         ({"arrivals": {"kind": "poisson", "rate": 1, "cv": 2}}, {}, "unknown: cv; accepted: kind, rate"),
-        ({"arrivals": {"kind": "poisson", "rate": 0}}, {}, "greater than 0"),
+        ({"arrivals": {"kind": "poisson", "rate": 0}}, {}, "greater than or equal to 0.000000001"),
         ({"arrivals": {"kind": "poisson", "rate": float("inf")}}, {}, "finite number"),
         ({}, {"message": {"kind": "zipf", "a": 1}}, "'zipf' .* expected tags: 'fixed', 'uniform', 'lognormal'"),
         ({}, {"message": {"kind": "lognormal", "median": 9, "p90": 3}}, "p90 3 is below the median 9"),

@@ -1,6 +1,7 @@
 """``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,9 +16,10 @@ from rich.markup import escape
 from rich.status import Status
 
 from emberkv.cli.http_times import decode_times, request_times, served
+from emberkv.cli.outputs import check_outputs
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
 from emberkv.errors import ConfigError
-from emberkv.sim.calibrated import Measurements, calibrated_profile, deviation, with_request_times
+from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
 from emberkv.sim.model_spec import ModelSpec
@@ -46,25 +48,29 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens per prefill pass.")] = DEFAULT_PREFILL_CHUNK,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Write no profile that misses the times measured by a larger share (median).")
+    ] = 0.15,
     folder: Annotated[
         Path | None, typer.Option(help="Where to measure the disk. (default: beside the profile)")
     ] = None,
 ) -> None:
-    """Measure matrix products, prefills, the lower tiers and a server's answers here; takes about a minute.
+    """Measure matrix products, prefills, the lower tiers and a server's answers here; takes some minutes.
 
-    Nothing else should run meanwhile. `emberkv simulate --hardware FILE` then predicts this machine.
+    Nothing else should run meanwhile: a profile that misses the times measured by more than --tolerance is not written.
+
+    `emberkv simulate --hardware FILE` then predicts this machine.
     """
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {str(output)!r}: {str(output.parent)!r} must be a folder that exists")
+    check_outputs(output=output)
     given = {
         "model": model, "dtype": dtype, "device": device, "prefill_chunk": prefill_chunk, "block_size": block_size
     }  # fmt: skip
-    profile = _measure(serve_config(given, {}), name or output.stem, folder or output.parent)
+    profile = _measure(serve_config(given, {}), name or output.stem, folder or output.parent, tolerance)
     output.write_text(dump_profile(profile), encoding="utf-8")
     _console.print(f"{output}: pass it as --hardware {output}", highlight=False)
 
 
-def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
+def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> HardwareProfile:
     bench_of = _engine_bench()
     with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
         with ThreadPoolExecutor(1) as alone:  # a thread that ends; see `EngineBench`
@@ -84,7 +90,9 @@ def _measure(config: ServeConfig, name: str, folder: Path) -> HardwareProfile:
             measured = Measurements(linears, [*prefills, *decodes], passes, memory, tiers, last_layer)
             profile = calibrated_profile(name, about, spec, measured)
             beside = asyncio.run(_with_client(url, partial(request_times, roofline=Roofline(spec, profile))))
-    _console.print(f"the profile takes the times measured within {deviation(profile, spec, measured):.0%} (median)")
+    off, cores = deviation(profile, spec, measured), os.cpu_count() or 1
+    check_fit(off, tolerance=tolerance, load=os.getloadavg()[1], cores=cores)
+    _console.print(f"the profile takes the times measured within {off:.0%} (median)")
     return with_request_times(profile, beside)
 
 

@@ -1,26 +1,26 @@
-"""The plan command: how much cache a workload is worth, and on how many machines."""
+"""The plan command: how much cache a workload is worth, on how many machines, and what to get."""
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emberkv.cli.known_names import ListHardware, ListModels
+from emberkv.cli.outputs import check_outputs, confirm_written, write_text
 from emberkv.cli.telling import errors_told
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.errors import ConfigError
-from emberkv.sim.config import with_changes
+from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.inputs import open_set_up, required
-from emberkv.sim.plan_words import recommendation, seconds_words, size_words, tier_words
-from emberkv.sim.planner import Plan, Planner
-
-_BY_FORMULA = "By formula: share found, TTFT without queueing, most requests a second."
-_SIMULATED = f"{_BY_FORMULA}\n*Simulated, with queueing: share found, TTFT."
+from emberkv.sim.plan_words import get_this, price_words, recommendation
+from emberkv.sim.planner import SIMULATED, Plan, Planner, SetUpPoint
+from emberkv.sim.words import rate_words, seconds_words, share_words, size_words, tier_words
 
 
 def plan(
@@ -29,78 +29,140 @@ def plan(
     model: Annotated[str | None, typer.Option(help="A model's name, its config.json, or a folder with one.")] = None,
     hardware: Annotated[str | None, typer.Option(help="A profile's name, or its YAML file.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Devices of a replica.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="How many; default: as many as are needed.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="How many; default: as few as serve.")] = None,
     routing: Annotated[str | None, typer.Option(help=f"Of the simulated; {', '.join(ROUTER_NAMES)}.")] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the trace's own, or 16.")] = None,
     eviction: Annotated[str | None, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")] = None,
+    ttft_p99: Annotated[
+        float | None, typer.Option(min=0.001, help="Milliseconds to the first token that 99% of requests must keep.")
+    ] = None,
+    tpot_p99: Annotated[
+        float | None, typer.Option(min=0.001, help="Milliseconds for each further token, likewise.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="Dollars for one device; default: the profile's, if it has one.")
+    ] = None,
     capture: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of what is reusable to plan for.")] = 0.9,
-    simulate: Annotated[bool, typer.Option(help="Whether to simulate a few set-ups besides the formulas.")] = True,
+    simulate: Annotated[bool, typer.Option(help="Whether to simulate set-ups besides the formulas.")] = True,
+    requests: Annotated[int, typer.Option(min=1, help="Simulate the first so many requests.")] = SIMULATED,
     json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Writes one HTML page that opens with the answer.")] = None,
+    list_models: ListModels = False,
+    list_hardware: ListHardware = False,
 ) -> None:
     """Say what a cache of each size would find of a workload, what that does to waiting times, and what to get.
 
     Hit rates come from the workload alone: for LRU exactly, for other policies by a replay, of a sample if it is long.
 
     Times come from formulas for every set-up, and for a few of them from the simulator.
+
+    It tries numbers of replicas until it has the fewest that serve, within --ttft-p99 and --tpot-p99 or the file's slo.
     """
     changes = {
         "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "block_size": block_size,
         "eviction": eviction, "routing": routing,
     }  # fmt: skip
     with errors_told() as errors:
-        set_up, requests = open_set_up(workload)
-        config = with_changes(set_up.simulation, changes)
+        check_outputs(json=json_file, report=report)
+        set_up, found_workload = open_set_up(workload)
+        config = _with_targets(with_changes(set_up.simulation, changes), ttft_ms=ttft_p99, tpot_ms=tpot_p99)
         with errors.status("planning") as status:
-            planner = Planner(required(requests, workload), config, wanted=capture)
-            simulating = (lambda what: status.update(f"simulating {what}")) if simulate else None
-            found = planner.plan(replicas=replicas, simulating=simulating)
+            planner = Planner(
+                required(found_workload, workload), config, wanted=capture, simulated=requests, told=status.update
+            )
+            found = planner.plan(replicas=replicas, simulate=simulate, price_per_hour=price_per_hour)
+        _print(found, Console())
         if json_file is not None:
-            _write(found, json_file)
-        console = Console()
-        if found.unlimited:
-            console.print(_sizes(found))
-        console.print(_set_ups(found))
-        console.print(_SIMULATED if _is_simulated(found) else _BY_FORMULA, highlight=False)
-        for sentence in recommendation(found):
+            write_text(json_file, json.dumps(as_json(found), indent=1) + "\n")
+        if report is not None:
+            from emberkv.sim.plan_report import render_plan  # noqa: PLC0415 - matplotlib loads slowly
+
+            write_text(report, render_plan(found, workload.name, made=datetime.now(UTC)))
+        confirm_written(errors, [json_file, report])
+
+
+def _with_targets(config: SimulationConfig, **targets: float | None) -> SimulationConfig:
+    given = {name: target for name, target in targets.items() if target is not None}
+    return with_changes(config, {"slo": {**config.slo.model_dump(exclude_none=True), **given}}) if given else config
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """All figures, the set-up to get, and both in sentences."""
+    return {
+        **asdict(found), "about": found.about.as_dict(), "slo": found.slo.model_dump(exclude_none=True),
+        "get_this": get_this(found), "recommendation": recommendation(found),
+    }  # fmt: skip
+
+
+def _print(found: Plan, console: Console) -> None:
+    for sentence in (
+        f"One replica: {found.about.machine_words}, {found.about.memory_words}.",
+        found.about.defaults_words,
+    ):
+        if sentence is not None:
             console.print(sentence, markup=False, highlight=False)
-
-
-def _write(found: Plan, path: Path) -> None:
-    text = json.dumps({**asdict(found), "recommendation": recommendation(found)}, indent=1)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    if found.unlimited:
+        console.print(_sizes(found))
+    console.print(_set_ups(found))
+    for sentence in recommendation(found):
+        console.print(sentence, markup=False, highlight=False)
+    console.print()
+    for number, sentence in enumerate(get_this(found)):
+        console.print(sentence, markup=False, highlight=False, style=None if number else "bold")
 
 
 def _sizes(found: Plan) -> Table:
     exact = "exact" if found.error is None else f"sampled, at most about {found.error:.3f} off"
     table = Table(title=Text(f"Share of prompt tokens found, by cache size ({exact})"), title_justify="left")
-    for heading in ("size", f"blocks of {found.block_size}", found.eviction, "best possible", "of what is reusable"):
+    for heading in (
+        "",
+        "size",
+        f"blocks of {found.block_size}",
+        found.eviction,
+        "best possible",
+        "of what is reusable",
+    ):
         table.add_column(heading, justify="right")
     for point in found.sizes:
-        style = "bold" if point == found.recommended else None
-        share = f"{point.hit_rate / found.unlimited:.1%}"
-        cells = (size_words(point.bytes), f"{point.blocks:,}", f"{point.hit_rate:.4f}", f"{point.best_possible:.4f}")
-        table.add_row(*cells, share, style=style)
-    table.add_row("unlimited", "", f"{found.unlimited:.4f}", f"{found.unlimited:.4f}", "100.0%")
+        mark = ">" if point == found.recommended_size else ""
+        share = share_words(point.hit_rate / found.unlimited)
+        cells = (size_words(point.bytes), f"{point.blocks:,}", share_words(point.hit_rate))
+        table.add_row(mark, *cells, share_words(point.best_possible), share, style="bold" if mark else None)
+    table.add_row("", "unlimited", "", share_words(found.unlimited), share_words(found.unlimited), "100.0%")
     return table
-
-
-def _is_simulated(found: Plan) -> bool:
-    return any(point.simulated is not None for point in found.set_ups)
 
 
 def _set_ups(found: Plan) -> Table:
+    """By formula, or simulated where a set-up was."""
     title = f"Set-ups, each replica with {size_words(found.pool_bytes)} of KV memory"
     table = Table(title=Text(title), title_justify="left")
-    simulated = ("found*", "mean*", "p99*") if _is_simulated(found) else ()
-    for heading in ("replicas", "each and", "found", "TTFT", "req/s", *simulated):
+    priced = found.price_per_hour is not None
+    for heading in (
+        "",
+        "replicas",
+        "and each",
+        "by",
+        "found",
+        "TTFT",
+        "p99",
+        "req/s",
+        *(("$/hour",) if priced else ()),
+    ):
         table.add_column(heading, justify="right")
     for point in found.set_ups:
-        beside = f"{size_words(point.tier_bytes)} {tier_words(point.tier)}" if point.tier else ""
-        formula = (f"{point.hit_rate:.4f}", seconds_words(point.first_token), f"{point.most_requests_per_second:,.3g}")
-        ran = point.simulated
-        cells = (f"{ran.hit_rate:.4f}", seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft)) if ran else ()
-        table.add_row(f"{point.replicas:,}", beside, *formula, *cells)
+        chosen = point == found.get
+        cells = _cells(point)
+        price = (price_words(found, point) or "").removesuffix(" an hour").removeprefix("$")
+        table.add_row(">" if chosen else "", *cells, *((price,) if priced else ()), style="bold" if chosen else None)
     return table
+
+
+def _cells(point: SetUpPoint) -> tuple[str, ...]:
+    beside = f"{size_words(point.tier_bytes)} {tier_words(point.tier)}" if point.tier else ""
+    ran = point.simulated
+    if ran is None:
+        times = (share_words(point.hit_rate), seconds_words(point.first_token), "")
+        return (f"{point.replicas:,}", beside, "formula", *times, f"< {rate_words(point.most_requests_per_second)}")
+    served = ran.load.served_per_second if ran.load else ran.requests_per_second
+    times = (share_words(ran.hit_rate), seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft))
+    return (f"{point.replicas:,}", beside, "sim", *times, rate_words(served))

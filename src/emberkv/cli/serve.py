@@ -24,6 +24,7 @@ from emberkv.serving.request_source import is_loopback
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy.keys import server_keys
 from emberkv.serving.tenancy.tenants import declare_tenants
+from emberkv.sim.model_config import DEMO_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def run_server(config: ServeConfig) -> None:
     lifecycle = Lifecycle()
     keys = server_keys(config)
     tenants = declare_tenants(config, keys.api, os.environ)
-    with recording(config.record_trace, config.trace_unit or config.block_size) as recorder:
+    served = str(config.model or DEMO_NAME)
+    with recording(config.record_trace, config.trace_unit or config.block_size, served) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = ServingSettings(
             max_body_bytes=int(config.max_body),

@@ -1,6 +1,7 @@
-"""The simulate command: what a cache, a machine or a policy is worth, asked before buying."""
+"""The simulate command: what a cache, a machine or a policy is worth."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emberkv.cli import simulate_tables as tables
+from emberkv.cli.known_names import ListHardware, ListModels
+from emberkv.cli.outputs import check_outputs, confirm_written, write_text
 from emberkv.cli.telling import errors_told
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
@@ -47,6 +50,8 @@ def simulate(
     compare_files: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two YAML files, side by side on the same requests.")
     ] = None,
+    list_models: ListModels = False,
+    list_hardware: ListHardware = False,
 ) -> None:
     """Replay a workload through the scheduler, cache and router that serve, in virtual time.
 
@@ -62,18 +67,26 @@ def simulate(
         "stop_at": stop_at,
     }  # fmt: skip
     with errors_told() as errors:
+        check_outputs(csv=csv_file, summary=summary, report=report)
         if compare_files is not None:
             if csv_file is not None or summary is not None:
                 raise ConfigError("--compare writes no --csv and no --summary; run each set-up by itself for them")
-            _write(_compare(workload, compare_files, changes, errors), None, report)
+            _write(_compare(workload, compare_files, changes, errors), None, report, errors)
+            confirm_written(errors, [report])
             return
         if workload is None:
             raise ConfigError("give a workload: a trace, or a YAML file")
         set_up, requests = open_set_up(workload)
         config = with_changes(set_up.simulation, changes)
         results = _carry_out(config, _seeded(required(requests, workload), seed), errors, csv_file=csv_file)
-        Console().print(tables.summary(results, workload.name))
-        _write({workload.name: results}, summary, report)
+        console = Console()
+        for sentence in tables.heading(results):
+            console.print(sentence, markup=False, highlight=False)
+        console.print(tables.summary(results, workload.name))
+        for sentence in tables.warnings(results):
+            errors.print(sentence, style="yellow")
+        _write({workload.name: results}, summary, report, errors)
+        confirm_written(errors, [csv_file, summary, report])
 
 
 def _compare(
@@ -86,6 +99,9 @@ def _compare(
     results = [
         _carry_out(with_changes(each.simulation, changes), requests, errors, keep_ids=True) for each in (left, right)
     ]
+    for path, each in zip(files, results, strict=True):
+        for sentence in (*tables.heading(each), *tables.warnings(each)):
+            Console().print(f"{path.name}: {sentence}", markup=False, highlight=False)
     Console().print(tables.comparison(compare(*results), *(path.name for path in files)))
     names = [path.name if files[0].name != files[1].name else str(path) for path in files]
     return dict(zip(names, results, strict=True))
@@ -96,7 +112,7 @@ def _seeded(workload: Workload, seed: int | None) -> Workload:
 
 
 def _carry_out(config: SimulationConfig, workload: Workload, errors: Console, **options: Any) -> Results:
-    """With a line that shows how far it is, where somebody watches."""
+    """With a line that shows how far it is, on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task("simulating")
@@ -110,14 +126,12 @@ def _carry_out(config: SimulationConfig, workload: Workload, errors: Console, **
     return results
 
 
-def _write(results: dict[str, Results], summary: Path | None, report: Path | None) -> None:
+def _write(results: dict[str, Results], summary: Path | None, report: Path | None, errors: Console) -> None:
     if summary is not None:
         (only,) = results.values()
-        try:
-            summary.write_text(json.dumps(only.summary, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {summary}: {error.strerror}") from error
+        write_text(summary, json.dumps(only.summary, indent=1) + "\n")
     if report is not None:
-        from emberkv.sim.report import write_report  # noqa: PLC0415 - plots load slowly, and few ask for them
+        from emberkv.sim.report import render_report  # noqa: PLC0415 - matplotlib loads slowly, and is rarely needed
 
-        write_report(results, report)
+        with errors.status("plotting: hit rate against capacity takes the longest"):
+            write_text(report, render_report(results, made=datetime.now(UTC)))

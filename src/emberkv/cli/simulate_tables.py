@@ -1,55 +1,102 @@
 """What the simulate command shows: one simulation's figures, or two side by side."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.sim.compare import Comparison, Line
+from emberkv.sim.compare import Comparison
+from emberkv.sim.load import rejected_words
 from emberkv.sim.run import Results
+from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words
+
+
+def heading(results: Results) -> Iterator[str]:
+    """What was computed, and what of it was a default; a sentence each."""
+    yield results.about.words
+    defaults = results.about.defaults_words
+    if defaults is not None:
+        yield defaults
+    served = results.workload.served
+    if served and "model" in results.about.defaults:
+        yield f"The recording was served by {served}, whose shape is not known here: give --model with its config.json."
+
+
+def warnings(results: Results) -> Iterator[str]:
+    """What makes the figures worth little; a sentence each."""
+    requests = results.summary["requests"]
+    if results.load is not None and results.load.grows:
+        yield results.load.words
+    if requests["rejected"]:
+        yield rejected_words(requests["rejected"], requests["total"])
 
 
 def summary(results: Results, title: str) -> Table:
     found = results.summary
     table = Table(title=Text(title), title_justify="left", show_header=False)
-    for label, value in _rows(found):
+    for label, value in _rows(found, results.machine.block_bytes):
         table.add_row(label, value)
     return table
 
 
-def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    caching, pace = found["prefix_caching"], found["throughput"]
-    requests = found["requests"]
+def _rows(found: dict[str, Any], block_bytes: int) -> list[tuple[str, str]]:
+    caching, pace, requests = found["prefix_caching"], found["throughput"], found["requests"]
     apart = ", ".join(f"{requests[name]:,} {name}" for name in ("rejected", "failed", "unfinished") if requests[name])
+    completed = f"{requests['completed']:,} completed"
     rows = [
-        ("Requests", f"{requests['completed']:,} completed{', ' + apart if apart else ''}"),
-        ("KV cache", f"{found['kv_blocks']:,} blocks of {found['block_size']:,} tokens a replica"),
-        ("Hit rate", f"{caching['overall_hit_rate']:.4f} of prompt tokens; {caching['total_tokens_saved']:,} saved"),
+        ("Requests", f"{completed}, {apart}; {share_words(found['success_rate'])} succeeded" if apart else completed),
+        ("KV cache", _cache(found, block_bytes)),
+        (
+            "Hit rate",
+            f"{share_words(caching['token_hit_rate'])} of prompt tokens ({caching['total_tokens_saved']:,} saved), "
+            f"{share_words(caching['request_hit_rate'])} of requests found any",
+        ),
     ]
     if "blocks" in found:
         blocks = found["blocks"]
-        rows.append(("Blocks", f"{blocks['hits']:,} of {blocks['references']:,} found, {blocks['hit_rate']:.4f}"))
+        rows.append(("Blocks", f"{blocks['hits']:,} of {blocks['references']:,} found, {blocks['hit_rate']:.2%}"))
     if caching["conversational_requests"]:
-        rows.append(("Later turns", f"{caching['conversational_hit_rate']:.4f} of their prompt tokens"))
+        rows.append(("Later turns", f"{share_words(caching['conversational_token_hit_rate'])} of their prompt tokens"))
     rows += [
-        (f"From {name}", f"{tier['hit_rate']:.4f} of prompt tokens")
+        (f"From {name}", f"{share_words(tier['hit_rate'])} of prompt tokens")
         for name, tier in found["tiers"].items()
         if len(found["tiers"]) > 1
     ]
+    return [*rows, *_times(found, pace)]
+
+
+def _cache(found: dict[str, Any], block_bytes: int) -> str:
+    blocks = found["kv_blocks"]
+    tokens = count_words(found["block_size"], "token")
+    return f"{size_words(blocks * block_bytes)} a replica, {blocks:,} blocks of {tokens}"
+
+
+def _times(found: dict[str, Any], pace: dict[str, float]) -> Iterator[tuple[str, str]]:
     for label, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("End to end", "e2e_latency_ms")):
         if found[name]:
-            rows.append((label, _spread(found[name])))
+            yield label, spread_words(found[name])
     if found["duration"]:
-        rate = f"{pace['requests_per_second']:,.2f} requests, {pace['output_tokens_per_second']:,.0f} output tokens"
-        rows.append(("Throughput", f"{rate} a second, over {found['duration']:,.1f} s"))
+        rate = f"{rate_words(pace['requests_per_second'])} requests"
+        rate += f" and {rate_words(pace['output_tokens_per_second'])} output tokens a second"
+        yield "Throughput", f"{rate}, over {seconds_words(found['duration'])}"
+    if found["utilisation"]:
+        used = found["utilisation"]
+        yield (
+            "Utilisation",
+            f"{share_words(used['compute'])} of the time, {share_words(used['kv_memory'])} of KV blocks",
+        )
     if found["slo"]:
-        rows.append(("SLO", f"attained by {found['slo']['all']:.4f} of requests"))
-    rows.append(("Preemptions", f"{found['preemptions']:,}"))
-    return rows
+        yield "SLO", f"attained by {share_words(found['slo']['all'])} of requests"
+    yield "Preemptions", f"{found['preemptions']:,}"
+    again = found["prefix_caching"]["tokens_recomputed"]
+    if again:
+        yield "Computed again", f"{again:,} prompt tokens, after preemptions or lost replicas"
 
 
-def _spread(of: dict[str, float]) -> str:
-    return f"mean {of['mean']:,.1f}, p50 {of['p50']:,.1f}, p90 {of['p90']:,.1f}, p99 {of['p99']:,.1f} ms"
+def spread_words(of: dict[str, float]) -> str:
+    """Of milliseconds."""
+    return ", ".join(f"{name} {seconds_words(of[name] / 1e3)}" for name in ("mean", "p50", "p90", "p99"))
 
 
 def comparison(found: Comparison, left: str, right: str) -> Table:
@@ -58,10 +105,5 @@ def comparison(found: Comparison, left: str, right: str) -> Table:
     for name in (left, right, "change"):
         table.add_column(Text(name), justify="right")
     for line in found.lines:
-        table.add_row(f"{line.name}{', ' + line.unit if line.unit else ''}", *_cells(line))
+        table.add_row(line.label, *line.cells)
     return table
-
-
-def _cells(line: Line) -> list[str]:
-    values = ["" if value is None else f"{value:,.4g}" for value in (line.left, line.right)]
-    return [*values, "" if line.change is None else f"{line.change:+.1%}"]

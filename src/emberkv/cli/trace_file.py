@@ -15,9 +15,10 @@ NOTE = "recorded by emberkv serve; block ids are keyed, and tell nothing of any 
 
 
 @contextmanager
-def recording(path: Path | None, block_size: int) -> Iterator[TraceRecorder | None]:
+def recording(path: Path | None, block_size: int, model: str = "") -> Iterator[TraceRecorder | None]:
     """A recorder that writes to ``path`` until the context ends; None without a path.
 
+    model: what serves: a folder, a hub id or the bundled model's name.
     Raises ConfigError where there is a file already, or none can be written.
     """
     if path is None:
@@ -30,7 +31,7 @@ def recording(path: Path | None, block_size: int) -> Iterator[TraceRecorder | No
     except OSError as error:
         raise ConfigError(f"record_trace is {str(path)!r}, which cannot be written: {error.strerror}") from error
     with file:
-        file.write(Header(emberkv_trace=1, note=NOTE).model_dump_json() + "\n")
+        file.write(Header(emberkv_trace=1, note=NOTE, model=model).model_dump_json() + "\n")
         file.flush()
 
         def write(recorded: RecordedRequest) -> None:

@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import App
+from emberkv.cli.outputs import check_outputs
 from emberkv.cli.telling import errors_told
 from emberkv.errors import WorkloadError
+from emberkv.sim.words import count_words, share_words
 from emberkv.workload.description import Description, Lengths, describe
 from emberkv.workload.files import ASSUMED, ServiceTime, is_description, open_requests, write_trace
 from emberkv.workload.trace import TraceFormat, clip, merge, scale_rate, scopes
@@ -29,6 +31,7 @@ TraceBlockSize = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a Mooncake trace's block, where its lines do not say; default 512.")
 ]
 From = Annotated[TraceFormat | None, typer.Option("--from", help="The format; default: told from the file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 To = Annotated[TraceFormat, typer.Option("--to", help="The format to write.")]
 
 
@@ -41,6 +44,7 @@ def generate(
     block_size: BlockSize = None,
     first_token: FirstToken = ASSUMED.first_token,
     per_token: PerToken = ASSUMED.per_token,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a described workload as a trace.
 
@@ -52,6 +56,7 @@ def generate(
     """
     service = ServiceTime(first_token, per_token)
     with errors_told() as errors:
+        _check_output(output, overwrite)
         if not is_description(description):
             raise WorkloadError(f"{description} is not a .yaml file; convert turns traces into traces")
         requests = open_requests(description, service=service)
@@ -100,9 +105,11 @@ def convert(
     rate: Annotated[float, typer.Option(help="Multiplies the requests a second.")] = 1.0,
     start: Annotated[float, typer.Option(help="Seconds; what arrives before is left out.")] = 0.0,
     stop: Annotated[float, typer.Option(help="Seconds; what arrives then or later is left out.")] = math.inf,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn traces into another format, merged, clipped (in recorded time) and then sped up, as the options say."""
     with errors_told() as errors:
+        _check_output(output, overwrite)
         names = scopes(inputs) if len(inputs) > 1 else [None]
         traces = [
             open_requests(path, format=format, block_size=trace_block_size, scope=name)
@@ -111,6 +118,12 @@ def convert(
         requests = scale_rate(clip(merge(*traces), start, stop), rate)
         count = write_trace(output, requests, format=to, block_size=block_size)
         errors.print(f"{count:,} requests in {output}", soft_wrap=True)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise WorkloadError(f"{path} exists; name another file, or replace it with --overwrite")
+    check_outputs(output=path)
 
 
 def _as_json(found: Description) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def _lengths(of: Lengths) -> str:
 def _sessions(found: Description) -> str:
     if not found.sessions:
         return "not told"
-    return f"{found.sessions:,}; the longest has {found.longest_session:,} turns"
+    return f"{found.sessions:,}; the longest has {count_words(found.longest_session, 'turn')}"
 
 
 def _table(found: Description, title: str) -> Table:
@@ -152,8 +165,8 @@ def _table(found: Description, title: str) -> Table:
     rate = "" if found.rate is None else f", {found.rate:,.2f} a second"
     hits, hit_tokens = "the workload does not say what prompts share", ""
     if cache.told:
-        hits = f"{cache.hits:,} prefix hits, {cache.block_hit_rate:.4f}"
-        hit_tokens = f"{cache.hit_tokens:,} of {cache.prompt_tokens:,}, {cache.token_hit_rate:.4f}"
+        hits = f"{cache.hits:,} prefix hits, {share_words(cache.block_hit_rate)}"
+        hit_tokens = f"{cache.hit_tokens:,} of {cache.prompt_tokens:,}, {share_words(cache.token_hit_rate)}"
     rows = [
         ("Requests", f"{found.requests:,} over {found.duration:,.1f} s{rate}"),
         ("Sessions", _sessions(found)),

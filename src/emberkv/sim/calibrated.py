@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from emberkv.errors import ConfigError
 from emberkv.sim.fit import nonnegative_least_squares
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, Overheads, TierRates
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
@@ -73,6 +74,24 @@ def deviation(profile: HardwareProfile, model: ModelSpec, measured: Measurements
     """The median size of the relative error, over all steps measured."""
     roofline = Roofline(model, profile)
     return statistics.median(abs(roofline.terms_of(work).total / seconds - 1) for work, seconds in measured.steps)
+
+
+def check_fit(off: float, *, tolerance: float, load: float, cores: int) -> None:
+    """off: what `deviation` says. load: processes that wanted to run on the ``cores`` meanwhile.
+
+    Raises ConfigError where the profile is further off than ``tolerance``, which says why that may be.
+    """
+    if off <= tolerance:
+        return
+    why = (
+        f"the machine was busy (load {load:.1f} on {cores} cores): measure again when nothing else runs"
+        if load > 1.5 * cores
+        else "measure again, and if it stays, this model's times here do not follow the profile's form"
+    )
+    raise ConfigError(
+        f"nothing is written: the profile misses the times measured by {off:.0%} (median), more than --tolerance "
+        f"{tolerance:g} allows; {why}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from emberkv.sim.outcome import Status
 from emberkv.sim.rows import Row
 from emberkv.sim.run import Results
 from emberkv.sim.summary import prefix_caching
+from emberkv.sim.words import rate_words, seconds_words, share_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,30 @@ class Line:
     def change(self) -> float | None:
         """Of the right against the left: -0.25 is a quarter less."""
         return None if self.left is None or self.right is None or not self.left else self.right / self.left - 1
+
+    @property
+    def label(self) -> str:
+        return self.name if self.unit in ("", "ms") else f"{self.name}, {self.unit}"
+
+    @property
+    def cells(self) -> list[str]:
+        """Left, right and change, as a person reads them; a share's change is in percentage points."""
+        if self.left is None or self.right is None:
+            return [*("" if value is None else self._words(value) for value in (self.left, self.right)), ""]
+        if self._is_share:
+            change = f"{100 * (self.right - self.left):+.1f} points"
+        else:
+            change = "" if self.change is None else f"{self.change:+.1%}"
+        return [self._words(self.left), self._words(self.right), change]
+
+    @property
+    def _is_share(self) -> bool:
+        return self.unit.startswith("of ")
+
+    def _words(self, value: float) -> str:
+        if self._is_share:
+            return share_words(value) if value >= 0 else f"{value:.1%}"
+        return seconds_words(value / 1e3) if self.unit == "ms" else rate_words(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +93,15 @@ def _totals(left: Results, right: Results) -> list[Line]:
 def _lines(left: list[Row], right: list[Row]) -> list[Line]:
     """The same requests in the same order."""
     caching = [prefix_caching(rows) for rows in (left, right)]
+    later = [each["conversational_token_hit_rate"] for each in caching]
     lines = [
-        Line("hit rate", "of prompt tokens", *(each["overall_hit_rate"] for each in caching)),
-        Line("conversational hit rate", "of prompt tokens", *(each["conversational_hit_rate"] for each in caching)),
+        Line("hit rate", "of prompt tokens", *(each["token_hit_rate"] for each in caching)),
+        Line("hit rate", "of requests", *(each["request_hit_rate"] for each in caching)),
+        Line(
+            "hit rate of later turns",
+            "of their prompt tokens",
+            *later,
+        ),
         Line("prefill reduction", "of prompt tokens", *(each["prefill_reduction_ratio"] for each in caching)),
         Line("tokens prefilled", "a request", *(each["average_tokens_prefilled"] for each in caching)),
     ]

@@ -21,6 +21,7 @@ from pydantic import (
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
+from emberkv.workload import bounds
 from emberkv.workload.lines import explain
 from emberkv.workload.spec import GeneratedWorkload
 from emberkv.workload.strict import Strict
@@ -51,10 +52,10 @@ Routing = Annotated[str, _one_of(ROUTER_NAMES)]
 class Rates(Strict):
     """A machine told by three times (seconds), in place of a model and its hardware."""
 
-    per_step: NonNegativeFloat = 0.0
-    per_prefill_token: NonNegativeFloat
-    per_decode_token: NonNegativeFloat
-    kv_bytes_per_token: PositiveInt = 131_072
+    per_step: bounds.Seconds = 0.0
+    per_prefill_token: bounds.Seconds
+    per_decode_token: bounds.Seconds
+    kv_bytes_per_token: Annotated[int, Field(ge=1, le=2**40)] = 131_072
 
 
 class TierConfig(Strict):
@@ -76,15 +77,18 @@ class OutageConfig(Strict):
     """A replica is lost ``at`` seconds, with all that it has, and back ``down_for`` seconds later; None: never."""
 
     replica: NonNegativeInt
-    at: NonNegativeFloat
-    down_for: NonNegativeFloat | None = None
+    at: bounds.Seconds
+    down_for: bounds.Seconds | None = None
+
+
+MeanTime = Annotated[float, Field(ge=1e-3, le=bounds.MOST_SECONDS)]
 
 
 class RandomOutagesConfig(Strict):
     """Each replica is lost and comes back again and again; seconds, exponentially distributed."""
 
-    mean_time_up: PositiveFloat
-    mean_time_down: PositiveFloat
+    mean_time_up: MeanTime
+    mean_time_down: MeanTime
 
 
 class Targets(Strict):
@@ -98,6 +102,8 @@ class Targets(Strict):
 class SimulationConfig(Strict):
     """A set-up.
 
+    tensor_parallel: devices of a replica; expert_parallel, data_parallel_attention, peer_access: how they share the
+    model, see `emberkv.sim.layout.Layout`.
     model, hardware: names or files; weights, kv: number types other than the model's. rates: in place of both.
     kv_blocks: of each replica; None: what its memory holds beside weights, activations and the runtime. memory: bytes
     of each device, if not the profile's. block_size: tokens; None: the trace's own, or 16. hit_unit: hits are rounded
@@ -115,27 +121,30 @@ class SimulationConfig(Strict):
     hardware: str = "h100"
     weights: str | None = None
     kv: str | None = None
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    expert_parallel: bool = False
+    data_parallel_attention: bool = False
+    peer_access: bool | None = None
     rates: Rates | None = None
-    replicas: PositiveInt = 1
+    replicas: Annotated[int, Field(ge=1, le=bounds.MOST_REPLICAS)] = 1
     routing: Routing = "prefix-minus-load"
-    kv_blocks: PositiveInt | None = None
+    kv_blocks: Annotated[int, Field(ge=1, le=bounds.MOST_BLOCKS)] | None = None
     memory: Bytes | None = None
-    block_size: PositiveInt | None = None
-    hit_unit: PositiveInt | None = None
+    block_size: bounds.SomeTokens | None = None
+    hit_unit: bounds.SomeTokens | None = None
     eviction: Eviction = "lru"
     prefix_caching: bool = True
     salted: bool = False
-    prefill_chunk: PositiveInt = 2048
-    max_step_tokens: PositiveInt = 2048
-    max_running: PositiveInt = 256
+    prefill_chunk: bounds.SomeTokens = 2048
+    max_step_tokens: bounds.SomeTokens = 2048
+    max_running: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     tiers: list[TierConfig] = Field(default_factory=list)
     outages: list[OutageConfig] = Field(default_factory=list)
     random_outages: RandomOutagesConfig | None = None
-    max_retries: NonNegativeInt = 3
+    max_retries: Annotated[int, Field(ge=0, le=1_000_000)] = 3
     slo: Targets = Targets()
-    warm_up: NonNegativeFloat = 0.0
-    stop_at: PositiveFloat | None = None
+    warm_up: bounds.Seconds = 0.0
+    stop_at: bounds.SomeSeconds | None = None
     seed: int = 0
     cache_only: bool = False
     together: bool = True
@@ -148,6 +157,9 @@ class SimulationConfig(Strict):
         names = [tier.name for tier in self.tiers]
         if len(set(names)) < len(names) or "pool" in names:
             raise ValueError(f"tiers are named {', '.join(names)}; each needs a name of its own, other than pool")
+        blocks = (self.kv_blocks or 0) * self.replicas
+        if blocks > bounds.MOST_BLOCKS:
+            raise ValueError(f"{blocks:,} KV blocks over all replicas; at most {bounds.MOST_BLOCKS:,} can be simulated")
         if self.rates is not None and self.kv_blocks is None:
             raise ValueError("with rates, kv_blocks must be given: there is no model to subtract from a memory")
         if self.cache_only and (self.tiers or self.outages or self.random_outages):
@@ -163,10 +175,10 @@ class TraceConfig(Strict):
 
     path: str
     format: Literal["emberkv", "mooncake", "azure"] | None = None
-    block_size: PositiveInt | None = None
-    rate: PositiveFloat = 1.0
-    start: NonNegativeFloat = 0.0
-    stop: PositiveFloat | None = None
+    block_size: bounds.SomeTokens | None = None
+    rate: bounds.Rate = 1.0
+    start: bounds.Seconds = 0.0
+    stop: bounds.SomeSeconds | None = None
     closed_loop: bool = False
 
     @property

@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
 
+from emberkv.errors import ConfigError
+from emberkv.workload.bounds import MOST_SECONDS
+
 Action = Callable[[], None]
+
+_END_OF_TIME = round(MOST_SECONDS * 1e9)
 
 
 class Kind(IntEnum):
@@ -34,6 +39,9 @@ class Agenda:
         return self._heap[0][0]
 
     def add(self, time: int, kind: Kind, action: Action, *, rank: int = 0) -> None:
+        """Raises ConfigError for a time beyond the virtual clock's."""
+        if time > _END_OF_TIME:
+            raise ConfigError(f"the simulation comes to {time / 1e9:g} s; it has room for {MOST_SECONDS:g} s")
         self._added += 1
         heappush(self._heap, (time, kind, rank, self._added, action))
 

@@ -1,4 +1,7 @@
-"""The drawing board: plots as SVG text, the same bytes each time, told apart by line and hatch as well as by colour."""
+"""Plots as SVG text, the same bytes each time, told apart by line and hatch as well as by colour.
+
+Colours are the page's CSS variables, so that a plot follows its page into dark mode and onto paper.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,28 +16,38 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-STYLES = (
-    {"color": "#0b4f8a", "linestyle": "-"},
-    {"color": "#b04a00", "linestyle": (0, (5, 2))},
-    {"color": "#1b6b3a", "linestyle": (0, (1, 1.5))},
-    {"color": "#5b2a86", "linestyle": (0, (6, 2, 1, 2))},
-)
-"""Dark on white, and of different dashes: a copy in black and white still tells them apart."""
+_INK, _GRID, _BAR = "#010101", "#cccccc", "#d5e3f0"
+_SERIES = ("#0b4f8a", "#b04a00", "#1b6b3a", "#5b2a86")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _GRID: "var(--line)",
+    _BAR: "var(--bar)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)},
+}
+_COLORS = re.compile("|".join(_VARIABLES))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_HATCHES = ("//", "..", "\\\\", "xx")
 
 _SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
+    "axes.edgecolor": _INK,
     "axes.grid": True,
+    "axes.labelcolor": _INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.family": "sans-serif",
     "font.size": 10,
-    "grid.color": "#cccccc",
+    "grid.color": _GRID,
     "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
     "svg.hashsalt": "emberkv",
+    "text.color": _INK,
     "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
 
 _REFERENCES = re.compile(r'(\bid="|url\(#|href="#)')
@@ -43,11 +56,15 @@ MOST_BARS = 48
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; x and y of equal length. None in y leaves a gap."""
+    """One curve; x and y of equal length. None in y leaves a gap. color, dash: numbers; by default, that of the line
+    among its plot's lines.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
+    color: int | None = None
+    dash: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +88,11 @@ def line_plot(
     def draw(axes: Axes) -> None:
         for number, line in enumerate(lines):
             values = [float("nan") if value is None else value for value in line.y]
-            axes.plot(line.x, values, label=line.label, **STYLES[number % len(STYLES)])
-        for label, at in (marks or {}).items():
-            axes.axvline(at, color="black", linewidth=1.0, linestyle="-", label=label)
+            color, dash = (number if each is None else each for each in (line.color, line.dash))
+            style = {"color": _SERIES[color % len(_SERIES)], "linestyle": _DASHES[dash % len(_DASHES)]}
+            axes.plot(line.x, values, label=line.label, **style)
+        for number, (label, at) in enumerate((marks or {}).items()):
+            axes.axvline(at, color=_INK, linewidth=1.0, linestyle=_DASHES[number % len(_DASHES)], label=label)
         _set_axis(axes, "x", x)
         _set_axis(axes, "y", y)
         if len(lines) + len(marks or {}) > 1:
@@ -82,26 +101,52 @@ def line_plot(
     return _svg(name, description, draw)
 
 
-def bar_plot(name: str, description: str, x: Axis, y: Axis, heights: Sequence[float]) -> str:
-    """A bar for each height, numbered from 0, with their mean; of many, a line over all in falling order instead."""
-    if len(heights) > MOST_BARS:
-        falling = sorted(heights, reverse=True)
+def bar_plot(name: str, description: str, x: Axis, y: Axis, bars: Mapping[str, Sequence[float]]) -> str:
+    """Bars numbered from 0, of one series or several beside each other, each series with its mean; of more than
+    `MOST_BARS`, lines over all in falling order instead.
+    """
+    if max(map(len, bars.values())) > MOST_BARS:
         order = Axis(f"{x.label}, the most loaded first")
-        return line_plot(name, description, order, y, [Line(y.label, range(len(falling)), falling)])
+        falling = [Line(label, range(len(each)), sorted(each, reverse=True)) for label, each in bars.items()]
+        return line_plot(name, description, order, y, falling)
 
     def draw(axes: Axes) -> None:
-        axes.bar(
-            range(len(heights)), heights, width=0.7, color="#d5e3f0", edgecolor="#0b4f8a", hatch="//", linewidth=1.0
-        )
-        mean = sum(heights) / len(heights)
-        axes.axhline(mean, color="black", linewidth=1.2, linestyle=(0, (5, 2)), label=f"mean {mean:,.0f}")
+        width = 0.8 / len(bars)
+        for number, (label, heights) in enumerate(bars.items()):
+            color = _SERIES[number % len(_SERIES)]
+            at = [index + width * (number - (len(bars) - 1) / 2) for index in range(len(heights))]
+            axes.bar(at, heights, width=0.9 * width, color=_BAR, edgecolor=color, hatch=_HATCHES[number], linewidth=1.0)
+            mean = sum(heights) / len(heights)
+            named = f"{label}, mean {mean:,.0f}" if len(bars) > 1 else f"mean {mean:,.0f}"
+            axes.axhline(mean, color=color, linewidth=1.2, linestyle=_DASHES[1], label=named)
         axes.grid(visible=False, axis="x")
-        axes.set_xticks(range(0, len(heights), max(1, len(heights) // 12)))
+        longest = max(map(len, bars.values()))
+        axes.set_xticks(range(0, longest, max(1, longest // 12)))
         _set_axis(axes, "x", x)
         _set_axis(axes, "y", y)
-        _legend(axes, 1)
+        _legend(axes, len(bars))
 
     return _svg(name, description, draw)
+
+
+def named_bars(name: str, description: str, y: Axis, labels: Sequence[str], bars: Mapping[str, Sequence[float]]) -> str:
+    """A group of bars for each label, one of each series."""
+
+    def draw(axes: Axes) -> None:
+        height = 0.8 / len(bars)
+        for number, (label, lengths) in enumerate(bars.items()):
+            at = [index + height * (number - (len(bars) - 1) / 2) for index in range(len(lengths))]
+            color = _SERIES[number % len(_SERIES)]
+            drawn = axes.barh(at, lengths, height=0.9 * height, color=_BAR, edgecolor=color, label=label)
+            for bar in drawn:
+                bar.set_hatch(_HATCHES[number])
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        _set_axis(axes, "x", y)
+        _legend(axes, len(bars))
+
+    return _svg(name, description, draw, height=max(1.6, 0.9 + 0.42 * len(labels)))
 
 
 def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
@@ -121,17 +166,20 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
 
 def _legend(axes: Axes, entries: int) -> None:
     """Above the plot, where it covers nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=entries)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 3), handlelength=2.6)
 
 
-def _svg(name: str, description: str, draw: Callable[[Axes], None]) -> str:
+def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = 3.2) -> str:
+    """height: inches, of a width of 4.8, at which text of 10 points reads well on a phone and on a desk."""
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(6.2, 3.5), layout="constrained")
+        figure = Figure(figsize=(4.8, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         file = StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(file, format="svg", metadata=metadata, transparent=True)
     text = file.getvalue()
     text = _REFERENCES.sub(rf"\g<1>{name}-", text[text.index("<svg") :].strip())
+    text = _COLORS.sub(lambda found: _VARIABLES[found[0]], text)
     opening = f'<svg role="img" aria-label="{escape(description)}"'
     return text.replace("<svg", opening, 1)

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, mo
 from emberkv.errors import ConfigError
 from emberkv.workload.lines import explain
 from emberkv.workload.strict import Strict
+from emberkv.workload.yaml_file import parse_yaml
 
 GB = 1e9
 GIB = 2**30
@@ -85,14 +86,16 @@ class HardwareProfile(Strict):
     """One device, and how its kernels fall short of its peaks.
 
     peak_tflops: by number type (bf16, fp16, fp8, fp32), dense. link_gb_per_s: one direction, to the other devices of
-    a tensor-parallel group; None: alone. gemm_bandwidth: share of the memory bandwidth that matrix products of few
-    rows reach. gemm_compute: share of the peak by rows. prefill_attention: share of the peak by tokens.
-    decode_attention: share of the bandwidth by megabytes of keys and values read in one layer; it never takes less
-    than attention_floor_us. passes: whether a step is one forward pass, or the decodes are one and each prefill chunk
-    another. last_layer: whether its attention and what follows, experts apart, are computed for all rows, or for those
-    alone whose logits are wanted. runtime_gib: memory that the runtime itself takes. request_us, request_token_us: what
-    a request and each token of its prompt cost beside its steps. tiers: rates of the lower tiers. sources: where each
-    of these comes from, by its name.
+    a tensor-parallel group, with direct access to their memory; None: alone. host_link_gb_per_s: the same through the
+    host's memory, without direct access. peer_access: whether there is direct access by default. gemm_bandwidth: share
+    of the memory bandwidth that matrix products of few rows reach. gemm_compute: share of the peak by rows.
+    prefill_attention: share of the peak by tokens. decode_attention: share of the bandwidth by megabytes of keys and
+    values read in one layer; it never takes less than attention_floor_us. passes: whether a step is one forward pass,
+    or the decodes are one and each prefill chunk another. last_layer: whether its attention and what follows, experts
+    apart, are computed for all rows, or for those alone whose logits are wanted. runtime_gib: memory that the runtime
+    itself takes. request_us, request_token_us: what a request and each token of its prompt cost beside its steps.
+    tiers: rates of the lower tiers. price_per_hour: dollars for one device with its share of the machine. sources:
+    where each of these comes from, by its name.
     """
 
     name: str
@@ -101,6 +104,8 @@ class HardwareProfile(Strict):
     memory_gb_per_s: PositiveFloat
     peak_tflops: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
     link_gb_per_s: PositiveFloat | None = None
+    host_link_gb_per_s: PositiveFloat | None = None
+    peer_access: bool = True
     gemm_bandwidth: Share
     gemm_compute: Points
     prefill_attention: Points
@@ -113,6 +118,7 @@ class HardwareProfile(Strict):
     request_us: NonNegativeFloat = 0.0
     request_token_us: NonNegativeFloat = 0.0
     tiers: dict[str, TierRates] = Field(default_factory=dict)
+    price_per_hour: PositiveFloat | None = None
     sources: dict[str, str]
 
     @model_validator(mode="after")
@@ -133,6 +139,20 @@ class HardwareProfile(Strict):
     @property
     def bytes_per_second(self) -> float:
         return self.memory_gb_per_s * GB
+
+    def link(self, peer_access: bool | None = None) -> float:
+        """GB a second to the other devices, with or without direct access; by default as the device has it.
+
+        Raises ConfigError where the profile has no such rate.
+        """
+        direct = self.peer_access if peer_access is None else peer_access
+        rate = self.link_gb_per_s if direct else self.host_link_gb_per_s
+        if rate is None:
+            raise ConfigError(
+                f"{self.name} has no link to others {'with' if direct else 'without'} direct access: its profile has "
+                f"no {'link_gb_per_s' if direct else 'host_link_gb_per_s'}"
+            )
+        return rate
 
     def flops(self, dtype: str) -> float:
         """Operations a second in ``dtype``; in the nearest wider type where the device has no units for it."""
@@ -169,16 +189,14 @@ def load_profile(hardware: str) -> HardwareProfile:
         raise ConfigError(f"no hardware {hardware!r}; give a .yaml file or one of {known}")
     try:
         return parse_profile(source.read_text(encoding="utf-8"))
-    except (OSError, ConfigError) as error:
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
 
 
 def parse_profile(text: str) -> HardwareProfile:
     """A profile from YAML. Raises ConfigError naming each key at fault."""
     try:
-        return HardwareProfile.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {error}") from error
+        return HardwareProfile.model_validate(parse_yaml(text, ConfigError))
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 

@@ -5,24 +5,30 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from emberkv.errors import WorkloadError
-from emberkv.sim.config import SetUp, TraceConfig, load_set_up
+from emberkv.errors import ConfigError, UnsupportedModelError, WorkloadError
+from emberkv.sim.config import SetUp, TraceConfig, load_set_up, with_changes
+from emberkv.sim.model_config import load_spec
+from emberkv.workload import ember_trace
 from emberkv.workload.files import is_description
 from emberkv.workload.request import Request
 from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, Source, TraceSource
 from emberkv.workload.spec import GeneratedWorkload
-from emberkv.workload.trace import clip, read_trace, scale_rate
+from emberkv.workload.trace import TraceFormat, clip, detect_format, read_trace, scale_rate
 
 DEFAULT_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Where requests come from. Exactly one of the two is there. folder: where a trace's relative path starts."""
+    """Where requests come from. Exactly one of the two is there. folder: where a trace's relative path starts.
+
+    served: what a recording says that it was served by; empty where nothing is recorded.
+    """
 
     generated: GeneratedWorkload | None
     trace: TraceConfig | None
     folder: Path
+    served: str = ""
 
     def source(self) -> Source:
         """The same requests each time. Raises WorkloadError, for a trace also while it is read."""
@@ -31,6 +37,12 @@ class Workload:
         assert self.trace is not None
         requests = self._requests(self.trace)
         return ClosedLoopTraceSource(requests) if self.trace.closed_loop else TraceSource(requests)
+
+    def is_empty(self) -> bool:
+        """Whether there is not one request. Raises WorkloadError when the first cannot be read."""
+        if self.trace is None:
+            return self.source().next_arrival() is None
+        return next(self._requests(self.trace), None) is None
 
     def block_size(self) -> int:
         """That in which the first request is told."""
@@ -65,15 +77,30 @@ class Workload:
 def open_set_up(path: Path) -> tuple[SetUp, Workload | None]:
     """A YAML file, whose workload may be missing, or a trace with a set-up of defaults.
 
+    A recording's set-up has the model that served it, where none is chosen and its shape is known here.
     Raises ConfigError or WorkloadError.
     """
-    if is_description(path):
-        set_up = load_set_up(path)
-        if set_up.workload is None and set_up.trace is None:
-            return set_up, None
-        return set_up, Workload(set_up.workload, set_up.trace, path.parent)
-    trace = TraceConfig(path=path.name)
-    return SetUp(trace=trace), Workload(None, trace, path.parent)
+    set_up = load_set_up(path) if is_description(path) else SetUp(trace=TraceConfig(path=path.name))
+    if set_up.workload is None and set_up.trace is None:
+        return set_up, None
+    served = "" if set_up.trace is None else _served(path.parent / set_up.trace.path, set_up.trace)
+    if served and "model" not in set_up.simulation.model_fields_set and _is_known(served):
+        set_up = set_up.model_copy(update={"simulation": with_changes(set_up.simulation, {"model": served})})
+    return set_up, Workload(set_up.workload, set_up.trace, path.parent, served)
+
+
+def _served(path: Path, trace: TraceConfig) -> str:
+    """The model that a recording names."""
+    format = trace.trace_format or detect_format(path)
+    return ember_trace.read_header(path).model if format is TraceFormat.EMBERKV else ""
+
+
+def _is_known(model: str) -> bool:
+    try:
+        load_spec(model)
+    except (ConfigError, UnsupportedModelError):
+        return False
+    return True
 
 
 def required(workload: Workload | None, path: Path) -> Workload:

@@ -20,12 +20,12 @@ class Status(Enum):
 class CacheEvent(Enum):
     """What a request found, when it was first admitted (or its last retry was)."""
 
-    CONVERSATIONAL_HIT = "CONVERSATIONAL_HIT"  # a later turn that goes on from what its session left
+    CONVERSATIONAL_HIT = "CONVERSATIONAL_HIT"  # a later turn of its session that found something
     CROSS_REQUEST_HIT = "CROSS_REQUEST_HIT"  # a session's first request, or one without a session
     MISS_FULL = "MISS_FULL"  # nothing was cached
     FULL_HIT_NO_PREFILL_NEEDED = "FULL_HIT_NO_PREFILL_NEEDED"  # all but the last token was cached
     CONVERSATIONAL_MISS_UNEXPECTED_PROMPT = "CONVERSATIONAL_MISS_UNEXPECTED_PROMPT"
-    # a later turn whose prompt does not go on from what its session left, whatever else was found
+    # a later turn that found nothing, and whose prompt does not go on from what its session left
 
 
 class Turn(Enum):
@@ -37,13 +37,12 @@ class Turn(Enum):
 
 
 def cache_event(turn: Turn, prompt_tokens: int, cached_tokens: int) -> CacheEvent:
+    """A hit exactly where something was cached, so that counting events and counting hits come to the same."""
     if cached_tokens and cached_tokens >= prompt_tokens - 1:
         return CacheEvent.FULL_HIT_NO_PREFILL_NEEDED
-    if turn is Turn.UNEXPECTED:
-        return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT
-    if not cached_tokens:
-        return CacheEvent.MISS_FULL
-    return CacheEvent.CROSS_REQUEST_HIT if turn is Turn.FIRST else CacheEvent.CONVERSATIONAL_HIT
+    if cached_tokens:
+        return CacheEvent.CROSS_REQUEST_HIT if turn is Turn.FIRST else CacheEvent.CONVERSATIONAL_HIT
+    return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT if turn is Turn.UNEXPECTED else CacheEvent.MISS_FULL
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,45 +1,71 @@
-"""The planner: what a cache is worth for a workload, by size, and what that means for machines and waiting times."""
+"""What a cache is worth for a workload by its size, what that means for machines and waiting times, and what to get."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
 
 from emberkv.errors import WorkloadError
+from emberkv.sim.about import About, about
 from emberkv.sim.capacity_plan import Capacities, SizePoint
-from emberkv.sim.config import SimulationConfig, TierConfig, with_changes
+from emberkv.sim.config import SimulationConfig, Targets, TierConfig, with_changes
 from emberkv.sim.curves.curve import first_requests
 from emberkv.sim.curves.visits import visits
 from emberkv.sim.inputs import Workload
+from emberkv.sim.load import Load
 from emberkv.sim.plan_times import Demand, Formulas, demand_of
 from emberkv.sim.run import simulate
 from emberkv.sim.stage import machine_of, root_of
+from emberkv.sim.words import count_words, size_words, tier_words
+from emberkv.workload.bounds import MOST_REPLICAS
 
 UTILISED = 0.8
 """Share of what replicas could serve at most up to which a plan loads them; beyond it, queues grow long."""
 
-SIMULATED = 10_000
-"""Requests, from the workload's start, that set-ups are simulated with."""
+SIMULATED = 5_000
+"""Requests, from the workload's start, that set-ups are simulated with unless said otherwise."""
 
-MOST_REPLICAS = 4096
+MOST_TRIES = 6
+"""Numbers of replicas that are simulated for one kind of lower tier."""
+
+STEP_UP = 1.25
+"""How many times as many replicas are tried next where a service level is missed."""
 
 OWN_TIERS = ("ram", "disk")
 
-ROUTING = "consistent-hashing"
+ROUTING = "bounded-hashing"
 """Unless a plan's configuration says otherwise: like the formulas, it takes a prompt to where its beginning went, be
-that still in a pool or in a lower tier.
+that still in a pool or in a lower tier, unless that replica has far more to do than the others.
 """
+
+HELPS = 0.95
+"""More replicas help if p99 of the time to first token falls to this share or less."""
 
 Told = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What the simulation of the first requests found; times in seconds, queueing included."""
+    """What the simulation of the first requests found; times in seconds, queueing included.
+
+    rejected: requests that never fit. load: None where all requests arrive at once. p99_tpot: None without answers of
+    two tokens. missed: the service levels that 1% or more of the requests do not keep, by name.
+    """
 
     completed: int
+    rejected: int
     hit_rate: float
     mean_ttft: float
     p99_ttft: float
+    p99_tpot: float | None
     requests_per_second: float
+    load: Load | None = None
+    missed: tuple[str, ...] = ()
+
+    @property
+    def serves(self) -> bool:
+        """Whether it keeps up with what arrives, within the service levels."""
+        return not self.missed and (self.load is None or not self.load.grows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +87,22 @@ class SetUpPoint:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """told: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
+    """about: the set-up of one replica. slo: milliseconds that 99% of the requests must keep. price_per_hour: of one
+    device, in dollars; None where it is not known. get: the set-up to get: of those that serve, the one of the fewest
+    devices, then of the least memory below; None where none serves.
 
-    pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share of
-    that which a size is recommended for: the first one in ``sizes``, None where nothing can be reused. enough: bytes
-    beyond which LRU finds no more. prefill_token, load_token: seconds to compute a prompt token, or to fetch it from
-    each kind of tier, in a prompt of mean length.
+    told: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
+    pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share
+    of that which recommended_size is for: the first in ``sizes`` that captures it, None where nothing can be reused.
+    enough: bytes beyond which LRU finds no more. prefill_token, load_token: seconds to compute a prompt token, or to
+    fetch it from each kind of tier, in a prompt of mean length.
     """
 
+    about: About
     demand: Demand
+    slo: Targets
+    price_per_hour: float | None
+    get: SetUpPoint | None
     told: bool
     eviction: str
     routing: str
@@ -80,7 +113,7 @@ class Plan:
     unlimited: float
     wanted: float
     enough: int
-    recommended: SizePoint | None
+    recommended_size: SizePoint | None
     prefill_token: float
     load_token: dict[str, float]
     sizes: list[SizePoint]
@@ -93,11 +126,22 @@ class Planner:
     Raises WorkloadError when the workload cannot be read or has no requests, ConfigError for unknown names.
     """
 
-    def __init__(self, workload: Workload, config: SimulationConfig, *, wanted: float = 0.9) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        config: SimulationConfig,
+        *,
+        wanted: float = 0.9,
+        simulated: int = SIMULATED,
+        told: Told = lambda what: None,
+    ) -> None:
+        """simulated: requests that set-ups are simulated with. told: hears what is done next."""
         if "routing" not in config.model_fields_set:
             config = with_changes(config, {"routing": ROUTING})
         self._workload, self._config, self._wanted = workload, config, wanted
         self._machine = machine_of(config, config.block_size or workload.block_size())
+        self._tell = told
+        told("reading the workload")
         requests = list(first_requests(workload.source()))
         if not requests:
             raise WorkloadError("the workload has no requests")
@@ -106,23 +150,34 @@ class Planner:
         self._told = any(len(request.content) for request in requests)
         self._capacities = Capacities(seen, config.eviction, self._machine)
         self._demand = demand_of(requests)
+        self._simulated_requests = min(len(requests), simulated)
         self._formulas = Formulas(self._machine, config, self._demand)
-        self._stop_at = requests[SIMULATED].arrival_time if len(requests) > SIMULATED else None
+        self._stop_at = requests[simulated].arrival_time if len(requests) > simulated else None
 
-    def plan(self, *, replicas: int | None = None, simulating: Told | None = None) -> Plan:
-        """replicas: by default as many as the formulas ask for, without and with a lower tier.
-        simulating: told what is simulated next; None simulates nothing.
+    def plan(self, *, replicas: int | None = None, simulate: bool = True, price_per_hour: float | None = None) -> Plan:
+        """replicas: by default as few as serve. simulate: whether set-ups are simulated besides the formulas.
+        price_per_hour: of a device, in dollars; the profile's unless given.
         """
         found = self._capacities
+        self._tell("hit rates by cache size")
         sizes = found.sizes()
         marks = [point for share in (0.5, self._wanted, 0.99) if (point := _first(sizes, share * found.unlimited))]
         recommended = _first(sizes, self._wanted * found.unlimited)
+        self._tell("times by formula")
         set_ups = self._set_ups(marks, recommended, replicas)
-        if simulating is not None:
-            worth_it = self._worth_simulating(set_ups, recommended)
-            set_ups = [self._simulated(each, simulating) if each in worth_it else each for each in set_ups]
+        if simulate:
+            ran = self._tried(recommended, replicas)
+            kinds = {(each.replicas, each.tier, each.tier_bytes) for each in ran}
+            set_ups = [each for each in set_ups if (each.replicas, each.tier, each.tier_bytes) not in kinds] + ran
+        order = [None, *self._tiers]
+        set_ups.sort(key=lambda each: (each.replicas, order.index(each.tier), each.tier_bytes))
+        profile = self._machine.profile
         return Plan(
+            about=about(self._config, self._machine),
             demand=self._demand,
+            slo=self._config.slo,
+            price_per_hour=price_per_hour or (profile.price_per_hour if profile else None),
+            get=self._choice(set_ups, simulate),
             told=self._told,
             eviction=self._config.eviction,
             routing=self._config.routing,
@@ -133,12 +188,56 @@ class Planner:
             unlimited=found.unlimited,
             wanted=self._wanted,
             enough=found.enough,
-            recommended=recommended,
+            recommended_size=recommended,
             prefill_token=self._formulas.prefill_token,
             load_token=self._load_token(),
             sizes=sizes,
             set_ups=set_ups,
         )
+
+    def _choice(self, set_ups: list[SetUpPoint], simulated: bool) -> SetUpPoint | None:
+        if simulated:
+            good = [each for each in set_ups if each.simulated is not None and each.simulated.serves]
+        else:
+            rate = self._demand.busiest or 0.0
+            good = [each for each in set_ups if UTILISED * each.most_requests_per_second >= rate]
+        return min(good, key=lambda each: (each.replicas, each.replicas * each.tier_bytes), default=None)
+
+    def _tried(self, recommended: SizePoint | None, replicas: int | None) -> list[SetUpPoint]:
+        """Simulated: without a lower tier, and with the fastest one at the recommended size."""
+        kinds: list[tuple[str | None, int]] = [(None, 0)]
+        if recommended is not None:
+            kinds += [(tier, recommended.bytes) for tier in self._tiers[:1]]
+        points: list[SetUpPoint] = []
+        for tier, size in kinds:
+            if replicas is None:
+                points += self._search(tier, size)
+            elif tier is None or size > replicas * self._machine.num_blocks * self._machine.block_bytes:
+                points.append(self._simulated(self._set_up(replicas, tier, size)))
+        return points
+
+    def _search(self, tier: str | None, tier_bytes: int) -> list[SetUpPoint]:
+        """Numbers of replicas, from what the formulas ask for to the fewest that serve, as far as `MOST_TRIES` go."""
+        tried: dict[int, SetUpPoint] = {}
+        count = self._needed(tier, tier_bytes)
+        while len(tried) < MOST_TRIES:
+            if tier is not None and tier_bytes <= count * self._machine.num_blocks * self._machine.block_bytes:
+                break  # the pools alone are as large
+            tried[count] = point = self._simulated(self._set_up(count, tier, tier_bytes))
+            if point.simulated is None:
+                break
+            if point.simulated.serves:
+                count -= 1
+                if not count or count in tried:
+                    break
+            else:
+                load = point.simulated.load
+                more = load.least_replicas if load and load.grows else ceil(STEP_UP * count)
+                better = [each for each in tried if each > count]
+                if count + 1 in better or count == MOST_REPLICAS or not _helped(tried, count):
+                    break
+                count = min([max(count + 1, more), MOST_REPLICAS, *(each - 1 for each in better)])
+        return list(tried.values())
 
     @property
     def _tiers(self) -> list[str]:
@@ -193,32 +292,49 @@ class Planner:
                 return count
         return MOST_REPLICAS
 
-    def _worth_simulating(self, set_ups: list[SetUpPoint], recommended: SizePoint | None) -> list[SetUpPoint]:
-        """For each number of replicas, without a lower tier and with the first one at the recommended size."""
-        first = self._tiers[:1]
-        return [
-            each
-            for each in set_ups
-            if each.tier is None
-            or (each.tier in first and recommended and each.tier_bytes == -(-recommended.bytes // each.replicas))
-        ]
-
-    def _simulated(self, point: SetUpPoint, told: Told) -> SetUpPoint:
-        told(f"replicas: {point.replicas}, lower tier: {point.tier or 'none'}")
+    def _simulated(self, point: SetUpPoint) -> SetUpPoint:
+        """The same with what its simulation finds."""
+        lower = f" with {size_words(point.tier_bytes)} of {tier_words(point.tier)} each" if point.tier else ""
+        what = f"simulating {count_words(point.replicas, 'replica')}{lower}"
+        self._tell(what)
         tiers = [TierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
         changes = {"replicas": point.replicas, "tiers": tiers, "stop_at": self._stop_at}
-        summary = simulate(with_changes(self._config, changes), self._workload).summary
-        ttft = summary["ttft_ms"]
+
+        def progress(done: int, now: float) -> None:
+            self._tell(f"{what}: {done:,} of about {self._simulated_requests:,} requests")
+
+        results = simulate(with_changes(self._config, changes), self._workload, progress=progress)
+        summary = results.summary
+        ttft, tpot = summary["ttft_ms"], summary["tpot_ms"]
         if ttft is None:
             return point
         found = Simulated(
             completed=summary["requests"]["completed"],
-            hit_rate=summary["prefix_caching"]["overall_hit_rate"],
+            rejected=summary["requests"]["rejected"],
+            hit_rate=summary["prefix_caching"]["token_hit_rate"],
             mean_ttft=ttft["mean"] / 1e3,
             p99_ttft=ttft["p99"] / 1e3,
+            p99_tpot=tpot and tpot["p99"] / 1e3,
             requests_per_second=summary["throughput"]["requests_per_second"],
+            load=results.load,
+            missed=_missed(self._config.slo, summary),
         )
         return replace(point, simulated=found)
+
+
+def _helped(tried: dict[int, SetUpPoint], count: int) -> bool:
+    """Whether ``count`` replicas do better than the most that were fewer; True where none were."""
+    fewer = [each for each in tried if each < count]
+    if not fewer:
+        return True
+    before, now = tried[max(fewer)].simulated, tried[count].simulated
+    return before is None or now is None or now.p99_ttft <= HELPS * before.p99_ttft
+
+
+def _missed(slo: Targets, summary: dict[str, Any]) -> tuple[str, ...]:
+    """The targets whose 99th percentile is above them."""
+    spreads = {"ttft_ms": summary["ttft_ms"], "tpot_ms": summary["tpot_ms"], "e2e_ms": summary["e2e_latency_ms"]}
+    return tuple(name for name, target in slo if target is not None and spreads[name] and spreads[name]["p99"] > target)
 
 
 def _first(sizes: list[SizePoint], hit_rate: float) -> SizePoint | None:

@@ -1,6 +1,6 @@
-"""The gallery: what a report shows of a run, each picture with the words that say what is to be seen on it."""
+"""What a report shows of one run or of several on equal axes, each picture with words that say what is to be seen."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from emberkv.sim.curves.curve import CapacityCurve
@@ -11,8 +11,12 @@ from emberkv.sim.outcome import Status
 from emberkv.sim.rows import Row, Rows
 from emberkv.sim.run import Results
 from emberkv.sim.timing import NANOSECONDS
+from emberkv.sim.words import count_words, seconds_words, share_words
 
 BINS = 60
+FEWEST_IN_BIN = 5
+"""Requests that a stretch of time must have; a stretch with fewer is joined to the next."""
+
 QUANTILES = 200
 
 
@@ -25,27 +29,59 @@ class Figure:
     svg: str | None
 
 
-def figures_of(results: Results, curve: CapacityCurve | None, name: str) -> list[Figure]:
-    """The same figures in the same order for every run. name: begins the ids of this run's elements."""
-    completed = [row for row in results.rows if row.status is Status.COMPLETED]
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One run in a picture. name: empty where there is only one. completed: in the order of arrival."""
+
+    name: str
+    color: int
+    results: Results
+    curve: CapacityCurve | None
+    completed: Sequence[Row]
+
+    def label(self, text: str) -> str:
+        return f"{self.name}: {text}" if self.name else text
+
+    def line(self, text: str, x: Sequence[float], y: Sequence[float | None], kind: int) -> Line:
+        """kind: of the line among those of its run. Runs differ in colour and kinds in dash; of one run, both do."""
+        return Line(self.label(text), x, y, self.color if self.name else kind, kind)
+
+
+def figures_of(runs: Mapping[str, Results], curves: Sequence[CapacityCurve | None]) -> list[Figure]:
+    """The same figures in the same order whatever the runs."""
+    shown = []
+    for number, ((name, results), curve) in enumerate(zip(runs.items(), curves, strict=True)):
+        completed = sorted((row for row in results.rows if row.status is Status.COMPLETED), key=lambda row: row.arrival)
+        shown.append(Shown(name if len(runs) > 1 else "", number, results, curve, completed))
     return [
-        _hit_rate_over_time(completed, name),
-        _ttft_over_time(completed, name),
-        _ttft_distribution(completed, name),
-        _memory(results, name),
-        _load(results.rows, results.config.replicas, name),
-        _hit_rate_by_capacity(results, curve, name),
+        _hit_rate_over_time(shown),
+        _ttft_over_time(shown),
+        _ttft_distribution(shown),
+        _memory(shown),
+        _load(shown),
+        _hit_rate_by_capacity(shown),
     ]
 
 
-def _binned(rows: Sequence[Row], value: Callable[[list[Row]], float | None]) -> tuple[list[float], list[float | None]]:
-    """A value for the rows that arrive in each of `BINS` stretches of time, at the stretch's middle."""
-    last = max(row.arrival for row in rows)
-    bins: list[list[Row]] = [[] for _ in range(BINS)]
-    for row in rows:
-        bins[min(BINS - 1, row.arrival * BINS // max(1, last))].append(row)
-    width = last / NANOSECONDS / BINS
-    return [(at + 0.5) * width for at in range(BINS)], [value(found) if found else None for found in bins]
+def _words(shown: Sequence[Shown], of: Callable[[Shown], str]) -> str:
+    return "\n".join(run.label(of(run)) for run in shown)
+
+
+def _binned(rows: Sequence[Row], value: Callable[[Sequence[Row]], float]) -> tuple[list[float], list[float]]:
+    """A value for the rows that arrive in each of `BINS` stretches of time, at their mean time. Short ones join."""
+    last = max(1, rows[-1].arrival)
+    times, values = [], []
+    begin = 0
+    for end, row in enumerate(rows):
+        following = rows[end + 1] if end + 1 < len(rows) else None
+        same = following is not None and following.arrival * BINS // last == row.arrival * BINS // last
+        few = following is not None and end + 1 - begin < FEWEST_IN_BIN
+        if not (same or few):
+            some = rows[begin : end + 1]
+            times.append(sum(each.arrival for each in some) / len(some) / NANOSECONDS)
+            values.append(value(some))
+            begin = end + 1
+    return times, values
 
 
 def _hit_rate(rows: Iterable[Row]) -> float:
@@ -53,118 +89,164 @@ def _hit_rate(rows: Iterable[Row]) -> float:
     return ratio(sum(row.cached_tokens for row in found), sum(row.prompt_tokens for row in found))
 
 
-def _hit_rate_over_time(rows: Sequence[Row], name: str) -> Figure:
+def _hit_rate_over_time(shown: Sequence[Shown]) -> Figure:
     title = "Hit rate over time"
-    if not rows:
+    drawn = [run for run in shown if run.completed]
+    if not drawn:
         return Figure(title, "No request completed.", None)
-    by_arrival = sorted(rows, key=lambda row: row.arrival)
-    tenth = max(1, len(rows) // 10)
-    words = (
-        f"Share of prompt tokens found in the cache, by time of arrival: {_hit_rate(by_arrival[:tenth]):.1%} of the "
-        f"first tenth of requests, {_hit_rate(by_arrival[-tenth:]):.1%} of the last; {_hit_rate(rows):.1%} in all."
-    )
-    line = Line("hit rate", *_binned(rows, _hit_rate))
-    svg = line_plot(f"{name}-hits", words, Axis("arrival, s", start=0), Axis("hit rate", share=True, start=0), [line])
-    return Figure(title, words, svg)
+
+    def words_of(run: Shown) -> str:
+        tenth = max(1, len(run.completed) // 10)
+        return (
+            f"Of the prompt tokens of the first tenth of requests, {share_words(_hit_rate(run.completed[:tenth]))} "
+            f"were found in the cache, of the last tenth {share_words(_hit_rate(run.completed[-tenth:]))}; "
+            f"{share_words(_hit_rate(run.completed))} in all."
+        )
+
+    words = _words(drawn, words_of)
+    lines = [run.line("hit rate", *_binned(run.completed, _hit_rate), 0) for run in drawn]
+    axes = Axis("arrival, s", start=0), Axis("share of prompt tokens", share=True, start=0)
+    return Figure(title, words, line_plot("hits", words, *axes, lines))
 
 
 def _ttfts(rows: Iterable[Row]) -> list[float]:
-    """Sorted, in milliseconds."""
-    return sorted(row.ttft_ms for row in rows if row.ttft_ms is not None)
+    """Sorted, in seconds."""
+    return sorted(row.ttft_ms / 1e3 for row in rows if row.ttft_ms is not None)
 
 
-def _ttft_over_time(rows: Sequence[Row], name: str) -> Figure:
+def _ttft_over_time(shown: Sequence[Shown]) -> Figure:
     title = "Time to first token over time"
-    every = _ttfts(rows)
-    if not every:
+    drawn = [run for run in shown if _ttfts(run.completed)]
+    if not drawn:
         return Figure(title, "No time was simulated, or no request completed.", None)
 
-    def at(percent: float) -> Callable[[list[Row]], float | None]:
-        return lambda found: percentile(ttfts, percent) if (ttfts := _ttfts(found)) else None
+    def at(percent: float) -> Callable[[Sequence[Row]], float]:
+        return lambda found: percentile(_ttfts(found), percent)
 
-    lines = [Line("p50", *_binned(rows, at(50))), Line("p99", *_binned(rows, at(99)))]
-    words = (
-        f"Time to first token by time of arrival, queueing included, logarithmic: p50 {percentile(every, 50):,.0f} ms "
-        f"and p99 {percentile(every, 99):,.0f} ms over the whole run."
-    )
-    axes = Axis("arrival, s", start=0), Axis("time to first token, ms", log=True)
-    return Figure(title, words, line_plot(f"{name}-ttft", words, *axes, lines))
+    def words_of(run: Shown) -> str:
+        every = _ttfts(run.completed)
+        low, high = (seconds_words(percentile(every, percent)) for percent in (50, 99))
+        return f"Half of the requests had their first token within {low}, 99% within {high}, queueing included."
+
+    lines = [
+        run.line(f"p{percent}", *_binned(run.completed, at(percent)), kind)
+        for run in drawn
+        for kind, percent in enumerate((50, 99))
+    ]
+    words = _words(drawn, words_of)
+    axes = Axis("arrival, s", start=0), Axis("time to first token, s", log=True)
+    return Figure(title, words, line_plot("ttft", words, *axes, lines))
 
 
-def _ttft_distribution(rows: Sequence[Row], name: str) -> Figure:
+def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
     title = "Time to first token, cached and not"
-    kinds = {
-        "with cached tokens": _ttfts(row for row in rows if row.cached_tokens),
-        "without": _ttfts(row for row in rows if not row.cached_tokens),
-    }
-    if not any(kinds.values()):
-        return Figure(title, "No time was simulated, or no request completed.", None)
     lines, told = [], []
-    for label, values in kinds.items():
-        if values:
-            shares = [at / QUANTILES for at in range(1, QUANTILES + 1)]
-            lines.append(Line(label, [percentile(values, 100 * share) for share in shares], shares))
-            told.append(f"{percentile(values, 50):,.0f} ms for the {len(values):,} {label}")
-    words = f"Share of requests whose first token came within a time. Medians: {', '.join(told)}."
-    axes = Axis("time to first token, ms", log=True), Axis("share of requests", share=True, start=0, stop=1)
-    return Figure(title, words, line_plot(f"{name}-distribution", words, *axes, lines))
+    for run in shown:
+        for kind, (label, values) in enumerate(
+            {
+                "with cached tokens": _ttfts(row for row in run.completed if row.cached_tokens),
+                "without": _ttfts(row for row in run.completed if not row.cached_tokens),
+            }.items()
+        ):
+            if values:
+                shares = [at / QUANTILES for at in range(1, QUANTILES + 1)]
+                lines.append(run.line(label, [percentile(values, 100 * share) for share in shares], shares, kind))
+                median = seconds_words(percentile(values, 50))
+                told.append(run.label(f"{median} is the median of the {count_words(len(values), 'request')} {label}."))
+    if not lines:
+        return Figure(title, "No time was simulated, or no request completed.", None)
+    words = "\n".join(told)
+    axes = Axis("time to first token, s", log=True), Axis("share of requests", share=True, start=0, stop=1)
+    return Figure(title, words, line_plot("distribution", words, *axes, lines))
 
 
-def _memory(results: Results, name: str) -> Figure:
-    title, series = "Memory by tier", results.series
-    if series is None or not series.times:
+def _memory(shown: Sequence[Shown]) -> Figure:
+    title = "Memory by tier"
+    lines, told = [], []
+    for run in shown:
+        series, machine = run.results.series, run.results.machine
+        if series is None or not series.times:
+            continue
+        block, replicas = machine.block_bytes / GIB, series.replicas
+        used = [block * sum(values) for values in zip(*(each.used_blocks for each in replicas), strict=True)]
+        cached = [block * sum(values) for values in zip(*(each.cached_blocks for each in replicas), strict=True)]
+        lines += [run.line("in use", series.seconds, used, 0), run.line("cached", series.seconds, cached, 1)]
+        for kind, tier in enumerate(sorted({tier for each in replicas for tier in each.tier_bytes}), 2):
+            columns = [each.tier_bytes[tier] for each in replicas if tier in each.tier_bytes]
+            held = [sum(values) / GIB for values in zip(*columns, strict=True)]
+            lines.append(run.line(tier, series.seconds[-len(held) :], held, kind))
+        total = block * machine.num_blocks * run.results.config.replicas
+        told.append(
+            run.label(
+                f"All KV memory is {total:,.1f} GiB; requests held at most {max(used):,.1f} at a time, and at the end "
+                f"{cached[-1]:,.1f} were cached."
+            )
+        )
+    if not lines:
         return Figure(title, "No time was simulated.", None)
-    block = results.machine.block_bytes / GIB
-    used = [block * sum(values) for values in zip(*(each.used_blocks for each in series.replicas), strict=True)]
-    cached = [block * sum(values) for values in zip(*(each.cached_blocks for each in series.replicas), strict=True)]
-    lines = [Line("pool, held by requests", series.seconds, used), Line("pool, cached", series.seconds, cached)]
-    for tier in sorted({tier for each in series.replicas for tier in each.tier_bytes}):
-        columns = [each.tier_bytes[tier] for each in series.replicas if tier in each.tier_bytes]
-        held = [sum(values) / GIB for values in zip(*columns, strict=True)]
-        lines.append(Line(tier, series.seconds[-len(held) :], held))
-    total = block * results.machine.num_blocks * results.config.replicas
-    words = (
-        f"KV state in GiB over all replicas. The pools take {total:,.1f}; at most {max(used):,.1f} was held by "
-        f"requests at a time, and at the end {cached[-1]:,.1f} was cached, held or not."
-    )
-    svg = line_plot(f"{name}-memory", words, Axis("time, s", start=0), Axis("GiB", start=0), lines)
+    words = "\n".join(told)
+    svg = line_plot("memory", words, Axis("time, s", start=0), Axis("GiB of all replicas", start=0), lines)
     return Figure(title, words, svg)
 
 
-def _load(rows: Rows, replicas: int, name: str) -> Figure:
-    title = "Load per replica"
+def _computed(rows: Rows, replicas: int) -> list[int]:
     tokens = [0] * replicas
     for row in rows:
         if row.replica is not None:
             tokens[row.replica] += row.prefilled_tokens
-    mean = sum(tokens) / replicas
-    if not mean:
+    return tokens
+
+
+def _load(shown: Sequence[Shown]) -> Figure:
+    title = "Load per replica"
+    bars, told = {}, []
+    for run in shown:
+        tokens = _computed(run.results.rows, run.results.config.replicas)
+        mean = sum(tokens) / len(tokens)
+        if mean:
+            bars[run.name] = tokens
+            busiest = f"; the busiest has {max(tokens) / mean:.2f} times as many" if len(tokens) > 1 else ""
+            told.append(run.label(f"A replica computed {mean:,.0f} prompt tokens on average{busiest}."))
+    if not bars:
         return Figure(title, "No replica computed anything.", None)
-    words = (
-        f"Prompt tokens that each replica computed; the busiest has {max(tokens) / mean:.2f} times the mean of "
-        f"{mean:,.0f}."
-    )
-    axes = Axis("replica"), Axis("prompt tokens computed", start=0)
-    return Figure(title, words, bar_plot(f"{name}-load", words, *axes, tokens))
+    words = "\n".join(told)
+    return Figure(title, words, bar_plot("load", words, Axis("replica"), Axis("prompt tokens computed", start=0), bars))
 
 
-def _hit_rate_by_capacity(results: Results, curve: CapacityCurve | None, name: str) -> Figure:
+def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
+    """Runs whose blocks are alike have one curve, and a mark each."""
     title = "Hit rate against capacity"
-    if curve is None or not curve.lru.unlimited.hits:
+    lines: list[Line] = []
+    marks, told, curves = {}, [], set[tuple[int, int]]()
+    for run in shown:
+        curve, machine = run.curve, run.results.machine
+        if curve is None or not curve.lru.unlimited.hits:
+            continue
+        block = machine.block_bytes / GIB
+        here = machine.num_blocks * block
+        marks[run.label("a replica's KV memory")] = here
+        alike = (machine.block_size, machine.block_bytes)
+        if alike in curves:
+            told.append(run.label(f"A replica has {here:,.1f} GiB."))
+            continue
+        sizes = [capacity * block for capacity in curve.capacities]
+        unlimited = curve.lru.unlimited.token_rate
+        several = run if curves else Shown("", 0, run.results, None, ())
+        curves.add(alike)
+        lines += [
+            several.line("LRU", sizes, [curve.lru.at(capacity).token_rate for capacity in curve.capacities], 0),
+            several.line("best possible", sizes, [hits.token_rate for hits in curve.best], 1),
+            several.line("unlimited", [sizes[0], sizes[-1]], [unlimited, unlimited], 2),
+        ]
+        told.append(
+            run.label(
+                f"What one cache for the first {curve.requests:,} requests would find, one after the other: LRU, the "
+                f"best possible (Belady), and {share_words(unlimited)} without limit. {curve.lru.enough * block:,.1f} "
+                f"GiB are as good as any more; a replica has {here:,.1f}."
+            )
+        )
+    if not lines:
         return Figure(title, "The workload does not say that any two prompts share a beginning.", None)
-    block = results.machine.block_bytes / GIB
-    sizes = [capacity * block for capacity in curve.capacities]
-    unlimited = curve.lru.unlimited.token_rate
-    lines = [
-        Line("LRU", sizes, [curve.lru.at(capacity).token_rate for capacity in curve.capacities]),
-        Line("best possible", sizes, [hits.token_rate for hits in curve.best]),
-        Line("unlimited", [sizes[0], sizes[-1]], [unlimited, unlimited]),
-    ]
-    here = results.machine.num_blocks * block
-    words = (
-        f"What one cache for the first {curve.requests:,} requests would find, by its size in GiB, one request after "
-        f"the other: LRU exactly, the best possible (Belady), and {unlimited:.1%} without limit. "
-        f"{curve.lru.enough * block:,.1f} GiB are as good as any more. A replica's pool here has {here:,.1f} GiB."
-    )
-    axes = Axis("capacity, GiB", log=True), Axis("hit rate", share=True, start=0)
-    return Figure(title, words, line_plot(f"{name}-capacity", words, *axes, lines, {"a replica's pool": here}))
+    words = "\n".join(told)
+    axes = Axis("capacity, GiB", log=True), Axis("share of prompt tokens", share=True, start=0)
+    return Figure(title, words, line_plot("capacity", words, *axes, lines, marks))

@@ -4,12 +4,12 @@ A roofline (Williams, Waterman and Patterson, 2009) with measured efficiencies: 
 arithmetic or its memory traffic, whichever is longer, at the share of the peak that kernels of its size reach.
 """
 
-from math import sqrt
+from math import log, sqrt
 from typing import NamedTuple
 
 from emberkv.core.scheduler import PrefillChunk, StepPlan
-from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GB, MICROSECOND, Curve, HardwareProfile
+from emberkv.sim.layout import TENSOR_PARALLEL, Layout
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
 from emberkv.sim.work import Chunk, StepTerms, Work
 
@@ -28,14 +28,21 @@ class RowTerms(NamedTuple):
 class Roofline:
     """Step times of a model on a device, or on ``tensor_parallel`` of them that share each layer.
 
-    Raises ConfigError if the devices have no link, or the model's heads cannot be shared equally.
+    layout: how they share it. Raises ConfigError if the devices have no link, or the model cannot be shared so.
     """
 
-    def __init__(self, model: ModelSpec, hardware: HardwareProfile, *, tensor_parallel: int = 1) -> None:
-        if tensor_parallel < 1 or model.heads % tensor_parallel:
-            raise ConfigError(f"tensor_parallel is {tensor_parallel}; {model.name} has {model.heads} heads to share")
-        if tensor_parallel > 1 and hardware.link_gb_per_s is None:
-            raise ConfigError(f"tensor_parallel is {tensor_parallel}; {hardware.name} has no link to others")
+    def __init__(
+        self,
+        model: ModelSpec,
+        hardware: HardwareProfile,
+        *,
+        tensor_parallel: int = 1,
+        layout: Layout = TENSOR_PARALLEL,
+    ) -> None:
+        layout.check(model, tensor_parallel)
+        self._link = hardware.link(layout.peer_access) if tensor_parallel > 1 else 0.0
+        self._layout = layout
+        self._attention_devices = 1 if layout.data_parallel_attention else tensor_parallel
         self.model = model
         self.hardware = hardware
         self.tensor_parallel = tensor_parallel
@@ -48,11 +55,11 @@ class Roofline:
         self._gemm_compute = Curve(hardware.gemm_compute)
         self._prefill_share = Curve(hardware.prefill_attention)
         self._decode_share = Curve(hardware.decode_attention)
-        heads = -(-model.kv_heads // tensor_parallel)
+        heads = -(-model.kv_heads // self._attention_devices)
         self._kv_bytes = model.kv_bytes_per_layer * heads / model.kv_heads
-        self._score_flops = 4 * model.query_size / tensor_parallel
+        self._score_flops = 4 * model.query_size / self._attention_devices
         self._element_bytes = DTYPE_BITS[model.base_dtype] / 8
-        self._rows: dict[tuple[int, int], RowTerms] = {}
+        self._rows: dict[tuple[int, int, int], RowTerms] = {}
         self._sampled: dict[int, float] = {}
 
     def step_seconds(self, plan: StepPlan) -> float:
@@ -86,34 +93,51 @@ class Roofline:
             "sequence": work.sequences,
             "chunk": len(work.chunks),
             "token": sum(chunk.stop - chunk.start for chunk in work.chunks),
-            "all_reduce": 2 * layers * (self.tensor_parallel > 1),
+            "all_reduce": self._exchanges * layers,
         }
 
     def terms_of(self, work: Work) -> StepTerms:
         sequences, context, chunks = work
         terms = StepTerms(step_overhead=self._overheads.step * MICROSECOND)
         terms.sequence_overhead = self._overheads.sequence * MICROSECOND * sequences
-        terms.decode_attention = self._decode_attention(sequences, context)
-        rows, sampled = sequences, sequences
+        groups = self._groups(sequences)
+        terms.decode_attention = self._decode_attention(-(-sequences // groups), -(-context // groups))
+        rows, sampled, attended = sequences, sequences, -(-sequences // groups)
+        at_once = self._groups(len(chunks))
         for start, stop, samples in chunks:
             tokens = stop - start
-            terms.prefill_attention += self._prefill_attention(start, stop, samples)
+            terms.prefill_attention += self._prefill_attention(start, stop, samples) / at_once
+            attended += -(-tokens // at_once) if self._one_pass else 0
             terms.sequence_overhead += self._overheads.chunk * MICROSECOND
             terms.token_overhead += self._overheads.token * MICROSECOND * tokens
             if self._one_pass:
                 rows += tokens
                 sampled += samples
             else:
-                self._add_pass(terms, tokens, int(samples))
+                self._add_pass(terms, tokens, int(samples), tokens)
         if rows:
-            self._add_pass(terms, rows, sampled)
+            self._add_pass(terms, rows, sampled, attended)
         return terms
 
-    def _add_pass(self, terms: StepTerms, rows: int, sampled: int) -> None:
+    def _groups(self, sequences: int) -> int:
+        """Among how many devices so many sequences are divided for attention: each is on one if it is data-parallel."""
+        return max(1, min(self.tensor_parallel, sequences)) if self._layout.data_parallel_attention else 1
+
+    @property
+    def _exchanges(self) -> int:
+        """All-reduces of a layer, or what moves as much: after attention, unless it is data-parallel, and after the
+        MLP or experts (data-parallel: gathered before and scattered after them).
+        """
+        if self.tensor_parallel == 1:
+            return 0
+        return 1 if self._layout.data_parallel_attention else 2
+
+    def _add_pass(self, terms: StepTerms, rows: int, sampled: int, attended: int) -> None:
+        """attended: rows of the device that has most of them in attention."""
         last = sampled if self._last_wanted else rows
-        known = self._rows.get((rows, last))
+        known = self._rows.get((rows, last, attended))
         if known is None:
-            known = self._rows[rows, last] = self._row_terms(rows, last)
+            known = self._rows[rows, last, attended] = self._row_terms(rows, last, attended)
         if sampled not in self._sampled:
             self._sampled[sampled] = self._logits(sampled)
         terms.gemm += known.gemm
@@ -122,13 +146,14 @@ class Roofline:
         terms.layer_overhead += known.layer_overhead
         terms.logits += self._sampled[sampled]
 
-    def _row_terms(self, rows: int, last: int) -> RowTerms:
-        """last: rows for which the last layer goes on after its keys and values."""
+    def _row_terms(self, rows: int, last: int, attended: int) -> RowTerms:
+        """last: rows for which the last layer goes on after its keys and values. attended: see `_add_pass`."""
         model, devices = self.model, self.tensor_parallel
         mixtures = model.moe_layers * self._mixture(rows) if model.moe_layers else 0.0
         dense = (model.layers - model.moe_layers) * self._mlp(rows, model.intermediate)
         width = model.query_size + 2 * model.kv_size
-        attention = self._linear(rows, model.hidden, width / devices) + self._attention_out(rows)
+        attention = self._linear(attended, model.hidden, width / self._attention_devices)
+        attention += self._attention_out(attended)
         spared = self._after_attention(rows) - self._after_attention(last) if last < rows else 0.0
         # Two norms with their residuals read and write 8 vectors; rotation and the cache 2 of each head's; the MLP's
         # activation 3 of its width.
@@ -139,7 +164,7 @@ class Roofline:
         return RowTerms(
             gemm=mixtures + dense + model.layers * attention - spared,
             elementwise=model.layers * moved,
-            all_reduce=2 * model.layers * self._all_reduce(rows),
+            all_reduce=self._exchanges * model.layers * self._all_reduce(rows),
             layer_overhead=overhead * MICROSECOND,
         )
 
@@ -151,15 +176,13 @@ class Roofline:
         return self._attention_out(rows) + mlp
 
     def _attention_out(self, rows: int) -> float:
-        return self._linear(rows, self.model.query_size / self.tensor_parallel, self.model.hidden)
+        return self._linear(rows, self.model.query_size / self._attention_devices, self.model.hidden)
 
     def _all_reduce(self, rows: int) -> float:
         """A ring exchanges 2(n-1)/n of the data over each link."""
-        devices, link = self.tensor_parallel, self.hardware.link_gb_per_s
-        if devices == 1 or link is None:
-            return 0.0
+        devices = self.tensor_parallel
         exchanged = rows * self.model.hidden * self._element_bytes * 2 * (devices - 1) / devices
-        return self._overheads.all_reduce * MICROSECOND + exchanged / (link * GB)
+        return self._overheads.all_reduce * MICROSECOND + exchanged / (self._link * GB) if devices > 1 else 0.0
 
     def _linear(self, rows: float, inputs: float, outputs: float, copies: float = 1.0, bits: float = 0.0) -> float:
         """One product of ``rows`` by a matrix; with ``copies``, that many of them, each of other weights."""
@@ -174,12 +197,22 @@ class Roofline:
         return up + self._linear(rows, width_here, hidden, copies)
 
     def _mixture(self, rows: int) -> float:
-        """Tokens choose experts at random: of E experts, rows times k choices touch E (1 - (1 - k/E)^rows)."""
+        """Tokens choose experts at random: of E experts, rows times k choices touch E (1 - (1 - k/E)^rows).
+
+        Tensor-parallel, each device has a part of every expert. Expert-parallel, it has some experts whole, and the
+        step waits for the device on which most choices fall.
+        """
         model = self.model
         touched = model.experts * (1 - (1 - model.experts_per_token / model.experts) ** rows)
         each = rows * model.experts_per_token / touched
         shared = self._mlp(rows, model.shared_intermediate) if model.shared_intermediate else 0.0
-        return shared + self._mlp(each, model.expert_intermediate, touched)
+        if not self._layout.expert_parallel:
+            return shared + self._mlp(each, model.expert_intermediate, touched)
+        devices = self.tensor_parallel
+        choices = rows * model.experts_per_token
+        here = min(model.experts / devices, _busiest(touched, devices))
+        busiest = min(float(choices), _busiest(choices, devices))
+        return shared + self._mlp(busiest / here, model.expert_intermediate * devices, here)
 
     def _logits(self, sampled: int) -> float:
         if not sampled:
@@ -224,6 +257,12 @@ class Roofline:
         read = tokens * self._kv_bytes
         seconds = read / (self._bandwidth * self._decode_share.at(read / MEGABYTE))
         return max(seconds, self.hardware.attention_floor_us * MICROSECOND)
+
+
+def _busiest(count: float, devices: int) -> float:
+    """About how many of ``count`` that are spread at random fall on the device that has most."""
+    mean = count / devices
+    return mean + sqrt(2 * mean * log(devices))
 
 
 def _pairs(stop: int, window: int = 0) -> float:

@@ -49,7 +49,7 @@ def _long() -> "array[int]":
 
 @dataclass(slots=True)
 class Rows:
-    """In the order in which requests ended, about 70 bytes each. ids: kept only if asked for, as they take more."""
+    """In the order in which requests ended, about 110 bytes each. ids: kept only if asked for, as they take more."""
 
     tiers: tuple[str, ...] = ()
     keep_ids: bool = False
@@ -57,7 +57,7 @@ class Rows:
     _arrival: "array[int]" = field(default_factory=_long)
     _first_token: "array[int]" = field(default_factory=_long)
     _completion: "array[int]" = field(default_factory=_long)
-    _small: "array[int]" = field(default_factory=lambda: array("i"))
+    _small: "array[int]" = field(default_factory=_long)
 
     @property
     def _width(self) -> int:

@@ -8,24 +8,27 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from emberkv.core.stats import CacheStats
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim import cache_only
+from emberkv.sim.about import About, about
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.inputs import Workload
+from emberkv.sim.load import Load, load_of
 from emberkv.sim.outcome import CsvRows, Outcome
 from emberkv.sim.rows import Rows
 from emberkv.sim.series import Series
 from emberkv.sim.simulator import Ending, Progress
 from emberkv.sim.stage import Machine, build, machine_of
 from emberkv.sim.summary import summarize
-from emberkv.sim.timing import nanoseconds
+from emberkv.sim.timing import NANOSECONDS, nanoseconds
 
 
 @dataclass(frozen=True)
 class Results:
     """What a simulation found. stats: of each replica, one for each time that it started.
 
-    series: over time; None where there was no time. workload: opens the same requests again.
+    series: over time; None where there was no time. workload: opens the same requests again. busy: seconds in which
+    each replica computed.
     """
 
     config: SimulationConfig
@@ -35,11 +38,22 @@ class Results:
     stats: Sequence[Sequence[CacheStats]]
     ending: Ending
     series: Series | None = None
+    busy: Sequence[float] = ()
+
+    @cached_property
+    def about(self) -> About:
+        return about(self.config, self.machine)
+
+    @cached_property
+    def load(self) -> Load | None:
+        """Whether the set-up keeps up; None where there was no time."""
+        return None if self.config.cache_only else load_of(self.rows, self.config.replicas)
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """As JSON takes it."""
         how = {
+            "computed": self.about.as_dict(),
             "block_size": self.machine.block_size,
             "kv_blocks": self.machine.num_blocks,
             "ended_at": self.ending.at,
@@ -48,7 +62,20 @@ class Results:
         blocks_of = self.machine.block_size if self.config.cache_only else None
         slo = None if self.config.cache_only else self.config.slo
         found = summarize(self.rows, slo=slo, series=self.series, blocks_of=blocks_of)
-        return {"set_up": self.config.model_dump(mode="json", exclude_unset=True), **how, **found}
+        load = {"load": self.load.as_dict() if self.load else None, "utilisation": self._utilisation()}
+        return {"set_up": self.config.model_dump(mode="json", exclude_unset=True), **how, **load, **found}
+
+    def _utilisation(self) -> dict[str, float] | None:
+        """Means over replicas and time: shares of the time in which they computed anything, and of their KV blocks that
+        requests held.
+        """
+        if self.series is None or not self.ending.at:
+            return None
+        held = [blocks for each in self.series.replicas for blocks in each.used_blocks]
+        return {
+            "compute": sum(self.busy) / (self.ending.at * self.config.replicas),
+            "kv_memory": sum(held) / max(1, len(held)) / self.machine.num_blocks,
+        }
 
 
 def no_progress(done: int, now: float) -> None:
@@ -68,6 +95,8 @@ def simulate(
     csv_file: takes a row for each request as it ends. Raises ConfigError and WorkloadError.
     """
     machine = machine_of(config, config.block_size or workload.block_size())
+    if workload.is_empty():
+        raise WorkloadError("the workload has no requests")
     rows = Rows(tuple(tier.name for tier in config.tiers), keep_ids=keep_ids)
     with _opened(csv_file) as file:
         table = None if file is None else CsvRows(file, rows.tiers)
@@ -79,7 +108,8 @@ def simulate(
         simulator = build(config, machine, workload.source(), emit, progress)
         ending = simulator.run()
     stats = [replica.stats for replica in simulator.replicas]
-    return Results(config, workload, machine, rows, stats, ending, simulator.series)
+    busy = [replica.busy / NANOSECONDS for replica in simulator.replicas]
+    return Results(config, workload, machine, rows, stats, ending, simulator.series, busy)
 
 
 def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outcome], None]:

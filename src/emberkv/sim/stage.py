@@ -18,6 +18,7 @@ from emberkv.sim.config import SimulationConfig, TierConfig
 from emberkv.sim.failures import Outage, RandomOutages, outages
 from emberkv.sim.footprint import kv_block_bytes, kv_blocks
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
+from emberkv.sim.layout import Layout
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.outcome import Outcome
@@ -26,6 +27,7 @@ from emberkv.sim.roofline import Roofline
 from emberkv.sim.simulator import Progress, RootOf, Simulator
 from emberkv.sim.tiers import Channel, LowerModel, ModelledTier
 from emberkv.sim.timing import ConstantRates, StepClock, StepTimer
+from emberkv.workload.bounds import MOST_BLOCKS
 from emberkv.workload.source import Source
 
 EVENTS_KEPT = 1024
@@ -44,6 +46,7 @@ class Machine:
     request_seconds: float = 0.0
     request_token_seconds: float = 0.0
     profile: HardwareProfile | None = None
+    model: ModelSpec | None = None
 
 
 def root_of(config: SimulationConfig, block_size: int) -> RootOf:
@@ -77,23 +80,34 @@ def machine_of(config: SimulationConfig, block_size: int) -> Machine:
     profile = load_profile(config.hardware)
     if config.memory is not None:
         profile = profile.model_copy(update={"memory_gib": config.memory / GIB})
+    layout = Layout(config.expert_parallel, config.data_parallel_attention, config.peer_access)
+    roofline = Roofline(model, profile, tensor_parallel=config.tensor_parallel, layout=layout)
+    sharing = 1 if layout.data_parallel_attention else config.tensor_parallel
     return Machine(
         block_size,
         config.kv_blocks or _blocks(config, model, profile, block_size),
-        kv_block_bytes(model, block_size, config.tensor_parallel) * config.tensor_parallel,
-        Roofline(model, profile, tensor_parallel=config.tensor_parallel),
+        kv_block_bytes(model, block_size, sharing) * sharing,
+        roofline,
         recompute_weight(model, block_size),
         profile.request_us * MICROSECOND,
         profile.request_token_us * MICROSECOND,
         profile,
+        model,
     )
 
 
 def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile, block_size: int) -> int:
-    return kv_blocks(
+    blocks = kv_blocks(
         model, profile, block_size=block_size, tensor_parallel=config.tensor_parallel,
         step_tokens=config.max_step_tokens, sequences=config.max_running,
+        data_parallel_attention=config.data_parallel_attention,
     )  # fmt: skip
+    if blocks * config.replicas > MOST_BLOCKS:
+        raise ConfigError(
+            f"the memory of all replicas holds {blocks * config.replicas:,} KV blocks of {block_size} tokens; at most "
+            f"{MOST_BLOCKS:,} can be simulated: use larger blocks or less memory"
+        )
+    return blocks
 
 
 def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool) -> PrefixCache:

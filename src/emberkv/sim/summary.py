@@ -43,6 +43,7 @@ def summarize(
     summary = {
         "requests": {"total": len(rows), **{status.value: statuses[status] for status in Status}},
         **pace.found(),
+        "success_rate": ratio(statuses[Status.COMPLETED], len(rows)),
         "slo": attained.found(len(rows) - statuses[Status.REJECTED]),
         "prefix_caching": caching.found(),
         "tiers": caching.by_tier({name: tiers[name] for name in rows.tiers}),
@@ -58,7 +59,7 @@ def summarize(
 
 
 def prefix_caching(rows: Iterable[Row]) -> dict[str, Any]:
-    """What the cache did for these requests. Hit rates are shares of prompt tokens, but for request_hit_rate."""
+    """What the cache did for these requests; see `Caching.found`."""
     caching = Caching()
     for row in rows:
         caching.add(row)
@@ -78,6 +79,7 @@ class Caching:
     later: int = 0
     later_prompt_tokens: int = 0
     later_cached_tokens: int = 0
+    later_hits: int = 0
     events: Counter[CacheEvent | None] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
@@ -92,17 +94,26 @@ class Caching:
             self.later += 1
             self.later_prompt_tokens += row.prompt_tokens
             self.later_cached_tokens += row.cached_tokens
+            self.later_hits += row.cached_tokens > 0
 
     def found(self) -> dict[str, Any]:
+        """token_hit_rate: share of prompt tokens found. request_hit_rate: share of requests that found any; other
+        simulators call it overall_hit_rate, which is here too. conversational: of a session's later requests alone.
+        prefill_reduction_ratio: 1 - tokens computed / prompt tokens; less than the token hit rate by what was computed
+        again after preemptions and lost replicas (tokens_recomputed), and below 0 where that exceeds what was found.
+        """
         return {
-            "overall_hit_rate": ratio(self.cached_tokens, self.prompt_tokens),
-            "conversational_hit_rate": ratio(self.later_cached_tokens, self.later_prompt_tokens),
-            "conversational_requests": self.later,
+            "token_hit_rate": ratio(self.cached_tokens, self.prompt_tokens),
             "request_hit_rate": ratio(self.hits, self.requests),
+            "overall_hit_rate": ratio(self.hits, self.requests),
+            "conversational_token_hit_rate": ratio(self.later_cached_tokens, self.later_prompt_tokens),
+            "conversational_hit_rate": ratio(self.later_hits, self.later),
+            "conversational_requests": self.later,
             "event_counts": {event.value: self.events[event] for event in CacheEvent},
             "average_cached_prefix_length": ratio(self.cached_tokens, self.requests),
             "average_tokens_prefilled": ratio(self.prefilled_tokens, self.requests),
             "prefill_reduction_ratio": 1 - self.prefilled_tokens / self.prompt_tokens if self.prompt_tokens else 0.0,
+            "tokens_recomputed": max(0, self.cached_tokens + self.prefilled_tokens - self.prompt_tokens),
             "total_tokens_saved": self.cached_tokens,
         }
 

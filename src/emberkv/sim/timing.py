@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from emberkv.core.scheduler import StepPlan
+from emberkv.errors import ConfigError
+from emberkv.workload.bounds import MOST_SECONDS
 
 NANOSECONDS = 1_000_000_000
 CONTEXT_BUCKET = 256
@@ -14,6 +16,9 @@ CONTEXT_BUCKET = 256
 
 
 def nanoseconds(seconds: float) -> int:
+    """Raises ConfigError for more than virtual time has."""
+    if not seconds <= MOST_SECONDS:
+        raise ConfigError(f"a time of {seconds:g} s comes out; the simulation has room for {MOST_SECONDS:g} s")
     return round(seconds * NANOSECONDS)
 
 

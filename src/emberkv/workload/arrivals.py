@@ -5,8 +5,9 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PrivateAttr
+from pydantic import Field, PrivateAttr
 
+from emberkv.workload.bounds import Rate
 from emberkv.workload.distributions import folder_of
 from emberkv.workload.strict import Strict
 from emberkv.workload.trace import read_trace
@@ -24,7 +25,7 @@ class Poisson(Strict):
     """``rate`` conversations a second, independent of each other."""
 
     kind: Literal["poisson"]
-    rate: PositiveFloat
+    rate: Rate
 
     def times(self, rng: Random) -> Iterator[float]:
         return _apart(lambda: rng.expovariate(self.rate))
@@ -36,8 +37,8 @@ class Gamma(Strict):
     """
 
     kind: Literal["gamma"]
-    rate: PositiveFloat
-    burstiness: PositiveFloat
+    rate: Rate
+    burstiness: Annotated[float, Field(ge=0.01, le=100)]
 
     def times(self, rng: Random) -> Iterator[float]:
         shape = self.burstiness**-2
@@ -48,7 +49,7 @@ class Constant(Strict):
     """One every ``1 / rate`` seconds, the first at 0."""
 
     kind: Literal["constant"]
-    rate: PositiveFloat
+    rate: Rate
 
     def times(self, rng: Random) -> Iterator[float]:
         count = 0

@@ -6,9 +6,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TextIO
 
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel
 
 from emberkv.errors import WorkloadError
+from emberkv.workload import bounds
 from emberkv.workload.content import Content
 from emberkv.workload.lines import NumberedLine, numbered_lines, read_requests
 from emberkv.workload.request import Request
@@ -22,8 +23,8 @@ class AzureRow(BaseModel):
     """Seconds are read to the microsecond; a time without a zone is taken for UTC."""
 
     TIMESTAMP: datetime
-    ContextTokens: NonNegativeInt
-    GeneratedTokens: NonNegativeInt
+    ContextTokens: bounds.Tokens
+    GeneratedTokens: bounds.Tokens
 
 
 def _check_header(path: Path, lines: Iterator[NumberedLine]) -> None:
@@ -51,9 +52,14 @@ def read(path: Path, *, scope: str) -> Iterator[Request]:
         moment = row.TIMESTAMP if row.TIMESTAMP.tzinfo else row.TIMESTAMP.replace(tzinfo=UTC)
         if first is None:
             first = moment
+        arrival = (moment - first).total_seconds()
+        if arrival > bounds.MOST_SECONDS:
+            raise ValueError(
+                f"it arrives {arrival:g} s after the first; at most {bounds.MOST_SECONDS:g} s are accepted"
+            )
         return Request(
             request_id=f"{scope}-{index}",
-            arrival_time=(moment - first).total_seconds(),
+            arrival_time=arrival,
             prompt_tokens=row.ContextTokens,
             output_tokens=row.GeneratedTokens,
             max_output_tokens=row.GeneratedTokens,

@@ -4,6 +4,8 @@ from bisect import bisect
 from itertools import accumulate
 from random import Random
 
+from emberkv.errors import WorkloadError
+from emberkv.workload.bounds import MOST_SECONDS, MOST_TOKENS, MOST_TURNS
 from emberkv.workload.content import Content, Span, stream_key
 from emberkv.workload.distributions import whole
 from emberkv.workload.request import After, Request
@@ -55,7 +57,7 @@ class Conversation:
         self.session_id = f"s{number}"
         self.profile = library.choose_profile(self._rng)
         self._history = library.choose_system_prompt(self.profile, self._rng)
-        self._turns_left = whole(self.profile.turns.sample(self._rng))
+        self._turns_left = whole(self.profile.turns.sample(self._rng), most=MOST_TURNS)
         self._turn = 0
 
     def first(self, at: float) -> Request:
@@ -83,10 +85,20 @@ class Conversation:
         output = drawn if limit is None else min(drawn, limit)
         said = Span(stream_key(self._workload, self.session_id, self._turn, "message"), 0, message)
         answer = Span(stream_key(self._workload, self.session_id, self._turn, "answer"), 0, output)
+        prompt = len(self._history) + message
+        if prompt > MOST_TOKENS:
+            raise WorkloadError(
+                f"client {self.profile.name}: a conversation has grown to {prompt:,} tokens; "
+                f"at most {MOST_TOKENS:,} are accepted, and max_context ends one sooner"
+            )
+        if arrival > MOST_SECONDS:
+            raise WorkloadError(
+                f"client {self.profile.name}: a request arrives after {arrival:g} s; the limit is {MOST_SECONDS:g}"
+            )
         request = Request(
             request_id=f"{self.session_id}.{self._turn}",
             arrival_time=arrival,
-            prompt_tokens=len(self._history) + message,
+            prompt_tokens=prompt,
             output_tokens=output,
             max_output_tokens=output if limit is None else limit,
             content=self._history + Content([said, answer]),

@@ -5,18 +5,23 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from emberkv.errors import WorkloadError
+from emberkv.workload.bounds import MOST_TOKENS, Amount, SomeAmount
 from emberkv.workload.strict import Strict
 from emberkv.workload.trace import read_trace
 
 P90 = 1.2815515655446004
 """The standard normal distribution's 0.9-quantile."""
 
+_LARGEST_EXPONENT = 700.0
+"""Beyond it, exp overflows."""
+
 
 class Fixed(Strict):
     kind: Literal["fixed"]
-    value: NonNegativeFloat
+    value: Amount
 
     def sample(self, rng: Random) -> float:
         return self.value
@@ -26,8 +31,8 @@ class Uniform(Strict):
     """Between ``min`` and ``max``."""
 
     kind: Literal["uniform"]
-    min: NonNegativeFloat
-    max: NonNegativeFloat
+    min: Amount
+    max: Amount
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -42,8 +47,8 @@ class Uniform(Strict):
 class _Clipped(Strict):
     """``min`` and ``max``: what is drawn beyond them is put on them."""
 
-    min: NonNegativeFloat = 0.0
-    max: NonNegativeFloat | None = None
+    min: Amount = 0.0
+    max: Amount | None = None
 
     def _clip(self, value: float) -> float:
         return max(self.min, value if self.max is None else min(value, self.max))
@@ -53,8 +58,8 @@ class LogNormal(_Clipped):
     """By its median and its 90th percentile."""
 
     kind: Literal["lognormal"]
-    median: PositiveFloat
-    p90: PositiveFloat
+    median: SomeAmount
+    p90: SomeAmount
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -63,12 +68,13 @@ class LogNormal(_Clipped):
         return self
 
     def sample(self, rng: Random) -> float:
-        return self._clip(rng.lognormvariate(math.log(self.median), math.log(self.p90 / self.median) / P90))
+        spread = (math.log(self.p90) - math.log(self.median)) / P90
+        return self._clip(math.exp(min(_LARGEST_EXPONENT, rng.normalvariate(math.log(self.median), spread))))
 
 
 class Exponential(_Clipped):
     kind: Literal["exponential"]
-    mean: PositiveFloat
+    mean: SomeAmount
 
     def sample(self, rng: Random) -> float:
         return self._clip(rng.expovariate(1 / self.mean))
@@ -78,19 +84,19 @@ class Geometric(Strict):
     """Whole numbers from 1 on: a conversation goes on with the same chance after each turn."""
 
     kind: Literal["geometric"]
-    mean: Annotated[float, Field(ge=1)]
+    mean: Annotated[float, Field(ge=1, le=1e12)]
 
     def sample(self, rng: Random) -> float:
         if self.mean == 1:
             return 1
-        return 1 + math.floor(math.log(1 - rng.random()) / math.log(1 - 1 / self.mean))
+        return 1 + math.floor(math.log(1 - rng.random()) / math.log1p(-1 / self.mean))
 
 
 class Empirical(Strict):
     """Any of ``values``, or of a field of a trace's requests; a relative path starts at the description's folder."""
 
     kind: Literal["empirical"]
-    values: list[NonNegativeFloat] | None = None
+    values: list[Amount] | None = None
     trace: str | None = None
     field: Literal["prompt_tokens", "output_tokens"] | None = None
     _drawn_from: list[float] = PrivateAttr(default_factory=list)
@@ -126,6 +132,8 @@ Distribution = Annotated[
 """A mapping with ``kind`` and that kind's parameters; a plain number is fixed."""
 
 
-def whole(value: float, least: int = 1) -> int:
-    """A drawn value as a number of tokens or turns."""
+def whole(value: float, least: int = 1, most: int = MOST_TOKENS) -> int:
+    """A drawn value as a number of tokens or turns. Raises WorkloadError for one beyond ``most``."""
+    if not value <= most:
+        raise WorkloadError(f"the description draws a length of {value:.6g}; at most {most:,} are accepted")
     return max(least, round(value))

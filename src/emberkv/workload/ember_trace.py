@@ -11,12 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal, Self, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emberkv.errors import WorkloadError
+from emberkv.workload import bounds
 from emberkv.workload.chain import block_identities
 from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Span, Tokens
-from emberkv.workload.lines import explain, numbered_lines, read_requests
+from emberkv.workload.lines import NumberedLine, explain, numbered_lines, read_requests
 from emberkv.workload.request import After, Request
 
 BLOCK_SIZE = 16
@@ -37,15 +38,18 @@ class _Line(BaseModel):
 
 
 class Header(_Line):
+    """model: what served the requests: its folder, hub id or, of the bundled model, name; empty where not recorded."""
+
     emberkv_trace: Literal[1]
     note: str = ""
+    model: str = ""
 
 
 class AfterLine(_Line):
     """The request that this one followed, and the seconds between that one's completion and this arrival."""
 
     request: str
-    think_time: NonNegativeFloat
+    think_time: bounds.Seconds
 
 
 class TraceLine(_Line):
@@ -57,16 +61,16 @@ class TraceLine(_Line):
     """
 
     request: str
-    arrival: NonNegativeFloat
+    arrival: bounds.Seconds
     client: str = ""
     session: str = ""
-    turn: NonNegativeInt = 0
-    prompt_tokens: NonNegativeInt
-    output_tokens: NonNegativeInt
-    max_output_tokens: NonNegativeInt | None = None
-    block_size: PositiveInt | None = None
+    turn: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    prompt_tokens: bounds.Tokens
+    output_tokens: bounds.Tokens
+    max_output_tokens: bounds.Tokens | None = None
+    block_size: bounds.SomeTokens | None = None
     blocks: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = None
-    known_tokens: NonNegativeInt | None = None
+    known_tokens: Annotated[int, Field(ge=0, le=2 * bounds.MOST_TOKENS)] | None = None
     token_ids: list[Annotated[int, Field(ge=0, lt=MAX_TOKEN)]] | None = None
     after: AfterLine | None = None
 
@@ -105,11 +109,7 @@ def read(path: Path, *, scope: str = "") -> Iterator[Request]:
     Raises WorkloadError naming file, line and what was expected.
     """
     lines = numbered_lines(path)
-    number, first = next(lines, (1, b""))
-    try:
-        Header.model_validate_json(first)
-    except ValueError as error:
-        raise WorkloadError(f'{path}:{number}: {explain(error)}; expected {{"emberkv_trace": 1}}') from error
+    _header(path, lines)
     prefix = f"{scope}/" if scope else ""
 
     def to_request(index: int, line: bytes) -> Request:
@@ -130,6 +130,19 @@ def read(path: Path, *, scope: str = "") -> Iterator[Request]:
         )
 
     yield from read_requests(path, lines, to_request, EXPECTED)
+
+
+def read_header(path: Path) -> Header:
+    """Raises WorkloadError naming file and line if there is none."""
+    return _header(path, numbered_lines(path))
+
+
+def _header(path: Path, lines: Iterator[NumberedLine]) -> Header:
+    number, first = next(lines, (1, b""))
+    try:
+        return Header.model_validate_json(first)
+    except ValueError as error:
+        raise WorkloadError(f'{path}:{number}: {explain(error)}; expected {{"emberkv_trace": 1}}') from error
 
 
 def line_of(request: Request, block_size: int | None = None) -> TraceLine:

@@ -1,6 +1,11 @@
-"""The lines room: a file read one line at a time; what is wrong with it is told by file and line."""
+"""A file read one line at a time; an error names the file, the line and what was expected."""
 
+import gzip
+import lzma
+import reprlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,29 +15,63 @@ from emberkv.workload.request import Request
 
 NumberedLine = tuple[int, bytes]
 
+COMPRESSED = (".xz", ".gz")
+MOST_LINE_BYTES = 64 * 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def uncompressed_name(path: Path) -> Path:
+    """``trace.jsonl`` for ``trace.jsonl.xz``; other names as they are."""
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
 
 def numbered_lines(path: Path) -> Iterator[NumberedLine]:
-    """The file's lines that are not blank, numbered from 1. Raises WorkloadError if it cannot be read."""
+    """The file's lines that are not blank, numbered from 1, without a byte-order mark; .xz and .gz are decompressed.
+
+    Raises WorkloadError if the file cannot be read or a line is longer than `MOST_LINE_BYTES`.
+    """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with _opened(path) as file:
+            number = 0
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MOST_LINE_BYTES:
+                    raise WorkloadError(f"{path}:{number}: the line is longer than {MOST_LINE_BYTES // 2**20} MiB")
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise WorkloadError(f"cannot read {path}: {error.strerror}") from error
+        raise WorkloadError(f"cannot read {path}: {error.strerror or error}") from error
+    except (lzma.LZMAError, zlib.error, EOFError) as error:
+        raise WorkloadError(f"cannot read {path}: it is damaged, or not compressed as its name says") from error
 
 
-def explain(error: ValueError) -> str:
-    """What is wrong, in one line; of what pydantic found: where, what, and what was given."""
+def _opened(path: Path) -> BufferedIOBase:
+    match path.suffix:
+        case ".xz":
+            return lzma.open(path)
+        case ".gz":
+            return gzip.open(path)
+    return path.open("rb")
+
+
+def explain(error: ValueError | OverflowError) -> str:
+    """What is wrong, in one line; of what pydantic found: where, what, and (shortened) what was given."""
     if not isinstance(error, ValidationError):
         return str(error)
     found = []
     for each in error.errors(include_url=False):
         where = ".".join(str(part) for part in each["loc"])
-        given = repr(each["input"])
-        short = given if len(given) <= 60 else f"{given[:57]}..."
-        found.append(f"{where + ': ' if where else ''}{each['msg']} (given {short})")
+        message = each["msg"].removeprefix("Value error, ")
+        given = each["input"]
+        shown = f" (given {_SHORT.repr(given)})" if not isinstance(given, dict | list) else ""
+        found.append(f"{where + ': ' if where else ''}{message}{shown}")
     return "; ".join(found)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def read_requests(
@@ -46,7 +85,7 @@ def read_requests(
     for index, (number, line) in enumerate(lines):
         try:
             request = to_request(index, line)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise WorkloadError(f"{path}:{number}: {explain(error)}; expected {expected}") from error
         if request.arrival_time < latest:
             raise WorkloadError(

@@ -12,8 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Self, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from emberkv.workload import bounds
 from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Span, Tokens
 from emberkv.workload.lines import numbered_lines, read_requests
 from emberkv.workload.request import Request
@@ -35,13 +36,13 @@ class MooncakeLine(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
-    timestamp: NonNegativeFloat | None = None
-    arrival_time_ns: NonNegativeInt | None = None
-    input_length: NonNegativeInt
-    output_length: NonNegativeInt
+    timestamp: Annotated[float, Field(ge=0, le=1e3 * bounds.MOST_SECONDS)] | None = None
+    arrival_time_ns: Annotated[int, Field(ge=0, le=round(1e9 * bounds.MOST_SECONDS))] | None = None
+    input_length: bounds.Tokens
+    output_length: bounds.Tokens
     hash_ids: list[BlockId] | None = None
     token_ids: list[TokenId] | None = None
-    block_size: PositiveInt | None = None
+    block_size: bounds.SomeTokens | None = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from emberkv.errors import WorkloadError
+from emberkv.workload import bounds
 from emberkv.workload.arrivals import Arrivals
 from emberkv.workload.distributions import Distribution
 from emberkv.workload.lines import explain
@@ -32,8 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SystemPrompts(Strict):
     """``count`` different system prompts of drawn lengths; the k-th most popular is chosen in proportion to k^-skew."""
 
-    count: PositiveInt
-    skew: NonNegativeFloat
+    count: Annotated[int, Field(ge=1, le=bounds.MOST_PROMPTS)]
+    skew: Annotated[float, Field(ge=0, le=1000)]
     tokens: Distribution
 
 
@@ -48,16 +49,16 @@ class Profile(Strict):
     """
 
     name: Name
-    weight: PositiveFloat
+    weight: Annotated[float, Field(ge=1e-9, le=1e9)]
     base: str | None = None
     system_prompts: str | None = None
     first_message: Distribution | None = None
     message: Distribution
     output: Distribution
-    max_output_tokens: PositiveInt | None = None
+    max_output_tokens: bounds.SomeTokens | None = None
     turns: Distribution
     think_time: Distribution
-    max_context: PositiveInt | None = None
+    max_context: bounds.SomeTokens | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -78,8 +79,8 @@ class GeneratedWorkload(Strict):
 
     seed: int
     arrivals: Arrivals
-    duration: PositiveFloat | None = None
-    sessions: PositiveInt | None = None
+    duration: bounds.SomeSeconds | None = None
+    sessions: Annotated[int, Field(ge=1, le=bounds.MOST_CONVERSATIONS)] | None = None
     system_prompts: dict[Name, SystemPrompts] = Field(default_factory=dict)
     clients: Annotated[list[Profile], Field(min_length=1)]
 
@@ -87,6 +88,13 @@ class GeneratedWorkload(Strict):
     def _complete(self) -> Self:
         if self.duration is None and self.sessions is None and self.arrivals.kind != "trace":
             raise ValueError("give duration (seconds), sessions, or both; else it would never end")
+        if self.sessions is None and self.duration is not None and self.arrivals.kind != "trace":
+            expected = self.duration * self.arrivals.rate
+            if expected > bounds.MOST_CONVERSATIONS:
+                raise ValueError(
+                    f"a duration of {self.duration:g} s at {self.arrivals.rate:g} a second is {expected:g} "
+                    f"conversations; at most {bounds.MOST_CONVERSATIONS:,} are accepted"
+                )
         names = [profile.name for profile in self.clients]
         if len(set(names)) < len(names):
             raise ValueError(f"clients are named {', '.join(names)}; each needs a name of its own")

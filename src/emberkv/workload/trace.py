@@ -9,7 +9,8 @@ from pathlib import Path
 
 from emberkv.errors import WorkloadError
 from emberkv.workload import azure, ember_trace, mooncake
-from emberkv.workload.lines import numbered_lines
+from emberkv.workload.bounds import MOST_SECONDS
+from emberkv.workload.lines import numbered_lines, uncompressed_name
 from emberkv.workload.request import Request
 
 
@@ -21,10 +22,13 @@ class TraceFormat(Enum):
 
 def detect_format(path: Path) -> TraceFormat:
     """By the name and the first line. Raises WorkloadError naming what is accepted, or that the file cannot be read."""
-    if path.suffix == ".csv":
+    suffix = uncompressed_name(path).suffix
+    if suffix == ".csv":
         return TraceFormat.AZURE
-    if path.suffix != ".jsonl":
-        raise WorkloadError(f"{path}: no trace is known by {path.suffix!r}; accepted are .jsonl and .csv, or a format")
+    if suffix != ".jsonl":
+        raise WorkloadError(
+            f"{path}: no trace is known by {suffix!r}; accepted are .jsonl and .csv, also as .xz or .gz, or --from"
+        )
     _, first = next(numbered_lines(path), (1, b""))
     return TraceFormat.EMBERKV if ember_trace.is_header(first) else TraceFormat.MOONCAKE
 
@@ -38,7 +42,7 @@ def read_trace(
     scope: names the requests, and the ids that only this file explains; the file's name without suffix unless given.
     Raises WorkloadError naming file, line and what was expected, as the lines are read.
     """
-    name = path.stem if scope is None else scope
+    name = uncompressed_name(path).stem if scope is None else scope
     match format or detect_format(path):
         case TraceFormat.EMBERKV:
             return ember_trace.read(path, scope=scope or "")
@@ -52,7 +56,15 @@ def scale_rate(requests: Iterable[Request], factor: float) -> Iterator[Request]:
     """The same requests, ``factor`` times as many a second. Think times stay: people do not think faster."""
     if not (factor > 0 and math.isfinite(factor)):
         raise WorkloadError(f"the rate's factor is {factor}; it must be above 0")
-    return (replace(each, arrival_time=each.arrival_time / factor) for each in requests)
+    return (replace(each, arrival_time=_bounded(each.arrival_time / factor)) for each in requests)
+
+
+def _bounded(arrival: float) -> float:
+    if not arrival <= MOST_SECONDS:
+        raise WorkloadError(
+            f"at that rate a request arrives after {arrival:g} s; at most {MOST_SECONDS:g} s are accepted"
+        )
+    return arrival
 
 
 def clip(requests: Iterable[Request], start: float = 0.0, stop: float = math.inf) -> Iterator[Request]:

@@ -2,15 +2,10 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 
-import pytest
 from hypothesis import strategies as st
 
 from emberkv.sim.curves.visits import Visit
-
-MOONCAKE = Path(__file__).parents[4] / "shared/data/traces/mooncake_conversation.jsonl"
-needs_trace = pytest.mark.skipif(not MOONCAKE.exists(), reason="the Mooncake trace is not on this machine")
 
 CAPACITIES = (1_000, 3_000, 6_000, 10_000, 30_000, 50_000, 100_000)
 

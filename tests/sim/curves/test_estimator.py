@@ -1,13 +1,14 @@
 """The server's estimator on the Mooncake trace, against the exact curve of the same requests."""
 
+from benchmarks.measured_elsewhere import MOONCAKE
+
 from emberkv.core.reuse_estimator import ReuseEstimator
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.visits import visits
 from emberkv.workload.files import open_requests
-from tests.sim.curves.build import CAPACITIES, MOONCAKE, needs_trace
+from tests.sim.curves.build import CAPACITIES
 
 
-@needs_trace
 def test_its_error_is_as_stated_and_small() -> None:
     seen = list(visits(open_requests(MOONCAKE), 512))
     exact = LRUCurve(seen)

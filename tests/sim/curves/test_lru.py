@@ -1,6 +1,7 @@
 """LRU in one pass: equal to the pool at every capacity, and to the published figures of the Mooncake trace."""
 
 import pytest
+from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import replay
 from emberkv.sim.curves.visits import Hits, Visit, visits
 from emberkv.workload.files import open_requests
-from tests.sim.curves.build import CAPACITIES, MOONCAKE, needs_trace, visit_lists, visit_of
+from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 
 @settings(max_examples=300)
@@ -60,7 +61,6 @@ def test_an_empty_workload_has_an_empty_curve() -> None:
     assert curve.at(1).token_rate == 0
 
 
-@needs_trace
 def test_the_mooncake_figures() -> None:
     curve = LRUCurve(visits(open_requests(MOONCAKE), 512))
     assert (curve.references, curve.unique, curve.unlimited.hits) == (288_500, 182_790, 105_710)

@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.replayed import replay
 from emberkv.sim.curves.visits import Visit, visits
 from emberkv.workload.files import open_requests
-from tests.sim.curves.build import CAPACITIES, MOONCAKE, needs_trace, visit_lists, visit_of
+from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 
 def best_of_all_choices(seen: list[Visit], capacity: int) -> int:
@@ -52,7 +53,6 @@ def test_of_a_loop_it_keeps_what_fits(capacity: int, hits: int) -> None:
     assert Optimal([visit_of([root]) for root in (1, 2, 3, 1, 2, 3)]).at(capacity).hits == hits
 
 
-@needs_trace
 def test_the_mooncake_figures() -> None:
     bound = Optimal(visits(open_requests(MOONCAKE), 512))
     rates = [round(bound.at(capacity).block_rate, 4) for capacity in CAPACITIES]

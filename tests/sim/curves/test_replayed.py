@@ -1,6 +1,7 @@
 """Any policy through the pool: by hand, against the published figures, and how far a sample is off."""
 
 import pytest
+from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.policies.eviction_policy import Weight
 from emberkv.errors import ConfigError
@@ -8,7 +9,7 @@ from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import SampledReplay, replay, sample
 from emberkv.sim.curves.visits import Hits, Visit, visits
 from emberkv.workload.files import open_requests
-from tests.sim.curves.build import CAPACITIES, MOONCAKE, needs_trace, visit_of
+from tests.sim.curves.build import CAPACITIES, visit_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,6 @@ def test_a_sample_keeps_the_order_and_takes_a_block_always_or_never() -> None:
     assert first.asked == sum(1 for block in seen[0].blocks[:5] if block in first.blocks)
 
 
-@needs_trace
 @pytest.mark.parametrize(
     ("policy", "capacity", "rate"), [("lru", 6_000, 0.1393), ("lfu", 1_000, 0.0481), ("lfu", 50_000, 0.3439)]
 )
@@ -66,7 +66,6 @@ def test_the_mooncake_figures(mooncake: list[Visit], policy: str, capacity: int,
     assert round(replay(mooncake, capacity, policy).block_rate, 4) == rate
 
 
-@needs_trace
 def test_a_tenth_of_the_blocks_tells_the_curve_within_the_stated_error(mooncake: list[Visit]) -> None:
     points, error = SampledReplay(mooncake, LRUCurve(mooncake), 0.1).curve(CAPACITIES, "lfu")
     assert 0 < error < 0.01

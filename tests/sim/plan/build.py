@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from emberkv.sim.about import About
 from emberkv.sim.capacity_plan import SizePoint
-from emberkv.sim.config import Rates, SimulationConfig
+from emberkv.sim.config import Rates, SimulationConfig, Targets
 from emberkv.sim.inputs import Workload
+from emberkv.sim.load import Load
 from emberkv.sim.plan_times import Demand
 from emberkv.sim.planner import Plan, SetUpPoint, Simulated
 from tests.workload.build import workload
@@ -15,7 +17,20 @@ GIB = 2**30
 
 SIZES = [SizePoint(GIB << power, 16 << power, (power + 1) / 10, min(0.3, (power + 1) / 5)) for power in range(3)]
 
+ABOUT = About(
+    version="0", model="tiny", weights="bf16", hardware="card", devices=2, replicas=1, routing="random", kv_bytes=GIB,
+    kv_blocks=16, block_size=16, defaults=(),
+)  # fmt: skip
+
+CHOSEN = SetUpPoint(
+    2, "ram", 2 * GIB, 0.3, 0.25, 7.0, Simulated(900, 0, 0.28, 0.4, 2.5, 0.02, 1.9, Load(2.0, 1.9, 3, False, 2))
+)
+
 PLAN = Plan(
+    about=ABOUT,
+    slo=Targets(),
+    price_per_hour=None,
+    get=CHOSEN,
     demand=Demand(1000, 2.0, 5.0, 600.0, 50.0, [(600, 50)]),
     told=True,
     eviction="lru",
@@ -27,13 +42,13 @@ PLAN = Plan(
     unlimited=0.3,
     wanted=0.9,
     enough=3 * GIB + GIB // 2,
-    recommended=SIZES[2],
+    recommended_size=SIZES[2],
     prefill_token=20e-6,
     load_token={"ram": 2e-6, "disk": 40e-6},
     sizes=SIZES,
     set_ups=[
         SetUpPoint(2, None, 0, 0.2, 0.5, 6.0),
-        SetUpPoint(2, "ram", 2 * GIB, 0.3, 0.25, 7.0, Simulated(900, 0.28, 0.4, 2.5, 1.9)),
+        CHOSEN,
         SetUpPoint(3, None, 0, 0.25, 0.45, 9.0),
     ],
 )

@@ -1,6 +1,7 @@
 """Hit rates by size: at sizes people buy, exact where they can be."""
 
 import pytest
+from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from emberkv.sim.curves.replayed import replay
 from emberkv.sim.curves.visits import visits
 from emberkv.sim.stage import Machine, machine_of
 from emberkv.workload.files import open_requests
-from tests.sim.curves.build import MOONCAKE, needs_trace, visit_of
+from tests.sim.curves.build import visit_of
 from tests.sim.plan.build import rates
 
 
@@ -53,7 +54,6 @@ def test_sizes_are_of_the_machines_blocks_and_end_where_nothing_changes(machine:
     assert (last.bytes, last.blocks, last.hit_rate, last.best_possible) == (16 * 16384, 16, 0.5, 0.5)
 
 
-@needs_trace
 def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine) -> None:
     seen = list(visits(open_requests(MOONCAKE), 512))
     assert sum(visit.asked for visit in seen) > capacity_plan.REPLAYED

@@ -22,7 +22,9 @@ def run(**changes: Any) -> Results:
         "seed": 5, **changes,
     }  # fmt: skip
     client = {"message": 120, "output": 30}
-    return simulate(SimulationConfig(**config), Workload(workload(sessions=40, client=client), None, Path()))
+    return simulate(
+        SimulationConfig(**config), Workload(workload(sessions=40, client=client), None, Path()), keep_ids=True
+    )
 
 
 class Page(HTMLParser):

@@ -1,0 +1,126 @@
+"""The report of a plan: one HTML page that opens with what to get."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+from emberkv.sim import page
+from emberkv.sim.figures import Axis, Line, line_plot, named_bars
+from emberkv.sim.hardware import GIB
+from emberkv.sim.plan_words import get_this, price_words, recommendation
+from emberkv.sim.planner import Plan, SetUpPoint
+from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words, tier_words
+
+
+def render_plan(plan: Plan, name: str, *, made: datetime | None = None) -> str:
+    """name: of the workload. Equal plans give equal text, apart from ``made``, the time at its end."""
+    return page.page(f"What to get for {name}", _parts(plan, made))
+
+
+def _parts(plan: Plan, made: datetime | None) -> Iterator[str]:
+    answer, *reasons = get_this(plan)
+    yield page.paragraph(answer, f"verdict {'bad' if plan.get is None else 'good'}")
+    for sentence in reasons:
+        yield page.paragraph(sentence)
+    yield page.cards(_cards(plan))
+    yield page.gallery(_figures(plan))
+    yield page.section("What is known", (page.paragraph(sentence) for sentence in recommendation(plan)))
+    yield page.section("Set-ups", [_set_ups(plan)])
+    if plan.unlimited:
+        yield page.section("Cache sizes", [_sizes(plan)])
+    about = f"One replica: {plan.about.machine_words}, {plan.about.memory_words}. {plan.about.defaults_words or ''}"
+    yield page.paragraph(about.strip(), "about")
+    yield page.paragraph(page.made_words(plan.about.version, made), "about")
+
+
+def _cards(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    point = plan.get
+    if point is not None:
+        devices = point.replicas * plan.about.devices
+        yield "Get", count_words(point.replicas, "replica"), f"{devices} x {plan.about.hardware or 'machine'}"
+        price = price_words(plan, point)
+        if price is not None:
+            yield "Price", price.removesuffix(" an hour"), "an hour"
+        if point.simulated is not None:
+            found = point.simulated
+            yield "Hit rate", share_words(found.hit_rate), f"of prompt tokens; {share_words(plan.unlimited)} at best"
+            yield "Time to first token", seconds_words(found.mean_ttft), f"mean; p99 {seconds_words(found.p99_ttft)}"
+    if plan.demand.busiest is not None and plan.demand.rate is not None:
+        yield "Load", f"{rate_words(plan.demand.rate)}/s", f"requests; {rate_words(plan.demand.busiest)} at its busiest"
+
+
+def _figures(plan: Plan) -> Iterator[tuple[str, str, str | None]]:
+    if plan.unlimited:
+        yield _by_size(plan)
+    ran = [point for point in plan.set_ups if point.simulated is not None]
+    if ran:
+        yield _first_tokens(ran)
+
+
+def _by_size(plan: Plan) -> tuple[str, str, str]:
+    sizes = [point.bytes / GIB for point in plan.sizes]
+    lines = [
+        Line(plan.eviction.upper(), sizes, [point.hit_rate for point in plan.sizes]),
+        Line("best possible", sizes, [point.best_possible for point in plan.sizes]),
+        Line("unlimited", [sizes[0], sizes[-1]], [plan.unlimited, plan.unlimited]),
+    ]
+    marks = {"one replica": plan.pool_bytes / GIB}
+    words = f"One cache of each size finds this share of prompt tokens; a replica has {size_words(plan.pool_bytes)}"
+    if plan.recommended_size is not None:
+        point = plan.recommended_size
+        marks[f"{plan.wanted:.0%} of what is reusable"] = point.bytes / GIB
+        words += f", and {size_words(point.bytes)} capture {plan.wanted:.0%} of what is reusable"
+    axes = Axis("cache size, GiB", log=True), Axis("share of prompt tokens", share=True, start=0)
+    return "Hit rate by cache size", f"{words}.", line_plot("sizes", words, *axes, lines, marks)
+
+
+def _name(point: SetUpPoint) -> str:
+    if point.tier is None:
+        return f"{point.replicas}"
+    return f"{point.replicas}, {size_words(point.tier_bytes)} {tier_words(point.tier)}"
+
+
+def _first_tokens(ran: Sequence[SetUpPoint]) -> tuple[str, str, str]:
+    bars: dict[str, list[float]] = {"mean": [], "p99": []}
+    for point in ran:
+        assert point.simulated is not None
+        bars["mean"].append(point.simulated.mean_ttft)
+        bars["p99"].append(point.simulated.p99_ttft)
+    words = "Seconds to the first token by replicas and what each has below its pool, queueing included, simulated"
+    svg = named_bars("first", words, Axis("seconds", start=0), [_name(point) for point in ran], bars)
+    return "Time to first token by set-up", f"{words}.", svg
+
+
+def _set_ups(plan: Plan) -> str:
+    rows, chosen = [], None
+    for number, point in enumerate(plan.set_ups):
+        if point == plan.get:
+            chosen = number
+        rows.append((_name(point), _cells(plan, point)))
+    columns = ["replicas and tier", "hit rate", "TTFT mean", "TTFT p99", "requests a second", "an hour"]
+    return page.table(rows, caption="Simulated, or by formula where p99 is missing", columns=columns, chosen=chosen)
+
+
+def _cells(plan: Plan, point: SetUpPoint) -> list[str]:
+    price, ran = (price_words(plan, point) or "").removesuffix(" an hour"), point.simulated
+    if ran is None:
+        most = f"{rate_words(point.most_requests_per_second)} at most"
+        return [share_words(point.hit_rate), seconds_words(point.first_token), "", most, price]
+    served = ran.load.served_per_second if ran.load else ran.requests_per_second
+    times = [seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft)]
+    return [share_words(ran.hit_rate), *times, rate_words(served), price]
+
+
+def _sizes(plan: Plan) -> str:
+    rows = [
+        (
+            size_words(point.bytes),
+            [
+                f"{point.blocks:,}", share_words(point.hit_rate), share_words(point.best_possible),
+                share_words(point.hit_rate / plan.unlimited),
+            ],
+        )
+        for point in plan.sizes
+    ]  # fmt: skip
+    columns = ["size", f"blocks of {plan.block_size}", plan.eviction, "best possible", "of what is reusable"]
+    chosen = None if plan.recommended_size is None else plan.sizes.index(plan.recommended_size)
+    return page.table(rows, columns=columns, chosen=chosen)

@@ -1,0 +1,60 @@
+"""Whether a set-up keeps up: decided by who waits when arrivals end."""
+
+import pytest
+
+from emberkv.sim.load import Load, load_of
+from emberkv.sim.outcome import Outcome, Status, Turn
+from emberkv.sim.rows import Row, Rows
+from tests.sim.build import single
+
+SECOND = 10**9
+
+
+def rows(*times: tuple[float, float | None], status: Status = Status.COMPLETED, session: bool = False) -> list[Row]:
+    """Arrival and first token of each, in seconds."""
+    found = Rows()
+    for number, (arrival, first) in enumerate(times):
+        outcome = Outcome(
+            single(f"r{number}", 10, 1), status, round(arrival * SECOND),
+            None if first is None else round(first * SECOND), turn=Turn.CONTINUES if session else Turn.FIRST,
+        )  # fmt: skip
+        found.add(outcome)
+    return list(found)
+
+
+def test_half_as_fast_as_requests_arrive_is_a_queue_without_end() -> None:
+    """One request a second, each served two seconds after the one before."""
+    found = load_of(rows(*((at, 2 * at + 0.5) for at in range(101))), replicas=3)
+    assert found == Load(1.01, 0.5, 51, True, 7)
+    assert found is not None
+    assert found.words == (
+        "This set-up serves 0.5 of 1.01 requests a second: the queue grows without end; 7 replicas are the least."
+    )
+
+
+def test_as_fast_as_they_arrive_is_none_however_long_each_waits() -> None:
+    found = load_of(rows(*((at, at + 20) for at in range(101))), replicas=3)
+    assert found is not None
+    assert (found.grows, found.waiting, found.least_replicas) == (False, 20, 3)
+
+
+def test_a_burst_at_once_has_no_rate() -> None:
+    assert load_of(rows((0, 1), (0, 2), (0, 3)), replicas=1) is None
+
+
+def test_a_few_that_wait_at_the_end_are_no_queue() -> None:
+    found = load_of(rows((0, 1), (1, 2), (2, 9), (3, 10)), replicas=1)
+    assert found is not None
+    assert not found.grows
+
+
+def test_what_can_never_be_served_is_not_waited_for() -> None:
+    assert load_of(rows((0, None), (5, None), status=Status.REJECTED), replicas=1) is None
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_follow_ups_do_not_stretch_the_time_in_which_requests_are_asked(session: bool) -> None:
+    later = rows(*((1000 + at, 1001 + at) for at in range(50)), session=session)
+    found = load_of([*rows(*((at, 2 * at + 0.5) for at in range(101))), *later[1:]], replicas=1)
+    assert found is not None
+    assert found.grows is session
