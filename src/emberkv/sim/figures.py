@@ -50,6 +50,9 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.color": _INK,
 }
 
+_LEGEND_CHARACTERS = 78
+"""As many fit beside each other, a line's sample being as wide as 7 of them."""
+
 _REFERENCES = re.compile(r'(\bid="|url\(#|href="#)')
 MOST_BARS = 48
 
@@ -166,7 +169,9 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
 
 def _legend(axes: Axes, entries: int) -> None:
     """Above the plot, where it covers nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(entries, 3), handlelength=2.6)
+    longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
+    columns = max(1, min(entries, _LEGEND_CHARACTERS // (longest + 7)))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=2.6)
 
 
 def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = 3.2) -> str:
