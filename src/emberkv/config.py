@@ -83,6 +83,12 @@ def _url_prefix(text: str) -> str:
     return text
 
 
+def _shown_in_full(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("it must hold visible characters, and no control characters")
+    return name
+
+
 def _known_policy(name: str) -> str:
     if name not in POLICY_NAMES:
         raise ValueError(f"use one of {', '.join(POLICY_NAMES)}")
@@ -90,7 +96,7 @@ def _known_policy(name: str) -> str:
 
 
 Key = Annotated[SecretStr, AfterValidator(_usable_secret_key)]
-NotEmpty = Annotated[str, Field(min_length=1)]
+NotEmpty = Annotated[str, AfterValidator(_shown_in_full)]
 """An empty model would be the demonstration model, and an empty host all addresses."""
 
 
@@ -153,7 +159,7 @@ class ServeConfig(BaseModel):
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
     max_connections: int = Field(default=1024, ge=1)
-    drain_seconds: float = Field(default=10.0, ge=0)
+    drain_seconds: Annotated[float, AfterValidator(_finite)] = Field(default=10.0, ge=0)
     admin_key: Key | None = None
     admin_key_file: Path | None = None
     metrics_key: Key | None = None

@@ -102,3 +102,17 @@ class WorkloadError(EmberError):
 
 class IntegrityError(EmberError):
     """The block pool's books do not balance: a bug, never a user's mistake."""
+
+
+_LONGEST_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, on one line and of bounded length, to be part of a message.
+
+    Its type stands before a text of one word, which says nothing alone (a KeyError's, for instance).
+    """
+    text = " ".join(str(error).split())
+    if " " not in text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

@@ -15,8 +15,8 @@ from emberkv.config import ServeConfig, serve_config
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.assembly import AssembledEngine, assemble, free_memory
-from emberkv.engine.configured import engine_config, load_configured, tier_config
+from emberkv.engine.assembly import AssembledEngine, assemble
+from emberkv.engine.configured import engine_config, load_configured, pool_bytes, tier_config
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, TokenLogprobs, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
@@ -184,8 +184,7 @@ class LLM:
     def _load(self, config: ServeConfig, progress: Progress) -> tuple[LoadedModel, AssembledEngine]:
         loaded, kernels = load_configured(config, progress)
         progress("allocating the KV pool and checking the attention")
-        pool_bytes = int(config.cache_ram or free_memory(loaded.device) // 4)
-        settings = engine_config(config, pool_bytes, tier_config(config, {}))
+        settings = engine_config(config, pool_bytes(config, loaded), tier_config(config, {}))
         return loaded, assemble(loaded, settings, kernels=kernels, on_evicted=self._books.evicted)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:

@@ -134,6 +134,11 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"cache_dir": "/x", "cache_disk": "0"}, "cache_disk is '0': .*greater than 0"),
         ({"admin_key": "a", "admin_key_file": "b"}, "admin_key and admin_key_file are both given"),
         ({"ram_tier": "-1GiB"}, "ram_tier is '-1GiB'"),
+        ({"drain_seconds": "inf"}, "drain_seconds.* it must be a finite number"),
+        ({"drain_seconds": "nan"}, "drain_seconds.* it must be a finite number|drain_seconds.*greater than or equal"),
+        ({"served_name": ""}, "served_name is '': it must hold visible characters"),
+        ({"served_name": "a\x1b[31m"}, "served_name is .*no control characters"),
+        ({"model": ""}, "model is '': it must hold visible characters"),
         ({"nonsense": 1}, "nonsense is 1: extra inputs are not permitted"),
     ],
 )
@@ -165,7 +170,7 @@ def test_a_key_that_no_client_can_send_is_refused_and_not_repeated(name: str, ke
 
 @pytest.mark.parametrize("name", ["host", "model", "served_name"])
 def test_an_empty_name_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is '': .*at least 1 character"):
+    with pytest.raises(ConfigError, match=f"{name} is '': .*visible characters"):
         serve_config({name: ""}, {})
 
 

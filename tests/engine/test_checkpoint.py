@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from emberkv.engine.checkpoint import WANTED_FILES, fetch_from_hub
@@ -43,11 +44,26 @@ def test_the_hub_is_asked_for_no_pickles() -> None:
     assert not any(pattern.endswith(("bin", "pt", "py")) for pattern in WANTED_FILES)
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (LocalEntryNotFoundError("cannot reach the hub"), "'a/b'.*cannot reach the hub.*accepted are a local folder"),
         (HFValidationError("bad"), "neither a folder nor a hub id"),
+        (
+            caused(LocalEntryNotFoundError("x"), httpx.ConnectError("[Errno -2]")),
+            r"cannot be reached \(no network\?\);",
+        ),
+        (caused(LocalEntryNotFoundError("x"), httpx.ReadTimeout("")), "Hugging Face did not answer in time;"),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set, and its cache does not hold that model;"),
+        (
+            PermissionError(13, "Permission denied"),
+            r"did not give a model of that id \(\[Errno 13\] Permission denied\)",
+        ),
     ],
 )
 def test_an_id_that_the_hub_does_not_give(error: Exception, message: str) -> None:
@@ -167,4 +183,18 @@ def test_a_tokenizer_that_cannot_be_read(copied: Path) -> None:
 def test_no_context_length(copied: Path) -> None:
     edit_config(copied, max_position_embeddings=None)
     with pytest.raises(CorruptModelError, match="max_position_embeddings"):
+        load_model(str(copied))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody-of-that-name/x", ""])
+def test_names_that_can_be_no_paths(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="accepted are a local folder") as raised:
+        load_model(name)
+    assert len(str(raised.value)) < 300
+
+
+def test_a_sentencepiece_model_alone(copied: Path) -> None:
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(UnsupportedModelError, match=r"SentencePiece model only .* must hold tokenizer\.json"):
         load_model(str(copied))

@@ -118,7 +118,7 @@ class Startup:
             status.update("allocating the KV pool and checking the attention")
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
-            cache_bytes = int(config.cache_ram or assembly.free_memory(loaded.device) // 4)
+            cache_bytes = configured.pool_bytes(config, loaded)
             tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})
             engine = assembly.assemble(
                 loaded,

@@ -1,11 +1,9 @@
 """Puts an engine together: model, KV pool, block pool, scheduler, thread."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-
-import psutil
-import torch
 
 from emberkv.core.block_pool import BlockPool, BlockWeight
 from emberkv.core.policies.eviction_policy import Weight
@@ -21,8 +19,11 @@ from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.tier_setup import TierConfig, open_tiers
 from emberkv.engine.torch_engine import TorchEngine
+from emberkv.errors import EmberError, UnsupportedModelError, reason_of
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.worker import EvictionHook
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,7 @@ def assemble(
     model's own, CacheFolderError when the disk tier's folder can be neither made nor read.
     """
     weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
-    executor = TorchEngine(
-        loaded,
-        cache_bytes=config.cache_bytes,
-        block_size=config.block_size,
-        prefill_chunk=config.prefill_chunk,
-        kernels=kernels,
-    )
-    executor.check_against_plain_forward()
+    executor = _checked_executor(loaded, config, kernels)
     namespace = tier_namespace(executor.root(b""), loaded.model, executor.pool.device)
     with ExitStack() as on_failure:
         tiers = open_tiers(config.tiers, config.eviction, namespace, on_evicted) if config.prefix_cache else None
@@ -107,6 +101,27 @@ def assemble(
         on_crash=on_crash,
     )
     return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
+
+
+def _checked_executor(loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None) -> TorchEngine:
+    try:
+        executor = TorchEngine(
+            loaded,
+            cache_bytes=config.cache_bytes,
+            block_size=config.block_size,
+            prefill_chunk=config.prefill_chunk,
+            kernels=kernels,
+        )
+        executor.check_against_plain_forward()
+    except EmberError:
+        raise
+    except Exception as error:  # the architecture's own code, in a forward pass that nobody has tried
+        _log.debug("the first forward pass failed", exc_info=True)
+        raise UnsupportedModelError(
+            f"{loaded.name} cannot be served: a forward pass of {type(loaded.model).__name__} fails "
+            f"({reason_of(error)})"
+        ) from error
+    return executor
 
 
 def _scheduler(
@@ -139,10 +154,3 @@ def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
     size = float(geometry.bytes_per_token(loaded.dtype) * block_size)
     return lambda position: Weight(size, linear + per_key * position * block_size)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free for allocation where ``device`` computes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

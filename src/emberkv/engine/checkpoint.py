@@ -1,21 +1,31 @@
 """A model's files: where they are, which of them hold weights, and whether they are whole."""
 
+import codecs
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
-from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError, reason_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 
+_LONGEST_SHOWN = 100
 _ACCEPTED = (
     "accepted are a local folder with config.json and safetensors weights, or a hub id such as 'Qwen/Qwen3-0.6B'"
 )
@@ -32,12 +42,33 @@ def fetch_from_hub(repo_id: str, *, download: Callable[..., str] = snapshot_down
     try:
         return Path(download(repo_id, allow_patterns=WANTED_FILES))
     except HFValidationError as error:
-        raise ModelNotFoundError(f"{repo_id!r} is neither a folder nor a hub id; {_ACCEPTED}") from error
-    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise ModelNotFoundError(
-            f"no folder {repo_id!r} exists, and the hub did not give a model of that id "
-            f"({str(error).splitlines()[0]}); {_ACCEPTED}"
-        ) from error
+        raise ModelNotFoundError(f"{_shown(repo_id)} is neither a folder nor a hub id; {_ACCEPTED}") from error
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        raise ModelNotFoundError(f"no folder {repo_id!r} exists, and {_hub_problem(error)}; {_ACCEPTED}") from error
+
+
+def _hub_problem(error: Exception) -> str:
+    """Why the hub gave nothing. Its client wraps what the network said, often more than once."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(each, OfflineModeIsEnabled) for each in causes):
+        return "the hub is not asked, as HF_HUB_OFFLINE is set, and its cache does not hold that model"
+    for kind, problem in _HUB_PROBLEMS.items():
+        if any(isinstance(each, kind) for each in causes):
+            return problem
+    return f"the hub did not give a model of that id ({reason_of(error)})"
+
+
+_HUB_PROBLEMS: dict[type[BaseException], str] = {
+    GatedRepoError: "the hub gives that model only to those who accepted its terms: accept them, and set HF_TOKEN",
+    RepositoryNotFoundError: "the hub has no model of that id, or a private one: check the spelling, or set HF_TOKEN",
+    httpx.ConnectError: "Hugging Face cannot be reached (no network?)",
+    httpx.TimeoutException: "Hugging Face did not answer in time",
+}
+"""By what the client raised; the more special kind stands first."""
 
 
 def find_folder(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
@@ -45,13 +76,13 @@ def find_folder(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
 
     Raises ModelNotFoundError when there is none, or the folder has no config.json.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = _local(name_or_path)
+    if path is not None and path.is_dir():
         folder = path
-    elif path.exists():
+    elif path is not None and path.exists():
         raise ModelNotFoundError(f"{name_or_path!r} is a file; {_ACCEPTED}")
-    elif path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise ModelNotFoundError(f"no folder {name_or_path!r} exists; {_ACCEPTED}")
+    elif path is None or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise ModelNotFoundError(f"no folder {_shown(name_or_path)} exists; {_ACCEPTED}")
     else:
         folder = fetch(name_or_path)
     if not (folder / "config.json").is_file():
@@ -59,12 +90,29 @@ def find_folder(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
     return folder
 
 
+def _local(name: str) -> Path | None:
+    """The path that ``name`` would be; None where it cannot be one."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return None
+    return path if name else None
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}…")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CorruptModelError when it is not one."""
+    text = path.read_bytes()
+    if text.startswith(codecs.BOM_UTF8):
+        raise CorruptModelError(f"{path} begins with a byte-order mark; save it as UTF-8 without one")
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptModelError(f"{path} is not valid JSON: {error}") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptModelError(f"{path} is not valid JSON: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise CorruptModelError(f"{path} holds a JSON {type(content).__name__}; it must be an object")
     return content
@@ -95,21 +143,30 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_weight_files(files: list[Path]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """What the headers of weight files say. dtype: safetensors' name of the first floating-point tensor's ("F32",
+    "BF16", ...); None without one. shapes: of each tensor.
+    """
+
+    dtype: str | None
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_headers(files: list[Path]) -> StoredTensors:
     """Read each file's header, which also proves that the file is as long as its tensors need.
 
-    Returns the safetensors dtype of the first floating-point tensor ("F32", "BF16", ...), None without one.
     Raises CorruptModelError naming the file.
     """
-    dtype: str | None = None
+    dtypes: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys() if dtype is None else ():
-                    found = tensors.get_slice(name).get_dtype()
-                    if "F" in found:
-                        dtype = found
-                        break
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    tensor = tensors.get_slice(name)
+                    dtypes.append(tensor.get_dtype())
+                    shapes[name] = tuple(tensor.get_shape())
         except (SafetensorError, OSError) as error:
-            raise CorruptModelError(f"{path} is not a whole safetensors file: {error}") from error
-    return dtype
+            raise CorruptModelError(f"{path} is not a whole safetensors file: {reason_of(error)}") from error
+    return StoredTensors(next((dtype for dtype in dtypes if "F" in dtype), None), shapes)

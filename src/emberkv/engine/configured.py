@@ -3,14 +3,21 @@
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 
+import torch
+
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
-from emberkv.engine.loader import LoadedModel, load_model
+from emberkv.engine.loader import LoadedModel, choose_device, load_model
+from emberkv.engine.memory import free_memory, gib
 from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
+from emberkv.errors import ConfigError
+
+DEFAULT_CONTEXTS = 8
+"""Full contexts that the KV pool has room for at most, unless its size is given."""
 
 RETAINED_SHARE = 0.25
 """Of the KV pool, what requests and pins may have evicted last."""
@@ -22,10 +29,11 @@ Told = Callable[[str], None]
 def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kernels | None]:
     """The model of ``config``, or the bundled one, and the kernels that compute it; None leaves it to torch.
 
-    Raises what `load_model` and `find_kernels` raise.
+    Raises what `check_sizes`, `load_model` and `find_kernels` raise.
     """
+    check_sizes(config, choose_device(config.device))
     loaded = load_model(
-        config.model or str(files("emberkv") / "demo_model"),
+        str(files("emberkv") / "demo_model") if config.model is None else config.model,
         dtype=config.dtype,
         device=config.device,
         attn_implementation=ATTENTION_NAME,
@@ -33,6 +41,29 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
     )
     told("compiling the C++ kernels, if they are not yet")
     return loaded, find_kernels(config.kernels, loaded, config.block_size, config.machine_cache)
+
+
+def pool_bytes(config: ServeConfig, loaded: LoadedModel) -> int:
+    """Size of the KV pool: as given, else a quarter of the free memory, of which a small model takes less.
+
+    Raises ConfigError when what is given does not fit the memory that is left now.
+    """
+    check_sizes(config, loaded.device)
+    if config.cache_ram is not None:
+        return int(config.cache_ram)
+    useful = DEFAULT_CONTEXTS * loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtype)
+    return min(free_memory(loaded.device) // 4, useful)
+
+
+def check_sizes(config: ServeConfig, device: torch.device) -> None:
+    """Raises ConfigError for a KV pool or a RAM tier that the free memory cannot hold."""
+    pool, free = int(config.cache_ram or 0), free_memory(device)
+    if pool > free:
+        raise ConfigError(f"--cache-ram is {gib(pool)}; {gib(free)} are free")
+    left = free - pool if device.type == "cpu" else free_memory(torch.device("cpu"))
+    if config.ram_tier > left:
+        beside = " beside --cache-ram" if pool and device.type == "cpu" else ""
+        raise ConfigError(f"--ram-tier is {gib(config.ram_tier)}; {gib(left)} are free{beside}")
 
 
 def engine_config(config: ServeConfig, cache_bytes: int, tiers: TierConfig) -> EngineConfig:

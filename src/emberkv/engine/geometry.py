@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.rotary import SERVED_ROPE_TYPES, rope_types, rotation_limit, with_fixed_rotation
-from emberkv.errors import UnsupportedModelError
+from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
+_MOST_LAYERS = 1000
+_MOST_MODULES = 50_000
+_LONGEST_CONTEXT = 2**31 - 1
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 _HARMLESS_ARGUMENTS = frozenset(
@@ -112,20 +117,68 @@ _NOTE_TAKER = "emberkv_note_taker"
 AttentionInterface.register(_NOTE_TAKER, _note)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """shapes: of each parameter and buffer of the model's state, by name, with ``prefix`` before those of its base."""
+
+    geometry: ModelGeometry
+    shapes: dict[str, tuple[int, ...]]
+    prefix: str
+
+
 def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
-    """The attention geometry of the model that ``config`` describes, without its weights.
+    """The attention geometry of the model that ``config`` describes, without its weights. Raises as `inspect_model`."""
+    return inspect_model(config).geometry
+
+
+def inspect_model(config: PretrainedConfig) -> ModelShape:
+    """What the model that ``config`` describes would be, without its weights.
 
     Raises UnsupportedModelError naming the layer type when the model keeps other state than per-token keys and
-    values, or attends in a way that this engine does not compute.
+    values, or attends in a way that this engine does not compute; CorruptModelError when it describes no model.
     """
+    try:
+        return _inspect(config)
+    except EmberError:
+        raise
+    except Exception as error:  # the architecture's own code, on values that nobody has checked
+        raise CorruptModelError(
+            f"config.json describes no {config.model_type} model that can be built: {reason_of(error)}"
+        ) from error
+
+
+def _inspect(config: PretrainedConfig) -> ModelShape:
     _refuse_by_config(config)
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise CorruptModelError(
+            f"config.json gives {config.num_hidden_layers} layers; at most {_MOST_LAYERS} are built"
+        )
     bare = with_fixed_rotation(config)
-    bare.pad_token_id = None  # with one, some models look at the tokens, which have no values on this device
+    vars(bare)["pad_token_id"] = None  # with one, some models look at the tokens, which have no values on this device
     auto_class: Any = AutoModelForCausalLM  # its methods are untyped
-    with torch.device("meta"):
-        model = auto_class.from_config(bare, dtype=torch.bfloat16).eval()
+    with torch.device("meta"), _bounded_modules():
+        model = auto_class.from_config(bare, dtype=torch.bfloat16, attn_implementation="eager").eval()
     _refuse_by_class(config, model)
-    return _geometry(config, _trace(config, model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return ModelShape(_geometry(config, _trace(config, model)), shapes, f"{model.base_model_prefix}.")
+
+
+@contextmanager
+def _bounded_modules() -> Iterator[None]:
+    """Stop a model that is built within, on this thread, once it has more parts than any model has."""
+    here, count = get_ident(), 0
+
+    def added(*_: object) -> None:
+        nonlocal count
+        count += get_ident() == here
+        if count > _MOST_MODULES:
+            raise CorruptModelError(f"config.json describes a model of more than {_MOST_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(added)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _refuse(config: PretrainedConfig, reason: str) -> UnsupportedModelError:
@@ -152,6 +205,8 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
         raise _refuse(config, "it has multi-head latent attention (MLA)")
     if getattr(config, "num_kv_shared_layers", 0):
         raise _refuse(config, f"{config.num_kv_shared_layers} of its layers share the KV of other layers")
+    if getattr(config, "quantization", None):
+        raise _refuse(config, "its weights are quantised by MLX")
     if getattr(config, "quantization_config", None):
         raise _refuse(config, "its weights are quantized")
     if getattr(config, "alibi", False):
@@ -192,7 +247,7 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
         with _taking_notes(calls), torch.inference_mode():
             model(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise _refuse(config, f"its forward pass cannot be traced ({error})") from error
+        raise _refuse(config, f"its forward pass cannot be traced ({reason_of(error)})") from error
     return calls
 
 
@@ -205,12 +260,17 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
     first = calls[0]
     if first.key_shape != first.value_shape:
         raise _refuse(config, f"its keys {first.key_shape} and values {first.value_shape} differ in shape")
+    limit = rotation_limit(config)
+    if not 0 < limit <= _LONGEST_CONTEXT:
+        raise CorruptModelError(
+            f"config.json gives a context of {limit} tokens; it must be from 1 to {_LONGEST_CONTEXT:,}"
+        )
     return ModelGeometry(
         num_heads=first.query_shape[1],
         num_kv_heads=first.key_shape[1],
         head_dim=first.key_shape[3],
         vocab_size=config.vocab_size,
-        context_length=rotation_limit(config),
+        context_length=limit,
         layers=tuple(_layer(config, call) for call in calls),
     )
 
@@ -226,6 +286,8 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     window = call.arguments.get("sliding_window") or None
     if (window is not None) != _says_sliding(config, call.layer_idx):
         raise _refuse(config, f"layer {call.layer_idx} slides by its config or in its forward pass, but not both")
+    if window is not None and not (isinstance(window, int) and window > 0):
+        raise _refuse(config, f"layer {call.layer_idx} has a sliding window of {window} tokens")
     scaling = call.arguments.get("scaling", call.query_shape[-1] ** -0.5)
     return LayerGeometry(window, call.arguments.get("softcap"), float(scaling))
 

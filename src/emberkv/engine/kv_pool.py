@@ -45,13 +45,21 @@ class KVPool:
     def of_bytes(
         cls, geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int, device: torch.device
     ) -> "KVPool":
-        """The pool with as many blocks as fit into ``num_bytes``. Raises ConfigError if none does."""
+        """The pool with as many blocks as fit into ``num_bytes``.
+
+        Raises ConfigError if none does, or the device has not so much memory.
+        """
         block_bytes = geometry.bytes_per_token(dtype) * block_size
         if num_bytes < block_bytes:
             raise ConfigError(
                 f"a KV pool of {num_bytes} bytes holds no block; one block of {block_size} tokens takes {block_bytes}"
             )
-        return cls(geometry, dtype, num_bytes // block_bytes, block_size, device)
+        try:
+            return cls(geometry, dtype, num_bytes // block_bytes, block_size, device)
+        except RuntimeError as error:  # torch's allocators say so
+            raise ConfigError(
+                f"there is no memory for a KV pool of {num_bytes / 2**30:,.1f} GiB on {device}"
+            ) from error
 
     @property
     def num_bytes(self) -> int:

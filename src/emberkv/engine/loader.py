@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -21,16 +21,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emberkv.engine.checkpoint import (
     Fetch,
-    check_weight_files,
+    StoredTensors,
     fetch_from_hub,
     find_folder,
+    read_headers,
     read_json,
     weight_files,
 )
 from emberkv.engine.fingerprint import file_states, weights_fingerprint
-from emberkv.engine.geometry import ModelGeometry, inspect_geometry
+from emberkv.engine.geometry import ModelGeometry, ModelShape, inspect_model
 from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.errors import ConfigError, CorruptModelError, UnsupportedModelError
+from emberkv.engine.memory import free_memory, gib
+from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[str], None]
@@ -81,18 +83,21 @@ def load_model(
     attn_implementation: a name registered with transformers' AttentionInterface.
     progress: called with a short line at the start of each stage.
 
-    Raises ModelNotFoundError, CorruptModelError (also for files that change while they are read), UnsupportedModelError
-    (before any weights are read), and ConfigError for a dtype or device that cannot be used.
+    Raises ModelNotFoundError, CorruptModelError (also for files that change meanwhile), UnsupportedModelError
+    (before any weights are read), ModelError for weights that do not fit into memory, and ConfigError for a dtype or
+    device that cannot be used.
     """
     _silence()
     target = choose_device(device)
     progress(f"finding {name_or_path}")
     folder = find_folder(name_or_path, fetch)
     config = _read_config(folder)
-    geometry = inspect_geometry(config)
+    shape = inspect_model(config)
     files = weight_files(folder)
-    stored = check_weight_files(files)
-    chosen = choose_dtype(dtype, _checkpoint_dtype(config, stored), target)
+    stored = read_headers(files)
+    _check_shapes(folder, shape, stored)
+    chosen = choose_dtype(dtype, _checkpoint_dtype(config, stored.dtype), target)
+    check_memory(folder, stored, chosen, target)
     progress("loading the tokenizer")
     tokenizer = _load_tokenizer(folder)
     progress("identifying the weights")
@@ -106,13 +111,13 @@ def load_model(
     return LoadedModel(
         model=model,
         tokenizer=HFTokenizer(tokenizer),
-        name=name_or_path if not Path(name_or_path).expanduser().is_dir() else folder.resolve().name,
+        name=folder.resolve().name if Path(name_or_path).expanduser() == folder else name_or_path,
         folder=folder,
         dtype=chosen,
         device=target,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         fingerprint=fingerprint,
-        geometry=geometry,
+        geometry=shape.geometry,
     )
 
 
@@ -174,18 +179,44 @@ def _read_config(folder: Path) -> PretrainedConfig:
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CorruptModelError(f"{path} is no usable {model_type} config: {error}") from error
+    except Exception as error:  # the architecture's own code, on values that nobody has checked
+        raise CorruptModelError(f"{path} is no usable {model_type} config: {reason_of(error)}") from error
     return config
 
 
+def _check_shapes(folder: Path, shape: ModelShape, stored: StoredTensors) -> None:
+    """Refuse tensors that the config wants in another shape, before memory is taken for them."""
+    for name, found in stored.shapes.items():
+        wanted = shape.shapes.get(name, shape.shapes.get(f"{shape.prefix}{name}", found))
+        if wanted != found:
+            raise CorruptModelError(
+                f"the weights in {folder} do not fit its config.json: {name} is stored as {list(found)}, "
+                f"and the config makes it {list(wanted)}"
+            )
+
+
+def check_memory(folder: Path, stored: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ModelError for weights that, as ``dtype``, are larger than the free memory of ``device``."""
+    needed = sum(map(prod, stored.shapes.values())) * dtype.itemsize
+    free = free_memory(device)
+    if needed > free:
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(f"the weights in {folder} take {gib(needed)} as {name}; {gib(free)} are free on {device}")
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
         raise CorruptModelError(f"{folder} has no tokenizer; it must hold one of {', '.join(_TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise CorruptModelError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        if found == ["tokenizer.model"]:
+            raise UnsupportedModelError(
+                f"{folder} has its tokenizer as a SentencePiece model only (tokenizer.model); it must hold "
+                "tokenizer.json, which transformers' save_pretrained writes where sentencepiece is installed"
+            ) from error
+        raise CorruptModelError(f"the tokenizer in {folder} cannot be read: {reason_of(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModelError(
             f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
@@ -209,8 +240,8 @@ def _load_weights(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except RuntimeError as error:  # tensors that do not have the shapes of the config
-        raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    except Exception as error:  # the architecture's own code, on tensors and values that nobody has checked
+        raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {reason_of(error)}") from error
     _require_complete(folder, report)
     return model
 
@@ -225,6 +256,9 @@ def _require_complete(folder: Path, report: dict[str, Any]) -> None:
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The ends that the generation config names, and the tokenizer's own."""
-    declared = model.generation_config.eos_token_id
-    ids = set(declared) if isinstance(declared, list) else {declared}
-    return frozenset(ids | {tokenizer.eos_token_id}) - {None}
+    declared: object = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
+    named = [each for each in ids if each is not None]
+    if any(type(each) is not int or each < 0 for each in named):
+        raise CorruptModelError(f"eos_token_id is {declared!r}; it must be a token id, or a list of them")
+    return frozenset(named)

@@ -19,6 +19,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.weight = stand_in(weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
         self.bias = bias
 
@@ -47,6 +48,15 @@ def pack_linears(model: nn.Module) -> int:
                 setattr(parent, name, PackedLinear(*parts))
                 replaced += 1
     return replaced
+
+
+def stand_in(weight: Tensor) -> Tensor:
+    """What model code that asks a replaced layer's ``weight`` for its shape, dtype or device is given.
+
+    Its values are NaN and take no memory: code that computes with them fails the engine's comparison with the model's
+    own logits, instead of being wrong.
+    """
+    return torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from emberkv.engine.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
-from emberkv.engine.packed_linear import linear_parts
+from emberkv.engine.packed_linear import linear_parts, stand_in
 from emberkv.engine.paged_attention import rows_left
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
@@ -23,6 +23,7 @@ class NativeLinear(nn.Module):
     def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.weight = stand_in(weight)
         self.packed = _packed(weight, kernels.columns)
         self.bias = None if bias is None else _padded(bias.detach().float(), kernels.columns)
         self._kernels = kernels
