@@ -1,7 +1,8 @@
 """Prefill and decode over a paged pool, against attention written out in double precision."""
 
 import random
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, takewhile
 
 import pytest
 import torch
@@ -240,6 +241,37 @@ def test_shared_prefixes(cases: list[tuple[list[int], int]], min_tokens: int) ->
             any((lengths[member] - 1) // BLOCK < longer for member in members)
             or len({tuple(tables[member][:longer]) for member in members}) > 1
         )
+    if len(tables) <= 6:
+        full = [table[: (length - 1) // BLOCK] for table, length in zip(tables, lengths, strict=True)]
+        saved = sum((len(members) - 1) * blocks for members, blocks in groups)
+        assert saved == max(
+            sum(_saved([full[member] for member in group], min_tokens) for group in partition)
+            for partition in _partitions(list(range(len(full))))
+        )
+
+
+def _saved(tables: list[list[int]], min_tokens: int) -> int:
+    """Block reads that these sequences save as one group."""
+    columns = zip(*tables, strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return (len(tables) - 1) * common if common * BLOCK >= min_tokens else 0
+
+
+def _partitions(items: list[int]) -> Iterator[list[list[int]]]:
+    if not items:
+        yield []
+        return
+    for rest in _partitions(items[1:]):
+        yield [[items[0]], *rest]
+        for index, group in enumerate(rest):
+            yield [*rest[:index], [items[0], *group], *rest[index + 1 :]]
+
+
+def test_a_sequence_that_shares_little_does_not_keep_others_from_sharing_much() -> None:
+    alike = [[*range(125), 1000 + number] for number in range(8)]
+    odd = [0, *range(5000, 5125)]
+    assert shared_prefixes([*alike, odd], [126 * 16] * 9, 16, 256) == [(list(range(8)), 125)]
+    assert shared_prefixes([*alike, odd], [126 * 16] * 9, 16, 16) == [(list(range(8)), 125)]
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.floats(0, 0.9))
