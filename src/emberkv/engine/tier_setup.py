@@ -8,7 +8,7 @@ from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
-from emberkv.core.policies.retention import Retaining
+from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
@@ -35,10 +35,12 @@ class TierConfig:
 
     def pool_policy(self, eviction: str, pool_bytes: int) -> EvictionPolicy[Identity]:
         """eviction: a policy's name. Raises ConfigError for an unknown one, and for floors above the pool's size."""
+        most = self.retain_share * pool_bytes
+        shared = RetentionBudget(most)
 
         def inner() -> EvictionPolicy[Identity]:
             ordering: EvictionPolicy[Identity] = make_policy(eviction)
-            return Retaining(ordering, max_bytes=self.retain_share * pool_bytes) if self.retain_share else ordering
+            return Retaining(ordering, max_bytes=most, shared=shared) if self.retain_share else ordering
 
         return self._shared(POOL, inner, pool_bytes)()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import LFU, LRU
 from emberkv.core.policies.eviction_policy import Weight
-from emberkv.core.policies.retention import Retaining
+from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.errors import ConfigError
 
 
@@ -145,3 +145,39 @@ def test_the_retained_share_never_exceeds_its_cap(
         policy.retain(keys, until)
         retained = [size for key, size in enumerate(sizes) if policy.is_retained(key)]
         assert sum(retained) == policy.retained_bytes <= cap
+
+
+def test_a_budget_bounds_what_all_policies_retain_together() -> None:
+    budget = RetentionBudget(6)
+    policies: list[Retaining[int]] = [Retaining(LRU(), max_bytes=6, shared=budget) for _ in range(6)]
+    for policy in policies:
+        for key in range(6):
+            policy.admit(key, Weight())
+        policy.release(range(6))
+        policy.retain(range(6), until=9)
+        assert budget.retained_bytes <= 6
+        assert len(policy) == 6  # what is retained no longer is evictable as before
+    assert [policy.retained_bytes for policy in policies] == [1] * 6
+    assert drain(policies[0])[-1] == 0  # a chain's beginning is kept longest
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    cap=st.integers(0, 30),
+    wishes=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 9), max_size=6), st.integers(0, 9)), max_size=20
+    ),
+)
+def test_no_wish_of_any_owner_exceeds_the_budget_of_all(cap: int, wishes: Sequence[tuple[int, list[int], int]]) -> None:
+    budget = RetentionBudget(cap)
+    policies: list[Retaining[int]] = [Retaining(LRU(), max_bytes=20, shared=budget) for _ in range(4)]
+    for policy in policies:
+        for key in range(10):
+            policy.admit(key, Weight(size=key + 1))
+        policy.release(range(0, 10, 2))
+    for owner, keys, until in wishes:
+        policies[owner].retain(keys, until)
+        retained = [sum(key + 1 for key in range(10) if policy.is_retained(key)) for policy in policies]
+        assert retained == [policy.retained_bytes for policy in policies]
+        assert sum(retained) <= cap
+        assert max(retained) <= 20

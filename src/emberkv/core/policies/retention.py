@@ -1,10 +1,35 @@
 """Retention: entries that somebody asked to keep until a time go after all others. A priority, never a lock."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from emberkv.core.policies.eviction_policy import EvictionPolicy, K, Weight
 from emberkv.core.policies.ranking import Ranking
 from emberkv.errors import ConfigError
+
+
+class RetentionBudget:
+    """What several `Retaining` policies may retain together, such as those of all tenants of one pool.
+
+    Beyond ``max_bytes``, the policy that retains most gives up what it would give up next.
+    """
+
+    def __init__(self, max_bytes: float) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"at most {max_bytes} bytes are to be retained; it must be 0 or more")
+        self._max_bytes = max_bytes
+        self._members: list[Retaining[Any]] = []
+
+    @property
+    def retained_bytes(self) -> float:
+        return sum(member.retained_bytes for member in self._members)
+
+    def join(self, member: "Retaining[Any]") -> None:
+        self._members.append(member)
+
+    def enforce(self) -> None:
+        while self.retained_bytes > self._max_bytes:
+            max(self._members, key=lambda member: member.retained_bytes).give_up_one()
 
 
 class Retaining(EvictionPolicy[K]):
@@ -13,9 +38,10 @@ class Retaining(EvictionPolicy[K]):
     inner: has retained keys for held ones. It knows no owners; put `FairShares` round this one, not inside.
     max_bytes: what retained keys may weigh together, held ones included. Beyond it the retention that ends soonest
     ends; of those that end at once, the one that began last, so that a chain's beginning is kept.
+    shared: a budget for this policy and others together.
     """
 
-    def __init__(self, inner: EvictionPolicy[K], *, max_bytes: float) -> None:
+    def __init__(self, inner: EvictionPolicy[K], *, max_bytes: float, shared: RetentionBudget | None = None) -> None:
         if max_bytes < 0:
             raise ConfigError(f"at most {max_bytes} bytes are to be retained; it must be 0 or more")
         self._inner = inner
@@ -26,6 +52,9 @@ class Retaining(EvictionPolicy[K]):
         self._evictable: Ranking[K, tuple[float, int]] = Ranking()  # of these, the released ones
         self._retained_bytes = 0.0
         self._ticks = 0
+        self._shared = shared
+        if shared is not None:
+            shared.join(self)
 
     @property
     def retained_bytes(self) -> float:
@@ -46,8 +75,14 @@ class Retaining(EvictionPolicy[K]):
             elif self._retained.rank(key)[0] < until:
                 self._set_end(key, until)
         while self._retained_bytes > self._max_bytes:
-            self._end(self._retained.first()[0])
+            self.give_up_one()
+        if self._shared is not None:
+            self._shared.enforce()
         return sum(key in self._retained for key in wanted)
+
+    def give_up_one(self) -> None:
+        """End the retention that ends soonest. Raises KeyError where nothing is retained."""
+        self._end(self._retained.first()[0])
 
     def let_go(self, keys: Iterable[K]) -> None:
         for key in reversed(list(keys)):
