@@ -13,7 +13,7 @@ import emberkv
 SOURCE = Path(emberkv.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"", "errors", "config", "complaints", "trusted_paths", "whole_file"}
+LEAVES = {"", "errors", "config", "complaints", "settings", "trusted_paths", "whole_file", "yaml_loader"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
@@ -21,8 +21,10 @@ ALLOWED = {
     "errors": set[str](),
     "complaints": set[str](),
     "config": {"core", "errors", "complaints"},
+    "settings": {"config", "complaints", "errors", "yaml_loader"},
     "trusted_paths": {"errors"},
     "whole_file": set[str](),
+    "yaml_loader": set[str](),
     "core": {"core", "errors"},
     "tiers": {"tiers", "core", *LEAVES},
     "engine": {"engine", "tiers", "core", *LEAVES},

@@ -40,6 +40,8 @@ _SUGGESTIONS = {
     "none_required": "leave it out",
 }
 
+_MOST_SHOWN = 80
+
 
 def in_plain_words(detail: Mapping[str, Any]) -> str:
     """What would work instead of a value, from an entry of ``ValidationError.errors()``: "use a whole number".
@@ -61,3 +63,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for a name that resembles a known one, else nothing."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it: as Python writes it, and not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]}...{text[-1]}"

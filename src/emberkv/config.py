@@ -1,4 +1,4 @@
-"""Settings, read once at the edge: defaults, then ``EMBERKV_*`` variables, then what the command line gives."""
+"""What a server can be set to; `emberkv.settings` says from where the settings come."""
 
 import logging
 import math
@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -22,9 +23,7 @@ from pydantic import (
 )
 
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.errors import ConfigError
 
-ENV_PREFIX = "EMBERKV_"
 DEFAULT_PREFILL_CHUNK = 128
 """The smallest chunk that reached 90% of the best prefill rate where it was measured; see docs/benchmarks.md."""
 
@@ -32,14 +31,12 @@ DEFAULT_PREFILL_CHUNK = 128
 DEFAULT_WARMUP_SECONDS = 60.0
 _WARMUP_SECONDS = (1.0, 300.0)
 
-_LISTS = ("api_keys", "cors_origins", "warmup_system_files")
-_HIDDEN = ("secret", "api_keys", "admin_key", "metrics_key")
-"""What these hold must not be repeated in an error."""
-
 _FEWEST_SECRET_CHARACTERS = 16
 
-_NOT_SETTINGS = ("warmup_fallback_file",)
-"""Fields that `serve_config` fills in, and that no option or ``EMBERKV_*`` variable sets."""
+_MOST_BYTES = 2**60
+
+NOT_SETTINGS = ("warmup_fallback_file",)
+"""Fields that `read_settings` fills in, and that no option, ``EMBERKV_*`` variable or file sets."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +47,23 @@ def _long_enough(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise ValueError("it must be a finite number of seconds")
-    return number
+def _possible(size: ByteSize) -> ByteSize:
+    if size > _MOST_BYTES:
+        raise ValueError("use a size of at most 1EiB")
+    return size
+
+
+def _user_path(given: object) -> object:
+    """A path with ``~`` replaced, as a shell does only where it stands first in a word."""
+    if not isinstance(given, (str, Path)):
+        return given
+    text = str(given)
+    if not text or "\0" in text:
+        raise ValueError("use a path that is not empty and has no NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("use a path without '~': that user has no home folder") from error
 
 
 def usable_key(key: str) -> str:
@@ -95,6 +105,10 @@ def _known_policy(name: str) -> str:
     return name
 
 
+Size = Annotated[ByteSize, AfterValidator(_possible)]
+"""Bytes, given as "4GiB" or as a number."""
+
+UserPath = Annotated[Path, BeforeValidator(_user_path)]
 Key = Annotated[SecretStr, AfterValidator(_usable_secret_key)]
 NotEmpty = Annotated[str, AfterValidator(_shown_in_full)]
 """An empty model would be the demonstration model, and an empty host all addresses."""
@@ -133,7 +147,7 @@ class ServeConfig(BaseModel):
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: NotEmpty | None = None
     served_name: NotEmpty | None = None
@@ -142,77 +156,80 @@ class ServeConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
-    cache_ram: ByteSize | None = Field(default=None, gt=0)
+    cache_ram: Size | None = Field(default=None, gt=0)
     block_size: int = Field(default=16, ge=1, le=1024)
-    prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1)
-    max_step_tokens: int = Field(default=256, ge=1)
-    max_running: int = Field(default=64, ge=1)
+    prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1, le=2**20)
+    max_step_tokens: int = Field(default=256, ge=1, le=2**20)
+    max_running: int = Field(default=64, ge=1, le=2**16)
     eviction: Annotated[str, AfterValidator(_known_policy)] = "lru"
     exact: bool = False
     prefix_cache: bool = True
     api_keys: tuple[Key, ...] = ()
-    api_key_file: Path | None = None
-    cache_dir: Path | None = None
-    cache_disk: ByteSize = Field(default=ByteSize(50 * 2**30), gt=0)
-    ram_tier: ByteSize = Field(default=ByteSize(0), ge=0)
-    tenants: Path | None = None
+    api_key_file: UserPath | None = None
+    cache_dir: UserPath | None = None
+    cache_disk: Size = Field(default=ByteSize(50 * 2**30), gt=0)
+    ram_tier: Size = Field(default=ByteSize(0), ge=0)
+    tenants: UserPath | None = None
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
-    max_body: ByteSize = Field(default=ByteSize(16 * 2**20), gt=0)
-    max_connections: int = Field(default=1024, ge=1)
-    drain_seconds: Annotated[float, AfterValidator(_finite)] = Field(default=10.0, ge=0)
+    max_body: Size = Field(default=ByteSize(16 * 2**20), gt=0)
+    max_connections: int = Field(default=1024, ge=1, le=2**16)
+    drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
     admin_key: Key | None = None
-    admin_key_file: Path | None = None
+    admin_key_file: UserPath | None = None
     metrics_key: Key | None = None
-    metrics_key_file: Path | None = None
-    canonical: Path | None = None
-    record_trace: Path | None = None
+    metrics_key_file: UserPath | None = None
+    canonical: UserPath | None = None
+    record_trace: UserPath | None = None
     trace_unit: int | None = Field(default=None, ge=1)
     warmup: bool = True
-    warmup_timeout: Annotated[float, AfterValidator(_finite)] = DEFAULT_WARMUP_SECONDS
-    warmup_system_files: tuple[Path, ...] = ()
-    warmup_fallback_file: Path | None = None
+    warmup_timeout: float = DEFAULT_WARMUP_SECONDS
+    warmup_system_files: tuple[UserPath, ...] = ()
+    warmup_fallback_file: UserPath | None = None
     warmup_required: bool = False
     cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     root_path: Annotated[str, AfterValidator(_url_prefix)] = ""
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_cert: UserPath | None = None
+    tls_key: UserPath | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
-    machine_cache: Path = Path("~/.cache/emberkv").expanduser()
+    machine_cache: UserPath = Path("~/.cache/emberkv").expanduser()
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:
         if self.prefill_chunk % self.block_size:
             raise ValueError(
-                f"prefill_chunk is {self.prefill_chunk}; it must be a multiple of block_size, {self.block_size}"
+                f"--prefill-chunk {self.prefill_chunk}: use a multiple of --block-size, which is {self.block_size}"
             )
         return self
 
     @model_validator(mode="after")
     def _trace_unit_fits_blocks(self) -> Self:
         if self.trace_unit is not None and self.block_size % self.trace_unit:
-            raise ValueError(f"trace_unit is {self.trace_unit}; it must divide block_size, {self.block_size}")
+            raise ValueError(
+                f"--trace-unit {self.trace_unit}: use a divisor of --block-size, which is {self.block_size}"
+            )
         if self.trace_unit is not None and self.record_trace is None:
-            raise ValueError("trace_unit is given without record_trace; name the file to write, too")
+            raise ValueError("--trace-unit is given without --record-trace; name the file to write, too")
         return self
 
     @model_validator(mode="after")
     def _one_key_of_a_kind(self) -> Self:
         for name in ("admin_key", "metrics_key"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
-                raise ValueError(f"{name} and {name}_file are both given; give one of them")
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} and {option}-file are both given; give one of them")
         return self
 
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key go together; give both, or neither for plain HTTP")
+            raise ValueError("--tls-cert and --tls-key go together; give both, or neither for plain HTTP")
         return self
 
     @model_validator(mode="after")
     def _disk_has_a_folder(self) -> Self:
         if "cache_disk" in self.model_fields_set and self.cache_dir is None:
-            raise ValueError("cache_disk is given without cache_dir; give the folder that it is the limit of, too")
+            raise ValueError("--cache-disk is given without --cache-dir; give the folder that it limits, too")
         return self
 
 
@@ -238,12 +255,12 @@ def warmup_variables(environ: Mapping[str, str]) -> WarmupVariables:
         except ValidationError:
             _log.warning("KV_CACHE_WARMUP is %r; it must be 0 or 1, so it is ignored", switch)
     if seconds := environ.get("WARMUP_TIMEOUT_SEC", "").strip():
-        timeout = _warmup_seconds("WARMUP_TIMEOUT_SEC", seconds)
+        timeout = usable_warmup_seconds("WARMUP_TIMEOUT_SEC", seconds)
     file = environ.get("WARMUP_SYSTEM_FILE", "")
     return WarmupVariables(enabled, timeout, Path(file).expanduser() if file else None)
 
 
-def _warmup_seconds(name: str, given: str | float) -> float:
+def usable_warmup_seconds(name: str, given: str | float) -> float:
     """A usable deadline, with a warning where it is not the one given."""
     least, most = _WARMUP_SECONDS
     try:
@@ -255,48 +272,3 @@ def _warmup_seconds(name: str, given: str | float) -> float:
     default = DEFAULT_WARMUP_SECONDS
     _log.warning("%s is %s; it must be from %g to %g seconds, so %g is used", name, given, least, most, default)
     return default
-
-
-def serve_config(given: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
-    """Merge ``EMBERKV_*`` variables with what was ``given`` (entries of None count as not given).
-
-    ``EMBERKV_API_KEYS`` and ``EMBERKV_WARMUP_SYSTEM_FILES`` hold entries separated by commas. Where nothing else is
-    given, those of `WarmupVariables` count. Raises ConfigError naming each variable or setting at fault.
-    """
-    values: dict[str, Any] = {}
-    unknown, empty = [], []
-    known = [name for name in ServeConfig.model_fields if name not in _NOT_SETTINGS]
-    for variable, text in environ.items():
-        if variable.startswith(ENV_PREFIX):
-            name = variable.removeprefix(ENV_PREFIX).lower()
-            if name not in known:
-                unknown.append(variable)
-            values[name] = [each.strip() for each in text.split(",") if each.strip()] if name in _LISTS else text
-            if not values[name]:
-                empty.append(variable)
-    if empty:  # a secret that did not reach the server must not open it
-        raise ConfigError(f"{', '.join(sorted(empty))} is set to nothing; give a value, or do not set it")
-    if unknown:
-        names = ", ".join(f"{ENV_PREFIX}{name.upper()}" for name in known)
-        raise ConfigError(f"unknown variable {', '.join(sorted(unknown))}; known are {names}")
-    values.update({name: value for name, value in given.items() if value is not None})
-    variables = warmup_variables(environ)
-    others = {
-        "warmup": variables.enabled,
-        "warmup_timeout": variables.timeout,
-        "warmup_fallback_file": variables.system_file,
-    }
-    values = {**{name: value for name, value in others.items() if value is not None}, **values}
-    try:
-        config = ServeConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_complaint(detail) for detail in error.errors())) from error
-    return config.model_copy(update={"warmup_timeout": _warmup_seconds("--warmup-timeout", config.warmup_timeout)})
-
-
-def _complaint(detail: Any) -> str:
-    name = ".".join(map(str, detail["loc"]))
-    message = detail["msg"].removeprefix("Value error, ")
-    if name.startswith(_HIDDEN):
-        return f"{name}: {message}"
-    return f"{name} is {detail['input']!r}: {message}" if name else message

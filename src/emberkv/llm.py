@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
 
-from emberkv.config import ServeConfig, serve_config
+from emberkv.config import ServeConfig
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.sequence import FinishReason
@@ -29,6 +29,7 @@ from emberkv.serving.api.chat_messages import template_messages
 from emberkv.serving.api.failures import GenerationFailedError
 from emberkv.serving.api.rendering import RenderedPrompt
 from emberkv.serving.tenancy.tenants import EVERYBODY
+from emberkv.settings import serve_config
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -53,17 +53,17 @@ def test_help_names_every_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
-        (["--api-key", ""], {}, "api_keys.0: the key is empty"),
-        (["--api-key", " k "], {}, "api_keys.0: the key begins or ends with a blank"),
-        (["--admin-key", ""], {}, "admin_key: the key is empty"),
+        (["--api-key", ""], {}, "--api-key: the key is empty"),
+        (["--api-key", " k "], {}, "--api-key: the key begins or ends with a blank"),
+        (["--admin-key", ""], {}, "--admin-key: the key is empty"),
         (["--api-key-file", "none.txt"], {}, "--api-key-file none.txt cannot be read: No such file"),
         (["--api-key-file", "empty.txt"], {}, "--api-key-file empty.txt holds no key"),
         (["--tenants", "empty.txt"], {}, "the tenants file empty.txt names no tenant"),
         ([], {"EMBERKV_API_KEYS": ""}, "EMBERKV_API_KEYS is set to nothing"),
         ([], {"EMBERKV_API_KEYS": " , "}, "EMBERKV_API_KEYS is set to nothing"),
         ([], {"EMBERKV_TENANTS": ""}, "EMBERKV_TENANTS is set to nothing"),
-        ([""], {}, "model is ''"),
-        (["--host", ""], {}, "host is ''"),
+        ([""], {}, "model '': it must hold"),
+        (["--host", ""], {}, "--host '': it must hold"),
     ],
 )
 def test_what_is_empty_opens_no_server(
@@ -91,24 +91,24 @@ def test_an_error_in_json_where_the_log_is_json(refusal: Serve) -> None:
     (line,) = refusal("--log-format", "json", "--dtype", "int4").splitlines()
     fields = json.loads(line)
     assert (fields["level"], fields["logger"]) == ("error", "emberkv.serve")
-    assert fields["message"].startswith("dtype is 'int4'")
+    assert fields["message"].startswith("--dtype 'int4': use auto, float32, bfloat16 or float16")
 
 
 def test_an_unknown_variable(refusal: Serve) -> None:
     printed = refusal(environ={"EMBERKV_CACHE_RAMM": "1GiB"})
-    assert "error: unknown variable EMBERKV_CACHE_RAMM; known are EMBERKV_MODEL" in printed
+    assert "error: unknown variable EMBERKV_CACHE_RAMM; did you mean 'EMBERKV_CACHE_RAM'?" in printed
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--cache-ram", "lots", "cache_ram is 'lots'"),
-        ("--cache-ram", "0", "cache_ram is '0'"),
-        ("--dtype", "int4", "dtype is 'int4'"),
-        ("--kernels", "cuda", "kernels is 'cuda'"),
-        ("--eviction", "random", "eviction is 'random': use one of lru"),
-        ("--block-size", "17", "prefill_chunk is 128; it must be a multiple of block_size, 17"),
-        ("--max-body", "big", "max_body is 'big'"),
+        ("--cache-ram", "lots", "--cache-ram 'lots': use a size such as 4GiB"),
+        ("--cache-ram", "0", "--cache-ram '0': use more than 0"),
+        ("--dtype", "int4", "--dtype 'int4': use auto, float32, bfloat16 or float16"),
+        ("--kernels", "cuda", "--kernels 'cuda': use auto, native or torch"),
+        ("--eviction", "random", "--eviction 'random': use one of lru"),
+        ("--block-size", "17", "--prefill-chunk 128: use a multiple of --block-size, which is 17"),
+        ("--max-body", "big", "--max-body 'big': use a size such as 4GiB"),
     ],
 )
 def test_a_bad_setting(refusal: Serve, option: str, value: str, message: str) -> None:

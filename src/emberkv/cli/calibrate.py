@@ -17,8 +17,9 @@ from rich.status import Status
 
 from emberkv.cli.http_times import decode_times, request_times, served
 from emberkv.cli.outputs import check_outputs
-from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig, serve_config
+from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
 from emberkv.errors import ConfigError
+from emberkv.settings import serve_config
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config

@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from emberkv.cli.telling import errors_told, print_error
-from emberkv.complaints import in_plain_words
+from emberkv.complaints import in_plain_words, shown
 
 NAME_COLUMNS = 28
 """Columns for an option's name; the help of one with a longer name begins on the next line."""
@@ -90,7 +90,7 @@ def _sentence(error: TyperException) -> str:
         detail = error.__cause__.errors(include_url=False)[0]
         name = error.param.opts[-1] if error.param.param_type_name == "option" else error.param.name
         words = re.sub("^.* is not one of ", "use one of ", in_plain_words(detail)).rstrip(".")
-        return f"{name} {detail['input']!r}: {words}"
+        return f"{name} {shown(detail['input'])}: {words}"
     message = error.format_message().removeprefix("Invalid value for ").rstrip(".")
     return message[:1].lower() + message[1:]
 
@@ -103,7 +103,8 @@ def _write_options(params: Sequence[Any], ctx: Any, formatter: HelpFormatter) ->
         if record is not None:
             is_argument = param.param_type_name == "argument"
             title = "Arguments" if is_argument else getattr(param, "rich_help_panel", None) or ""
-            groups[title].append((re.sub("<([^>]*)>", _value_name, record[0]), record[1]))
+            names = (param.metavar or param.name) if is_argument else re.sub("<([^>]*)>", _value_name, record[0])
+            groups[title].append((names, record[1]))
     arguments, ungrouped = groups.pop("Arguments", []), groups.pop("", [])
     for title, rows in [("Arguments", arguments), *groups.items(), ("Other" if groups else "Options", ungrouped)]:
         _write_rows(title, rows, formatter)

@@ -12,7 +12,7 @@ from emberkv.cli.serve_console import print_error, set_up_logging
 from emberkv.cli.startup import Startup
 from emberkv.cli.telling import USAGE_EXIT_CODE
 from emberkv.cli.trace_file import recording
-from emberkv.config import ENV_PREFIX, ServeConfig, serve_config
+from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.serving.app import create_app
 from emberkv.serving.canonical.rules import load_rules
@@ -24,6 +24,7 @@ from emberkv.serving.request_source import is_loopback
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy.keys import server_keys
 from emberkv.serving.tenancy.tenants import declare_tenants
+from emberkv.settings import ENV_PREFIX, read_settings
 from emberkv.sim.model_config import DEMO_NAME
 
 _log = logging.getLogger(__name__)
@@ -77,21 +78,29 @@ def serve(
     tls_key: options.TlsKey = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
+    config: options.ConfigFile = None,
+    print_config: options.PrintConfig = False,
 ) -> None:
     """Serve a model over the OpenAI and Anthropic HTTP APIs, with a verified prefix cache.
 
-    Every option can be given as EMBERKV_NAME in the environment, too.
+    Every option can also be set in the environment, as EMBERKV_CACHE_RAM=4GiB, and in a configuration file (--config),
+    as cache-ram: 4GiB. Options take precedence over the environment, and the environment over the file.
     """
     given = dict(locals())
+    for name in ("config", "print_config"):
+        del given[name]
     given["api_keys"] = given.pop("api_key") or None
     given["cors_origins"] = given.pop("cors_origin") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
-        config = serve_config(given, os.environ)
-        set_up_logging(config.log_format, config.log_level)
+        settings = read_settings(given, os.environ, config)
+        if print_config:
+            typer.echo(settings.as_yaml(), nl=False)
+            return
+        set_up_logging(settings.config.log_format, settings.config.log_level)
         warn_of_keys_in_arguments(given)
-        run_server(config)
+        run_server(settings.config)
     except EmberError as error:
         print_error(str(error))
         raise typer.Exit(USAGE_EXIT_CODE) from error

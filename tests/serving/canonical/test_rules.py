@@ -200,11 +200,11 @@ def test_the_example_is_for_coding_agents() -> None:
     ("content", "message"),
     [
         ("lines: [{name: a, match: '*', action: drop}]", "lines.0.match is '\\*': it must be a line's text"),
-        ("lines: [{name: a, match: x, action: keep}]", "lines.0.action is 'keep': Input should be 'drop' or 'move'"),
+        ("lines: [{name: a, match: x, action: keep}]", "lines.0.action is 'keep': use drop or move"),
         ("lines: [{name: A b, match: x, action: drop}]", "lines.0.name is 'A b'"),
         ("lines: [{name: a, match: x, action: move, where: user}]", "where must be 'system'"),
         ("lines: [{name: a, match: x, action: drop}, {name: a, match: y, action: drop}]", "the name 'a' is taken"),
-        ("line: []", "line is \\[\\]: Extra inputs are not permitted"),
+        ("line: []", "line is \\[\\]: it is unknown"),
         ("lines: [", "cannot be read"),
     ],
 )

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from emberkv.complaints import in_plain_words
 from emberkv.errors import ConfigError
+from emberkv.yaml_loader import load_yaml
 
 TOOL_ORDER = "tool-order"
 TOOL_KEYS = "tool-keys"
@@ -156,12 +158,12 @@ class Rewritten:
 def load_rules(path: Path) -> CanonicalRules:
     """Raises ConfigError naming the file and what in it is at fault."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_bytes())
         return CanonicalRules.model_validate({} if content is None else content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(map(str, problem["loc"])) or "the file"
-        message = problem["msg"].removeprefix("Value error, ")
+        message = in_plain_words(problem)
         raise ConfigError(f"{path}: {place} is {problem['input']!r}: {message}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"canonical rules {path} cannot be read: {error}") from error

@@ -9,9 +9,12 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from emberkv.complaints import in_plain_words
+from emberkv.config import Size
 from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
+from emberkv.yaml_loader import load_yaml
 
 TIERS = ("pool", "ram", "disk")
 KEY_TENANT_PREFIX = "key-"
@@ -66,8 +69,8 @@ class KeySource(_Strict):
 class TierShare(_Strict):
     """floor: bytes that others leave to the owner. quota: bytes that it may have; without one, all there are."""
 
-    floor: ByteSize = ByteSize(0)
-    quota: ByteSize | None = None
+    floor: Size = ByteSize(0)
+    quota: Size | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -132,7 +135,7 @@ def read_tenants(path: Path) -> TenantsFile:
     Raises ConfigError that names the file and each key at fault.
     """
     try:
-        data = yaml.load(path.read_bytes(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        data = load_yaml(path.read_bytes())
         found = TenantsFile.model_validate({} if data is None else data)
     except OSError as error:
         raise ConfigError(f"the tenants file {path} cannot be read: {error.strerror}") from error
@@ -161,24 +164,10 @@ def _with_text(prompt: PublicPrompt, folder: Path) -> PublicPrompt:
     return PublicPrompt.model_validate({source.removesuffix("_file"): text})
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a mapping's second entry under one key is an error: two tenants of one name are a mistake."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    "in a mapping", node.start_mark, f"{key!r} is there twice", node.value[index][0].start_mark
-                )
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
 def _complaint(detail: Any) -> str:
     """What is wrong where; what a key's entry says is not repeated, as it may be the key itself."""
     name = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the file"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = in_plain_words(detail)
     if "keys" in detail["loc"]:
         return f"{name}: {message}; a key is given as {{sha256: DIGEST}} or as {{env: VARIABLE}}"
     return f"{name} is {detail['input']!r}: {message}"
