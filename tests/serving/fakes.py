@@ -25,7 +25,7 @@ class ByteDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode(bytes(token_ids))
+        return self._decoder.decode(bytes(token_id for token_id in token_ids if token_id != BOS))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -129,7 +129,16 @@ class _Running:
             finish,
             script.error if finish is FinishReason.ERROR else None,
             queued,
+            self._prompt_logprobs() if self.outputs == 1 else (),
         )
+
+    def _prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        count = self.request.params.prompt_logprobs
+        if count is None:
+            return ()
+        first, *others = self.request.prompt_token_ids
+        best = ((ord("x"), -0.25), (ord("y"), -1.5))
+        return (TokenLogprobs(first, None, ()), *(TokenLogprobs(token, -2.0, best[:count]) for token in others))
 
     def _logprobs(self, tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...]:
         count = self.request.params.logprobs

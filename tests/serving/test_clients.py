@@ -185,3 +185,12 @@ def test_openai_template_options(gpt: openai.OpenAI, engine: FakeEngine) -> None
     )
     shown = bytes(engine.submitted[0].prompt_token_ids).decode()
     assert shown == "{reasoning_effort=low}{enable_thinking=False}<user>Hi<assistant>"
+
+
+def test_openai_echo(gpt: openai.OpenAI) -> None:
+    answer = gpt.completions.create(model=MODEL, prompt="ab", max_tokens=0, echo=True, logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert answer.choices[0].text == "ab"
+    assert (logprobs.tokens, logprobs.token_logprobs) == (["<begin>", "a", "b"], [None, -2.0, -2.0])
+    assert logprobs.text_offset == [0, 0, 1]

@@ -34,7 +34,7 @@ class Lease:
         "num_committed",
     )
 
-    def __init__(self, cache: "PrefixCache", chain: Chain, hit: list[Block]) -> None:
+    def __init__(self, cache: "PrefixCache", chain: Chain, hit: list[Block], *, reads_cache: bool = True) -> None:
         self._cache = cache
         self._chain = chain
         self._collided = False
@@ -44,7 +44,8 @@ class Lease:
         self.context_exact = all(block.exact for block in hit)
         self._num_computed = self.hit_tokens
         self._source: Block | None = None
-        self._reuse_beginning()
+        if reads_cache:
+            self._reuse_beginning()
 
     @property
     def pinned(self) -> list[Block]:
@@ -232,7 +233,7 @@ class PrefixCache:
         """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""
         return self.lease(chain, self.find(chain))
 
-    def lease(self, chain: Chain, found: Sequence[Block]) -> Lease:
-        """Pin what `find` has just found for ``chain``."""
+    def lease(self, chain: Chain, found: Sequence[Block], *, reads_cache: bool = True) -> Lease:
+        """Pin what `find` has just found for ``chain``. reads_cache: False reuses no partial block, either."""
         self.pool.pin(found)
-        return Lease(self, chain, list(found))
+        return Lease(self, chain, list(found), reads_cache=reads_cache)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Batch
 
 from emberkv.core.hashing import Identity
 from emberkv.core.loads import Loads
-from emberkv.core.matching import Match
+from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Load, LowerTiers
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
@@ -195,7 +195,7 @@ class Scheduler:
                 plan.prefills.append(chunk)
 
     def _next_chunk(self, sequence: Sequence) -> PrefillChunk:
-        adopted = sequence.held.adopt(sequence.num_computed)
+        adopted = 0 if sequence.wants_prompt_logits else sequence.held.adopt(sequence.num_computed)
         if adopted:
             sequence.num_computed += adopted
             self.stats.hit_tokens += adopted
@@ -235,7 +235,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> Sequence | None:
         while sequence := self._admissible():
-            match = self.cache.match(sequence.chain)
+            match = Match([], MatchEnd.OFF) if sequence.wants_prompt_logits else self.cache.match(sequence.chain)
             if not self._fits(sequence, match):
                 self._waiting.refuse(sequence)
                 return None
@@ -259,13 +259,17 @@ class Scheduler:
         return missing <= sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
 
     def _take_in(self, sequence: Sequence, match: Match) -> None:
-        lease = self.cache.lease(sequence.chain, match.blocks[: self.cache.whole(len(match.blocks))])
+        found = match.blocks[: self.cache.whole(len(match.blocks))]
+        lease = self.cache.lease(sequence.chain, found, reads_cache=not sequence.wants_prompt_logits)
         lease.extend(len(sequence.chain))
         sequence.lease = lease
         sequence.num_computed = lease.hit_tokens
         sequence.status = SequenceStatus.PREFILLING
         self._running.append(sequence)
-        self.stats.query_tokens += len(sequence.chain)
+        if sequence.wants_prompt_logits:
+            self.stats.bypass_tokens += len(sequence.chain)
+        else:
+            self.stats.query_tokens += len(sequence.chain)
         self.stats.hit_tokens += lease.hit_tokens
         if sequence.num_preemptions == 0:
             sequence.cached_tokens = lease.hit_tokens

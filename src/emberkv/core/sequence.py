@@ -34,7 +34,8 @@ class Sequence:
 
     waits: the loads it has waited for, or does. promotion: what was decided last about lower tiers. admission: where
     the hit came from and why there was no more, set when first admitted. priority: lower is sooner; order: the
-    scheduler's count of arrivals, which breaks ties.
+    scheduler's count of arrivals, which breaks ties. wants_prompt_logits: the logits at each position of the prompt are
+    wanted. Only computing gives logits, so the cache is not read; what is computed is cached all the same.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class Sequence:
     max_new_tokens: int
     priority: int = 0
     order: int = 0
+    wants_prompt_logits: bool = False
     status: SequenceStatus = SequenceStatus.WAITING
     lease: Lease | None = None
     num_computed: int = 0

@@ -10,7 +10,8 @@ from emberkv.core.promotion import LoadChoice
 class CacheStats:
     """Tokens unless the name says otherwise."""
 
-    query_tokens: int = 0  # prompt tokens of admitted sequences
+    query_tokens: int = 0  # prompt tokens of admitted sequences that were looked up
+    bypass_tokens: int = 0  # and of those that were not, because logits at each position are wanted
     hit_tokens: int = 0  # of these, found in the pool
     late_hit_tokens: int = 0  # of the hits, committed by another sequence after this one was admitted
     prefill_tokens: int = 0

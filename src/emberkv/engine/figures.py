@@ -17,6 +17,7 @@ def figures(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int) -> E
         free_blocks=pool.num_free,
         cached_blocks=pool.num_evictable,
         prefix_query_tokens=stats.query_tokens,
+        prefix_bypass_tokens=stats.bypass_tokens,
         prefix_hit_tokens=stats.hit_tokens,
         evictions=stats.evicted_blocks,
         preemptions=stats.preemptions,

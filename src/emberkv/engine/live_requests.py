@@ -1,14 +1,14 @@
 """The requests in flight: their next tokens are drawn here, and each gets its outputs, the last one exactly once."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.limits import ModelLimits
-from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenOutput
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
-from emberkv.engine.torch_engine import StepResult
+from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenLogprobs, TokenOutput
+from emberkv.engine.sampling import NOT_NUMBERS, SampledToken, Sampler, SamplingFailure, SamplingState, prompt_logprobs
+from emberkv.engine.torch_engine import PromptLogits, StepResult
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class Live:
     submitted_at: float
     admitted_at: float | None = None
     answered: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class LiveRequests:
@@ -90,12 +91,35 @@ class LiveRequests:
                 failed[request_id] = each.reason
             else:
                 sampled[request_id] = each
+        failed.update(self._take_prompts(result.prompts))
         for request_id, reason in failed.items():
+            sampled.pop(request_id, None)
             self.end(request_id, FinishReason.ERROR, reason)
         if failed:
             plan.decodes = [each for each in plan.decodes if each.request_id not in failed]
             plan.prefills = [each for each in plan.prefills if each.sequence.request_id not in failed]
         return sampled
+
+    def _take_prompts(self, computed: Iterable[PromptLogits]) -> Iterator[tuple[str, str]]:
+        """Keep log-probabilities of prompt tokens; yields the requests whose scores are no numbers, and that reason.
+
+        What a preempted sequence computes again is known already.
+        """
+        for each in computed:
+            sequence, live = each.sequence, self._live[each.sequence.request_id]
+            known = live.prompt_logprobs
+            if not known:
+                known.append(TokenLogprobs(sequence.chain[0], None, ()))
+            first, stop = len(known), min(each.start + each.logits.shape[0] + 1, sequence.prompt_tokens)
+            if first >= stop:
+                continue
+            rows = each.logits[first - 1 - each.start : stop - 1 - each.start]
+            alternatives = live.request.params.prompt_logprobs or 0
+            found = prompt_logprobs(rows, sequence.chain.slice(first, stop), alternatives)
+            if found is None:
+                yield sequence.request_id, NOT_NUMBERS
+            else:
+                known += found
 
     def deliver(self, plan: StepPlan, sampled: dict[str, SampledToken]) -> None:
         """Account for a computed plan, and hand out its tokens."""
@@ -131,6 +155,7 @@ class LiveRequests:
         error: str | None = None,
     ) -> None:
         first = not live.answered
+        complete = len(live.prompt_logprobs) == live.sequence.prompt_tokens
         live.answered = True
         if finish_reason is not None:
             self._forget(live.request.request_id)
@@ -143,6 +168,7 @@ class LiveRequests:
                 usage=self._usage(live.sequence),
                 finish_reason=finish_reason,
                 error=error,
+                prompt_logprobs=tuple(live.prompt_logprobs) if first and complete else (),
                 queue_seconds=live.admitted_at - live.submitted_at if first and live.admitted_at is not None else None,
             )
         )

@@ -119,7 +119,13 @@ class EngineLoop:
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
         chain = self._chain(request, remember=True)
-        sequence = Sequence(request.request_id, chain, request.params.max_tokens, request.priority)
+        sequence = Sequence(
+            request.request_id,
+            chain,
+            request.params.max_tokens,
+            request.priority,
+            wants_prompt_logits=request.params.prompt_logprobs is not None,
+        )
 
         def make() -> Live:
             state = SamplingState(request.params, request.prompt_token_ids, self._rng)

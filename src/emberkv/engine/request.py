@@ -32,10 +32,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of one sampled token: natural log, of the distribution before temperature."""
+    """Log-probabilities of one token, sampled or a prompt's: natural log, of the distribution before temperature.
+
+    logprob: None for a prompt's first token, before which there is nothing to predict it from.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
 
@@ -62,7 +65,7 @@ class TokenOutput:
 
     The end-of-sequence token itself is not among ``token_ids``. Exactly one output has a ``finish_reason``:
     the last. ``queue_seconds`` is set on the first output only: from submit to the first step that worked on
-    the request.
+    the request; so are ``prompt_logprobs``, of all prompt tokens, where they were asked for.
     """
 
     request_id: str
@@ -72,6 +75,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     queue_seconds: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 OutputListener = Callable[[TokenOutput], None]
@@ -96,6 +100,7 @@ class EngineStats:
     cached_blocks: int = 0  # of the free ones, those that still hold a reusable prefix
     loads: int = 0  # from lower tiers, in flight
     prefix_query_tokens: int = 0
+    prefix_bypass_tokens: int = 0  # not looked up, because their log-probabilities were asked for
     prefix_hit_tokens: int = 0
     evictions: int = 0  # blocks
     preemptions: int = 0

@@ -14,7 +14,7 @@ from emberkv.errors import SamplingError
 
 _log = logging.getLogger(__name__)
 
-_NOT_NUMBERS = "the model's scores for the next token are not numbers"
+NOT_NUMBERS = "the model's scores for the next token are not numbers"
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and finding the top 1,024 is far cheaper than sorting a vocabulary
 
 
@@ -78,7 +78,7 @@ class Sampler:
         usable: list[bool] = scores.gather(-1, greedy).isfinite().squeeze(-1).tolist()
         likeliest: list[int] = greedy.squeeze(-1).tolist()
         return [
-            _sampled(row, state, token_id) if is_usable else SamplingFailure(_NOT_NUMBERS)
+            _sampled(row, state, token_id) if is_usable else SamplingFailure(NOT_NUMBERS)
             for token_id, is_usable, row, state in zip(likeliest, usable, scores, states, strict=True)
         ]
 
@@ -93,6 +93,25 @@ def _sampled(logits: torch.Tensor, state: SamplingState, likeliest: int) -> Samp
     except Exception as error:  # noqa: BLE001 - the request ends with it; the other requests of the step do not
         _log.exception("sampling failed for one request")
         return SamplingFailure(f"sampling failed: {type(error).__name__}")
+
+
+_PROMPT_ROWS = 32  # of a vocabulary each, in float32 at a time: 32 times 150,000 are 19 MB
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], alternatives: int) -> list[TokenLogprobs] | None:
+    """Of each of the tokens [n] that follow the positions of ``logits`` [n, vocab]; None where these are no numbers."""
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(token_ids), _PROMPT_ROWS):
+        targets = token_ids[start : start + _PROMPT_ROWS]
+        logprobs = torch.log_softmax(logits[start : start + len(targets)].float(), dim=-1)
+        if bool(logprobs.isnan().any()):
+            return None
+        chosen = logprobs.gather(1, torch.tensor(targets, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+        values, ids = logprobs.topk(min(alternatives, logprobs.shape[1]))
+        rows = zip(targets, chosen, ids.tolist(), values.tolist(), strict=True)
+        found += [TokenLogprobs(token, value, tuple(zip(*top, strict=True))) for token, value, *top in rows]
+    return found
 
 
 class _Penalties:

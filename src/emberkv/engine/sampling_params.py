@@ -23,6 +23,7 @@ class SamplingParams:
     top_p: in (0, 1]; however small, it keeps the likeliest token.
     top_k: 0 keeps all tokens.
     logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
+    prompt_logprobs: the same beside each of the prompt's tokens, which is then computed without reading the cache.
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
 
     Raises RequestError naming the field when a value is out of range.
@@ -39,6 +40,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +59,10 @@ class SamplingParams:
         _require(
             self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
             "logprobs", self.logprobs, f"from 0 to {MAX_TOP_LOGPROBS}",
+        )  # fmt: skip
+        _require(
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+            "logprobs", self.prompt_logprobs, f"from 0 to {MAX_TOP_LOGPROBS}",
         )  # fmt: skip
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")

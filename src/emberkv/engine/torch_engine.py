@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Batch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,20 +34,42 @@ _SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """logits: ``[len(sequences), vocab]``, the next-token scores of each sequence that has all its tokens computed."""
+class PromptLogits:
+    """logits: ``[tokens, vocab]``, at the positions of a prompt from ``start`` on, each for the token that follows."""
 
-    sequences: list[Sequence]
+    sequence: Sequence
+    start: int
     logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class StepResult:
+    """logits: ``[len(sequences), vocab]``, the next-token scores of each sequence that has all its tokens computed.
+
+    prompts: of sequences that want the logits of their prompts, those that the step has computed.
+    """
+
+    sequences: list[Sequence]
+    logits: Tensor
+    prompts: list[PromptLogits] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class _Work:
-    """A run to compute. tokens: as many as the run has. samples: whether the last one's logits are wanted."""
+    """A run to compute. tokens: as many as the run has. samples: whether the last one's logits are wanted.
+
+    whole: whether all of their logits are.
+    """
 
     run: Run
     tokens: Batch[int]
     samples: bool
+    whole: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Rows of logits that the run gives."""
+        return self.run.count if self.whole else int(self.samples)
 
 
 class TorchEngine:
@@ -123,13 +145,12 @@ class TorchEngine:
         copies = plan.copies
         self.pool.copy_blocks([copy.source.slot for copy in copies], [copy.target.slot for copy in copies])
         decodes = [_decode_work(sequence) for sequence in plan.decodes]
-        if self.one_pass:
-            passes = [decodes + [_prefill_work(chunk) for chunk in _in_one_piece(plan.prefills)]]
-        else:
-            passes = [decodes, *([_prefill_work(chunk)] for chunk in plan.prefills)]
+        chunks = _in_one_piece(plan.prefills) if self.one_pass else plan.prefills
+        prefills = [_prefill_work(chunk) for chunk in chunks]
+        passes = [decodes + prefills] if self.one_pass else [decodes, *([work] for work in prefills)]
         logits = [self._forward(works) for works in passes if works]
-        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
-        return StepResult(ready, torch.cat(logits)) if ready else None
+        sequences = plan.decodes + [chunk.sequence for chunk in chunks]
+        return _result(list(zip(sequences, decodes + prefills, strict=True)), torch.cat(logits)) if logits else None
 
     def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
@@ -148,8 +169,7 @@ class TorchEngine:
         for work in works:
             tokens += work.tokens
             positions += range(work.run.start, work.run.stop)
-            if work.samples:
-                keep.append(len(tokens) - 1)
+            keep += range(len(tokens) - work.kept, len(tokens))
         padding = rounded_rows(len(tokens)) - len(tokens) if self._packed else 0
         arguments = {
             "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
@@ -263,6 +283,24 @@ class TorchEngine:
         return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
 
 
+def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepResult | None:
+    """logits: the rows that the works keep, in order."""
+    ready: list[Sequence] = []
+    rows: list[int] = []
+    prompts: list[PromptLogits] = []
+    stop = 0
+    for sequence, work in computed:
+        start, stop = stop, stop + work.kept
+        if work.samples:
+            ready.append(sequence)
+            rows.append(stop - 1)
+        if work.whole:
+            prompts.append(PromptLogits(sequence, work.run.start, logits[start:stop]))
+    if not stop:
+        return None
+    return StepResult(ready, logits[rows] if prompts else logits, prompts)
+
+
 def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:
     """Those of one sequence that follow one another, as one."""
     joined: list[PrefillChunk] = []
@@ -277,7 +315,8 @@ def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:
 def _prefill_work(chunk: PrefillChunk) -> _Work:
     sequence = chunk.sequence
     run = Run([block.slot for block in sequence.held.blocks], chunk.start, chunk.stop - chunk.start)
-    return _Work(run, sequence.chain.slice(chunk.start, chunk.stop), chunk.samples)
+    tokens = sequence.chain.slice(chunk.start, chunk.stop)
+    return _Work(run, tokens, chunk.samples, whole=sequence.wants_prompt_logits)
 
 
 def _decode_work(sequence: Sequence) -> _Work:

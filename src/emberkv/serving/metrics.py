@@ -54,6 +54,11 @@ class EngineCollector(EngineStatsCollector):
                 stats.prefix_query_tokens,
             ),
             (
+                "emberkv_prefix_cache_bypass_tokens",
+                "Prompt tokens computed without a look into the prefix cache, for their log-probabilities.",
+                stats.prefix_bypass_tokens,
+            ),
+            (
                 "emberkv_prefix_cache_hit_tokens",
                 "Prompt tokens reused from the prefix cache.",
                 stats.prefix_hit_tokens,

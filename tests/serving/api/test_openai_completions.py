@@ -105,3 +105,56 @@ def test_no_tokens_asked_for(client: Client, stream: bool) -> None:
         choice, used = answer.json()["choices"][0], answer.json()["usage"]
     assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("", "length", None)
     assert (used["prompt_tokens"], used["completion_tokens"]) == (4, 0)
+
+
+def test_an_echo_is_the_prompt_and_the_answer(client: Client, engine: FakeEngine) -> None:
+    assert complete(client, echo=True, max_tokens=3).json()["choices"][0]["text"] == "OnceHel"
+    assert engine.submitted[0].params.prompt_logprobs is None
+    assert complete(client, echo=True, stop=["nc"]).json()["choices"][0]["text"] == "OnceHello there"
+    ids = complete(client, echo=True, prompt=[[BOS, *b"ab"], [*b"cd"]], max_tokens=1).json()["choices"]
+    assert [choice["text"] for choice in ids] == ["abH", "cdH"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_with_logprobs(client: Client, stream: bool) -> None:
+    answer = complete(client, echo=True, logprobs=1, max_tokens=1, prompt="aé", stream=stream)
+    choices = [chunk["choices"][0] for chunk in openai_events(answer)] if stream else answer.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "aéH"
+    names = ["<begin>", "a", "bytes:\\xc3", "bytes:\\xa9", "H"]
+    expected = {
+        "tokens": names,
+        "token_logprobs": [None, -2.0, -2.0, -2.0, -0.5],
+        "top_logprobs": [None, *({"x": -0.25, name: -2.0} for name in names[1:4]), {"x": -0.25, "H": -0.5}],
+        "text_offset": [0, 0, 1, 1, 2],
+    }
+    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert {name: [each for part in found for each in part[name]] for name in expected} == expected
+
+
+def test_an_evaluation_harness_asks_for_log_likelihoods(client: Client) -> None:
+    """The shape of lm-eval's local-completions: batches of token ids, one new token, which it drops again."""
+    contexts = [[*b"The sky is", *b" blue"], [*b"Two and two are", *b" four"]]
+    body = {"prompt": contexts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    choices = complete(client, **body).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    for choice, tokens in zip(choices, contexts, strict=True):
+        logprobs = choice["logprobs"]
+        assert len(logprobs["token_logprobs"]) == len(tokens) + 1
+        assert sum(logprobs["token_logprobs"][-6:-1]) == -2.0 * 5
+        likeliest = [max(top, key=top.get) for top in logprobs["top_logprobs"][-6:-1]]
+        assert likeliest == ["x"] * 5
+
+
+def test_the_prompt_alone(client: Client) -> None:
+    body = complete(client, echo=True, logprobs=0, max_tokens=0, prompt="ab").json()
+    choice = body["choices"][0]
+    assert (choice["text"], choice["logprobs"]["token_logprobs"]) == ("ab", [None, -2.0, -2.0])
+    assert choice["logprobs"]["top_logprobs"] == [None, {}, {}]
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_an_echo_of_too_many_logprobs_is_refused(client: Client, engine: FakeEngine) -> None:
+    refused = complete(client, echo=True, logprobs=20, prompt=["a" * 900] * 20)
+    assert refused.status_code == 400
+    assert "at most 262144 are given at once" in refused.json()["error"]["message"]
+    assert not engine.submitted

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.engine.tokenizer import IncrementalDetokenizer
+from emberkv.serving.answers.echo import Echo
 from emberkv.serving.answers.stop_strings import StopScanner
 
 
@@ -33,6 +34,7 @@ class Answer:
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
     string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
+    echo: what comes before the answer's own text.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Answer:
         stops: tuple[str, ...],
         *,
         silent: bool = False,
+        echo: Echo | None = None,
     ) -> None:
         self.index = index
         self.silent = silent
+        self._echo = echo
         self.usage = CacheUsage(prompt_tokens, cached_tokens=0)
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -67,6 +71,9 @@ class Answer:
         if self.finish_reason is not None:
             return
         self.usage = output.usage or self.usage
+        if self._echo is not None:
+            self._give_back(self._echo, output.prompt_logprobs)
+            self._echo = None
         if self.silent and (output.token_ids or output.finish_reason is FinishReason.STOP):
             self.finish_reason = FinishReason.LENGTH
             return
@@ -78,6 +85,14 @@ class Answer:
                 return
         if output.finish_reason is not None:
             self._end(output)
+
+    def _give_back(self, echo: Echo, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """The prompt is no part of what stop strings are looked for in, but of what offsets count."""
+        if logprobs:
+            placed = zip(echo.starts, (*echo.starts[1:], len(echo.text)), logprobs, strict=True)
+            self._logprobs.extend(PlacedLogprobs(start, end, token) for start, end, token in placed)
+        self._decoded += len(echo.text)
+        self._pass_on(echo.text)
 
     def _end(self, output: TokenOutput) -> None:
         self._add(self._detokenizer.flush(), ())

@@ -11,6 +11,7 @@ from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.admin.asked import Asked
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, Postbox
+from emberkv.serving.answers.echo import Echo
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 
 
@@ -20,6 +21,7 @@ class Prompt:
 
     retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``. silent: no token of the
     answer is wanted; the engine draws one, because a prompt's last step ends with it, and it is not given out.
+    echo: given out before the answer, with log-probabilities where they were asked for.
     """
 
     token_ids: Sequence[int]
@@ -27,6 +29,7 @@ class Prompt:
     retain_tokens: int = 0
     retain_seconds: float = 0.0
     silent: bool = False
+    echo: Echo | None = None
 
 
 class TextGenerator:
@@ -68,6 +71,7 @@ class TextGenerator:
                     self._tokenizer.detokenizer(),
                     prompt.params.stop,
                     silent=prompt.silent,
+                    echo=prompt.echo,
                 )
                 timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
                 stream.add(request, answer, timer, self._postbox)

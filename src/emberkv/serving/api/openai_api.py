@@ -6,12 +6,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from emberkv.errors import RequestError
+from emberkv.serving.answers.echo import echo_of
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_api import anthropic_card
 from emberkv.serving.api.failures import speaks_anthropic
 from emberkv.serving.api.openai_forms import ChatForm, CompletionForm
 from emberkv.serving.api.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
+    MAX_ECHOED_LOGPROBS,
     ChatCompletionRequest,
     CompletionRequest,
     OpenAIRequest,
@@ -63,9 +66,27 @@ def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionReque
         if request.max_tokens is None:
             budget = min(budget, DEFAULT_COMPLETION_TOKENS)
         silent = request.max_tokens == 0
-        choices = request.sampling(max_tokens=1 if silent else budget, logprobs=request.logprobs)
-        prompts += [Prompt(token_ids, params, silent=silent) for params in choices]
+        choices = request.sampling(
+            max_tokens=1 if silent else budget,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
+        echo = echo_of(given, token_ids, model.tokenizer) if request.echo else None
+        prompts += [Prompt(token_ids, params, silent=silent, echo=echo) for params in choices]
+    _check_echoed_logprobs(request, prompts)
     return request, prompts
+
+
+def _check_echoed_logprobs(request: CompletionRequest, prompts: list[Prompt]) -> None:
+    if not request.echo or request.logprobs is None:
+        return
+    entries = sum(len(prompt.token_ids) for prompt in prompts) * (request.logprobs + 1)
+    if entries > MAX_ECHOED_LOGPROBS:
+        raise RequestError(
+            f"echo with logprobs asks for {entries} log-probabilities of prompt tokens; at most {MAX_ECHOED_LOGPROBS} "
+            "are given at once: send fewer prompts, shorter ones, or smaller logprobs",
+            param="logprobs",
+        )
 
 
 def openai_router(context: ServingContext) -> APIRouter:

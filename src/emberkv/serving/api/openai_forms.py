@@ -48,6 +48,7 @@ class OpenAIForm(ABC):
         self._choices = choices
         self._include_usage = include_usage
         self.tokens = tokens
+        self._names: dict[int, str] = {}
         head = compact_json(self._envelope(self.chunk_object))
         # a chunk is put together as text, because one is made for every token of every stream
         self._chunk_head = f'data: {head[:-1]},"choices":['
@@ -107,6 +108,10 @@ class OpenAIForm(ABC):
         }
 
 
+def finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LOWEST_LOGPROB)
+
+
 def finish_json(delta: AnswerDelta) -> str:
     return "null" if delta.finish_reason is None else f'"{delta.finish_reason.value}"'
 
@@ -147,10 +152,10 @@ class ChatForm(OpenAIForm):
             ]
         }
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         return {
             "token": self.tokens.token_text(token_id),
-            "logprob": max(logprob, LOWEST_LOGPROB),
+            "logprob": finite(logprob),
             "bytes": list(self.tokens.token_bytes(token_id)),
         }
 
@@ -180,16 +185,18 @@ class CompletionForm(OpenAIForm):
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
         return {
             "tokens": [self._name(entry.token.token_id) for entry in entries],
-            "token_logprobs": [max(entry.token.logprob, LOWEST_LOGPROB) for entry in entries],
+            "token_logprobs": [finite(entry.token.logprob) for entry in entries],
             "top_logprobs": [self._alternatives(entry.token) for entry in entries],
             "text_offset": [entry.start for entry in entries],
         }
 
-    def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:
+    def _alternatives(self, token: TokenLogprobs) -> dict[str, float] | None:
         """The likeliest tokens by name, and the chosen one, where alternatives were asked for.
 
         Of tokens with the same text, the chosen one has it as its name, or else the likeliest.
         """
+        if token.logprob is None:
+            return None
         named: dict[str, float] = {}
         chosen = self._name(token.token_id)
         for token_id, logprob in token.top:
@@ -200,6 +207,11 @@ class CompletionForm(OpenAIForm):
         return {**named, chosen: max(token.logprob, LOWEST_LOGPROB)} if token.top else named
 
     def _name(self, token_id: int) -> str:
+        if token_id not in self._names:
+            self._names[token_id] = self._spelled(token_id)
+        return self._names[token_id]
+
+    def _spelled(self, token_id: int) -> str:
         """A token's text, or its bytes as ``bytes:\\xe2\\x80``, where these are no whole characters."""
         spelled = self.tokens.token_bytes(token_id)
         try:

@@ -11,6 +11,7 @@ from emberkv.serving.api.validation import RequestBody
 
 MAX_SALT = 256
 MAX_ANSWERS = 64  # prompts times n, in one HTTP request
+MAX_ECHOED_LOGPROBS = 2**18  # prompt tokens, times what is reported of each, in one HTTP request
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's own /v1/completions
 
 _UNSUPPORTED = (
@@ -96,7 +97,9 @@ class OpenAIRequest(RequestBody):
                 f"response_format.type is {format_type!r}; only 'text' is supported", param="response_format"
             )
 
-    def sampling(self, *, max_tokens: int, logprobs: int | None) -> list[SamplingParams]:
+    def sampling(
+        self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> list[SamplingParams]:
         """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``, as a 64-bit integer.
 
         Raises RequestError when a value is out of range.
@@ -113,7 +116,8 @@ class OpenAIRequest(RequestBody):
             "ignore_eos": self.ignore_eos,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        first = SamplingParams(max_tokens=max_tokens, stop=stop, seed=self.seed, logprobs=logprobs, **fields)
+        fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        first = SamplingParams(max_tokens=max_tokens, stop=stop, seed=self.seed, **fields)
         return [replace(first, seed=_nth_seed(first.seed, choice)) for choice in range(self.choices)]
 
 
@@ -187,6 +191,7 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Any
     logprobs: int | None = None
+    echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each as text or as token ids. Raises RequestError for any other form."""

@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.failures import CLIENT_GONE
 
+MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
+
 T = TypeVar("T")
 
 
@@ -94,4 +96,8 @@ async def respond(
         answers = await unless_disconnected(request.receive, stream.collect())
     if answers is None:
         return Response(status_code=CLIENT_GONE)
-    return JSONResponse(form.whole(answers), headers=headers())
+    if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
+        whole = await asyncio.to_thread(form.whole, answers)
+    else:
+        whole = form.whole(answers)
+    return JSONResponse(whole, headers=headers())
