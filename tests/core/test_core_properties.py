@@ -115,6 +115,15 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(count):
             self._step({name for name in self.live if not self.random.randrange(stop_one_in)})
 
+    @rule()
+    def fail(self) -> None:
+        """A step fails before it has copied or computed anything: all that it was for ends."""
+        plan = self.scheduler.schedule()
+        for sequence in {*plan.decodes, *(chunk.sequence for chunk in plan.prefills)}:
+            self.scheduler.finish(sequence.request_id, FinishReason.ERROR)
+            del self.live[sequence.request_id]
+        self.harness.check()
+
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE)
     def abort(self, pick: int) -> None:
@@ -232,6 +241,7 @@ class CoreMachine(RuleBasedStateMachine):
         for sequence in self.harness.complete(plan, stopped):
             if sequence.chain.owner(0):
                 self.others.update(sequence.chain.identities)
+            self.prompts.append(sequence.chain.slice(0, len(sequence.chain)))  # others leave it within its answer
             self._check_finished(self.live.pop(sequence.request_id), stopped)
 
     def _check_finished(self, sequence: Sequence, stopped: set[str]) -> None:

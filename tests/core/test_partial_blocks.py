@@ -100,6 +100,26 @@ def test_of_many_blocks_the_one_with_most_tokens_in_common_is_copied() -> None:
     assert hit(shared, chain([7, 99, 13, 9, 1])) == 1
 
 
+def test_two_blocks_are_compared_of_however_many() -> None:
+    """By count: finding where to copy from must not take longer with more siblings."""
+
+    class Counting(TokenChain):
+        __slots__ = ("compared",)
+
+        def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
+            self.compared += 1
+            return super().common_tokens(start, stop, encoded)
+
+    shared = cache(2000)
+    for number in range(1500):
+        computed(shared, chain([7, number % 40, number, 9])).release()
+    prompt = Counting(root(4), [7, 3, 1483, 1, 1], 4)
+    prompt.compared = 0
+    found = shared.longest_child(prompt, 0)
+    assert found is not None
+    assert (found[1], prompt.compared) == (3, 2)
+
+
 def test_a_hit_goes_as_far_as_the_tokens_are_the_same() -> None:
     shared = cache()
     left(shared, chain(range(11)))

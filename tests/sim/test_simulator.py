@@ -51,6 +51,21 @@ def test_hits_that_are_not_rounded_go_on_into_a_partial_block() -> None:
     assert run(turns, hit_unit=1).cached("s.1") == (153, 47)
 
 
+def test_a_repeat_hits_all_but_its_last_token_however_long_the_answer_was() -> None:
+    repeats = [single("first", 15, 40, span("p", 15)), single("second", 15, 1, span("p", 15), at=10)]
+    assert run(repeats, hit_unit=1).cached("second") == (14, 1)
+    assert run(repeats).cached("second") == (10, 5)
+
+
+def test_a_prompt_that_leaves_another_within_a_block_reuses_all_before() -> None:
+    system = span("system", 47)
+    requests = [single("a", 77, 1, system, span("a", 30)), single("b", 77, 1, system, span("b", 30), at=10)]
+    requests.append(single("c", 61, 1, system, span("b", 9), span("c", 5), at=20))
+    ran = run(requests, hit_unit=1)
+    assert [ran.cached(name) for name in "abc"] == [(0, 77), (47, 30), (56, 5)]
+    ran.check_idle()
+
+
 def test_a_long_conversation() -> None:
     ran = run([turn("s", 0, 9_950, 50), turn("s", 1, 12_000, 5, at=100)], kv_blocks=3000)
     assert ran.cached("s.1") == (10_000, 2_000)
@@ -65,10 +80,10 @@ def test_an_answer_that_ends_at_its_limit_leaves_its_last_token_to_compute() -> 
 @pytest.mark.parametrize(
     ("block_size", "prompt", "cached", "event"),
     [
-        (10, 100, 90, CacheEvent.CONVERSATIONAL_HIT),
-        (10, 80, 70, CacheEvent.CONVERSATIONAL_HIT),
+        (10, 100, 90, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (10, 80, 70, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
         (1, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
-        (10, 150, 140, CacheEvent.CONVERSATIONAL_HIT),
+        (10, 150, 140, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
         (10, 151, 150, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
         (10, 152, 150, CacheEvent.CONVERSATIONAL_HIT),
     ],
@@ -85,13 +100,6 @@ def test_a_later_prompt_that_says_something_else() -> None:
     other = single("s.1", 200, 5, span("s", 60), span("other", 140), at=10, session_id="s", turn=1)
     ran = run([turn("s", 0, 100, 50), other])
     assert ran.cached("s.1") == (60, 140)
-    assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_HIT
-
-
-def test_a_later_prompt_that_finds_nothing_and_says_something_else_is_an_unexpected_miss() -> None:
-    other = single("s.1", 200, 5, span("other", 200), at=10, session_id="s", turn=1)
-    ran = run([turn("s", 0, 100, 50), other])
-    assert ran.cached("s.1") == (0, 200)
     assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT
 
 

@@ -1,11 +1,12 @@
 """Contents are equal exactly when they stand for the same tokens."""
 
 from array import array
+from bisect import bisect_left
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.workload.content import MAX_TOKEN, Content, Span, Tokens, stream_key
+from emberkv.workload.content import MAX_TOKEN, Content, Piece, Span, Tokens, stream_key
 from tests.workload.build import span
 
 A, B = stream_key("a"), stream_key("b")
@@ -85,3 +86,38 @@ def test_encodings_are_equal_exactly_when_the_tokens_are(
     assert (one.encode(start, stop) == other.encode(start, stop)) == (
         one.token_ids(start, stop) == other.token_ids(start, stop)
     )
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.builds(Span, st.sampled_from([A, B]), st.just(0), st.integers(0, 6)),
+        st.builds(lambda ids: Tokens(array("i", ids)), st.lists(st.integers(0, 2), max_size=4)),
+    ),
+    max_size=4,
+)
+
+
+@given(PIECES, PIECES, st.integers(0, 8))
+def test_common_tokens_are_counted_without_the_tokens(ours: list[Piece], theirs: list[Piece], start: int) -> None:
+    """As many as the token ids have in common that stand for both, from a place on."""
+    lead = span("lead", start)
+    one, other = Content([lead, *ours]), Content([lead, *theirs])
+    if len(one) == start or len(other) == start:
+        return
+    ids, others = one.token_ids(start, len(one)), other.token_ids(start, len(other))
+    expected = next(
+        (at for at, (x, y) in enumerate(zip(ids, others, strict=False)) if x != y), min(len(ids), len(others))
+    )
+    assert one.common_tokens(start, len(one), other.encode(start, len(other))) == expected
+
+
+@given(st.lists(PIECES, min_size=1, max_size=8), PIECES)
+def test_a_neighbour_in_the_order_of_bytes_has_most_in_common(others: list[list[Piece]], ours: list[Piece]) -> None:
+    content = Content(ours)
+    encoded = [Content(pieces).encode(0, len(Content(pieces))) for pieces in others if len(Content(pieces))]
+    if not len(content) or not encoded:
+        return
+    in_order = sorted(encoded)
+    at = bisect_left(in_order, content.encode(0, len(content)))
+    common = {each: content.common_tokens(0, len(content), each) for each in encoded}
+    assert max(common[each] for each in in_order[max(0, at - 1) : at + 1]) == max(common.values())
