@@ -18,6 +18,7 @@ from emberkv.serving.api.body_limit import BodyLimit
 from emberkv.serving.api.content_encoding import ContentDecoding
 from emberkv.serving.api.failures import answer_failure, answer_nobody
 from emberkv.serving.api.openai_api import openai_router
+from emberkv.serving.api.openapi import openapi_document
 from emberkv.serving.api.request_info import REQUEST_ID_HEADERS
 from emberkv.serving.api.request_scope import RequestScope
 from emberkv.serving.api.tokenizer_api import tokenizer_router
@@ -30,6 +31,7 @@ _PLACES = {
     "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
     "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
+    "reference": ["/openapi.json"],
     "operation": ["/health", "/ready", "/metrics", "/version"],
 }
 
@@ -76,6 +78,10 @@ def create_app(
     @app.get("/")
     async def index() -> Response:
         return JSONResponse({"name": "emberkv", "status": lifecycle.phase.value, **_PLACES})
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(openapi_document(app))
 
     @app.get("/version", dependencies=[Depends(context.tenant)])
     async def version() -> Response:

@@ -1,0 +1,224 @@
+"""``/openapi.json``: every route with its request, its answer, its errors and its headers.
+
+Routes read their bodies themselves, off the event loop where these are large, so FastAPI does not know their shapes;
+they are put in here. The answers' models are for this page alone.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from emberkv import __version__
+from emberkv.serving.admin.cache_questions import CacheQuestion
+from emberkv.serving.api import cache_header
+from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
+from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
+
+Json = dict[str, Any]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CachedTokens(_Answer):
+    cached_tokens: int
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class AssistantMessage(_Answer):
+    role: str
+    content: str
+    refusal: str | None
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: AssistantMessage
+    logprobs: Json | None
+    finish_reason: str | None
+
+
+class ChatCompletion(_Answer):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(_Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(_Answer):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TextBlock(_Answer):
+    type: str
+    text: str
+
+
+class MessageUsage(_Answer):
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(_Answer):
+    id: str
+    type: str
+    role: str
+    model: str
+    content: list[TextBlock]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCount(_Answer):
+    input_tokens: int
+
+
+class Tokenized(_Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(_Answer):
+    prompt: str
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(_Answer):
+    error: ErrorDetail
+    request_id: str
+
+
+class AnthropicErrorDetail(_Answer):
+    type: str
+    message: str
+
+
+class AnthropicError(_Answer):
+    type: str
+    error: AnthropicErrorDetail
+    request_id: str
+
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": PromptRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    **{f"/v1/cache/{name}": CacheQuestion for name in ("explain", "warm", "pin", "unpin", "remove")},
+}
+ANSWERS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletion,
+    "/v1/completions": Completion,
+    "/v1/messages": Message,
+    "/v1/messages/count_tokens": TokenCount,
+    "/tokenize": Tokenized,
+    "/detokenize": Detokenized,
+}
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+_OPEN = ("/", "/health", "/ready", "/openapi.json")
+_ERRORS = {
+    400: "A field is wrong, or the prompt is too long (code context_length_exceeded).",
+    401: "No key, or a wrong one.",
+    404: "No such model, prefix or response.",
+    413: "The body is larger than --max-body.",
+    415: "The body has a content-encoding other than gzip.",
+    500: "The engine failed.",
+    503: "The model is not loaded yet, or the server is shutting down; see Retry-After.",
+}
+_PREFIX = "#/components/schemas/{model}"
+
+
+def openapi_document(app: FastAPI) -> Json:
+    """The OpenAPI document of an app whose routes are all in place."""
+    document = app.openapi()
+    document["info"] = {"title": "emberkv", "version": __version__}
+    models: set[type[BaseModel]] = {*REQUESTS.values(), *ANSWERS.values(), Error, AnthropicError}
+    in_order = sorted(models, key=lambda model: model.__name__)
+    _, schemas = models_json_schema([(model, "validation") for model in in_order], ref_template=_PREFIX)
+    document["components"] = {
+        "schemas": schemas["$defs"],
+        "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        },
+    }
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            operation.update(_described(path))
+    return document
+
+
+def _described(path: str) -> Json:
+    described: Json = {"responses": {"200": _answer(path)}}
+    if path in REQUESTS:
+        described["requestBody"] = {"required": True, "content": _json(REQUESTS[path])}
+    if path not in _OPEN:
+        described["security"] = [{"bearer": []}, {"x-api-key": []}, {}]
+        kind = AnthropicError if path.startswith("/v1/messages") else Error
+        for status, text in _ERRORS.items():
+            described["responses"][str(status)] = {"description": text, "content": _json(kind)}
+    return described
+
+
+def _answer(path: str) -> Json:
+    headers = {"x-request-id": "The request's id: the client's X-Request-Id, or one made here."}
+    answer: Json = {"description": "The answer."}
+    if path in ANSWERS:
+        answer["content"] = _json(ANSWERS[path])
+    if path in _STREAMED:
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        headers[cache_header.NAME] = (
+            "Where the prompt's tokens came from, as in hit=512;pool=512;miss=2;why=partial@512."
+        )
+    answer["headers"] = {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in sorted(headers.items())
+    }
+    return answer
+
+
+def _json(model: type[BaseModel]) -> Json:
+    return {"application/json": {"schema": {"$ref": _PREFIX.format(model=model.__name__)}}}
