@@ -316,11 +316,15 @@ def test_what_was_never_copied_is_not_left() -> None:
     shared = cache()
     left(shared, chain(range(11)))
     before = shared.pool.num_evictable
-    lease = shared.acquire(chain([*range(10), 50, 51]))
-    lease.extend(12)
-    lease.release()
-    shared.pool.check_integrity([])
-    assert shared.pool.num_evictable == before
+    for forgotten in (False, True):
+        lease = shared.acquire(chain([*range(10), 50, 51]))
+        lease.extend(12)
+        assert lease.copy is not None
+        if forgotten:  # and then no cached block begins with these tokens any more
+            shared.pool.clear()
+        lease.release()
+        shared.pool.check_integrity([])
+        assert shared.pool.num_evictable == (0 if forgotten else before)
 
 
 def test_a_block_that_is_forgotten_before_it_is_copied_can_still_be_copied() -> None:

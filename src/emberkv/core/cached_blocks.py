@@ -141,10 +141,10 @@ class CachedBlocks:
         There is at most one, just before these tokens in order: no cached partial block is the beginning of another
         exact one.
         """
-        if self.children is None:
+        index = start // chain.block_size
+        if self.children is None or chain.unsalted_parent(index) not in self._partial:
             return None
-        parent, tokens = chain.parent(start // chain.block_size), chain.encoded_slice(start, stop)
-        for child in self.children.neighbours(parent, tokens):
+        for child in self.children.neighbours(chain.parent(index), chain.encoded_slice(start, stop)):
             if child.partial and chain.common_tokens(start, stop, child.tokens) >= child.num_tokens:
                 return child
         return None
