@@ -7,13 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from emberkv.cli.bench import bench
-
-app = typer.Typer()
-app.command()(bench)
+from emberkv.cli.main import app
 
 ANSWER = (
     b'data: {"choices": [{"delta": {"content": "one"}, "finish_reason": "length"}]}\n\n'
@@ -55,7 +51,7 @@ def url() -> Iterator[str]:
 
 
 def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["--sessions", "2", "--turns", "2", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["bench", "--sessions", "2", "--turns", "2", *arguments], env={"COLUMNS": "200"})
 
 
 def test_a_run_prints_a_table_writes_json_and_exits_with_0(url: str, tmp_path: Path) -> None:

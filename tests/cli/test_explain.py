@@ -92,8 +92,8 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
         "░  partial     4  from token 396: the last block, which is not full or holds the prompt's end",
     ]
     assert lines[8] == "The first difference is at token 307:"
-    assert lines[9] == "  is cached    …本\\n\\x1b[31mIt is 2026-01-04.\\nGo on"
-    assert lines[10] == "  this prompt  …本\\n\\x1b[31mIt is 2026-01-05.\\nGo on"
+    assert lines[9] == "  is cached    日本\\n\\x1b[31mIt is 2026-01-04.\\nGo on"
+    assert lines[10] == "  this prompt  日本\\n\\x1b[31mIt is 2026-01-05.\\nGo on"
     assert lines[11].index("^") == cell_len(lines[9][: lines[9].index("4.")])
     assert lines[13:15] == ["Tenant bob has 396 of these tokens.", "For model older, the cache has 16 of these tokens."]
     assert lines[16] == "Canonical rules changed the prompt: date (2)."
@@ -177,4 +177,32 @@ def test_what_cannot_be_asked(server: _Server, arguments: tuple[str, ...]) -> No
 def test_nobody_listens(server: _Server) -> None:
     outcome = CliRunner().invoke(app, ["explain", "--url", "http://127.0.0.1:1", "--text", "Hi"])
     assert outcome.exit_code == 2
-    assert "cannot be asked" in outcome.stderr
+    assert "does not answer" in outcome.stderr
+    assert "is the server running? Name another with --url or EMBERKV_URL" in outcome.stderr
+
+
+def test_the_server_can_be_named_by_a_variable(server: _Server) -> None:
+    environ = {"EMBERKV_URL": f"http://127.0.0.1:{server.server_port}"}
+    assert CliRunner().invoke(app, ["explain", "--text", "Hi"], env=environ).exit_code == 0
+    assert len(server.asked) == 1
+
+
+def test_a_missing_tenant_is_told_with_its_option(server: _Server) -> None:
+    server.answer = (400, {"error": {"message": "tenant is missing; this server has 'acme'", "param": "tenant"}})
+    assert "this server has 'acme'; name it with --tenant" in invoke(server, "--text", "Hi").stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_caret_stands_under_the_difference_in_any_width(server: _Server, columns: int) -> None:
+    divergence = {**ANSWER["divergence"], "before": "before " * 30, "expected": "4 " * 90, "found": "5 " * 90}
+    server.answer = (200, {**ANSWER, "divergence": divergence})
+    lines = invoke(server, "--text", "Hi", COLUMNS=str(columns)).stdout.splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    (cached,) = (line for line in lines if line.startswith("  is cached"))
+    caret = lines[lines.index(cached) + 2]
+    assert cached[caret.index("^")] == "4"
+
+
+def test_all_but_one_token_is_not_100_percent(server: _Server) -> None:
+    server.answer = (200, {**ANSWER, "prompt_tokens": 2034, "hit_tokens": 2033})
+    assert invoke(server, "--text", "Hi").stdout.startswith("2,033 of 2,034 prompt tokens reused (99.9%)")

@@ -18,7 +18,7 @@ from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, run_workload
 from emberkv.bench.summary import Summary, as_json, summarize
 from emberkv.bench.workload import Workload
-from emberkv.cli.telling import errors_told
+from emberkv.cli.telling import error_console
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
@@ -70,7 +70,9 @@ def _result(
 
 def bench(
     *,
-    url: Annotated[str, typer.Option(help="The server, such as http://127.0.0.1:8080.")],
+    url: Annotated[
+        str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server, such as http://127.0.0.1:8080.")
+    ],
     sessions: Annotated[int, typer.Option(min=1, help="Conversations.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="Questions in each conversation.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 4,
@@ -97,8 +99,8 @@ def bench(
         user_tokens=user_tokens, answer_tokens=answer_tokens, seed=seed, nonce=nonce or secrets.token_hex(8),
     )  # fmt: skip
     target = Target(model, endpoint, extensions, seed)
-    with errors_told() as errors:
-        target, workload, records = asyncio.run(_run(connect(url, api_key, timeout), target, workload, errors))
+    errors = error_console()
+    target, workload, records = asyncio.run(_run(connect(url, api_key, timeout), target, workload, errors))
     summary = summarize(records)
     Console().print(report.render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
     if json_file:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from emberkv.cli.explanation_view import Answer, view
-from emberkv.cli.telling import errors_told
 from emberkv.errors import EmberError, RequestError
 
 PATH = "/v1/cache/explain"
@@ -37,7 +36,9 @@ def explain(
     raw: Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")] = False,
     api: Annotated[Api | None, typer.Option(help="What a request's JSON is of; default: told from its fields.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose prompt it is; for who has the admin key.")] = None,
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8080",
+    url: Annotated[
+        str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")
+    ] = "http://127.0.0.1:8080",
     key: Annotated[
         str | None,
         typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where one is asked for."),
@@ -48,14 +49,16 @@ def explain(
 
     Exits with 2 when the server cannot be asked.
     """
-    with errors_told():
-        question = _question(source, text, response_id, raw, api)
-        if tenant is not None:
-            question["tenant"] = tenant
-        with httpx.Client(base_url=url, timeout=60) as client:
-            answer = ask(client, question, key)
-        shown = json.dumps(answer, ensure_ascii=False, indent=1) if as_json else view(_checked(answer))
-    Console().print(shown, markup=False, highlight=False, soft_wrap=True)
+    question = _question(source, text, response_id, raw, api)
+    if tenant is not None:
+        question["tenant"] = tenant
+    with httpx.Client(base_url=url, timeout=60) as client:
+        answer = ask(client, question, key)
+    console = Console(markup=False, highlight=False)
+    if as_json:
+        typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
+    else:
+        console.print(view(_checked(answer), console.width))
 
 
 def ask(client: httpx.Client, question: dict[str, Any], key: str | None) -> dict[str, Any]:
@@ -64,14 +67,23 @@ def ask(client: httpx.Client, question: dict[str, Any], key: str | None) -> dict
         headers = {"authorization": f"Bearer {key}"} if key else {}
         response = client.post(PATH, json=question, headers=headers)
         answer = response.json()
+    except httpx.ConnectError as error:
+        raise ExplainError(
+            f"{client.base_url} does not answer ({error}); is the server running? "
+            "Name another with --url or EMBERKV_URL"
+        ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ExplainError(f"{client.base_url} cannot be asked: {error or type(error).__name__}") from error
     except ValueError as error:
         raise ExplainError(f"{client.base_url} is no emberkv server: its answer is not JSON") from error
     if response.status_code != 200 or not isinstance(answer, dict):
         problem = answer.get("error") if isinstance(answer, dict) else None
-        message = problem.get("message") if isinstance(problem, dict) else None
-        raise ExplainError(f"{client.base_url} answers {response.status_code}: {message or response.text[:200]}")
+        problem = problem if isinstance(problem, dict) else {}
+        hint = "; name it with --tenant" if problem.get("param") == "tenant" and "tenant" not in question else ""
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            hint = "; give one with --key or EMBERKV_ADMIN_KEY"
+        message = problem.get("message") or response.text[:200]
+        raise ExplainError(f"{client.base_url} answers {response.status_code}: {message}{hint}")
     return answer
 
 

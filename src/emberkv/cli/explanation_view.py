@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 BAR_CELLS = 60
-BEFORE_CELLS = 28
-AFTER_CELLS = 44
+LABEL_CELLS = 15
+BEFORE_SHARE = 0.4
+"""Of the columns for the texts around a first difference, the share that the text before it has."""
 
 _PLACES = ("green", "cyan", "blue", "bright_blue")
 _REASONS = {
@@ -79,11 +80,11 @@ class Answer(_Part):
     elsewhere: list[Elsewhere] = []
 
 
-def view(answer: Answer) -> RenderableType:
-    """Everything that the answer says, to be printed."""
+def view(answer: Answer, columns: int) -> RenderableType:
+    """Everything that the answer says, to be printed in lines of at most ``columns`` cells."""
     parts: list[RenderableType] = [_headline(answer), _bar(answer), _legend(answer)]
     if answer.divergence is not None:
-        parts += [Text(), *_difference(answer.divergence)]
+        parts += [Text(), *_difference(answer.divergence, columns)]
     if answer.elsewhere:
         parts += [Text(), *(_out_of_reach(each) for each in answer.elsewhere)]
     if answer.canonical:
@@ -93,9 +94,10 @@ def view(answer: Answer) -> RenderableType:
 
 
 def _headline(answer: Answer) -> Text:
-    share = answer.hit_tokens / max(1, answer.prompt_tokens)
+    tenths_of_percent = answer.hit_tokens * 1000 // max(1, answer.prompt_tokens)  # rounded down: 100% is all of them
     return Text.assemble(
-        (f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} prompt tokens reused", "bold"), f" ({share:.1%})"
+        (f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} prompt tokens reused", "bold"),
+        f" ({tenths_of_percent / 10:.1f}%)",
     )
 
 
@@ -147,13 +149,20 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _difference(divergence: Divergence) -> list[Text]:
+def _difference(divergence: Divergence, columns: int) -> list[Text]:
+    """The texts that differ, one under the other, and a caret under the first difference."""
+    cells = max(2, columns - LABEL_CELLS)
+    most_before = int(cells * BEFORE_SHARE)
     known = "is cached" if divergence.still_cached else "was cached"
-    before = _last_cells(_on_one_line(divergence.before), BEFORE_CELLS)
+    before = _last_cells(_on_one_line(divergence.before), most_before)
     lines = [Text(f"The first difference is at token {divergence.token:,}:")]
     for label, text, style in ((known, divergence.expected, "green"), ("this prompt", divergence.found, "red")):
-        lines.append(Text.assemble(f"  {label:<11}  ", before, (_first_cells(_on_one_line(text), AFTER_CELLS), style)))
-    lines.append(Text(" " * (15 + cell_len(before)) + "^", "bold"))
+        lines.append(
+            Text.assemble(
+                f"  {label:<11}  ", before, (_first_cells(_on_one_line(text), cells - cell_len(before)), style)
+            )
+        )
+    lines.append(Text(" " * (LABEL_CELLS + cell_len(before)) + "^", "bold"))
     return lines
 
 

@@ -5,10 +5,11 @@ from typing import Annotated
 import typer
 
 from emberkv import __version__
-from emberkv.cli import cache, workload
+from emberkv.cli import cache, tenants, workload
 from emberkv.cli.bench import bench
 from emberkv.cli.calibrate import calibrate
 from emberkv.cli.command import App
+from emberkv.cli.examples import examples
 from emberkv.cli.explain import explain
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
@@ -21,8 +22,10 @@ app.command("calibrate")(calibrate)
 app.command("explain")(explain)
 app.command("simulate")(simulate)
 app.command("plan")(plan)
+app.command("examples")(examples)
 app.add_typer(workload.app)
 app.add_typer(cache.app)
+app.add_typer(tenants.app)
 
 
 def _show_version(wanted: bool) -> None:
