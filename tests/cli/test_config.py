@@ -216,3 +216,24 @@ def test_a_secret_is_never_repeated() -> None:
     assert config.secret is not None
     assert config.secret.get_secret_value() == "long enough to be one"
     assert "long enough" not in repr(config)
+
+
+@pytest.mark.parametrize("origin", ["*", "https://chat.example", "http://localhost:3000"])
+def test_origins(origin: str) -> None:
+    assert serve_config({"cors_origins": [origin]}, {}).cors_origins == (origin,)
+    assert serve_config({}, {"EMBERKV_CORS_ORIGINS": f"{origin}, http://b"}).cors_origins == (origin, "http://b")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cors_origins": ["https://chat.example/"]}, "without a path"),
+        ({"cors_origins": ["chat.example"]}, "an origin is like https://example.com"),
+        ({"root_path": "llm"}, "begin with a slash"),
+        ({"root_path": "/llm/"}, "not end with one"),
+        ({"tls_cert": "cert.pem"}, "go together"),
+    ],
+)
+def test_settings_of_the_http_server_that_cannot_be(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve_config(given, {})

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from emberkv.errors import ConfigError
+from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 from tests.serving.fakes import FakeEngine, Script
@@ -173,3 +174,11 @@ def test_a_request_that_the_shutdown_cancels_is_refused_without_a_traceback(
         server.stop()
         assert connection.recv(65536).startswith(b"HTTP/1.1 503")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_files_that_are_no_certificate(lifecycle: Lifecycle, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("no key")
+    for certificate in (key, tmp_path / "missing.pem"):
+        with closing(bind_socket(port=0)) as bound, pytest.raises(ConfigError, match=r"tls_cert .* cannot be used"):
+            HttpServer(create_app(lifecycle), lifecycle, bound, tls=(certificate, key))

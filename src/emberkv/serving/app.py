@@ -49,10 +49,7 @@ def create_app(
     """
     settings = settings or ServingSettings()
     context = ServingContext(lifecycle, settings, clock=clock, wall_clock=wall_clock)
-    app = FastAPI(
-        title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
-        root_path=settings.root_path,
-    )  # fmt: skip
+    app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(ContentDecoding, max_bytes=settings.max_body_bytes)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins)
@@ -65,7 +62,7 @@ def create_app(
             expose_headers=[cache_header.NAME, *REQUEST_ID_HEADERS],
         )
     app.add_middleware(
-        RequestScope, metrics=context.metrics.http, clock=clock
+        RequestScope, metrics=context.metrics.http, clock=clock, root_path=settings.root_path
     )  # the last one added is the first to see a request
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_failure)
@@ -81,7 +78,7 @@ def create_app(
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return JSONResponse(openapi_document(app))
+        return JSONResponse(openapi_document(app, settings.root_path))
 
     @app.get("/version", dependencies=[Depends(context.tenant)])
     async def version() -> Response:

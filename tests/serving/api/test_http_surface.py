@@ -172,6 +172,7 @@ def test_behind_a_proxy_under_a_path(lifecycle: Lifecycle) -> None:
         assert client.get(path).status_code == 200, path
     assert client.post("/llm/v1/messages", {}).json()["type"] == "error"
     assert client.get("/llmx/health").status_code == 404
+    assert client.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
 
 
 def test_requests_are_counted_by_route(client: Client) -> None:

@@ -172,9 +172,10 @@ _ERRORS = {
 _PREFIX = "#/components/schemas/{model}"
 
 
-def openapi_document(app: FastAPI) -> Json:
-    """The OpenAPI document of an app whose routes are all in place."""
+def openapi_document(app: FastAPI, root_path: str = "") -> Json:
+    """The OpenAPI document of an app whose routes are all in place, served under ``root_path``."""
     document = app.openapi()
+    document["servers"] = [{"url": root_path or "/"}]
     document["info"] = {"title": "emberkv", "version": __version__}
     models: set[type[BaseModel]] = {*REQUESTS.values(), *ANSWERS.values(), Error, AnthropicError}
     in_order = sorted(models, key=lambda model: model.__name__)

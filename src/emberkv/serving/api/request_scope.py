@@ -30,8 +30,9 @@ class RequestScope:
     left ``root_path`` in front of as the rest of it.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, clock: Callable[[], float]) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: HttpMetrics, clock: Callable[[], float], root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
         self._metrics = metrics
         self._clock = clock
 
@@ -43,7 +44,11 @@ class RequestScope:
         info = RequestInfo(_request_id(Headers(scope=scope)), scope["method"])
         is_head = info.method == "HEAD"
         scope[SCOPE_KEY] = info  # in the server's own scope, too, which an unforeseen exception's handler is given
-        routed = {**scope, "path": _routed_path(scope), "method": "GET" if is_head else info.method}
+        routed = {
+            **scope,
+            "path": _routed_path(scope["path"], self._root_path),
+            "method": "GET" if is_head else info.method,
+        }
         status = CLIENT_GONE
 
         async def marked_send(message: Message) -> None:
@@ -86,9 +91,7 @@ def _request_id(headers: Headers) -> str:
     return given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
-def _routed_path(scope: Scope) -> str:
-    path: str = scope["path"]
-    root = scope.get("root_path", "")
-    if root and (path == root or path.startswith(f"{root}/")):
-        path = path[len(root) :]
+def _routed_path(path: str, root_path: str) -> str:
+    if path == root_path or path.startswith(f"{root_path}/"):
+        path = path[len(root_path) :]
     return path.rstrip("/") or "/"
