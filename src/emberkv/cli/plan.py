@@ -138,7 +138,6 @@ def _set_ups(found: Plan) -> Table:
     table = Table(title=Text(title), title_justify="left")
     priced = found.price_per_hour is not None
     for heading in (
-        "",
         "replicas",
         "and each",
         "by",

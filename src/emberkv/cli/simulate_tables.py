@@ -84,7 +84,7 @@ def _times(found: dict[str, Any], pace: dict[str, float]) -> Iterator[tuple[str,
         used = found["utilisation"]
         yield (
             "Utilisation",
-            f"{share_words(used['compute'])} of the time, {share_words(used['kv_memory'])} of KV blocks",
+            f"busy {share_words(used['compute'])} of the time; {share_words(used['kv_memory'])} of KV blocks held",
         )
     if found["slo"]:
         yield "SLO", f"attained by {share_words(found['slo']['all'])} of requests"

@@ -66,7 +66,7 @@ class Profile(Strict):
         base = data.get("base") if isinstance(data, dict) else None
         if base is None:
             return data
-        if base not in PRESETS:
+        if not isinstance(base, str) or base not in PRESETS:
             raise ValueError(f"base is {base!r}; accepted: {', '.join(PRESETS)}")
         return {**PRESETS[base], **data}
 
