@@ -133,7 +133,7 @@ def _sizes(found: Plan) -> Table:
 
 
 def _set_ups(found: Plan) -> Table:
-    """By formula, or simulated where a set-up was."""
+    """By formula, or simulated where a set-up was; the one to get has a mark."""
     title = f"Set-ups, each replica with {size_words(found.pool_bytes)} of KV memory"
     table = Table(title=Text(title), title_justify="left")
     priced = found.price_per_hour is not None
@@ -152,7 +152,8 @@ def _set_ups(found: Plan) -> Table:
         chosen = point == found.get
         cells = _cells(point)
         price = (price_words(found, point) or "").removesuffix(" an hour").removeprefix("$")
-        table.add_row(">" if chosen else "", *cells, *((price,) if priced else ()), style="bold" if chosen else None)
+        count = f"> {point.replicas:,}" if chosen else f"{point.replicas:,}"
+        table.add_row(count, *cells, *((price,) if priced else ()), style="bold" if chosen else None)
     return table
 
 
@@ -161,7 +162,7 @@ def _cells(point: SetUpPoint) -> tuple[str, ...]:
     ran = point.simulated
     if ran is None:
         times = (share_words(point.hit_rate), seconds_words(point.first_token), "")
-        return (f"{point.replicas:,}", beside, "formula", *times, f"< {rate_words(point.most_requests_per_second)}")
+        return (beside, "formula", *times, f"< {rate_words(point.most_requests_per_second)}")
     served = ran.load.served_per_second if ran.load else ran.requests_per_second
     times = (share_words(ran.hit_rate), seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft))
-    return (f"{point.replicas:,}", beside, "sim", *times, rate_words(served))
+    return (beside, "sim", *times, rate_words(served))

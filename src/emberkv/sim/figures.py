@@ -50,7 +50,7 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.color": _INK,
 }
 
-_LEGEND_CHARACTERS = 78
+_LEGEND_CHARACTERS = 66
 """As many fit beside each other, a line's sample being as wide as 7 of them."""
 
 _REFERENCES = re.compile(r'(\bid="|url\(#|href="#)')
