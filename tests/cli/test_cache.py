@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emberkv.cli.cache import app
+from emberkv.serving.admin.other_models import KnownModel, OtherModels
 from tests.tiers.build import NAMESPACE, OTHER, entries, inexact, records
 from tests.tiers.disks import files_of, opened, stored
 
@@ -137,6 +138,34 @@ def test_clear_does_not_ask_when_told_not_to_and_leaves_other_files(folder: Path
     assert files_of(folder) == []
     assert (folder / "prompts.json").read_text() == "{}"
     assert opened(folder).read_only is None
+
+
+def test_clear_deletes_learned_prompts_too(folder: Path) -> None:
+    learned = folder / f"prefixes.{'0a' * 8}.json"
+    learned.write_text("{}")
+    assert invoke("clear", folder, "--yes").stdout == "5 blocks and 1 lists of learned prompts deleted.\n"
+    assert not learned.exists()
+
+
+def test_no_name_in_a_folder_reaches_the_terminal_as_a_control_character(folder: Path) -> None:
+    stored(folder, entries(BLOCKS[5:], owner="\x1b]0;pwned\x07"))
+    assert "\\x1b]0;pwned\\x07" in invoke("ls", folder).stdout
+    assert "\x1b" not in invoke("ls", folder).stdout
+
+
+def test_verify_says_which_names_it_could_not_read_as_a_block_s(folder: Path) -> None:
+    path = files_of(folder)[0]
+    odd = path.with_name(path.name.replace(path.name[:64], path.name[:64].upper()))
+    path.rename(odd)
+    printed = invoke("verify", folder).stdout.splitlines()
+    assert printed[0].startswith("4 blocks, ")
+    assert printed[1:] == [f"not a block by its name, not read: {odd.relative_to(folder)}"]
+
+
+def test_ls_shows_a_model_s_name_where_it_is_known(folder: Path) -> None:
+    own = KnownModel(name="tiny", root=b"root", block_size=16)
+    OtherModels(folder, NAMESPACE, own)
+    assert f"tiny {MODEL}" in invoke("ls", folder).stdout
 
 
 @pytest.mark.parametrize("arguments", [("clear", "--yes"), ("verify", "--remove")])

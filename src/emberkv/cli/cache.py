@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import App
-from emberkv.cli.telling import errors_told
+from emberkv.cli.telling import errors_told, printable
 from emberkv.errors import CacheFolderError
+from emberkv.serving.admin.other_models import model_names
+from emberkv.serving.warmup.prefix_file import prefix_files
 from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.journal import JournalWriter
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile, scan
 from emberkv.tiers.disk.verify import verify
 
@@ -33,17 +36,19 @@ _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 @app.command("ls")
 def ls(folder: Folder) -> None:
-    """List what is kept, by model and owner."""
+    """List what is kept, by model and owner: the tenant whose prompts the blocks are of, or - where there are none."""
     with errors_told():
+        names = model_names(folder)
         groups = defaultdict[tuple[str, str], list[BlockFile]](list)
         for file in _listed(_existing(folder)):
-            groups[_model(file), file.owner].append(file)
+            groups[file.namespace.hex(), file.owner].append(file)
         table = Table("model", "owner", box=None)
         for heading in ("blocks", "not exact", "size", "last used", "least recently"):
             table.add_column(heading, justify="right")
         for (model, owner), files in sorted(groups.items()):
             rounded = sum(not file.exact for file in files)
-            table.add_row(model, _owner(owner), f"{len(files):,}", f"{rounded:,}", _size(files), *_ages(files))
+            counts = f"{len(files):,}", f"{rounded:,}", _size(files)
+            table.add_row(_named(model, names), _owner(owner), *counts, *_ages(files))
         Console().print(table if groups else "No blocks.")
 
 
@@ -80,7 +85,8 @@ def verify_command(
     with errors_told() as errors:
         files = _existing(folder)
         with _alone(files, folder) if remove else nullcontext():
-            listed = _listed(files)
+            passed_over: list[str] = []
+            listed = list(scan(files.blocks, passed_over.append))
             watched = track(listed, "reading", console=errors, transient=True)
             bad = [(file, fault) for file, fault in verify(files, watched) if fault]
             removed = _remove(files, [file for file, _ in bad]) if remove else 0
@@ -88,6 +94,10 @@ def verify_command(
         if bad:
             _print_bad(bad)
         Console().print(f"{len(listed):,} blocks, {_size(listed)}: {outcome}.")
+        for path in passed_over[:_SHOWN_BAD]:
+            typer.echo(printable(f"not a block by its name, not read: {BLOCKS}{os.sep}{path}"))
+        if len(passed_over) > _SHOWN_BAD:
+            typer.echo(f"... {len(passed_over):,} such names in all")
     if bad:
         raise typer.Exit(1)
 
@@ -98,14 +108,20 @@ def clear(
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete all blocks, of all models. A server that uses the folder must be stopped first."""
+    """Delete all blocks and learned prompts, of all models. Servers that use the folder must be stopped first."""
     with errors_told():
         files = _existing(folder)
         with _alone(files, folder):
-            listed = _listed(files)
-            if listed and not yes:
-                typer.confirm(f"Delete {len(listed):,} blocks, {_size(listed)}?", abort=True)
-            Console().print(f"{_remove(files, listed):,} blocks deleted.")
+            listed, learned = _listed(files), prefix_files(folder)
+            if (listed or learned) and not yes:
+                question = (
+                    f"Delete {len(listed):,} blocks, {_size(listed)}, and {len(learned):,} lists of learned prompts?"
+                )
+                typer.confirm(question, abort=True)
+            removed = _remove(files, listed)
+            for path in learned:
+                _delete(path, removed)
+            Console().print(f"{removed:,} blocks{_and_lists(learned)} deleted.")
 
 
 def _existing(folder: Path) -> BlockFiles:
@@ -116,9 +132,11 @@ def _existing(folder: Path) -> BlockFiles:
 
 @contextmanager
 def _alone(files: BlockFiles, folder: Path) -> Iterator[None]:
-    """Nobody else writes there meanwhile. Raises CacheFolderError where somebody does, or nobody may."""
+    """Keeps other processes from writing there. Raises CacheFolderError where one does, or where none may."""
     try:
         held = files.lock()
+        if held is not None:
+            files.tidy()
     except OSError as error:
         raise CacheFolderError(f"{folder} cannot be changed: {error.strerror}") from error
     if held is None:
@@ -141,6 +159,10 @@ def _remove(files: BlockFiles, listed: Iterable[BlockFile]) -> int:
         except OSError as error:
             raise CacheFolderError(f"{file.path} cannot be deleted: {error.strerror}; {count:,} were") from error
         count += 1
+    try:
+        JournalWriter(files.blocks).begin()  # so that processes that read here scan the folder again
+    except OSError as error:
+        raise CacheFolderError(f"the journal cannot be written: {error.strerror}; {count:,} were deleted") from error
     return count
 
 
@@ -148,18 +170,29 @@ def _print_bad(bad: list[tuple[BlockFile, str]]) -> None:
     """One a line, with its path, unbroken for whoever reads it by a program."""
     kinds = Counter(fault for _, fault in bad)
     for file, fault in bad[:_SHOWN_BAD]:
-        typer.echo(f"{fault}: {BLOCKS}{os.sep}{file.path}")
+        typer.echo(printable(f"{fault}: {BLOCKS}{os.sep}{file.path}"))
     if len(bad) > _SHOWN_BAD:
         typer.echo(f"... in all: {', '.join(f'{count:,} {fault}' for fault, count in kinds.most_common())}")
 
 
-def _model(file: BlockFile) -> str:
-    return file.namespace.hex()[:_MODEL_DIGITS]
+def _and_lists(learned: list[Path]) -> str:
+    return f" and {len(learned):,} lists of learned prompts" if learned else ""
+
+
+def _delete(path: Path, removed: int) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheFolderError(f"{path} cannot be deleted: {error.strerror}; {removed:,} blocks were") from error
+
+
+def _named(namespace: str, names: Mapping[str, str]) -> Text:
+    """The model's name where it is known, and the beginning of the namespace by which its blocks are told apart."""
+    return Text(printable(f"{names.get(namespace, '')} {namespace[:_MODEL_DIGITS]}".strip()))
 
 
 def _owner(owner: str) -> Text:
-    """Printed as it is, though without what would control the terminal."""
-    return Text(owner or "-")
+    return Text(printable(owner or "-"))
 
 
 def _size(files: Iterable[BlockFile]) -> str:

@@ -83,7 +83,16 @@ def assemble(
     executor = _checked_executor(loaded, config, kernels)
     namespace = tier_namespace(executor.root(b""), loaded.model, executor.pool.device)
     with ExitStack() as on_failure:
-        tiers = open_tiers(config.tiers, config.eviction, namespace, on_evicted) if config.prefix_cache else None
+        tiers = None
+        if config.prefix_cache:
+            tiers = open_tiers(
+                config.tiers,
+                config.eviction,
+                namespace,
+                block_bytes=executor.pool.block_bytes,
+                memory_bytes=int(psutil.virtual_memory().total),
+                on_evicted=on_evicted,
+            )
         if tiers is not None:
             on_failure.callback(tiers.close, 0.0)
         scheduler, link = _scheduler(executor, config, weight, tiers)

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ByteSize
+
 from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
 from emberkv.core.policies.retention import Retaining, RetentionBudget
+from emberkv.errors import ConfigError
 from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
@@ -58,10 +61,29 @@ class TierConfig:
 
 
 def open_tiers(
-    config: TierConfig, eviction: str, namespace: bytes, on_evicted: EvictionHook = lambda _tier, _hashes: None
+    config: TierConfig,
+    eviction: str,
+    namespace: bytes,
+    *,
+    block_bytes: int,
+    memory_bytes: int,
+    on_evicted: EvictionHook = lambda _tier, _hashes: None,
 ) -> TierManager | None:
-    """The tiers that the configuration names, or None. Raises ConfigError and CacheFolderError."""
+    """The tiers that the configuration names, or None.
+
+    block_bytes: of a block of the model, which a tier must have room for. memory_bytes: of this machine. Raises
+    ConfigError for a size that cannot work here, and CacheFolderError.
+    """
     tiers: list[Tier] = []
+    disk_bytes = config.disk_bytes if config.folder is not None else 0
+    for option, size in (("--ram-tier", config.ram_bytes), ("--cache-disk", disk_bytes)):
+        if 0 < size < block_bytes:
+            raise ConfigError(f"{option} is {size:,} bytes; a block of this model takes {block_bytes:,}, so give more")
+    if config.ram_bytes > memory_bytes:
+        raise ConfigError(
+            f"--ram-tier is {ByteSize(config.ram_bytes).human_readable()}; this machine has "
+            f"{ByteSize(memory_bytes).human_readable()} of memory, of which the model and the KV pool need a part"
+        )
     if config.ram_bytes:
         tiers.append(MemoryTier(config.ram_bytes, policy=config.tier_policy(RAM, eviction), name=RAM))
     if config.folder is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.core.hashing import TokenChain
-from emberkv.serving.admin.other_models import FILE_NAME, KnownModel, OtherModels
+from emberkv.serving.admin.other_models import FILE_NAME, KnownModel, OtherModels, model_names
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile
 
 OLD, NEW = b"\x01" * 32, b"\x02" * 32
@@ -46,3 +46,9 @@ def test_a_damaged_list_is_begun_anew(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / FILE_NAME).read_text())
     assert listed == {"models": {b"new".hex(): {"name": "newer", "root": NEW.hex(), "block_size": 4}}}
     assert (tmp_path / FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_list_with_a_name_that_is_no_namespace_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "models.json").write_text('{"models": {"no hex": {"name": "a", "root": "00", "block_size": 16}}}')
+    OtherModels(tmp_path, b"space", KnownModel(name="own", root=b"root", block_size=16))
+    assert model_names(tmp_path) == {b"space".hex(): "own"}

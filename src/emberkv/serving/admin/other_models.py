@@ -3,11 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.errors import UntrustedPathError
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile
+from emberkv.trusted_paths import read_own_file
 from emberkv.whole_file import remove_leftovers, replace_file
 
 FILE_NAME = "models.json"
@@ -23,12 +26,19 @@ class KnownModel(BaseModel):
     block_size: int = Field(ge=1)
 
 
+def _hexadecimal(namespace: str) -> str:
+    return bytes.fromhex(namespace).hex()
+
+
+Namespace = Annotated[str, AfterValidator(_hexadecimal)]
+
+
 class KnownModels(BaseModel):
     """By namespace, in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid")
 
-    models: dict[str, KnownModel] = {}
+    models: dict[Namespace, KnownModel] = {}
 
 
 class OtherModels:
@@ -77,8 +87,13 @@ class OtherModels:
         return any((self._folder / BLOCKS / file.path).exists() for file in files)
 
 
+def model_names(folder: Path) -> dict[str, str]:
+    """The names of the models that have used a cache folder, by namespace in hexadecimal."""
+    return {namespace: model.name for namespace, model in _read(folder / FILE_NAME).models.items()}
+
+
 def _read(path: Path) -> KnownModels:
     try:
-        return KnownModels.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):  # missing, or damaged: see OtherModels
+        return KnownModels.model_validate_json(read_own_file(path))
+    except (OSError, UntrustedPathError, ValidationError):  # missing, or damaged: see OtherModels
         return KnownModels()

@@ -4,6 +4,8 @@ The first line is JSON with format, version and the checksum of what follows: JS
 and the prefixes.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_128_hexdigest
 
 from emberkv.core.popularity import PopularPrefix, full_tokens
-from emberkv.errors import PrefixFileError
+from emberkv.errors import PrefixFileError, UntrustedPathError
+from emberkv.trusted_paths import open_own_file
 from emberkv.whole_file import replace_file
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -53,6 +56,11 @@ def prefix_file(folder: Path, namespace: bytes) -> Path:
     return folder / f"prefixes.{namespace[:8].hex()}.json"
 
 
+def prefix_files(folder: Path) -> list[Path]:
+    """The files of all models in a cache's folder."""
+    return sorted(path for path in folder.iterdir() if re.fullmatch(FILE_NAMES, path.name))
+
+
 def write_prefixes(path: Path, prefixes: Sequence[PopularPrefix], *, namespace: bytes, saved_at: float) -> None:
     """Replace the file, atomically; only the user may read it. saved_at: seconds since 1970.
 
@@ -71,12 +79,14 @@ def read_prefixes(path: Path, *, namespace: bytes) -> tuple[list[PopularPrefix],
     Raises PrefixFileError for a file that cannot be read, is damaged, of another version, or another model's.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         return [], 0.0
     except OSError as error:
         raise PrefixFileError(f"{path} cannot be read: {error.strerror}") from error
+    except UntrustedPathError as error:
+        raise PrefixFileError(f"it is not trusted: {error}") from error
     if len(content) > MAX_FILE_BYTES:
         raise PrefixFileError(f"{path} has more than {MAX_FILE_BYTES:,} bytes")
     first, _, rest = content.partition(b"\n")
