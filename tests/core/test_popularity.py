@@ -170,3 +170,25 @@ def test_never_above_the_bound(given_uses: list[tuple[list[int], int, int]], bou
         best = popularity.best(now)
         full_tokens(best)
         assert popularity.num_tokens == sum(len(prefix.tokens) for prefix in best) // 4
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=10), min_size=1, max_size=8),
+    removed=st.sets(st.integers(0, 20)),
+)
+def test_forgetting_is_as_if_no_prompt_had_gone_on_into_what_is_forgotten(
+    prompts: list[list[int]], removed: set[int]
+) -> None:
+    chains = [chain(each) for each in prompts]
+    blocks = list(dict.fromkeys(identity for each in chains for identity in each.identities))
+    gone = {blocks[index] for index in removed if index < len(blocks)}
+    popularity, expected = PrefixPopularity(), PrefixPopularity()
+    for each in chains:
+        kept = next((at for at, identity in enumerate(each.identities) if identity in gone), len(each.identities))
+        popularity.used(each, len(each), 0.0)
+        expected.used(each, kept * BLOCK, 0.0)
+    popularity.forget(gone)
+    assert popularity.num_tokens == expected.num_tokens
+    assert {key: score for key, score in scores(popularity).items() if key in scores(expected)} == scores(expected)
+    popularity.forget(None)
+    assert (popularity.best(0.0), popularity.num_tokens) == ([], 0)

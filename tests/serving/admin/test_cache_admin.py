@@ -14,7 +14,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import EVERYBODY, Tenants
-from emberkv.tiers.stats import TierStats
+from emberkv.tiers.stats import BOUNDS, TierStats
 from tests.serving.admin.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
@@ -143,7 +143,7 @@ def test_statistics(server: Server) -> None:
     counters = answer["counters"]
     assert (counters["query_tokens"], counters["hit_tokens"]) == (92, 40)
     pool = answer["places"]["pool"]
-    assert pool["blocks"] == {"total": 200, "cached": 11, "free": 200}
+    assert pool["blocks"] == {"total": 200, "in_use": 0, "cached": 11, "empty": 189}
     assert answer["sessions"] == 0
 
 
@@ -153,7 +153,9 @@ def test_counters_become_plain_figures() -> None:
     assert (figures["load_choices"], figures["tier_hit_tokens"]) == ({"load": 2}, {"disk": 16})
     tier = json.loads(json.dumps(plain(TierStats(skipped=Counter(queue=1)))))
     assert tier["skipped"] == {"queue": 1}
-    assert tier["load_latency"] == {"counts": [0] * 16, "seconds": 0.0}
+    latency = tier["load_latency"]
+    assert (latency["counts"], latency["seconds"]) == ([0] * 16, 0.0)
+    assert latency["upper_bounds"] == [*BOUNDS, None]
 
 
 def test_sessions_are_grouped(server: Server) -> None:
@@ -223,6 +225,7 @@ def test_a_pin_for_a_while_ends(server: Server) -> None:
     server.complete(LONG)
     (largest,) = look(server, "/prefixes?by=largest")["data"]
     assert ask(server, "/pin", prefix=largest["identity"], seconds=60)["blocks"] == 11
+    assert ask(server, "/pin", identity=largest["identity"], seconds=60)["blocks"] == 11
     server.core.policy.expire(1059.0)
     assert server.core.policy.retained_bytes == 11
     server.core.policy.expire(1060.0)
@@ -242,7 +245,8 @@ def test_a_removed_prefix_takes_along_what_goes_on_from_it_but_not_what_others_s
 
 def test_a_cleared_cache_has_nothing(server: Server) -> None:
     server.complete(LONG)
-    assert ask(server, "/clear")["blocks"] == {"pool": 11}
+    answer = {"object": "cache.cleared", "blocks": {"pool": 11}, "learned_prompts": 0, "kept": {}}
+    assert ask(server, "/clear") == answer
     (lost, _) = server.explain(**text(LONG))["misses"]
     assert lost["reason"] == lost["lost"]["how"] == "cleared"
     assert look(server, "/prefixes?by=largest")["data"] == []

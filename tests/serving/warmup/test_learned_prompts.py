@@ -12,6 +12,7 @@ from emberkv.errors import ConfigError, PrefixFileError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.prefix_file import MAX_FILE_BYTES, prefix_file, read_prefixes, write_prefixes
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.tiers.base import Removed
 
 BLOCK = 2
 NAMESPACE = b"n" * 32
@@ -100,7 +101,7 @@ def test_a_file_that_is_too_large_or_a_folder(tmp_path: Path) -> None:
     path.write_bytes(b"x" * (MAX_FILE_BYTES + 1))
     with pytest.raises(PrefixFileError, match="more than 67,108,864 bytes"):
         read_prefixes(path, namespace=NAMESPACE)
-    with pytest.raises(PrefixFileError, match="cannot be read: Is a directory"):
+    with pytest.raises(PrefixFileError, match="is not a regular file"):
         read_prefixes(tmp_path, namespace=NAMESPACE)
 
 
@@ -195,3 +196,42 @@ def test_a_folder_that_cannot_be_written_is_told_and_survived(tmp_path: Path, ca
     run.used(Salts()(WarmPrompt((1, 1))), 2)
     run.save()
     assert "learned prompts are not saved" in caplog.text
+
+
+def learned_two(folder: Path) -> tuple[LearnedPrompts, TokenChain, TokenChain]:
+    run = learned(folder)
+    first, second = (Salts()(WarmPrompt(tokens)) for tokens in ((1, 1, 2, 2, 3, 3), (1, 1, 4, 4)))
+    run.used(first, 6)
+    run.used(second, 4)
+    run.save()
+    return run, first, second
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_is_removed_is_forgotten_here_and_in_the_file(tmp_path: Path, restarted: bool) -> None:
+    run, first, _ = learned_two(tmp_path)
+    if restarted:
+        run = learned(tmp_path)
+    assert run.forget([first.identities[1]]) == Removed(1)
+    expected = [WarmPrompt((1, 1)), WarmPrompt((1, 1, 4, 4))]
+    assert sorted(learned(tmp_path).restore(), key=lambda each: each.tokens) == expected
+    assert WarmPrompt((1, 1, 2, 2, 3, 3)) not in run.restore()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_when_all_is_cleared_there_is_no_file(tmp_path: Path, restarted: bool) -> None:
+    run, _, _ = learned_two(tmp_path)
+    if restarted:
+        run = learned(tmp_path)
+    assert run.forget(None) == Removed(3)
+    assert list(tmp_path.iterdir()) == []
+    assert run.restore() == learned(tmp_path).restore() == []
+
+
+def test_where_the_file_cannot_be_changed_the_reason_is_given(tmp_path: Path) -> None:
+    run, _, _ = learned_two(tmp_path)
+    path = prefix_file(tmp_path, NAMESPACE)
+    path.unlink()
+    path.mkdir()
+    (path / "in the way").touch()
+    assert run.forget(None) == Removed(0, 3, "Is a directory")

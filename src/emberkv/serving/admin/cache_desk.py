@@ -21,6 +21,7 @@ from emberkv.serving.admin.explain import text_of
 from emberkv.serving.api.failures import NotFoundError
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.base import Removed
+from emberkv.tiers.stats import BOUNDS, Latencies
 
 T = TypeVar("T")
 
@@ -169,6 +170,8 @@ async def _nothing() -> Removed:
 
 def plain(stats: object) -> Any:
     """Figures as JSON has them. Not `dataclasses.asdict`, which spoils counters."""
+    if isinstance(stats, Latencies):
+        return {"upper_bounds": [*BOUNDS, None], "counts": list(stats.counts), "seconds": stats.seconds}
     if is_dataclass(stats) and not isinstance(stats, type):
         return {each.name: plain(getattr(stats, each.name)) for each in fields(stats)}
     if isinstance(stats, Mapping):
@@ -180,7 +183,12 @@ def plain(stats: object) -> Any:
 
 def _figures(scheduler: Scheduler) -> dict[str, Any]:
     pool, stats = scheduler.cache.pool, scheduler.stats
-    blocks = {"total": pool.num_blocks, "cached": pool.num_cached, "free": pool.num_free}
+    blocks = {
+        "total": pool.num_blocks,
+        "in_use": pool.num_blocks - pool.num_free,
+        "cached": pool.num_evictable,
+        "empty": pool.num_free - pool.num_evictable,
+    }
     shares = dict(pool.policy.bytes_by_owner()) if isinstance(pool.policy, FairShares) else {}
     return {
         "counters": plain(stats),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
@@ -22,14 +22,15 @@ class CacheQuestion(RequestBody):
     """The body of the routes below /v1/cache. Exactly one of the first four is given.
 
     openai: a chat or completion request's body; anthropic: a message request's. Both may leave out the model.
-    response_id: of a past response; answer: which of its answers. prefix: a listed prefix's identity, in hexadecimal.
+    response_id: of a past response; answer: which of its answers. prefix, or identity: a listed prefix's identity, in
+    hexadecimal.
     tenant: whose prompt it is; the operator's to say. seconds: how long to pin; None: until it is unpinned.
     """
 
     openai: dict[str, Any] | None = None
     anthropic: dict[str, Any] | None = None
     response_id: str | None = None
-    prefix: str | None = None
+    prefix: str | None = Field(default=None, validation_alias=AliasChoices("prefix", "identity"))
     answer: Annotated[int, Field(ge=0)] = 0
     tenant: str | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
