@@ -72,7 +72,7 @@ def test_a_second_server_on_the_folder_loads_and_does_not_store(filled: Filled, 
         with httpx.Client(base_url=second.url, timeout=DEADLINE) as client:
             ask(client, PROMPTS[0][::-1])
         settle(second)
-        skipped = second.metric("emberkv_tier_skipped_total", tier="disk", reason="another process writes here")
+        skipped = second.metric("emberkv_tier_skipped_total", tier="disk", reason="another_process_writes_here")
         assert skipped == len(PROMPTS[0]) // 16
         assert "another process writes here" in second.log.read_text()
         assert right(filled.server, filled.expected)
@@ -91,7 +91,7 @@ def test_a_read_only_folder_is_loaded_from(filled: Filled, tmp_path: Path) -> No
         with serving(tmp_path, *filled.flags, "--cache-dir", str(cache), through=obedient) as server:
             assert right(server, filled.expected)
             assert reused(server, "disk") > 0
-            assert server.metric("emberkv_tier_troubles_total", tier="disk", kind="folder cannot be written") == 1
+            assert server.metric("emberkv_tier_troubles_total", tier="disk", kind="folder_cannot_be_written") == 1
         assert server.exit_code() == 0
     finally:
         for path in folders:

@@ -90,7 +90,6 @@ def assemble(
                 config.eviction,
                 namespace,
                 block_bytes=executor.pool.block_bytes,
-                memory_bytes=int(psutil.virtual_memory().total),
                 on_evicted=on_evicted,
             )
         if tiers is not None:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ByteSize
-
 from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
@@ -66,12 +64,11 @@ def open_tiers(
     namespace: bytes,
     *,
     block_bytes: int,
-    memory_bytes: int,
     on_evicted: EvictionHook = lambda _tier, _hashes: None,
 ) -> TierManager | None:
     """The tiers that the configuration names, or None.
 
-    block_bytes: of a block of the model, which a tier must have room for. memory_bytes: of this machine. Raises
+    block_bytes: of a block of the model, which a tier must have room for. Raises
     ConfigError for a size that cannot work here, and CacheFolderError.
     """
     tiers: list[Tier] = []
@@ -79,11 +76,6 @@ def open_tiers(
     for option, size in (("--ram-tier", config.ram_bytes), ("--cache-disk", disk_bytes)):
         if 0 < size < block_bytes:
             raise ConfigError(f"{option} is {size:,} bytes; a block of this model takes {block_bytes:,}, so give more")
-    if config.ram_bytes > memory_bytes:
-        raise ConfigError(
-            f"--ram-tier is {ByteSize(config.ram_bytes).human_readable()}; this machine has "
-            f"{ByteSize(memory_bytes).human_readable()} of memory, of which the model and the KV pool need a part"
-        )
     if config.ram_bytes:
         tiers.append(MemoryTier(config.ram_bytes, policy=config.tier_policy(RAM, eviction), name=RAM))
     if config.folder is not None:
