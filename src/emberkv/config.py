@@ -171,7 +171,7 @@ class ServeConfig(BaseModel):
     ram_tier: Size = Field(default=ByteSize(0), ge=0)
     tenants: UserPath | None = None
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
-    max_body: Size = Field(default=ByteSize(16 * 2**20), gt=0)
+    max_body: Size | None = Field(default=None, gt=0)
     max_connections: int = Field(default=1024, ge=1, le=2**16)
     drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
     admin_key: Key | None = None

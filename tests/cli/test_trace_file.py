@@ -12,6 +12,7 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import ConfigError
+from emberkv.serving.background import Background
 from emberkv.sim.replica import ANY_TOKEN
 from emberkv.workload.ember_trace import read
 from emberkv.workload.request import Request
@@ -39,7 +40,7 @@ def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, uniform: bool) ->
     """To the token where the trace knows every token and hits go on into partial blocks."""
     path = tmp_path / "served.jsonl"
     served = []
-    with recording(path, unit) as recorder, running(Harness(uniform=uniform)) as harness:
+    with recording(path, unit, Background()) as recorder, running(Harness(uniform=uniform)) as harness:
         assert recorder is not None
         engine = recorder.over(harness.loop)
         for session in range(4):
@@ -62,15 +63,28 @@ def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, uniform: bool) ->
 
 
 def test_without_a_path_nothing_is_recorded() -> None:
-    with recording(None, 16) as recorder:
+    with recording(None, 16, Background()) as recorder:
         assert recorder is None
 
 
-def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "old.jsonl"
-    path.write_text("old")
-    with pytest.raises(ConfigError, match="which exists; name a file that does not"), recording(path, 16):
-        pass
-    assert path.read_text() == "old"
-    with pytest.raises(ConfigError, match="cannot be written: No such"), recording(tmp_path / "no" / "x.jsonl", 16):
-        pass
+def test_an_earlier_recording_is_kept_beside(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    for _ in range(3):
+        with recording(path, 16, Background()):
+            pass
+        path.write_text(f"{path.read_text()}{len(list(tmp_path.iterdir()))}")
+    kept = {each.name: each.read_text()[-1] for each in tmp_path.iterdir()}
+    assert kept == {"trace.jsonl.1": "1", "trace.jsonl.2": "2", "trace.jsonl": "3"}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_written_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for path, message in (
+        (tmp_path, "is no plain file"),
+        (tmp_path / "link", "is no plain file"),
+        (tmp_path / "no" / "x.jsonl", "cannot be written: No such"),
+    ):
+        with pytest.raises(ConfigError, match=message), recording(path, 16, Background()):
+            pass
+    assert [each.name for each in tmp_path.iterdir()] == ["link"]

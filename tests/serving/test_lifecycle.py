@@ -16,8 +16,8 @@ MESSAGE = {**CHAT, "max_tokens": 50}
 
 
 def status_of(ready: httpx.Response) -> dict[str, Any]:
-    """/ready's answer but for the warmup, which has tests of its own."""
-    return {name: value for name, value in ready.json().items() if name != "warmup"}
+    """/ready's answer but for warmup and background work, which have tests of their own."""
+    return {name: value for name, value in ready.json().items() if name not in ("warmup", "background")}
 
 
 def test_before_the_model_is_loaded(model: LoadedModel) -> None:

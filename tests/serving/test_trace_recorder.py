@@ -10,6 +10,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
+from emberkv.serving.background import BackgroundWork
 from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
 from emberkv.serving.trace_sessions import KEY_BYTES
 
@@ -229,7 +230,7 @@ def test_a_trace_that_cannot_be_written_is_told_and_ends(caplog: pytest.LogCaptu
         desk.whole("a", [1, 2], [5])
         desk.whole("b", [1, 2], [5])
         desk.close()
-    assert caplog.text.count("recording has ended") == 1
+    assert caplog.text.count("trace recorder has ended") == 1
 
 
 def test_everything_else_is_the_engine_s() -> None:
@@ -238,3 +239,52 @@ def test_everything_else_is_the_engine_s() -> None:
     assert (desk.engine.aborted, desk.over.stats().running) == (["x"], 7)
     assert (desk.over.context_length, desk.over.max_prompt_tokens) == (1000, 999)
     desk.close()
+
+
+def test_a_request_that_no_model_can_have_is_left_out_and_no_failure() -> None:
+    work = BackgroundWork("trace recorder")
+    found: list[RecordedRequest] = []
+    engine = HandEngine()
+    recorder = TraceRecorder(found.append, block_size=BLOCK, key=bytes(KEY_BYTES), clock=lambda: 1.0, work=work)
+    over = recorder.over(engine)
+    for name, tokens in (("odd", [2**32]), ("good", [1, 2, 3])):
+        over.submit(GenerationRequest(name, tokens, SamplingParams(max_tokens=2)), lambda _output: None)
+        engine.answer(name, [7])
+    recorder.close()
+    assert [request.prompt_tokens for request in found] == [3]
+    assert (work.failures, work.running) == (0, True)
+
+
+def test_what_fails_in_one_request_is_counted_and_the_others_are_recorded() -> None:
+    work = BackgroundWork("trace recorder")
+    found: list[RecordedRequest] = []
+
+    def sink(recorded: RecordedRequest) -> None:
+        if recorded.prompt_tokens == 2:
+            raise ValueError("a line that cannot be made")
+        found.append(recorded)
+
+    engine = HandEngine()
+    recorder = TraceRecorder(sink, block_size=BLOCK, key=bytes(KEY_BYTES), clock=lambda: 1.0, work=work)
+    over = recorder.over(engine)
+    for count in (1, 2, 3):
+        over.submit(GenerationRequest(str(count), [5] * count, SamplingParams(max_tokens=2)), lambda _output: None)
+        engine.answer(str(count), [7])
+    recorder.close()
+    assert [request.prompt_tokens for request in found] == [1, 3]
+    assert (work.failures, work.running) == (1, True)
+
+
+def test_a_trace_that_cannot_be_written_is_seen_to_have_ended() -> None:
+    work = BackgroundWork("trace recorder")
+
+    def full(_recorded: RecordedRequest) -> None:
+        raise OSError(28, "No space left on device")
+
+    engine = HandEngine()
+    recorder = TraceRecorder(full, block_size=BLOCK, key=bytes(KEY_BYTES), clock=lambda: 1.0, work=work)
+    over = recorder.over(engine)
+    over.submit(GenerationRequest("a", [1], SamplingParams(max_tokens=2)), lambda _output: None)
+    engine.answer("a", [7])
+    recorder.close()
+    assert not work.running

@@ -123,10 +123,11 @@ def run_server(config: ServeConfig) -> None:
     keys = server_keys(config)
     tenants = declare_tenants(config, keys.api, os.environ)
     served = str(config.model or DEMO_NAME)
-    with recording(config.record_trace, config.trace_unit or config.block_size, served) as recorder:
+    unit = config.trace_unit or config.block_size
+    with recording(config.record_trace, unit, lifecycle.background, served) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = ServingSettings(
-            max_body_bytes=int(config.max_body),
+            max_body_bytes=None if config.max_body is None else int(config.max_body),
             tenants=tenants,
             recorder=recorder,
             canonical=load_rules(config.canonical) if config.canonical is not None else None,

@@ -110,7 +110,12 @@ Tenants = Annotated[
     ),
 ]
 MaxBody = Annotated[
-    str | None, typer.Option(metavar="SIZE", rich_help_panel=SERVER, help="Largest request body. (default: 16MiB)")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=SERVER,
+        help="Largest request body. (default: 16MiB, or 64 bytes a token of context)",
+    ),
 ]
 DrainSeconds = Annotated[
     float | None,

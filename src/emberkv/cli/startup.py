@@ -81,7 +81,9 @@ class Startup:
         self._warmup = warmup
         self._engine = engine
         name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
-        cache = cache_access(engine, self._books, name=name, folder=self._config.cache_dir)
+        cache = cache_access(
+            engine, self._books, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
+        )
         engine.loop.start()
         names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
         model = LoadedModel(
@@ -117,7 +119,7 @@ class Startup:
             loaded, kernels = configured.load_configured(config, lambda line: status.update(escape(line)))
             status.update("allocating the KV pool and checking the attention")
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
-            public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer)
+            public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
             cache_bytes = configured.pool_bytes(config, loaded)
             tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})
             engine = assembly.assemble(
@@ -128,7 +130,15 @@ class Startup:
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
                 on_evicted=self._books.evicted,
             )
-        warmup = make_warmup(config, engine, self._tenants, prompts, problems, on_ready=self._lifecycle.warmed)
+        warmup = make_warmup(
+            config,
+            engine,
+            self._tenants,
+            prompts,
+            problems,
+            on_ready=self._lifecycle.warmed,
+            background=self._lifecycle.background,
+        )
         return loaded, engine, warmup
 
 

@@ -1,33 +1,40 @@
 """A recording in emberkv's own trace format, written as it goes."""
 
+import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from emberkv.errors import ConfigError
+from emberkv.serving.background import Background
 from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
 from emberkv.serving.trace_sessions import KEY_BYTES
 from emberkv.workload.ember_trace import Header, TraceLine
+
+_log = logging.getLogger(__name__)
 
 NOTE = "recorded by emberkv serve; block ids are keyed, and tell nothing of any text"
 
 
 @contextmanager
-def recording(path: Path | None, block_size: int, model: str = "") -> Iterator[TraceRecorder | None]:
+def recording(
+    path: Path | None, block_size: int, background: Background, model: str = ""
+) -> Iterator[TraceRecorder | None]:
     """A recorder that writes to ``path`` until the context ends; None without a path.
 
-    model: what serves: a folder, a hub id or the bundled model's name.
-    Raises ConfigError where there is a file already, or none can be written.
+    model: what serves: a folder, a hub id or the bundled model's name. A file that is there already gets the first free
+    of the names ``path.1``, ``path.2``, and so on. Raises ConfigError where no file can be written.
     """
     if path is None:
         yield None
         return
     try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError as error:
-        raise ConfigError(f"record_trace is {str(path)!r}, which exists; name a file that does not") from error
+        _move_aside(path)
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"record_trace is {str(path)!r}, which cannot be written: {error.strerror}") from error
     with file:
@@ -38,11 +45,29 @@ def recording(path: Path | None, block_size: int, model: str = "") -> Iterator[T
             file.write(line_of(recorded).model_dump_json(exclude_defaults=True) + "\n")
             file.flush()
 
-        recorder = TraceRecorder(write, block_size=block_size, key=secrets.token_bytes(KEY_BYTES), clock=time.monotonic)
+        key = secrets.token_bytes(KEY_BYTES)
+        work = background.work("trace recorder")
+        recorder = TraceRecorder(write, block_size=block_size, key=key, clock=time.monotonic, work=work)
         try:
             yield recorder
         finally:
             recorder.close()
+
+
+def _move_aside(path: Path) -> None:
+    """Raises ConfigError for what is no plain file, OSError for one that cannot be moved."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file():
+        raise ConfigError(f"--record-trace {path} is no plain file; name a new file, or one of an earlier recording")
+    for number in count(1):
+        try:
+            os.link(path, f"{path}.{number}")
+        except FileExistsError:
+            continue
+        path.unlink()
+        _log.info("the earlier recording is now %s.%d", path, number)
+        return
 
 
 def line_of(recorded: RecordedRequest) -> TraceLine:

@@ -50,8 +50,8 @@ def create_app(
     settings = settings or ServingSettings()
     context = ServingContext(lifecycle, settings, clock=clock, wall_clock=wall_clock)
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(ContentDecoding, max_bytes=settings.max_body_bytes)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(ContentDecoding, max_bytes=context.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=context.max_body_bytes)
     app.add_middleware(SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins)
     if settings.allowed_origins:
         app.add_middleware(
@@ -96,6 +96,7 @@ def create_app(
             "status": lifecycle.phase.value,
             "detail": lifecycle.detail,
             "warmup": lifecycle.warmup_report().as_json(),
+            "background": lifecycle.background.as_json(),
         }
         return JSONResponse(body, status_code=200 if is_ready else 503)
 

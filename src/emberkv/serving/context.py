@@ -19,6 +19,7 @@ from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.answers.generator import Prompt, TextGenerator
 from emberkv.serving.api import cache_header
+from emberkv.serving.api.body_limit import default_max_bytes
 from emberkv.serving.api.request_info import request_info
 from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
@@ -32,7 +33,6 @@ from emberkv.serving.tier_metrics import TierCollector
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.warmup.warmup_metrics import WarmupCollector
 
-DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
 
 _ID_PREFIXES = {"messages": "msg_", "chat_completions": "chatcmpl-", "completions": "cmpl-", "warm": "warm-"}
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """max_body_bytes: the largest request body accepted.
+    """max_body_bytes: the largest request body accepted; None: what `default_max_bytes` says of the model's context.
 
     tenants: who may ask; None makes each of ``api_keys`` one of its own, and without these no key is asked for.
     canonical: rules that rewrite prompts before they are rendered. recorder: is told of every request. For admin_key,
@@ -51,7 +51,7 @@ class ServingSettings:
     """
 
     api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_body_bytes: int | None = None
     tenants: Tenants | None = None
     canonical: CanonicalRules | None = None
     admin_key: str | None = None
@@ -86,6 +86,7 @@ class ServingContext:
         self.metrics = ServingMetrics(lifecycle.engine_stats)
         self.metrics.register(TierCollector(lifecycle.engine_stats))
         self.metrics.register(BuildCollector(lifecycle.about))
+        self.metrics.register(lifecycle.background)
         self.metrics.register(WarmupCollector(lifecycle.warmup_report))
         self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(
@@ -108,6 +109,12 @@ class ServingContext:
         request_id = _ID_PREFIXES[api] + uuid.uuid4().hex
         http_id = request_info(http).request_id
         return Asked(request_id, api, tenant, arrived, session_id(http.headers), canonical or {}, http_id)
+
+    def max_body_bytes(self) -> int:
+        """The largest body that is accepted now; before the model is loaded, the least that any model accepts."""
+        if self.settings.max_body_bytes is not None:
+            return self.settings.max_body_bytes
+        return default_max_bytes(self.lifecycle.model().engine.context_length if self.lifecycle.has_model else 0)
 
     def start(self, prompts: Sequence[Prompt], asked: Asked) -> AnswerStream:
         """Start answers that a drain waits for.

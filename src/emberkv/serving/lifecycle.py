@@ -13,6 +13,7 @@ from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.reuse_watch import ReuseWatch
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.api.failures import NotReadyError, UnknownModelError
+from emberkv.serving.background import Background
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 
@@ -59,6 +60,7 @@ class Lifecycle:
     """The server's state. Model and phase may be set from the thread that loads the model."""
 
     def __init__(self) -> None:
+        self.background = Background()
         self.phase = Phase.LOADING
         self.detail = "the model is being loaded"
         self._model: LoadedModel | None = None
@@ -85,6 +87,10 @@ class Lifecycle:
     def failed(self, reason: str) -> None:
         """The model cannot be loaded."""
         self.phase, self.detail = Phase.FAILED, reason
+
+    @property
+    def has_model(self) -> bool:
+        return self._model is not None
 
     def model(self) -> LoadedModel:
         """Raises NotReadyError before the model is loaded."""

@@ -1,11 +1,11 @@
 """The trace recorder: which requests came when, and what they share, in identities that tell nothing of their text."""
 
-import logging
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -14,9 +14,8 @@ from emberkv.core.hashing import token_array
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import Engine, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.serving.background import BackgroundWork
 from emberkv.serving.trace_sessions import KeyedIdentities, SessionBook, Turn, block_id
-
-_log = logging.getLogger(__name__)
 
 
 class Follows(NamedTuple):
@@ -60,17 +59,29 @@ class _Taken:
     after: Follows | None = None
 
 
+class _SinkError(Exception):
+    """The sink cannot be written to."""
+
+
 class TraceRecorder:
     """Gives each request to ``sink``, in the order of their arrival, once it and all before it have ended.
 
     key: see `KeyedIdentities`. clock: monotonic seconds. Hashing and the sink's writing happen on a thread of the
-    recorder's own. Requests that end before their first token are left out. When the sink raises OSError, that is
-    logged, nothing more is recorded, and serving goes on.
+    recorder's own. Requests that end before their first token are left out, and so is one that cannot be recorded,
+    which ``work`` counts. When the sink raises OSError, nothing more is recorded, which ``work`` shows, and serving
+    goes on.
     """
 
     def __init__(
-        self, sink: Callable[[RecordedRequest], None], *, block_size: int, key: bytes, clock: Callable[[], float]
+        self,
+        sink: Callable[[RecordedRequest], None],
+        *,
+        block_size: int,
+        key: bytes,
+        clock: Callable[[], float],
+        work: BackgroundWork | None = None,
     ) -> None:
+        self._work = work or BackgroundWork("trace recorder")
         self._sink = sink
         self._block_size = block_size
         self._identities = KeyedIdentities(key, block_size)
@@ -102,8 +113,9 @@ class TraceRecorder:
         return taken
 
     def ended(self, taken: _Taken, reason: FinishReason) -> None:
-        at = self._clock()
-        self._messages.put(lambda: self._finish(taken, at, reason))
+        with self._lock:
+            at = self._clock()
+            self._messages.put(lambda: self._finish(taken, at, reason))
 
     def refused(self, taken: _Taken) -> None:
         self._messages.put(lambda: self._forget(taken))
@@ -111,18 +123,33 @@ class TraceRecorder:
     def _run(self) -> None:
         try:
             while (message := self._messages.get()) is not None:
-                message()
+                self._do(message)
             for taken in [each for each in self._taken if each.reason is None]:
-                self._finish(taken, self._clock(), FinishReason.ABORT)
-        except OSError:
-            _log.exception("the trace cannot be written; recording has ended")
+                self._do(partial(self._finish, taken, self._clock(), FinishReason.ABORT))
+        except _SinkError as error:
+            self._work.ended(f"the trace cannot be written ({error})")
             while self._messages.get() is not None:
                 pass
 
+    def _do(self, message: Callable[[], None]) -> None:
+        """What fails in one request must not end the recording of others. Raises _SinkError."""
+        ended: _SinkError | None = None
+        with self._work.attempt():
+            try:
+                message()
+            except _SinkError as error:
+                ended = error
+        if ended is not None:
+            raise ended
+
     def _take_in(self, taken: _Taken) -> None:
+        request = taken.request
+        try:
+            tokens = token_array(request.prompt_token_ids)
+        except OverflowError:  # no model has such a token, so that the engine refuses the request
+            return
         if self._began is None:
             self._began = taken.arrival
-        request, tokens = taken.request, token_array(taken.request.prompt_token_ids)
         taken.links = self._links(request, tokens)
         session = self._identities.name(
             "session", f"{request.tenant}/{request.session_id}" if request.session_id else ""
@@ -143,15 +170,21 @@ class TraceRecorder:
 
     def _finish(self, taken: _Taken, at: float, reason: FinishReason) -> None:
         taken.reason = reason
+        try:
+            self._extend(taken, at)
+        finally:
+            self._write_ended()
+
+    def _extend(self, taken: _Taken, at: float) -> None:
+        """The turn goes on to the end of its answer."""
         if taken.turn is not None and taken.answer:
             taken.turn.ended = at
             tokens = token_array(taken.request.prompt_token_ids) + taken.answer
             taken.links = self._links(taken.request, tokens)
             self._book.reached(taken.turn, len(tokens), taken.links[: len(tokens) // self._block_size])
-        self._write_ended()
 
     def _forget(self, taken: _Taken) -> None:
-        del self._taken[taken]
+        self._taken.pop(taken, None)  # it is not there if it could not be taken in
         self._write_ended()
 
     def _write_ended(self) -> None:
@@ -161,7 +194,11 @@ class TraceRecorder:
                 return
             del self._taken[first]
             if first.answer and first.turn is not None:
-                self._sink(self._recorded(first, first.turn))
+                recorded = self._recorded(first, first.turn)
+                try:
+                    self._sink(recorded)
+                except OSError as error:
+                    raise _SinkError(error.strerror or type(error).__name__) from error
 
     def _recorded(self, taken: _Taken, turn: Turn) -> RecordedRequest:
         prompt, answer = len(taken.request.prompt_token_ids), len(taken.answer)

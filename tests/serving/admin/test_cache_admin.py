@@ -266,3 +266,11 @@ def test_what_a_request_marks_is_retained(server: Server) -> None:
     assert server.client.post("/v1/messages", body).status_code == 200
     (request,) = server.core.submitted
     assert (request.retain_tokens, request.retain_seconds) == (len("<system>" + LONG + "<user>"), 3600.0)
+
+
+@pytest.mark.parametrize("limit", ["9" * 5000, "0", "0" * 5000, "-1", "\u0663", "1e2", "", "201"])
+def test_a_limit_that_is_none(server: Server, limit: str) -> None:
+    response = server.client.get("/v1/cache/prefixes", params={"limit": limit}, headers=HERE)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("limit is ")
+    assert server.client.get("/v1/cache/prefixes", params={"limit": "0020"}, headers=HERE).status_code == 200

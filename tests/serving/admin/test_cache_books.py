@@ -3,10 +3,11 @@
 import threading
 
 from emberkv.core.events import BlockRemoved, BlockStored
+from emberkv.core.explaining.cached_prefixes import largest
 from emberkv.core.explaining.explanation import POOL, Loss, LossKind, Outcome, Reason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import Identity
-from emberkv.serving.admin.cache_books import CacheBooks
+from emberkv.serving.admin.cache_books import COPIED_BLOCKS, CacheBooks
 from tests.core.harness import chain
 from tests.core.ledgers import stored
 
@@ -82,3 +83,26 @@ def test_what_one_place_gives_up_may_still_be_in_another() -> None:
     kept.evicted("disk", [FIRST])
     with kept.reading() as ledger:
         assert ledger.known(FIRST).loss == Loss("disk", 5.0, LossKind.EVICTED)
+
+
+def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
+    kept = books()
+    for number in range(3 * COPIED_BLOCKS // 2):
+        each = chain([number] * 4)
+        kept.saw([BlockStored(tuple(each.identities), each.root, (each.block_tokens(0),), 4)])
+    view = kept.copied()
+    kept.admitted("later", PROMPT, 10, Outcome(), hit_unit=4)
+    assert kept.explained("later") is not None
+    assert len(view) == 3 * COPIED_BLOCKS // 2
+    assert len(largest(view, 10_000)) == len(view)
+
+
+def test_an_explanation_that_is_there_waits_for_no_reader() -> None:
+    kept = books()
+    kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
+    found: list[object] = []
+    asking = threading.Thread(target=lambda: found.append(kept.explained("a")), daemon=True)
+    with kept.reading():
+        asking.start()
+        asking.join(20)
+        assert len(found) == 1

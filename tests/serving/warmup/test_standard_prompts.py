@@ -50,13 +50,13 @@ def test_a_useless_file_is_refused_as_an_option_and_replaced_as_a_fallback(
 
 
 def test_equal_prompts_count_once() -> None:
-    prompts, problems = standard_prompts(["Be kind.", "Be brief.", "Be kind."], ByteTokenizer())
+    prompts, problems = standard_prompts(["Be kind.", "Be brief.", "Be kind."], ByteTokenizer(), None)
     assert prompts == [warm_prompt("Be kind."), warm_prompt("Be brief.")]
     assert problems == []
 
 
 def test_a_prompt_that_the_template_rejects_is_a_problem() -> None:
-    prompts, problems = standard_prompts(["offend the template", "Be kind."], ByteTokenizer())
+    prompts, problems = standard_prompts(["offend the template", "Be kind."], ByteTokenizer(), None)
     assert prompts == [warm_prompt("Be kind.")]
     assert problems == ["system prompt 1: the chat template rejects these messages"]
     assert list(prompts[0].tokens) == shared_prefix(ByteTokenizer(), "Be kind.")
@@ -71,4 +71,4 @@ def test_rules_rewrite_them_as_they_do_requests() -> None:
 
 
 def test_none_are_asked_for() -> None:
-    assert standard_prompts([], ByteTokenizer()) == ([], [])
+    assert standard_prompts([], ByteTokenizer(), None) == ([], [])

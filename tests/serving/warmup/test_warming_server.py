@@ -41,6 +41,7 @@ def test_not_ready_but_answering(lifecycle: Lifecycle, client: Client) -> None:
     ready = client.get("/ready")
     assert ready.status_code == 503
     assert ready.json() == {
+        "background": {},
         "ready": False,
         "status": "warming",
         "detail": "the model is loaded; prompts are being warmed",

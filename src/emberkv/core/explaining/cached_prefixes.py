@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 
 from emberkv.core.explaining.explain import decode_tokens
-from emberkv.core.explaining.ledger import Entry, Ledger
+from emberkv.core.explaining.ledger import Entry, Ledger, LedgerView
 from emberkv.core.hashing import TOKEN_BYTES, Identity
 
 
@@ -25,7 +25,7 @@ class CachedPrefix:
     last_hit: float
 
 
-def largest(ledger: Ledger, limit: int) -> list[CachedPrefix]:
+def largest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
     """The longest cached prefixes that are no part of a longer one, the longest first."""
     cached = [entry for entry in ledger if entry.loss is None]
     inner = {above.identity for entry in cached if (above := ledger.above(entry)) is not None}
@@ -35,7 +35,7 @@ def largest(ledger: Ledger, limit: int) -> list[CachedPrefix]:
     return [_described(ledger, entry, lengths[entry.identity], entry.hits, entry.last_hit) for entry in chosen]
 
 
-def hottest(ledger: Ledger, limit: int) -> list[CachedPrefix]:
+def hottest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
     """The prefixes that saved most: hits times tokens. Of prefixes reused equally often, only the longest is told."""
     cached = [entry for entry in ledger if entry.loss is None]
     lengths = _lengths(ledger, cached)
@@ -59,7 +59,7 @@ def hottest(ledger: Ledger, limit: int) -> list[CachedPrefix]:
     ]
 
 
-def path_to(ledger: Ledger, identity: Identity) -> list[Entry]:
+def path_to(ledger: LedgerView, identity: Identity) -> list[Entry]:
     """The known blocks from a chain's beginning to ``identity``; empty when it is not known."""
     path = []
     entry = ledger.get(identity)
@@ -85,13 +85,13 @@ def unshared(ledger: Ledger, path: Sequence[Identity]) -> list[Identity]:
     return gone
 
 
-def first_tokens(ledger: Ledger, identity: Identity, count: int) -> tuple[int, ...]:
+def first_tokens(ledger: LedgerView, identity: Identity, count: int) -> tuple[int, ...]:
     """The first ``count`` tokens of the chain that leads to ``identity``."""
     encoded = b"".join(entry.tokens for entry in path_to(ledger, identity))
     return decode_tokens(encoded[: count * TOKEN_BYTES])
 
 
-def _lengths(ledger: Ledger, entries: Iterable[Entry]) -> dict[Identity, int]:
+def _lengths(ledger: LedgerView, entries: Iterable[Entry]) -> dict[Identity, int]:
     """Tokens from a chain's beginning to the end of each of ``entries``, and of what lies before them."""
     lengths: dict[Identity, int] = {}
     for entry in entries:
@@ -107,12 +107,12 @@ def _lengths(ledger: Ledger, entries: Iterable[Entry]) -> dict[Identity, int]:
     return lengths
 
 
-def _described(ledger: Ledger, entry: Entry, tokens: int, hits: int, last_hit: float) -> CachedPrefix:
+def _described(ledger: LedgerView, entry: Entry, tokens: int, hits: int, last_hit: float) -> CachedPrefix:
     places = tuple(ledger.places(entry.identity))
     return CachedPrefix(entry.identity, tokens, _owner(ledger, entry), places, hits, last_hit)
 
 
-def _owner(ledger: Ledger, entry: Entry) -> str:
+def _owner(ledger: LedgerView, entry: Entry) -> str:
     """Read off the nearest border above; a chain that crosses none is public, or nobody's."""
     climbed: Entry | None = entry
     while climbed is not None:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explanation import POOL, Loss, LossKind
@@ -32,21 +32,12 @@ class Border:
     owner: str
 
 
-class Ledger:
-    """Follows the pool's events and the tiers' news, and remembers up to ``max_blocks`` blocks.
+class LedgerView:
+    """What is known of blocks, without the blocks that follow each."""
 
-    Beyond that, what was lost longest ago is forgotten first, then what was learned longest ago. A forgotten block is
-    only explained less well: what a prompt hits is not decided here. Times are passed in, in seconds.
-    """
-
-    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS) -> None:
-        if max_blocks < 1:
-            raise ConfigError(f"a ledger of {max_blocks} blocks; it must remember at least 1")
-        self._max_blocks = max_blocks
+    def __init__(self) -> None:
         self._entries: dict[Identity, Entry] = {}
-        self._children: dict[Identity, list[Identity]] = {}  # sorted by their tokens
         self._held: dict[str, set[Identity]] = {POOL: set()}
-        self._lost: dict[Identity, None] = {}  # in the order of their loss
         self._borders: dict[Identity, Border] = {}  # by the salted parent of the first private block
 
     def __len__(self) -> int:
@@ -68,6 +59,44 @@ class Ledger:
     def places(self, identity: Identity) -> list[str]:
         """Where a block is, the pool first."""
         return [place for place, held in self._held.items() if identity in held]
+
+    def above(self, entry: Entry) -> Entry | None:
+        """The known block before ``entry``, across the border to what is public."""
+        border = self._borders.get(entry.parent)
+        return self._entries.get(entry.parent if border is None else border.above)
+
+    def border(self, entry: Entry) -> Border | None:
+        """The border that lies just above ``entry``, where one does."""
+        return self._borders.get(entry.parent)
+
+
+class Ledger(LedgerView):
+    """Follows the pool's events and the tiers' news, and remembers up to ``max_blocks`` blocks.
+
+    Beyond that, what was lost longest ago is forgotten first, then what was learned longest ago. A forgotten block is
+    only explained less well: what a prompt hits is not decided here. Times are passed in, in seconds.
+    """
+
+    def __init__(self, max_blocks: int = DEFAULT_MAX_BLOCKS) -> None:
+        if max_blocks < 1:
+            raise ConfigError(f"a ledger of {max_blocks} blocks; it must remember at least 1")
+        super().__init__()
+        self._max_blocks = max_blocks
+        self._children: dict[Identity, list[Identity]] = {}  # sorted by their tokens
+        self._lost: dict[Identity, None] = {}  # in the order of their loss
+
+    def begin_copy(self) -> tuple[LedgerView, list[Identity]]:
+        """A view to be filled by `copy_to`, and the blocks that it is to get."""
+        view = LedgerView()
+        view._held = {place: set(held) for place, held in self._held.items()}
+        view._borders = dict(self._borders)
+        return view, list(self._entries)
+
+    def copy_to(self, view: LedgerView, identities: Iterable[Identity]) -> None:
+        """Copy what is known of these blocks now; those that are not known any more are left out."""
+        for identity in identities:
+            if (entry := self._entries.get(identity)) is not None:
+                view._entries[identity] = replace(entry)
 
     def children(self, identity: Identity) -> Sequence[Identity]:
         """The known blocks that follow a block or a root, sorted by their encoded tokens."""
@@ -125,15 +154,6 @@ class Ledger:
             entry = self._entries.get(identity)
             if entry is not None and entry.loss is None:
                 self._mark(identity, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
-
-    def above(self, entry: Entry) -> Entry | None:
-        """The known block before ``entry``, across the border to what is public."""
-        border = self._borders.get(entry.parent)
-        return self._entries.get(entry.parent if border is None else border.above)
-
-    def border(self, entry: Entry) -> Border | None:
-        """The border that lies just above ``entry``, where one does."""
-        return self._borders.get(entry.parent)
 
     def served(self, chain: TokenChain, hit_blocks: int, now: float) -> None:
         """A prompt reused its first ``hit_blocks`` blocks."""

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from emberkv.core.events import BlockRemoved, Event
 from emberkv.core.explaining.explain import explain
 from emberkv.core.explaining.explanation import Explanation, Outcome
-from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.explaining.ledger import Ledger, LedgerView
 from emberkv.core.hashing import Identity, TokenChain
 
 MAX_RECORDS = 2000
+COPIED_BLOCKS = 1000
 
 
 class CacheBooks:
@@ -86,8 +87,25 @@ class CacheBooks:
 
     def explained(self, request_id: str) -> Explanation | None:
         """Of a prompt that was served; None when it was not, or too long ago."""
-        with self.reading():
-            return self._explained.get(request_id)
+        found = self._explained.get(
+            request_id
+        )  # without the lock: whoever answers the request must not wait for readers
+        if found is None:
+            with self.reading():
+                found = self._explained.get(request_id)
+        return found
+
+    def copied(self) -> LedgerView:
+        """A copy of the ledger, for readers that take long. The lock is given back after each `COPIED_BLOCKS`, so that
+        what happens meanwhile may be seen of some blocks and not of others.
+        """
+        with self.reading() as ledger:
+            view, identities = ledger.begin_copy()
+        for start in range(0, len(identities), COPIED_BLOCKS):
+            with self.reading() as ledger:
+                ledger.copy_to(view, identities[start : start + COPIED_BLOCKS])
+            time.sleep(0)  # a thread that takes the lock at once again would be the next to have it
+        return view
 
     @contextmanager
     def reading(self) -> Iterator[Ledger]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from emberkv.core.explaining.cached_prefixes import CachedPrefix, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.explaining.explain import decode_tokens
 from emberkv.core.explaining.explanation import POOL
-from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.explaining.ledger import LedgerView
 from emberkv.core.hashing import Identity
 from emberkv.core.policies.fair_shares import FairShares
 from emberkv.core.scheduler import Scheduler
@@ -79,10 +79,10 @@ class CacheDesk:
         return await asyncio.to_thread(self._listed, largest if by == "largest" else hottest, limit, tokenizer)
 
     def _listed(
-        self, choose: Callable[[Ledger, int], list[CachedPrefix]], limit: int, tokenizer: Tokenizer
+        self, choose: Callable[[LedgerView, int], list[CachedPrefix]], limit: int, tokenizer: Tokenizer
     ) -> list[dict[str, Any]]:
-        with self._cache.books.reading() as ledger:
-            chosen = [(each, first_tokens(ledger, each.identity, SHOWN_TOKENS)) for each in choose(ledger, limit)]
+        view = self._cache.books.copied()
+        chosen = [(each, first_tokens(view, each.identity, SHOWN_TOKENS)) for each in choose(view, limit)]
         return [
             {
                 **asdict(each),
@@ -93,8 +93,11 @@ class CacheDesk:
             for each, tokens in chosen
         ]
 
-    def path(self, identity: Identity) -> Path:
+    async def path(self, identity: Identity) -> Path:
         """The way to a listed prefix. Raises NotFoundError when it is not known, or not any more."""
+        return await asyncio.to_thread(self._path, identity)
+
+    def _path(self, identity: Identity) -> Path:
         with self._cache.books.reading() as ledger:
             entries = path_to(ledger, identity)
             owners = [border.owner for entry in entries if (border := ledger.border(entry)) is not None]
@@ -115,8 +118,7 @@ class CacheDesk:
         """Remove a prefix and all that goes on from it, but not what other prefixes share, from pool, tiers and learned
         prompts.
         """
-        with self._cache.books.reading() as ledger:
-            identities = unshared(ledger, path.identities)
+        identities = await asyncio.to_thread(self._unshared, path)
         manager = self._cache.manager
 
         def command(scheduler: Scheduler) -> tuple[int, Mapping[str, Future[Removed]]]:
@@ -125,6 +127,10 @@ class CacheDesk:
         removal = await self._removal(identities, command)
         self._cache.books.removed(identities)
         return removal
+
+    def _unshared(self, path: Path) -> list[Identity]:
+        with self._cache.books.reading() as ledger:
+            return unshared(ledger, path.identities)
 
     async def clear(self) -> Removal:
         """Remove everything of this model, from pool, tiers and learned prompts."""

@@ -15,6 +15,7 @@ from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.other_models import KnownModel, OtherModels
 from emberkv.serving.admin.reuse_watch import ReuseWatch
+from emberkv.serving.background import Background
 from emberkv.serving.tenancy.tenants import Tenant
 
 if TYPE_CHECKING:  # needs torch
@@ -43,15 +44,25 @@ def observer(books: CacheBooks, *, hit_unit: int) -> CacheObserver:
     return saw
 
 
-def cache_access(engine: "AssembledEngine", books: CacheBooks, *, name: str, folder: Path | None = None) -> CacheAccess:
+def cache_access(
+    engine: "AssembledEngine",
+    books: CacheBooks,
+    *,
+    name: str,
+    folder: Path | None = None,
+    background: Background | None = None,
+) -> CacheAccess:
     """The way to an engine's cache; from now on its news are written into ``books``. Call before the engine starts.
 
-    name: of the model. folder: where it keeps blocks; its name is written there, for other models to tell.
+    name: of the model. folder: where it keeps blocks; its name is written there, for other models to tell. background:
+    counts what of the news cannot be taken in.
     """
     loop = engine.loop
-    loop.watch(observer(books, hit_unit=engine.scheduler.cache.hit_unit))
+    background = background or Background()
+    ledger = background.work("ledger of blocks")
+    loop.watch(ledger.guarded(observer(books, hit_unit=engine.scheduler.cache.hit_unit)))
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
-    loop.watch(reuse.saw)
+    loop.watch(background.work("reuse estimates").guarded(reuse.saw))
     if engine.tiers is not None:
         books.below = engine.tiers.tiers_of
 

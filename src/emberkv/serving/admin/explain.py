@@ -39,8 +39,12 @@ async def explain_prompt(
     outcome, hit_unit = await asyncio.wrap_future(
         cache.run(lambda scheduler: (look_up(scheduler.cache, cache.lower, chain), scheduler.cache.hit_unit))
     )
-    with cache.books.reading() as ledger:
-        explanation = explain(ledger, chain, outcome, hit_unit=hit_unit)
+
+    def explained() -> Explanation:
+        with cache.books.reading() as ledger:
+            return explain(ledger, chain, outcome, hit_unit=hit_unit)
+
+    explanation = await asyncio.to_thread(explained)
     elsewhere: list[Mapping[str, Any]] = []
     for model, tokens in (await asyncio.to_thread(cache.other_models, prompt.token_ids, tenant)).items():
         elsewhere.append({"model": model, "tokens": tokens})

@@ -1,7 +1,10 @@
 """The cache's own routes below /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
 
 import asyncio
+import re
+import reprlib
 from dataclasses import asdict
+from functools import partial
 from math import inf
 
 from fastapi import APIRouter, Request
@@ -19,7 +22,7 @@ from emberkv.serving.api.failures import CLIENT_GONE, NotFoundError
 from emberkv.serving.api.rendering import RenderedPrompt
 from emberkv.serving.api.sse import unless_disconnected
 from emberkv.serving.api.validation import parse_body
-from emberkv.serving.context import ServingContext
+from emberkv.serving.context import LARGE_BODY_BYTES, ServingContext
 from emberkv.serving.tenancy.tenants import Tenant
 
 MAX_LISTED = 200
@@ -54,9 +57,9 @@ class CacheRoutes:
         await self._context.guard.operator(http)
         by, limit = http.query_params.get("by", "hottest"), http.query_params.get("limit", "20")
         if by not in ("hottest", "largest"):
-            raise RequestError(f"by is {by!r}; it must be 'hottest' or 'largest'", param="by")
-        if not limit.isdecimal() or not 0 < int(limit) <= MAX_LISTED:
-            raise RequestError(f"limit is {limit!r}; it must be from 1 to {MAX_LISTED}", param="limit")
+            raise RequestError(f"by is {reprlib.repr(by)}; it must be 'hottest' or 'largest'", param="by")
+        if not re.fullmatch("0*[1-9][0-9]{0,2}", limit, re.ASCII) or int(limit.lstrip("0")) > MAX_LISTED:
+            raise RequestError(f"limit is {reprlib.repr(limit)}; it must be from 1 to {MAX_LISTED}", param="limit")
         listed = await self._desk().prefixes(by, int(limit), self._context.lifecycle.model().tokenizer)
         return JSONResponse({"object": "list", "data": listed})
 
@@ -142,7 +145,7 @@ class CacheRoutes:
     async def _path(self, http: Request) -> tuple[CacheQuestion, Path]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
-            return question, self._desk().path(question.prefix_identity())
+            return question, await self._desk().path(question.prefix_identity())
         tenant = tenant_meant(question, self._context.tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
         chain = await asyncio.to_thread(self._cache().chain, prompt.token_ids, tenant)
@@ -152,7 +155,9 @@ class CacheRoutes:
 
     async def _question(self, http: Request, *accepted: str) -> CacheQuestion:
         _check_json(http)
-        question = parse_body(CacheQuestion, await http.body())
+        body = await http.body()
+        parse = partial(parse_body, CacheQuestion, body)
+        question = await asyncio.to_thread(parse) if len(body) > LARGE_BODY_BYTES else parse()
         question.check(*accepted)
         return question
 

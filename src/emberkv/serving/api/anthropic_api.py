@@ -29,7 +29,7 @@ _DELTA_HEAD = (
 
 
 def prepare_messages(
-    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None
 ) -> tuple[MessagesRequest, Prompt, Applied]:
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
@@ -46,7 +46,7 @@ def prepare_messages(
     return request, prompt, rendered.canonical
 
 
-def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None = None) -> int:
+def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None) -> int:
     """How many tokens a request's prompt has. Raises RequestError."""
     request = parse_body(PromptRequest, body)
     model.check_name(request.model)

@@ -1,40 +1,75 @@
-"""Request bodies: how large they may be, counted as the bytes arrive."""
+"""Request bodies: how large one may be, and how much of unfinished ones there may be at once."""
+
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emberkv.serving.api.failures import BodyTooLargeError
+from emberkv.serving.api.failures import BodyTooLargeError, NotReadyError
+
+LEAST_BYTES = 16 * 2**20
+BYTES_PER_TOKEN = 64
+"""A token of text has some 4 bytes, and 6 to 24 where JSON escapes its characters."""
+
+UNFINISHED_BODIES = 16
+
+
+def default_max_bytes(context_length: int) -> int:
+    """The largest body by default: several times what fills a context of so many tokens."""
+    return max(LEAST_BYTES, BYTES_PER_TOKEN * context_length)
 
 
 class BodyLimit:
-    """ASGI middleware: reading a body beyond ``max_bytes`` raises BodyTooLargeError in whoever reads it.
+    """ASGI middleware: reading a body beyond ``max_bytes`` raises BodyTooLargeError in the handler that reads it.
 
-    A declared Content-Length is believed at once; bytes are counted in any case.
+    A declared Content-Length is believed at once; bytes are counted in any case. All bodies that have not ended may
+    hold `UNFINISHED_BODIES` times as much; beyond, one that has more than its equal share raises NotReadyError.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._unfinished: dict[int, int] = {}  # bytes by body
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received = 0
         declared = dict(scope["headers"]).get(b"content-length", b"0")
+        body = id(scope)
 
         async def counted_receive() -> Message:
-            nonlocal received
+            most = self._max_bytes()
             if declared.isdigit():
-                self._check(int(declared))
+                self._check(declared.lstrip(b"0") or b"0", most)
             message = await receive()
-            received += len(message.get("body", b""))
-            self._check(received)
+            self._count(body, len(message.get("body", b"")), most)
+            if not message.get("more_body", False):
+                self._forget(body)
             return message
 
-        await self._app(scope, counted_receive, send)
+        try:
+            await self._app(scope, counted_receive, send)
+        finally:
+            self._forget(body)
 
-    def _check(self, size: int) -> None:
-        if size > self._max_bytes:
+    @staticmethod
+    def _check(declared: bytes, most: int) -> None:
+        """declared: decimal digits, without zeros before them."""
+        if len(declared) > len(str(most)) or int(declared) > most:
             raise BodyTooLargeError(
-                f"the request's body has {size} bytes or more; at most {self._max_bytes} are accepted"
+                f"the request's body has {declared[:20].decode()}{'...' * (len(declared) > 20)} bytes or more; "
+                f"at most {most} are accepted"
             )
+
+    def _count(self, body: int, size: int, most: int) -> None:
+        has = self._unfinished.get(body, 0) + size
+        self._unfinished[body] = has
+        self._held += size
+        self._check(str(has).encode(), most)
+        budget = UNFINISHED_BODIES * most
+        if self._held > budget and has > budget // len(self._unfinished):
+            raise NotReadyError("too many large requests arrive at once; try again")
+
+    def _forget(self, body: int) -> None:
+        self._held -= self._unfinished.pop(body, 0)

@@ -1,6 +1,7 @@
 """Request bodies that are compressed: gzip is undone as the bytes arrive, anything else is refused with 415."""
 
 import zlib
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +18,7 @@ class ContentDecoding:
     max_bytes: of the expanded body, so that a small body cannot fill the memory.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
@@ -26,7 +27,7 @@ class ContentDecoding:
         if encoding in ("", "identity"):
             await self._app(scope, receive, send)
             return
-        expander = _Expander(self._max_bytes)
+        expander = _Expander(self._max_bytes())
 
         async def expanding_receive() -> Message:
             if encoding not in ("gzip", "x-gzip"):

@@ -30,7 +30,7 @@ from emberkv.serving.tenancy.tenants import Tenant
 
 
 def prepare_chat(
-    body: bytes, model: LoadedModel, rules: CanonicalRules | None = None
+    body: bytes, model: LoadedModel, rules: CanonicalRules | None
 ) -> tuple[ChatCompletionRequest, list[Prompt], Applied]:
     """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
 

@@ -10,7 +10,7 @@ from emberkv.serving.tenancy.tenants_file import PublicPrompt
 
 
 def public_tokens(
-    declared: Iterable[PublicPrompt], tokenizer: Tokenizer, rules: CanonicalRules | None = None
+    declared: Iterable[PublicPrompt], tokenizer: Tokenizer, rules: CanonicalRules | None
 ) -> list[Sequence[int]]:
     """What `PublicPrefixes` is made of; prompts' files must have been read, as `read_tenants` does.
 

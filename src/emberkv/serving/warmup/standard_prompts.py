@@ -27,7 +27,7 @@ def configured_prompts(config: ServeConfig) -> list[str]:
 
 
 def standard_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer, rules: CanonicalRules | None = None
+    texts: Sequence[str], tokenizer: Tokenizer, rules: CanonicalRules | None
 ) -> tuple[list[WarmPrompt], list[str]]:
     """What requests with these system prompts begin with; and why a prompt cannot be used with this model.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from emberkv.config import ServeConfig
+from emberkv.serving.background import Background
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.warmup.engine_warmer import EngineWarmer
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
@@ -22,6 +23,7 @@ def make_warmup(
     problems: Sequence[str],
     *,
     on_ready: Callable[[], None],
+    background: Background,
 ) -> Warmup:
     """The warmup of ``prompts``, which watches the engine from now on and is not started yet.
 
@@ -39,5 +41,5 @@ def make_warmup(
     if config.cache_dir is not None:
         learned = LearnedPrompts(config.cache_dir, engine.executor.root(b""), warmer.chain)
     warmup = Warmup(warmer, settings, prompts, problems=problems, learned=learned, on_ready=on_ready)
-    engine.loop.watch(warmup.saw)
+    engine.loop.watch(background.work("warmup").guarded(warmup.saw))
     return warmup
