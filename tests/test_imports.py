@@ -17,7 +17,7 @@ LEAVES = {"", "errors", "config", "complaints", "settings", "trusted_paths", "wh
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
-    "": {"tiers", "engine", "llm"},
+    "": {"tiers", "engine", "llm", "sim"},
     "errors": set[str](),
     "complaints": set[str](),
     "config": {"core", "errors", "complaints"},

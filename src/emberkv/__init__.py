@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from emberkv.engine.system_prompt import get_standard_system_prompt
     from emberkv.engine.warmup import warmup_kv_cache
     from emberkv.llm import LLM
+    from emberkv.sim.api import plan, simulate
 
 __all__ = [
     "LLM",
@@ -17,6 +18,8 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "get_standard_system_prompt",
+    "plan",
+    "simulate",
     "warmup_kv_cache",
 ]
 
@@ -26,6 +29,8 @@ _ON_DEMAND = {
     "LLM": "emberkv.llm",
     "SamplingParams": "emberkv.engine.sampling_params",
     "get_standard_system_prompt": "emberkv.engine.system_prompt",
+    "plan": "emberkv.sim.api",
+    "simulate": "emberkv.sim.api",
     "warmup_kv_cache": "emberkv.engine.warmup",
 }
 

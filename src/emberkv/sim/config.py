@@ -202,13 +202,20 @@ class SetUp(Strict):
 
 def load_set_up(path: Path) -> SetUp:
     """A YAML file. Raises ConfigError naming the file and each key at fault, and WorkloadError if it cannot be read."""
-    data = read_yaml(path, ConfigError)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with workload or trace, and simulation")
     try:
-        return SetUp.model_validate(data, context={"folder": path.parent})
+        return parse_set_up(read_yaml(path, ConfigError), path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_set_up(data: object, folder: Path) -> SetUp:
+    """What a YAML file would hold. folder: where relative paths start. Raises ConfigError naming each key at fault."""
+    if not isinstance(data, Mapping):
+        raise ConfigError("expected a mapping with workload or trace, and simulation")
+    try:
+        return SetUp.model_validate(dict(data), context={"folder": folder})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error)}") from error
+        raise ConfigError(explain(error)) from error
 
 
 def with_changes(config: SimulationConfig, changes: Mapping[str, Any]) -> SimulationConfig:

@@ -81,12 +81,20 @@ def open_set_up(path: Path) -> tuple[SetUp, Workload | None]:
     Raises ConfigError or WorkloadError.
     """
     set_up = load_set_up(path) if is_description(path) else SetUp(trace=TraceConfig(path=path.name))
+    return with_workload(set_up, path.parent)
+
+
+def with_workload(set_up: SetUp, folder: Path) -> tuple[SetUp, Workload | None]:
+    """The set-up with the model that a recording names, as `open_set_up` has it, and its workload.
+
+    folder: where a trace's relative path starts.
+    """
     if set_up.workload is None and set_up.trace is None:
         return set_up, None
-    served = "" if set_up.trace is None else _served(path.parent / set_up.trace.path, set_up.trace)
+    served = "" if set_up.trace is None else _served(folder / set_up.trace.path, set_up.trace)
     if served and "model" not in set_up.simulation.model_fields_set and _is_known(served):
         set_up = set_up.model_copy(update={"simulation": with_changes(set_up.simulation, {"model": served})})
-    return set_up, Workload(set_up.workload, set_up.trace, path.parent, served)
+    return set_up, Workload(set_up.workload, set_up.trace, folder, served)
 
 
 def _served(path: Path, trace: TraceConfig) -> str:
@@ -103,8 +111,8 @@ def _is_known(model: str) -> bool:
     return True
 
 
-def required(workload: Workload | None, path: Path) -> Workload:
-    """Raises WorkloadError where there is none."""
+def required(workload: Workload | None, source: object) -> Workload:
+    """Raises WorkloadError, naming the source, where there is none."""
     if workload is None:
-        raise WorkloadError(f"{path}: has neither workload nor trace; one of them is needed")
+        raise WorkloadError(f"{source}: has neither workload nor trace; one of them is needed")
     return workload
