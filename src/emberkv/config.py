@@ -118,7 +118,8 @@ class ServeConfig(BaseModel):
     """What ``emberkv serve`` needs to know.
 
     model: a folder or a hub id; None serves the bundled demonstration model.
-    cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory.
+    chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
+    cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory, at most 8 full contexts.
     prefill_chunk: tokens computed per prefill pass; a multiple of block_size.
     max_step_tokens: token budget of a step that decodes and prefills.
     exact: reuse only KV state that is bit-equal to a cold prefill's.
@@ -151,6 +152,7 @@ class ServeConfig(BaseModel):
 
     model: NotEmpty | None = None
     served_name: NotEmpty | None = None
+    chat_template: NotEmpty | None = None
     host: NotEmpty = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -184,9 +184,8 @@ class LLM:
 
     def _load(self, config: ServeConfig, progress: Progress) -> tuple[LoadedModel, AssembledEngine]:
         loaded, kernels = load_configured(config, progress)
-        progress("allocating the KV pool and checking the attention")
         settings = engine_config(config, pool_bytes(config, loaded), tier_config(config, {}))
-        return loaded, assemble(loaded, settings, kernels=kernels, on_evicted=self._books.evicted)
+        return loaded, assemble(loaded, settings, kernels=kernels, on_evicted=self._books.evicted, progress=progress)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Answer one prompt, and wait for the whole answer.

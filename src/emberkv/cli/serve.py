@@ -41,6 +41,7 @@ def serve(
     host: options.Host = None,
     port: options.Port = None,
     served_name: options.ServedName = None,
+    chat_template: options.ChatTemplate = None,
     cache_ram: options.CacheRam = None,
     cache_dir: options.CacheDir = None,
     cache_disk: options.CacheDisk = None,

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from emberkv.serving.request_log import JsonFormatter, TextFormatter
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
+    from emberkv.engine.geometry import ModelGeometry
     from emberkv.engine.loader import LoadedModel as ModelOnDevice
 
 _HANDLER = "emberkv serve"
@@ -40,6 +43,20 @@ def set_up_logging(log_format: str | None, level: str = "info") -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+@contextmanager
+def stages(first: str) -> Iterator[Callable[[str], None]]:
+    """Show which stage of the start is going on, from ``first`` on; what it gives takes the next ones.
+
+    On a terminal it is one line that changes; elsewhere each stage is a line of the log.
+    """
+    if console.is_terminal and not console.quiet:
+        with console.status(first) as status:
+            yield lambda line: status.update(escape(line))
+    else:
+        _log.info("%s", first)
+        yield lambda line: _log.info("%s", line)
+
+
 def print_error(message: str) -> None:
     """Say why the server does not start or has stopped."""
     if console.quiet:
@@ -61,9 +78,8 @@ def print_summary(
     cache = "off" if not config.prefix_cache else "exact reuse only" if config.exact else "on"
     table = Table.grid(padding=(0, 2))
     rows = {
-        "model": f"{name} ({loaded.dtype}, {loaded.device}, context {loaded.context_length:,} tokens)".replace(
-            "torch.", ""
-        ),
+        "model": f"{name} ({loaded.dtype}, {loaded.device})".replace("torch.", ""),
+        "context": context_line(loaded.geometry, tokens),
         "KV pool": f"{pool.num_bytes / 2**20:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
         "kernels": _kernels_line(engine),
         "prefix cache": f"{cache}, eviction {config.eviction}, prefill chunks of {config.prefill_chunk}",
@@ -79,7 +95,8 @@ def print_summary(
     for label, text in rows.items():
         table.add_row(f"[bold]{label}[/]", escape(text))
     console.print(table)
-    curl = _curl_line(url, name, bool(config.api_keys or config.api_key_file or config.tenants))
+    needs_key = bool(config.api_keys or config.api_key_file or config.tenants)
+    curl = curl_line(url, name, needs_key, chats=loaded.tokenizer.chat_problem is None)
     console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -97,12 +114,21 @@ def _tiers_line(config: ServeConfig) -> str:
     return ", ".join(ram + disk) or "none below the pool"
 
 
-def _curl_line(url: str, name: str, needs_key: bool) -> str:
-    body = {
-        "model": name,
-        "messages": [{"role": "user", "content": "What does json.dumps do?"}],
-        "max_tokens": 64,
-        "temperature": 0.3,
-    }
+def context_line(geometry: "ModelGeometry", pool_tokens: int) -> str:
+    """The most tokens that a prompt and its answer may have, and what limits them below the model's own context."""
+    if pool_tokens <= geometry.context_length:
+        return f"{pool_tokens:,} tokens: all that the KV pool holds, of the model's {geometry.context_length:,}"
+    if geometry.context_length < geometry.stated_context:
+        longest = f"{geometry.context_length:,} tokens, of the model's {geometry.stated_context:,}"
+        return f"{longest}: beyond these, its RoPE rotates all positions otherwise"
+    return f"{geometry.context_length:,} tokens"
+
+
+def curl_line(url: str, name: str, needs_key: bool, *, chats: bool) -> str:
+    """A request to try: a chat, or where the model answers none, a completion."""
+    text = "What does json.dumps do?"
+    asked: dict[str, object] = {"messages": [{"role": "user", "content": text}]} if chats else {"prompt": text}
+    body = {"model": name, **asked, "max_tokens": 64, "temperature": 0.3}
+    path = "chat/completions" if chats else "completions"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

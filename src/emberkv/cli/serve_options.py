@@ -29,12 +29,20 @@ Port = Annotated[
 ServedName = Annotated[
     str | None, typer.Option(metavar="NAME", rich_help_panel=MODEL, help="Model name in requests and answers.")
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        rich_help_panel=MODEL,
+        help="One of the model's chat templates, or a file. (default: its own)",
+    ),
+]
 CacheRam = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
         rich_help_panel=CACHE,
-        help="Size of the KV pool, such as 4GiB. (default: a quarter of the free memory)",
+        help="Size of the KV pool, such as 4GiB. (default: a quarter of the free memory, at most 8 contexts)",
     ),
 ]
 CacheDir = Annotated[

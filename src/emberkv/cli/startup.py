@@ -8,9 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.markup import escape
-
-from emberkv.cli.serve_console import console, print_summary
+from emberkv.cli.serve_console import print_summary, stages
 from emberkv.config import ServeConfig
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
@@ -109,15 +107,14 @@ class Startup:
 
     def _load(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup]":
         config = self._config
-        with console.status("importing PyTorch") as status:
+        with stages("importing PyTorch") as stage:
             try:
                 from emberkv.engine import assembly, configured  # noqa: PLC0415 - takes seconds, which show
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
-            loaded, kernels = configured.load_configured(config, lambda line: status.update(escape(line)))
-            status.update("allocating the KV pool and checking the attention")
+            loaded, kernels = configured.load_configured(config, stage)
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
             cache_bytes = configured.pool_bytes(config, loaded)
@@ -129,6 +126,7 @@ class Startup:
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
                 on_evicted=self._books.evicted,
+                progress=stage,
             )
         warmup = make_warmup(
             config,

@@ -71,16 +71,24 @@ def assemble(
     sampler: Sampler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
     on_evicted: EvictionHook = lambda _tier, _hashes: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> AssembledEngine:
     """An engine whose thread is not started yet. sampler, on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
-    kernels: see `TorchEngine`. public_prefixes: token sequences that all tenants share.
+    kernels, progress: see `TorchEngine`. public_prefixes: token sequences that all tenants share.
 
     Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce the
     model's own, CacheFolderError when the disk tier's folder can be neither made nor read.
     """
     weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
-    executor = _checked_executor(loaded, config, kernels)
+    executor = _checked_executor(loaded, config, kernels, progress)
+    unit = executor.alignment
+    if config.prefix_cache and unit >= min(loaded.context_length, executor.pool.num_blocks * config.block_size):
+        _log.warning(
+            "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
+            "smaller --prefill-chunk",
+            unit,
+        )
     namespace = tier_namespace(executor.root(b""), loaded.model, executor.pool.device)
     with ExitStack() as on_failure:
         tiers = None
@@ -111,7 +119,9 @@ def assemble(
     return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
 
 
-def _checked_executor(loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None) -> TorchEngine:
+def _checked_executor(
+    loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None, progress: Callable[[str], None]
+) -> TorchEngine:
     try:
         executor = TorchEngine(
             loaded,
@@ -119,6 +129,7 @@ def _checked_executor(loaded: LoadedModel, config: EngineConfig, kernels: Kernel
             block_size=config.block_size,
             prefill_chunk=config.prefill_chunk,
             kernels=kernels,
+            progress=progress,
         )
         executor.check_against_plain_forward()
     except EmberError:

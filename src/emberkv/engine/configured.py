@@ -37,10 +37,17 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
         dtype=config.dtype,
         device=config.device,
         attn_implementation=ATTENTION_NAME,
+        chat_template=config.chat_template,
         progress=told,
     )
-    told("compiling the C++ kernels, if they are not yet")
-    return loaded, find_kernels(config.kernels, loaded, config.block_size, config.machine_cache)
+    kernels = find_kernels(
+        config.kernels,
+        loaded,
+        config.block_size,
+        config.machine_cache,
+        on_compile=lambda: told("compiling the C++ kernels, once for this machine"),
+    )
+    return loaded, kernels
 
 
 def pool_bytes(config: ServeConfig, loaded: LoadedModel) -> int:

@@ -53,6 +53,7 @@ class ModelGeometry:
 
     vocab_size: rows of the embedding, the bound of every token id that the model can take.
     context_length: the most tokens that the model was made for and whose state stays valid; see `rotation_limit`.
+    stated_context: what the model's config gives as its context; 0 where it is not known.
     """
 
     num_heads: int
@@ -61,6 +62,7 @@ class ModelGeometry:
     vocab_size: int
     context_length: int
     layers: tuple[LayerGeometry, ...]
+    stated_context: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -272,6 +274,7 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
         vocab_size=config.vocab_size,
         context_length=limit,
         layers=tuple(_layer(config, call) for call in calls),
+        stated_context=int(config.max_position_embeddings),
     )
 
 

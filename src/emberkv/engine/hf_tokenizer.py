@@ -8,7 +8,6 @@ from inspect import signature
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
@@ -16,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from emberkv.core.hashing import token_array
 from emberkv.engine.detokenizer import WindowDetokenizer
 from emberkv.engine.piece_cache import PieceCache
+from emberkv.engine.template_check import NO_TEMPLATE
 from emberkv.engine.word_gaps import cuts_at_gaps, parts
-from emberkv.errors import RequestError
+from emberkv.errors import RequestError, reason_of
 
 _RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {"messages"}
 
@@ -42,10 +42,19 @@ class HFTokenizer:
     cache of such pieces leaves only the new ones to encode. The result equals encoding the whole text; where a
     tokenizer has features that let pieces influence one another, the whole text is encoded. Where words do not, either,
     long pieces are cut again between words, so that a text that grows at its end is not encoded anew.
+
+    chat_problem: why its chat template is not to be used, the template being then never run; None: it is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        chat_problem: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.chat_problem = chat_problem if chat_problem or tokenizer.chat_template else NO_TEMPLATE
         self._backend: Backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -108,11 +117,8 @@ class HFTokenizer:
             raise RequestError(
                 f"chat_template_kwargs has {reserved[0]!r}, which cannot be set there", param="chat_template_kwargs"
             )
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                "this model has no chat template; use a model that has one, or the completions endpoint",
-                param="messages",
-            )
+        if self.chat_problem is not None:
+            raise RequestError(f"{self.chat_problem}; use /v1/completions", param="messages")
         if not messages:
             raise RequestError("messages is empty; it must hold at least one message", param="messages")
         try:
@@ -124,9 +130,9 @@ class HFTokenizer:
                 continue_final_message=continue_final_message,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever the template's program does wrong
             raise RequestError(
-                f"the model's chat template rejects these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {reason_of(error)}", param="messages"
             ) from error
         return str(rendered)
 

@@ -1,5 +1,6 @@
 """Loads a model from a folder or the hub, or says precisely why it cannot be served."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -32,7 +33,10 @@ from emberkv.engine.fingerprint import file_states, weights_fingerprint
 from emberkv.engine.geometry import ModelGeometry, ModelShape, inspect_model
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.memory import free_memory, gib
+from emberkv.engine.template_check import settle_template
 from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
+
+_log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[str], None]
@@ -73,6 +77,7 @@ def load_model(
     dtype: DTypeName = "auto",
     device: str = "auto",
     attn_implementation: str = "eager",
+    chat_template: str | None = None,
     progress: Progress = lambda _: None,
     fetch: Fetch = fetch_from_hub,
 ) -> LoadedModel:
@@ -81,6 +86,8 @@ def load_model(
     dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
     attn_implementation: a name registered with transformers' AttentionInterface.
+    chat_template: the name of one of the model's templates, or a file that holds one; None: the model's own. A template
+    that cannot be used is warned of, and leaves `HFTokenizer.chat_problem`.
     progress: called with a short line at the start of each stage.
 
     Raises ModelNotFoundError, CorruptModelError (also for files that change meanwhile), UnsupportedModelError
@@ -92,6 +99,10 @@ def load_model(
     progress(f"finding {name_or_path}")
     folder = find_folder(name_or_path, fetch)
     config = _read_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        _log.warning(
+            "%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", folder
+        )
     shape = inspect_model(config)
     files = weight_files(folder)
     stored = read_headers(files)
@@ -100,6 +111,7 @@ def load_model(
     check_memory(folder, stored, chosen, target)
     progress("loading the tokenizer")
     tokenizer = _load_tokenizer(folder)
+    chat_problem = settle_template(tokenizer, folder, chat_template)
     progress("identifying the weights")
     before = file_states(folder)
     fingerprint = weights_fingerprint(folder)
@@ -110,7 +122,7 @@ def load_model(
     torch.nn.Module.to(model, target).requires_grad_(False)
     return LoadedModel(
         model=model,
-        tokenizer=HFTokenizer(tokenizer),
+        tokenizer=HFTokenizer(tokenizer, chat_problem=chat_problem),
         name=folder.resolve().name if Path(name_or_path).expanduser() == folder else name_or_path,
         folder=folder,
         dtype=chosen,

@@ -1,6 +1,6 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass, field
 
@@ -77,7 +77,7 @@ class TorchEngine:
 
     cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. kernels: compute attention and
     most layers on CPU; None leaves them to torch. tile: tokens whose attention torch computes together, a divisor of
-    prefill_chunk; the kernels need none.
+    prefill_chunk; the kernels need none. progress: called with a short line at the start of each stage.
 
     Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
     in whatever chunk they are computed; a hit's full blocks end at a multiple of ``alignment``. It is a block with the
@@ -97,13 +97,18 @@ class TorchEngine:
         prefill_chunk: int,
         kernels: Kernels | None = None,
         tile: int = TILE_TOKENS,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.loaded = loaded
+        self._progress = progress
         self.prefill_chunk = prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
+        progress("allocating the KV pool")
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
+        progress("self-check 1 of 4: the model's own logits")
         self._expected = self._plain_logits()
+        progress("arranging the weights")
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         if self.kernels is not None:
             replace_layers(self._model, self.kernels)
@@ -115,10 +120,12 @@ class TorchEngine:
         wanted = block_size if self.kernels is not None else tile
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
         self._attention = self._make_attention()
+        progress("self-check 2 of 4: prefill whole and in pieces")
         self.one_pass = self._is_tile_invariant()
         if not self.one_pass:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
+        progress("self-check 3 of 4: decode against prefill")
         self.uniform = self.kernels is not None and self.one_pass and self._is_uniform()
 
     def _make_attention(self) -> AttentionBackend:
@@ -260,6 +267,7 @@ class TorchEngine:
         Raises UnsupportedModelError when they differ by more than rounding: the model does something to its state
         that the paged attention does not reproduce, and would be served wrong. Uses the pool's first blocks.
         """
+        self._progress("self-check 4 of 4: logits through the KV pool")
         length = self._expected.shape[0]
         tokens = self._made_up_tokens(length)
         slots = list(range(-(-length // self.pool.block_size)))

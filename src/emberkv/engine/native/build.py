@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ _FLAGS = (
 _PATIENCE = 300.0  # seconds for a compiler's run; a few are usual
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, on_compile: Callable[[], None] = lambda: None) -> Path:
     """The compiled library, below ``folder``, whose name is its identity: of sources, compiler, flags and processor.
+
+    on_compile: called where it is not there yet, before it is compiled.
 
     Raises KernelsError, which says why there are no kernels here: among others, because somebody else could write
     into the folder, and so choose what this process runs.
@@ -44,6 +47,7 @@ def build(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_owner(folder)
         if not library.exists():
+            on_compile()
             _compile(compiler, sources, library)
         check_owner(library)
     except UntrustedPathError as error:

@@ -1,6 +1,7 @@
 """Whether the kernels compute a model on this machine."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +29,15 @@ def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:
 
 
 def find_kernels(
-    wanted: Literal["auto", "native", "torch"], loaded: LoadedModel, block_size: int, folder: Path
+    wanted: Literal["auto", "native", "torch"],
+    loaded: LoadedModel,
+    block_size: int,
+    folder: Path,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> Kernels | None:
     """The kernels, compiled into ``folder`` if they are not there yet; None leaves the model to torch.
+
+    on_compile: called before they are compiled.
 
     "auto" does without them where "native" raises KernelsError, and says why if it need not be so.
     """
@@ -46,7 +53,7 @@ def find_kernels(
                 f"the C++ kernels take bfloat16 in heads and blocks of even size; here heads are of "
                 f"{loaded.geometry.head_dim} and blocks of {block_size}"
             )
-        return Kernels.built(folder)
+        return Kernels.built(folder, on_compile)
     except KernelsError as error:
         if wanted == "native":
             raise

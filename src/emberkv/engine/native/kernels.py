@@ -1,6 +1,7 @@
 """The compiled library's functions, with their arguments' structures field by field as in the C++ sources."""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,9 @@ class Kernels:
             function.restype = None
 
     @classmethod
-    def built(cls, folder: Path) -> "Kernels":
-        """Compiled into ``folder`` if they are not there. Raises KernelsError."""
-        return cls(build(folder))
+    def built(cls, folder: Path, on_compile: Callable[[], None] = lambda: None) -> "Kernels":
+        """Compiled into ``folder`` if they are not there, after a call of ``on_compile``. Raises KernelsError."""
+        return cls(build(folder, on_compile))
 
     def attend(self, call: AttentionCall) -> None:
         self._attend(ctypes.byref(call))
