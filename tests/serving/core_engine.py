@@ -16,9 +16,11 @@ from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.errors import RequestError
 from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.tenancy.tenants import Tenant
+from tests.serving.fakes import BOS
 
 T = TypeVar("T")
 
@@ -57,6 +59,8 @@ class CoreEngine:
         return future
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+        if max(request.prompt_token_ids) > BOS:
+            raise RequestError("prompt has a token id outside the vocabulary", param="prompt")
         self.submitted.append(request)
         chain = self.chain(list(request.prompt_token_ids), Tenant(request.tenant, request.salt))
         answer = ANSWER[: request.params.max_tokens]

@@ -49,7 +49,7 @@ class ByteTokenizer:
         if messages[0]["content"] == "offend the template":
             raise RequestError("the chat template rejects these messages", param="messages")
         shown = "".join(f"{{{name}={value}}}" for name, value in (variables or {}).items())
-        shown += "".join(f"<tool {tool['function']['name']}>" for tool in tools or ())
+        shown += "".join(f"<tool {(tool.get('function') or {}).get('name', '')}>" for tool in tools or ())
         for message in messages:
             calls = "".join(
                 f"[{call['function']['name']} {call['function']['arguments']['x']}]"

@@ -196,7 +196,7 @@ RecordTrace = Annotated[
     typer.Option(
         metavar="FILE",
         rich_help_panel=LOGS,
-        help="Write a trace of the requests to this new file: times and identities, no text.",
+        help="Write a trace of the requests to this file: times, no text. An earlier one becomes FILE.1.",
     ),
 ]
 TraceUnit = Annotated[
