@@ -7,6 +7,7 @@ import pytest
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
+from emberkv.engine.tier_link import FIRST_LOAD_SECONDS
 from tests.engine.loop_harness import DEADLINE, running
 from tests.engine.tier_harness import GatedTier, TieredHarness
 
@@ -151,6 +152,26 @@ def test_patience_ends_with_what_computing_would_have_taken() -> None:
     stats = harness.loop.stats()
     assert (stats.unloaded_blocks, dict(stats.tier_trouble)) == (4, {"patience": 1})
     assert waits.tokens == answer(PROMPT)
+
+
+def test_a_load_whose_time_is_not_known_has_a_deadline_too_and_so_have_those_who_share_it() -> None:
+    """A tier that does not answer costs each prompt one wait; later ones do not even search it until it answers."""
+    now = [0.0]
+    tier = GatedTier()
+    with running(stocked(tier=tier, clock=lambda: now[0])) as harness:
+        tier.gate.clear()
+        waits = [harness.submit(str(number), PROMPT, new=2) for number in range(2)]
+        assert tier.entered.wait(DEADLINE)
+        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        now[0] = FIRST_LOAD_SECONDS + 0.1
+        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        assert [inbox.reason for inbox in waits] == [FinishReason.LENGTH] * 2
+        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
+        assert harness.ask("later", PROMPT).outputs[0].usage == CacheUsage(20, 0, 20)
+        stats = harness.loop.stats()
+        assert (stats.loads, dict(stats.tier_trouble), tier.loads) == (0, {"patience": 1}, 1)
+        assert dict(stats.tiers["ram"].troubles) == {"stalled": 1}
+        tier.gate.set()
 
 
 def test_computing_is_chosen_where_it_is_known_to_be_faster() -> None:
