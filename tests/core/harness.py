@@ -58,8 +58,8 @@ class FloorsHold(FairShares[bytes]):
 
 @dataclass
 class Harness:
-    """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running. shares: in blocks; each salt is an
-    owner then.
+    """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running. Each salt is a tenant. shares: in
+    blocks; each tenant is an owner then. weights: of tenants.
     """
 
     num_blocks: int = 16
@@ -74,6 +74,7 @@ class Harness:
     max_running: int = 8
     lower: FakeTiers | None = None
     shares: Mapping[str, Share] | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
     next_token: Callable[[Sequence], int] = lambda sequence: 1000 + len(sequence.chain)
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     prefilled: Counter[str] = field(default_factory=Counter)
@@ -83,7 +84,7 @@ class Harness:
         self.cache = PrefixCache(
             self.pool, alignment=self.alignment, uniform=self.uniform, exact=self.exact, enabled=self.enabled
         )
-        config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running)
+        config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running, self.weights)
         self.scheduler = Scheduler(self.cache, config, self.lower)
 
     def _make_policy(self) -> EvictionPolicy[bytes]:
@@ -94,8 +95,9 @@ class Harness:
     def add(
         self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
     ) -> Sequence:
-        owner = salt.decode() if self.shares is not None else ""
-        sequence = Sequence(request_id, chain(tokens, self.block_size, salt, owner), new, priority)
+        tenant = salt.decode()
+        owner = tenant if self.shares is not None else ""
+        sequence = Sequence(request_id, chain(tokens, self.block_size, salt, owner), new, priority, tenant)
         self.scheduler.add(sequence)
         return sequence
 

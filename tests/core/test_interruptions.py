@@ -19,8 +19,8 @@ def by_content(sequence: Sequence) -> int:
 
 def scenario(exact: bool) -> tuple[Harness, dict[str, Sequence]]:
     """Twins that share, one long prompt and one that has to wait, in a pool too small for all."""
-    harness = Harness(num_blocks=14, chunk=8, exact=exact, max_step_tokens=20, max_running=3, next_token=by_content)
-    prompts = {"first": range(18), "twin": range(18), "long": range(100, 121), "last": range(12)}
+    harness = Harness(num_blocks=14, chunk=8, exact=exact, max_step_tokens=22, max_running=3, next_token=by_content)
+    prompts = {"first": range(18), "long": range(100, 121), "twin": range(18), "last": range(12)}
     return harness, {name: harness.add(name, tokens, new=9) for name, tokens in prompts.items()}
 
 

@@ -83,7 +83,7 @@ def test_who_is_of_a_sooner_priority_overtakes_a_prompt_that_has_begun() -> None
     harness = Harness(max_step_tokens=8)
     harness.add("patient", [1] * 20, new=1, priority=5)
     assert shape(harness.step()) == ([], [("patient", 0, 4), ("patient", 4, 8)])
-    harness.add("equal", [2] * 8, new=1, priority=5)
+    harness.add("equal", [2] * 12, new=1, priority=5)
     harness.add("sooner", [3] * 12, new=1)
     assert shape(harness.step()) == ([], [("sooner", 0, 4), ("sooner", 4, 8)])
     assert shape(harness.step()) == ([], [("sooner", 8, 12), ("patient", 8, 12)])
@@ -130,24 +130,46 @@ def test_exact_mode_does_not_find_the_answer() -> None:
 
 
 def test_what_another_commits_meanwhile_is_a_late_hit() -> None:
-    harness = Harness(max_step_tokens=12)
-    harness.add("a", range(10), new=3)
-    late = harness.add("b", range(10), new=3)
-    plan = harness.step()
-    assert shape(plan) == ([], [("a", 0, 4), ("a", 4, 8), ("a", 8, 10)])
-    assert [each.request_id for each in plan.admitted] == ["a", "b"]
-    assert shape(harness.step()) == (["a"], [("b", 8, 10)])
+    harness = Harness(max_step_tokens=4)
+    late = harness.add("b", range(14), new=3, priority=1)
+    assert shape(harness.step()) == ([], [("b", 0, 4)])
+    harness.add("a", range(14), new=1)
+    assert shape(harness.step()) == ([], [("a", 4, 8)])
+    assert shape(harness.step()) == ([], [("a", 8, 12)])
+    assert shape(harness.step()) == ([], [("a", 12, 14), ("b", 12, 14)])
     assert (late.cached_tokens, late.held.hit_tokens, harness.pool.stats.late_hit_tokens) == (8, 8, 8)
     harness.finish()
 
 
-def test_the_same_prompt_twice_in_one_step_leaves_one_copy() -> None:
+def test_a_prompt_that_another_is_computing_waits_for_it_and_hits() -> None:
     harness = Harness(max_step_tokens=64)
     first, second = harness.add("a", range(10), new=3), harness.add("b", range(10), new=3)
-    harness.step()
+    assert shape(harness.step()) == ([], [("a", 0, 4), ("a", 4, 8), ("a", 8, 10)])
+    assert shape(harness.step()) == (["a"], [("b", 8, 10)])
+    assert (second.cached_tokens, harness.pool.stats.prefill_tokens) == (8, 12)
     assert first.held.blocks[:2] == second.held.blocks[:2]
-    assert first.held.blocks[2] is not second.held.blocks[2]
-    assert (harness.pool.stats.duplicate_blocks, harness.pool.num_free) == (2, 16 - 4)
+    harness.finish()
+
+
+def test_no_prompt_waits_for_one_of_a_later_priority() -> None:
+    harness = Harness(max_step_tokens=4)
+    harness.add("background", range(12), priority=BACKGROUND_PRIORITY)
+    harness.step()
+    harness.add("awaited", range(12))
+    assert shape(harness.step()) == ([], [("awaited", 4, 8)])
+    harness.finish()
+
+
+def test_the_same_prompt_twice_in_one_step_leaves_one_copy() -> None:
+    harness = Harness(num_blocks=20, max_step_tokens=16)
+    patient = harness.add("patient", range(22), new=3, priority=1)
+    harness.step()
+    sooner = harness.add("sooner", range(22), new=3)
+    both = [("sooner", 16, 20), ("sooner", 20, 22), ("patient", 16, 20), ("patient", 20, 22)]
+    assert shape(harness.step()) == ([], both)
+    assert sooner.held.blocks[:5] == patient.held.blocks[:5]
+    assert sooner.held.blocks[5] is not patient.held.blocks[5]
+    assert harness.pool.stats.duplicate_blocks == 1
     harness.finish()
 
 
@@ -209,14 +231,16 @@ def test_who_waits_is_admitted_once_fewer_decode() -> None:
 
 
 def test_a_late_hit_after_a_preemption_is_no_hit_of_the_prompt() -> None:
-    harness = Harness(max_step_tokens=12)
-    late = harness.add("b", range(10), new=3)
+    harness = Harness(max_step_tokens=4)
+    late = harness.add("b", range(14), new=3, priority=1)
     harness.step()
     harness.scheduler._preempt(late)
     harness.pool.clear()
-    harness.add("a", range(10), new=3, priority=-1)
-    assert [each.request_id for each in harness.step().admitted] == ["a", "b"]
-    assert shape(harness.step()) == (["a"], [("b", 8, 11)])
+    harness.step()
+    harness.add("a", range(14), new=3)
+    for _ in range(3):
+        harness.step()
+    assert harness.pool.stats.late_hit_tokens == 8
     assert (late.held.hit_tokens, late.cached_tokens) == (8, 0)
     harness.finish()
 

@@ -121,7 +121,7 @@ class Startup:
             tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})
             engine = assembly.assemble(
                 loaded,
-                configured.engine_config(config, cache_bytes, tiers),
+                configured.engine_config(config, cache_bytes, tiers, self._tenants.weights),
                 kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),

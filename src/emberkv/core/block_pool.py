@@ -71,6 +71,10 @@ class BlockPool:
         """How many blocks a sequence of any owner can have when nobody else runs, however full the floors are."""
         return max(0, self.num_blocks - self.policy.reserved(self._cached.weight(0).size))
 
+    def guaranteed_to(self, owner: str) -> int:
+        """How many blocks ``owner``'s floor keeps from others once it has them."""
+        return self.policy.guaranteed(owner, self._cached.weight(0).size)
+
     @property
     def num_evictable(self) -> int:
         """Of the free blocks, those that are still a cache entry."""

@@ -1,14 +1,21 @@
-"""Continuous batching: what the next step computes, for whom, and who has to wait.
+"""Continuous batching: which tokens the next step computes, for which sequences.
 
 A step decodes every running sequence together, then spends what is left of its token budget on prefill chunks. Chunks
-are computed one sequence at a time. They end at multiples of the cache's alignment, which divides the chunk size, or
-at the prompt's end, and begin there or where the hit ends. A hit ends at such a multiple, too, unless no cut changes a
-bit; that is what makes its logits equal a cold run's.
+end at multiples of the cache's alignment, which divides the chunk size, or at the prompt's end, and begin there or
+where the hit ends. A hit ends at such a multiple, too, unless no cut changes a bit; that is what makes its logits equal
+a cold run's.
+
+Chunks and admissions are shared between tenants by virtual token counters (`fairness`). A tenant's own sequences wait
+in two lines, which take turns in the same way: those with at most a step's tokens to compute, and the others. So a long
+prompt delays neither another tenant nor a short prompt by more than a few chunks, and within a line the order is first
+come, first served.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from collections.abc import Sequence as Batch
 
+from emberkv.core.fairness import Claims
 from emberkv.core.hashing import Identity
 from emberkv.core.loads import Loads
 from emberkv.core.matching import Match, MatchEnd
@@ -17,18 +24,23 @@ from emberkv.core.promotion import Load, LowerTiers
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
-from emberkv.core.waiting_queue import WaitingQueue
+from emberkv.core.waiting_queue import Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]
 
 
 class Scheduler:
-    """First come, first served within a priority. Not thread-safe: one engine drives it.
+    """Lower priorities first, then the tenant and the line with the lowest token counter. Not thread-safe.
 
     The caller repeats: `schedule`, compute the plan, `complete`. Between the two nothing else may be called.
     lower: the tiers below the pool. A sequence that waits for blocks from there holds nothing and keeps its place in
-    the line, but does not block it; the caller tells the end of each of a plan's loads by `loaded`.
+    the line, but does not block it; the caller reports the end of each of a plan's loads by `loaded`.
+
+    A sequence that does not fit holds up its own line only. Another line may be admitted past it until it is ahead by
+    a pool's worth of tokens; from then on it waits, unless its tenant stays within its floor, so that large sequences
+    do not starve. A tenant below its share of running sequences and blocks does not wait for the end of those above
+    theirs: their latest sequences are preempted for it.
     """
 
     def __init__(self, cache: PrefixCache, config: SchedulerConfig, lower: LowerTiers | None = None) -> None:
@@ -40,11 +52,12 @@ class Scheduler:
             )
         if config.prefill_chunk < 1 or config.prefill_chunk % cache.alignment:
             raise ConfigError(f"prefill_chunk is {config.prefill_chunk}; it must be a multiple of {cache.alignment}")
-        self._waiting = WaitingQueue(self._free_for)
+        self._waiting = WaitingQueue(self._free_for, config.weights)
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._loads = Loads(cache, lower)
         self._arrivals = 0
+        self._held_back = False
 
     @property
     def stats(self) -> CacheStats:
@@ -58,7 +71,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` may plan anything now; if not, only an arrival or the end of a load changes that."""
-        return bool(self._running) or self._admissible() is not None
+        return bool(self._running) or self._may_admit()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the last step left a sequence waiting for the sake of a larger one, until counters change."""
+        return self._held_back
 
     @property
     def num_waiting(self) -> int:
@@ -97,7 +115,8 @@ class Scheduler:
         self._arrivals += 1
         sequence.order = self._arrivals
         self._by_id[sequence.request_id] = sequence
-        self._waiting.push(sequence)
+        self._enqueue(sequence)
+        self._waiting.forget_refusals()  # shares have changed, if the tenant is new
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a sequence wherever it is and free its blocks. An id that is not here (any more) is ignored."""
@@ -113,14 +132,14 @@ class Scheduler:
         """
         for sequence in self._loads.end(load, exact):
             if sequence.status is SequenceStatus.LOADING:
-                self._waiting.push(sequence)
-        self._waiting.forget_refusal()
+                self._enqueue(sequence)
+        self._waiting.forget_refusals()
 
     def remove(self, identities: Iterable[Identity]) -> int:
         """Forget cached blocks, and what of them is being loaded; how many were cached."""
         wanted = list(identities)
         self._loads.revoke(wanted)
-        self._waiting.forget_refusal()
+        self._waiting.forget_refusals()
         return self.cache.pool.remove(wanted)
 
     def schedule(self) -> StepPlan:
@@ -136,7 +155,7 @@ class Scheduler:
         sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
         their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.
         """
-        self.stats.decode_tokens += len(plan.decodes)
+        self.count_decodes(plan, 1)
         for sequence in plan.decodes:
             sequence.num_computed += 1
             sequence.held.commit_decoded(sequence.num_computed)
@@ -145,7 +164,7 @@ class Scheduler:
             self.stats.prefill_tokens += chunk.stop - chunk.start
             chunk.sequence.held.commit_prefilled(chunk.stop)
         if plan.prefills:
-            self._waiting.forget_refusal()  # whoever waits may share what was just committed
+            self._waiting.forget_refusals()  # waiting sequences may share what was just committed
         finished = []
         ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
         for sequence in ready:
@@ -160,6 +179,26 @@ class Scheduler:
                 finished.append(sequence)
         return finished
 
+    def count_decodes(self, plan: StepPlan, steps: int) -> None:
+        """Charge ``steps`` decode steps of a plan to its tenants. `complete` does it for one."""
+        self.stats.decode_tokens += steps * len(plan.decodes)
+        for tenant, count in Counter(each.tenant for each in plan.decodes).items():
+            self._waiting.tenants.charge(tenant, steps * count)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.short = self._is_short(sequence)
+        self._waiting.push(sequence, self._begun())
+
+    def _is_short(self, sequence: Sequence) -> bool:
+        """An estimate: a chain is taken to be cached up to a block if that block is."""
+        long_part = len(sequence.chain) - self.config.max_step_tokens
+        if long_part <= 0:
+            return True
+        if sequence.wants_prompt_logits:
+            return False
+        block, identities = self.cache.pool.blocks_for(long_part) - 1, sequence.chain.identities
+        return self.cache.enabled and block < len(identities) and self.cache.pool.lookup(identities[block]) is not None
+
     def _plan_decodes(self, plan: StepPlan) -> None:
         for sequence in sorted(self._running, key=lambda each: each.rank):
             if sequence.status is not SequenceStatus.DECODING:
@@ -169,30 +208,55 @@ class Scheduler:
                 plan.decodes.append(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Preempt from the back until ``sequence`` can grow; False if it was itself the one to go."""
+        """Preempt until ``sequence`` can grow; False if it was itself the one to go.
+
+        The latest sequence of the tenant goes that occupies most for its weight, and none within its tenant's floor
+        for another tenant.
+        """
         while (missing := sequence.held.missing_blocks(len(sequence.chain))) and missing > self._free_for(sequence):
-            victim = max(self._running, key=lambda each: each.rank)
-            self._preempt(victim)
-            plan.preempted.append(victim)
+            claims = self._claims()
+            victim = max(
+                (
+                    each
+                    for each in self._running
+                    if each.tenant == sequence.tenant or self._is_above_floor(each, claims)
+                ),
+                key=lambda each: (each.priority, claims.load(each.tenant), each.order),
+            )
+            self._drop_from(plan, victim)
             if victim is sequence:
                 return False
         return True
 
+    def _claims(self) -> Claims:
+        present = {each.tenant for each in self._running} | {line.tenant for line in self._waiting.lines}
+        weights = {tenant: self._waiting.tenants.weight(tenant) for tenant in present}
+        return Claims.of(
+            self._running,
+            weights,
+            max_sequences=self.config.max_running,
+            num_blocks=self.cache.pool.num_blocks,
+        )
+
+    def _is_above_floor(self, sequence: Sequence, claims: Claims) -> bool:
+        return claims.blocks(sequence.tenant) > self.cache.pool.guaranteed_to(sequence.tenant)
+
     def _plan_prefills(self, plan: StepPlan) -> None:
         budget = self.config.max_step_tokens - len(plan.decodes)
-        while True:
-            sequence = self._next_to_prefill(plan)
-            if sequence is None:
-                return
-            while sequence.num_computed < len(sequence.chain):
-                chunk = self._next_chunk(sequence)
-                length = chunk.stop - chunk.start
-                # One chunk always goes, so that decoding sequences never starve those that wait to begin.
-                if plan.prefills and (length > budget or sequence.priority >= BACKGROUND_PRIORITY):
-                    return
-                budget -= length
-                sequence.num_computed = chunk.stop
-                plan.prefills.append(chunk)
+        self._held_back = False
+        while turn := self._next_to_prefill(plan):
+            line, sequence = turn
+            chunk = self._next_chunk(sequence)
+            length = chunk.stop - chunk.start
+            # One chunk always goes, so that decoding sequences never starve those that wait to begin.
+            if plan.prefills and (length > budget or sequence.priority >= BACKGROUND_PRIORITY):
+                break
+            budget -= length
+            sequence.num_computed = chunk.stop
+            plan.prefills.append(chunk)
+            self._waiting.serve(line, length)
+        begins = {chunk.sequence: at for at, chunk in reversed(list(enumerate(plan.prefills)))}
+        plan.prefills.sort(key=lambda chunk: begins[chunk.sequence])  # the chunks of one sequence side by side
 
     def _next_chunk(self, sequence: Sequence) -> PrefillChunk:
         adopted = 0 if sequence.wants_prompt_logits else sequence.held.adopt(sequence.num_computed)
@@ -207,39 +271,66 @@ class Scheduler:
         copy = sequence.held.copy if start % self.cache.pool.block_size else None
         return PrefillChunk(sequence, start, min(stop, len(sequence.chain)), copy)
 
-    def _next_to_prefill(self, plan: StepPlan) -> Sequence | None:
-        """The admitted sequence that still has tokens to plan, or else the next one admitted.
-
-        Who is of a sooner priority is admitted before another's prompt is gone on with.
-        """
-        begun = [
+    def _begun(self) -> list[Sequence]:
+        """The running sequences with prompt tokens that are not planned yet."""
+        return [
             each
             for each in self._running
             if each.status is SequenceStatus.PREFILLING and each.num_computed < len(each.chain)
         ]
-        if not begun:
-            return self._admit(plan)
-        first = min(begun, key=lambda each: each.rank)
-        waiting = self._admissible()
-        if waiting is not None and waiting.priority < first.priority:
-            return self._admit(plan) or first
-        return first
 
-    def _admissible(self) -> Sequence | None:
-        """Who is next in line, if one more may run and it is not known not to fit."""
-        return self._waiting.first() if len(self._running) < self.config.max_running else None
+    def _next_to_prefill(self, plan: StepPlan) -> tuple[Line, Sequence] | None:
+        """The line whose turn it is, and the sequence to compute a chunk of; it is admitted first if it waited.
+
+        A waiting sequence with a sooner priority is admitted before prefill of another in its line continues.
+        """
+        refused: list[Sequence] = []
+        for line, first in self._waiting.turns(self._begun()):
+            begun = first if first is not None and first.lease is not None else None  # not preempted for a line before
+            waiting = self._waiting.first(line)
+            sequence = None
+            if waiting is not None and (begun is None or waiting.priority < begun.priority):
+                sequence = self._admit(line, refused, plan)
+            sequence = sequence or begun
+            if sequence is not None:
+                return line, sequence
+            waiting = self._waiting.first(line)  # another one, if that one waits for a load now
+            if waiting is not None and self._waiting.is_refused(line):
+                refused.append(waiting)
+        return None
+
+    def _may_admit(self) -> bool:
+        """Whether a waiting sequence is not known to have to wait, when none is running."""
+        refused = []
+        for line, _ in self._waiting.turns([]):
+            sequence = self._waiting.first(line)
+            if sequence is None:
+                continue
+            if self._waiting.is_refused(line):
+                refused.append(sequence)
+            elif not self._is_held_back(sequence, refused):
+                return True
+        return False
 
     def _free_for(self, sequence: Sequence) -> int:
         pool = self.cache.pool
         return pool.free_for(sequence.chain.owner(pool.blocks_for(len(sequence.chain)) - 1))
 
-    def _admit(self, plan: StepPlan) -> Sequence | None:
-        while sequence := self._admissible():
-            match = Match([], MatchEnd.OFF) if sequence.wants_prompt_logits else self.cache.match(sequence.chain)
-            if not self._fits(sequence, match):
-                self._waiting.refuse(sequence)
+    def _admit(self, line: Line, refused: list[Sequence], plan: StepPlan) -> Sequence | None:
+        """Admit the next sequence of a line, if it fits and is not held back for one of the ``refused``."""
+        while sequence := self._waiting.first(line):
+            if self._waiting.is_refused(line):
                 return None
-            self._waiting.pop()
+            if self._is_held_back(sequence, refused):
+                self._held_back = True
+                return None
+            match = self._match_if_it_fits(sequence, plan)
+            if match is None:
+                self._waiting.refuse(line)
+                return None
+            if self._is_being_computed(sequence, match):
+                return None
+            self._waiting.pop(line)
             if self._loads.wait(sequence, match, plan.loads):
                 sequence.status = SequenceStatus.LOADING
                 continue
@@ -248,15 +339,86 @@ class Scheduler:
             return sequence
         return None
 
-    def _fits(self, sequence: Sequence, match: Match) -> bool:
+    def _is_being_computed(self, sequence: Sequence, match: Match) -> bool:
+        """Whether the prefill of another sequence is about to compute the first block that ``sequence`` lacks."""
+        block = len(match.blocks)
+        return match.end is not MatchEnd.OFF and any(
+            each.status is SequenceStatus.PREFILLING
+            and each.priority <= sequence.priority
+            and each.held.num_committed <= block < min(len(each.chain.identities), len(sequence.chain.identities))
+            and each.chain.identities[block] == sequence.chain.identities[block]
+            for each in self._running
+        )
+
+    def _is_held_back(self, sequence: Sequence, refused: list[Sequence]) -> bool:
+        """Whether ``sequence`` must not take what one of the ``refused`` waits for."""
+        for other in refused:
+            if other.priority != sequence.priority:
+                if other.priority < sequence.priority:
+                    return True
+            elif self._waiting.lead(sequence, other) > self.cache.pool.num_blocks * self.cache.pool.block_size:
+                return not self._stays_within_floor(sequence)
+        return False
+
+    def _stays_within_floor(self, sequence: Sequence) -> bool:
+        pool = self.cache.pool
+        occupied = self._claims().blocks(sequence.tenant) + pool.blocks_for(len(sequence.chain))
+        return occupied <= pool.guaranteed_to(sequence.tenant)
+
+    def _match_if_it_fits(self, sequence: Sequence, plan: StepPlan) -> Match | None:
+        """What is cached of ``sequence``, if there is room for it or tenants above their share can make some."""
+        is_full = len(self._running) >= self.config.max_running
+        if is_full and all(each.tenant == sequence.tenant for each in self._running):
+            return None
+        match = Match([], MatchEnd.OFF) if sequence.wants_prompt_logits else self.cache.match(sequence.chain)
+        if not is_full and self._missing(sequence, match) <= 0:
+            return match
+        for victim in self._victims_for(sequence, match, plan):
+            self._drop_from(plan, victim)
+        is_full = len(self._running) >= self.config.max_running
+        return match if not is_full and self._missing(sequence, match) <= 0 else None
+
+    def _victims_for(self, sequence: Sequence, match: Match, plan: StepPlan) -> list[Sequence]:
+        """The sequences to preempt for ``sequence``; none if that is not due to its tenant, or would not be enough.
+
+        They are of tenants above their share, while its own tenant stays within its share. So what a tenant gets in
+        this way is never taken back in the same way.
+        """
+        claims = self._claims()
+        if claims.excess_sequences(sequence.tenant) > -1:
+            return []
+        if claims.excess_blocks(sequence.tenant) + self.cache.pool.blocks_for(len(sequence.chain)) > 0:
+            return []
+        planned = {chunk.sequence for chunk in plan.prefills} | set(plan.admitted)
+        candidates = [
+            each
+            for each in self._running
+            if each.tenant != sequence.tenant and each.priority >= sequence.priority and each not in planned
+        ]
+        victims: list[Sequence] = []
+        missing = self._missing(sequence, match)
+        while (is_full := len(self._running) - len(victims) >= self.config.max_running) or missing > 0:
+            excess = claims.excess_sequences if is_full else claims.excess_blocks
+            above = [each for each in candidates if excess(each.tenant) > 0 and self._is_above_floor(each, claims)]
+            if not above:
+                return []
+            victim = max(above, key=lambda each: (each.priority, claims.load(each.tenant), each.order))
+            victims.append(victim)
+            candidates.remove(victim)
+            claims.remove(victim)
+            missing -= sum(block.ref_count == 1 for block in victim.held.blocks)
+        return victims
+
+    def _missing(self, sequence: Sequence, match: Match) -> int:
+        """How many blocks more than are free ``sequence`` needs to be admitted."""
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
         slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
         missing = self.cache.pool.blocks_for(len(sequence.chain)) + slack - self._free_for(sequence)
         if missing <= 0:
-            return True
+            return missing
         # What others hold already costs nothing; all else comes out of the free blocks.
-        return missing <= sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
+        return missing - sum(block.ref_count > 0 for block in match.blocks[: self.cache.whole(len(match.blocks))])
 
     def _take_in(self, sequence: Sequence, match: Match) -> None:
         found = match.blocks[: self.cache.whole(len(match.blocks))]
@@ -275,12 +437,19 @@ class Scheduler:
             sequence.cached_tokens = lease.hit_tokens
             self._loads.account(sequence, match)
 
+    def _drop_from(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Preempt a sequence of which the plan has no chunk, but perhaps a decode."""
+        if sequence in plan.decodes:
+            plan.decodes.remove(sequence)
+        plan.preempted.append(sequence)
+        self._preempt(sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
         self._let_go(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.stats.preemptions += 1
-        self._waiting.push(sequence)
+        self._enqueue(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._let_go(sequence)
@@ -293,4 +462,4 @@ class Scheduler:
             sequence.lease.release()
             sequence.lease = None
             self._running.remove(sequence)
-            self._waiting.forget_refusal()
+            self._waiting.forget_refusals()

@@ -30,20 +30,26 @@ BACKGROUND_PRIORITY = 1_000_000
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
+    """One request in the scheduler.
+
+    chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
 
     waits: the loads it has waited for, or does. promotion: what was decided last about lower tiers. admission: where
     the hit came from and why there was no more, set when first admitted. priority: lower is sooner; order: the
-    scheduler's count of arrivals, which breaks ties. wants_prompt_logits: the logits at each position of the prompt are
-    wanted. Only computing gives logits, so the cache is not read; what is computed is cached all the same.
+    scheduler's count of arrivals, which breaks ties. tenant: between tenants the scheduler shares fairly; short:
+    whether, by the scheduler's estimate, a step is enough to compute what is not cached of it. wants_prompt_logits: the
+    logits at each position of the prompt are wanted. Only computing gives logits, so the cache is not read; what is
+    computed is cached all the same.
     """
 
     request_id: str
     chain: Chain
     max_new_tokens: int
     priority: int = 0
+    tenant: str = ""
     order: int = 0
     wants_prompt_logits: bool = False
+    short: bool = True
     status: SequenceStatus = SequenceStatus.WAITING
     lease: Lease | None = None
     num_computed: int = 0

@@ -1,5 +1,6 @@
 """What one step computes, as the scheduler hands it to whoever computes, or simulates, it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from emberkv.core.block import BlockCopy
@@ -11,11 +12,13 @@ from emberkv.core.sequence import Sequence
 class SchedulerConfig:
     """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment.
     max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences.
+    weights: the parts in which tenants share the engine while it is busy; 1 for a tenant that is not among them.
     """
 
     prefill_chunk: int
     max_step_tokens: int = 256
     max_running: int = 64
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class PrefillChunk:
 class StepPlan:
     """What the engine computes next. `copies` come before everything else.
 
-    decodes: each sequence's latest token, in one forward pass. prefills: in order; in the same pass where the engine is
-    batch-invariant, and in one pass each after it elsewhere.
+    decodes: each sequence's latest token, in one forward pass. prefills: in order, the chunks of one sequence side by
+    side; in the same pass where the engine is batch-invariant, and in one pass each after it elsewhere.
     loads: what the driver is to bring up from lower tiers from now on, while it computes this and later plans.
     """
 

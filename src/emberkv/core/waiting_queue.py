@@ -1,49 +1,134 @@
-"""The sequences that wait for admission, and whether the first of them is known not to fit."""
+"""The sequences that wait for admission, in lines that do not hold up one another, and which line's turn it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, KeysView, Mapping
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import NamedTuple
 
+from emberkv.core.fairness import TokenCounters
 from emberkv.core.sequence import Sequence, SequenceStatus
 
 
-class WaitingQueue:
-    """A priority queue by `Sequence.rank`. One that ends while it waits is passed over when its turn comes.
+class Line(NamedTuple):
+    """Which line a sequence waits in: its tenant's, for those with few tokens to compute (short) or for the others."""
 
-    A refusal is remembered, so that the first in line is not matched against the cache at every step: it is asked
-    about again when more blocks are free for it than then, or after `forget_refusal`. free_for: the blocks that a
-    sequence may have.
+    tenant: str
+    short: bool
+
+
+def line_of(sequence: Sequence) -> Line:
+    return Line(sequence.tenant, sequence.short)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """heap: by `Sequence.rank`. refused: when the first one was found not to fit, as (generation, blocks free then)."""
+
+    heap: list[tuple[int, int, Sequence]] = field(default_factory=list)
+    refused: tuple[int, int] | None = None
+
+
+class WaitingQueue:
+    """For each line, a priority queue by `Sequence.rank`. A sequence that ends while it waits is passed over.
+
+    Turns go by priority, then by the tenants' token counters, then by those of a tenant's two lines.
+
+    A refusal is remembered, so that the first in a line is not matched against the cache at every step: it is
+    considered again when more blocks are free for it than then, or after `forget_refusals`.
+
+    free_for: the blocks that a sequence may have. weights: of tenants; 1 for all others. Raises ConfigError for a
+    weight that is not above 0.
     """
 
-    def __init__(self, free_for: Callable[[Sequence], int]) -> None:
+    def __init__(self, free_for: Callable[[Sequence], int], weights: Mapping[str, float]) -> None:
         self._free_for = free_for
-        self._heap: list[tuple[int, int, Sequence]] = []
-        self._free_when_refused: int | None = None
+        self.tenants: TokenCounters[str] = TokenCounters(weights)
+        self._of_tenant: dict[str, TokenCounters[bool]] = {}
+        self._lines: dict[Line, _Waiting] = {}
+        self._generation = 0
 
-    def push(self, sequence: Sequence) -> None:
+    @property
+    def lines(self) -> KeysView[Line]:
+        """The lines with sequences in them, and perhaps some in which all have ended."""
+        return self._lines.keys()
+
+    def push(self, sequence: Sequence, begun: Iterable[Sequence] = ()) -> None:
+        """Add a sequence to its line. begun: the running sequences with prompt tokens left to compute."""
+        tenant, line = sequence.tenant, line_of(sequence)
+        backlog = {each for each in (Line(tenant, True), Line(tenant, False)) if self.first(each)}
+        backlog.update(line_of(each) for each in begun if each.tenant == tenant)
+        if not backlog:
+            self.tenants.activate(tenant)
+        if line not in backlog:
+            self._of_tenant.setdefault(tenant, TokenCounters()).activate(line.short)
         sequence.status = SequenceStatus.WAITING
-        heappush(self._heap, (*sequence.rank, sequence))
-        self._free_when_refused = None
+        waiting = self._lines.setdefault(line, _Waiting())
+        heappush(waiting.heap, (*sequence.rank, sequence))
+        waiting.refused = None
 
-    def first(self) -> Sequence | None:
-        """Who is next in line, unless it is known not to fit."""
-        while self._heap and self._heap[0][2].status is not SequenceStatus.WAITING:
-            heappop(self._heap)
-        if not self._heap:
+    def serve(self, line: Line, tokens: int) -> None:
+        """It was the line's turn, and ``tokens`` of its prompts are computed."""
+        self.tenants.serve(line.tenant, tokens)
+        self._of_tenant[line.tenant].serve(line.short, tokens)
+
+    def lead(self, sequence: Sequence, other: Sequence) -> float:
+        """By how many tokens the line of ``sequence`` is ahead of the line of ``other``."""
+        if sequence.tenant != other.tenant:
+            return self.tenants[sequence.tenant] - self.tenants[other.tenant]
+        lines = self._of_tenant[sequence.tenant]
+        return lines[sequence.short] - lines[other.short]
+
+    def turns(self, begun: Iterable[Sequence]) -> list[tuple[Line, Sequence | None]]:
+        """The lines with prompts to compute, the one whose turn it is first, each with the first of its ``begun``."""
+        first: dict[Line, Sequence] = {}
+        for sequence in begun:
+            line = line_of(sequence)
+            if line not in first or sequence.rank < first[line].rank:
+                first[line] = sequence
+        turns = []
+        for line in {*first, *self._lines}:
+            ranks = [each.rank for each in (first.get(line), self.first(line)) if each is not None]
+            if ranks:
+                priority, order = min(ranks)
+                counters = self.tenants[line.tenant], self._of_tenant[line.tenant][line.short]
+                turns.append(((priority, *counters, order), line))
+        return [(line, first.get(line)) for _, line in sorted(turns)]
+
+    def first(self, line: Line) -> Sequence | None:
+        """The next sequence of a line, whether or not it fits."""
+        waiting = self._lines.get(line)
+        if waiting is None:
             return None
-        sequence = self._heap[0][2]
-        if self._free_when_refused is not None and self._free_for(sequence) <= self._free_when_refused:
+        while waiting.heap and waiting.heap[0][2].status is not SequenceStatus.WAITING:
+            heappop(waiting.heap)
+            waiting.refused = None
+        if not waiting.heap:
+            del self._lines[line]
             return None
-        return sequence
+        return waiting.heap[0][2]
 
-    def pop(self) -> None:
-        """Take out the one that `first` returned."""
-        heappop(self._heap)
-        self._free_when_refused = None
+    def is_refused(self, line: Line) -> bool:
+        """Whether the next sequence of a line is known not to fit."""
+        sequence = self.first(line)
+        refused = self._lines[line].refused if sequence is not None else None
+        if sequence is None or refused is None:
+            return False
+        generation, free = refused
+        return generation == self._generation and self._free_for(sequence) <= free
 
-    def refuse(self, sequence: Sequence) -> None:
-        """The one that `first` returned does not fit."""
-        self._free_when_refused = self._free_for(sequence)
+    def pop(self, line: Line) -> None:
+        """Take out the sequence that `first` returned."""
+        waiting = self._lines[line]
+        heappop(waiting.heap)
+        waiting.refused = None
+        if not waiting.heap:
+            del self._lines[line]
 
-    def forget_refusal(self) -> None:
-        """What is cached or held has changed: the first in line may fit now, even into as few blocks."""
-        self._free_when_refused = None
+    def refuse(self, line: Line) -> None:
+        """The sequence that `first` returned does not fit."""
+        waiting = self._lines[line]
+        waiting.refused = (self._generation, self._free_for(waiting.heap[0][2]))
+
+    def forget_refusals(self) -> None:
+        """What is cached or held has changed: sequences may fit now, even into as few blocks."""
+        self._generation += 1

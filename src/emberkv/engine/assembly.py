@@ -1,7 +1,7 @@
 """Puts an engine together: model, KV pool, block pool, scheduler, thread."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -28,7 +28,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """cache_bytes: size of the KV pool. tiers: what lies below it. See `emberkv.config.ServeConfig` for the rest."""
+    """cache_bytes: size of the KV pool. tiers: what lies below it. weights: of tenants (`SchedulerConfig`).
+
+    See `emberkv.config.ServeConfig` for the rest.
+    """
 
     cache_bytes: int
     block_size: int
@@ -39,6 +42,7 @@ class EngineConfig:
     exact: bool = False
     prefix_cache: bool = True
     tiers: TierConfig = field(default_factory=TierConfig)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ def _scheduler(
     )
     step_tokens = max(1, config.max_step_tokens // config.prefill_chunk) * config.prefill_chunk
     link = TierLink(tiers, executor.pool, step_tokens=step_tokens, exact=config.exact) if tiers is not None else None
-    limits = SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running)
+    limits = SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running, config.weights)
     return Scheduler(cache, limits, link), link
 
 

@@ -73,8 +73,10 @@ def check_sizes(config: ServeConfig, device: torch.device) -> None:
         raise ConfigError(f"--ram-tier is {gib(config.ram_tier)}; {gib(left)} are free{beside}")
 
 
-def engine_config(config: ServeConfig, cache_bytes: int, tiers: TierConfig) -> EngineConfig:
-    """cache_bytes: size of the KV pool, which ``config`` may leave open."""
+def engine_config(
+    config: ServeConfig, cache_bytes: int, tiers: TierConfig, weights: Mapping[str, float] | None = None
+) -> EngineConfig:
+    """cache_bytes: size of the KV pool, which ``config`` may leave open. weights: of tenants."""
     return EngineConfig(
         cache_bytes=cache_bytes,
         block_size=config.block_size,
@@ -85,6 +87,7 @@ def engine_config(config: ServeConfig, cache_bytes: int, tiers: TierConfig) -> E
         exact=config.exact,
         prefix_cache=config.prefix_cache,
         tiers=tiers,
+        weights=weights or {},
     )
 
 

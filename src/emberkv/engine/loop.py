@@ -124,6 +124,7 @@ class EngineLoop:
             chain,
             request.params.max_tokens,
             request.priority,
+            tenant=request.tenant,
             wants_prompt_logits=request.params.prompt_logprobs is not None,
         )
 

@@ -14,8 +14,8 @@ class GenerationRequest:
     """One prompt to continue.
 
     salt: bytes mixed into the identities of the prompt's blocks from where its public beginning ends; only equal salts
-    share these blocks. tenant: on whose books they are. session_id: groups requests in statistics.
-    priority: lower is served sooner; equal priorities are first come, first served.
+    share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants.
+    session_id: groups requests in statistics. priority: lower is served sooner, whatever the tenant.
     retain_tokens: of the prompt, how many are to be evicted only after others for ``retain_seconds``: a wish.
     """
 

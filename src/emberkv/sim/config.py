@@ -110,7 +110,9 @@ class SimulationConfig(Strict):
     down to so many tokens, in whole blocks; None: a block; 1: not at all, so that they go on into the partial block
     that a conversation left, as with the kernels of emberkv's server. prefill_chunk is rounded up to whole units;
     max_step_tokens: the budget of a step; max_running: sequences admitted at a time.
-    prefix_caching: False computes every prompt anew. salted: clients share nothing with each other.
+    prefix_caching: False computes every prompt anew. salted: clients are tenants: they share no block, and replicas
+    share their steps between them. tenant_weights: by client, the parts in which they do, which makes them tenants even
+    where they share blocks; 1 for a client that is not among them.
     together: whether steps that change nothing but lengths are taken together, which is faster and changes no result.
     warm_up: requests that arrive in the first so many seconds are in no result. stop_at: seconds; who is in flight
     then is unfinished. seed: of random routing and outages. cache_only: no time; each request is admitted whole, at
@@ -135,6 +137,7 @@ class SimulationConfig(Strict):
     eviction: Eviction = "lru"
     prefix_caching: bool = True
     salted: bool = False
+    tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     prefill_chunk: bounds.SomeTokens = 2048
     max_step_tokens: bounds.SomeTokens = 2048
     max_running: Annotated[int, Field(ge=1, le=1_000_000)] = 256

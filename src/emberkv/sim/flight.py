@@ -15,7 +15,7 @@ class Flight:
 
     arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
     ends_early: whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving.
-    last_length: of the chain, in tokens, when its last sample is drawn.
+    last_length: of the chain, in tokens, when its last sample is drawn. tenant: as the scheduler has it.
     """
 
     request: Request
@@ -27,6 +27,7 @@ class Flight:
     prefilled_tokens: int = 0
     replica: int | None = None
     retries: int = 0
+    tenant: str = ""
 
     max_new_tokens: int = field(init=False)
     ends_early: bool = field(init=False)
@@ -43,7 +44,7 @@ class Flight:
         if self.sequence is not None:
             self.chain = self.request.chain(self.chain.root, self.chain.block_size)
         self.first_token = None
-        self.sequence = Sequence(self.request.request_id, self.chain, self.max_new_tokens)
+        self.sequence = Sequence(self.request.request_id, self.chain, self.max_new_tokens, tenant=self.tenant)
         return self.sequence
 
     def outcome(self, status: Status, completion: int | None = None) -> Outcome:

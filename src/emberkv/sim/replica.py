@@ -198,7 +198,7 @@ class Replica:
 
     def _steady_steps(self, plan: StepPlan) -> int:
         """How many times in a row ``plan`` would be planned again: until a block is full or an answer ends."""
-        if not self.together or plan.admitted or plan.preempted:
+        if not self.together or plan.admitted or plan.preempted or self.scheduler.holds_back:
             return 1
         size = self.pool.block_size
         more = size
@@ -218,7 +218,7 @@ class Replica:
             assert isinstance(sequence.chain, ContentChain)
             sequence.num_computed += steps
             sequence.chain.grow(steps)
-        self.scheduler.stats.decode_tokens += steps * len(plan.decodes)
+        self.scheduler.count_decodes(plan, steps)
 
     def _look_down(self, lower: LowerModel, plan: StepPlan) -> None:
         """Begin the plan's loads, and keep recent below what is in use above."""

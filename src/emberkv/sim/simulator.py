@@ -43,7 +43,8 @@ class Simulator:
     root_of, block_size: of the requests' chains. emit: takes each outcome as it comes. outages: of each replica, or
     several of one, in order. max_retries: how many lost replicas a request survives. request_seconds,
     request_token_seconds: from a request's arrival until a replica can have it, and for each token of its prompt.
-    stop_at: virtual seconds; whoever is in flight then is unfinished.
+    stop_at: virtual seconds; requests in flight then are unfinished. tenants: whether each client is a tenant, so that
+    schedulers share their replica fairly between clients.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Simulator:
         request_seconds: float = 0.0,
         request_token_seconds: float = 0.0,
         stop_at: float | None = None,
+        tenants: bool = False,
         progress: Progress = lambda done, now: None,
     ) -> None:
         self.series = Series([ReplicaSeries() for _ in replicas])
@@ -72,6 +74,7 @@ class Simulator:
         self._max_retries = max_retries
         self._request_seconds = (request_seconds, request_token_seconds)
         self._stop_at = None if stop_at is None else nanoseconds(stop_at)
+        self._tenants = tenants
         self._progress = progress
         self._agenda = Agenda()
         self._sessions = Sessions()
@@ -126,7 +129,8 @@ class Simulator:
         """Expect a request. earlier: the chain of the turn before. then: what to do once it has arrived."""
         self._open += 1
         arrival = max(self._now, nanoseconds(request.arrival_time))
-        flight = Flight(request, arrival, request.chain(self._root_of(request), self._block_size, earlier))
+        chain = request.chain(self._root_of(request), self._block_size, earlier)
+        flight = Flight(request, arrival, chain, tenant=request.client_id if self._tenants else "")
         self._agenda.add(arrival, Kind.ARRIVAL, partial(self._arrive, flight, then))
 
     def _arrive(self, flight: Flight, then: Callable[[], None]) -> None:

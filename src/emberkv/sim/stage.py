@@ -161,7 +161,7 @@ def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel |
     cache = cache_of(config, machine, tails=config.hit_unit == 1)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
-    return Scheduler(cache, SchedulerConfig(chunk, budget, config.max_running), lower)
+    return Scheduler(cache, SchedulerConfig(chunk, budget, config.max_running, config.tenant_weights), lower)
 
 
 def _rounded_up(tokens: int, unit: int) -> int:
@@ -197,5 +197,6 @@ def build(
         request_seconds=machine.request_seconds,
         request_token_seconds=machine.request_token_seconds,
         stop_at=config.stop_at,
+        tenants=config.salted or bool(config.tenant_weights),
         progress=progress,
     )

@@ -67,6 +67,10 @@ class EvictionPolicy(ABC, Generic[K]):
         """How many entries of ``size`` may at worst be kept from an owner for the sake of others."""
         return 0
 
+    def guaranteed(self, owner: str, size: float) -> int:
+        """How many entries of ``size`` ``owner`` may have that are never evicted for the sake of others."""
+        return 0
+
     @abstractmethod
     def discard(self, key: K) -> None:
         """A released key whose entry went for another reason."""

@@ -139,6 +139,9 @@ class FairShares(EvictionPolicy[K]):
     def reserved(self, size: float) -> int:
         return sum(math.ceil(share.floor_bytes / size) for share in self._shares.values())
 
+    def guaranteed(self, owner: str, size: float) -> int:
+        return int(self._shares.get(owner, self._default).floor_bytes // size)
+
     def surplus(self) -> list[K]:
         """Each owner above its quota loses its own first. The keys have left their owner's books already."""
         keys = []

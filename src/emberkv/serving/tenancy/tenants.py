@@ -91,6 +91,11 @@ class Tenants:
             raise UnknownTenantError(f"tenant {name!r} is unknown; this server has {known}")
         return tenant
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The parts in which tenants share the engine's time; a tenant that is not here has 1."""
+        return {name: entry.weight for name, entry in self._file.tenants.items()}
+
     def shares(self, tier: str) -> dict[str, Share]:
         """Each owner's share of a tier of `TIERS`, public blocks included; empty without tenants."""
         if not self._tenants:

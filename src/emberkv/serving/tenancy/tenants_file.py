@@ -91,7 +91,10 @@ class Shares(_Strict):
 
 
 class TenantEntry(Shares):
+    """weight: the tenant's part of the engine's time while others want it too, beside the weights of the others."""
+
     keys: list[KeySource] = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class PublicPrompt(_Strict):
