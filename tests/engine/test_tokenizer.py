@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.piece_cache import PieceCache
-from emberkv.errors import RequestError
+from emberkv.engine.token_bound import TokenBound
+from emberkv.errors import PromptTooLongError, RequestError
 from tests.engine.tokenizer_kinds import (
     BETWEEN_WORDS,
     KINDS,
@@ -66,7 +67,9 @@ def test_nobody_finds_the_pieces_that_another_has_sent() -> None:
     text = f"a{USER_START}river{TURN_END}{USER_START}river"
     ours, theirs = tokenizer.remembering_for("ours"), tokenizer.remembering_for("theirs")
     assert ours.encode(text, add_special_tokens=True) == tokenizer.encode(text, add_special_tokens=True)
-    assert [len(each.cache) for each in (tokenizer, ours, theirs)] == [3, 3, 0]
+    assert len(tokenizer.cache) == 6  # each has its own, in one budget
+    assert theirs.cache is ours.cache is tokenizer.cache
+    assert [tokenizer.cache.get(owner, "a") is None for owner in ("", "ours", "theirs")] == [False, False, True]
     assert tokenizer.remembering_for("ours") is ours
     assert tokenizer.remembering_for("") is tokenizer
 
@@ -123,16 +126,17 @@ def test_many_threads_share_a_small_cache() -> None:
 def test_piece_cache_forgets_the_least_recently_read() -> None:
     one = array("I", range(10))
     cache = PieceCache(max_bytes=1)
-    cache.put("a", one)
+    cache.put("", {"a": one})
     assert (len(cache), cache.bytes_used) == (0, 0)  # larger than the cache
     sizing = PieceCache(max_bytes=1 << 20)
-    sizing.put("a", one)
+    sizing.put("", {"a": one})
     cache = PieceCache(max_bytes=2 * sizing.bytes_used)
-    cache.put("a", one)
-    cache.put("b", one)
-    assert cache.get("a") == one
-    cache.put("c", one)
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (one, None, one)
+    cache.put("ann", {"a": one})
+    cache.put("bob", {"b": one})
+    assert cache.get("ann", "a") == one
+    cache.put("carl", {"c": one})
+    assert (cache.get("ann", "a"), cache.get("bob", "b"), cache.get("carl", "c")) == (one, None, one)
+    assert cache.get("bob", "a") is None
     assert cache.bytes_used == 2 * sizing.bytes_used
 
 
@@ -193,3 +197,47 @@ def test_a_template_takes_variables_but_not_the_renderers_own() -> None:
     for name in ("tools", "tokenize", "chat_template", "messages"):
         with pytest.raises(RequestError, match=f"chat_template_kwargs has '{name}'"):
             tokenizer.render_chat(CONVERSATION, variables={name: 1})
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), text=texts | long_texts)
+def test_no_text_has_fewer_tokens_than_the_bound_says(kind: str, text: str) -> None:
+    assert TokenBound(REFERENCES[kind]).least_tokens(text) <= len(
+        REFERENCES[kind].encode(text, add_special_tokens=False).ids
+    )
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, " " * 100_000, "\n" * 100_000, "e\u0301" * 50_000])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = wrap("split-words")
+    monkeypatch.setattr(HFTokenizer, "_encode_whole", None)  # calling it would fail
+    with pytest.raises(PromptTooLongError, match=r"at least \d+ tokens; at most 1000 are accepted"):
+        tokenizer.encode(text, add_special_tokens=False, max_tokens=1000)
+
+
+def test_a_text_that_is_too_long_is_left_off_in_the_middle_and_not_remembered() -> None:
+    tokenizer = wrap("split-words")
+    text = "it carries what the rain gives it, " * 1000
+    with pytest.raises(PromptTooLongError, match=r"at least \d+ tokens; at most 5000 are accepted") as refused:
+        tokenizer.encode(text, add_special_tokens=False, max_tokens=5000)
+    assert 5000 < int(str(refused.value).split()[5]) < 5600
+    assert len(tokenizer.cache) == 0
+    assert len(tokenizer.encode(text, add_special_tokens=False, max_tokens=10**6)) > 5000
+    assert len(tokenizer.cache) > 4
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    """It has no place to be cut at. The thread that waits for `running` would get nowhere if the call kept the GIL."""
+    tokenizer, ended = wrap("byte-level"), threading.Event()
+    turns = 0
+
+    def encode() -> None:
+        tokenizer.encode("abcdefg" * 60_000, add_special_tokens=False)
+        ended.set()
+
+    worker = threading.Thread(target=encode)
+    worker.start()
+    while not ended.wait(0.001):
+        turns += 1
+    worker.join()
+    assert turns > 3

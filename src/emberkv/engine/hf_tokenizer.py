@@ -16,8 +16,9 @@ from emberkv.core.hashing import token_array
 from emberkv.engine.detokenizer import WindowDetokenizer
 from emberkv.engine.piece_cache import PieceCache
 from emberkv.engine.template_check import NO_TEMPLATE
+from emberkv.engine.token_bound import TokenBound
 from emberkv.engine.word_gaps import cuts_at_gaps, parts
-from emberkv.errors import RequestError, reason_of
+from emberkv.errors import PromptTooLongError, RequestError, reason_of
 
 _RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {"messages"}
 
@@ -32,6 +33,8 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTED_BYTES} | {chr(256 + n): byte fo
 """How byte-level tokenizers write each byte of a token: as the Latin-1 character, or from U+0100 on."""
 
 DEFAULT_CACHE_BYTES = 64 << 20
+_SHORT_TEXT = 4096
+"""Characters that are encoded while other threads wait: for fewer than these, a batch call costs more than it gives."""
 
 
 class HFTokenizer:
@@ -64,7 +67,9 @@ class HFTokenizer:
         self._cut = _cut_pattern(self._backend, list(added.values()))
         self._frame = _template_frame(self._backend)
         self._cuts_at_gaps = self._cut is not None and cuts_at_gaps(self._backend, list(added.values()))
+        self._bound = TokenBound(self._backend)
         self._cache = PieceCache(cache_bytes)
+        self._owner = ""
         self._by_owner: dict[str, HFTokenizer] = {"": self}
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
 
@@ -78,23 +83,32 @@ class HFTokenizer:
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> "array[int]":
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
         """The ids of ``text``, in which special tokens written out count as such.
 
-        Raises RequestError when the text is no valid Unicode (a lone surrogate).
+        max_tokens: a text with more is refused, before it is encoded where its length tells, and else as soon as
+        its first pieces have more; nothing of it is remembered.
+
+        Raises PromptTooLongError for such a text, RequestError for one that is no valid Unicode (a lone surrogate).
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not valid Unicode at character {error.start}; send valid UTF-8") from error
+        if max_tokens is not None and len(text) > max_tokens:
+            _refuse_above(max_tokens, self._bound.least_tokens(text))
         if self._cut is None or (add_special_tokens and self._frame is None):
             return self._encode_whole(text, add_special_tokens)
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
         ids = token_array(before)
+        new: dict[str, array[int]] = {}
         for piece in self._pieces(self._cut, text):
             for part in parts(piece) if self._cuts_at_gaps else (piece,):
-                ids.extend(self._encode_piece(part))
+                ids.extend(self._encode_piece(part, new))
+                if max_tokens is not None:
+                    _refuse_above(max_tokens, len(ids))
         ids.extend(token_array(after))
+        self._cache.put(self._owner, new)
         return ids
 
     def render_chat(
@@ -173,12 +187,12 @@ class HFTokenizer:
         }
 
     def remembering_for(self, owner: str) -> "HFTokenizer":
-        """The same tokenizer with the owner's own cache of pieces: a shared one would tell, by the time that encoding
-        takes, what others have sent.
+        """The same tokenizer, which finds in the cache what the owner has encoded and nothing else: finding others'
+        pieces would tell, by the time that encoding takes, what they have sent.
         """
         if owner not in self._by_owner:
             own = copy(self)
-            own._cache = PieceCache(self._cache.max_bytes)
+            own._owner = owner
             self._by_owner.setdefault(owner, own)
         return self._by_owner[owner]
 
@@ -187,13 +201,19 @@ class HFTokenizer:
         return WindowDetokenizer(self._backend, self._special_ids)
 
     def _encode_whole(self, text: str, add_special_tokens: bool) -> "array[int]":
-        return token_array(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) <= _SHORT_TEXT:
+            return token_array(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # `encode` keeps other threads from running, which takes seconds for a long text; the batch call does not.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return token_array(encoding.ids)
 
-    def _encode_piece(self, piece: str) -> "array[int]":
-        ids = self._cache.get(piece)
+    def _encode_piece(self, piece: str, new: "dict[str, array[int]]") -> "array[int]":
+        """The piece's ids, from the cache or ``new``, to which it is added if it is in neither."""
+        ids = new.get(piece)
         if ids is None:
-            ids = self._encode_whole(piece, add_special_tokens=False)
-            self._cache.put(piece, ids)
+            ids = self._cache.get(self._owner, piece)
+        if ids is None:
+            ids = new[piece] = self._encode_whole(piece, add_special_tokens=False)
         return ids
 
     @staticmethod
@@ -206,6 +226,11 @@ class HFTokenizer:
         starts = [match.start() for match in cut.finditer(text)]
         bounds = [*dict.fromkeys([0, *starts]), len(text)]
         return [text[start:end] for start, end in pairwise(bounds)]
+
+
+def _refuse_above(max_tokens: int, least: int) -> None:
+    if least > max_tokens:
+        raise PromptTooLongError(f"the prompt has at least {least} tokens; at most {max_tokens} are accepted")
 
 
 def _cut_pattern(backend: Backend, added: list[AddedToken]) -> re.Pattern[str] | None:

@@ -20,8 +20,11 @@ class IncrementalDetokenizer(Protocol):
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> "array[int]":
-        """The text's token ids, as the core takes them (`token_array`)."""
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
+        """The text's token ids, as the core takes them (`token_array`).
+
+        Raises PromptTooLongError for a text that is found to have more than ``max_tokens``.
+        """
         ...
 
     def render_chat(

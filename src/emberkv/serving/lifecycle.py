@@ -17,6 +17,8 @@ from emberkv.serving.background import Background
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 
+COUNTED_CONTEXTS = 8
+
 
 class Phase(Enum):
     LOADING = "loading"
@@ -48,6 +50,11 @@ class LoadedModel:
     def seen_by(self, tenant: str) -> "LoadedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
         return replace(self, tokenizer=self.tokenizer.remembering_for(tenant))
+
+    @property
+    def countable_tokens(self) -> int:
+        """The longest prompt that is encoded for questions about prompts, which need not fit the model."""
+        return COUNTED_CONTEXTS * self.engine.max_prompt_tokens
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""

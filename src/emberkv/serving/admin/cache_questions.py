@@ -64,16 +64,17 @@ def rendered_prompt(question: CacheQuestion, model: LoadedModel, rules: Canonica
     if question.anthropic is not None:
         request = parse_body(PromptRequest, named)
         model.check_name(request.model)
-        return _checked(render_messages(request, model.tokenizer, rules))
+        return _checked(render_messages(request, model.tokenizer, rules, model.countable_tokens))
     if question.openai is not None and "prompt" in question.openai:
         completion = parse_body(CompletionRequest, named)
         model.check_name(completion.model)
         prompt = completion.prompts()[0]
-        token_ids = model.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-        return _checked(RenderedPrompt(token_ids))
+        if isinstance(prompt, str):
+            prompt = list(model.tokenizer.encode(prompt, add_special_tokens=True, max_tokens=model.countable_tokens))
+        return _checked(RenderedPrompt(prompt))
     chat = parse_body(ChatCompletionRequest, named)
     model.check_name(chat.model)
-    return _checked(render_chat(chat, model.tokenizer, rules))
+    return _checked(render_chat(chat, model.tokenizer, rules, model.countable_tokens))
 
 
 def _checked(rendered: RenderedPrompt) -> RenderedPrompt:

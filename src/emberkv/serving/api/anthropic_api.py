@@ -34,7 +34,7 @@ def prepare_messages(
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
-    rendered = render_messages(request, model.tokenizer, rules)
+    rendered = render_messages(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
     budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
         rendered.token_ids,
@@ -47,10 +47,10 @@ def prepare_messages(
 
 
 def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None) -> int:
-    """How many tokens a request's prompt has. Raises RequestError."""
+    """How many tokens a request's prompt has. Raises RequestError, also for many times what the model takes."""
     request = parse_body(PromptRequest, body)
     model.check_name(request.model)
-    return len(render_messages(request, model.tokenizer, rules).token_ids)
+    return len(render_messages(request, model.tokenizer, rules, model.countable_tokens).token_ids)
 
 
 def anthropic_router(context: ServingContext) -> APIRouter:

@@ -1,5 +1,6 @@
 """The OpenAI API's routes: chat completions, completions, models."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    rendered = render_chat(request, model.tokenizer, rules)
+    rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
     token_ids = rendered.token_ids
     if request.max_completion_tokens is None:
         field, asked = "max_tokens", request.max_tokens
@@ -61,7 +62,7 @@ def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionReque
     request.check()
     prompts = []
     for given in request.prompts():
-        token_ids = model.tokenizer.encode(given, add_special_tokens=True) if isinstance(given, str) else given
+        token_ids = _completion_tokens(given, model)
         budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
         if request.max_tokens is None:
             budget = min(budget, DEFAULT_COMPLETION_TOKENS)
@@ -87,6 +88,12 @@ def _check_echoed_logprobs(request: CompletionRequest, prompts: list[Prompt]) ->
             "are given at once: send fewer prompts, shorter ones, or smaller logprobs",
             param="logprobs",
         )
+
+
+def _completion_tokens(given: str | list[int], model: LoadedModel) -> Sequence[int]:
+    if not isinstance(given, str):
+        return given
+    return model.tokenizer.encode(given, add_special_tokens=True, max_tokens=model.engine.max_prompt_tokens)
 
 
 def openai_router(context: ServingContext) -> APIRouter:

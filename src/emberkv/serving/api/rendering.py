@@ -24,8 +24,10 @@ class RenderedPrompt:
     retain_seconds: float = 0.0
 
 
-def render_messages(request: PromptRequest, tokenizer: Tokenizer, rules: CanonicalRules | None) -> RenderedPrompt:
-    """An Anthropic request's prompt. Raises RequestError for what cannot be used."""
+def render_messages(
+    request: PromptRequest, tokenizer: Tokenizer, rules: CanonicalRules | None, max_tokens: int | None = None
+) -> RenderedPrompt:
+    """An Anthropic request's prompt. Raises RequestError for what cannot be used, or has more than ``max_tokens``."""
     request, canonical = canonical_messages(request, rules)
     text = request.prompt_text(tokenizer)
     mark = anthropic_mark(request)
@@ -33,11 +35,14 @@ def render_messages(request: PromptRequest, tokenizer: Tokenizer, rules: Canonic
         cut = None if mark is None else mark.cut.prompt_text(tokenizer)
     except RequestError:
         cut = None  # a template may refuse half a conversation; a wish about eviction is no reason to refuse the whole
-    return _tokenized(tokenizer, text, canonical, cut, mark.seconds if mark else 0.0)
+    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+    return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
 
 
-def render_chat(request: ChatCompletionRequest, tokenizer: Tokenizer, rules: CanonicalRules | None) -> RenderedPrompt:
-    """An OpenAI chat request's prompt. Raises RequestError for what cannot be used."""
+def render_chat(
+    request: ChatCompletionRequest, tokenizer: Tokenizer, rules: CanonicalRules | None, max_tokens: int | None = None
+) -> RenderedPrompt:
+    """An OpenAI chat request's prompt. Raises RequestError as `render_messages` does."""
     request, canonical = canonical_chat(request, rules)
     text = _chat_text(request, tokenizer)
     mark = chat_mark(request)
@@ -45,7 +50,8 @@ def render_chat(request: ChatCompletionRequest, tokenizer: Tokenizer, rules: Can
         cut = None if mark is None else _chat_text(mark.cut, tokenizer)
     except RequestError:
         cut = None  # as above
-    return _tokenized(tokenizer, text, canonical, cut, mark.seconds if mark else 0.0)
+    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+    return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
 
 
 def chat_text(
@@ -62,10 +68,9 @@ def _chat_text(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
     return chat_text(request, request.messages, request.shown_tools, tokenizer)
 
 
-def _tokenized(
-    tokenizer: Tokenizer, text: str, canonical: Applied, cut_text: str | None, seconds: float
+def _with_mark(
+    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], canonical: Applied, cut_text: str | None, seconds: float
 ) -> RenderedPrompt:
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
     if cut_text is None:
         return RenderedPrompt(token_ids, canonical)
     return RenderedPrompt(token_ids, canonical, covered_tokens(tokenizer, text, token_ids, cut_text), seconds)

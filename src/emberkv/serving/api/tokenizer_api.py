@@ -50,7 +50,7 @@ def tokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
     else:
         text = chat_text(request, request.messages or [], request.tools, model.tokenizer)
         special = bool(request.add_special_tokens)
-    token_ids = list(model.tokenizer.encode(text, add_special_tokens=special))
+    token_ids = list(model.tokenizer.encode(text, add_special_tokens=special, max_tokens=model.countable_tokens))
     names = [model.tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
     return {
         "count": len(token_ids),
