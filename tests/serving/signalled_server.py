@@ -17,13 +17,14 @@ def main() -> None:
     lifecycle.loaded(LoadedModel(("tiny",), 0, engine, ByteTokenizer()))
     server = HttpServer(create_app(lifecycle), lifecycle, bind_socket(port=0), drain_seconds=600)
     logging.basicConfig(level="INFO")
-    with server.capture_signals():
+    with server.capture_signals(until_exit=True):
         print(server.url, flush=True)
         server.run()
         print("stopping the engine", flush=True)
         sys.stdin.readline()
         engine.stop()
-    print("returned")
+    print("returned", flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

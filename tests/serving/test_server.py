@@ -137,8 +137,12 @@ def test_signals_while_the_engine_stops_do_not_end_the_process() -> None:
         for sent in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             process.send_signal(sent)
         assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "returned\n"
+        process.send_signal(signal.SIGTERM)
         process.stdin.close()
-        assert process.stdout.read() == "returned\n"
+        assert process.stdout.read() == ""
     assert process.returncode == 0
 
 

@@ -151,7 +151,7 @@ def run_server(config: ServeConfig) -> None:
             tls=tls,
         )
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
-        with server.capture_signals():
+        with server.capture_signals(until_exit=True):
             startup.thread.start()
             server.run()
             startup.finish()

@@ -157,9 +157,11 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
+    def capture_signals(self, *, until_exit: bool = False) -> Generator[None, None, None]:
         """Stop on signals for as long as the context lasts, which a caller can make longer than `run` takes: a signal
         that comes while the engine stops must not end the process. SIGHUP stays ignored where it is (nohup).
+
+        until_exit: the process ends next, and does so by itself: SIGTERM and SIGHUP are ignored from then on.
         """
         # not uvicorn's own, which would raise the signals again after the shutdown and kill the caller
         if self._has_signals or threading.current_thread() is not threading.main_thread():
@@ -172,7 +174,7 @@ class HttpServer(uvicorn.Server):
             yield
         finally:
             for each, handler in before.items():
-                signal.signal(each, handler)
+                signal.signal(each, signal.SIG_IGN if until_exit and each != signal.SIGINT else handler)
             self._has_signals = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
