@@ -89,7 +89,7 @@ def test_what_is_wanted_is_what_computes(paged: ModelFactory, caplog: pytest.Log
     assert isinstance(find_kernels("auto", paged("llama"), 16, MACHINE_CACHE), Kernels)
     assert isinstance(find_kernels("native", paged("llama", "bfloat16"), 16, MACHINE_CACHE), Kernels)
     assert find_kernels("auto", paged("llama", "float16"), 16, MACHINE_CACHE) is None
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("emberkv.engine.native")]
     with pytest.raises(KernelsError, match=r"compute float32 and bfloat16 on a CPU; the model is torch.float16 on cpu"):
         find_kernels("native", paged("llama", "float16"), 16, MACHINE_CACHE)
 
