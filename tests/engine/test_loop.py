@@ -220,6 +220,27 @@ def test_preempted_requests_answer_in_full() -> None:
     assert all(output.usage == CacheUsage(8, 0, 8) for inbox in inboxes for output in inbox.outputs)
 
 
+def test_a_tenants_first_token_comes_soon_beside_a_hundred_long_requests_of_another() -> None:
+    harness, steps, ann = Harness(num_blocks=400), [], Inbox(lambda output: steps.append(harness.executor.steps))
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+
+    def come(plan: StepPlan, number: int) -> None:
+        if number == 30:  # many of the other's run, and many wait
+            steps.append(number)
+            harness.loop.submit(GenerationRequest("ann", list(OTHER), params, b"ann", tenant="ann"), ann)
+
+    harness.executor.on_step = come
+    others = [Inbox() for _ in range(100)]
+    for number, inbox in enumerate(others):
+        tokens = [2 + (number + at * at) % (VOCAB - 2) for at in range(60)]
+        bob = GenerationRequest(f"{number}", tokens, params, b"bob", tenant="bob")
+        harness.loop.submit(bob, inbox)
+    with running(harness):
+        assert {inbox.reason for inbox in (ann, *others)} == {FinishReason.LENGTH}
+    asked, answered = steps
+    assert answered - asked <= 3
+
+
 def test_stop_ends_every_request_and_takes_no_more() -> None:
     harness, begun = Harness(), threading.Event()
     harness.executor.on_step = lambda plan, number: begun.set() if plan.decodes else None
@@ -255,20 +276,40 @@ def test_stop_in_the_middle_of_a_step() -> None:
     harness.check_idle()
 
 
-def test_a_crash_of_the_loop_itself_ends_all_and_is_reported() -> None:
+def test_a_listener_that_raises_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
     reported: list[Exception] = []
     harness = Harness(on_crash=reported.append)
-    crash = ValueError("a listener that must not raise")
+    outputs: list[TokenOutput] = []
 
-    def raise_once(output: TokenOutput) -> None:
-        if output.finish_reason is None:
-            raise crash
+    def faulty(output: TokenOutput) -> None:
+        outputs.append(output)
+        raise ValueError("a fault of the caller's")
 
-    faulty = harness.submit("faulty", VICTIM, new=5, inbox=Inbox(raise_once))
-    other = harness.submit("other", OTHER, new=30)
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    harness.loop.submit(GenerationRequest("faulty", list(VICTIM), params), faulty)
+    other = harness.submit("other", OTHER, new=8)
     with running(harness):
-        assert other.reason is FinishReason.ABORT
-        assert faulty.reason is FinishReason.ABORT
+        assert other.reason is FinishReason.LENGTH
+        again = harness.submit("faulty", VICTIM, new=1)  # the id is free
+        assert again.reason is FinishReason.LENGTH
+    assert [output.finish_reason for output in outputs] == [None]
+    assert (reported, other.tokens) == ([], alone(OTHER, 8))
+    (record,) = caplog.records
+    assert record.getMessage() == "the listener of request faulty failed, and the request ends"
+
+
+def test_a_crash_of_the_loop_itself_ends_all_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Exception] = []
+    harness = Harness(on_crash=reported.append)
+    crash = ValueError("the plan cannot be accounted for")
+
+    def fail(*_: object) -> None:
+        raise crash
+
+    monkeypatch.setattr(harness.scheduler, "complete", fail)
+    inboxes = [harness.submit("one", VICTIM, new=5), harness.submit("other", OTHER, new=30)]
+    with running(harness):
+        assert [inbox.reason for inbox in inboxes] == [FinishReason.ABORT] * 2
     assert reported == [crash]
     with pytest.raises(EngineStoppedError):
         harness.submit("late", VICTIM)

@@ -34,6 +34,8 @@ class ByteDetokenizer:
 class ByteTokenizer:
     """Token ids are bytes; 256 begins a text. The chat template shows roles in angle brackets."""
 
+    cache_bytes = 0
+
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 

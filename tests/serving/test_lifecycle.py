@@ -106,3 +106,15 @@ def test_what_a_drain_cannot_wait_for_ends_properly(lifecycle: Lifecycle, engine
     )
     eventually(lambda: engine.running == 0)
     assert len(engine.aborted) == 3
+
+
+def test_health_tells_when_the_engine_has_stopped(lifecycle: Lifecycle, client: Client) -> None:
+    assert client.get("/health").status_code == 200
+    lifecycle.failed("the engine stopped: ValueError")
+    response = client.get("/health")
+    assert response.status_code == 503
+    assert response.json() == {"status": "failed", "detail": "the engine stopped: ValueError"}
+
+
+def test_the_tokenizers_memory_is_a_metric(client: Client) -> None:
+    assert "emberkv_tokenizer_cache_bytes 0.0" in client.get("/metrics").text

@@ -79,6 +79,10 @@ class HFTokenizer:
         return self._cache
 
     @property
+    def cache_bytes(self) -> int:
+        return self._cache.bytes_used
+
+    @property
     def eos_token_id(self) -> int | None:
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id

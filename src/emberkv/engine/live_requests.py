@@ -1,5 +1,6 @@
 """The requests in flight: their next tokens are drawn here, and each gets its outputs, the last one exactly once."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from emberkv.engine.limits import ModelLimits
 from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenLogprobs, TokenOutput
 from emberkv.engine.sampling import NOT_NUMBERS, SampledToken, Sampler, SamplingFailure, SamplingState, prompt_logprobs
 from emberkv.engine.torch_engine import PromptLogits, StepResult
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -160,7 +163,8 @@ class LiveRequests:
         if finish_reason is not None:
             self._forget(live.request.request_id)
             del self._live[live.request.request_id]
-        live.listener(
+        self._hand_out(
+            live,
             TokenOutput(
                 live.request.request_id,
                 token_ids=(token.token_id,) if token is not None else (),
@@ -170,8 +174,20 @@ class LiveRequests:
                 error=error,
                 prompt_logprobs=tuple(live.prompt_logprobs) if first and complete else (),
                 queue_seconds=live.admitted_at - live.submitted_at if first and live.admitted_at is not None else None,
-            )
+            ),
         )
+
+    def _hand_out(self, live: Live, output: TokenOutput) -> None:
+        """A listener that raises gets nothing more: its request ends, and no other."""
+        try:
+            live.listener(output)
+        except Exception:  # noqa: BLE001 - logged; the caller's own failure ends the caller's request
+            request_id = live.request.request_id
+            _log.exception("the listener of request %s failed, and the request ends", request_id)
+            if output.finish_reason is None:
+                self._scheduler.finish(request_id, FinishReason.ABORT)
+                self._forget(request_id)
+                del self._live[request_id]
 
     def _usage(self, sequence: Sequence) -> CacheUsage:
         cache = self._scheduler.cache

@@ -1,6 +1,7 @@
 """What the engine's thread tells of its cache, step by step, to whoever watches."""
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,13 @@ class NewsDesk:
         self._events = events
         self._wall_clock = wall_clock
         self._observers: tuple[CacheObserver, ...] = ()
+        self._changing = threading.Lock()  # of the observers, which any thread may add to
         self._told = events.last_sequence
 
     def add(self, observer: CacheObserver) -> None:
         """From any thread."""
-        self._observers = (*self._observers, observer)
+        with self._changing:
+            self._observers = (*self._observers, observer)
 
     def tell(self) -> None:
         """An observer that raises is not told again."""
@@ -58,7 +61,8 @@ class NewsDesk:
                 observer(news)
             except Exception:  # noqa: BLE001 - logged; answers do not depend on who watches
                 _log.exception("an observer of the cache failed and is not told again: %s", _name(observer))
-                self._observers = tuple(each for each in self._observers if each is not observer)
+                with self._changing:
+                    self._observers = tuple(each for each in self._observers if each is not observer)
 
 
 def _name(observer: CacheObserver) -> str:

@@ -79,7 +79,9 @@ class TokenOutput:
 
 
 OutputListener = Callable[[TokenOutput], None]
-"""Called on the engine's thread for each output of one request; it must return at once."""
+"""Called on the engine's thread for each output of one request; it must return at once. One that raises is logged, its
+request ends, and it is called no more.
+"""
 
 
 @dataclass(frozen=True, slots=True)

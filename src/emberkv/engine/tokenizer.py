@@ -20,6 +20,11 @@ class IncrementalDetokenizer(Protocol):
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that remembered encodings take, of all owners together."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
         """The text's token ids, as the core takes them (`token_array`).
 

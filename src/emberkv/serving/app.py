@@ -86,6 +86,8 @@ def create_app(
 
     @app.get("/health")
     async def health() -> Response:
+        if lifecycle.phase is Phase.FAILED:
+            return JSONResponse({"status": "failed", "detail": lifecycle.detail}, status_code=503)
         return JSONResponse({"status": "alive"})
 
     @app.get("/ready")

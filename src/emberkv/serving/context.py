@@ -23,7 +23,7 @@ from emberkv.serving.api.body_limit import default_max_bytes
 from emberkv.serving.api.request_info import request_info
 from emberkv.serving.canonical.rules import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
-from emberkv.serving.metrics import BuildCollector, Clock, ServingMetrics
+from emberkv.serving.metrics import BuildCollector, Clock, ServingMetrics, TokenizerCollector
 from emberkv.serving.request_log import log_finished
 from emberkv.serving.tenancy.auth import ApiKeys
 from emberkv.serving.tenancy.secret import SECRET_BYTES
@@ -88,6 +88,7 @@ class ServingContext:
         self.metrics.register(BuildCollector(lifecycle.about))
         self.metrics.register(lifecycle.background)
         self.metrics.register(WarmupCollector(lifecycle.warmup_report))
+        self.metrics.register(TokenizerCollector(lifecycle.tokenizer_cache_bytes))
         self.metrics.register(ReuseCollector(lifecycle.reuse))
         self.guard = AdminGuard(
             settings.admin_key,

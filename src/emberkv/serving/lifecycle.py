@@ -112,6 +112,9 @@ class Lifecycle:
         """The model's name and how it is computed; empty before there is one."""
         return {} if self._model is None else {"model": self._model.names[0], **self._model.about}
 
+    def tokenizer_cache_bytes(self) -> int:
+        return 0 if self._model is None else self._model.tokenizer.cache_bytes
+
     def warmup_report(self) -> WarmupReport:
         if self._model is None:
             return WarmupReport(WarmupPhase.WAITING)

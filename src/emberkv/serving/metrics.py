@@ -146,6 +146,17 @@ class HttpMetrics:
         self._seconds.labels(route, method).observe(seconds)
 
 
+class TokenizerCollector(Collector):
+    """The memory of the tokenizer's cache, read when it is asked for."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Bytes of remembered encodings of texts, of all tenants together."
+        yield GaugeMetricFamily("emberkv_tokenizer_cache_bytes", text, value=self._read())
+
+
 class BuildCollector(Collector):
     """``emberkv_build_info``: the version, and the model once there is one.
 

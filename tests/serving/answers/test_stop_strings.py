@@ -54,3 +54,18 @@ def test_nothing_passes_after_a_match() -> None:
     assert scanner.push("more") == ""
     assert scanner.flush() == ""
     assert scanner.matched == "END"
+
+
+def test_a_stop_string_that_almost_matches_is_looked_at_once_for_each_letter() -> None:
+    """Beginnings that are ever held back again: each letter moves the matcher on by one, and back no further."""
+    stop, steps = "ab" * 2000 + "c", 0
+
+    class Counted(str):
+        def __getitem__(self, index: object) -> str:
+            nonlocal steps
+            steps += 1
+            return str.__getitem__(self, index)  # type: ignore[index]  # as given
+
+    scanner = StopScanner((Counted(stop),))
+    assert "".join(scanner.push("ab") for _ in range(6000)) + scanner.flush() == "ab" * 6000
+    assert steps < 8 * 12_000

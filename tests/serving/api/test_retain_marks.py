@@ -104,3 +104,18 @@ def test_what_is_no_mark(mark: object, message: str) -> None:
         anthropic_cover(system=[text("a", mark)])
     assert str(raised.value).startswith(message)
     assert raised.value.param in {"system.0.cache_control", "system.0.cache_control.ttl"}
+
+
+def test_only_the_mark_that_counts_is_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = 0
+    copy = PromptRequest.model_copy
+
+    def counted(self: PromptRequest, **arguments: Any) -> PromptRequest:
+        nonlocal copies
+        copies += 1
+        return copy(self, **arguments)
+
+    monkeypatch.setattr(PromptRequest, "model_copy", counted)
+    parts = [text(f"{number} ", SHORT) for number in range(200)]
+    assert anthropic_cover(messages=[{"role": "user", "content": parts}] * 5, system=parts) is not None
+    assert copies == 1

@@ -7,11 +7,12 @@ class StopScanner:
     """Passes text on until a stop string is complete, and never passes on a part of one.
 
     The stop string that is complete first wins; of two that end together, the longer. So the outcome depends
-    on the text alone, not on the pieces in which it came.
+    on the text alone, not on the pieces in which it came. Scanning takes time in proportion to the text and to the
+    number of stop strings, whatever they are (Knuth, Morris and Pratt).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = [_StopMatcher(stop) for stop in stops]
         self._held = ""  # the longest end of the text so far that may be the beginning of a stop string
         self.matched: str | None = None
 
@@ -22,12 +23,14 @@ class StopScanner:
         if not self._stops:
             return piece
         text = self._held + piece
-        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if matches:
-            _, start, self.matched = min(matches)
+        ends = [(end, stop) for stop in self._stops if (end := stop.push(piece)) is not None]
+        if ends:
+            end, stop = min(ends, key=lambda each: (each[0], -len(each[1].text)))
+            self.matched = stop.text
+            start = len(self._held) + end - len(stop.text)
             self._held = ""
             return text[:start]
-        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        certain = len(text) - max(stop.length for stop in self._stops)
         self._held = text[certain:]
         return text[:certain]
 
@@ -37,9 +40,33 @@ class StopScanner:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``, and not all of it."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _StopMatcher:
+    """Finds one stop string. length: of its longest beginning that the text so far ends with."""
+
+    __slots__ = ("_fallbacks", "length", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.length = 0
+        self._fallbacks = [
+            0,
+            0,
+        ]  # by length of a beginning: the longest shorter one that it ends with, as far as needed
+
+    def push(self, piece: str) -> int | None:
+        """Where in ``piece`` the stop string is complete for the first time: the position behind it."""
+        if not self.length and self.text[0] not in piece:
+            return None
+        for at, char in enumerate(piece):
+            self.length = self._longer(self.length, char)
+            if self.length == len(self.text):
+                return at + 1
+            if self.length >= len(self._fallbacks):
+                self._fallbacks.append(self._longer(self._fallbacks[-1], char))
+        return None
+
+    def _longer(self, length: int, char: str) -> int:
+        """The longest beginning that the text ends with after ``char``, if before it was the one of ``length``."""
+        while length and self.text[length] != char:
+            length = self._fallbacks[length]
+        return length + 1 if self.text[length] == char else 0

@@ -7,8 +7,9 @@ the others.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from emberkv.engine.tokenizer import Tokenizer
@@ -55,53 +56,62 @@ def without_marks(tools: list[Json] | None) -> list[Json] | None:
     return tools and [{key: value for key, value in tool.items() if key != FIELD} for tool in tools]
 
 
-def _lasting_longest(marks: Iterator[Mark[Request]]) -> Mark[Request] | None:
+Candidate = tuple[float, Callable[[], Request]]
+"""A mark's seconds, and what makes its cut. Only the cut of the mark that counts is made: each is a copy."""
+
+
+def _lasting_longest(marks: Iterator[Candidate[Request]]) -> Mark[Request] | None:
     best = None
     for mark in marks:
-        if best is None or mark.seconds >= best.seconds:
+        if best is None or mark[0] >= best[0]:
             best = mark
-    return best
+    return None if best is None else Mark(best[0], best[1]())
 
 
-def _anthropic_marks(request: PromptRequest) -> Iterator[Mark[PromptRequest]]:
+def _anthropic_marks(request: PromptRequest) -> Iterator[Candidate[PromptRequest]]:
     if seconds := _seconds({FIELD: request.cache_control}, ""):
-        yield Mark(seconds, request)  # of the request itself: all of it is covered
+        yield seconds, lambda: request  # of the request itself: all of it is covered
     anyone = [{"role": "user", "content": ""}]  # templates want a message behind the system prompt
     for index, tool in enumerate(request.tools or ()):
         if seconds := _seconds(tool, f"tools.{index}"):
-            yield Mark(seconds, request.model_copy(update={"tools": _to(request.tools, index), "messages": anyone}))
+            yield seconds, partial(_with_beginning, request, "tools", index, messages=anyone)
     if isinstance(request.system, list):
         for index, block in enumerate(request.system):
             if seconds := _seconds(block, f"system.{index}"):
-                yield Mark(
-                    seconds, request.model_copy(update={"system": request.system[: index + 1], "messages": anyone})
-                )
-    for seconds, messages in _message_marks(request.messages, "messages.{}", ".content.{}"):
-        yield Mark(seconds, request.model_copy(update={"messages": messages}))
+                yield seconds, partial(_with_beginning, request, "system", index, messages=anyone)
+    yield from _message_marks(request, request.messages, "messages.{}", ".content.{}")
 
 
-def _chat_marks(request: ChatCompletionRequest) -> Iterator[Mark[ChatCompletionRequest]]:
+def _chat_marks(request: ChatCompletionRequest) -> Iterator[Candidate[ChatCompletionRequest]]:
     for index, tool in enumerate(request.tools or ()):
         if seconds := _seconds(tool, f"tools[{index}]"):
-            yield Mark(seconds, request.model_copy(update={"tools": _to(request.tools, index)}))
-    for seconds, messages in _message_marks(request.messages, "messages[{}]", ".content[{}]"):
-        yield Mark(seconds, request.model_copy(update={"messages": messages}))
+            yield seconds, partial(_with_beginning, request, "tools", index)
+    yield from _message_marks(request, request.messages, "messages[{}]", ".content[{}]")
 
 
-def _message_marks(messages: list[Json], message_place: str, part_place: str) -> Iterator[tuple[float, list[Json]]]:
-    """Each mark's seconds, and the messages as far as it covers them."""
+def _message_marks(
+    request: Request, messages: list[Json], message_place: str, part_place: str
+) -> Iterator[Candidate[Request]]:
     for index, message in enumerate(messages):
         place = message_place.format(index)
         content = message.get("content")
         for part, each in enumerate(content if isinstance(content, list) else ()):
             if seconds := _seconds(each, place + part_place.format(part)):
-                yield seconds, [*messages[:index], {**message, "content": _to(content, part)}]
+                yield seconds, partial(_to_part, request, index, part)
         if seconds := _seconds(message, place):
-            yield seconds, messages[: index + 1]
+            yield seconds, partial(_with_beginning, request, "messages", index)
 
 
-def _to(items: Any, index: int) -> Any:
-    return items[: index + 1]
+def _with_beginning(request: Request, field: str, index: int, **changes: Any) -> Request:
+    """The request with ``field``, a list, up to ``index``."""
+    return request.model_copy(update={field: getattr(request, field)[: index + 1], **changes})
+
+
+def _to_part(request: Request, index: int, part: int) -> Request:
+    """The request with its messages up to ``part`` of the content of message ``index``."""
+    message = request.messages[index]
+    last = {**message, "content": message["content"][: part + 1]}
+    return request.model_copy(update={"messages": [*request.messages[:index], last]})
 
 
 def _seconds(marked: object, place: str) -> float:
