@@ -1,9 +1,10 @@
 """Several processes on one folder: they follow what one of them writes, and another takes over when that one ends."""
 
+import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,17 @@ IDS = identities(BLOCKS)
 
 
 class CountingFiles(BlockFiles):
-    """scans: how often the folder was listed."""
+    """scans: how often the folder was listed. during_scan: called then. unreadable: it cannot be."""
 
     scans = 0
+    unreadable = False
+    during_scan: Callable[[], None] = staticmethod(lambda: None)
 
     def scan(self) -> Iterator[BlockFile]:
         self.scans += 1
+        self.during_scan()
+        if self.unreadable:
+            raise CacheFolderError("it cannot be read")
         return super().scan()
 
 
@@ -106,6 +112,100 @@ def test_a_journal_that_was_begun_anew_or_lost_has_readers_scan_again(tmp_path: 
     for _ in range(3):
         reader.refresh()
     assert (files.scans, reader.lookup(IDS)) == (2, 1)
+    writer.store(ENTRIES[1:2])
+    reader.refresh()
+    assert (files.scans, reader.lookup(IDS)) == (3, 2)
+    os.truncate(tmp_path / "blocks" / "journal", 3)
+    writer.store(ENTRIES[2:4])
+    os.truncate(tmp_path / "blocks" / "journal", 0)
+    reader.refresh()
+    assert (files.scans, reader.lookup(IDS)) == (4, 4)
+    writer.store(ENTRIES[4:5])
+    reader.refresh()
+    assert (files.scans, reader.lookup(IDS)) == (4, 5)
+
+
+def test_a_removal_outlasts_what_the_journal_said_before_it(tmp_path: Path) -> None:
+    """The reader meets the new writer's journal, which says that the block was stored, when it removes the block."""
+    first, reader = opened(tmp_path), opened(tmp_path)
+    first.close()
+    writer = opened(tmp_path)
+    writer.store(ENTRIES[:2])
+    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    for _ in range(2):
+        reader.refresh()
+    assert [reader.lookup([each]) for each in IDS[:2]] == [0, 1]
+
+
+def test_a_reader_removes_though_it_cannot_read_the_folder(tmp_path: Path) -> None:
+    writer, files = opened(tmp_path), CountingFiles(tmp_path)
+    reader = opened(tmp_path, files=files)
+    writer.store(ENTRIES[:2])
+    reader.refresh()
+    JournalWriter(tmp_path / "blocks").begin()
+    files.unreadable = True
+    assert reader.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
+    files.unreadable = False
+    reader.refresh()
+    assert [reader.lookup([each]) for each in IDS[:2]] == [0, 1]
+    assert reader.stats().troubles == {"folder not read": 1}
+
+
+def test_a_reader_follows_a_folder_that_was_moved_and_made_anew_between_two_looks(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    writer, reader = opened(folder), opened(folder)
+    writer.store(ENTRIES[:1])
+    reader.refresh()
+    folder.rename(tmp_path / "elsewhere")
+    opened(folder).store(ENTRIES[1:2])
+    reader.refresh()
+    assert [reader.lookup([each]) for each in IDS[:2]] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_read_is_not_written_and_has_no_lock(tmp_path: Path) -> None:
+    """Who writes without knowing what there is would exceed the quota for good."""
+    first, files = opened(tmp_path), CountingFiles(tmp_path)
+    reader = opened(tmp_path, files=files)
+    first.store(ENTRIES[:2])
+    first.close()
+    files.unreadable = True
+    for _ in range(2):
+        reader.refresh()
+    assert (reader.read_only, reader.store(ENTRIES[2:3]).count) == ("folder cannot be read", 0)
+    with pytest.raises(CacheFolderError):
+        opened(tmp_path, files=files)
+    other = opened(tmp_path)
+    assert other.read_only is None
+    other.close()
+    files.unreadable = False
+    reader.refresh()
+    assert (reader.read_only, reader.lookup(IDS)) == (None, 2)
+
+
+def test_a_lock_that_the_file_system_does_not_have_costs_no_descriptors(tmp_path: Path) -> None:
+    class NoLocks(BlockFiles):
+        def take_lock(self, descriptor: int) -> None:
+            taken.append(descriptor)
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    taken: list[int] = []
+    tier = opened(tmp_path, files=NoLocks(tmp_path))
+    tier.refresh()
+    assert tier.read_only == "folder cannot be written"
+    assert len(taken) == 2
+    for descriptor in taken:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_a_tier_that_is_closed_while_it_takes_over_lets_go_of_the_folder(tmp_path: Path) -> None:
+    first, files = opened(tmp_path), CountingFiles(tmp_path)
+    reader = opened(tmp_path, files=files)
+    first.close()
+    files.during_scan = reader.close
+    reader.refresh()
+    assert reader.read_only == "closed"
+    assert opened(tmp_path).read_only is None
 
 
 def test_other_models_of_a_reader_s_folder_count_too(tmp_path: Path) -> None:

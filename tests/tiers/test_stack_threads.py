@@ -107,7 +107,7 @@ def test_nothing_is_read_beyond_a_block_that_is_missing(tier: GatedTier, stack: 
     tier.store(entries([*BLOCKS[:3], *BLOCKS[4:]]))
     assert fetched(stack, BLOCKS, [Run("gated", 40, None)])[:4] == [*BLOCKS[:3], None]
     assert tier.loads[0] == tuple(IDS[:PIECE_BLOCKS])
-    assert not any(IDS[PIECE_BLOCKS] == load[0] for load in tier.loads)  # only a check of the rest comes after
+    assert tuple(IDS[PIECE_BLOCKS : 2 * PIECE_BLOCKS]) not in tier.loads  # only a check of the rest comes after
 
 
 def test_a_cancelled_fetch_reads_no_further_and_tells_what_came(tier: GatedTier, stack: TierManager) -> None:
@@ -228,3 +228,30 @@ def test_after_close_nothing_is_stored_and_a_fetch_is_told_at_once(tier: GatedTi
     assert stack.stack_stats().queue_full == len(OTHERS)
     _, outcome = start(stack, BLOCKS)
     assert outcome.result(0) == [None] * 40
+
+
+def test_a_removal_cannot_be_cancelled_by_its_caller(tier: GatedTier, stack: TierManager) -> None:
+    tier.store(entries(BLOCKS[:1]))
+    close_gate(tier)
+    stack.touch(IDS[:1])
+    answer = stack.remove(IDS[:1])[tier.name]
+    assert not answer.cancel()
+    tier.gate.set()
+    assert answer.result(PATIENCE) == Removed(1)
+    assert stack.flush(PATIENCE)
+
+
+def test_close_ends_a_flush_of_what_it_drops() -> None:
+    stack = TierManager([MemoryTier(LARGE)], namespace=NAMESPACE, queue_bytes=LARGE, start=False)
+    stack.offload([OffloadedBlock(block) for block in BLOCKS])
+    waiting = threading.Event()
+    flushed: Future[bool] = Future()
+
+    def flush() -> None:
+        waiting.set()
+        flushed.set_result(stack.flush(2 * PATIENCE))
+
+    threading.Thread(target=flush, daemon=True).start()
+    assert waiting.wait(PATIENCE)
+    assert not stack.close(0.05)
+    assert flushed.result(PATIENCE)

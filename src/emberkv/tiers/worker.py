@@ -70,12 +70,19 @@ class Check:
         return block_hash in self.block_hashes
 
 
+def _answer() -> "Future[Removed]":
+    """A future that its receiver cannot cancel: a removal is carried out in any case."""
+    future: Future[Removed] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(eq=False, slots=True)
 class Remove:
     """block_hashes: None: all. They are not found from now on."""
 
     block_hashes: Collection[bytes] | None
-    result: "Future[Removed]" = field(default_factory=Future)
+    result: "Future[Removed]" = field(default_factory=_answer)
     size: int = 0
 
     def hides(self, block_hash: bytes) -> bool:
@@ -266,6 +273,7 @@ class TierWorker:
         self._turns.clear()
         self._writable.notify_all()
         self._readable.notify_all()
+        self._changed.notify_all()
 
     def _write_loop(self) -> None:
         every = self.tier.refresh_seconds

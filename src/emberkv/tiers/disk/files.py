@@ -61,11 +61,17 @@ class BlockFiles:
         except UntrustedPathError as error:
             raise OSError(errno.EPERM, str(error)) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.take_lock(descriptor)
+        except OSError as error:
             os.close(descriptor)
-            return None
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
         return descriptor
+
+    def take_lock(self, descriptor: int) -> None:
+        """Lock an open file. Raises BlockingIOError where another process has the lock."""
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def holds(self, lock: int) -> bool:
         """Whether a descriptor of `lock` still is the lock of this folder, which may have been moved or replaced."""

@@ -3,8 +3,8 @@
     + <size in bytes> <time of last use in ns> <path below the blocks' folder>
     - <path>
 
-The writer appends, and begins a new file when it opens the folder or the file has grown large. A reader that still has
-the replaced file open sees that it has no name any more, and scans the folder again.
+The writer appends, and begins a new file when it opens the folder, when the file has grown large and when it was
+removed. A reader sees that another file has the journal's name, and scans the folder again.
 """
 
 import os
@@ -50,7 +50,7 @@ class JournalWriter:
     def append(self, changes: Sequence[Change]) -> None:
         if not changes:
             return
-        if self._descriptor is None or self._size > self._max_bytes:
+        if self._descriptor is None or self._size > self._max_bytes or not os.fstat(self._descriptor).st_nlink:
             self.begin()
         assert self._descriptor is not None
         lines = "".join(map(_line, changes)).encode()
@@ -69,11 +69,12 @@ class JournalWriter:
 
 
 class JournalReader:
-    """Follows a journal from wherever it ends at the time of `changes`."""
+    """Follows a journal from where it ended when it was opened."""
 
     def __init__(self, blocks: Path) -> None:
         self._path = blocks / JOURNAL
         self._descriptor: int | None = None
+        self._opened: os.stat_result | None = None  # of the descriptor; nothing else has its number while it is open
         self._offset = 0
 
     def changes(self) -> Iterable[Change] | None:
@@ -81,18 +82,25 @@ class JournalReader:
 
         Costs one system call where nothing has changed. Raises OSError where there is no journal.
         """
-        found = os.fstat(self._descriptor) if self._descriptor is not None else None
-        if self._descriptor is None or found is None or not found.st_nlink:
-            self.close()
-            self._descriptor, self._offset = open_own_file(self._path, os.O_RDONLY), 0
-            return None
+        found = os.stat(self._path, follow_symlinks=False)
+        same = self._opened is not None and os.path.samestat(found, self._opened)
         size = found.st_size
-        if size <= self._offset:
+        if self._descriptor is None or not same or size < self._offset:
+            self._open()
+            return None
+        if size == self._offset:
             return ()
         data = os.pread(self._descriptor, size - self._offset, self._offset)
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         return filter(None, map(_change, whole.decode("ascii", "replace").splitlines()))
+
+    def _open(self) -> None:
+        """What the journal says already is in the folder that the caller is about to scan."""
+        self.close()
+        self._descriptor = open_own_file(self._path, os.O_RDONLY)
+        self._opened = os.fstat(self._descriptor)
+        self._offset = self._opened.st_size
 
     def close(self) -> None:
         if self._descriptor is not None:

@@ -30,12 +30,14 @@ REFRESH_SECONDS = 0.5
 
 OTHER_WRITER = "another process writes here"
 UNWRITABLE = "folder cannot be written"
+UNREADABLE = "folder cannot be read"
 GONE = "folder is gone"
 CLOSED = "closed"
 
 _CONSEQUENCES = {
     OTHER_WRITER: "its blocks are loaded, none are stored; this process takes over when that one ends",
     UNWRITABLE: "blocks are loaded but not stored",
+    UNREADABLE: "blocks that are known are loaded, none are stored until it can be",
     GONE: "nothing is loaded or stored until it is back",
 }
 
@@ -165,10 +167,10 @@ class DiskTier:
             try:
                 if not self._become_writer():
                     self._follow()
-            except CacheFolderError as error:  # it went during the scan, or cannot be read
-                self._scanned = False
-                with self._lock:
-                    self._failed("folder not read", OSError(str(error)))
+            except CacheFolderError as error:
+                self._not_read(error)
+            if self.read_only == CLOSED:  # `close` did not wait for this
+                self._let_go()
         self._publish()
 
     def stats(self) -> TierStats:
@@ -188,10 +190,13 @@ class DiskTier:
         self.read_only = CLOSED
         if self._following.acquire(timeout=1.0):  # else a refresh waits for a disk that does not answer
             try:
-                self._stop_writing()
-                self._others.close()
+                self._let_go()
             finally:
                 self._following.release()
+
+    def _let_go(self) -> None:
+        self._stop_writing()
+        self._others.close()
 
     def _stop_writing(self) -> None:
         self._journal.close()
@@ -202,29 +207,33 @@ class DiskTier:
     def _become_writer(self) -> bool:
         try:
             held = self._files.lock()
-            left = 0 if held is None else self._tidy(held)
+            if held is None:
+                self._set_state(OTHER_WRITER)
+                return False
+            left, index, gone = self._prepare(held)
         except OSError as error:
             self._set_state(UNWRITABLE if self._files.exists() else GONE, error)
             return False
-        if held is None:
-            self._set_state(OTHER_WRITER)
-            return False
+        except CacheFolderError:
+            self._set_state(UNREADABLE)
+            raise
         self._writer_lock = held
         self._set_state(None)
         try:
             self._journal.begin()
         except (OSError, UntrustedPathError) as error:
             self._journal_failed(error)
-        self._rescan()
+        self._take_in(index, gone)
         logger.info("%s tier: this process writes to the folder, which has %d blocks", self.name, len(self._index))
         if left:
             logger.warning("%s tier: %d folders among the temporary files are left alone", self.name, left)
         return True
 
-    def _tidy(self, held: int) -> int:
+    def _prepare(self, held: int) -> tuple[int, DiskIndex, list[BlockFile]]:
+        """What `BlockFiles.tidy` left, and what `_scan` found; where they fail, another process may have the lock."""
         try:
-            return self._files.tidy()
-        except OSError:
+            return self._files.tidy(), *self._scan()
+        except (OSError, CacheFolderError):
             os.close(held)
             raise
 
@@ -241,8 +250,18 @@ class DiskTier:
     def _catch_up(self) -> None:
         """Know of all that the writing process has stored, so that a removal removes that too."""
         with self._following:
-            if self.read_only == OTHER_WRITER:
+            if self.read_only in (None, CLOSED):
+                return
+            try:
                 self._follow()
+            except CacheFolderError as error:  # what is known of is removed all the same
+                self._not_read(error)
+
+    def _not_read(self, error: CacheFolderError) -> None:
+        """The folder went during the scan, or cannot be read; the next refresh scans it again."""
+        self._scanned = False
+        with self._lock:
+            self._failed("folder not read", OSError(str(error)))
 
     def _follow(self) -> None:
         """Take in what another process has journaled."""
@@ -257,7 +276,7 @@ class DiskTier:
         except (OSError, UntrustedPathError):  # no process has kept a journal here yet
             changes = ()
         if changes is None or not self._scanned:
-            self._rescan()
+            self._take_in(*self._scan())
             return
         with self._lock:
             for file, stored in changes:
@@ -265,12 +284,16 @@ class DiskTier:
                     self._unremoved.discard(file.key)
                     self._index.note(file)
                 elif (there := self._index.get(file.key)) and there.path == file.path:
+                    self._unremoved.discard(file.key)
                     self._index.discard(file.key)
 
-    def _rescan(self) -> None:
-        """Index the folder anew. The process that writes removes what the quota forbids and what was to be removed."""
+    def _scan(self) -> tuple[DiskIndex, list[BlockFile]]:
+        """An index of what the folder has, and what the quota forbids. Raises CacheFolderError."""
         index = DiskIndex(self._max_bytes, self._policy)
-        gone = index.fill(self._files.scan())
+        return index, index.fill(self._files.scan())
+
+    def _take_in(self, index: DiskIndex, gone: Sequence[BlockFile]) -> None:
+        """Go by what `_scan` found. The process that writes removes what the quota forbids and was to be removed."""
         self._scanned = True
         left = [file for key in self._unremoved if (file := index.get(key))]
         for file in left:
