@@ -1,11 +1,13 @@
 """The tokenizer of a transformers model: encoding at the cost of what is new, chat templates, decoding."""
 
+import logging
 import re
 from array import array
 from collections.abc import Mapping, Sequence
 from copy import copy
 from inspect import signature
 from itertools import pairwise
+from threading import Event
 from typing import Any
 
 from tokenizers import AddedToken
@@ -19,6 +21,8 @@ from emberkv.engine.template_check import NO_TEMPLATE
 from emberkv.engine.token_bound import TokenBound
 from emberkv.engine.word_gaps import cuts_at_gaps, parts
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
+
+_log = logging.getLogger(__name__)
 
 _RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {"messages"}
 
@@ -69,6 +73,7 @@ class HFTokenizer:
         self._cuts_at_gaps = self._cut is not None and cuts_at_gaps(self._backend, list(added.values()))
         self._bound = TokenBound(self._backend)
         self._cache = PieceCache(cache_bytes)
+        self._repeated_start = Event()
         self._owner = ""
         self._by_owner: dict[str, HFTokenizer] = {"": self}
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids[-1:]
@@ -90,6 +95,9 @@ class HFTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
         """The ids of ``text``, in which special tokens written out count as such.
 
+        add_special_tokens: put the tokens around it that the tokenizer's post-processor adds, such as BOS. A text that
+        begins with those of its start gets no second ones; the first such text is logged.
+
         max_tokens: a text with more is refused, before it is encoded where its length tells, and else as soon as
         its first pieces have more; nothing of it is remembered.
 
@@ -102,7 +110,7 @@ class HFTokenizer:
         if max_tokens is not None and len(text) > max_tokens:
             _refuse_above(max_tokens, self._bound.least_tokens(text))
         if self._cut is None or (add_special_tokens and self._frame is None):
-            return self._encode_whole(text, add_special_tokens)
+            return self._without_repeated_start(self._encode_whole(text, add_special_tokens), add_special_tokens)
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
         ids = token_array(before)
         new: dict[str, array[int]] = {}
@@ -110,7 +118,10 @@ class HFTokenizer:
             for part in parts(piece) if self._cuts_at_gaps else (piece,):
                 ids.extend(self._encode_piece(part, new))
                 if max_tokens is not None:
-                    _refuse_above(max_tokens, len(ids))
+                    _refuse_above(max_tokens, len(ids) - len(before))
+        ids = self._without_repeated_start(ids, add_special_tokens)
+        if max_tokens is not None:
+            _refuse_above(max_tokens, len(ids))
         ids.extend(token_array(after))
         self._cache.put(self._owner, new)
         return ids
@@ -203,6 +214,20 @@ class HFTokenizer:
     def detokenizer(self) -> WindowDetokenizer:
         """A fresh one, for one answer."""
         return WindowDetokenizer(self._backend, self._special_ids)
+
+    def _without_repeated_start(self, ids: "array[int]", added: bool) -> "array[int]":
+        """``ids`` without the tokens that the post-processor has put before a text that begins with the same ones."""
+        start = token_array(self._frame[0]) if added and self._frame is not None else token_array([])
+        if not start or ids[: 2 * len(start)] != start + start:
+            return ids
+        if not self._repeated_start.is_set():
+            self._repeated_start.set()
+            _log.warning(
+                "a prompt begins with %s, which the tokenizer adds itself; it is not added a second time. This is "
+                "logged once: send prompts without it, or as token ids",
+                " ".join(self._backend.id_to_token(token_id) or str(token_id) for token_id in start),
+            )
+        return ids[len(start) :]
 
     def _encode_whole(self, text: str, add_special_tokens: bool) -> "array[int]":
         if len(text) <= _SHORT_TEXT:
