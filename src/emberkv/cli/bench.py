@@ -18,6 +18,7 @@ from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, run_workload
 from emberkv.bench.summary import Summary, as_json, summarize
 from emberkv.bench.workload import Workload
+from emberkv.cli.connection import connection
 from emberkv.cli.telling import error_console
 
 
@@ -27,8 +28,7 @@ def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
     timeout: seconds without a byte after which a request fails.
     """
     return httpx.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        **connection(url.rstrip("/").removesuffix("/v1"), api_key, "--api-key"),
         timeout=timeout,
         limits=httpx.Limits(max_connections=None),
     )

@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from emberkv.cli.telling import errors_told, print_error
 from emberkv.complaints import in_plain_words, shown
+from emberkv.errors import ConfigError
 
 NAME_COLUMNS = 28
 """Columns for an option's name; the help of one with a longer name begins on the next line."""
@@ -37,6 +38,10 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         with errors_told():
+            for param in self.get_params(ctx):
+                value = ctx.params.get(param.name)
+                if isinstance(value, str) and any(0xD800 <= ord(char) <= 0xDFFF for char in value):
+                    raise ConfigError(f"{param.opts[-1]}: use text in UTF-8")
             return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: HelpFormatter) -> None:

@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from emberkv.cli.connection import connection
 from emberkv.cli.explanation_view import Answer, view
 from emberkv.errors import EmberError, RequestError
 
@@ -52,8 +53,8 @@ def explain(
     question = _question(source, text, response_id, raw, api)
     if tenant is not None:
         question["tenant"] = tenant
-    with httpx.Client(base_url=url, timeout=60) as client:
-        answer = ask(client, question, key)
+    with httpx.Client(**connection(url, key, "--key"), timeout=60) as client:
+        answer = ask(client, question)
     console = Console(markup=False, highlight=False)
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
@@ -61,11 +62,10 @@ def explain(
         console.print(view(_checked(answer), console.width))
 
 
-def ask(client: httpx.Client, question: dict[str, Any], key: str | None) -> dict[str, Any]:
+def ask(client: httpx.Client, question: dict[str, Any]) -> dict[str, Any]:
     """Raises ExplainError when no explanation comes back."""
     try:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        response = client.post(PATH, json=question, headers=headers)
+        response = client.post(PATH, json=question)
         answer = response.json()
     except httpx.ConnectError as error:
         raise ExplainError(
