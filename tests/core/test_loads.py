@@ -306,6 +306,23 @@ def test_what_is_cleared_or_removed_while_it_loads_does_not_come_back(removed: i
     harness.finish()
 
 
+def test_what_several_loads_bring_does_not_come_back_either() -> None:
+    """Of three requests for the same blocks, two shared the load of the first; it fails, and each begins its own."""
+    harness = Harness(lower=stocked(range(16)), num_blocks=32)
+    for name in "abc":
+        harness.add(name, range(18))
+    first = begin(harness)
+    harness.scheduler.finish("a", FinishReason.ABORT)
+    harness.arrive(first, 0)
+    loads = harness.scheduler.schedule().loads
+    wanted = first.identities[3]
+    assert [wanted in load.identities for load in loads] == [True, True]
+    harness.scheduler.remove([wanted])
+    for load in loads:
+        harness.arrive(load)
+        assert harness.pool.lookup(wanted) is None
+
+
 def test_a_cache_that_is_off_never_loads() -> None:
     tiers = stocked(range(16))
     harness = Harness(enabled=False, lower=tiers)

@@ -113,11 +113,11 @@ class Loads:
         return self._waiting.pop(load)
 
     def revoke(self, identities: Iterable[Identity]) -> None:
-        """These blocks are not wanted any more: a load that brings one of them ends before it."""
-        for identity in identities:
-            load = self._by_identity.get(identity)
-            if load is not None:
-                self._cache.pool.revoke([load.blocks[load.identities.index(identity)]])
+        """These blocks are not wanted any more: each load that brings one of them ends before it."""
+        wanted = set(identities)
+        for load in self._waiting:
+            pairs = zip(load.identities, load.blocks, strict=True)
+            self._cache.pool.revoke(block for identity, block in pairs if identity in wanted)
 
     def account(self, sequence: Sequence, match: Match) -> None:
         """Write down where the hit of a sequence that is being admitted comes from."""
