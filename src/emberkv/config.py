@@ -119,6 +119,7 @@ class ServeConfig(BaseModel):
 
     model: a folder or a hub id; None serves the bundled demonstration model.
     chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
+    generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory, at most 8 full contexts.
     prefill_chunk: tokens computed per prefill pass; a multiple of block_size.
     max_step_tokens: token budget of a step that decodes and prefills.
@@ -153,6 +154,7 @@ class ServeConfig(BaseModel):
     model: NotEmpty | None = None
     served_name: NotEmpty | None = None
     chat_template: NotEmpty | None = None
+    generation_config: Literal["auto", "ignore"] = "auto"
     host: NotEmpty = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

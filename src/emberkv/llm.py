@@ -152,6 +152,7 @@ class LLM:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         device: str = "auto",
         kernels: Literal["auto", "native", "torch"] = "auto",
+        generation_config: Literal["auto", "ignore"] = "auto",
         cache_ram: int | str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_disk: int | str | None = None,
@@ -168,6 +169,7 @@ class LLM:
     ) -> None:
         given = {
             "model": None if model is None else os.fspath(model), "dtype": dtype, "device": device, "kernels": kernels,
+            "generation_config": generation_config,
             "cache_ram": cache_ram, "cache_dir": cache_dir, "cache_disk": cache_disk, "ram_tier": ram_tier,
             "eviction": eviction, "exact": exact, "prefix_cache": prefix_cache, "block_size": block_size,
             "prefill_chunk": prefill_chunk, "max_step_tokens": max_step_tokens, "max_running": max_running,
@@ -188,7 +190,7 @@ class LLM:
         return loaded, assemble(loaded, settings, kernels=kernels, on_evicted=self._books.evicted, progress=progress)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """Answer one prompt, and wait for the whole answer.
+        """Answer one prompt, and wait for the whole answer. Without ``params``, the model's defaults hold.
 
         Raises PromptTooLongError when prompt and ``max_tokens`` exceed the context, RequestError for what else cannot
         be used, EngineStoppedError after `close`, GenerationFailedError when computing fails.
@@ -214,7 +216,8 @@ class LLM:
         Raises what `generate` raises; the errors of computing are raised by the iteration.
         """
         token_ids = self.encode(prompt)
-        return CompletionStream(self, GenerationRequest(uuid.uuid4().hex, token_ids, params or SamplingParams()))
+        sampling = self.loaded.sampling_defaults if params is None else params
+        return CompletionStream(self, GenerationRequest(uuid.uuid4().hex, token_ids, sampling))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt as the model sees them.

@@ -106,6 +106,7 @@ def test_an_unknown_variable(refusal: Serve) -> None:
         ("--cache-ram", "0", "--cache-ram '0': use more than 0"),
         ("--dtype", "int4", "--dtype 'int4': use auto, float32, bfloat16 or float16"),
         ("--kernels", "cuda", "--kernels 'cuda': use auto, native or torch"),
+        ("--generation-config", "vllm", "--generation-config 'vllm': use auto or ignore"),
         ("--eviction", "random", "--eviction 'random': use one of lru"),
         ("--block-size", "17", "--prefill-chunk 128: use a multiple of --block-size, which is 17"),
         ("--max-body", "big", "--max-body 'big': use a size such as 4GiB"),

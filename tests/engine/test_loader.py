@@ -136,7 +136,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_are_refused(
 
 def test_eos_tokens_may_be_a_list(copied: Path) -> None:
     (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert load_model(str(copied)).eos_token_ids == {2, 7, 9}
+    assert load_model(str(copied)).eos_token_ids == {0, 2, 7, 9}  # with the config's and the tokenizer's
 
 
 def test_a_model_is_fetched_by_its_hub_id(checkpoint: CheckpointFactory) -> None:

@@ -42,6 +42,7 @@ def serve(
     port: options.Port = None,
     served_name: options.ServedName = None,
     chat_template: options.ChatTemplate = None,
+    generation_config: options.GenerationConfig = None,
     cache_ram: options.CacheRam = None,
     cache_dir: options.CacheDir = None,
     cache_disk: options.CacheDisk = None,

@@ -37,6 +37,14 @@ ChatTemplate = Annotated[
         help="One of the model's chat templates, or a file. (default: its own)",
     ),
 ]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|ignore",
+        rich_help_panel=MODEL,
+        help="Whether the model's generation_config.json sets defaults of sampling. (default: auto)",
+    ),
+]
 CacheRam = Annotated[
     str | None,
     typer.Option(

@@ -97,6 +97,7 @@ class Startup:
                 "device": str(loaded.device),
                 "kernels": "torch" if engine.executor.kernels is None else "native",
             },
+            loaded.sampling_defaults,
         )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()

@@ -38,6 +38,7 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
         device=config.device,
         attn_implementation=ATTENTION_NAME,
         chat_template=config.chat_template,
+        generation_config=config.generation_config,
         progress=told,
     )
     kernels = find_kernels(

@@ -1,8 +1,8 @@
 """Loads a model from a folder or the hub, or says precisely why it cannot be served."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -30,9 +31,16 @@ from emberkv.engine.checkpoint import (
     weight_files,
 )
 from emberkv.engine.fingerprint import file_states, weights_fingerprint
+from emberkv.engine.generation_config import (
+    GenerationConfigMode,
+    end_tokens,
+    read_generation_config,
+    sampling_defaults,
+)
 from emberkv.engine.geometry import ModelGeometry, ModelShape, inspect_model
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.memory import free_memory, gib
+from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.template_check import settle_template
 from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
 
@@ -54,6 +62,7 @@ class LoadedModel:
     context_length: most tokens of a prompt and its answer together.
     eos_token_ids: any of these ends an answer.
     fingerprint: hex identity of the weights and config, by content.
+    sampling_defaults: for what requests do not set.
     """
 
     model: PreTrainedModel
@@ -65,6 +74,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     fingerprint: str
     geometry: ModelGeometry
+    sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
 
     @property
     def context_length(self) -> int:
@@ -78,6 +88,7 @@ def load_model(
     device: str = "auto",
     attn_implementation: str = "eager",
     chat_template: str | None = None,
+    generation_config: GenerationConfigMode = "auto",
     progress: Progress = lambda _: None,
     fetch: Fetch = fetch_from_hub,
 ) -> LoadedModel:
@@ -88,6 +99,8 @@ def load_model(
     attn_implementation: a name registered with transformers' AttentionInterface.
     chat_template: the name of one of the model's templates, or a file that holds one; None: the model's own. A template
     that cannot be used is warned of, and leaves `HFTokenizer.chat_problem`.
+    generation_config: "auto" takes sampling defaults from the model's generation_config.json; "ignore" does not, and
+    accepts a file that is broken. The end tokens that it names count in both cases.
     progress: called with a short line at the start of each stage.
 
     Raises ModelNotFoundError, CorruptModelError (also for files that change meanwhile), UnsupportedModelError
@@ -104,6 +117,7 @@ def load_model(
             "%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", folder
         )
     shape = inspect_model(config)
+    generation = read_generation_config(folder, generation_config)
     files = weight_files(folder)
     stored = read_headers(files)
     _check_shapes(folder, shape, stored)
@@ -127,9 +141,10 @@ def load_model(
         folder=folder,
         dtype=chosen,
         device=target,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=_eos_token_ids(folder, config, generation, tokenizer),
         fingerprint=fingerprint,
         geometry=shape.geometry,
+        sampling_defaults=sampling_defaults(generation) if generation_config == "auto" else SamplingParams(),
     )
 
 
@@ -240,11 +255,13 @@ def _load_weights(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
+    generation_config: Any = GenerationConfig  # untyped
     model: PreTrainedModel
     try:
         model, report = auto_class.from_pretrained(
             folder,
             config=config,
+            generation_config=generation_config(),  # so that the file is read in one place only
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
@@ -266,11 +283,17 @@ def _require_complete(folder: Path, report: dict[str, Any]) -> None:
         raise CorruptModelError(f"the weights in {folder} lack {named}; the config needs every tensor of the model")
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The ends that the generation config names, and the tokenizer's own."""
-    declared: object = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
-    named = [each for each in ids if each is not None]
-    if any(type(each) is not int or each < 0 for each in named):
-        raise CorruptModelError(f"eos_token_id is {declared!r}; it must be a token id, or a list of them")
-    return frozenset(named)
+def _eos_token_ids(
+    folder: Path, config: PretrainedConfig, generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> frozenset[int]:
+    """The ends that generation_config.json, config.json and the tokenizer name, all of them.
+
+    Where neither file names one, it is the architecture's own.
+    """
+    stored = read_json(folder / "config.json")
+    text_config = stored.get("text_config")
+    nested = text_config.get("eos_token_id") if isinstance(text_config, dict) else None
+    named = [generation.get("eos_token_id"), stored.get("eos_token_id"), nested]
+    if all(each is None for each in named):
+        named = [getattr(config.get_text_config(decoder=True), "eos_token_id", None)]
+    return end_tokens([*named, tokenizer.eos_token_id])

@@ -7,6 +7,7 @@ from enum import Enum
 
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.engine.request import Engine, EngineStats
+from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.admin.cache_access import CacheAccess
@@ -36,6 +37,7 @@ class LoadedModel:
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
     cache: the way to what it has cached; None where nobody may look. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
+    sampling_defaults: the model's, for what requests do not set.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class LoadedModel:
     cache: CacheAccess | None = None
     public: PublicPrefixes | None = None
     about: Mapping[str, str] = field(default_factory=dict)
+    sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
 
     def seen_by(self, tenant: str) -> "LoadedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""

@@ -38,7 +38,7 @@ def prepare_messages(
     budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
         rendered.token_ids,
-        request.sampling(budget),
+        request.sampling(model.sampling_defaults, budget),
         rendered.retain_tokens,
         rendered.retain_seconds,
         silent=request.max_tokens == 0,

@@ -1,6 +1,7 @@
 """The Anthropic API's requests, and the chat messages that a template is shown for them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -68,11 +69,14 @@ class MessagesRequest(PromptRequest):
         list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
     ] | None = None  # fmt: skip
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """Raises RequestError when a value is out of range."""
+    def sampling(self, defaults: SamplingParams, max_tokens: int) -> SamplingParams:
+        """defaults: the model's, for fields that the request does not give.
+
+        Raises RequestError when a value is out of range.
+        """
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=max(1, max_tokens), stop=tuple(self.stop_sequences or ()), **fields)
+        return replace(defaults, max_tokens=max(1, max_tokens), stop=tuple(self.stop_sequences or ()), **fields)
 
 
 def _messages_of(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:

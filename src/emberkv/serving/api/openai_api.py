@@ -50,7 +50,7 @@ def prepare_chat(
     budget = answer_budget(model.engine, len(token_ids), asked, field=field)
     prompts = [
         Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds)
-        for each in request.sampling(max_tokens=budget, logprobs=logprobs)
+        for each in request.sampling(model.sampling_defaults, max_tokens=budget, logprobs=logprobs)
     ]
     return request, prompts, rendered.canonical
 
@@ -68,6 +68,7 @@ def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionReque
             budget = min(budget, DEFAULT_COMPLETION_TOKENS)
         silent = request.max_tokens == 0
         choices = request.sampling(
+            model.sampling_defaults,
             max_tokens=1 if silent else budget,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,

@@ -98,9 +98,16 @@ class OpenAIRequest(RequestBody):
             )
 
     def sampling(
-        self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        defaults: SamplingParams,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> list[SamplingParams]:
         """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``, as a 64-bit integer.
+
+        defaults: the model's, for fields that the request does not give.
 
         Raises RequestError when a value is out of range.
         """
@@ -117,7 +124,7 @@ class OpenAIRequest(RequestBody):
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-        first = SamplingParams(max_tokens=max_tokens, stop=stop, seed=self.seed, **fields)
+        first = replace(defaults, max_tokens=max_tokens, stop=stop, seed=self.seed, **fields)
         return [replace(first, seed=_nth_seed(first.seed, choice)) for choice in range(self.choices)]
 
 
