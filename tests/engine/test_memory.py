@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from emberkv.config import serve_config
 from emberkv.engine.checkpoint import StoredTensors
 from emberkv.engine.configured import DEFAULT_CONTEXTS, check_sizes, pool_bytes
 from emberkv.engine.loader import check_memory, load_model
 from emberkv.engine.memory import cgroup_free, free_memory, gib
 from emberkv.errors import ConfigError, ModelError
+from emberkv.settings import serve_config
 from tests.conftest import CheckpointFactory
 
 CPU = torch.device("cpu")

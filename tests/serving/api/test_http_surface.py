@@ -116,6 +116,7 @@ def test_a_gzip_body_cannot_expand_without_bound(lifecycle: Lifecycle) -> None:
         (zlib.compress(b"{}"), "it is no gzip"),
         (b"", "cut short"),
     ],
+    ids=["no gzip", "without its end", "zlib", "nothing"],
 )
 def test_a_broken_gzip_body(client: Client, content: bytes, message: str) -> None:
     refused = send(client, content)
