@@ -47,7 +47,7 @@ def test_the_first_request_with_the_standard_prompt_is_warm(checkpoint: Checkpoi
         assert chat(server, folder.name, system, "Where are the lamps?") == report["tokens"]
         assert message(server, folder.name, system, "How many?") == report["tokens"]
         assert chat(server, folder.name, system, "1", "2", "\n3") == report["tokens"]
-        assert chat(server, folder.name, "X" + system, "Where are the lamps?") == 0
+        assert chat(server, folder.name, "X" + system, "Where are the lamps?") < 16  # what the template begins with
 
 
 def test_several_prompts_for_all_tenants(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_use_has_taught_is_warm_after_a_restart(
     with serving(tmp_path, *arguments) as server:
         assert warmup(server)["learned"] == 0
         used = [chat(server, folder.name, system, f"{number}?", key="first") for number in range(3)]
-        assert used[0] == 0
+        assert used[0] < 16  # it begins as the standard prompt does, which is warm
         assert used[1] == used[2] > 500
         full = used[1] // 16 * 16  # only full blocks are on disk, and only such are learned
         eventually(server.is_idle)
@@ -131,4 +131,4 @@ def test_what_use_has_taught_is_warm_after_a_restart(
         before = server.metric("emberkv_prefix_cache_hit_tokens_total")
         assert chat(server, folder.name, system, "4?", key="first") == full
         assert server.metric("emberkv_prefix_cache_hit_tokens_total") == before + full
-        assert chat(server, folder.name, system, "4?", key="other") == 0
+        assert chat(server, folder.name, system, "4?", key="other") == used[0]

@@ -103,15 +103,16 @@ class BlockPool:
         """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent."""
         self._cached.index_children()
 
-    def longest_child(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+    def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
         """Of the cached blocks behind the first ``position`` blocks of ``chain``, full or partial, the one that begins
         with most of the tokens that follow there, and how many these are. Holds nothing.
 
-        At least one token, at most all of a block but the last, and never the chain's last token. None where there is
-        no such block, and without `index_children`.
+        At least one token, at most all of a block but the last, and not the chain's last token unless ``to_end``. None
+        where there is no such block, and without `index_children`.
         """
         start = position * self.block_size
-        return self._cached.longest_child(chain, start, min(start + self.block_size, len(chain)) - 1)
+        stop = min(start + self.block_size - 1, len(chain) if to_end else len(chain) - 1)
+        return self._cached.longest_child(chain, start, stop)
 
     def commit_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
         """Make block ``position`` of ``chain`` visible with its first ``count`` tokens, which are computed and exact.

@@ -206,6 +206,15 @@ class PrefixCache:
         unit = self.alignment // self.pool.block_size
         return num_blocks // unit * unit
 
+    def cached_tokens(self, chain: Chain) -> int:
+        """How many of the chain's tokens a longer chain that begins with it would find in the pool. Holds nothing."""
+        if not self.enabled:
+            return 0
+        match = self.pool.match(chain, stop=len(chain.identities), exact_only=self.exact)
+        blocks = self.whole(len(match.blocks))
+        child = self.longest_child(chain, blocks, to_end=True)
+        return blocks * self.pool.block_size + (child[1] if child is not None else 0)
+
     def match(self, chain: Chain, start: int = 0) -> Match:
         """The cached blocks from the one with token ``start`` on, not rounded, and why no more. Holds nothing."""
         if not self.enabled:
@@ -213,12 +222,12 @@ class PrefixCache:
         first, stop = start // self.pool.block_size, self.usable_blocks(chain)
         return self.pool.match(chain, start=first, stop=stop, exact_only=self.exact)
 
-    def longest_child(self, chain: Chain, position: int) -> tuple[Block, int] | None:
+    def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
         """The block from which the beginning of block ``position`` can be copied, and how many tokens of it.
 
         See `BlockPool.longest_child`; None where hits end at blocks only.
         """
-        found = self.pool.longest_child(chain, position) if self.reuses_partial_blocks else None
+        found = self.pool.longest_child(chain, position, to_end=to_end) if self.reuses_partial_blocks else None
         return None if found is None or (self.exact and not found[0].exact) else found
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:

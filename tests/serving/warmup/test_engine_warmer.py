@@ -41,7 +41,8 @@ def warming(
     **given: object,
 ) -> Iterator[Warmup]:
     """Over the harness's running loop, after the first pass."""
-    settings = WarmupSettings(unit=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
+    unit = harness.scheduler.cache.hit_unit
+    settings = WarmupSettings(unit=unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
     warmup = Warmup(engine, settings, prompts, learned=learned)
     harness.loop.watch(warmup.saw)
@@ -70,6 +71,16 @@ def test_the_first_real_request_hits_all_of_it() -> None:
     with warming(harness, PROMPT) as warmup:
         assert (warmup.report().phase, warmup.report().tokens) == (WarmupPhase.DONE, 40)
         assert ask(harness, PROMPT) == 40
+
+
+@pytest.mark.parametrize(("tokens", "tenants"), [(3, NOBODY), (3, TENANTS), (7, NOBODY), (7, TENANTS)])
+def test_a_prompt_that_ends_within_a_block_is_hit_whole(tokens: int, tenants: Tenants) -> None:
+    system = WarmPrompt(PROMPT.tokens[:tokens], PUBLIC_OWNER)
+    harness = Harness(uniform=True, public=PublicPrefixes([system.tokens], BLOCK))
+    with warming(harness, system, tenants=tenants) as warmup:
+        assert (warmup.report().phase, warmup.report().tokens) == (WarmupPhase.DONE, tokens)
+        for number, name in enumerate(tenants.names or [""]):
+            assert ask(harness, WarmPrompt(system.tokens, name), tenants, str(number)) == tokens
 
 
 def test_tenants_find_their_own_prompts_and_public_ones() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.config import ServeConfig
+from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.system_prompt import BUILT_IN_PROMPT
 from emberkv.errors import ConfigError
@@ -15,7 +16,7 @@ from tests.serving.fakes import ByteTokenizer
 
 
 def warm_prompt(text: str) -> WarmPrompt:
-    return WarmPrompt(tuple(f"<system>{text}<user>".encode()))
+    return WarmPrompt(tuple(f"<system>{text}<user>".encode()), PUBLIC_OWNER)
 
 
 def test_without_files_the_built_in_one() -> None:

@@ -12,7 +12,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, OutputListener, TokenOutput
 from emberkv.errors import ConfigError, EngineStoppedError, PromptTooLongError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
-from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes
 from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 from tests.serving.harness import eventually
@@ -65,10 +65,11 @@ class FakePool:
             if identity not in self.cached:
                 break
             count += 1
-        return count * BLOCK
+        is_whole = set(kept_hashes(chain)) <= self.cached
+        return len(chain) if is_whole else count * BLOCK
 
     def keep(self, chain: TokenChain) -> None:
-        self.kept += [identity for identity in chain.identities if identity not in self.kept]
+        self.kept += [identity for identity in kept_hashes(chain) if identity not in self.kept]
 
     def let_go(self, identities: Iterable[bytes]) -> None:
         self.kept = [identity for identity in self.kept if identity not in set(identities)]
@@ -81,7 +82,7 @@ class FakePool:
         if self.refusal is not None:
             raise self.refusal
         chain = self.chain(prompt)
-        done = chain.identities[: self.blocks_done] if self.stuck else chain.identities
+        done = chain.identities[: self.blocks_done] if self.stuck else kept_hashes(chain)
         usage = CacheUsage(len(prompt.tokens), self.cached_tokens(chain))
         self.cached.update(done[: self.size - len(self.cached)])
         self.listeners[request_id] = listener
@@ -184,6 +185,37 @@ def test_a_prompt_shorter_than_what_can_be_hit_is_a_problem_that_readiness_waits
         "requests with a system prompt have 3 tokens in common, too few to be kept warm: 4 are reused at a time",
     )
     assert make.ready == []
+
+
+def test_where_hits_end_at_any_token_a_short_prompt_is_warmed_whole(make: Maker, pool: FakePool) -> None:
+    report = make.run(WarmPrompt((1,)), WarmPrompt((2, 3, 4)), required=True).report()
+    assert (report.phase, report.prompts, report.warm_prompts, report.tokens) == (WarmupPhase.DONE, 2, 2, 4)
+    assert report.problems == ()
+    assert set(pool.kept) == {hash_ for prompt in pool.computed for hash_ in kept_hashes(pool.chain(prompt))}
+    eventually(lambda: make.ready == [WarmupPhase.DONE])
+
+
+def test_a_partial_block_is_looked_at_again_because_no_event_tells_of_its_loss(make: Maker, pool: FakePool) -> None:
+    prompt = WarmPrompt((2, 3, 4))
+    warmup = make(prompt, rewarm_seconds=30.0)
+    assert warmup.tick() == pytest.approx(30)
+    pool.clock.now += 30
+    assert warmup.tick() == pytest.approx(30)
+    assert pool.computed == [prompt]
+    pool.cached.discard(kept_hashes(pool.chain(prompt))[-1])
+    pool.clock.now += 30
+    warmup.tick()
+    assert pool.computed == [prompt, prompt]
+    assert warmup.report().is_warm
+
+
+def test_a_pin_ends_by_its_full_blocks_alone(make: Maker, pool: FakePool) -> None:
+    warmup = make(WarmPrompt((2,)), WarmPrompt((2, 3, 4)), block_size=BLOCK)
+    warmup.tick()
+    assert not warmup.unpin([])
+    assert warmup.unpin([2, 3])
+    assert warmup.pins() == [WarmPrompt((2,))]
+    assert pool.kept == kept_hashes(pool.chain(WarmPrompt((2,))))
 
 
 def test_the_time_is_up_while_a_prompt_is_computed(make: Maker, pool: FakePool) -> None:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity
-from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.sequence import BACKGROUND_PRIORITY
 from emberkv.engine.request import GenerationRequest, OutputListener
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.tenancy.tenants import Tenants
-from emberkv.serving.warmup.warm_prompt import WarmPrompt
+from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes
 
 if TYPE_CHECKING:
     from emberkv.engine.loop import EngineLoop
@@ -40,10 +39,11 @@ class EngineWarmer:
         return self._loop.chain(self._request(prompt, ""))
 
     def cached_tokens(self, chain: Chain) -> int:
-        return self._ask(lambda scheduler: _cached_tokens(scheduler.cache, chain))
+        return self._ask(lambda scheduler: scheduler.cache.cached_tokens(chain))
 
     def keep(self, chain: Chain) -> None:
-        self._ask(lambda scheduler: scheduler.cache.pool.policy.retain(chain.identities, math.inf))
+        kept = kept_hashes(chain)
+        self._ask(lambda scheduler: scheduler.cache.pool.policy.retain(kept, math.inf))
 
     def let_go(self, identities: Iterable[Identity]) -> None:
         released = tuple(identities)
@@ -71,10 +71,3 @@ class EngineWarmer:
             return self._loop.run(command).result(_PATIENCE_SECONDS)
         except TimeoutError as error:
             raise EngineStoppedError(f"the engine gave no answer within {_PATIENCE_SECONDS:g} s") from error
-
-
-def _cached_tokens(cache: PrefixCache, chain: Chain) -> int:
-    if not cache.enabled:
-        return 0
-    match = cache.pool.match(chain, stop=len(chain.identities), exact_only=cache.exact)
-    return cache.whole(len(match.blocks)) * chain.block_size

@@ -1,11 +1,11 @@
 """The prompts that are to stay warm, and which of them may have gone cold."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from emberkv.core.hashing import Identity
-from emberkv.serving.warmup.warm_prompt import Outcome, Warming, WarmPrompt
+from emberkv.core.hashing import Chain, Identity
+from emberkv.serving.warmup.warm_prompt import Outcome, Warming, WarmPrompt, kept_hashes
 
 _UNTRIED = Warming(Outcome.FAILED)
 
@@ -13,12 +13,13 @@ _UNTRIED = Warming(Outcome.FAILED)
 @dataclass(slots=True, eq=False)
 class Pin:
     """One prompt. stale: not known to be cached. due_at: not to be warmed before, by the warmup's clock. last: the hash
-    of its last block, once it was tried.
+    of its last full block, once it was tried. has_partial: it ends in a partial block, of whose loss no event tells.
     """
 
     prompt: WarmPrompt
     identities: frozenset[Identity] = frozenset()
     last: Identity | None = None
+    has_partial: bool = False
     stale: bool = True
     due_at: float = 0.0
     warming: Warming = _UNTRIED
@@ -31,11 +32,12 @@ class Pin:
 class Pins:
     """Pins by prompt, in the order in which they came; for any number of threads.
 
-    unit: tokens that hits are rounded down to, and prompts with them.
+    unit: tokens that hits are rounded down to, and prompts with them. block_size: tokens.
     """
 
-    def __init__(self, unit: int) -> None:
+    def __init__(self, unit: int, block_size: int = 1) -> None:
         self._unit = unit
+        self._block_size = block_size
         self._lock = threading.Lock()
         self._pins: dict[WarmPrompt, Pin] = {}
 
@@ -52,8 +54,15 @@ class Pins:
         return len(prompt.tokens)
 
     def remove(self, tokens: Iterable[int], tenant: str) -> Pin | None:
+        """The pin of this prompt, or of one that has a few tokens more, which fill no block; it is a pin no longer."""
+        wanted = self.rounded(WarmPrompt(tuple(tokens), tenant))
+        count = len(wanted.tokens)
         with self._lock:
-            return self._pins.pop(self.rounded(WarmPrompt(tuple(tokens), tenant)), None)
+            for prompt in self._pins:
+                is_same = prompt.tenant == tenant and prompt.tokens[:count] == wanted.tokens
+                if count and is_same and len(prompt.tokens) - count < self._block_size:
+                    return self._pins.pop(prompt)
+        return None
 
     def lost(self, identities: Collection[Identity] | None) -> bool:
         """Mark the pins that these blocks belong to, all for None, as stale; whether there are any."""
@@ -65,16 +74,19 @@ class Pins:
                 pin.stale = True
         return bool(hit)
 
-    def stale(self) -> list[Pin]:
-        """What is to be warmed, some time; prompts that can never be are not among it."""
-        return [pin for pin in self if pin.stale and pin.warming.outcome is not Outcome.IMPOSSIBLE]
+    def pending(self) -> list[Pin]:
+        """What is to be looked at from its ``due_at`` on: stale pins, but not those of prompts that can never be warm,
+        and pins with a partial block.
+        """
+        return [pin for pin in self if (pin.stale or pin.has_partial) and pin.warming.outcome is not Outcome.IMPOSSIBLE]
 
-    def begin(self, pin: Pin, identities: Sequence[Identity]) -> None:
-        """From now on, what is lost counts again. identities: of the prompt's blocks, in order."""
+    def begin(self, pin: Pin, chain: Chain) -> None:
+        """From now on, what is lost counts again. chain: the prompt's."""
         with self._lock:
             pin.stale = False
-            pin.identities = frozenset(identities)
-            pin.last = identities[-1] if identities else None
+            pin.identities = frozenset(kept_hashes(chain))
+            pin.last = chain.identities[-1] if chain.identities else None
+            pin.has_partial = len(chain) % chain.block_size > 0
 
     def end(self, pin: Pin, warming: Warming, *, due_at: float) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from emberkv.config import ServeConfig
+from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.system_prompt import prompt_or_built_in, read_system_prompt
 from emberkv.engine.tokenizer import Tokenizer
@@ -31,13 +32,15 @@ def standard_prompts(
 ) -> tuple[list[WarmPrompt], list[str]]:
     """What requests with these system prompts begin with; and why a prompt cannot be used with this model.
 
+    They are public, so that what of them does not fill a block is found by all tenants as well.
+
     rules: which rewrite the system prompts of requests, and so these.
     """
     unique = dict.fromkeys(rules.of_system([text]).texts[0] if rules is not None else text for text in texts)
     prompts, problems = [], []
     for number, text in enumerate(unique, 1):
         try:
-            prompts.append(WarmPrompt(tuple(shared_prefix(tokenizer, text))))
+            prompts.append(WarmPrompt(tuple(shared_prefix(tokenizer, text)), PUBLIC_OWNER))
         except RequestError as error:
             problems.append(f"system prompt {number}: {error}")
     return prompts, problems

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import Chain, Identity, partial_identity
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import OutputListener, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
@@ -18,6 +18,15 @@ class WarmPrompt:
 
     tokens: tuple[int, ...]
     tenant: str = ""
+
+
+def kept_hashes(chain: Chain) -> list[Identity]:
+    """The hashes of the chain's full blocks, and of the partial block behind them where its end does not fill one."""
+    count = len(chain.identities)
+    start = count * chain.block_size
+    if start == len(chain):
+        return list(chain.identities)
+    return [*chain.identities, partial_identity(chain.parent(count), chain.encoded_slice(start, len(chain)))]
 
 
 class WarmEngine(Protocol):

@@ -33,7 +33,11 @@ def make_warmup(
     cache = engine.scheduler.cache
     warmer = EngineWarmer(engine.loop, tenants, block_size=cache.pool.block_size)
     settings = WarmupSettings(
-        config.warmup and config.prefix_cache, config.warmup_timeout, config.warmup_required, cache.alignment
+        config.warmup and config.prefix_cache,
+        config.warmup_timeout,
+        config.warmup_required,
+        cache.hit_unit,
+        cache.pool.block_size,
     )
     if not settings.enabled:
         prompts, problems = (), ()

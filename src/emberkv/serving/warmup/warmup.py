@@ -30,13 +30,15 @@ class WarmupSettings:
     """enabled: False warms only what is pinned later on. timeout: seconds that one pass over prompts may take.
 
     required: readiness waits until each prompt that was there at the start is warm, not only for the first pass.
-    unit: tokens that hits are rounded down to. rewarm_seconds: least time from one try to warm a prompt to the next.
+    unit: tokens that hits are rounded down to. block_size: tokens. rewarm_seconds: least time from one try to warm a
+    prompt to the next, and how often a prompt is looked at that ends in a partial block.
     """
 
     enabled: bool = True
     timeout: float = 60.0
     required: bool = False
     unit: int = 1
+    block_size: int = 1
     rewarm_seconds: float = 30.0
 
 
@@ -70,7 +72,7 @@ class Warmup:
         self._closing = threading.Event()
         self._removed = threading.Event()
         self._request_id = ""
-        self._pins = Pins(settings.unit)
+        self._pins = Pins(settings.unit, settings.block_size)
         short = [prompt for prompt in prompts if not self._pins.add(prompt.tokens, prompt.tenant)]
         self._problems = (*problems, *(_too_short(prompt, settings.unit) for prompt in short))
         self._awaited = list(self._pins)
@@ -156,11 +158,11 @@ class Warmup:
         """Warm the pinned prompts that are due and save what was learned; the seconds until anything will be due."""
         self._wake.clear()
         now = self._clock()
-        due = [pin for pin in self._pins.stale() if pin.due_at <= now]
+        due = [pin for pin in self._pins.pending() if pin.due_at <= now]
         if due:
             self._warm_pins(due, now + self._settings.timeout)
             self._tell_if_ready()
-        waits = [pin.due_at - self._clock() for pin in self._pins.stale()]
+        waits = [pin.due_at - self._clock() for pin in self._pins.pending()]
         if self._learned is not None:
             waits.append(self._learned.save_when_due())
         return max(0.0, min(waits)) if waits else None
@@ -225,7 +227,7 @@ class Warmup:
         except EmberError as error:
             return Warming(Outcome.IMPOSSIBLE, problem=str(error))
         if pin is not None:
-            self._pins.begin(pin, chain.identities)
+            self._pins.begin(pin, chain)
         self._request_id = f"{_ID_PREFIX}{uuid.uuid4().hex}"
         warming = warm(
             self._engine,
