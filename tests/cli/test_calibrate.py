@@ -87,8 +87,8 @@ def test_a_server_that_ends_instead_of_becoming_ready_is_not_waited_for(tmp_path
     ("arguments", "said"),
     [
         (["-o", "/no/such/folder/me.yaml"], "there is no folder"),
-        (["-o", "me.yaml", "--dtype", "int3"], "dtype is 'int3'"),
-        (["-o", "me.yaml", "--prefill-chunk", "100"], "prefill_chunk is 100; it must be a multiple of block_size"),
+        (["-o", "me.yaml", "--dtype", "int3"], "--dtype 'int3': use auto"),
+        (["-o", "me.yaml", "--prefill-chunk", "100"], "--prefill-chunk 100: use a multiple of --block-size"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(arguments: list[str], said: str) -> None:

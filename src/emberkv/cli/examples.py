@@ -17,7 +17,7 @@ def examples(name: Name = None) -> None:
     """List the example files, or print one: emberkv examples chat > chat.yaml"""
     texts = {
         each.name.removesuffix(".yaml"): each.read_text(encoding="utf-8")
-        for each in sorted(_FOLDER.iterdir(), key=lambda each: each.name)
+        for each in sorted(_FOLDER.iterdir(), key=lambda each: each.name.removesuffix(".yaml"))
         if each.name.endswith(".yaml")
     }
     if name is None:
