@@ -29,6 +29,13 @@ def test_what_is_read_can_be_put_back(paged: ModelFactory, dtype: torch.dtype) -
     assert torch.equal(pool.storage[[0, 1, 2, 3, 4]], before[[3, 1, 2, 1, 4]])
 
 
+def test_no_memory_for_the_copy_is_a_memory_error(paged: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = filled(paged, torch.float32)
+    monkeypatch.setattr(KVPool, "block_bytes", 2**60)
+    with pytest.raises(MemoryError):
+        pool.read_blocks([0])
+
+
 def test_another_number_of_bytes_is_refused(paged: ModelFactory) -> None:
     pool = filled(paged, torch.float32)
     with pytest.raises(ConfigError, match=f"7 bytes for a block; one of this pool has {pool.block_bytes}"):

@@ -43,7 +43,7 @@ def test_a_prompt_that_arrives_twice_at_once_is_computed_once(driver: DriverFact
     rng = random.Random(0)
     prompt = text(rng, 200)
     served = driver(paged("llama"), max_step_tokens=64)
-    unit = served.executor.alignment
+    unit = served.scheduler.cache.hit_unit
     first, second = served.run(prompt, prompt, new=8)
     assert first.tokens == second.tokens
     assert served.stats.prefill_tokens == 200 + (200 - 199 // unit * unit)

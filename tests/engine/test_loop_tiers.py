@@ -198,7 +198,7 @@ def test_without_memory_to_copy_requests_go_on() -> None:
     with running(harness):
         inbox = harness.ask("a", PROMPT, new=5)
     assert (inbox.reason, inbox.outputs[0].usage) == (FinishReason.LENGTH, CacheUsage(20, 0, 20))
-    assert harness.loop.stats().tier_trouble["RuntimeError"] > 1
+    assert harness.loop.stats().tier_trouble["memory"] > 1
 
 
 def test_what_is_cleared_while_it_loads_does_not_come_back() -> None:

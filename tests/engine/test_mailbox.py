@@ -11,6 +11,7 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.news import CacheNews
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
@@ -56,6 +57,16 @@ def test_a_command_that_comes_too_late_is_told() -> None:
         waits.result(DEADLINE)
     with pytest.raises(EngineStoppedError, match="is stopping"):
         harness.loop.run(lambda scheduler: None)
+
+
+def test_a_nudge_that_comes_before_the_wait_ends_it() -> None:
+    mailbox = Mailbox()
+    mailbox.nudge()
+    assert mailbox.collect(None) == Mail()  # without the nudge, this would wait for ever
+    mailbox.abort("unknown")
+    assert mailbox.collect(0.0) == Mail()
+    mailbox.stop()
+    assert mailbox.collect(None) is None
 
 
 def test_watchers_get_what_changed_with_who_was_admitted() -> None:

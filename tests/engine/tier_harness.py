@@ -38,7 +38,7 @@ class FakeBytes:
 
     def _check(self) -> None:
         if self.failing:
-            raise RuntimeError("no memory")
+            raise MemoryError("no memory")
 
 
 class GatedTier(MemoryTier):

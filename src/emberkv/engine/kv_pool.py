@@ -1,6 +1,6 @@
 """The bytes of the pool: one tensor, allocated once, in which every block is one contiguous run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -70,18 +70,29 @@ class KVPool:
         return self.num_bytes // self.num_blocks
 
     def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
-        """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views."""
+        """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views.
+
+        Raises MemoryError when there is no memory for the copy.
+        """
+        rows = np.empty((len(slots), self.block_bytes), dtype=np.uint8)  # numpy says so when there is no memory
+        copied = torch.from_numpy(rows).view(self.dtype)
         flat = self.storage.view(self.num_blocks, -1)
-        copied = flat.index_select(0, torch.tensor(slots, dtype=torch.int64, device=self.device)).cpu()
-        rows = copied.view(torch.uint8).numpy()
-        return [memoryview(row) for row in rows]
+        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        if self.device.type == "cpu":
+            torch.index_select(flat, 0, index, out=copied)
+        else:
+            copied.copy_(_or_memory_error(lambda: flat.index_select(0, index)))
+        return [row.data for row in rows]
 
     def read(self, slot: int) -> bytes:
         """The bytes of one block."""
         return bytes(self.read_blocks([slot])[0])
 
     def write_block(self, slot: int, content: bytes | memoryview) -> None:
-        """Put back what `read_blocks` gave. Raises ConfigError for any other number of bytes."""
+        """Put back what `read_blocks` gave.
+
+        Raises ConfigError for any other number of bytes, MemoryError when there is no memory for the copy.
+        """
         source = np.frombuffer(content, dtype=np.uint8)
         if source.size != self.block_bytes:
             raise ConfigError(f"{source.size} bytes for a block; one of this pool has {self.block_bytes}")
@@ -89,7 +100,8 @@ class KVPool:
         if self.device.type == "cpu":
             target.numpy()[:] = source
         else:
-            target.copy_(torch.from_numpy(source.copy()))
+            own = torch.from_numpy(source.copy())
+            _or_memory_error(lambda: target.copy_(own))
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks, each from its source's slot to its target's; no slot may be in both."""
@@ -143,3 +155,10 @@ class KVPool:
         """Store ``[tokens, kv_heads, head_dim]`` of one layer at that layer's entry of `write_index`."""
         self._token_view.index_copy_(0, index[0], keys.reshape(keys.shape[0], -1))
         self._token_view.index_copy_(0, index[1], values.reshape(values.shape[0], -1))
+
+
+def _or_memory_error(copy: Callable[[], Tensor]) -> Tensor:
+    try:
+        return copy()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error

@@ -127,12 +127,8 @@ class EngineLoop:
             tenant=request.tenant,
             wants_prompt_logits=request.params.prompt_logprobs is not None,
         )
-
-        def make() -> Live:
-            state = SamplingState(request.params, request.prompt_token_ids, self._rng)
-            return Live(request, sequence, state, listener, self._clock())
-
-        self._mailbox.submit(make, request.request_id)
+        state = SamplingState(request.params, request.prompt_token_ids, self._rng)
+        self._mailbox.submit(Live(request, sequence, state, listener, self._clock()))
 
     def chain(self, request: GenerationRequest) -> TokenChain:
         """The prompt under the identities by which the cache knows its blocks."""
@@ -177,7 +173,7 @@ class EngineLoop:
 
     def _take_in(self) -> bool:
         """Wait for something to do, and move what came to the scheduler; False when it is time to stop."""
-        mail = self._mailbox.collect(self._has_work, self._patience)
+        mail = self._mailbox.collect(self._idle_seconds())
         if mail is None:
             return False
         self._accept(mail)
@@ -190,10 +186,10 @@ class EngineLoop:
             self._publish_stats()
         return True
 
-    def _has_work(self) -> bool:
-        return self._scheduler.has_work or (self._tiers is not None and self._tiers.has_news)
-
-    def _patience(self) -> float | None:
+    def _idle_seconds(self) -> float | None:
+        """How long there is nothing to do unless mail comes; None: until then."""
+        if self._scheduler.has_work or (self._tiers is not None and self._tiers.has_news):
+            return 0.0
         left = self._tiers.seconds_left if self._tiers is not None else None
         return None if left is None else max(0.0, left)
 

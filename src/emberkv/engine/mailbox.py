@@ -34,22 +34,23 @@ class Mail:
 
 
 class Mailbox:
-    """Takes mail from any thread, for one thread to collect."""
+    """Takes mail from any thread, for one thread to collect. Nothing but its own lists is touched under its lock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._mail = Mail()
         self._ids: set[str] = set()
         self._stopping = False
+        self._nudged = False
 
-    def submit(self, make: Callable[[], Live], request_id: str) -> None:
-        """Raises DuplicateRequestError or EngineStoppedError; then ``make`` was not called."""
+    def submit(self, live: Live) -> None:
+        """Raises DuplicateRequestError or EngineStoppedError."""
+        request_id = live.request.request_id
         with self._changed:
             if self._stopping:
                 raise EngineStoppedError("the engine is stopping; no request can begin")
             if request_id in self._ids:
                 raise DuplicateRequestError(f"request id {request_id!r} is in flight already")
-            live = make()
             self._ids.add(request_id)
             self._mail.arrived.append(live)
             self._changed.notify()
@@ -78,8 +79,9 @@ class Mailbox:
             self._ids.discard(request_id)
 
     def nudge(self) -> None:
-        """Have whoever collects look again at what it waits for."""
+        """End the wait that `collect` is in, or else the next one."""
         with self._changed:
+            self._nudged = True
             self._changed.notify()
 
     def stop(self) -> None:
@@ -88,11 +90,14 @@ class Mailbox:
             self._stopping = True
             self._changed.notify()
 
-    def collect(self, ready: Callable[[], bool], patience: Callable[[], float | None]) -> Mail | None:
-        """Wait for mail or until ``ready``, looking again after ``patience`` seconds; None when told to stop."""
+    def collect(self, timeout: float | None) -> Mail | None:
+        """What has come in, after a wait for mail or a nudge of at most ``timeout`` seconds, None being without end.
+
+        None after `stop`.
+        """
         with self._changed:
-            while not (self._mail or self._stopping or ready()):
-                self._changed.wait(patience())
+            self._changed.wait_for(lambda: self._mail or self._stopping or self._nudged, timeout)
+            self._nudged = False
             if self._stopping:
                 return None
             mail, self._mail = self._mail, Mail()

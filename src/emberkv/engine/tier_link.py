@@ -32,9 +32,13 @@ class BlockBytes(Protocol):
     @property
     def block_bytes(self) -> int: ...
 
-    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]: ...
+    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
+        """Raises MemoryError."""
+        ...
 
-    def write_block(self, slot: int, content: bytes | memoryview) -> None: ...
+    def write_block(self, slot: int, content: bytes | memoryview) -> None:
+        """Raises MemoryError."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +57,7 @@ class TierLink:
     bit-equal to a cold prefill's go down. clock: seconds. news: called, on any thread, when `has_news` may be True.
 
     trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the identity asked
-    for, a ``size`` that no block has, ``patience`` at its end, and failures to copy, by their type.
+    for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it.
     """
 
     def __init__(
@@ -108,8 +112,8 @@ class TierLink:
             return
         try:
             contents = self._blocks.read_blocks([block.slot for block in wanted])
-        except (MemoryError, RuntimeError) as error:  # torch has no memory for it: the blocks stay where they are
-            self._count(type(error).__name__, len(wanted))
+        except MemoryError as error:  # the blocks stay where they are
+            self._count("memory", len(wanted), str(error))
             return
         self.manager.offload([_offloaded(block, content) for block, content in zip(wanted, contents, strict=True)])
 
@@ -166,8 +170,8 @@ class TierLink:
                 break
             try:
                 self._blocks.write_block(block.slot, record.payload)
-            except (MemoryError, RuntimeError) as error:  # as in offload: what is not there is computed
-                self._count(type(error).__name__, 1)
+            except MemoryError as error:  # what is not there is computed
+                self._count("memory", 1, str(error))
                 break
             exact.append(record.exact)
         return exact
@@ -183,8 +187,8 @@ class TierLink:
             return True
         return False
 
-    def _count(self, kind: str, blocks: int) -> None:
-        self._troubles.count(kind, times=blocks)
+    def _count(self, kind: str, blocks: int, detail: str = "") -> None:
+        self._troubles.count(kind, detail, times=blocks)
 
 
 class _Peeking:
