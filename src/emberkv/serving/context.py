@@ -1,6 +1,5 @@
 """What all routes share."""
 
-import asyncio
 import os
 import time
 import uuid
@@ -32,6 +31,7 @@ from emberkv.serving.tenancy.tenants import Tenant, Tenants
 from emberkv.serving.tier_metrics import TierCollector
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.warmup.warmup_metrics import WarmupCollector
+from emberkv.serving.worker_pool import WorkerPool
 
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
 
@@ -99,6 +99,7 @@ class ServingContext:
             is_own_user=settings.is_own_user,
         )
         self.sessions = Sessions()
+        self.workers = WorkerPool()
         self.recent = RecentlyAsked()
         self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._generator: TextGenerator | None = None
@@ -160,4 +161,4 @@ class ServingContext:
     async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes, tenant: Tenant) -> T:
         """Parse, render and tokenize a request; off the event loop when it is large."""
         task = partial(work, body, self.lifecycle.model().seen_by(tenant.name))
-        return await asyncio.to_thread(task) if len(body) > LARGE_BODY_BYTES else task()
+        return await self.workers.run(task) if len(body) > LARGE_BODY_BYTES else task()

@@ -1,6 +1,5 @@
 """The cache's own routes below /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
 
-import asyncio
 import re
 import reprlib
 from dataclasses import asdict
@@ -148,7 +147,7 @@ class CacheRoutes:
             return question, await self._desk().path(question.prefix_identity())
         tenant = tenant_meant(question, self._context.tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
-        chain = await asyncio.to_thread(self._cache().chain, prompt.token_ids, tenant)
+        chain = await self._context.workers.run(partial(self._cache().chain, prompt.token_ids, tenant))
         if not chain.identities:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
         return question, Path(list(chain.identities), prompt.token_ids, tenant.name)
@@ -157,13 +156,13 @@ class CacheRoutes:
         _check_json(http)
         body = await http.body()
         parse = partial(parse_body, CacheQuestion, body)
-        question = await asyncio.to_thread(parse) if len(body) > LARGE_BODY_BYTES else parse()
+        question = await self._context.workers.run(parse) if len(body) > LARGE_BODY_BYTES else parse()
         question.check(*accepted)
         return question
 
     async def _prompt(self, question: CacheQuestion, tenant: Tenant) -> RenderedPrompt:
         model, rules = self._context.lifecycle.model().seen_by(tenant.name), self._context.settings.canonical
-        return await asyncio.to_thread(rendered_prompt, question, model, rules)
+        return await self._context.workers.run(partial(rendered_prompt, question, model, rules))
 
     def _cache(self) -> CacheAccess:
         cache = self._context.lifecycle.model().cache

@@ -67,7 +67,7 @@ def anthropic_router(context: ServingContext) -> APIRouter:
         stream = context.start([prompt], asked)
         form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, as_events=bool(request.stream))
+        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")
     async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:

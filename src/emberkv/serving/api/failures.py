@@ -45,6 +45,10 @@ class NotReadyError(EmberError):
     """The model is not loaded yet, or the server is shutting down."""
 
 
+class OverloadedError(EmberError):
+    """More requests wait to be prepared than the server takes on."""
+
+
 class GenerationFailedError(EmberError):
     """The engine failed while it worked on a request."""
 
@@ -71,6 +75,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (RequestError, 400, None),
     (NotReadyError, 503, "not_ready"),
     (EngineStoppedError, 503, "stopped"),
+    (OverloadedError, 503, "overloaded"),
     (GenerationFailedError, 500, "generation_failed"),
 )  # the first match counts
 

@@ -122,7 +122,7 @@ def openai_router(context: ServingContext) -> APIRouter:
         stream = context.start(prompts, asked)
         form = ChatForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, as_events=bool(request.stream))
+        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
@@ -132,7 +132,7 @@ def openai_router(context: ServingContext) -> APIRouter:
         stream = context.start(prompts, asked)
         form = CompletionForm(**form_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, as_events=bool(request.stream))
+        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
 
     @router.get("/v1/models", dependencies=[guard])
     async def models(http: Request) -> Response:

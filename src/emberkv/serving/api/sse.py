@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.failures import CLIENT_GONE
+from emberkv.serving.worker_pool import WorkerPool
 
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
 
@@ -87,9 +89,18 @@ class EventStream(Response):
 
 
 async def respond(
-    request: Request, stream: AnswerStream, form: Form, headers: Callable[[], dict[str, str]], *, as_events: bool
+    request: Request,
+    stream: AnswerStream,
+    form: Form,
+    headers: Callable[[], dict[str, str]],
+    workers: WorkerPool,
+    *,
+    as_events: bool,
 ) -> Response:
-    """Send events, or wait for all answers and write them whole. headers: asked for once they can be known."""
+    """Send events, or wait for all answers and write them whole. headers: asked for once they can be known.
+
+    workers: write the answers with many log-probabilities.
+    """
     if as_events:
         return EventStream(stream, form.events(stream), headers)
     async with stream:
@@ -97,7 +108,7 @@ async def respond(
     if answers is None:
         return Response(status_code=CLIENT_GONE)
     if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
-        whole = await asyncio.to_thread(form.whole, answers)
+        whole = await workers.run(partial(form.whole, answers))
     else:
         whole = form.whole(answers)
     return JSONResponse(whole, headers=headers())
