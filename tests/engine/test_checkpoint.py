@@ -44,6 +44,24 @@ def test_the_hub_is_asked_for_no_pickles() -> None:
     assert not any(pattern.endswith(("bin", "pt", "py")) for pattern in WANTED_FILES)
 
 
+def test_a_download_reports_how_much_is_there() -> None:
+    def download(repo_id: str, *, allow_patterns: object, tqdm_class: Any) -> str:
+        with (
+            tqdm_class(desc="Fetching 3 files", total=3) as files,
+            tqdm_class(total=0, unit="B", mininterval=0) as sent,
+        ):
+            sent.total = 4 * 2**20
+            sent.update(2**20)
+            sent.update(3 * 2**20)
+            files.update(3)
+        return "/somewhere"
+
+    lines: list[str] = []
+    assert fetch_from_hub("someone/tiny", progress=lines.append, download=download) == Path("/somewhere")
+    shown = list(dict.fromkeys(lines))
+    assert shown == [f"downloading someone/tiny: {done} of 4 MiB" for done in (1, 4)]
+
+
 def caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from emberkv.cli.serve_console import print_summary, stages
+from emberkv.cli.serve_console import console, print_summary, stages
 from emberkv.config import ServeConfig
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
@@ -115,7 +115,9 @@ class Startup:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
-            loaded, kernels = configured.load_configured(config, stage)
+            loaded, kernels = configured.load_configured(
+                config, stage, shows_downloads=console.is_terminal and not console.quiet
+            )
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
             cache_bytes = configured.pool_bytes(config, loaded)

@@ -1,6 +1,7 @@
 """A model's files: where they are, which of them hold weights, and whether they are whole."""
 
 import codecs
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 
 from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError, reason_of
 
@@ -34,17 +36,38 @@ Fetch = Callable[[str], Path]
 """Turns a hub id into a local folder; raises ModelNotFoundError."""
 
 
-def fetch_from_hub(repo_id: str, *, download: Callable[..., str] = snapshot_download) -> Path:
+def fetch_from_hub(
+    repo_id: str,
+    *,
+    progress: Callable[[str], None] | None = None,
+    download: Callable[..., str] = snapshot_download,
+) -> Path:
     """Download a hub model, or find it in the hub's cache when the hub cannot be reached.
+
+    progress: called several times a second with a line that says how much is there.
 
     Raises ModelNotFoundError.
     """
+    bars = {} if progress is None else {"tqdm_class": _reported_bars(repo_id, progress)}
     try:
-        return Path(download(repo_id, allow_patterns=WANTED_FILES))
+        return Path(download(repo_id, allow_patterns=WANTED_FILES, **bars))
     except HFValidationError as error:
         raise ModelNotFoundError(f"{_shown(repo_id)} is neither a folder nor a hub id; {_ACCEPTED}") from error
     except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
         raise ModelNotFoundError(f"no folder {repo_id!r} exists, and {_hub_problem(error)}; {_ACCEPTED}") from error
+
+
+def _reported_bars(repo_id: str, progress: Callable[[str], None]) -> type:
+    """A tqdm class that draws nothing and reports what its bars of bytes hold."""
+
+    def silent(bar: Any, *args: Any, **options: Any) -> None:
+        tqdm.__init__(bar, *args, **{**options, "file": io.StringIO()})
+
+    def display(bar: Any, *_: Any, **__: Any) -> None:
+        if bar.unit == "B" and bar.n and bar.total:
+            progress(f"downloading {repo_id}: {bar.n / 2**20:,.0f} of {bar.total / 2**20:,.0f} MiB")
+
+    return type("ReportedBar", (tqdm,), {"__init__": silent, "display": display})
 
 
 def _hub_problem(error: Exception) -> str:

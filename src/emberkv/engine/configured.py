@@ -1,6 +1,7 @@
 """From a server's settings to what the engine is made of: the loaded model, its kernels, the engine's own settings."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.resources import files
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
+from emberkv.engine.checkpoint import fetch_from_hub
 from emberkv.engine.loader import LoadedModel, choose_device, load_model
 from emberkv.engine.memory import free_memory, gib
 from emberkv.engine.native.choice import find_kernels
@@ -26,8 +28,12 @@ Told = Callable[[str], None]
 """Told what is being done, in a line of plain text."""
 
 
-def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kernels | None]:
+def load_configured(
+    config: ServeConfig, told: Told, *, shows_downloads: bool = False
+) -> tuple[LoadedModel, Kernels | None]:
     """The model of ``config``, or the bundled one, and the kernels that compute it; None leaves it to torch.
+
+    shows_downloads: ``told`` is called several times a second while a model is downloaded.
 
     Raises what `check_sizes`, `load_model` and `find_kernels` raise.
     """
@@ -40,6 +46,7 @@ def load_configured(config: ServeConfig, told: Told) -> tuple[LoadedModel, Kerne
         chat_template=config.chat_template,
         generation_config=config.generation_config,
         progress=told,
+        fetch=partial(fetch_from_hub, progress=told) if shows_downloads else fetch_from_hub,
     )
     kernels = find_kernels(
         config.kernels,
