@@ -80,10 +80,10 @@ def test_an_answer_that_ends_at_its_limit_leaves_its_last_token_to_compute() -> 
 @pytest.mark.parametrize(
     ("block_size", "prompt", "cached", "event"),
     [
-        (10, 100, 90, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
-        (10, 80, 70, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (10, 100, 90, CacheEvent.CONVERSATIONAL_HIT),
+        (10, 80, 70, CacheEvent.CONVERSATIONAL_HIT),
         (1, 100, 99, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
-        (10, 150, 140, CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT),
+        (10, 150, 140, CacheEvent.CONVERSATIONAL_HIT),
         (10, 151, 150, CacheEvent.FULL_HIT_NO_PREFILL_NEEDED),
         (10, 152, 150, CacheEvent.CONVERSATIONAL_HIT),
     ],
@@ -96,11 +96,11 @@ def test_a_later_prompt_that_is_no_longer_than_the_session(
     assert ran.outcomes["s.1"].event is event
 
 
-def test_a_later_prompt_that_says_something_else() -> None:
+def test_a_later_prompt_that_says_something_else_hits_what_it_has_in_common() -> None:
     other = single("s.1", 200, 5, span("s", 60), span("other", 140), at=10, session_id="s", turn=1)
     ran = run([turn("s", 0, 100, 50), other])
     assert ran.cached("s.1") == (60, 140)
-    assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT
+    assert ran.outcomes["s.1"].event is CacheEvent.CONVERSATIONAL_HIT
 
 
 def test_a_later_turn_whose_session_was_evicted_is_a_plain_miss() -> None:

@@ -109,7 +109,7 @@ GOOD = mooncake_line(5, 600, [0, 1])
         ({**GOOD, "hash_ids": [0, -1]}, "hash_ids.1: Input should be greater than or equal to 0"),
         ({**GOOD, "hash_ids": None}, "has none of hash_ids and token_ids"),
         ({**GOOD, "hash_ids": None, "token_ids": [1]}, "input_length is 600, but there are 1 token_ids"),
-        ({**GOOD, "block_size": 0}, "block_size: Input should be greater than 0"),
+        ({**GOOD, "block_size": 0}, "block_size: Input should be greater than or equal to 1"),
         ({"timestamp": 9}, "input_length: Field required"),
         (b"\xff".decode("latin-1"), "Invalid JSON"),
     ],

@@ -115,9 +115,9 @@ def test_a_key_may_have_any_letters() -> None:
     assert keys.tenant_of({"x-api-key": "schlüssel".encode().decode("latin-1")}).name.startswith("key-")
 
 
-def test_nothing_in_a_request_changes_its_salt(guarded: Client, engine: FakeEngine) -> None:
+def test_nothing_but_its_own_cache_salt_changes_a_requests_salt(guarded: Client, engine: FakeEngine) -> None:
     guarded.post("/v1/chat/completions", CHAT, headers=bearer("sesame"))
-    asked = {**CHAT, "user": "mallory", "metadata": {"tenant": "mellon"}, "cache_salt": "x"}
+    asked = {**CHAT, "user": "mallory", "metadata": {"tenant": "mellon"}}
     headers = {**bearer("sesame"), "x-tenant": "mellon", "x-session-id": "mellon", "openai-organization": "mellon"}
     guarded.post("/v1/chat/completions", asked, headers=headers)
     guarded.post("/v1/messages", {**MESSAGE, "metadata": {"user_id": "mellon"}}, headers=headers)

@@ -8,6 +8,7 @@ order, so a prefix of it is still a prefix, while chains that begin alike would 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import sqrt
 
 from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
 from emberkv.core.policies.eviction import make_policy
@@ -69,15 +70,17 @@ class SampledReplay:
             raise ConfigError(f"a share of {share} is no sample; it must be above 0 and below 1")
         self._visits = list(sample(visits, share))
         self._asked = sum(visit.asked for visit in self._visits)
+        self._blocks = len({block for visit in self._visits for block in visit.blocks[: visit.asked]})
         self._exact = exact
         self._share = share
 
     def curve(
         self, capacities: Sequence[int], policy: str, *, weight: BlockWeight = uniform_weight
     ) -> tuple[list[Hits], float]:
-        """The hits at each capacity (in blocks), and the error: how far the sample alone, not set right, is off from
-        LRU's exact rate at the capacity where it is worst.
+        """The hits at each capacity (in blocks), and the error of the rates, at the capacity where it is worst.
 
+        It is how far the sample alone, not set right, is off from LRU's exact rate, which may be little by luck, and at
+        least two standard errors of a share that is estimated from as many blocks as were sampled.
         Raises ConfigError for an unknown policy, or a capacity that the largest request exceeds.
         """
         points, error = [], 0.0
@@ -90,5 +93,8 @@ class SampledReplay:
             tokens = round(unlimited.hit_tokens * hits / unlimited.hits) if unlimited.hits else 0
             points.append(replace(exact, hits=hits, hit_tokens=tokens))
             misses = (self._asked - lru.hits) / self._share
-            error = max(error, abs(misses - (self._exact.asked - exact.hits)) / max(1, exact.references))
+            rate = hits / max(1, exact.references)
+            by_chance = 2 * sqrt(rate * (1 - rate) / max(1, self._blocks))
+            off = abs(misses - (self._exact.asked - exact.hits)) / max(1, exact.references)
+            error = max(error, off, by_chance)
         return points, error
