@@ -18,5 +18,5 @@ def test_its_error_is_as_stated_and_small() -> None:
     assert estimator.followed <= 8192
     for point in estimator.curve():
         off = abs(point.hit_rate - exact.at(point.capacity_blocks).block_rate)
-        assert off < 0.01
+        assert off < 0.02
         assert off < 2 * point.error
