@@ -36,15 +36,20 @@ def check_floors(shares: Mapping[str, Share], capacity_bytes: int, place: str) -
         raise ConfigError(f"the floors in {place} add up to {floors:,} bytes; it has {capacity_bytes:,}")
 
 
-@dataclass(eq=False, slots=True)
 class _Account(Generic[K]):
-    """What one owner has: keys ordered by its own policy, and all their bytes, held ones included."""
+    """What one owner has: keys ordered by its own policy, and all their bytes, held ones included.
 
-    share: Share
-    policy: EvictionPolicy[K]
-    size: float = 0.0
-    largest: float = 0.0
-    losable: int = 0
+    Not a dataclass: mypyc cannot compile a generic one.
+    """
+
+    __slots__ = ("largest", "losable", "policy", "share", "size")
+
+    def __init__(self, share: Share, policy: EvictionPolicy[K]) -> None:
+        self.share = share
+        self.policy = policy
+        self.size = 0.0
+        self.largest = 0.0
+        self.losable = 0
 
     @property
     def spare(self) -> float:
