@@ -138,7 +138,7 @@ def _checked_executor(
         executor.check_against_plain_forward()
     except EmberError:
         raise
-    except Exception as error:  # the architecture's own code, in a forward pass that nobody has tried
+    except Exception as error:  # the architecture's own code, in a first forward pass
         _log.debug("the first forward pass failed", exc_info=True)
         raise UnsupportedModelError(
             f"{loaded.name} cannot be served: a forward pass of {type(loaded.model).__name__} fails "

@@ -143,7 +143,7 @@ def inspect_model(config: PretrainedConfig) -> ModelShape:
         return _inspect(config)
     except EmberError:
         raise
-    except Exception as error:  # the architecture's own code, on values that nobody has checked
+    except Exception as error:  # the architecture's own code, on unchecked values
         raise CorruptModelError(
             f"config.json describes no {config.model_type} model that can be built: {reason_of(error)}"
         ) from error

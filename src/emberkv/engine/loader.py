@@ -206,7 +206,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the architecture's own code, on values that nobody has checked
+    except Exception as error:  # the architecture's own code, on unchecked values
         raise CorruptModelError(f"{path} is no usable {model_type} config: {reason_of(error)}") from error
     return config
 
@@ -269,7 +269,7 @@ def _load_weights(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # the architecture's own code, on tensors and values that nobody has checked
+    except Exception as error:  # the architecture's own code, on unchecked tensors and values
         raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {reason_of(error)}") from error
     _require_complete(folder, report)
     return model
