@@ -62,8 +62,8 @@ def _latencies(requests: Iterable[tuple[float, float, float, int]]) -> Latencies
 
 
 def set_up(folder: Path, kv_blocks: int | None = None) -> SimulationConfig:
-    """The engine's settings as it wrote them down. It fills a step's budget with parts of prompts; prefill chunks of
-    a few blocks come close to that.
+    """The engine's settings as it wrote them down. It admits first come, first served, and fills a step's budget with
+    parts of prompts; prefill chunks of a few blocks come close to that.
     """
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     engine, cache = meta["engine_kwargs"], meta["kv_cache"]
@@ -75,6 +75,7 @@ def set_up(folder: Path, kv_blocks: int | None = None) -> SimulationConfig:
         prefill_chunk=256,
         max_step_tokens=engine["max_num_batched_tokens"],
         max_running=engine["max_num_seqs"],
+        separate_long_prompts=False,
         prefix_caching=cache["enable_prefix_caching"],
     )
 

@@ -84,8 +84,11 @@ def test_sixteen_streams_at_once(server: HttpServer, engine: FakeEngine) -> None
         assert "".join(texts) == "Hello " * 20
 
 
-def signalled_server(stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
+def signalled_server(stdin: int = subprocess.DEVNULL, *, ignored: str = "") -> "subprocess.Popen[str]":
+    """ignored: the signals that the process inherits as ignored."""
     command = [sys.executable, "-m", "tests.serving.signalled_server"]
+    if ignored:
+        command = ["sh", "-c", f"trap '' {ignored}; exec \"$@\"", "sh", *command]
     return subprocess.Popen(command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
 
@@ -105,6 +108,15 @@ def test_a_signal_ends_the_server_and_returns_to_the_caller(sent: signal.Signals
         assert process.stdout is not None
         assert process.stdout.read() == "stopping the engine\nreturned\n"
     assert process.returncode == 0
+
+
+def test_a_server_that_inherits_ignored_signals_outlives_its_terminal_and_can_be_stopped() -> None:
+    with signalled_server(ignored="HUP TERM") as process:
+        port = read_port(process)
+        process.send_signal(signal.SIGHUP)
+        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=20).json()["status"] == "ready"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_a_second_interrupt_does_not_wait_for_answers() -> None:

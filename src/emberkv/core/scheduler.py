@@ -192,7 +192,7 @@ class Scheduler:
     def _is_short(self, sequence: Sequence) -> bool:
         """An estimate: a chain is taken to be cached up to a block if that block is."""
         long_part = len(sequence.chain) - self.config.max_step_tokens
-        if long_part <= 0:
+        if long_part <= 0 or not self.config.separate_long_prompts:
             return True
         if sequence.wants_prompt_logits:
             return False

@@ -13,12 +13,15 @@ class SchedulerConfig:
     """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment.
     max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences.
     weights: the parts in which tenants share the engine while it is busy; 1 for a tenant that is not among them.
+    separate_long_prompts: prompts that take more than one step do not hold up a tenant's shorter ones. Without it a
+    tenant's requests are admitted first come, first served, as other engines do.
     """
 
     prefill_chunk: int
     max_step_tokens: int = 256
     max_running: int = 64
     weights: Mapping[str, float] = field(default_factory=dict)
+    separate_long_prompts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

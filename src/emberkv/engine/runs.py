@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +35,64 @@ def shared_prefixes(
     tables: block ids, where equal ids at one place follow equal ids. lengths: tokens, the new one included.
     """
     full = [table[: (length - 1) // block_size] for table, length in zip(tables, lengths, strict=True)]
-    in_order = sorted(range(len(full)), key=full.__getitem__)
-    _, groups = _best_groups(in_order, full, 0, max(1, -(-min_tokens // block_size)))
-    return sorted(groups)
+    grouping = _PrefixTree(full, max(1, -(-min_tokens // block_size))).best()
+    return sorted((sorted(members), blocks) for members, blocks in grouping.groups)
 
 
-def _best_groups(
-    members: list[int], tables: list[list[int]], common: int, least: int
-) -> tuple[int, list[tuple[list[int], int]]]:
-    """The most block reads that can be saved among ``members``, and the groups that save them.
-
-    members: in the order of their tables, which have the first ``common`` blocks in common. least: blocks of a group.
+class _Grouping(NamedTuple):
+    """groups: members and common blocks of each. loose: the members of none. value: block reads that are saved, and
+    what the loose members are worth to a group nearer to the root.
     """
-    if len(members) < 2:
-        return 0, []
-    first, last = tables[members[0]], tables[members[-1]]
-    while common < min(len(first), len(last)) and first[common] == last[common]:
-        common += 1
-    each = common if common >= least else 0
-    apart, together = 0, -each
-    deeper: list[tuple[list[int], int]] = []
-    split: list[tuple[list[int], int]] = []
-    rest: list[int] = []
-    for key, some in groupby(members, key=lambda member: tables[member][common : common + 1]):
-        branch = list(some)
-        saved, groups = _best_groups(branch, tables, common, least) if key else (0, [])
-        apart += saved
-        split += groups
-        if saved > len(branch) * each:
-            together += saved
-            deeper += groups
-        else:
-            together += len(branch) * each
-            rest += branch
-    if together <= apart:
-        return apart, split
-    return together, [*deeper, (sorted(rest), common)]
+
+    value: int
+    groups: tuple[tuple[list[int], int], ...]
+    loose: tuple[int, ...]
+
+
+class _PrefixTree:
+    """Block tables as a tree. A node is a range of the tables in sorted order, which all begin with the same blocks.
+
+    least: the fewest common blocks of a group.
+    """
+
+    def __init__(self, tables: list[list[int]], least: int) -> None:
+        self._order = sorted(range(len(tables)), key=tables.__getitem__)
+        self._sorted = [tables[index] for index in self._order]
+        self._least = least
+        self._known: dict[tuple[int, int, int], _Grouping] = {}
+
+    def best(self) -> _Grouping:
+        return self._best(0, len(self._order), 0, 0)
+
+    def _best(self, start: int, stop: int, common: int, worth: int) -> _Grouping:
+        """The best grouping of a node. worth: block reads that each loose member saves elsewhere.
+
+        Either no group ends at the node, or one does, and takes all that its subtrees leave loose.
+        """
+        if stop - start == 1:
+            return _Grouping(worth, (), (self._order[start],))
+        key = (start, stop, worth)
+        if key not in self._known:
+            first, last = self._sorted[start], self._sorted[stop - 1]
+            while common < min(len(first), len(last)) and first[common] == last[common]:
+                common += 1
+            grouping = self._of_subtrees(start, stop, common, worth)
+            if common >= self._least:
+                value, groups, members = self._of_subtrees(start, stop, common, common)
+                if value - common > grouping.value:
+                    grouping = _Grouping(value - common, (*groups, (list(members), common)), ())
+            self._known[key] = grouping
+        return self._known[key]
+
+    def _of_subtrees(self, start: int, stop: int, common: int, worth: int) -> _Grouping:
+        value, groups, loose = 0, list[tuple[list[int], int]](), list[int]()
+        for key, indices in groupby(range(start, stop), key=lambda index: self._sorted[index][common : common + 1]):
+            members = list(indices)
+            if key:
+                found = self._best(members[0], members[-1] + 1, common, worth)
+            else:  # their tables end here
+                found = _Grouping(worth * len(members), (), tuple(self._order[index] for index in members))
+            value += found.value
+            groups += found.groups
+            loose += found.loose
+        return _Grouping(value, tuple(groups), tuple(loose))

@@ -159,7 +159,8 @@ class HttpServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self, *, until_exit: bool = False) -> Generator[None, None, None]:
         """Stop on signals for as long as the context lasts, which a caller can make longer than `run` takes: a signal
-        that comes while the engine stops must not end the process. SIGHUP stays ignored where it is (nohup).
+        that comes while the engine stops must not end the process. SIGHUP (nohup) and SIGINT (a shell's background
+        job) stay ignored where they are; SIGTERM never does, so that a supervisor can stop every server.
 
         until_exit: the process ends next, and does so by itself: SIGTERM and SIGHUP are ignored from then on.
         """
@@ -168,7 +169,7 @@ class HttpServer(uvicorn.Server):
             yield
             return
         self._has_signals = True
-        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        wanted = [each for each in _SIGNALS if each == signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN]
         before = {each: signal.signal(each, self.handle_exit) for each in wanted}
         try:
             yield

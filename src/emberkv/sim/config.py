@@ -110,6 +110,8 @@ class SimulationConfig(Strict):
     down to so many tokens, in whole blocks; None: a block; 1: not at all, so that they go on into the partial block
     that a conversation left, as with the kernels of emberkv's server. prefill_chunk is rounded up to whole units;
     max_step_tokens: the budget of a step; max_running: sequences admitted at a time.
+    separate_long_prompts: prompts that take more than one step do not hold up a client's shorter ones, as in emberkv's
+    server; False: first come, first served, as in other engines.
     prefix_caching: False computes every prompt anew. salted: clients are tenants: they share no block, and replicas
     share their steps between them. tenant_weights: by client, the parts in which they do, which makes them tenants even
     where they share blocks; 1 for a client that is not among them.
@@ -141,6 +143,7 @@ class SimulationConfig(Strict):
     prefill_chunk: bounds.SomeTokens = 2048
     max_step_tokens: bounds.SomeTokens = 2048
     max_running: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    separate_long_prompts: bool = True
     tiers: list[TierConfig] = Field(default_factory=list)
     outages: list[OutageConfig] = Field(default_factory=list)
     random_outages: RandomOutagesConfig | None = None

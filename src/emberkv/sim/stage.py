@@ -161,7 +161,10 @@ def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel |
     cache = cache_of(config, machine, tails=config.hit_unit == 1)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
-    return Scheduler(cache, SchedulerConfig(chunk, budget, config.max_running, config.tenant_weights), lower)
+    limits = SchedulerConfig(
+        chunk, budget, config.max_running, config.tenant_weights, separate_long_prompts=config.separate_long_prompts
+    )
+    return Scheduler(cache, limits, lower)
 
 
 def _rounded_up(tokens: int, unit: int) -> int:
