@@ -179,7 +179,7 @@ def test_a_sequence_that_grows_takes_blocks_from_the_tenant_with_most() -> None:
 WEIGHTS = st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=2, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(weights=WEIGHTS, budget=st.sampled_from([4, 8, 24]), seed=st.integers(0, 10**6))
 def test_what_tenants_with_endless_work_get_follows_their_weights(weights: list[float], budget: int, seed: int) -> None:
     random = Random(seed)

@@ -268,6 +268,10 @@ def _partitions(items: list[int]) -> Iterator[list[list[int]]]:
             yield [*rest[:index], [items[0], *group], *rest[index + 1 :]]
 
 
+def test_a_step_without_sequences_has_no_groups() -> None:
+    assert shared_prefixes([], [], 16, 256) == []
+
+
 def test_a_sequence_that_shares_little_does_not_keep_others_from_sharing_much() -> None:
     alike = [[*range(125), 1000 + number] for number in range(8)]
     odd = [0, *range(5000, 5125)]

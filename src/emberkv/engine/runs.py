@@ -69,8 +69,8 @@ class _PrefixTree:
 
         Either no group ends at the node, or one does, and takes all that its subtrees leave loose.
         """
-        if stop - start == 1:
-            return _Grouping(worth, (), (self._order[start],))
+        if stop - start < 2:
+            return _Grouping(worth * (stop - start), (), tuple(self._order[start:stop]))
         key = (start, stop, worth)
         if key not in self._known:
             first, last = self._sorted[start], self._sorted[stop - 1]
