@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -52,18 +53,23 @@ def test_decode_steps_are_told_by_streams_and_context() -> None:
 
 
 def test_a_request_s_time_is_what_its_steps_do_not_take() -> None:
-    server = FakeServer(answer)
+    server, pauses = FakeServer(answer), list[float]()
     roofline = Roofline(TINY, with_overheads(step=100_000))
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
 
     async def measure() -> list[tuple[int, float]]:
         async with server.client() as client:
-            return await request_times(client, roofline, clock=server.clock)
+            return await request_times(client, roofline, Random(0), clock=server.clock, sleep=pause)
 
     found = asyncio.run(measure())
     prefill = roofline.terms_of(Work(0, 0, (Chunk(CACHED, PROMPT, True),))).total
     assert {tokens for tokens, _ in found} == {PROMPT}
     assert found[0][1] == pytest.approx(TOKEN - prefill)
     assert len(found) % (2 * len(SYSTEM_WORDS)) == 0
+    assert len(pauses) == len(found) / 2
+    assert min(pauses) > 0
 
 
 def test_a_request_that_fails_ends_the_measurement() -> None:

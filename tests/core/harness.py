@@ -75,6 +75,7 @@ class Harness:
     lower: FakeTiers | None = None
     shares: Mapping[str, Share] | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    separate_long_prompts: bool = True
     next_token: Callable[[Sequence], int] = lambda sequence: 1000 + len(sequence.chain)
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     prefilled: Counter[str] = field(default_factory=Counter)
@@ -84,7 +85,13 @@ class Harness:
         self.cache = PrefixCache(
             self.pool, alignment=self.alignment, uniform=self.uniform, exact=self.exact, enabled=self.enabled
         )
-        config = SchedulerConfig(self.chunk, self.max_step_tokens, self.max_running, self.weights)
+        config = SchedulerConfig(
+            self.chunk,
+            self.max_step_tokens,
+            self.max_running,
+            self.weights,
+            separate_long_prompts=self.separate_long_prompts,
+        )
         self.scheduler = Scheduler(self.cache, config, self.lower)
 
     def _make_policy(self) -> EvictionPolicy[bytes]:

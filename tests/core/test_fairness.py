@@ -90,6 +90,16 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_of_its_own_tenant() -> None
     harness.finish()
 
 
+def test_where_long_prompts_are_not_separate_a_tenant_is_served_first_come_first_served() -> None:
+    harness = Harness(num_blocks=140, max_step_tokens=8, separate_long_prompts=False)
+    long = harness.add("long", unlike(1, 80))
+    harness.step()
+    short = harness.add("short", unlike(2, 4))
+    assert steps_to_first_token(harness, long, 9) == 9
+    assert short.num_computed == 0
+    harness.finish()
+
+
 def test_a_long_prompt_of_which_all_but_the_end_is_cached_is_short() -> None:
     harness = Harness(num_blocks=140, max_step_tokens=8)
     harness.add("first turn", unlike(1, 80))

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -90,7 +91,9 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
             decodes = asyncio.run(_with_client(url, decode_times))
             measured = Measurements(linears, [*prefills, *decodes], passes, memory, tiers, last_layer)
             profile = calibrated_profile(name, about, spec, measured)
-            beside = asyncio.run(_with_client(url, partial(request_times, roofline=Roofline(spec, profile))))
+            beside = asyncio.run(
+                _with_client(url, partial(request_times, roofline=Roofline(spec, profile), rng=Random(0)))
+            )
     off, cores = deviation(profile, spec, measured), os.cpu_count() or 1
     check_fit(off, tolerance=tolerance, load=os.getloadavg()[1], cores=cores)
     _console.print(f"the profile takes the times measured within {off:.0%} (median)")

@@ -8,9 +8,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import httpx
 
@@ -21,10 +22,13 @@ from emberkv.errors import EmberError
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.work import Chunk, Work
 
+Sleep = Callable[[float], Awaitable[None]]
+
 NAME = "calibrated"
 READY_SECONDS = 600.0
 ASK_AGAIN_SECONDS = 0.1
 ROUNDS = 3
+PAUSE_SECONDS = (0.05, 1.0)
 STREAMS = (1, 2, 4, 8)
 STREAM_WORDS = (30, 300, 1200)
 STREAM_TOKENS = 40
@@ -94,11 +98,17 @@ async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_co
 
 
 async def request_times(
-    client: httpx.AsyncClient, roofline: Roofline, *, clock: Clock = time.perf_counter
+    client: httpx.AsyncClient,
+    roofline: Roofline,
+    rng: Random,
+    *,
+    clock: Clock = time.perf_counter,
+    sleep: Sleep = asyncio.sleep,
 ) -> list[tuple[int, float]]:
     """(prompt tokens, seconds from sending a request to its first text beyond what ``roofline`` expects of its steps).
 
-    Half of the requests come beside another answer, when server and client have more to do.
+    Half of the requests come beside another answer, when server and client have more to do. The others come after a
+    pause, as most requests do: the server's threads sleep then, and its data has left the processor's caches.
     """
     found = []
     for words in SYSTEM_WORDS:
@@ -106,6 +116,7 @@ async def request_times(
         await _ask(client, [*script.opening(), script.question(0, 0)], 1, clock)  # the beginning is cached from here on
         for number in range(1, 4 * ROUNDS):
             messages = [*script.opening(), script.question(number, 0)]
+            await sleep(rng.uniform(*PAUSE_SECONDS))
             found.append(await _idle(client, messages, roofline, clock))
             messages = [*script.opening(), script.question(number, 1)]
             found.append(await _busy(client, messages, script.question(number, 2), roofline, clock))
