@@ -1,5 +1,10 @@
-"""``emberkv serve`` in a process of its own, and questions about how it is."""
+"""``emberkv serve`` in a process of its own, and questions about how it is.
 
+Importing torch and transformers takes most of a server's start. So servers are forked off a process that has imported
+them, except where a test wants the command itself.
+"""
+
+import multiprocessing
 import os
 import re
 import subprocess
@@ -8,7 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,12 +45,68 @@ def clean_environment() -> dict[str, str]:
     return inherited | ours
 
 
+class Process(Protocol):
+    """What tests use of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class ForkedServer:
+    """A server that begins with all modules imported. log: takes its standard error."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.e2e.forked"])
+        inherited = dict(os.environ)
+        os.environ.update(clean_environment())  # read by what is imported
+        try:
+            ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(inherited)
+        from tests.e2e.forked import serve  # imports torch
+
+        given = (list(arguments), clean_environment(), os.getcwd(), str(log))
+        self._process = context.Process(target=serve, args=given, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("emberkv serve", timeout)
+        return self._process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 @dataclass
 class Server:
     """A server that is ready."""
 
     url: str
-    process: "subprocess.Popen[bytes]"
+    process: Process
     log: Path
 
     def metric(self, name: str, **labels: str) -> float:
@@ -78,9 +141,14 @@ class Server:
 def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Iterator[Server]:
     """A server on a free port, stopped at the end. through: a command that starts the rest of its line."""
     log = folder / "server.log"
-    with log.open("wb") as stderr:
-        command = [*through, *COMMAND, *arguments, "--port", "0"]
-        process = subprocess.Popen(command, stderr=stderr, env=clean_environment())
+    log.write_bytes(b"")
+    process: Process
+    if through:
+        with log.open("wb") as stderr:
+            command = [*through, *COMMAND, *arguments, "--port", "0"]
+            process = subprocess.Popen(command, stderr=stderr, env=clean_environment())
+    else:
+        process = ForkedServer([*arguments, "--port", "0"], log)
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:
@@ -89,7 +157,7 @@ def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Itera
             process.wait(DEADLINE)
 
 
-def _ready_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
+def _ready_url(process: Process, log: Path) -> str:
     end = time.monotonic() + DEADLINE
     while not (found := re.search(r'listening(?:\s+|": ")(http://\S+)', log.read_text())):
         assert process.poll() is None, log.read_text()
