@@ -12,7 +12,7 @@ import pytest
 
 from emberkv.core.hashing import TokenChain
 from emberkv.serving.admin.other_models import KnownModel, OtherModels
-from emberkv.serving.tenancy.secret import server_secret
+from emberkv.serving.tenancy.keys import server_secret
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.whole_file import LEFTOVER_SECONDS, remove_leftovers, replace_file
 

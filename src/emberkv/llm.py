@@ -25,9 +25,9 @@ from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.cache_setup import cache_access
 from emberkv.serving.admin.explain import explain_prompt, text_of
 from emberkv.serving.answers.answer import Answer
-from emberkv.serving.api.chat_messages import template_messages
-from emberkv.serving.api.failures import GenerationFailedError
+from emberkv.serving.api.openai_schema import template_messages
 from emberkv.serving.api.rendering import RenderedPrompt
+from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.tenancy.tenants import EVERYBODY
 from emberkv.settings import serve_config
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emberkv.cli.main import app
-from emberkv.serving.canonical.rules import load_rules
+from emberkv.serving.canonical import load_rules
 from emberkv.serving.tenancy.tenants_file import key_digest, read_tenants
 
 FOLDER = Path(__file__).parents[2] / "examples"

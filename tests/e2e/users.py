@@ -25,7 +25,7 @@ PROMPTS = [
     for number, beginning in enumerate(BEGINNINGS)
     for length in (160, 320)
 ]
-"""Asked again and again, so that their answers can be compared."""
+"""RequestContext again and again, so that their answers can be compared."""
 
 
 def ask(client: httpx.Client, prompt: Sequence[int], max_tokens: int = 8) -> Choice:

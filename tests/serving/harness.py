@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
-from emberkv.serving.http_protocol import ConnectionLimits
+from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 

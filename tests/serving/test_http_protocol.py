@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from emberkv.serving.context import ServingSettings
-from emberkv.serving.http_protocol import ConnectionLimits
+from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script

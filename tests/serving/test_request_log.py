@@ -11,7 +11,7 @@ import pytest
 
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.app import create_app
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.request_log import JsonFormatter, TextFormatter, duration, percent

@@ -10,9 +10,8 @@ from starlette.requests import HTTPConnection
 
 from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
+from emberkv.serving.http.request_source import host_name, is_from_this_machine, is_own_user, user_of
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.peer_user import is_own_user, user_of
-from emberkv.serving.request_source import host_name, is_from_this_machine
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client, anthropic_error, openai_error
 

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry
 
 from emberkv.engine.request import EngineStats
-from emberkv.serving.tier_metrics import TierCollector
+from emberkv.serving.metrics.collectors import TierCollector
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 LATENCIES = Latencies((1, 0, 2) + (0,) * (len(BOUNDS) - 3) + (4,), seconds=99.5)

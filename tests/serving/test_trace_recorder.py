@@ -11,8 +11,7 @@ from emberkv.engine.request import EngineStats, GenerationRequest, OutputListene
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.background import BackgroundWork
-from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
-from emberkv.serving.trace_sessions import KEY_BYTES
+from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
 
 BLOCK = 4
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from emberkv.serving.api.failures import OverloadedError
+from emberkv.serving.errors import OverloadedError
 from emberkv.serving.worker_pool import WorkerPool
 
 DEADLINE = 20.0

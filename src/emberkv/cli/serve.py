@@ -15,12 +15,11 @@ from emberkv.cli.trace_file import recording
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.serving.app import create_app
-from emberkv.serving.canonical.rules import load_rules
+from emberkv.serving.canonical import load_rules
 from emberkv.serving.context import ServingSettings
-from emberkv.serving.http_protocol import ConnectionLimits
+from emberkv.serving.http.protocol import ConnectionLimits
+from emberkv.serving.http.request_source import is_loopback, is_own_user
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.peer_user import is_own_user
-from emberkv.serving.request_source import is_loopback
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy.keys import server_keys
 from emberkv.serving.tenancy.tenants import declare_tenants

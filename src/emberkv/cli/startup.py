@@ -14,13 +14,12 @@ from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.cache_setup import cache_access
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
 from emberkv.serving.server import HttpServer
-from emberkv.serving.tenancy.public_prompts import public_tokens
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.tenancy.tenants_file import TIERS
-from emberkv.serving.warmup.standard_prompts import configured_prompts, standard_prompts
+from emberkv.serving.warmup.system_prompts import configured_prompts, public_tokens, standard_prompts
 from emberkv.serving.warmup.warm_start import make_warmup
 from emberkv.serving.warmup.warmup import Warmup
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from emberkv.errors import ConfigError
 from emberkv.serving.background import Background
-from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
-from emberkv.serving.trace_sessions import KEY_BYTES
+from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
 from emberkv.workload.ember_trace import Header, TraceLine
 
 _log = logging.getLogger(__name__)

@@ -12,20 +12,18 @@ from starlette.requests import ClientDisconnect
 from emberkv import __version__
 from emberkv.errors import EmberError
 from emberkv.serving.admin.routes import cache_router
-from emberkv.serving.api import cache_header
+from emberkv.serving.answers import cache_header
 from emberkv.serving.api.anthropic_api import anthropic_router
-from emberkv.serving.api.body_limit import BodyLimit
-from emberkv.serving.api.content_encoding import ContentDecoding
-from emberkv.serving.api.failures import answer_failure, answer_nobody
 from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.api.openapi import openapi_document
-from emberkv.serving.api.request_info import REQUEST_ID_HEADERS
-from emberkv.serving.api.request_scope import RequestScope
 from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.context import ServingContext, ServingSettings
+from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
+from emberkv.serving.http.request_body import BodyLimit, ContentDecoding
+from emberkv.serving.http.request_scope import RequestScope
+from emberkv.serving.http.request_source import SourceCheck
 from emberkv.serving.lifecycle import Lifecycle, Phase
-from emberkv.serving.metrics import Clock
-from emberkv.serving.request_source import SourceCheck
+from emberkv.serving.metrics.request_metrics import Clock
 
 _PLACES = {
     "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
@@ -65,8 +63,8 @@ def create_app(
         RequestScope, metrics=context.metrics.http, clock=clock, root_path=settings.root_path
     )  # the last one added is the first to see a request
     for kind in (EmberError, HTTPException, Exception):
-        app.add_exception_handler(kind, answer_failure)
-    app.add_exception_handler(ClientDisconnect, answer_nobody)
+        app.add_exception_handler(kind, error_response)
+    app.add_exception_handler(ClientDisconnect, client_disconnected)
     app.include_router(openai_router(context))
     app.include_router(anthropic_router(context))
     app.include_router(tokenizer_router(context))

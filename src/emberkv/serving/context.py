@@ -10,27 +10,28 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from emberkv.serving.admin.asked import Asked, RecentlyAsked
-from emberkv.serving.admin.guard import AdminGuard, IsOwnUser
-from emberkv.serving.admin.reuse_metrics import ReuseCollector
-from emberkv.serving.admin.sessions import Sessions, session_id
+from emberkv.serving.answers import cache_header
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.answers.generator import Prompt, TextGenerator
-from emberkv.serving.api import cache_header
-from emberkv.serving.api.body_limit import default_max_bytes
-from emberkv.serving.api.request_info import request_info
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.errors import request_info
+from emberkv.serving.http.request_body import default_max_bytes
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
-from emberkv.serving.metrics import BuildCollector, Clock, ServingMetrics, TokenizerCollector
+from emberkv.serving.metrics.collectors import (
+    BuildCollector,
+    ReuseCollector,
+    TierCollector,
+    TokenizerCollector,
+    WarmupCollector,
+)
+from emberkv.serving.metrics.request_metrics import Clock, ServingMetrics, TenantMetrics
+from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, session_id
 from emberkv.serving.request_log import log_finished
-from emberkv.serving.tenancy.auth import ApiKeys
-from emberkv.serving.tenancy.secret import SECRET_BYTES
-from emberkv.serving.tenancy.tenant_metrics import TenantMetrics
+from emberkv.serving.tenancy.keys import SECRET_BYTES
 from emberkv.serving.tenancy.tenants import Tenant, Tenants
-from emberkv.serving.tier_metrics import TierCollector
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.serving.warmup.warmup_metrics import WarmupCollector
 from emberkv.serving.worker_pool import WorkerPool
 
 LARGE_BODY_BYTES = 20_000  # from here on, parsing and tokenizing would be felt by others on the event loop
@@ -100,17 +101,17 @@ class ServingContext:
         )
         self.sessions = Sessions()
         self.workers = WorkerPool()
-        self.recent = RecentlyAsked()
+        self.recent = RecentRequests()
         self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._generator: TextGenerator | None = None
 
     def asked(
         self, http: Request, api: str, tenant: Tenant, arrived: float, canonical: Mapping[str, int] | None = None
-    ) -> Asked:
+    ) -> RequestContext:
         """A request that has arrived. Raises RequestError for a session's id that is too long."""
         request_id = _ID_PREFIXES[api] + uuid.uuid4().hex
         http_id = request_info(http).request_id
-        return Asked(request_id, api, tenant, arrived, session_id(http.headers), canonical or {}, http_id)
+        return RequestContext(request_id, api, tenant, arrived, session_id(http.headers), canonical or {}, http_id)
 
     def max_body_bytes(self) -> int:
         """The largest body that is accepted now; before the model is loaded, the least that any model accepts."""
@@ -118,7 +119,7 @@ class ServingContext:
             return self.settings.max_body_bytes
         return default_max_bytes(self.lifecycle.model().engine.context_length if self.lifecycle.has_model else 0)
 
-    def start(self, prompts: Sequence[Prompt], asked: Asked) -> AnswerStream:
+    def start(self, prompts: Sequence[Prompt], asked: RequestContext) -> AnswerStream:
         """Start answers that a drain waits for.
 
         Raises NotReadyError unless the server takes requests, else what ``Engine.submit`` raises.
@@ -144,7 +145,7 @@ class ServingContext:
         explanation = cache.books.explained(request_id) if cache is not None else None
         return cache_header.summary_of(answer.usage, explanation)
 
-    def _closed(self, asked: Asked, stream: AnswerStream) -> None:
+    def _closed(self, asked: RequestContext, stream: AnswerStream) -> None:
         self.lifecycle.untrack(stream)
         usages = [answer.usage for answer in stream.answers]
         self.sessions.count(asked, usages, self.wall_clock())

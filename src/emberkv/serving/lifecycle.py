@@ -13,8 +13,8 @@ from emberkv.errors import EngineStoppedError
 from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.reuse_watch import ReuseWatch
 from emberkv.serving.answers.answer_stream import AnswerStream
-from emberkv.serving.api.failures import NotReadyError, UnknownModelError
 from emberkv.serving.background import Background
+from emberkv.serving.errors import NotReadyError, UnknownModelError
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
 

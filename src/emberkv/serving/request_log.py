@@ -8,10 +8,10 @@ import logging
 from typing import Any
 
 from emberkv.core.sequence import FinishReason
-from emberkv.serving.admin.asked import Asked
 from emberkv.serving.answers.answer import Answer
-from emberkv.serving.api.cache_header import CacheSummary
-from emberkv.serving.metrics import AnswerTimer
+from emberkv.serving.answers.cache_header import CacheSummary
+from emberkv.serving.metrics.request_metrics import AnswerTimer
+from emberkv.serving.request_context import RequestContext
 
 logger = logging.getLogger("emberkv.requests")
 
@@ -19,7 +19,9 @@ _SHORT_NAMES = {"chat_completions": "chat", "completions": "text"}
 _ORDINARY_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-def log_finished(asked: Asked, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary) -> None:
+def log_finished(
+    asked: RequestContext, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary
+) -> None:
     """Log one answer. All that is logged is a number, or a name that the server or its operator gave."""
     seconds = timer.first_token_seconds
     finish = answer.finish_reason or FinishReason.ABORT

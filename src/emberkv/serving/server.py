@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emberkv.errors import ConfigError
-from emberkv.serving.api.failures import NotReadyError, answer_failure
-from emberkv.serving.http_protocol import ConnectionLimits, LimitedProtocol, LimitedState
+from emberkv.serving.errors import NotReadyError, error_response
+from emberkv.serving.http.protocol import ConnectionLimits, LimitedProtocol, LimitedState
 from emberkv.serving.lifecycle import Lifecycle
 
 _log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class HttpServer(uvicorn.Server):
                 if not self.should_exit:
                     raise
                 if not has_started:
-                    response = await answer_failure(Request(scope), NotReadyError("the server is shutting down"))
+                    response = await error_response(Request(scope), NotReadyError("the server is shutting down"))
                     await response(scope, receive, send)
 
         return run

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from emberkv.serving.api.failures import OverloadedError
+from emberkv.serving.errors import OverloadedError
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from emberkv.serving.app import create_app
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants

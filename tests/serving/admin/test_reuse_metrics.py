@@ -6,8 +6,8 @@ from prometheus_client import CollectorRegistry
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.sequence import Sequence
 from emberkv.engine.news import CacheNews
-from emberkv.serving.admin.reuse_metrics import ReuseCollector
 from emberkv.serving.admin.reuse_watch import MOST_WAITING, ReuseWatch, capacities_around
+from emberkv.serving.metrics.collectors import ReuseCollector
 from tests.core.harness import chain, store
 
 RATIO, ERROR = "emberkv_estimated_hit_ratio", "emberkv_estimated_hit_ratio_error"

@@ -1,13 +1,12 @@
 """Sessions: grouped by tenant and id, and bounded."""
 
 from emberkv.engine.request import CacheUsage
-from emberkv.serving.admin.asked import Asked, RecentlyAsked
-from emberkv.serving.admin.sessions import Sessions
+from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions
 from emberkv.serving.tenancy.tenants import Tenant
 
 
-def asked(session: str, tenant: str = "ann") -> Asked:
-    return Asked(f"{tenant}-{session}", "messages", Tenant(tenant, b""), 0.0, session)
+def asked(session: str, tenant: str = "ann") -> RequestContext:
+    return RequestContext(f"{tenant}-{session}", "messages", Tenant(tenant, b""), 0.0, session)
 
 
 def test_the_longest_silent_session_is_forgotten() -> None:
@@ -34,7 +33,7 @@ def test_requests_without_a_session_are_not_counted() -> None:
 
 
 def test_only_the_last_requests_are_remembered() -> None:
-    recent = RecentlyAsked(limit=1)
+    recent = RecentRequests(limit=1)
     recent.add(asked("one"))
     recent.add(asked("two"))
     assert recent.get("ann-one") is None

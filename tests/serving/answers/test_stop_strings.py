@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.serving.answers.stop_strings import StopScanner
+from emberkv.serving.answers.answer import StopScanner
 
 letters = st.text(alphabet="abc", max_size=4)
 

@@ -7,10 +7,10 @@ import pytest
 from fastapi import FastAPI
 
 from emberkv.errors import EmberError
-from emberkv.serving.api.body_limit import BodyLimit, default_max_bytes
-from emberkv.serving.api.failures import NotReadyError
 from emberkv.serving.app import create_app
 from emberkv.serving.context import ServingSettings
+from emberkv.serving.errors import NotReadyError
+from emberkv.serving.http.request_body import BodyLimit, default_max_bytes
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client, anthropic_error, openai_error

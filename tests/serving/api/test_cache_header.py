@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.api.cache_header import NAME, CacheSummary, parse_summary, summary_of
+from emberkv.serving.answers.cache_header import NAME, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import EVERYBODY

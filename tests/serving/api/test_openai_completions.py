@@ -8,7 +8,7 @@ import pytest
 from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import WholeAnswer
-from emberkv.serving.api.openai_forms import CompletionForm
+from emberkv.serving.api.openai_responses import CompletionWriter
 from tests.serving.fakes import BOS, ByteDetokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client, openai_events
 
@@ -78,7 +78,7 @@ class SameTexts:
     ],
 )
 def test_tokens_of_the_same_text_keep_their_own_logprobs(chosen: int, name: str, expected: dict[str, float]) -> None:
-    form = CompletionForm("cmpl-1", MODEL, 0, SameTexts())
+    form = CompletionWriter("cmpl-1", MODEL, 0, SameTexts())
     top = ((1, -0.1), (2, -0.5), (3, -2.0), (4, -3.0))
     token = TokenLogprobs(chosen, dict(top)[chosen], top)
     answer = Answer(0, 1, ByteDetokenizer(), ())

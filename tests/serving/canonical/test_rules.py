@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from emberkv.errors import ConfigError
 from emberkv.serving.api.anthropic_schema import MessagesRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
-from emberkv.serving.canonical.requests import canonical_chat, canonical_messages
-from emberkv.serving.canonical.rules import CanonicalRules, Wildcard, load_rules
+from emberkv.serving.api.rendering import canonical_chat, canonical_messages
+from emberkv.serving.canonical import CanonicalRules, Wildcard, load_rules
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "canonical.yaml"
 

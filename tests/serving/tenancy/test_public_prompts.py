@@ -3,9 +3,9 @@
 import pytest
 
 from emberkv.errors import ConfigError
-from emberkv.serving.canonical.rules import CanonicalRules
-from emberkv.serving.tenancy.public_prompts import public_tokens
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.tenancy.tenants_file import PublicPrompt
+from emberkv.serving.warmup.system_prompts import public_tokens
 from tests.serving.fakes import BOS, ByteTokenizer
 
 SYSTEM = PublicPrompt(system="Be kind.")

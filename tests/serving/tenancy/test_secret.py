@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import ConfigError, UntrustedPathError
-from emberkv.serving.tenancy.secret import server_secret
+from emberkv.serving.tenancy.keys import server_secret
 
 
 def test_a_given_one_goes_before_the_file(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.system_prompt import BUILT_IN_PROMPT
 from emberkv.errors import ConfigError
-from emberkv.serving.canonical.rules import CanonicalRules
-from emberkv.serving.warmup.standard_prompts import configured_prompts, standard_prompts
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.warmup.system_prompts import configured_prompts, standard_prompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from tests.serving.fakes import ByteTokenizer
 

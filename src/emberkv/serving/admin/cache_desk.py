@@ -18,7 +18,7 @@ from emberkv.core.scheduler import Scheduler
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.explain import text_of
-from emberkv.serving.api.failures import NotFoundError
+from emberkv.serving.errors import NotFoundError
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.base import Removed
 from emberkv.tiers.stats import BOUNDS, Latencies

@@ -17,11 +17,11 @@ from emberkv.serving.admin.cache_desk import CacheDesk, Path
 from emberkv.serving.admin.cache_questions import CacheQuestion, rendered_prompt, tenant_meant
 from emberkv.serving.admin.explain import Explained, explain_prompt, explanation_json
 from emberkv.serving.answers.generator import Prompt, answer_budget
-from emberkv.serving.api.failures import CLIENT_GONE, NotFoundError
 from emberkv.serving.api.rendering import RenderedPrompt
-from emberkv.serving.api.sse import unless_disconnected
+from emberkv.serving.api.responses import unless_disconnected
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.context import LARGE_BODY_BYTES, ServingContext
+from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.tenancy.tenants import Tenant
 
 MAX_LISTED = 200

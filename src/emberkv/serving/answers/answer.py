@@ -1,13 +1,20 @@
-"""One answer in the making: token outputs in, certain text out. No event loop, no threads."""
+"""One answer as it is generated: token outputs in, text out. It needs no event loop and no threads."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
-from emberkv.engine.tokenizer import IncrementalDetokenizer
-from emberkv.serving.answers.echo import Echo
-from emberkv.serving.answers.stop_strings import StopScanner
+from emberkv.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """starts: of each prompt token, where its text begins, in characters of ``text``."""
+
+    text: str
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +140,92 @@ class Answer:
         if self.stop_sequence is not None:
             return placed.start < self._passed
         return placed.end <= self._passed or self.finish_reason is not None
+
+
+def echo_of(prompt: str | Sequence[int], token_ids: Sequence[int], tokenizer: Tokenizer) -> Echo:
+    """A prompt that came as text is given back as it came; one of token ids as an answer of these would read.
+
+    A token whose text is not in the prompt, as one that begins every text, has no width. Where a tokenizer changes what
+    it reads (to lower case, say), starts are as far as its own text reaches.
+    """
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.push((token_id,)) for token_id in token_ids]
+    text = prompt if isinstance(prompt, str) else "".join(pieces) + detokenizer.flush()
+    starts: list[int] = []
+    at = 0
+    for token_id, piece in zip(token_ids, pieces, strict=True):
+        starts.append(at)
+        special = "" if piece or not isinstance(prompt, str) else tokenizer.token_text(token_id)
+        if special and text.startswith(special, at):  # detokenizers leave special tokens out
+            at += len(special)
+        at = min(at + len(piece), len(text))
+    return Echo(text, tuple(starts))
+
+
+class StopScanner:
+    """Passes text on until a stop string is complete, and never passes on a part of one.
+
+    The stop string that is complete first wins; of two that end together, the longer. So the outcome depends
+    on the text alone, not on the pieces in which it came. Scanning takes time in proportion to the text and to the
+    number of stop strings, whatever they are (Knuth, Morris and Pratt).
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [_StopMatcher(stop) for stop in stops]
+        self._held = ""  # the longest end of the text so far that may be the beginning of a stop string
+        self.matched: str | None = None
+
+    def push(self, piece: str) -> str:
+        """The text that is now certain to belong to the answer; none after a match."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        ends = [(end, stop) for stop in self._stops if (end := stop.push(piece)) is not None]
+        if ends:
+            end, stop = min(ends, key=lambda each: (each[0], -len(each[1].text)))
+            self.matched = stop.text
+            start = len(self._held) + end - len(stop.text)
+            self._held = ""
+            return text[:start]
+        certain = len(text) - max(stop.length for stop in self._stops)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """What was held back, once no more text can come."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _StopMatcher:
+    """Finds one stop string. length: of its longest beginning that the text so far ends with."""
+
+    __slots__ = ("_fallbacks", "length", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.length = 0
+        self._fallbacks = [
+            0,
+            0,
+        ]  # by length of a beginning: the longest shorter one that it ends with, as far as needed
+
+    def push(self, piece: str) -> int | None:
+        """Where in ``piece`` the stop string is complete for the first time: the position behind it."""
+        if not self.length and self.text[0] not in piece:
+            return None
+        for at, char in enumerate(piece):
+            self.length = self._longer(self.length, char)
+            if self.length == len(self.text):
+                return at + 1
+            if self.length >= len(self._fallbacks):
+                self._fallbacks.append(self._longer(self._fallbacks[-1], char))
+        return None
+
+    def _longer(self, length: int, char: str) -> int:
+        """The longest beginning that the text ends with after ``char``, if before it was the one of ``length``."""
+        while length and self.text[length] != char:
+            length = self._fallbacks[length]
+        return length + 1 if self.text[length] == char else 0

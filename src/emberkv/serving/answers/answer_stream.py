@@ -12,11 +12,11 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
-from emberkv.serving.api.failures import GenerationFailedError
-from emberkv.serving.metrics import AnswerTimer
+from emberkv.serving.errors import GenerationFailedError
+from emberkv.serving.metrics.request_metrics import AnswerTimer
 
 
-class Postbox:
+class OutputQueue:
     """Carries outputs from the engine's thread to an event loop; one wake-up serves a whole step's outputs."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -84,7 +84,7 @@ class AnswerStream:
         """In the order of the prompts; their figures are final once the stream has ended."""
         return [slot.answer for slot in self._slots]
 
-    def add(self, request: GenerationRequest, answer: Answer, timer: AnswerTimer, postbox: Postbox) -> None:
+    def add(self, request: GenerationRequest, answer: Answer, timer: AnswerTimer, postbox: OutputQueue) -> None:
         """Submit one more request; raises what ``Engine.submit`` raises."""
         slot = _Slot(request.request_id, answer, timer)
 

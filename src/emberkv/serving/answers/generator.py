@@ -8,11 +8,10 @@ from emberkv.engine.request import Engine, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
-from emberkv.serving.admin.asked import Asked
-from emberkv.serving.answers.answer import Answer
-from emberkv.serving.answers.answer_stream import AnswerStream, Postbox
-from emberkv.serving.answers.echo import Echo
-from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
+from emberkv.serving.answers.answer import Answer, Echo
+from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue
+from emberkv.serving.metrics.request_metrics import AnswerTimer, Clock, ServingMetrics
+from emberkv.serving.request_context import RequestContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +39,10 @@ class TextGenerator:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._clock = clock
-        self._postbox: Postbox | None = None
+        self._postbox: OutputQueue | None = None
 
     def start(
-        self, prompts: Sequence[Prompt], asked: Asked, *, on_close: Callable[[AnswerStream], None]
+        self, prompts: Sequence[Prompt], asked: RequestContext, *, on_close: Callable[[AnswerStream], None]
     ) -> AnswerStream:
         """Submit one request a prompt; call from the event loop.
 
@@ -51,7 +50,7 @@ class TextGenerator:
         """
         loop = asyncio.get_running_loop()
         if self._postbox is None or self._postbox.loop is not loop:
-            self._postbox = Postbox(loop)
+            self._postbox = OutputQueue(loop)
         stream = AnswerStream(self._engine, on_close)
         try:
             for index, prompt in enumerate(prompts):

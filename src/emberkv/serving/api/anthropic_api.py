@@ -13,13 +13,12 @@ from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
-from emberkv.serving.api.failures import anthropic_error, failure_mid_stream
-from emberkv.serving.api.rendering import render_messages
-from emberkv.serving.api.sse import compact_json, respond, sse_event
+from emberkv.serving.api.rendering import Applied, render_messages
+from emberkv.serving.api.responses import compact_json, respond, sse_event
 from emberkv.serving.api.validation import parse_body
-from emberkv.serving.canonical.requests import Applied
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.context import ServingContext
+from emberkv.serving.errors import anthropic_error, failure_mid_stream
 from emberkv.serving.lifecycle import LoadedModel
 from emberkv.serving.tenancy.tenants import Tenant
 
@@ -65,9 +64,9 @@ def anthropic_router(context: ServingContext) -> APIRouter:
         request, prompt, canonical = await context.prepare(work, await http.body(), tenant)
         asked = context.asked(http, "messages", tenant, arrived, canonical)
         stream = context.start([prompt], asked)
-        form = MessageForm(asked.request_id, context.lifecycle.model().names[0])
+        writer = MessageWriter(asked.request_id, context.lifecycle.model().names[0])
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
+        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")
     async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
@@ -111,7 +110,7 @@ def stop_reason(answer: Answer) -> str:
     return "max_tokens" if answer.finish_reason is FinishReason.LENGTH else "end_turn"
 
 
-class MessageForm:
+class MessageWriter:
     """How one answer is written down, whole or as events."""
 
     def __init__(self, request_id: str, model: str) -> None:

@@ -9,8 +9,7 @@ from pydantic import Field
 from emberkv.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import RequestError
-from emberkv.serving.api.chat_messages import part_text, plain_text
-from emberkv.serving.api.validation import RequestBody
+from emberkv.serving.api.validation import RequestBody, part_text, plain_text
 
 _PASSED_OVER = ("thinking", "redacted_thinking")  # an earlier answer's thoughts are not part of the conversation
 

@@ -8,11 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.errors import RequestError
-from emberkv.serving.answers.echo import echo_of
+from emberkv.serving.answers.answer import echo_of
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_api import anthropic_card
-from emberkv.serving.api.failures import speaks_anthropic
-from emberkv.serving.api.openai_forms import ChatForm, CompletionForm
+from emberkv.serving.api.openai_responses import ChatWriter, CompletionWriter
 from emberkv.serving.api.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
     MAX_ECHOED_LOGPROBS,
@@ -20,12 +19,12 @@ from emberkv.serving.api.openai_schema import (
     CompletionRequest,
     OpenAIRequest,
 )
-from emberkv.serving.api.rendering import render_chat
-from emberkv.serving.api.sse import respond
+from emberkv.serving.api.rendering import Applied, render_chat
+from emberkv.serving.api.responses import respond
 from emberkv.serving.api.validation import parse_body
-from emberkv.serving.canonical.requests import Applied
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.context import ServingContext
+from emberkv.serving.errors import speaks_anthropic
 from emberkv.serving.lifecycle import LoadedModel
 from emberkv.serving.tenancy.tenants import Tenant
 
@@ -102,7 +101,7 @@ def openai_router(context: ServingContext) -> APIRouter:
     router = APIRouter()
     guard = Depends(context.tenant)
 
-    def form_arguments(request: OpenAIRequest, request_id: str) -> dict[str, Any]:
+    def writer_arguments(request: OpenAIRequest, request_id: str) -> dict[str, Any]:
         model = context.lifecycle.model()
         return {
             "request_id": request_id,
@@ -120,9 +119,9 @@ def openai_router(context: ServingContext) -> APIRouter:
         request, prompts, canonical = await context.prepare(work, await http.body(), tenant)
         asked = context.asked(http, "chat_completions", tenant.salted(request.cache_salt), arrived, canonical)
         stream = context.start(prompts, asked)
-        form = ChatForm(**form_arguments(request, asked.request_id))
+        writer = ChatWriter(**writer_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
+        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
@@ -130,9 +129,9 @@ def openai_router(context: ServingContext) -> APIRouter:
         request, prompts = await context.prepare(prepare_completion, await http.body(), tenant)
         asked = context.asked(http, "completions", tenant.salted(request.cache_salt), arrived)
         stream = context.start(prompts, asked)
-        form = CompletionForm(**form_arguments(request, asked.request_id))
+        writer = CompletionWriter(**writer_arguments(request, asked.request_id))
         headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, form, headers, context.workers, as_events=bool(request.stream))
+        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
 
     @router.get("/v1/models", dependencies=[guard])
     async def models(http: Request) -> Response:

@@ -1,13 +1,17 @@
 """The OpenAI API's requests: their fields, and which of them cannot be honoured here."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
+from pydantic_core import from_json
 
 from emberkv.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.api.validation import RequestBody
+from emberkv.serving.api.validation import RequestBody, plain_text
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 MAX_SALT = 256
 MAX_ANSWERS = 64  # prompts times n, in one HTTP request
@@ -223,3 +227,51 @@ class CompletionRequest(OpenAIRequest):
 
 def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a string, for ``Tokenizer.render_chat``.
+
+    Text parts are joined by line breaks; "developer" is shown as "system"; a tool call's arguments become an
+    object, as templates expect. Raises RequestError naming the place of what cannot be used.
+    """
+    if not messages:
+        raise RequestError("messages is empty; it must hold at least one message", param="messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        accepted = ", ".join(repr(known) for known in _ROLES)
+        raise RequestError(f"{place}.role is {role!r}; it must be one of {accepted}", param=f"{place}.role")
+    calls = message.get("tool_calls")
+    plain: dict[str, Any] = {"role": _ROLES[role]}
+    if message.get("content") is None and role == "assistant" and calls:
+        plain["content"] = ""
+    else:
+        plain["content"] = plain_text(message.get("content"), f"{place}.content")
+    if calls:
+        if not isinstance(calls, list):
+            raise RequestError(f"{place}.tool_calls must be a list", param=f"{place}.tool_calls")
+        plain["tool_calls"] = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    for name in ("name", "tool_call_id"):
+        if isinstance(message.get(name), str):
+            plain[name] = message[name]
+    return plain
+
+
+def _call(call: object, place: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{place} must be an object with function.name and function.arguments", param=place)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = from_json(arguments or "{}")
+        except ValueError as error:
+            raise RequestError(
+                f"{place}.function.arguments is not valid JSON: {error}", param=f"{place}.function.arguments"
+            ) from error
+    plain_function = {"name": function["name"], "arguments": arguments}
+    return {"id": call.get("id"), "type": "function", "function": plain_function}

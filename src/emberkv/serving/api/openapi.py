@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from emberkv import __version__
 from emberkv.serving.admin.cache_questions import CacheQuestion
-from emberkv.serving.api import cache_header
+from emberkv.serving.answers import cache_header
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest

@@ -1,17 +1,101 @@
-"""From a checked request to token ids: canonical rules, chat template, tokenizer; and what is to be retained."""
+"""Renders a checked request to token ids: canonical rules, chat template, tokenizer."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
-from emberkv.serving.api.chat_messages import template_messages
-from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions
+from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions, template_messages
 from emberkv.serving.api.retain_marks import anthropic_mark, chat_mark, covered_tokens, without_marks
-from emberkv.serving.canonical.requests import Applied, canonical_chat, canonical_messages
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
+
+Given = TypeVar("Given", bound=PromptRequest)
+
+Applied = Mapping[str, int]
+"""How many lines, or tools, each rule changed. Names and numbers only: it may be logged."""
+
+_SYSTEM_ROLES = ("system", "developer")
+
+
+def canonical_chat(
+    request: ChatCompletionRequest, rules: CanonicalRules | None
+) -> tuple[ChatCompletionRequest, Applied]:
+    """An OpenAI chat request. Its system prompt is the system messages that it begins with."""
+    if rules is None:
+        return request, {}
+    counts: Counter[str] = Counter()
+    roles = [message.get("role") for message in request.messages]
+    leading = next((at for at, role in enumerate(roles) if role not in _SYSTEM_ROLES), len(roles))
+    system = _of_system([message.get("content") for message in request.messages[:leading]], rules, counts)
+    messages = [
+        {**message, "content": content} for message, content in zip(request.messages[:leading], system, strict=True)
+    ]
+    messages += [_of_message(message, rules, counts) for message in request.messages[leading:]]
+    tools = _of_tools(request.tools, rules, counts)
+    return request.model_copy(update={"messages": messages, "tools": tools}), counts
+
+
+def canonical_messages(request: Given, rules: CanonicalRules | None) -> tuple[Given, Applied]:
+    """An Anthropic request."""
+    if rules is None:
+        return request, {}
+    counts: Counter[str] = Counter()
+    (system,) = _of_system([request.system], rules, counts)
+    messages = [_of_message(message, rules, counts) for message in request.messages]
+    tools = _of_tools(request.tools, rules, counts)
+    return request.model_copy(update={"system": system, "messages": messages, "tools": tools}), counts
+
+
+def _of_system(contents: list[Any], rules: CanonicalRules, counts: Counter[str]) -> list[Any]:
+    rewritten = rules.of_system([text for content in contents for text in _texts(content)])
+    counts.update(rewritten.counts)
+    texts = iter(rewritten.texts)
+    return [_with_texts(content, [next(texts) for _ in _texts(content)]) for content in contents]
+
+
+def _of_message(message: dict[str, Any], rules: CanonicalRules, counts: Counter[str]) -> dict[str, Any]:
+    if message.get("role") != "user":
+        return message
+    texts = []
+    for text in _texts(message.get("content")):
+        rewritten = rules.of_user(text)
+        counts.update(rewritten.counts)
+        texts += rewritten.texts
+    return {**message, "content": _with_texts(message.get("content"), texts)} if texts else message
+
+
+def _of_tools(
+    tools: list[dict[str, Any]] | None, rules: CanonicalRules, counts: Counter[str]
+) -> list[dict[str, Any]] | None:
+    if not tools:
+        return tools
+    ordered, changed = rules.of_tools(tools)
+    counts.update(changed)
+    return ordered
+
+
+def _texts(content: object) -> list[str]:
+    """The texts of a message's content, in either form. What is no text is for the API's own checks to refuse."""
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if _is_text(part)] if isinstance(content, list) else []
+
+
+def _with_texts(content: Any, texts: list[str]) -> Any:
+    """``content`` with its texts replaced, in order."""
+    if isinstance(content, str):
+        return texts[0]
+    if not isinstance(content, list):
+        return content
+    following = iter(texts)
+    return [{**part, "text": next(following)} if _is_text(part) else part for part in content]
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 @dataclass(frozen=True, slots=True)

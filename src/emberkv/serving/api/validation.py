@@ -50,3 +50,23 @@ def _describe(problem: ErrorDetails) -> str:
         return f"{path} is missing; it is required"
     given = reprlib.repr(problem["input"])  # shortened, whatever its size
     return f"{path or 'the body'} is {given}: {accepted[:1].lower()}{accepted[1:]}"
+
+
+def plain_text(content: object, place: str) -> str:
+    """A message's content as one string: a string, or a list of text parts joined by line breaks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{place} must be a string or a list of text parts", param=place)
+    return "\n".join(part_text(part, f"{place}[{index}]") for index, part in enumerate(content))
+
+
+def part_text(part: object, place: str) -> str:
+    """The text of one part of a message's content. Raises RequestError for any other type of part."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if not isinstance(part, dict) or kind != "text":
+        raise RequestError(f"{place} has type {kind!r}; this server reads text, so it must be 'text'", param=place)
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"{place}.text must be a string", param=f"{place}.text")
+    return text

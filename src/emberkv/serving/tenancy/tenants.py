@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
-from emberkv.serving.tenancy.secret import server_secret
+from emberkv.serving.tenancy.keys import server_secret
 from emberkv.serving.tenancy.tenants_file import KEY_TENANT_PREFIX, PublicPrompt, TenantsFile, key_digest, read_tenants
 
 

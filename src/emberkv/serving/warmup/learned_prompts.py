@@ -10,7 +10,7 @@ from emberkv.core.explaining.explain import decode_tokens
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.popularity import PrefixPopularity, full_tokens
 from emberkv.errors import EmberError, PrefixFileError
-from emberkv.serving.metrics import Clock
+from emberkv.serving.metrics.request_metrics import Clock
 from emberkv.serving.warmup.prefix_file import FILE_NAMES, prefix_file, read_prefixes, write_prefixes
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.tiers.base import Removed

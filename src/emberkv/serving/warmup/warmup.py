@@ -11,7 +11,7 @@ from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import Identity
 from emberkv.engine.news import CacheNews
 from emberkv.errors import EmberError
-from emberkv.serving.metrics import Clock
+from emberkv.serving.metrics.request_metrics import Clock
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.pins import Pin, Pins
 from emberkv.serving.warmup.warm_prompt import Outcome, WarmEngine, Warming, WarmPrompt, warm

@@ -1,6 +1,6 @@
-"""What Prometheus sees: the engine's counters, and how long requests waited for what."""
+"""Metrics that are counted as requests are served, and the registry that holds all metrics."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -11,13 +11,11 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from emberkv import __version__
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import EngineStats, TokenOutput
-from emberkv.serving.metric_families import EngineStatsCollector, labelled_gauge
+from emberkv.engine.request import CacheUsage, EngineStats, TokenOutput
+from emberkv.serving.metrics.collectors import EngineCollector, TenantBytesCollector
 
 _FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
@@ -27,49 +25,6 @@ _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 
 Clock = Callable[[], float]
 """Seconds, monotonic."""
-
-
-class EngineCollector(EngineStatsCollector):
-    """The pool, the requests and the tokens."""
-
-    def families(self, stats: EngineStats) -> Iterator[Metric]:
-        blocks = {
-            "in_use": stats.total_blocks - stats.free_blocks,
-            "cached": stats.cached_blocks,
-            "empty": stats.free_blocks - stats.cached_blocks,
-        }
-        yield labelled_gauge("emberkv_pool_blocks", "Blocks of the pool.", "state", blocks)
-        sizes = {state: count * stats.block_bytes for state, count in blocks.items()}
-        yield labelled_gauge("emberkv_pool_bytes", "Bytes of the pool.", "state", sizes)
-        gauges = (
-            ("emberkv_requests_running", "Requests that hold blocks.", stats.running),
-            ("emberkv_requests_waiting", "Requests that wait for blocks.", stats.waiting),
-        )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value=value)
-        counters = (
-            (
-                "emberkv_prefix_cache_query_tokens",
-                "Prompt tokens looked up in the prefix cache.",
-                stats.prefix_query_tokens,
-            ),
-            (
-                "emberkv_prefix_cache_bypass_tokens",
-                "Prompt tokens computed without a look into the prefix cache, for their log-probabilities.",
-                stats.prefix_bypass_tokens,
-            ),
-            (
-                "emberkv_prefix_cache_hit_tokens",
-                "Prompt tokens reused from the prefix cache.",
-                stats.prefix_hit_tokens,
-            ),
-            ("emberkv_evicted_blocks", "Cached blocks whose slot was taken.", stats.evictions),
-            ("emberkv_preemptions", "Requests that lost their blocks to others.", stats.preemptions),
-            ("emberkv_prefill_tokens", "Prompt tokens computed.", stats.prefill_tokens),
-            ("emberkv_decode_tokens", "Answer tokens computed.", stats.decode_tokens),
-        )
-        for name, text, value in counters:
-            yield CounterMetricFamily(name, text, value=value)
 
 
 class ServingMetrics:
@@ -146,31 +101,6 @@ class HttpMetrics:
         self._seconds.labels(route, method).observe(seconds)
 
 
-class TokenizerCollector(Collector):
-    """The memory of the tokenizer's cache, read when it is asked for."""
-
-    def __init__(self, read: Callable[[], int]) -> None:
-        self._read = read
-
-    def collect(self) -> Iterator[Metric]:
-        text = "Bytes of remembered encodings of texts, of all tenants together."
-        yield GaugeMetricFamily("emberkv_tokenizer_cache_bytes", text, value=self._read())
-
-
-class BuildCollector(Collector):
-    """``emberkv_build_info``: the version, and the model once there is one.
-
-    about: the model's name and how it is computed, by label.
-    """
-
-    def __init__(self, about: Callable[[], Mapping[str, str]]) -> None:
-        self._about = about
-
-    def collect(self) -> Iterator[Metric]:
-        text = "What is served by what; always 1."
-        yield InfoMetricFamily("emberkv_build", text, value={"version": __version__, **self._about()})
-
-
 class AnswerTimer:
     """Times one answer, from the HTTP request's arrival on.
 
@@ -205,3 +135,27 @@ class AnswerTimer:
     def finished(self, reason: FinishReason) -> None:
         self.total_seconds = self._clock() - self._arrived
         self._metrics.finished.labels(self._api, reason.value).inc()
+
+
+class TenantMetrics:
+    """In a registry of its own. read_engine: None before there is an engine."""
+
+    def __init__(self, read_engine: Callable[[], EngineStats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(TenantBytesCollector(read_engine))
+        self._requests = self._counter("requests", "Requests that were answered, or broken off.")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of their prompts.")
+        self._hit_tokens = self._counter("hit_tokens", "Of these, tokens reused from the cache.")
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"emberkv_tenant_{name}", text, labelnames=("tenant",), registry=self._registry)
+
+    def count(self, tenant: str, usages: Sequence[CacheUsage]) -> None:
+        """One more request and its prompts."""
+        self._requests.labels(tenant).inc()
+        self._prompt_tokens.labels(tenant).inc(sum(usage.prompt_tokens for usage in usages))
+        self._hit_tokens.labels(tenant).inc(sum(usage.cached_tokens for usage in usages))
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)

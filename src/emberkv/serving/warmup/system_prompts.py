@@ -1,6 +1,6 @@
-"""The operator's system prompts, as the tokens that requests with them begin with."""
+"""System prompts that are warmed or public, rendered to the tokens that requests with them begin with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from emberkv.config import ServeConfig
 from emberkv.core.hashing import PUBLIC_OWNER
@@ -8,7 +8,8 @@ from emberkv.engine.shared_prefix import shared_prefix
 from emberkv.engine.system_prompt import prompt_or_built_in, read_system_prompt
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import ConfigError, RequestError
-from emberkv.serving.canonical.rules import CanonicalRules
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.tenancy.tenants_file import PublicPrompt
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 
 
@@ -44,3 +45,24 @@ def standard_prompts(
         except RequestError as error:
             problems.append(f"system prompt {number}: {error}")
     return prompts, problems
+
+
+def public_tokens(
+    declared: Iterable[PublicPrompt], tokenizer: Tokenizer, rules: CanonicalRules | None
+) -> list[Sequence[int]]:
+    """What `PublicPrefixes` is made of; prompts' files must have been read, as `read_tenants` does.
+
+    rules: which rewrite the system prompts of requests, and so these. Raises ConfigError for a prompt that the model's
+    chat template does not take.
+    """
+    tokens: list[Sequence[int]] = []
+    for number, prompt in enumerate(declared):
+        try:
+            if prompt.system is not None:
+                text = rules.of_system([prompt.system]).texts[0] if rules is not None else prompt.system
+                tokens.append(shared_prefix(tokenizer, text))
+            elif prompt.text is not None:
+                tokens.append(tokenizer.encode(prompt.text, add_special_tokens=True))
+        except RequestError as error:
+            raise ConfigError(f"public_prefixes.{number} cannot be used with this model: {error}") from error
+    return tokens

@@ -1,4 +1,4 @@
-"""The OpenAI API's answers: whole, and as a stream of chunks."""
+"""Responses of the OpenAI API: whole, or as a stream of chunks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Protocol
 from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.api.failures import failure_mid_stream, openai_error
-from emberkv.serving.api.sse import compact_json, sse_event
+from emberkv.serving.api.responses import compact_json, sse_event
+from emberkv.serving.errors import failure_mid_stream, openai_error
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 DONE = b"data: [DONE]\n\n"
@@ -22,7 +22,7 @@ class TokenWriter(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
-class OpenAIForm(ABC):
+class OpenAIWriter(ABC):
     """How one request's answers are written down.
 
     choices: answers to each prompt; a prompt's tokens are counted once, with its first answer.
@@ -120,7 +120,7 @@ def finish_name(answer: Answer) -> str | None:
     return None if answer.finish_reason is None else answer.finish_reason.value
 
 
-class ChatForm(OpenAIForm):
+class ChatWriter(OpenAIWriter):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -160,7 +160,7 @@ class ChatForm(OpenAIForm):
         }
 
 
-class CompletionForm(OpenAIForm):
+class CompletionWriter(OpenAIWriter):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 

@@ -1,4 +1,4 @@
-"""Canonical prompts: volatile lines dropped or moved and tools put in order, by rules that the operator opts in to.
+"""Canonical prompts: rules of the operator that drop or move volatile lines and put tools in order.
 
 A date, a version or a session's id near a prompt's beginning makes everything behind it new to the cache. Rules name
 such lines by wildcard patterns, which match in linear time whatever the text is.

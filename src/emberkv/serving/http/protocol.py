@@ -14,7 +14,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from emberkv.serving.api.failures import Failure, anthropic_error, openai_error
+from emberkv.serving.errors import Failure, anthropic_error, openai_error
 
 _log = logging.getLogger(__name__)
 

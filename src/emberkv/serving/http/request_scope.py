@@ -12,9 +12,8 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emberkv.serving.api.failures import CLIENT_GONE
-from emberkv.serving.api.request_info import REQUEST_ID_HEADERS, SCOPE_KEY, RequestInfo
-from emberkv.serving.metrics import HttpMetrics
+from emberkv.serving.errors import CLIENT_GONE, REQUEST_ID_HEADERS, SCOPE_KEY, RequestInfo
+from emberkv.serving.metrics.request_metrics import HttpMetrics
 from emberkv.serving.request_log import log_refused
 
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

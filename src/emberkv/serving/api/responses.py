@@ -1,4 +1,4 @@
-"""Answers over HTTP, as server-sent events or whole. Both end when their client leaves."""
+"""Sends answers over HTTP, whole or as server-sent events. Both end when the client disconnects."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.api.failures import CLIENT_GONE
+from emberkv.serving.errors import CLIENT_GONE
 from emberkv.serving.worker_pool import WorkerPool
 
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
@@ -20,8 +20,8 @@ MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others 
 T = TypeVar("T")
 
 
-class Form(Protocol):
-    """How an API writes down the answers to one request: as events, or as one JSON object."""
+class ResponseWriter(Protocol):
+    """Writes the answers to one request in an API's wire form: as server-sent events, or as one JSON object."""
 
     def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]: ...
 
@@ -91,7 +91,7 @@ class EventStream(Response):
 async def respond(
     request: Request,
     stream: AnswerStream,
-    form: Form,
+    writer: ResponseWriter,
     headers: Callable[[], dict[str, str]],
     workers: WorkerPool,
     *,
@@ -102,13 +102,13 @@ async def respond(
     workers: write the answers with many log-probabilities.
     """
     if as_events:
-        return EventStream(stream, form.events(stream), headers)
+        return EventStream(stream, writer.events(stream), headers)
     async with stream:
         answers = await unless_disconnected(request.receive, stream.collect())
     if answers is None:
         return Response(status_code=CLIENT_GONE)
     if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
-        whole = await workers.run(partial(form.whole, answers))
+        whole = await workers.run(partial(writer.whole, answers))
     else:
-        whole = form.whole(answers)
+        whole = writer.whole(answers)
     return JSONResponse(whole, headers=headers())

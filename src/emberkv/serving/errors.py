@@ -1,4 +1,4 @@
-"""Every way a request can fail, in the words of each API."""
+"""Every way a request can fail, and how each API words it for the client."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from emberkv.errors import EmberError, EngineStoppedError, PromptTooLongError, RequestError
-from emberkv.serving.api.request_info import REQUEST_ID_HEADERS, request_info
 
 CLIENT_GONE = 499  # nobody reads it, but a proxy's log may show it
 
@@ -125,7 +124,7 @@ def speaks_anthropic(connection: HTTPConnection) -> bool:
     return connection.scope["path"].startswith("/v1/messages") or "anthropic-version" in connection.headers
 
 
-async def answer_failure(request: Request, error: Exception) -> Response:
+async def error_response(request: Request, error: Exception) -> Response:
     """The exception handler of all routes. Both APIs' error bodies bear the request's id."""
     info = request_info(request)
     path = request.scope["path"]
@@ -150,6 +149,27 @@ def _allowed_methods(error: HTTPException) -> list[str]:
     return ["GET", "HEAD"] if methods == ["GET"] else methods
 
 
-async def answer_nobody(_request: Request, _error: Exception) -> Response:
+async def client_disconnected(_request: Request, _error: Exception) -> Response:
     """For a client that left before its request was read."""
     return Response(status_code=CLIENT_GONE)
+
+
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")
+SCOPE_KEY = "emberkv.request"
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    """request_id: the client's or ours. method: as the client sent it. code, param: of the error that refused it."""
+
+    request_id: str
+    method: str
+    code: str | None = None
+    param: str | None = None
+
+
+def request_info(connection: HTTPConnection) -> RequestInfo:
+    """The info of a request that came through `RequestScope`."""
+    info = connection.scope[SCOPE_KEY]
+    assert isinstance(info, RequestInfo)
+    return info
