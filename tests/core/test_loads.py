@@ -6,7 +6,7 @@ import pytest
 
 from emberkv.core.loads import PROBE_EVERY
 from emberkv.core.matching import MatchEnd
-from emberkv.core.promotion import Admission, Load, LoadChoice
+from emberkv.core.promotion import Admission, Load, LoadChoice, PendingLookup
 from emberkv.core.sequence import FinishReason, SequenceStatus
 from emberkv.errors import IntegrityError
 from tests.core.harness import Harness, chain
@@ -359,3 +359,74 @@ def test_now_and_then_a_slow_tier_is_tried_again() -> None:
         harness.pool.clear()
     assert begun == [(PROBE_EVERY - 1, 4, 16.0), (2 * PROBE_EVERY - 1, 4, 16.0)]
     assert (harness.pool.stats.load_probes, harness.pool.stats.unloaded_blocks) == (2, 8)
+
+
+def unknown(tokens: Iterable[int]) -> FakeTiers:
+    """Tiers that cannot tell without I/O whether they have these blocks."""
+    return FakeTiers(pending=set(chain(tokens).identities))
+
+
+def begin_lookup(harness: Harness) -> PendingLookup:
+    plan = harness.scheduler.schedule()
+    harness.check()
+    assert (bool(plan), plan.loads, len(plan.lookups)) == (False, [], 1)
+    return plan.lookups[0]
+
+
+def test_a_sequence_waits_for_a_look_up_and_then_for_its_load() -> None:
+    tiers = unknown(range(16))
+    tiers.put(chain(range(4)).identities)
+    harness = Harness(lower=tiers)
+    sequence = harness.add("a", range(18))
+    lookup = begin_lookup(harness)
+    assert (lookup.start, lookup.stop, lookup.patience) == (1, 4, None)
+    assert (sequence.status, harness.scheduler.has_work) == (SequenceStatus.LOADING, False)
+    assert choices(harness) == {}
+    tiers.put(lookup.identities)
+    harness.scheduler.looked_up(lookup)
+    harness.arrive(begin(harness))
+    harness.step()
+    assert (sequence.cached_tokens, dict(sequence.tier_tokens)) == (16, {"disk": 16})
+    assert choices(harness) == {LoadChoice.LOAD: 1}
+    harness.finish()
+
+
+def test_what_is_not_known_after_a_look_up_is_a_miss() -> None:
+    harness = Harness(lower=unknown(range(16)))
+    sequence = harness.add("a", range(18))
+    harness.scheduler.looked_up(begin_lookup(harness))
+    plan = harness.step()
+    assert (plan.admitted, plan.lookups, sequence.cached_tokens) == ([sequence], [], 0)
+    assert choices(harness) == {LoadChoice.ABSENT: 1}
+    harness.finish()
+
+
+def test_a_look_up_takes_no_longer_than_computing_would() -> None:
+    tiers = unknown(range(16))
+    tiers.token_seconds = 0.5
+    harness = Harness(lower=tiers)
+    harness.add("a", range(18))
+    assert begin_lookup(harness).patience == 8.0
+
+
+def test_a_sequence_may_end_while_its_look_up_is_in_progress() -> None:
+    harness = Harness(lower=unknown(range(16)))
+    harness.add("a", range(18))
+    lookup = begin_lookup(harness)
+    harness.scheduler.finish("a", FinishReason.ABORT)
+    harness.scheduler.looked_up(lookup)
+    harness.finish()
+    with pytest.raises(IntegrityError, match="a look-up of 4 blocks has ended that is not in progress"):
+        harness.scheduler.looked_up(lookup)
+
+
+def test_others_are_admitted_while_one_waits_for_a_look_up() -> None:
+    harness = Harness(lower=unknown(range(16)), max_step_tokens=4)
+    waiter = harness.add("waiter", range(18))
+    harness.add("next", [50] * 4, new=8)
+    plan = harness.step()
+    assert [each.request_id for each in plan.admitted] == ["next"]
+    harness.add("last", [60] * 4)
+    harness.scheduler.looked_up(plan.lookups[0])
+    assert harness.step().admitted[0] is waiter
+    harness.finish()

@@ -1,13 +1,15 @@
 """The loop above tiers: what is loaded is right, nobody waits for it in vain, and no trouble below ends a request."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
+from emberkv.core.promotion import LookupStatus, PendingLookup, Run
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.engine.tier_link import FIRST_LOAD_SECONDS
+from emberkv.tiers.memory import MemoryTier
 from tests.engine.loop_harness import DEADLINE, running
 from tests.engine.tier_harness import GatedTier, TieredHarness
 
@@ -211,3 +213,80 @@ def test_what_is_cleared_while_it_loads_does_not_come_back() -> None:
         tier.gate.set()
         assert waits.wait().usage == CacheUsage(20, 0, 20)
     assert harness.loop.stats().unloaded_blocks == 4
+
+
+class RemoteTier(GatedTier):
+    """A tier that only `query` looks into, and that answers while the gate is open."""
+
+    lookup_seconds = 1.0
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        return 0
+
+    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+        return LookupStatus.PENDING
+
+    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        self.entered.set()
+        assert self.gate.wait(DEADLINE)
+        return MemoryTier.lookup(self, identities, exact=exact)
+
+
+def remote(clock: Callable[[], float] = lambda: 0.0) -> tuple[TieredHarness, RemoteTier]:
+    tier = RemoteTier("remote")
+    return stocked(tier=tier, clock=clock), tier
+
+
+def test_a_tier_that_answers_later_is_waited_for_and_loaded_from() -> None:
+    harness, tier = remote()
+    with running(harness):
+        tier.gate.clear()
+        waits = harness.submit("waits", PROMPT, new=2)
+        assert tier.entered.wait(DEADLINE)
+        assert waits.outputs == []
+        tier.gate.set()
+        assert waits.wait().usage == CacheUsage(20, 16, 4, {"remote": 16})
+    assert dict(harness.loop.stats().load_choices) == {"load": 1}
+
+
+def test_a_tier_that_does_not_answer_in_time_is_a_miss() -> None:
+    now = [0.0]
+    harness, tier = remote(lambda: now[0])
+    with running(harness):
+        tier.gate.clear()
+        waits = harness.submit("waits", PROMPT, new=2)
+        assert tier.entered.wait(DEADLINE)
+        now[0] = 1.0
+        harness.link.news()
+        assert waits.wait().usage == CacheUsage(20, 0, 20)
+        other = harness.ask("other", PROMPT[:8])  # the tier is not asked before it has answered
+        assert other.reason is FinishReason.LENGTH
+        tier.gate.set()
+    stats = harness.loop.stats()
+    assert (dict(stats.tier_trouble), stats.tiers["remote"].troubles) == ({"lookup": 1}, {"stalled": 1})
+
+
+@pytest.mark.parametrize(("answered", "deadline"), [(True, False), (True, True), (False, True), (False, False)])
+def test_a_look_up_ends_with_the_answer_or_at_its_deadline(answered: bool, deadline: bool) -> None:
+    now = [0.0]
+    harness, tier = remote(lambda: now[0])
+    link = harness.link
+    lookup = PendingLookup(harness.chain(PROMPT), 0, 4, exact=False, patience=0.5)
+    tier.gate.clear()
+    link.look_up(lookup)
+    assert (link.has_news, link.seconds_left, link.looked_up()) == (False, 0.5, [])
+    if answered:
+        arrived = threading.Event()
+        link.news = arrived.set
+        tier.gate.set()
+        assert arrived.wait(DEADLINE)
+    if deadline:
+        now[0] = 0.5
+    ended = answered or deadline
+    assert (link.has_news, link.looked_up()) == (ended, [lookup] if ended else [])
+    assert link.looked_up() == []
+    assert dict(link.trouble) == ({"lookup": 1} if deadline and not answered else {})
+    assert link.find(lookup.identities, exact=False) == ([Run("remote", 4, None)] if answered else [])
+    tier.gate.set()
+    assert harness.stack.close(DEADLINE)
+    assert link.looked_up() == ([] if ended else [lookup])

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 
+from emberkv.core.promotion import LookupStatus
 from emberkv.tiers.base import Stored, TierEntry
 from emberkv.tiers.memory import MemoryTier
 from tests.tiers.build import PATIENCE
@@ -78,3 +79,35 @@ class SlowTier(MemoryTier):
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         self._clock.now += self._seconds(len(entries))
         return super().store(entries)
+
+
+class RemoteTier(MemoryTier):
+    """A tier without an index in memory: only `query` tells what it has, and answers while ``gate`` is open.
+
+    An answer is what was true before it waited at the gate. began: set when a query has come to the gate.
+    """
+
+    lookup_seconds = 1.0
+
+    def __init__(self, name: str = "remote") -> None:
+        super().__init__(LARGE, name=name)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.began = threading.Event()
+        self.queries: list[int] = []
+        self.broken = False
+
+    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        return 0
+
+    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+        return LookupStatus.PENDING
+
+    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        self.queries.append(len(identities))
+        if self.broken:
+            raise ConnectionError("the server is gone")
+        found = super().lookup(identities, exact=exact)
+        self.began.set()
+        assert self.gate.wait(PATIENCE)
+        return found

@@ -7,8 +7,22 @@ from collections.abc import Sequence as Batch
 from emberkv.core.hashing import Chain, Identity
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Admission, Load, LoadChoice, LowerTiers, Promotion, Run, Wait, choose, trim
+from emberkv.core.promotion import (
+    NOTHING_BELOW,
+    Admission,
+    Load,
+    LoadChoice,
+    LookupStatus,
+    LowerTiers,
+    PendingLookup,
+    Promotion,
+    Run,
+    Wait,
+    choose,
+    trim,
+)
 from emberkv.core.sequence import Sequence
+from emberkv.core.step_plan import StepPlan
 from emberkv.errors import IntegrityError
 
 PROBE_EVERY = 32
@@ -17,21 +31,25 @@ the tier has become faster. A load's patience bounds what that costs."""
 
 
 class Loads:
-    """Begins loads and ends them. A sequence waits once for a load that another began, and then once for its own."""
+    """Begins loads and ends them. A sequence waits once for a load that another began, once for a look-up that a tier
+    answers later, and then once for its own load.
+    """
 
     def __init__(self, cache: PrefixCache, lower: LowerTiers | None) -> None:
         self._cache = cache
         self._lower = lower
         self._waiting: dict[Load, list[Sequence]] = {}
         self._by_identity: dict[Identity, Load] = {}
+        self._lookups: dict[PendingLookup, Sequence] = {}
         self._declined = 0
 
     @property
     def in_flight(self) -> list[Load]:
         return list(self._waiting)
 
-    def wait(self, sequence: Sequence, match: Match, begun: list[Load]) -> bool:
-        """Whether ``sequence``, of which the pool has ``match``, waits for a load; a new one is added to ``begun``.
+    def wait(self, sequence: Sequence, match: Match, plan: StepPlan) -> bool:
+        """Whether ``sequence``, of which the pool has ``match``, waits for a load or a look-up; a new one is added to
+        the plan.
 
         The sequence's blocks must fit into the free ones. Those found stay the pool's, but become recent.
         """
@@ -43,12 +61,17 @@ class Loads:
         if len(match.blocks) >= stop:
             return False
         decision, load = self._decide(sequence, match, stop, self._lower)
+        if isinstance(load, PendingLookup):
+            sequence.lookup = load
+            self._lookups[load] = sequence
+            plan.lookups.append(load)
+            return True
         self._cache.pool.stats.load_choices[decision.choice] += 1
         sequence.promotion = decision
         if load is None:
             return False
         if decision.choice is LoadChoice.LOAD:
-            begun.append(load)
+            plan.loads.append(load)
             self._waiting[load] = []
             self._by_identity.update(dict.fromkeys(load.identities, load))
         covered = self._covered(load, sequence.chain, len(match.blocks), stop)
@@ -56,8 +79,10 @@ class Loads:
         self._waiting[load].append(sequence)
         return True
 
-    def _decide(self, sequence: Sequence, match: Match, stop: int, lower: LowerTiers) -> tuple[Promotion, Load | None]:
-        """What to do about blocks ``[found, stop)``, and the load to wait for."""
+    def _decide(
+        self, sequence: Sequence, match: Match, stop: int, lower: LowerTiers
+    ) -> tuple[Promotion, Load | PendingLookup | None]:
+        """What to do about blocks ``[found, stop)``, and the load or look-up to wait for."""
         chain, first, cache = sequence.chain, len(match.blocks), self._cache
 
         def useful(count: int) -> int:
@@ -73,6 +98,10 @@ class Loads:
                 return Promotion(LoadChoice.SHARED), shared
             return decision, None
         runs = lower.find(chain.identities[first:stop], exact=cache.exact)
+        end = first + sum(run.count for run in runs)
+        if end < stop and sequence.lookup is None and self._is_pending(lower, chain.identities[end]):
+            patience = lower.recompute_seconds((stop - end) * chain.block_size)
+            return NOTHING_BELOW, PendingLookup(chain, end, stop, cache.exact, patience)
         decision = choose(runs, useful, computing)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
             decision = Promotion(LoadChoice.LOAD, trim(runs, decision.declined))
@@ -83,6 +112,9 @@ class Loads:
         blocks = cache.pool.expect(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
         cache.pool.free(match.blocks)
         return decision, Load(chain, first, decision.runs, blocks, computing(count))
+
+    def _is_pending(self, lower: LowerTiers, identity: Identity) -> bool:
+        return lower.status(identity, exact=self._cache.exact) is LookupStatus.PENDING
 
     def _is_time_to_probe(self) -> bool:
         self._declined += 1
@@ -111,6 +143,12 @@ class Loads:
             if self._by_identity.get(identity) is load:
                 del self._by_identity[identity]
         return self._waiting.pop(load)
+
+    def end_lookup(self, lookup: PendingLookup) -> Sequence:
+        """The sequence that waited for a look-up. See `Scheduler.looked_up`."""
+        if lookup not in self._lookups:
+            raise IntegrityError(f"a look-up of {lookup.stop - lookup.start} blocks has ended that is not in progress")
+        return self._lookups.pop(lookup)
 
     def revoke(self, identities: Iterable[Identity]) -> None:
         """These blocks are not wanted any more: each load that brings one of them ends before it."""

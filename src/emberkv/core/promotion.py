@@ -26,14 +26,26 @@ class Run:
     seconds: float | None
 
 
+class LookupStatus(Enum):
+    """What the tiers know of a block without I/O."""
+
+    HIT = "hit"
+    MISS = "miss"
+    PENDING = "pending"  # a tier can only tell after I/O
+
+
 class LowerTiers(Protocol):
-    """What lies below the pool. Asked on the engine's thread at each admission: memory only, never I/O."""
+    """The tiers below the pool. The engine's thread calls these at each admission: memory only, never I/O."""
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
         """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
 
         exact: only blocks that are bit-equal to a cold prefill's.
         """
+        ...
+
+    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
+        """Of the first block that `find` did not find: a MISS, or PENDING where a `PendingLookup` may yet find it."""
         ...
 
     def recompute_seconds(self, tokens: int) -> float | None:
@@ -104,6 +116,25 @@ class Load:
                 counts[run.tier] = counts.get(run.tier, 0) + count
             first += run.count
         return counts
+
+
+@dataclass(slots=True, eq=False)
+class PendingLookup:
+    """Blocks ``[start, stop)`` of ``chain``; a tier can only tell after I/O whether it has the first one.
+
+    exact: only blocks that are bit-equal to a cold prefill's count. patience: seconds until waiting has taken as long
+    as computing the blocks would; None: not known.
+    """
+
+    chain: Chain
+    start: int
+    stop: int
+    exact: bool
+    patience: float | None
+
+    @property
+    def identities(self) -> Sequence[Identity]:
+        return self.chain.identities[self.start : self.stop]
 
 
 @dataclass(frozen=True, slots=True)

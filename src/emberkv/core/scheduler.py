@@ -20,7 +20,7 @@ from emberkv.core.hashing import Identity
 from emberkv.core.loads import Loads
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Load, LowerTiers
+from emberkv.core.promotion import Load, LowerTiers, PendingLookup
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
@@ -35,7 +35,8 @@ class Scheduler:
 
     The caller repeats: `schedule`, compute the plan, `complete`. Between the two nothing else may be called.
     lower: the tiers below the pool. A sequence that waits for blocks from there holds nothing and keeps its place in
-    the line, but does not block it; the caller reports the end of each of a plan's loads by `loaded`.
+    the line, but does not block it; the caller reports the end of each of a plan's loads by `loaded`, and of each of
+    its look-ups by `looked_up`.
 
     A sequence that does not fit holds up its own line only. Another line may be admitted past it until it is ahead by
     a pool's worth of tokens; from then on it waits, unless its tenant stays within its floor, so that large sequences
@@ -133,6 +134,17 @@ class Scheduler:
         for sequence in self._loads.end(load, exact):
             if sequence.status is SequenceStatus.LOADING:
                 self._enqueue(sequence)
+        self._waiting.forget_refusals()
+
+    def looked_up(self, lookup: PendingLookup) -> None:
+        """A look-up is answered, or is waited for no longer: the sequence that waited is admitted in its turn.
+
+        From now on, what a tier still cannot tell counts as a miss. Raises IntegrityError for a look-up that is not in
+        progress.
+        """
+        sequence = self._loads.end_lookup(lookup)
+        if sequence.status is SequenceStatus.LOADING:
+            self._enqueue(sequence)
         self._waiting.forget_refusals()
 
     def remove(self, identities: Iterable[Identity]) -> int:
@@ -331,7 +343,7 @@ class Scheduler:
             if self._is_being_computed(sequence, match):
                 return None
             self._waiting.pop(line)
-            if self._loads.wait(sequence, match, plan.loads):
+            if self._loads.wait(sequence, match, plan):
                 sequence.status = SequenceStatus.LOADING
                 continue
             self._take_in(sequence, match)

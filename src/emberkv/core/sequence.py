@@ -6,7 +6,7 @@ from enum import Enum
 
 from emberkv.core.hashing import Chain
 from emberkv.core.prefix_cache import Lease
-from emberkv.core.promotion import NOTHING_BELOW, Admission, Promotion, Wait
+from emberkv.core.promotion import NOTHING_BELOW, Admission, PendingLookup, Promotion, Wait
 
 
 class FinishReason(Enum):
@@ -18,7 +18,7 @@ class FinishReason(Enum):
 
 class SequenceStatus(Enum):
     WAITING = "waiting"  # not admitted, or preempted
-    LOADING = "loading"  # holds nothing, and waits for blocks from a lower tier
+    LOADING = "loading"  # holds nothing, and waits for blocks from a lower tier, or for its answer to a look-up
     PREFILLING = "prefilling"  # holds a lease; tokens are left to compute before the next one can be sampled
     DECODING = "decoding"  # all but the last token are computed
     FINISHED = "finished"
@@ -34,12 +34,12 @@ class Sequence:
 
     chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
 
-    waits: the loads it has waited for, or does. promotion: what was decided last about lower tiers. admission: where
-    the hit came from and why there was no more, set when first admitted. priority: lower is sooner; order: the
-    scheduler's count of arrivals, which breaks ties. tenant: between tenants the scheduler shares fairly; short:
-    whether, by the scheduler's estimate, a step is enough to compute what is not cached of it. wants_prompt_logits: the
-    logits at each position of the prompt are wanted. Only computing gives logits, so the cache is not read; what is
-    computed is cached all the same.
+    waits: the loads it has waited for, or does. lookup: the only look-up that it has waited for, or does. promotion:
+    what was decided last about lower tiers. admission: where the hit came from and why there was no more, set when
+    first admitted. priority: lower is sooner; order: the scheduler's count of arrivals, which breaks ties. tenant:
+    between tenants the scheduler shares fairly; short: whether, by the scheduler's estimate, a step is enough to
+    compute what is not cached of it. wants_prompt_logits: the logits at each position of the prompt are wanted. Only
+    computing gives logits, so the cache is not read; what is computed is cached all the same.
     """
 
     request_id: str
@@ -57,6 +57,7 @@ class Sequence:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     waits: list[Wait] = field(default_factory=list)
+    lookup: PendingLookup | None = None
     promotion: Promotion = NOTHING_BELOW
     admission: Admission | None = None
     prompt_tokens: int = field(init=False)

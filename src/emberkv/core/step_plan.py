@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from emberkv.core.block import BlockCopy
-from emberkv.core.promotion import Load
+from emberkv.core.promotion import Load, PendingLookup
 from emberkv.core.sequence import Sequence
 
 
@@ -49,6 +49,7 @@ class StepPlan:
     decodes: each sequence's latest token, in one forward pass. prefills: in order, the chunks of one sequence side by
     side; in the same pass where the engine is batch-invariant, and in one pass each after it elsewhere.
     loads: what the driver is to bring up from lower tiers from now on, while it computes this and later plans.
+    lookups: what the driver is to find out from lower tiers meanwhile.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
@@ -56,6 +57,7 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    lookups: list[PendingLookup] = field(default_factory=list)
 
     @property
     def copies(self) -> list[BlockCopy]:

@@ -182,6 +182,8 @@ class EngineLoop:
         if self._tiers is not None:
             for load, exact in self._tiers.completed():
                 self._scheduler.loaded(load, exact)
+            for lookup in self._tiers.looked_up():
+                self._scheduler.looked_up(lookup)
         if mail:
             self._publish_stats()
         return True
@@ -231,6 +233,8 @@ class EngineLoop:
                 self._tiers.used(sequence.chain.identities[: sequence.cached_tokens // sequence.chain.block_size])
             for load in plan.loads:
                 self._tiers.onboard(load)
+            for lookup in plan.lookups:
+                self._tiers.look_up(lookup)
 
     def _end_all(self) -> None:
         mail = self._mailbox.close()

@@ -1,6 +1,6 @@
 """Connects the pool's bytes to the tier manager: committed blocks are offloaded, loads are onboarded into their blocks.
 
-All methods but `find` and `peeking` are for the engine's thread; none waits for a disk.
+All methods but `find`, `status` and `peeking` are for the engine's thread; none waits for a disk.
 """
 
 import logging
@@ -12,11 +12,11 @@ from typing import Protocol
 
 from emberkv.core.block import Block
 from emberkv.core.hashing import Identity
-from emberkv.core.promotion import Load, LowerTiers, Run
+from emberkv.core.promotion import Load, LookupStatus, LowerTiers, PendingLookup, Run
 from emberkv.core.rates import Rate
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
-from emberkv.tiers.onboarding import Onboarding, Records
+from emberkv.tiers.onboarding import Onboarding, Query, Records
 from emberkv.tiers.stats import Troubles
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,14 @@ class _PendingLoad:
     deadline: float
 
 
+@dataclass(slots=True, eq=False)
+class _PendingQuery:
+    """deadline: by the clock; when it has passed, what is not answered is a miss."""
+
+    query: Query
+    deadline: float
+
+
 class TierLink:
     """The `LowerTiers` of a scheduler, over a manager of tiers.
 
@@ -57,7 +65,8 @@ class TierLink:
     bit-equal to a cold prefill's go down. clock: seconds. news: called, on any thread, when `has_news` may be True.
 
     trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the identity asked
-    for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it.
+    for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it; and a ``lookup`` that no tier
+    answered in time.
     """
 
     def __init__(
@@ -79,9 +88,14 @@ class TierLink:
         self._prefill = Rate()
         self._pending: dict[Load, _PendingLoad] = {}
         self._arrived: deque[tuple[Load, Records]] = deque()
+        self._queries: dict[PendingLookup, _PendingQuery] = {}
+        self._answered: deque[PendingLookup] = deque()
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
         return self.manager.find(identities, exact=exact)
+
+    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
+        return self.manager.status(identity, exact=exact)
 
     @property
     def peeking(self) -> LowerTiers:
@@ -129,6 +143,18 @@ class TierLink:
         onboarding = self.manager.onboard(list(load.identities), load.runs, done)
         self._pending[load] = _PendingLoad(load, onboarding, deadline)
 
+    def look_up(self, lookup: PendingLookup) -> None:
+        """Have the tiers look up what they cannot tell from memory, for as long as they and the look-up allow."""
+
+        def done() -> None:
+            self._answered.append(lookup)
+            self.news()
+
+        began = self._clock()
+        query = self.manager.ask(list(lookup.identities), done, exact=lookup.exact)
+        seconds = query.seconds if lookup.patience is None else min(query.seconds, lookup.patience)
+        self._queries[lookup] = _PendingQuery(query, began + seconds)
+
     @property
     def trouble(self) -> Counter[str]:
         return self._troubles.counts
@@ -136,12 +162,13 @@ class TierLink:
     @property
     def has_news(self) -> bool:
         left = self.seconds_left
-        return bool(self._arrived) or (left is not None and left <= 0)
+        return bool(self._arrived or self._answered) or (left is not None and left <= 0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the next load's deadline; None where there is no load."""
+        """Until the next deadline of a load or a look-up; None where there is neither."""
         deadlines = [pending.deadline for pending in self._pending.values()]
+        deadlines += [pending.deadline for pending in self._queries.values()]
         return min(deadlines) - self._clock() if deadlines else None
 
     def completed(self) -> list[tuple[Load, list[bool]]]:
@@ -161,6 +188,21 @@ class TierLink:
             self._count("patience", 1)
             results.append((pending.load, self._place(pending.load, records)))
         return results
+
+    def looked_up(self) -> list[PendingLookup]:
+        """The look-ups that have ended since the last call: answered, or past their deadline."""
+        ended = []
+        while self._answered:
+            lookup = self._answered.popleft()
+            if self._queries.pop(lookup, None) is not None:
+                ended.append(lookup)
+        now = self._clock()
+        for lookup, pending in [each for each in self._queries.items() if each[1].deadline <= now]:
+            del self._queries[lookup]
+            self.manager.cancel_query(pending.query)
+            self._count("lookup", 1)
+            ended.append(lookup)
+        return ended
 
     def _place(self, load: Load, records: Records) -> list[bool]:
         """Write the leading records that are what the chain wants; whether each is exact."""
@@ -199,6 +241,9 @@ class _Peeking:
 
     def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
         return self._link.manager.peek(identities, exact=exact)
+
+    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
+        return self._link.status(identity, exact=exact)
 
     def recompute_seconds(self, tokens: int) -> float | None:
         return self._link.recompute_seconds(tokens)

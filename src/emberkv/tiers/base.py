@@ -1,10 +1,15 @@
-"""The interface of a tier: a store of opaque bytes by block hash, called with batches only."""
+"""The interface of a tier: a store of opaque bytes by block hash, called with batches only.
+
+A tier whose index is in memory, such as RAM and disk, answers `lookup` at once. One that must do I/O for an answer,
+such as a server in the network, says PENDING in `status`, and its worker calls `query` on a thread of its own.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.promotion import LookupStatus
 from emberkv.tiers.stats import TierStats
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]
@@ -42,7 +47,8 @@ class Removed:
 
 class Tier(Protocol):
     """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
-    itself are counted in ``stats``, never raised.
+    itself are counted in ``stats``, never raised. A tier that answers `lookup` from memory inherits `lookup_seconds`,
+    `status` and `query` from here.
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
@@ -51,11 +57,27 @@ class Tier(Protocol):
     name: str
 
     @property
+    def lookup_seconds(self) -> float | None:
+        """How long an admission waits for `query`, after which the tier counts as a miss; None: it is never called."""
+        return None
+
+    @property
     def refresh_seconds(self) -> float | None:
         """How often `refresh` is to be called; None: never."""
 
     def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
-        """The length of the run of blocks, from the first on, that are here. No I/O. exact: count only exact blocks."""
+        """The length of the run of blocks, from the first on, that are known to be here. No I/O.
+
+        exact: count only exact blocks.
+        """
+
+    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+        """Whether a block is here, without I/O; PENDING where only `query` can tell."""
+        return LookupStatus.HIT if self.lookup((identity,), exact=exact) else LookupStatus.MISS
+
+    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+        """As `lookup`, with I/O where that is needed."""
+        return self.lookup(identities, exact=exact)
 
     def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
         """The entries as they were stored, unverified; None where one is not here or cannot be read."""

@@ -2,6 +2,7 @@
 
     offload ──> a queue for each tier ──> its worker's thread ──> Tier.store
     find    ──> the tiers' indexes, in memory
+    ask     ──> the workers' readers ──> Tier.query, where a tier has no index in memory ──> done
     onboard ──> pieces, in turns ──> the workers' readers ──> Tier.load, verified ──> done
     remove  ──> struck out of all of these at once
 
@@ -18,12 +19,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import LookupStatus, Run
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.meter import TierMeter
-from emberkv.tiers.onboarding import Onboarding, Piece, Records
+from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
 from emberkv.tiers.stats import StackStats, TierStats
 from emberkv.tiers.worker import EvictionHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
 
@@ -65,10 +66,10 @@ class TierManager:
         self._ranks = {tier.name: rank for rank, tier in enumerate(tiers)}
         if len(self._ranks) < len(tiers):
             raise ConfigError(f"tiers are called {[tier.name for tier in tiers]}; each needs a name of its own")
-        self._lock = threading.Lock()  # the workers' queues, the onboardings and the counters
+        self._lock = threading.Lock()  # the workers' queues, what is pending and the counters
         self._changed = threading.Condition(self._lock)
-        self._onboardings: set[Onboarding] = set()
-        self._telling = 0  # onboardings that have finished and whose `done` has not returned
+        self._pending: set[Onboarding | Query] = set()
+        self._delivering = 0  # of those that have finished, the ones whose `done` has not returned
         self._closed = False
         self._offered = self._already_stored = self._queue_full = 0
         self._failures: Counter[str] = Counter()
@@ -82,21 +83,61 @@ class TierManager:
                 queue_bytes=queue_bytes,
                 clock=clock,
                 on_read=self.read_ended,
+                on_answer=self.query_ended,
                 on_evicted=on_evicted,
                 failed=self._count_failure,
             )
             for rank, tier in enumerate(tiers)
         )
         self._meters = [worker.meter for worker in self.workers]
+        self._remote = [worker for worker in self.workers if worker.tier.lookup_seconds is not None]
         for worker in self.workers if start else ():
             worker.start(readers)
 
     def find(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
         """The longest run of blocks from the first hash on, each from the fastest tier that has it. No I/O.
 
-        exact: only blocks that are bit-equal to a cold prefill's.
+        exact: only blocks that are bit-equal to a cold prefill's. Hits and misses are counted, unless the block after
+        the run is PENDING (`status`): then this is to be called again when a tier has been asked.
         """
+        if self._remote:
+            runs = self.peek(block_hashes, exact=exact)
+            after = block_hashes[sum(run.count for run in runs) :]
+            if after and self.status(after[0], exact=exact) is LookupStatus.PENDING:
+                return runs
         return find_runs(self.workers, self._meters, block_hashes, exact=exact)
+
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
+        """Of a block that `find` does not find: PENDING where `ask` makes a tier look it up, or else a MISS. No I/O."""
+        pending = any(worker.status(block_hash, exact=exact) is LookupStatus.PENDING for worker in self._remote)
+        return LookupStatus.PENDING if pending else LookupStatus.MISS
+
+    def ask(self, block_hashes: Sequence[bytes], done: Callable[[], None], *, exact: bool = False) -> Query:
+        """Have the tiers that cannot tell from memory look these up, the first of which is PENDING (`status`).
+
+        ``done`` is called once, on any thread, when they have answered or failed; `find` then knows the answers, for
+        `ANSWER_SECONDS`. The result's ``seconds`` say how long to wait for that before `cancel_query`.
+        """
+        with self._lock:
+            asked = [] if self._closed else self._remote
+            asked = [each for each in asked if each.status(block_hashes[0], exact=exact) is LookupStatus.PENDING]
+            seconds = max((each.tier.lookup_seconds or 0.0 for each in asked), default=0.0)
+            query = Query(block_hashes, {each.rank for each in asked}, seconds, done, exact)
+            self._pending.add(query)
+            for worker in asked:
+                worker.ask(query)
+            ended = self._ended()
+        self._deliver(ended)
+        return query
+
+    def cancel_query(self, query: Query) -> None:
+        """Wait no longer. A tier that is still at work on the answer is not searched until it has given it."""
+        with self._lock:
+            for worker in self._remote:
+                worker.gave_up_query(query)
+            query.cancel()
+            ended = self._ended()
+        self._deliver(ended)
 
     def peek(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
         """What `find` would return, without counting hits and misses."""
@@ -143,13 +184,13 @@ class TierManager:
         with self._lock:
             if self._closed:
                 onboarding.cancel()
-            self._onboardings.add(onboarding)
+            self._pending.add(onboarding)
             for worker in self.workers:
                 worker.drop_removed(onboarding)
             for rank in onboarding.ranks:
                 self.workers[rank].enqueue(onboarding)
             ended = self._ended()
-        self._tell(ended)
+        self._deliver(ended)
         return onboarding
 
     def cancel(self, onboarding: Onboarding) -> Records:
@@ -160,7 +201,7 @@ class TierManager:
             onboarding.cancel()
             records = list(onboarding.records)
             ended = self._ended()
-        self._tell(ended)
+        self._deliver(ended)
         return records
 
     def remove(self, block_hashes: Collection[bytes]) -> dict[str, "Future[Removed]"]:
@@ -193,24 +234,24 @@ class TierManager:
             )
 
     def close(self, timeout: float) -> bool:
-        """Cancel what is being onboarded, store what is queued, and close the tiers, within ``timeout`` seconds.
+        """Cancel onboardings and look-ups, store what is queued, and close the tiers, within ``timeout`` seconds.
 
         Whether all that was queued is stored. Afterwards nothing is stored or found any more.
         """
         with self._changed:
             first, self._closed = not self._closed, True
-            for onboarding in self._onboardings:
-                onboarding.cancel()
+            for pending in self._pending:
+                pending.cancel()
             stuck = self._ended()
-        self._tell(stuck)
+        self._deliver(stuck)
         with self._changed:
-            self._changed.wait_for(lambda: self._is_idle() and not self._onboardings and not self._telling, timeout)
+            self._changed.wait_for(lambda: self._is_idle() and not self._pending and not self._delivering, timeout)
             all_stored = self._is_idle()
             for worker in self.workers:
                 worker.close()
-            stuck, self._onboardings = list(self._onboardings), set()
-            self._telling += len(stuck)
-        self._tell(stuck)
+            stuck, self._pending = list(self._pending), set()
+            self._delivering += len(stuck)
+        self._deliver(stuck)
         for worker in self.workers if first else ():
             worker.tier.close()
         return all_stored
@@ -229,18 +270,25 @@ class TierManager:
                     for faster in self.workers[: worker.rank]:
                         faster.put(Store([block], block.size))
             ended = self._ended()
-        self._tell(ended)
+        self._deliver(ended)
+
+    def query_ended(self, worker: TierWorker, query: Query, count: int) -> None:
+        """Take in a tier's answer to a look-up."""
+        with self._lock:
+            worker.answered(query, count)
+            ended = self._ended()
+        self._deliver(ended)
 
     def _remove(self, block_hashes: Collection[bytes] | None) -> dict[str, "Future[Removed]"]:
         jobs = {worker.name: Remove(block_hashes) for worker in self.workers}
         with self._lock:
-            for onboarding in self._onboardings:
-                onboarding.remove(block_hashes)
+            for pending in self._pending:
+                pending.remove(block_hashes)
             for worker in self.workers:
                 if self._closed or not worker.put(jobs[worker.name]):
                     jobs[worker.name].result.set_result(Removed(reason="closed"))
             ended = self._ended()
-        self._tell(ended)
+        self._deliver(ended)
         return {name: job.result for name, job in jobs.items()}
 
     def _lacking(self, record: BlockRecord) -> list[TierWorker]:
@@ -251,23 +299,24 @@ class TierManager:
     def _is_idle(self) -> bool:
         return all(worker.idle for worker in self.workers)
 
-    def _ended(self) -> list[Onboarding]:
-        """Those that have finished, taken out. The caller holds the lock."""
-        ended = [each for each in self._onboardings if each.finished]
-        self._onboardings.difference_update(ended)
-        self._telling += len(ended)
+    def _ended(self) -> list[Onboarding | Query]:
+        """What is pending and has finished, taken out. The caller holds the lock."""
+        ended = [each for each in self._pending if each.finished]
+        self._pending.difference_update(ended)
+        self._delivering += len(ended)
         return ended
 
-    def _tell(self, ended: Sequence[Onboarding]) -> None:
-        for onboarding in ended:
-            self._measure(onboarding)
+    def _deliver(self, ended: Sequence[Onboarding | Query]) -> None:
+        for each in ended:
+            if isinstance(each, Onboarding):
+                self._measure(each)
             try:
-                onboarding.done(list(onboarding.records))
+                each.deliver()
             except Exception as error:
                 logger.exception("the receiver of onboarded blocks failed")
                 self._count_failure(error)
             with self._lock:
-                self._telling -= 1
+                self._delivering -= 1
                 self._changed.notify_all()
 
     def _measure(self, onboarding: Onboarding) -> None:

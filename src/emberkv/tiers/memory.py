@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import PolicyFactory, Removed, Stored, TierEntry
+from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.stats import TierStats
 
 KEY_BYTES = 64
 """Counted for each entry beside its own bytes."""
 
 
-class MemoryTier:
+class MemoryTier(Tier):
     """A `Tier` in a dictionary. An entry is one immutable value, so a load sees the whole of the old or of the new one.
 
     max_bytes: its limit, for entries and `KEY_BYTES` for each. Raises ConfigError where it is not above 0.

@@ -1,4 +1,4 @@
-"""One request for a run of blocks, which the workers of the tiers that have them read in pieces."""
+"""What a request asks of the tiers' workers: to look blocks up, and to read a run of them in pieces."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -31,6 +31,51 @@ class Piece:
     rank: int
     start: int
     stop: int
+
+
+class Query:
+    """A look-up that tiers answer after I/O. The manager's lock is held around all methods.
+
+    seconds: how long its caller waits, at most. done: called once, when all tiers have answered or will not any more.
+    """
+
+    def __init__(
+        self,
+        block_hashes: Sequence[bytes],
+        ranks: Collection[int],
+        seconds: float,
+        done: Callable[[], None],
+        exact: bool,
+    ) -> None:
+        self.block_hashes = block_hashes
+        self.exact = exact
+        self.seconds = seconds
+        self.done = done
+        self.ranks = set(ranks)
+        """Of the tiers that have not answered."""
+        self._removed: set[int] = set()
+
+    @property
+    def finished(self) -> bool:
+        return not self.ranks
+
+    def deliver(self) -> None:
+        self.done()
+
+    def cancel(self) -> None:
+        """Wait for no answer."""
+        self.ranks.clear()
+
+    def remove(self, block_hashes: Collection[bytes] | None) -> None:
+        """These blocks, all for None, were removed: an answer that is still to come says nothing of them."""
+        for at, block_hash in enumerate(self.block_hashes):
+            if block_hashes is None or block_hash in block_hashes:
+                self._removed.add(at)
+
+    def answers(self, count: int) -> list[tuple[bytes, bool]]:
+        """What a tier's answer says of the blocks: ``count`` are there, the next is not, of others it says nothing."""
+        said = [(block_hash, at < count) for at, block_hash in enumerate(self.block_hashes[: count + 1])]
+        return [answer for at, answer in enumerate(said) if at not in self._removed]
 
 
 class Onboarding:
@@ -68,6 +113,9 @@ class Onboarding:
     @property
     def finished(self) -> bool:
         return not self.reading and not self.ranks
+
+    def deliver(self) -> None:
+        self.done(list(self.records))
 
     def cancel(self) -> None:
         """Read no more than what is being read now."""

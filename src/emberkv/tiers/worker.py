@@ -1,4 +1,4 @@
-"""A tier's worker: one thread that changes the tier in the order of its queue, and others that read from it.
+"""A tier's worker: one thread that changes the tier in the order of its queue, and others that read it or query it.
 
 Each tier has a worker of its own, so a slow tier holds up no other. The threads are daemons: one that waits for a disk
 that never answers does not keep the process from ending.
@@ -11,17 +11,24 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import takewhile
+from math import inf
 
+from emberkv.core.promotion import LookupStatus
 from emberkv.errors import BlockError
 from emberkv.tiers.base import Removed, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
 from emberkv.tiers.meter import TierMeter
-from emberkv.tiers.onboarding import Onboarding, Piece, Records, Timing
+from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records, Timing
 
 logger = logging.getLogger(__name__)
 
 BATCH_BLOCKS = 32
 """Blocks handed to a tier's `store` or checked at once."""
+
+ANSWER_SECONDS = 2.0
+"""How long a tier's answer to a query is taken for true. Other processes may store and evict blocks meanwhile; what an
+older answer says is not far wrong, because a block that has gone is computed instead."""
 
 Clock = Callable[[], float]
 EvictionHook = Callable[[str, Sequence[bytes]], None]
@@ -105,9 +112,9 @@ class TierWorker:
     """Queue and threads of one tier.
 
     rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
-    `lookup`, `run` and `read`; notified when a job has ended. queue_bytes: limit of what may wait to be stored.
-    on_read: called with each `Reading`, without the lock. on_evicted: see `TierManager`. failed: called with each error
-    that no tier should raise.
+    `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended. queue_bytes: limit of what may wait to
+    be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the lock. on_evicted:
+    see `TierManager`. failed: called with each error that no tier should raise.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class TierWorker:
         queue_bytes: int,
         clock: Clock,
         on_read: "ReadHook",
+        on_answer: "AnswerHook",
         on_evicted: EvictionHook,
         failed: Callable[[Exception], None],
     ) -> None:
@@ -135,6 +143,7 @@ class TierWorker:
         self._queue_bytes = queue_bytes
         self._clock = clock
         self._on_read = on_read
+        self._on_answer = on_answer
         self._on_evicted = on_evicted
         self._failed = failed
         self._writable = threading.Condition(lock)
@@ -143,7 +152,12 @@ class TierWorker:
         self._running: Job | None = None
         self._hidden: tuple[Check | Remove, ...] = ()
         self._turns: deque[Onboarding] = deque()
-        self._stalled: set[tuple[Onboarding, Piece]] = set()
+        self._queries: deque[Query] = deque()
+        self._querying: set[Query] = set()
+        self._answers: dict[tuple[bytes, bool], tuple[bool, float]] = {}
+        """By hash and whether only an exact block counts: whether it is there, and until when that is taken for true;
+        the oldest first."""
+        self._stalled: set[tuple[Onboarding, Piece] | Query] = set()
 
     @property
     def name(self) -> str:
@@ -165,7 +179,22 @@ class TierWorker:
             return 0
         for job in self._hidden:
             identities = identities[: next((at for at, each in enumerate(identities) if job.hides(each)), None)]
-        return self.tier.lookup(identities, exact=exact)
+        count = self.tier.lookup(identities, exact=exact)
+        while self._answers and count < len(identities) and self._answer(identities[count], exact):
+            count += 1 + self.tier.lookup(identities[count + 1 :], exact=exact)
+        return count
+
+    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+        """Of a block that `lookup` does not find: PENDING where a query may find it."""
+        hidden = self._stalled or self.closed or any(job.hides(identity) for job in self._hidden)
+        if hidden or self._answer(identity, exact) is not None:
+            return LookupStatus.MISS
+        return self.tier.status(identity, exact=exact)
+
+    def _answer(self, block_hash: bytes, exact: bool) -> bool | None:
+        """What the tier answered when it was queried; None where it was not, or too long ago."""
+        there, until = self._answers.get((block_hash, exact), (False, -inf))
+        return there if self._clock() < until else None
 
     def put(self, job: Job) -> bool:
         """Queue a job; False where its size does not fit, or after `close`."""
@@ -174,6 +203,9 @@ class TierWorker:
         self.queued_bytes += job.size
         if isinstance(job, Check | Remove):
             self._hidden = (*self._hidden, job)
+            self._answers = {key: each for key, each in self._answers.items() if not job.hides(key[0])}
+            for query in self._querying:  # one that is given up is not the manager's any more, but still remembered
+                query.remove(job.block_hashes)
         self._jobs.append(job)
         self._writable.notify()
         return True
@@ -212,12 +244,53 @@ class TierWorker:
         self._running = None
         self.queued_bytes -= job.size
         self._hidden = tuple(each for each in self._hidden if each is not job)
+        if isinstance(job, Store) and self._answers:
+            for block in job.blocks:  # they may be there now
+                for exact in (False, True):
+                    self._answers.pop((block.record.identity, exact), None)
         self._changed.notify_all()
 
     def enqueue(self, onboarding: Onboarding) -> None:
         """Have this tier's part of it read, in turns with other onboardings."""
         self._turns.append(onboarding)
         self._readable.notify_all()
+
+    def ask(self, query: Query) -> None:
+        """Have the tier answer, before anything more is read from it."""
+        for job in self._hidden:
+            query.remove(job.block_hashes)
+        self._queries.append(query)
+        self._readable.notify_all()
+
+    def begin_query(self) -> Query | None:
+        """The next query to put to the tier by `query`, to be followed by `answered`; None where there is none."""
+        while self._queries:
+            query = self._queries.popleft()
+            if self.rank in query.ranks:
+                self._querying.add(query)
+                return query
+        return None
+
+    def query(self, query: Query) -> int:
+        """How many blocks are there, from the first on. A tier that fails has none."""
+        try:
+            return self.tier.query(query.block_hashes, exact=query.exact)
+        except Exception as error:
+            logger.exception("%s tier: a look-up failed and counts as a miss", self.name)
+            self._failed(error)
+            return 0
+
+    def answered(self, query: Query, count: int) -> None:
+        """Remember an answer for a while, one that comes too late for its query included."""
+        self._querying.discard(query)
+        self._stalled.discard(query)
+        query.ranks.discard(self.rank)
+        now = self._clock()
+        for key in [key for key, _ in takewhile(lambda item: item[1][1] <= now, self._answers.items())]:
+            del self._answers[key]
+        for block_hash, there in query.answers(count):
+            self._answers.pop((block_hash, query.exact), None)
+            self._answers[block_hash, query.exact] = (there, now + ANSWER_SECONDS)
 
     def drop_removed(self, onboarding: Onboarding) -> None:
         """Blocks whose removal is queued are still in the tier, but not to be read any more."""
@@ -258,6 +331,14 @@ class TierWorker:
             self._stalled |= stuck
             self.meter.stalled()
 
+    def gave_up_query(self, query: Query) -> None:
+        """The request does not wait any more for the answer: one that the tier is at work on keeps it from being
+        searched until it has come.
+        """
+        if query in self._querying:
+            self._stalled.add(query)
+            self.meter.stalled()
+
     def returned(self, onboarding: Onboarding, piece: Piece) -> None:
         """A read has ended, so the tier answers."""
         self._stalled.discard((onboarding, piece))
@@ -271,6 +352,7 @@ class TierWorker:
                 job.result.set_result(Removed(reason="closed"))
         self._jobs.clear()
         self._turns.clear()
+        self._queries.clear()
         self._writable.notify_all()
         self._readable.notify_all()
         self._changed.notify_all()
@@ -296,11 +378,14 @@ class TierWorker:
     def _read_loop(self) -> None:
         while True:
             with self.lock:
-                while (turn := self.begin_read()) is None and not self.closed:
+                while (turn := self.begin_query() or self.begin_read()) is None and not self.closed:
                     self._readable.wait()
             if turn is None:
                 return
-            self._on_read(self, *turn, self.read(*turn))
+            if isinstance(turn, Query):
+                self._on_answer(self, turn, self.query(turn))
+            else:
+                self._on_read(self, *turn, self.read(*turn))
 
     def _run_guarded(self, job: Job) -> None:
         error = self._guard(lambda: self.run(job))
@@ -349,4 +434,5 @@ class TierWorker:
         return ""
 
 
+AnswerHook = Callable[[TierWorker, Query, int], None]
 ReadHook = Callable[[TierWorker, Onboarding, Piece, Reading], None]

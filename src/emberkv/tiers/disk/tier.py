@@ -16,7 +16,7 @@ from pathlib import Path
 
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import CacheFolderError, ConfigError, UntrustedPathError
-from emberkv.tiers.base import PolicyFactory, Removed, Stored, TierEntry
+from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.disk.files import BlockFiles
 from emberkv.tiers.disk.index import DiskIndex
 from emberkv.tiers.disk.journal import Change, JournalReader, JournalWriter
@@ -42,7 +42,7 @@ _CONSEQUENCES = {
 }
 
 
-class DiskTier:
+class DiskTier(Tier):
     """A `Tier` in a folder, made by `open`.
 
     Blocks of other models that the folder holds count towards the quota and are evicted in their turn, but never match.
