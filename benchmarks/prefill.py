@@ -70,7 +70,7 @@ class Ours:
         self._scheduler.add(sequence)
         while sequence.finish_reason is None:
             plan = self._scheduler.schedule()
-            result = self._engine.execute(plan)
+            result = self._engine.forward(plan)
             sampled = {} if result is None else {sequence.request_id: int(result.logits[0].argmax())}
             self._scheduler.complete(plan, sampled)
         elapsed = time.perf_counter() - begin

@@ -99,7 +99,7 @@ class Driver:
         assert plan, "work is left, but the plan is empty"
         self._count_shared(plan)
         self.mixed_steps += bool(plan.decodes and plan.prefills)
-        result = self.executor.execute(plan)
+        result = self.executor.forward(plan)
         sampled = {}
         if result is not None:
             for sequence, row in zip(result.sequences, result.logits, strict=True):

@@ -2,26 +2,28 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TypeVar
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.hashing import Identity
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.executor import SamplingState, StepOutput
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.torch_engine import StepResult
+from tests.engine.tiny_executor import TinyExecutor
 
 VOCAB = 50
 EOS = 1
@@ -36,31 +38,38 @@ def successor(sequence: Sequence) -> int:
     return 2 + (7 * sequence.chain[-1] + len(sequence.chain)) % (VOCAB - 2)
 
 
-@dataclass
-class FakeExecutor:
-    """on_step: called with each plan and its number (from 0) before it is computed, on the engine's thread."""
+class FakeExecutor(TinyExecutor):
+    """Computes no KV state: what comes next follows from the sequence alone.
 
-    next_token: Callable[[Sequence], int] = successor
-    on_step: Callable[[StepPlan, int], None] = lambda plan, number: None
-    scores: Callable[[Sequence], float] = lambda sequence: 1.0
-    steps: int = 0
-    prefilled: Counter[str] = field(default_factory=Counter)
+    on_step: called with each plan and its number (from 0) before it is computed, on the engine's thread. scores: the
+    logit of the next token, all others being 0.
+    """
 
-    def root(self, salt: bytes) -> Identity:
-        return root_identity(fingerprint="f", dtype="d", layout="l", block_size=BLOCK, salt=salt)
+    def __init__(
+        self,
+        next_token: Callable[[Sequence], int] = successor,
+        on_step: Callable[[StepPlan, int], None] = lambda plan, number: None,
+        scores: Callable[[Sequence], float] = lambda sequence: 1.0,
+    ) -> None:
+        super().__init__(num_blocks=1, block_size=BLOCK, vocab=VOCAB)
+        self.next_token = next_token
+        self.on_step = on_step
+        self.scores = scores
+        self.steps = 0
+        self.prefilled: Counter[str] = Counter()
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
+    def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         self.steps += 1
         self.on_step(plan, self.steps - 1)
         for chunk in plan.prefills:
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
-        ready = plan.decodes + [chunk.sequence for chunk in plan.prefills if chunk.samples]
-        if not ready:
-            return None
-        logits = torch.zeros(len(ready), VOCAB)
-        for row, sequence in zip(logits, ready, strict=True):
-            row[self.next_token(sequence)] = self.scores(sequence)
-        return StepResult(ready, logits)
+        return super().execute(replace(plan, prefills=[replace(each, copy=None) for each in plan.prefills]), sampling)
+
+    def compute(self, sequence: Sequence, start: int, stop: int) -> NDArray[np.float32]:
+        logits = np.zeros((stop - start, VOCAB), dtype=np.float32)
+        if stop == len(sequence.chain):
+            logits[-1, self.next_token(sequence)] = self.scores(sequence)
+        return logits
 
 
 class Inbox:

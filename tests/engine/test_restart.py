@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import CacheUsage, GenerationRequest
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
+from emberkv.engine.sampling import Sampler, SamplingFailure
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
@@ -24,11 +25,12 @@ from tests.engine.test_exactness import text
 CONFIG = EngineConfig(cache_bytes=2**21, block_size=16, prefill_chunk=64)
 
 
-@dataclass
 class RecordingSampler(Sampler):
     """Keeps the scores that each token was drawn from."""
 
-    logits: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: list[Tensor] = []
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
         self.logits += logits.clone().unbind(0)

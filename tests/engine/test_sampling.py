@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.engine.sampling import SampledToken, Sampler, SamplingFailure, SamplingState
+from emberkv.engine.executor import SampledToken, SamplingState
+from emberkv.engine.sampling import Sampler, SamplingFailure
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import RequestError
 

@@ -77,15 +77,15 @@ def assemble(
     on_evicted: EvictionHook = lambda _tier, _hashes: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AssembledEngine:
-    """An engine whose thread is not started yet. sampler, on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
+    """An engine whose thread is not started yet. on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
 
-    kernels, progress: see `TorchEngine`. public_prefixes: token sequences that all tenants share.
+    kernels, sampler, progress: see `TorchEngine`. public_prefixes: token sequences that all tenants share.
 
     Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce the
     model's own, CacheFolderError when the disk tier's folder can be neither made nor read.
     """
     weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
-    executor = _checked_executor(loaded, config, kernels, progress)
+    executor = _checked_executor(loaded, config, kernels, sampler, progress)
     unit = executor.alignment
     if config.prefix_cache and unit >= min(loaded.context_length, executor.pool.num_blocks * config.block_size):
         _log.warning(
@@ -116,15 +116,17 @@ def assemble(
         limits,
         tiers=link,
         public=public,
-        block_bytes=executor.pool.block_bytes,
-        sampler=sampler,
         on_crash=on_crash,
     )
     return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
 
 
 def _checked_executor(
-    loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None, progress: Callable[[str], None]
+    loaded: LoadedModel,
+    config: EngineConfig,
+    kernels: Kernels | None,
+    sampler: Sampler | None,
+    progress: Callable[[str], None],
 ) -> TorchEngine:
     try:
         executor = TorchEngine(
@@ -133,6 +135,7 @@ def _checked_executor(
             block_size=config.block_size,
             prefill_chunk=config.prefill_chunk,
             kernels=kernels,
+            sampler=sampler,
             progress=progress,
         )
         executor.check_against_plain_forward()

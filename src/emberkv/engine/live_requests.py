@@ -1,4 +1,4 @@
-"""The requests in flight: their next tokens are drawn here, and each gets its outputs, the last one exactly once."""
+"""The requests in flight: each gets its outputs in order, and exactly one last output."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.executor import PromptLogprobs, SampledToken, SamplingState, StepOutput
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenLogprobs, TokenOutput
-from emberkv.engine.sampling import NOT_NUMBERS, SampledToken, Sampler, SamplingFailure, SamplingState, prompt_logprobs
-from emberkv.engine.torch_engine import PromptLogits, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -27,32 +26,41 @@ class Live:
     answered: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    def keep_prompt_logprobs(self, found: PromptLogprobs) -> None:
+        """Of the tokens that are not known yet: a preempted sequence is computed again."""
+        known = self.prompt_logprobs
+        if not known:
+            known.append(TokenLogprobs(self.sequence.chain[0], None, ()))
+        known += found.tokens[len(known) - found.start :]
+
 
 class LiveRequests:
     """By request id. Belongs to the engine's thread.
 
-    clock: seconds. forget: called with the id of each request that has ended, before its last output.
+    sampling: the sampling state of each. clock: seconds. forget: called with the id of each request that has ended,
+    before its last output.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
         limits: ModelLimits,
-        sampler: Sampler,
         *,
         clock: Callable[[], float],
         forget: Callable[[str], None],
     ) -> None:
         self._scheduler = scheduler
         self._limits = limits
-        self._sampler = sampler
         self._clock = clock
         self._forget = forget
         self._live: dict[str, Live] = {}
+        self.sampling: dict[str, SamplingState] = {}
 
     def add(self, arrived: Iterable[Live]) -> None:
         """Know them; they are not queued by this."""
-        self._live.update((live.request.request_id, live) for live in arrived)
+        for live in arrived:
+            self._live[live.request.request_id] = live
+            self.sampling[live.request.request_id] = live.state
 
     def admitted(self, sequences: Iterable[Sequence], now: float) -> Iterator[Sequence]:
         """Those of them that had not been admitted before."""
@@ -77,55 +85,22 @@ class LiveRequests:
         for request_id in list(self._live):
             self.end(request_id, FinishReason.ABORT)
 
-    def sample(self, plan: StepPlan, result: StepResult | None) -> dict[str, SampledToken]:
-        """The next token of each sequence that is ready for one, by request id.
-
-        A request that cannot be sampled ends with ERROR and leaves the plan before its tokens of this step are
-        committed. The other requests of the step are not affected.
-        """
-        if result is None:
-            return {}
-        ids = [sequence.request_id for sequence in result.sequences]
-        results = self._sampler.sample(result.logits, [self._live[request_id].state for request_id in ids])
-        sampled: dict[str, SampledToken] = {}
-        failed: dict[str, str] = {}
-        for request_id, each in zip(ids, results, strict=True):
-            if isinstance(each, SamplingFailure):
-                failed[request_id] = each.reason
-            else:
-                sampled[request_id] = each
-        failed.update(self._take_prompts(result.prompts))
+    def end_failed(self, plan: StepPlan, output: StepOutput) -> None:
+        """End the requests that failed with ERROR, and take them out of the plan before their tokens are committed."""
+        failed = output.failed
+        if not failed:
+            return
         for request_id, reason in failed.items():
-            sampled.pop(request_id, None)
             self.end(request_id, FinishReason.ERROR, reason)
-        if failed:
-            plan.decodes = [each for each in plan.decodes if each.request_id not in failed]
-            plan.prefills = [each for each in plan.prefills if each.sequence.request_id not in failed]
-        return sampled
+        plan.decodes = [each for each in plan.decodes if each.request_id not in failed]
+        plan.prefills = [each for each in plan.prefills if each.sequence.request_id not in failed]
 
-    def _take_prompts(self, computed: Iterable[PromptLogits]) -> Iterator[tuple[str, str]]:
-        """Keep log-probabilities of prompt tokens; yields the requests whose scores are no numbers, and that reason.
-
-        What a preempted sequence computes again is known already.
-        """
-        for each in computed:
-            sequence, live = each.sequence, self._live[each.sequence.request_id]
-            known = live.prompt_logprobs
-            if not known:
-                known.append(TokenLogprobs(sequence.chain[0], None, ()))
-            first, stop = len(known), min(each.start + each.logits.shape[0] + 1, sequence.prompt_tokens)
-            if first >= stop:
-                continue
-            rows = each.logits[first - 1 - each.start : stop - 1 - each.start]
-            alternatives = live.request.params.prompt_logprobs or 0
-            found = prompt_logprobs(rows, sequence.chain.slice(first, stop), alternatives)
-            if found is None:
-                yield sequence.request_id, NOT_NUMBERS
-            else:
-                known += found
-
-    def deliver(self, plan: StepPlan, sampled: dict[str, SampledToken]) -> None:
-        """Account for a computed plan, and hand out its tokens."""
+    def deliver(self, plan: StepPlan, output: StepOutput) -> None:
+        """Account for a computed plan, and hand out its tokens. Requests that failed have been ended before."""
+        sampled = output.tokens
+        for request_id, found in output.prompt_logprobs.items():
+            if request_id in self._live:
+                self._live[request_id].keep_prompt_logprobs(found)
         stopped = {
             request_id
             for request_id, token in sampled.items()
@@ -161,8 +136,7 @@ class LiveRequests:
         complete = len(live.prompt_logprobs) == live.sequence.prompt_tokens
         live.answered = True
         if finish_reason is not None:
-            self._forget(live.request.request_id)
-            del self._live[live.request.request_id]
+            self._remove(live.request.request_id)
         self._hand_out(
             live,
             TokenOutput(
@@ -186,8 +160,12 @@ class LiveRequests:
             _log.exception("the listener of request %s failed, and the request ends", request_id)
             if output.finish_reason is None:
                 self._scheduler.finish(request_id, FinishReason.ABORT)
-                self._forget(request_id)
-                del self._live[request_id]
+                self._remove(request_id)
+
+    def _remove(self, request_id: str) -> None:
+        self._forget(request_id)
+        del self._live[request_id]
+        del self.sampling[request_id]
 
     def _usage(self, sequence: Sequence) -> CacheUsage:
         cache = self._scheduler.cache

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from emberkv.core.hashing import Identity, TokenChain
+from emberkv.core.hashing import TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.executor import Executor, SamplingState
 from emberkv.engine.figures import figures
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.live_requests import Live, LiveRequests
@@ -20,21 +21,11 @@ from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.news import CacheObserver, NewsDesk
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
-from emberkv.engine.sampling import Sampler, SamplingState
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.torch_engine import StepResult
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-
-class StepExecutor(Protocol):
-    """What computes a plan; `TorchEngine` is one."""
-
-    def root(self, salt: bytes) -> Identity: ...
-
-    def execute(self, plan: StepPlan) -> StepResult | None: ...
 
 
 class EngineLoop:
@@ -43,19 +34,17 @@ class EngineLoop:
     clock: seconds, for queue times and how long steps take. wall_clock: seconds since 1970, for news. rng: draws for
     requests that bring no seed. on_crash: called on the engine's thread when the loop itself fails, not just a step;
     every request then ends with ABORT. tiers: what lies below the pool; the scheduler's own. public: which prefixes all
-    tenants share. block_bytes: of the pool, a block's, for `stats`.
+    tenants share.
     """
 
     def __init__(
         self,
-        executor: StepExecutor,
+        executor: Executor,
         scheduler: Scheduler,
         limits: ModelLimits,
         *,
         tiers: TierLink | None = None,
         public: PublicPrefixes | None = None,
-        block_bytes: int = 0,
-        sampler: Sampler | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
@@ -66,7 +55,6 @@ class EngineLoop:
         self._limits = limits
         self._tiers = tiers
         self._public = public
-        self._block_bytes = block_bytes
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
@@ -75,7 +63,6 @@ class EngineLoop:
         self._live = LiveRequests(
             scheduler,
             limits,
-            sampler if sampler is not None else Sampler(),
             clock=clock,
             forget=self._mailbox.forget,
         )
@@ -212,14 +199,14 @@ class EngineLoop:
         if not plan:
             return
         try:
-            result = self._executor.execute(plan)
-            sampled = self._live.sample(plan, result)
+            output = self._executor.execute(plan, self._live.sampling)
         except Exception as error:  # noqa: BLE001 - whatever failed, these requests end with it and others go on
             _log.exception("a step failed")
             failed = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills)]
             self._live.fail(failed, f"the engine failed: {type(error).__name__}")
             return
-        self._live.deliver(plan, sampled)
+        self._live.end_failed(plan, output)
+        self._live.deliver(plan, output)
         if self._tiers is not None:
             self._tiers.offload(self._scheduler.cache.pool.take_committed())
             if plan.prefills:
@@ -247,4 +234,4 @@ class EngineLoop:
         self._publish_stats()
 
     def _publish_stats(self) -> None:
-        self._stats = figures(self._scheduler, self._tiers, self._block_bytes)
+        self._stats = figures(self._scheduler, self._tiers, self._executor.pool.block_bytes)

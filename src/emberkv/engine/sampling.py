@@ -2,28 +2,20 @@
 
 import logging
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
+from emberkv.engine.executor import NOT_NUMBERS, SampledToken, SamplingState
 from emberkv.engine.request import TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import SamplingError
 
 _log = logging.getLogger(__name__)
 
-NOT_NUMBERS = "the model's scores for the next token are not numbers"
 _NUCLEUS_GUESS = 1024  # most nuclei are smaller, and finding the top 1,024 is far cheaper than sorting a vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A chosen token, with its log-probabilities where the request asked for them."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +25,11 @@ class SamplingFailure:
     reason: str
 
 
-class SamplingState:
-    """What the sampler remembers of one request: its random numbers and the tokens that penalties count.
-
-    rng: draws for requests without a seed; it may be shared. A seed gives the request a generator of its own.
-    """
-
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], rng: random.Random) -> None:
-        self.params = params
-        self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
-        self._penalties = _Penalties(params, prompt_token_ids) if _has_penalties(params) else None
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the most likely token is all that is asked for."""
-        return self.params.is_greedy and self._penalties is None and self.params.logprobs is None
-
-    def append(self, token_id: int) -> None:
-        """Record a token of the answer, once it is chosen."""
-        if self._penalties is not None:
-            self._penalties.append(token_id)
-
-    def penalize(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 [vocab] with this request's penalties applied; the argument is left as it is."""
-        return logits if self._penalties is None else self._penalties.apply(logits)
-
-    def draw(self) -> float:
-        """The request's next random number, in [0, 1)."""
-        return self._rng.random()
-
-
 class Sampler:
     """Turns logits into tokens: penalties, temperature, top_k, top_p and min_p, in this order."""
+
+    def __init__(self) -> None:
+        self._penalties: WeakKeyDictionary[SamplingState, _Penalties] = WeakKeyDictionary()
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
@@ -78,21 +43,38 @@ class Sampler:
         usable: list[bool] = scores.gather(-1, greedy).isfinite().squeeze(-1).tolist()
         likeliest: list[int] = greedy.squeeze(-1).tolist()
         return [
-            _sampled(row, state, token_id) if is_usable else SamplingFailure(NOT_NUMBERS)
+            self._sampled(row, state, token_id) if is_usable else SamplingFailure(NOT_NUMBERS)
             for token_id, is_usable, row, state in zip(likeliest, usable, scores, states, strict=True)
         ]
 
+    def _sampled(self, logits: torch.Tensor, state: SamplingState, likeliest: int) -> SampledToken | SamplingFailure:
+        if state.is_plain_greedy:
+            return SampledToken(likeliest, None)
+        try:
+            return self._sample_row(logits, state)
+        except SamplingError as error:
+            return SamplingFailure(str(error))
+        except Exception as error:  # noqa: BLE001 - the request ends with it; the other requests of the step do not
+            _log.exception("sampling failed for one request")
+            return SamplingFailure(f"sampling failed: {type(error).__name__}")
 
-def _sampled(logits: torch.Tensor, state: SamplingState, likeliest: int) -> SampledToken | SamplingFailure:
-    if state.is_plain_greedy:
-        return SampledToken(likeliest, None)
-    try:
-        return _sample_row(logits, state)
-    except SamplingError as error:
-        return SamplingFailure(str(error))
-    except Exception as error:  # noqa: BLE001 - the request ends with it; the other requests of the step do not
-        _log.exception("sampling failed for one request")
-        return SamplingFailure(f"sampling failed: {type(error).__name__}")
+    def _sample_row(self, logits: torch.Tensor, state: SamplingState) -> SampledToken:
+        penalized = self._penalized(logits, state)
+        if not bool(penalized.max().isfinite()):
+            raise SamplingError("the penalties make the scores for the next token overflow; use weaker ones")
+        greedy = state.params.is_greedy
+        token_id = int(penalized.argmax()) if greedy else _draw(penalized, state.params, state.draw())
+        logprobs = None if state.params.logprobs is None else _logprobs(logits, token_id, state.params.logprobs)
+        return SampledToken(token_id, logprobs)
+
+    def _penalized(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        """float32 [vocab] with the request's penalties applied; the argument is left as it is."""
+        if not state.changes_logits:
+            return logits
+        penalties = self._penalties.get(state)
+        if penalties is None:
+            penalties = self._penalties[state] = _Penalties(state.params, state.prompt_token_ids, logits)
+        return penalties.apply(logits, state.answer)
 
 
 _PROMPT_ROWS = 32  # of a vocabulary each, in float32 at a time: 32 times 150,000 are 19 MB
@@ -115,51 +97,29 @@ def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], alternatives
 
 
 class _Penalties:
-    """Counts over the vocabulary, made at first use; a token more costs the same however long the answer is."""
+    """Counts over the vocabulary, made for a request's first token and brought up to date with each further one.
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    like: float32 [vocab], on the device where the counts are to be.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], like: torch.Tensor) -> None:
         self._params = params
-        self._prompt = prompt_token_ids
-        self._new: list[int] = []  # not in the counts yet
-        self._counts: torch.Tensor | None = None  # float32 [vocab]: how often the answer has each token
-        self._seen: torch.Tensor | None = None  # bool [vocab]: which tokens the prompt or the answer has
+        self._counted = 0  # leading tokens of the answer that are in the counts
+        self._counts = torch.zeros_like(like)  # float32 [vocab]: how often the answer has each token
+        self._seen = torch.zeros_like(like, dtype=torch.bool)  # [vocab]: which tokens the prompt or the answer has
+        self._seen[torch.tensor(list(prompt_token_ids), dtype=torch.long, device=like.device)] = True
 
-    def append(self, token_id: int) -> None:
-        self._new.append(token_id)
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        counts, seen = self._up_to_date(logits)
-        factor = self._params.repetition_penalty
-        scaled = torch.where(logits > 0, logits / factor, logits * factor)
-        penalized = torch.where(seen, scaled, logits)
-        penalized -= self._params.frequency_penalty * counts
-        penalized -= self._params.presence_penalty * (counts > 0)
-        return penalized
-
-    def _up_to_date(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._counts is None or self._seen is None:
-            self._counts = torch.zeros_like(logits)
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[torch.tensor(list(self._prompt), dtype=torch.long, device=logits.device)] = True
-        for token_id in self._new:
+    def apply(self, logits: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+        for token_id in answer[self._counted :]:
             self._counts[token_id] += 1
             self._seen[token_id] = True
-        self._new.clear()
-        return self._counts, self._seen
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
-def _sample_row(logits: torch.Tensor, state: SamplingState) -> SampledToken:
-    penalized = state.penalize(logits)
-    if not bool(penalized.max().isfinite()):
-        raise SamplingError("the penalties make the scores for the next token overflow; use weaker ones")
-    greedy = state.params.is_greedy
-    token_id = int(penalized.argmax()) if greedy else _draw(penalized, state.params, state.draw())
-    logprobs = None if state.params.logprobs is None else _logprobs(logits, token_id, state.params.logprobs)
-    return SampledToken(token_id, logprobs)
+        self._counted = len(answer)
+        factor = self._params.repetition_penalty
+        scaled = torch.where(logits > 0, logits / factor, logits * factor)
+        penalized = torch.where(self._seen, scaled, logits)
+        penalized -= self._params.frequency_penalty * self._counts
+        penalized -= self._params.presence_penalty * (self._counts > 0)
+        return penalized
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:

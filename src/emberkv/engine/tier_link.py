@@ -8,12 +8,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from emberkv.core.block import Block
 from emberkv.core.hashing import Identity
 from emberkv.core.promotion import Load, LookupStatus, LowerTiers, PendingLookup, Run
 from emberkv.core.rates import Rate
+from emberkv.engine.executor import KVStorage
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.onboarding import Onboarding, Query, Records
@@ -24,21 +24,6 @@ _log = logging.getLogger(__name__)
 
 FIRST_LOAD_SECONDS = 5.0
 """How long a load may take while it is not known how long computing its blocks would."""
-
-
-class BlockBytes(Protocol):
-    """The bytes of blocks by slot; `KVPool` is one."""
-
-    @property
-    def block_bytes(self) -> int: ...
-
-    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
-        """Raises MemoryError."""
-        ...
-
-    def write_block(self, slot: int, content: bytes | memoryview) -> None:
-        """Raises MemoryError."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +57,7 @@ class TierLink:
     def __init__(
         self,
         manager: TierManager,
-        blocks: BlockBytes,
+        blocks: KVStorage,
         *,
         step_tokens: int,
         exact: bool = False,

@@ -1,6 +1,6 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Batch
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
+from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.native.attention import NativeAttention
@@ -19,6 +20,7 @@ from emberkv.engine.native.layers import replace_layers
 from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
 from emberkv.engine.paged_attention import AttentionBackend, attention_step
 from emberkv.engine.runs import Run
+from emberkv.engine.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.steady_activation import steady_activations
 from emberkv.engine.torch_attention import TorchAttention
 from emberkv.errors import UnsupportedModelError
@@ -43,7 +45,7 @@ class PromptLogits:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
+class StepLogits:
     """logits: ``[len(sequences), vocab]``, the next-token scores of each sequence that has all its tokens computed.
 
     prompts: of sequences that want the logits of their prompts, those that the step has computed.
@@ -73,11 +75,12 @@ class _Work:
 
 
 class TorchEngine:
-    """A loaded model over a paged KV pool. Not thread-safe: one loop drives it.
+    """A loaded model over a paged KV pool: the `Executor` of PyTorch. Not thread-safe: one loop drives it.
 
     cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. kernels: compute attention and
     most layers on CPU; None leaves them to torch. tile: tokens whose attention torch computes together, a divisor of
-    prefill_chunk; the kernels need none. progress: called with a short line at the start of each stage.
+    prefill_chunk; the kernels need none. sampler: chooses the tokens. progress: called with a short line at the start
+    of each stage.
 
     Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
     in whatever chunk they are computed; a hit's full blocks end at a multiple of ``alignment``. It is a block with the
@@ -97,10 +100,12 @@ class TorchEngine:
         prefill_chunk: int,
         kernels: Kernels | None = None,
         tile: int = TILE_TOKENS,
+        sampler: Sampler | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.loaded = loaded
         self._progress = progress
+        self._sampler = sampler if sampler is not None else Sampler()
         self.prefill_chunk = prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
@@ -143,8 +148,32 @@ class TorchEngine:
             salt=salt,
         )
 
+    def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
+        """See `Executor.execute`."""
+        logits = self.forward(plan)
+        return StepOutput() if logits is None else self._sample(logits, sampling)
+
+    def _sample(self, scores: StepLogits, sampling: Mapping[str, SamplingState]) -> StepOutput:
+        ids = [sequence.request_id for sequence in scores.sequences]
+        results = self._sampler.sample(scores.logits, [sampling[request_id] for request_id in ids])
+        output = StepOutput()
+        for request_id, each in zip(ids, results, strict=True):
+            if isinstance(each, SamplingFailure):
+                output.failed[request_id] = each.reason
+            else:
+                output.tokens[request_id] = each
+        for prompt in scores.prompts:
+            request_id = prompt.sequence.request_id
+            found = _prompt_logprobs(prompt, sampling[request_id].params.prompt_logprobs or 0)
+            if found is None:
+                output.failed[request_id] = NOT_NUMBERS
+                output.tokens.pop(request_id, None)
+            else:
+                output.prompt_logprobs[request_id] = found
+        return output
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
+    def forward(self, plan: StepPlan) -> StepLogits | None:
         """Compute the plan's tokens into the pool. None when no sequence is ready for its next token.
 
         Where rows do not influence one another's bits, all goes through the model in one pass.
@@ -291,7 +320,7 @@ class TorchEngine:
         return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
 
 
-def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepResult | None:
+def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepLogits | None:
     """logits: the rows that the works keep, in order."""
     ready: list[Sequence] = []
     rows: list[int] = []
@@ -306,7 +335,16 @@ def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepResul
             prompts.append(PromptLogits(sequence, work.run.start, logits[start:stop]))
     if not stop:
         return None
-    return StepResult(ready, logits[rows] if prompts else logits, prompts)
+    return StepLogits(ready, logits[rows] if prompts else logits, prompts)
+
+
+def _prompt_logprobs(computed: PromptLogits, alternatives: int) -> PromptLogprobs | None:
+    """Of the prompt's tokens that the computed positions predict; None where the logits are not numbers."""
+    sequence, first = computed.sequence, computed.start + 1
+    stop = min(first + computed.logits.shape[0], sequence.prompt_tokens)
+    tokens = sequence.chain.slice(first, max(first, stop))
+    found = prompt_logprobs(computed.logits[: len(tokens)], tokens, alternatives)
+    return None if found is None else PromptLogprobs(first, found)
 
 
 def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:

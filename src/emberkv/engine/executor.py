@@ -1,0 +1,157 @@
+"""The contract between the engine and what computes: a step's plan in, its sampled tokens out, all plain data.
+
+`emberkv.engine.torch_engine.TorchEngine` implements it with PyTorch. The engine's loop and what connects the tiers to
+the pool know this module alone, and import no torch, as this module does not.
+
+An executor owns the bytes of the KV pool, the sampler, and the check for logits that are not finite. The scheduler owns
+which block holds what, and the loop owns the requests. All calls come from one thread at a time, the engine's.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from emberkv.core.hashing import Identity
+from emberkv.core.step_plan import StepPlan
+from emberkv.engine.request import TokenLogprobs
+from emberkv.engine.sampling_params import SamplingParams
+
+NOT_NUMBERS = "the model's scores for the next token are not numbers"
+"""The reason for which a request fails whose logits hold a NaN, or are not finite at their maximum."""
+
+
+class SamplingState:
+    """What an executor needs to sample one request's tokens, and the tokens that it has sampled so far.
+
+    The loop makes one for each request, calls `append` for each token that becomes part of the answer, and keeps the
+    state when the request is preempted. Executors may keep memory of their own for a state, by weak reference.
+
+    rng: draws for requests without a seed, and may be shared; a seed gives the request a generator of its own.
+    answer: the tokens so far, not to be changed by executors. changes_logits: whether the request has penalties.
+    is_plain_greedy: whether the most likely token is all that it asks for.
+    """
+
+    __slots__ = ("__weakref__", "_rng", "answer", "changes_logits", "is_plain_greedy", "params", "prompt_token_ids")
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], rng: random.Random) -> None:
+        self.params = params
+        self.prompt_token_ids = prompt_token_ids
+        self.answer: list[int] = []
+        self.changes_logits = params.has_penalties
+        self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.changes_logits
+        self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
+
+    def append(self, token_id: int) -> None:
+        """Record a token of the answer, once it is chosen."""
+        self.answer.append(token_id)
+
+    def draw(self) -> float:
+        """The request's next random number, in [0, 1). An executor takes one for each token it does not take greedily,
+        so that a seed gives the same tokens whatever else the step computes.
+        """
+        return self._rng.random()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token, with its log-probabilities where the request asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the prompt's tokens at positions ``[start, start + len(tokens))``.
+
+    start: at least 1, as nothing predicts the first token.
+    """
+
+    start: int
+    tokens: Sequence[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The results of a step, by request id.
+
+    tokens: the next token of each sequence whose tokens are all computed now, unless it failed: of each of the plan's
+    decodes, and of each chunk with `PrefillChunk.samples`.
+    failed: why a request cannot go on (logits that are not numbers, an error in sampling). The step's other requests
+    are not affected. What the step computed of a failed request may be wrong and must not be committed.
+    prompt_logprobs: for chunks of requests with ``params.prompt_logprobs``, those of the tokens that their positions
+    predict, as far as these are the prompt's. A sequence computed again after a preemption gets them again.
+    """
+
+    tokens: dict[str, SampledToken] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
+
+
+class KVStorage(Protocol):
+    """The bytes of the KV pool, block by block. Blocks are equally large, and their layout is the executor's own."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def read_blocks(self, block_ids: Sequence[int], /) -> list[memoryview]:
+        """Copies of the contents of blocks, ``block_bytes`` each; later steps do not change them.
+
+        Raises MemoryError when there is no memory for the copies.
+        """
+        ...
+
+    def write_block(self, block_id: int, content: bytes | memoryview, /) -> None:
+        """Put back into any block what `read_blocks` gave, in this process or in one of the same namespace.
+
+        Raises ConfigError for any other number of bytes, MemoryError when there is no memory for the copy.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Computes planned steps over a KV pool of its own.
+
+    alignment: prefill gives tokens ``[k * alignment, (k + 1) * alignment)`` the same KV bits in whatever chunks, steps
+    and batches it computes them; a multiple of the block size. uniform: decode steps, and chunks that begin at any
+    token, give them the same bits as well.
+
+    ::
+
+        state = SamplingState(SamplingParams(temperature=0.0), prompt, random.Random())
+        scheduler.add(Sequence("a", TokenChain(executor.root(b""), prompt, executor.pool.block_size), 16))
+        plan = scheduler.schedule()
+        output = executor.execute(plan, {"a": state})
+        scheduler.complete(plan, {name: token.token_id for name, token in output.tokens.items()})
+    """
+
+    @property
+    def pool(self) -> KVStorage: ...
+
+    @property
+    def alignment(self) -> int: ...
+
+    @property
+    def uniform(self) -> bool: ...
+
+    def root(self, salt: bytes, /) -> Identity:
+        """The root of the block identities of every prompt under ``salt``."""
+        ...
+
+    def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState], /) -> StepOutput:
+        """Make the plan's block copies, compute its tokens into the pool, and sample.
+
+        sampling: by request id, of at least the plan's requests; states are read, and draws are taken from them.
+
+        Raises any exception when the step as a whole fails; then all of its requests end, and the engine goes on.
+        """
+        ...
