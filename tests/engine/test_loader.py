@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,11 @@ def test_nothing_is_printed(checkpoint: CheckpointFactory, capfd: pytest.Capture
     capfd.readouterr()
     load_model(folder)
     assert capfd.readouterr() == ("", "")
+
+
+def test_models_of_two_dtypes_are_loaded_at_once(checkpoint: CheckpointFactory) -> None:
+    folders = [checkpoint("llama", dtype) for dtype in (torch.float32, torch.bfloat16)] * 4
+    with ThreadPoolExecutor(len(folders)) as threads:
+        loaded = list(threads.map(lambda folder: load_model(str(folder), device="cpu"), folders))
+    assert [each.model.lm_head.weight.dtype for each in loaded] == [torch.float32, torch.bfloat16] * 4
+    assert torch.get_default_dtype() is torch.float32

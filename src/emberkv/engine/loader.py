@@ -37,7 +37,7 @@ from emberkv.engine.generation_config import (
     read_generation_config,
     sampling_defaults,
 )
-from emberkv.engine.geometry import ModelGeometry, ModelShape, inspect_model
+from emberkv.engine.geometry import MODEL_BUILDING, ModelGeometry, ModelShape, inspect_model
 from emberkv.engine.hf_tokenizer import HFTokenizer
 from emberkv.engine.memory import free_memory, gib
 from emberkv.engine.sampling_params import SamplingParams
@@ -258,17 +258,18 @@ def _load_weights(
     generation_config: Any = GenerationConfig  # untyped
     model: PreTrainedModel
     try:
-        model, report = auto_class.from_pretrained(
-            folder,
-            config=config,
-            generation_config=generation_config(),  # so that the file is read in one place only
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with MODEL_BUILDING:
+            model, report = auto_class.from_pretrained(
+                folder,
+                config=config,
+                generation_config=generation_config(),  # so that the file is read in one place only
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # the architecture's own code, on unchecked tensors and values
         raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {reason_of(error)}") from error
     _require_complete(folder, report)
