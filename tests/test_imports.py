@@ -106,6 +106,25 @@ def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
     assert int(outcome.stdout) == len(modules_in(package))
 
 
+TORCH_FREE = {"executor", "figures", "limits", "live_requests", "loop", "mailbox", "news", "recent_chains", "request",
+              "sampling_params", "tier_link", "tier_setup"}  # fmt: skip
+"""Of the engine, the contract with executors and everything above it."""
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
+def test_what_is_above_the_executor_names_no_module_below_it(name: str) -> None:
+    """At its top, inside a function, or for types alone."""
+    used = [module.split(".") for module in imports(SOURCE / "engine" / f"{name}.py")]
+    assert not {parts[0] for parts in used} & set(TORCH_EXTRA)
+    assert {parts[2] for parts in used if parts[:2] == ["emberkv", "engine"]} <= TORCH_FREE
+
+
+def test_the_engines_loop_works_without_torch() -> None:
+    command = [sys.executable, "-c", IMPORT_ALL, "emberkv.engine.loop", ",".join(TORCH_EXTRA)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = {"asyncio", "fastapi", "httpx", "pydantic", "rich", "typer", "xxhash", "numpy", "matplotlib", *TORCH_EXTRA}
     command = [sys.executable, "-c", "import sys, emberkv; print(*sys.modules)"]

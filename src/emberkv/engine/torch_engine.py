@@ -17,22 +17,19 @@ from emberkv.engine.native.attention import NativeAttention
 from emberkv.engine.native.choice import can_compute
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.native.layers import replace_layers
-from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears, rows_are_independent
+from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears
 from emberkv.engine.paged_attention import AttentionBackend, attention_step
 from emberkv.engine.runs import Run
 from emberkv.engine.sampling import Sampler, SamplingFailure, prompt_logprobs
+from emberkv.engine.self_check import check_against_plain_forward, is_tile_invariant, is_uniform, plain_logits
 from emberkv.engine.steady_activation import steady_activations
 from emberkv.engine.torch_attention import TorchAttention
-from emberkv.errors import UnsupportedModelError
 
 KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
 """Without the kernels, which have an order of their own and with it another name of the attention."""
 
 TILE_TOKENS = 32
 """Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
-
-_SELF_CHECK_TOKENS = 96
-_SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ class TorchEngine:
         progress("allocating the KV pool")
         self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
         progress("self-check 1 of 4: the model's own logits")
-        self._expected = self._plain_logits()
+        self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         if self.kernels is not None:
@@ -126,12 +123,12 @@ class TorchEngine:
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
         self._attention = self._make_attention()
         progress("self-check 2 of 4: prefill whole and in pieces")
-        self.one_pass = self._is_tile_invariant()
+        self.one_pass = is_tile_invariant(self)
         if not self.one_pass:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
         progress("self-check 3 of 4: decode against prefill")
-        self.uniform = self.kernels is not None and self.one_pass and self._is_uniform()
+        self.uniform = self.kernels is not None and self.one_pass and is_uniform(self)
 
     def _make_attention(self) -> AttentionBackend:
         if self.kernels is not None:
@@ -221,103 +218,10 @@ class TorchEngine:
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits
 
-    def _is_tile_invariant(self) -> bool:
-        """Whether prefill proves tile-invariant here. Uses the pool's first blocks.
-
-        Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
-        """
-        experts = any(parameter.ndim > 2 for parameter in self._model.parameters())
-        whole_chunks = self.alignment == self.prefill_chunk and self.kernels is None
-        if whole_chunks or experts or not rows_are_independent(self._model):
-            return False
-        # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
-        cuts = {self.prefill_chunk, self.alignment}
-        return all(self._same_in_pieces(self.prefill_chunk + tail, cuts) for tail in (1, self.alignment // 2 + 1))
-
-    def _is_uniform(self) -> bool:
-        within = {self.alignment // 2 + 1, self.alignment + 1}
-        return self._decodes_as_it_prefills() and self._same_in_pieces(self.alignment + 3, within)
-
-    @torch.inference_mode()
-    def _same_in_pieces(self, length: int, cuts: Iterable[int]) -> bool:
-        """Whether tokens cut in two, at each of ``cuts``, get the KV state and the last logits that they get whole."""
-        blocks = -(-length // self.pool.block_size)
-        if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
-            return False
-        tokens = self._made_up_tokens(length)
-        self.pool.clear(list(range(2 * blocks)))
-        first, second = list(range(blocks)), list(range(blocks, 2 * blocks))
-        expected = self.prefill(tokens, 0, first, sample=True)
-        for cut in cuts:
-            self.pool.clear(second)
-            self.prefill(tokens[:cut], 0, second, sample=False)
-            logits = self.prefill(tokens[cut:], cut, second, sample=True)
-            if not (torch.equal(logits, expected) and self._same_blocks(first, second)):
-                return False
-        return True
-
-    def _same_blocks(self, first: list[int], second: list[int]) -> bool:
-        return torch.equal(self.pool.storage[first], self.pool.storage[second])
-
-    @torch.inference_mode()
-    def _decodes_as_it_prefills(self) -> bool:
-        """Whether decode steps give a text's last tokens the KV state and the logits that prefill gives them."""
-        tail = 3
-        length = self.alignment + tail
-        blocks = -(-length // self.pool.block_size)
-        if 2 * blocks > self.pool.num_blocks or length > self.loaded.context_length:
-            return False
-        tokens = self._made_up_tokens(length)
-        self.pool.clear(list(range(2 * blocks)))
-        first, second = list(range(blocks)), list(range(blocks, 2 * blocks))
-        expected = self.prefill(tokens, 0, first, sample=True)
-        self.prefill(tokens[:-tail], 0, second, sample=False)
-        for stop in range(length - tail, length):
-            logits = self.decode([tokens[stop]], [stop + 1], [second])
-        return torch.equal(logits, expected) and self._same_blocks(first, second)
-
-    @torch.inference_mode()
-    def _plain_logits(self) -> Tensor:
-        """``[tokens, vocab]``: transformers' own eager forward over made-up tokens, before its layers are replaced."""
-        capacity = self.pool.num_blocks * self.pool.block_size
-        tokens = self._made_up_tokens(min(_SELF_CHECK_TOKENS, capacity, self.loaded.context_length))
-        implementation = self._model.config._attn_implementation
-        self._model.set_attn_implementation("eager")
-        try:
-            logits: Tensor = self._model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits
-        finally:
-            self._model.set_attn_implementation(implementation)
-        return logits[0]
-
-    @torch.inference_mode()
     def check_against_plain_forward(self) -> None:
-        """Compare prefill and decode through the pool with transformers' own eager forward, on made-up tokens.
-
-        Raises UnsupportedModelError when they differ by more than rounding: the model does something to its state
-        that the paged attention does not reproduce, and would be served wrong. Uses the pool's first blocks.
-        """
+        """Raises UnsupportedModelError: see `self_check.check_against_plain_forward`. Uses the pool's first blocks."""
         self._progress("self-check 4 of 4: logits through the KV pool")
-        length = self._expected.shape[0]
-        tokens = self._made_up_tokens(length)
-        slots = list(range(-(-length // self.pool.block_size)))
-        cut = max(self.alignment, length // 2 // self.alignment * self.alignment)
-        if length < cut + 2:
-            paged, at = [self.prefill(tokens, 0, slots, sample=True)], [length - 1]
-        else:
-            paged = [self.prefill(tokens[:cut], 0, slots, sample=True)]
-            paged.append(self.prefill(tokens[cut:-1], cut, slots, sample=True))
-            paged.append(self.decode(tokens[-1:], [length], [slots]))
-            at = [cut - 1, length - 2, length - 1]
-        ours, theirs = torch.cat(paged).float(), self._expected[at].float()
-        error = (ours - theirs).norm() / theirs.norm()
-        if not error <= _SELF_CHECK_TOLERANCE[self.loaded.dtype]:
-            raise UnsupportedModelError(
-                f"{self.loaded.name}: logits through the paged KV pool differ from the model's own by {error:.2%}; "
-                f"{type(self._model).__name__} cannot be served"
-            )
-
-    def _made_up_tokens(self, count: int) -> list[int]:
-        return [(7 * i * i + 3) % self.loaded.geometry.vocab_size for i in range(count)]
+        check_against_plain_forward(self, self._expected)
 
 
 def _result(computed: list[tuple[Sequence, _Work]], logits: Tensor) -> StepLogits | None:

@@ -1,0 +1,152 @@
+"""What an engine tries out on its model at the start: which cuts of a prompt change no bit, and whether the logits
+through the KV pool are the model's own.
+
+The trials compute made-up tokens into the pool's first blocks.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emberkv.engine.kv_pool import KVPool
+from emberkv.engine.loader import LoadedModel
+from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.packed_linear import rows_are_independent
+from emberkv.errors import UnsupportedModelError
+
+_PLAIN_TOKENS = 96
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+_DECODED_TOKENS = 3
+
+
+class PagedForward(Protocol):
+    """What is tried: forward passes over the pool. `TorchEngine` has them."""
+
+    loaded: LoadedModel
+    pool: KVPool
+    kernels: Kernels | None
+    prefill_chunk: int
+    alignment: int
+
+    def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor: ...
+
+    def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor: ...
+
+
+def is_tile_invariant(engine: PagedForward) -> bool:
+    """Whether prefill gives each ``alignment`` tokens the same bits in whatever chunks it computes them.
+
+    Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
+    """
+    model = engine.loaded.model
+    experts = any(parameter.ndim > 2 for parameter in model.parameters())
+    whole_chunks = engine.alignment == engine.prefill_chunk and engine.kernels is None
+    if whole_chunks or experts or not rows_are_independent(model):
+        return False
+    # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
+    cuts = {engine.prefill_chunk, engine.alignment}
+    tails = (1, engine.alignment // 2 + 1)
+    return all(_same_in_pieces(engine, engine.prefill_chunk + tail, cuts) for tail in tails)
+
+
+def is_uniform(engine: PagedForward) -> bool:
+    """Whether decode steps, and chunks that begin within a block, give tokens the same bits as whole prefills do."""
+    within = {engine.alignment // 2 + 1, engine.alignment + 1}
+    return _decodes_as_it_prefills(engine) and _same_in_pieces(engine, engine.alignment + 3, within)
+
+
+@torch.inference_mode()
+def _same_in_pieces(engine: PagedForward, length: int, cuts: Iterable[int]) -> bool:
+    """Whether tokens cut in two, at each of ``cuts``, get the KV state and the last logits that they get whole."""
+    blocks = _blocks_for_two(engine, length)
+    if blocks is None:
+        return False
+    first, second = blocks
+    tokens = _made_up_tokens(engine.loaded, length)
+    expected = engine.prefill(tokens, 0, first, sample=True)
+    for cut in cuts:
+        engine.pool.clear(second)
+        engine.prefill(tokens[:cut], 0, second, sample=False)
+        logits = engine.prefill(tokens[cut:], cut, second, sample=True)
+        if not (torch.equal(logits, expected) and _same_blocks(engine, first, second)):
+            return False
+    return True
+
+
+@torch.inference_mode()
+def _decodes_as_it_prefills(engine: PagedForward) -> bool:
+    """Whether decode steps give a text's last tokens the KV state and the logits that prefill gives them."""
+    length = engine.alignment + _DECODED_TOKENS
+    blocks = _blocks_for_two(engine, length)
+    if blocks is None:
+        return False
+    first, second = blocks
+    tokens = _made_up_tokens(engine.loaded, length)
+    expected = engine.prefill(tokens, 0, first, sample=True)
+    engine.prefill(tokens[:-_DECODED_TOKENS], 0, second, sample=False)
+    for stop in range(length - _DECODED_TOKENS, length):
+        logits = engine.decode([tokens[stop]], [stop + 1], [second])
+    return torch.equal(logits, expected) and _same_blocks(engine, first, second)
+
+
+def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[int]] | None:
+    """Cleared blocks for two sequences of ``length`` tokens; None where pool or context are too small."""
+    count = -(-length // engine.pool.block_size)
+    if 2 * count > engine.pool.num_blocks or length > engine.loaded.context_length:
+        return None
+    engine.pool.clear(list(range(2 * count)))
+    return list(range(count)), list(range(count, 2 * count))
+
+
+def _same_blocks(engine: PagedForward, first: list[int], second: list[int]) -> bool:
+    return torch.equal(engine.pool.storage[first], engine.pool.storage[second])
+
+
+@torch.inference_mode()
+def plain_logits(loaded: LoadedModel, pool_tokens: int) -> Tensor:
+    """``[tokens, vocab]``: transformers' own eager forward over made-up tokens, no more than ``pool_tokens``.
+
+    Call it before the engine replaces any of the model's layers.
+    """
+    model = loaded.model
+    tokens = _made_up_tokens(loaded, min(_PLAIN_TOKENS, pool_tokens, loaded.context_length))
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits
+    finally:
+        model.set_attn_implementation(implementation)
+    return logits[0]
+
+
+@torch.inference_mode()
+def check_against_plain_forward(engine: PagedForward, expected: Tensor) -> None:
+    """Compare prefill and decode through the pool with ``expected``, what `plain_logits` gave.
+
+    Raises UnsupportedModelError when they differ by more than rounding: the model does something to its state that the
+    paged attention does not reproduce, and would be served wrong.
+    """
+    length = expected.shape[0]
+    tokens = _made_up_tokens(engine.loaded, length)
+    slots = list(range(-(-length // engine.pool.block_size)))
+    cut = max(engine.alignment, length // 2 // engine.alignment * engine.alignment)
+    if length < cut + 2:
+        paged, at = [engine.prefill(tokens, 0, slots, sample=True)], [length - 1]
+    else:
+        paged = [engine.prefill(tokens[:cut], 0, slots, sample=True)]
+        paged.append(engine.prefill(tokens[cut:-1], cut, slots, sample=True))
+        paged.append(engine.decode(tokens[-1:], [length], [slots]))
+        at = [cut - 1, length - 2, length - 1]
+    ours, theirs = torch.cat(paged).float(), expected[at].float()
+    error = (ours - theirs).norm() / theirs.norm()
+    if not error <= _TOLERANCE[engine.loaded.dtype]:
+        raise UnsupportedModelError(
+            f"{engine.loaded.name}: logits through the paged KV pool differ from the model's own by {error:.2%}; "
+            f"{type(engine.loaded.model).__name__} cannot be served"
+        )
+
+
+def _made_up_tokens(loaded: LoadedModel, count: int) -> list[int]:
+    return [(7 * i * i + 3) % loaded.geometry.vocab_size for i in range(count)]
