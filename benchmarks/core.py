@@ -14,7 +14,7 @@ from benchmarks import arguments, report
 from benchmarks.figures import Comparison, Figure, Row
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain, root_identity
+from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.policies.eviction import POLICY_NAMES, make_policy
 from emberkv.core.prefix_cache import PrefixCache
 
@@ -24,7 +24,7 @@ VOCABULARY = 50_000
 LENGTHS = (32 * 1024, 64 * 1024, 128 * 1024, 256 * 1024)
 TARGETS_MS = {"hot": 15.0, "cold, blank pool": 40.0, "cold, full pool": 40.0}
 TARGET_LENGTH = 128 * 1024
-ROOT = root_identity(fingerprint="none", dtype="none", layout="none", block_size=BLOCK_SIZE)
+ROOT = root_hash("none", BLOCK_SIZE)
 
 
 def pass_through(cache: PrefixCache, tokens: "array[int]") -> tuple[float, int]:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, DynamicCache
 
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
@@ -54,7 +54,8 @@ class Ours:
         config = ServeConfig(model=str(folder), kernels="auto" if native else "torch")
         loaded, kernels = load_configured(config, lambda _: None)
         tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for what the engine tries at its start
-        cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtype)
+        cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
+        self._root = root_hash(loaded.fingerprint, BLOCK_SIZE)
         self._engine = TorchEngine(
             loaded, cache_bytes=cache_bytes, block_size=BLOCK_SIZE, prefill_chunk=chunk, kernels=kernels
         )
@@ -66,7 +67,7 @@ class Ours:
     def seconds(self, prompt: list[int], *, cached: int = 0) -> float:
         """To the scores of the first token. Raises RuntimeError unless the hit is ``cached`` tokens, rounded down."""
         begin = time.perf_counter()
-        sequence = Served("prefill", TokenChain(self._engine.root(b""), prompt, BLOCK_SIZE), max_new_tokens=1)
+        sequence = Served("prefill", TokenChain(self._root, prompt, BLOCK_SIZE), max_new_tokens=1)
         self._scheduler.add(sequence)
         while sequence.finish_reason is None:
             plan = self._scheduler.schedule()

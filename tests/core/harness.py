@@ -7,7 +7,7 @@ from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, partial_identity, root_identity
+from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, partial_identity, root_hash, salted
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
@@ -22,7 +22,7 @@ ROOT_BYTES = 32
 
 
 def root(block_size: int, salt: bytes = b"") -> bytes:
-    return root_identity(fingerprint="weights", dtype="float32", layout="test", block_size=block_size, salt=salt)
+    return salted(root_hash("weights", block_size), salt)
 
 
 def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"", owner: str = "") -> TokenChain:

@@ -1,6 +1,7 @@
 """Block identities: what they cover, and that they are the same whichever way a chain came to be."""
 
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,15 @@ from emberkv.core.hashing import (
     TokenChain,
     chain_identities,
     encode_tokens,
-    root_identity,
+    partial_identity,
+    prompt_hashes,
+    root_hash,
     salted,
     token_array,
 )
 
 TOKENS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40)
-ROOT = root_identity(fingerprint="weights", dtype="float32", layout="paged", block_size=2)
+ROOT = root_hash("weights", 2)
 
 
 def test_tokens_are_four_little_endian_bytes() -> None:
@@ -30,26 +33,44 @@ def test_a_token_outside_32_bits_is_refused(token: int) -> None:
         TokenChain(ROOT, [token], 2)
 
 
-def test_a_root_is_the_digest_of_its_length_prefixed_fields() -> None:
-    def field(content: bytes) -> bytes:
-        return len(content).to_bytes(8, "little") + content
-
-    expected = sha256(b"emberkv-root-1" + field(b"f") + field(b"bf16") + field(b"l") + field(b"16") + field(b"s"))
-    root = root_identity(fingerprint="f", dtype="bf16", layout="l", block_size=16, salt=b"s")
-    assert root == expected.digest()
+def test_a_root_is_the_digest_of_the_length_prefixed_fingerprint_and_the_block_size() -> None:
+    expected = sha256(b"emberkv-root-2" + bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"fp" + bytes([16, 0, 0, 0, 0, 0, 0, 0]))
+    assert root_hash("fp", 16) == expected.digest()
 
 
-def test_each_field_of_the_root_matters() -> None:
-    roots = {
-        root_identity(fingerprint="a", dtype="b", layout="c", block_size=16),
-        root_identity(fingerprint="x", dtype="b", layout="c", block_size=16),
-        root_identity(fingerprint="a", dtype="x", layout="c", block_size=16),
-        root_identity(fingerprint="a", dtype="b", layout="x", block_size=16),
-        root_identity(fingerprint="a", dtype="b", layout="c", block_size=32),
-        root_identity(fingerprint="a", dtype="b", layout="c", block_size=16, salt=b"x"),
-        root_identity(fingerprint="ab", dtype="", layout="c", block_size=16),
-    }
-    assert len(roots) == 7
+def test_fingerprint_and_block_size_matter_to_the_root() -> None:
+    assert len({root_hash("a", 16), root_hash("b", 16), root_hash("a", 32), root_hash("", 16)}) == 4
+
+
+FINGERPRINT = "0f343b0931126a20f133d67c2b018a3b"
+TOKEN_IDS = [101, 102, 103, 104, 201, 202, 203, 204, 301]
+VECTORS = {
+    "root": "856459e50dba8dc7cf1005084a8af974acd60d4f0a42f9271348004fe8784880",
+    "first": "1ab53a571989ded19d497c30e36f9aa648ad8f9fe0af01f0138532092b126fbf",
+    "second": "b43b1e8f1c65b2e35f99a23fd674d6f57dccfb27e075dbf781a0feab7af76530",
+    "tail": "b657b4b60d4534afccbce26f8fa3dce68ebfd4d7c228e58506b13bd2b365c71f",
+    "first, salted": "0893ff4233a85514a7e8c41d47f6276796df4b11fbf42e57343d9a773b5a0aa4",
+    "second, salted": "5ff86ce367e6aa2f5df8c14d6e888d3f444453c543df6e7826d424da626f7bc2",
+    "second, salted behind a public block": "189cdc2dc3b47910a66c2174054ef240821f73aa8d4a0b8dc46f3ca429f7af78",
+}
+"""Blocks of 4 tokens; the salt is ``b"tenant"``. They never change: processes and machines compare hashes."""
+
+
+def test_the_published_vectors() -> None:
+    plain = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4)
+    salted_ones = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4, salt=b"tenant")
+    behind = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4, salt=b"tenant", public_blocks=1)
+    tail = partial_identity(plain[-1], encode_tokens(token_array(TOKEN_IDS[8:])))
+    assert behind[0] == plain[0]
+    found = [root_hash(FINGERPRINT, 4), *plain, tail, *salted_ones, behind[1]]
+    assert [each.hex() for each in found] == list(VECTORS.values())
+
+
+def test_the_documentation_has_the_vectors() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name, vector in VECTORS.items() if f"| {name} | `{vector}` |" not in page] == []
+    assert f"`{FINGERPRINT}`" in page
+    assert str(TOKEN_IDS)[1:-1] in page
 
 
 def test_an_identity_chains_its_parent_and_its_own_tokens() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
@@ -58,7 +58,8 @@ class Driver:
         max_step_tokens: int = 256,
         kernels: Kernels | None = None,
     ) -> None:
-        cache_bytes = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+        cache_bytes = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
+        self.root = root_hash(loaded.fingerprint, BLOCK)
         self.executor = TorchEngine(
             loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
         )
@@ -76,7 +77,7 @@ class Driver:
         return self.pool.stats
 
     def chain(self, prompt: Batch[int], salt: bytes = b"") -> TokenChain:
-        return TokenChain(self.executor.root(salt), prompt, BLOCK)
+        return TokenChain(self.root, prompt, BLOCK, salt=salt)
 
     def run(self, *prompts: Batch[int], new: int = 1, salt: bytes = b"") -> list[Run]:
         """Serve the prompts together until each has ``new`` tokens; nothing is left allocated."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import Identity, root_hash
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -31,6 +31,7 @@ BLOCK = 4
 CHUNK = 8
 CONTEXT = 100
 DEADLINE = 20.0
+ROOT = root_hash("model", BLOCK)
 
 
 def successor(sequence: Sequence) -> int:
@@ -126,6 +127,7 @@ class Harness:
             self.executor,
             self.scheduler,
             ModelLimits(CONTEXT, VOCAB, frozenset({EOS})),
+            root=ROOT,
             tiers=tiers,
             public=public,
             clock=clock,

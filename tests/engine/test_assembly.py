@@ -89,7 +89,7 @@ def test_settings_that_cannot_work(paged: ModelFactory, change: dict[str, object
 
 def test_a_prompt_that_the_pool_cannot_hold(paged: ModelFactory) -> None:
     loaded = paged("llama")
-    engine = assemble(loaded, replace(CONFIG, cache_bytes=20 * 16 * loaded.geometry.bytes_per_token(loaded.dtype)))
+    engine = assemble(loaded, replace(CONFIG, cache_bytes=20 * 16 * loaded.geometry.bytes_per_token(loaded.dtypes.kv)))
     with pytest.raises(PromptTooLongError, match="320 prompt tokens and 8 to generate are 328; the KV pool holds 320"):
         ask(engine, [5] * 320)
 
@@ -98,6 +98,6 @@ def test_what_a_block_costs_grows_with_its_place(paged: ModelFactory) -> None:
     loaded = paged("llama")
     weight = recompute_weight(loaded, 16)
     first, later = weight(0), weight(100)
-    assert first.size == later.size == 16 * loaded.geometry.bytes_per_token(loaded.dtype)
+    assert first.size == later.size == 16 * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     # 3 layers of 4 heads of 16 channels, 100 blocks of 16 tokens seen by each of 16 tokens, 4 operations each.
     assert later.cost - first.cost == 3 * 4 * 16 * 1600 * 16 * 4

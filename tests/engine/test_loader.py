@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from emberkv.engine.loader import choose_device, choose_dtype, load_model
+from emberkv.engine.loader import ModelDtypes, choose_device, choose_dtype, load_model
 from emberkv.errors import ConfigError, CorruptModelError
 from tests.conftest import CheckpointFactory
 from tests.models import CONTEXT, SUPPORTED, VOCAB_SIZE
@@ -37,7 +37,7 @@ def test_every_served_architecture_loads(checkpoint: CheckpointFactory, arch: st
     assert windows == EXPECTED_WINDOWS.get(arch, (None, None))
     assert {layer.softcap for layer in geometry.layers} == {50.0 if arch == "gemma2" else None}
     assert {layer.scaling for layer in geometry.layers} == {0.25}
-    assert (loaded.dtype, loaded.device.type) == (torch.float32, choose_device("auto").type)
+    assert (loaded.dtypes, loaded.device.type) == (ModelDtypes.all_of(torch.float32), choose_device("auto").type)
     assert loaded.eos_token_ids == {0, 2}  # the config's and the tokenizer's
     assert not loaded.model.training
     assert loaded.model.generation_config is not None
@@ -84,7 +84,7 @@ def test_dtype(asked: Any, stored: torch.dtype | None, device: str, expected: to
 
 def test_dtype_of_the_checkpoint_is_kept(checkpoint: CheckpointFactory) -> None:
     loaded = load_model(str(checkpoint("llama", torch.bfloat16)), device="cpu")
-    assert loaded.dtype is torch.bfloat16
+    assert loaded.dtypes == ModelDtypes.all_of(torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
 
@@ -94,7 +94,7 @@ def test_dtype_is_read_from_the_weights_when_the_config_says_nothing(
     folder = Path(shutil.copytree(checkpoint("llama", torch.bfloat16), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
-    assert load_model(str(folder), device="cpu").dtype is torch.bfloat16
+    assert load_model(str(folder), device="cpu").dtypes == ModelDtypes.all_of(torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta"])

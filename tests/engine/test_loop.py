@@ -15,6 +15,7 @@ from tests.engine.loop_harness import (
     CONTEXT,
     DEADLINE,
     EOS,
+    ROOT,
     VOCAB,
     FakeExecutor,
     Harness,
@@ -319,7 +320,7 @@ def test_a_crash_while_requests_are_queued_ends_those_behind_it_too() -> None:
     reported: list[Exception] = []
     harness = Harness(on_crash=reported.append)
     inboxes = [harness.submit(name, VICTIM) for name in ("first", "second", "third")]
-    harness.scheduler.add(Sequence("second", TokenChain(harness.executor.root(b""), [2], BLOCK), 1))
+    harness.scheduler.add(Sequence("second", TokenChain(ROOT, [2], BLOCK), 1))
     with running(harness):
         assert [inbox.reason for inbox in inboxes] == [FinishReason.ABORT] * 3
     assert [type(error) for error in reported] == [DuplicateRequestError]

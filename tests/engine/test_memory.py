@@ -63,7 +63,7 @@ def test_weights_that_no_machine_holds() -> None:
 
 def test_the_pool_of_a_small_model_is_some_contexts(checkpoint: CheckpointFactory) -> None:
     loaded = load_model(str(checkpoint("llama")), device="cpu")
-    one = loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtype)
+    one = loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     assert pool_bytes(serve_config({}, {}), loaded) == DEFAULT_CONTEXTS * one
     assert pool_bytes(serve_config({"cache_ram": "3MiB"}, {}), loaded) == 3 * 2**20
 

@@ -1,8 +1,9 @@
-"""What a model stores in the tiers is found only by what would compute the same bytes."""
+"""A stored block is served only by a process that would compute the same bytes, though block hashes are equal."""
 
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,50 @@ import torch
 import transformers
 from torch import nn
 
-from emberkv.engine.namespace import tier_namespace
-from tests.conftest import CheckpointFactory
+from emberkv.core.hashing import TokenChain, root_hash
+from emberkv.engine.namespace import Namespace, forward_sources, namespace_of
+from emberkv.engine.torch_engine import TorchEngine
+from emberkv.errors import ForeignBlockError
+from emberkv.tiers.base import TierEntry
+from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
+from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.layout import scan
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.disk.verify import verify
+from tests.engine.conftest import ModelFactory
 
-CPU = torch.device("cpu")
-ROOT = b"r" * 32
+ROOT = root_hash("model", 2)
+CHAIN = TokenChain(ROOT, [1, 2, 3, 4], 2)
+HASHES = CHAIN.identities
+HERE = Namespace(
+    root=ROOT,
+    weights_dtype="bfloat16",
+    activations_dtype="bfloat16",
+    kv_dtype="bfloat16",
+    layout="kernels",
+    kernels="kernels-1",
+    alignment=16,
+    batch_invariant=True,
+    libraries=("2.9.0", "5.0.0"),
+    processor=("cpu", "x86_64", "avx2"),
+    threads=2,
+    sources=(("layers.py", "00"),),
+)
+ELSEWHERE: dict[str, object] = {
+    "root": root_hash("other model", 2),
+    "weights_dtype": "int8",
+    "activations_dtype": "float32",
+    "kv_dtype": "float16",
+    "layout": "other",
+    "kernels": "kernels-2",
+    "alignment": 32,
+    "batch_invariant": False,
+    "libraries": ("2.9.1", "5.0.0"),
+    "processor": ("cpu", "x86_64", "avx512"),
+    "threads": 1,
+    "sources": (("layers.py", "01"),),
+}
+"""Another value for each component."""
 NAME = "namespace_layers"
 SOURCE = """
 from torch import nn
@@ -44,31 +84,117 @@ def layer(folder: Path, factor: float) -> nn.Module:
     return made
 
 
-def test_the_same_model_has_one_name_in_every_process(checkpoint: CheckpointFactory) -> None:
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    first, second = (tier_namespace(ROOT, load(checkpoint("llama")), CPU) for _ in range(2))
-    assert (len(first), second) == (32, first)
-    assert tier_namespace(b"o" * 32, load(checkpoint("llama")), CPU) != first
+def other(component: str) -> bytes:
+    return replace(HERE, **{component: ELSEWHERE[component]}).digest()  # type: ignore[arg-type]  # a field by its name
 
 
-def test_another_number_of_threads_is_another_name() -> None:
-    name = tier_namespace(ROOT, nn.Linear(2, 2), CPU)
+def entry(position: int, namespace: bytes, payload: bytes) -> TierEntry:
+    record = BlockRecord(
+        HASHES[position], CHAIN.parent(position), CHAIN.block_tokens(position), position, True, payload
+    )
+    return TierEntry(record.identity, "", encode_record(record, namespace=namespace), True)
+
+
+def payload(tier: DiskTier, position: int, namespace: bytes) -> bytes | None:
+    (found,) = tier.load([HASHES[position]])
+    if found is None:
+        return None
+    return bytes(verified_record(found.data, namespace=namespace, identity=HASHES[position], exact=True).payload)
+
+
+def open_tier(folder: Path, namespace: bytes) -> DiskTier:
+    return DiskTier.open(folder, 2**20, namespace=namespace)
+
+
+def test_every_component_has_another_value_to_be_tried_with() -> None:
+    assert ELSEWHERE.keys() == {field.name for field in fields(Namespace)}
+    assert len({other(component) for component in ELSEWHERE} | {HERE.digest()}) == len(ELSEWHERE) + 1
+
+
+def test_a_digest_has_32_bytes_and_is_the_same_in_every_process() -> None:
+    assert HERE.digest().hex() == "e12ab85739befdf084f08d1b5c751a028902979013c5b875b5c8852075b3de2b"
+
+
+@pytest.mark.parametrize("component", ELSEWHERE)
+def test_a_block_of_another_namespace_is_never_served(tmp_path: Path, component: str) -> None:
+    """Its hash is equal, its bytes are not, and both are kept side by side."""
+    here, there = HERE.digest(), other(component)
+    tier = open_tier(tmp_path, there)
+    tier.store([entry(0, there, b"theirs"), entry(1, there, b"theirs")])
+    tier.close()
+    tier = open_tier(tmp_path, here)
+    assert (tier.lookup(HASHES), payload(tier, 0, here)) == (0, None)
+    tier.store([entry(0, here, b"ours")])
+    assert (payload(tier, 0, here), payload(tier, 1, here)) == (b"ours", None)
+    assert tier.remove(HASHES).count == 1
+    tier.close()
+    tier = open_tier(tmp_path, there)
+    assert [payload(tier, position, there) for position in (0, 1)] == [b"theirs", b"theirs"]
+    tier.close()
+    blocks = BlockFiles(tmp_path)
+    assert [fault for _, fault in verify(blocks, scan(tmp_path / "blocks"))] == [None, None]
+
+
+@pytest.mark.parametrize("component", ELSEWHERE)
+def test_a_record_that_lies_in_the_wrong_place_is_refused(component: str) -> None:
+    with pytest.raises(ForeignBlockError) as refused:
+        verified_record(entry(0, other(component), b"x").data, namespace=HERE.digest(), identity=HASHES[0], exact=True)
+    assert refused.value.fault == "namespace"
+
+
+def test_processes_of_two_namespaces_on_one_folder_take_turns_to_write(tmp_path: Path) -> None:
+    here, there = HERE.digest(), other("threads")
+    writer, reader = open_tier(tmp_path, here), open_tier(tmp_path, there)
+    writer.store([entry(0, here, b"ours")])
+    reader.refresh()
+    assert (reader.read_only, reader.lookup(HASHES[:1])) == ("another process writes here", 0)
+    writer.close()
+    reader.refresh()
+    reader.store([entry(0, there, b"theirs")])
+    assert payload(reader, 0, there) == b"theirs"
+    reader.close()
+    again = open_tier(tmp_path, here)
+    assert payload(again, 0, here) == b"ours"
+    again.close()
+
+
+def engine(paged: ModelFactory) -> TorchEngine:
+    return TorchEngine(paged("llama"), cache_bytes=2**18, block_size=16, prefill_chunk=64)
+
+
+def test_engines_of_one_model_share_a_namespace(paged: ModelFactory) -> None:
+    first, second = (namespace_of(engine(paged), ROOT) for _ in range(2))
+    assert first.digest() == second.digest()
+    assert (first.weights_dtype, first.activations_dtype, first.kv_dtype) == ("float32",) * 3
+
+
+def test_threads_and_versions_of_this_process_are_in_it(paged: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(paged)
+    before = namespace_of(made, ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert tier_namespace(ROOT, nn.Linear(2, 2), CPU) != name
+        assert namespace_of(made, ROOT) == replace(before, threads=threads + 1)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_another_version_of_transformers_is_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = tier_namespace(ROOT, nn.Linear(2, 2), CPU)
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
-    assert tier_namespace(ROOT, nn.Linear(2, 2), CPU) != name
+    assert namespace_of(made, ROOT) == replace(before, libraries=(*before.libraries[:2], "5.99.0"))
 
 
 @pytest.mark.usefixtures("layers")
-def test_other_code_of_the_layers_is_another_name(tmp_path: Path) -> None:
-    name = tier_namespace(ROOT, layer(tmp_path, 1.0), CPU)
-    assert tier_namespace(ROOT, layer(tmp_path, 1.03), CPU) != name
-    assert tier_namespace(ROOT, layer(tmp_path, 1.0), CPU) == name
+def test_the_sources_are_those_of_the_models_layers_and_of_this_engine(tmp_path: Path) -> None:
+    named = {path.name for path in forward_sources(layer(tmp_path, 1.0))}
+    assert {f"{NAME}.py", "activations.py", "torch_engine.py", "attention.py", "namespace.py"} <= named
+
+
+@pytest.mark.usefixtures("layers")
+def test_other_code_of_a_layer_is_another_namespace(paged: ModelFactory, tmp_path: Path) -> None:
+    made = engine(paged)
+
+    def sources(factor: float) -> tuple[tuple[str, str], ...]:
+        made.loaded.model.add_module("patched", layer(tmp_path, factor))
+        return namespace_of(made, ROOT).sources
+
+    first = sources(1.0)
+    assert sources(1.03) != first
+    assert sources(1.0) == first

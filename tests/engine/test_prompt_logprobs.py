@@ -82,7 +82,7 @@ def test_the_cache_is_not_read_but_filled(paged: ModelFactory, kernels: Kernels)
 def test_a_preempted_prompt_gives_each_token_once(paged: ModelFactory, kernels: Kernels) -> None:
     """Two prompts whose answers do not fit side by side: one is computed again."""
     loaded = paged("llama")
-    pool = 24 * 16 * loaded.geometry.bytes_per_token(loaded.dtype)
+    pool = 24 * 16 * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     with engine(loaded, kernels, cache_bytes=pool) as made:
         inboxes = [ask(made, name, PROMPT[start:], top=1, new=100) for start, name in enumerate("ab")]
         outputs = [first_output(inbox) for inbox in inboxes]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from emberkv.engine.loader import LoadedModel
+from emberkv.engine.namespace import namespace_of
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.torch_engine import TorchEngine
 from emberkv.errors import ConfigError, UnsupportedModelError
@@ -67,7 +69,7 @@ def engine(
     kernels: Kernels | None = None,
     tile: int = TILE,
 ) -> TorchEngine:
-    size = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+    size = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     return TorchEngine(loaded, cache_bytes=size, block_size=BLOCK, prefill_chunk=chunk, kernels=kernels, tile=tile)
 
 
@@ -82,7 +84,7 @@ def test_the_pool_takes_the_bytes_it_is_given(paged: ModelFactory) -> None:
     loaded = paged("llama", "bfloat16")
     pool = engine(loaded, num_blocks=37).pool
     assert pool.num_blocks == 37
-    assert pool.num_bytes == 37 * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype)
+    assert pool.num_bytes == 37 * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     with pytest.raises(ConfigError, match="holds no block"):
         TorchEngine(paged("llama"), cache_bytes=100, block_size=BLOCK, prefill_chunk=CHUNK)
 
@@ -210,21 +212,24 @@ def test_a_model_that_computes_no_numbers_is_refused(paged: ModelFactory) -> Non
         engine(loaded).check_against_plain_forward()
 
 
-def test_what_state_depends_on_is_in_the_root(paged: ModelFactory, kernels: Kernels) -> None:
+def test_what_state_depends_on_is_in_the_namespace_and_not_in_the_hash(paged: ModelFactory, kernels: Kernels) -> None:
     engines = {
         "this": engine(paged("llama")),
-        "other weights": engine(paged("llama", seed=1)),
         "other dtype": engine(paged("llama", "bfloat16")),
         "other tile": engine(paged("llama"), tile=CHUNK),
         "other kernels": engine(paged("llama"), kernels=kernels, tile=BLOCK),
-        "other model": engine(paged("qwen3")),
-        "other block size": TorchEngine(
-            paged("llama"), cache_bytes=2**20, block_size=16, prefill_chunk=CHUNK, tile=TILE
-        ),
+        "other code": engine(paged("qwen3")),
     }
-    roots = [made.root(b"") for made in engines.values()] + [engines["this"].root(b"salt")]
-    assert len(set(roots)) == len(roots)
-    assert engine(paged("llama")).root(b"salt") == engines["this"].root(b"salt")
+    namespaces = [namespace_of(made, b"r" * 32) for made in engines.values()]
+    assert len({each.digest() for each in namespaces}) == len(namespaces)
+    assert namespace_of(engine(paged("llama")), b"r" * 32) == namespaces[0]
+
+
+def test_one_type_for_all_is_computed_with(paged: ModelFactory) -> None:
+    loaded = paged("llama")
+    mixed = replace(loaded, dtypes=replace(loaded.dtypes, kv=torch.float16))
+    with pytest.raises(UnsupportedModelError, match="has float32 weights, float32 activations, float16 KV; "):
+        engine(mixed)
 
 
 def test_other_salts_do_not_share(paged: ModelFactory) -> None:

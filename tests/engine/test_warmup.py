@@ -73,7 +73,7 @@ def serve(folder: Path, dtype: str) -> tuple[AssembledEngine, TokenChain]:
     reason = inbox.reason
     engine.loop.stop()
     assert reason in (FinishReason.LENGTH, FinishReason.STOP)  # a random model's first token may be its last
-    return engine, TokenChain(engine.executor.root(b""), tokens, BLOCK)
+    return engine, TokenChain(engine.root, tokens, BLOCK)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

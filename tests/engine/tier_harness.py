@@ -11,7 +11,7 @@ from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.engine.loop_harness import BLOCK, CHUNK, DEADLINE, FakeExecutor, Harness, Inbox
+from tests.engine.loop_harness import BLOCK, CHUNK, DEADLINE, ROOT, FakeExecutor, Harness, Inbox
 
 NAMESPACE = b"model"
 IDENTITY_BYTES = 32
@@ -84,7 +84,7 @@ class TieredHarness(Harness):
             self.bytes.slots[blocks[position].slot] = identities[position]
 
     def chain(self, tokens: Sequence[int]) -> TokenChain:
-        return TokenChain(self.executor.root(b""), tokens, BLOCK)
+        return TokenChain(ROOT, tokens, BLOCK)
 
     def stock(self, tokens: Sequence[int], *, exact: bool = True, payload: bytes | None = None) -> None:
         """Put a prompt's blocks into the tier, as an earlier process would have."""

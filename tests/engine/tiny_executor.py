@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.sequence import Sequence as ScheduledSequence
 from emberkv.core.step_plan import StepPlan
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SampledToken, SamplingState, StepOutput
@@ -65,9 +64,6 @@ class TinyExecutor:
         self.alignment = block_size
         self.uniform = True
         self._nan_token = nan_token
-
-    def root(self, salt: bytes) -> Identity:
-        return root_identity(fingerprint="tiny", dtype="u8", layout="tiny", block_size=self.pool.block_size, salt=salt)
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         for copy in plan.copies:

@@ -117,7 +117,7 @@ async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitabl
 
 
 def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
-    told = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtype)}
+    told = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtypes.weights)}
     return spec_from_config(told, DEMO_NAME if config.model is None else bench.loaded.name)
 
 

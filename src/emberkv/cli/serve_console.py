@@ -78,7 +78,7 @@ def print_summary(
     cache = "off" if not config.prefix_cache else "exact reuse only" if config.exact else "on"
     table = Table.grid(padding=(0, 2))
     rows = {
-        "model": f"{name} ({loaded.dtype}, {loaded.device})".replace("torch.", ""),
+        "model": f"{name} ({loaded.dtypes}, {loaded.device})",
         "context": context_line(loaded.geometry, tokens),
         "KV pool": f"{pool.num_bytes / 2**20:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
         "kernels": _kernels_line(engine),

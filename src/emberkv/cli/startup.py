@@ -92,7 +92,7 @@ class Startup:
             cache,
             engine.public,
             {
-                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "dtype": str(loaded.dtypes),
                 "device": str(loaded.device),
                 "kernels": "torch" if engine.executor.kernels is None else "native",
             },

@@ -1,7 +1,15 @@
-"""Block identity: a chained SHA-256 from which every other key follows.
+"""The block hash: a chained SHA-256 over model, block size, tenant's salt and all tokens up to a block's end.
 
-A full block's identity is the digest of its parent's identity and its own tokens. The chain starts at a root that
-covers everything else that the KV state depends on, so equal identities mean equal state.
+    root    = SHA-256("emberkv-root-2" | len(fingerprint) as uint64 | fingerprint | block_size as uint64)
+    private = SHA-256("emberkv-salt-1" | parent | salt)        in place of the first private block's parent
+    block   = SHA-256(parent | tokens)                         parent: the block before it, the root for the first
+    tail    = SHA-256("emberkv-partial-1" | parent | tokens)   a last block with fewer tokens than a full one
+
+Hashes are 32 bytes, integers are little-endian, a token is an int32, the fingerprint is UTF-8 text (of weights and
+config, by content; see `emberkv.engine.fingerprint`), and ``|`` joins bytes. Nothing about the machine or the process
+enters: every process that knows the fingerprint and the tokens computes the same hashes. Whether the *bytes* of a
+stored block can be used is another question; the namespace of the stored block answers it
+(`emberkv.engine.namespace`).
 """
 
 import sys
@@ -20,17 +28,12 @@ PUBLIC_OWNER = "public"
 """Whose the blocks are that an operator declared to be shared by all."""
 
 
-def root_identity(*, fingerprint: str, dtype: str, layout: str, block_size: int, salt: bytes = b"") -> Identity:
-    """The parent of every first block.
-
-    fingerprint: the weights' identity by content; layout: how a block's bytes are arranged and computed; salt: only
-    equal salts share blocks. Fields are length-prefixed, so that no two sets of fields run together.
-    """
-    digest = sha256(b"emberkv-root-1")
-    for field in (fingerprint.encode(), dtype.encode(), layout.encode(), str(block_size).encode(), salt):
-        digest.update(len(field).to_bytes(8, "little"))
-        digest.update(field)
-    return digest.digest()
+def root_hash(fingerprint: str, block_size: int) -> Identity:
+    """The parent of every first block. fingerprint: of the model's weights and config, by their content."""
+    name = fingerprint.encode()
+    return sha256(
+        b"emberkv-root-2" + len(name).to_bytes(8, "little") + name + block_size.to_bytes(8, "little")
+    ).digest()
 
 
 def salted(parent: Identity, salt: bytes) -> Identity:
@@ -59,6 +62,21 @@ def chain_identities(parent: Identity, tokens: bytes, block_size: int) -> list[I
         parent = sha256(parent + tokens[start : start + width]).digest()
         identities.append(parent)
     return identities
+
+
+def prompt_hashes(
+    fingerprint: str, tokens: Iterable[int], *, block_size: int, salt: bytes = b"", public_blocks: int = 0
+) -> list[Identity]:
+    """The hashes of a prompt's full blocks, as every process computes them.
+
+    salt: the tenant's. public_blocks: how many first blocks all tenants share, and so have no salt.
+
+    Raises OverflowError for a token outside 32 bits.
+
+        prompt_hashes("0f343b09", [1, 2, 3, 4, 5], block_size=2)  # two hashes of 32 bytes
+    """
+    root = root_hash(fingerprint, block_size)
+    return TokenChain(root, tokens, block_size, salt=salt, public_blocks=public_blocks).identities
 
 
 def partial_identity(parent: Identity, tokens: bytes) -> Identity:

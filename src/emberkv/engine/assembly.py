@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from emberkv.core.block_pool import BlockPool, BlockWeight
+from emberkv.core.hashing import Identity, root_hash
 from emberkv.core.policies.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -13,7 +14,7 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.namespace import tier_namespace
+from emberkv.engine.namespace import namespace_of
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
@@ -47,13 +48,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class AssembledEngine:
-    """namespace: of the model, under which its state outlives the process. public: the prefixes that all tenants share.
-    tiers: below the pool, and link: what connects them to it; None where there are none, or no prefix cache.
+    """root: of the model's block hashes. namespace: under which its blocks outlive the process (`Namespace.digest`).
+
+    public: the prefixes that all tenants share. tiers: below the pool, and link: what connects them to it; None where
+    there are none, or no prefix cache.
     """
 
     loop: EngineLoop
     executor: TorchEngine
     scheduler: Scheduler
+    root: Identity
     namespace: bytes
     public: PublicPrefixes
     tiers: TierManager | None = None
@@ -93,7 +97,8 @@ def assemble(
             "smaller --prefill-chunk",
             unit,
         )
-    namespace = tier_namespace(executor.root(b""), loaded.model, executor.pool.device)
+    root = root_hash(loaded.fingerprint, config.block_size)
+    namespace = namespace_of(executor, root).digest()
     with ExitStack() as on_failure:
         tiers = None
         if config.prefix_cache:
@@ -114,11 +119,12 @@ def assemble(
         executor,
         scheduler,
         limits,
+        root=root,
         tiers=link,
         public=public,
         on_crash=on_crash,
     )
-    return AssembledEngine(loop, executor, scheduler, namespace, public, tiers, link)
+    return AssembledEngine(loop, executor, scheduler, root, namespace, public, tiers, link)
 
 
 def _checked_executor(
@@ -178,5 +184,5 @@ def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:
     geometry = loaded.geometry
     linear = 2.0 * sum(parameter.numel() for parameter in loaded.model.parameters()) * block_size
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
-    size = float(geometry.bytes_per_token(loaded.dtype) * block_size)
+    size = float(geometry.bytes_per_token(loaded.dtypes.kv) * block_size)
     return lambda position: Weight(size, linear + per_key * position * block_size)

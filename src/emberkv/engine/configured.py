@@ -66,7 +66,7 @@ def pool_bytes(config: ServeConfig, loaded: LoadedModel) -> int:
     check_sizes(config, loaded.device)
     if config.cache_ram is not None:
         return int(config.cache_ram)
-    useful = DEFAULT_CONTEXTS * loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtype)
+    useful = DEFAULT_CONTEXTS * loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     return min(free_memory(loaded.device) // 4, useful)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from emberkv.core.hashing import Identity
 from emberkv.core.step_plan import StepPlan
 from emberkv.engine.request import TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
@@ -128,7 +127,7 @@ class Executor(Protocol):
     ::
 
         state = SamplingState(SamplingParams(temperature=0.0), prompt, random.Random())
-        scheduler.add(Sequence("a", TokenChain(executor.root(b""), prompt, executor.pool.block_size), 16))
+        scheduler.add(Sequence("a", TokenChain(root, prompt, executor.pool.block_size), 16))
         plan = scheduler.schedule()
         output = executor.execute(plan, {"a": state})
         scheduler.complete(plan, {name: token.token_id for name, token in output.tokens.items()})
@@ -142,10 +141,6 @@ class Executor(Protocol):
 
     @property
     def uniform(self) -> bool: ...
-
-    def root(self, salt: bytes, /) -> Identity:
-        """The root of the block identities of every prompt under ``salt``."""
-        ...
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState], /) -> StepOutput:
         """Make the plan's block copies, compute its tokens into the pool, and sample.

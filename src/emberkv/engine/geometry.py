@@ -71,9 +71,9 @@ class ModelGeometry:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
+    def bytes_per_token(self, kv_dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

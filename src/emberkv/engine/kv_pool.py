@@ -12,7 +12,7 @@ from emberkv.errors import ConfigError
 
 
 class KVPool:
-    """KV state laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
+    """KV state of type ``dtype``, laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply.

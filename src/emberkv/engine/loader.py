@@ -55,6 +55,34 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDtypes:
+    """Which type each kind of value has. All three are equal in every model that is loaded today.
+
+    weights: as they are computed with, which may differ from how the files store them. activations: of what the layers
+    pass on, and of the logits. kv: of the keys and values in the pool and in the tiers.
+    """
+
+    weights: torch.dtype
+    activations: torch.dtype
+    kv: torch.dtype
+
+    @classmethod
+    def all_of(cls, dtype: torch.dtype) -> "ModelDtypes":
+        return cls(dtype, dtype, dtype)
+
+    def __str__(self) -> str:
+        """The one name where they are equal: "bfloat16"; else "int8 weights, bfloat16 activations, float16 KV"."""
+        weights, activations, kv = map(dtype_name, (self.weights, self.activations, self.kv))
+        same = weights == activations == kv
+        return weights if same else f"{weights} weights, {activations} activations, {kv} KV"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to compute, in eval mode on its device.
 
@@ -69,7 +97,7 @@ class LoadedModel:
     tokenizer: HFTokenizer
     name: str
     folder: Path
-    dtype: torch.dtype
+    dtypes: ModelDtypes
     device: torch.device
     eos_token_ids: frozenset[int]
     fingerprint: str
@@ -139,7 +167,7 @@ def load_model(
         tokenizer=HFTokenizer(tokenizer, chat_problem=chat_problem),
         name=folder.resolve().name if Path(name_or_path).expanduser() == folder else name_or_path,
         folder=folder,
-        dtype=chosen,
+        dtypes=ModelDtypes.all_of(chosen),
         device=target,
         eos_token_ids=_eos_token_ids(folder, config, generation, tokenizer),
         fingerprint=fingerprint,
@@ -227,8 +255,9 @@ def check_memory(folder: Path, stored: StoredTensors, dtype: torch.dtype, device
     needed = sum(map(prod, stored.shapes.values())) * dtype.itemsize
     free = free_memory(device)
     if needed > free:
-        name = str(dtype).removeprefix("torch.")
-        raise ModelError(f"the weights in {folder} take {gib(needed)} as {name}; {gib(free)} are free on {device}")
+        raise ModelError(
+            f"the weights in {folder} take {gib(needed)} as {dtype_name(dtype)}; {gib(free)} are free on {device}"
+        )
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

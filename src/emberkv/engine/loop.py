@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
@@ -31,10 +31,10 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """Owns the scheduler and everything below it; no other thread touches them.
 
-    clock: seconds, for queue times and how long steps take. wall_clock: seconds since 1970, for news. rng: draws for
-    requests that bring no seed. on_crash: called on the engine's thread when the loop itself fails, not just a step;
-    every request then ends with ABORT. tiers: what lies below the pool; the scheduler's own. public: which prefixes all
-    tenants share.
+    root: of the model's block hashes. clock: seconds, for queue times and how long steps take. wall_clock: seconds
+    since 1970, for news. rng: draws for requests that bring no seed. on_crash: called on the engine's thread when the
+    loop itself fails, not just a step; every request then ends with ABORT. tiers: what lies below the pool; the
+    scheduler's own. public: which prefixes all tenants share.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class EngineLoop:
         scheduler: Scheduler,
         limits: ModelLimits,
         *,
+        root: Identity,
         tiers: TierLink | None = None,
         public: PublicPrefixes | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -53,6 +54,7 @@ class EngineLoop:
         self._executor = executor
         self._scheduler = scheduler
         self._limits = limits
+        self._root = root
         self._tiers = tiers
         self._public = public
         self._clock = clock
@@ -124,7 +126,7 @@ class EngineLoop:
     def _chain(self, request: GenerationRequest, *, remember: bool) -> TokenChain:
         tokens = request.prompt_token_ids
         return self._chains.chain(
-            self._executor.root(b""),
+            self._root,
             tokens,
             owner=request.tenant,
             salt=request.salt,

@@ -1,7 +1,14 @@
-"""Under which name blocks outlive the process: everything that their bytes depend on."""
+"""The namespace of stored blocks: everything that their bytes depend on besides what the block hash covers.
 
+A block hash says which tokens, under which weights; the namespace says whether the stored bytes are the ones that this
+process would compute. It is checked whenever a stored block is read.
+"""
+
+import dataclasses
+import json
 import platform
 import sys
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,47 +17,84 @@ import torch
 import transformers
 from torch import nn
 
+import emberkv.engine
 from emberkv.core.hashing import Identity
+from emberkv.engine.loader import dtype_name
+from emberkv.engine.torch_engine import TorchEngine
 
-_FORMAT = b"emberkv-tiers-2"
-_OWN_SOURCES = Path(__file__).parent
+_FORMAT = b"emberkv-namespace-3"
+_OWN_SOURCES = Path(emberkv.engine.__path__[0])
 _LIBRARY = "transformers."
 _MODELS = "transformers.models."
+_TORCH_LAYOUT = "layers-kv-tokens-heads-dim.1"
 
 
-def tier_namespace(root: Identity, model: nn.Module, device: torch.device) -> bytes:
-    """The 32 bytes that name what ``model`` stores in the tiers.
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Two processes can use each other's stored blocks if and only if all of these fields are equal.
 
-    root: of the block hashes without a salt; it covers weights, config, dtype and layout. A stored block must be what
-    this process would compute, and that changes with the libraries, with the code of the model's own layers and of this
-    engine, with the processor's instructions and the number of threads.
+    root: of the block hashes, so that each model has its own namespace in a shared folder. weights_dtype: in which the
+    weights are computed with; as they are stored, the fingerprint covers them. layout: the order of a block's values.
+    kernels: the identity of the compiled kernels, or "torch". alignment, batch_invariant: which tokens have the state
+    of a cold prefill (see `TorchEngine`). libraries: versions. processor: the device and its instructions. threads: how
+    many compute on a CPU. sources: name and digest of every file whose code may run in a forward pass.
+
+    Exactness is a property of each stored block, not of the namespace.
     """
-    named = sha256(_FORMAT + root)
-    for part in (*_libraries(), *_processor(device)):
-        named.update(f"\0{part}".encode())
-    for path in _sources(model):
-        named.update(f"\0{path.name}\0".encode() + sha256(path.read_bytes()).digest())
-    return named.digest()
+
+    root: Identity
+    weights_dtype: str
+    activations_dtype: str
+    kv_dtype: str
+    layout: str
+    kernels: str
+    alignment: int
+    batch_invariant: bool
+    libraries: tuple[str, ...]
+    processor: tuple[str, ...]
+    threads: int
+    sources: tuple[tuple[str, str], ...]
+
+    def digest(self) -> bytes:
+        """The 32 bytes under which the tiers keep blocks: SHA-256 of the format's name and the fields as JSON."""
+        named = dataclasses.asdict(self) | {"root": self.root.hex()}
+        return sha256(_FORMAT + json.dumps(named, sort_keys=True).encode()).digest()
 
 
-def _libraries() -> list[str]:
-    return [torch.__version__, str(torch.version.git_version), str(transformers.__version__)]
+def namespace_of(engine: TorchEngine, root: Identity) -> Namespace:
+    """The namespace of what ``engine`` computes in this process, as it is set up now."""
+    kernels, dtypes, device = engine.kernels, engine.loaded.dtypes, engine.loaded.device
+    return Namespace(
+        root=root,
+        weights_dtype=dtype_name(dtypes.weights),
+        activations_dtype=dtype_name(dtypes.activations),
+        kv_dtype=dtype_name(engine.pool.dtype),
+        layout="kernels" if kernels is not None else _TORCH_LAYOUT,
+        kernels=kernels.identity if kernels is not None else "torch",
+        alignment=engine.alignment,
+        batch_invariant=engine.uniform,
+        libraries=(torch.__version__, str(torch.version.git_version), str(transformers.__version__)),
+        processor=_processor(device),
+        threads=torch.get_num_threads() if device.type != "cuda" else 0,
+        sources=tuple(
+            (path.name, sha256(path.read_bytes()).hexdigest()) for path in forward_sources(engine.loaded.model)
+        ),
+    )
 
 
-def _processor(device: torch.device) -> list[str]:
+def _processor(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         cudnn: Any = torch.backends.cudnn  # its functions are untyped
-        return [torch.cuda.get_device_name(device), str(torch.version.cuda), str(cudnn.version())]
+        return (torch.cuda.get_device_name(device), str(torch.version.cuda), str(cudnn.version()))
     instructions = sorted(name for name, present in torch.cpu.get_capabilities().items() if present is True)
-    threads = str(torch.get_num_threads())
-    return [device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), *instructions, threads]
+    return (device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), *instructions)
 
 
-def _sources(model: nn.Module) -> list[Path]:
-    """The files whose code may run in a forward pass, sorted by name and place.
+def forward_sources(model: nn.Module) -> list[Path]:
+    """The files whose code may run in a forward pass of ``model``, sorted by name and place.
 
     They are this engine's own, those that define the classes of the model's layers, and those that define what these
-    files use of transformers. Its version does not tell where an installation was patched.
+    files use of transformers. The version of transformers does not show where an installation was patched.
     """
     classes = {base.__module__ for module in model.modules() for base in type(module).__mro__} & sys.modules.keys()
     layers = {name for name in classes if name.startswith(_MODELS) or not _is_named_by_version(name)}

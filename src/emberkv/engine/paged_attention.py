@@ -55,9 +55,7 @@ class AttentionStep(ABC):
 
 
 class AttentionBackend(Protocol):
-    """Makes steps over one pool. name: distinguishes KV state whose bits may differ, in the identities of blocks."""
-
-    name: str
+    """Makes steps over one pool."""
 
     def step(self, runs: Sequence[Run], wanted: Sequence[int]) -> AttentionStep:
         """For all runs' rows, one run after the other; rows after them are padding.

@@ -141,7 +141,7 @@ def check_against_plain_forward(engine: PagedForward, expected: Tensor) -> None:
         at = [cut - 1, length - 2, length - 1]
     ours, theirs = torch.cat(paged).float(), expected[at].float()
     error = (ours - theirs).norm() / theirs.norm()
-    if not error <= _TOLERANCE[engine.loaded.dtype]:
+    if not error <= _TOLERANCE[engine.loaded.dtypes.activations]:
         raise UnsupportedModelError(
             f"{engine.loaded.name}: logits through the paged KV pool differ from the model's own by {error:.2%}; "
             f"{type(engine.loaded.model).__name__} cannot be served"

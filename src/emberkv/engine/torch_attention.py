@@ -16,8 +16,6 @@ from emberkv.engine.runs import Run
 class TorchAttention:
     """tile: prefill attends in tiles cut at absolute multiples of so many tokens; see `PrefillStep`."""
 
-    name = "torch"
-
     def __init__(self, pool: KVPool, tile: int) -> None:
         self._pool = pool
         self._tile = tile

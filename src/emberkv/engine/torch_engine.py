@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from emberkv.core.hashing import Identity, root_identity
 from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.loader import LoadedModel
+from emberkv.engine.loader import LoadedModel, ModelDtypes
 from emberkv.engine.native.attention import NativeAttention
 from emberkv.engine.native.choice import can_compute
 from emberkv.engine.native.kernels import Kernels
@@ -24,9 +23,7 @@ from emberkv.engine.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.self_check import check_against_plain_forward, is_tile_invariant, is_uniform, plain_logits
 from emberkv.engine.steady_activation import steady_activations
 from emberkv.engine.torch_attention import TorchAttention
-
-KV_LAYOUT = "layers-kv-tokens-heads-dim.1"
-"""Without the kernels, which have an order of their own and with it another name of the attention."""
+from emberkv.errors import UnsupportedModelError
 
 TILE_TOKENS = 32
 """Smaller tiles round hits down by less, but their attention is slower; see docs/benchmarks.md."""
@@ -100,6 +97,8 @@ class TorchEngine:
         sampler: Sampler | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
+        if loaded.dtypes != ModelDtypes.all_of(loaded.dtypes.kv):
+            raise UnsupportedModelError(f"{loaded.name} has {loaded.dtypes}; this engine takes one type for all three")
         self.loaded = loaded
         self._progress = progress
         self._sampler = sampler if sampler is not None else Sampler()
@@ -107,7 +106,7 @@ class TorchEngine:
         self._model = loaded.model
         self._device = loaded.device
         progress("allocating the KV pool")
-        self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtype, cache_bytes, block_size, loaded.device)
+        self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtypes.kv, cache_bytes, block_size, loaded.device)
         progress("self-check 1 of 4: the model's own logits")
         self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")
@@ -134,16 +133,6 @@ class TorchEngine:
         if self.kernels is not None:
             return NativeAttention(self.pool, self.kernels)
         return TorchAttention(self.pool, self.alignment)
-
-    def root(self, salt: bytes) -> Identity:
-        """The root of the block identities of every prompt under ``salt``."""
-        return root_identity(
-            fingerprint=self.loaded.fingerprint,
-            dtype=str(self.loaded.dtype).removeprefix("torch."),
-            layout=f"{KV_LAYOUT};tile={self.alignment};attention={self._attention.name}",
-            block_size=self.pool.block_size,
-            salt=salt,
-        )
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         """See `Executor.execute`."""
@@ -213,7 +202,9 @@ class TorchEngine:
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._model.base_model(**arguments)
-                return torch.empty((0, self.loaded.geometry.vocab_size), dtype=self.loaded.dtype, device=self._device)
+                return torch.empty(
+                    (0, self.loaded.geometry.vocab_size), dtype=self.loaded.dtypes.activations, device=self._device
+                )
             kept = torch.tensor(keep, dtype=torch.int64, device=self._device)
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from emberkv.config import ServeConfig
-from emberkv.core.hashing import TokenChain
+from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.engine.geometry import inspect_geometry
 from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.engine.loader import LoadedModel
+from emberkv.engine.loader import LoadedModel, ModelDtypes
 from emberkv.engine.model_identity import model_fingerprint
-from emberkv.engine.namespace import tier_namespace
+from emberkv.engine.namespace import namespace_of
 from emberkv.engine.native.choice import find_kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.shared_prefix import shared_prefix
@@ -59,8 +59,8 @@ def store_prefix(
     if not in_time():
         return False
     engine = private_engine(model, fingerprint, len(tokens))
-    token_chain = TokenChain(engine.root(b""), tokens, engine.pool.block_size)
-    namespace = tier_namespace(token_chain.root, engine.loaded.model, engine.pool.device)
+    token_chain = TokenChain(root_hash(fingerprint, engine.pool.block_size), tokens, engine.pool.block_size)
+    namespace = namespace_of(engine, token_chain.root).digest()
     whole = len(token_chain.identities) * engine.pool.block_size
     for start in range(0, whole, engine.prefill_chunk):
         if not in_time():
@@ -88,7 +88,7 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
         tokenizer=cast(HFTokenizer, None),  # the engine works on token ids
         name=type(model).__name__,
         folder=Path(),
-        dtype=model.dtype,
+        dtypes=ModelDtypes.all_of(model.dtype),
         device=model.device,
         eos_token_ids=frozenset(),
         fingerprint=fingerprint,
@@ -97,7 +97,7 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
     block_size, chunk = _SETTINGS.block_size, _SETTINGS.prefill_chunk
     for_trial = 2 * -(-(chunk + TILE_TOKENS) // block_size)  # the engine computes something twice to find its alignment
     blocks = max(for_trial, -(-prompt_tokens // block_size))
-    cache_bytes = blocks * block_size * geometry.bytes_per_token(model.dtype)
+    cache_bytes = blocks * block_size * geometry.bytes_per_token(loaded.dtypes.kv)
     kernels = find_kernels(_SETTINGS.kernels, loaded, block_size, _SETTINGS.machine_cache)
     engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk, kernels=kernels)
     engine.check_against_plain_forward()

@@ -8,7 +8,7 @@ from random import Random
 from emberkv.cluster.routing import make_router
 from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
 from emberkv.core.events import EventLog
-from emberkv.core.hashing import Identity, root_identity
+from emberkv.core.hashing import Identity, root_hash, salted
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
@@ -52,11 +52,13 @@ class Machine:
 def root_of(config: SimulationConfig, block_size: int) -> RootOf:
     """What a request's chain begins with: as when serving, chains of different salts share nothing."""
 
-    @cache
-    def salted(salt: bytes) -> Identity:
-        return root_identity(fingerprint="simulated", dtype="none", layout="none", block_size=block_size, salt=salt)
+    root = root_hash("simulated", block_size)
 
-    return lambda request: salted(request.client_id.encode() if config.salted else b"")
+    @cache
+    def of_salt(salt: bytes) -> Identity:
+        return salted(root, salt)
+
+    return lambda request: of_salt(request.client_id.encode() if config.salted else b"")
 
 
 def recompute_weight(model: ModelSpec, block_size: int) -> BlockWeight:

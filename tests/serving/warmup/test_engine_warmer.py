@@ -22,7 +22,7 @@ from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 from emberkv.serving.warmup.warmup_report import WarmupPhase
-from tests.engine.loop_harness import BLOCK, CHUNK, FakeExecutor, Harness, Inbox, running
+from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.serving.harness import eventually
 
 PROMPT = WarmPrompt(tuple(range(2, 42)))
@@ -209,7 +209,7 @@ def test_use_teaches_the_next_start(tenant: str, tmp_path: Path) -> None:
 
     def learned(harness: Harness) -> LearnedPrompts:
         chain = EngineWarmer(harness.loop, tenants, block_size=BLOCK).chain
-        return LearnedPrompts(tmp_path, harness.executor.root(b""), chain)
+        return LearnedPrompts(tmp_path, ROOT, chain)
 
     first = Harness()
     with warming(first, tenants=tenants, learned=learned(first)):

@@ -25,7 +25,6 @@ class NativeAttention:
     def __init__(self, pool: KVPool, kernels: Kernels) -> None:
         self._pool = pool
         self._kernels = kernels
-        self.name = kernels.identity
 
     def step(self, runs: Batch[Run], wanted: Batch[int]) -> AttentionStep:
         return NativeStep(self._pool, self._kernels, runs, wanted)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from emberkv.engine.loader import LoadedModel
+from emberkv.engine.loader import LoadedModel, ModelDtypes
 from emberkv.engine.native.kernels import TYPES, Kernels
 from emberkv.errors import KernelsError
 
@@ -20,12 +20,13 @@ def can_compute(loaded: LoadedModel, block_size: int) -> bool:
 
 
 def _on_cpu(loaded: LoadedModel) -> bool:
-    return loaded.device.type == "cpu" and loaded.dtype in TYPES
+    dtypes = loaded.dtypes
+    return loaded.device.type == "cpu" and dtypes.kv in TYPES and dtypes == ModelDtypes.all_of(dtypes.kv)
 
 
 def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:
     """Whether values of bf16 fill the pairs in which the pool holds them, of a head's and of neighbouring tokens'."""
-    return loaded.dtype is not torch.bfloat16 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
+    return loaded.dtypes.kv is not torch.bfloat16 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
 
 
 def find_kernels(
@@ -46,7 +47,8 @@ def find_kernels(
     try:
         if not _on_cpu(loaded):
             raise KernelsError(
-                f"the C++ kernels compute float32 and bfloat16 on a CPU; the model is {loaded.dtype} on {loaded.device}"
+                f"the C++ kernels compute float32 and bfloat16 on a CPU; the model is {loaded.dtypes} on "
+                f"{loaded.device}"
             )
         if not _in_pairs(loaded, block_size):
             raise KernelsError(

@@ -73,7 +73,7 @@ def cache_access(
     access = CacheAccess(books, loop.run, chain, lower=lower, manager=engine.tiers, reuse=reuse)
     if folder is None or engine.tiers is None:
         return access
-    own = KnownModel(name=name, root=engine.executor.root(b""), block_size=engine.scheduler.cache.pool.block_size)
+    own = KnownModel(name=name, root=engine.root, block_size=engine.scheduler.cache.pool.block_size)
     try:
         models = OtherModels(folder, engine.namespace, own)
     except OSError as error:  # a folder that cannot be written serves what it has all the same

@@ -43,7 +43,7 @@ def make_warmup(
         prompts, problems = (), ()
     learned = None
     if config.cache_dir is not None:
-        learned = LearnedPrompts(config.cache_dir, engine.executor.root(b""), warmer.chain)
+        learned = LearnedPrompts(config.cache_dir, engine.root, warmer.chain)
     warmup = Warmup(warmer, settings, prompts, problems=problems, learned=learned, on_ready=on_ready)
     engine.loop.watch(background.work("warmup").guarded(warmup.saw))
     return warmup
