@@ -4,6 +4,7 @@ import pytest
 
 from emberkv import InMemoryKVCacheManager
 from emberkv.core.policies.eviction import POLICY_NAMES
+from emberkv.errors import EntryError
 from emberkv.tiers.byte_cache import MB
 from tests.tiers.harness import Clock, cache_of, held, used
 
@@ -151,3 +152,47 @@ def test_an_empty_key_is_never_found_and_never_counted(key: str) -> None:
     cache = InMemoryKVCacheManager(1)
     assert cache.get(key) is None
     assert cache.get_stats()["cache_misses"] == 0
+
+
+def test_it_is_a_mapping_from_keys_to_values() -> None:
+    cache = cache_of(20)
+    assert not cache
+    cache["a"] = b"first"
+    cache["b"] = b"second"
+    assert (cache["a"], len(cache), list(cache), "a" in cache, "c" in cache) == (b"first", 2, ["a", "b"], True, False)
+    del cache["a"]
+    assert (list(cache), cache.get("a")) == (["b"], None)
+    for key in ("a", ""):
+        with pytest.raises(KeyError, match=repr(key)):
+            cache[key]
+        with pytest.raises(KeyError, match=repr(key)):
+            del cache[key]
+
+
+def test_a_subscript_is_an_access_and_a_membership_test_is_none() -> None:
+    cache = cache_of(20)
+    for key in "ab":
+        cache[key] = bytes(9)
+    assert cache["a"] == bytes(9)
+    assert "b" in cache
+    cache["c"] = bytes(9)
+    assert (list(cache), cache.get_stats()["cache_hits"]) == (["a", "c"], 1)
+
+
+def test_iteration_is_over_the_keys_at_its_beginning() -> None:
+    cache = cache_of(20)
+    for key in "abc":
+        cache[key] = b"."
+    seen = []
+    for key in cache:
+        seen.append(key)
+        cache.clear()
+        cache["new"] = b"."
+    assert seen == ["a", "b", "c"]
+
+
+def test_a_refused_assignment_raises_what_set_raises() -> None:
+    cache = cache_of(20)
+    with pytest.raises(EntryError, match="exceeds cache limit"):
+        cache["a"] = bytes(20)
+    assert "a" not in cache

@@ -16,14 +16,27 @@ PolicyFactory = Callable[[], EvictionPolicy[Any]]
 """Makes the order in which a tier gives up its blocks; called again when the tier is cleared."""
 
 
+KEY_BYTES = 64
+"""Counted for each entry in memory beside its own bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class TierEntry:
-    """A block as a tier keeps it. owner: whose share it takes; "" for the only one. exact: see `BlockRecord`."""
+    """A block as a tier keeps it.
+
+    owner: whose share of the tier it takes; "" for the only one. data: the encoded `BlockRecord`, see `tiers.codec`.
+    exact: see `BlockRecord`.
+    """
 
     identity: bytes
     owner: str
     data: bytes
     exact: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in memory, `KEY_BYTES` included."""
+        return KEY_BYTES + len(self.data)
 
 
 @dataclass(frozen=True, slots=True)

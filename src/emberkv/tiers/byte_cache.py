@@ -1,34 +1,36 @@
 """The public byte cache in host memory, which holds its entries to a limit of bytes.
 
-What to evict is the policy's decision, when to is ours. Reads note what they read, and whoever next needs the books (a
-set, a question about statistics, or now and then a read that finds the lock free) settles them under the lock, in the
-order in which they were noted. So reads of many threads do not queue, no read is ever left uncounted, and a set sees
-the recency of every read before it. This needs no more than that a dict's look-up and a deque's append are atomic,
-which CPython promises with and without its global lock.
+A read does not wait for the lock: it appends a note of its key to a queue. The next thread to hold the lock applies the
+notes in their order before its own work, which is a set, a question about statistics, or now and then a read that finds
+the lock free. So reads of many threads do not wait for each other, no read is ever left uncounted, and a set sees the
+recency of every read before it. This needs no more than that a dict's look-up and a deque's append are atomic, which
+CPython promises with and without its global lock.
 """
 
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from emberkv.core.policies.eviction import make_policy
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
-from emberkv.errors import ConfigError, EntryError
-from emberkv.tiers.entry_checks import check_value, key_size_of
+from emberkv.errors import ConfigError, EntryError, EntryTypeError
+from emberkv.tiers.bounded_store import BoundedStore
 
 MB = 2**20
 """Bytes."""
 
+MAX_KEY_BYTES = 10 * 1024
+"""In UTF-8."""
+
 _MANY_NOTES = 32
-"""Each so many-th read settles: many enough for the lock to cost next to nothing, few enough to be quick."""
+"""Each so many-th read applies the notes: many enough for the lock to cost next to nothing, few enough to be quick."""
 
 _MAX_NOTES = 4096
-"""Reads noted before one of them waits for the lock. A thread that holds it and has lost its turn gets it back then."""
+"""Reads noted before one of them waits for the lock, which lets a thread go on that holds it and was interrupted."""
 
 
 class EntryMetadata(TypedDict):
@@ -58,15 +60,13 @@ class CacheStats(TypedDict):
 
 @dataclass(slots=True)
 class _Entry:
+    owner: ClassVar[str] = ""  # all entries share one limit
     value: bytes
     key_size: int
+    size: int
     prefix_tokens: int | None
     timestamp: float
     access_count: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.key_size + len(self.value)
 
 
 class InMemoryKVCacheManager:
@@ -76,7 +76,20 @@ class InMemoryKVCacheManager:
     key's in UTF-8. eviction_policy: one of `emberkv.core.policies.eviction.POLICY_NAMES`; all cost O(1) an operation,
     save those that rank entries, which cost O(log n). clock: wall clock in seconds.
 
+    ``cache[key]``, ``cache[key] = value``, ``del cache[key]``, ``in``, ``len`` and iteration do what they do for a
+    dictionary; ``cache[key]`` is an access as `get` is, and ``in`` is none. Iteration is over the keys that are there
+    when it begins, so that the cache may change meanwhile. An empty cache is false, as an empty dictionary is.
+
     Raises ConfigError, a ValueError, for an unknown policy or a size that is not a finite number above 0.
+
+    >>> cache = InMemoryKVCacheManager(max_memory_mb=512, eviction_policy="lru")
+    >>> cache.set("prefix:0", b"keys and values", prefix_tokens=16)
+    >>> cache.get("prefix:0"), cache.get("prefix:1")
+    (b'keys and values', None)
+    >>> "prefix:0" in cache, len(cache), list(cache)
+    (True, 1, ['prefix:0'])
+    >>> cache.get_stats()["hit_rate"]
+    0.5
     """
 
     def __init__(
@@ -89,21 +102,23 @@ class InMemoryKVCacheManager:
         limit = max_memory_mb * MB
         if not 0 < limit < math.inf:
             raise ConfigError(f"max_memory_mb is {max_memory_mb!r}; it must be a finite number above 0")
-        self._limit = int(limit)
-        self._make_policy: Callable[[], EvictionPolicy[str]] = partial(make_policy, eviction_policy)
         self._clock = clock
         self._lock = threading.Lock()
-        self.clear()
+        self._store: BoundedStore[str, _Entry] = BoundedStore(int(limit), partial(make_policy, eviction_policy))
+        self._entries = self._store.entries
+        self._notes: deque[str | None] = deque()  # of each read in turn: the key found, or None for a miss
+        self._key_bytes = 0
+        self._hits = self._misses = 0
+        self._earlier_evictions = 0  # before the last `clear`
 
     def clear(self) -> None:
         """Drop all entries, and start the statistics and what the policy remembers anew."""
-        policy = self._make_policy()
         with self._lock:
-            self._policy = policy
-            self._entries: dict[str, _Entry] = {}
-            self._notes: deque[str | None] = deque()  # of each read in turn: the key found, or None for a miss
-            self._key_bytes = self._value_bytes = 0
-            self._hits = self._misses = self._evictions = 0
+            self._store.clear()
+            self._notes = deque()
+            self._key_bytes = 0
+            self._hits = self._misses = 0
+            self._earlier_evictions = self._store.evictions
 
     def get(self, key: str) -> bytes | None:
         """The value, without a copy; None, and nothing counted, for an empty key."""
@@ -119,7 +134,7 @@ class InMemoryKVCacheManager:
         noted = len(notes)
         if not noted % _MANY_NOTES and self._lock.acquire(blocking=noted >= _MAX_NOTES):
             try:
-                self._settle()
+                self._apply_notes()
             finally:
                 self._lock.release()
         return entry.value if entry is not None else None
@@ -132,40 +147,54 @@ class InMemoryKVCacheManager:
         text, for None as value and for an entry above the cache's limit; EntryTypeError, a TypeError, for other types.
         Nothing has changed then.
         """
-        key_size = key_size_of(key)
-        check_value(value)
-        size = key_size + len(value)
-        if size > self._limit:
-            raise EntryError(f"entry of {size:,} bytes, key included, exceeds cache limit of {self._limit:,} bytes")
+        key_size = _key_size_of(key)
+        _check_value(value)
+        size, limit = key_size + len(value), self._store.max_bytes
+        if size > limit:
+            raise EntryError(f"entry of {size:,} bytes, key included, exceeds cache limit of {limit:,} bytes")
         with self._lock:
-            self._settle()
-            replaced = self._entries.get(key)
-            if replaced is not None:  # it stays readable until the new one takes its place
-                self._policy.discard(key)
-                self._count_bytes(replaced, -1)
-            while self._key_bytes + self._value_bytes + size > self._limit:
-                self._count_bytes(self._entries.pop(self._policy.evict()), -1)
-                self._evictions += 1
-            entry = _Entry(value, key_size, prefix_tokens, self._clock())
-            self._entries[key] = entry
-            self._count_bytes(entry, +1)
-            self._policy.admit(key, Weight(size=size))
-            self._policy.release((key,))
+            self._apply_notes()
+            if key not in self._entries:
+                self._key_bytes += key_size
+            for evicted in self._store.put(key, _Entry(value, key_size, size, prefix_tokens, self._clock())):
+                self._key_bytes -= evicted.key_size
 
     def delete(self, key: str) -> bool:
         """Drop the entry; whether there was one."""
         with self._lock:
-            entry = self._entries.pop(key, None)
+            entry = self._store.remove(key)
             if entry is None:
                 return False
-            self._policy.discard(key)
-            self._count_bytes(entry, -1)
+            self._key_bytes -= entry.key_size
             return True
 
-    def get_metadata(self, key: str) -> EntryMetadata | None:
-        """What is known of an entry, as a copy; None where there is none. Not an access."""
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
         with self._lock:
-            self._settle()
+            return iter(list(self._entries))
+
+    def __getitem__(self, key: str) -> bytes:
+        value = self.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __setitem__(self, key: str, value: bytes) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def get_metadata(self, key: str) -> EntryMetadata | None:
+        """An entry's metadata, as a copy; None where there is no entry. This is not an access."""
+        with self._lock:
+            self._apply_notes()
             entry = self._entries.get(key)
             if entry is None:
                 return None
@@ -180,23 +209,23 @@ class InMemoryKVCacheManager:
             }
 
     def get_stats(self) -> CacheStats:
-        """What is held now, and what happened since the start or the last `clear`."""
+        """What the cache holds now, and what it has counted since the start or the last `clear`."""
         with self._lock:
-            self._settle()
+            self._apply_notes()
             reads = self._hits + self._misses
             return {
                 "total_entries": len(self._entries),
-                "memory_used_mb": (self._key_bytes + self._value_bytes) / MB,
+                "memory_used_mb": self._store.bytes / MB,
                 "key_memory_mb": self._key_bytes / MB,
-                "value_memory_mb": self._value_bytes / MB,
+                "value_memory_mb": (self._store.bytes - self._key_bytes) / MB,
                 "cache_hits": self._hits,
                 "cache_misses": self._misses,
                 "hit_rate": self._hits / reads if reads else 0.0,
-                "evictions": self._evictions,
+                "evictions": self._store.evictions - self._earlier_evictions,
             }
 
-    def _settle(self) -> None:
-        """Count the reads noted so far and tell the policy of the hits. The caller holds the lock."""
+    def _apply_notes(self) -> None:
+        """Count the reads noted so far, and report the hits to the policy. The caller holds the lock."""
         take, entries = self._notes.popleft, self._entries
         hits: list[str] = []
         for _ in range(len(self._notes)):
@@ -209,8 +238,27 @@ class InMemoryKVCacheManager:
             if entry is not None:  # else it went since it was read
                 entry.access_count += 1
                 hits.append(key)
-        self._policy.access(hits)
+        self._store.access(hits)
 
-    def _count_bytes(self, entry: _Entry, sign: int) -> None:
-        self._key_bytes += sign * entry.key_size
-        self._value_bytes += sign * len(entry.value)
+
+def _key_size_of(key: str) -> int:
+    """Bytes of ``key`` in UTF-8. Raises EntryError and EntryTypeError as `InMemoryKVCacheManager.set` says."""
+    if not key:
+        raise EntryError(f"key is {key!r}; it cannot be None or empty")
+    if not isinstance(key, str):
+        raise EntryTypeError(f"key is of type {type(key).__name__}; it must be str")
+    try:
+        size = len(key) if key.isascii() else len(key.encode())
+    except UnicodeEncodeError as error:
+        raise EntryError(f"key has a lone surrogate at {error.start}; it must be Unicode text") from error
+    if size > MAX_KEY_BYTES:
+        raise EntryError(f"key of {size:,} UTF-8 bytes exceeds maximum of {MAX_KEY_BYTES:,} (10KB)")
+    return size
+
+
+def _check_value(value: bytes) -> None:
+    """Raises EntryError and EntryTypeError as `InMemoryKVCacheManager.set` says."""
+    if value is None:
+        raise EntryError("value is None; it must be bytes, of which none are fine")
+    if not isinstance(value, bytes):
+        raise EntryTypeError(f"value is of type {type(value).__name__}; it must be bytes")

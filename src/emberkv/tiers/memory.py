@@ -5,19 +5,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
+from emberkv.tiers.bounded_store import BoundedStore
 from emberkv.tiers.stats import TierStats
-
-KEY_BYTES = 64
-"""Counted for each entry beside its own bytes."""
 
 
 class MemoryTier(Tier):
     """A `Tier` in a dictionary. An entry is one immutable value, so a load sees the whole of the old or of the new one.
 
-    max_bytes: its limit, for entries and `KEY_BYTES` for each. Raises ConfigError where it is not above 0.
+    max_bytes: the limit of the entries' `TierEntry.size` together. Raises ConfigError where it is not above 0.
+
+    >>> tier = MemoryTier(2**20)
+    >>> tier.store([TierEntry(b"first", "", b"bytes"), TierEntry(b"second", "", b"more bytes")]).count
+    2
+    >>> tier.lookup([b"first", b"second", b"third"])  # how many are here, from the first on
+    2
+    >>> tier.load([b"second"])[0].data
+    b'more bytes'
     """
 
     refresh_seconds = None
@@ -26,15 +31,11 @@ class MemoryTier(Tier):
         if max_bytes <= 0:
             raise ConfigError(f"the RAM tier's size is {max_bytes} bytes; it must be above 0")
         self.name = name
-        self._max_bytes = max_bytes
-        self._make_policy = policy
-        self._lock = threading.Lock()  # for all but look-ups, which read the dictionary alone
-        self._entries: dict[bytes, TierEntry] = {}
-        self._policy: EvictionPolicy[bytes] = policy()
-        self._bytes = 0
+        self._lock = threading.Lock()  # for all but look-ups, which read the entries alone
+        self._store: BoundedStore[bytes, TierEntry] = BoundedStore(max_bytes, policy)
+        self._entries = self._store.entries
         self._owners: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
-        self._evictions = 0
 
     def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
         for index, identity in enumerate(identities):
@@ -60,32 +61,29 @@ class MemoryTier(Tier):
 
     def remove(self, identities: Sequence[bytes]) -> Removed:
         with self._lock:
-            found = [identity for identity in dict.fromkeys(identities) if identity in self._entries]
-            for identity in found:
-                self._policy.discard(identity)
-                self._drop(identity)
-            return Removed(len(found))
+            removed = [entry for identity in identities if (entry := self._store.remove(identity)) is not None]
+            for entry in removed:
+                self._owners[entry.owner] -= entry.size
+            return Removed(len(removed))
 
     def clear(self) -> Removed:
         with self._lock:
             count = len(self._entries)
-            self._entries = {}
-            self._policy = self._make_policy()
-            self._bytes = 0
+            self._store.clear()
             self._owners.clear()
             return Removed(count)
 
     def refresh(self) -> None:
-        """Nobody else changes this process's memory."""
+        """No other process changes this one's memory."""
 
     def stats(self) -> TierStats:
         with self._lock:
             return TierStats(
                 entries=len(self._entries),
-                bytes=self._bytes,
-                max_bytes=self._max_bytes,
+                bytes=self._store.bytes,
+                max_bytes=self._store.max_bytes,
                 bytes_by_owner={owner: size for owner, size in self._owners.items() if size},
-                evictions=self._evictions,
+                evictions=self._store.evictions,
                 skipped=dict(self._skipped),
             )
 
@@ -93,53 +91,25 @@ class MemoryTier(Tier):
         """Nothing is held open."""
 
     def _use(self, identities: Sequence[bytes]) -> None:
-        self._policy.access([identity for identity in reversed(identities) if identity in self._entries])
+        self._store.access([identity for identity in reversed(identities) if identity in self._entries])
 
     def _store_one(self, entry: TierEntry, evicted: list[bytes]) -> bool:
         """Whether the block is here now. Where there is no room for it, the entry that it would replace stays."""
         replaced = self._entries.get(entry.identity)
-        if replaced and (replaced.exact or not entry.exact):
+        if replaced is not None and (replaced.exact or not entry.exact):
             return True
-        size = _size(entry)
-        if size > self._max_bytes:
+        if entry.size > self._store.max_bytes:
             self._skipped["too large"] += 1
             return False
-        if replaced:
-            self._policy.discard(entry.identity)
-        freed = _size(replaced) if replaced else 0
-        while self._bytes - freed + size > self._max_bytes:
-            if not self._policy.available_to(entry.owner):  # all that could go is guaranteed to others
-                self._skipped["no room"] += 1
-                if replaced:
-                    self._admit(replaced)
-                return False
-            self._evict(self._policy.evict_for(entry.owner), evicted)
-        if replaced:
-            self._drop(entry.identity)
-        self._entries[entry.identity] = entry
-        self._count(entry, +1)
-        self._admit(entry)
-        for surplus in list(self._policy.surplus()):
-            self._policy.discard(surplus)
-            self._evict(surplus, evicted)
-        return entry.identity in self._entries
-
-    def _admit(self, entry: TierEntry) -> None:
-        self._policy.admit(entry.identity, Weight(size=_size(entry), owner=entry.owner))
-        self._policy.release((entry.identity,))
-
-    def _evict(self, identity: bytes, evicted: list[bytes]) -> None:
-        self._drop(identity)
-        self._evictions += 1
-        evicted.append(identity)
-
-    def _drop(self, identity: bytes) -> None:
-        self._count(self._entries.pop(identity), -1)
-
-    def _count(self, entry: TierEntry, sign: int) -> None:
-        self._bytes += sign * _size(entry)
-        self._owners[entry.owner] += sign * _size(entry)
-
-
-def _size(entry: TierEntry) -> int:
-    return KEY_BYTES + len(entry.data)
+        gone = self._store.put(entry.identity, entry)
+        kept = self._entries.get(entry.identity) is entry
+        if kept or any(each is entry for each in gone):
+            self._owners[entry.owner] += entry.size
+            if replaced is not None:
+                self._owners[replaced.owner] -= replaced.size
+        else:
+            self._skipped["no room"] += 1
+        for each in gone:
+            self._owners[each.owner] -= each.size
+            evicted.append(each.identity)
+        return kept
