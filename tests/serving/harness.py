@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket

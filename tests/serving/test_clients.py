@@ -6,7 +6,7 @@ import anthropic
 import openai
 import pytest
 
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script

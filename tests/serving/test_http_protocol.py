@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings
 from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer

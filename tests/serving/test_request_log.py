@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from emberkv.core.sequence import FinishReason
-from emberkv.serving.app import create_app
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.request_log import JsonFormatter, TextFormatter, duration, percent
 from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants

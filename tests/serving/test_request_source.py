@@ -8,8 +8,7 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.http.request_source import host_name, is_from_this_machine, is_own_user, user_of
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine

@@ -15,8 +15,7 @@ from emberkv.serving.admin.cache_questions import CacheQuestion
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from emberkv.serving.errors import OverloadedError
-from emberkv.serving.worker_pool import WorkerPool
+from emberkv.serving.workers import WorkerPool
 
 DEADLINE = 20.0
 
@@ -64,7 +64,7 @@ def test_as_much_runs_at_once_as_there_are_threads() -> None:
 def test_a_process_exits_while_work_goes_on() -> None:
     script = """
 import asyncio, threading
-from emberkv.serving.worker_pool import WorkerPool
+from emberkv.serving.workers import WorkerPool
 
 async def use():
     started = threading.Event()

@@ -14,9 +14,8 @@ from emberkv.cli.telling import USAGE_EXIT_CODE
 from emberkv.cli.trace_file import recording
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
-from emberkv.serving.app import create_app
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import load_rules
-from emberkv.serving.context import ServingSettings
 from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.http.request_source import is_loopback, is_own_user
 from emberkv.serving.lifecycle import Lifecycle

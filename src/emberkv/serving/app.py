@@ -1,8 +1,11 @@
-"""The HTTP application: a pure factory, all of whose dependencies are parameters."""
+"""The HTTP application. It is made by a pure factory, all of whose dependencies are parameters."""
 
+import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -12,20 +15,58 @@ from starlette.requests import ClientDisconnect
 from emberkv import __version__
 from emberkv.errors import EmberError
 from emberkv.serving.admin.routes import cache_router
-from emberkv.serving.answers import cache_header
+from emberkv.serving.answer_service import AnswerService
+from emberkv.serving.answers.cache_header import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.api.openapi import openapi_document
 from emberkv.serving.api.tokenizer_api import tokenizer_router
-from emberkv.serving.context import ServingContext, ServingSettings
+from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
-from emberkv.serving.http.request_body import BodyLimit, ContentDecoding
+from emberkv.serving.http.request_body import BodyLimit, ContentDecoding, default_max_bytes
 from emberkv.serving.http.request_scope import RequestScope
 from emberkv.serving.http.request_source import SourceCheck
 from emberkv.serving.lifecycle import Lifecycle, Phase
-from emberkv.serving.metrics.request_metrics import Clock
+from emberkv.serving.metrics.collectors import (
+    BuildCollector,
+    ReuseCollector,
+    TierCollector,
+    TokenizerCollector,
+    WarmupCollector,
+)
+from emberkv.serving.metrics.request_metrics import HttpMetrics, ServingMetrics
+from emberkv.serving.tenancy.keys import SECRET_BYTES
+from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.workers import RequestPreparer, WorkerPool
 
-_PLACES = {
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What the app of a server can be set to.
+
+    max_body_bytes: the largest request body accepted; None: `default_max_bytes` of the model's context. tenants: who
+    may send requests; None makes a tenant of each of ``api_keys``, and without these no key is needed. canonical: rules
+    that rewrite prompts before they are rendered. recorder: records every request in a trace. For admin_key,
+    metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
+    (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int | None = None
+    tenants: Tenants | None = None
+    canonical: CanonicalRules | None = None
+    admin_key: str | None = None
+    metrics_key: str | None = None
+    recorder: TraceRecorder | None = None
+    bound_to_loopback: bool = False
+    is_own_user: IsOwnUser = lambda _: True
+    allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
+
+
+_ROUTES = {
     "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
     "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
@@ -38,57 +79,104 @@ def create_app(
     lifecycle: Lifecycle,
     settings: ServingSettings | None = None,
     *,
-    clock: Clock = time.perf_counter,
-    wall_clock: Clock = time.time,
+    clock: Callable[[], float] = time.perf_counter,
+    wall_clock: Callable[[], float] = time.time,
 ) -> FastAPI:
     """An app that answers at once, and generates as soon as ``lifecycle.loaded`` has been called.
 
     clock: monotonic seconds, for latencies. wall_clock: seconds since 1970, for answers' ``created``.
     """
     settings = settings or ServingSettings()
-    context = ServingContext(lifecycle, settings, clock=clock, wall_clock=wall_clock)
+    tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
+    keys = ApiKeys(tenants)
+    guard = AdminGuard(
+        settings.admin_key,
+        metrics_key=settings.metrics_key,
+        bound_to_loopback=settings.bound_to_loopback,
+        tenants=tenants,
+        keys=keys,
+        is_own_user=settings.is_own_user,
+    )
+    metrics, workers = _metrics(lifecycle), WorkerPool()
+    preparer = RequestPreparer(lifecycle, workers, settings.canonical)
+    answers = AnswerService(lifecycle, workers, metrics, clock=clock, wall_clock=wall_clock, recorder=settings.recorder)
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(ContentDecoding, max_bytes=context.max_body_bytes)
-    app.add_middleware(BodyLimit, max_bytes=context.max_body_bytes)
-    app.add_middleware(SourceCheck, keyless=not context.tenants.by_key, allowed_origins=settings.allowed_origins)
+    _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)
+    for kind in (EmberError, HTTPException, Exception):
+        app.add_exception_handler(kind, error_response)
+    app.add_exception_handler(ClientDisconnect, client_disconnected)
+    app.include_router(openai_router(lifecycle, keys, preparer, answers))
+    app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
+    app.include_router(tokenizer_router(lifecycle, keys, preparer))
+    app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
+    app.include_router(_status_router(lifecycle))
+    app.include_router(_metrics_router(guard, metrics, answers))
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(openapi_document(app, settings.root_path))
+
+    @app.get("/version", dependencies=[Depends(keys.tenant)])
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    return app
+
+
+def _metrics(lifecycle: Lifecycle) -> ServingMetrics:
+    metrics = ServingMetrics(lifecycle.engine_stats)
+    metrics.register(TierCollector(lifecycle.engine_stats))
+    metrics.register(BuildCollector(lifecycle.about))
+    metrics.register(lifecycle.background)
+    metrics.register(WarmupCollector(lifecycle.warmup_report))
+    metrics.register(TokenizerCollector(lifecycle.tokenizer_cache_bytes))
+    metrics.register(ReuseCollector(lifecycle.reuse))
+    return metrics
+
+
+def _add_middleware(
+    app: FastAPI,
+    lifecycle: Lifecycle,
+    settings: ServingSettings,
+    metrics: HttpMetrics,
+    *,
+    keyless: bool,
+    clock: Callable[[], float],
+) -> None:
+    def max_body_bytes() -> int:  # before the model is loaded, the least that any model accepts
+        if settings.max_body_bytes is not None:
+            return settings.max_body_bytes
+        return default_max_bytes(lifecycle.model().engine.context_length if lifecycle.has_model else 0)
+
+    app.add_middleware(ContentDecoding, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(SourceCheck, keyless=keyless, allowed_origins=settings.allowed_origins)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=[cache_header.NAME, *REQUEST_ID_HEADERS],
+            expose_headers=[CACHE_HEADER, *REQUEST_ID_HEADERS],
         )
-    app.add_middleware(
-        RequestScope, metrics=context.metrics.http, clock=clock, root_path=settings.root_path
-    )  # the last one added is the first to see a request
-    for kind in (EmberError, HTTPException, Exception):
-        app.add_exception_handler(kind, error_response)
-    app.add_exception_handler(ClientDisconnect, client_disconnected)
-    app.include_router(openai_router(context))
-    app.include_router(anthropic_router(context))
-    app.include_router(tokenizer_router(context))
-    app.include_router(cache_router(context))
+    # the last one added is the first to see a request
+    app.add_middleware(RequestScope, metrics=metrics, clock=clock, root_path=settings.root_path)
 
-    @app.get("/")
+
+def _status_router(lifecycle: Lifecycle) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/")
     async def index() -> Response:
-        return JSONResponse({"name": "emberkv", "status": lifecycle.phase.value, **_PLACES})
+        return JSONResponse({"name": "emberkv", "status": lifecycle.phase.value, **_ROUTES})
 
-    @app.get("/openapi.json")
-    async def openapi() -> Response:
-        return JSONResponse(openapi_document(app, settings.root_path))
-
-    @app.get("/version", dependencies=[Depends(context.tenant)])
-    async def version() -> Response:
-        return JSONResponse({"version": __version__})
-
-    @app.get("/health")
+    @router.get("/health")
     async def health() -> Response:
         if lifecycle.phase is Phase.FAILED:
             return JSONResponse({"status": "failed", "detail": lifecycle.detail}, status_code=503)
         return JSONResponse({"status": "alive"})
 
-    @app.get("/ready")
+    @router.get("/ready")
     async def ready() -> Response:
         is_ready = lifecycle.phase is Phase.READY
         body = {
@@ -100,12 +188,18 @@ def create_app(
         }
         return JSONResponse(body, status_code=200 if is_ready else 503)
 
-    @app.get("/metrics", dependencies=[Depends(context.guard.metrics)])
+    return router
+
+
+def _metrics_router(guard: AdminGuard, serving_metrics: ServingMetrics, answers: AnswerService) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics", dependencies=[Depends(guard.metrics)])
     async def metrics() -> Response:
-        return Response(context.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(serving_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/metrics/tenants", dependencies=[Depends(context.guard.operator)])
+    @router.get("/metrics/tenants", dependencies=[Depends(guard.operator)])
     async def tenant_metrics() -> Response:
-        return Response(context.tenant_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(answers.tenant_metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+    return router

@@ -18,6 +18,10 @@ class ApiKeys:
     def __init__(self, tenants: Tenants) -> None:
         self._by_key = tenants.by_key
 
+    async def tenant(self, request: Request) -> Tenant:
+        """`tenant_of` the request's headers, as a route's dependency."""
+        return self.tenant_of(request.headers)
+
     def tenant_of(self, headers: Mapping[str, str]) -> Tenant:
         """Whose the given key is; `EVERYBODY` where no keys are set.
 

@@ -160,10 +160,15 @@ SCOPE_KEY = "emberkv.request"
 
 @dataclass(slots=True)
 class RequestInfo:
-    """request_id: the client's or ours. method: as the client sent it. code, param: of the error that refused it."""
+    """What is known about an HTTP request beside its body, from the outermost middleware to the log line at its end.
+
+    request_id: the client's, or else the server's. method: as the client sent it. arrived: monotonic seconds of the
+    app's clock. code, param: of the error that refused the request.
+    """
 
     request_id: str
     method: str
+    arrived: float
     code: str | None = None
     param: str | None = None
 

@@ -6,9 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from emberkv.serving.app import create_app
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants
 from tests.core.lower import FakeTiers

@@ -7,8 +7,7 @@ import pytest
 from fastapi import FastAPI
 
 from emberkv.errors import EmberError
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.errors import NotReadyError
 from emberkv.serving.http.request_body import BodyLimit, default_max_bytes
 from emberkv.serving.lifecycle import Lifecycle

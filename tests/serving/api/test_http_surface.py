@@ -10,8 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from emberkv import __version__
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.harness import MODEL, Client, anthropic_error, openai_error, serving
 

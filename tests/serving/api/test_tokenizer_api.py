@@ -2,8 +2,7 @@
 
 import pytest
 
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import BOS
 from tests.serving.harness import MODEL, Client, openai_error

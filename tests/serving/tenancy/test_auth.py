@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from emberkv.serving.app import create_app
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.auth import ApiKeys
-from emberkv.serving.context import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import Tenants
 from tests.serving.fakes import FakeEngine

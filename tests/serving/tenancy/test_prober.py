@@ -26,8 +26,7 @@ from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.cache_setup import cache_access
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants
 from tests.conftest import CheckpointFactory

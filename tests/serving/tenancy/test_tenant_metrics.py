@@ -4,8 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from emberkv.engine.request import EngineStats
-from emberkv.serving.app import create_app
-from emberkv.serving.context import ServingSettings
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.tenancy.tenants_file import TenantsFile, key_digest

@@ -8,9 +8,9 @@ from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages
-from emberkv.serving.api.responses import compact_json
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.http.responses import compact_json
 from emberkv.serving.lifecycle import LoadedModel
 from emberkv.serving.tenancy.tenants import EVERYBODY, Tenant, Tenants
 

@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from math import inf
@@ -16,19 +17,30 @@ from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.cache_desk import CacheDesk, Path
 from emberkv.serving.admin.cache_questions import CacheQuestion, rendered_prompt, tenant_meant
 from emberkv.serving.admin.explain import Explained, explain_prompt, explanation_json
+from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.rendering import RenderedPrompt
-from emberkv.serving.api.responses import unless_disconnected
 from emberkv.serving.api.validation import parse_body
-from emberkv.serving.context import LARGE_BODY_BYTES, ServingContext
+from emberkv.serving.auth import AdminGuard
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.http.responses import unless_disconnected
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.tenancy.tenants import Tenant, Tenants
+from emberkv.serving.workers import RequestPreparer
 
 MAX_LISTED = 200
 
 
-def cache_router(context: ServingContext) -> APIRouter:
-    routes = CacheRoutes(context)
+def cache_router(
+    lifecycle: Lifecycle,
+    guard: AdminGuard,
+    tenants: Tenants,
+    preparer: RequestPreparer,
+    answers: AnswerService,
+    wall_clock: Callable[[], float],
+) -> APIRouter:
+    """The routes over the cache of the model that ``lifecycle`` holds. wall_clock: seconds since 1970."""
+    routes = CacheRoutes(lifecycle, guard, tenants, preparer, answers, wall_clock)
     router = APIRouter(prefix="/v1/cache")
     for path, answer in (("", routes.statistics), ("/sessions", routes.sessions), ("/prefixes", routes.prefixes)):
         router.add_api_route(path, answer, methods=["GET"])
@@ -40,51 +52,61 @@ def cache_router(context: ServingContext) -> APIRouter:
 class CacheRoutes:
     """All but explain are the operator's. A POST's body is a `CacheQuestion`."""
 
-    def __init__(self, context: ServingContext) -> None:
-        self._context = context
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        guard: AdminGuard,
+        tenants: Tenants,
+        preparer: RequestPreparer,
+        answers: AnswerService,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._guard = guard
+        self._tenants = tenants
+        self._preparer = preparer
+        self._answers = answers
+        self._wall_clock = wall_clock
 
     async def statistics(self, http: Request) -> Response:
-        await self._context.guard.operator(http)
-        sessions = self._context.sessions
+        await self._guard.operator(http)
+        sessions = self._answers.sessions
         return JSONResponse({"object": "cache", **await self._desk().statistics(), "sessions": len(sessions)})
 
     async def sessions(self, http: Request) -> Response:
-        await self._context.guard.operator(http)
-        return JSONResponse({"object": "list", "data": self._context.sessions.listing()})
+        await self._guard.operator(http)
+        return JSONResponse({"object": "list", "data": self._answers.sessions.listing()})
 
     async def prefixes(self, http: Request) -> Response:
-        await self._context.guard.operator(http)
+        await self._guard.operator(http)
         by, limit = http.query_params.get("by", "hottest"), http.query_params.get("limit", "20")
         if by not in ("hottest", "largest"):
             raise RequestError(f"by is {reprlib.repr(by)}; it must be 'hottest' or 'largest'", param="by")
         if not re.fullmatch("0*[1-9][0-9]{0,2}", limit, re.ASCII) or int(limit.lstrip("0")) > MAX_LISTED:
             raise RequestError(f"limit is {reprlib.repr(limit)}; it must be from 1 to {MAX_LISTED}", param="limit")
-        listed = await self._desk().prefixes(by, int(limit), self._context.lifecycle.model().tokenizer)
+        listed = await self._desk().prefixes(by, int(limit), self._lifecycle.model().tokenizer)
         return JSONResponse({"object": "list", "data": listed})
 
     async def explain(self, http: Request) -> Response:
         """Of a tenant's own prompt or response; of anybody's, for the operator."""
-        context = self._context
-        tenant = await context.guard.asker(http)
+        tenant = await self._guard.asker(http)
         question = await self._question(http, "openai", "anthropic", "response_id")
         if question.response_id is not None:
             explained = self._past(question.response_id, question.answer, tenant)
         else:
             explained = await self._present(question, tenant)
-        tokenizer = context.lifecycle.model().tokenizer
-        return JSONResponse(explanation_json(explained, tokenizer, now=context.wall_clock()))
+        tokenizer = self._lifecycle.model().tokenizer
+        return JSONResponse(explanation_json(explained, tokenizer, now=self._wall_clock()))
 
     async def warm(self, http: Request) -> Response:
         """Have a prompt computed now, so that the next request with it hits."""
-        context = self._context
-        arrived = context.clock()
-        await context.guard.operator(http)
+        await self._guard.operator(http)
         question = await self._question(http, "openai", "anthropic")
-        tenant = tenant_meant(question, context.tenants).salted(question.cache_salt)
+        tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
-        answer_budget(context.lifecycle.model().engine, len(prompt.token_ids), 1)
-        asked = context.asked(http, "warm", tenant, arrived, prompt.canonical)
-        stream = context.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], asked)
+        answer_budget(self._lifecycle.model().engine, len(prompt.token_ids), 1)
+        request = self._answers.request(http, "warm", tenant, prompt.canonical)
+        stream = self._answers.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], request)
         async with stream:
             answers = await unless_disconnected(http.receive, stream.collect())
         if answers is None:
@@ -95,59 +117,57 @@ class CacheRoutes:
 
     async def pin(self, http: Request) -> Response:
         """Have a prefix evicted last. For good, it is also warmed again whenever it is lost."""
-        await self._context.guard.operator(http)
+        await self._guard.operator(http)
         question, path = await self._path(http)
         retained = await self._desk().retain(path, question.seconds or inf)
-        warmup = self._context.lifecycle.model().warmup
+        warmup = self._lifecycle.model().warmup
         kept_warm = warmup.pin(path.tokens, path.tenant) if warmup is not None and question.seconds is None else 0
         figures = {"blocks": len(path.identities), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
         return JSONResponse({"object": "cache.pinned", "prefix": path.identities[-1].hex(), **figures})
 
     async def unpin(self, http: Request) -> Response:
-        await self._context.guard.operator(http)
+        await self._guard.operator(http)
         _, path = await self._path(http)
         await self._desk().let_go(path)
-        warmup = self._context.lifecycle.model().warmup
+        warmup = self._lifecycle.model().warmup
         if warmup is not None:
             warmup.unpin(path.tokens, path.tenant)
         return JSONResponse({"object": "cache.unpinned", "prefix": path.identities[-1].hex()})
 
     async def remove(self, http: Request) -> Response:
         """Forget a prefix, unless others share it, and all that goes on from it."""
-        await self._context.guard.operator(http)
+        await self._guard.operator(http)
         _, path = await self._path(http)
         return JSONResponse({"object": "cache.removed", **asdict(await self._desk().remove(path))})
 
     async def clear(self, http: Request) -> Response:
-        await self._context.guard.operator(http)
+        await self._guard.operator(http)
         _check_json(http)
         return JSONResponse({"object": "cache.cleared", **asdict(await self._desk().clear())})
 
     def _past(self, response_id: str, answer: int, tenant: Tenant | None) -> Explained:
         """Another tenant's response is as unknown as one that never was."""
-        context = self._context
-        asked = context.recent.get(response_id)
-        if asked is not None and (tenant is None or asked.tenant.name == tenant.name):
-            explanation = self._cache().books.explained(asked.answer_id(answer))
+        request = self._answers.recent.get(response_id)
+        if request is not None and (tenant is None or request.tenant.name == tenant.name):
+            explanation = self._cache().books.explained(request.answer_id(answer))
             if explanation is not None:
-                return Explained(explanation, asked.canonical)
+                return Explained(explanation, request.canonical)
         message = f"response_id {response_id!r} is unknown; only the last responses are remembered"
         raise NotFoundError(message, param="response_id")
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
-        context = self._context
-        whose = (tenant if tenant is not None else tenant_meant(question, context.tenants)).salted(question.cache_salt)
+        whose = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
         prompt = await self._prompt(question, whose)
-        others = [] if tenant is not None else [context.tenants.named(name) for name in context.tenants.names]
+        others = [] if tenant is not None else [self._tenants.named(name) for name in self._tenants.names]
         return await explain_prompt(self._cache(), prompt, whose, others)
 
     async def _path(self, http: Request) -> tuple[CacheQuestion, Path]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
             return question, await self._desk().path(question.prefix_identity())
-        tenant = tenant_meant(question, self._context.tenants).salted(question.cache_salt)
+        tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
-        chain = await self._context.workers.run(partial(self._cache().chain, prompt.token_ids, tenant))
+        chain = await self._preparer.run(partial(self._cache().chain, prompt.token_ids, tenant))
         if not chain.identities:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
         return question, Path(list(chain.identities), prompt.token_ids, tenant.name)
@@ -155,23 +175,22 @@ class CacheRoutes:
     async def _question(self, http: Request, *accepted: str) -> CacheQuestion:
         _check_json(http)
         body = await http.body()
-        parse = partial(parse_body, CacheQuestion, body)
-        question = await self._context.workers.run(parse) if len(body) > LARGE_BODY_BYTES else parse()
+        question = await self._preparer.run(partial(parse_body, CacheQuestion, body), len(body))
         question.check(*accepted)
         return question
 
     async def _prompt(self, question: CacheQuestion, tenant: Tenant) -> RenderedPrompt:
-        model, rules = self._context.lifecycle.model().seen_by(tenant.name), self._context.settings.canonical
-        return await self._context.workers.run(partial(rendered_prompt, question, model, rules))
+        model = self._lifecycle.model().seen_by(tenant.name)
+        return await self._preparer.run(partial(rendered_prompt, question, model, self._preparer.rules))
 
     def _cache(self) -> CacheAccess:
-        cache = self._context.lifecycle.model().cache
+        cache = self._lifecycle.model().cache
         if cache is None:
             raise HTTPException(404)
         return cache
 
     def _desk(self) -> CacheDesk:
-        return CacheDesk(self._cache(), self._context.lifecycle.model().warmup)
+        return CacheDesk(self._cache(), self._lifecycle.model().warmup)
 
 
 def _check_json(http: Request) -> None:

@@ -16,7 +16,7 @@ from emberkv.core.explaining.explanation import POOL, Explanation, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
 
-NAME = "x-emberkv-cache"
+CACHE_HEADER = "x-emberkv-cache"
 
 _PATTERN = re.compile(
     r"hit=(?P<hit>\d+)(?P<places>(?:;[a-z][a-z0-9-]*=\d+)*?);miss=(?P<miss>\d+)"
@@ -61,7 +61,9 @@ def parse_summary(header: str) -> CacheSummary:
     """Raises RequestError for a text that is no such header."""
     match = _PATTERN.fullmatch(header)
     if match is None or (match["why"] and match["why"] not in {reason.value for reason in Reason}):
-        raise RequestError(f"{NAME} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=NAME)
+        raise RequestError(
+            f"{CACHE_HEADER} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=CACHE_HEADER
+        )
     pairs = (pair.split("=") for pair in match["places"].split(";")[1:])
     places = {place: int(tokens) for place, tokens in pairs}
     why = Reason(match["why"]) if match["why"] else None

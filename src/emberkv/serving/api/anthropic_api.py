@@ -9,18 +9,20 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
+from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.rendering import Applied, render_messages
-from emberkv.serving.api.responses import compact_json, respond, sse_event
 from emberkv.serving.api.validation import parse_body
+from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.context import ServingContext
 from emberkv.serving.errors import anthropic_error, failure_mid_stream
-from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.http.responses import compact_json, sse_event
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.workers import RequestPreparer
 
 _DELTA_HEAD = (
     'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'
@@ -52,26 +54,26 @@ def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None) 
     return len(render_messages(request, model.tokenizer, rules, model.countable_tokens).token_ids)
 
 
-def anthropic_router(context: ServingContext) -> APIRouter:
-    """The routes, guarded by the context's API keys."""
+def anthropic_router(
+    lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer, answers: AnswerService
+) -> APIRouter:
+    """The routes, open to requests with one of ``keys``."""
     router = APIRouter()
-    guard = Depends(context.tenant)
+    guard = Depends(keys.tenant)
 
     @router.post("/v1/messages")
     async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        arrived = context.clock()
-        work = partial(prepare_messages, rules=context.settings.canonical)
-        request, prompt, canonical = await context.prepare(work, await http.body(), tenant)
-        asked = context.asked(http, "messages", tenant, arrived, canonical)
-        stream = context.start([prompt], asked)
-        writer = MessageWriter(asked.request_id, context.lifecycle.model().names[0])
-        headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
+        work = partial(prepare_messages, rules=preparer.rules)
+        request, prompt, canonical = await preparer.prepare(work, await http.body(), tenant)
+        context = answers.request(http, "messages", tenant, canonical)
+        stream = answers.start([prompt], context)
+        writer = MessageWriter(context.request_id, lifecycle.model().names[0])
+        return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")
     async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        work = partial(count_tokens, rules=context.settings.canonical)
-        return JSONResponse({"input_tokens": await context.prepare(work, await http.body(), tenant)})
+        work = partial(count_tokens, rules=preparer.rules)
+        return JSONResponse({"input_tokens": await preparer.prepare(work, await http.body(), tenant)})
 
     return router
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.errors import RequestError
+from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.answer import echo_of
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_api import anthropic_card
@@ -20,13 +21,14 @@ from emberkv.serving.api.openai_schema import (
     OpenAIRequest,
 )
 from emberkv.serving.api.rendering import Applied, render_chat
-from emberkv.serving.api.responses import respond
 from emberkv.serving.api.validation import parse_body
+from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.context import ServingContext
 from emberkv.serving.errors import speaks_anthropic
-from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.workers import RequestPreparer
 
 
 def prepare_chat(
@@ -96,17 +98,17 @@ def _completion_tokens(given: str | list[int], model: LoadedModel) -> Sequence[i
     return model.tokenizer.encode(given, add_special_tokens=True, max_tokens=model.engine.max_prompt_tokens)
 
 
-def openai_router(context: ServingContext) -> APIRouter:
-    """The routes, guarded by the context's API keys."""
+def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer, answers: AnswerService) -> APIRouter:
+    """The routes, open to requests with one of ``keys``."""
     router = APIRouter()
-    guard = Depends(context.tenant)
+    guard = Depends(keys.tenant)
 
-    def writer_arguments(request: OpenAIRequest, request_id: str) -> dict[str, Any]:
-        model = context.lifecycle.model()
+    def writer_arguments(request: OpenAIRequest, context: RequestContext) -> dict[str, Any]:
+        model = lifecycle.model()
         return {
-            "request_id": request_id,
+            "request_id": context.request_id,
             "model": model.names[0],
-            "created": int(context.wall_clock()),
+            "created": context.created,
             "tokens": model.tokenizer,
             "choices": request.choices,
             "include_usage": request.include_usage,
@@ -114,28 +116,24 @@ def openai_router(context: ServingContext) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        arrived = context.clock()
-        work = partial(prepare_chat, rules=context.settings.canonical)
-        request, prompts, canonical = await context.prepare(work, await http.body(), tenant)
-        asked = context.asked(http, "chat_completions", tenant.salted(request.cache_salt), arrived, canonical)
-        stream = context.start(prompts, asked)
-        writer = ChatWriter(**writer_arguments(request, asked.request_id))
-        headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
+        work = partial(prepare_chat, rules=preparer.rules)
+        request, prompts, canonical = await preparer.prepare(work, await http.body(), tenant)
+        context = answers.request(http, "chat_completions", tenant.salted(request.cache_salt), canonical)
+        stream = answers.start(prompts, context)
+        writer = ChatWriter(**writer_arguments(request, context))
+        return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        arrived = context.clock()
-        request, prompts = await context.prepare(prepare_completion, await http.body(), tenant)
-        asked = context.asked(http, "completions", tenant.salted(request.cache_salt), arrived)
-        stream = context.start(prompts, asked)
-        writer = CompletionWriter(**writer_arguments(request, asked.request_id))
-        headers = partial(context.cache_headers, stream)
-        return await respond(http, stream, writer, headers, context.workers, as_events=bool(request.stream))
+        request, prompts = await preparer.prepare(prepare_completion, await http.body(), tenant)
+        context = answers.request(http, "completions", tenant.salted(request.cache_salt))
+        stream = answers.start(prompts, context)
+        writer = CompletionWriter(**writer_arguments(request, context))
+        return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.get("/v1/models", dependencies=[guard])
     async def models(http: Request) -> Response:
-        model = context.lifecycle.model()
+        model = lifecycle.model()
         if speaks_anthropic(http):
             cards = [anthropic_card(model, name) for name in model.names]
             return JSONResponse(
@@ -145,7 +143,7 @@ def openai_router(context: ServingContext) -> APIRouter:
 
     @router.get("/v1/models/{name:path}", dependencies=[guard])
     async def model_card(name: str, http: Request) -> Response:
-        model = context.lifecycle.model()
+        model = lifecycle.model()
         model.check_name(name)
         return JSONResponse((anthropic_card if speaks_anthropic(http) else _model_card)(model, name))
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Protocol
 from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.api.responses import compact_json, sse_event
 from emberkv.serving.errors import failure_mid_stream, openai_error
+from emberkv.serving.http.responses import compact_json, sse_event
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 DONE = b"data: [DONE]\n\n"

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from emberkv import __version__
 from emberkv.serving.admin.cache_questions import CacheQuestion
-from emberkv.serving.answers import cache_header
+from emberkv.serving.answers.cache_header import CACHE_HEADER
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
@@ -212,9 +212,7 @@ def _answer(path: str) -> Json:
         answer["content"] = _json(ANSWERS[path])
     if path in _STREAMED:
         answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-        headers[cache_header.NAME] = (
-            "Where the prompt's tokens came from, as in hit=512;pool=512;miss=2;why=partial@512."
-        )
+        headers[CACHE_HEADER] = "Where the prompt's tokens came from, as in hit=512;pool=512;miss=2;why=partial@512."
     answer["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, text in sorted(headers.items())
     }

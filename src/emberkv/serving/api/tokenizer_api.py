@@ -10,9 +10,10 @@ from emberkv.errors import RequestError
 from emberkv.serving.api.openai_schema import TemplateOptions
 from emberkv.serving.api.rendering import chat_text
 from emberkv.serving.api.validation import RequestBody, parse_body
-from emberkv.serving.context import ServingContext
-from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.auth import ApiKeys
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.workers import RequestPreparer
 
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -69,22 +70,22 @@ def detokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
     return {"prompt": text.decode(errors="replace")}
 
 
-def tokenizer_router(context: ServingContext) -> APIRouter:
-    """The routes, guarded by the context's API keys."""
+def tokenizer_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer) -> APIRouter:
+    """The routes, open to requests with one of ``keys``."""
     router = APIRouter()
-    guard = Depends(context.tenant)
+    guard = Depends(keys.tenant)
 
     @router.post("/tokenize")
     async def tokenize_text(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        return JSONResponse(await context.prepare(tokenize, await http.body(), tenant))
+        return JSONResponse(await preparer.prepare(tokenize, await http.body(), tenant))
 
     @router.post("/detokenize")
     async def detokenize_ids(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
-        return JSONResponse(await context.prepare(detokenize, await http.body(), tenant))
+        return JSONResponse(await preparer.prepare(detokenize, await http.body(), tenant))
 
     @router.get("/tokenizer_info", dependencies=[guard])
     async def tokenizer_info() -> Response:
-        model = context.lifecycle.model()
+        model = lifecycle.model()
         return JSONResponse({**model.tokenizer.description, "model_max_length": model.engine.context_length})
 
     return router

@@ -40,7 +40,7 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         began = self._clock()
-        info = RequestInfo(_request_id(Headers(scope=scope)), scope["method"])
+        info = RequestInfo(_request_id(Headers(scope=scope)), scope["method"], began)
         is_head = info.method == "HEAD"
         scope[SCOPE_KEY] = info  # in the server's own scope, too, which an unforeseen exception's handler is given
         routed = {

@@ -1,18 +1,24 @@
-"""Daemon threads for work that takes as long as a client's request makes it take."""
+"""Worker threads, and the preparation of requests on them: parsing, rendering and tokenizing off the event loop."""
 
 import asyncio
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
+from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import OverloadedError
+from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.tenancy.tenants import Tenant
 
 T = TypeVar("T")
 
 DEFAULT_THREADS = 8
 DEFAULT_WAITING = 1024
+LARGE_BODY_BYTES = 20_000
+"""From here on, parsing and tokenizing on the event loop would delay other requests noticeably."""
 
 
 class WorkerPool:
@@ -58,3 +64,27 @@ def _carry_out(work: Callable[[], T], future: Future[T]) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+class RequestPreparer:
+    """Parses, renders and tokenizes the requests to the model that ``lifecycle`` holds; large ones on ``workers``.
+
+    rules: rewrite prompts before they are rendered.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, workers: WorkerPool, rules: CanonicalRules | None = None) -> None:
+        self.rules = rules
+        self._lifecycle = lifecycle
+        self._workers = workers
+
+    async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes, tenant: Tenant) -> T:
+        """What ``work`` returns for a body, given the model as ``tenant`` sees it, or raises.
+
+        Raises NotReadyError before the model is loaded, OverloadedError when too many large requests wait.
+        """
+        return await self.run(partial(work, body, self._lifecycle.model().seen_by(tenant.name)), len(body))
+
+    async def run(self, work: Callable[[], T], body_bytes: int | None = None) -> T:
+        """What ``work`` on a body of this size returns or raises; None: of any size. Raises OverloadedError."""
+        is_small = body_bytes is not None and body_bytes <= LARGE_BODY_BYTES
+        return work() if is_small else await self._workers.run(work)

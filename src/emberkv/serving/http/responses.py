@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.errors import CLIENT_GONE
-from emberkv.serving.worker_pool import WorkerPool
+from emberkv.serving.workers import WorkerPool
 
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
 
