@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.answers.cache_header import NAME, CacheSummary, parse_summary, summary_of
+from emberkv.serving.answers.cache_header import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import EVERYBODY
@@ -61,7 +61,7 @@ def header(client: Client, path: str, text: str, **fields: Any) -> str:
     body |= {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     response = client.post(path, body)
     assert response.status_code == 200, response.text
-    return response.headers[NAME]
+    return response.headers[CACHE_HEADER]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/completions"])
@@ -100,4 +100,4 @@ def test_without_books_the_tokens_are_told_all_the_same(client: Client, engine: 
 
 
 def test_a_failed_request_has_none(client: Client) -> None:
-    assert NAME not in client.post("/v1/completions", {"model": MODEL}).headers
+    assert CACHE_HEADER not in client.post("/v1/completions", {"model": MODEL}).headers
