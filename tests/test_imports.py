@@ -13,18 +13,18 @@ import emberkv
 SOURCE = Path(emberkv.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"", "errors", "config", "complaints", "settings", "trusted_paths", "whole_file", "yaml_loader"}
+LEAVES = {"", "errors", "config", "settings", "trusted_paths", "validation", "whole_file", "yaml_files"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
     "": {"tiers", "engine", "llm", "sim"},
     "errors": set[str](),
-    "complaints": set[str](),
-    "config": {"core", "errors", "complaints"},
-    "settings": {"config", "complaints", "errors", "yaml_loader"},
+    "validation": set[str](),
+    "config": {"core", "errors"},
+    "settings": {"config", "validation", "errors", "yaml_files"},
     "trusted_paths": {"errors"},
     "whole_file": set[str](),
-    "yaml_loader": set[str](),
+    "yaml_files": {"errors"},
     "core": {"core", "errors"},
     "tiers": {"tiers", "core", *LEAVES},
     "engine": {"engine", "tiers", "core", *LEAVES},

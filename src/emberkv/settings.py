@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, get_origin
 import yaml
 from pydantic import ByteSize, ValidationError
 
-from emberkv.complaints import in_plain_words, shown, suggestion
 from emberkv.config import NOT_SETTINGS, ServeConfig, usable_warmup_seconds, warmup_variables
 from emberkv.errors import ConfigError
-from emberkv.yaml_loader import load_yaml
+from emberkv.validation import in_plain_words, shown, suggestion
+from emberkv.yaml_files import parse_yaml
 
 ENV_PREFIX = "EMBERKV_"
 OTHER_VARIABLES = frozenset({"EMBERKV_URL", "EMBERKV_CONFIG"})
@@ -162,14 +162,12 @@ def _read(path: Path) -> Any:
             raise ConfigError(f"{path} has more than {_MOST_FILE_BYTES:,} bytes; a configuration file has fewer")
         if path.suffix == ".toml":
             return tomllib.loads(content.decode("utf-8"))
-        data = load_yaml(content)
+        data = parse_yaml(content, ConfigError, f"the configuration file {path}")
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"the configuration file {path} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration file {path} is not YAML: {' '.join(str(error).split())}") from error
     return {} if data is None else data
 
 

@@ -60,7 +60,7 @@ def test_prefill_may_gain_more_than_it_grows_as_its_work_is_quadratic() -> None:
 def test_what_is_not_yaml_is_told_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("{")
-    with pytest.raises(ConfigError, match=r"broken\.yaml: not YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml: it is not YAML"):
         load_profile(str(path))
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_profile(str(tmp_path / "absent.yaml"))

@@ -14,8 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from emberkv.cli.telling import errors_told, print_error
-from emberkv.complaints import in_plain_words, shown
 from emberkv.errors import ConfigError
+from emberkv.validation import in_plain_words, shown
 
 NAME_COLUMNS = 28
 """Columns for an option's name; the help of one with a longer name begins on the next line."""

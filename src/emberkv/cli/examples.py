@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from emberkv.complaints import suggestion
 from emberkv.errors import ConfigError
+from emberkv.validation import suggestion
 
 _FOLDER = files("emberkv") / "examples"
 

@@ -65,10 +65,10 @@ class AnswerService:
             api,
             tenant,
             info.arrived,
-            int(self._wall_clock()),
-            session_id(http.headers),
-            canonical or {},
-            info.request_id,
+            session=session_id(http.headers),
+            canonical=canonical or {},
+            http_id=info.request_id,
+            created=int(self._wall_clock()),
         )
 
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from emberkv.complaints import in_plain_words
 from emberkv.errors import ConfigError
-from emberkv.yaml_loader import load_yaml
+from emberkv.validation import Strict, describe
+from emberkv.yaml_files import read_yaml
 
 TOOL_ORDER = "tool-order"
 TOOL_KEYS = "tool-keys"
@@ -69,11 +68,7 @@ def _parse_pattern(value: object) -> object:
 Pattern = Annotated[Wildcard, BeforeValidator(_parse_pattern)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-
-class LineRule(_Strict):
+class LineRule(Strict):
     """What to do with lines that match.
 
     until: the rule takes all lines from a match up to, not including, the next one that matches this, or any rule;
@@ -93,17 +88,17 @@ class LineRule(_Strict):
         return self
 
 
-class ToolRules(_Strict):
+class ToolRules(Strict):
     """sort: tools in the order of their names. sort_keys: the same for the keys of every object inside them."""
 
     sort: bool = False
     sort_keys: bool = False
 
 
-class CanonicalRules(_Strict):
+class CanonicalRules(Strict):
     """The rules of one file; the first that a line matches takes it."""
 
-    lines: list[LineRule] = []
+    lines: list[LineRule] = Field(default_factory=list)
     tools: ToolRules = ToolRules()
 
     @model_validator(mode="after")
@@ -156,17 +151,13 @@ class Rewritten:
 
 
 def load_rules(path: Path) -> CanonicalRules:
-    """Raises ConfigError naming the file and what in it is at fault."""
+    """The rules in a YAML file. Raises ConfigError naming the file and each key at fault."""
+    name = f"the file of canonical rules {path}"
+    data = read_yaml(path, ConfigError, name=name)
     try:
-        content = load_yaml(path.read_bytes())
-        return CanonicalRules.model_validate({} if content is None else content)
+        return CanonicalRules.model_validate({} if data is None else data)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "the file"
-        message = in_plain_words(problem)
-        raise ConfigError(f"{path}: {place} is {problem['input']!r}: {message}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"canonical rules {path} cannot be read: {error}") from error
+        raise ConfigError(f"{name}: {describe(error)}") from error
 
 
 def _split(rules: list[LineRule], text: str) -> tuple[str, dict[str, list[str]]]:

@@ -28,10 +28,10 @@ class RequestContext:
     api: str
     tenant: Tenant
     arrived: float
-    created: int = 0
     session: str = ""
     canonical: Mapping[str, int] = field(default_factory=dict)
     http_id: str = ""
+    created: int = 0
 
     def answer_id(self, index: int) -> str:
         """The request id that the engine has for one of the answers."""

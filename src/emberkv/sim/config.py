@@ -20,13 +20,12 @@ from pydantic import (
 
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, WorkloadError
+from emberkv.validation import Strict, describe
 from emberkv.workload import bounds
-from emberkv.workload.lines import explain
 from emberkv.workload.spec import GeneratedWorkload
-from emberkv.workload.strict import Strict
 from emberkv.workload.trace import TraceFormat
-from emberkv.workload.yaml_file import read_yaml
+from emberkv.yaml_files import read_yaml
 
 
 def _one_of(names: tuple[str, ...]) -> AfterValidator:
@@ -208,8 +207,9 @@ class SetUp(Strict):
 
 def load_set_up(path: Path) -> SetUp:
     """A YAML file. Raises ConfigError naming the file and each key at fault, and WorkloadError if it cannot be read."""
+    data = read_yaml(path, ConfigError, WorkloadError)
     try:
-        return parse_set_up(read_yaml(path, ConfigError), path.parent)
+        return parse_set_up(data, path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -221,7 +221,7 @@ def parse_set_up(data: object, folder: Path) -> SetUp:
     try:
         return SetUp.model_validate(dict(data), context={"folder": folder})
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(describe(error)) from error
 
 
 def with_changes(config: SimulationConfig, changes: Mapping[str, Any]) -> SimulationConfig:
@@ -230,4 +230,4 @@ def with_changes(config: SimulationConfig, changes: Mapping[str, Any]) -> Simula
     try:
         return SimulationConfig.model_validate({**config.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(describe(error)) from error

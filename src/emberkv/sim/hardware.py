@@ -12,9 +12,8 @@ import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from emberkv.errors import ConfigError
-from emberkv.workload.lines import explain
-from emberkv.workload.strict import Strict
-from emberkv.workload.yaml_file import parse_yaml
+from emberkv.validation import Strict, describe
+from emberkv.yaml_files import parse_yaml
 
 GB = 1e9
 GIB = 2**30
@@ -198,7 +197,7 @@ def parse_profile(text: str) -> HardwareProfile:
     try:
         return HardwareProfile.model_validate(parse_yaml(text, ConfigError))
     except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(describe(error)) from error
 
 
 def dump_profile(profile: HardwareProfile) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
+from emberkv.validation import Strict
 from emberkv.workload.bounds import Rate
 from emberkv.workload.distributions import folder_of
-from emberkv.workload.strict import Strict
 from emberkv.workload.trace import read_trace
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from emberkv.errors import WorkloadError
+from emberkv.validation import Strict
 from emberkv.workload.bounds import MOST_TOKENS, Amount, SomeAmount
-from emberkv.workload.strict import Strict
 from emberkv.workload.trace import read_trace
 
 P90 = 1.2815515655446004

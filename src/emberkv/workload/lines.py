@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedIOBase
@@ -11,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from emberkv.errors import WorkloadError
+from emberkv.validation import describe
 from emberkv.workload.request import Request
 
 NumberedLine = tuple[int, bytes]
@@ -57,21 +57,8 @@ def _opened(path: Path) -> BufferedIOBase:
 
 
 def explain(error: ValueError | OverflowError) -> str:
-    """What is wrong, in one line; of what pydantic found: where, what, and (shortened) what was given."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    found = []
-    for each in error.errors(include_url=False):
-        where = ".".join(str(part) for part in each["loc"])
-        message = each["msg"].removeprefix("Value error, ")
-        given = each["input"]
-        shown = f" (given {_SHORT.repr(given)})" if not isinstance(given, dict | list) else ""
-        found.append(f"{where + ': ' if where else ''}{message}{shown}")
-    return "; ".join(found)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+    """What is wrong, in one line; of what pydantic found: as `describe` does."""
+    return describe(error) if isinstance(error, ValidationError) else str(error)
 
 
 def read_requests(

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from emberkv.errors import WorkloadError
+from emberkv.validation import Strict, describe
 from emberkv.workload import bounds
 from emberkv.workload.arrivals import Arrivals
 from emberkv.workload.distributions import Distribution
-from emberkv.workload.lines import explain
-from emberkv.workload.strict import Strict
-from emberkv.workload.yaml_file import read_yaml
+from emberkv.yaml_files import read_yaml
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -115,7 +114,7 @@ def parse_workload(data: object, *, folder: Path, source: str = "workload") -> G
     try:
         return GeneratedWorkload.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        raise WorkloadError(f"{source}: {explain(error)}") from error
+        raise WorkloadError(f"{source}: {describe(error)}") from error
 
 
 def load_workload(path: Path) -> GeneratedWorkload:

@@ -199,13 +199,13 @@ def test_the_example_is_for_coding_agents() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("lines: [{name: a, match: '*', action: drop}]", "lines.0.match is '\\*': it must be a line's text"),
-        ("lines: [{name: a, match: x, action: keep}]", "lines.0.action is 'keep': use drop or move"),
-        ("lines: [{name: A b, match: x, action: drop}]", "lines.0.name is 'A b'"),
+        ("lines: [{name: a, match: '*', action: drop}]", "lines.0.match '\\*': it must be a line's text"),
+        ("lines: [{name: a, match: x, action: keep}]", "lines.0.action 'keep': use drop or move"),
+        ("lines: [{name: A b, match: x, action: drop}]", "lines.0.name 'A b': string should match"),
         ("lines: [{name: a, match: x, action: move, where: user}]", "where must be 'system'"),
         ("lines: [{name: a, match: x, action: drop}, {name: a, match: y, action: drop}]", "the name 'a' is taken"),
-        ("line: []", "line is \\[\\]: it is unknown"),
-        ("lines: [", "cannot be read"),
+        ("line: []", "unknown: line; accepted: lines, tools"),
+        ("lines: [", "is not YAML"),
     ],
 )
 def test_a_file_at_fault_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -4,17 +4,16 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, model_validator
 
-from emberkv.complaints import in_plain_words
 from emberkv.config import Size
 from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
-from emberkv.yaml_loader import load_yaml
+from emberkv.validation import Strict, describe
+from emberkv.yaml_files import read_yaml
 
 TIERS = ("pool", "ram", "disk")
 KEY_TENANT_PREFIX = "key-"
@@ -39,11 +38,7 @@ def _digest(text: str) -> str:
     return text.lower()
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class KeySource(_Strict):
+class KeySource(Strict):
     """One API key, which is not written into the file: its SHA-256, or the environment variable that holds it."""
 
     sha256: Annotated[str, AfterValidator(_digest)] | None = None
@@ -66,7 +61,7 @@ class KeySource(_Strict):
         return key_digest(key)
 
 
-class TierShare(_Strict):
+class TierShare(Strict):
     """floor: bytes that others leave to the owner. quota: bytes that it may have; without one, all there are."""
 
     floor: Size = ByteSize(0)
@@ -82,7 +77,7 @@ class TierShare(_Strict):
         return Share(int(self.floor), None if self.quota is None else int(self.quota))
 
 
-class Shares(_Strict):
+class Shares(Strict):
     """An owner's share of each tier."""
 
     pool: TierShare = TierShare()
@@ -97,7 +92,7 @@ class TenantEntry(Shares):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
-class PublicPrompt(_Strict):
+class PublicPrompt(Strict):
     """A beginning that all tenants share. system: a system prompt, rendered as the model's chat template does.
     text: as it stands, as completions send it. The file variants name a file, from the tenants file's folder on.
     """
@@ -114,12 +109,12 @@ class PublicPrompt(_Strict):
         return self
 
 
-class TenantsFile(_Strict):
+class TenantsFile(Strict):
     """tenants: by name. public: the share of what is cached of public prefixes."""
 
-    tenants: dict[Annotated[str, AfterValidator(_tenant_name)], TenantEntry] = {}
+    tenants: dict[Annotated[str, AfterValidator(_tenant_name)], TenantEntry] = Field(default_factory=dict)
     public: Shares = Shares()
-    public_prefixes: list[PublicPrompt] = []
+    public_prefixes: list[PublicPrompt] = Field(default_factory=list)
 
     def shares(self, tier: str) -> dict[str, Share]:
         """Each owner's share of a tier of `TIERS`."""
@@ -137,16 +132,14 @@ def read_tenants(path: Path) -> TenantsFile:
 
     Raises ConfigError that names the file and each key at fault.
     """
+    name = f"the tenants file {path}"
+    data = read_yaml(path, ConfigError, name=name)
     try:
-        data = load_yaml(path.read_bytes())
         found = TenantsFile.model_validate({} if data is None else data)
-    except OSError as error:
-        raise ConfigError(f"the tenants file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the tenants file {path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        complaints = "; ".join(_complaint(detail) for detail in error.errors(include_url=False))
-        raise ConfigError(f"the tenants file {path}: {complaints}") from error
+    except ValidationError as error:  # an entry of keys is not repeated, as it may be the key itself
+        about_keys = any("keys" in detail["loc"] for detail in error.errors(include_url=False))
+        hint = "; a key is given as {sha256: DIGEST} or as {env: VARIABLE}" if about_keys else ""
+        raise ConfigError(f"{name}: {describe(error, hidden=('keys',))}{hint}") from error
     prompts = [_with_text(prompt, path.parent) for prompt in found.public_prefixes]
     return found.model_copy(update={"public_prefixes": prompts})
 
@@ -165,12 +158,3 @@ def _with_text(prompt: PublicPrompt, folder: Path) -> PublicPrompt:
     if not text:
         raise ConfigError(f"the public prefix {path} is empty")
     return PublicPrompt.model_validate({source.removesuffix("_file"): text})
-
-
-def _complaint(detail: Any) -> str:
-    """What is wrong where; what a key's entry says is not repeated, as it may be the key itself."""
-    name = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "the file"
-    message = in_plain_words(detail)
-    if "keys" in detail["loc"]:
-        return f"{name}: {message}; a key is given as {{sha256: DIGEST}} or as {{env: VARIABLE}}"
-    return f"{name} is {detail['input']!r}: {message}"

@@ -1,21 +1,47 @@
-"""YAML as emberkv's files are read: plain data of bounded size, each key once, and every fault a `yaml.YAMLError`."""
+"""YAML files: plain data of bounded size, in which each key of a mapping stands once."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from emberkv.errors import EmberError
 
 _MOST_CHARACTERS = 4 << 20
 _TOO_LARGE = f"larger than {_MOST_CHARACTERS >> 20} MiB"
 
 
-def load_yaml(content: bytes | str) -> Any:
-    """The data in a YAML document; None for an empty one.
+def read_yaml(
+    path: Path, malformed: type[EmberError], unreadable: type[EmberError] | None = None, name: str = ""
+) -> Any:
+    """The data in a YAML file; None for an empty one.
 
-    Raises yaml.YAMLError for what is not YAML, for a key that a mapping has twice, for values that no type can hold
+    name: of the file in errors, by default its path. Raises ``malformed`` as `parse_yaml` does, and ``unreadable``
+    (None: ``malformed``) for a file that cannot be read.
+    """
+    name = name or str(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise (unreadable or malformed)(f"{name} cannot be read: {error.strerror}") from error
+    return parse_yaml(content, malformed, name)
+
+
+def parse_yaml(content: bytes | str, malformed: type[EmberError], name: str = "it") -> Any:
+    """The data in a YAML document; None for an empty one. name: of the document in errors.
+
+    Raises ``malformed`` for what is not YAML, for a key that a mapping has twice, for values that no type can hold
     (a 13th month, a number of 5,000 digits), for nesting that is too deep to be read, and for more than 4 MiB, also
     where only aliases make it so large.
     """
+    try:
+        return _load(content)
+    except yaml.YAMLError as error:
+        raise malformed(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _load(content: bytes | str) -> Any:
     if len(content) > _MOST_CHARACTERS:
         raise yaml.YAMLError(f"it is {_TOO_LARGE}")
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import ConfigError, WorkloadError
-from emberkv.workload.yaml_file import parse_yaml, read_yaml
+from emberkv.yaml_files import parse_yaml, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "\n".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -44,5 +44,5 @@ def test_aliases_that_stay_small_are_read() -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(WorkloadError, match=r"cannot read .*: No such file"):
-        read_yaml(tmp_path / "missing.yaml", ConfigError)
+    with pytest.raises(WorkloadError, match=r"missing.yaml cannot be read: No such file"):
+        read_yaml(tmp_path / "missing.yaml", ConfigError, WorkloadError)
