@@ -30,6 +30,13 @@ def test_numbers_start_at_one_and_have_no_gaps() -> None:
     assert log.since(2) == []
 
 
+def test_a_log_without_room_gets_no_event_of_a_block() -> None:
+    pool = BlockPool(2, 4, events=EventLog(capacity=0))
+    for tokens in (range(8), range(8, 16)):
+        pool.free(store(pool, chain(tokens)))
+    assert (pool.stats.committed_blocks, pool.stats.evicted_blocks, pool.events.last_sequence) == (4, 2, 0)
+
+
 def test_a_reader_that_fell_behind_is_told() -> None:
     log = EventLog(capacity=2)
     for _ in range(3):

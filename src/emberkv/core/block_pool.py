@@ -175,7 +175,7 @@ class BlockPool:
         return published
 
     def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
-        known = self.lookup(chain.identities[position])
+        known = self._cached.index.get(chain.identities[position])
         if known is not None:
             if known.tokens != chain.block_tokens(position):
                 self.stats.collisions += 1
@@ -187,7 +187,7 @@ class BlockPool:
                 return known
             self.stats.replaced_blocks += 1
             self._withdraw(known)
-        if exact:
+        if exact and self._cached.children is not None:
             self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
         block.state = BlockState.COMMITTED
         self._cached.enter(block, chain, position, exact=exact, in_place=known is not None)

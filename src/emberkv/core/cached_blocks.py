@@ -156,7 +156,7 @@ class CachedBlocks:
         block.num_tokens = chain.block_size
         self._enter(block, identity, chain, position, exact=exact)
         self._stats.committed_blocks += 1
-        if not in_place:
+        if not in_place and self._events.capacity:
             self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
 
     def enter_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
@@ -184,7 +184,9 @@ class CachedBlocks:
         if self.children is not None:
             self.children.add(block)
         weight = self.weight(position)
-        self.policy.admit(identity, Weight(weight.size, weight.cost, block.owner) if block.owner else weight)
+        if block.owner:
+            weight = Weight(weight.size, weight.cost, block.owner)
+        self.policy.admit(identity, weight)
 
     def leave(self, block: Block) -> None:
         """A block is not found any more, without having been evicted."""
@@ -198,7 +200,8 @@ class CachedBlocks:
 
     def evict(self, count: int, owner: str) -> list[Block]:
         """The blocks that make room for ``count`` of ``owner``; the policy must have as many for it."""
-        return self._evicted([self.policy.evict_for(owner) for _ in range(count)])
+        evict_for = self.policy.evict_for
+        return self._evicted([evict_for(owner) for _ in range(count)])
 
     def evict_surplus(self) -> list[Block]:
         """The blocks that a quota forbids to keep."""
@@ -209,12 +212,14 @@ class CachedBlocks:
 
     def _evicted(self, identities: list[Identity]) -> list[Block]:
         blocks = [self.index.pop(identity) for identity in identities]
-        full = tuple(identity for identity, block in zip(identities, blocks, strict=True) if not block.partial)
+        if self._num_partial:
+            pairs = zip(identities, blocks, strict=True)
+            identities = [identity for identity, block in pairs if not block.partial]
         for block in blocks:
             self._wipe(block)
-        self._stats.evicted_blocks += len(full)
-        if full:
-            self._events.append(BlockRemoved(full))
+        self._stats.evicted_blocks += len(identities)
+        if identities and self._events.capacity:
+            self._events.append(BlockRemoved(tuple(identities)))
         return blocks
 
     def write_down(self, block: Block) -> None:

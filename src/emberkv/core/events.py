@@ -43,10 +43,12 @@ class NumberedEvent:
 class EventLog:
     """The last ``capacity`` events. A reader that fell behind starts again from the pool's snapshot.
 
-    The first event has number 1; numbers have no gaps.
+    The first event has number 1; numbers have no gaps. A log with a capacity of 0 has no readers: the cache
+    makes no events for the blocks that it commits and evicts.
     """
 
     def __init__(self, capacity: int = 10_000) -> None:
+        self.capacity = capacity
         self._events: deque[Event] = deque(maxlen=capacity)
         self.last_sequence = 0
 

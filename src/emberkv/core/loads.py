@@ -158,10 +158,27 @@ class Loads:
             self._cache.pool.revoke(block for identity, block in pairs if identity in wanted)
 
     def account(self, sequence: Sequence, match: Match) -> None:
-        """Write down where the hit of a sequence that is being admitted comes from."""
+        """Record where the hit of a sequence that is being admitted comes from."""
         size, known = self._cache.pool.block_size, len(match.blocks)
         hit, in_blocks = sequence.held.hit_tokens, sequence.held.num_committed * size
-        copied = hit - in_blocks
+        tier_tokens: dict[str, int] = {}
+        cheaper = lost = 0
+        if sequence.waits or sequence.promotion is not NOTHING_BELOW:
+            tier_tokens = self._tier_tokens(sequence, hit)
+            cheaper, lost = self._not_loaded(sequence, known, copied=hit - in_blocks)
+        sequence.admission = Admission(
+            pool_tokens=hit - sum(tier_tokens.values()),
+            tier_tokens=tier_tokens,
+            end=match.end,
+            recompute_cheaper_tokens=cheaper,
+            load_failed_tokens=lost,
+            alignment_tokens=known * size - in_blocks + sequence.promotion.rounded * size,
+            partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
+        )
+
+    def _tier_tokens(self, sequence: Sequence, hit: int) -> dict[str, int]:
+        """How many of the ``hit`` tokens the loads that ``sequence`` waited for brought, by tier."""
+        size = self._cache.pool.block_size
         brought: Counter[str] = Counter()
         border = hit // size
         for wait in reversed(sequence.waits):  # what an earlier load brought, a later one need not have brought again
@@ -169,6 +186,14 @@ class Loads:
             border = min(border, wait.load.start)
         tier_tokens = {tier: count * size for tier, count in brought.items()}
         self._cache.pool.stats.tier_hit_tokens.update(tier_tokens)
+        return tier_tokens
+
+    def _not_loaded(self, sequence: Sequence, known: int, copied: int) -> tuple[int, int]:
+        """Tokens that a tier has and that computing is cheaper for, and tokens that a load was to bring and did not.
+
+        known: blocks found in the pool. copied: tokens of the hit that are copied from the beginning of a block.
+        """
+        size = self._cache.pool.block_size
         decision, declined = sequence.promotion, sequence.promotion.declined
         failed = sequence.waits[-1].stop - max(sequence.waits[-1].load.end, known) if sequence.waits else 0
         if decision.choice is LoadChoice.LOAD:  # declined was what follows the load; others may have computed it since
@@ -178,15 +203,5 @@ class Loads:
         cheaper, lost = max(0, declined) * size, max(0, failed) * size
         # The tokens copied are the first of what a tier has: of what a load did not bring, or of what was declined.
         if decision.choice is LoadChoice.LOAD:
-            lost, cheaper = max(0, lost - copied), max(0, cheaper - max(0, copied - lost))
-        else:
-            cheaper, lost = max(0, cheaper - copied), max(0, lost - max(0, copied - cheaper))
-        sequence.admission = Admission(
-            pool_tokens=hit - sum(tier_tokens.values()),
-            tier_tokens=tier_tokens,
-            end=match.end,
-            recompute_cheaper_tokens=cheaper,
-            load_failed_tokens=lost,
-            alignment_tokens=known * size - in_blocks + decision.rounded * size,
-            partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
-        )
+            return max(0, cheaper - max(0, copied - lost)), max(0, lost - copied)
+        return max(0, cheaper - copied), max(0, lost - max(0, copied - cheaper))

@@ -11,7 +11,6 @@ prompt delays neither another tenant nor a short prompt by more than a few chunk
 come, first served.
 """
 
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from collections.abc import Sequence as Batch
 
@@ -194,8 +193,11 @@ class Scheduler:
     def count_decodes(self, plan: StepPlan, steps: int) -> None:
         """Charge ``steps`` decode steps of a plan to its tenants. `complete` does it for one."""
         self.stats.decode_tokens += steps * len(plan.decodes)
-        for tenant, count in Counter(each.tenant for each in plan.decodes).items():
-            self._waiting.tenants.charge(tenant, steps * count)
+        by_tenant: dict[str, int] = {}
+        for sequence in plan.decodes:
+            by_tenant[sequence.tenant] = by_tenant.get(sequence.tenant, 0) + steps
+        for tenant, tokens in by_tenant.items():
+            self._waiting.tenants.charge(tenant, tokens)
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.short = self._is_short(sequence)
@@ -215,9 +217,11 @@ class Scheduler:
         for sequence in sorted(self._running, key=lambda each: each.rank):
             if sequence.status is not SequenceStatus.DECODING:
                 continue
-            if self._make_room(sequence, plan):
+            if sequence.held.missing_blocks(len(sequence.chain)):
+                if not self._make_room(sequence, plan):
+                    continue
                 sequence.held.extend(len(sequence.chain))
-                plan.decodes.append(sequence)
+            plan.decodes.append(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Preempt until ``sequence`` can grow; False if it was itself the one to go.
@@ -267,8 +271,9 @@ class Scheduler:
             sequence.num_computed = chunk.stop
             plan.prefills.append(chunk)
             self._waiting.serve(line, length)
-        begins = {chunk.sequence: at for at, chunk in reversed(list(enumerate(plan.prefills)))}
-        plan.prefills.sort(key=lambda chunk: begins[chunk.sequence])  # the chunks of one sequence side by side
+        if len(plan.prefills) > 2:  # the chunks of one sequence side by side
+            begins = {chunk.sequence: at for at, chunk in reversed(list(enumerate(plan.prefills)))}
+            plan.prefills.sort(key=lambda chunk: begins[chunk.sequence])
 
     def _next_chunk(self, sequence: Sequence) -> PrefillChunk:
         adopted = 0 if sequence.wants_prompt_logits else sequence.held.adopt(sequence.num_computed)
@@ -296,8 +301,11 @@ class Scheduler:
 
         A waiting sequence with a sooner priority is admitted before prefill of another in its line continues.
         """
+        begun_sequences = self._begun()
+        if not begun_sequences and not self._waiting.lines:
+            return None
         refused: list[Sequence] = []
-        for line, first in self._waiting.turns(self._begun()):
+        for line, first in self._waiting.turns(begun_sequences):
             begun = first if first is not None and first.lease is not None else None  # not preempted for a line before
             waiting = self._waiting.first(line)
             sequence = None

@@ -55,11 +55,10 @@ class WaitingQueue:
     def push(self, sequence: Sequence, begun: Iterable[Sequence] = ()) -> None:
         """Add a sequence to its line. begun: the running sequences with prompt tokens left to compute."""
         tenant, line = sequence.tenant, line_of(sequence)
-        backlog = {each for each in (Line(tenant, True), Line(tenant, False)) if self.first(each)}
-        backlog.update(line_of(each) for each in begun if each.tenant == tenant)
-        if not backlog:
-            self.tenants.activate(tenant)
-        if line not in backlog:
+        begun_lines = {each.short for each in begun if each.tenant == tenant}
+        if line.short not in begun_lines and self.first(line) is None:
+            if not begun_lines and self.first(Line(tenant, not line.short)) is None:
+                self.tenants.activate(tenant)
             self._of_tenant.setdefault(tenant, TokenCounters()).activate(line.short)
         sequence.status = SequenceStatus.WAITING
         waiting = self._lines.setdefault(line, _Waiting())
@@ -85,8 +84,12 @@ class WaitingQueue:
             line = line_of(sequence)
             if line not in first or sequence.rank < first[line].rank:
                 first[line] = sequence
+        lines = {*first, *self._lines}
+        if len(lines) == 1:
+            line = lines.pop()
+            return [(line, first.get(line))] if line in first or self.first(line) is not None else []
         turns = []
-        for line in {*first, *self._lines}:
+        for line in lines:
             ranks = [each.rank for each in (first.get(line), self.first(line)) if each is not None]
             if ranks:
                 priority, order = min(ranks)
