@@ -22,11 +22,10 @@ from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, T
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.cache_setup import cache_access
-from emberkv.serving.admin.explain import explain_prompt, text_of
+from emberkv.serving.admin.explain import text_of
+from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.api.openai_schema import template_messages
-from emberkv.serving.api.rendering import RenderedPrompt
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.tenancy.tenants import EVERYBODY
 from emberkv.settings import serve_config
@@ -181,7 +180,7 @@ class LLM:
         # that of the engine's thread for the cores at every step.
         with ThreadPoolExecutor(1, thread_name_prefix="emberkv-load") as loading:
             self.loaded, self.engine = loading.submit(self._load, config, progress or (lambda _: None)).result()
-        self._cache = cache_access(self.engine, self._books, name=self.loaded.name, folder=config.cache_dir)
+        self._cache = cache_service(self.engine, self._books, name=self.loaded.name, folder=config.cache_dir)
         self.engine.loop.start()
 
     def _load(self, config: ServeConfig, progress: Progress) -> tuple[LoadedModel, AssembledEngine]:
@@ -243,8 +242,7 @@ class LLM:
 
     def explain(self, prompt: Prompt) -> Explanation:
         """What ``prompt`` would hit if it were asked now, by tier, and why the rest of it would be computed."""
-        rendered = RenderedPrompt(self.encode(prompt))
-        return asyncio.run(explain_prompt(self._cache, rendered, EVERYBODY, ())).explanation
+        return asyncio.run(self._cache.explain(self.encode(prompt), EVERYBODY)).explanation
 
     def stats(self) -> EngineStats:
         """Pool, hits, evictions and tiers, as of the last step."""

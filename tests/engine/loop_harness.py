@@ -17,6 +17,7 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.commands import CacheControl
 from emberkv.engine.executor import SamplingState, StepOutput
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
@@ -118,6 +119,7 @@ class Harness:
         tiers: TierLink | None = None,
         policy: EvictionPolicy[Identity] | None = None,
         public: PublicPrefixes | None = None,
+        control: type[CacheControl] | None = None,
     ) -> None:
         self.executor = executor or FakeExecutor()
         self.pool = BlockPool(num_blocks, BLOCK, policy=policy, journal=tiers is not None)
@@ -129,6 +131,7 @@ class Harness:
             ModelLimits(CONTEXT, VOCAB, frozenset({EOS})),
             root=ROOT,
             tiers=tiers,
+            control=control(self.scheduler) if control is not None else None,
             public=public,
             clock=clock,
             wall_clock=lambda: 1000.0,

@@ -7,6 +7,7 @@ import pytest
 
 from emberkv.core.promotion import LookupStatus, PendingLookup, Run
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage
 from emberkv.engine.tier_link import FIRST_LOAD_SECONDS
 from emberkv.tiers.memory import MemoryTier
@@ -86,10 +87,10 @@ def test_the_loop_sleeps_while_there_is_nothing_but_a_load() -> None:
         tier.gate.clear()
         waits = harness.submit("waits", PROMPT, new=2)
         assert tier.entered.wait(DEADLINE)
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         before = ticks[0]
         threading.Event().wait(0.1)  # time in which a loop that spins would look at its clock thousands of times
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         assert ticks[0] - before <= 10
         tier.gate.set()
         assert waits.reason is FinishReason.LENGTH
@@ -101,7 +102,7 @@ def test_concurrent_requests_share_a_load() -> None:
         tier.gate.clear()
         inboxes = [harness.submit(str(number), PROMPT) for number in range(3)]
         assert tier.entered.wait(DEADLINE)
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         tier.gate.set()
         assert {inbox.wait().usage for inbox in inboxes} == {CacheUsage(20, 16, 4, {"ram": 16})}
     stats = harness.loop.stats()
@@ -145,10 +146,10 @@ def test_patience_ends_with_what_computing_would_have_taken() -> None:
         waits = harness.submit("waits", PROMPT, new=2)
         assert tier.entered.wait(DEADLINE)
         now[0] = 0.9
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         assert waits.outputs == []
         now[0] = 1.1
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         assert waits.wait().usage == CacheUsage(20, 0, 20)
         tier.gate.set()
     stats = harness.loop.stats()
@@ -164,11 +165,11 @@ def test_a_load_whose_time_is_not_known_has_a_deadline_too_and_so_have_those_who
         tier.gate.clear()
         waits = [harness.submit(str(number), PROMPT, new=2) for number in range(2)]
         assert tier.entered.wait(DEADLINE)
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         now[0] = FIRST_LOAD_SECONDS + 0.1
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
         assert [inbox.reason for inbox in waits] == [FinishReason.LENGTH] * 2
-        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
+        harness.loop.execute(Remove(None, tiers=False)).result(DEADLINE)
         assert harness.ask("later", PROMPT).outputs[0].usage == CacheUsage(20, 0, 20)
         stats = harness.loop.stats()
         assert (stats.loads, dict(stats.tier_trouble), tier.loads) == (0, {"patience": 1}, 1)
@@ -179,7 +180,7 @@ def test_a_load_whose_time_is_not_known_has_a_deadline_too_and_so_have_those_who
 def test_computing_is_chosen_where_it_is_known_to_be_faster() -> None:
     with running(stocked()) as harness:  # whose clock stands still: computing takes no time
         harness.ask("measures", PROMPT)
-        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
+        harness.loop.execute(Remove(None, tiers=False)).result(DEADLINE)
         assert harness.ask("knows", PROMPT).outputs[0].usage == CacheUsage(20, 0, 20)
     assert dict(harness.loop.stats().load_choices) == {"load": 1, "recompute_cheaper": 1}
 
@@ -209,7 +210,7 @@ def test_what_is_cleared_while_it_loads_does_not_come_back() -> None:
         tier.gate.clear()
         waits = harness.submit("waits", PROMPT, new=2)
         assert tier.entered.wait(DEADLINE)
-        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
+        harness.loop.execute(Remove(None, tiers=False)).result(DEADLINE)
         tier.gate.set()
         assert waits.wait().usage == CacheUsage(20, 0, 20)
     assert harness.loop.stats().unloaded_blocks == 4

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import ClassVar, TypeVar
 
 import pytest
 
@@ -11,6 +12,7 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.commands import CacheControl, Command, FindCached, Remove, Statistics
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.news import CacheNews
 from emberkv.engine.request import GenerationRequest
@@ -18,45 +20,62 @@ from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
 from tests.engine.loop_harness import BLOCK, DEADLINE, Harness, Inbox, running
 
+R = TypeVar("R")
+
 PROMPT = range(2, 22)
 PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-def test_a_command_runs_on_the_engines_thread() -> None:
-    with running(Harness()) as harness:
+class Watched(CacheControl):
+    """Remembers on which threads commands were carried out; fails with `FindCached`."""
+
+    threads: ClassVar[list[str]]
+
+    def execute(self, command: Command[R]) -> R:
+        self.threads.append(threading.current_thread().name)
+        if isinstance(command, FindCached):
+            raise ValueError("for the test")
+        return super().execute(command)
+
+
+@pytest.fixture
+def threads() -> list[str]:
+    Watched.threads = []
+    return Watched.threads
+
+
+def test_a_command_is_carried_out_on_the_engines_thread(threads: list[str]) -> None:
+    with running(Harness(control=Watched)) as harness:
         harness.submit("a", PROMPT).wait()
-        name, cached = harness.loop.run(
-            lambda scheduler: (threading.current_thread().name, scheduler.cache.pool.num_cached)
-        ).result(DEADLINE)
-    assert (name, cached) == ("emberkv-engine", 5)
+        assert harness.loop.execute(Statistics()).result(DEADLINE).cached == 5
+    assert threads == ["emberkv-engine"]
 
 
-def test_a_command_that_fails_ends_nobodys_request() -> None:
-    with running(Harness()) as harness:
+def test_a_command_that_fails_ends_no_request(threads: list[str]) -> None:
+    with running(Harness(control=Watched)) as harness:
         inbox = harness.submit("a", PROMPT, new=30)
-        failed = harness.loop.run(lambda scheduler: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
+        failed = harness.loop.execute(FindCached([]))
+        with pytest.raises(ValueError, match="for the test"):
             failed.result(DEADLINE)
         assert inbox.reason is FinishReason.LENGTH
 
 
-def test_a_cancelled_command_is_not_done() -> None:
-    done: list[object] = []
-    harness = Harness()
-    assert harness.loop.run(done.append).cancel()
+def test_a_cancelled_command_is_not_carried_out(threads: list[str]) -> None:
+    harness = Harness(control=Watched)
+    assert harness.loop.execute(FindCached([])).cancel()
     with running(harness):
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
-    assert done == []
+        harness.loop.execute(Statistics()).result(DEADLINE)
+    assert len(threads) == 1
 
 
-def test_a_command_that_comes_too_late_is_told() -> None:
+def test_a_command_that_comes_too_late_fails() -> None:
     harness = Harness()
-    waits = harness.loop.run(lambda scheduler: None)
+    waits = harness.loop.execute(Statistics())
     harness.loop.stop()
     with pytest.raises(EngineStoppedError, match="has stopped"):
         waits.result(DEADLINE)
     with pytest.raises(EngineStoppedError, match="is stopping"):
-        harness.loop.run(lambda scheduler: None)
+        harness.loop.execute(Statistics())
 
 
 def test_a_nudge_that_comes_before_the_wait_ends_it() -> None:
@@ -84,8 +103,8 @@ def test_watchers_get_what_changed_with_who_was_admitted() -> None:
     with running(harness):
         for name in "ab":
             harness.submit(name, PROMPT, new=1).wait()
-        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(DEADLINE)
-        harness.loop.run(lambda scheduler: None).result(DEADLINE)
+        harness.loop.execute(Remove(None)).result(DEADLINE)
+        harness.loop.execute(Statistics()).result(DEADLINE)
     assert seen == [("a", 0, 4), ("b", 16, 4)]
     events = [numbered.event for each in news for numbered in each.events]
     assert [type(event) for event in events] == [BlockStored] * 5 + [AllBlocksCleared]

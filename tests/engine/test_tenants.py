@@ -11,6 +11,7 @@ import pytest
 from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.commands import Statistics
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
@@ -53,7 +54,7 @@ def ask(engine: AssembledEngine, tenant: str, prompt: Sequence[int]) -> CacheUsa
 
 def settle(engine: AssembledEngine) -> None:
     """Wait until what was computed is stored, and counted."""
-    engine.loop.run(lambda scheduler: scheduler.num_running).result(DEADLINE)
+    engine.loop.execute(Statistics()).result(DEADLINE)
     assert engine.tiers is not None
     assert engine.tiers.flush(DEADLINE)
 

@@ -1,6 +1,6 @@
 """An engine of the real core without tensors: it answers each request at once, on the caller's thread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import count, takewhile
 from typing import TypeVar
@@ -15,14 +15,15 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
+from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
 from emberkv.errors import RequestError
-from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.cache_books import CacheBooks
+from emberkv.serving.admin.service import CacheService
 from emberkv.serving.tenancy.tenants import Tenant
 from tests.serving.fakes import BOS
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 ROOT = b"the model's root"
 BLOCK = 4
@@ -43,7 +44,8 @@ class CoreEngine:
         self.submitted: list[GenerationRequest] = []
         self.now = 1000.0
         self.books = CacheBooks(Ledger(), clock=lambda: self.now)
-        self.access = CacheAccess(self.books, self.run, self.chain, clock=lambda: self.now, lower=lower)
+        self._control = CacheControl(self.scheduler, lower=lower, clock=lambda: self.now)
+        self.service = CacheService(self.books, self.execute, self.chain)
         self._public = list(public)
         self._seen = 0
 
@@ -52,9 +54,9 @@ class CoreEngine:
         blocks = len(list(common)) // BLOCK
         return TokenChain(ROOT, tokens, BLOCK, owner=tenant.name, salt=tenant.salt, public_blocks=blocks)
 
-    def run(self, command: Callable[[Scheduler], T]) -> "Future[T]":
-        future: Future[T] = Future()
-        future.set_result(command(self.scheduler))
+    def execute(self, command: Command[R]) -> "Future[R]":
+        future: Future[R] = Future()
+        future.set_result(self._control.execute(command))
         self._tell_events()
         return future
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberkv.serving.admin.cache_questions import CacheQuestion
+from emberkv.serving.admin.schema import CacheQuestion
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest
@@ -51,7 +51,7 @@ BODIES = ["", "null", "[]", '"a"', "1", "{", "{}", "\ufeff{}", DEEP, '{"model":"
 def app() -> FastAPI:
     core = CoreEngine()
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.access))
+    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
     return create_app(lifecycle, ServingSettings(bound_to_loopback=True))
 
 

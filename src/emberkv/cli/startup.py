@@ -13,7 +13,7 @@ from emberkv.config import ServeConfig
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
 from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.cache_setup import cache_access
+from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
 from emberkv.serving.server import HttpServer
@@ -78,7 +78,7 @@ class Startup:
         self._warmup = warmup
         self._engine = engine
         name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
-        cache = cache_access(
+        cache = cache_service(
             engine, self._books, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
         )
         engine.loop.start()

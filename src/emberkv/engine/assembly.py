@@ -63,6 +63,16 @@ class AssembledEngine:
     tiers: TierManager | None = None
     link: TierLink | None = None
 
+    @property
+    def block_size(self) -> int:
+        """Tokens."""
+        return self.scheduler.cache.pool.block_size
+
+    @property
+    def hit_unit(self) -> int:
+        """Hits are rounded down to a multiple of this many tokens."""
+        return self.scheduler.cache.hit_unit
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop the loop, and store what waits to be stored for ``timeout`` seconds at most."""
         self.loop.stop()

@@ -13,6 +13,7 @@ from emberkv.core.hashing import Identity, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
 from emberkv.engine.figures import figures
 from emberkv.engine.limits import ModelLimits
@@ -23,7 +24,7 @@ from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
 from emberkv.engine.tier_link import TierLink
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class EngineLoop:
     root: of the model's block hashes. clock: seconds, for queue times and how long steps take. wall_clock: seconds
     since 1970, for news. rng: draws for requests that bring no seed. on_crash: called on the engine's thread when the
     loop itself fails, not just a step; every request then ends with ABORT. tiers: what lies below the pool; the
-    scheduler's own. public: which prefixes all tenants share.
+    scheduler's own. control: carries out commands; None: one over ``scheduler`` and ``tiers``. public: which prefixes
+    all tenants share.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class EngineLoop:
         *,
         root: Identity,
         tiers: TierLink | None = None,
+        control: CacheControl | None = None,
         public: PublicPrefixes | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -56,6 +59,12 @@ class EngineLoop:
         self._limits = limits
         self._root = root
         self._tiers = tiers
+        self._control = control or CacheControl(
+            scheduler,
+            lower=tiers.peeking if tiers is not None else None,
+            manager=tiers.manager if tiers is not None else None,
+            clock=clock,
+        )
         self._public = public
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
@@ -137,10 +146,11 @@ class EngineLoop:
     def abort(self, request_id: str) -> None:
         self._mailbox.abort(request_id)
 
-    def run(self, command: Callable[[Scheduler], T]) -> Future[T]:
-        """Have ``command`` called on the engine's thread, between two steps; what it raises goes to the future.
+    def execute(self, command: Command[R]) -> "Future[R]":
+        """Have ``command`` carried out on the engine's thread, between two steps. The future raises what it raises, and
+        EngineStoppedError where the engine stops before.
 
-        Raises EngineStoppedError after `stop`; what the engine did not come to before, its future raises too.
+        Raises EngineStoppedError after `stop`.
         """
         return self._mailbox.command(command)
 
@@ -167,7 +177,7 @@ class EngineLoop:
             return False
         self._accept(mail)
         for command in mail.commands:
-            command.run(self._scheduler)
+            command.execute(self._control)
         if self._tiers is not None:
             for load, exact in self._tiers.completed():
                 self._scheduler.loaded(load, exact)

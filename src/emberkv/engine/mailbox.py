@@ -1,24 +1,37 @@
 """What other threads want of the engine's thread: requests, aborts, commands, and to stop."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from emberkv.core.scheduler import Scheduler
+from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.live_requests import Live
 from emberkv.errors import DuplicateRequestError, EngineStoppedError
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """Something to do between two steps. run: tells its own future how it went; drop: that it will never be done."""
+class PendingCommand:
+    """A command and the future of its answer, which its sender may cancel before it is carried out."""
 
-    run: Callable[[Scheduler], None]
-    drop: Callable[[], None]
+    command: Command[Any]
+    answer: "Future[Any]"
+
+    def execute(self, control: CacheControl) -> None:
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            result = control.execute(self.command)
+        except Exception as error:  # noqa: BLE001 - the sender gets it, and the engine goes on
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(result)
+
+    def drop(self) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(EngineStoppedError("the engine has stopped; the command was not carried out"))
 
 
 @dataclass(slots=True)
@@ -27,7 +40,7 @@ class Mail:
 
     arrived: list[Live] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    commands: list[Command] = field(default_factory=list)
+    commands: list[PendingCommand] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.arrived or self.aborted or self.commands)
@@ -61,17 +74,15 @@ class Mailbox:
                 self._mail.aborted.append(request_id)
                 self._changed.notify()
 
-    def command(self, work: Callable[[Scheduler], T]) -> Future[T]:
+    def command(self, command: Command[R]) -> "Future[R]":
         """Raises EngineStoppedError."""
-        future: Future[T] = Future()
+        answer: Future[R] = Future()
         with self._changed:
             if self._stopping:
-                raise EngineStoppedError("the engine is stopping; nothing can be asked of it")
-            self._mail.commands.append(
-                Command(lambda scheduler: _carry_out(work, scheduler, future), lambda: _drop(future))
-            )
+                raise EngineStoppedError("the engine is stopping; no command can be carried out")
+            self._mail.commands.append(PendingCommand(command, answer))
             self._changed.notify()
-        return future
+        return answer
 
     def forget(self, request_id: str) -> None:
         """The request has ended, and its id may be used again."""
@@ -108,19 +119,3 @@ class Mailbox:
         self.stop()
         mail, self._mail = self._mail, Mail()
         return mail
-
-
-def _carry_out(work: Callable[[Scheduler], T], scheduler: Scheduler, future: Future[T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = work(scheduler)
-    except Exception as error:  # noqa: BLE001 - whoever asked is told, and the engine goes on
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _drop(future: Future[T]) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(EngineStoppedError("the engine has stopped; it was not done"))

@@ -10,8 +10,8 @@ from emberkv.engine.request import Engine, EngineStats
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
-from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.reuse_watch import ReuseWatch
+from emberkv.serving.admin.service import CacheService
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.background import Background
 from emberkv.serving.errors import NotReadyError, UnknownModelError
@@ -45,7 +45,7 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer
     warmup: Warmup | None = None
-    cache: CacheAccess | None = None
+    cache: CacheService | None = None
     public: PublicPrefixes | None = None
     about: Mapping[str, str] = field(default_factory=dict)
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)

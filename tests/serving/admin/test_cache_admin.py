@@ -9,7 +9,7 @@ import pytest
 from emberkv.core.promotion import LoadChoice
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError
-from emberkv.serving.admin.cache_desk import plain
+from emberkv.serving.admin.service import plain
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import EVERYBODY, Tenants

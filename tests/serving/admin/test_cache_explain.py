@@ -29,7 +29,7 @@ class Server:
     def __init__(self, core: CoreEngine | None = None, **settings: Any) -> None:
         self.core = core or CoreEngine()
         lifecycle = Lifecycle()
-        lifecycle.loaded(LoadedModel((MODEL,), 0, self.core, ByteTokenizer(), cache=self.core.access))
+        lifecycle.loaded(LoadedModel((MODEL,), 0, self.core, ByteTokenizer(), cache=self.core.service))
         app = create_app(lifecycle, ServingSettings(**settings), wall_clock=lambda: self.core.now)
         self.client = Client(app)
 
@@ -142,8 +142,7 @@ def test_a_lower_tier_that_would_be_loaded_or_not() -> None:
 
 def test_another_model_has_it() -> None:
     server = Server(bound_to_loopback=True)
-    access = server.core.access
-    object.__setattr__(access, "other_models", lambda tokens, tenant: {"older": len(tokens) - 10})
+    server.core.service.other_models = lambda tokens, tenant: {"older": len(tokens) - 10}
     answer = server.explain(**text(LONG))
     assert reasons(answer) == [("other-model", 0, 36), ("new", 36, 8), ("partial", 44, 2)]
     assert answer["elsewhere"] == [{"model": "older", "tokens": 36}]

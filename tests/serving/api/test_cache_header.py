@@ -52,7 +52,7 @@ def core() -> CoreEngine:
 
 def client_of(core: CoreEngine) -> Client:
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.access))
+    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
     return Client(create_app(lifecycle, wall_clock=lambda: core.now))
 
 

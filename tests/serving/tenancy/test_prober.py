@@ -17,15 +17,15 @@ from benchmarks.rank_test import auc, p_value
 
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.policies.fair_shares import Share
-from emberkv.core.scheduler import Scheduler
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.commands import Statistics
 from emberkv.engine.loader import LoadedModel as ModelOnDevice
 from emberkv.engine.loader import load_model
 from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.cache_setup import cache_access
+from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants
@@ -56,7 +56,7 @@ class Service:
     def __init__(self, engine: AssembledEngine, model: ModelOnDevice) -> None:
         self.engine = engine
         lifecycle = Lifecycle()
-        self.cache = cache_access(engine, CacheBooks(Ledger()), name=MODEL)
+        self.cache = cache_service(engine, CacheBooks(Ledger()), name=MODEL)
         lifecycle.loaded(LoadedModel((MODEL,), 0, engine.loop, model.tokenizer, cache=self.cache))
         settings = ServingSettings(tenants=Tenants(KEYS, secret=b"server secret"), admin_key="admin-key")
         self.client = Client(create_app(lifecycle, settings))
@@ -75,7 +75,8 @@ class Service:
 
     def counters(self) -> dict[str, int]:
         """Everything that the engine and its tiers count: steps' tokens, blocks touched, loads, stores, evictions."""
-        stats = self.engine.loop.run(_copied).result(DEADLINE)
+        counters = self.engine.loop.execute(Statistics()).result(DEADLINE).counters
+        stats = {each.name: getattr(counters, each.name) for each in fields(counters)}
         assert self.engine.tiers is not None
         assert self.engine.tiers.flush(DEADLINE)
         for tier, figures in self.engine.tiers.stats().items():
@@ -85,10 +86,6 @@ class Service:
 
 
 TIER_COUNTERS = ("hits", "misses", "loads", "stores", "evictions")
-
-
-def _copied(scheduler: Scheduler) -> dict[str, Any]:
-    return {each.name: copy.copy(getattr(scheduler.stats, each.name)) for each in fields(scheduler.stats)}
 
 
 def _flat(stats: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

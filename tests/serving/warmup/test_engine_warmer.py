@@ -14,6 +14,7 @@ from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.commands import Remove
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.serving.tenancy.tenants import Tenants
@@ -149,7 +150,7 @@ def test_real_requests_go_first() -> None:
 def test_after_a_clear_it_is_warmed_again() -> None:
     harness = Harness()
     with warming(harness, PROMPT, rewarm_seconds=0.0) as warmup:
-        harness.loop.run(lambda scheduler: scheduler.cache.pool.clear()).result(20)
+        harness.loop.execute(Remove(None, tiers=False)).result(20)
         eventually(lambda: warmup.report().computed_tokens == 80)
         eventually(lambda: warmup.report().is_warm)
         assert ask(harness, PROMPT) == 40

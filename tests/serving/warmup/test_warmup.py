@@ -71,7 +71,7 @@ class FakePool:
     def keep(self, chain: TokenChain) -> None:
         self.kept += [identity for identity in kept_hashes(chain) if identity not in self.kept]
 
-    def let_go(self, identities: Iterable[bytes]) -> None:
+    def unretain(self, identities: Iterable[bytes]) -> None:
         self.kept = [identity for identity in self.kept if identity not in set(identities)]
 
     def room(self) -> int:

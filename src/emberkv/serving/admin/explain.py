@@ -1,20 +1,11 @@
-"""Explains a prompt that is only asked about, and writes explanations as JSON, with the texts around a divergence."""
+"""Explanations as JSON, with the texts around a divergence."""
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
-from emberkv.core.explaining.look_up import look_up
-from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
-from emberkv.core.promotion import LowerTiers
-from emberkv.core.scheduler import Scheduler
+from emberkv.core.explaining.explanation import Divergence, Explanation, Miss
 from emberkv.engine.tokenizer import Tokenizer
-from emberkv.serving.admin.cache_access import CacheAccess
-from emberkv.serving.api.rendering import RenderedPrompt
-from emberkv.serving.tenancy.tenants import Tenant
 
 BROKEN = "\ufffd"
 
@@ -26,66 +17,6 @@ class Explained:
     explanation: Explanation
     canonical: Mapping[str, int] = field(default_factory=dict)
     elsewhere: Sequence[Mapping[str, Any]] = ()
-
-
-async def explain_prompt(
-    cache: CacheAccess, prompt: RenderedPrompt, tenant: Tenant, others: Sequence[Tenant]
-) -> Explained:
-    """What the prompt would hit if ``tenant`` sent it now, and why not more.
-
-    others: tenants that the asker may hear of: whether one of them has what this tenant has not.
-    """
-    chain = await asyncio.to_thread(cache.chain, prompt.token_ids, tenant)
-    outcome, hit_unit = await asyncio.wrap_future(
-        cache.run(lambda scheduler: (look_up(scheduler.cache, cache.lower, chain), scheduler.cache.hit_unit))
-    )
-
-    def explained() -> Explanation:
-        with cache.books.reading() as ledger:
-            return explain(ledger, chain, outcome, hit_unit=hit_unit)
-
-    explanation = await asyncio.to_thread(explained)
-    elsewhere: list[Mapping[str, Any]] = []
-    for model, tokens in (await asyncio.to_thread(cache.other_models, prompt.token_ids, tenant)).items():
-        elsewhere.append({"model": model, "tokens": tokens})
-        explanation = explanation.with_elsewhere(Reason.OTHER_MODEL, tokens)
-    for other in await _holders(cache, chain, prompt.token_ids, [each for each in others if each != tenant]):
-        theirs = await asyncio.to_thread(cache.chain, prompt.token_ids, other)
-        tokens = await asyncio.wrap_future(cache.run(_cached_tokens(cache, theirs)))
-        elsewhere.append({"tenant": other.name, "tokens": tokens})
-        explanation = explanation.with_elsewhere(Reason.OTHER_TENANT, tokens)
-    return Explained(explanation, prompt.canonical, elsewhere)
-
-
-async def _holders(
-    cache: CacheAccess, chain: TokenChain, token_ids: Sequence[int], others: Sequence[Tenant]
-) -> list[Tenant]:
-    """Which of the others have the prompt's first private block."""
-    count = len(chain.identities)
-    first = next((index for index in range(count) if chain.owner(index) != PUBLIC_OWNER), count)
-    if first == count:
-        return []
-    beginning = token_ids[: (first + 1) * chain.block_size]
-
-    def name_all() -> list[Identity]:
-        return [cache.chain(beginning, other).identities[first] for other in others]
-
-    def which(scheduler: Scheduler) -> list[bool]:
-        return [_is_somewhere(scheduler, cache.lower, identity) for identity in identities]
-
-    identities = await asyncio.to_thread(name_all)
-    held = await asyncio.wrap_future(cache.run(which))
-    return [other for other, holds in zip(others, held, strict=True) if holds]
-
-
-def _is_somewhere(scheduler: Scheduler, lower: LowerTiers | None, identity: Identity) -> bool:
-    if scheduler.cache.pool.lookup(identity) is not None:
-        return True
-    return lower is not None and bool(lower.find([identity], exact=False))
-
-
-def _cached_tokens(cache: CacheAccess, chain: TokenChain) -> Callable[[Scheduler], int]:
-    return lambda scheduler: look_up(scheduler.cache, cache.lower, chain).tokens
 
 
 def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) -> dict[str, Any]:

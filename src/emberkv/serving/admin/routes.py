@@ -3,7 +3,7 @@
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 
@@ -13,10 +13,9 @@ from starlette.exceptions import HTTPException
 
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.admin.cache_access import CacheAccess
-from emberkv.serving.admin.cache_desk import CacheDesk, Path
-from emberkv.serving.admin.cache_questions import CacheQuestion, rendered_prompt, tenant_meant
-from emberkv.serving.admin.explain import Explained, explain_prompt, explanation_json
+from emberkv.serving.admin.explain import Explained, explanation_json
+from emberkv.serving.admin.schema import CacheQuestion, rendered_prompt, tenant_meant
+from emberkv.serving.admin.service import CacheService, Path
 from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.rendering import RenderedPrompt
@@ -26,6 +25,7 @@ from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.http.responses import unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import Tenant, Tenants
+from emberkv.serving.warmup.warmup import Warmup
 from emberkv.serving.workers import RequestPreparer
 
 MAX_LISTED = 200
@@ -71,7 +71,7 @@ class CacheRoutes:
     async def statistics(self, http: Request) -> Response:
         await self._guard.operator(http)
         sessions = self._answers.sessions
-        return JSONResponse({"object": "cache", **await self._desk().statistics(), "sessions": len(sessions)})
+        return JSONResponse({"object": "cache", **await self._cache().statistics(), "sessions": len(sessions)})
 
     async def sessions(self, http: Request) -> Response:
         await self._guard.operator(http)
@@ -84,7 +84,7 @@ class CacheRoutes:
             raise RequestError(f"by is {reprlib.repr(by)}; it must be 'hottest' or 'largest'", param="by")
         if not re.fullmatch("0*[1-9][0-9]{0,2}", limit, re.ASCII) or int(limit.lstrip("0")) > MAX_LISTED:
             raise RequestError(f"limit is {reprlib.repr(limit)}; it must be from 1 to {MAX_LISTED}", param="limit")
-        listed = await self._desk().prefixes(by, int(limit), self._lifecycle.model().tokenizer)
+        listed = await self._cache().prefixes(by, int(limit), self._lifecycle.model().tokenizer)
         return JSONResponse({"object": "list", "data": listed})
 
     async def explain(self, http: Request) -> Response:
@@ -119,8 +119,8 @@ class CacheRoutes:
         """Have a prefix evicted last. For good, it is also warmed again whenever it is lost."""
         await self._guard.operator(http)
         question, path = await self._path(http)
-        retained = await self._desk().retain(path, question.seconds or inf)
-        warmup = self._lifecycle.model().warmup
+        retained = await self._cache().retain(path, question.seconds or inf)
+        warmup = self._warmup()
         kept_warm = warmup.pin(path.tokens, path.tenant) if warmup is not None and question.seconds is None else 0
         figures = {"blocks": len(path.identities), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
         return JSONResponse({"object": "cache.pinned", "prefix": path.identities[-1].hex(), **figures})
@@ -128,8 +128,8 @@ class CacheRoutes:
     async def unpin(self, http: Request) -> Response:
         await self._guard.operator(http)
         _, path = await self._path(http)
-        await self._desk().let_go(path)
-        warmup = self._lifecycle.model().warmup
+        await self._cache().unretain(path)
+        warmup = self._warmup()
         if warmup is not None:
             warmup.unpin(path.tokens, path.tenant)
         return JSONResponse({"object": "cache.unpinned", "prefix": path.identities[-1].hex()})
@@ -138,12 +138,12 @@ class CacheRoutes:
         """Forget a prefix, unless others share it, and all that goes on from it."""
         await self._guard.operator(http)
         _, path = await self._path(http)
-        return JSONResponse({"object": "cache.removed", **asdict(await self._desk().remove(path))})
+        return JSONResponse({"object": "cache.removed", **asdict(await self._cache().remove(path, self._warmup()))})
 
     async def clear(self, http: Request) -> Response:
         await self._guard.operator(http)
         _check_json(http)
-        return JSONResponse({"object": "cache.cleared", **asdict(await self._desk().clear())})
+        return JSONResponse({"object": "cache.cleared", **asdict(await self._cache().clear(self._warmup()))})
 
     def _past(self, response_id: str, answer: int, tenant: Tenant | None) -> Explained:
         """Another tenant's response is as unknown as one that never was."""
@@ -159,12 +159,13 @@ class CacheRoutes:
         whose = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
         prompt = await self._prompt(question, whose)
         others = [] if tenant is not None else [self._tenants.named(name) for name in self._tenants.names]
-        return await explain_prompt(self._cache(), prompt, whose, others)
+        explained = await self._cache().explain(prompt.token_ids, whose, others)
+        return replace(explained, canonical=prompt.canonical)
 
     async def _path(self, http: Request) -> tuple[CacheQuestion, Path]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
-            return question, await self._desk().path(question.prefix_identity())
+            return question, await self._cache().path(question.prefix_identity())
         tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
         chain = await self._preparer.run(partial(self._cache().chain, prompt.token_ids, tenant))
@@ -183,14 +184,14 @@ class CacheRoutes:
         model = self._lifecycle.model().seen_by(tenant.name)
         return await self._preparer.run(partial(rendered_prompt, question, model, self._preparer.rules))
 
-    def _cache(self) -> CacheAccess:
+    def _cache(self) -> CacheService:
         cache = self._lifecycle.model().cache
         if cache is None:
             raise HTTPException(404)
         return cache
 
-    def _desk(self) -> CacheDesk:
-        return CacheDesk(self._cache(), self._lifecycle.model().warmup)
+    def _warmup(self) -> Warmup | None:
+        return self._lifecycle.model().warmup
 
 
 def _check_json(http: Request) -> None:

@@ -1,12 +1,11 @@
 """A warmup's way to the engine's loop."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity
-from emberkv.core.scheduler import Scheduler
 from emberkv.core.sequence import BACKGROUND_PRIORITY
+from emberkv.engine.commands import CachedTokens, Command, Retain, Unretain
 from emberkv.engine.request import GenerationRequest, OutputListener
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 _PATIENCE_SECONDS = 30.0
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 
 class EngineWarmer:
@@ -39,15 +38,13 @@ class EngineWarmer:
         return self._loop.chain(self._request(prompt, ""))
 
     def cached_tokens(self, chain: Chain) -> int:
-        return self._ask(lambda scheduler: scheduler.cache.cached_tokens(chain))
+        return self._ask(CachedTokens(chain))
 
     def keep(self, chain: Chain) -> None:
-        kept = kept_hashes(chain)
-        self._ask(lambda scheduler: scheduler.cache.pool.policy.retain(kept, math.inf))
+        self._ask(Retain(kept_hashes(chain)))
 
-    def let_go(self, identities: Iterable[Identity]) -> None:
-        released = tuple(identities)
-        self._ask(lambda scheduler: scheduler.cache.pool.policy.let_go(released))
+    def unretain(self, identities: Iterable[Identity]) -> None:
+        self._ask(Unretain(tuple(identities)))
 
     def room(self) -> int:
         stats = self._loop.stats()
@@ -66,8 +63,8 @@ class EngineWarmer:
             request_id, prompt.tokens, _ONE_TOKEN, salt, priority=BACKGROUND_PRIORITY, tenant=prompt.tenant
         )
 
-    def _ask(self, command: Callable[[Scheduler], T]) -> T:
+    def _ask(self, command: Command[R]) -> R:
         try:
-            return self._loop.run(command).result(_PATIENCE_SECONDS)
+            return self._loop.execute(command).result(_PATIENCE_SECONDS)
         except TimeoutError as error:
             raise EngineStoppedError(f"the engine gave no answer within {_PATIENCE_SECONDS:g} s") from error

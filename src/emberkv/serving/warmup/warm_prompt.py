@@ -47,7 +47,7 @@ class WarmEngine(Protocol):
         """Have the chain's blocks evicted after all that nobody wished to keep. Raises as `cached_tokens` does."""
         ...
 
-    def let_go(self, identities: Iterable[Identity]) -> None:
+    def unretain(self, identities: Iterable[Identity]) -> None:
         """Take that wish back. Raises EngineStoppedError."""
         ...
 

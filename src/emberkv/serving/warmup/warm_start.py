@@ -30,14 +30,13 @@ def make_warmup(
     problems: why others are no prompts. on_ready: see `Warmup`. What use teaches is kept in ``config.cache_dir``.
     Without a prefix cache nothing is warmed.
     """
-    cache = engine.scheduler.cache
-    warmer = EngineWarmer(engine.loop, tenants, block_size=cache.pool.block_size)
+    warmer = EngineWarmer(engine.loop, tenants, block_size=engine.block_size)
     settings = WarmupSettings(
         config.warmup and config.prefix_cache,
         config.warmup_timeout,
         config.warmup_required,
-        cache.hit_unit,
-        cache.pool.block_size,
+        engine.hit_unit,
+        engine.block_size,
     )
     if not settings.enabled:
         prompts, problems = (), ()

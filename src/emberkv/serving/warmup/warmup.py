@@ -120,7 +120,7 @@ class Warmup:
         """
         pin = self._pins.remove(tokens, tenant)
         if pin is not None:
-            self._engine.let_go(pin.identities)
+            self._engine.unretain(pin.identities)
         return pin is not None
 
     def pins(self) -> list[WarmPrompt]:

@@ -1,8 +1,7 @@
-"""Ties the books and the cache's own routes to an engine: its news, its tiers, its names for blocks."""
+"""Connects the ledger and the cache's own routes to an engine."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,10 @@ from emberkv.core.hashing import TokenChain
 from emberkv.engine.news import CacheNews, CacheObserver
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.serving.admin.cache_access import CacheAccess
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.other_models import KnownModel, OtherModels
 from emberkv.serving.admin.reuse_watch import ReuseWatch
+from emberkv.serving.admin.service import CacheService
 from emberkv.serving.background import Background
 from emberkv.serving.tenancy.tenants import Tenant
 
@@ -44,23 +43,24 @@ def observer(books: CacheBooks, *, hit_unit: int) -> CacheObserver:
     return saw
 
 
-def cache_access(
+def cache_service(
     engine: "AssembledEngine",
     books: CacheBooks,
     *,
     name: str,
     folder: Path | None = None,
     background: Background | None = None,
-) -> CacheAccess:
-    """The way to an engine's cache; from now on its news are written into ``books``. Call before the engine starts.
+) -> CacheService:
+    """The service for an engine's cache, whose updates are written into ``books`` from now on. Call it before the
+    engine starts.
 
-    name: of the model. folder: where it keeps blocks; its name is written there, for other models to tell. background:
-    counts what of the news cannot be taken in.
+    name: of the model. folder: where the model keeps blocks; its name is written there, for other models to read.
+    background: counts failures to take an update in.
     """
     loop = engine.loop
     background = background or Background()
     ledger = background.work("ledger of blocks")
-    loop.watch(ledger.guarded(observer(books, hit_unit=engine.scheduler.cache.hit_unit)))
+    loop.watch(ledger.guarded(observer(books, hit_unit=engine.hit_unit)))
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
     loop.watch(background.work("reuse estimates").guarded(reuse.saw))
     if engine.tiers is not None:
@@ -69,18 +69,19 @@ def cache_access(
     def chain(tokens: Sequence[int], tenant: Tenant) -> TokenChain:
         return loop.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
 
-    lower = engine.link.peeking if engine.link is not None else None
-    access = CacheAccess(books, loop.run, chain, lower=lower, manager=engine.tiers, reuse=reuse)
+    tier_stats = engine.tiers.stats if engine.tiers is not None else dict
+    service = CacheService(books, loop.execute, chain, tier_stats=tier_stats, reuse=reuse)
     if folder is None or engine.tiers is None:
-        return access
-    own = KnownModel(name=name, root=engine.root, block_size=engine.scheduler.cache.pool.block_size)
+        return service
+    own = KnownModel(name=name, root=engine.root, block_size=engine.block_size)
     try:
         models = OtherModels(folder, engine.namespace, own)
     except OSError as error:  # a folder that cannot be written serves what it has all the same
         _log.warning("the cache folder's list of models cannot be written (%s)", type(error).__name__)
-        return access
+        return service
 
     def others(tokens: Sequence[int], tenant: Tenant) -> Mapping[str, int]:
         return models.cached(tokens, chain(tokens, tenant), tenant.salt)
 
-    return replace(access, other_models=others)
+    service.other_models = others
+    return service

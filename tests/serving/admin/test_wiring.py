@@ -8,7 +8,7 @@ from emberkv.core.explaining.explanation import Explanation, LossKind, Reason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.engine.request import TokenOutput
 from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.cache_setup import observer
+from emberkv.serving.admin.wiring import observer
 from tests.engine.loop_harness import BLOCK, Harness, Inbox, running
 
 PROMPT = [*range(2, 20)]

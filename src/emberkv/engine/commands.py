@@ -1,0 +1,202 @@
+"""What other threads may ask of the engine's cache, as data: a command for each question, and the type of its answer.
+
+    future = loop.execute(CachedTokens(chain))   # on any thread
+    future.result()                              # how many of the chain's tokens the pool has
+
+`CacheControl` carries commands out, on the engine's thread and between two steps. Nothing else outside the engine
+reaches the scheduler or the pool.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar
+
+from emberkv.core.explaining.explanation import Outcome
+from emberkv.core.explaining.look_up import look_up
+from emberkv.core.hashing import Chain, Identity
+from emberkv.core.promotion import LowerTiers
+from emberkv.core.scheduler import Scheduler
+from emberkv.core.stats import CacheStats
+from emberkv.tiers.base import Removed
+from emberkv.tiers.manager import TierManager
+
+R = TypeVar("R")
+
+
+class Command(Generic[R]):
+    """Something to do between two steps, which ends with an ``R``."""
+
+    __slots__ = ()
+
+
+class Execute(Protocol):
+    """`EngineLoop.execute`, or what stands for it."""
+
+    def __call__(self, command: Command[R], /) -> "Future[R]": ...
+
+
+@dataclass(frozen=True, slots=True)
+class Retain(Command[int]):
+    """Have the pool evict these blocks after all others, for so many seconds. Answer: how many blocks it retains."""
+
+    block_hashes: Sequence[Identity]
+    seconds: float = inf
+
+
+@dataclass(frozen=True, slots=True)
+class Unretain(Command[None]):
+    """Have the pool evict these blocks like any others again."""
+
+    block_hashes: Sequence[Identity]
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedBlocks:
+    """pool: blocks removed from the pool. tiers: the answers of the tiers, by name, which may wait for a disk."""
+
+    pool: int
+    tiers: "Mapping[str, Future[Removed]]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Remove(Command[RemovedBlocks]):
+    """Remove blocks from the pool and from all tiers below it; None: all blocks.
+
+    No block moves between pool and tiers meanwhile, so none survives. tiers: False removes from the pool alone.
+    """
+
+    block_hashes: Collection[Identity] | None
+    tiers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTokens(Command[int]):
+    """Answer: how many leading tokens of ``chain`` a longer prompt that begins with it would hit in the pool."""
+
+    chain: Chain
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """hit_unit: hits are rounded down to a multiple of this many tokens."""
+
+    outcome: Outcome
+    hit_unit: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp(Command[LookedUp]):
+    """Answer: what ``chain`` would hit as a prompt, in the pool and the tiers below, decided as for a request."""
+
+    chain: Chain
+
+
+@dataclass(frozen=True, slots=True)
+class FindCached(Command[list[bool]]):
+    """Answer: of each block, whether the pool or a tier below it has it."""
+
+    block_hashes: Sequence[Identity]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """counters: since the start; a copy. bytes_by_owner: of cached blocks, by tenant; empty without shares.
+
+    in_use: blocks of running sequences and loads. cached: free blocks that are cache entries still. empty: the others.
+    """
+
+    counters: CacheStats
+    total: int
+    in_use: int
+    cached: int
+    empty: int
+    block_size: int
+    bytes_by_owner: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics(Command[PoolStatistics]):
+    """Answer: counters and contents of the pool, as of now."""
+
+
+class CacheControl:
+    """Carries out commands on a scheduler, on the thread that drives it.
+
+    lower: the tiers below the pool, asked without being counted. manager: of the same tiers. clock: seconds, by which
+    retention ends, as for the pool's policy.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        lower: LowerTiers | None = None,
+        manager: TierManager | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = scheduler.cache
+        self._pool = scheduler.cache.pool
+        self._lower = lower
+        self._manager = manager
+        self._clock = clock
+        self._handlers: dict[type[Command[Any]], Callable[[Any], Any]] = {
+            Retain: self._retain,
+            Unretain: self._unretain,
+            Remove: self._remove,
+            CachedTokens: self._cached_tokens,
+            LookUp: self._look_up,
+            FindCached: self._find_cached,
+            Statistics: self._statistics,
+        }
+
+    def execute(self, command: Command[R]) -> R:
+        """Carry out one command; raises what is wrong with it."""
+        answer: R = self._handlers[type(command)](command)
+        return answer
+
+    def _retain(self, command: Retain) -> int:
+        return self._pool.policy.retain(command.block_hashes, self._clock() + command.seconds)
+
+    def _unretain(self, command: Unretain) -> None:
+        self._pool.policy.let_go(command.block_hashes)
+
+    def _remove(self, command: Remove) -> RemovedBlocks:
+        manager = self._manager if command.tiers else None
+        if command.block_hashes is None:
+            removed = self._pool.num_cached
+            self._pool.clear()
+            return RemovedBlocks(removed, manager.clear() if manager is not None else {})
+        removed = self._scheduler.remove(command.block_hashes)
+        return RemovedBlocks(removed, manager.remove(command.block_hashes) if manager is not None else {})
+
+    def _cached_tokens(self, command: CachedTokens) -> int:
+        return self._cache.cached_tokens(command.chain)
+
+    def _look_up(self, command: LookUp) -> LookedUp:
+        return LookedUp(look_up(self._cache, self._lower, command.chain), self._cache.hit_unit)
+
+    def _find_cached(self, command: FindCached) -> list[bool]:
+        return [self._is_cached(block_hash) for block_hash in command.block_hashes]
+
+    def _is_cached(self, block_hash: Identity) -> bool:
+        if self._pool.lookup(block_hash) is not None:
+            return True
+        return self._lower is not None and bool(self._lower.find([block_hash], exact=False))
+
+    def _statistics(self, command: Statistics) -> PoolStatistics:
+        pool = self._pool
+        counters = CacheStats(**{each.name: copy.copy(getattr(pool.stats, each.name)) for each in fields(CacheStats)})
+        return PoolStatistics(
+            counters,
+            total=pool.num_blocks,
+            in_use=pool.num_blocks - pool.num_free,
+            cached=pool.num_evictable,
+            empty=pool.num_free - pool.num_evictable,
+            block_size=pool.block_size,
+            bytes_by_owner=dict(pool.policy.bytes_by_owner()),
+        )
