@@ -211,6 +211,13 @@ def test_a_request_that_cannot_be_sampled_ends_alone() -> None:
     assert other.tokens == alone(OTHER, 8)
 
 
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    params = SamplingParams(logit_bias={2: 1.0, VOCAB: 1.0})
+    with pytest.raises(RequestError, match=f"logit_bias names token id {VOCAB}; the vocabulary has {VOCAB}") as refused:
+        Harness().loop.submit(GenerationRequest("a", [2], params), Inbox())
+    assert refused.value.param == "logit_bias"
+
+
 def test_preempted_requests_answer_in_full() -> None:
     with running(Harness(num_blocks=10)) as harness:
         prompts = [range(start, start + 8) for start in (2, 12, 22, 32)]

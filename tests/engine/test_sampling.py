@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from emberkv.engine.executor import SampledToken, SamplingState
+from emberkv.engine.request import AllowedTokens
 from emberkv.engine.sampling import Sampler, SamplingFailure
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import RequestError
@@ -20,8 +23,19 @@ PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log()
 
 
-def state(prompt: Sequence[int] = (), *, rng: random.Random | None = None, **params: object) -> SamplingState:
-    return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1))  # type: ignore[arg-type]  # fields by name
+def state(
+    prompt: Sequence[int] = (),
+    *,
+    rng: random.Random | None = None,
+    allowed: AllowedTokens | None = None,
+    **params: object,
+) -> SamplingState:
+    return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1), allowed)  # type: ignore[arg-type]  # fields by name
+
+
+def bits(*token_ids: int, vocab: int = 4) -> NDArray[np.uint8]:
+    """Allows these tokens and no others."""
+    return np.packbits(np.isin(np.arange(vocab), token_ids), bitorder="little")
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
@@ -128,6 +142,70 @@ def test_penalties_leave_the_models_logits_alone() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0]])
     sample(logits, [state([0], repetition_penalty=2.0, presence_penalty=1.0)])
     assert logits.tolist() == [[3.0, 2.0, 1.0]]
+
+
+def test_a_bias_is_added_to_its_tokens_after_the_penalties() -> None:
+    biased = state([2], temperature=0.0, repetition_penalty=2.0, logit_bias={2: 1.25, 0: -1.0})
+    logits = torch.tensor([[3.0, 2.0, 1.6]])
+    assert sample(logits, [biased])[0].token_id == 2  # 0.8 + 1.25 against 2.0 each
+    assert logits.tolist() == [pytest.approx([3.0, 2.0, 1.6])]
+
+
+def test_a_bias_shifts_the_distribution() -> None:
+    assert frequencies(logit_bias={0: -100.0, 1: math.log(2)}) == pytest.approx(
+        {1: 0.75, 2: 0.1875, 3: 0.0625}, abs=0.03
+    )
+
+
+@pytest.mark.parametrize("bias", [{0: 100.1}, {0: -100.1}, {0: math.nan}, {-1: 1.0}])
+def test_a_bias_out_of_range_is_refused(bias: dict[int, float]) -> None:
+    with pytest.raises(RequestError, match=r"logit_bias is .*; it must be ") as refused:
+        state(logit_bias=bias)
+    assert refused.value.param == "logit_bias"
+
+
+def test_only_allowed_tokens_are_drawn_in_proportion() -> None:
+    row, drawing = LOGITS.unsqueeze(0), state(allowed=lambda answer: bits(1, 3))
+    counts = Counter(sample(row, [drawing])[0].token_id for _ in range(4000))
+    assert {token: count / 4000 for token, count in counts.items()} == pytest.approx({1: 6 / 7, 3: 1 / 7}, abs=0.03)
+
+
+def test_which_tokens_are_allowed_follows_from_the_answer_so_far() -> None:
+    order = [3, 0, 2]
+    restricted = state(temperature=0.0, allowed=lambda answer: bits(order[len(answer)]) if len(answer) < 3 else None)
+    chosen = []
+    for _ in range(4):
+        chosen.append(greedy_token(PROBABILITIES, restricted))
+        restricted.append(chosen[-1])
+    assert chosen == [3, 0, 2, 0]
+
+
+def test_no_bias_lets_a_token_pass_that_is_not_allowed() -> None:
+    assert greedy_token(PROBABILITIES, state(temperature=0.0, logit_bias={0: 100.0}, allowed=lambda _: bits(2))) == 2
+
+
+def test_a_token_beyond_the_end_of_the_bits_is_not_allowed() -> None:
+    logits = torch.arange(20.0).unsqueeze(0)
+    assert sample(logits, [state(temperature=0.0, allowed=lambda _: bits(1, 5, vocab=8))])[0].token_id == 5
+
+
+@pytest.mark.parametrize(
+    ("logits", "allowed", "reason"),
+    [
+        (PROBABILITIES, lambda _: bits(), "the request allows no token next; it must allow at least one"),
+        ([0.0, -math.inf, 1.0, 1.0], lambda _: bits(1), "no token that the request allows can follow"),
+        (PROBABILITIES, lambda answer: bits(answer[0]), "sampling failed: IndexError"),
+    ],
+    ids=["none allowed", "only impossible ones", "an error in the hook"],
+)
+def test_a_restriction_that_leaves_nothing_fails_its_own_row(
+    logits: list[float], allowed: AllowedTokens, reason: str
+) -> None:
+    rows = torch.tensor([logits, PROBABILITIES])
+    failed, other = Sampler().sample(rows, [state(temperature=0.0, allowed=allowed), state(temperature=0.0)])
+    assert isinstance(failed, SamplingFailure)
+    assert failed.reason.startswith(reason)
+    assert other == SampledToken(0, None)
 
 
 def test_logprobs_are_those_of_the_raw_distribution() -> None:

@@ -53,7 +53,8 @@ class TinyExecutor:
     """A token's KV words mix its id, its position and the KV words of all tokens before it, read from the pool.
 
     The mix is a sum modulo 2**64, which is the same in any order, so every result is batch-invariant. The logits,
-    ``[vocab]`` float32 from 0 to 8, follow from the last token's KV words. nan_token: the logits after it are NaN.
+    ``[vocab]`` float32 from 0 to 8, follow from the last token's KV words. nan_token: the logits after it are NaN, and
+    its own logit is the lowest.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class TinyExecutor:
             if sequence.wants_prompt_logits:
                 alternatives = sampling[sequence.request_id].params.prompt_logprobs or 0
                 self._score_prompt(sequence, chunk.start, logits, alternatives, output)
+        for request_id in output.failed:
+            output.tokens.pop(request_id, None)
         return output
 
     def compute(self, sequence: ScheduledSequence, start: int, stop: int) -> NDArray[np.float32]:
@@ -101,7 +104,10 @@ class TinyExecutor:
         if token == self._nan_token:
             return np.full(self.vocab, np.nan, dtype=np.float32)
         mixed = _mixed(words.sum(dtype=np.uint64) + np.arange(self.vocab, dtype=np.uint64))
-        return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**21)
+        logits = (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**21)
+        if self._nan_token is not None:
+            logits[self._nan_token] = -100
+        return logits
 
     def _sample(
         self,
@@ -125,11 +131,10 @@ class TinyExecutor:
     ) -> None:
         if not np.isfinite(logits).all():
             output.failed[sequence.request_id] = NOT_NUMBERS
-            output.tokens.pop(sequence.request_id, None)
             return
         tokens = sequence.chain.slice(start + 1, max(start + 1, min(start + 1 + len(logits), sequence.prompt_tokens)))
         scored = [logprobs(row, token, alternatives) for row, token in zip(logits, tokens, strict=False)]
-        output.prompt_logprobs[sequence.request_id] = PromptLogprobs(start + 1, scored)
+        output.prompt_logprobs.append(PromptLogprobs(sequence.request_id, start + 1, scored))
 
 
 def sampled(logits: NDArray[np.float32], state: SamplingState) -> SampledToken:
@@ -137,7 +142,7 @@ def sampled(logits: NDArray[np.float32], state: SamplingState) -> SampledToken:
     if not np.isfinite(logits.max()):
         raise SamplingError(NOT_NUMBERS)
     params = state.params
-    changed = _penalized(logits, state)
+    changed = _changed(logits, state)
     if not np.isfinite(changed.max()):
         raise SamplingError("the penalties make the scores for the next token overflow; use weaker ones")
     token_id = int(changed.argmax()) if params.is_greedy else _drawn(changed, params, state.draw())
@@ -151,7 +156,7 @@ def logprobs(logits: NDArray[np.float32], token_id: int, alternatives: int) -> T
     return TokenLogprobs(token_id, float(values[token_id]), tuple((int(each), float(values[each])) for each in top))
 
 
-def _penalized(logits: NDArray[np.float32], state: SamplingState) -> NDArray[np.float32]:
+def _changed(logits: NDArray[np.float32], state: SamplingState) -> NDArray[np.float32]:
     params = state.params
     counts = np.bincount(np.array(state.answer, dtype=np.int64), minlength=len(logits))
     seen = counts > 0
@@ -160,7 +165,11 @@ def _penalized(logits: NDArray[np.float32], state: SamplingState) -> NDArray[np.
     with np.errstate(over="ignore"):
         changed = np.where(seen, np.where(logits > 0, logits / factor, logits * factor), logits)
         changed = changed - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-    return changed.astype(np.float32)
+    changed = changed.astype(np.float32)
+    for token_id, bias in params.logit_bias.items():
+        changed[token_id] += np.float32(bias)
+    allowed = state.allowed_tokens(len(logits))
+    return changed if allowed is None else np.where(allowed, changed, np.float32(-np.inf))
 
 
 def _drawn(logits: NDArray[np.float32], params: SamplingParams, uniform: float) -> int:

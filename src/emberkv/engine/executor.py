@@ -12,38 +12,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emberkv.core.step_plan import StepPlan
-from emberkv.engine.request import TokenLogprobs
+from emberkv.engine.request import AllowedTokens, TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import SamplingError
 
 NOT_NUMBERS = "the model's scores for the next token are not numbers"
 """The reason for which a request fails whose logits hold a NaN, or are not finite at their maximum."""
 
 
 class SamplingState:
-    """What an executor needs to sample one request's tokens, and the tokens that it has sampled so far.
+    """What an executor needs to sample one request's tokens, and the tokens of the answer so far.
+
+    An executor changes a row of logits in this order: penalties, ``params.logit_bias``, `allowed_tokens`, temperature,
+    top_k, top_p, min_p. Reported log-probabilities are of the logits before any change.
 
     The loop makes one for each request, calls `append` for each token that becomes part of the answer, and keeps the
     state when the request is preempted. Executors may keep memory of their own for a state, by weak reference.
 
     rng: draws for requests without a seed, and may be shared; a seed gives the request a generator of its own.
-    answer: the tokens so far, not to be changed by executors. changes_logits: whether the request has penalties.
-    is_plain_greedy: whether the most likely token is all that it asks for.
+    answer: the tokens so far, not to be changed by executors. changes_logits: whether the request has penalties, a
+    bias or a restriction to some tokens. is_plain_greedy: whether the most likely token is all that it asks for.
     """
 
-    __slots__ = ("__weakref__", "_rng", "answer", "changes_logits", "is_plain_greedy", "params", "prompt_token_ids")
+    __slots__ = (
+        "__weakref__",
+        "_allowed",
+        "_rng",
+        "answer",
+        "changes_logits",
+        "is_plain_greedy",
+        "params",
+        "prompt_token_ids",
+    )
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], rng: random.Random) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        rng: random.Random,
+        allowed: AllowedTokens | None = None,
+    ) -> None:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.answer: list[int] = []
-        self.changes_logits = params.has_penalties
+        self.changes_logits = params.has_penalties or bool(params.logit_bias) or allowed is not None
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.changes_logits
+        self._allowed = allowed
         self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
 
     def append(self, token_id: int) -> None:
         """Record a token of the answer, once it is chosen."""
         self.answer.append(token_id)
+
+    def allowed_tokens(self, vocab: int) -> NDArray[np.bool_] | None:
+        """``[vocab]``: whether each token may come next; None where all may. Raises SamplingError where none may."""
+        bits = self._allowed(self.answer) if self._allowed is not None else None
+        if bits is None:
+            return None
+        allowed = np.unpackbits(bits, count=vocab, bitorder="little").view(np.bool_)
+        if not allowed.any():
+            raise SamplingError("the request allows no token next; it must allow at least one")
+        return allowed
 
     def draw(self) -> float:
         """The request's next random number, in [0, 1). An executor takes one for each token it does not take greedily,
@@ -62,30 +95,32 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of the prompt's tokens at positions ``[start, start + len(tokens))``.
+    """Log-probabilities of a prompt's tokens at positions ``[start, start + len(tokens))``.
 
     start: at least 1, as nothing predicts the first token.
     """
 
+    request_id: str
     start: int
     tokens: Sequence[TokenLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The results of a step, by request id.
+    """The results of a step.
 
-    tokens: the next token of each sequence whose tokens are all computed now, unless it failed: of each of the plan's
-    decodes, and of each chunk with `PrefillChunk.samples`.
-    failed: why a request cannot go on (logits that are not numbers, an error in sampling). The step's other requests
-    are not affected. What the step computed of a failed request may be wrong and must not be committed.
-    prompt_logprobs: for chunks of requests with ``params.prompt_logprobs``, those of the tokens that their positions
-    predict, as far as these are the prompt's. A sequence computed again after a preemption gets them again.
+    tokens: by request id, the next token of each sequence whose tokens are all computed now: of each of the plan's
+    decodes, and of each chunk with `PrefillChunk.samples`, unless the request failed.
+    failed: by request id, why a request cannot go on (logits that are not numbers, an error in sampling). The step's
+    other requests are not affected. What the step computed of a failed request must not be committed.
+    prompt_logprobs: for each chunk of a request with ``params.prompt_logprobs``, those of the tokens that its positions
+    predict, as far as these are the prompt's; in the plan's order. A sequence computed again after a preemption gets
+    them again.
     """
 
     tokens: dict[str, SampledToken] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
 
 class KVStorage(Protocol):

@@ -29,6 +29,11 @@ class ModelLimits:
         if not self._in_vocabulary(prompt):
             wrong = next(token for token in prompt if not 0 <= token < self.vocab_size)
             raise RequestError(f"token id {wrong} is not in the vocabulary of {self.vocab_size}", param="prompt")
+        unknown = next((token for token in request.params.logit_bias if token >= self.vocab_size), None)
+        if unknown is not None:
+            raise RequestError(
+                f"logit_bias names token id {unknown}; the vocabulary has {self.vocab_size}", param="logit_bias"
+            )
         room = min(self.context_length, pool_tokens)
         total = len(prompt) + request.params.max_tokens
         if total > room:

@@ -98,9 +98,9 @@ class LiveRequests:
     def deliver(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a computed plan, and hand out its tokens. Requests that failed have been ended before."""
         sampled = output.tokens
-        for request_id, found in output.prompt_logprobs.items():
-            if request_id in self._live:
-                self._live[request_id].keep_prompt_logprobs(found)
+        for found in output.prompt_logprobs:
+            if found.request_id in self._live:
+                self._live[found.request_id].keep_prompt_logprobs(found)
         stopped = {
             request_id
             for request_id, token in sampled.items()

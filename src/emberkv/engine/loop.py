@@ -125,7 +125,7 @@ class EngineLoop:
             tenant=request.tenant,
             wants_prompt_logits=request.params.prompt_logprobs is not None,
         )
-        state = SamplingState(request.params, request.prompt_token_ids, self._rng)
+        state = SamplingState(request.params, request.prompt_token_ids, self._rng, request.allowed_tokens)
         self._mailbox.submit(Live(request, sequence, state, listener, self._clock()))
 
     def chain(self, request: GenerationRequest) -> TokenChain:

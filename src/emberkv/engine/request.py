@@ -4,9 +4,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.tiers.stats import StackStats, TierStats
+
+AllowedTokens = Callable[[Sequence[int]], NDArray[np.uint8] | None]
+"""Restricts which token may come next, for example to those that continue a text by the rules of a grammar.
+
+It is called on the engine's thread with the tokens of the answer so far, once for each token, and must be quick. It
+gives uint8 ``[ceil(vocab / 8)]``, a set bit ``i % 8`` of byte ``i // 8`` allowing token ``i``, or None to allow all.
+Tokens beyond the end of a shorter array are not allowed. The same answer must give the same bits. ::
+
+    allowed = np.zeros(vocab, dtype=bool)
+    allowed[[yes, no]] = True
+    bits = np.packbits(allowed, bitorder="little")
+    GenerationRequest("a", prompt, SamplingParams(max_tokens=1), allowed_tokens=lambda answer: bits)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +33,7 @@ class GenerationRequest:
     share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants.
     session_id: groups requests in statistics. priority: lower is served sooner, whatever the tenant.
     retain_tokens: of the prompt, how many are to be evicted only after others for ``retain_seconds``: a wish.
+    allowed_tokens: which tokens its answer may have; None: all.
     """
 
     request_id: str
@@ -28,6 +45,7 @@ class GenerationRequest:
     session_id: str = ""
     retain_tokens: int = 0
     retain_seconds: float = 0.0
+    allowed_tokens: AllowedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)

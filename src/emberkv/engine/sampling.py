@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +27,10 @@ class SamplingFailure:
 
 
 class Sampler:
-    """Turns logits into tokens: penalties, temperature, top_k, top_p and min_p, in this order."""
+    """Turns logits into tokens, in the order that `SamplingState` gives."""
 
     def __init__(self) -> None:
-        self._penalties: WeakKeyDictionary[SamplingState, _Penalties] = WeakKeyDictionary()
+        self._changes: WeakKeyDictionary[SamplingState, list[_LogitsChange]] = WeakKeyDictionary()
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SamplingFailure]:
@@ -59,22 +60,31 @@ class Sampler:
             return SamplingFailure(f"sampling failed: {type(error).__name__}")
 
     def _sample_row(self, logits: torch.Tensor, state: SamplingState) -> SampledToken:
-        penalized = self._penalized(logits, state)
-        if not bool(penalized.max().isfinite()):
-            raise SamplingError("the penalties make the scores for the next token overflow; use weaker ones")
+        changed = self._changed(logits, state) if state.changes_logits else logits
+        if not bool(changed.max().isfinite()):
+            raise SamplingError(_no_finite_maximum(changed))
         greedy = state.params.is_greedy
-        token_id = int(penalized.argmax()) if greedy else _draw(penalized, state.params, state.draw())
+        token_id = int(changed.argmax()) if greedy else _draw(changed, state.params, state.draw())
         logprobs = None if state.params.logprobs is None else _logprobs(logits, token_id, state.params.logprobs)
         return SampledToken(token_id, logprobs)
 
-    def _penalized(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
-        """float32 [vocab] with the request's penalties applied; the argument is left as it is."""
-        if not state.changes_logits:
-            return logits
-        penalties = self._penalties.get(state)
-        if penalties is None:
-            penalties = self._penalties[state] = _Penalties(state.params, state.prompt_token_ids, logits)
-        return penalties.apply(logits, state.answer)
+    def _changed(self, logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
+        """float32 [vocab] after all that the request changes; the argument is left as it is."""
+        changes = self._changes.get(state)
+        if changes is None:
+            changes = self._changes[state] = list(_make_changes(state.params, state.prompt_token_ids, logits))
+        for change in changes:
+            logits = change.apply(logits, state.answer)
+        allowed = state.allowed_tokens(logits.numel())
+        if allowed is not None:
+            logits = logits.where(torch.from_numpy(allowed).to(logits.device), -math.inf)
+        return logits
+
+
+def _no_finite_maximum(changed: torch.Tensor) -> str:
+    if bool(changed.max() == -math.inf):
+        return "no token that the request allows can follow by the model's scores; allow others"
+    return "the penalties make the scores for the next token overflow; use weaker ones"
 
 
 _PROMPT_ROWS = 32  # of a vocabulary each, in float32 at a time: 32 times 150,000 are 19 MB
@@ -96,11 +106,33 @@ def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], alternatives
     return found
 
 
-class _Penalties:
-    """Counts over the vocabulary, made for a request's first token and brought up to date with each further one.
+class _LogitsChange(Protocol):
+    def apply(self, logits: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+        """float32 [vocab]; the argument is left as it is. answer: the tokens so far."""
+        ...
 
-    like: float32 [vocab], on the device where the counts are to be.
-    """
+
+def _make_changes(
+    params: SamplingParams, prompt_token_ids: Sequence[int], like: torch.Tensor
+) -> Iterator[_LogitsChange]:
+    """like: float32 [vocab], on the device where the logits will be."""
+    if params.has_penalties:
+        yield _Penalties(params, prompt_token_ids, like)
+    if params.logit_bias:
+        yield _Biases(params.logit_bias, like)
+
+
+class _Biases:
+    def __init__(self, biases: Mapping[int, float], like: torch.Tensor) -> None:
+        self._token_ids = torch.tensor(list(biases), dtype=torch.long, device=like.device)
+        self._values = torch.tensor(list(biases.values()), dtype=like.dtype, device=like.device)
+
+    def apply(self, logits: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+        return logits.index_add(0, self._token_ids, self._values)
+
+
+class _Penalties:
+    """Counts over the vocabulary, made for a request's first token and brought up to date with each further one."""
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int], like: torch.Tensor) -> None:
         self._params = params

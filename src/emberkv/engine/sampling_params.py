@@ -1,6 +1,7 @@
 """What a request asks of the sampler. Free of torch, so that API modules can build it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from emberkv.errors import RequestError
 
@@ -8,6 +9,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 REPETITION_PENALTIES = (0.01, 100.0)
 """Lowest and highest; beyond them, products with a model's scores would leave the range of float32."""
+MAX_LOGIT_BIAS = 100.0
 
 
 def _require(condition: bool, param: str, given: object, accepted: str) -> None:
@@ -22,6 +24,7 @@ class SamplingParams:
     temperature: 0 is greedy; the range is [0, 2].
     top_p: in (0, 1]; however small, it keeps the likeliest token.
     top_k: 0 keeps all tokens.
+    logit_bias: what is added to the logits of tokens, by token id, after the penalties; each in [-100, 100].
     logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
     prompt_logprobs: the same beside each of the prompt's tokens, which is then computed without reading the cache.
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
@@ -39,6 +42,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
@@ -56,6 +60,9 @@ class SamplingParams:
         )  # fmt: skip
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
+        for token_id, bias in self.logit_bias.items():
+            _require(token_id >= 0, "logit_bias", token_id, "for token ids from 0 on")
+            _require(abs(bias) <= MAX_LOGIT_BIAS, "logit_bias", bias, f"from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}")
         _require(
             self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
             "logprobs", self.logprobs, f"from 0 to {MAX_TOP_LOGPROBS}",

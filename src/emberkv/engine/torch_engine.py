@@ -155,7 +155,7 @@ class TorchEngine:
                 output.failed[request_id] = NOT_NUMBERS
                 output.tokens.pop(request_id, None)
             else:
-                output.prompt_logprobs[request_id] = found
+                output.prompt_logprobs.append(found)
         return output
 
     @torch.inference_mode()
@@ -239,7 +239,7 @@ def _prompt_logprobs(computed: PromptLogits, alternatives: int) -> PromptLogprob
     stop = min(first + computed.logits.shape[0], sequence.prompt_tokens)
     tokens = sequence.chain.slice(first, max(first, stop))
     found = prompt_logprobs(computed.logits[: len(tokens)], tokens, alternatives)
-    return None if found is None else PromptLogprobs(first, found)
+    return None if found is None else PromptLogprobs(sequence.request_id, first, found)
 
 
 def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:
