@@ -19,6 +19,7 @@ from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
 from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.kinds import TierSpec, configured_tiers
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
 from tests.engine.test_exactness import text
@@ -42,7 +43,7 @@ class RecordingSampler(Sampler):
 def engine(
     paged: ModelFactory, folder: Path | None, arch: str = "llama", *, sampler: Sampler | None = None, **change: object
 ) -> Iterator[AssembledEngine]:
-    tiers = TierConfig(folder=folder, disk_bytes=2**28)
+    tiers = TierConfig(configured_tiers(ram_bytes=0, folder=folder, disk_bytes=2**28))
     config = replace(CONFIG, **{"tiers": tiers, **change})  # type: ignore[arg-type]  # fields by name
     made = assemble(paged(arch), config, sampler=sampler)
     made.loop.start()
@@ -103,7 +104,7 @@ def test_ram_is_a_second_chance_behind_a_small_pool(paged: ModelFactory) -> None
     block = 16 * paged("llama").geometry.bytes_per_token(torch.float32)
     rng = random.Random(0)
     prompts = [text(rng, 400) for _ in range(3)]
-    tiers = TierConfig(ram_bytes=2**24)
+    tiers = TierConfig((TierSpec("ram", 2**24),))
     with engine(paged, None, tiers=tiers, cache_bytes=40 * block) as made:
         cold = []
         for prompt in prompts:
@@ -128,7 +129,7 @@ def test_concurrent_requests_share_one_load(paged: ModelFactory, tmp_path: Path)
         for prompt in prompts:
             expected.append(ask(first, prompt))
             expected[-1].wait()
-    tiers = TierConfig(folder=tmp_path, disk_bytes=2**28)
+    tiers = TierConfig((TierSpec("disk", 2**28, tmp_path),))
     second = assemble(paged("llama"), replace(CONFIG, tiers=tiers))
     inboxes = [ask(second, prompt) for prompt in prompts]  # all there before the first step
     second.loop.start()
@@ -168,7 +169,7 @@ def test_state_of_other_weights_is_not_found(paged: ModelFactory, tmp_path: Path
     prompt = text(random.Random(3), 330)
     with engine(paged, tmp_path) as first:
         ask(first, prompt).wait()
-    other = assemble(paged("llama", seed=1), replace(CONFIG, tiers=TierConfig(folder=tmp_path)))
+    other = assemble(paged("llama", seed=1), replace(CONFIG, tiers=TierConfig((TierSpec("disk", 2**30, tmp_path),))))
     other.loop.start()
     assert usage(ask(other, prompt)).cached_tokens == 0
     other.close(DEADLINE)

@@ -16,6 +16,7 @@ from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
+from emberkv.tiers.kinds import TierSpec
 from emberkv.tiers.stats import TierStats
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
@@ -91,9 +92,7 @@ def test_a_flood_pushes_nobody_below_its_floor_in_any_tier(paged: ModelFactory, 
     prompt = text(random.Random(2), 200)
     floor = Share(floor_bytes=180_000)
     tiers = TierConfig(
-        ram_bytes=TIER_BYTES,
-        folder=tmp_path,
-        disk_bytes=TIER_BYTES,
+        (TierSpec("ram", TIER_BYTES), TierSpec("disk", TIER_BYTES, tmp_path)),
         shares={tier: {"quiet": floor, "flood": Share()} for tier in ("pool", "ram", "disk")},
     )
     with running(assemble(paged("llama"), replace(CONFIG, tiers=tiers))) as engine:
@@ -133,9 +132,7 @@ def test_without_a_floor_the_flood_wins(paged: ModelFactory) -> None:
 def test_a_quota_binds_in_every_tier(paged: ModelFactory, tmp_path: Path) -> None:
     quota = Share(quota_bytes=200_000)
     tiers = TierConfig(
-        ram_bytes=TIER_BYTES,
-        folder=tmp_path,
-        disk_bytes=TIER_BYTES,
+        (TierSpec("ram", TIER_BYTES), TierSpec("disk", TIER_BYTES, tmp_path)),
         shares={tier: {"small": quota} for tier in ("pool", "ram", "disk")},
     )
     with running(assemble(paged("llama"), replace(CONFIG, tiers=tiers))) as engine:
@@ -152,7 +149,7 @@ def test_a_quota_binds_in_every_tier(paged: ModelFactory, tmp_path: Path) -> Non
 )
 def test_floors_that_cannot_be_kept_are_refused(paged: ModelFactory, tmp_path: Path, tier: str, place: str) -> None:
     shares = {tier: {"a": Share(floor_bytes=POOL_BYTES), "b": Share(floor_bytes=1), PUBLIC_OWNER: Share()}}
-    tiers = TierConfig(ram_bytes=TIER_BYTES, folder=tmp_path, disk_bytes=TIER_BYTES, shares=shares)
+    tiers = TierConfig((TierSpec("ram", TIER_BYTES), TierSpec("disk", TIER_BYTES, tmp_path)), shares=shares)
     with pytest.raises(ConfigError, match=rf"the floors in {place} add up to 1,048,577 bytes; it has [0-9,]+"):
         assemble(paged("llama"), replace(CONFIG, tiers=tiers))
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from emberkv.cli import telling
 from emberkv.config import ServeConfig
 from emberkv.serving.request_log import JsonFormatter, TextFormatter
+from emberkv.tiers.kinds import configured_tiers
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
@@ -109,9 +110,8 @@ def _kernels_line(engine: "AssembledEngine") -> str:
 
 
 def _tiers_line(config: ServeConfig) -> str:
-    ram = [f"{config.ram_tier.human_readable()} of memory"] if config.ram_tier else []
-    disk = [f"{config.cache_disk.human_readable()} in {config.cache_dir}"] if config.cache_dir is not None else []
-    return ", ".join(ram + disk) or "none below the pool"
+    tiers = configured_tiers(ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk))
+    return ", ".join(map(str, tiers)) or "none below the pool"
 
 
 def context_line(geometry: "ModelGeometry", pool_tokens: int) -> str:

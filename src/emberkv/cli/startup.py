@@ -18,10 +18,10 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy.tenants import Tenants
-from emberkv.serving.tenancy.tenants_file import TIERS
 from emberkv.serving.warmup.system_prompts import configured_prompts, public_tokens, standard_prompts
 from emberkv.serving.warmup.warm_start import make_warmup
 from emberkv.serving.warmup.warmup import Warmup
+from emberkv.tiers.kinds import SHARED_OUT
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
@@ -120,7 +120,7 @@ class Startup:
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
             cache_bytes = configured.pool_bytes(config, loaded)
-            tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in TIERS})
+            tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in SHARED_OUT})
             engine = assembly.assemble(
                 loaded,
                 configured.engine_config(config, cache_bytes, tiers, self._tenants.weights),

@@ -17,6 +17,7 @@ from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
 from emberkv.errors import ConfigError
+from emberkv.tiers.kinds import configured_tiers
 
 DEFAULT_CONTEXTS = 8
 """Full contexts that the KV pool has room for at most, unless its size is given."""
@@ -102,9 +103,7 @@ def engine_config(
 def tier_config(config: ServeConfig, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:
     """shares: see `TierConfig`."""
     return TierConfig(
-        ram_bytes=int(config.ram_tier),
-        folder=config.cache_dir,
-        disk_bytes=int(config.cache_disk),
+        configured_tiers(ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk)),
         shares=shares,
         retain_share=RETAINED_SHARE,
     )

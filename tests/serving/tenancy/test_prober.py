@@ -29,6 +29,7 @@ from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle, LoadedModel
 from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.tiers.kinds import TierSpec
 from tests.conftest import CheckpointFactory
 from tests.machine import MACHINE_CACHE
 from tests.models import VOCAB_SIZE
@@ -151,7 +152,7 @@ def without_texts(view: dict[str, Any]) -> dict[str, Any]:
     return {**view, "explained": {**view["explained"], "divergence": divergence}}
 
 
-ROOMY = EngineConfig(cache_bytes=2**25, block_size=16, prefill_chunk=32, tiers=TierConfig(ram_bytes=2**26))
+ROOMY = EngineConfig(cache_bytes=2**25, block_size=16, prefill_chunk=32, tiers=TierConfig((TierSpec("ram", 2**26),)))
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_no_look_up_for_other_sizes_is_left_when_an_answer_has_gone_out(
 
 
 def test_a_probe_looks_and_costs_as_a_control_does(model: ModelOnDevice, tmp_path: Path, public: list[int]) -> None:
-    config = replace(ROOMY, tiers=TierConfig(ram_bytes=2**26, folder=tmp_path, disk_bytes=2**26))
+    config = replace(ROOMY, tiers=TierConfig((TierSpec("ram", 2**26), TierSpec("disk", 2**26, tmp_path))))
     with service(model, config, public) as server:
         probes, controls = probe(server, public)
     first, *others = map(without_texts, probes.views + controls.views)
@@ -205,7 +206,7 @@ def test_where_space_is_short_a_rank_test_finds_no_difference(
 ) -> None:
     floor = Share(floor_bytes=2**18)
     shares = {tier: {**dict.fromkeys(names(), floor), "public": floor} for tier in ("pool", "ram", "disk")}
-    tiers = TierConfig(ram_bytes=2**21, folder=tmp_path, disk_bytes=2**21, shares=shares)
+    tiers = TierConfig((TierSpec("ram", 2**21), TierSpec("disk", 2**21, tmp_path)), shares=shares)
     with service(model, replace(ROOMY, cache_bytes=2**21, tiers=tiers), public) as server:
         probes, controls = probe(server, public)
     assert {view["header"] for view in probes.views} == {view["header"] for view in controls.views}
@@ -233,7 +234,7 @@ def test_within_its_floor_a_tenant_cannot_tell_what_another_does(
     for flood in (0, 5):
         floor = Share(floor_bytes=2**20)
         shares = {tier: dict.fromkeys(names()[1:], floor) for tier in ("pool", "ram", "disk")}
-        tiers = TierConfig(ram_bytes=2**21, folder=tmp_path / str(flood), disk_bytes=2**21, shares=shares)
+        tiers = TierConfig((TierSpec("ram", 2**21), TierSpec("disk", 2**21, tmp_path / str(flood))), shares=shares)
         rng = random.Random(3)
         own = [tokens(rng, 200) for _ in range(3)] * 3
         with service(model, replace(ROOMY, cache_bytes=2**21, tiers=tiers), public) as server:

@@ -97,7 +97,7 @@ class Tenants:
         return {name: entry.weight for name, entry in self._file.tenants.items()}
 
     def shares(self, tier: str) -> dict[str, Share]:
-        """Each owner's share of a tier of `TIERS`, public blocks included; empty without tenants."""
+        """Each owner's share of one of `tiers.kinds.SHARED_OUT`, public blocks included; empty without tenants."""
         if not self._tenants:
             return {}
         return {**dict.fromkeys(self._tenants, Share()), **self._file.shares(tier)}

@@ -15,7 +15,6 @@ from emberkv.errors import ConfigError
 from emberkv.validation import Strict, describe
 from emberkv.yaml_files import read_yaml
 
-TIERS = ("pool", "ram", "disk")
 KEY_TENANT_PREFIX = "key-"
 """Begins the names of tenants that are made of ``--api-key``."""
 
@@ -78,7 +77,7 @@ class TierShare(Strict):
 
 
 class Shares(Strict):
-    """An owner's share of each tier."""
+    """An owner's share of the pool and of each kind of tier: the names of `tiers.kinds.SHARED_OUT`."""
 
     pool: TierShare = TierShare()
     ram: TierShare = TierShare()
@@ -117,7 +116,7 @@ class TenantsFile(Strict):
     public_prefixes: list[PublicPrompt] = Field(default_factory=list)
 
     def shares(self, tier: str) -> dict[str, Share]:
-        """Each owner's share of a tier of `TIERS`."""
+        """Each owner's share of one of `tiers.kinds.SHARED_OUT`."""
         owners: dict[str, Shares] = {**self.tenants, PUBLIC_OWNER: self.public}
         return {owner: getattr(shares, tier).share() for owner, shares in owners.items()}
 
