@@ -50,13 +50,6 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def public_objects() -> Iterator[tuple[str, Any]]:
-    """Each name of `SECTIONS` with the object that it names."""
-    for names in SECTIONS.values():
-        for name in names:
-            yield name, _found(name)
-
-
 def _found(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     parent = import_module(module)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from emberkv import tiers
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
 from emberkv.serving.tenancy.tenants_file import Shares
@@ -35,3 +36,11 @@ def test_an_unknown_kind_and_a_disk_without_a_folder_are_refused() -> None:
 
 def test_a_tenant_may_have_a_share_of_every_kind_of_tier() -> None:
     assert set(Shares.model_fields) == set(SHARED_OUT)
+
+
+def test_the_package_exports_what_it_lists() -> None:
+    assert sorted(tiers.__all__) == sorted(tiers._ON_DEMAND)
+    for name in tiers.__all__:
+        assert hasattr(tiers, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Tape'"):
+        tiers.Tape  # noqa: B018 - the access is what is tested

@@ -1,8 +1,8 @@
-"""A block as bytes: what every tier stores, and the checks that bytes must pass before anybody trusts them.
+"""A block as bytes: what every tier stores, and the checks that bytes must pass before they are used.
 
     header (version, sizes, identity, parent, position, flags) | namespace | tokens | payload | XXH3-128 of all before
 
-Integers are little-endian. The checksum finds damage, not malice: who can write the cache's files is trusted.
+Integers are little-endian. The checksum finds damage, not malice: users who can write the cache's files are trusted.
 """
 
 import struct
@@ -29,10 +29,19 @@ _EXACT = 1
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """One block with all that is needed to tell whether it is the one asked for.
+    """One block, with all that is needed to check that it is the one that was looked up.
 
     identity: SHA-256 of ``parent`` and ``tokens`` (see `emberkv.core.hashing`). tokens: four bytes each. position: of
     the block in its chain, from 0. exact: bit-equal to a cold prefill's state.
+
+    >>> parent, tokens = bytes(32), bytes(64)
+    >>> record = BlockRecord(sha256(parent + tokens).digest(), parent, tokens, 0, exact=True, payload=b"KV")
+    >>> data = encode_record(record, namespace=b"dtypes, kernels")
+    >>> decode_record(data, namespace=b"dtypes, kernels") == record
+    True
+    >>> decode_record(data[:-1], namespace=b"dtypes, kernels")
+    Traceback (most recent call last):
+    emberkv.errors.CorruptBlockError: 188 bytes; its header says 189
     """
 
     identity: bytes
@@ -90,12 +99,12 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
 def verified_record(data: bytes, *, namespace: bytes, identity: bytes, exact: bool) -> BlockRecord:
     """The record of the block ``identity``, with the tokens that make it so.
 
-    exact: whether it must be, as the one who kept it says. Raises as `decode_record`, and ForeignBlockError for a
-    sound record that is not what was asked for.
+    exact: whether the tier stored it as an exact block, which it must be then. Raises as `decode_record` does, and
+    ForeignBlockError for a sound record that is not the one that was looked up.
     """
     record = decode_record(data, namespace=namespace)
     if record.identity != identity:
-        raise ForeignBlockError("another block than the one asked for", fault="identity")
+        raise ForeignBlockError("another block than the one looked up", fault="identity")
     if sha256(record.parent + record.tokens).digest() != identity:
         raise ForeignBlockError("its parent and its tokens do not make its identity", fault="chain")
     if exact and not record.exact:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OffloadedBlock:
-    """A block to store. owner: whose share it takes."""
+    """A block to store. owner: the tenant whose share of the tiers it takes."""
 
     record: BlockRecord
     owner: str = ""
@@ -47,9 +47,16 @@ class TierManager:
     name and the block hashes that it has evicted, on that tier's thread. start: False for tests that call the workers'
     methods themselves. Raises ConfigError for two tiers of one name.
 
-        manager = TierManager([MemoryTier(2**30)], namespace=b"model", queue_bytes=2**28)
-        manager.offload([OffloadedBlock(record)])
-        manager.onboard(hashes, manager.find(hashes), print)  # prints the records
+    The example of `emberkv.tiers` stores blocks and reads them back.
+
+    >>> from emberkv.tiers import MemoryTier
+    >>> manager = TierManager([MemoryTier(2**30)], namespace=b"dtypes, kernels", queue_bytes=2**28)
+    >>> manager.find([b"a block's hash", b"the next block's hash"])
+    []
+    >>> manager.stats()["ram"].misses
+    2
+    >>> manager.close(timeout=60)
+    True
     """
 
     def __init__(

@@ -45,6 +45,17 @@ _CONSEQUENCES = {
 class DiskTier(Tier):
     """A `Tier` in a folder, made by `open`.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     tier = DiskTier.open(Path(folder), max_bytes=2**20, namespace=b"dtypes, kernels")
+    ...     tier.store([TierEntry(bytes(32), "tenant", b"an encoded block")]).count
+    ...     tier.close()
+    ...     again = DiskTier.open(Path(folder), max_bytes=2**20, namespace=b"dtypes, kernels")
+    ...     again.lookup([bytes(32)])
+    ...     again.close()
+    1
+    1
+
     Blocks of other models that the folder holds count towards the quota and are evicted in their turn, but never match.
     Of several processes on one folder one writes at a time. The others load, follow its journal at each `refresh`, and
     one of them writes once it has ended.
