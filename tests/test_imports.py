@@ -106,8 +106,8 @@ def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
     assert int(outcome.stdout) == len(modules_in(package))
 
 
-TORCH_FREE = {"commands", "executor", "figures", "limits", "live_requests", "loop", "mailbox", "news", "recent_chains",
-              "request", "sampling_params", "tier_link", "tier_setup"}  # fmt: skip
+TORCH_FREE = {"block_transfer", "commands", "executor", "figures", "limits", "live_requests", "loop", "mailbox", "news",
+              "recent_chains", "request", "sampling_params", "tier_link", "tier_setup"}  # fmt: skip
 """Of the engine, the contract with executors and everything above it."""
 
 

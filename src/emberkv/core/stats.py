@@ -27,3 +27,6 @@ class CacheStats:
     load_probes: int = 0  # loads begun to measure again, though computing was expected to be cheaper
     loaded_blocks: int = 0
     unloaded_blocks: int = 0  # a load was to bring them, and did not
+    exported_blocks: int = 0
+    imported_blocks: int = 0
+    refused_imports: Counter[str] = field(default_factory=Counter)  # records, by what was wrong with them

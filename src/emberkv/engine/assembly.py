@@ -11,6 +11,8 @@ from emberkv.core.policies.eviction_policy import Weight
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.engine.block_transfer import BlockTransfer
+from emberkv.engine.commands import CacheControl
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
@@ -125,12 +127,19 @@ def assemble(
         on_failure.pop_all()
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     public = PublicPrefixes(public_prefixes, config.block_size)
+    control = CacheControl(
+        scheduler,
+        lower=link.peeking if link is not None else None,
+        manager=tiers,
+        transfer=BlockTransfer(scheduler.cache, executor.pool, namespace),
+    )
     loop = EngineLoop(
         executor,
         scheduler,
         limits,
         root=root,
         tiers=link,
+        control=control,
         public=public,
         on_crash=on_crash,
     )

@@ -21,6 +21,8 @@ from emberkv.core.hashing import Chain, Identity
 from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.stats import CacheStats
+from emberkv.engine.block_transfer import BlockTransfer, ImportedBlocks
+from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed
 from emberkv.tiers.manager import TierManager
 
@@ -123,11 +125,29 @@ class Statistics(Command[PoolStatistics]):
     """Answer: counters and contents of the pool, as of now."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExportBlocks(Command[list[bytes | None]]):
+    """Answer: a tier's record of each of the first of these blocks, None where the pool has not got it.
+
+    As many as `block_transfer.MAX_BYTES` allows, and at least one: the caller asks again for the rest.
+    """
+
+    block_hashes: Sequence[Identity]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportBlocks(Command[ImportedBlocks]):
+    """Have the pool take in exported blocks of ``chain``, in order. See `BlockTransfer.take`."""
+
+    chain: Chain
+    records: Sequence[bytes]
+
+
 class CacheControl:
     """Carries out commands on a scheduler, on the thread that drives it.
 
     lower: the tiers below the pool, asked without being counted. manager: of the same tiers. clock: seconds, by which
-    retention ends, as for the pool's policy.
+    retention ends, as for the pool's policy. transfer: exports and imports blocks; None: it is refused.
     """
 
     def __init__(
@@ -137,6 +157,7 @@ class CacheControl:
         lower: LowerTiers | None = None,
         manager: TierManager | None = None,
         clock: Callable[[], float] = time.monotonic,
+        transfer: BlockTransfer | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._cache = scheduler.cache
@@ -144,6 +165,7 @@ class CacheControl:
         self._lower = lower
         self._manager = manager
         self._clock = clock
+        self._transfer = transfer
         self._handlers: dict[type[Command[Any]], Callable[[Any], Any]] = {
             Retain: self._retain,
             Unretain: self._unretain,
@@ -152,6 +174,8 @@ class CacheControl:
             LookUp: self._look_up,
             FindCached: self._find_cached,
             Statistics: self._statistics,
+            ExportBlocks: self._export,
+            ImportBlocks: self._import,
         }
 
     def execute(self, command: Command[R]) -> R:
@@ -200,3 +224,14 @@ class CacheControl:
             block_size=pool.block_size,
             bytes_by_owner=dict(pool.policy.bytes_by_owner()),
         )
+
+    def _export(self, command: ExportBlocks) -> list[bytes | None]:
+        return self._transfers().export(command.block_hashes)
+
+    def _import(self, command: ImportBlocks) -> ImportedBlocks:
+        return self._transfers().take(command.chain, command.records)
+
+    def _transfers(self) -> BlockTransfer:
+        if self._transfer is None:
+            raise ConfigError("this engine neither exports nor imports blocks; it was made without a BlockTransfer")
+        return self._transfer

@@ -1,0 +1,127 @@
+"""Cached blocks as bytes, from one engine's pool to another's: the records that tiers store, with all their checks."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from emberkv.core.block import Block, BlockState
+from emberkv.core.hashing import Chain, Identity
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.engine.executor import KVStorage
+from emberkv.errors import BlockError, ForeignBlockError
+from emberkv.tiers.codec import BlockRecord, decode_record, encode_record
+
+MAX_BYTES = 8 << 20
+"""Of KV state that one call copies, so that no step waits long for it. At least one block."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedBlocks:
+    """taken: how many of the records were looked at; the caller sends the others again, with the same chain.
+
+    imported: blocks that the pool has got. cached: blocks that it had. refused: records that are damaged, or not the
+    chain's, by what is wrong with them; no record behind one is taken.
+    """
+
+    taken: int
+    imported: int
+    cached: int
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+
+class BlockTransfer:
+    """Reads full blocks out of a pool and commits others into it. Belongs to the engine's thread.
+
+    namespace: of the engine's bytes; a record of another one is refused. max_bytes: see `MAX_BYTES`.
+    """
+
+    def __init__(self, cache: PrefixCache, storage: KVStorage, namespace: bytes, *, max_bytes: int = MAX_BYTES) -> None:
+        self._cache = cache
+        self._pool = cache.pool
+        self._storage = storage
+        self._namespace = namespace
+        self._max_blocks = max(1, max_bytes // storage.block_bytes)
+
+    def export(self, block_hashes: Sequence[Identity]) -> list[bytes | None]:
+        """The records of the first of these blocks, as many as `MAX_BYTES` allows; None for each that is not in the
+        pool. Raises MemoryError when there is no memory for the copies.
+        """
+        found = [self._full_block(each) for each in block_hashes[: self._max_blocks]]
+        blocks = [block for block in found if block is not None]
+        contents = dict(zip(blocks, self._storage.read_blocks([block.slot for block in blocks]), strict=True))
+        self._pool.stats.exported_blocks += len(blocks)
+        return [None if block is None else self._encoded(block, contents[block]) for block in found]
+
+    def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
+        """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.
+
+        A record counts only if its checksum, namespace, hash, parent, tokens and size are the chain's.
+        """
+        if not self._cache.enabled:
+            return ImportedBlocks(len(records), 0, 0)
+        cached = self._pool.match(chain, stop=len(chain.identities), exact_only=self._cache.exact).blocks
+        sound, taken, refused = self._verified(chain, records, len(cached))
+        self._pool.pin(cached)
+        imported = self._commit(chain, sound, cached)
+        self._pool.stats.imported_blocks += imported
+        self._pool.stats.refused_imports.update(refused)
+        return ImportedBlocks(taken, imported, len(cached), refused)
+
+    def _full_block(self, block_hash: Identity) -> Block | None:
+        block = self._pool.lookup(block_hash)
+        return None if block is None or block.partial else block
+
+    def _encoded(self, block: Block, content: memoryview) -> bytes:
+        assert block.identity is not None
+        record = BlockRecord(block.identity, block.parent, block.tokens, block.position, block.exact, content)
+        return encode_record(record, namespace=self._namespace)
+
+    def _verified(
+        self, chain: Chain, records: Sequence[bytes], position: int
+    ) -> tuple[list[BlockRecord], int, Counter[str]]:
+        """The records of the blocks from ``position`` on, how many were looked at, and what is wrong with the next."""
+        sound: list[BlockRecord] = []
+        for taken, data in enumerate(records):
+            if len(sound) == self._max_blocks:
+                return sound, taken, Counter()
+            try:
+                record = self._verified_record(chain, data, position + len(sound))
+            except BlockError as error:
+                return sound, taken + 1, Counter({error.fault: 1})
+            if record.position == position + len(sound):
+                sound.append(record)
+        return sound, len(records), Counter()
+
+    def _verified_record(self, chain: Chain, data: bytes, furthest: int) -> BlockRecord:
+        """Raises BlockError unless it is the record of a block of ``chain``, at ``furthest`` or before."""
+        record = decode_record(data, namespace=self._namespace)
+        at = record.position
+        if at > furthest or at >= len(chain.identities):
+            raise ForeignBlockError(f"block {at} of a chain; block {furthest} is the next one", fault="position")
+        expected = (chain.identities[at], chain.parent(at), chain.block_tokens(at))
+        if (record.identity, record.parent, record.tokens) != expected:
+            raise ForeignBlockError("a block of another chain", fault="tokens")
+        if len(record.payload) != self._storage.block_bytes:
+            raise ForeignBlockError(f"{len(record.payload)} bytes of KV state", fault="size")
+        if self._cache.exact and not record.exact:
+            raise ForeignBlockError("not bit-equal to a cold prefill's", fault="exactness")
+        return record
+
+    def _commit(self, chain: Chain, records: Sequence[BlockRecord], cached: list[Block]) -> int:
+        """Write and commit records behind ``cached``, which is pinned and freed in the end; how many are found now."""
+        if not records:
+            self._pool.free(cached)
+            return 0
+        owner = chain.owner(records[-1].position)
+        blocks = self._pool.allocate(min(len(records), self._pool.free_for(owner)), owner)
+        count = 0
+        try:
+            for record, block in zip(records, list(blocks), strict=False):
+                self._storage.write_block(block.slot, record.payload)
+                blocks[count] = self._pool.commit(block, chain, record.position, exact=record.exact)
+                if blocks[count].state is not BlockState.COMMITTED:  # the hash is another chain's already
+                    break
+                count += 1
+        finally:
+            self._pool.free([*cached, *blocks])
+        return count

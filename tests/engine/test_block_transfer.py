@@ -1,0 +1,192 @@
+"""Blocks go from one engine's pool to another's: a hit there has the same bits, and what is not sound is refused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from emberkv.core.block_pool import BlockPool
+from emberkv.core.hashing import TokenChain, root_hash
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.engine.block_transfer import MAX_BYTES, BlockTransfer, ImportedBlocks
+from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, Statistics
+from emberkv.engine.limits import ModelLimits
+from emberkv.engine.loop import EngineLoop
+from emberkv.engine.request import GenerationRequest, TokenOutput
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import ConfigError
+from emberkv.tiers.codec import decode_record, encode_record
+from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.tiny_executor import TinyExecutor
+
+BLOCK = 4
+NAMESPACE = b"tiny"
+ROOT = root_hash("tiny", BLOCK)
+PROMPT = [*range(3, 33)]  # 7 full blocks and 2 tokens
+
+
+class Tiny:
+    """A running loop over a `TinyExecutor`, whose tokens depend on every byte of KV state."""
+
+    def __init__(self, num_blocks: int = 40, *, exact: bool = False, max_bytes: int = MAX_BYTES) -> None:
+        self.executor = TinyExecutor(num_blocks=num_blocks, block_size=BLOCK)
+        self.pool = BlockPool(num_blocks, BLOCK)
+        cache = PrefixCache(self.pool, alignment=BLOCK, uniform=True, exact=exact)
+        self.scheduler = Scheduler(cache, SchedulerConfig(8, 16))
+        transfer = BlockTransfer(cache, self.executor.pool, NAMESPACE, max_bytes=max_bytes)
+        self.control = CacheControl(self.scheduler, transfer=transfer)
+        limits = ModelLimits(100, 50, frozenset())
+        self.loop = EngineLoop(self.executor, self.scheduler, limits, root=ROOT, control=self.control)
+
+    def ask(self, prompt: list[int], new: int = 8) -> tuple[int, list[int]]:
+        """Cached tokens, and the answer."""
+        inbox = Inbox()
+        params = SamplingParams(max_tokens=new, temperature=0.0)
+        self.loop.submit(GenerationRequest("a", prompt, params), inbox)
+        last: TokenOutput = inbox.wait()
+        assert last.usage is not None
+        return last.usage.cached_tokens, inbox.tokens
+
+    def export(self, chain: TokenChain) -> list[bytes]:
+        records = self.loop.execute(ExportBlocks(chain.identities)).result(DEADLINE)
+        return [record for record in records if record is not None]
+
+    def take(self, chain: TokenChain, records: list[bytes]) -> ImportedBlocks:
+        return self.loop.execute(ImportBlocks(chain, records)).result(DEADLINE)
+
+
+Start = Callable[..., Tiny]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    made: list[Tiny] = []
+
+    def begin(num_blocks: int = 40, *, exact: bool = False, max_bytes: int = MAX_BYTES) -> Tiny:
+        tiny = Tiny(num_blocks, exact=exact, max_bytes=max_bytes)
+        tiny.loop.start()
+        made.append(tiny)
+        return tiny
+
+    yield begin
+    for tiny in made:
+        tiny.loop.stop()
+        tiny.pool.check_integrity(holders=[])
+
+
+def prompt_chain(tokens: list[int] = PROMPT) -> TokenChain:
+    return TokenChain(ROOT, tokens, BLOCK)
+
+
+def exported(start: Start) -> tuple[list[bytes], list[int]]:
+    first = start()
+    _, answer = first.ask(PROMPT)
+    records = first.export(prompt_chain())
+    assert len(records) == 7
+    return records, answer
+
+
+def test_a_hit_on_imported_blocks_is_bit_exact(start: Start) -> None:
+    records, answer = exported(start)
+    second = start()
+    chain = prompt_chain()
+    assert second.take(chain, records) == ImportedBlocks(7, 7, 0)
+    assert second.ask(PROMPT) == (28, answer)
+    assert second.take(chain, records) == ImportedBlocks(7, 0, 7)
+    assert second.export(chain) == records
+    stats = second.loop.execute(Statistics()).result(DEADLINE).counters
+    assert (stats.imported_blocks, stats.exported_blocks, dict(stats.refused_imports)) == (7, 7, {})
+
+
+def test_an_import_goes_on_behind_what_is_cached_and_needs_no_record_before(start: Start) -> None:
+    records, answer = exported(start)
+    second = start()
+    second.ask(PROMPT[:14], new=1)
+    assert second.take(prompt_chain(), records[3:]) == ImportedBlocks(4, 4, 3)
+    assert second.ask(PROMPT) == (28, answer)
+
+
+def test_what_the_pool_lacks_is_left_out(start: Start) -> None:
+    first = start()
+    first.ask(PROMPT)
+    chain = prompt_chain([*PROMPT[:8], 40, 41, 42, 43])
+    answers = first.loop.execute(ExportBlocks(chain.identities)).result(DEADLINE)
+    assert [record is not None for record in answers] == [True, True, False]
+
+
+def damaged(records: list[bytes]) -> bytes:
+    return records[2][:-20] + bytes([records[2][-20] ^ 1]) + records[2][-19:]
+
+
+def of_another_model(records: list[bytes]) -> bytes:
+    return encode_record(decode_record(records[2], namespace=NAMESPACE), namespace=b"other")
+
+
+def with_other_tokens(records: list[bytes]) -> bytes:
+    record = decode_record(records[2], namespace=NAMESPACE)
+    return encode_record(replace(record, tokens=b"\1\0\0\0" * BLOCK), namespace=NAMESPACE)
+
+
+def with_another_parent(records: list[bytes]) -> bytes:
+    record = decode_record(records[2], namespace=NAMESPACE)
+    return encode_record(replace(record, parent=ROOT), namespace=NAMESPACE)
+
+
+def of_another_size(records: list[bytes]) -> bytes:
+    record = decode_record(records[2], namespace=NAMESPACE)
+    return encode_record(replace(record, payload=bytes(8)), namespace=NAMESPACE)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda records: b"", "truncated"),
+        (damaged, "checksum"),
+        (of_another_model, "namespace"),
+        (with_other_tokens, "tokens"),
+        (with_another_parent, "tokens"),
+        (of_another_size, "size"),
+        (lambda records: records[3], "position"),
+    ],
+)
+def test_a_record_that_is_not_sound_is_refused_and_counted(
+    start: Start, spoil: Callable[[list[bytes]], bytes], fault: str
+) -> None:
+    records, answer = exported(start)
+    second = start()
+    spoilt = [*records[:2], spoil(records), *records[3:]]
+    assert second.take(prompt_chain(), spoilt) == ImportedBlocks(3, 2, 0, {fault: 1})
+    stats = second.loop.execute(Statistics()).result(DEADLINE).counters
+    assert (stats.imported_blocks, dict(stats.refused_imports)) == (2, {fault: 1})
+    assert second.ask(PROMPT) == (8, answer)
+
+
+def test_only_exact_blocks_are_imported_where_only_exact_ones_are_reused(start: Start) -> None:
+    records, _ = exported(start)
+    inexact = encode_record(replace(decode_record(records[0], namespace=NAMESPACE), exact=False), namespace=NAMESPACE)
+    assert start(exact=True).take(prompt_chain(), [inexact]).refused == {"exactness": 1}
+    assert start().take(prompt_chain(), [inexact]).imported == 1
+
+
+def test_a_pool_takes_what_it_has_room_for(start: Start) -> None:
+    records, _ = exported(start)
+    assert start(num_blocks=5).take(prompt_chain(), records).imported == 5
+
+
+def test_a_command_copies_a_bounded_number_of_bytes(start: Start) -> None:
+    records, answer = exported(start)
+    third = start(max_bytes=3 * 4 * BLOCK * 8)
+    taken: list[ImportedBlocks] = []
+    while records:
+        taken.append(third.take(prompt_chain(), records))
+        records = records[taken[-1].taken :]
+    assert [each.imported for each in taken] == [3, 3, 1]
+    assert len(third.export(prompt_chain())) == 3
+    assert third.ask(PROMPT) == (28, answer)
+
+
+def test_an_engine_without_a_transfer_refuses(start: Start) -> None:
+    control = CacheControl(start().scheduler)
+    with pytest.raises(ConfigError, match="neither exports nor imports"):
+        control.execute(ExportBlocks([]))
