@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 
 from emberkv.core.hashing import TokenChain, root_hash
+from emberkv.engine.assembly import recompute_weight
+from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.namespace import Namespace, forward_sources, namespace_of
 from emberkv.engine.torch_engine import TorchEngine
 from emberkv.errors import ForeignBlockError
@@ -198,3 +200,15 @@ def test_other_code_of_a_layer_is_another_namespace(paged: ModelFactory, tmp_pat
     first = sources(1.0)
     assert sources(1.03) != first
     assert sources(1.0) == first
+
+
+def test_the_type_of_the_kv_has_its_own_place(paged: ModelFactory) -> None:
+    loaded = paged("llama")
+    mixed = replace(loaded, dtypes=replace(loaded.dtypes, kv=torch.float16))
+    plain = KVPool(loaded.geometry, loaded.dtypes.kv, 2, 16, loaded.device)
+    half = KVPool(mixed.geometry, mixed.dtypes.kv, 2, 16, mixed.device)
+    assert half.block_bytes * 2 == plain.block_bytes
+    assert recompute_weight(mixed, 16)(0).size == half.block_bytes
+    made = engine(paged)
+    made.pool = half
+    assert namespace_of(made, ROOT) == replace(namespace_of(engine(paged), ROOT), kv_dtype="float16")
