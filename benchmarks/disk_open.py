@@ -39,8 +39,8 @@ print(seconds, tier.stats().entries)
 def fill(folder: Path, blocks: int) -> None:
     tier = DiskTier.open(folder, QUOTA, namespace=NAMESPACE)
     for number in range(blocks):
-        identity = sha256(number.to_bytes(8)).digest()
-        tier.store([TierEntry(identity, f"tenant-{number % OWNERS}", identity)])
+        block_hash = sha256(number.to_bytes(8)).digest()
+        tier.store([TierEntry(block_hash, f"tenant-{number % OWNERS}", block_hash)])
     assert tier.stats().entries == blocks
     tier.close()
 

@@ -27,7 +27,7 @@ def _records() -> list[BlockRecord]:
     chain = TokenChain(NAMESPACE, range(VALUES * 16), 16)
     return [
         BlockRecord(each, chain.parent(at), chain.block_tokens(at), at, True, os.urandom(MB))
-        for at, each in enumerate(chain.identities)
+        for at, each in enumerate(chain.block_hashes)
     ]
 
 
@@ -39,29 +39,29 @@ class Shelf:
         self.disk = DiskTier.open(folder, _QUOTA, namespace=NAMESPACE)
         self.ram = MemoryTier(_QUOTA)
         records = _records()
-        self._identities = [record.identity for record in records]
+        self._block_hashes = [record.block_hash for record in records]
         self._stacks = {}
         for tier in (self.ram, self.disk):
             stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=_QUOTA)
             stack.offload([OffloadedBlock(record) for record in records])
             assert stack.flush(60)
             self._stacks[tier.name] = stack
-        self._paths = {file.identity: self._blocks / file.path for file in scan(self._blocks)}
+        self._paths = {file.block_hash: self._blocks / file.path for file in scan(self._blocks)}
         for path in self._paths.values():
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # only clean pages can be dropped from the page cache
 
     def loads(self, calls: int, *, cold: bool) -> list[float]:
         """Microseconds of each read of one block by the disk tier."""
-        return self._timed(calls, lambda identity: self.disk.load([identity]), cold=cold)
+        return self._timed(calls, lambda block_hash: self.disk.load([block_hash]), cold=cold)
 
     def fetches(self, tier: str, calls: int, *, cold: bool = False) -> list[float]:
         """Microseconds until a block comes up through a stack over that tier alone, verified."""
         stack = self._stacks[tier]
 
-        def fetch(identity: bytes) -> list[BlockRecord | None]:
+        def fetch(block_hash: bytes) -> list[BlockRecord | None]:
             outcome: Future[list[BlockRecord | None]] = Future()
-            stack.onboard([identity], stack.find([identity]), outcome.set_result)
+            stack.onboard([block_hash], stack.find([block_hash]), outcome.set_result)
             return outcome.result()
 
         return self._timed(calls, fetch, cold=cold)
@@ -72,19 +72,19 @@ class Shelf:
 
     def _timed(self, calls: int, read: Callable[[bytes], object], *, cold: bool) -> list[float]:
         taken = []
-        for identity in islice(cycle(self._identities), calls):
+        for block_hash in islice(cycle(self._block_hashes), calls):
             if cold:
-                self._drop(identity)
+                self._drop(block_hash)
             begin = time.perf_counter()
-            found = read(identity)
+            found = read(block_hash)
             taken.append(1e6 * (time.perf_counter() - begin))
             assert isinstance(found, list)
             assert found[0] is not None
         return taken
 
-    def _drop(self, identity: bytes) -> None:
+    def _drop(self, block_hash: bytes) -> None:
         """Takes the file out of the page cache. What lies beneath, such as a host's cache, may still have it."""
-        descriptor = os.open(self._paths[identity], os.O_RDONLY)
+        descriptor = os.open(self._paths[block_hash], os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:

@@ -136,8 +136,8 @@ class ServeConfig(BaseModel):
     server without any is open to. admin_key, metrics_key: what the cache's own routes and the metrics ask for; each
     can come from its file instead.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
-    record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed identities, no text.
-    trace_unit: tokens that have an identity in it, a divisor of block_size; None: as many as a block has.
+    record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.
+    trace_unit: tokens that have a hash in it, a divisor of block_size; None: as many as a block has.
     warmup: False computes no prompt before the first request asks for it.
     warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; another number warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be

@@ -112,7 +112,7 @@ def test_a_block_under_another_s_name_is_bad(folder: Path) -> None:
     first, second = [path for path in files_of(folder) if OTHER_MODEL in str(path)]
     second.write_bytes(first.read_bytes())
     result = invoke("verify", folder)
-    assert (result.exit_code, "identity" in result.stdout) == (1, True)
+    assert (result.exit_code, "hash" in result.stdout) == (1, True)
 
 
 def test_many_bad_blocks_are_counted_by_kind(tmp_path: Path) -> None:

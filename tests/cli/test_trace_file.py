@@ -21,9 +21,9 @@ from tests.engine.loop_harness import BLOCK, CHUNK, Harness, Inbox, running
 SYSTEM = list(range(2, 15))
 
 
-def replayed(requests: list[Request], *, uniform: bool) -> list[int]:
+def replayed(requests: list[Request], *, batch_invariant: bool) -> list[int]:
     """Cached tokens of each request, served one after the other by a fresh scheduler like the harness's."""
-    cache = PrefixCache(BlockPool(24, BLOCK), alignment=BLOCK, uniform=uniform)
+    cache = PrefixCache(BlockPool(24, BLOCK), alignment=BLOCK, batch_invariant=batch_invariant)
     scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16))
     found = []
     for request in requests:
@@ -35,12 +35,12 @@ def replayed(requests: list[Request], *, uniform: bool) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("unit", "uniform"), [(BLOCK, False), (1, False), (1, True)])
-def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, uniform: bool) -> None:
+@pytest.mark.parametrize(("unit", "batch_invariant"), [(BLOCK, False), (1, False), (1, True)])
+def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, batch_invariant: bool) -> None:
     """To the token where the trace knows every token and hits go on into partial blocks."""
     path = tmp_path / "served.jsonl"
     served = []
-    with recording(path, unit, Background()) as recorder, running(Harness(uniform=uniform)) as harness:
+    with recording(path, unit, Background()) as recorder, running(Harness(batch_invariant=batch_invariant)) as harness:
         assert recorder is not None
         engine = recorder.over(harness.loop)
         for session in range(4):
@@ -54,8 +54,8 @@ def test_a_replay_hits_what_was_hit(tmp_path: Path, unit: int, uniform: bool) ->
                 served.append(usage.cached_tokens)
                 prompt += [*inbox.tokens, 30 + turn, 31]
     requests = list(read(path))
-    assert replayed(requests, uniform=uniform) == served
-    assert any(cached % BLOCK for cached in served) is uniform
+    assert replayed(requests, batch_invariant=batch_invariant) == served
+    assert any(cached % BLOCK for cached in served) is batch_invariant
     assert len(set(served)) > 3
     assert len({request.session_id for request in requests}) == 4
     assert [request.turn for request in requests] == [0, 1, 2] * 4

@@ -7,12 +7,12 @@ from emberkv.cluster.block_index import BlockIndex
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot
 
 REPLICAS = 4
-IDENTITIES = [bytes([number]) * 32 for number in range(8)]
+HASHES = [bytes([number]) * 32 for number in range(8)]
 CHANGES = st.lists(
     st.tuples(
         st.integers(0, REPLICAS - 1),
         st.sampled_from(["store", "remove", "clear", "replace"]),
-        st.lists(st.sampled_from(IDENTITIES), max_size=4, unique=True),
+        st.lists(st.sampled_from(HASHES), max_size=4, unique=True),
     ),
     max_size=30,
 )
@@ -36,10 +36,10 @@ def apply(index: BlockIndex, held: list[set[bytes]], replica: int, change: str, 
 
 
 def depth(held: set[bytes], path: list[bytes]) -> int:
-    return next((at for at, identity in enumerate(path) if identity not in held), len(path))
+    return next((at for at, block_hash in enumerate(path) if block_hash not in held), len(path))
 
 
-@given(CHANGES, st.lists(st.sampled_from(IDENTITIES), max_size=6))
+@given(CHANGES, st.lists(st.sampled_from(HASHES), max_size=6))
 def test_matches_are_those_of_sets(changes: list[tuple[int, str, list[bytes]]], path: list[bytes]) -> None:
     index = BlockIndex()
     held: list[set[bytes]] = [set() for _ in range(REPLICAS)]

@@ -34,7 +34,7 @@ def prompt(start: int, blocks: int) -> TokenChain:
 
 def tell(router: Router, replica: int, of: TokenChain) -> None:
     assert router.mirror is not None
-    router.mirror.apply(replica, BlockStored(tuple(of.identities), b"", (), BLOCK))
+    router.mirror.apply(replica, BlockStored(tuple(of.block_hashes), b"", (), BLOCK))
 
 
 @pytest.mark.parametrize("name", ROUTER_NAMES)

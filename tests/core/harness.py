@@ -7,7 +7,7 @@ from random import Random
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, chain_identities, partial_identity, root_hash, salted
+from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, hash_blocks, partial_hash, root_hash, salted
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
@@ -31,7 +31,7 @@ def chain(tokens: Iterable[int], block_size: int = 4, salt: bytes = b"", owner: 
 
 def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Block]:
     """All full blocks of a chain, computed and committed; still held."""
-    blocks = pool.allocate(len(tokens.identities))
+    blocks = pool.allocate(len(tokens.block_hashes))
     return [pool.commit(block, tokens, position, exact=exact) for position, block in enumerate(blocks)]
 
 
@@ -69,7 +69,7 @@ class Harness:
     policy: str = "lru"
     exact: bool = False
     enabled: bool = True
-    uniform: bool = False
+    batch_invariant: bool = False
     max_step_tokens: int = 16
     max_running: int = 8
     lower: FakeTiers | None = None
@@ -83,7 +83,11 @@ class Harness:
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size, policy=self._make_policy(), journal=True)
         self.cache = PrefixCache(
-            self.pool, alignment=self.alignment, uniform=self.uniform, exact=self.exact, enabled=self.enabled
+            self.pool,
+            alignment=self.alignment,
+            batch_invariant=self.batch_invariant,
+            exact=self.exact,
+            enabled=self.enabled,
         )
         config = SchedulerConfig(
             self.chunk,
@@ -122,22 +126,22 @@ class Harness:
         finished = self.scheduler.complete(plan, sampled, stopped)
         self.check()
         for block in self.pool.take_committed():
-            assert block.identity is not None
-            self._check_content(block.identity)
+            assert block.block_hash is not None
+            self._check_content(block.block_hash)
             if self.lower is not None:
-                self.lower.put([block.identity], exact=block.exact)
+                self.lower.put([block.block_hash], exact=block.exact)
         return finished
 
     def arrive(self, load: Load, count: int | None = None) -> None:
         """The first ``count`` blocks of a load reach their slots, as far as the tiers still have them."""
         assert self.lower is not None
         exact: list[bool] = []
-        for index, (block, identity) in enumerate(zip(load.blocks, load.identities, strict=True)):
-            if identity not in self.lower.places or (count is not None and index >= count):
+        for index, (block, block_hash) in enumerate(zip(load.blocks, load.block_hashes, strict=True)):
+            if block_hash not in self.lower.places or (count is not None and index >= count):
                 break
             assert block.ref_count == 1
-            assert block.identity is None
-            exact.append(self.lower.places[identity][1])
+            assert block.block_hash is None
+            exact.append(self.lower.places[block_hash][1])
             self._fill(block, load.chain, load.start + index, exact[-1])
         self.scheduler.loaded(load, exact)
         self.check()
@@ -148,7 +152,7 @@ class Harness:
         stream = source.root + source.encoded()
         for offset in range(self.block_size):
             end = ROOT_BYTES + (position * self.block_size + offset + 1) * TOKEN_BYTES
-            self.cells[block.slot, offset] = Cell(stream[:end], exact)
+            self.cells[block.block_id, offset] = Cell(stream[:end], exact)
 
     def finish(self, max_steps: int = 2000) -> None:
         """Step until nothing is left; a sequence that starves fails here."""
@@ -162,22 +166,22 @@ class Harness:
     def compute(self, plan: StepPlan) -> None:
         """Write what an engine would, over a context that must hold exactly the chain's own tokens."""
         self.check_plan(plan)
-        targets = {copy.target.slot for copy in plan.copies}
-        assert not targets & {copy.source.slot for copy in plan.copies}
+        targets = {copy.target.block_id for copy in plan.copies}
+        assert not targets & {copy.source.block_id for copy in plan.copies}
         for copy in plan.copies:
             assert copy.source.ref_count > 0, "the block may be evicted before it is copied"
             assert (copy.target.state, copy.target.ref_count) == (BlockState.ALLOCATED, 1)
             for offset in range(self.block_size):
-                cell = self.cells.get((copy.source.slot, offset))
+                cell = self.cells.get((copy.source.block_id, offset))
                 if cell is None:
-                    self.cells.pop((copy.target.slot, offset), None)
+                    self.cells.pop((copy.target.block_id, offset), None)
                 else:
-                    self.cells[copy.target.slot, offset] = cell
+                    self.cells[copy.target.block_id, offset] = cell
         for sequence in plan.decodes:
             length = len(sequence.chain)
-            self._write(sequence, length - 1, length, whole=length if self.uniform else 0)
+            self._write(sequence, length - 1, length, whole=length if self.batch_invariant else 0)
         for chunk in plan.prefills:
-            whole = chunk.stop if self.uniform else chunk.stop - chunk.stop % self.alignment
+            whole = chunk.stop if self.batch_invariant else chunk.stop - chunk.stop % self.alignment
             self._write(chunk.sequence, chunk.start, chunk.stop, whole=whole)
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
 
@@ -193,18 +197,18 @@ class Harness:
             block = blocks[index]
             prefix = stream[: ROOT_BYTES + (position + 1) * TOKEN_BYTES]
             if position < start:
-                cell = self.cells[block.slot, offset]
+                cell = self.cells[block.block_id, offset]
                 assert cell.prefix == prefix, f"{sequence.request_id} reads another's state at {position}"
                 exact = exact and cell.exact
             else:
                 assert (block.state, block.ref_count) == (BlockState.ALLOCATED, 1), "written while others may read"
-                self.cells[block.slot, offset] = Cell(prefix, exact and position < whole)
+                self.cells[block.block_id, offset] = Cell(prefix, exact and position < whole)
 
     def check_plan(self, plan: StepPlan) -> None:
         planned: dict[str, int] = {}
         for chunk in plan.prefills:
             request_id, start, stop = chunk.sequence.request_id, chunk.start, chunk.stop
-            assert self.uniform or start % self.alignment == 0
+            assert self.batch_invariant or start % self.alignment == 0
             assert start < stop == min(start - start % self.alignment + self.chunk, len(chunk.sequence.chain))
             assert planned.get(request_id, start) == start, "a gap between two chunks"
             planned[request_id] = stop
@@ -213,17 +217,17 @@ class Harness:
         assert len(plan.prefills) <= 1 or plan.num_tokens <= self.max_step_tokens
 
     def check(self) -> None:
-        """The conservation law, and that every block found under an identity holds what the identity says."""
+        """The conservation law, and that every block found under a hash holds what the hash says."""
         running = self.scheduler.running
         loading = [load.blocks for load in self.scheduler.loads]
         self.pool.check_integrity([*(each.held.pinned for each in running), *loading])
         assert len(running) <= self.max_running
         for sequence in running:
             assert sequence.cached_tokens <= sequence.prompt_tokens - 1
-            assert self.uniform or sequence.cached_tokens % self.alignment == 0
+            assert self.batch_invariant or sequence.cached_tokens % self.alignment == 0
             self._check_admission(sequence)
-        for identity in self.pool.snapshot().parents:
-            self._check_content(identity)
+        for block_hash in self.pool.snapshot().parents:
+            self._check_content(block_hash)
         for block in self.pool.blocks:
             if block.partial:
                 self._check_partial(block)
@@ -239,23 +243,23 @@ class Harness:
         assert sum(counts.values()) + sum(by_tier.values()) <= sequence.prompt_tokens, admission
         assert admission.pool_tokens + sum(by_tier.values()) <= sequence.cached_tokens
 
-    def _check_content(self, identity: bytes) -> None:
-        block = self.pool.lookup(identity)
+    def _check_content(self, block_hash: bytes) -> None:
+        block = self.pool.lookup(block_hash)
         assert block is not None
         prefix = self._prefix_of(block, self.block_size)
-        assert chain_identities(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == identity
+        assert hash_blocks(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == block_hash
 
     def _check_partial(self, block: Block) -> None:
         prefix = self._prefix_of(block, len(block.tokens) // TOKEN_BYTES)
         before = prefix[: -len(block.tokens)]
-        parents = [before[:ROOT_BYTES], *chain_identities(before[:ROOT_BYTES], before[ROOT_BYTES:], self.block_size)]
-        assert (block.parent, block.identity) == (parents[-1], partial_identity(parents[-1], block.tokens))
+        parents = [before[:ROOT_BYTES], *hash_blocks(before[:ROOT_BYTES], before[ROOT_BYTES:], self.block_size)]
+        assert (block.parent, block.block_hash) == (parents[-1], partial_hash(parents[-1], block.tokens))
         assert block.num_tokens == len(block.tokens) // TOKEN_BYTES < self.block_size
         assert block.position == len(parents) - 1
 
     def _prefix_of(self, block: Block, count: int) -> bytes:
         """What all of a block's ``count`` positions depend on: each holds what the tokens say, and is exact."""
-        cells = [self.cells[block.slot, offset] for offset in range(count)]
+        cells = [self.cells[block.block_id, offset] for offset in range(count)]
         prefix = cells[-1].prefix
         ends = range(len(prefix) - (count - 1) * TOKEN_BYTES, len(prefix) + 1, TOKEN_BYTES)
         assert [cell.prefix for cell in cells] == [prefix[:end] for end in ends]

@@ -25,8 +25,8 @@ class CountedChain(TokenChain):
 
 
 def stored(tokens: TokenChain) -> BlockStored:
-    blocks = tuple(tokens.block_tokens(index) for index in range(len(tokens.identities)))
-    return BlockStored(tuple(tokens.identities), tokens.root, blocks, tokens.block_size)
+    blocks = tuple(tokens.block_tokens(index) for index in range(len(tokens.block_hashes)))
+    return BlockStored(tuple(tokens.block_hashes), tokens.root, blocks, tokens.block_size)
 
 
 def ledger_with(*chains: TokenChain) -> Ledger:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from emberkv.core.hashing import Identity
-from emberkv.core.promotion import LookupStatus, Run
+from emberkv.core.hashing import BlockHash
+from emberkv.core.promotion import BlockRun, LookupStatus
 
 
 @dataclass
@@ -14,28 +14,28 @@ class FakeTiers:
     pending: blocks of which a tier cannot tell whether it has them.
     """
 
-    places: dict[Identity, tuple[str, bool]] = field(default_factory=dict)
+    places: dict[BlockHash, tuple[str, bool]] = field(default_factory=dict)
     block_seconds: dict[str, float] = field(default_factory=dict)
     token_seconds: float | None = None
     asked: int = 0
-    pending: set[Identity] = field(default_factory=set)
+    pending: set[BlockHash] = field(default_factory=set)
 
-    def put(self, identities: Sequence[Identity], tier: str = "disk", *, exact: bool = True) -> None:
-        self.places.update((identity, (tier, exact)) for identity in identities)
+    def put(self, block_hashes: Sequence[BlockHash], tier: str = "disk", *, exact: bool = True) -> None:
+        self.places.update((block_hash, (tier, exact)) for block_hash in block_hashes)
 
-    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
+    def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
         self.asked += 1
         found = []
-        for identity in identities:
-            tier, is_exact = self.places.get(identity, ("", False))
+        for block_hash in block_hashes:
+            tier, is_exact = self.places.get(block_hash, ("", False))
             if not tier or (exact and not is_exact):
                 break
             found.append(tier)
         runs = [(tier, len(list(blocks))) for tier, blocks in groupby(found)]
-        return [Run(tier, count, self._seconds(tier, count)) for tier, count in runs]
+        return [BlockRun(tier, count, self._seconds(tier, count)) for tier, count in runs]
 
-    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
-        return LookupStatus.PENDING if identity in self.pending else LookupStatus.MISS
+    def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
+        return LookupStatus.PENDING if block_hash in self.pending else LookupStatus.MISS
 
     def _seconds(self, tier: str, count: int) -> float | None:
         each = self.block_seconds.get(tier)

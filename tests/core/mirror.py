@@ -20,13 +20,13 @@ class Mirror:
             assert numbered.sequence == self.sequence + 1
             self.sequence = numbered.sequence
             match numbered.event:
-                case BlockStored(identities=identities, parent=parent):
-                    for identity in identities:
-                        assert identity not in self.parents, "stored twice"
-                        self.parents[identity] = parent
-                        parent = identity
-                case BlockRemoved(identities=identities):
-                    for identity in identities:
-                        del self.parents[identity]
+                case BlockStored(block_hashes=block_hashes, parent=parent):
+                    for block_hash in block_hashes:
+                        assert block_hash not in self.parents, "stored twice"
+                        self.parents[block_hash] = parent
+                        parent = block_hash
+                case BlockRemoved(block_hashes=block_hashes):
+                    for block_hash in block_hashes:
+                        del self.parents[block_hash]
                 case _:
                     self.parents.clear()

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.policies.fair_shares import Share
 
 
 class Naive(Protocol):
     """What all models do; each key by itself."""
 
-    def admit(self, key: int, weight: Weight) -> None: ...
+    def admit(self, key: int, cost: EntryCost) -> None: ...
     def access(self, key: int) -> None: ...
     def hold(self, key: int) -> None: ...
     def release(self, key: int) -> None: ...
@@ -22,7 +22,7 @@ class Naive(Protocol):
 @dataclass
 class Entry:
     key: int
-    weight: Weight
+    cost: EntryCost
     born: int
     count: int = 1
     released: bool = False
@@ -39,9 +39,9 @@ class NaiveRanked:
         self.now = 0
         self.age = 0.0
 
-    def admit(self, key: int, weight: Weight) -> None:
+    def admit(self, key: int, cost: EntryCost) -> None:
         self.now += 1
-        self.entries[key] = Entry(key, weight, self.now)
+        self.entries[key] = Entry(key, cost, self.now)
 
     def access(self, key: int) -> None:
         self.entries[key].count += 1
@@ -81,7 +81,7 @@ class NaiveS3FIFO:
         self.counts: dict[int, int] = {}
         self.released: set[int] = set()
 
-    def admit(self, key: int, weight: Weight) -> None:
+    def admit(self, key: int, cost: EntryCost) -> None:
         self.counts[key] = 0
         if key in self.ghosts:
             self.ghosts.remove(key)
@@ -133,9 +133,9 @@ class NaiveRetaining:
         self.ends: dict[int, tuple[float, int]] = {}
         self.now = 0
 
-    def admit(self, key: int, weight: Weight) -> None:
-        self.sizes[key] = weight.size
-        self.inner.admit(key, weight)
+    def admit(self, key: int, cost: EntryCost) -> None:
+        self.sizes[key] = cost.size
+        self.inner.admit(key, cost)
 
     def access(self, key: int) -> None:
         self.inner.access(key)
@@ -175,10 +175,10 @@ class NaiveRetaining:
             self.now += 1
             self.ends[key] = (until, -self.now)
         while sum(self.sizes[each] for each in self.ends) > self.max_bytes:
-            self.let_go(min(self.ends, key=lambda each: self.ends[each]))
+            self.unretain(min(self.ends, key=lambda each: self.ends[each]))
         return int(key in self.ends)
 
-    def let_go(self, key: int) -> None:
+    def unretain(self, key: int) -> None:
         if key in self.ends:
             del self.ends[key]
             if key in self.released:
@@ -187,7 +187,7 @@ class NaiveRetaining:
     def expire(self, now: float) -> None:
         for key in sorted(self.ends, key=lambda each: self.ends[each]):
             if self.ends[key][0] <= now:
-                self.let_go(key)
+                self.unretain(key)
 
 
 class NaiveFairShares:
@@ -215,11 +215,11 @@ class NaiveFairShares:
     def spare(self, owner: str) -> float:
         return self.bytes_of(owner) - self.largest[owner] - self.share(owner).floor_bytes
 
-    def admit(self, key: int, weight: Weight) -> None:
-        owner = weight.owner
-        self.inners.setdefault(owner, self.make_inner()).admit(key, weight)
-        self.largest[owner] = max(self.largest.get(owner, 0), weight.size)
-        self.owners[key], self.sizes[key] = owner, weight.size
+    def admit(self, key: int, cost: EntryCost) -> None:
+        owner = cost.owner
+        self.inners.setdefault(owner, self.make_inner()).admit(key, cost)
+        self.largest[owner] = max(self.largest.get(owner, 0), cost.size)
+        self.owners[key], self.sizes[key] = owner, cost.size
 
     def access(self, key: int) -> None:
         self.inners[self.owners[key]].access(key)
@@ -262,9 +262,9 @@ class NaiveFairShares:
     def retain(self, key: int, until: float) -> int:
         return self.inners[self.owners[key]].retain(key, until) if key in self.owners else 0
 
-    def let_go(self, key: int) -> None:
+    def unretain(self, key: int) -> None:
         if key in self.owners:
-            self.inners[self.owners[key]].let_go(key)
+            self.inners[self.owners[key]].unretain(key)
 
     def expire(self, now: float) -> None:
         for inner in self.inners.values():

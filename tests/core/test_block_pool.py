@@ -13,10 +13,10 @@ from tests.core.harness import chain, store
 ABC = chain(range(12))  # three blocks of four
 
 
-def forged(tokens: list[int], identities_of: TokenChain) -> TokenChain:
-    """Another chain under the same identities, as if SHA-256 had collided."""
+def forged(tokens: list[int], hashes_of: TokenChain) -> TokenChain:
+    """Another chain under the same block hashes, as if SHA-256 had collided."""
     forgery = chain(tokens)
-    forgery.identities = list(identities_of.identities)
+    forgery.block_hashes = list(hashes_of.block_hashes)
     return forgery
 
 
@@ -39,7 +39,7 @@ def test_a_blocks_life() -> None:
     assert (block.state, block.ref_count, pool.num_free) == (BlockState.COMMITTED, 1, 3)
     pool.free([block])
     pool.allocate(4)
-    assert (pool.num_free, pool.num_cached, pool.lookup(ABC.identities[0])) == (0, 0, None)
+    assert (pool.num_free, pool.num_cached, pool.lookup(ABC.block_hashes[0])) == (0, 0, None)
     assert pool.stats.evicted_blocks == 1
     pool.check_integrity([pool.blocks])
 
@@ -50,7 +50,7 @@ def test_blank_slots_go_first_then_the_end_of_a_chain() -> None:
     cached = []
     for count in (2, 1, 1, 1):
         pool.allocate(count)
-        cached.append([pool.lookup(identity) is not None for identity in ABC.identities])
+        cached.append([pool.lookup(block_hash) is not None for block_hash in ABC.block_hashes])
     assert cached == [[True, True, True], [True, True, False], [True, False, False], [False, False, False]]
 
 
@@ -81,12 +81,12 @@ def test_a_match_holds_nothing_and_moves_nothing() -> None:
     first, second = chain([1] * 4), chain([2] * 4)
     pool.free(store(pool, first))
     pool.free(store(pool, second))
-    assert pool.match(first, stop=1).blocks == [pool.lookup(first.identities[0])]
+    assert pool.match(first, stop=1).blocks == [pool.lookup(first.block_hashes[0])]
     assert pool.num_free == 6
     pool.check_integrity([])
     pool.allocate(5)
-    assert pool.lookup(first.identities[0]) is None, "looking at it made the oldest block younger"
-    assert pool.lookup(second.identities[0]) is not None
+    assert pool.lookup(first.block_hashes[0]) is None, "looking at it made the oldest block younger"
+    assert pool.lookup(second.block_hashes[0]) is not None
 
 
 def test_what_is_pinned_survives_an_allocation() -> None:
@@ -95,7 +95,7 @@ def test_what_is_pinned_survives_an_allocation() -> None:
     found = pool.match(ABC, stop=2).blocks
     pool.pin(found)
     [fresh] = pool.allocate(1)
-    assert fresh.slot == 2
+    assert fresh.block_id == 2
     with pytest.raises(NoFreeBlocksError):
         pool.allocate(1)
     assert pool.match(ABC, stop=2).blocks == found
@@ -116,8 +116,8 @@ def test_a_collision_at_commit_stays_private() -> None:
     known = store(pool, ABC)
     [ours] = pool.allocate(1)
     assert pool.commit(ours, forged([9] * 12, ABC), 0, exact=True) is ours
-    assert (ours.state, ours.identity) == (BlockState.ALLOCATED, None)
-    assert pool.lookup(ABC.identities[0]) is known[0]
+    assert (ours.state, ours.block_hash) == (BlockState.ALLOCATED, None)
+    assert pool.lookup(ABC.block_hashes[0]) is known[0]
     assert pool.stats.collisions == 1
     pool.check_integrity([known, [ours]])
     pool.free([ours])
@@ -144,8 +144,8 @@ def test_exact_takes_the_place_of_inexact(held: bool) -> None:
         pool.free([old])
     [new] = store(pool, tokens, exact=True)
     assert new is not old
-    assert pool.lookup(tokens.identities[0]) is new
-    assert (old.state, old.identity) == (BlockState.ALLOCATED if held else BlockState.FREE, None)
+    assert pool.lookup(tokens.block_hashes[0]) is new
+    assert (old.state, old.block_hash) == (BlockState.ALLOCATED if held else BlockState.FREE, None)
     assert (pool.stats.replaced_blocks, pool.num_cached, pool.num_evictable) == (1, 1, 0)
     pool.check_integrity([[old], [new]] if held else [[new]])
     pool.free([new, old] if held else [new])
@@ -177,10 +177,10 @@ def test_a_slots_next_block_inherits_no_history() -> None:
         pool.pin(hit)
         pool.free(hit)
     pool.free(store(pool, chains[20]))
-    assert pool.lookup(chains[18].identities[0]) is None, "never read, first in the small queue"
+    assert pool.lookup(chains[18].block_hashes[0]) is None, "never read, first in the small queue"
     pool.free(store(pool, chains[21]))
-    assert pool.lookup(chains[19].identities[0]) is None, "never read; the new block waits behind it"
-    assert pool.lookup(chains[20].identities[0]) is not None
+    assert pool.lookup(chains[19].block_hashes[0]) is None, "never read; the new block waits behind it"
+    assert pool.lookup(chains[20].block_hashes[0]) is not None
 
 
 def test_misuse_is_an_integrity_error() -> None:

@@ -63,7 +63,7 @@ class CoreMachine(RuleBasedStateMachine):
             policy=policy,
             exact=flags[0],
             enabled=flags[1],
-            uniform=flags[2],
+            batch_invariant=flags[2],
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             lower=self.tiers if tiers else None,
@@ -99,10 +99,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt)
         self.prompts.append(tokens)
         if salt:
-            self.others.update(self.live[name].chain.identities)
+            self.others.update(self.live[name].chain.block_hashes)
         if restored:
-            stored = self.live[name].chain.identities[:restored]
-            self.tiers.put([identity for identity in stored if identity not in self.tiers.places])
+            stored = self.live[name].chain.block_hashes[:restored]
+            self.tiers.put([block_hash for block_hash in stored if block_hash not in self.tiers.places])
 
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE)
@@ -138,7 +138,7 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE, count=st.integers(0, 5), until=st.integers(0, 9))
     def retain(self, pick: int, count: int, until: int) -> None:
-        self.pool.policy.retain(self.live[self._pick(pick)].chain.identities[:count], until)
+        self.pool.policy.retain(self.live[self._pick(pick)].chain.block_hashes[:count], until)
         self.pool.policy.expire(5)
         self.harness.check()
 
@@ -164,21 +164,21 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE, at=ANYWHERE)
     def remove(self, pick: int, at: int) -> None:
-        identities = self.live[self._pick(pick)].chain.identities
-        if identities:
-            identity = identities[at % len(identities)]
-            self.scheduler.remove([identity])
-            assert self.pool.lookup(identity) is None
+        block_hashes = self.live[self._pick(pick)].chain.block_hashes
+        if block_hashes:
+            block_hash = block_hashes[at % len(block_hashes)]
+            self.scheduler.remove([block_hash])
+            assert self.pool.lookup(block_hash) is None
             self.harness.check()
 
     @precondition(lambda self: self.tiers.places)
     @rule(pick=ANYWHERE, tier=st.sampled_from(["", "ram", "disk"]))
     def move_below(self, pick: int, tier: str) -> None:
         """A tier forgets a block, or another one has it from now on."""
-        identity = list(self.tiers.places)[pick % len(self.tiers.places)]
-        _, exact = self.tiers.places.pop(identity)
+        block_hash = list(self.tiers.places)[pick % len(self.tiers.places)]
+        _, exact = self.tiers.places.pop(block_hash)
         if tier:
-            self.tiers.put([identity], tier, exact=exact)
+            self.tiers.put([block_hash], tier, exact=exact)
 
     @precondition(lambda self: self.harness.lower)
     @rule(ram=st.integers(0, 9), disk=st.integers(0, 9), compute=st.integers(0, 9))
@@ -221,10 +221,10 @@ class CoreMachine(RuleBasedStateMachine):
     def _check_shares(self) -> None:
         if isinstance(self.pool.policy, FairShares):
             used = self.pool.policy.bytes_by_owner()
-            assert sum(used.values()) == sum(block.identity is not None for block in self.pool.blocks)
+            assert sum(used.values()) == sum(block.block_hash is not None for block in self.pool.blocks)
             quota = (self.harness.shares or {})["other"].quota_bytes
             if quota is not None and used.get("other", 0) > quota:
-                blocks = [self.pool.lookup(identity) for identity in self.others]
+                blocks = [self.pool.lookup(block_hash) for block_hash in self.others]
                 assert all(block is None or block.ref_count for block in blocks), "released, and above the quota"
 
     def _pick(self, number: int) -> str:
@@ -240,7 +240,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.harness.compute(plan)
         for sequence in self.harness.complete(plan, stopped):
             if sequence.chain.owner(0):
-                self.others.update(sequence.chain.identities)
+                self.others.update(sequence.chain.block_hashes)
             self.prompts.append(sequence.chain.slice(0, len(sequence.chain)))  # others leave it within its answer
             self._check_finished(self.live.pop(sequence.request_id), stopped)
 

@@ -10,7 +10,7 @@ from tests.core.harness import chain, store
 from tests.core.mirror import Mirror
 
 AB = chain(range(8))
-FIRST, SECOND = AB.identities
+FIRST, SECOND = AB.block_hashes
 
 
 def events_of(pool: BlockPool) -> list[Event]:

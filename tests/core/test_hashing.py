@@ -1,4 +1,4 @@
-"""Block identities: what they cover, and that they are the same whichever way a chain came to be."""
+"""Block hashes: what they cover, and that they are the same whichever way a chain came to be."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from emberkv.core.hashing import (
     PUBLIC_OWNER,
     TokenChain,
-    chain_identities,
     encode_tokens,
-    partial_identity,
+    hash_blocks,
+    partial_hash,
     prompt_hashes,
     root_hash,
     salted,
@@ -60,7 +60,7 @@ def test_the_published_vectors() -> None:
     plain = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4)
     salted_ones = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4, salt=b"tenant")
     behind = prompt_hashes(FINGERPRINT, TOKEN_IDS, block_size=4, salt=b"tenant", public_blocks=1)
-    tail = partial_identity(plain[-1], encode_tokens(token_array(TOKEN_IDS[8:])))
+    tail = partial_hash(plain[-1], encode_tokens(token_array(TOKEN_IDS[8:])))
     assert behind[0] == plain[0]
     found = [root_hash(FINGERPRINT, 4), *plain, tail, *salted_ones, behind[1]]
     assert [each.hex() for each in found] == list(VECTORS.values())
@@ -73,11 +73,11 @@ def test_the_documentation_has_the_vectors() -> None:
     assert str(TOKEN_IDS)[1:-1] in page
 
 
-def test_an_identity_chains_its_parent_and_its_own_tokens() -> None:
+def test_a_hash_chains_its_parent_and_its_own_tokens() -> None:
     chain = TokenChain(ROOT, [1, 2, 3, 4, 5], 2)
     first = sha256(ROOT + bytes([1, 0, 0, 0, 2, 0, 0, 0])).digest()
     second = sha256(first + bytes([3, 0, 0, 0, 4, 0, 0, 0])).digest()
-    assert chain.identities == [first, second]
+    assert chain.block_hashes == [first, second]
     assert (chain.parent(0), chain.parent(1)) == (ROOT, first)
 
 
@@ -94,15 +94,15 @@ def test_appending_hashes_as_building_does(tokens: list[int], block_size: int, d
     for token in tokens[start:]:
         grown.append(token)
     whole = TokenChain(ROOT, tokens, block_size)
-    assert grown.identities == whole.identities == chain_identities(ROOT, whole.encoded(), block_size)
-    assert len(whole.identities) == len(tokens) // block_size
+    assert grown.block_hashes == whole.block_hashes == hash_blocks(ROOT, whole.encoded(), block_size)
+    assert len(whole.block_hashes) == len(tokens) // block_size
     assert grown.encoded() == whole.encoded()
 
 
 @given(left=TOKENS, right=TOKENS)
-def test_identities_are_equal_exactly_as_far_as_the_tokens_are(left: list[int], right: list[int]) -> None:
+def test_hashes_are_equal_exactly_as_far_as_the_tokens_are(left: list[int], right: list[int]) -> None:
     one, other = TokenChain(ROOT, left, 2), TokenChain(ROOT, right, 2)
-    for index, (mine, theirs) in enumerate(zip(one.identities, other.identities, strict=False)):
+    for index, (mine, theirs) in enumerate(zip(one.block_hashes, other.block_hashes, strict=False)):
         stop = 2 * (index + 1)
         assert (mine == theirs) == (left[:stop] == right[:stop])
 
@@ -111,10 +111,10 @@ def test_a_salt_enters_where_the_public_part_ends() -> None:
     plain = TokenChain(ROOT, range(8), 2)
     mine = TokenChain(ROOT, range(8), 2, owner="me", salt=b"s", public_blocks=2)
     theirs = TokenChain(ROOT, range(8), 2, owner="they", salt=b"t", public_blocks=2)
-    assert mine.identities[:2] == theirs.identities[:2] == plain.identities[:2]
-    assert not set(mine.identities[2:]) & {*theirs.identities, *plain.identities}
-    assert mine.parent(2) == salted(plain.identities[1], b"s")
-    assert mine.identities[2] == sha256(mine.parent(2) + mine.block_tokens(2)).digest()
+    assert mine.block_hashes[:2] == theirs.block_hashes[:2] == plain.block_hashes[:2]
+    assert not set(mine.block_hashes[2:]) & {*theirs.block_hashes, *plain.block_hashes}
+    assert mine.parent(2) == salted(plain.block_hashes[1], b"s")
+    assert mine.block_hashes[2] == sha256(mine.parent(2) + mine.block_tokens(2)).digest()
     assert [mine.owner(index) for index in range(4)] == [PUBLIC_OWNER, PUBLIC_OWNER, "me", "me"]
     assert plain.owner(0) == ""
 
@@ -122,7 +122,7 @@ def test_a_salt_enters_where_the_public_part_ends() -> None:
 def test_without_public_blocks_the_salt_enters_at_the_root() -> None:
     mine = TokenChain(ROOT, range(4), 2, salt=b"s")
     assert (mine.root, mine.parent(0)) == (ROOT, salted(ROOT, b"s"))
-    assert mine.identities == chain_identities(salted(ROOT, b"s"), mine.encoded(), 2)
+    assert mine.block_hashes == hash_blocks(salted(ROOT, b"s"), mine.encoded(), 2)
 
 
 def test_no_salt_changes_nothing() -> None:
@@ -134,7 +134,7 @@ def test_what_is_generated_is_never_public() -> None:
     mine = TokenChain(ROOT, [1, 2, 3], 2, owner="me", salt=b"s", public_blocks=3)
     mine.append(4)
     assert [mine.owner(index) for index in range(2)] == [PUBLIC_OWNER, "me"]
-    assert mine.parent(1) == salted(mine.identities[0], b"s")
+    assert mine.parent(1) == salted(mine.block_hashes[0], b"s")
 
 
 @given(tokens=TOKENS, public=st.integers(0, 6), data=st.data())
@@ -146,6 +146,6 @@ def test_appending_to_a_salted_chain_hashes_as_building_does(
     for token in tokens[start:]:
         grown.append(token)
     whole = TokenChain(ROOT, tokens, 2, salt=b"s", public_blocks=start // 2 if public > start // 2 else public)
-    assert grown.identities == whole.identities
-    for index, identity in enumerate(whole.identities):
-        assert identity == sha256(whole.parent(index) + whole.block_tokens(index)).digest()
+    assert grown.block_hashes == whole.block_hashes
+    for index, block_hash in enumerate(whole.block_hashes):
+        assert block_hash == sha256(whole.parent(index) + whole.block_tokens(index)).digest()

@@ -25,12 +25,12 @@ def free_without_telling(pool: BlockPool) -> None:
     pool.blocks[0].ref_count = 0
 
 
-def change_an_identity(pool: BlockPool) -> None:
-    pool.blocks[0].identity = b"x"
+def change_a_hash(pool: BlockPool) -> None:
+    pool.blocks[0].block_hash = b"x"
 
 
-def drop_an_identity(pool: BlockPool) -> None:
-    pool.blocks[0].identity = None
+def drop_a_hash(pool: BlockPool) -> None:
+    pool.blocks[0].block_hash = None
 
 
 def claim_a_blank(pool: BlockPool) -> None:
@@ -47,8 +47,8 @@ def commit_a_blank(pool: BlockPool) -> None:
         lose_a_reference,
         add_a_reference,
         free_without_telling,
-        change_an_identity,
-        drop_an_identity,
+        change_a_hash,
+        drop_a_hash,
         claim_a_blank,
         commit_a_blank,
     ],

@@ -16,7 +16,7 @@ from tests.core.lower import FakeTiers
 def stocked(tokens: Iterable[int], tier: str = "disk", *, exact: bool = True) -> FakeTiers:
     """Tiers that have every full block of these tokens."""
     tiers = FakeTiers()
-    tiers.put(chain(tokens).identities, tier, exact=exact)
+    tiers.put(chain(tokens).block_hashes, tier, exact=exact)
     return tiers
 
 
@@ -97,7 +97,7 @@ def test_two_requests_for_the_same_blocks_share_one_load() -> None:
 
 def test_who_shared_a_load_may_begin_one_for_its_own_rest() -> None:
     tiers = stocked(range(8))
-    tiers.put(chain([*range(8), *range(50, 58)]).identities[2:], "ram")
+    tiers.put(chain([*range(8), *range(50, 58)]).block_hashes[2:], "ram")
     harness = Harness(lower=tiers)
     harness.add("a", range(9))
     other = harness.add("b", [*range(8), *range(50, 59)])
@@ -127,7 +127,7 @@ def test_a_preempted_sequence_does_not_load() -> None:
     harness.step()
     harness.scheduler._preempt(sequence)
     harness.pool.clear()
-    tiers.put(chain(range(16)).identities)
+    tiers.put(chain(range(16)).block_hashes)
     assert not harness.step().loads
     harness.finish()
 
@@ -158,7 +158,7 @@ def test_load_or_recompute(disk: float | None, token: float | None, choice: Load
 
 def test_a_slow_tier_behind_a_fast_one_is_left_alone() -> None:
     tiers = stocked(range(8), "ram")
-    tiers.put(chain(range(16)).identities[2:])
+    tiers.put(chain(range(16)).block_hashes[2:])
     tiers.block_seconds, tiers.token_seconds = {"ram": 0.1, "disk": 9.0}, 1.0
     harness = Harness(lower=tiers)
     sequence = harness.add("a", range(18))
@@ -217,7 +217,7 @@ def test_an_inexact_block_is_replaced_by_an_exact_one_from_below() -> None:
     first = harness.add("a", range(3), new=7)
     harness.finish()
     tokens = first.chain.slice(0, 9)
-    tiers.put(chain(tokens).identities)
+    tiers.put(chain(tokens).block_hashes)
     second = harness.add("b", tokens)
     harness.arrive(begin(harness))
     harness.step()
@@ -254,7 +254,7 @@ def test_what_the_pool_found_is_not_evicted_for_the_load() -> None:
     harness.finish()
     harness.add("other", [50] * 11)
     harness.finish()
-    assert harness.pool.lookup(chain(range(8)).identities[1]) is not None
+    assert harness.pool.lookup(chain(range(8)).block_hashes[1]) is not None
     sequence = harness.add("second", range(18))
     load = begin(harness)
     assert load.start == 2
@@ -280,7 +280,7 @@ def test_somebody_else_computes_it_meanwhile() -> None:
     waiter = harness.add("a", range(18))
     load = begin(harness)
     tiers.block_seconds, tiers.token_seconds = {"disk": 99.0}, 1.0
-    load.runs[:] = tiers.find(load.identities, exact=False)
+    load.runs[:] = tiers.find(load.block_hashes, exact=False)
     harness.add("b", range(18), new=4)
     assert harness.step().admitted
     harness.arrive(load)
@@ -298,7 +298,7 @@ def test_what_is_cleared_or_removed_while_it_loads_does_not_come_back(removed: i
     if removed is None:
         harness.pool.clear()
     else:
-        assert harness.scheduler.remove([load.identities[removed]]) == 0
+        assert harness.scheduler.remove([load.block_hashes[removed]]) == 0
     harness.arrive(load)
     assert (load.arrived, harness.pool.num_cached) == (removed or 0, removed or 0)
     harness.step()
@@ -315,8 +315,8 @@ def test_what_several_loads_bring_does_not_come_back_either() -> None:
     harness.scheduler.finish("a", FinishReason.ABORT)
     harness.arrive(first, 0)
     loads = harness.scheduler.schedule().loads
-    wanted = first.identities[3]
-    assert [wanted in load.identities for load in loads] == [True, True]
+    wanted = first.block_hashes[3]
+    assert [wanted in load.block_hashes for load in loads] == [True, True]
     harness.scheduler.remove([wanted])
     for load in loads:
         harness.arrive(load)
@@ -363,7 +363,7 @@ def test_now_and_then_a_slow_tier_is_tried_again() -> None:
 
 def unknown(tokens: Iterable[int]) -> FakeTiers:
     """Tiers that cannot tell without I/O whether they have these blocks."""
-    return FakeTiers(pending=set(chain(tokens).identities))
+    return FakeTiers(pending=set(chain(tokens).block_hashes))
 
 
 def begin_lookup(harness: Harness) -> PendingLookup:
@@ -375,14 +375,14 @@ def begin_lookup(harness: Harness) -> PendingLookup:
 
 def test_a_sequence_waits_for_a_look_up_and_then_for_its_load() -> None:
     tiers = unknown(range(16))
-    tiers.put(chain(range(4)).identities)
+    tiers.put(chain(range(4)).block_hashes)
     harness = Harness(lower=tiers)
     sequence = harness.add("a", range(18))
     lookup = begin_lookup(harness)
     assert (lookup.start, lookup.stop, lookup.patience) == (1, 4, None)
     assert (sequence.status, harness.scheduler.has_work) == (SequenceStatus.LOADING, False)
     assert choices(harness) == {}
-    tiers.put(lookup.identities)
+    tiers.put(lookup.block_hashes)
     harness.scheduler.looked_up(lookup)
     harness.arrive(begin(harness))
     harness.step()

@@ -14,8 +14,8 @@ from emberkv.errors import IntegrityError
 from tests.core.harness import Harness, chain, root
 
 
-def cache(num_blocks: int = 16, *, uniform: bool = True) -> PrefixCache:
-    return PrefixCache(BlockPool(num_blocks, 4), alignment=4, uniform=uniform)
+def cache(num_blocks: int = 16, *, batch_invariant: bool = True) -> PrefixCache:
+    return PrefixCache(BlockPool(num_blocks, 4), alignment=4, batch_invariant=batch_invariant)
 
 
 def computed(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -> Lease:
@@ -29,10 +29,10 @@ def computed(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -
 def left(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -> int:
     """Computes as much and lets go; the slot of the last block that holds any of it."""
     lease = computed(cache, tokens, count)
-    slot = lease.blocks[(len(tokens) if count is None else count) // 4].slot
+    block_id = lease.blocks[(len(tokens) if count is None else count) // 4].block_id
     lease.release()
     cache.pool.check_integrity()
-    return slot
+    return block_id
 
 
 def hit(cache: PrefixCache, tokens: TokenChain) -> int:
@@ -49,14 +49,14 @@ def hit(cache: PrefixCache, tokens: TokenChain) -> int:
 
 def test_the_beginning_of_a_block_is_copied_and_the_block_stays_for_others() -> None:
     shared = cache()
-    slot = left(shared, chain(range(11)))
+    block_id = left(shared, chain(range(11)))
     lease = shared.acquire(chain(range(15)))
     lease.extend(15)
     assert (lease.hit_tokens, lease.num_committed) == (11, 2)
-    assert lease.copy == BlockCopy(shared.pool.blocks[slot], lease.blocks[2], 3)
-    assert (lease.blocks[2].state, lease.blocks[2].slot != slot) == (BlockState.ALLOCATED, True)
+    assert lease.copy == BlockCopy(shared.pool.blocks[block_id], lease.blocks[2], 3)
+    assert (lease.blocks[2].state, lease.blocks[2].block_id != block_id) == (BlockState.ALLOCATED, True)
     shared.pool.check_integrity([lease.pinned])
-    assert shared.longest_child(chain(range(12)), 2) == (shared.pool.blocks[slot], 3)
+    assert shared.longest_child(chain(range(12)), 2) == (shared.pool.blocks[block_id], 3)
     lease.commit_prefilled(15)
     assert lease.copy is None
     shared.pool.check_integrity([lease.blocks])
@@ -74,7 +74,7 @@ def test_a_full_block_that_a_partial_one_begins_takes_its_place() -> None:
 
 @pytest.mark.parametrize("answer", range(1, 12))
 def test_a_repeat_hits_no_less_because_its_answer_grew(answer: int) -> None:
-    harness = Harness(uniform=True, num_blocks=32)
+    harness = Harness(batch_invariant=True, num_blocks=32)
     harness.add("first", range(6), new=answer)
     harness.finish()
     second = harness.add("second", range(6), new=answer)
@@ -154,7 +154,7 @@ def test_another_salt_is_another_beginning() -> None:
 
 
 def test_only_who_is_uniform_reuses_it() -> None:
-    shared = cache(uniform=False)
+    shared = cache(batch_invariant=False)
     left(shared, chain(range(11)))
     assert shared.pool.num_cached == 2
     assert hit(shared, chain(range(15))) == 8
@@ -203,19 +203,19 @@ def test_those_who_mirror_the_cache_hear_of_full_blocks_only() -> None:
     left(shared, tokens)
     events = shared.pool.events.since(0)
     assert events is not None
-    stored = [numbered.event.identities for numbered in events if isinstance(numbered.event, BlockStored)]
-    assert stored == [(identity,) for identity in tokens.identities]
-    assert list(shared.pool.snapshot().parents) == tokens.identities
+    stored = [numbered.event.block_hashes for numbered in events if isinstance(numbered.event, BlockStored)]
+    assert stored == [(block_hash,) for block_hash in tokens.block_hashes]
+    assert list(shared.pool.snapshot().parents) == tokens.block_hashes
 
 
 def test_what_is_forgotten_takes_the_partial_block_behind_it_along() -> None:
     shared = cache()
     tokens = chain(range(11))
     left(shared, tokens)
-    assert shared.pool.remove(tokens.identities[1:]) == 1
+    assert shared.pool.remove(tokens.block_hashes[1:]) == 1
     events = shared.pool.events.since(0)
     assert events is not None
-    assert events[-1].event == BlockRemoved((tokens.identities[1],), evicted=False)
+    assert events[-1].event == BlockRemoved((tokens.block_hashes[1],), evicted=False)
     computed(shared, chain(range(8))).release()
     assert hit(shared, chain(range(12))) == 8
 
@@ -224,7 +224,7 @@ def test_so_does_the_one_behind_what_is_public() -> None:
     shared = cache()
     ours = TokenChain(root(4), range(10), 4, owner="ann", salt=b"ann", public_blocks=2)
     left(shared, ours)
-    shared.pool.remove(ours.identities[1:])
+    shared.pool.remove(ours.block_hashes[1:])
     computed(shared, TokenChain(root(4), range(8), 4, public_blocks=2)).release()
     again = TokenChain(root(4), range(12), 4, owner="ann", salt=b"ann", public_blocks=2)
     assert hit(shared, again) == 8
@@ -251,9 +251,9 @@ def test_behind_a_collision_nothing_is_left() -> None:
     shared = cache()
     tokens = chain(range(7))
     known = computed(shared, tokens)
-    known.blocks[0].tokens = b"other"  # the same identity, other tokens
+    known.blocks[0].tokens = b"other"  # the same block hash, other tokens
     known.release()
-    shared.pool.remove(tokens.identities[1:])
+    shared.pool.remove(tokens.block_hashes[1:])
     before = shared.pool.num_evictable
     computed(shared, chain(range(7))).release()
     assert (shared.pool.num_evictable, shared.pool.stats.collisions > 0) == (before, True)
@@ -289,11 +289,11 @@ def test_what_others_left_since_is_copied_where_a_chunk_begins() -> None:
 
 def test_a_block_that_is_waiting_to_be_copied_cannot_be_evicted() -> None:
     shared = cache(6)
-    slot = left(shared, chain(range(11)))
+    block_id = left(shared, chain(range(11)))
     lease = shared.acquire(chain(range(12)))
     lease.extend(12)
     shared.pool.allocate(shared.pool.num_free)
-    assert shared.pool.blocks[slot].tokens == chain(range(11)).encoded_slice(8, 11)
+    assert shared.pool.blocks[block_id].tokens == chain(range(11)).encoded_slice(8, 11)
     lease.release()
     assert shared.pool.num_free == 4
 
@@ -363,7 +363,7 @@ def test_without_salts_what_follows_a_public_part_stays_with_those_who_have_none
 
 def test_only_exact_blocks_are_copied_where_only_such_are_reused() -> None:
     pool = BlockPool(16, 4)
-    store = PrefixCache(pool, alignment=4, uniform=True, exact=True)
+    store = PrefixCache(pool, alignment=4, batch_invariant=True, exact=True)
     blocks = pool.allocate(2)
     pool.free([pool.commit(block, chain(range(8)), at, exact=False) for at, block in enumerate(blocks)])
     assert hit(store, chain(range(7))) == 0
@@ -378,10 +378,10 @@ def test_a_block_that_others_hold_cannot_be_left() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=12), st.integers(2, 5))
 def test_no_cached_block_begins_with_more_of_the_prompt(served: list[list[int]], size: int) -> None:
-    shared = PrefixCache(BlockPool(100, size), alignment=size, uniform=True)
+    shared = PrefixCache(BlockPool(100, size), alignment=size, batch_invariant=True)
     for tokens in served:
         prompt = chain(tokens, block_size=size)
-        cached = [block for block in shared.pool.blocks if block.identity is not None]
+        cached = [block for block in shared.pool.blocks if block.block_hash is not None]
         full = len(shared.match(prompt).blocks)
         rest = prompt.encoded_slice(full * size, min(full * size + size, len(prompt)) - 1)
         common = [common_tokens(block.tokens, rest) for block in cached if block.parent == prompt.parent(full)]
@@ -402,7 +402,7 @@ def test_no_cached_block_begins_with_more_of_the_prompt(served: list[list[int]],
 
 
 def test_chunks_end_where_blocks_do_all_the_same() -> None:
-    harness = Harness(uniform=True, chunk=8, max_step_tokens=8)
+    harness = Harness(batch_invariant=True, chunk=8, max_step_tokens=8)
     harness.add("a", range(6))
     harness.finish()
     later = harness.add("b", range(30))
@@ -412,7 +412,7 @@ def test_chunks_end_where_blocks_do_all_the_same() -> None:
 
 
 def test_an_answer_is_part_of_what_is_left() -> None:
-    harness = Harness(uniform=True)
+    harness = Harness(batch_invariant=True)
     first = harness.add("a", range(6), new=5)
     harness.finish()
     assert len(first.chain) == 11
@@ -424,7 +424,7 @@ def test_an_answer_is_part_of_what_is_left() -> None:
 
 
 def test_a_request_that_is_aborted_while_it_waits_leaves_nothing() -> None:
-    harness = Harness(uniform=True, max_running=1)
+    harness = Harness(batch_invariant=True, max_running=1)
     harness.add("a", range(6), new=3)
     harness.step()
     harness.add("b", range(6))

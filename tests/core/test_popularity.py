@@ -57,10 +57,10 @@ def test_the_best_come_first_and_extend_those_before_them() -> None:
     popularity.used(chain([1, 1, 2, 2]), 2, 0.0)
     popularity.used(chain([1, 1, 2, 2]), 4, 0.0)
     long, short, extended = popularity.best(0.0)
-    assert long == PopularPrefix(None, chain([5, 5, 6, 6]).identities[-1], encoded(5, 5, 6, 6), "", 3.0)
+    assert long == PopularPrefix(None, chain([5, 5, 6, 6]).block_hashes[-1], encoded(5, 5, 6, 6), "", 3.0)
     assert (short.parent, short.tokens, short.score) == (None, encoded(1, 1), 2.0)
     assert (extended.parent, extended.tokens, extended.score) == (1, encoded(2, 2), 1.0)
-    assert extended.identity == chain([1, 1, 2, 2]).identities[-1]
+    assert extended.block_hash == chain([1, 1, 2, 2]).block_hashes[-1]
 
 
 def test_reuse_fades_by_half_in_each_half_life() -> None:
@@ -180,11 +180,13 @@ def test_forgetting_is_as_if_no_prompt_had_gone_on_into_what_is_forgotten(
     prompts: list[list[int]], removed: set[int]
 ) -> None:
     chains = [chain(each) for each in prompts]
-    blocks = list(dict.fromkeys(identity for each in chains for identity in each.identities))
+    blocks = list(dict.fromkeys(block_hash for each in chains for block_hash in each.block_hashes))
     gone = {blocks[index] for index in removed if index < len(blocks)}
     popularity, expected = PrefixPopularity(), PrefixPopularity()
     for each in chains:
-        kept = next((at for at, identity in enumerate(each.identities) if identity in gone), len(each.identities))
+        kept = next(
+            (at for at, block_hash in enumerate(each.block_hashes) if block_hash in gone), len(each.block_hashes)
+        )
         popularity.used(each, len(each), 0.0)
         expected.used(each, kept * BLOCK, 0.0)
     popularity.forget(gone)

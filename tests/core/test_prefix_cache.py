@@ -55,7 +55,7 @@ def test_a_lease_pins_before_it_allocates() -> None:
     lease = shared.acquire(chain([*range(8), 9]))
     assert (lease.hit_tokens, lease.missing_blocks(9), shared.pool.num_free) == (8, 1, 3)
     lease.extend(20)
-    assert [block.slot for block in lease.blocks[:2]] == [0, 1]
+    assert [block.block_id for block in lease.blocks[:2]] == [0, 1]
     assert shared.pool.num_free == 0
     with pytest.raises(NoFreeBlocksError):
         lease.extend(21)
@@ -181,7 +181,7 @@ def forged_lease(shared: PrefixCache) -> tuple[Lease, Lease]:
     real = chain([*range(12), 1])
     theirs = computed(shared, real)
     forgery = chain([9, 9, 9, 9, *range(4, 12), 1])
-    forgery.identities = list(real.identities)
+    forgery.block_hashes = list(real.block_hashes)
     ours = shared.acquire(forgery)
     ours.extend(13)
     return theirs, ours
@@ -194,7 +194,7 @@ def test_nothing_after_a_collision_is_shared() -> None:
     for stop in (4, 8, 12, 13):
         ours.commit_prefilled(stop)
         assert ours.adopt(stop // 4 * 4) == 0
-    assert not {block.slot for block in ours.blocks} & {block.slot for block in theirs.blocks}
+    assert not {block.block_id for block in ours.blocks} & {block.block_id for block in theirs.blocks}
     assert {block.state for block in ours.blocks} == {BlockState.ALLOCATED}
     assert shared.pool.stats.duplicate_blocks == 0
     shared.pool.check_integrity([theirs.blocks, ours.blocks])

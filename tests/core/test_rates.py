@@ -4,19 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.rates import Rate
+from emberkv.core.rates import LatencyModel
 from emberkv.errors import ConfigError
 
 
-def measured(*observations: tuple[float, float], half_life: float = 32.0) -> Rate:
-    rate = Rate(half_life)
+def measured(*observations: tuple[float, float], half_life: float = 32.0) -> LatencyModel:
+    rate = LatencyModel(half_life)
     for amount, seconds in observations:
         rate.observe(amount, seconds)
     return rate
 
 
 def test_nothing_is_known_before_a_measurement() -> None:
-    assert Rate().seconds_for(1) is None
+    assert LatencyModel().seconds_for(1) is None
 
 
 def test_a_single_measurement_is_taken_in_proportion() -> None:
@@ -51,12 +51,12 @@ def test_old_measurements_fade() -> None:
 @pytest.mark.parametrize(("amount", "seconds"), [(0, 1), (-1, 1), (1, -1), (float("nan"), 1), (1, float("nan"))])
 def test_impossible_measurements_are_refused(amount: float, seconds: float) -> None:
     with pytest.raises(ConfigError, match="use an amount above 0"):
-        Rate().observe(amount, seconds)
+        LatencyModel().observe(amount, seconds)
 
 
 def test_a_half_life_is_positive() -> None:
     with pytest.raises(ConfigError, match="half_life is 0"):
-        Rate(0)
+        LatencyModel(0)
 
 
 @given(

@@ -7,22 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.lru_stack import LRUStack
 from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.errors import ConfigError
 
 
-def name(*path: int) -> Identity:
+def name(*path: int) -> BlockHash:
     return sha256(str(path).encode()).digest()
 
 
-def chain(root: int, length: int) -> list[Identity]:
+def chain(root: int, length: int) -> list[BlockHash]:
     return [name(root, position) for position in range(length)]
 
 
-def exact_rate(requests: list[list[Identity]], capacity: int) -> float:
-    stack: LRUStack[Identity] = LRUStack()
+def exact_rate(requests: list[list[BlockHash]], capacity: int) -> float:
+    stack: LRUStack[BlockHash] = LRUStack()
     hits = 0
     for blocks in requests:
         hits += sum(1 for depth in stack.depths(blocks) if depth is not None and depth <= capacity)
@@ -30,7 +30,7 @@ def exact_rate(requests: list[list[Identity]], capacity: int) -> float:
     return hits / sum(map(len, requests))
 
 
-def skewed_requests(count: int) -> list[list[Identity]]:
+def skewed_requests(count: int) -> list[list[BlockHash]]:
     """Prompts of 1 to 30 blocks from 400 families, a few of them popular."""
     rng = Random(7)
     return [chain(int(400 * rng.random() ** 3), rng.randint(1, 30)) for _ in range(count)]

@@ -131,8 +131,8 @@ def test_random_traffic_of_three_tenants(seed: int) -> None:
 
 def check_quotas(harness: Harness, sequences: list[Sequence]) -> None:
     """Above its quota, an owner has what it holds only."""
-    owners = {identity: each.chain.owner(0) for each in sequences for identity in each.chain.identities}
+    owners = {block_hash: each.chain.owner(0) for each in sequences for block_hash in each.chain.block_hashes}
     for owner, share in (harness.shares or {}).items():
         if share.quota_bytes is not None and used(harness, owner) > share.quota_bytes:
-            blocks = [harness.pool.lookup(identity) for identity, name in owners.items() if name == owner]
+            blocks = [harness.pool.lookup(block_hash) for block_hash, name in owners.items() if name == owner]
             assert all(block is None or block.ref_count for block in blocks)

@@ -1,6 +1,6 @@
 """Runs requests through the real scheduler and the real executor on the caller's thread, keeping all logits."""
 
-from collections.abc import Sequence as Batch
+from collections import abc
 from dataclasses import dataclass, field
 
 import torch
@@ -64,8 +64,10 @@ class Driver:
             loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
         )
         self.pool = BlockPool(num_blocks, BLOCK)
-        alignment, uniform = self.executor.alignment, self.executor.uniform
-        self.cache = PrefixCache(self.pool, alignment=alignment, uniform=uniform, exact=exact, enabled=prefix_cache)
+        alignment, batch_invariant = self.executor.alignment, self.executor.batch_invariant
+        self.cache = PrefixCache(
+            self.pool, alignment=alignment, batch_invariant=batch_invariant, exact=exact, enabled=prefix_cache
+        )
         self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
         self.least_shared = 256 if kernels is None else kernels.span
         self.shared_decodes = 0
@@ -76,10 +78,10 @@ class Driver:
     def stats(self) -> CacheStats:
         return self.pool.stats
 
-    def chain(self, prompt: Batch[int], salt: bytes = b"") -> TokenChain:
+    def chain(self, prompt: abc.Sequence[int], salt: bytes = b"") -> TokenChain:
         return TokenChain(self.root, prompt, BLOCK, salt=salt)
 
-    def run(self, *prompts: Batch[int], new: int = 1, salt: bytes = b"") -> list[Run]:
+    def run(self, *prompts: abc.Sequence[int], new: int = 1, salt: bytes = b"") -> list[Run]:
         """Serve the prompts together until each has ``new`` tokens; nothing is left allocated."""
         runs = {}
         for prompt in prompts:
@@ -92,7 +94,7 @@ class Driver:
         self.pool.check_integrity(holders=[])
         return list(runs.values())
 
-    def run_one(self, prompt: Batch[int], *, new: int = 1, salt: bytes = b"") -> Run:
+    def run_one(self, prompt: abc.Sequence[int], *, new: int = 1, salt: bytes = b"") -> Run:
         return self.run(prompt, new=new, salt=salt)[0]
 
     def _step(self, runs: dict[str, Run]) -> None:
@@ -107,12 +109,12 @@ class Driver:
                 runs[sequence.request_id].logits.append(row.clone())
                 sampled[sequence.request_id] = int(row.argmax())
         for chunk in plan.prefills:
-            slots = [block.slot for block in chunk.sequence.held.blocks]
-            runs[chunk.sequence.request_id].kv = self.executor.pool.storage[slots].clone()
+            block_ids = [block.block_id for block in chunk.sequence.held.blocks]
+            runs[chunk.sequence.request_id].kv = self.executor.pool.storage[block_ids].clone()
         self.scheduler.complete(plan, sampled)
         self.pool.check_integrity([each.held.pinned for each in self.scheduler.running])
 
     def _count_shared(self, plan: StepPlan) -> None:
-        tables = [[block.slot for block in each.held.blocks] for each in plan.decodes]
+        tables = [[block.block_id for block in each.held.blocks] for each in plan.decodes]
         lengths = [len(each.chain) for each in plan.decodes]
         self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, self.least_shared))

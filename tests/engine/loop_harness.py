@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import Identity, root_hash
+from emberkv.core.hashing import BlockHash, root_hash
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -115,15 +115,17 @@ class Harness:
         on_crash: Callable[[Exception], None] = lambda error: None,
         prefix_cache: bool = True,
         exact: bool = False,
-        uniform: bool = False,
+        batch_invariant: bool = False,
         tiers: TierLink | None = None,
-        policy: EvictionPolicy[Identity] | None = None,
+        policy: EvictionPolicy[BlockHash] | None = None,
         public: PublicPrefixes | None = None,
         control: type[CacheControl] | None = None,
     ) -> None:
         self.executor = executor or FakeExecutor()
         self.pool = BlockPool(num_blocks, BLOCK, policy=policy, journal=tiers is not None)
-        cache = PrefixCache(self.pool, alignment=BLOCK, uniform=uniform, exact=exact, enabled=prefix_cache)
+        cache = PrefixCache(
+            self.pool, alignment=BLOCK, batch_invariant=batch_invariant, exact=exact, enabled=prefix_cache
+        )
         self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16), tiers)
         self.loop = EngineLoop(
             self.executor,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble, recompute_weight
+from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble, recompute_cost
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import ConfigError, PromptTooLongError
@@ -96,7 +96,7 @@ def test_a_prompt_that_the_pool_cannot_hold(paged: ModelFactory) -> None:
 
 def test_what_a_block_costs_grows_with_its_place(paged: ModelFactory) -> None:
     loaded = paged("llama")
-    weight = recompute_weight(loaded, 16)
+    weight = recompute_cost(loaded, 16)
     first, later = weight(0), weight(100)
     assert first.size == later.size == 16 * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     # 3 layers of 4 heads of 16 channels, 100 blocks of 16 tokens seen by each of 16 tokens, 4 operations each.

@@ -32,7 +32,7 @@ class Tiny:
     def __init__(self, num_blocks: int = 40, *, exact: bool = False, max_bytes: int = MAX_BYTES) -> None:
         self.executor = TinyExecutor(num_blocks=num_blocks, block_size=BLOCK)
         self.pool = BlockPool(num_blocks, BLOCK)
-        cache = PrefixCache(self.pool, alignment=BLOCK, uniform=True, exact=exact)
+        cache = PrefixCache(self.pool, alignment=BLOCK, batch_invariant=True, exact=exact)
         self.scheduler = Scheduler(cache, SchedulerConfig(8, 16))
         transfer = BlockTransfer(cache, self.executor.pool, NAMESPACE, max_bytes=max_bytes)
         self.control = CacheControl(self.scheduler, transfer=transfer)
@@ -49,7 +49,7 @@ class Tiny:
         return last.usage.cached_tokens, inbox.tokens
 
     def export(self, chain: TokenChain) -> list[bytes]:
-        records = self.loop.execute(ExportBlocks(chain.identities)).result(DEADLINE)
+        records = self.loop.execute(ExportBlocks(chain.block_hashes)).result(DEADLINE)
         return [record for record in records if record is not None]
 
     def take(self, chain: TokenChain, records: list[bytes]) -> ImportedBlocks:
@@ -111,7 +111,7 @@ def test_what_the_pool_lacks_is_left_out(start: Start) -> None:
     first = start()
     first.ask(PROMPT)
     chain = prompt_chain([*PROMPT[:8], 40, 41, 42, 43])
-    answers = first.loop.execute(ExportBlocks(chain.identities)).result(DEADLINE)
+    answers = first.loop.execute(ExportBlocks(chain.block_hashes)).result(DEADLINE)
     assert [record is not None for record in answers] == [True, True, False]
 
 

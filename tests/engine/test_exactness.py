@@ -52,7 +52,7 @@ def test_hits_have_the_logits_and_the_state_of_a_cold_run(
     for common, prompt in branches(rng, stem):
         hit, computed = warm.run_one(prompt), cold.run_one(prompt)
         assert hit.cached // unit * unit == common // unit * unit
-        assert warm.executor.uniform or hit.cached % unit == 0
+        assert warm.executor.batch_invariant or hit.cached % unit == 0
         assert_equal_bits(hit, computed)
         whole = len(prompt) // unit * unit // BLOCK
         assert torch.equal(hit.kv[:whole], computed.kv[:whole])
@@ -90,14 +90,14 @@ def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(
     for run in runs:
         chain = run.sequence.chain
         reference = cold.run_one(chain.slice(0, len(chain))).kv
-        for position, identity in enumerate(chain.identities):
-            block = warm.pool.lookup(identity)
+        for position, block_hash in enumerate(chain.block_hashes):
+            block = warm.pool.lookup(block_hash)
             if block is not None and block.exact:
-                assert torch.equal(warm.executor.pool.storage[block.slot], reference[position])
+                assert torch.equal(warm.executor.pool.storage[block.block_id], reference[position])
                 exact += 1
             inexact += block is not None and not block.exact
     assert exact > 0
-    assert bool(inexact) is not warm.executor.uniform  # decode steps filled some
+    assert bool(inexact) is not warm.executor.batch_invariant  # decode steps filled some
 
 
 @pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
@@ -146,7 +146,7 @@ def test_with_the_kernels_an_answer_is_reused_as_exactly_as_a_prompt(
     prompt, question = text(rng, 2 * CHUNK + 3), text(rng, 5)
     exact = Driver(paged(arch, dtype), exact=True, kernels=kernels)
     if dtype == "float16":
-        assert not exact.executor.uniform
+        assert not exact.executor.batch_invariant
         return
     cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
     second = [*prompt, *exact.run_one(prompt, new=80).tokens, *question]
@@ -174,7 +174,7 @@ def test_with_the_kernels_a_hit_ends_at_any_token(paged: ModelFactory, kernels: 
             assert_equal_bits(hit, computed)
             full = len(prompt) // BLOCK
             assert torch.equal(hit.kv[:full], computed.kv[:full])
-            assert hit.cached == (kept if warm.executor.uniform else kept // CHUNK * CHUNK)
+            assert hit.cached == (kept if warm.executor.batch_invariant else kept // CHUNK * CHUNK)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -186,7 +186,7 @@ def test_with_the_kernels_any_mix_of_repeats_and_divergences_is_exact(
     rng = random.Random(f"{arch} {dtype} mix")
     warm = Driver(paged(arch, dtype), num_blocks=20, max_step_tokens=40, kernels=kernels)
     cold = Driver(paged(arch, dtype), prefix_cache=False, kernels=kernels)
-    assert warm.executor.uniform
+    assert warm.executor.batch_invariant
     known = [text(rng, 40)]
     within_a_block = 0
     for _ in range(12):

@@ -107,7 +107,9 @@ def serving(
     manager = TierManager([MemoryTier(200 * block_bytes)], namespace=b"n", queue_bytes=2**24) if ram else None
     link = TierLink(manager, executor.pool, step_tokens=CHUNK) if manager is not None else None
     pool = BlockPool(executor.pool.num_blocks, executor.pool.block_size, journal=ram)
-    cache = PrefixCache(pool, alignment=executor.alignment, uniform=executor.uniform, enabled=prefix_cache)
+    cache = PrefixCache(
+        pool, alignment=executor.alignment, batch_invariant=executor.batch_invariant, enabled=prefix_cache
+    )
     scheduler = Scheduler(cache, SchedulerConfig(CHUNK, step_tokens), link)
     loop = EngineLoop(executor, scheduler, ModelLimits(CONTEXT, VOCAB_SIZE, frozenset({1})), root=ROOT, tiers=link)
     try:
@@ -144,7 +146,7 @@ def cached(inbox: Inbox) -> int:
 def assert_same(executor: Executor, ours: Inbox, theirs: Inbox) -> None:
     """To the last bit; where decode steps depend on what is beside them, as far as the first token."""
     assert theirs.wait().error is None
-    compared = None if executor.uniform else 1
+    compared = None if executor.batch_invariant else 1
     assert ours.tokens[:compared] == theirs.tokens[:compared]
     assert scores(ours)[:compared] == scores(theirs)[:compared]
 
@@ -164,7 +166,7 @@ def test_a_hit_within_a_block_copies_it_where_any_cut_is_exact(executor: Executo
         first, *_ = served.answers(served.submit("first", prompt))
         inside = served.ask("second", prompt[:37] + other)
         again = served.ask("third", prompt)
-    assert cached(inside) == (37 if executor.uniform else 37 // executor.alignment * executor.alignment)
+    assert cached(inside) == (37 if executor.batch_invariant else 37 // executor.alignment * executor.alignment)
     assert_same(executor, inside, alone(executor, prompt[:37] + other))
     assert_same(executor, again, first)  # the copy left the block as it was
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from emberkv.core.promotion import LookupStatus, PendingLookup, Run
+from emberkv.core.promotion import BlockRun, LookupStatus, PendingLookup
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage
@@ -45,7 +45,7 @@ def test_what_is_computed_goes_down() -> None:
         first = harness.ask("a", PROMPT, new=5)
         assert harness.stack.flush(DEADLINE)
     chain = harness.chain([*PROMPT, *first.tokens])
-    assert harness.tier.lookup(chain.identities) == 6
+    assert harness.tier.lookup(chain.block_hashes) == 6
     stats = harness.loop.stats()
     assert stats.stack is not None
     assert (stats.stack.offered, stats.tiers["ram"].stores) == (6, 6)
@@ -58,7 +58,7 @@ def test_exact_mode_offers_and_loads_exact_blocks_only() -> None:
         other = harness.ask("b", OTHER)
         assert harness.stack.flush(DEADLINE)
     chain = harness.chain([*PROMPT, *first.tokens])
-    assert harness.tier.lookup(chain.identities) == 5
+    assert harness.tier.lookup(chain.block_hashes) == 5
     assert other.outputs[0].usage == CacheUsage(12, 0, 12)
 
 
@@ -221,16 +221,16 @@ class RemoteTier(GatedTier):
 
     lookup_seconds = 1.0
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         return 0
 
-    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         return LookupStatus.PENDING
 
-    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         self.entered.set()
         assert self.gate.wait(DEADLINE)
-        return MemoryTier.lookup(self, identities, exact=exact)
+        return MemoryTier.lookup(self, block_hashes, exact=exact)
 
 
 def remote(clock: Callable[[], float] = lambda: 0.0) -> tuple[TieredHarness, RemoteTier]:
@@ -287,7 +287,7 @@ def test_a_look_up_ends_with_the_answer_or_at_its_deadline(answered: bool, deadl
     assert (link.has_news, link.looked_up()) == (ended, [lookup] if ended else [])
     assert link.looked_up() == []
     assert dict(link.trouble) == ({"lookup": 1} if deadline and not answered else {})
-    assert link.find(lookup.identities, exact=False) == ([Run("remote", 4, None)] if answered else [])
+    assert link.find(lookup.block_hashes, exact=False) == ([BlockRun("remote", 4, None)] if answered else [])
     tier.gate.set()
     assert harness.stack.close(DEADLINE)
     assert link.looked_up() == ([] if ended else [lookup])

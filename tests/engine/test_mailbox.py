@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 import pytest
 
 from emberkv.core.events import AllBlocksCleared, BlockStored
-from emberkv.core.hashing import PUBLIC_OWNER, Identity
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -142,14 +142,14 @@ def test_public_blocks_are_shared_by_tenants_and_the_rest_is_not() -> None:
     assert hits == [0, 8, 16]
     chain = harness.loop.chain(GenerationRequest("x", list(PROMPT), PARAMS, b"ann", tenant="ann"))
     assert [chain.owner(index) for index in range(3)] == [PUBLIC_OWNER, PUBLIC_OWNER, "ann"]
-    block = harness.pool.lookup(chain.identities[2])
+    block = harness.pool.lookup(chain.block_hashes[2])
     assert block is not None
     assert block.owner == "ann"
 
 
 def test_what_a_request_retains_outlives_others_until_its_time() -> None:
     now = [0.0]
-    retaining: Retaining[Identity] = Retaining(LRU(), max_bytes=100)
+    retaining: Retaining[BlockHash] = Retaining(LRU(), max_bytes=100)
     harness = Harness(policy=retaining, clock=lambda: now[0])
     request = GenerationRequest("a", list(PROMPT), PARAMS, retain_tokens=10, retain_seconds=60)
     chain = harness.loop.chain(request)
@@ -157,7 +157,13 @@ def test_what_a_request_retains_outlives_others_until_its_time() -> None:
         inbox = Inbox()
         harness.loop.submit(request, inbox)
         inbox.wait()
-        assert [retaining.is_retained(identity) for identity in chain.identities] == [True, True, False, False, False]
+        assert [retaining.is_retained(block_hash) for block_hash in chain.block_hashes] == [
+            True,
+            True,
+            False,
+            False,
+            False,
+        ]
         now[0] = 61.0
         harness.submit("b", [40], new=1).wait()
-        assert not any(map(retaining.is_retained, chain.identities))
+        assert not any(map(retaining.is_retained, chain.block_hashes))

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from emberkv.core.hashing import TokenChain, root_hash
-from emberkv.engine.assembly import recompute_weight
+from emberkv.engine.assembly import recompute_cost
 from emberkv.engine.kv_pool import KVPool
 from emberkv.engine.namespace import Namespace, forward_sources, namespace_of
 from emberkv.engine.torch_engine import TorchEngine
@@ -27,7 +27,7 @@ from tests.engine.conftest import ModelFactory
 
 ROOT = root_hash("model", 2)
 CHAIN = TokenChain(ROOT, [1, 2, 3, 4], 2)
-HASHES = CHAIN.identities
+HASHES = CHAIN.block_hashes
 HERE = Namespace(
     root=ROOT,
     weights_dtype="bfloat16",
@@ -94,14 +94,14 @@ def entry(position: int, namespace: bytes, payload: bytes) -> TierEntry:
     record = BlockRecord(
         HASHES[position], CHAIN.parent(position), CHAIN.block_tokens(position), position, True, payload
     )
-    return TierEntry(record.identity, "", encode_record(record, namespace=namespace), True)
+    return TierEntry(record.block_hash, "", encode_record(record, namespace=namespace), True)
 
 
 def payload(tier: DiskTier, position: int, namespace: bytes) -> bytes | None:
     (found,) = tier.load([HASHES[position]])
     if found is None:
         return None
-    return bytes(verified_record(found.data, namespace=namespace, identity=HASHES[position], exact=True).payload)
+    return bytes(verified_record(found.data, namespace=namespace, block_hash=HASHES[position], exact=True).payload)
 
 
 def open_tier(folder: Path, namespace: bytes) -> DiskTier:
@@ -140,7 +140,9 @@ def test_a_block_of_another_namespace_is_never_served(tmp_path: Path, component:
 @pytest.mark.parametrize("component", ELSEWHERE)
 def test_a_record_that_lies_in_the_wrong_place_is_refused(component: str) -> None:
     with pytest.raises(ForeignBlockError) as refused:
-        verified_record(entry(0, other(component), b"x").data, namespace=HERE.digest(), identity=HASHES[0], exact=True)
+        verified_record(
+            entry(0, other(component), b"x").data, namespace=HERE.digest(), block_hash=HASHES[0], exact=True
+        )
     assert refused.value.fault == "namespace"
 
 
@@ -208,7 +210,7 @@ def test_the_type_of_the_kv_has_its_own_place(paged: ModelFactory) -> None:
     plain = KVPool(loaded.geometry, loaded.dtypes.kv, 2, 16, loaded.device)
     half = KVPool(mixed.geometry, mixed.dtypes.kv, 2, 16, mixed.device)
     assert half.block_bytes * 2 == plain.block_bytes
-    assert recompute_weight(mixed, 16)(0).size == half.block_bytes
+    assert recompute_cost(mixed, 16)(0).size == half.block_bytes
     made = engine(paged)
     made.pool = half
     assert namespace_of(made, ROOT) == replace(namespace_of(engine(paged), ROOT), kv_dtype="float16")

@@ -53,12 +53,14 @@ def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Sequence:
     """Random queries, keys and values ``[tokens, heads, dim]``, and where their keys and values lie."""
 
-    def __init__(self, length: int, heads: int, kv_heads: int, slots: list[int], dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, length: int, heads: int, kv_heads: int, block_ids: list[int], dtype: torch.dtype, seed: int
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.q, self.k, self.v = (
             torch.randn(length, n, DIM, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads)
         )
-        self.slots = slots
+        self.block_ids = block_ids
 
     def __len__(self) -> int:
         return self.q.shape[0]
@@ -69,7 +71,7 @@ class Sequence:
     def prefill(self, pool: KVPool, call: LayerCall, cuts: list[int]) -> Tensor:
         parts = []
         for start, stop in pairwise([0, *cuts]):
-            step = PrefillStep(pool, self.slots, start, stop - start, tile=TILE)
+            step = PrefillStep(pool, self.block_ids, start, stop - start, tile=TILE)
             parts.append(step.attend(call, self.q[start:stop], self.k[start:stop], self.v[start:stop]))
         return torch.cat(parts)
 
@@ -119,7 +121,7 @@ def decode(
         if len(sequence) > 1:
             sequence.prefill(pool, call, [len(sequence) - 1])
     step = DecodeStep(
-        pool, [each.slots for each in sequences], [len(each) for each in sequences], min_shared=min_shared
+        pool, [each.block_ids for each in sequences], [len(each) for each in sequences], min_shared=min_shared
     )
     last = [torch.stack([getattr(each, name)[-1] for each in sequences]) for name in ("q", "k", "v")]
     ours = step.attend(call, *last)
@@ -135,9 +137,9 @@ def test_decode(
     dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, softcap: float | None, lengths: list[int]
 ) -> None:
     pool = empty_pool(heads, kv_heads, dtype)
-    slots = iter(scattered(random.Random(0), pool, pool.num_blocks * BLOCK))
+    block_ids = iter(scattered(random.Random(0), pool, pool.num_blocks * BLOCK))
     sequences = [
-        Sequence(n, heads, kv_heads, [next(slots) for _ in range(-(-n // BLOCK))], dtype, seed)
+        Sequence(n, heads, kv_heads, [next(block_ids) for _ in range(-(-n // BLOCK))], dtype, seed)
         for seed, n in enumerate(lengths)
     ]
     _, ours, theirs = decode(sequences, pool, LayerCall(1, 0.4, window, softcap))
@@ -146,13 +148,13 @@ def test_decode(
 
 def family(pool: KVPool, stems: list[int], tails: list[list[int]], dtype: torch.dtype) -> list[Sequence]:
     """For each stem of so many tokens, sequences that hold its blocks and then their own."""
-    slots = iter(scattered(random.Random(0), pool, pool.num_blocks * BLOCK))
+    block_ids = iter(scattered(random.Random(0), pool, pool.num_blocks * BLOCK))
     sequences = []
     for number, (stem, lengths) in enumerate(zip(stems, tails, strict=True)):
-        common = [next(slots) for _ in range(stem // BLOCK)]
+        common = [next(block_ids) for _ in range(stem // BLOCK)]
         trunk = Sequence(stem, 4, 2, common, dtype, seed=100 + number)
         for tail in lengths:
-            table = common + [next(slots) for _ in range(-(-tail // BLOCK))]
+            table = common + [next(block_ids) for _ in range(-(-tail // BLOCK))]
             member = Sequence(stem + tail, 4, 2, table, dtype, seed=len(sequences))
             member.k[:stem], member.v[:stem] = trunk.k, trunk.v
             sequences.append(member)

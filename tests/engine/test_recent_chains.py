@@ -1,4 +1,4 @@
-"""Chains that take their first identities from an earlier prompt are the chains that are hashed from their start."""
+"""Chains that take their first block hashes from an earlier prompt are the chains that are hashed from their start."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +20,8 @@ def recent(chains: RecentChains, tokens: list[int], salt: bytes = b"", *, rememb
 
 
 def taken_over(later: TokenChain, earlier: TokenChain) -> int:
-    """How many of its identities are not only equal, but were never hashed again."""
-    return sum(one is other for one, other in zip(later.identities, earlier.identities, strict=False))
+    """How many of its block hashes are not only equal, but were never hashed again."""
+    return sum(one is other for one, other in zip(later.block_hashes, earlier.block_hashes, strict=False))
 
 
 @given(st.lists(prompts, max_size=30))
@@ -33,8 +33,8 @@ def test_every_chain_is_what_it_would_be_alone(prompts: list[tuple[list[int], by
         for token in (1, 0, 1, 1, 0):
             made.append(token)
             alone.append(token)
-        assert made.identities == alone.identities
-        blocks = range(len(alone.identities))
+        assert made.block_hashes == alone.block_hashes
+        blocks = range(len(alone.block_hashes))
         assert [made.parent(at) for at in blocks] == [alone.parent(at) for at in blocks]
         assert [made.block_tokens(at) for at in blocks] == [alone.block_tokens(at) for at in blocks]
         assert chains.bytes_used <= 12 * BLOCK_BYTES

@@ -149,7 +149,8 @@ def test_a_damaged_file_is_computed_again(paged: ModelFactory, tmp_path: Path, d
         cold = ask(first, prompt)
         cold.wait()
         names = [
-            identity.hex() for identity in first.loop.chain(GenerationRequest("", prompt, SamplingParams())).identities
+            block_hash.hex()
+            for block_hash in first.loop.chain(GenerationRequest("", prompt, SamplingParams())).block_hashes
         ]
     (path,) = [path for path in tmp_path.rglob("*") if path.is_file() and names[4] in path.name]
     data = bytearray(path.read_bytes())

@@ -145,13 +145,13 @@ def test_with_the_kernels_hits_end_at_blocks_and_decode_steps_are_exact(
 ) -> None:
     made = engine(paged(arch, dtype), kernels=kernels)
     assert made.alignment == BLOCK
-    assert made.uniform
+    assert made.batch_invariant
 
 
 def test_with_the_kernels_blocks_as_large_as_chunks_are_tried_as_well(paged: ModelFactory, kernels: Kernels) -> None:
     made = engine(paged("llama"), kernels=kernels, chunk=BLOCK)
     assert made.alignment == BLOCK
-    assert made.uniform
+    assert made.batch_invariant
 
 
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))
@@ -187,7 +187,7 @@ def test_the_kernels_do_not_hide_that_results_depend_on_the_number_of_rows(
     made = engine(loaded, kernels=kernels, chunk=chunk)
     assert made.alignment == chunk
     assert not made.one_pass
-    assert not made.uniform
+    assert not made.batch_invariant
 
 
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))

@@ -86,19 +86,19 @@ def test_blocks_are_the_servers_to_the_last_bit(
     assert done
     engine, chain = serve(folder, dtype)
     assert len(entries) >= 12
-    assert list(entries) == [identity.hex() for identity in chain.identities[: len(entries)]]
+    assert list(entries) == [block_hash.hex() for block_hash in chain.block_hashes[: len(entries)]]
     whole = engine.scheduler.cache.whole(len(entries))
     for position, value in enumerate(entries.values()):
         record = verified_record(
-            value, namespace=engine.namespace, identity=chain.identities[position], exact=position < whole
+            value, namespace=engine.namespace, block_hash=chain.block_hashes[position], exact=position < whole
         )
         assert (record.position, record.tokens) == (position, chain.block_tokens(position))
         assert record.exact == (position < whole)
-        block = engine.scheduler.cache.pool.lookup(record.identity)
+        block = engine.scheduler.cache.pool.lookup(record.block_hash)
         assert block is not None
         if record.exact:
             assert block.exact
-            assert record.payload == engine.executor.pool.read(block.slot)
+            assert record.payload == engine.executor.pool.read(block.block_id)
 
 
 def test_into_the_cache_with_the_tokens_up_to_each_block(

@@ -1,4 +1,4 @@
-"""A loop over tiers, with an executor that writes each block's identity as its bytes, and tiers that wait when told."""
+"""A loop over tiers, with an executor that writes each block's hash as its bytes, and tiers that wait when told."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,27 +14,27 @@ from emberkv.tiers.memory import MemoryTier
 from tests.engine.loop_harness import BLOCK, CHUNK, DEADLINE, ROOT, FakeExecutor, Harness, Inbox
 
 NAMESPACE = b"model"
-IDENTITY_BYTES = 32
+HASH_BYTES = 32
 
 
 class FakeBytes:
     """Blocks of 32 bytes. failing: read and write raise what torch raises without memory."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, bytes] = {}
+        self.block_ids: dict[int, bytes] = {}
         self.failing = False
 
     @property
     def block_bytes(self) -> int:
-        return IDENTITY_BYTES
+        return HASH_BYTES
 
-    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
+    def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         self._check()
-        return [memoryview(self.slots[slot]) for slot in slots]
+        return [memoryview(self.block_ids[block_id]) for block_id in block_ids]
 
-    def write_block(self, slot: int, content: bytes | memoryview) -> None:
+    def write_block(self, block_id: int, content: bytes | memoryview) -> None:
         self._check()
-        self.slots[slot] = bytes(content)
+        self.block_ids[block_id] = bytes(content)
 
     def _check(self) -> None:
         if self.failing:
@@ -51,11 +51,11 @@ class GatedTier(MemoryTier):
         self.entered = threading.Event()
         self.loads = 0
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         self.loads += 1
         self.entered.set()
         assert self.gate.wait(DEADLINE)
-        return super().load(identities)
+        return super().load(block_hashes)
 
 
 class TieredHarness(Harness):
@@ -77,11 +77,13 @@ class TieredHarness(Harness):
             self._write(sequence, len(sequence.chain) - 1, len(sequence.chain))
 
     def _write(self, sequence: Prompt, start: int, stop: int) -> None:
-        blocks, identities = sequence.held.blocks, sequence.chain.identities
+        blocks, block_hashes = sequence.held.blocks, sequence.chain.block_hashes
         for position in range(start // BLOCK):
-            assert self.bytes.slots[blocks[position].slot] == identities[position], "another block's bytes are reused"
+            assert self.bytes.block_ids[blocks[position].block_id] == block_hashes[position], (
+                "another block's bytes are reused"
+            )
         for position in range(start // BLOCK, stop // BLOCK):
-            self.bytes.slots[blocks[position].slot] = identities[position]
+            self.bytes.block_ids[blocks[position].block_id] = block_hashes[position]
 
     def chain(self, tokens: Sequence[int]) -> TokenChain:
         return TokenChain(ROOT, tokens, BLOCK)
@@ -89,9 +91,9 @@ class TieredHarness(Harness):
     def stock(self, tokens: Sequence[int], *, exact: bool = True, payload: bytes | None = None) -> None:
         """Put a prompt's blocks into the tier, as an earlier process would have."""
         chain = self.chain(tokens)
-        for position, identity in enumerate(chain.identities):
+        for position, block_hash in enumerate(chain.block_hashes):
             record = BlockRecord(
-                identity, chain.parent(position), chain.block_tokens(position), position, exact, payload or identity
+                block_hash, chain.parent(position), chain.block_tokens(position), position, exact, payload or block_hash
             )
             self.stack.offload([OffloadedBlock(record)])
         assert self.stack.flush(DEADLINE)

@@ -63,12 +63,12 @@ class TinyExecutor:
         self.pool = ArrayPool(num_blocks, block_size)
         self.vocab = vocab
         self.alignment = block_size
-        self.uniform = True
+        self.batch_invariant = True
         self._nan_token = nan_token
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         for copy in plan.copies:
-            self.pool.words[copy.target.slot] = self.pool.words[copy.source.slot]
+            self.pool.words[copy.target.block_id] = self.pool.words[copy.source.block_id]
         output = StepOutput()
         for sequence in plan.decodes:
             end = len(sequence.chain)
@@ -87,7 +87,7 @@ class TinyExecutor:
 
     def compute(self, sequence: ScheduledSequence, start: int, stop: int) -> NDArray[np.float32]:
         """Write the KV words of tokens ``[start, stop)``; their logits, ``[stop - start, vocab]``."""
-        table = np.array([block.slot for block in sequence.held.blocks])
+        table = np.array([block.block_id for block in sequence.held.blocks])
         size = self.pool.block_size
         rows = []
         for position in range(start, stop):

@@ -84,8 +84,8 @@ def test_the_faster_of_two_tiers_has_what_came_from_the_slower() -> None:
     assert again.tier_tokens == {"disk": 90}
     ram, _ = ran.simulator.replicas[0].lower.tiers  # type: ignore[union-attr]  # there are two
     ram.settle(21_000 * MS)
-    identities = again.request.chain(root_of(config(), 10)(again.request), 10).identities
-    assert ram.lookup(identities[1:]) == 9
+    block_hashes = again.request.chain(root_of(config(), 10)(again.request), 10).block_hashes
+    assert ram.lookup(block_hashes[1:]) == 9
 
 
 def test_who_needs_the_same_blocks_waits_for_one_load() -> None:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from emberkv.core.hashing import TokenChain
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
 from emberkv.tiers.manager import TierManager
@@ -22,10 +22,10 @@ def records(count: int, *, seed: int = 0, exact: bool = True, payload_bytes: int
     chain = TokenChain(NAMESPACE, [seed * 1000 + index for index in range(count * BLOCK_SIZE)], BLOCK_SIZE)
     return [
         BlockRecord(
-            identity, chain.parent(index), chain.block_tokens(index), index, exact,
+            block_hash, chain.parent(index), chain.block_tokens(index), index, exact,
             f"{seed}/{index}/".encode().ljust(payload_bytes, b"."),
         )
-        for index, identity in enumerate(chain.identities)
+        for index, block_hash in enumerate(chain.block_hashes)
     ]  # fmt: skip
 
 
@@ -34,18 +34,18 @@ def inexact(record: BlockRecord) -> BlockRecord:
 
 
 def entries(blocks: Sequence[BlockRecord], *, owner: str = "", namespace: bytes = NAMESPACE) -> list[TierEntry]:
-    return [TierEntry(each.identity, owner, encode_record(each, namespace=namespace), each.exact) for each in blocks]
+    return [TierEntry(each.block_hash, owner, encode_record(each, namespace=namespace), each.exact) for each in blocks]
 
 
-def identities(blocks: Sequence[BlockRecord]) -> list[bytes]:
-    return [each.identity for each in blocks]
+def block_hashes(blocks: Sequence[BlockRecord]) -> list[bytes]:
+    return [each.block_hash for each in blocks]
 
 
 def fetched(
-    stack: TierManager, blocks: Sequence[BlockRecord], runs: Sequence[Run] | None = None
+    stack: TierManager, blocks: Sequence[BlockRecord], runs: Sequence[BlockRun] | None = None
 ) -> list[BlockRecord | None]:
     """The records of these blocks, by default of the runs that are found; what reading them led to has happened."""
-    wanted = identities(blocks)
+    wanted = block_hashes(blocks)
     outcome: Future[list[BlockRecord | None]] = Future()
     stack.onboard(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
     found = outcome.result(PATIENCE)

@@ -6,14 +6,14 @@ from pathlib import Path
 from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, entries, identities, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 
 MakeTier = Callable[..., Tier]
 """``make_tier(blocks=10, policy=LRU)``: a tier with room for so many of `ENTRIES`."""
 
 BLOCKS = records(30)
 ENTRIES = entries(BLOCKS)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 
 
 def memory(folder: Path, blocks: float, policy: PolicyFactory) -> Tier:
@@ -29,7 +29,7 @@ TIERS = (memory, disk)
 
 def has(tier: Tier) -> list[int]:
     """Which of `BLOCKS` are there, without an access."""
-    return [index for index, identity in enumerate(IDS) if tier.lookup([identity])]
+    return [index for index, block_hash in enumerate(IDS) if tier.lookup([block_hash])]
 
 
 def put(tier: Tier, *indices: int) -> None:

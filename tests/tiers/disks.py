@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.policies.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, TierEntry
 from emberkv.tiers.disk.files import BlockFiles
@@ -66,8 +66,8 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.kv") if path.is_file())
 
 
-def path_of(folder: Path, identity: Identity) -> Path:
-    return next(path for path in files_of(folder) if path.name.startswith(identity.hex()))
+def path_of(folder: Path, block_hash: BlockHash) -> Path:
+    return next(path for path in files_of(folder) if path.name.startswith(block_hash.hex()))
 
 
 def others_of(folder: Path) -> list[str]:

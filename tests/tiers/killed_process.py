@@ -12,7 +12,7 @@ from pathlib import Path
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, fetched, identities, inexact, records
+from tests.tiers.build import NAMESPACE, block_hashes, fetched, inexact, records
 
 CHAINS = [records(12, seed=seed, payload_bytes=40_000) for seed in range(6)]
 ROUNDED = [[inexact(record) for record in chain] for chain in CHAINS]
@@ -42,7 +42,7 @@ def main() -> None:
             chain = rng.choice((CHAINS, ROUNDED))[number]
             stack.offload([OffloadedBlock(record, f"owner {number}") for record in chain[: rng.randint(1, 12)]])
         elif action < 0.55:
-            stack.remove(identities(CHAINS[number][rng.randrange(12) :]))
+            stack.remove(block_hashes(CHAINS[number][rng.randrange(12) :]))
         elif not served_right(stack, number):
             print("wrong", flush=True)
             return

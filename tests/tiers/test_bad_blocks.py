@@ -8,12 +8,12 @@ import pytest
 from emberkv.tiers.codec import MAGIC
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, records
+from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, records
 from tests.tiers.disks import opened, path_of
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def flipped(data: bytes) -> bytes:
     [
         (newer_version, "version"),
         (another_model, "namespace"),
-        (another_block, "identity"),
+        (another_block, "hash"),
         (flipped, "checksum"),
         (lambda data: data[:-1], "truncated"),
         (lambda data: b"", "truncated"),

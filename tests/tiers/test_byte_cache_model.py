@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from emberkv import InMemoryKVCacheManager
 from emberkv.core.policies.eviction import POLICY_NAMES, make_policy
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.tiers.byte_cache import MB
 
 LIMIT = 60
@@ -56,7 +56,7 @@ class Told:
         self.policy.discard(key)
 
     def entered(self, key: str, size: int) -> None:
-        self.policy.admit(key, Weight(size=size))
+        self.policy.admit(key, EntryCost(size=size))
         self.policy.release([key])
 
     def victim(self) -> str:

@@ -13,11 +13,11 @@ from tests.tiers.build import NAMESPACE, OTHER, records
 RECORD = records(3, payload_bytes=40)[2]
 DATA = encode_record(RECORD, namespace=NAMESPACE)
 
-any_identity = st.binary(min_size=32, max_size=32)
+any_hash = st.binary(min_size=32, max_size=32)
 any_record = st.builds(
     BlockRecord,
-    identity=any_identity,
-    parent=any_identity,
+    block_hash=any_hash,
+    parent=any_hash,
     tokens=st.binary(max_size=64),
     position=st.integers(0, 2**32 - 1),
     exact=st.booleans(),
@@ -85,40 +85,40 @@ def test_another_model_is_refused() -> None:
     assert caught.value.fault == "namespace"
 
 
-def verified(record: BlockRecord, identity: bytes, *, exact: bool = True) -> BlockRecord:
+def verified(record: BlockRecord, block_hash: bytes, *, exact: bool = True) -> BlockRecord:
     data = encode_record(record, namespace=NAMESPACE)
-    return verified_record(data, namespace=NAMESPACE, identity=identity, exact=exact)
+    return verified_record(data, namespace=NAMESPACE, block_hash=block_hash, exact=exact)
 
 
 def test_the_block_asked_for_passes() -> None:
-    assert verified(RECORD, RECORD.identity) == RECORD
+    assert verified(RECORD, RECORD.block_hash) == RECORD
 
 
 def test_a_rounded_block_passes_where_exactness_is_not_claimed() -> None:
     rounded = replace(RECORD, exact=False)
-    assert verified(rounded, RECORD.identity, exact=False) == rounded
+    assert verified(rounded, RECORD.block_hash, exact=False) == rounded
     with pytest.raises(ForeignBlockError) as caught:
-        verified(rounded, RECORD.identity)
+        verified(rounded, RECORD.block_hash)
     assert caught.value.fault == "exactness"
 
 
 def test_another_block_is_refused() -> None:
     with pytest.raises(ForeignBlockError) as caught:
-        verified(RECORD, records(1)[0].identity)
-    assert caught.value.fault == "identity"
+        verified(RECORD, records(1)[0].block_hash)
+    assert caught.value.fault == "hash"
 
 
 @pytest.mark.parametrize("other", [replace(RECORD, tokens=bytes(16)), replace(RECORD, parent=bytes(32))])
-def test_tokens_or_a_parent_that_do_not_make_the_identity_are_refused(other: BlockRecord) -> None:
+def test_tokens_or_a_parent_that_do_not_make_the_hash_are_refused(other: BlockRecord) -> None:
     with pytest.raises(ForeignBlockError) as caught:
-        verified(other, RECORD.identity)
+        verified(other, RECORD.block_hash)
     assert caught.value.fault == "chain"
 
 
 @pytest.mark.parametrize(
     ("record", "namespace"),
     [
-        (replace(RECORD, identity=b"short"), NAMESPACE),
+        (replace(RECORD, block_hash=b"short"), NAMESPACE),
         (replace(RECORD, parent=b""), NAMESPACE),
         (RECORD, b"n" * 256),
     ],

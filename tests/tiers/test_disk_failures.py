@@ -11,12 +11,12 @@ import pytest
 
 from emberkv.tiers.base import Removed
 from emberkv.tiers.disk.tier import DiskTier
-from tests.tiers.build import NAMESPACE, PATIENCE, entries, identities, records
+from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of, path_of, stored
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 SIZE = len(ENTRIES[0].data)
 
 

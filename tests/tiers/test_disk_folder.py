@@ -10,17 +10,17 @@ from emberkv.errors import CacheFolderError, ConfigError
 from emberkv.tiers.base import Removed
 from emberkv.tiers.disk.layout import BlockFile, owner_folder, owner_of, scan
 from emberkv.tiers.disk.tier import DiskTier
-from tests.tiers.build import NAMESPACE, OTHER, entries, identities, inexact, records
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, inexact, records
 from tests.tiers.disks import files_of, leave_temporary, opened, others_of, stored
 
 BLOCKS = records(12)
 ENTRIES = entries(BLOCKS)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 SIZE = len(ENTRIES[0].data)
 
 
 def found(tier: DiskTier) -> list[int]:
-    return [index for index, identity in enumerate(IDS) if tier.lookup([identity])]
+    return [index for index, block_hash in enumerate(IDS) if tier.lookup([block_hash])]
 
 
 def modes(folder: Path) -> set[str]:

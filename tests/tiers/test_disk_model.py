@@ -14,11 +14,11 @@ from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.disk.layout import owner_folder
 from emberkv.tiers.manager import TierManager
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, inexact, records
+from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of
 
 BLOCKS = records(7)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 OWNERS = ("", "one", "two")
 QUOTA = 4 * len(entries(BLOCKS[:1])[0].data) + 10
 
@@ -151,7 +151,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def path(self, namespace: bytes, entry: TierEntry) -> Path:
         ending = ".kv" if entry.exact else ".near.kv"
-        name = f"{entry.identity.hex()}{ending}"
+        name = f"{entry.block_hash.hex()}{ending}"
         return self.folder / "blocks" / namespace.hex() / owner_folder(entry.owner) / name
 
     def teardown(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.tiers.disk.tier import DiskTier
-from tests.tiers.build import NAMESPACE, entries, identities, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 
 SIZE = len(entries(records(1))[0].data)
 
@@ -20,7 +20,7 @@ def store(tier: DiskTier, count: int, *, seed: int, owner: str) -> list[bytes]:
     blocks = records(count, seed=seed)
     for entry in entries(blocks, owner=owner):
         tier.store([entry])
-    return identities(blocks)
+    return block_hashes(blocks)
 
 
 def test_floors_and_quotas_hold_for_what_an_earlier_process_left(tmp_path: Path) -> None:

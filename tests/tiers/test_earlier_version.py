@@ -15,7 +15,7 @@ from emberkv.tiers.disk.files import BlockFiles
 from emberkv.tiers.disk.layout import BlockFile, scan
 from emberkv.tiers.disk.verify import verify
 from emberkv.tiers.manager import TierManager
-from tests.tiers.build import NAMESPACE, entries, fetched, identities, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, records
 from tests.tiers.disks import opened
 
 WRITTEN = Path(__file__).parents[1] / "data" / "tiers_2"
@@ -41,18 +41,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_they_are_sound_and_of_the_prompt(folder: Path) -> None:
     files = earlier(folder)
     read = BlockFiles(folder).read
-    found = [verified_record(read(f.path), namespace=f.namespace, identity=f.identity, exact=True) for f in files]
+    found = [verified_record(read(f.path), namespace=f.namespace, block_hash=f.block_hash, exact=True) for f in files]
     assert sorted(record.position for record in found) == [0, 1, 2, 3]
 
 
 def test_the_same_prompt_and_weights_have_other_hashes_now(folder: Path) -> None:
     now = prompt_hashes(FINGERPRINT, TOKENS, block_size=4)
-    assert (len(now), {file.identity for file in earlier(folder)} & set(now)) == (4, set())
+    assert (len(now), {file.block_hash for file in earlier(folder)} & set(now)) == (4, set())
 
 
 def test_they_are_counted_and_not_found(folder: Path) -> None:
     tier = opened(folder)
-    assert [tier.lookup([file.identity]) for file in earlier(folder)] == [0] * 4
+    assert [tier.lookup([file.block_hash]) for file in earlier(folder)] == [0] * 4
     assert tier.stats().bytes == sum(file.size for file in earlier(folder))
     tier.close()
 
@@ -65,7 +65,7 @@ def test_new_blocks_lie_beside_them_and_no_byte_of_theirs_changes(folder: Path) 
     tier.store(entries(BLOCKS[:2]))
     tier.close()
     again = opened(folder)
-    assert (again.lookup(identities(BLOCKS)), contents(folder)) == (2, before)
+    assert (again.lookup(block_hashes(BLOCKS)), contents(folder)) == (2, before)
     again.close()
     assert [fault for _, fault in verify(BlockFiles(folder), earlier(folder))] == [None] * 4
 
@@ -76,7 +76,7 @@ def test_they_are_evicted_in_their_turn(folder: Path) -> None:
     new = entries(BLOCKS)
     tier = opened(folder, sum(len(entry.data) for entry in new))
     tier.store(new)
-    assert (tier.lookup(identities(BLOCKS)), earlier(folder)) == (3, [])
+    assert (tier.lookup(block_hashes(BLOCKS)), earlier(folder)) == (3, [])
     tier.close()
 
 
@@ -84,7 +84,7 @@ def test_one_that_was_moved_to_where_a_block_of_ours_belongs_is_refused(folder: 
     tier = opened(folder)
     tier.store(entries(BLOCKS))
     tier.close()
-    ours = folder / "blocks" / BlockFile(NAMESPACE, BLOCKS[1].identity, "", True, 0, 0).path
+    ours = folder / "blocks" / BlockFile(NAMESPACE, BLOCKS[1].block_hash, "", True, 0, 0).path
     shutil.copyfile(folder / "blocks" / earlier(folder)[0].path, ours)
     manager = TierManager([opened(folder)], namespace=NAMESPACE, queue_bytes=2**20)
     assert fetched(manager, BLOCKS) == [BLOCKS[0], None, BLOCKS[2]]

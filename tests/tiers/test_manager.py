@@ -7,16 +7,16 @@ from pathlib import Path
 
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import FairShares, Share
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, PATIENCE, entries, fetched, identities, inexact, records
+from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import files_of, opened
 from tests.tiers.tiers import LARGE, GatedTier
 
 BLOCKS = records(83)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 
 
 def offloaded(manager: TierManager) -> None:
@@ -32,7 +32,7 @@ def test_a_tier_that_is_stuck_holds_up_no_other() -> None:
     removals = manager.remove(IDS[:1])
     removals["ram"].result(PATIENCE)
     assert not removals["slow"].done()
-    assert manager.find(IDS[1:]) == [Run("ram", 82, None)]
+    assert manager.find(IDS[1:]) == [BlockRun("ram", 82, None)]
     slow.gate.set()
     assert removals["slow"].result(PATIENCE).count == 1
     assert manager.close(PATIENCE)
@@ -60,10 +60,10 @@ STUCK = """
 import threading
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, entries, identities, records
+from tests.tiers.build import NAMESPACE, entries, block_hashes, records
 
 class Stuck(MemoryTier):
-    def load(self, identities):
+    def load(self, block_hashes):
         threading.Event().wait()
     def store(self, entries):
         threading.Event().wait()
@@ -73,7 +73,7 @@ tier = Stuck(2**20)
 MemoryTier.store(tier, entries(blocks[:3]))
 manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=2**20)
 manager.offload([OffloadedBlock(blocks[3])])
-manager.onboard(identities(blocks), manager.find(identities(blocks)), lambda found: print(found))
+manager.onboard(block_hashes(blocks), manager.find(block_hashes(blocks)), lambda found: print(found))
 print(manager.close(0.05))
 """
 

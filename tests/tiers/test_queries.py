@@ -5,17 +5,17 @@ from threading import Event
 
 import pytest
 
-from emberkv.core.promotion import LookupStatus, Run
+from emberkv.core.promotion import BlockRun, LookupStatus
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import Query
 from emberkv.tiers.worker import ANSWER_SECONDS
-from tests.tiers.build import NAMESPACE, PATIENCE, entries, fetched, identities, inexact, records
+from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.harness import Clock
 from tests.tiers.tiers import LARGE, RemoteTier
 
 BLOCKS = records(4)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 PENDING, MISS = LookupStatus.PENDING, LookupStatus.MISS
 Step = Callable[[], None]
 
@@ -137,7 +137,7 @@ def test_an_answer_is_what_find_then_knows() -> None:
     world.begin()
     world.end()
     assert (world.delivered, world.remote.queries) == (1, [3])
-    assert world.manager.find(IDS) == [Run("ram", 1, None), Run("remote", 2, None)]
+    assert world.manager.find(IDS) == [BlockRun("ram", 1, None), BlockRun("remote", 2, None)]
     assert world.manager.status(IDS[3]) is MISS
     stats = world.manager.stats()
     assert [(stats[name].hits, stats[name].misses) for name in ("ram", "remote")] == [(1, 3), (2, 1)]

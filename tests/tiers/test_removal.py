@@ -7,17 +7,17 @@ may be interrupted between the tier's answer and its delivery.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import Onboarding, Piece
 from emberkv.tiers.worker import Reading, TierWorker
-from tests.tiers.build import NAMESPACE, entries, identities, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 from tests.tiers.tiers import LARGE
 
 BLOCKS = records(2)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 Step = Callable[[], None]
 
 
@@ -50,7 +50,9 @@ class World:
     def onboard(self) -> None:
         """With runs that were found before, as a caller has them who is interrupted in between."""
         self.calls.remove(self.onboard)
-        self.manager.onboard(IDS, [Run("slow", 2, None)], lambda found: self.received.append((self.removed, found)))
+        self.manager.onboard(
+            IDS, [BlockRun("slow", 2, None)], lambda found: self.received.append((self.removed, found))
+        )
 
     def change(self, worker: TierWorker) -> None:
         with worker.lock:

@@ -14,12 +14,12 @@ from emberkv.tiers.base import Removed
 from emberkv.tiers.disk.files import BlockFiles
 from emberkv.tiers.disk.journal import JournalWriter
 from emberkv.tiers.disk.layout import BlockFile
-from tests.tiers.build import OTHER, entries, identities, records
+from tests.tiers.build import OTHER, block_hashes, entries, records
 from tests.tiers.disks import files_of, opened, stored
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 
 
 class CountingFiles(BlockFiles):

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, entries, fetched, identities, inexact, records
+from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock
 from tests.tiers.tiers import LARGE, SlowTier
 
 Make = Callable[..., TierManager]
 BLOCKS = records(20)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def offer(stack: TierManager, blocks: Sequence[BlockRecord], owner: str = "") ->
 
 
 def found(stack: TierManager, blocks: Sequence[BlockRecord], *, exact: bool = False) -> list[tuple[str, int]]:
-    return [(run.tier, run.count) for run in stack.find(identities(blocks), exact=exact)]
+    return [(run.tier, run.count) for run in stack.find(block_hashes(blocks), exact=exact)]
 
 
 def test_what_is_offered_is_in_every_tier(make: Make) -> None:
@@ -94,7 +94,7 @@ def test_peeking_finds_the_same_and_is_counted_nowhere(make: Make) -> None:
     fast.store(entries(BLOCKS[:2]))
     slow.store(entries(BLOCKS[:5]))
     before = stack.stats()
-    assert stack.peek(IDS[:8]) == [Run("fast", 2, None), Run("slow", 3, None)]
+    assert stack.peek(IDS[:8]) == [BlockRun("fast", 2, None), BlockRun("slow", 3, None)]
     assert stack.peek(IDS[5:]) == []
     assert stack.stats() == before
     assert stack.find(IDS[:8]) == stack.peek(IDS[:8])
@@ -112,7 +112,7 @@ def test_an_exact_block_takes_a_rounded_one_s_place_in_every_tier(make: Make) ->
     offer(stack, [inexact(BLOCKS[0])])
     offer(stack, BLOCKS[:1])
     offer(stack, [inexact(BLOCKS[0])])
-    assert fetched(stack, BLOCKS[:1], [Run("slow", 1, None)]) == BLOCKS[:1]
+    assert fetched(stack, BLOCKS[:1], [BlockRun("slow", 1, None)]) == BLOCKS[:1]
     assert stack.stack_stats().already_stored == 1
 
 
@@ -209,7 +209,7 @@ def test_the_expected_time_is_what_fetches_took(make: Make) -> None:
     tier = SlowTier(clock, lambda blocks: 0.5 * blocks)
     stack = make(tier, clock=clock, readers=1)
     tier.store(entries(BLOCKS))
-    assert stack.find(IDS[:3]) == [Run("slow", 3, None)]
+    assert stack.find(IDS[:3]) == [BlockRun("slow", 3, None)]
     fetched(stack, BLOCKS[:4])
     fetched(stack, BLOCKS[:16])
     (run,) = stack.find(IDS[:10])

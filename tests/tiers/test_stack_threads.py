@@ -7,18 +7,18 @@ from itertools import count
 
 import pytest
 
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import PIECE_BLOCKS, Onboarding
-from tests.tiers.build import NAMESPACE, PATIENCE, entries, fetched, identities, records
+from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, records
 from tests.tiers.tiers import LARGE, BrokenTier, GatedTier
 
 BLOCKS = records(40)
 OTHERS = records(4, seed=1)
-IDS = identities(BLOCKS)
+IDS = block_hashes(BLOCKS)
 OFFER_BYTES = len(BLOCKS[0].payload) + len(BLOCKS[0].tokens)
 Outcome = Future[list[BlockRecord | None]]
 
@@ -43,7 +43,7 @@ def close_gate(tier: GatedTier) -> None:
 
 def start(stack: TierManager, blocks: list[BlockRecord]) -> tuple[Onboarding, Outcome]:
     outcome: Outcome = Future()
-    wanted = identities(blocks)
+    wanted = block_hashes(blocks)
     return stack.onboard(wanted, stack.find(wanted), outcome.set_result), outcome
 
 
@@ -84,7 +84,7 @@ def test_fetches_take_turns(tier: GatedTier, stack: TierManager) -> None:
     _, short = start(stack, OTHERS)
     tier.gate.set()
     assert (long.result(PATIENCE), short.result(PATIENCE)) == (BLOCKS, OTHERS)
-    assert tier.loads.index(tuple(identities(OTHERS))) <= 2
+    assert tier.loads.index(tuple(block_hashes(OTHERS))) <= 2
     assert len(tier.loads) == 40 // PIECE_BLOCKS + 1
 
 
@@ -92,14 +92,14 @@ def test_one_fetch_is_read_by_all_loaders_at_once() -> None:
     meeting, loads = threading.Barrier(3), count()
 
     class MeetingTier(MemoryTier):
-        def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+        def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
             if next(loads) < meeting.parties:  # a check of the rest comes after
                 meeting.wait(PATIENCE)
-            return super().load(identities)
+            return super().load(block_hashes)
 
     stack = TierManager([MeetingTier(LARGE)], namespace=NAMESPACE, queue_bytes=1, readers=3)
     outcome: Outcome = Future()
-    stack.onboard(IDS, [Run("ram", 3 * PIECE_BLOCKS, None)], outcome.set_result)
+    stack.onboard(IDS, [BlockRun("ram", 3 * PIECE_BLOCKS, None)], outcome.set_result)
     assert outcome.result(PATIENCE) == [None] * 40
     assert not meeting.broken
     stack.close(PATIENCE)
@@ -107,7 +107,7 @@ def test_one_fetch_is_read_by_all_loaders_at_once() -> None:
 
 def test_nothing_is_read_beyond_a_block_that_is_missing(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries([*BLOCKS[:3], *BLOCKS[4:]]))
-    assert fetched(stack, BLOCKS, [Run("gated", 40, None)])[:4] == [*BLOCKS[:3], None]
+    assert fetched(stack, BLOCKS, [BlockRun("gated", 40, None)])[:4] == [*BLOCKS[:3], None]
     assert tier.loads[0] == tuple(IDS[:PIECE_BLOCKS])
     assert tuple(IDS[PIECE_BLOCKS : 2 * PIECE_BLOCKS]) not in tier.loads  # only a check of the rest comes after
 

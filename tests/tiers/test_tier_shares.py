@@ -17,7 +17,9 @@ def test_an_owner_above_its_quota_loses_its_own(make_tier: MakeTier) -> None:
     size = len(ENTRIES[0].data) + 64
     tier = make_tier(10, shares(small=Share(0, 3 * size)))
     tier.store(entries(BLOCKS[:2], owner="other"))
-    evicted = [identity for block in BLOCKS[2:8] for identity in tier.store(entries([block], owner="small")).evicted]
+    evicted = [
+        block_hash for block in BLOCKS[2:8] for block_hash in tier.store(entries([block], owner="small")).evicted
+    ]
     assert set(has(tier)) >= {0, 1}
     assert tier.stats().bytes_by_owner["small"] <= 3 * size
     assert evicted == IDS[2 : 2 + len(evicted)]

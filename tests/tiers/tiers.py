@@ -26,9 +26,9 @@ class GatedTier(MemoryTier):
         self.loads: list[tuple[bytes, ...]] = []
         self.closed = False
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
-        self.loads.append(tuple(identities))
-        found = super().load(identities)
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
+        self.loads.append(tuple(block_hashes))
+        found = super().load(block_hashes)
         self._pass()
         return found
 
@@ -51,9 +51,9 @@ class BrokenTier(MemoryTier):
         super().__init__(LARGE, name=name)
         self.broken: set[str] = set()
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         self._check("load")
-        return super().load(identities)
+        return super().load(block_hashes)
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         self._check("store")
@@ -72,9 +72,9 @@ class SlowTier(MemoryTier):
         self._clock = clock
         self._seconds = seconds
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
-        self._clock.now += self._seconds(len(identities))
-        return super().load(identities)
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
+        self._clock.now += self._seconds(len(block_hashes))
+        return super().load(block_hashes)
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         self._clock.now += self._seconds(len(entries))
@@ -97,17 +97,17 @@ class RemoteTier(MemoryTier):
         self.queries: list[int] = []
         self.broken = False
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         return 0
 
-    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         return LookupStatus.PENDING
 
-    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
-        self.queries.append(len(identities))
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        self.queries.append(len(block_hashes))
         if self.broken:
             raise ConnectionError("the server is gone")
-        found = super().lookup(identities, exact=exact)
+        found = super().lookup(block_hashes, exact=exact)
         self.began.set()
         assert self.gate.wait(PATIENCE)
         return found

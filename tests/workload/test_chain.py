@@ -5,7 +5,7 @@ from array import array
 import pytest
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import Chain, Identity, TokenChain
+from emberkv.core.hashing import BlockHash, Chain, TokenChain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
@@ -24,7 +24,7 @@ class Machine:
         self.pool = BlockPool(num_blocks, 10)
         self.scheduler = Scheduler(PrefixCache(self.pool, alignment=10), SchedulerConfig(prefill_chunk=1000))
 
-    def run(self, asked: Request, root: Identity = ROOT) -> tuple[int, int]:
+    def run(self, asked: Request, root: BlockHash = ROOT) -> tuple[int, int]:
         """Cached and prefilled tokens."""
         before = self.scheduler.stats.prefill_tokens
         sequence = Sequence(asked.request_id, asked.chain(root, 10), asked.output_tokens)
@@ -66,11 +66,11 @@ def test_equal_contents_under_another_root_are_not_found() -> None:
     assert machine.run(request("3", 100, 1, prompt)) == (90, 10)
 
 
-def test_blocks_of_known_token_ids_have_the_identities_of_the_core() -> None:
+def test_blocks_of_known_token_ids_have_the_hashes_of_the_core() -> None:
     tokens = list(range(100, 137))
     chain: Chain = ContentChain(ROOT, Content([Tokens(array("i", tokens))]), 37, 16)
     known: Chain = TokenChain(ROOT, tokens, 16)
-    assert list(chain.identities) == list(known.identities)
+    assert list(chain.block_hashes) == list(known.block_hashes)
     assert [chain.block_tokens(at) for at in range(2)] == [known.block_tokens(at) for at in range(2)]
     assert chain.slice(30, 40) == known.slice(30, 40)
     assert chain[-1] == known[-1] == 136
@@ -80,8 +80,8 @@ def test_chains_part_where_the_materialised_tokens_part() -> None:
     one = Content([span("a", 40), span("b", 60)])
     other = Content([span("a", 40), span("c", 60)])
     for make in (
-        lambda content: ContentChain(ROOT, content, 100, 16).identities,
-        lambda content: TokenChain(ROOT, content.token_ids(0, 100), 16).identities,
+        lambda content: ContentChain(ROOT, content, 100, 16).block_hashes,
+        lambda content: TokenChain(ROOT, content.token_ids(0, 100), 16).block_hashes,
     ):
         assert [left == right for left, right in zip(make(one), make(other), strict=True)] == [True] * 2 + [False] * 4
 
@@ -89,7 +89,7 @@ def test_chains_part_where_the_materialised_tokens_part() -> None:
 @pytest.mark.parametrize(("length", "blocks", "touched"), [(0, 0, 0), (15, 0, 1), (16, 1, 1), (17, 1, 2)])
 def test_full_blocks_and_blocks_taken(length: int, blocks: int, touched: int) -> None:
     asked = request("1", length, 3, span("a", length))
-    assert len(asked.chain(ROOT, 16).identities) == blocks
+    assert len(asked.chain(ROOT, 16).block_hashes) == blocks
     assert len(asked.block_references(ROOT, 16)) == touched
 
 
@@ -97,23 +97,23 @@ def test_an_answer_continues_the_prompt_and_ends() -> None:
     asked = request("1", 30, 2, span("a", 32))
     chain = asked.chain(ROOT, 16)
     chain.append(0)
-    assert len(chain.identities) == 1
+    assert len(chain.block_hashes) == 1
     chain.append(0)
-    assert chain.identities == ContentChain(ROOT, Content([span("a", 32)]), 32, 16).identities
+    assert chain.block_hashes == ContentChain(ROOT, Content([span("a", 32)]), 32, 16).block_hashes
     with pytest.raises(IndexError, match="ends at 32 tokens"):
         chain.append(0)
 
 
-def test_a_next_turn_takes_over_identities_only_where_contents_agree() -> None:
+def test_a_next_turn_takes_over_hashes_only_where_contents_agree() -> None:
     said, answered = span("a", 40), span("b", 24)
     before = request("1", 40, 24, said, answered).chain(ROOT, 16)
     for _ in range(24):
         before.append(0)
     follow_up = request("2", 100, 1, said, answered, span("c", 36))
     fresh = follow_up.chain(ROOT, 16)
-    assert follow_up.chain(ROOT, 16, before).identities == fresh.identities
-    assert before.identities == fresh.identities[:4]
+    assert follow_up.chain(ROOT, 16, before).block_hashes == fresh.block_hashes
+    assert before.block_hashes == fresh.block_hashes[:4]
     edited = request("3", 100, 1, Span(stream_key("z"), 0, 100))
-    assert edited.chain(ROOT, 16, before).identities == edited.chain(ROOT, 16).identities
-    assert follow_up.chain(b"salted", 16, before).identities == follow_up.chain(b"salted", 16).identities
-    assert follow_up.chain(ROOT, 8, before).identities == follow_up.chain(ROOT, 8).identities
+    assert edited.chain(ROOT, 16, before).block_hashes == edited.chain(ROOT, 16).block_hashes
+    assert follow_up.chain(b"salted", 16, before).block_hashes == follow_up.chain(b"salted", 16).block_hashes
+    assert follow_up.chain(ROOT, 8, before).block_hashes == follow_up.chain(ROOT, 8).block_hashes

@@ -24,7 +24,7 @@ def arrivals(source: Source) -> Iterator[Request]:
 
 
 def shared_blocks(one: Request, other: Request, block_size: int = 10) -> int:
-    left, right = (each.chain(ROOT, block_size).identities for each in (one, other))
+    left, right = (each.chain(ROOT, block_size).block_hashes for each in (one, other))
     return sum(a == b for a, b in zip(left, right, strict=False))
 
 
@@ -53,7 +53,7 @@ def test_a_prompt_is_everything_before_and_a_new_message() -> None:
     answered = first.chain(ROOT, 10)
     for _ in range(10):
         answered.append(0)
-    assert answered.identities == second.chain(ROOT, 10).identities[:3]
+    assert answered.block_hashes == second.chain(ROOT, 10).block_hashes[:3]
 
 
 def test_what_was_really_generated_counts() -> None:

@@ -28,7 +28,7 @@ _MEANINGS = {
     "recompute": "computing was expected to be faster than loading",
     "load-failed": "loading failed or came too late",
     "inexact": "cached, but not bit-equal to a cold prefill, which --exact asks for",
-    "collision": "its identity is taken by other tokens",
+    "collision": "its hash is taken by other tokens",
     "cache-off": "the server runs without its prefix cache",
     "alignment": "cached, but beyond the last whole unit of reuse",
     "partial": "the last block, which is not full or holds the prompt's end",

@@ -105,7 +105,7 @@ def _kernels_line(engine: "AssembledEngine") -> str:
     kernels = engine.executor.kernels
     if kernels is None:
         return "torch"
-    reuse = "decoded KV is exact" if engine.executor.uniform else "decoded KV is not exact"
+    reuse = "decoded KV is exact" if engine.executor.batch_invariant else "decoded KV is not exact"
     return f"C++, vectors of {kernels.lanes}; {reuse}"
 
 

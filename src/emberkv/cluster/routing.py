@@ -1,4 +1,4 @@
-"""The routing policies: which replica a request goes to, from its blocks' identities and what is known of replicas.
+"""The routing policies: which replica a request goes to, from its blocks' hashes and what is known of replicas.
 
 Pure decisions over plain state, so that a simulation and a gateway route with the same objects.
 """
@@ -11,7 +11,7 @@ from random import Random
 
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.hash_ring import HashRing
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.errors import ConfigError
 
 KEY_BLOCKS = 2
@@ -77,9 +77,9 @@ class LeastLoaded(Router):
         return least_loaded(replicas)
 
 
-def hash_key(identities: Sequence[Identity], blocks: int) -> Identity | None:
-    """The identity of the first ``blocks`` blocks together, of fewer where there are not as many; None of none."""
-    return identities[min(blocks, len(identities)) - 1] if identities else None
+def hash_key(block_hashes: Sequence[BlockHash], blocks: int) -> BlockHash | None:
+    """The block hash of the first ``blocks`` blocks together, of fewer where there are not as many; None of none."""
+    return block_hashes[min(blocks, len(block_hashes)) - 1] if block_hashes else None
 
 
 class ConsistentHashing(Router):
@@ -98,7 +98,7 @@ class ConsistentHashing(Router):
         self._bound = bound
 
     def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        key = hash_key(chain.identities, self._key_blocks)
+        key = hash_key(chain.block_hashes, self._key_blocks)
         if key is None:
             return least_loaded(replicas)
         most = self._most(replicas)
@@ -129,7 +129,7 @@ class LongestPrefix(Router):
         self._weight = load_weight
 
     def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        matches = self._blocks.matches(chain.identities, len(replicas))
+        matches = self._blocks.matches(chain.block_hashes, len(replicas))
         scores = (
             (chain.block_size * matches[index] - self._weight * state.load, -index)
             for index, state in enumerate(replicas)

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 
 
 class BlockState(Enum):
-    """Where a block is in its life; a FREE block with an identity is still a cache entry."""
+    """Where a block is in its life; a FREE block with a hash is still a cache entry."""
 
     FREE = "free"  # nobody holds it; its slot may be taken
     PENDING = "pending"  # held by a load, which brings its content from a lower tier
     ALLOCATED = "allocated"  # held, and being written; visible to its holder only
-    COMMITTED = "committed"  # held, complete, and found under its identity
+    COMMITTED = "committed"  # held, complete, and found under its block hash
 
 
 @dataclass(slots=True, eq=False)
@@ -28,18 +28,18 @@ class Block:
     previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
 
-    slot: int
+    block_id: int
     state: BlockState = BlockState.FREE
     ref_count: int = 0
-    identity: Identity | None = None
-    parent: Identity = b""
+    block_hash: BlockHash | None = None
+    parent: BlockHash = b""
     tokens: bytes = b""
     position: int = 0
     owner: str = ""
     exact: bool = False
     num_tokens: int = 0
     partial: bool = False
-    previous: Identity = b""
+    previous: BlockHash = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ eviction policy.
 from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.cached_blocks import BlockWeight, CachedBlocks, uniform_weight
+from emberkv.core.cached_blocks import BlockCost, CachedBlocks, uniform_cost
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.integrity import broken_laws
 from emberkv.core.matching import Match
 from emberkv.core.policies.eviction import LRU
@@ -18,7 +18,7 @@ from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 
-__all__ = ["BlockPool", "BlockWeight", "uniform_weight"]
+__all__ = ["BlockCost", "BlockPool", "uniform_cost"]
 
 
 class BlockPool:
@@ -37,8 +37,8 @@ class BlockPool:
         num_blocks: int,
         block_size: int,
         *,
-        policy: EvictionPolicy[Identity] | None = None,
-        weight: BlockWeight = uniform_weight,
+        policy: EvictionPolicy[BlockHash] | None = None,
+        block_cost: BlockCost = uniform_cost,
         events: EventLog | None = None,
         stats: CacheStats | None = None,
         journal: bool = False,
@@ -46,11 +46,11 @@ class BlockPool:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
         self.block_size = block_size
-        self.blocks = [Block(slot) for slot in range(num_blocks)]
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
-        self.policy: EvictionPolicy[Identity] = policy if policy is not None else LRU()
-        self._cached = CachedBlocks(self.policy, weight, self.events, self.stats, journal=journal)
+        self.policy: EvictionPolicy[BlockHash] = policy if policy is not None else LRU()
+        self._cached = CachedBlocks(self.policy, block_cost, self.events, self.stats, journal=journal)
         self._blank = self.blocks[::-1]
 
     @property
@@ -69,11 +69,11 @@ class BlockPool:
     @property
     def max_sequence_blocks(self) -> int:
         """How many blocks a sequence of any owner can have when nobody else runs, however full the floors are."""
-        return max(0, self.num_blocks - self.policy.reserved(self._cached.weight(0).size))
+        return max(0, self.num_blocks - self.policy.reserved(self._cached.block_cost(0).size))
 
     def guaranteed_to(self, owner: str) -> int:
         """How many blocks ``owner``'s floor keeps from others once it has them."""
-        return self.policy.guaranteed(owner, self._cached.weight(0).size)
+        return self.policy.guaranteed(owner, self._cached.block_cost(0).size)
 
     @property
     def num_evictable(self) -> int:
@@ -82,20 +82,20 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Full blocks found under an identity, held or not."""
+        """Full blocks found under a block hash, held or not."""
         return self._cached.num_full
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks ``num_tokens`` take."""
         return -(-num_tokens // self.block_size)
 
-    def lookup(self, identity: Identity) -> Block | None:
-        return self._cached.index.get(identity)
+    def lookup(self, block_hash: BlockHash) -> Block | None:
+        return self._cached.index.get(block_hash)
 
     def match(self, chain: Chain, *, start: int = 0, stop: int, exact_only: bool = False) -> Match:
         """The longest consecutive run of cached blocks of ``chain[start:stop]`` (in blocks). Holds nothing.
 
-        A block is a hit only if its tokens equal the chain's, whatever its identity says.
+        A block is a hit only if its tokens equal the chain's, whatever its block hash says.
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
@@ -121,7 +121,9 @@ class BlockPool:
         tokens; a partial block that they go on from is forgotten. Needs `index_children`.
         """
         if block.state is not BlockState.ALLOCATED:
-            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
+            raise IntegrityError(
+                f"slot {block.block_id} is {block.state.value}; only an allocated block can be committed"
+            )
         start = position * self.block_size
         known = self._cached.longest_child(chain, start, start + count)
         if known is not None and known[1] == count and known[0].exact:
@@ -135,12 +137,12 @@ class BlockPool:
         taken = []
         hits = []
         for block in blocks:
-            assert block.identity is not None
+            assert block.block_hash is not None
             if block.ref_count == 0:
                 block.state = BlockState.COMMITTED
-                taken.append(block.identity)
+                taken.append(block.block_hash)
             block.ref_count += 1
-            hits.append(block.identity)
+            hits.append(block.block_hash)
         self.policy.hold(taken)
         self.policy.access(hits)
 
@@ -165,17 +167,19 @@ class BlockPool:
     def commit(self, block: Block, chain: Chain, position: int, *, exact: bool) -> Block:
         """Make a complete block visible as block ``position`` of ``chain``; returns the block to hold from now on.
 
-        If the identity is known already, the known block is kept and ours freed, unless ours is exact and the known
+        If the block hash is known already, the known block is kept and ours freed, unless ours is exact and the known
         one is not: then ours takes the place. If the known one has other tokens, ours stays private.
         """
         if block.state is not BlockState.ALLOCATED:
-            raise IntegrityError(f"slot {block.slot} is {block.state.value}; only an allocated block can be committed")
+            raise IntegrityError(
+                f"slot {block.block_id} is {block.state.value}; only an allocated block can be committed"
+            )
         published = self._publish(block, chain, position, exact)
-        self._cached.write_down(block)
+        self._cached.record_committed(block)
         return published
 
     def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
-        known = self._cached.index.get(chain.identities[position])
+        known = self._cached.index.get(chain.block_hashes[position])
         if known is not None:
             if known.tokens != chain.block_tokens(position):
                 self.stats.collisions += 1
@@ -201,25 +205,25 @@ class BlockPool:
         released = []
         for block in reversed(blocks):
             if block.ref_count == 0:
-                raise IntegrityError(f"slot {block.slot} is freed but nobody holds it")
+                raise IntegrityError(f"slot {block.block_id} is freed but nobody holds it")
             block.ref_count -= 1
             if block.ref_count == 0:
                 block.state = BlockState.FREE
-                if block.identity is None:
+                if block.block_hash is None:
                     self._blank.append(block)
                 else:
-                    released.append(block.identity)
+                    released.append(block.block_hash)
         self.policy.release(released)
         self._blank += self._cached.evict_surplus()
 
-    def expect(self, count: int, owner: str = "") -> list[Block]:
+    def reserve_for_load(self, count: int, owner: str = "") -> list[Block]:
         """``count`` blocks whose content a lower tier will bring. Raises NoFreeBlocksError as `allocate` does."""
         blocks = self.allocate(count, owner)
         for block in blocks:
             block.state = BlockState.PENDING
         return blocks
 
-    def fulfil(self, blocks: Sequence[Block], chain: Chain, start: int, exact: Sequence[bool]) -> int:
+    def complete_load(self, blocks: Sequence[Block], chain: Chain, start: int, exact: Sequence[bool]) -> int:
         """End the wait for ``blocks``, which are those of ``chain`` from block ``start`` on; nobody holds them then.
 
         exact: of the leading ones whose content is in place, each; these become visible. All others go back. Returns
@@ -232,26 +236,26 @@ class BlockPool:
         count = 0
         while count < len(exact) and wanted[count]:
             held[count] = self._publish(held[count], chain, start + count, exact[count])
-            if held[count].identity is None:
+            if held[count].block_hash is None:
                 break
             count += 1
         self.free(held)
         return count
 
-    def revoke(self, blocks: Iterable[Block]) -> None:
+    def cancel_load(self, blocks: Iterable[Block]) -> None:
         """What is being loaded into these blocks is not wanted any more: it will not become visible."""
         for block in blocks:
             if block.state is BlockState.PENDING:
                 block.state = BlockState.ALLOCATED
 
     def take_committed(self) -> list[Block]:
-        """What was committed since the last call and is still found; what `fulfil` brought in is not among it."""
+        """What was committed since the last call and is still found, without what `complete_load` brought in."""
         return self._cached.take_committed()
 
-    def remove(self, identities: Iterable[Identity]) -> int:
+    def remove(self, block_hashes: Iterable[BlockHash]) -> int:
         """Forget these blocks, as `clear` forgets all; how many full ones there were."""
-        blocks = self._cached.among(identities)
-        gone = tuple(block.identity for block in blocks if block.identity is not None and not block.partial)
+        blocks = self._cached.among(block_hashes)
+        gone = tuple(block.block_hash for block in blocks if block.block_hash is not None and not block.partial)
         if gone:
             self.events.append(BlockRemoved(gone, evicted=False))
         for block in blocks:
@@ -262,7 +266,7 @@ class BlockPool:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
         for block in list(self._cached.index.values()):
             self._withdraw(block)
-        self.revoke(self.blocks)
+        self.cancel_load(self.blocks)
         self.events.append(AllBlocksCleared())
 
     def snapshot(self) -> Snapshot:

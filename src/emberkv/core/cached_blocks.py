@@ -1,4 +1,4 @@
-"""The cached blocks of a pool: found under their identities, compared by their tokens, evicted in a policy's order."""
+"""The cached blocks of a pool: found under their hashes, compared by their tokens, evicted in a policy's order."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
@@ -6,18 +6,18 @@ from operator import attrgetter
 
 from emberkv.core.block import Block
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity, partial_identity
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
 from emberkv.core.matching import Match, MatchEnd
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.core.stats import CacheStats
 
-BlockWeight = Callable[[int], Weight]
-"""The eviction weight of a block at a position in its chain."""
+BlockCost = Callable[[int], EntryCost]
+"""The eviction block_cost of a block at a position in its chain."""
 
 
-def uniform_weight(position: int) -> Weight:
+def uniform_cost(position: int) -> EntryCost:
     """Every block alike."""
-    return Weight()
+    return EntryCost()
 
 
 _BY_TOKENS = attrgetter("tokens")
@@ -31,7 +31,7 @@ class ChildIndex:
     """
 
     def __init__(self) -> None:
-        self._children: dict[Identity, list[Block]] = {}
+        self._children: dict[BlockHash, list[Block]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._children.values()))
@@ -56,7 +56,7 @@ class ChildIndex:
             at += 1
         del siblings[at]
 
-    def neighbours(self, parent: Identity, tokens: bytes) -> list[Block]:
+    def neighbours(self, parent: BlockHash, tokens: bytes) -> list[Block]:
         """Of the children of ``parent``, the one just before ``tokens`` and the one at or just after them."""
         siblings = self._children.get(parent)
         if siblings is None:
@@ -66,29 +66,29 @@ class ChildIndex:
 
 
 class CachedBlocks:
-    """Which block is found under which identity. Who holds a block, and where blank ones wait, is the pool's business.
+    """Which block is found under which hash. Who holds a block, and where blank ones wait, is the pool's business.
 
     policy: knows every block that is found, as held or as released. journal: keep a list of what was committed.
     """
 
     def __init__(
         self,
-        policy: EvictionPolicy[Identity],
-        weight: BlockWeight,
+        policy: EvictionPolicy[BlockHash],
+        block_cost: BlockCost,
         events: EventLog,
         stats: CacheStats,
         *,
         journal: bool,
     ) -> None:
         self.policy = policy
-        self.weight = weight
-        self.index: dict[Identity, Block] = {}
+        self.block_cost = block_cost
+        self.index: dict[BlockHash, Block] = {}
         self.children: ChildIndex | None = None
-        self._partial: dict[Identity, set[Identity]] = {}  # hashes of partial blocks, by `Block.previous`
+        self._partial: dict[BlockHash, set[BlockHash]] = {}  # hashes of partial blocks, by `Block.previous`
         self._num_partial = 0
         self._events = events
         self._stats = stats
-        self._journal: dict[Identity, Block] | None = {} if journal else None
+        self._journal: dict[BlockHash, Block] | None = {} if journal else None
 
     @property
     def num_full(self) -> int:
@@ -97,10 +97,10 @@ class CachedBlocks:
     def match(self, chain: Chain, start: int, stop: int, *, exact_only: bool) -> Match:
         """See `BlockPool.match`."""
         index = self.index
-        identities = chain.identities
+        block_hashes = chain.block_hashes
         found: list[Block] = []
         for position in range(start, stop):
-            block = index.get(identities[position])
+            block = index.get(block_hashes[position])
             if block is None:
                 return Match(found, MatchEnd.ABSENT)
             if block.tokens != chain.block_tokens(position):
@@ -150,14 +150,14 @@ class CachedBlocks:
         return None
 
     def enter(self, block: Block, chain: Chain, position: int, *, exact: bool, in_place: bool) -> None:
-        """Make a held block visible. in_place: of another one that was visible under the same identity just now."""
-        identity = chain.identities[position]
+        """Make a held block visible. in_place: of another one that was visible under the same block hash just now."""
+        block_hash = chain.block_hashes[position]
         block.tokens = chain.block_tokens(position)
         block.num_tokens = chain.block_size
-        self._enter(block, identity, chain, position, exact=exact)
+        self._enter(block, block_hash, chain, position, exact=exact)
         self._stats.committed_blocks += 1
         if not in_place and self._events.capacity:
-            self._events.append(BlockStored((identity,), block.parent, (block.tokens,), chain.block_size))
+            self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), chain.block_size))
 
     def enter_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
@@ -168,34 +168,34 @@ class CachedBlocks:
         block.tokens = chain.encoded_slice(start, start + count)
         block.num_tokens = count
         block.partial = True
-        identity = partial_identity(chain.parent(position), block.tokens)
-        self._enter(block, identity, chain, position, exact=True)
+        block_hash = partial_hash(chain.parent(position), block.tokens)
+        self._enter(block, block_hash, chain, position, exact=True)
         block.previous = chain.unsalted_parent(position)
-        self._partial.setdefault(block.previous, set()).add(identity)
+        self._partial.setdefault(block.previous, set()).add(block_hash)
         self._num_partial += 1
 
-    def _enter(self, block: Block, identity: Identity, chain: Chain, position: int, *, exact: bool) -> None:
-        block.identity = identity
+    def _enter(self, block: Block, block_hash: BlockHash, chain: Chain, position: int, *, exact: bool) -> None:
+        block.block_hash = block_hash
         block.parent = chain.parent(position)
         block.position = position
         block.owner = chain.owner(position)
         block.exact = exact
-        self.index[identity] = block
+        self.index[block_hash] = block
         if self.children is not None:
             self.children.add(block)
-        weight = self.weight(position)
+        block_cost = self.block_cost(position)
         if block.owner:
-            weight = Weight(weight.size, weight.cost, block.owner)
-        self.policy.admit(identity, weight)
+            block_cost = EntryCost(block_cost.size, block_cost.cost, block.owner)
+        self.policy.admit(block_hash, block_cost)
 
     def leave(self, block: Block) -> None:
         """A block is not found any more, without having been evicted."""
-        assert block.identity is not None
-        del self.index[block.identity]
+        assert block.block_hash is not None
+        del self.index[block.block_hash]
         if block.ref_count:
-            self.policy.forget(block.identity)
+            self.policy.forget(block.block_hash)
         else:
-            self.policy.discard(block.identity)
+            self.policy.discard(block.block_hash)
         self._wipe(block)
 
     def evict(self, count: int, owner: str) -> list[Block]:
@@ -206,55 +206,55 @@ class CachedBlocks:
     def evict_surplus(self) -> list[Block]:
         """The blocks that a quota forbids to keep."""
         surplus = list(self.policy.surplus())
-        for identity in surplus:
-            self.policy.discard(identity)
+        for block_hash in surplus:
+            self.policy.discard(block_hash)
         return self._evicted(surplus) if surplus else []
 
-    def _evicted(self, identities: list[Identity]) -> list[Block]:
-        blocks = [self.index.pop(identity) for identity in identities]
+    def _evicted(self, block_hashes: list[BlockHash]) -> list[Block]:
+        blocks = [self.index.pop(block_hash) for block_hash in block_hashes]
         if self._num_partial:
-            pairs = zip(identities, blocks, strict=True)
-            identities = [identity for identity, block in pairs if not block.partial]
+            pairs = zip(block_hashes, blocks, strict=True)
+            block_hashes = [block_hash for block_hash, block in pairs if not block.partial]
         for block in blocks:
             self._wipe(block)
-        self._stats.evicted_blocks += len(identities)
-        if identities and self._events.capacity:
-            self._events.append(BlockRemoved(tuple(identities)))
+        self._stats.evicted_blocks += len(block_hashes)
+        if block_hashes and self._events.capacity:
+            self._events.append(BlockRemoved(tuple(block_hashes)))
         return blocks
 
-    def write_down(self, block: Block) -> None:
+    def record_committed(self, block: Block) -> None:
         """Keep for `take_committed`, if there is a journal."""
-        if self._journal is not None and block.identity is not None:
-            self._journal[block.identity] = block
+        if self._journal is not None and block.block_hash is not None:
+            self._journal[block.block_hash] = block
 
     def take_committed(self) -> list[Block]:
         """See `BlockPool.take_committed`."""
         if not self._journal:
             return []
         committed, self._journal = self._journal, {}
-        return [block for identity, block in committed.items() if self.index.get(identity) is block]
+        return [block for block_hash, block in committed.items() if self.index.get(block_hash) is block]
 
-    def among(self, identities: Iterable[Identity]) -> list[Block]:
+    def among(self, block_hashes: Iterable[BlockHash]) -> list[Block]:
         """The blocks that are found under any of these, each once, and the partial ones behind these."""
-        wanted = dict.fromkeys(key for each in identities for key in (each, *self._partial.get(each, ())))
-        return [self.index[identity] for identity in wanted if identity in self.index]
+        wanted = dict.fromkeys(key for each in block_hashes for key in (each, *self._partial.get(each, ())))
+        return [self.index[block_hash] for block_hash in wanted if block_hash in self.index]
 
     def snapshot(self) -> Snapshot:
-        parents = {identity: block.parent for identity, block in self.index.items() if not block.partial}
+        parents = {block_hash: block.parent for block_hash, block in self.index.items() if not block.partial}
         return Snapshot(self._events.last_sequence, parents)
 
     def _wipe(self, block: Block) -> None:
         if self.children is not None:
             self.children.discard(block)
-        if block.partial and block.identity is not None:
+        if block.partial and block.block_hash is not None:
             partial = self._partial[block.previous]
-            partial.discard(block.identity)
+            partial.discard(block.block_hash)
             self._num_partial -= 1
             if not partial:
                 del self._partial[block.previous]
             block.partial = False
             block.previous = b""
-        block.identity = None
+        block.block_hash = None
         block.parent = b""
         block.tokens = b""
         block.num_tokens = 0

@@ -5,24 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
     """Consecutive blocks of one chain became visible. ``tokens`` holds each block's encoded token ids."""
 
-    identities: tuple[Identity, ...]
-    parent: Identity
+    block_hashes: tuple[BlockHash, ...]
+    parent: BlockHash
     tokens: tuple[bytes, ...]
     block_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """Blocks are no longer found under these identities. evicted: their place was needed; else they were removed."""
+    """Blocks are no longer found under these block hashes. evicted: their place was needed; else they were removed."""
 
-    identities: tuple[Identity, ...]
+    block_hashes: tuple[BlockHash, ...]
     evicted: bool = True
 
 
@@ -67,7 +67,7 @@ class EventLog:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Every visible identity with its parent, as of event ``sequence``."""
+    """Every visible block hash with its parent, as of event ``sequence``."""
 
     sequence: int
-    parents: dict[Identity, Identity]
+    parents: dict[BlockHash, BlockHash]

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Protocol
 
-Identity = bytes
+BlockHash = bytes
 """A block's 32-byte SHA-256 digest."""
 
 TOKEN_BYTES = 4
@@ -28,7 +28,7 @@ PUBLIC_OWNER = "public"
 """Whose the blocks are that an operator declared to be shared by all."""
 
 
-def root_hash(fingerprint: str, block_size: int) -> Identity:
+def root_hash(fingerprint: str, block_size: int) -> BlockHash:
     """The parent of every first block. fingerprint: of the model's weights and config, by their content."""
     name = fingerprint.encode()
     return sha256(
@@ -36,7 +36,7 @@ def root_hash(fingerprint: str, block_size: int) -> Identity:
     ).digest()
 
 
-def salted(parent: Identity, salt: bytes) -> Identity:
+def salted(parent: BlockHash, salt: bytes) -> BlockHash:
     """The parent of the first block that only holders of ``salt`` share; ``parent`` itself without a salt."""
     return sha256(b"emberkv-salt-1" + parent + salt).digest() if salt else parent
 
@@ -54,19 +54,19 @@ def encode_tokens(tokens: "array[int]") -> bytes:
     return tokens.tobytes()
 
 
-def chain_identities(parent: Identity, tokens: bytes, block_size: int) -> list[Identity]:
-    """The identities of the full blocks of ``tokens`` (encoded), the first one's parent being ``parent``."""
+def hash_blocks(parent: BlockHash, tokens: bytes, block_size: int) -> list[BlockHash]:
+    """The block hashes of the full blocks of ``tokens`` (encoded), the first one's parent being ``parent``."""
     width = block_size * TOKEN_BYTES
-    identities = []
+    block_hashes = []
     for start in range(0, len(tokens) - width + 1, width):
         parent = sha256(parent + tokens[start : start + width]).digest()
-        identities.append(parent)
-    return identities
+        block_hashes.append(parent)
+    return block_hashes
 
 
 def prompt_hashes(
     fingerprint: str, tokens: Iterable[int], *, block_size: int, salt: bytes = b"", public_blocks: int = 0
-) -> list[Identity]:
+) -> list[BlockHash]:
     """The hashes of a prompt's full blocks, as every process computes them.
 
     salt: the tenant's. public_blocks: how many first blocks all tenants share, and so have no salt.
@@ -76,10 +76,10 @@ def prompt_hashes(
         prompt_hashes("0f343b09", [1, 2, 3, 4, 5], block_size=2)  # two hashes of 32 bytes
     """
     root = root_hash(fingerprint, block_size)
-    return TokenChain(root, tokens, block_size, salt=salt, public_blocks=public_blocks).identities
+    return TokenChain(root, tokens, block_size, salt=salt, public_blocks=public_blocks).block_hashes
 
 
-def partial_identity(parent: Identity, tokens: bytes) -> Identity:
+def partial_hash(parent: BlockHash, tokens: bytes) -> BlockHash:
     """The hash of a block that holds fewer tokens than a full one; never equal to a full block's."""
     return sha256(b"emberkv-partial-1" + parent + tokens).digest()
 
@@ -92,7 +92,7 @@ def common_tokens(one: bytes, other: bytes) -> int:
 
 
 class Chain(Protocol):
-    """A sequence as the core sees it: its length and its full blocks' identities, however its tokens are described.
+    """A sequence as the core sees it: its length and its full blocks' hashes, however its tokens are described.
 
     ``block_tokens`` is what a hit is compared by: equal bytes if and only if the tokens are equal. `TokenChain` holds
     token ids; a recorded or generated workload may know its tokens by origin only. Encoded blocks that begin with more
@@ -102,7 +102,7 @@ class Chain(Protocol):
     block_size: int
 
     @property
-    def identities(self) -> Sequence[Identity]: ...
+    def block_hashes(self) -> Sequence[BlockHash]: ...
 
     def __len__(self) -> int: ...
 
@@ -120,9 +120,9 @@ class Chain(Protocol):
         """How many leading tokens of ``[start, stop)`` an encoded block begins with."""
         ...
 
-    def parent(self, index: int) -> Identity: ...
+    def parent(self, index: int) -> BlockHash: ...
 
-    def unsalted_parent(self, index: int) -> Identity:
+    def unsalted_parent(self, index: int) -> BlockHash:
         """As `parent`, but at the first private block the hash of what lies before it, without the tenant's salt."""
         ...
 
@@ -134,28 +134,34 @@ class Chain(Protocol):
 
 
 class TokenChain:
-    """A sequence's tokens with the identities of its full blocks, each hashed once, when it fills.
+    """A sequence's tokens with the block hashes of its full blocks, each hashed once, when it fills.
 
     root: the model's. The first ``public_blocks`` full blocks of ``tokens`` are chained from it and shared by all; the
-    salt enters where they end, and all from there on is ``owner``'s. known: the identities of its first blocks, if they
-    were hashed before.
+    salt enters where they end, and all from there on is ``owner``'s. known: the block hashes of its first blocks, if
+    they were hashed before.
     """
 
     __slots__ = (
-        "_encoded", "_owner", "_private_parent", "_public_blocks", "_tokens",
-        "block_size", "identities", "root",
+        "_encoded",
+        "_owner",
+        "_private_parent",
+        "_public_blocks",
+        "_tokens",
+        "block_hashes",
+        "block_size",
+        "root",
     )  # fmt: skip
 
     def __init__(
         self,
-        root: Identity,
+        root: BlockHash,
         tokens: Iterable[int],
         block_size: int,
         *,
         owner: str = "",
         salt: bytes = b"",
         public_blocks: int = 0,
-        known: Iterable[Identity] = (),
+        known: Iterable[BlockHash] = (),
     ) -> None:
         self.root = root
         self.block_size = block_size
@@ -163,17 +169,17 @@ class TokenChain:
         self._tokens = token_array(tokens)
         self._encoded = self.encoded()  # of the prompt alone
         public = self._public_blocks = min(public_blocks, len(self._tokens) // block_size)
-        self.identities = list(known)
-        self._hash(self.identities[-1] if self.identities else root, public)
-        self._private_parent = salted(self.identities[public - 1] if public else root, salt)
-        is_private = len(self.identities) > public
-        self._hash(self.identities[-1] if is_private else self._private_parent, len(self._tokens) // block_size)
+        self.block_hashes = list(known)
+        self._hash(self.block_hashes[-1] if self.block_hashes else root, public)
+        self._private_parent = salted(self.block_hashes[public - 1] if public else root, salt)
+        is_private = len(self.block_hashes) > public
+        self._hash(self.block_hashes[-1] if is_private else self._private_parent, len(self._tokens) // block_size)
 
-    def _hash(self, parent: Identity, stop: int) -> None:
-        """The prompt's blocks from the first without an identity to ``stop``."""
+    def _hash(self, parent: BlockHash, stop: int) -> None:
+        """The prompt's blocks from the first without a block hash to ``stop``."""
         width = self.block_size * TOKEN_BYTES
-        rest = self._encoded[len(self.identities) * width : stop * width]
-        self.identities += chain_identities(parent, rest, self.block_size)
+        rest = self._encoded[len(self.block_hashes) * width : stop * width]
+        self.block_hashes += hash_blocks(parent, rest, self.block_size)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -199,13 +205,13 @@ class TokenChain:
     def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
         return common_tokens(self.encoded_slice(start, stop), encoded)
 
-    def parent(self, index: int) -> Identity:
+    def parent(self, index: int) -> BlockHash:
         if index == self._public_blocks:
             return self._private_parent
         return self.unsalted_parent(index)
 
-    def unsalted_parent(self, index: int) -> Identity:
-        return self.identities[index - 1] if index else self.root
+    def unsalted_parent(self, index: int) -> BlockHash:
+        return self.block_hashes[index - 1] if index else self.root
 
     def owner(self, index: int) -> str:
         return PUBLIC_OWNER if index < self._public_blocks else self._owner
@@ -214,4 +220,4 @@ class TokenChain:
         self._tokens.append(token)
         index, rest = divmod(len(self._tokens), self.block_size)
         if not rest:
-            self.identities += chain_identities(self.parent(index - 1), self.block_tokens(index - 1), self.block_size)
+            self.block_hashes += hash_blocks(self.parent(index - 1), self.block_tokens(index - 1), self.block_size)

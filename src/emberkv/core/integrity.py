@@ -5,28 +5,31 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.cached_blocks import ChildIndex
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 
 
 def broken_laws(
     blocks: Sequence[Block],
     blank: Sequence[Block],
-    index: Mapping[Identity, Block],
+    index: Mapping[BlockHash, Block],
     evictable: int,
     holders: Iterable[Iterable[Block]] | None,
     children: ChildIndex | None = None,
 ) -> list[str]:
     """What does not hold; empty when the books balance.
 
-    blank: free blocks that hold nothing. index: the blocks found under an identity. evictable: how many the policy
+    blank: free blocks that hold nothing. index: the blocks found under a block hash. evictable: how many the policy
     could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
     children: the same blocks by their parents, where the pool keeps them so.
     """
     laws = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
     if holders is not None:
-        held = Counter(block.slot for each in holders for block in each)
+        held = Counter(block.block_id for each in holders for block in each)
         laws += [
-            (block.ref_count == held[block.slot], f"slot {block.slot}: {block.ref_count} refs, {held[block.slot]} held")
+            (
+                block.ref_count == held[block.block_id],
+                f"slot {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held",
+            )
             for block in blocks
         ]
     if children is not None:
@@ -36,17 +39,17 @@ def broken_laws(
 
 
 def _of_the_pool(
-    blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[Identity, Block], evictable: int
+    blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
 ) -> list[tuple[bool, str]]:
     free = sum(block.state is BlockState.FREE for block in blocks)
-    cached = sum(block.identity is not None for block in blocks)
-    free_cached = sum(block.state is BlockState.FREE and block.identity is not None for block in blocks)
+    cached = sum(block.block_hash is not None for block in blocks)
+    free_cached = sum(block.state is BlockState.FREE and block.block_hash is not None for block in blocks)
     return [
         (free == len(blank) + evictable, "free blocks and the free lists differ"),
         (free_cached == evictable, "evictable blocks and the policy differ"),
-        (all(block.ref_count == 0 and block.identity is None for block in blank), "a blank block is in use"),
-        (len({block.slot for block in blank}) == len(blank), "a slot is blank twice"),
-        (all(block.identity == key for key, block in index.items()), "the index names a wrong block"),
+        (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
+        (len({block.block_id for block in blank}) == len(blank), "a slot is blank twice"),
+        (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
         (cached == len(index), "a cached block is not indexed"),
     ]
 
@@ -54,12 +57,15 @@ def _of_the_pool(
 def _of_each_block(blocks: Sequence[Block]) -> list[tuple[bool, str]]:
     laws = []
     for block in blocks:
-        indexed = block.identity is not None
+        indexed = block.block_hash is not None
         private = block.state in (BlockState.ALLOCATED, BlockState.PENDING)
         laws += [
-            ((block.state is BlockState.FREE) == (block.ref_count == 0), f"slot {block.slot}: holders"),
-            (block.state is not BlockState.COMMITTED or indexed, f"slot {block.slot}: not indexed"),
-            (not private or not indexed, f"slot {block.slot}: indexed"),
-            (block.state is not BlockState.PENDING or block.ref_count == 1, f"slot {block.slot}: pending for several"),
+            ((block.state is BlockState.FREE) == (block.ref_count == 0), f"slot {block.block_id}: holders"),
+            (block.state is not BlockState.COMMITTED or indexed, f"slot {block.block_id}: not indexed"),
+            (not private or not indexed, f"slot {block.block_id}: indexed"),
+            (
+                block.state is not BlockState.PENDING or block.ref_count == 1,
+                f"slot {block.block_id}: pending for several",
+            ),
         ]
     return laws

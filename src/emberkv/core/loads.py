@@ -1,22 +1,21 @@
 """The loads in flight: which blocks are on their way up from lower tiers, and which sequences wait for them."""
 
-from collections import Counter
+from collections import Counter, abc
 from collections.abc import Iterable
-from collections.abc import Sequence as Batch
 
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import (
     NOTHING_BELOW,
     Admission,
+    BlockRun,
     Load,
     LoadChoice,
+    LoadDecision,
     LookupStatus,
     LowerTiers,
     PendingLookup,
-    Promotion,
-    Run,
     Wait,
     choose,
     trim,
@@ -30,7 +29,7 @@ PROBE_EVERY = 32
 the tier has become faster. A load's patience bounds what that costs."""
 
 
-class Loads:
+class PendingLoads:
     """Begins loads and ends them. A sequence waits once for a load that another began, once for a look-up that a tier
     answers later, and then once for its own load.
     """
@@ -39,7 +38,7 @@ class Loads:
         self._cache = cache
         self._lower = lower
         self._waiting: dict[Load, list[Sequence]] = {}
-        self._by_identity: dict[Identity, Load] = {}
+        self._by_hash: dict[BlockHash, Load] = {}
         self._lookups: dict[PendingLookup, Sequence] = {}
         self._declined = 0
 
@@ -67,13 +66,13 @@ class Loads:
             plan.lookups.append(load)
             return True
         self._cache.pool.stats.load_choices[decision.choice] += 1
-        sequence.promotion = decision
+        sequence.load_decision = decision
         if load is None:
             return False
         if decision.choice is LoadChoice.LOAD:
             plan.loads.append(load)
             self._waiting[load] = []
-            self._by_identity.update(dict.fromkeys(load.identities, load))
+            self._by_hash.update(dict.fromkeys(load.block_hashes, load))
         covered = self._covered(load, sequence.chain, len(match.blocks), stop)
         sequence.waits.append(Wait(load, len(match.blocks) + covered, decision.choice))
         self._waiting[load].append(sequence)
@@ -81,7 +80,7 @@ class Loads:
 
     def _decide(
         self, sequence: Sequence, match: Match, stop: int, lower: LowerTiers
-    ) -> tuple[Promotion, Load | PendingLookup | None]:
+    ) -> tuple[LoadDecision, Load | PendingLookup | None]:
         """What to do about blocks ``[found, stop)``, and the load or look-up to wait for."""
         chain, first, cache = sequence.chain, len(match.blocks), self._cache
 
@@ -91,30 +90,30 @@ class Loads:
         def computing(count: int) -> float | None:
             return lower.recompute_seconds((first + count - cache.whole(first)) * chain.block_size)
 
-        shared = None if sequence.waits else self._by_identity.get(chain.identities[first])
+        shared = None if sequence.waits else self._by_hash.get(chain.block_hashes[first])
         if shared is not None and useful(covered := self._covered(shared, chain, first, stop)):
-            decision = choose([Run(LoadChoice.SHARED.value, covered, shared.seconds)], useful, computing)
+            decision = choose([BlockRun(LoadChoice.SHARED.value, covered, shared.seconds)], useful, computing)
             if decision.choice is LoadChoice.LOAD:
-                return Promotion(LoadChoice.SHARED), shared
+                return LoadDecision(LoadChoice.SHARED), shared
             return decision, None
-        runs = lower.find(chain.identities[first:stop], exact=cache.exact)
+        runs = lower.find(chain.block_hashes[first:stop], exact=cache.exact)
         end = first + sum(run.count for run in runs)
-        if end < stop and sequence.lookup is None and self._is_pending(lower, chain.identities[end]):
+        if end < stop and sequence.lookup is None and self._is_pending(lower, chain.block_hashes[end]):
             patience = lower.recompute_seconds((stop - end) * chain.block_size)
             return NOTHING_BELOW, PendingLookup(chain, end, stop, cache.exact, patience)
         decision = choose(runs, useful, computing)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
-            decision = Promotion(LoadChoice.LOAD, trim(runs, decision.declined))
+            decision = LoadDecision(LoadChoice.LOAD, trim(runs, decision.declined))
         if decision.choice is not LoadChoice.LOAD:
             return decision, None
         count = sum(run.count for run in decision.runs)
         cache.pool.pin(match.blocks)
-        blocks = cache.pool.expect(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
+        blocks = cache.pool.reserve_for_load(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
         cache.pool.free(match.blocks)
         return decision, Load(chain, first, decision.runs, blocks, computing(count))
 
-    def _is_pending(self, lower: LowerTiers, identity: Identity) -> bool:
-        return lower.status(identity, exact=self._cache.exact) is LookupStatus.PENDING
+    def _is_pending(self, lower: LowerTiers, block_hash: BlockHash) -> bool:
+        return lower.status(block_hash, exact=self._cache.exact) is LookupStatus.PENDING
 
     def _is_time_to_probe(self) -> bool:
         self._declined += 1
@@ -125,23 +124,23 @@ class Loads:
     def _covered(self, load: Load, chain: Chain, first: int, stop: int) -> int:
         """How many blocks of ``chain[first:stop]`` the load brings, in one run."""
         position = first
-        while position < stop and self._by_identity.get(chain.identities[position]) is load:
+        while position < stop and self._by_hash.get(chain.block_hashes[position]) is load:
             position += 1
         return position - first
 
-    def end(self, load: Load, exact: Batch[bool]) -> list[Sequence]:
+    def end(self, load: Load, exact: abc.Sequence[bool]) -> list[Sequence]:
         """Make visible what arrived and give back the rest; returns who waited. See `Scheduler.loaded`."""
         if load not in self._waiting or len(exact) > len(load.blocks):
             raise IntegrityError(
                 f"a load of {len(load.blocks)} blocks ended with {len(exact)}, in flight: {load in self._waiting}"
             )
         pool = self._cache.pool
-        load.arrived = pool.fulfil(load.blocks, load.chain, load.start, exact)
+        load.arrived = pool.complete_load(load.blocks, load.chain, load.start, exact)
         pool.stats.loaded_blocks += load.arrived
         pool.stats.unloaded_blocks += len(load.blocks) - load.arrived
-        for identity in load.identities:
-            if self._by_identity.get(identity) is load:
-                del self._by_identity[identity]
+        for block_hash in load.block_hashes:
+            if self._by_hash.get(block_hash) is load:
+                del self._by_hash[block_hash]
         return self._waiting.pop(load)
 
     def end_lookup(self, lookup: PendingLookup) -> Sequence:
@@ -150,12 +149,12 @@ class Loads:
             raise IntegrityError(f"a look-up of {lookup.stop - lookup.start} blocks has ended that is not in progress")
         return self._lookups.pop(lookup)
 
-    def revoke(self, identities: Iterable[Identity]) -> None:
+    def cancel_load(self, block_hashes: Iterable[BlockHash]) -> None:
         """These blocks are not wanted any more: each load that brings one of them ends before it."""
-        wanted = set(identities)
+        wanted = set(block_hashes)
         for load in self._waiting:
-            pairs = zip(load.identities, load.blocks, strict=True)
-            self._cache.pool.revoke(block for identity, block in pairs if identity in wanted)
+            pairs = zip(load.block_hashes, load.blocks, strict=True)
+            self._cache.pool.cancel_load(block for block_hash, block in pairs if block_hash in wanted)
 
     def account(self, sequence: Sequence, match: Match) -> None:
         """Record where the hit of a sequence that is being admitted comes from."""
@@ -163,7 +162,7 @@ class Loads:
         hit, in_blocks = sequence.held.hit_tokens, sequence.held.num_committed * size
         tier_tokens: dict[str, int] = {}
         cheaper = lost = 0
-        if sequence.waits or sequence.promotion is not NOTHING_BELOW:
+        if sequence.waits or sequence.load_decision is not NOTHING_BELOW:
             tier_tokens = self._tier_tokens(sequence, hit)
             cheaper, lost = self._not_loaded(sequence, known, copied=hit - in_blocks)
         sequence.admission = Admission(
@@ -172,7 +171,7 @@ class Loads:
             end=match.end,
             recompute_cheaper_tokens=cheaper,
             load_failed_tokens=lost,
-            alignment_tokens=known * size - in_blocks + sequence.promotion.rounded * size,
+            alignment_tokens=known * size - in_blocks + sequence.load_decision.rounded * size,
             partial_tokens=sequence.prompt_tokens - max(hit, self._cache.usable_blocks(sequence.chain) * size),
         )
 
@@ -194,7 +193,7 @@ class Loads:
         known: blocks found in the pool. copied: tokens of the hit that are copied from the beginning of a block.
         """
         size = self._cache.pool.block_size
-        decision, declined = sequence.promotion, sequence.promotion.declined
+        decision, declined = sequence.load_decision, sequence.load_decision.declined
         failed = sequence.waits[-1].stop - max(sequence.waits[-1].load.end, known) if sequence.waits else 0
         if decision.choice is LoadChoice.LOAD:  # declined was what follows the load; others may have computed it since
             declined -= max(0, known - sequence.waits[-1].stop)

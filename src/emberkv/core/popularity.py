@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from emberkv.core.hashing import TOKEN_BYTES, Chain, Identity
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, Chain
 from emberkv.errors import ConfigError
 
 DAY = 86_400.0
@@ -17,13 +17,13 @@ DAY = 86_400.0
 class PopularPrefix:
     """A prefix as what it adds to a shorter one.
 
-    parent: which of the prefixes listed before it that is; None: it begins a chain. identity: of its last block.
+    parent: which of the prefixes listed before it that is; None: it begins a chain. block_hash: of its last block.
     tokens: those it adds, encoded. owner: whose its last block is. score: reuses of all of it, each halved with every
     half-life since.
     """
 
     parent: int | None
-    identity: Identity
+    block_hash: BlockHash
     tokens: bytes
     owner: str
     score: float
@@ -34,12 +34,12 @@ class _Run:
     """Consecutive blocks that were always reused together. tokens: encoded. score: as of time ``at``."""
 
     parent: "_Run | None"
-    identities: list[Identity]
+    block_hashes: list[BlockHash]
     tokens: bytes
     owner: str
     score: float
     at: float
-    children: "dict[Identity, _Run]" = field(default_factory=dict)
+    children: "dict[BlockHash, _Run]" = field(default_factory=dict)
 
 
 class PrefixPopularity:
@@ -63,23 +63,23 @@ class PrefixPopularity:
 
     def used(self, chain: Chain, hit_tokens: int, now: float, *, score: float = 1.0) -> None:
         """A request reused the first ``hit_tokens`` of ``chain``; whole blocks count. score: what it counts for."""
-        stop = min(hit_tokens // chain.block_size, len(chain.identities))
+        stop = min(hit_tokens // chain.block_size, len(chain.block_hashes))
         node, at = self._top, 0
         while at < stop:
-            run = node.children.get(chain.identities[at])
+            run = node.children.get(chain.block_hashes[at])
             if run is None:
                 run = self._grow(node, chain, at, stop)
             else:
-                common = _common(run.identities, chain.identities[at:stop])
-                if common < len(run.identities):
+                common = _common(run.block_hashes, chain.block_hashes[at:stop])
+                if common < len(run.block_hashes):
                     run = self._split(run, common, chain.owner(at + common - 1))
             run.score = self._decayed(run, now) + score
             run.at = max(now, run.at)
-            node, at = run, at + len(run.identities)
+            node, at = run, at + len(run.block_hashes)
         if self._bytes > self._max_tokens * TOKEN_BYTES:
             self._forget(now)
 
-    def forget(self, identities: Collection[Identity] | None) -> int:
+    def forget(self, block_hashes: Collection[BlockHash] | None) -> int:
         """Drop these blocks and all that extends them, everything for None; how many prefixes that leaves fewer."""
         before = sum(1 for _ in self._runs(self._top))
         pending = [self._top]
@@ -87,7 +87,8 @@ class PrefixPopularity:
             node = pending.pop()
             for first, run in list(node.children.items()):
                 cut = next(
-                    (at for at, each in enumerate(run.identities) if identities is None or each in identities), None
+                    (at for at, each in enumerate(run.block_hashes) if block_hashes is None or each in block_hashes),
+                    None,
                 )
                 if cut is None:
                     pending.append(run)
@@ -95,8 +96,8 @@ class PrefixPopularity:
                 self._bytes -= sum(len(each.tokens) for each in (run, *self._runs(run)))
                 del node.children[first]
                 if cut:
-                    kept = len(run.tokens) // len(run.identities) * cut
-                    shorter = _Run(node, run.identities[:cut], run.tokens[:kept], run.owner, run.score, run.at)
+                    kept = len(run.tokens) // len(run.block_hashes) * cut
+                    shorter = _Run(node, run.block_hashes[:cut], run.tokens[:kept], run.owner, run.score, run.at)
                     node.children[first] = shorter
                     self._bytes += kept
         return before - sum(1 for _ in self._runs(self._top))
@@ -119,7 +120,7 @@ class PrefixPopularity:
         chosen = sorted(runs, key=lambda each: (-each[0], each[1]))
         index = {id(run): number for number, (_, _, run) in enumerate(chosen)}
         return [
-            PopularPrefix(index.get(id(run.parent)), run.identities[-1], run.tokens, run.owner, score)
+            PopularPrefix(index.get(id(run.parent)), run.block_hashes[-1], run.tokens, run.owner, score)
             for score, _, run in chosen
         ]
 
@@ -138,20 +139,20 @@ class PrefixPopularity:
 
     def _grow(self, parent: _Run, chain: Chain, start: int, stop: int) -> _Run:
         tokens = b"".join(chain.block_tokens(index) for index in range(start, stop))
-        run = _Run(parent, list(chain.identities[start:stop]), tokens, chain.owner(stop - 1), 0.0, 0.0)
-        parent.children[run.identities[0]] = run
+        run = _Run(parent, list(chain.block_hashes[start:stop]), tokens, chain.owner(stop - 1), 0.0, 0.0)
+        parent.children[run.block_hashes[0]] = run
         self._bytes += len(tokens)
         return run
 
     @staticmethod
     def _split(run: _Run, count: int, owner: str) -> _Run:
         """Cut ``run`` after ``count`` blocks, the last of which is ``owner``'s; returns the front."""
-        cut = len(run.tokens) // len(run.identities) * count
+        cut = len(run.tokens) // len(run.block_hashes) * count
         assert run.parent is not None
-        front = _Run(run.parent, run.identities[:count], run.tokens[:cut], owner, run.score, run.at)
-        run.parent.children[front.identities[0]] = front
-        run.parent, run.identities, run.tokens = front, run.identities[count:], run.tokens[cut:]
-        front.children[run.identities[0]] = run
+        front = _Run(run.parent, run.block_hashes[:count], run.tokens[:cut], owner, run.score, run.at)
+        run.parent.children[front.block_hashes[0]] = front
+        run.parent, run.block_hashes, run.tokens = front, run.block_hashes[count:], run.tokens[cut:]
+        front.children[run.block_hashes[0]] = run
         return front
 
     def _decayed(self, run: _Run, now: float) -> float:
@@ -174,7 +175,7 @@ class PrefixPopularity:
         while ends and self._bytes > 0.9 * self._max_tokens * TOKEN_BYTES:
             _, _, run = heappop(ends)
             assert run.parent is not None
-            del run.parent.children[run.identities[0]]
+            del run.parent.children[run.block_hashes[0]]
             self._bytes -= len(run.tokens)
             if run.parent is not self._top and not run.parent.children:
                 heappush(ends, (self._decayed(run.parent, now), id(run.parent), run.parent))
@@ -190,6 +191,6 @@ def full_tokens(prefixes: Iterable[PopularPrefix]) -> list[bytes]:
     return whole
 
 
-def _common(left: Sequence[Identity], right: Sequence[Identity]) -> int:
-    """How many leading identities are equal. They are chained: once two differ, so do all after them."""
+def _common(left: Sequence[BlockHash], right: Sequence[BlockHash]) -> int:
+    """How many leading block hashes are equal. They are chained: once two differ, so do all after them."""
     return bisect_left(range(min(len(left), len(right))), True, key=lambda index: left[index] != right[index])

@@ -126,17 +126,17 @@ class Lease:
         the engine is uniform.
         """
         self._release_source()
-        whole = stop if self._cache.uniform else stop - stop % self._cache.alignment
+        whole = stop if self._cache.batch_invariant else stop - stop % self._cache.alignment
         self._commit(whole, exact=True)
         if stop > whole:
             self._commit(stop, exact=False)
 
     def commit_decoded(self, stop: int) -> None:
         """Commit the blocks that are complete now that a decode step has computed the last token before ``stop``."""
-        self._commit(stop, exact=self._cache.uniform)
+        self._commit(stop, exact=self._cache.batch_invariant)
 
     def _commit(self, num_computed: int, *, exact: bool) -> None:
-        """A collision ends it for good: the identities of all that follows name the other chain as well."""
+        """A collision ends it for good: the block hashes of all that follows name the other chain as well."""
         self._num_computed = num_computed
         self.context_exact = self.context_exact and exact
         if self._collided or not self._cache.enabled:
@@ -171,24 +171,29 @@ class PrefixCache:
     """Finds the longest cached prefix of a chain in a pool.
 
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
-    wherever a run of it begins. uniform: the engine is batch-invariant; decode steps give those bits, too, and so does
-    any part of a unit. Where a unit is a block, a hit then ends at any token: the beginning of the next block is copied
-    from the cached block that begins with the same tokens.
-    exact: reuse only blocks that are bit-equal to a cold prefill.
-    enabled: False finds nothing and commits nothing.
+    wherever a run of it begins. batch_invariant: the engine is batch-invariant; decode steps give those bits, too, and
+    so does any part of a unit. Where a unit is a block, a hit then ends at any token: the beginning of the next block
+    is copied from the cached block that begins with the same tokens. exact: reuse only blocks that are bit-equal to a
+    cold prefill. enabled: False finds nothing and commits nothing.
     """
 
     def __init__(
-        self, pool: BlockPool, *, alignment: int, uniform: bool = False, exact: bool = False, enabled: bool = True
+        self,
+        pool: BlockPool,
+        *,
+        alignment: int,
+        batch_invariant: bool = False,
+        exact: bool = False,
+        enabled: bool = True,
     ) -> None:
         if alignment < 1 or alignment % pool.block_size:
             raise ConfigError(f"alignment {alignment} must be a positive multiple of the block size {pool.block_size}")
         self.pool = pool
         self.alignment = alignment
-        self.uniform = uniform
+        self.batch_invariant = batch_invariant
         self.exact = exact
         self.enabled = enabled
-        self.reuses_partial_blocks = enabled and uniform and alignment == pool.block_size
+        self.reuses_partial_blocks = enabled and batch_invariant and alignment == pool.block_size
         if self.reuses_partial_blocks:
             pool.index_children()
 
@@ -210,7 +215,7 @@ class PrefixCache:
         """How many of the chain's tokens a longer chain that begins with it would find in the pool. Holds nothing."""
         if not self.enabled:
             return 0
-        match = self.pool.match(chain, stop=len(chain.identities), exact_only=self.exact)
+        match = self.pool.match(chain, stop=len(chain.block_hashes), exact_only=self.exact)
         blocks = self.whole(len(match.blocks))
         child = self.longest_child(chain, blocks, to_end=True)
         return blocks * self.pool.block_size + (child[1] if child is not None else 0)

@@ -10,12 +10,12 @@ from enum import Enum
 from typing import Protocol
 
 from emberkv.core.block import Block
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.matching import MatchEnd
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BlockRun:
     """Consecutive blocks that one tier has.
 
     count: blocks, at least 1. seconds: expected time to load them; None before any was measured.
@@ -37,14 +37,14 @@ class LookupStatus(Enum):
 class LowerTiers(Protocol):
     """The tiers below the pool. The engine's thread calls these at each admission: memory only, never I/O."""
 
-    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
-        """The longest consecutive run from the first identity on, each block from the fastest tier that has it.
+    def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
+        """The longest consecutive run from the first block hash on, each block from the fastest tier that has it.
 
         exact: only blocks that are bit-equal to a cold prefill's.
         """
         ...
 
-    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
+    def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         """Of the first block that `find` did not find: a MISS, or PENDING where a `PendingLookup` may yet find it."""
         ...
 
@@ -63,7 +63,7 @@ class LoadChoice(Enum):
     ABSENT = "absent"  # no tier has the next one
 
 
-def total_seconds(runs: Sequence[Run]) -> float | None:
+def total_seconds(runs: Sequence[BlockRun]) -> float | None:
     """Expected time of all of them, one after another; None where part of it is not known."""
     total = 0.0
     for run in runs:
@@ -83,7 +83,7 @@ class Load:
 
     chain: Chain
     start: int
-    runs: list[Run]
+    runs: list[BlockRun]
     blocks: list[Block]
     patience: float | None
     arrived: int = 0
@@ -103,8 +103,8 @@ class Load:
         return total_seconds(self.runs)
 
     @property
-    def identities(self) -> Sequence[Identity]:
-        return self.chain.identities[self.start : self.stop]
+    def block_hashes(self) -> Sequence[BlockHash]:
+        return self.chain.block_hashes[self.start : self.stop]
 
     def tiers(self, start: int, stop: int) -> dict[str, int]:
         """How many of the blocks of ``[start, stop)`` that arrived came from which tier."""
@@ -133,8 +133,8 @@ class PendingLookup:
     patience: float | None
 
     @property
-    def identities(self) -> Sequence[Identity]:
-        return self.chain.identities[self.start : self.stop]
+    def block_hashes(self) -> Sequence[BlockHash]:
+        return self.chain.block_hashes[self.start : self.stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +163,26 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Promotion:
+class LoadDecision:
     """A decision. runs: what to load; empty unless ``choice`` is LOAD.
 
     declined: blocks that a hit could use, but computing them is cheaper. rounded: blocks that no hit could use.
     """
 
     choice: LoadChoice
-    runs: list[Run] = field(default_factory=list)
+    runs: list[BlockRun] = field(default_factory=list)
     declined: int = 0
     rounded: int = 0
 
 
-NOTHING_BELOW = Promotion(LoadChoice.ABSENT)
+NOTHING_BELOW = LoadDecision(LoadChoice.ABSENT)
 
 
 def choose(
-    runs: Sequence[Run],
+    runs: Sequence[BlockRun],
     useful: Callable[[int], int],
     recompute_seconds: Callable[[int], float | None],
-) -> Promotion:
+) -> LoadDecision:
     """Load the longest prefix of ``runs`` that is expected to come sooner than it could be computed.
 
     useful: of so many blocks, how many from the first a hit can use; computing is saved for these. Where a time has not
@@ -192,7 +192,7 @@ def choose(
     if not found:
         return NOTHING_BELOW
     if not useful(found):
-        return Promotion(LoadChoice.ALIGNMENT, rounded=found)
+        return LoadDecision(LoadChoice.ALIGNMENT, rounded=found)
     kept = list(runs)
     while kept:
         wanted = useful(sum(run.count for run in kept))
@@ -200,12 +200,12 @@ def choose(
             trimmed = trim(kept, wanted)
             loading, computing = total_seconds(trimmed), recompute_seconds(wanted)
             if loading is None or computing is None or loading < computing:
-                return Promotion(LoadChoice.LOAD, trimmed, useful(found) - wanted)
+                return LoadDecision(LoadChoice.LOAD, trimmed, useful(found) - wanted)
         kept.pop()
-    return Promotion(LoadChoice.RECOMPUTE_CHEAPER, declined=useful(found))
+    return LoadDecision(LoadChoice.RECOMPUTE_CHEAPER, declined=useful(found))
 
 
-def trim(runs: Sequence[Run], count: int) -> list[Run]:
+def trim(runs: Sequence[BlockRun], count: int) -> list[BlockRun]:
     """The first ``count`` blocks of ``runs``, the last one's time in proportion."""
     trimmed = []
     for run in runs:
@@ -213,6 +213,6 @@ def trim(runs: Sequence[Run], count: int) -> list[Run]:
         if not taken:
             break
         seconds = None if run.seconds is None else run.seconds * taken / run.count
-        trimmed.append(Run(run.tier, taken, seconds))
+        trimmed.append(BlockRun(run.tier, taken, seconds))
         count -= taken
     return trimmed

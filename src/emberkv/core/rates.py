@@ -3,7 +3,7 @@
 from emberkv.errors import ConfigError
 
 
-class Rate:
+class LatencyModel:
     """Time as a fixed latency plus a time per unit, fitted by least squares to recent work.
 
     The weight of an observation halves with every ``half_life`` later ones (exponentially weighted moments), so that

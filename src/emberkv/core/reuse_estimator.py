@@ -1,8 +1,8 @@
 """The estimator: what hit rate a cache of other sizes would have on the traffic that is being served.
 
 Spatial sampling (SHARDS; Waldspurger et al., "Efficient MRC construction with SHARDS", FAST 2015): only blocks whose
-identity falls into a part of all hashes are followed, and their depth in an LRU stack is scaled up by that part's
-inverse. Identities are SHA-256, so they are their own hash. Memory is bounded: when too many blocks are followed, the
+block hash falls into a part of all hashes are followed, and their depth in an LRU stack is scaled up by that part's
+inverse. Block hashes are SHA-256, so they are their own hash. Memory is bounded: when too many blocks are followed, the
 part is halved, until it is so small that what does not fit lies deeper than the largest capacity asked about.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.lru_stack import LRUStack
 from emberkv.errors import ConfigError
 
@@ -53,7 +53,7 @@ class ReuseEstimator:
         self._half_life = half_life
         self._since_halved = 0
         self._looked_up = 0.0
-        self._stack: LRUStack[Identity] = LRUStack()
+        self._stack: LRUStack[BlockHash] = LRUStack()
         self._misses = [[0.0] * len(self.capacities) for _ in range(GROUPS)]
 
     @property
@@ -61,24 +61,24 @@ class ReuseEstimator:
         """Sampled blocks remembered now."""
         return len(self._stack)
 
-    def access(self, identities: Sequence[Identity]) -> None:
+    def access(self, block_hashes: Sequence[BlockHash]) -> None:
         """A request looks up its prompt's blocks, in chain order."""
-        sampled = self._sampled(identities)
+        sampled = self._sampled(block_hashes)
         deepest, weight = len(self.capacities), 1 / self.share
-        for identity, depth in zip(sampled, self._stack.depths(sampled), strict=True):
+        for block_hash, depth in zip(sampled, self._stack.depths(sampled), strict=True):
             missed = deepest if depth is None else bisect_left(self.capacities, self._scaled(depth))
-            group = self._misses[identity[-1] % GROUPS]
+            group = self._misses[block_hash[-1] % GROUPS]
             for at in range(missed):
                 group[at] += weight
         self._use(sampled)
-        self._looked_up += len(identities)
-        self._since_halved += len(identities)
+        self._looked_up += len(block_hashes)
+        self._since_halved += len(block_hashes)
         if self._since_halved >= self._half_life:
             self._halve()
 
-    def keep(self, identities: Sequence[Identity]) -> None:
+    def keep(self, block_hashes: Sequence[BlockHash]) -> None:
         """A request ends and leaves these blocks behind, its answer's included: used now, not looked up."""
-        self._use(self._sampled(identities))
+        self._use(self._sampled(block_hashes))
 
     def curve(self) -> list[CurvePoint]:
         """A point for each capacity, smallest first; empty while nothing has been looked up."""
@@ -94,15 +94,15 @@ class ReuseEstimator:
             points.append(CurvePoint(capacity, min(1.0, max(0.0, rate)), error))
         return points
 
-    def _sampled(self, identities: Sequence[Identity]) -> list[Identity]:
+    def _sampled(self, block_hashes: Sequence[BlockHash]) -> list[BlockHash]:
         if self.share == 1:
-            return list(identities)
+            return list(block_hashes)
         threshold = self._threshold
-        return [identity for identity in identities if identity < threshold]
+        return [block_hash for block_hash in block_hashes if block_hash < threshold]
 
     @property
     def _threshold(self) -> bytes:
-        """Identities below it are in the sample, where that is not all."""
+        """Block hashes below it are in the sample, where that is not all."""
         return round(self.share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
 
     def _scaled(self, depth: int) -> float:
@@ -110,7 +110,7 @@ class ReuseEstimator:
         neighbours above as many others as the sample leaves out."""
         return 1 + (depth - 1) / self.share
 
-    def _use(self, sampled: Sequence[Identity]) -> None:
+    def _use(self, sampled: Sequence[BlockHash]) -> None:
         self._stack.use(sampled)
         while len(self._stack) > self._max_followed:
             if self.share > self._least_share:

@@ -11,12 +11,12 @@ prompt delays neither another tenant nor a short prompt by more than a few chunk
 come, first served.
 """
 
+from collections import abc
 from collections.abc import Container, Iterable, Mapping
-from collections.abc import Sequence as Batch
 
 from emberkv.core.fairness import Claims
-from emberkv.core.hashing import Identity
-from emberkv.core.loads import Loads
+from emberkv.core.hashing import BlockHash
+from emberkv.core.loads import PendingLoads
 from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.promotion import Load, LowerTiers, PendingLookup
@@ -55,7 +55,7 @@ class Scheduler:
         self._waiting = WaitingQueue(self._free_for, config.weights)
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
-        self._loads = Loads(cache, lower)
+        self._loads = PendingLoads(cache, lower)
         self._arrivals = 0
         self._held_back = False
 
@@ -124,7 +124,7 @@ class Scheduler:
         if sequence is not None:
             self._finish(sequence, reason)
 
-    def loaded(self, load: Load, exact: Batch[bool]) -> None:
+    def loaded(self, load: Load, exact: abc.Sequence[bool]) -> None:
         """A load has ended. exact: of the leading blocks whose bytes are in their slots, each; none if it failed.
 
         These stay cached, nobody holding them, and who waited for them is admitted in its turn. Raises IntegrityError
@@ -146,10 +146,10 @@ class Scheduler:
             self._enqueue(sequence)
         self._waiting.forget_refusals()
 
-    def remove(self, identities: Iterable[Identity]) -> int:
+    def remove(self, block_hashes: Iterable[BlockHash]) -> int:
         """Forget cached blocks, and what of them is being loaded; how many were cached."""
-        wanted = list(identities)
-        self._loads.revoke(wanted)
+        wanted = list(block_hashes)
+        self._loads.cancel_load(wanted)
         self._waiting.forget_refusals()
         return self.cache.pool.remove(wanted)
 
@@ -210,8 +210,10 @@ class Scheduler:
             return True
         if sequence.wants_prompt_logits:
             return False
-        block, identities = self.cache.pool.blocks_for(long_part) - 1, sequence.chain.identities
-        return self.cache.enabled and block < len(identities) and self.cache.pool.lookup(identities[block]) is not None
+        block, block_hashes = self.cache.pool.blocks_for(long_part) - 1, sequence.chain.block_hashes
+        return (
+            self.cache.enabled and block < len(block_hashes) and self.cache.pool.lookup(block_hashes[block]) is not None
+        )
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         for sequence in sorted(self._running, key=lambda each: each.rank):
@@ -365,8 +367,8 @@ class Scheduler:
         return match.end is not MatchEnd.OFF and any(
             each.status is SequenceStatus.PREFILLING
             and each.priority <= sequence.priority
-            and each.held.num_committed <= block < min(len(each.chain.identities), len(sequence.chain.identities))
-            and each.chain.identities[block] == sequence.chain.identities[block]
+            and each.held.num_committed <= block < min(len(each.chain.block_hashes), len(sequence.chain.block_hashes))
+            and each.chain.block_hashes[block] == sequence.chain.block_hashes[block]
             for each in self._running
         )
 

@@ -6,7 +6,7 @@ from enum import Enum
 
 from emberkv.core.hashing import Chain
 from emberkv.core.prefix_cache import Lease
-from emberkv.core.promotion import NOTHING_BELOW, Admission, PendingLookup, Promotion, Wait
+from emberkv.core.promotion import NOTHING_BELOW, Admission, LoadDecision, PendingLookup, Wait
 
 
 class FinishReason(Enum):
@@ -58,7 +58,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     waits: list[Wait] = field(default_factory=list)
     lookup: PendingLookup | None = None
-    promotion: Promotion = NOTHING_BELOW
+    load_decision: LoadDecision = NOTHING_BELOW
     admission: Admission | None = None
     prompt_tokens: int = field(init=False)
 

@@ -20,7 +20,7 @@ class CacheStats:
     duplicate_blocks: int = 0  # computed twice at the same time; one copy was freed
     replaced_blocks: int = 0  # an exact copy took the place of an inexact one
     evicted_blocks: int = 0
-    collisions: int = 0  # equal identity, different tokens: refused
+    collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0
     tier_hit_tokens: Counter[str] = field(default_factory=Counter)  # of the hits, brought up by a load, by tier
     load_choices: Counter[LoadChoice] = field(default_factory=Counter)  # one for each admission that looked below

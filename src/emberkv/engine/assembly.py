@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from emberkv.core.block_pool import BlockPool, BlockWeight
-from emberkv.core.hashing import Identity, root_hash
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.block_pool import BlockCost, BlockPool
+from emberkv.core.hashing import BlockHash, root_hash
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
@@ -59,7 +59,7 @@ class AssembledEngine:
     loop: EngineLoop
     executor: TorchEngine
     scheduler: Scheduler
-    root: Identity
+    root: BlockHash
     namespace: bytes
     public: PublicPrefixes
     tiers: TierManager | None = None
@@ -100,7 +100,7 @@ def assemble(
     Raises ConfigError when a setting cannot work, UnsupportedModelError when the paged attention does not reproduce the
     model's own, CacheFolderError when the disk tier's folder can be neither made nor read.
     """
-    weight = recompute_weight(loaded, config.block_size)  # before packing takes weights out of the parameters
+    block_cost = recompute_cost(loaded, config.block_size)  # before packing takes weights out of the parameters
     executor = _checked_executor(loaded, config, kernels, sampler, progress)
     unit = executor.alignment
     if config.prefix_cache and unit >= min(loaded.context_length, executor.pool.num_blocks * config.block_size):
@@ -123,7 +123,7 @@ def assemble(
             )
         if tiers is not None:
             on_failure.callback(tiers.close, 0.0)
-        scheduler, link = _scheduler(executor, config, weight, tiers)
+        scheduler, link = _scheduler(executor, config, block_cost, tiers)
         on_failure.pop_all()
     limits = ModelLimits(loaded.context_length, loaded.geometry.vocab_size, loaded.eos_token_ids)
     public = PublicPrefixes(public_prefixes, config.block_size)
@@ -176,16 +176,16 @@ def _checked_executor(
 
 
 def _scheduler(
-    executor: TorchEngine, config: EngineConfig, weight: BlockWeight, tiers: TierManager | None
+    executor: TorchEngine, config: EngineConfig, block_cost: BlockCost, tiers: TierManager | None
 ) -> tuple[Scheduler, TierLink | None]:
     policy = config.tiers.pool_policy(config.eviction, executor.pool.num_bytes)
     pool = BlockPool(
-        executor.pool.num_blocks, config.block_size, policy=policy, weight=weight, journal=tiers is not None
+        executor.pool.num_blocks, config.block_size, policy=policy, block_cost=block_cost, journal=tiers is not None
     )
     cache = PrefixCache(
         pool,
         alignment=executor.alignment,
-        uniform=executor.uniform,
+        batch_invariant=executor.batch_invariant,
         exact=config.exact,
         enabled=config.prefix_cache,
     )
@@ -195,7 +195,7 @@ def _scheduler(
     return Scheduler(cache, limits, link), link
 
 
-def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:
+def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
     """What a block costs to compute again, in floating-point operations, against its bytes.
 
     Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
@@ -204,4 +204,4 @@ def recompute_weight(loaded: LoadedModel, block_size: int) -> BlockWeight:
     linear = 2.0 * sum(parameter.numel() for parameter in loaded.model.parameters()) * block_size
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
     size = float(geometry.bytes_per_token(loaded.dtypes.kv) * block_size)
-    return lambda position: Weight(size, linear + per_key * position * block_size)
+    return lambda position: EntryCost(size, linear + per_key * position * block_size)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from emberkv.core.block import Block, BlockState
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.engine.executor import KVStorage
 from emberkv.errors import BlockError, ForeignBlockError
@@ -42,13 +42,13 @@ class BlockTransfer:
         self._namespace = namespace
         self._max_blocks = max(1, max_bytes // storage.block_bytes)
 
-    def export(self, block_hashes: Sequence[Identity]) -> list[bytes | None]:
+    def export(self, block_hashes: Sequence[BlockHash]) -> list[bytes | None]:
         """The records of the first of these blocks, as many as `MAX_BYTES` allows; None for each that is not in the
         pool. Raises MemoryError when there is no memory for the copies.
         """
         found = [self._full_block(each) for each in block_hashes[: self._max_blocks]]
         blocks = [block for block in found if block is not None]
-        contents = dict(zip(blocks, self._storage.read_blocks([block.slot for block in blocks]), strict=True))
+        contents = dict(zip(blocks, self._storage.read_blocks([block.block_id for block in blocks]), strict=True))
         self._pool.stats.exported_blocks += len(blocks)
         return [None if block is None else self._encoded(block, contents[block]) for block in found]
 
@@ -59,7 +59,7 @@ class BlockTransfer:
         """
         if not self._cache.enabled:
             return ImportedBlocks(len(records), 0, 0)
-        cached = self._pool.match(chain, stop=len(chain.identities), exact_only=self._cache.exact).blocks
+        cached = self._pool.match(chain, stop=len(chain.block_hashes), exact_only=self._cache.exact).blocks
         sound, taken, refused = self._verified(chain, records, len(cached))
         self._pool.pin(cached)
         imported = self._commit(chain, sound, cached)
@@ -67,13 +67,13 @@ class BlockTransfer:
         self._pool.stats.refused_imports.update(refused)
         return ImportedBlocks(taken, imported, len(cached), refused)
 
-    def _full_block(self, block_hash: Identity) -> Block | None:
+    def _full_block(self, block_hash: BlockHash) -> Block | None:
         block = self._pool.lookup(block_hash)
         return None if block is None or block.partial else block
 
     def _encoded(self, block: Block, content: memoryview) -> bytes:
-        assert block.identity is not None
-        record = BlockRecord(block.identity, block.parent, block.tokens, block.position, block.exact, content)
+        assert block.block_hash is not None
+        record = BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)
         return encode_record(record, namespace=self._namespace)
 
     def _verified(
@@ -96,10 +96,10 @@ class BlockTransfer:
         """Raises BlockError unless it is the record of a block of ``chain``, at ``furthest`` or before."""
         record = decode_record(data, namespace=self._namespace)
         at = record.position
-        if at > furthest or at >= len(chain.identities):
+        if at > furthest or at >= len(chain.block_hashes):
             raise ForeignBlockError(f"block {at} of a chain; block {furthest} is the next one", fault="position")
-        expected = (chain.identities[at], chain.parent(at), chain.block_tokens(at))
-        if (record.identity, record.parent, record.tokens) != expected:
+        expected = (chain.block_hashes[at], chain.parent(at), chain.block_tokens(at))
+        if (record.block_hash, record.parent, record.tokens) != expected:
             raise ForeignBlockError("a block of another chain", fault="tokens")
         if len(record.payload) != self._storage.block_bytes:
             raise ForeignBlockError(f"{len(record.payload)} bytes of KV state", fault="size")
@@ -117,7 +117,7 @@ class BlockTransfer:
         count = 0
         try:
             for record, block in zip(records, list(blocks), strict=False):
-                self._storage.write_block(block.slot, record.payload)
+                self._storage.write_block(block.block_id, record.payload)
                 blocks[count] = self._pool.commit(block, chain, record.position, exact=record.exact)
                 if blocks[count].state is not BlockState.COMMITTED:  # the hash is another chain's already
                     break

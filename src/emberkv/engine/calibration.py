@@ -156,17 +156,17 @@ def time_tier(
     place = bytearray(block_bytes)
 
     def load(count: int) -> None:
-        for entry in tier.load([record.identity for record in records[:count]]):
+        for entry in tier.load([record.block_hash for record in records[:count]]):
             if entry is None:
                 raise EmberError(f"the {tier.name} tier lost a block that it had just stored; is there no room?")
             place[:] = decode_record(entry.data, namespace=_NAMESPACE).payload
 
     began = clock()
     tier.store(
-        [TierEntry(each.identity, "", encode_record(each, namespace=_NAMESPACE), each.exact) for each in records]
+        [TierEntry(each.block_hash, "", encode_record(each, namespace=_NAMESPACE), each.exact) for each in records]
     )
     written = clock() - began
     read = _median_seconds(lambda: load(blocks), clock, 3)
     latency = _median_seconds(lambda: load(1), clock, 5)
-    tier.remove([record.identity for record in records])
+    tier.remove([record.block_hash for record in records])
     return TransferTime(latency, blocks * block_bytes / read, blocks * block_bytes / written)

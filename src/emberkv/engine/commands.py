@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from emberkv.core.explaining.explanation import Outcome
 from emberkv.core.explaining.look_up import look_up
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.stats import CacheStats
@@ -45,7 +45,7 @@ class Execute(Protocol):
 class Retain(Command[int]):
     """Have the pool evict these blocks after all others, for so many seconds. Answer: how many blocks it retains."""
 
-    block_hashes: Sequence[Identity]
+    block_hashes: Sequence[BlockHash]
     seconds: float = inf
 
 
@@ -53,7 +53,7 @@ class Retain(Command[int]):
 class Unretain(Command[None]):
     """Have the pool evict these blocks like any others again."""
 
-    block_hashes: Sequence[Identity]
+    block_hashes: Sequence[BlockHash]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Remove(Command[RemovedBlocks]):
     No block moves between pool and tiers meanwhile, so none survives. tiers: False removes from the pool alone.
     """
 
-    block_hashes: Collection[Identity] | None
+    block_hashes: Collection[BlockHash] | None
     tiers: bool = True
 
 
@@ -101,7 +101,7 @@ class LookUp(Command[LookedUp]):
 class FindCached(Command[list[bool]]):
     """Answer: of each block, whether the pool or a tier below it has it."""
 
-    block_hashes: Sequence[Identity]
+    block_hashes: Sequence[BlockHash]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class ExportBlocks(Command[list[bytes | None]]):
     As many as `block_transfer.MAX_BYTES` allows, and at least one: the caller asks again for the rest.
     """
 
-    block_hashes: Sequence[Identity]
+    block_hashes: Sequence[BlockHash]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class CacheControl:
         return self._pool.policy.retain(command.block_hashes, self._clock() + command.seconds)
 
     def _unretain(self, command: Unretain) -> None:
-        self._pool.policy.let_go(command.block_hashes)
+        self._pool.policy.unretain(command.block_hashes)
 
     def _remove(self, command: Remove) -> RemovedBlocks:
         manager = self._manager if command.tiers else None
@@ -207,7 +207,7 @@ class CacheControl:
     def _find_cached(self, command: FindCached) -> list[bool]:
         return [self._is_cached(block_hash) for block_hash in command.block_hashes]
 
-    def _is_cached(self, block_hash: Identity) -> bool:
+    def _is_cached(self, block_hash: BlockHash) -> bool:
         if self._pool.lookup(block_hash) is not None:
             return True
         return self._lower is not None and bool(self._lower.find([block_hash], exact=False))

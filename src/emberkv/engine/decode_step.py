@@ -43,7 +43,7 @@ class DecodeStep(AttentionStep):
         self._min_shared = min_shared
         last = [table[(n - 1) // pool.block_size] for table, n in zip(tables, lengths, strict=True)]
         offsets = [(n - 1) % pool.block_size for n in lengths]
-        pool.clear([slot for slot, offset in zip(last, offsets, strict=True) if offset == 0])
+        pool.clear([block_id for block_id, offset in zip(last, offsets, strict=True) if offset == 0])
         self._write = pool.write_index(pool.rows(last), torch.tensor(offsets, device=pool.device))
         self._layouts: dict[tuple[int | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
 
@@ -127,7 +127,7 @@ class DecodeStep(AttentionStep):
         device = self._pool.device
         own = [self._tables[m][first_block[m] : -(-self._lengths[m] // size)] for m in members]
         width = max(map(len, own))
-        padded = [slot for slots in own for slot in slots + [slots[-1]] * (width - len(slots))]
+        padded = [block_id for block_ids in own for block_id in block_ids + [block_ids[-1]] * (width - len(block_ids))]
         at = torch.arange(width * size, device=device)
         stop = torch.tensor([self._lengths[m] - first_block[m] * size for m in members], device=device)
         start = torch.tensor([first_visible[m] - first_block[m] * size for m in members], device=device)

@@ -156,8 +156,8 @@ class Executor(Protocol):
     """Computes planned steps over a KV pool of its own.
 
     alignment: prefill gives tokens ``[k * alignment, (k + 1) * alignment)`` the same KV bits in whatever chunks, steps
-    and batches it computes them; a multiple of the block size. uniform: decode steps, and chunks that begin at any
-    token, give them the same bits as well.
+    and batches it computes them; a multiple of the block size. batch_invariant: decode steps, and chunks that begin at
+    any token, give them the same bits as well.
 
     ::
 
@@ -175,7 +175,7 @@ class Executor(Protocol):
     def alignment(self) -> int: ...
 
     @property
-    def uniform(self) -> bool: ...
+    def batch_invariant(self) -> bool: ...
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState], /) -> StepOutput:
         """Make the plan's block copies, compute its tokens into the pool, and sample.

@@ -17,7 +17,7 @@ class KVPool:
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply.
 
-    A *row* is one block's K (or V) of one layer. ``rows(slots)`` gives each slot's first row; the K of a layer is
+    A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a layer is
     ``2 * layer`` rows further, its V one more. scores: memory for attention scores, lent to one layer at a time.
     """
 
@@ -69,26 +69,26 @@ class KVPool:
     def block_bytes(self) -> int:
         return self.num_bytes // self.num_blocks
 
-    def read_blocks(self, slots: Sequence[int]) -> list[memoryview]:
+    def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views.
 
         Raises MemoryError when there is no memory for the copy.
         """
-        rows = np.empty((len(slots), self.block_bytes), dtype=np.uint8)  # numpy says so when there is no memory
+        rows = np.empty((len(block_ids), self.block_bytes), dtype=np.uint8)  # numpy says so when there is no memory
         copied = torch.from_numpy(rows).view(self.dtype)
         flat = self.storage.view(self.num_blocks, -1)
-        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         if self.device.type == "cpu":
             torch.index_select(flat, 0, index, out=copied)
         else:
             copied.copy_(_or_memory_error(lambda: flat.index_select(0, index)))
         return [row.data for row in rows]
 
-    def read(self, slot: int) -> bytes:
+    def read(self, block_id: int) -> bytes:
         """The bytes of one block."""
-        return bytes(self.read_blocks([slot])[0])
+        return bytes(self.read_blocks([block_id])[0])
 
-    def write_block(self, slot: int, content: bytes | memoryview) -> None:
+    def write_block(self, block_id: int, content: bytes | memoryview) -> None:
         """Put back what `read_blocks` gave.
 
         Raises ConfigError for any other number of bytes, MemoryError when there is no memory for the copy.
@@ -96,7 +96,7 @@ class KVPool:
         source = np.frombuffer(content, dtype=np.uint8)
         if source.size != self.block_bytes:
             raise ConfigError(f"{source.size} bytes for a block; one of this pool has {self.block_bytes}")
-        target = self.storage[slot].view(-1).view(torch.uint8)
+        target = self.storage[block_id].view(-1).view(torch.uint8)
         if self.device.type == "cpu":
             target.numpy()[:] = source
         else:
@@ -109,18 +109,18 @@ class KVPool:
             taken = self.storage.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
             self.storage.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
 
-    def rows(self, slots: list[int]) -> Tensor:
-        """Each slot's first row, int64 ``[len(slots)]``."""
-        return torch.tensor(slots, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
+    def rows(self, block_ids: list[int]) -> Tensor:
+        """Each slot's first row, int64 ``[len(block_ids)]``."""
+        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
 
-    def clear(self, slots: list[int]) -> None:
+    def clear(self, block_ids: list[int]) -> None:
         """Zero whole blocks in which a first token is about to be written.
 
         Decode gathers whole blocks, and what lies beyond a sequence's end weighs nothing; but nothing times a NaN that
         somebody left there is a NaN.
         """
-        if slots:
-            self.storage.index_fill_(0, torch.tensor(slots, device=self.device), 0)
+        if block_ids:
+            self.storage.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
 
     def gather_index(self, rows: Tensor) -> Tensor:
         """The rows to copy for each layer, int64 ``[layers, 2 * rows]``: all K, then all V."""

@@ -121,7 +121,7 @@ class LiveRequests:
         """At the first token: the whole prompt is computed, and its blocks are in the pool if they are to be."""
         request, chain = live.request, live.sequence.chain
         if request.retain_tokens and not live.answered:
-            blocks = chain.identities[: request.retain_tokens // chain.block_size]
+            blocks = chain.block_hashes[: request.retain_tokens // chain.block_size]
             self._scheduler.cache.pool.policy.retain(blocks, self._clock() + request.retain_seconds)
 
     def _send(

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
-from emberkv.core.hashing import Identity, TokenChain
+from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
@@ -45,7 +45,7 @@ class EngineLoop:
         scheduler: Scheduler,
         limits: ModelLimits,
         *,
-        root: Identity,
+        root: BlockHash,
         tiers: TierLink | None = None,
         control: CacheControl | None = None,
         public: PublicPrefixes | None = None,
@@ -129,7 +129,7 @@ class EngineLoop:
         self._mailbox.submit(Live(request, sequence, state, listener, self._clock()))
 
     def chain(self, request: GenerationRequest) -> TokenChain:
-        """The prompt under the identities by which the cache knows its blocks."""
+        """The prompt under the block hashes by which the cache knows its blocks."""
         return self._chain(request, remember=False)
 
     def _chain(self, request: GenerationRequest, *, remember: bool) -> TokenChain:
@@ -229,7 +229,7 @@ class EngineLoop:
         self._news.admitted += first_time
         if self._tiers is not None:
             for sequence in first_time:
-                self._tiers.used(sequence.chain.identities[: sequence.cached_tokens // sequence.chain.block_size])
+                self._tiers.used(sequence.chain.block_hashes[: sequence.cached_tokens // sequence.chain.block_size])
             for load in plan.loads:
                 self._tiers.onboard(load)
             for lookup in plan.lookups:

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 import emberkv.engine
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.engine.loader import dtype_name
 from emberkv.engine.torch_engine import TorchEngine
 
@@ -42,7 +42,7 @@ class Namespace:
     Exactness is a property of each stored block, not of the namespace.
     """
 
-    root: Identity
+    root: BlockHash
     weights_dtype: str
     activations_dtype: str
     kv_dtype: str
@@ -61,7 +61,7 @@ class Namespace:
         return sha256(_FORMAT + json.dumps(named, sort_keys=True).encode()).digest()
 
 
-def namespace_of(engine: TorchEngine, root: Identity) -> Namespace:
+def namespace_of(engine: TorchEngine, root: BlockHash) -> Namespace:
     """The namespace of what ``engine`` computes in this process, as it is set up now."""
     kernels, dtypes, device = engine.kernels, engine.loaded.dtypes, engine.loaded.device
     return Namespace(
@@ -72,7 +72,7 @@ def namespace_of(engine: TorchEngine, root: Identity) -> Namespace:
         layout="kernels" if kernels is not None else _TORCH_LAYOUT,
         kernels=kernels.identity if kernels is not None else "torch",
         alignment=engine.alignment,
-        batch_invariant=engine.uniform,
+        batch_invariant=engine.batch_invariant,
         libraries=(torch.__version__, str(torch.version.git_version), str(transformers.__version__)),
         processor=_processor(device),
         threads=torch.get_num_threads() if device.type != "cuda" else 0,

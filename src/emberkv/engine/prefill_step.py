@@ -23,21 +23,21 @@ class _Tile:
 class PrefillStep(AttentionStep):
     """Tokens ``[start, start + length)`` of one sequence; ``start`` is a multiple of ``tile`` and the block size.
 
-    slots: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
+    block_ids: the sequence's block table, covering at least ``start + length`` tokens. tile: attention is computed in
     tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
 
     A whole tile at a position always has the same shape. The number of keys is rounded up to one of a few, and a
     prompt's last tile is filled up, with zeros that nobody sees: oneDNN keeps close to a megabyte for each shape met.
     """
 
-    def __init__(self, pool: KVPool, slots: list[int], start: int, length: int, *, tile: int) -> None:
+    def __init__(self, pool: KVPool, block_ids: list[int], start: int, length: int, *, tile: int) -> None:
         self._pool = pool
         self._start = start
         self._stop = start + length
         self._tile = tile
         whole, rest = divmod(self._stop, pool.block_size)
-        pool.clear(slots[whole : whole + 1] if rest else [])
-        rows = pool.rows(slots)
+        pool.clear(block_ids[whole : whole + 1] if rest else [])
+        rows = pool.rows(block_ids)
         positions = torch.arange(start, self._stop, device=pool.device)
         self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
         self._rows = rows[: -(-self._stop // pool.block_size)]

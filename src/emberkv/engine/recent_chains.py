@@ -1,11 +1,11 @@
-"""The identities of the latest prompts, so that a conversation's next turn is hashed only from where it goes on."""
+"""The block hashes of the latest prompts, so that a conversation's next turn is hashed only from where it goes on."""
 
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, common_tokens, encode_tokens, token_array
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, TokenChain, common_tokens, encode_tokens, token_array
 
 MAX_PROMPTS = 64
 """All are looked at for each prompt, which takes tens of microseconds."""
@@ -14,16 +14,16 @@ MAX_BYTES = 16 << 20
 
 
 class _Prompt(NamedTuple):
-    """borders: what its identities depend on beside its tokens. tokens: of its full blocks, encoded."""
+    """borders: what its block hashes depend on beside its tokens. tokens: of its full blocks, encoded."""
 
-    borders: tuple[Identity, bytes, int]
+    borders: tuple[BlockHash, bytes, int]
     tokens: bytes
-    identities: list[Identity]
+    block_hashes: list[BlockHash]
 
     @property
     def size(self) -> int:
-        """In bytes, about: an identity is 65 and a pointer."""
-        return len(self.tokens) + 73 * len(self.identities)
+        """In bytes, about: a block hash is 65 and a pointer."""
+        return len(self.tokens) + 73 * len(self.block_hashes)
 
 
 class RecentChains:
@@ -46,7 +46,7 @@ class RecentChains:
         return self._bytes
 
     def chain(
-        self, root: Identity, tokens: Sequence[int], *, owner: str, salt: bytes, public_blocks: int, remember: bool
+        self, root: BlockHash, tokens: Sequence[int], *, owner: str, salt: bytes, public_blocks: int, remember: bool
     ) -> TokenChain:
         """See `TokenChain`."""
         ids = token_array(tokens)
@@ -60,11 +60,11 @@ class RecentChains:
             root, ids, self._block_size, owner=owner, salt=salt, public_blocks=public_blocks, known=known
         )
         if remember and full:
-            self._remember(_Prompt(borders, encoded, chain.identities[:full]))
+            self._remember(_Prompt(borders, encoded, chain.block_hashes[:full]))
         return chain
 
-    def _known(self, borders: tuple[Identity, bytes, int], tokens: bytes) -> Iterable[Identity]:
-        """The identities of the blocks that are also a remembered prompt's.
+    def _known(self, borders: tuple[BlockHash, bytes, int], tokens: bytes) -> Iterable[BlockHash]:
+        """The block hashes of the blocks that are also a remembered prompt's.
 
         A turn goes on behind the whole of the one before, so a look at where the shorter of two ends finds it. If none
         is like that, the latest with the same first block is as good a guess as any.
@@ -82,7 +82,7 @@ class RecentChains:
         if best is None:
             return ()
         common = most or common_tokens(best.tokens, tokens) * TOKEN_BYTES
-        return best.identities[: common // width]
+        return best.block_hashes[: common // width]
 
     def _remember(self, prompt: _Prompt) -> None:
         if prompt.size > self._max_bytes:

@@ -29,11 +29,11 @@ Tokens beyond the end of a shorter array are not allowed. The same answer must g
 class GenerationRequest:
     """One prompt to continue.
 
-    salt: bytes mixed into the identities of the prompt's blocks from where its public beginning ends; only equal salts
-    share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants.
-    session_id: groups requests in statistics. priority: lower is served sooner, whatever the tenant.
-    retain_tokens: of the prompt, how many are to be evicted only after others for ``retain_seconds``: a wish.
-    allowed_tokens: which tokens its answer may have; None: all.
+    salt: bytes mixed into the block hashes of the prompt's blocks from where its public beginning ends; only equal
+    salts share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants. session_id:
+    groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
+    how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
+    may have; None: all.
     """
 
     request_id: str

@@ -9,11 +9,11 @@ from typing import NamedTuple
 class Run:
     """New tokens ``[start, start + count)`` of one sequence.
 
-    slots: its block table, covering at least ``start + count`` tokens. decode: the one token is the sequence's latest,
-    computed to continue it; otherwise the run is a piece of a prompt.
+    block_ids: its block table, covering at least ``start + count`` tokens. decode: the one token is the sequence's
+    latest, computed to continue it; otherwise the run is a piece of a prompt.
     """
 
-    slots: list[int]
+    block_ids: list[int]
     start: int
     count: int
     decode: bool = False

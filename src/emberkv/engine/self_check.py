@@ -30,7 +30,7 @@ class PagedForward(Protocol):
     prefill_chunk: int
     alignment: int
 
-    def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor: ...
+    def prefill(self, tokens: list[int], start: int, block_ids: list[int], *, sample: bool) -> Tensor: ...
 
     def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor: ...
 
@@ -51,7 +51,7 @@ def is_tile_invariant(engine: PagedForward) -> bool:
     return all(_same_in_pieces(engine, engine.prefill_chunk + tail, cuts) for tail in tails)
 
 
-def is_uniform(engine: PagedForward) -> bool:
+def is_batch_invariant(engine: PagedForward) -> bool:
     """Whether decode steps, and chunks that begin within a block, give tokens the same bits as whole prefills do."""
     within = {engine.alignment // 2 + 1, engine.alignment + 1}
     return _decodes_as_it_prefills(engine) and _same_in_pieces(engine, engine.alignment + 3, within)
@@ -130,14 +130,14 @@ def check_against_plain_forward(engine: PagedForward, expected: Tensor) -> None:
     """
     length = expected.shape[0]
     tokens = _made_up_tokens(engine.loaded, length)
-    slots = list(range(-(-length // engine.pool.block_size)))
+    block_ids = list(range(-(-length // engine.pool.block_size)))
     cut = max(engine.alignment, length // 2 // engine.alignment * engine.alignment)
     if length < cut + 2:
-        paged, at = [engine.prefill(tokens, 0, slots, sample=True)], [length - 1]
+        paged, at = [engine.prefill(tokens, 0, block_ids, sample=True)], [length - 1]
     else:
-        paged = [engine.prefill(tokens[:cut], 0, slots, sample=True)]
-        paged.append(engine.prefill(tokens[cut:-1], cut, slots, sample=True))
-        paged.append(engine.decode(tokens[-1:], [length], [slots]))
+        paged = [engine.prefill(tokens[:cut], 0, block_ids, sample=True)]
+        paged.append(engine.prefill(tokens[cut:-1], cut, block_ids, sample=True))
+        paged.append(engine.decode(tokens[-1:], [length], [block_ids]))
         at = [cut - 1, length - 2, length - 1]
     ours, theirs = torch.cat(paged).float(), expected[at].float()
     error = (ours - theirs).norm() / theirs.norm()

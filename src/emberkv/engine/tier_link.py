@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from emberkv.core.block import Block
-from emberkv.core.hashing import Identity
-from emberkv.core.promotion import Load, LookupStatus, LowerTiers, PendingLookup, Run
-from emberkv.core.rates import Rate
+from emberkv.core.hashing import BlockHash
+from emberkv.core.promotion import BlockRun, Load, LookupStatus, LowerTiers, PendingLookup
+from emberkv.core.rates import LatencyModel
 from emberkv.engine.executor import KVStorage
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
@@ -49,7 +49,7 @@ class TierLink:
     step_tokens: how many prompt tokens a step computes when there is nothing else to do. exact: only blocks that are
     bit-equal to a cold prefill's go down. clock: seconds. news: called, on any thread, when `has_news` may be True.
 
-    trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the identity asked
+    trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the block hash asked
     for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it; and a ``lookup`` that no tier
     answered in time.
     """
@@ -70,17 +70,17 @@ class TierLink:
         self._step_tokens = step_tokens
         self._exact = exact
         self._clock = clock
-        self._prefill = Rate()
+        self._prefill = LatencyModel()
         self._pending: dict[Load, _PendingLoad] = {}
         self._arrived: deque[tuple[Load, Records]] = deque()
         self._queries: dict[PendingLookup, _PendingQuery] = {}
         self._answered: deque[PendingLookup] = deque()
 
-    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
-        return self.manager.find(identities, exact=exact)
+    def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
+        return self.manager.find(block_hashes, exact=exact)
 
-    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
-        return self.manager.status(identity, exact=exact)
+    def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
+        return self.manager.status(block_hash, exact=exact)
 
     @property
     def peeking(self) -> LowerTiers:
@@ -99,10 +99,10 @@ class TierLink:
         """A step with a prompt in it computed so many tokens."""
         self._prefill.observe(tokens, max(0.0, seconds))
 
-    def used(self, identities: Sequence[Identity]) -> None:
+    def used(self, block_hashes: Sequence[BlockHash]) -> None:
         """These were hit in the pool, so make them as recent in the tiers."""
-        if identities:
-            self.manager.touch(identities)
+        if block_hashes:
+            self.manager.touch(block_hashes)
 
     def offload(self, blocks: Sequence[Block]) -> None:
         """Have the tiers store these. Their bytes are copied out of the pool before this returns."""
@@ -110,7 +110,7 @@ class TierLink:
         if not wanted:
             return
         try:
-            contents = self._blocks.read_blocks([block.slot for block in wanted])
+            contents = self._blocks.read_blocks([block.block_id for block in wanted])
         except MemoryError as error:  # the blocks stay where they are
             self._count("memory", len(wanted), str(error))
             return
@@ -125,7 +125,7 @@ class TierLink:
 
         patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
         deadline = self._clock() + patience
-        onboarding = self.manager.onboard(list(load.identities), load.runs, done)
+        onboarding = self.manager.onboard(list(load.block_hashes), load.runs, done)
         self._pending[load] = _PendingLoad(load, onboarding, deadline)
 
     def look_up(self, lookup: PendingLookup) -> None:
@@ -136,7 +136,7 @@ class TierLink:
             self.news()
 
         began = self._clock()
-        query = self.manager.ask(list(lookup.identities), done, exact=lookup.exact)
+        query = self.manager.ask(list(lookup.block_hashes), done, exact=lookup.exact)
         seconds = query.seconds if lookup.patience is None else min(query.seconds, lookup.patience)
         self._queries[lookup] = _PendingQuery(query, began + seconds)
 
@@ -196,7 +196,7 @@ class TierLink:
             if record is None or not self._is_wanted(load, load.start + index, record):
                 break
             try:
-                self._blocks.write_block(block.slot, record.payload)
+                self._blocks.write_block(block.block_id, record.payload)
             except MemoryError as error:  # what is not there is computed
                 self._count("memory", 1, str(error))
                 break
@@ -205,8 +205,8 @@ class TierLink:
 
     def _is_wanted(self, load: Load, position: int, record: BlockRecord) -> bool:
         chain = load.chain
-        found = (record.identity, record.parent, record.position, record.tokens)
-        if found != (chain.identities[position], chain.parent(position), position, chain.block_tokens(position)):
+        found = (record.block_hash, record.parent, record.position, record.tokens)
+        if found != (chain.block_hashes[position], chain.parent(position), position, chain.block_tokens(position)):
             self._count("tokens", 1)
         elif len(record.payload) != self._blocks.block_bytes:
             self._count("size", 1)
@@ -224,17 +224,17 @@ class _Peeking:
     def __init__(self, link: TierLink) -> None:
         self._link = link
 
-    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
-        return self._link.manager.peek(identities, exact=exact)
+    def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
+        return self._link.manager.peek(block_hashes, exact=exact)
 
-    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
-        return self._link.status(identity, exact=exact)
+    def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
+        return self._link.status(block_hash, exact=exact)
 
     def recompute_seconds(self, tokens: int) -> float | None:
         return self._link.recompute_seconds(tokens)
 
 
 def _offloaded(block: Block, content: memoryview) -> OffloadedBlock:
-    assert block.identity is not None
-    record = BlockRecord(block.identity, block.parent, block.tokens, block.position, block.exact, content)
+    assert block.block_hash is not None
+    record = BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)
     return OffloadedBlock(record, block.owner)

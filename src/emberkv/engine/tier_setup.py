@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
@@ -28,13 +28,13 @@ class TierConfig:
     shares: Mapping[str, Mapping[str, Share]] = field(default_factory=dict)
     retain_share: float = 0.0
 
-    def pool_policy(self, eviction: str, pool_bytes: int) -> EvictionPolicy[Identity]:
+    def pool_policy(self, eviction: str, pool_bytes: int) -> EvictionPolicy[BlockHash]:
         """eviction: a policy's name. Raises ConfigError for an unknown one, and for floors above the pool's size."""
         most = self.retain_share * pool_bytes
         shared = RetentionBudget(most)
 
-        def inner() -> EvictionPolicy[Identity]:
-            ordering: EvictionPolicy[Identity] = make_policy(eviction)
+        def inner() -> EvictionPolicy[BlockHash]:
+            ordering: EvictionPolicy[BlockHash] = make_policy(eviction)
             return Retaining(ordering, max_bytes=most, shared=shared) if self.retain_share else ordering
 
         return self._shared(POOL, inner, pool_bytes)()

@@ -25,11 +25,11 @@ class TorchAttention:
         for decode, group in groupby(runs, key=lambda run: run.decode):
             some = list(group)
             if decode:
-                step = DecodeStep(self._pool, [run.slots for run in some], [run.stop for run in some])
+                step = DecodeStep(self._pool, [run.block_ids for run in some], [run.stop for run in some])
                 parts.append((len(some), step))
                 continue
             for run in some:
-                parts.append((run.count, PrefillStep(self._pool, run.slots, run.start, run.count, tile=self._tile)))
+                parts.append((run.count, PrefillStep(self._pool, run.block_ids, run.start, run.count, tile=self._tile)))
         return _PackedStep(parts)
 
 

@@ -1,7 +1,7 @@
 """Executes planned steps with PyTorch: which forward passes, on which tokens, over which blocks."""
 
+from collections import abc
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Batch
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from emberkv.engine.packed_linear import PackedLinear, let_go_of_checkpoint, pac
 from emberkv.engine.paged_attention import AttentionBackend, attention_step
 from emberkv.engine.runs import Run
 from emberkv.engine.sampling import Sampler, SamplingFailure, prompt_logprobs
-from emberkv.engine.self_check import check_against_plain_forward, is_tile_invariant, is_uniform, plain_logits
+from emberkv.engine.self_check import check_against_plain_forward, is_batch_invariant, is_tile_invariant, plain_logits
 from emberkv.engine.steady_activation import steady_activations
 from emberkv.engine.torch_attention import TorchAttention
 from emberkv.errors import UnsupportedModelError
@@ -58,7 +58,7 @@ class _Work:
     """
 
     run: Run
-    tokens: Batch[int]
+    tokens: abc.Sequence[int]
     samples: bool
     whole: bool = False
 
@@ -127,7 +127,7 @@ class TorchEngine:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
         progress("self-check 3 of 4: decode against prefill")
-        self.uniform = self.kernels is not None and self.one_pass and is_uniform(self)
+        self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
 
     def _make_attention(self) -> AttentionBackend:
         if self.kernels is not None:
@@ -165,7 +165,7 @@ class TorchEngine:
         Where rows do not influence one another's bits, all goes through the model in one pass.
         """
         copies = plan.copies
-        self.pool.copy_blocks([copy.source.slot for copy in copies], [copy.target.slot for copy in copies])
+        self.pool.copy_blocks([copy.source.block_id for copy in copies], [copy.target.block_id for copy in copies])
         decodes = [_decode_work(sequence) for sequence in plan.decodes]
         chunks = _in_one_piece(plan.prefills) if self.one_pass else plan.prefills
         prefills = [_prefill_work(chunk) for chunk in chunks]
@@ -174,9 +174,9 @@ class TorchEngine:
         sequences = plan.decodes + [chunk.sequence for chunk in chunks]
         return _result(list(zip(sequences, decodes + prefills, strict=True)), torch.cat(logits)) if logits else None
 
-    def prefill(self, tokens: list[int], start: int, slots: list[int], *, sample: bool) -> Tensor:
+    def prefill(self, tokens: list[int], start: int, block_ids: list[int], *, sample: bool) -> Tensor:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
-        return self._forward([_Work(Run(slots, start, len(tokens)), tokens, sample)])
+        return self._forward([_Work(Run(block_ids, start, len(tokens)), tokens, sample)])
 
     def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor:
         """Compute each sequence's last token (its length counts it); ``[len(tokens), vocab]``."""
@@ -255,13 +255,13 @@ def _in_one_piece(chunks: Iterable[PrefillChunk]) -> list[PrefillChunk]:
 
 def _prefill_work(chunk: PrefillChunk) -> _Work:
     sequence = chunk.sequence
-    run = Run([block.slot for block in sequence.held.blocks], chunk.start, chunk.stop - chunk.start)
+    run = Run([block.block_id for block in sequence.held.blocks], chunk.start, chunk.stop - chunk.start)
     tokens = sequence.chain.slice(chunk.start, chunk.stop)
     return _Work(run, tokens, chunk.samples, whole=sequence.wants_prompt_logits)
 
 
 def _decode_work(sequence: Sequence) -> _Work:
-    run = Run([block.slot for block in sequence.held.blocks], len(sequence.chain) - 1, 1, decode=True)
+    run = Run([block.block_id for block in sequence.held.blocks], len(sequence.chain) - 1, 1, decode=True)
     return _Work(run, [sequence.chain[-1]], True)
 
 

@@ -1,4 +1,4 @@
-"""KV blocks of a model in memory, computed by the engine that serves, under the identities that serving uses."""
+"""KV blocks of a model in memory, computed by the engine that serves, under the block hashes that serving uses."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def store_prefix(
     engine = private_engine(model, fingerprint, len(tokens))
     token_chain = TokenChain(root_hash(fingerprint, engine.pool.block_size), tokens, engine.pool.block_size)
     namespace = namespace_of(engine, token_chain.root).digest()
-    whole = len(token_chain.identities) * engine.pool.block_size
+    whole = len(token_chain.block_hashes) * engine.pool.block_size
     for start in range(0, whole, engine.prefill_chunk):
         if not in_time():
             return False
@@ -69,7 +69,7 @@ def store_prefix(
             if not in_time():
                 return False
             value = encode_record(record, namespace=namespace)
-            store.set(record.identity.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
+            store.set(record.block_hash.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
     return True
 
 
@@ -142,12 +142,12 @@ def _as_ours(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> Tokenizer:
 def _compute(engine: TorchEngine, token_chain: TokenChain, start: int, stop: int) -> Iterator[BlockRecord]:
     """Prefill tokens ``[start, stop)``, whose predecessors are computed, into the pool's first blocks."""
     size = engine.pool.block_size
-    slots = list(range(len(token_chain.identities)))
+    block_ids = list(range(len(token_chain.block_hashes)))
     with torch.inference_mode():
-        engine.prefill(token_chain.slice(start, stop), start, slots, sample=False)
+        engine.prefill(token_chain.slice(start, stop), start, block_ids, sample=False)
     for position in range(start // size, stop // size):
         yield BlockRecord(
-            identity=token_chain.identities[position],
+            block_hash=token_chain.block_hashes[position],
             parent=token_chain.parent(position),
             tokens=token_chain.block_tokens(position),
             position=position,

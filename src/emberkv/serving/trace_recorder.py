@@ -35,8 +35,8 @@ class KeyedIdentities:
         self._step = block_size * TOKEN_BYTES
 
     def links(self, salt: bytes, tokens: "array[int]", public_blocks: int = 0) -> list[bytes]:
-        """Chained identities of the tokens' blocks, the partial last one included. From block ``public_blocks`` on,
-        other salts have other identities.
+        """Chained block hashes of the tokens' blocks, the partial last one included. From block ``public_blocks`` on,
+        other salts have other block hashes.
         """
         encoded = encode_tokens(tokens)
         parent, found = b"", []
@@ -186,7 +186,7 @@ class TraceRecorder:
         self._work = work or BackgroundWork("trace recorder")
         self._sink = sink
         self._block_size = block_size
-        self._identities = KeyedIdentities(key, block_size)
+        self._block_hashes = KeyedIdentities(key, block_size)
         self._clock = clock
         self._lock = threading.Lock()
         self._messages: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -253,7 +253,7 @@ class TraceRecorder:
         if self._began is None:
             self._began = taken.arrival
         taken.links = self._links(request, tokens)
-        session = self._identities.name(
+        session = self._block_hashes.name(
             "session", f"{request.tenant}/{request.session_id}" if request.session_id else ""
         )
         full = len(tokens) // self._block_size
@@ -268,7 +268,7 @@ class TraceRecorder:
         if self._public is not None:
             shared = self._public.blocks_of(token_array(request.prompt_token_ids)) * self._public.block_size
             public = shared // self._block_size
-        return self._identities.links(request.salt, tokens, public)
+        return self._block_hashes.links(request.salt, tokens, public)
 
     def _finish(self, taken: _Taken, at: float, reason: FinishReason) -> None:
         taken.reason = reason
@@ -308,7 +308,7 @@ class TraceRecorder:
         return RecordedRequest(
             request=turn.request,
             arrival=taken.arrival - (self._began or 0.0),
-            client=self._identities.name("client", taken.request.tenant),
+            client=self._block_hashes.name("client", taken.request.tenant),
             session=turn.session,
             turn=turn.number,
             prompt_tokens=prompt,

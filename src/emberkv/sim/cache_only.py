@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from emberkv.cluster.routing import ReplicaState, make_router
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.flight import Sessions
@@ -17,24 +17,24 @@ from emberkv.sim.routed import Routed
 from emberkv.sim.simulator import PROGRESS_EVERY, Ending, Progress
 from emberkv.sim.stage import Machine, cache_of, root_of
 from emberkv.sim.timing import nanoseconds
-from emberkv.workload.chain import ContentChain, block_identities
+from emberkv.workload.chain import ContentChain, content_hashes
 from emberkv.workload.files import ASSUMED
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, unroll
 
 
 class ReferenceChain:
-    """Blocks by their identities alone, each standing for its tokens, and one token more that is always computed."""
+    """Blocks by their block hashes alone, each standing for its tokens, and one token more that is always computed."""
 
-    __slots__ = ("block_size", "identities", "root")
+    __slots__ = ("block_hashes", "block_size", "root")
 
-    def __init__(self, root: Identity, identities: Sequence[Identity], block_size: int) -> None:
+    def __init__(self, root: BlockHash, block_hashes: Sequence[BlockHash], block_size: int) -> None:
         self.root = root
-        self.identities = identities
+        self.block_hashes = block_hashes
         self.block_size = block_size
 
     def __len__(self) -> int:
-        return len(self.identities) * self.block_size + 1
+        return len(self.block_hashes) * self.block_size + 1
 
     def __getitem__(self, position: int) -> int:
         return 0
@@ -43,19 +43,19 @@ class ReferenceChain:
         return [0] * (stop - start)
 
     def block_tokens(self, index: int) -> bytes:
-        return self.identities[index]
+        return self.block_hashes[index]
 
     def encoded_slice(self, start: int, stop: int) -> bytes:
         """A block is all or nothing here: what stands for it cannot be cut."""
-        return self.identities[start // self.block_size]
+        return self.block_hashes[start // self.block_size]
 
     def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
         return stop - start if encoded == self.encoded_slice(start, stop) else 0
 
-    def parent(self, index: int) -> Identity:
-        return self.identities[index - 1] if index else self.root
+    def parent(self, index: int) -> BlockHash:
+        return self.block_hashes[index - 1] if index else self.root
 
-    def unsalted_parent(self, index: int) -> Identity:
+    def unsalted_parent(self, index: int) -> BlockHash:
         return self.parent(index)
 
     def owner(self, index: int) -> str:
@@ -104,9 +104,9 @@ class Replay:
         content = request.full_content()
         chain = ContentChain(self._root_of(request), content, request.prompt_tokens, size)
         turn = self._sessions.turn_of(request, chain)
-        full = len(chain.identities)
-        partial = block_identities(chain.parent(full), content, full * size, request.prompt_tokens, size)
-        references = chain.identities + partial
+        full = len(chain.block_hashes)
+        partial = content_hashes(chain.parent(full), content, full * size, request.prompt_tokens, size)
+        references = chain.block_hashes + partial
         asked = ReferenceChain(chain.root, references, size)
         replica = self._routed.choose(asked)
         assert replica is not None, "no replica is ever lost here"
@@ -127,8 +127,8 @@ class Replay:
     def _pass(self, replica: int, chain: ReferenceChain) -> int | None:
         """A whole lease: match, allocate, commit, release. Returns the blocks found; None if they never all fit."""
         cache = self._caches[replica]
-        tokens = len(chain.identities) * self._size
-        if len(chain.identities) > cache.pool.num_blocks:
+        tokens = len(chain.block_hashes) * self._size
+        if len(chain.block_hashes) > cache.pool.num_blocks:
             return None
         lease = cache.acquire(chain)
         hits = len(lease.blocks)
@@ -139,9 +139,9 @@ class Replay:
 
     def _keep_answer(self, replica: int, request: Request, chain: ContentChain) -> None:
         known = len(request.content) // self._size
-        told = known > len(chain.identities)
+        told = known > len(chain.block_hashes)
         if told or request.session_id:
             chain.grow(request.output_tokens)
             self._sessions.completed(request, chain)
         if told:
-            self._pass(replica, ReferenceChain(chain.root, chain.identities[:known], self._size))
+            self._pass(replica, ReferenceChain(chain.root, chain.block_hashes[:known], self._size))

@@ -71,10 +71,10 @@ class Capacities:
             if self.policy == "lru":
                 return self.lru.at(capacity)
             if self._sample is not None:
-                (hits,), error = self._sample.curve([capacity], self.policy, weight=self.machine.weight)
+                (hits,), error = self._sample.curve([capacity], self.policy, block_cost=self.machine.block_cost)
                 self.error = max(error, self.error or 0.0)
                 return hits
-        return replay(self.visits, capacity, self.policy, weight=self.machine.weight)
+        return replay(self.visits, capacity, self.policy, block_cost=self.machine.block_cost)
 
     def sizes(self) -> list[SizePoint]:
         """At round sizes, from one that takes the largest request to one beyond which nothing changes."""

@@ -181,7 +181,7 @@ class TraceConfig(Strict):
     path: str
     format: Literal["emberkv", "mooncake", "azure"] | None = None
     block_size: bounds.SomeTokens | None = None
-    rate: bounds.Rate = 1.0
+    rate: bounds.LatencyModel = 1.0
     start: bounds.Seconds = 0.0
     stop: bounds.SomeSeconds | None = None
     closed_loop: bool = False

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.sequence import Sequence
 from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
 from emberkv.workload.chain import ContentChain
@@ -79,7 +79,7 @@ class _Left:
 
     tokens: int
     blocks: int
-    identity: Identity
+    block_hash: BlockHash
 
 
 @dataclass(slots=True)
@@ -100,12 +100,12 @@ class Sessions:
         if left is None:
             return Turn.CONTINUES
         goes_on = request.prompt_tokens > left.tokens and (
-            not left.blocks or chain.identities[left.blocks - 1] == left.identity
+            not left.blocks or chain.block_hashes[left.blocks - 1] == left.block_hash
         )
         return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
 
     def completed(self, request: Request, chain: ContentChain) -> None:
         """The turn is over, with its answer."""
         if request.session_id:
-            blocks = len(chain.identities)
-            self._left[request.session_id] = _Left(len(chain), blocks, chain.identities[-1] if blocks else b"")
+            blocks = len(chain.block_hashes)
+            self._left[request.session_id] = _Left(len(chain), blocks, chain.block_hashes[-1] if blocks else b"")

@@ -61,7 +61,7 @@ class Replica:
 
     @property
     def cached_blocks(self) -> int:
-        """Found under an identity, held or not."""
+        """Found under a block hash, held or not."""
         return self.pool.num_cached
 
     @property
@@ -225,7 +225,7 @@ class Replica:
         for load in plan.loads:
             self._transfers[load] = lower.begin(load)
         for sequence in plan.admitted:
-            lower.touch(sequence.chain.identities[: sequence.held.hit_tokens // self.pool.block_size])
+            lower.touch(sequence.chain.block_hashes[: sequence.held.hit_tokens // self.pool.block_size])
 
     def _copy_down(self, lower: LowerModel, step: Step) -> None:
         """Offer what has been committed to the tiers below, and learn how fast prompts are computed."""
@@ -234,8 +234,8 @@ class Replica:
         if computed:
             lower.prefilled(computed, step.duration)
         for block in self.pool.take_committed():
-            if block.identity is not None:
-                lower.offer(block.identity, block.exact)
+            if block.block_hash is not None:
+                lower.offer(block.block_hash, block.exact)
 
     def _drop(self, request_id: str) -> Flight:
         flight = self._flights.pop(request_id)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from emberkv.cluster.routing import Router
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.sim.events import Agenda, Kind
 from emberkv.sim.failures import Outage
 from emberkv.sim.flight import Flight, Sessions
@@ -23,7 +23,7 @@ from emberkv.workload.source import Source
 Progress = Callable[[int, float], None]
 """Told now and then how many requests have ended, and the virtual time in seconds."""
 
-RootOf = Callable[[Request], Identity]
+RootOf = Callable[[Request], BlockHash]
 """What a request's chain begins with; different roots share nothing."""
 
 PROGRESS_EVERY = 100

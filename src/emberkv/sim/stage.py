@@ -6,11 +6,11 @@ from functools import cache, partial
 from random import Random
 
 from emberkv.cluster.routing import make_router
-from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
+from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
-from emberkv.core.hashing import Identity, root_hash, salted
+from emberkv.core.hashing import BlockHash, root_hash, salted
 from emberkv.core.policies.eviction import make_policy
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError
@@ -42,7 +42,7 @@ class Machine:
     num_blocks: int
     block_bytes: int
     timer: StepTimer
-    weight: BlockWeight = uniform_weight
+    block_cost: BlockCost = uniform_cost
     request_seconds: float = 0.0
     request_token_seconds: float = 0.0
     profile: HardwareProfile | None = None
@@ -55,13 +55,13 @@ def root_of(config: SimulationConfig, block_size: int) -> RootOf:
     root = root_hash("simulated", block_size)
 
     @cache
-    def of_salt(salt: bytes) -> Identity:
+    def of_salt(salt: bytes) -> BlockHash:
         return salted(root, salt)
 
     return lambda request: of_salt(request.client_id.encode() if config.salted else b"")
 
 
-def recompute_weight(model: ModelSpec, block_size: int) -> BlockWeight:
+def recompute_cost(model: ModelSpec, block_size: int) -> BlockCost:
     """What a block costs to compute again, in floating-point operations, against its bytes; as the server has it.
 
     Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
@@ -69,7 +69,7 @@ def recompute_weight(model: ModelSpec, block_size: int) -> BlockWeight:
     linear = 2.0 * model.active_parameters * block_size
     per_key = 4.0 * model.layers * model.query_size * block_size
     size = float(model.kv_bytes_per_token * block_size)
-    return cache(lambda position: Weight(size, linear + per_key * position * block_size))
+    return cache(lambda position: EntryCost(size, linear + per_key * position * block_size))
 
 
 def machine_of(config: SimulationConfig, block_size: int) -> Machine:
@@ -90,7 +90,7 @@ def machine_of(config: SimulationConfig, block_size: int) -> Machine:
         config.kv_blocks or _blocks(config, model, profile, block_size),
         kv_block_bytes(model, block_size, sharing) * sharing,
         roofline,
-        recompute_weight(model, block_size),
+        recompute_cost(model, block_size),
         profile.request_us * MICROSECOND,
         profile.request_token_us * MICROSECOND,
         profile,
@@ -118,12 +118,12 @@ def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool) -> Pref
         machine.num_blocks,
         machine.block_size,
         policy=make_policy(config.eviction),
-        weight=machine.weight,
+        block_cost=machine.block_cost,
         events=EventLog(EVENTS_KEPT),
         journal=bool(config.tiers),
     )
     alignment = _rounded_up(config.hit_unit or machine.block_size, machine.block_size)
-    return PrefixCache(pool, alignment=alignment, uniform=tails, enabled=config.prefix_caching)
+    return PrefixCache(pool, alignment=alignment, batch_invariant=tails, enabled=config.prefix_caching)
 
 
 def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emberkv.core.hashing import Identity
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
-from emberkv.core.promotion import Load, LookupStatus, Run
-from emberkv.core.rates import Rate
+from emberkv.core.hashing import BlockHash
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.promotion import BlockRun, Load, LookupStatus
+from emberkv.core.rates import LatencyModel
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.tiers.manager import find_runs
 from emberkv.tiers.meter import TierMeter
@@ -46,7 +46,7 @@ class ModelledTier:
         name: str,
         capacity: int,
         block_bytes: int,
-        policy: EvictionPolicy[Identity],
+        policy: EvictionPolicy[BlockHash],
         *,
         read: Channel,
         write: Channel,
@@ -60,55 +60,55 @@ class ModelledTier:
         self.evictions = self.skipped = 0
         self._capacity = capacity
         self._policy = policy
-        self._exact: dict[Identity, bool] = {}
-        self._arriving: deque[tuple[int, Identity, bool]] = deque()
+        self._exact: dict[BlockHash, bool] = {}
+        self._arriving: deque[tuple[int, BlockHash, bool]] = deque()
 
     @property
     def stored_bytes(self) -> int:
         return len(self._exact) * self.block_bytes
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         """How many leading ones it has."""
-        for index, identity in enumerate(identities):
-            known = self._exact.get(identity)
+        for index, block_hash in enumerate(block_hashes):
+            known = self._exact.get(block_hash)
             if known is None or (exact and not known):
                 return index
-        return len(identities)
+        return len(block_hashes)
 
-    def is_exact(self, identity: Identity) -> bool:
+    def is_exact(self, block_hash: BlockHash) -> bool:
         """Of a block that it has."""
-        return self._exact[identity]
+        return self._exact[block_hash]
 
-    def offer(self, identity: Identity, exact: bool, now: int) -> None:
+    def offer(self, block_hash: BlockHash, exact: bool, now: int) -> None:
         """Write a block down, unless it is there; it is found from the time on at which it is written."""
         self.settle(now)
-        if self.lookup((identity,), exact=exact):
+        if self.lookup((block_hash,), exact=exact):
             return
         if self.write.free_at - now > QUEUE_SECONDS * NANOSECONDS:
             self.skipped += 1
             return
         _, ends = self.write.transfer(now, self.block_bytes)
-        self._arriving.append((ends, identity, exact))
+        self._arriving.append((ends, block_hash, exact))
 
     def settle(self, now: int) -> None:
         """Have what has been written by ``now``."""
         while self._arriving and self._arriving[0][0] <= now:
-            _, identity, exact = self._arriving.popleft()
-            self._store(identity, exact)
+            _, block_hash, exact = self._arriving.popleft()
+            self._store(block_hash, exact)
 
-    def touch(self, identities: Sequence[Identity]) -> None:
+    def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         """These are in use: the first most of all."""
-        self._policy.access([each for each in reversed(identities) if each in self._exact])
+        self._policy.access([each for each in reversed(block_hashes) if each in self._exact])
 
     def clear(self) -> None:
-        for identity in self._exact:
-            self._policy.discard(identity)
+        for block_hash in self._exact:
+            self._policy.discard(block_hash)
         self._exact.clear()
         self._arriving.clear()
 
-    def _store(self, identity: Identity, exact: bool) -> None:
-        if identity in self._exact:
-            self._exact[identity] |= exact
+    def _store(self, block_hash: BlockHash, exact: bool) -> None:
+        if block_hash in self._exact:
+            self._exact[block_hash] |= exact
             return
         if not self._capacity:
             self.skipped += 1
@@ -116,9 +116,9 @@ class ModelledTier:
         if len(self._exact) == self._capacity:
             del self._exact[self._policy.evict()]
             self.evictions += 1
-        self._exact[identity] = exact
-        self._policy.admit(identity, Weight(self.block_bytes))
-        self._policy.release((identity,))
+        self._exact[block_hash] = exact
+        self._policy.admit(block_hash, EntryCost(self.block_bytes))
+        self._policy.release((block_hash,))
 
 
 @dataclass(slots=True, eq=False)
@@ -143,14 +143,14 @@ class LowerModel:
 
     tiers: Sequence[ModelledTier]
     now: int = 0
-    _prefill: Rate = field(default_factory=Rate)
+    _prefill: LatencyModel = field(default_factory=LatencyModel)
 
-    def find(self, identities: Sequence[Identity], *, exact: bool) -> list[Run]:
+    def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
         for tier in self.tiers:
             tier.settle(self.now)
-        return find_runs(self.tiers, [tier.meter for tier in self.tiers], identities, exact=exact)
+        return find_runs(self.tiers, [tier.meter for tier in self.tiers], block_hashes, exact=exact)
 
-    def status(self, identity: Identity, *, exact: bool) -> LookupStatus:
+    def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
         """A modelled tier answers every look-up at once, so `find` has found what is there."""
         return LookupStatus.MISS
 
@@ -161,13 +161,13 @@ class LowerModel:
         """A step computed so many prompt tokens in so many nanoseconds."""
         self._prefill.observe(tokens, duration / NANOSECONDS)
 
-    def offer(self, identity: Identity, exact: bool) -> None:
+    def offer(self, block_hash: BlockHash, exact: bool) -> None:
         for tier in self.tiers:
-            tier.offer(identity, exact, self.now)
+            tier.offer(block_hash, exact, self.now)
 
-    def touch(self, identities: Sequence[Identity]) -> None:
+    def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         for tier in self.tiers:
-            tier.touch(identities)
+            tier.touch(block_hashes)
 
     def begin(self, load: Load) -> Transfer:
         """Read its runs one after another; give up when computing would have been as fast."""
@@ -176,30 +176,30 @@ class LowerModel:
         at, first, came = self.now, 0, list[bool]()
         for run in load.runs:
             tier = by_name[run.tier]
-            identities = load.identities[first : first + run.count]
+            block_hashes = load.block_hashes[first : first + run.count]
             begins, ends = tier.read.transfer(at, run.count * tier.block_bytes)
             tier.meter.fetched(run.count, run.count * tier.block_bytes, (ends - begins) / NANOSECONDS)
             whole = run.count if deadline is None else _arrived(begins, ends, run.count, deadline)
-            came += [tier.is_exact(identity) for identity in identities[:whole]]
-            self._promote(tier, identities[:whole])
+            came += [tier.is_exact(block_hash) for block_hash in block_hashes[:whole]]
+            self._promote(tier, block_hashes[:whole])
             at, first = ends, first + run.count
             if whole < run.count:
                 break
         return Transfer(load, at if deadline is None else min(at, deadline), came)
 
-    def _promote(self, source: ModelledTier, identities: Sequence[Identity]) -> None:
+    def _promote(self, source: ModelledTier, block_hashes: Sequence[BlockHash]) -> None:
         """What comes from a slower tier is put into the faster ones."""
-        source.touch(identities)
+        source.touch(block_hashes)
         for tier in self.tiers[: list(self.tiers).index(source)]:
-            for identity in identities:
-                tier.offer(identity, source.is_exact(identity), self.now)
+            for block_hash in block_hashes:
+                tier.offer(block_hash, source.is_exact(block_hash), self.now)
 
     def lost(self) -> None:
         """The replica is lost, and what does not outlive it."""
         for tier in self.tiers:
             if not tier.keeps:
                 tier.clear()
-        self._prefill = Rate()
+        self._prefill = LatencyModel()
 
 
 def _arrived(begins: int, ends: int, count: int, deadline: int) -> int:

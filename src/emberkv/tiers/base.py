@@ -28,7 +28,7 @@ class TierEntry:
     exact: see `BlockRecord`.
     """
 
-    identity: bytes
+    block_hash: bytes
     owner: str
     data: bytes
     exact: bool = True
@@ -78,30 +78,30 @@ class Tier(Protocol):
     def refresh_seconds(self) -> float | None:
         """How often `refresh` is to be called; None: never."""
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         """The length of the run of blocks, from the first on, that are known to be here. No I/O.
 
         exact: count only exact blocks.
         """
 
-    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         """Whether a block is here, without I/O; PENDING where only `query` can tell."""
-        return LookupStatus.HIT if self.lookup((identity,), exact=exact) else LookupStatus.MISS
+        return LookupStatus.HIT if self.lookup((block_hash,), exact=exact) else LookupStatus.MISS
 
-    def query(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         """As `lookup`, with I/O where that is needed."""
-        return self.lookup(identities, exact=exact)
+        return self.lookup(block_hashes, exact=exact)
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         """The entries as they were stored, unverified; None where one is not here or cannot be read."""
 
-    def touch(self, identities: Sequence[bytes]) -> None:
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
         """Make these as recent as if they had been loaded."""
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         """Keep what is not here yet; an exact entry replaces one that is not. Evicts until it fits."""
 
-    def remove(self, identities: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
         """Drop these; afterwards `lookup` does not find them."""
 
     def clear(self) -> Removed:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 
 
 class SizedEntry(Protocol):
@@ -80,7 +80,7 @@ class BoundedStore(Generic[K, E]):
         self.bytes = 0
 
     def _admit(self, key: K, size: int, owner: str) -> None:
-        self._policy.admit(key, Weight(size=size, owner=owner))
+        self._policy.admit(key, EntryCost(size=size, owner=owner))
         self._policy.release((key,))
 
     def _evict(self, key: K) -> E:

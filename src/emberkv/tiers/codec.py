@@ -1,6 +1,6 @@
 """A block as bytes: what every tier stores, and the checks that bytes must pass before they are used.
 
-    header (version, sizes, identity, parent, position, flags) | namespace | tokens | payload | XXH3-128 of all before
+    header (version, sizes, block hash, parent, position, flags) | namespace | tokens | payload | XXH3-128 of all before
 
 Integers are little-endian. The checksum finds damage, not malice: users who can write the cache's files are trusted.
 """
@@ -18,10 +18,10 @@ Payload = bytes | memoryview
 
 VERSION = 1
 MAGIC = b"\x89EMBERKV"
-IDENTITY_BYTES = 32
+HASH_BYTES = 32
 
 _HEADER = struct.Struct("<8sHBBIIQ32s32s")
-"""Magic, version, flags, namespace's size, position, tokens' size, payload's size, identity, parent."""
+"""Magic, version, flags, namespace's size, position, tokens' size, payload's size, block hash, parent."""
 
 _CHECKSUM_BYTES = 16
 _EXACT = 1
@@ -31,7 +31,7 @@ _EXACT = 1
 class BlockRecord:
     """One block, with all that is needed to check that it is the one that was looked up.
 
-    identity: SHA-256 of ``parent`` and ``tokens`` (see `emberkv.core.hashing`). tokens: four bytes each. position: of
+    block_hash: SHA-256 of ``parent`` and ``tokens`` (see `emberkv.core.hashing`). tokens: four bytes each. position: of
     the block in its chain, from 0. exact: bit-equal to a cold prefill's state.
 
     >>> parent, tokens = bytes(32), bytes(64)
@@ -44,7 +44,7 @@ class BlockRecord:
     emberkv.errors.CorruptBlockError: 188 bytes; its header says 189
     """
 
-    identity: bytes
+    block_hash: bytes
     parent: bytes
     tokens: bytes
     position: int
@@ -55,17 +55,17 @@ class BlockRecord:
 def encode_record(record: BlockRecord, *, namespace: bytes) -> bytes:
     """The record as bytes. namespace: of the model; at most 255 bytes.
 
-    Raises EntryError for an identity or a parent that has not 32 bytes, and for a namespace that is too long.
+    Raises EntryError for a block hash or a parent that has not 32 bytes, and for a namespace that is too long.
     """
-    sizes = {len(record.identity), len(record.parent)}
-    if sizes != {IDENTITY_BYTES} or len(namespace) > 255:
+    sizes = {len(record.block_hash), len(record.parent)}
+    if sizes != {HASH_BYTES} or len(namespace) > 255:
         raise EntryError(
-            f"identity of {len(record.identity)} bytes, parent of {len(record.parent)}, namespace of {len(namespace)}; "
-            f"the first two must have {IDENTITY_BYTES} and the last at most 255"
+            f"hash of {len(record.block_hash)} bytes, parent of {len(record.parent)}, namespace of {len(namespace)}; "
+            f"the first two must have {HASH_BYTES} and the last at most 255"
         )
     header = _HEADER.pack(
         MAGIC, VERSION, _EXACT if record.exact else 0, len(namespace), record.position,
-        len(record.tokens), len(record.payload), record.identity, record.parent,
+        len(record.tokens), len(record.payload), record.block_hash, record.parent,
     )  # fmt: skip
     body = b"".join((header, namespace, record.tokens, record.payload))
     return body + xxh3_128_digest(body)
@@ -77,7 +77,9 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
     """
     if len(data) < _HEADER.size + _CHECKSUM_BYTES:
         raise CorruptBlockError(f"{len(data)} bytes are too few for a block", fault="truncated")
-    magic, version, flags, space_size, position, tokens_size, payload_size, identity, parent = _HEADER.unpack_from(data)
+    magic, version, flags, space_size, position, tokens_size, payload_size, block_hash, parent = _HEADER.unpack_from(
+        data
+    )
     if magic != MAGIC:
         raise CorruptBlockError("the bytes are no block", fault="no block")
     if version != VERSION:
@@ -93,20 +95,20 @@ def decode_record(data: bytes, *, namespace: bytes) -> BlockRecord:
     if view[_HEADER.size : tokens_at] != namespace:
         raise ForeignBlockError("block of another model", fault="namespace")
     tokens = data[tokens_at:payload_at]
-    return BlockRecord(identity, parent, tokens, position, bool(flags & _EXACT), view[payload_at:end])
+    return BlockRecord(block_hash, parent, tokens, position, bool(flags & _EXACT), view[payload_at:end])
 
 
-def verified_record(data: bytes, *, namespace: bytes, identity: bytes, exact: bool) -> BlockRecord:
-    """The record of the block ``identity``, with the tokens that make it so.
+def verified_record(data: bytes, *, namespace: bytes, block_hash: bytes, exact: bool) -> BlockRecord:
+    """The record of the block ``block_hash``, with the tokens that make it so.
 
     exact: whether the tier stored it as an exact block, which it must be then. Raises as `decode_record` does, and
     ForeignBlockError for a sound record that is not the one that was looked up.
     """
     record = decode_record(data, namespace=namespace)
-    if record.identity != identity:
-        raise ForeignBlockError("another block than the one looked up", fault="identity")
-    if sha256(record.parent + record.tokens).digest() != identity:
-        raise ForeignBlockError("its parent and its tokens do not make its identity", fault="chain")
+    if record.block_hash != block_hash:
+        raise ForeignBlockError("another block than the one looked up", fault="hash")
+    if sha256(record.parent + record.tokens).digest() != block_hash:
+        raise ForeignBlockError("its parent and its tokens do not make its hash", fault="chain")
     if exact and not record.exact:
         raise ForeignBlockError("kept as exact, and is not", fault="exactness")
     return record

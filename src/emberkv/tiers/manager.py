@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.promotion import LookupStatus, Run
+from emberkv.core.promotion import BlockRun, LookupStatus
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
@@ -101,7 +101,7 @@ class TierManager:
         for worker in self.workers if start else ():
             worker.start(readers)
 
-    def find(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
+    def find(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[BlockRun]:
         """The longest run of blocks from the first hash on, each from the fastest tier that has it. No I/O.
 
         exact: only blocks that are bit-equal to a cold prefill's. Hits and misses are counted, unless the block after
@@ -146,7 +146,7 @@ class TierManager:
             ended = self._ended()
         self._deliver(ended)
 
-    def peek(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[Run]:
+    def peek(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> list[BlockRun]:
         """What `find` would return, without counting hits and misses."""
         return find_runs(self.workers, self._meters, block_hashes, exact=exact, counted=False)
 
@@ -179,7 +179,7 @@ class TierManager:
                 worker.put(Touch(block_hashes, sum(map(len, block_hashes))))
 
     def onboard(
-        self, block_hashes: Sequence[bytes], runs: Sequence[Run], done: Callable[[Records], None]
+        self, block_hashes: Sequence[bytes], runs: Sequence[BlockRun], done: Callable[[Records], None]
     ) -> Onboarding:
         """Read the blocks that ``runs`` (of `find`) cover, and call ``done`` once, on any thread.
 
@@ -300,7 +300,7 @@ class TierManager:
 
     def _lacking(self, record: BlockRecord) -> list[TierWorker]:
         """The workers of the tiers in which this block is not, or only one that is less exact."""
-        wanted = (record.identity,)
+        wanted = (record.block_hash,)
         return [worker for worker in self.workers if not worker.lookup(wanted, exact=record.exact)]
 
     def _is_idle(self) -> bool:
@@ -345,7 +345,7 @@ class Searched(Protocol):
     @property
     def name(self) -> str: ...
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int: ...
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int: ...
 
 
 def find_runs(
@@ -355,13 +355,13 @@ def find_runs(
     *,
     exact: bool,
     counted: bool = True,
-) -> list[Run]:
+) -> list[BlockRun]:
     """The longest run of blocks from the first hash on, each from the fastest tier that has it.
 
     Counts a hit for that tier, and a miss for the faster ones; where no tier has a block, a miss for all, for that
     block and those after it. counted: False where no request is served, so that nothing is counted.
     """
-    runs: list[Run] = []
+    runs: list[BlockRun] = []
     position = 0
     while position < len(block_hashes):
         rank, count = _first_run(tiers, block_hashes[position:], exact)
@@ -372,7 +372,7 @@ def find_runs(
                 meter.looked_up(count, 0)
         if rank == len(tiers):
             break
-        runs.append(Run(tiers[rank].name, count, meters[rank].seconds_for(count)))
+        runs.append(BlockRun(tiers[rank].name, count, meters[rank].seconds_for(count)))
         position += count
     return runs
 

@@ -37,31 +37,31 @@ class MemoryTier(Tier):
         self._owners: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
-        for index, identity in enumerate(identities):
-            entry = self._entries.get(identity)
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        for index, block_hash in enumerate(block_hashes):
+            entry = self._entries.get(block_hash)
             if entry is None or (exact and not entry.exact):
                 return index
-        return len(identities)
+        return len(block_hashes)
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         with self._lock:
-            self._use(identities)
-            return [self._entries.get(identity) for identity in identities]
+            self._use(block_hashes)
+            return [self._entries.get(block_hash) for block_hash in block_hashes]
 
-    def touch(self, identities: Sequence[bytes]) -> None:
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
         with self._lock:
-            self._use(identities)
+            self._use(block_hashes)
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         evicted: list[bytes] = []
         with self._lock:
             count = sum(self._store_one(entry, evicted) for entry in reversed(entries))
-            return Stored(count, [identity for identity in evicted if identity not in self._entries])
+            return Stored(count, [block_hash for block_hash in evicted if block_hash not in self._entries])
 
-    def remove(self, identities: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
         with self._lock:
-            removed = [entry for identity in identities if (entry := self._store.remove(identity)) is not None]
+            removed = [entry for block_hash in block_hashes if (entry := self._store.remove(block_hash)) is not None]
             for entry in removed:
                 self._owners[entry.owner] -= entry.size
             return Removed(len(removed))
@@ -90,19 +90,19 @@ class MemoryTier(Tier):
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _use(self, identities: Sequence[bytes]) -> None:
-        self._store.access([identity for identity in reversed(identities) if identity in self._entries])
+    def _use(self, block_hashes: Sequence[bytes]) -> None:
+        self._store.access([block_hash for block_hash in reversed(block_hashes) if block_hash in self._entries])
 
     def _store_one(self, entry: TierEntry, evicted: list[bytes]) -> bool:
         """Whether the block is here now. Where there is no room for it, the entry that it would replace stays."""
-        replaced = self._entries.get(entry.identity)
+        replaced = self._entries.get(entry.block_hash)
         if replaced is not None and (replaced.exact or not entry.exact):
             return True
         if entry.size > self._store.max_bytes:
             self._skipped["too large"] += 1
             return False
-        gone = self._store.put(entry.identity, entry)
-        kept = self._entries.get(entry.identity) is entry
+        gone = self._store.put(entry.block_hash, entry)
+        kept = self._entries.get(entry.block_hash) is entry
         if kept or any(each is entry for each in gone):
             self._owners[entry.owner] += entry.size
             if replaced is not None:
@@ -111,5 +111,5 @@ class MemoryTier(Tier):
             self._skipped["no room"] += 1
         for each in gone:
             self._owners[each.owner] -= each.size
-            evicted.append(each.identity)
+            evicted.append(each.block_hash)
         return kept

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 
-from emberkv.core.rates import Rate
+from emberkv.core.rates import LatencyModel
 from emberkv.tiers.stats import LatencyHistogram, TierStats
 
 
@@ -17,7 +17,7 @@ class TierMeter:
         self._corrupt: Counter[str] = Counter()
         self._load_latency = LatencyHistogram()
         self._store_latency = LatencyHistogram()
-        self._rate = Rate()
+        self._rate = LatencyModel()
         self._block_bytes = 0
 
     def looked_up(self, hits: int, misses: int) -> None:

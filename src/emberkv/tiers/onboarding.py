@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from emberkv.core.promotion import Run
+from emberkv.core.promotion import BlockRun
 from emberkv.tiers.codec import BlockRecord
 
 PIECE_BLOCKS = 8
@@ -85,7 +85,11 @@ class Onboarding:
     """
 
     def __init__(
-        self, block_hashes: Sequence[bytes], runs: Sequence[Run], ranks: dict[str, int], done: Callable[[Records], None]
+        self,
+        block_hashes: Sequence[bytes],
+        runs: Sequence[BlockRun],
+        ranks: dict[str, int],
+        done: Callable[[Records], None],
     ) -> None:
         self.block_hashes = block_hashes
         self.records: Records = [None] * len(block_hashes)

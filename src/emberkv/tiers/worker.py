@@ -50,7 +50,7 @@ class QueuedBlock:
     def encoded(self, namespace: bytes) -> TierEntry:
         if self.entry is None:
             data = encode_record(self.record, namespace=namespace)
-            self.entry = TierEntry(self.record.identity, self.owner, data, self.record.exact)
+            self.entry = TierEntry(self.record.block_hash, self.owner, data, self.record.exact)
         return self.entry
 
 
@@ -173,23 +173,23 @@ class TierWorker:
             name = f"emberkv-{self.name}-{f'reader-{number}' if number else 'writer'}"
             threading.Thread(target=target, name=name, daemon=True).start()
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         """As the tier's, without what is being removed or checked; nothing while a read that was given up is stuck."""
         if self._stalled or self.closed:
             return 0
         for job in self._hidden:
-            identities = identities[: next((at for at, each in enumerate(identities) if job.hides(each)), None)]
-        count = self.tier.lookup(identities, exact=exact)
-        while self._answers and count < len(identities) and self._answer(identities[count], exact):
-            count += 1 + self.tier.lookup(identities[count + 1 :], exact=exact)
+            block_hashes = block_hashes[: next((at for at, each in enumerate(block_hashes) if job.hides(each)), None)]
+        count = self.tier.lookup(block_hashes, exact=exact)
+        while self._answers and count < len(block_hashes) and self._answer(block_hashes[count], exact):
+            count += 1 + self.tier.lookup(block_hashes[count + 1 :], exact=exact)
         return count
 
-    def status(self, identity: bytes, *, exact: bool = False) -> LookupStatus:
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
         """Of a block that `lookup` does not find: PENDING where a query may find it."""
-        hidden = self._stalled or self.closed or any(job.hides(identity) for job in self._hidden)
-        if hidden or self._answer(identity, exact) is not None:
+        hidden = self._stalled or self.closed or any(job.hides(block_hash) for job in self._hidden)
+        if hidden or self._answer(block_hash, exact) is not None:
             return LookupStatus.MISS
-        return self.tier.status(identity, exact=exact)
+        return self.tier.status(block_hash, exact=exact)
 
     def _answer(self, block_hash: bytes, exact: bool) -> bool | None:
         """What the tier answered when it was queried; None where it was not, or too long ago."""
@@ -247,7 +247,7 @@ class TierWorker:
         if isinstance(job, Store) and self._answers:
             for block in job.blocks:  # they may be there now
                 for exact in (False, True):
-                    self._answers.pop((block.record.identity, exact), None)
+                    self._answers.pop((block.record.block_hash, exact), None)
         self._changed.notify_all()
 
     def enqueue(self, onboarding: Onboarding) -> None:
@@ -402,7 +402,7 @@ class TierWorker:
         return None
 
     def _store(self, blocks: Sequence[QueuedBlock]) -> None:
-        lacking = [each for each in blocks if not self.tier.lookup((each.record.identity,), exact=each.record.exact)]
+        lacking = [each for each in blocks if not self.tier.lookup((each.record.block_hash,), exact=each.record.exact)]
         if not lacking:
             return
         entries = [each.encoded(self._namespace) for each in lacking]
@@ -417,18 +417,20 @@ class TierWorker:
             for entry in self.tier.load(block_hashes[start : start + BATCH_BLOCKS]):
                 fault = self._fault(entry) if entry else ""
                 if entry and fault:
-                    self.tier.remove((entry.identity,))
+                    self.tier.remove((entry.block_hash,))
                     self.meter.refused(fault)
 
     def _sound(self, entry: TierEntry) -> BlockRecord | None:
         try:
-            return verified_record(entry.data, namespace=self._namespace, identity=entry.identity, exact=entry.exact)
+            return verified_record(
+                entry.data, namespace=self._namespace, block_hash=entry.block_hash, exact=entry.exact
+            )
         except BlockError:
             return None
 
     def _fault(self, entry: TierEntry) -> str:
         try:
-            verified_record(entry.data, namespace=self._namespace, identity=entry.identity, exact=entry.exact)
+            verified_record(entry.data, namespace=self._namespace, block_hash=entry.block_hash, exact=entry.exact)
         except BlockError as error:
             return error.fault
         return ""

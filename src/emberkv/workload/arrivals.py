@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from emberkv.validation import Strict
-from emberkv.workload.bounds import Rate
+from emberkv.workload.bounds import LatencyModel
 from emberkv.workload.distributions import folder_of
 from emberkv.workload.trace import read_trace
 
@@ -25,7 +25,7 @@ class Poisson(Strict):
     """``rate`` conversations a second, independent of each other."""
 
     kind: Literal["poisson"]
-    rate: Rate
+    rate: LatencyModel
 
     def times(self, rng: Random) -> Iterator[float]:
         return _apart(lambda: rng.expovariate(self.rate))
@@ -37,7 +37,7 @@ class Gamma(Strict):
     """
 
     kind: Literal["gamma"]
-    rate: Rate
+    rate: LatencyModel
     burstiness: Annotated[float, Field(ge=0.01, le=100)]
 
     def times(self, rng: Random) -> Iterator[float]:
@@ -49,7 +49,7 @@ class Constant(Strict):
     """One every ``1 / rate`` seconds, the first at 0."""
 
     kind: Literal["constant"]
-    rate: Rate
+    rate: LatencyModel
 
     def times(self, rng: Random) -> Iterator[float]:
         count = 0

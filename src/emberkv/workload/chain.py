@@ -1,25 +1,25 @@
-"""The chain room: a content's blocks under the identities by which the core's pool and cache know them."""
+"""The chain room: a content's blocks under the block hashes by which the core's pool and cache know them."""
 
 from collections.abc import Iterable
 from hashlib import sha256
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.workload.content import Content
 
 
-def chained(parent: Identity, blocks: Iterable[bytes]) -> list[Identity]:
-    """The identities of blocks told by their encoded tokens, ``parent`` being that of the block before."""
-    identities = []
+def chained(parent: BlockHash, blocks: Iterable[bytes]) -> list[BlockHash]:
+    """The block hashes of blocks told by their encoded tokens, ``parent`` being that of the block before."""
+    block_hashes = []
     for tokens in blocks:
         parent = sha256(parent + tokens).digest()
-        identities.append(parent)
-    return identities
+        block_hashes.append(parent)
+    return block_hashes
 
 
-def block_identities(parent: Identity, content: Content, start: int, stop: int, block_size: int) -> list[Identity]:
-    """Chained identities of the blocks of tokens ``[start, stop)``, ``parent`` being that of the block before.
+def content_hashes(parent: BlockHash, content: Content, start: int, stop: int, block_size: int) -> list[BlockHash]:
+    """Chained block hashes of the blocks of tokens ``[start, stop)``, ``parent`` being that of the block before.
 
-    ``start`` is a multiple of the block size; where ``stop`` is not, the last identity is that of a partial block.
+    ``start`` is a multiple of the block size; where ``stop`` is not, the last block hash is that of a partial block.
     """
     return chained(parent, content.encode_blocks(start, stop, block_size))
 
@@ -29,27 +29,27 @@ class ContentChain:
 
     length: the prompt's tokens. Each `append` takes the content's next token, whatever token is given: what a
     simulation generates is decided by the workload, and the cache must not change it.
-    earlier: the chain of the conversation's turn before, whose identities are then not hashed again as far as this
+    earlier: the chain of the conversation's turn before, whose block hashes are then not hashed again as far as this
     content begins with that one's.
     """
 
-    __slots__ = ("_content", "_length", "_tokens", "block_size", "identities", "root")
+    __slots__ = ("_content", "_length", "_tokens", "block_hashes", "block_size", "root")
 
     def __init__(
-        self, root: Identity, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
+        self, root: BlockHash, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
     ) -> None:
         self.root = root
         self.block_size = block_size
         self._content = content
         self._length = 0
         known = earlier.blocks_shared(root, content, length, block_size) if earlier else 0
-        self.identities: list[Identity] = earlier.identities[:known] if earlier else []
+        self.block_hashes: list[BlockHash] = earlier.block_hashes[:known] if earlier else []
         self._tokens: list[bytes] = earlier._tokens[:known] if earlier else []
         self.grow(length)
 
-    def blocks_shared(self, root: Identity, content: Content, length: int, block_size: int) -> int:
+    def blocks_shared(self, root: BlockHash, content: Content, length: int, block_size: int) -> int:
         """How many blocks of this chain the first ``length`` tokens of ``content`` have too, all or none."""
-        blocks = min(len(self.identities), length // block_size)
+        blocks = min(len(self.block_hashes), length // block_size)
         same = (root, block_size) == (self.root, self.block_size)
         if not same or content.cut(0, blocks * block_size) != self._content.cut(0, blocks * block_size):
             return 0
@@ -75,10 +75,10 @@ class ContentChain:
     def common_tokens(self, start: int, stop: int, encoded: bytes) -> int:
         return self._content.common_tokens(start, min(stop, self._length), encoded)
 
-    def parent(self, index: int) -> Identity:
-        return self.identities[index - 1] if index else self.root
+    def parent(self, index: int) -> BlockHash:
+        return self.block_hashes[index - 1] if index else self.root
 
-    def unsalted_parent(self, index: int) -> Identity:
+    def unsalted_parent(self, index: int) -> BlockHash:
         return self.parent(index)
 
     def owner(self, index: int) -> str:
@@ -94,8 +94,8 @@ class ContentChain:
         if length > len(self._content):
             raise IndexError(f"the content ends at {len(self._content)} tokens; there is no further answer to take")
         self._length = length
-        known = len(self.identities)
+        known = len(self.block_hashes)
         if length // self.block_size > known:
             start, stop = known * self.block_size, length - length % self.block_size
             self._tokens += self._content.encode_blocks(start, stop, self.block_size)
-            self.identities += chained(self.parent(known), self._tokens[known:])
+            self.block_hashes += chained(self.parent(known), self._tokens[known:])

@@ -70,7 +70,7 @@ class Span(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Token ids as they are; a block of nothing else has the same identity as in a `TokenChain`."""
+    """Token ids as they are; a block of nothing else has the same block hash as in a `TokenChain`."""
 
     ids: "array[int]"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from math import ceil
 
-from emberkv.core.hashing import Identity
-from emberkv.workload.chain import block_identities
+from emberkv.core.hashing import BlockHash
+from emberkv.workload.chain import content_hashes
 from emberkv.workload.request import Request
 
 ROOT = sha256(b"emberkv-description-1").digest()
@@ -48,7 +48,7 @@ class UnlimitedCache:
     prompt_tokens: int = 0
     hit_tokens: int = 0
     told: bool = False
-    _seen: set[Identity] = field(default_factory=set, repr=False)
+    _seen: set[BlockHash] = field(default_factory=set, repr=False)
 
     @property
     def unique(self) -> int:
@@ -65,7 +65,7 @@ class UnlimitedCache:
     def add(self, request: Request) -> None:
         size, prompt = self.block_size, request.prompt_tokens
         blocks = request.block_references(ROOT, size)
-        hits = next((at for at, identity in enumerate(blocks) if identity not in self._seen), len(blocks))
+        hits = next((at for at, block_hash in enumerate(blocks) if block_hash not in self._seen), len(blocks))
         self.told = self.told or len(request.content) > 0
         self.references += len(blocks)
         self.hits += hits
@@ -75,7 +75,7 @@ class UnlimitedCache:
         known, filled = len(request.content) // size * size, prompt // size * size
         if known > filled:
             parent = blocks[filled // size - 1] if filled else ROOT
-            self._seen.update(block_identities(parent, request.content, filled, known, size))
+            self._seen.update(content_hashes(parent, request.content, filled, known, size))
 
 
 @dataclass(frozen=True, slots=True)

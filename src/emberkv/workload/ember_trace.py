@@ -1,4 +1,4 @@
-"""The trace room: emberkv's own trace format, JSONL of identities and lengths, never of text.
+"""The trace room: emberkv's own trace format, JSONL of block hashes and lengths, never of text.
 
 The first line is ``{"emberkv_trace": 1}``, with an optional ``note``. Every other line is a `TraceLine`, sorted by
 arrival. ``blocks`` are chained, so that an id stands for its block and all before it; ids are equal across files where
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emberkv.errors import WorkloadError
 from emberkv.workload import bounds
-from emberkv.workload.chain import block_identities
+from emberkv.workload.chain import content_hashes
 from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Span, Tokens
 from emberkv.workload.lines import NumberedLine, explain, numbered_lines, read_requests
 from emberkv.workload.request import After, Request
@@ -155,8 +155,8 @@ def line_of(request: Request, block_size: int | None = None) -> TraceLine:
     if content.pieces and all(isinstance(piece, Tokens) for piece in content.pieces):
         known = {"token_ids": content.token_ids(0, len(content))}
     elif content.pieces:
-        identities = block_identities(ROOT, content, 0, len(content), size)
-        ids = [identity[:ID_BYTES].hex() for identity in identities]
+        block_hashes = content_hashes(ROOT, content, 0, len(content), size)
+        ids = [block_hash[:ID_BYTES].hex() for block_hash in block_hashes]
         known = {"block_size": size, "blocks": ids, "known_tokens": len(content)}
     after = request.after and {"request": request.after.request_id, "think_time": round(request.after.think_time, 6)}
     fields = {

@@ -103,7 +103,7 @@ def write(file: TextIO, requests: Iterable[Request], *, block_size: int | None =
     """Write requests with ids counted in the order of their first use; returns how many.
 
     block_size: tokens of a block; by default each request's own, or `BLOCK_SIZE`. Memory grows with the number of
-    different blocks. What the format does not hold is lost: clients, sessions, limits and answers' identities.
+    different blocks. What the format does not hold is lost: clients, sessions, limits and answers' hashes.
     """
     ids: dict[bytes, int] = {}
     count = 0

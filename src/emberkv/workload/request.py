@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from emberkv.core.hashing import Identity
-from emberkv.workload.chain import ContentChain, block_identities
+from emberkv.core.hashing import BlockHash
+from emberkv.workload.chain import ContentChain, content_hashes
 from emberkv.workload.content import Content, Span, stream_key
 
 
@@ -47,13 +47,13 @@ class Request:
             return self.content
         return self.content + Content([Span(stream_key("private", self.request_id), 0, missing)])
 
-    def chain(self, root: Identity, block_size: int, earlier: ContentChain | None = None) -> ContentChain:
+    def chain(self, root: BlockHash, block_size: int, earlier: ContentChain | None = None) -> ContentChain:
         """What the core's scheduler takes for a sequence's tokens: the prompt, which appends its own answer.
 
         earlier: the chain of the turn before, which saves hashing what both have.
         """
         return ContentChain(root, self.full_content(), self.prompt_tokens, block_size, earlier)
 
-    def block_references(self, root: Identity, block_size: int) -> list[Identity]:
+    def block_references(self, root: BlockHash, block_size: int) -> list[BlockHash]:
         """Every block that the prompt takes, the partial last one included."""
-        return block_identities(root, self.full_content(), 0, self.prompt_tokens, block_size)
+        return content_hashes(root, self.full_content(), 0, self.prompt_tokens, block_size)

@@ -15,7 +15,7 @@ from emberkv.workload.request import Request
 
 
 class TraceFormat(Enum):
-    EMBERKV = "emberkv"  # identities or token ids, sessions, limits
+    EMBERKV = "emberkv"  # block hashes or token ids, sessions, limits
     MOONCAKE = "mooncake"  # prefix-chained block ids, or token ids
     AZURE = "azure"  # lengths only
 

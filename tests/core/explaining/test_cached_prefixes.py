@@ -19,11 +19,11 @@ def cached() -> Ledger:
 
 
 def end(tokens: TokenChain, blocks: int = 0) -> bytes:
-    return tokens.identities[blocks - 1]
+    return tokens.block_hashes[blocks - 1]
 
 
 def test_the_largest_are_no_part_of_one_another() -> None:
-    assert [(each.identity, each.tokens) for each in largest(cached(), 10)] == [
+    assert [(each.block_hash, each.tokens) for each in largest(cached(), 10)] == [
         (end(SECOND), 16),
         (end(FIRST), 12),
         (end(OTHER), 4),
@@ -46,23 +46,23 @@ def test_the_hottest_saved_most() -> None:
 def test_what_is_lost_is_not_listed() -> None:
     ledger = cached()
     ledger.served(SECOND, 4, 1.0)
-    ledger.left(POOL, SECOND.identities[3:], 2.0)
+    ledger.left(POOL, SECOND.block_hashes[3:], 2.0)
     assert [each.tokens for each in largest(ledger, 10)] == [12, 12, 4]
     assert hottest(ledger, 10) == []
 
 
 def test_the_way_to_a_block() -> None:
     ledger = cached()
-    assert [entry.identity for entry in path_to(ledger, end(FIRST))] == list(FIRST.identities)
+    assert [entry.block_hash for entry in path_to(ledger, end(FIRST))] == list(FIRST.block_hashes)
     assert first_tokens(ledger, end(FIRST), 9) == (*SYSTEM, 1)
     assert path_to(ledger, b"unknown") == []
 
 
 def test_what_can_go_without_harm_to_others() -> None:
     ledger = cached()
-    assert unshared(ledger, FIRST.identities) == [end(FIRST)]
-    assert set(unshared(ledger, SECOND.identities[:3])) == set(SECOND.identities[2:])
-    assert set(unshared(ledger, FIRST.identities[:2])) == {*FIRST.identities, *SECOND.identities}
+    assert unshared(ledger, FIRST.block_hashes) == [end(FIRST)]
+    assert set(unshared(ledger, SECOND.block_hashes[:3])) == set(SECOND.block_hashes[2:])
+    assert set(unshared(ledger, FIRST.block_hashes[:2])) == {*FIRST.block_hashes, *SECOND.block_hashes}
     assert unshared(ledger, [b"unknown", b"other"]) == [b"other", b"unknown"]
     assert unshared(ledger, []) == []
 
@@ -75,4 +75,4 @@ def test_a_private_chain_goes_on_from_what_is_public() -> None:
     ledger.served(private, 3, 2.0)
     assert hottest(ledger, 10) == largest(ledger, 10) == [CachedPrefix(end(private), 12, "ann", (POOL,), 1, 2.0)]
     assert first_tokens(ledger, end(private), 10) == (*SYSTEM, 1, 1)
-    assert set(unshared(ledger, public.identities)) == set(private.identities)
+    assert set(unshared(ledger, public.block_hashes)) == set(private.block_hashes)

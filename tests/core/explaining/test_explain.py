@@ -86,7 +86,7 @@ def test_the_nearest_of_many_siblings_is_told() -> None:
 def test_of_equally_near_siblings_a_cached_one_is_told() -> None:
     siblings = [chain([7, 7, 7, last]) for last in (1, 2, 4, 5)]
     ledger = ledger_with(*siblings)
-    ledger.left(POOL, [siblings[1].identities[0], siblings[2].identities[0]], now=2.0)
+    ledger.left(POOL, [siblings[1].block_hashes[0], siblings[2].block_hashes[0]], now=2.0)
     divergence = asked(ledger, chain([7, 7, 7, 3, 0])).divergence
     assert divergence is not None
     assert divergence.cached
@@ -100,7 +100,7 @@ def test_of_equally_near_siblings_a_cached_one_is_told() -> None:
 def test_an_eviction_is_told_with_its_time_and_place() -> None:
     cached = chain(range(12))
     ledger = ledger_with(cached)
-    ledger.left(POOL, cached.identities[1:], now=5.0)
+    ledger.left(POOL, cached.block_hashes[1:], now=5.0)
     explanation = asked(ledger, chain(range(17)))
     assert explanation.hit == {POOL: 4}
     assert explanation.misses == (
@@ -120,8 +120,8 @@ def test_a_cleared_cache_is_no_eviction() -> None:
 def test_each_way_to_lose_blocks_is_a_reason_of_its_own() -> None:
     cached = chain(range(20))
     ledger = ledger_with(cached)
-    ledger.apply(BlockRemoved(tuple(cached.identities[1:2]), evicted=False), 3.0)
-    ledger.apply(BlockRemoved(tuple(cached.identities[3:])), 2.0)
+    ledger.apply(BlockRemoved(tuple(cached.block_hashes[1:2]), evicted=False), 3.0)
+    ledger.apply(BlockRemoved(tuple(cached.block_hashes[3:])), 2.0)
     explanation = asked(ledger, chain(range(21)))
     assert explanation.hit == {POOL: 4}
     assert explanation.misses == (
@@ -157,7 +157,7 @@ def test_where_hits_end_at_any_token_only_the_last_one_is_left() -> None:
 def test_where_hits_end_at_any_token_the_beginning_of_a_lost_block_is_lost() -> None:
     cached = chain(range(12))
     ledger = ledger_with(cached)
-    ledger.left(POOL, cached.identities[1:], now=5.0)
+    ledger.left(POOL, cached.block_hashes[1:], now=5.0)
     explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
     assert explanation.misses == (
         Miss(Reason.EVICTED, 4, 2, Loss(POOL, 5.0, LossKind.EVICTED)),
@@ -169,8 +169,8 @@ def test_where_hits_end_at_any_token_the_beginning_of_a_lost_block_is_lost() -> 
 def test_of_a_block_in_a_tier_only_the_whole_is_reused() -> None:
     cached = chain(range(12))
     ledger = ledger_with(cached)
-    ledger.arrived("disk", cached.identities)
-    ledger.left(POOL, cached.identities[1:], now=5.0)
+    ledger.arrived("disk", cached.block_hashes)
+    ledger.left(POOL, cached.block_hashes[1:], now=5.0)
     explanation = explain(ledger, chain([*range(6), 70, 71]), Outcome({POOL: 4}), hit_unit=1)
     assert told(explanation) == [(Reason.ALIGNMENT, 4, 2), (Reason.DIVERGED, 6, 1), (Reason.LAST, 7, 1)]
 
@@ -228,14 +228,14 @@ prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_siz
 
 @given(prompts, st.integers(4, 9), st.integers(2, 60), st.sampled_from([1, 2]), st.sampled_from([2, 4]), st.booleans())
 def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
-    served: Sequence[list[int]], pool_blocks: int, remembered: int, unit: int, size: int, uniform: bool
+    served: Sequence[list[int]], pool_blocks: int, remembered: int, unit: int, size: int, batch_invariant: bool
 ) -> None:
     pool = BlockPool(pool_blocks, size)
-    cache = PrefixCache(pool, alignment=unit * size, uniform=uniform)
+    cache = PrefixCache(pool, alignment=unit * size, batch_invariant=batch_invariant)
     ledger, seen = Ledger(remembered), 0
     for now, tokens in enumerate(served):
         prompt = chain(tokens, block_size=size)
-        found = pool.match(prompt, stop=len(prompt.identities)).blocks
+        found = pool.match(prompt, stop=len(prompt.block_hashes)).blocks
         if len(ledger) < remembered:
             assert ledger.cached_run(prompt) == len(found)
         explanation = explain(ledger, prompt, look_up(cache, None, prompt), hit_unit=cache.hit_unit)
@@ -303,7 +303,7 @@ def test_of_a_long_prompt_only_the_block_that_differs_is_compared() -> None:
     cached = TokenChain(b"root", tokens, 16)
     ledger = Ledger()
     ledger.apply(stored(cached), 1.0)
-    ledger.left(POOL, cached.identities[10:], 2.0)
+    ledger.left(POOL, cached.block_hashes[10:], 2.0)
     prompt = CountedChain(b"root", [*tokens[:-100], *[-1] * 100], 16)
     prompt.asked = 0
     outcome = outcome_of([(POOL, ledger.cached_run(prompt))], len(prompt), block_size=16, alignment=32)

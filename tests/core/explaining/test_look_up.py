@@ -17,7 +17,7 @@ def test_what_lies_below_counts_as_hit_if_it_would_be_loaded() -> None:
     harness = Harness(lower=FakeTiers(block_seconds={"disk": 1.0}, token_seconds=1.0))
     prompt = chain(range(30))
     assert harness.lower is not None
-    harness.lower.put(prompt.identities[:4])
+    harness.lower.put(prompt.block_hashes[:4])
     assert look_up(harness.cache, harness.lower, prompt) == Outcome({"disk": 16})
     harness.lower.token_seconds = 0.1
     assert look_up(harness.cache, harness.lower, prompt) == Outcome({}, {Reason.RECOMPUTE_CHEAPER: 16})
@@ -45,18 +45,18 @@ def test_state_that_is_not_exact() -> None:
     st.sampled_from([None, 0.1, 1.0]),
 )
 def test_an_admission_finds_what_the_look_up_said(
-    seed: int, alignment: int, exact: bool, uniform: bool, token_seconds: float | None
+    seed: int, alignment: int, exact: bool, batch_invariant: bool, token_seconds: float | None
 ) -> None:
     rng = Random(seed)
     lower = FakeTiers(block_seconds={"disk": 1.0, "ram": 0.01}, token_seconds=token_seconds)
     # The pool is so large that no load evicts a partial block.
-    harness = Harness(200, alignment=alignment, chunk=8, exact=exact, uniform=uniform, lower=lower)
+    harness = Harness(200, alignment=alignment, chunk=8, exact=exact, batch_invariant=batch_invariant, lower=lower)
     for number in range(8):
         tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 40))]
         prompt = chain(tokens)
-        for identity in prompt.identities:
+        for block_hash in prompt.block_hashes:
             if rng.random() < 0.3:
-                lower.put([identity], rng.choice(["disk", "ram"]), exact=rng.random() < 0.7)
+                lower.put([block_hash], rng.choice(["disk", "ram"]), exact=rng.random() < 0.7)
         expected = look_up(harness.cache, lower, prompt)
         sequence = harness.add(str(number), tokens)
         while harness.scheduler.num_running + harness.scheduler.num_waiting:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from emberkv.core.policies.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual, make_policy
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.policies.s3fifo import S3FIFO
@@ -45,7 +45,7 @@ def filled(make: PolicyClass, count: int) -> EvictionPolicy[int]:
     """Keys 0 to count - 1, admitted and released in this order."""
     policy = make()
     for key in range(count):
-        policy.admit(key, Weight())
+        policy.admit(key, EntryCost())
     policy.release(range(count))
     return policy
 
@@ -64,7 +64,7 @@ def test_alike_entries_go_in_order(make: PolicyClass) -> None:
 @every_policy
 def test_nothing_released_is_a_key_error(make: PolicyClass) -> None:
     policy = make()
-    policy.admit(1, Weight())
+    policy.admit(1, EntryCost())
     assert len(policy) == 0
     with pytest.raises(KeyError):
         policy.evict()
@@ -94,7 +94,7 @@ def test_a_discarded_key_is_gone_and_may_come_back(make: PolicyClass) -> None:
     policy = filled(make, 3)
     policy.discard(1)
     assert len(policy) == 2
-    policy.admit(1, Weight())
+    policy.admit(1, EntryCost())
     assert drain(policy) == [0, 2]
     policy.release([1])
     assert drain(policy) == [1]
@@ -107,8 +107,8 @@ def test_a_forgotten_key_leaves_no_history(make: PolicyClass) -> None:
     policy.access([0, 0, 0])
     policy.forget(0)
     assert drain(policy) == [1]
-    policy.admit(0, Weight())
-    policy.admit(2, Weight())
+    policy.admit(0, EntryCost())
+    policy.admit(2, EntryCost())
     policy.release([0, 2])
     assert drain(policy) == [0, 2]
 
@@ -117,7 +117,7 @@ def test_a_forgotten_key_leaves_no_history(make: PolicyClass) -> None:
 def test_an_evicted_key_may_be_admitted_again(make: PolicyClass) -> None:
     policy = filled(make, 2)
     assert policy.evict() == 0
-    policy.admit(0, Weight())
+    policy.admit(0, EntryCost())
     policy.release([0])
     assert set(drain(policy)) == {0, 1}
 
@@ -164,7 +164,7 @@ def test_s3fifo_passes_over_what_was_read_and_remembers_ghosts() -> None:
     assert policy.evict() == 0
     policy.access([1])
     assert policy.evict() == 2  # 1 was read, and moved to the main queue
-    policy.admit(0, Weight())  # a ghost: straight to the main queue, behind 1
+    policy.admit(0, EntryCost())  # a ghost: straight to the main queue, behind 1
     policy.release([0])
     assert drain(policy) == [3, 4, 5, 6, 7, 8, 9, 0, 1]  # 1 had one more round for its hit
 
@@ -186,7 +186,7 @@ def test_s3fifo_looks_at_a_held_key_once() -> None:
 
     policy = Counting()
     for key in range(1000):
-        policy.admit(key, Weight())
+        policy.admit(key, EntryCost())
     policy.release(range(1000))
     policy.access(range(900))
     assert policy.evict() == 900  # 0 to 899 are in the main queue now, with one round to go
@@ -199,12 +199,12 @@ def test_s3fifo_looks_at_a_held_key_once() -> None:
 
 def test_greedy_dual_weighs_cost_against_size_and_ages() -> None:
     policy: GreedyDual[str] = GreedyDual()
-    policy.admit("dear", Weight(size=1, cost=4))  # rank 4
-    policy.admit("large", Weight(size=4, cost=4))  # rank 1
-    policy.admit("cheap", Weight(size=1, cost=1.5))  # rank 1.5
+    policy.admit("dear", EntryCost(size=1, cost=4))  # rank 4
+    policy.admit("large", EntryCost(size=4, cost=4))  # rank 1
+    policy.admit("cheap", EntryCost(size=1, cost=1.5))  # rank 1.5
     policy.release(["dear", "large", "cheap"])
     assert [policy.evict(), policy.evict()] == ["large", "cheap"]  # the age is 1.5 now
-    policy.admit("newer", Weight(size=1, cost=3))
+    policy.admit("newer", EntryCost(size=1, cost=3))
     policy.release(["newer"])  # rank 1.5 + 3
     assert [policy.evict(), policy.evict()] == ["dear", "newer"]
 
@@ -212,7 +212,7 @@ def test_greedy_dual_weighs_cost_against_size_and_ages() -> None:
 def test_greedy_dual_multiplies_by_the_count() -> None:
     policy = filled(GreedyDual, 2)
     policy.access([0])
-    policy.admit(2, Weight(cost=1.5))
+    policy.admit(2, EntryCost(cost=1.5))
     policy.release([2])
     assert drain(policy) == [1, 2, 0]
 

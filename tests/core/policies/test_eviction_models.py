@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.policies.s3fifo import S3FIFO
@@ -25,7 +25,7 @@ NAIVE: dict[str, Callable[[], Naive]] = {
     "lfu": lambda: NaiveRanked(lambda entry, age: entry.count),
     "fifo": lambda: NaiveRanked(lambda entry, age: entry.born),
     "s3fifo": NaiveS3FIFO,
-    "greedy-dual": lambda: NaiveRanked(lambda entry, age: age + entry.count * entry.weight.cost / entry.weight.size),
+    "greedy-dual": lambda: NaiveRanked(lambda entry, age: age + entry.count * entry.cost.cost / entry.cost.size),
 }
 VERBS = ("admit", "admit", "release", "release", "release", "hold", "access", "access", "evict", "discard", "forget")
 
@@ -39,9 +39,9 @@ def test_a_policy_does_what_its_naive_model_does(name: str, operations: list[tup
     released: set[int] = set()
     for verb, key in operations:
         if verb == "admit" and key not in held | released:
-            weight = Weight(size=1 + key % 3, cost=1 + key % 5)
-            policy.admit(key, weight)
-            naive.admit(key, weight)
+            cost = EntryCost(size=1 + key % 3, cost=1 + key % 5)
+            policy.admit(key, cost)
+            naive.admit(key, cost)
             held.add(key)
         elif verb == "release" and key in held:
             policy.release([key])
@@ -92,9 +92,9 @@ class Pair:
     def do(self, verb: str, key: int, number: int) -> None:
         owner = "abc"[key % 3]
         if verb == "admit" and key not in self.held | self.released:
-            weight = Weight(size=1 + number % 3, cost=1 + key % 5, owner=owner)
-            self.real.admit(key, weight)
-            self.naive.admit(key, weight)
+            cost = EntryCost(size=1 + number % 3, cost=1 + key % 5, owner=owner)
+            self.real.admit(key, cost)
+            self.naive.admit(key, cost)
             self.held.add(key)
         elif verb == "release" and key in self.held:
             self.real.release([key])
@@ -124,8 +124,8 @@ class Pair:
         elif verb == "retain":
             assert self.real.retain([key], number) == self.naive.retain(key, number)
         elif verb == "let_go":
-            self.real.let_go([key])
-            self.naive.let_go(key)
+            self.real.unretain([key])
+            self.naive.unretain(key)
         elif verb == "expire":
             self.real.expire(number)
             self.naive.expire(number)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.errors import ConfigError
@@ -33,7 +33,7 @@ class Cache:
             del self.sizes[self.policy.evict_for(owner)]
         self.admitted += 1
         key = (owner, self.admitted)
-        self.policy.admit(key, Weight(size=size, owner=owner))
+        self.policy.admit(key, EntryCost(size=size, owner=owner))
         self.sizes[key] = size
         if not hold:
             self.policy.release([key])
@@ -124,7 +124,7 @@ def test_owners_without_a_share_of_their_own_have_the_default_each() -> None:
 def test_one_release_may_list_keys_of_several_owners() -> None:
     policy: FairShares[int] = FairShares(LRU, {}, Share())
     for key, owner in enumerate("aabba"):
-        policy.admit(key, Weight(owner=owner))
+        policy.admit(key, EntryCost(owner=owner))
     policy.release(range(5))
     assert [policy.evict() for _ in range(5)] == [0, 1, 2, 4, 3]  # equal excess: the first by name
 
@@ -132,7 +132,7 @@ def test_one_release_may_list_keys_of_several_owners() -> None:
 def test_retention_is_within_ones_own_share() -> None:
     policy: FairShares[int] = FairShares(lambda: Retaining(LRU(), max_bytes=10), {"b": Share(floor_bytes=1)}, Share())
     for key, owner in enumerate("aaab"):
-        policy.admit(key, Weight(owner=owner))
+        policy.admit(key, EntryCost(owner=owner))
     policy.release(range(4))
     assert policy.retain([0, 1, 3, 9], until=math.inf) == 3
     assert [policy.evict() for _ in range(4)] == [2, 1, 0, 3]
@@ -141,10 +141,10 @@ def test_retention_is_within_ones_own_share() -> None:
 def test_expiry_and_let_go_reach_every_owner() -> None:
     policy: FairShares[int] = FairShares(lambda: Retaining(LRU(), max_bytes=10), {}, Share())
     for key, owner in enumerate("aabb"):
-        policy.admit(key, Weight(owner=owner))
+        policy.admit(key, EntryCost(owner=owner))
     policy.release(range(4))
     policy.retain([0, 2], until=5)
-    policy.let_go([2])
+    policy.unretain([2])
     policy.expire(5)
     assert [policy.evict() for _ in range(4)] == [1, 3, 0, 2]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import LFU, LRU
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.errors import ConfigError
 
@@ -17,7 +17,7 @@ def filled(count: int, *, max_bytes: float = math.inf) -> Retaining[int]:
     """Keys 0 to count - 1 of one byte each, admitted and released in this order, over LRU."""
     policy: Retaining[int] = Retaining(LRU(), max_bytes=max_bytes)
     for key in range(count):
-        policy.admit(key, Weight())
+        policy.admit(key, EntryCost())
     policy.release(range(count))
     return policy
 
@@ -64,7 +64,7 @@ def test_a_later_end_holds_against_a_sooner_one() -> None:
 def test_let_go_ends_it_at_once() -> None:
     policy = filled(3)
     policy.retain([0, 1], until=math.inf)
-    policy.let_go([0, 1, 7])
+    policy.unretain([0, 1, 7])
     assert policy.retained_bytes == 0
     assert drain(policy) == [2, 1, 0]
 
@@ -95,7 +95,7 @@ def test_a_held_key_is_retained_when_it_is_released() -> None:
     policy.retain([0], until=math.inf)
     assert drain(policy) == [1]
     policy.release([0])
-    policy.admit(2, Weight())
+    policy.admit(2, EntryCost())
     policy.release([2])
     assert drain(policy) == [2, 0]
 
@@ -108,14 +108,14 @@ def test_an_entry_that_goes_takes_its_retention_along() -> None:
     policy.forget(1)
     assert policy.evict() == 2
     assert policy.retained_bytes == 0
-    policy.admit(0, Weight())
+    policy.admit(0, EntryCost())
     assert not policy.is_retained(0)
 
 
 def test_use_while_retained_counts_for_the_inner_order() -> None:
     policy: Retaining[int] = Retaining(LFU(), max_bytes=9)
     for key in range(2):
-        policy.admit(key, Weight())
+        policy.admit(key, EntryCost())
     policy.release([0, 1])
     policy.retain([0], until=1)
     policy.access([0, 0])
@@ -139,7 +139,7 @@ def test_the_retained_share_never_exceeds_its_cap(
 ) -> None:
     policy: Retaining[int] = Retaining(LRU(), max_bytes=cap)
     for key, size in enumerate(sizes):
-        policy.admit(key, Weight(size=size))
+        policy.admit(key, EntryCost(size=size))
     policy.release(range(0, len(sizes), 2))  # the others stay held, and count as well
     for keys, until in wishes:
         policy.retain(keys, until)
@@ -152,7 +152,7 @@ def test_a_budget_bounds_what_all_policies_retain_together() -> None:
     policies: list[Retaining[int]] = [Retaining(LRU(), max_bytes=6, shared=budget) for _ in range(6)]
     for policy in policies:
         for key in range(6):
-            policy.admit(key, Weight())
+            policy.admit(key, EntryCost())
         policy.release(range(6))
         policy.retain(range(6), until=9)
         assert budget.retained_bytes <= 6
@@ -173,7 +173,7 @@ def test_no_wish_of_any_owner_exceeds_the_budget_of_all(cap: int, wishes: Sequen
     policies: list[Retaining[int]] = [Retaining(LRU(), max_bytes=20, shared=budget) for _ in range(4)]
     for policy in policies:
         for key in range(10):
-            policy.admit(key, Weight(size=key + 1))
+            policy.admit(key, EntryCost(size=key + 1))
         policy.release(range(0, 10, 2))
     for owner, keys, until in wishes:
         policies[owner].retain(keys, until)

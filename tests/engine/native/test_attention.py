@@ -52,13 +52,13 @@ def pool_of(
 class Text:
     """Random queries, keys and values ``[tokens, heads, dim]`` of one sequence, in blocks at random places."""
 
-    def __init__(self, pool: KVPool, length: int, slots: list[int], seed: int = 0) -> None:
+    def __init__(self, pool: KVPool, length: int, block_ids: list[int], seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         geometry = pool.geometry
         heads = geometry.num_heads, geometry.num_kv_heads, geometry.num_kv_heads
         made = [torch.randn(n, length, geometry.head_dim, generator=generator).to(pool.dtype) for n in heads]
         self.q, self.k, self.v = (each.transpose(0, 1) for each in made)  # as models hand them over
-        self.slots = slots
+        self.block_ids = block_ids
 
     def __len__(self) -> int:
         return self.q.shape[0]
@@ -72,12 +72,12 @@ def places(pool: KVPool, seed: int = 0) -> Iterator[int]:
 
 
 def text(pool: KVPool, length: int, seed: int = 0) -> Text:
-    slots = places(pool, seed)
-    return Text(pool, length, [next(slots) for _ in range(-(-length // pool.block_size))], seed)
+    block_ids = places(pool, seed)
+    return Text(pool, length, [next(block_ids) for _ in range(-(-length // pool.block_size))], seed)
 
 
 def step_of(pool: KVPool, kernels: Kernels, pieces: list[tuple[Text, int, int]], wanted: list[int]) -> NativeStep:
-    return NativeStep(pool, kernels, [Run(each.slots, start, stop - start) for each, start, stop in pieces], wanted)
+    return NativeStep(pool, kernels, [Run(each.block_ids, start, stop - start) for each, start, stop in pieces], wanted)
 
 
 def compute(
@@ -115,11 +115,11 @@ def test_it_is_attention(
     close(cut(pool, kernels, call, whole, [1, 40, 300]), written_out(call, whole.q, whole.k, whole.v))
 
 
-def stored(pool: KVPool, slot: int) -> tuple[Tensor, Tensor]:
+def stored(pool: KVPool, block_id: int) -> tuple[Tensor, Tensor]:
     """A block's keys and values, ``[block_size, kv_heads, dim]``, as in layout.hpp."""
     heads, dim, size = pool.geometry.num_kv_heads, pool.geometry.head_dim, pool.block_size
     pair = 4 // pool.storage.element_size()
-    keys, values = pool.storage[slot, CALL.layer]
+    keys, values = pool.storage[block_id, CALL.layer]
     return (
         keys.reshape(heads, dim // pair, size, pair).permute(2, 0, 1, 3).reshape(size, heads, dim),
         values.reshape(heads, size // pair, dim, pair).permute(1, 3, 0, 2).reshape(size, heads, dim),
@@ -130,7 +130,7 @@ def test_what_it_stores_are_the_keys_and_the_values(kernels: Kernels, dtype: tor
     pool = pool_of(4, 2, 20, dtype)
     whole = text(pool, 37)
     cut(pool, kernels, CALL, whole, [20])
-    blocks = [stored(pool, slot) for slot in whole.slots]
+    blocks = [stored(pool, block_id) for block_id in whole.block_ids]
     assert torch.equal(torch.cat([keys for keys, _ in blocks])[:37], whole.k)
     assert torch.equal(torch.cat([values for _, values in blocks])[:37], whole.v)
     assert pool.storage.isnan().sum() == pool.storage.numel() - 37 * 2 * 2 * 20
@@ -153,7 +153,7 @@ def test_a_row_has_the_same_bits_however_a_text_is_cut(kernels: Kernels, data: s
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6)))
     at_once, in_pieces = pool_of(4, 2, 16, kind), pool_of(4, 2, 16, kind)
     expected = cut(at_once, kernels, call, text(at_once, length), [])
-    got = cut(in_pieces, kernels, call, Text(in_pieces, length, text(in_pieces, length, seed=9).slots), cuts)
+    got = cut(in_pieces, kernels, call, Text(in_pieces, length, text(in_pieces, length, seed=9).block_ids), cuts)
     assert torch.equal(got, expected)
 
 
@@ -163,18 +163,20 @@ def test_sequences_with_common_blocks_get_the_bits_that_each_gets_alone(
 ) -> None:
     """In one pass with a piece of a prompt."""
     pool = pool_of(4, 2, 16, dtype)
-    slots = places(pool)
-    stem = [next(slots) for _ in range(common * kernels.span // BLOCK)]
+    block_ids = places(pool)
+    stem = [next(block_ids) for _ in range(common * kernels.span // BLOCK)]
     trunk = Text(pool, common * kernels.span, stem, seed=1)
     members = []
     for seed, tail in enumerate((1, 30, 300)):
-        member = Text(pool, len(trunk) + tail, stem + [next(slots) for _ in range(-(-tail // BLOCK))], seed=2 + seed)
+        member = Text(
+            pool, len(trunk) + tail, stem + [next(block_ids) for _ in range(-(-tail // BLOCK))], seed=2 + seed
+        )
         for ours, theirs in zip((member.k, member.v), (trunk.k, trunk.v), strict=True):
             ours[: len(trunk)] = theirs
         members.append(member)
         if len(member) > 1:
             compute(pool, kernels, CALL, [(member, 0, len(member) - 1)])
-    prompt = Text(pool, 50, [next(slots) for _ in range(4)], seed=9)
+    prompt = Text(pool, 50, [next(block_ids) for _ in range(4)], seed=9)
     last = [(member, len(member) - 1, len(member)) for member in members]
 
     alone = [compute(pool, kernels, CALL, [piece]) for piece in (*last, (prompt, 0, 50))]

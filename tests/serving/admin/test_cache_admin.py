@@ -213,7 +213,7 @@ def test_a_pinned_prefix_is_evicted_last() -> None:
     prefix = ask(server, "/unpin", **text(LONG))["prefix"]
     assert (
         prefix
-        == server.core.chain(ByteTokenizer().encode(LONG, add_special_tokens=True), EVERYBODY).identities[-1].hex()
+        == server.core.chain(ByteTokenizer().encode(LONG, add_special_tokens=True), EVERYBODY).block_hashes[-1].hex()
     )
     for number in range(4, 8):
         server.complete(str(number) * 60)

@@ -6,13 +6,13 @@ from emberkv.core.events import BlockRemoved, BlockStored
 from emberkv.core.explaining.cached_prefixes import largest
 from emberkv.core.explaining.explanation import POOL, Loss, LossKind, Outcome, Reason
 from emberkv.core.explaining.ledger import Ledger
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.serving.admin.cache_books import COPIED_BLOCKS, CacheBooks
 from tests.core.harness import chain
 from tests.core.ledgers import stored
 
 PROMPT = chain(range(10))
-(FIRST, SECOND) = PROMPT.identities
+(FIRST, SECOND) = PROMPT.block_hashes
 
 
 def books(**limits: int) -> CacheBooks:
@@ -58,7 +58,7 @@ def test_news_of_many_threads_is_complete() -> None:
 
     def write(part: int) -> None:
         for each in chains[part::4]:
-            kept.saw([BlockStored(tuple(each.identities), each.root, (each.block_tokens(0),), 4)])
+            kept.saw([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
             kept.explained("nobody")
 
     threads = [threading.Thread(target=write, args=(part,)) for part in range(4)]
@@ -72,8 +72,8 @@ def test_news_of_many_threads_is_complete() -> None:
 
 def test_what_one_place_gives_up_may_still_be_in_another() -> None:
     kept = books()
-    on_disk: set[Identity] = {FIRST}
-    kept.below = lambda identity: ["disk"] if identity in on_disk else []
+    on_disk: set[BlockHash] = {FIRST}
+    kept.below = lambda block_hash: ["disk"] if block_hash in on_disk else []
     kept.saw([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
     with kept.reading() as ledger:
         assert ledger.places(FIRST) == ["disk"]
@@ -89,7 +89,7 @@ def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
     kept = books()
     for number in range(3 * COPIED_BLOCKS // 2):
         each = chain([number] * 4)
-        kept.saw([BlockStored(tuple(each.identities), each.root, (each.block_tokens(0),), 4)])
+        kept.saw([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
     view = kept.copied()
     kept.admitted("later", PROMPT, 10, Outcome(), hit_unit=4)
     assert kept.explained("later") is not None

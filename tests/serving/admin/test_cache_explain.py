@@ -133,7 +133,7 @@ def test_a_lower_tier_that_would_be_loaded_or_not() -> None:
     lower = FakeTiers(block_seconds={"disk": 1.0}, token_seconds=10.0)
     server = Server(CoreEngine(lower=lower), bound_to_loopback=True)
     tokens = ByteTokenizer().encode(LONG, add_special_tokens=True)
-    lower.put(server.core.chain(tokens, Tenants(secret=b"").named("")).identities[:6])
+    lower.put(server.core.chain(tokens, Tenants(secret=b"").named("")).block_hashes[:6])
     assert server.explain(**text(LONG))["hit_tokens_by_place"] == {"disk": 24}
     lower.token_seconds = 0.1
     answer = server.explain(**text(LONG))

@@ -19,7 +19,7 @@ def model(name: str, root: bytes) -> KnownModel:
 
 def store(folder: Path, namespace: bytes, chain: TokenChain, blocks: int) -> None:
     for index in range(blocks):
-        file = BlockFile(namespace, chain.identities[index], chain.owner(index), index % 2 == 0, 0, 0)
+        file = BlockFile(namespace, chain.block_hashes[index], chain.owner(index), index % 2 == 0, 0, 0)
         path = folder / BLOCKS / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -89,7 +89,7 @@ def test_tokens_of_a_lower_tier_are_told_apart() -> None:
     client = client_of(core)
     tokens = ByteTokenizer().encode("0123456789abcdefghijklmnopqrstuvwxyz", add_special_tokens=True)
     chain = core.chain(tokens, EVERYBODY)
-    lower.put(chain.identities[:4], "disk")
+    lower.put(chain.block_hashes[:4], "disk")
     summary = header(client, "/v1/completions", "0123456789abcdefghijklmnopqrstuvwxyz")
     assert summary == "hit=16;disk=16;miss=21;why=new@16"
 

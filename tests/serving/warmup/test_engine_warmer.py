@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.hashing import PUBLIC_OWNER, Identity
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -77,7 +77,7 @@ def test_the_first_real_request_hits_all_of_it() -> None:
 @pytest.mark.parametrize(("tokens", "tenants"), [(3, NOBODY), (3, TENANTS), (7, NOBODY), (7, TENANTS)])
 def test_a_prompt_that_ends_within_a_block_is_hit_whole(tokens: int, tenants: Tenants) -> None:
     system = WarmPrompt(PROMPT.tokens[:tokens], PUBLIC_OWNER)
-    harness = Harness(uniform=True, public=PublicPrefixes([system.tokens], BLOCK))
+    harness = Harness(batch_invariant=True, public=PublicPrefixes([system.tokens], BLOCK))
     with warming(harness, system, tenants=tenants) as warmup:
         assert (warmup.report().phase, warmup.report().tokens) == (WarmupPhase.DONE, tokens)
         for number, name in enumerate(tenants.names or [""]):
@@ -166,7 +166,7 @@ def test_after_an_eviction_it_is_warmed_again() -> None:
 
 
 def test_where_retention_is_possible_it_is_evicted_last() -> None:
-    policy: Retaining[Identity] = Retaining(LRU(), max_bytes=20)
+    policy: Retaining[BlockHash] = Retaining(LRU(), max_bytes=20)
     harness = Harness(policy=policy)
     with warming(harness, PROMPT) as warmup:
         for number in range(5):

@@ -156,9 +156,9 @@ def test_scores_go_on_over_restarts(tmp_path: Path) -> None:
     second.save()
     prefixes, saved_at = read_prefixes(prefix_file(tmp_path, NAMESPACE), namespace=NAMESPACE)
     assert saved_at == clock.now
-    assert [(prefix.identity, prefix.score) for prefix in prefixes] == [
-        (new.identities[-1], 3.0),
-        (old.identities[-1], 2.0),
+    assert [(prefix.block_hash, prefix.score) for prefix in prefixes] == [
+        (new.block_hashes[-1], 3.0),
+        (old.block_hashes[-1], 2.0),
     ]
 
 
@@ -212,7 +212,7 @@ def test_what_is_removed_is_forgotten_here_and_in_the_file(tmp_path: Path, resta
     run, first, _ = learned_two(tmp_path)
     if restarted:
         run = learned(tmp_path)
-    assert run.forget([first.identities[1]]) == Removed(1)
+    assert run.forget([first.block_hashes[1]]) == Removed(1)
     expected = [WarmPrompt((1, 1)), WarmPrompt((1, 1, 4, 4))]
     assert sorted(learned(tmp_path).restore(), key=lambda each: each.tokens) == expected
     assert WarmPrompt((1, 1, 2, 2, 3, 3)) not in run.restore()

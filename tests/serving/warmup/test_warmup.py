@@ -61,18 +61,18 @@ class FakePool:
         if self.broken is not None:
             raise self.broken
         count = 0
-        for identity in chain.identities:
-            if identity not in self.cached:
+        for block_hash in chain.block_hashes:
+            if block_hash not in self.cached:
                 break
             count += 1
         is_whole = set(kept_hashes(chain)) <= self.cached
         return len(chain) if is_whole else count * BLOCK
 
     def keep(self, chain: TokenChain) -> None:
-        self.kept += [identity for identity in kept_hashes(chain) if identity not in self.kept]
+        self.kept += [block_hash for block_hash in kept_hashes(chain) if block_hash not in self.kept]
 
-    def unretain(self, identities: Iterable[bytes]) -> None:
-        self.kept = [identity for identity in self.kept if identity not in set(identities)]
+    def unretain(self, block_hashes: Iterable[bytes]) -> None:
+        self.kept = [block_hash for block_hash in self.kept if block_hash not in set(block_hashes)]
 
     def room(self) -> int:
         return (self.size - len(self.cached)) * BLOCK
@@ -82,7 +82,7 @@ class FakePool:
         if self.refusal is not None:
             raise self.refusal
         chain = self.chain(prompt)
-        done = chain.identities[: self.blocks_done] if self.stuck else kept_hashes(chain)
+        done = chain.block_hashes[: self.blocks_done] if self.stuck else kept_hashes(chain)
         usage = CacheUsage(len(prompt.tokens), self.cached_tokens(chain))
         self.cached.update(done[: self.size - len(self.cached)])
         self.listeners[request_id] = listener
@@ -100,7 +100,7 @@ class FakePool:
 
     def lose(self, prompt: WarmPrompt, blocks: int) -> list[bytes]:
         """Evict from the prompt's tail."""
-        lost = list(self.chain(prompt).identities[-blocks:])
+        lost = list(self.chain(prompt).block_hashes[-blocks:])
         self.cached.difference_update(lost)
         return lost
 
@@ -167,7 +167,7 @@ def test_all_prompts_are_warmed_and_then_it_is_ready(make: Maker, pool: FakePool
 
 
 def test_what_is_cached_already_is_not_computed(make: Maker, pool: FakePool) -> None:
-    pool.cached.update(pool.chain(ONE).identities)
+    pool.cached.update(pool.chain(ONE).block_hashes)
     assert make.run(ONE).report() == WarmupReport(WarmupPhase.DONE, prompts=1, warm_prompts=1, tokens=8)
     assert pool.computed == []
 
@@ -331,7 +331,7 @@ def test_pins_come_and_go(make: Maker, pool: FakePool) -> None:
     assert warmup.unpin([1] * 10, "a")
     assert not warmup.unpin([1] * 10, "a")
     assert warmup.pins() == [WarmPrompt((1,) * 8, "b")]
-    assert pool.kept == pool.chain(WarmPrompt((1,) * 8, "b")).identities
+    assert pool.kept == pool.chain(WarmPrompt((1,) * 8, "b")).block_hashes
     assert (warmup.report().prompts, warmup.report().tokens) == (1, 8)
 
 
@@ -358,7 +358,7 @@ def test_what_was_evicted_is_warmed_again_but_not_too_often(make: Maker, pool: F
 def test_others_losses_are_none_of_its_business(make: Maker, pool: FakePool) -> None:
     warmup = make(ONE)
     warmup.tick()
-    warmup.pool_lost(pool.chain(TWO).identities)
+    warmup.pool_lost(pool.chain(TWO).block_hashes)
     pool.clock.now += 1000
     assert warmup.tick() is None
     assert pool.computed == [ONE]
@@ -414,7 +414,7 @@ def test_learned_prompts_come_after_the_pinned_the_best_first(make: Maker, pool:
     assert (report.phase, report.prompts, report.learned, report.restored) == (WarmupPhase.DONE, 1, 2, 2)
     assert str(report).endswith("; 2 of 2 learned prompts restored")
     warmup.pool_lost(None)
-    assert pool.kept == pool.chain(ONE).identities
+    assert pool.kept == pool.chain(ONE).block_hashes
     assert warmup.pins() == [ONE]  # learned ones are restored but once
 
 

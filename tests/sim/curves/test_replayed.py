@@ -3,7 +3,7 @@
 import pytest
 from benchmarks.measured_elsewhere import MOONCAKE
 
-from emberkv.core.policies.eviction_policy import Weight
+from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import SampledReplay, replay, sample
@@ -35,7 +35,9 @@ def test_a_request_larger_than_the_pool_is_refused_and_displaces_nothing() -> No
 def test_a_policy_is_told_what_a_block_is_worth() -> None:
     seen = [visit_of([2, 2]), visit_of([1]), visit_of([3]), visit_of([2, 2])]
     assert replay(seen, 3, "greedy-dual").hits == 1  # all alike: the tail goes first
-    heads_are_cheap = replay(seen, 3, "greedy-dual", weight=lambda position: Weight(cost=5.0 if position else 1.0))
+    heads_are_cheap = replay(
+        seen, 3, "greedy-dual", block_cost=lambda position: EntryCost(cost=5.0 if position else 1.0)
+    )
     assert heads_are_cheap.hits == 0
 
 

@@ -6,7 +6,7 @@ from heapq import nlargest
 
 from emberkv.core.explaining.explain import decode_tokens
 from emberkv.core.explaining.ledger import Entry, Ledger, LedgerView
-from emberkv.core.hashing import TOKEN_BYTES, Identity
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class CachedPrefix:
     hits: prompts that reused all of it. last_hit: when, in the ledger's time; 0 for never.
     """
 
-    identity: Identity
+    block_hash: BlockHash
     tokens: int
     owner: str
     places: tuple[str, ...]
@@ -28,48 +28,48 @@ class CachedPrefix:
 def largest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
     """The longest cached prefixes that are no part of a longer one, the longest first."""
     cached = [entry for entry in ledger if entry.loss is None]
-    inner = {above.identity for entry in cached if (above := ledger.above(entry)) is not None}
+    inner = {above.block_hash for entry in cached if (above := ledger.above(entry)) is not None}
     lengths = _lengths(ledger, cached)
-    ends = (entry for entry in cached if entry.identity not in inner)
-    chosen = nlargest(limit, ends, key=lambda entry: lengths[entry.identity])
-    return [_described(ledger, entry, lengths[entry.identity], entry.hits, entry.last_hit) for entry in chosen]
+    ends = (entry for entry in cached if entry.block_hash not in inner)
+    chosen = nlargest(limit, ends, key=lambda entry: lengths[entry.block_hash])
+    return [_described(ledger, entry, lengths[entry.block_hash], entry.hits, entry.last_hit) for entry in chosen]
 
 
 def hottest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
     """The prefixes that saved most: hits times tokens. Of prefixes reused equally often, only the longest is told."""
     cached = [entry for entry in ledger if entry.loss is None]
     lengths = _lengths(ledger, cached)
-    hits: dict[Identity, int] = {}
-    last: dict[Identity, float] = {}
-    most_below: dict[Identity, int] = {}
-    for entry in sorted(cached, key=lambda entry: lengths[entry.identity], reverse=True):
-        total = hits.get(entry.identity, 0) + entry.hits
-        latest = max(last.get(entry.identity, 0.0), entry.last_hit)
-        hits[entry.identity], last[entry.identity] = total, latest
+    hits: dict[BlockHash, int] = {}
+    last: dict[BlockHash, float] = {}
+    most_below: dict[BlockHash, int] = {}
+    for entry in sorted(cached, key=lambda entry: lengths[entry.block_hash], reverse=True):
+        total = hits.get(entry.block_hash, 0) + entry.hits
+        latest = max(last.get(entry.block_hash, 0.0), entry.last_hit)
+        hits[entry.block_hash], last[entry.block_hash] = total, latest
         if (above := ledger.above(entry)) is not None:
-            parent = above.identity
+            parent = above.block_hash
             hits[parent] = hits.get(parent, 0) + total
             last[parent] = max(last.get(parent, 0.0), latest)
             most_below[parent] = max(most_below.get(parent, 0), total)
-    reused = (entry for entry in cached if hits[entry.identity] > most_below.get(entry.identity, 0))
-    chosen = nlargest(limit, reused, key=lambda entry: hits[entry.identity] * lengths[entry.identity])
+    reused = (entry for entry in cached if hits[entry.block_hash] > most_below.get(entry.block_hash, 0))
+    chosen = nlargest(limit, reused, key=lambda entry: hits[entry.block_hash] * lengths[entry.block_hash])
     return [
-        _described(ledger, entry, lengths[entry.identity], hits[entry.identity], last[entry.identity])
+        _described(ledger, entry, lengths[entry.block_hash], hits[entry.block_hash], last[entry.block_hash])
         for entry in chosen
     ]
 
 
-def path_to(ledger: LedgerView, identity: Identity) -> list[Entry]:
-    """The known blocks from a chain's beginning to ``identity``; empty when it is not known."""
+def path_to(ledger: LedgerView, block_hash: BlockHash) -> list[Entry]:
+    """The known blocks from a chain's beginning to ``block_hash``; empty when it is not known."""
     path = []
-    entry = ledger.get(identity)
+    entry = ledger.get(block_hash)
     while entry is not None:
         path.append(entry)
         entry = ledger.above(entry)
     return path[::-1]
 
 
-def unshared(ledger: Ledger, path: Sequence[Identity]) -> list[Identity]:
+def unshared(ledger: Ledger, path: Sequence[BlockHash]) -> list[BlockHash]:
     """Of a chain's blocks and all known ones below them, those that no other known chain needs."""
     if not path:
         return []
@@ -85,31 +85,31 @@ def unshared(ledger: Ledger, path: Sequence[Identity]) -> list[Identity]:
     return gone
 
 
-def first_tokens(ledger: LedgerView, identity: Identity, count: int) -> tuple[int, ...]:
-    """The first ``count`` tokens of the chain that leads to ``identity``."""
-    encoded = b"".join(entry.tokens for entry in path_to(ledger, identity))
+def first_tokens(ledger: LedgerView, block_hash: BlockHash, count: int) -> tuple[int, ...]:
+    """The first ``count`` tokens of the chain that leads to ``block_hash``."""
+    encoded = b"".join(entry.tokens for entry in path_to(ledger, block_hash))
     return decode_tokens(encoded[: count * TOKEN_BYTES])
 
 
-def _lengths(ledger: LedgerView, entries: Iterable[Entry]) -> dict[Identity, int]:
+def _lengths(ledger: LedgerView, entries: Iterable[Entry]) -> dict[BlockHash, int]:
     """Tokens from a chain's beginning to the end of each of ``entries``, and of what lies before them."""
-    lengths: dict[Identity, int] = {}
+    lengths: dict[BlockHash, int] = {}
     for entry in entries:
         climbed: list[Entry] = []
         above: Entry | None = entry
-        while above is not None and above.identity not in lengths:
+        while above is not None and above.block_hash not in lengths:
             climbed.append(above)
             above = ledger.above(above)
-        length = lengths[above.identity] if above is not None else 0
+        length = lengths[above.block_hash] if above is not None else 0
         for each in reversed(climbed):
             length += len(each.tokens) // TOKEN_BYTES
-            lengths[each.identity] = length
+            lengths[each.block_hash] = length
     return lengths
 
 
 def _described(ledger: LedgerView, entry: Entry, tokens: int, hits: int, last_hit: float) -> CachedPrefix:
-    places = tuple(ledger.places(entry.identity))
-    return CachedPrefix(entry.identity, tokens, _owner(ledger, entry), places, hits, last_hit)
+    places = tuple(ledger.places(entry.block_hash))
+    return CachedPrefix(entry.block_hash, tokens, _owner(ledger, entry), places, hits, last_hit)
 
 
 def _owner(ledger: LedgerView, entry: Entry) -> str:

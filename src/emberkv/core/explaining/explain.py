@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
 from emberkv.core.explaining.ledger import Entry, Ledger
-from emberkv.core.hashing import TOKEN_BYTES, Identity, TokenChain, common_tokens
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, TokenChain, common_tokens
 from emberkv.core.matching import MatchEnd
 from emberkv.core.promotion import Admission
 
@@ -78,12 +78,12 @@ def _rest(
     """
     size = chain.block_size
     first = known = at // size
-    while (known + 1) * size <= stop and chain.identities[known] in ledger:
+    while (known + 1) * size <= stop and chain.block_hashes[known] in ledger:
         known += 1
     misses: list[Miss] = []
     divergence = None
     if known > first and refused is not None:
-        misses.append(Miss(refused, first * size, (known - first) * size, ledger.known(chain.identities[first]).loss))
+        misses.append(Miss(refused, first * size, (known - first) * size, ledger.known(chain.block_hashes[first]).loss))
     elif known > first:
         misses += _losses(ledger, chain, first, known)
     if known * size < stop:
@@ -106,9 +106,9 @@ def _losses(ledger: Ledger, chain: TokenChain, first: int, stop: int) -> Iterato
     What is still cached behind a lost block is of no use without it, and counts with it.
     """
     size = chain.block_size
-    start, loss = first, ledger.known(chain.identities[first]).loss
+    start, loss = first, ledger.known(chain.block_hashes[first]).loss
     for index in range(first + 1, stop):
-        later = ledger.known(chain.identities[index]).loss
+        later = ledger.known(chain.block_hashes[index]).loss
         if later is not None and _how_lost(later) is not _how_lost(loss):
             yield Miss(_how_lost(loss), start * size, (index - start) * size, loss)
             start, loss = index, later
@@ -135,7 +135,7 @@ def _divergence(
         return Miss(Reason.NEW, start, 0), None
     tokens = chain.encoded_slice(start, min(start + chain.block_size, stop))
     nearest, common = max((_nearest(ledger, each, tokens) for each in rivals), key=lambda found: found[1])
-    lost = nearest.loss is not None or (copied and POOL in ledger.places(nearest.identity))
+    lost = nearest.loss is not None or (copied and POOL in ledger.places(nearest.block_hash))
     beginning = Miss(_how_lost(nearest.loss) if lost else Reason.ALIGNMENT, start, common, nearest.loss)
     position = start + common
     if position == min(start + chain.block_size, stop):
@@ -149,7 +149,7 @@ def _divergence(
     )
 
 
-def _nearest(ledger: Ledger, siblings: Sequence[Identity], tokens: bytes) -> tuple[Entry, int]:
+def _nearest(ledger: Ledger, siblings: Sequence[BlockHash], tokens: bytes) -> tuple[Entry, int]:
     """The entry with the longest common run with ``tokens``, a cached one before a lost one; and that run.
 
     In sorted order the longest common run is with a neighbour, and those with an equal run lie side by side.
@@ -169,15 +169,15 @@ def _nearest(ledger: Ledger, siblings: Sequence[Identity], tokens: bytes) -> tup
     return best, longest
 
 
-def _common(ledger: Ledger, identity: Identity, tokens: bytes) -> int:
-    return common_tokens(ledger.known(identity).tokens, tokens)
+def _common(ledger: Ledger, block_hash: BlockHash, tokens: bytes) -> int:
+    return common_tokens(ledger.known(block_hash).tokens, tokens)
 
 
 def _tokens_from(ledger: Ledger, entry: Entry, skip: int) -> tuple[int, ...]:
     """The tokens that a known chain goes on with, from token ``skip`` of ``entry`` on."""
     encoded = entry.tokens[skip * TOKEN_BYTES :]
     while len(encoded) < SHOWN_TOKENS * TOKEN_BYTES:
-        following = ledger.children(entry.identity)
+        following = ledger.children(entry.block_hash)
         if not following:
             break
         entry = ledger.known(following[0])

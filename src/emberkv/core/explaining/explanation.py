@@ -21,7 +21,7 @@ class Reason(Enum):
     RECOMPUTE_CHEAPER = "recompute"  # a tier has it; computing was expected to be faster than loading
     LOAD_FAILED = "load-failed"  # a tier had it; loading failed, came too late, or brought what cannot be trusted
     INEXACT = "inexact"  # it is cached, not bit-equal to a cold prefill, and only such state may be reused
-    COLLISION = "collision"  # its identity is taken by other tokens: never served
+    COLLISION = "collision"  # its block hash is taken by other tokens: never served
     CACHE_OFF = "cache-off"  # prompts are not looked up
     ALIGNMENT = "alignment"  # it is cached, and lies beyond the last whole unit in which it can be reused or loaded
     PARTIAL = "partial"  # hits end at blocks; the last one is not full, or ends with the prompt's last token

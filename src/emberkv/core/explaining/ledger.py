@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explanation import POOL, Loss, LossKind
-from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.errors import ConfigError
 
 DEFAULT_MAX_BLOCKS = 100_000
@@ -16,8 +16,8 @@ DEFAULT_MAX_BLOCKS = 100_000
 class Entry:
     """One block. hits: prompts whose reused prefix ended here; last_hit: when the last of them came."""
 
-    identity: Identity
-    parent: Identity
+    block_hash: BlockHash
+    parent: BlockHash
     tokens: bytes
     loss: Loss | None = None
     hits: int = 0
@@ -28,7 +28,7 @@ class Entry:
 class Border:
     """Where a chain becomes ``owner``'s: above lies the last public block, or the model's root."""
 
-    above: Identity
+    above: BlockHash
     owner: str
 
 
@@ -36,9 +36,9 @@ class LedgerView:
     """What is known of blocks, without the blocks that follow each."""
 
     def __init__(self) -> None:
-        self._entries: dict[Identity, Entry] = {}
-        self._held: dict[str, set[Identity]] = {POOL: set()}
-        self._borders: dict[Identity, Border] = {}  # by the salted parent of the first private block
+        self._entries: dict[BlockHash, Entry] = {}
+        self._held: dict[str, set[BlockHash]] = {POOL: set()}
+        self._borders: dict[BlockHash, Border] = {}  # by the salted parent of the first private block
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -46,19 +46,19 @@ class LedgerView:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
-    def __contains__(self, identity: Identity) -> bool:
-        return identity in self._entries
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._entries
 
-    def get(self, identity: Identity) -> Entry | None:
-        return self._entries.get(identity)
+    def get(self, block_hash: BlockHash) -> Entry | None:
+        return self._entries.get(block_hash)
 
-    def known(self, identity: Identity) -> Entry:
+    def known(self, block_hash: BlockHash) -> Entry:
         """Raises KeyError for a block that is not known."""
-        return self._entries[identity]
+        return self._entries[block_hash]
 
-    def places(self, identity: Identity) -> list[str]:
+    def places(self, block_hash: BlockHash) -> list[str]:
         """Where a block is, the pool first."""
-        return [place for place, held in self._held.items() if identity in held]
+        return [place for place, held in self._held.items() if block_hash in held]
 
     def above(self, entry: Entry) -> Entry | None:
         """The known block before ``entry``, across the border to what is public."""
@@ -82,133 +82,135 @@ class Ledger(LedgerView):
             raise ConfigError(f"a ledger of {max_blocks} blocks; it must remember at least 1")
         super().__init__()
         self._max_blocks = max_blocks
-        self._children: dict[Identity, list[Identity]] = {}  # sorted by their tokens
-        self._lost: dict[Identity, None] = {}  # in the order of their loss
+        self._children: dict[BlockHash, list[BlockHash]] = {}  # sorted by their tokens
+        self._lost: dict[BlockHash, None] = {}  # in the order of their loss
 
-    def begin_copy(self) -> tuple[LedgerView, list[Identity]]:
+    def begin_copy(self) -> tuple[LedgerView, list[BlockHash]]:
         """A view to be filled by `copy_to`, and the blocks that it is to get."""
         view = LedgerView()
         view._held = {place: set(held) for place, held in self._held.items()}
         view._borders = dict(self._borders)
         return view, list(self._entries)
 
-    def copy_to(self, view: LedgerView, identities: Iterable[Identity]) -> None:
+    def copy_to(self, view: LedgerView, block_hashes: Iterable[BlockHash]) -> None:
         """Copy what is known of these blocks now; those that are not known any more are left out."""
-        for identity in identities:
-            if (entry := self._entries.get(identity)) is not None:
-                view._entries[identity] = replace(entry)
+        for block_hash in block_hashes:
+            if (entry := self._entries.get(block_hash)) is not None:
+                view._entries[block_hash] = replace(entry)
 
-    def children(self, identity: Identity) -> Sequence[Identity]:
+    def children(self, block_hash: BlockHash) -> Sequence[BlockHash]:
         """The known blocks that follow a block or a root, sorted by their encoded tokens."""
-        return self._children.get(identity, ())
+        return self._children.get(block_hash, ())
 
-    def below(self, identity: Identity) -> list[Identity]:
+    def below(self, block_hash: BlockHash) -> list[BlockHash]:
         """The known blocks that follow a block, across the border to what is private."""
-        beyond = [parent for parent, border in self._borders.items() if border.above == identity]
-        return [child for parent in (identity, *beyond) for child in self.children(parent)]
+        beyond = [parent for parent, border in self._borders.items() if border.above == block_hash]
+        return [child for parent in (block_hash, *beyond) for child in self.children(parent)]
 
-    def place_among(self, siblings: Sequence[Identity], tokens: bytes) -> int:
+    def place_among(self, siblings: Sequence[BlockHash], tokens: bytes) -> int:
         """Where among sorted ``siblings`` a block of ``tokens`` is, or would be."""
-        return bisect_left(siblings, tokens, key=lambda identity: self._entries[identity].tokens)
+        return bisect_left(siblings, tokens, key=lambda block_hash: self._entries[block_hash].tokens)
 
     def apply(self, event: Event, now: float) -> None:
         """An event of the pool."""
         if isinstance(event, BlockStored):
             parent = event.parent
-            for identity, tokens in zip(event.identities, event.tokens, strict=True):
-                self._learn(identity, parent, tokens)
-                self.arrived(POOL, (identity,))
-                parent = identity
+            for block_hash, tokens in zip(event.block_hashes, event.tokens, strict=True):
+                self._learn(block_hash, parent, tokens)
+                self.arrived(POOL, (block_hash,))
+                parent = block_hash
         elif isinstance(event, BlockRemoved):
-            self.left(POOL, event.identities, now, LossKind.EVICTED if event.evicted else LossKind.REMOVED)
+            self.left(POOL, event.block_hashes, now, LossKind.EVICTED if event.evicted else LossKind.REMOVED)
         elif isinstance(event, AllBlocksCleared):
             self.cleared(POOL, now)
 
-    def arrived(self, place: str, identities: Iterable[Identity]) -> None:
+    def arrived(self, place: str, block_hashes: Iterable[BlockHash]) -> None:
         """Blocks are in ``place`` now. Those never seen in the pool are not remembered: their tokens are not known."""
         held = self._held.setdefault(place, set())
-        for identity in identities:
-            entry = self._entries.get(identity)
+        for block_hash in block_hashes:
+            entry = self._entries.get(block_hash)
             if entry is not None:
-                held.add(identity)
+                held.add(block_hash)
                 entry.loss = None
-                self._lost.pop(identity, None)
+                self._lost.pop(block_hash, None)
 
-    def left(self, place: str, identities: Iterable[Identity], now: float, kind: LossKind = LossKind.EVICTED) -> None:
+    def left(
+        self, place: str, block_hashes: Iterable[BlockHash], now: float, kind: LossKind = LossKind.EVICTED
+    ) -> None:
         """Blocks are no longer in ``place``; of a tier, whether their arrival there was told or not."""
-        self._lose(place, identities, Loss(place, now, kind))
+        self._lose(place, block_hashes, Loss(place, now, kind))
 
     def cleared(self, place: str, now: float) -> None:
         """``place`` is empty now; only what was known to be there is lost by it."""
         self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
 
-    def removed(self, identities: Sequence[Identity], now: float) -> None:
+    def removed(self, block_hashes: Sequence[BlockHash], now: float) -> None:
         """Blocks were taken out of every place, whether it was told already that they left one or not.
 
         What was lost before, in another way, is not lost by this.
         """
-        for identity in identities:
-            places = self.places(identity)
+        for block_hash in block_hashes:
+            places = self.places(block_hash)
             for place in places:
-                self._held[place].discard(identity)
-            entry = self._entries.get(identity)
+                self._held[place].discard(block_hash)
+            entry = self._entries.get(block_hash)
             if entry is not None and entry.loss is None:
-                self._mark(identity, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
+                self._mark(block_hash, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
 
     def served(self, chain: TokenChain, hit_blocks: int, now: float) -> None:
         """A prompt reused its first ``hit_blocks`` blocks."""
-        count = len(chain.identities)
+        count = len(chain.block_hashes)
         first = bisect_left(range(count), True, key=lambda index: chain.owner(index) != PUBLIC_OWNER)
         if first < count:
-            above = chain.identities[first - 1] if first else chain.root
+            above = chain.block_hashes[first - 1] if first else chain.root
             if chain.parent(first) != above:
                 self._borders.pop(chain.parent(first), None)
                 self._borders[chain.parent(first)] = Border(above, chain.owner(first))
                 if len(self._borders) > self._max_blocks:
                     del self._borders[next(iter(self._borders))]
-        entry = self._entries.get(chain.identities[hit_blocks - 1]) if hit_blocks else None
+        entry = self._entries.get(chain.block_hashes[hit_blocks - 1]) if hit_blocks else None
         if entry is not None:
             entry.hits += 1
             entry.last_hit = now
 
     def cached_run(self, chain: TokenChain) -> int:
         """How many leading blocks of ``chain`` are known to be somewhere."""
-        for index, identity in enumerate(chain.identities):
-            entry = self._entries.get(identity)
+        for index, block_hash in enumerate(chain.block_hashes):
+            entry = self._entries.get(block_hash)
             if entry is None or entry.loss is not None:
                 return index
-        return len(chain.identities)
+        return len(chain.block_hashes)
 
-    def _learn(self, identity: Identity, parent: Identity, tokens: bytes) -> None:
-        if identity in self._entries:
+    def _learn(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes) -> None:
+        if block_hash in self._entries:
             return
         while len(self._entries) >= self._max_blocks:
             self._forget(next(iter(self._lost), None) or next(iter(self._entries)))
-        self._entries[identity] = Entry(identity, parent, tokens)
+        self._entries[block_hash] = Entry(block_hash, parent, tokens)
         siblings = self._children.setdefault(parent, [])
-        siblings.insert(self.place_among(siblings, tokens), identity)
+        siblings.insert(self.place_among(siblings, tokens), block_hash)
 
-    def _forget(self, identity: Identity) -> None:
-        entry = self._entries[identity]
+    def _forget(self, block_hash: BlockHash) -> None:
+        entry = self._entries[block_hash]
         siblings = self._children[entry.parent]
         del siblings[self.place_among(siblings, entry.tokens)]
         if not siblings:
             del self._children[entry.parent]
-        del self._entries[identity]
-        self._lost.pop(identity, None)
+        del self._entries[block_hash]
+        self._lost.pop(block_hash, None)
         for held in self._held.values():
-            held.discard(identity)
+            held.discard(block_hash)
 
-    def _lose(self, place: str, identities: Iterable[Identity], loss: Loss) -> None:
+    def _lose(self, place: str, block_hashes: Iterable[BlockHash], loss: Loss) -> None:
         held = self._held.setdefault(place, set())
-        for identity in identities:
-            if place == POOL and identity not in held:
+        for block_hash in block_hashes:
+            if place == POOL and block_hash not in held:
                 continue
-            held.discard(identity)
-            if identity in self._entries and not any(identity in other for other in self._held.values()):
-                self._mark(identity, loss)
+            held.discard(block_hash)
+            if block_hash in self._entries and not any(block_hash in other for other in self._held.values()):
+                self._mark(block_hash, loss)
 
-    def _mark(self, identity: Identity, loss: Loss) -> None:
-        self._entries[identity].loss = loss
-        self._lost.pop(identity, None)
-        self._lost[identity] = None
+    def _mark(self, block_hash: BlockHash, loss: Loss) -> None:
+        self._entries[block_hash].loss = loss
+        self._lost.pop(block_hash, None)
+        self._lost[block_hash] = None

@@ -5,7 +5,7 @@ from emberkv.core.explaining.explanation import POOL, Outcome, Reason, outcome_o
 from emberkv.core.hashing import Chain
 from emberkv.core.matching import MatchEnd
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import NOTHING_BELOW, LoadChoice, LowerTiers, Promotion, choose
+from emberkv.core.promotion import NOTHING_BELOW, LoadChoice, LoadDecision, LowerTiers, choose
 
 
 def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outcome:
@@ -32,7 +32,7 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
-def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> Promotion:
+def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> LoadDecision:
     """What to load of the blocks behind the first ``known`` ones."""
     stop = cache.whole(cache.usable_blocks(chain))
     if known >= stop:
@@ -44,4 +44,4 @@ def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int)
     def computing(count: int) -> float | None:
         return lower.recompute_seconds((known + count - cache.whole(known)) * chain.block_size)
 
-    return choose(lower.find(chain.identities[known:stop], exact=cache.exact), useful, computing)
+    return choose(lower.find(chain.block_hashes[known:stop], exact=cache.exact), useful, computing)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, K, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
 from emberkv.core.policies.ranking import Ranking
 from emberkv.core.policies.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
@@ -48,7 +48,7 @@ class LRU(EvictionPolicy[K]):
 class _History:
     born: int
     count: int
-    weight: Weight
+    cost: EntryCost
 
 
 class _Ranked(EvictionPolicy[K]):
@@ -69,8 +69,8 @@ class _Ranked(EvictionPolicy[K]):
         self._ticks += 1
         return self._ticks
 
-    def admit(self, key: K, weight: Weight) -> None:
-        self._histories[key] = _History(self._tick(), 1, weight)
+    def admit(self, key: K, cost: EntryCost) -> None:
+        self._histories[key] = _History(self._tick(), 1, cost)
 
     def access(self, keys: Iterable[K]) -> None:
         for key in keys:
@@ -132,7 +132,7 @@ class GreedyDual(_Ranked[K]):
         self._age = 0.0
 
     def _rank(self, history: _History) -> float:
-        return self._age + history.count * history.weight.cost / history.weight.size
+        return self._age + history.count * history.cost.cost / history.cost.size
 
     def _on_evict(self, rank: float) -> None:
         self._age = max(self._age, rank)

@@ -1,7 +1,7 @@
 """Eviction policies: the order in which entries that nobody holds give up their place.
 
 A policy knows keys and how they were used, never what they hold, so the same ones order a pool's blocks and a tier's
-entries. Keys are identities, not places: what is remembered of a key must not pass to the next one in its slot.
+entries. Keys are block hashes, not places: what is remembered of a key must not pass to the next one in its slot.
 An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
 """
 
@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class EntryCost:
     """What an entry takes and what it is worth.
 
     size: bytes, or any unit shared by all entries. cost: the effort to make the entry again, in any shared unit.
@@ -33,7 +33,7 @@ class EvictionPolicy(ABC, Generic[K]):
     def __len__(self) -> int:
         """How many keys could be evicted now."""
 
-    def admit(self, key: K, weight: Weight) -> None:
+    def admit(self, key: K, cost: EntryCost) -> None:
         """``key`` is new and held."""
 
     def access(self, keys: Iterable[K]) -> None:
@@ -90,7 +90,7 @@ class EvictionPolicy(ABC, Generic[K]):
         """
         return 0
 
-    def let_go(self, keys: Iterable[K]) -> None:
+    def unretain(self, keys: Iterable[K]) -> None:
         """The keys are retained no longer."""
 
     def expire(self, now: float) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, K, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
 from emberkv.core.policies.ranking import Ranking
 from emberkv.errors import ConfigError
 
@@ -68,10 +68,10 @@ class _Account(Generic[K]):
 
 
 class FairShares(EvictionPolicy[K]):
-    """One policy for each owner (`Weight.owner`), and between owners: whoever has most above its floor loses first.
+    """One policy for each owner (`EntryCost.owner`), and between owners: whoever has most above its floor loses first.
 
     make_inner: a fresh policy, which orders one owner's keys. shares: by owner; default: of those not in it, without a
-    floor. What an owner has is counted in bytes (`Weight.size`), held entries included. Where two have equally much,
+    floor. What an owner has is counted in bytes (`EntryCost.size`), held entries included. Where two have equally much,
     the first by name loses.
 
     `evict_for` never takes an owner below its floor for the sake of another one while there is anything else to take,
@@ -101,16 +101,16 @@ class FairShares(EvictionPolicy[K]):
     def bytes_by_owner(self) -> dict[str, float]:
         return {owner: account.size for owner, account in self._accounts.items() if account.size}
 
-    def admit(self, key: K, weight: Weight) -> None:
-        owner = weight.owner
+    def admit(self, key: K, cost: EntryCost) -> None:
+        owner = cost.owner
         account = self._accounts.get(owner)
         if account is None:
             account = _Account(self._shares.get(owner, self._default), self._make_inner())
             self._accounts[owner] = account
-        self._entries[key] = (owner, weight.size)
-        account.size += weight.size
-        account.largest = max(account.largest, weight.size)
-        account.policy.admit(key, weight)
+        self._entries[key] = (owner, cost.size)
+        account.size += cost.size
+        account.largest = max(account.largest, cost.size)
+        account.policy.admit(key, cost)
         self._settle(owner)
 
     def access(self, keys: Iterable[K]) -> None:
@@ -174,9 +174,9 @@ class FairShares(EvictionPolicy[K]):
         known = [key for key in keys if key in self._entries]
         return sum(self._accounts[owner].policy.retain(some, until) for owner, some in self._by_owner(known))
 
-    def let_go(self, keys: Iterable[K]) -> None:
+    def unretain(self, keys: Iterable[K]) -> None:
         for owner, some in self._by_owner([key for key in keys if key in self._entries]):
-            self._accounts[owner].policy.let_go(some)
+            self._accounts[owner].policy.unretain(some)
 
     def expire(self, now: float) -> None:
         for account in self._accounts.values():

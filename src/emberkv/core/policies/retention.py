@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, K, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
 from emberkv.core.policies.ranking import Ranking
 from emberkv.errors import ConfigError
 
@@ -84,7 +84,7 @@ class Retaining(EvictionPolicy[K]):
         """End the retention that ends soonest. Raises KeyError where nothing is retained."""
         self._end(self._retained.first()[0])
 
-    def let_go(self, keys: Iterable[K]) -> None:
+    def unretain(self, keys: Iterable[K]) -> None:
         for key in reversed(list(keys)):
             if key in self._retained:
                 self._end(key)
@@ -96,9 +96,9 @@ class Retaining(EvictionPolicy[K]):
                 return
             self._end(key)
 
-    def admit(self, key: K, weight: Weight) -> None:
-        self._sizes[key] = weight.size
-        self._inner.admit(key, weight)
+    def admit(self, key: K, cost: EntryCost) -> None:
+        self._sizes[key] = cost.size
+        self._inner.admit(key, cost)
 
     def access(self, keys: Iterable[K]) -> None:
         self._inner.access(keys)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, K, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
 
 
 class S3FIFO(EvictionPolicy[K]):
@@ -28,7 +28,7 @@ class S3FIFO(EvictionPolicy[K]):
     def __len__(self) -> int:
         return len(self._released)
 
-    def admit(self, key: K, weight: Weight) -> None:
+    def admit(self, key: K, cost: EntryCost) -> None:
         self._counts[key] = 0
         if key in self._ghosts:
             del self._ghosts[key]

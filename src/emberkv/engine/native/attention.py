@@ -1,7 +1,7 @@
 """A pass's attention by the compiled kernel: which rows attend over which spans of keys together."""
 
+from collections import abc
 from collections.abc import Iterator
-from collections.abc import Sequence as Batch
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class NativeAttention:
         self._pool = pool
         self._kernels = kernels
 
-    def step(self, runs: Batch[Run], wanted: Batch[int]) -> AttentionStep:
+    def step(self, runs: abc.Sequence[Run], wanted: abc.Sequence[int]) -> AttentionStep:
         return NativeStep(self._pool, self._kernels, runs, wanted)
 
 
@@ -73,15 +73,15 @@ class NativeStep(AttentionStep):
     last layer attends for the wanted rows only.
     """
 
-    def __init__(self, pool: KVPool, kernels: Kernels, runs: Batch[Run], wanted: Batch[int]) -> None:
+    def __init__(self, pool: KVPool, kernels: Kernels, runs: abc.Sequence[Run], wanted: abc.Sequence[int]) -> None:
         self._pool = pool
         self._kernels = kernels
         counts = [run.count for run in runs]
-        tables = _offsets([len(run.slots) for run in runs])
+        tables = _offsets([len(run.block_ids) for run in runs])
         self._parts = [_Part(run, row, table) for run, row, table in zip(runs, _offsets(counts), tables, strict=True)]
         self._wanted = wanted
         self._rows = sum(counts)
-        self._slots = np.array([slot for run in runs for slot in run.slots], dtype=np.int64)
+        self._block_ids = np.array([block_id for run in runs for block_id in run.block_ids], dtype=np.int64)
         self._tables = np.repeat(np.array(tables, dtype=np.int32), counts)
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
@@ -101,7 +101,7 @@ class NativeStep(AttentionStep):
             dim=geometry.head_dim,
             block_size=self._pool.block_size,
             threads=self._threads,
-            slots=self._slots.ctypes.data,
+            slots=self._block_ids.ctypes.data,
             tables=self._tables.ctypes.data,
             positions=self._positions.ctypes.data,
         )
@@ -194,7 +194,7 @@ class NativeStep(AttentionStep):
     def _shared_spans(self, parts: list[_Part]) -> list[tuple[list[int], int]]:
         """Parts of one token each with so many whole leading spans in common."""
         single = [index for index, part in enumerate(parts) if part.run.count == 1]
-        tables = [parts[index].run.slots for index in single]
+        tables = [parts[index].run.block_ids for index in single]
         lengths = [parts[index].run.stop for index in single]
         groups = shared_prefixes(tables, lengths, self._pool.block_size, self._kernels.span)
         found = [([single[member] for member in members], blocks) for members, blocks in groups]

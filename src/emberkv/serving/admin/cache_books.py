@@ -10,7 +10,7 @@ from emberkv.core.events import BlockRemoved, Event
 from emberkv.core.explaining.explain import explain
 from emberkv.core.explaining.explanation import Explanation, Outcome
 from emberkv.core.explaining.ledger import Ledger, LedgerView
-from emberkv.core.hashing import Identity, TokenChain
+from emberkv.core.hashing import BlockHash, TokenChain
 
 MAX_RECORDS = 2000
 COPIED_BLOCKS = 1000
@@ -26,7 +26,7 @@ class CacheBooks:
     def __init__(
         self, ledger: Ledger, *, clock: Callable[[], float] = time.time, max_records: int = MAX_RECORDS
     ) -> None:
-        self.below: Callable[[Identity], Sequence[str]] = lambda _: ()
+        self.below: Callable[[BlockHash], Sequence[str]] = lambda _: ()
         self._ledger = ledger
         self._clock = clock
         self._max_records = max_records
@@ -45,17 +45,17 @@ class CacheBooks:
         self._write(write)
         for event in events:
             if isinstance(event, BlockRemoved):
-                self._still_below(event.identities)
+                self._still_below(event.block_hashes)
 
-    def evicted(self, place: str, identities: Sequence[Identity]) -> None:
+    def evicted(self, place: str, block_hashes: Sequence[BlockHash]) -> None:
         """What a lower tier gave up."""
         now = self._clock()
-        self._write(lambda ledger: ledger.left(place, identities, now))
-        self._still_below(identities)
+        self._write(lambda ledger: ledger.left(place, block_hashes, now))
+        self._still_below(block_hashes)
 
-    def stored(self, place: str, identities: Sequence[Identity]) -> None:
+    def stored(self, place: str, block_hashes: Sequence[BlockHash]) -> None:
         """What a lower tier has now."""
-        self._write(lambda ledger: ledger.arrived(place, identities))
+        self._write(lambda ledger: ledger.arrived(place, block_hashes))
 
     def admitted(
         self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, hit_unit: int
@@ -75,10 +75,10 @@ class CacheBooks:
 
         self._write(write)
 
-    def removed(self, identities: Sequence[Identity]) -> None:
+    def removed(self, block_hashes: Sequence[BlockHash]) -> None:
         """Blocks that were taken out of every place."""
         now = self._clock()
-        self._write(lambda ledger: ledger.removed(identities, now))
+        self._write(lambda ledger: ledger.removed(block_hashes, now))
 
     def cleared(self, place: str) -> None:
         """A lower tier was emptied."""
@@ -100,10 +100,10 @@ class CacheBooks:
         what happens meanwhile may be seen of some blocks and not of others.
         """
         with self.reading() as ledger:
-            view, identities = ledger.begin_copy()
-        for start in range(0, len(identities), COPIED_BLOCKS):
+            view, block_hashes = ledger.begin_copy()
+        for start in range(0, len(block_hashes), COPIED_BLOCKS):
             with self.reading() as ledger:
-                ledger.copy_to(view, identities[start : start + COPIED_BLOCKS])
+                ledger.copy_to(view, block_hashes[start : start + COPIED_BLOCKS])
             time.sleep(0)  # a thread that takes the lock at once again would be the next to have it
         return view
 
@@ -114,10 +114,10 @@ class CacheBooks:
             self._catch_up()
             yield self._ledger
 
-    def _still_below(self, identities: Iterable[Identity]) -> None:
-        for identity in identities:
-            for place in self.below(identity):
-                self.stored(place, (identity,))
+    def _still_below(self, block_hashes: Iterable[BlockHash]) -> None:
+        for block_hash in block_hashes:
+            for place in self.below(block_hash):
+                self.stored(place, (block_hash,))
 
     def _write(self, news: Callable[[Ledger], None]) -> None:
         self._unwritten.append(news)

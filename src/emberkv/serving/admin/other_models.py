@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.errors import UntrustedPathError
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile
 from emberkv.trusted_paths import read_own_file
@@ -59,8 +59,8 @@ class OtherModels:
         """How many of a prompt's first tokens each other model has in the folder, by its name; those with none are
         left out. own: the prompt's chain here; salt: its tenant's.
         """
-        public = sum(own.owner(index) == PUBLIC_OWNER for index in range(len(own.identities)))
-        owner = own.owner(public) if public < len(own.identities) else ""
+        public = sum(own.owner(index) == PUBLIC_OWNER for index in range(len(own.block_hashes)))
+        owner = own.owner(public) if public < len(own.block_hashes) else ""
         counts: dict[str, int] = {}
         for namespace, model in self._others.items():
             chain = TokenChain(
@@ -77,13 +77,13 @@ class OtherModels:
         return counts
 
     def _run(self, namespace: bytes, chain: TokenChain) -> int:
-        for index, identity in enumerate(chain.identities):
-            if not self._has(namespace, identity, chain.owner(index)):
+        for index, block_hash in enumerate(chain.block_hashes):
+            if not self._has(namespace, block_hash, chain.owner(index)):
                 return index
-        return len(chain.identities)
+        return len(chain.block_hashes)
 
-    def _has(self, namespace: bytes, identity: Identity, owner: str) -> bool:
-        files = (BlockFile(namespace, identity, owner, exact, 0, 0) for exact in (True, False))
+    def _has(self, namespace: bytes, block_hash: BlockHash, owner: str) -> bool:
+        files = (BlockFile(namespace, block_hash, owner, exact, 0, 0) for exact in (True, False))
         return any((self._folder / BLOCKS / file.path).exists() for file in files)
 
 

@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 from emberkv.core.events import BlockStored
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.engine.news import CacheNews
 
@@ -31,7 +31,7 @@ class ReuseWatch:
         """The pool's blocks, and the bytes of one."""
         self.block_bytes = block_bytes
         self._estimator = ReuseEstimator(capacities_around(num_blocks))
-        self._waiting: deque[tuple[Callable[[Sequence[Identity]], None], Sequence[Identity]]] = deque()
+        self._waiting: deque[tuple[Callable[[Sequence[BlockHash]], None], Sequence[BlockHash]]] = deque()
         self._lock = Lock()
 
     @property
@@ -42,10 +42,10 @@ class ReuseWatch:
     def saw(self, news: CacheNews) -> None:
         for sequence in news.admitted:
             full = sequence.prompt_tokens // sequence.chain.block_size
-            self._waiting.append((self._estimator.access, sequence.chain.identities[:full]))
+            self._waiting.append((self._estimator.access, sequence.chain.block_hashes[:full]))
         for numbered in news.events:
             if isinstance(numbered.event, BlockStored):
-                self._waiting.append((self._estimator.keep, numbered.event.identities))
+                self._waiting.append((self._estimator.keep, numbered.event.block_hashes))
         if len(self._waiting) > MOST_WAITING:
             self.settle()
 
@@ -74,5 +74,5 @@ class ReuseWatch:
 
     def _catch_up(self) -> None:
         while self._waiting:
-            take_in, identities = self._waiting.popleft()
-            take_in(identities)
+            take_in, block_hashes = self._waiting.popleft()
+            take_in(block_hashes)

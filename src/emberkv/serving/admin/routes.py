@@ -122,8 +122,8 @@ class CacheRoutes:
         retained = await self._cache().retain(path, question.seconds or inf)
         warmup = self._warmup()
         kept_warm = warmup.pin(path.tokens, path.tenant) if warmup is not None and question.seconds is None else 0
-        figures = {"blocks": len(path.identities), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
-        return JSONResponse({"object": "cache.pinned", "prefix": path.identities[-1].hex(), **figures})
+        figures = {"blocks": len(path.block_hashes), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
+        return JSONResponse({"object": "cache.pinned", "prefix": path.block_hashes[-1].hex(), **figures})
 
     async def unpin(self, http: Request) -> Response:
         await self._guard.operator(http)
@@ -132,7 +132,7 @@ class CacheRoutes:
         warmup = self._warmup()
         if warmup is not None:
             warmup.unpin(path.tokens, path.tenant)
-        return JSONResponse({"object": "cache.unpinned", "prefix": path.identities[-1].hex()})
+        return JSONResponse({"object": "cache.unpinned", "prefix": path.block_hashes[-1].hex()})
 
     async def remove(self, http: Request) -> Response:
         """Forget a prefix, unless others share it, and all that goes on from it."""
@@ -165,13 +165,13 @@ class CacheRoutes:
     async def _path(self, http: Request) -> tuple[CacheQuestion, Path]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
-            return question, await self._cache().path(question.prefix_identity())
+            return question, await self._cache().path(question.prefix_hash())
         tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
         chain = await self._preparer.run(partial(self._cache().chain, prompt.token_ids, tenant))
-        if not chain.identities:
+        if not chain.block_hashes:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
-        return question, Path(list(chain.identities), prompt.token_ids, tenant.name)
+        return question, Path(list(chain.block_hashes), prompt.token_ids, tenant.name)
 
     async def _question(self, http: Request, *accepted: str) -> CacheQuestion:
         _check_json(http)

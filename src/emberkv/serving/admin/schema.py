@@ -22,7 +22,7 @@ class CacheQuestion(RequestBody):
     """The body of the routes below /v1/cache. Exactly one of the first four is given.
 
     openai: a chat or completion request's body; anthropic: a message request's. Both may leave out the model.
-    response_id: of a past response; answer: which of its answers. prefix, or identity: a listed prefix's identity, in
+    response_id: of a past response; answer: which of its answers. prefix, or block_hash: a listed prefix's hash, in
     hexadecimal.
     tenant: whose prompt it is; the operator's to say. seconds: how long to pin; None: until it is unpinned.
     """
@@ -49,12 +49,12 @@ class CacheQuestion(RequestBody):
         if len(given) != 1 or given[0] not in accepted:
             raise RequestError(f"given: {', '.join(given) or 'nothing'}; give exactly one of {', '.join(accepted)}")
 
-    def prefix_identity(self) -> bytes:
+    def prefix_hash(self) -> bytes:
         """Raises RequestError unless it is hexadecimal."""
         try:
             return bytes.fromhex(self.prefix or "")
         except ValueError as error:
-            message = f"prefix is {self.prefix!r}; it must be an identity in hexadecimal, as they are listed"
+            message = f"prefix is {self.prefix!r}; it must be a block hash in hexadecimal, as they are listed"
             raise RequestError(message, param="prefix") from error
 
 

@@ -11,7 +11,7 @@ from emberkv.core.explaining.cached_prefixes import CachedPrefix, first_tokens, 
 from emberkv.core.explaining.explain import decode_tokens, explain
 from emberkv.core.explaining.explanation import POOL, Explanation, Reason
 from emberkv.core.explaining.ledger import LedgerView
-from emberkv.core.hashing import PUBLIC_OWNER, Identity, TokenChain
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.engine.commands import (
     Command,
     Execute,
@@ -49,7 +49,7 @@ NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stor
 class Path:
     """Full blocks from a chain's beginning, their tokens, and the name of the tenant whose they are."""
 
-    identities: list[Identity]
+    block_hashes: list[BlockHash]
     tokens: Sequence[int]
     tenant: str
 
@@ -132,14 +132,14 @@ class CacheService:
 
     async def _holders(self, chain: TokenChain, tokens: Sequence[int], others: Sequence[Tenant]) -> list[Tenant]:
         """Which of the others have the prompt's first private block."""
-        count = len(chain.identities)
+        count = len(chain.block_hashes)
         first = next((index for index in range(count) if chain.owner(index) != PUBLIC_OWNER), count)
         if first == count:
             return []
         beginning = tokens[: (first + 1) * chain.block_size]
 
-        def hash_all() -> list[Identity]:
-            return [self.chain(beginning, other).identities[first] for other in others]
+        def hash_all() -> list[BlockHash]:
+            return [self.chain(beginning, other).block_hashes[first] for other in others]
 
         held = await self._ask(FindCached(await asyncio.to_thread(hash_all)))
         return [other for other, holds in zip(others, held, strict=True) if holds]
@@ -152,36 +152,36 @@ class CacheService:
         self, choose: Callable[[LedgerView, int], list[CachedPrefix]], limit: int, tokenizer: Tokenizer
     ) -> list[dict[str, Any]]:
         view = self.books.copied()
-        chosen = [(each, first_tokens(view, each.identity, SHOWN_TOKENS)) for each in choose(view, limit)]
+        chosen = [(each, first_tokens(view, each.block_hash, SHOWN_TOKENS)) for each in choose(view, limit)]
         return [
             {
-                **asdict(each),
-                "identity": each.identity.hex(),
-                "places": list(dict.fromkeys([*each.places, *self.books.below(each.identity)])),
+                **{name: value for name, value in asdict(each).items() if name != "block_hash"},
+                "identity": each.block_hash.hex(),
+                "places": list(dict.fromkeys([*each.places, *self.books.below(each.block_hash)])),
                 "begins": text_of(tokenizer, tokens),
             }
             for each, tokens in chosen
         ]
 
-    async def path(self, identity: Identity) -> Path:
+    async def path(self, block_hash: BlockHash) -> Path:
         """The way to a listed prefix. Raises NotFoundError when it is not known, or not any more."""
-        return await asyncio.to_thread(self._path, identity)
+        return await asyncio.to_thread(self._path, block_hash)
 
-    def _path(self, identity: Identity) -> Path:
+    def _path(self, block_hash: BlockHash) -> Path:
         with self.books.reading() as ledger:
-            entries = path_to(ledger, identity)
+            entries = path_to(ledger, block_hash)
             owners = [border.owner for entry in entries if (border := ledger.border(entry)) is not None]
         if not entries:
-            raise NotFoundError(f"prefix {identity.hex()!r} is not known here, or not any more", param="prefix")
+            raise NotFoundError(f"prefix {block_hash.hex()!r} is not known here, or not any more", param="prefix")
         tokens = decode_tokens(b"".join(entry.tokens for entry in entries))
-        return Path([entry.identity for entry in entries], list(tokens), owners[-1] if owners else "")
+        return Path([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "")
 
     async def retain(self, path: Path, seconds: float = inf) -> int:
         """Have the pool evict these blocks last, for so long; how many of them it retains."""
-        return await self._ask(Retain(path.identities, seconds))
+        return await self._ask(Retain(path.block_hashes, seconds))
 
     async def unretain(self, path: Path) -> None:
-        await self._ask(Unretain(path.identities))
+        await self._ask(Unretain(path.block_hashes))
 
     async def remove(self, path: Path, warmup: Warmup | None) -> Removal:
         """Remove a prefix and all that goes on from it, but not what other prefixes share, from pool, tiers and learned
@@ -192,9 +192,9 @@ class CacheService:
         self.books.removed(block_hashes)
         return removal
 
-    def _unshared(self, path: Path) -> list[Identity]:
+    def _unshared(self, path: Path) -> list[BlockHash]:
         with self.books.reading() as ledger:
-            return unshared(ledger, path.identities)
+            return unshared(ledger, path.block_hashes)
 
     async def clear(self, warmup: Warmup | None) -> Removal:
         """Remove everything of this model, from pool, tiers and learned prompts."""
@@ -204,7 +204,7 @@ class CacheService:
                 self.books.cleared(place)
         return removal
 
-    async def _remove(self, block_hashes: Collection[Identity] | None, warmup: Warmup | None) -> Removal:
+    async def _remove(self, block_hashes: Collection[BlockHash] | None, warmup: Warmup | None) -> Removal:
         forgetting = asyncio.to_thread(warmup.forget, block_hashes) if warmup is not None else _nothing()
         learned = asyncio.ensure_future(forgetting)
         removed: RemovedBlocks = await self._ask(Remove(block_hashes))

@@ -13,7 +13,7 @@ from emberkv.serving.tenancy.tenants_file import KEY_TENANT_PREFIX, PublicPrompt
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """name: owns what its requests cache. salt: enters its blocks' identities where public ones end."""
+    """name: owns what its requests cache. salt: enters its blocks' hashes where public ones end."""
 
     name: str
     salt: bytes

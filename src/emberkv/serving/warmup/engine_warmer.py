@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
-from emberkv.core.hashing import PUBLIC_OWNER, Chain, Identity
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain
 from emberkv.core.sequence import BACKGROUND_PRIORITY
 from emberkv.engine.commands import CachedTokens, Command, Retain, Unretain
 from emberkv.engine.request import GenerationRequest, OutputListener
@@ -43,8 +43,8 @@ class EngineWarmer:
     def keep(self, chain: Chain) -> None:
         self._ask(Retain(kept_hashes(chain)))
 
-    def unretain(self, identities: Iterable[Identity]) -> None:
-        self._ask(Unretain(tuple(identities)))
+    def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
+        self._ask(Unretain(tuple(block_hashes)))
 
     def room(self) -> int:
         stats = self._loop.stats()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from emberkv.core.explaining.explain import decode_tokens
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.popularity import PrefixPopularity, full_tokens
 from emberkv.errors import EmberError, PrefixFileError
 from emberkv.serving.metrics.request_metrics import Clock
@@ -64,8 +64,8 @@ class LearnedPrompts:
     def restore(self) -> list[WarmPrompt]:
         """The prompts in the file, the best first, which are counted on from there. An unusable file is passed over.
 
-        Left out are prefixes whose identity is another now: those of tenants that have gone, or have another salt; and
-        what `forget` has named. Further calls return the same.
+        Left out are prefixes whose block hash is another now: those of tenants that have gone, or have another salt;
+        and what `forget` has named. Further calls return the same.
         """
         with self._restoring:
             if self._restored is None:
@@ -81,7 +81,7 @@ class LearnedPrompts:
         found, chains = [], []
         for prefix, tokens in zip(prefixes, full_tokens(prefixes), strict=True):
             prompt = WarmPrompt(decode_tokens(tokens), prefix.owner)
-            chain = self._chain_of(prompt, prefix.identity)
+            chain = self._chain_of(prompt, prefix.block_hash)
             chains.append(chain)
             if chain is not None:
                 found.append((prompt, chain))
@@ -89,18 +89,18 @@ class LearnedPrompts:
             self._popularity.restore(prefixes, chains, saved_at)
         return found
 
-    def forget(self, identities: Collection[Identity] | None) -> Removed:
+    def forget(self, block_hashes: Collection[BlockHash] | None) -> Removed:
         """Drop the prefixes with these blocks, all for None, here and in the file."""
         self.restore()
         with self._restoring:
             self._restored = [
                 (prompt, chain)
                 for prompt, chain in self._restored or ()
-                if identities is not None and not any(each in identities for each in chain.identities)
+                if block_hashes is not None and not any(each in block_hashes for each in chain.block_hashes)
             ]
         with self._lock:
-            count = self._popularity.forget(identities)
-            self._changed = self._changed or count > 0 or identities is None
+            count = self._popularity.forget(block_hashes)
+            self._changed = self._changed or count > 0 or block_hashes is None
         failure = self.save()
         return Removed(0, count, failure) if failure else Removed(count)
 
@@ -134,9 +134,9 @@ class LearnedPrompts:
             return error.strerror or type(error).__name__
         return ""
 
-    def _chain_of(self, prompt: WarmPrompt, identity: Identity) -> Chain | None:
+    def _chain_of(self, prompt: WarmPrompt, block_hash: BlockHash) -> Chain | None:
         try:
             chain = self._chain(prompt)
         except EmberError:  # a tenant that has gone
             return None
-        return chain if chain.identities and chain.identities[-1] == identity else None
+        return chain if chain.block_hashes and chain.block_hashes[-1] == block_hash else None

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from emberkv.core.hashing import Chain, Identity
+from emberkv.core.hashing import BlockHash, Chain
 from emberkv.serving.warmup.warm_prompt import Outcome, Warming, WarmPrompt, kept_hashes
 
 _UNTRIED = Warming(Outcome.FAILED)
@@ -17,8 +17,8 @@ class Pin:
     """
 
     prompt: WarmPrompt
-    identities: frozenset[Identity] = frozenset()
-    last: Identity | None = None
+    block_hashes: frozenset[BlockHash] = frozenset()
+    last: BlockHash | None = None
     has_partial: bool = False
     stale: bool = True
     due_at: float = 0.0
@@ -64,11 +64,13 @@ class Pins:
                     return self._pins.pop(prompt)
         return None
 
-    def lost(self, identities: Collection[Identity] | None) -> bool:
+    def lost(self, block_hashes: Collection[BlockHash] | None) -> bool:
         """Mark the pins that these blocks belong to, all for None, as stale; whether there are any."""
         with self._lock:
             hit = [
-                pin for pin in self._pins.values() if identities is None or not pin.identities.isdisjoint(identities)
+                pin
+                for pin in self._pins.values()
+                if block_hashes is None or not pin.block_hashes.isdisjoint(block_hashes)
             ]
             for pin in hit:
                 pin.stale = True
@@ -84,8 +86,8 @@ class Pins:
         """From now on, what is lost counts again. chain: the prompt's."""
         with self._lock:
             pin.stale = False
-            pin.identities = frozenset(kept_hashes(chain))
-            pin.last = chain.identities[-1] if chain.identities else None
+            pin.block_hashes = frozenset(kept_hashes(chain))
+            pin.last = chain.block_hashes[-1] if chain.block_hashes else None
             pin.has_partial = len(chain) % chain.block_size > 0
 
     def end(self, pin: Pin, warming: Warming, *, due_at: float) -> None:

@@ -37,7 +37,7 @@ class _Prefix(BaseModel):
     model_config = _STRICT
 
     parent: int | None
-    identity: bytes
+    block_hash: bytes
     tokens: bytes
     owner: str
     score: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from emberkv.core.hashing import Chain, Identity, partial_identity
+from emberkv.core.hashing import BlockHash, Chain, partial_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import OutputListener, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
@@ -20,13 +20,13 @@ class WarmPrompt:
     tenant: str = ""
 
 
-def kept_hashes(chain: Chain) -> list[Identity]:
+def kept_hashes(chain: Chain) -> list[BlockHash]:
     """The hashes of the chain's full blocks, and of the partial block behind them where its end does not fill one."""
-    count = len(chain.identities)
+    count = len(chain.block_hashes)
     start = count * chain.block_size
     if start == len(chain):
-        return list(chain.identities)
-    return [*chain.identities, partial_identity(chain.parent(count), chain.encoded_slice(start, len(chain)))]
+        return list(chain.block_hashes)
+    return [*chain.block_hashes, partial_hash(chain.parent(count), chain.encoded_slice(start, len(chain)))]
 
 
 class WarmEngine(Protocol):
@@ -47,7 +47,7 @@ class WarmEngine(Protocol):
         """Have the chain's blocks evicted after all that nobody wished to keep. Raises as `cached_tokens` does."""
         ...
 
-    def unretain(self, identities: Iterable[Identity]) -> None:
+    def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
         """Take that wish back. Raises EngineStoppedError."""
         ...
 

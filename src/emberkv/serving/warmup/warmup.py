@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.engine.news import CacheNews
 from emberkv.errors import EmberError
 from emberkv.serving.metrics.request_metrics import Clock
@@ -95,17 +95,17 @@ class Warmup:
             saving.start()
             saving.join(_CLOSE_SECONDS)  # a disk that does not answer must not keep the server from ending
 
-    def forget(self, identities: Collection[Identity] | None) -> Removed:
+    def forget(self, block_hashes: Collection[BlockHash] | None) -> Removed:
         """The operator removes these blocks, all for None: learned prompts with them go, in memory and on disk, and so
         do the pins of prompts that end in one of them. What is being warmed ends, and no learned prompt is restored any
         more by this process. Returns how many prefixes were learned.
         """
         self._removed.set()
         self._engine.abort(self._request_id)
-        for pin in self._pins if identities is not None else ():
-            if pin not in self._awaited and pin.last is not None and pin.last in (identities or ()):
+        for pin in self._pins if block_hashes is not None else ():
+            if pin not in self._awaited and pin.last is not None and pin.last in (block_hashes or ()):
                 self._pins.remove(pin.prompt.tokens, pin.prompt.tenant)
-        return self._learned.forget(identities) if self._learned is not None else Removed()
+        return self._learned.forget(block_hashes) if self._learned is not None else Removed()
 
     def pin(self, tokens: Iterable[int], tenant: str = "") -> int:
         """Keep ``tokens`` warm for ``tenant`` from now on; how many of them, hits being rounded down."""
@@ -120,7 +120,7 @@ class Warmup:
         """
         pin = self._pins.remove(tokens, tenant)
         if pin is not None:
-            self._engine.unretain(pin.identities)
+            self._engine.unretain(pin.block_hashes)
         return pin is not None
 
     def pins(self) -> list[WarmPrompt]:
@@ -134,12 +134,12 @@ class Warmup:
                     self._learned.used(sequence.chain, sequence.cached_tokens)
         events = [numbered.event for numbered in news.events]
         cleared = news.missed or any(isinstance(event, AllBlocksCleared) for event in events)
-        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.identities]
+        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.block_hashes]
         self.pool_lost(None if cleared else removed)
 
-    def pool_lost(self, identities: Collection[Identity] | None) -> None:
+    def pool_lost(self, block_hashes: Collection[BlockHash] | None) -> None:
         """Blocks have left the pool; None: nobody knows which. From any thread; returns at once."""
-        if self._pins.lost(identities):
+        if self._pins.lost(block_hashes):
             self._wake.set()
 
     def report(self) -> WarmupReport:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.core.lru_stack import LRUStack
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.visits import Hits, Visit
@@ -30,7 +30,7 @@ class LRUCurve:
         """Blocks of the largest request: the least capacity for which the curve holds."""
         hits: Counter[int] = Counter()
         tokens: Counter[int] = Counter()
-        stack: LRUStack[Identity] = LRUStack()
+        stack: LRUStack[BlockHash] = LRUStack()
         for visit in visits:
             self.references += visit.references
             self.asked += visit.asked

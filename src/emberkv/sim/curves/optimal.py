@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable
 from heapq import heappop, heappush
 
-from emberkv.core.hashing import Identity
+from emberkv.core.hashing import BlockHash
 from emberkv.sim.curves.visits import Hits, Visit
 
 _NEVER = 2**62
@@ -27,7 +27,7 @@ class Optimal:
 
     def _link(self, visits: Iterable[Visit]) -> None:
         """Number the blocks, and note for each use when its block is next looked up, if that is its next use."""
-        numbers: dict[Identity, int] = {}
+        numbers: dict[BlockHash, int] = {}
         last: dict[int, int] = {}
         total = self._unlimited
         for visit in visits:
@@ -35,8 +35,8 @@ class Optimal:
             total.prompt_tokens += visit.prompt_tokens
             self._block_size = visit.block_size
             hits = 0
-            for position, identity in enumerate(visit.blocks):
-                number = numbers.setdefault(identity, len(numbers))
+            for position, block_hash in enumerate(visit.blocks):
+                number = numbers.setdefault(block_hash, len(numbers))
                 before = last.get(number)
                 if before is not None and position < visit.asked:
                     self._next[before] = len(self._blocks)

@@ -1,7 +1,7 @@
 """Any policy at one capacity: the trace replayed through the pool that serves, whole or sampled.
 
 Spatial sampling (SHARDS; Waldspurger et al., FAST 2015; for any policy, "Cache modeling and optimization using
-miniature simulations", ATC 2017): a block is followed if its identity falls into a share of all hashes, in a pool of
+miniature simulations", ATC 2017): a block is followed if its block hash falls into a share of all hashes, in a pool of
 that share of the capacity. Blocks are sampled one by one, not by whole chains: what is left of a chain is still in
 order, so a prefix of it is still a prefix, while chains that begin alike would all be in the sample or all out of it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from emberkv.core.block_pool import BlockPool, BlockWeight, uniform_weight
+from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.policies.eviction import make_policy
 from emberkv.errors import ConfigError
 from emberkv.sim.cache_only import ReferenceChain
@@ -21,17 +21,17 @@ _HASH_BYTES = 8
 
 
 def replay(
-    visits: Iterable[Visit], capacity: int, policy: str = "lru", *, weight: BlockWeight = uniform_weight
+    visits: Iterable[Visit], capacity: int, policy: str = "lru", *, block_cost: BlockCost = uniform_cost
 ) -> Hits:
     """Hits of a pool of ``capacity`` blocks under an eviction policy, one request after the other, each whole.
 
     A request larger than the pool is refused and leaves nothing behind. An answer that is there already is not stored
-    a second time. weight: what a block is worth, for policies that ask. Raises ConfigError for an unknown policy.
+    a second time. block_cost: what a block is worth, for policies that ask. Raises ConfigError for an unknown policy.
     """
     pool: BlockPool | None = None
     total = Hits(capacity)
     for visit in visits:
-        pool = pool or BlockPool(capacity, visit.block_size, policy=make_policy(policy), weight=weight)
+        pool = pool or BlockPool(capacity, visit.block_size, policy=make_policy(policy), block_cost=block_cost)
         total.references += visit.references
         total.prompt_tokens += visit.prompt_tokens
         if len(visit.blocks) > capacity:
@@ -52,8 +52,8 @@ def sample(visits: Iterable[Visit], share: float) -> Iterator[Visit]:
     """What is left of each visit when only ``share`` of all blocks is followed."""
     threshold = round(share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
     for visit in visits:
-        asked = [identity for identity in visit.blocks[: visit.asked] if identity < threshold]
-        left = [identity for identity in visit.blocks[visit.asked :] if identity < threshold]
+        asked = [block_hash for block_hash in visit.blocks[: visit.asked] if block_hash < threshold]
+        left = [block_hash for block_hash in visit.blocks[visit.asked :] if block_hash < threshold]
         yield replace(visit, blocks=asked + left, asked=len(asked))
 
 
@@ -75,7 +75,7 @@ class SampledReplay:
         self._share = share
 
     def curve(
-        self, capacities: Sequence[int], policy: str, *, weight: BlockWeight = uniform_weight
+        self, capacities: Sequence[int], policy: str, *, block_cost: BlockCost = uniform_cost
     ) -> tuple[list[Hits], float]:
         """The hits at each capacity (in blocks), and the error of the rates, at the capacity where it is worst.
 
@@ -88,7 +88,9 @@ class SampledReplay:
         for capacity in capacities:
             exact, small = self._exact.at(capacity), max(1, round(capacity * self._share))
             lru = replay(self._visits, small)
-            other = replay(self._visits, small, policy, weight=lambda position: weight(round(position / self._share)))
+            other = replay(
+                self._visits, small, policy, block_cost=lambda position: block_cost(round(position / self._share))
+            )
             hits = min(unlimited.hits, max(0, exact.hits + round((other.hits - lru.hits) / self._share)))
             tokens = round(unlimited.hit_tokens * hits / unlimited.hits) if unlimited.hits else 0
             points.append(replace(exact, hits=hits, hit_tokens=tokens))

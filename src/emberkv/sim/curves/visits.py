@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
-from emberkv.core.hashing import Identity
-from emberkv.workload.chain import block_identities
+from emberkv.core.hashing import BlockHash
+from emberkv.workload.chain import content_hashes
 from emberkv.workload.request import Request
 
 ROOT = sha256(b"emberkv-curves-1").digest()
@@ -20,7 +20,7 @@ ROOT = sha256(b"emberkv-curves-1").digest()
 class Visit:
     """blocks: different ones, in chain order; the first ``asked`` are looked up, and all of them are left behind."""
 
-    blocks: list[Identity]
+    blocks: list[BlockHash]
     asked: int
     prompt_tokens: int
     block_size: int
@@ -34,7 +34,7 @@ class Visit:
         return min(hits * self.block_size, self.prompt_tokens)
 
 
-def visit(request: Request, block_size: int, root: Identity = ROOT) -> Visit:
+def visit(request: Request, block_size: int, root: BlockHash = ROOT) -> Visit:
     """root: requests of different roots share nothing."""
     prompt = request.prompt_tokens
     full = prompt - prompt % block_size
@@ -42,12 +42,12 @@ def visit(request: Request, block_size: int, root: Identity = ROOT) -> Visit:
     if known <= full:
         blocks = request.block_references(root, block_size)
         return Visit(blocks, len(blocks), prompt, block_size)
-    blocks = block_identities(root, request.content, 0, known, block_size)
+    blocks = content_hashes(root, request.content, 0, known, block_size)
     return Visit(blocks, full // block_size, prompt, block_size)
 
 
 def visits(
-    requests: Iterable[Request], block_size: int, root_of: Callable[[Request], Identity] = lambda _: ROOT
+    requests: Iterable[Request], block_size: int, root_of: Callable[[Request], BlockHash] = lambda _: ROOT
 ) -> Iterator[Visit]:
     """One request in memory at a time."""
     return (visit(request, block_size, root_of(request)) for request in requests)

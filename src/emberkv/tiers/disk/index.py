@@ -6,7 +6,7 @@ Pure bookkeeping in memory, without a lock: the tier holds one around each call,
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from emberkv.core.policies.eviction_policy import EvictionPolicy, Weight
+from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.tiers.base import PolicyFactory
 from emberkv.tiers.disk.layout import BlockFile
 
@@ -111,7 +111,7 @@ class DiskIndex:
     def _enter(self, key: bytes, file: BlockFile) -> None:
         self._files[key] = file
         self._count(file, +1)
-        self._policy.admit(key, Weight(size=max(file.size, 1), owner=file.owner))
+        self._policy.admit(key, EntryCost(size=max(file.size, 1), owner=file.owner))
         self._policy.release((key,))
 
     def _excess(self) -> list[BlockFile]:

@@ -3,9 +3,9 @@
     FOLDER/blocks/lock                              held by the one process that writes
     FOLDER/blocks/journal                           what it has stored and removed, see `journal`
     FOLDER/blocks/tmp/                              files being written
-    FOLDER/blocks/<namespace>/@<owner>/<identity>.kv       a block; .near.kv where it is not exact
+    FOLDER/blocks/<namespace>/@<owner>/<block hash>.kv       a block; .near.kv where it is not exact
 
-Namespace and identity are in hexadecimal. So an index is rebuilt from names, sizes and times, without opening a file.
+Namespace and block hash are in hexadecimal. So an index is rebuilt from names, sizes and times, without opening a file.
 What else lies in FOLDER belongs to others and is left alone.
 """
 
@@ -33,7 +33,7 @@ class BlockFile(NamedTuple):
     """A stored block as its name tells it. size: bytes. mtime_ns: when it was last of use."""
 
     namespace: bytes
-    identity: bytes
+    block_hash: bytes
     owner: str
     exact: bool
     size: int
@@ -42,13 +42,13 @@ class BlockFile(NamedTuple):
     @property
     def key(self) -> bytes:
         """One for each block of each model."""
-        return self.namespace + self.identity
+        return self.namespace + self.block_hash
 
     @property
     def path(self) -> str:
         """The file, below the blocks' folder."""
         ending = _EXACT if self.exact else _NEAR
-        return f"{self.namespace.hex()}/{owner_folder(self.owner)}/{self.identity.hex()}{ending}"
+        return f"{self.namespace.hex()}/{owner_folder(self.owner)}/{self.block_hash.hex()}{ending}"
 
 
 def owner_folder(owner: str) -> str:
@@ -112,10 +112,10 @@ def _parse_folder(namespace: str, folder: str) -> tuple[bytes, str] | None:
 def _parse_name(name: str) -> tuple[bytes, bool] | None:
     """Block hash and exactness, where this is the file's name that `BlockFile.path` gives them."""
     stem, dot, ending = name.partition(".")
-    identity = _unhex(stem)
-    if identity is None or identity.hex() != stem or dot + ending not in (_EXACT, _NEAR):
+    block_hash = _unhex(stem)
+    if block_hash is None or block_hash.hex() != stem or dot + ending not in (_EXACT, _NEAR):
         return None
-    return identity, dot + ending == _EXACT
+    return block_hash, dot + ending == _EXACT
 
 
 def _folders(path: Path | str) -> list["os.DirEntry[str]"]:

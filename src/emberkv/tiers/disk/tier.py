@@ -122,39 +122,39 @@ class DiskTier(Tier):
                 tier._follow()
         return tier
 
-    def lookup(self, identities: Sequence[bytes], *, exact: bool = False) -> int:
-        for position, identity in enumerate(identities):
-            file = self._index.find(self._namespace + identity)
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        for position, block_hash in enumerate(block_hashes):
+            file = self._index.find(self._namespace + block_hash)
             if file is None or (exact and not file.exact):
                 return position
-        return len(identities)
+        return len(block_hashes)
 
-    def load(self, identities: Sequence[bytes]) -> list[TierEntry | None]:
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         entries: dict[bytes, TierEntry] = {}
-        for file, stamp in self._used(identities):
+        for file, stamp in self._used(block_hashes):
             data = self._read(file)
             if data is not None:
-                entries[file.identity] = TierEntry(file.identity, file.owner, data, file.exact)
+                entries[file.block_hash] = TierEntry(file.block_hash, file.owner, data, file.exact)
                 self._stamp(file, stamp)
-        return [entries.get(identity) for identity in identities]
+        return [entries.get(block_hash) for block_hash in block_hashes]
 
-    def touch(self, identities: Sequence[bytes]) -> None:
-        for file, stamp in self._used(identities):
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
+        for file, stamp in self._used(block_hashes):
             self._stamp(file, stamp)
 
     def store(self, entries: Sequence[TierEntry]) -> Stored:
         gone: list[BlockFile] = []
         count = sum(self._store_one(entry, gone) for entry in reversed(entries))
         self._publish()
-        ours = [file.identity for file in gone if file.namespace == self._namespace]
-        return Stored(count, [identity for identity in ours if not self.lookup([identity])])
+        ours = [file.block_hash for file in gone if file.namespace == self._namespace]
+        return Stored(count, [block_hash for block_hash in ours if not self.lookup([block_hash])])
 
-    def remove(self, identities: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
         """Where the files cannot be removed, because another process writes here, say, they are not found any more by
         this process, and are removed should it become the one that writes.
         """
         self._catch_up()
-        return self._remove([self._namespace + identity for identity in dict.fromkeys(identities)])
+        return self._remove([self._namespace + block_hash for block_hash in dict.fromkeys(block_hashes)])
 
     def clear(self) -> Removed:
         """As `remove`, of all blocks of this model."""
@@ -348,13 +348,13 @@ class DiskTier(Tier):
         self._publish()
         return Removed(len(found) - kept, kept, reason)
 
-    def _used(self, identities: Sequence[bytes]) -> list[tuple[BlockFile, int]]:
+    def _used(self, block_hashes: Sequence[bytes]) -> list[tuple[BlockFile, int]]:
         with self._lock:
-            return self._index.used([self._namespace + identity for identity in identities], self._wall_ns())
+            return self._index.used([self._namespace + block_hash for block_hash in block_hashes], self._wall_ns())
 
     def _store_one(self, entry: TierEntry, gone: list[BlockFile]) -> bool:
         """Whether it is here now; ``gone`` takes what had to go for it."""
-        file = BlockFile(self._namespace, entry.identity, entry.owner, entry.exact, len(entry.data), 0)
+        file = BlockFile(self._namespace, entry.block_hash, entry.owner, entry.exact, len(entry.data), 0)
         with self._lock:
             there = self._index.find(file.key)
             if there and (there.exact or not entry.exact):

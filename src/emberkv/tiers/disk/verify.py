@@ -13,7 +13,7 @@ def verify(files: BlockFiles, listed: Iterable[BlockFile]) -> Iterator[tuple[Blo
     for file in listed:
         try:
             data = files.read(file.path)
-            verified_record(data, namespace=file.namespace, identity=file.identity, exact=file.exact)
+            verified_record(data, namespace=file.namespace, block_hash=file.block_hash, exact=file.exact)
         except FileNotFoundError:  # evicted by the process that writes here
             continue
         except OSError as error:
