@@ -48,7 +48,7 @@ def executor(request: pytest.FixtureRequest, paged: ModelFactory, kernels: Kerne
     loaded = paged("llama")
     made = TorchEngine(
         loaded,
-        cache_bytes=NUM_BLOCKS * BLOCK * loaded.geometry.bytes_per_token(loaded.dtype),
+        cache_bytes=NUM_BLOCKS * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv),
         block_size=BLOCK,
         prefill_chunk=CHUNK,
         kernels=kernels if request.param == "native" else None,
