@@ -29,9 +29,9 @@ from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
-from emberkv.engine.configured import load_configured
-from emberkv.engine.loader import load_model
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.configured import load_configured
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.model.loader import load_model
 
 BLOCK_SIZE = 16
 STEP_TOKENS = 512

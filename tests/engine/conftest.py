@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from emberkv.engine.loader import LoadedModel, load_model
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.loader import LoadedModel, load_model
+from emberkv.engine.torch.native.kernels import Kernels
 from tests.conftest import CheckpointFactory
 from tests.engine.driver import Driver
 from tests.machine import MACHINE_CACHE

@@ -12,10 +12,10 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.core.stats import CacheStats
-from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.runs import shared_prefixes
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.attention.runs import shared_prefixes
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.native.kernels import Kernels
 
 BLOCK = 8
 TILE = 16

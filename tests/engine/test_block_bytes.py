@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emberkv.engine.kv_pool import KVPool
+from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.errors import ConfigError
 from tests.engine.conftest import ModelFactory
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.calibration import (
+from emberkv.engine.torch.calibration import (
     LINEAR_ROWS,
     PrefillBench,
     device_memory,

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
-from emberkv.engine.checkpoint import WANTED_FILES, fetch_from_hub
-from emberkv.engine.loader import load_model
+from emberkv.engine.torch.model.checkpoint import WANTED_FILES, fetch_from_hub
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
 

@@ -7,8 +7,8 @@ import torch
 from pydantic import ByteSize
 
 from emberkv.config import ServeConfig
-from emberkv.engine.calibration import LINEAR_ROWS, prefill_grid
-from emberkv.engine.engine_bench import EngineBench
+from emberkv.engine.torch.calibration import LINEAR_ROWS, prefill_grid
+from emberkv.engine.torch.engine_bench import EngineBench
 from emberkv.tiers.memory import MemoryTier
 from tests.conftest import CheckpointFactory
 from tests.machine import MACHINE_CACHE

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emberkv.engine.loader import LoadedModel, load_model
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.loader import LoadedModel, load_model
+from emberkv.engine.torch.native.kernels import Kernels
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Run
 from tests.models import SUPPORTED, VOCAB_SIZE, tiny_tokenizer

@@ -19,11 +19,11 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.executor import NOT_NUMBERS, Executor
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.request import AllowedTokens, GenerationRequest, TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.engine.fingerprint import file_states, weights_fingerprint
+from emberkv.engine.torch.model.fingerprint import file_states, weights_fingerprint
 from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
 SHA = "ab" * 32

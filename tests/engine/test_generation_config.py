@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.engine.generation_config import FILE_NAME, read_generation_config, sampling_defaults
-from emberkv.engine.loader import load_model
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch.model.generation_config import FILE_NAME, read_generation_config, sampling_defaults
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import CorruptModelError
 
 ADVISED = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}

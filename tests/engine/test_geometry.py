@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from emberkv.engine.geometry import inspect_geometry
-from emberkv.engine.loader import load_model
+from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.conftest import CheckpointFactory
 from tests.models import REFUSED

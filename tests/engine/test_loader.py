@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from emberkv.engine.loader import ModelDtypes, choose_device, choose_dtype, load_model
+from emberkv.engine.torch.model.loader import ModelDtypes, choose_device, choose_dtype, load_model
 from emberkv.errors import ConfigError, CorruptModelError
 from tests.conftest import CheckpointFactory
 from tests.models import CONTEXT, SUPPORTED, VOCAB_SIZE

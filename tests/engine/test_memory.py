@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emberkv.engine.checkpoint import StoredTensors
-from emberkv.engine.configured import DEFAULT_CONTEXTS, check_sizes, pool_bytes
-from emberkv.engine.loader import check_memory, load_model
-from emberkv.engine.memory import cgroup_free, free_memory, gib
+from emberkv.engine.torch.configured import DEFAULT_CONTEXTS, check_sizes, pool_bytes
+from emberkv.engine.torch.memory import cgroup_free, free_memory, gib
+from emberkv.engine.torch.model.checkpoint import StoredTensors
+from emberkv.engine.torch.model.loader import check_memory, load_model
 from emberkv.errors import ConfigError, ModelError
 from emberkv.settings import serve_config
 from tests.conftest import CheckpointFactory

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from emberkv.engine.fingerprint import weights_fingerprint
-from emberkv.engine.model_identity import model_fingerprint
+from emberkv.engine.torch.model.fingerprint import weights_fingerprint
+from emberkv.engine.torch.model.model_identity import model_fingerprint
 from tests.conftest import CheckpointFactory
 
 

@@ -12,10 +12,10 @@ import transformers
 from torch import nn
 
 from emberkv.core.hashing import TokenChain, root_hash
-from emberkv.engine.assembly import recompute_cost
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.namespace import Namespace, forward_sources, namespace_of
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.assembly import recompute_cost
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.namespace import Namespace, forward_sources, namespace_of
 from emberkv.errors import ForeignBlockError
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
@@ -188,7 +188,7 @@ def test_threads_and_versions_of_this_process_are_in_it(paged: ModelFactory, mon
 @pytest.mark.usefixtures("layers")
 def test_the_sources_are_those_of_the_models_layers_and_of_this_engine(tmp_path: Path) -> None:
     named = {path.name for path in forward_sources(layer(tmp_path, 1.0))}
-    assert {f"{NAME}.py", "activations.py", "torch_engine.py", "attention.py", "namespace.py"} <= named
+    assert {f"{NAME}.py", "activations.py", "engine.py", "attention.py", "namespace.py"} <= named
 
 
 @pytest.mark.usefixtures("layers")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberkv.engine.assembly import EngineConfig, assemble
-from emberkv.engine.loader import load_model
-from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.assembly import EngineConfig, assemble
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
 

@@ -10,12 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emberkv.engine.decode_step import DecodeStep, bucket_by_length
-from emberkv.engine.geometry import LayerGeometry, ModelGeometry
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.paged_attention import LayerCall
-from emberkv.engine.prefill_step import PrefillStep
-from emberkv.engine.runs import shared_prefixes
+from emberkv.engine.torch.attention.decode_step import DecodeStep, bucket_by_length
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import LayerCall
+from emberkv.engine.torch.attention.prefill_step import PrefillStep
+from emberkv.engine.torch.attention.runs import shared_prefixes
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 from emberkv.errors import ConfigError
 
 CPU = torch.device("cpu")

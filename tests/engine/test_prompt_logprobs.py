@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
-from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels
 from emberkv.engine.request import GenerationRequest, TokenOutput
-from emberkv.engine.sampling import prompt_logprobs
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.sampling import prompt_logprobs
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox

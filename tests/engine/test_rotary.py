@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emberkv.engine.geometry import inspect_geometry
-from emberkv.engine.loader import load_model
-from emberkv.engine.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import DriverFactory
 from tests.engine.test_exactness import text

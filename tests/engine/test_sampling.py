@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import AllowedTokens
-from emberkv.engine.sampling import Sampler, SamplingFailure
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch.sampling import Sampler, SamplingFailure
 from emberkv.errors import RequestError
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.engine.shared_prefix import shared_prefix
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.shared_prefix import shared_prefix
 from emberkv.errors import RequestError
 from tests.engine.tokenizer_kinds import TOKENIZERS
 from tests.models import CHAT_TEMPLATE, TURN_END, tiny_tokenizer

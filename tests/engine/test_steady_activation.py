@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from emberkv.engine.steady_activation import SteadyActivation, steady_activations
+from emberkv.engine.torch.steady_activation import SteadyActivation, steady_activations
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 8])

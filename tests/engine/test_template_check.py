@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.engine.loader import load_model
-from emberkv.engine.template_check import ignores_tools, template_fault
+from emberkv.engine.tokenization.template_check import ignores_tools, template_fault
+from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import ConfigError, RequestError
 
 SPECIAL = {"bos_token": "<s>"}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.engine.piece_cache import PieceCache
-from emberkv.engine.token_bound import TokenBound
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.piece_cache import PieceCache
+from emberkv.engine.tokenization.token_bound import TokenBound
 from emberkv.errors import PromptTooLongError, RequestError
 from tests.engine.tokenizer_kinds import (
     BETWEEN_WORDS,

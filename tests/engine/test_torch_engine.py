@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from emberkv.engine.loader import LoadedModel
-from emberkv.engine.namespace import namespace_of
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.namespace import namespace_of
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import DriverFactory, ModelFactory

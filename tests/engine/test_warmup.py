@@ -14,13 +14,13 @@ from emberkv import InMemoryKVCacheManager, get_standard_system_prompt, warmup_k
 from emberkv.config import DEFAULT_PREFILL_CHUNK
 from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble
-from emberkv.engine.loader import load_model
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.warm_blocks import store_prefix
+from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.loader import load_model
+from emberkv.engine.torch.native.choice import find_kernels
+from emberkv.engine.torch.warm_blocks import store_prefix
 from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory
 from tests.engine.loop_harness import Inbox

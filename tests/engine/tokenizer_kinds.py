@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from tests.models import TURN_END, USER_START, byte_level_bpe
 
 TEXT = ["a river carries what the rain gives it", "one, two, three, and no more lamps", "def area(w, h): return"]

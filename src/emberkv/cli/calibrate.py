@@ -31,7 +31,7 @@ from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 
 if TYPE_CHECKING:
-    from emberkv.engine.engine_bench import EngineBench
+    from emberkv.engine.torch.engine_bench import EngineBench
 
 TIER_BYTES = 1024 * 2**20
 ROUNDS = 3
@@ -103,7 +103,7 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
 def _engine_bench() -> "type[EngineBench]":
     """The one place where torch comes in, so that the command line works without it."""
     try:
-        from emberkv.engine.engine_bench import EngineBench  # noqa: PLC0415 - needs torch, as no other import here does
+        from emberkv.engine.torch.engine_bench import EngineBench  # noqa: PLC0415 - needs torch, as no other import here does
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"

@@ -16,9 +16,9 @@ from emberkv.serving.request_log import JsonFormatter, TextFormatter
 from emberkv.tiers.kinds import configured_tiers
 
 if TYPE_CHECKING:
-    from emberkv.engine.assembly import AssembledEngine
-    from emberkv.engine.geometry import ModelGeometry
-    from emberkv.engine.loader import LoadedModel as ModelOnDevice
+    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.torch.model.geometry import ModelGeometry
+    from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 
 _HANDLER = "emberkv serve"
 

@@ -24,8 +24,8 @@ from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.kinds import SHARED_OUT
 
 if TYPE_CHECKING:
-    from emberkv.engine.assembly import AssembledEngine
-    from emberkv.engine.loader import LoadedModel as ModelOnDevice
+    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class Startup:
         config = self._config
         with stages("importing PyTorch") as stage:
             try:
-                from emberkv.engine import assembly, configured  # noqa: PLC0415 - takes seconds, which show
+                from emberkv.engine.torch import assembly, configured  # noqa: PLC0415 - takes seconds, which show
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"

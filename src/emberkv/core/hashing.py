@@ -6,10 +6,10 @@
     tail    = SHA-256("emberkv-partial-1" | parent | tokens)   a last block with fewer tokens than a full one
 
 Hashes are 32 bytes, integers are little-endian, a token is an int32, the fingerprint is UTF-8 text (of weights and
-config, by content; see `emberkv.engine.fingerprint`), and ``|`` joins bytes. Nothing about the machine or the process
-enters: every process that knows the fingerprint and the tokens computes the same hashes. Whether the *bytes* of a
-stored block can be used is another question; the namespace of the stored block answers it
-(`emberkv.engine.namespace`).
+config, by content; see `emberkv.engine.torch.model.fingerprint`), and ``|`` joins bytes. Nothing about the machine or
+the process enters: every process that knows the fingerprint and the tokens computes the same hashes. Whether the
+*bytes* of a stored block can be used is another question; the namespace of the stored block answers it
+(`emberkv.engine.torch.namespace`).
 """
 
 import sys

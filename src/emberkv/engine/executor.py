@@ -1,6 +1,6 @@
 """The contract between the engine and what computes: a step's plan in, its sampled tokens out, all plain data.
 
-`emberkv.engine.torch_engine.TorchEngine` implements it with PyTorch. The engine's loop and what connects the tiers to
+`emberkv.engine.torch.engine.TorchEngine` implements it with PyTorch. The engine's loop and what connects the tiers to
 the pool know this module alone, and import no torch, as this module does not.
 
 An executor owns the bytes of the KV pool, the sampler, and the check for logits that are not finite. The scheduler owns

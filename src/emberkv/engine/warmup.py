@@ -104,6 +104,6 @@ def _started(work: Callable[[], bool]) -> "asyncio.Future[bool]":
 
 
 def _store_blocks(model: Any, tokenizer: Any, prompt: str, store: Any, given_up: threading.Event) -> bool:
-    from emberkv.engine.warm_blocks import store_prefix  # noqa: PLC0415 - brings torch with it
+    from emberkv.engine.torch.warm_blocks import store_prefix  # noqa: PLC0415 - brings torch with it
 
     return store_prefix(model, tokenizer, prompt, store, in_time=lambda: not given_up.is_set())

@@ -8,7 +8,7 @@ from enum import Enum
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.engine.request import Engine, EngineStats
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.admin.reuse_watch import ReuseWatch
 from emberkv.serving.admin.service import CacheService

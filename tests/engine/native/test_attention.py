@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emberkv.engine.geometry import LayerGeometry, ModelGeometry
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.native.attention import NativeStep
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.paged_attention import LayerCall
-from emberkv.engine.runs import Run
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import LayerCall
+from emberkv.engine.torch.attention.runs import Run
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.native.attention import NativeStep
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import UnsupportedModelError
 from tests.engine.test_paged_attention import TOLERANCE
 from tests.engine.test_paged_attention import expected as written_out

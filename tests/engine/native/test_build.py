@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.engine.native import build as module
-from emberkv.engine.native.build import build
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.native.kernels import Kernels
+from emberkv.engine.torch.native import build as module
+from emberkv.engine.torch.native.build import build
+from emberkv.engine.torch.native.choice import find_kernels
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import KernelsError
 from tests.engine.conftest import ModelFactory
 from tests.machine import MACHINE_CACHE
@@ -89,8 +89,8 @@ def test_what_is_wanted_is_what_computes(paged: ModelFactory, caplog: pytest.Log
     assert isinstance(find_kernels("auto", paged("llama"), 16, MACHINE_CACHE), Kernels)
     assert isinstance(find_kernels("native", paged("llama", "bfloat16"), 16, MACHINE_CACHE), Kernels)
     assert find_kernels("auto", paged("llama", "float16"), 16, MACHINE_CACHE) is None
-    assert not [record for record in caplog.records if record.name.startswith("emberkv.engine.native")]
-    with pytest.raises(KernelsError, match=r"compute float32 and bfloat16 on a CPU; the model is torch.float16 on cpu"):
+    assert not [record for record in caplog.records if record.name.startswith("emberkv.engine.torch.native")]
+    with pytest.raises(KernelsError, match=r"compute float32 and bfloat16 on a CPU; the model is float16 on cpu"):
         find_kernels("native", paged("llama", "float16"), 16, MACHINE_CACHE)
 
 

@@ -10,10 +10,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
-from emberkv.engine.packed_linear import pack_linears, rows_are_independent
-from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft, attention_step
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft, attention_step
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear, NativeRMSNorm, replace_layers
+from emberkv.engine.torch.packed_linear import pack_linears, rows_are_independent
 from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import ModelFactory
 

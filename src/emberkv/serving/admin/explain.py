@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss
-from emberkv.engine.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
 

@@ -23,7 +23,7 @@ from emberkv.engine.commands import (
     Statistics,
     Unretain,
 )
-from emberkv.engine.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.serving.admin.cache_books import CacheBooks
 from emberkv.serving.admin.explain import Explained, text_of
 from emberkv.serving.admin.reuse_watch import ReuseWatch

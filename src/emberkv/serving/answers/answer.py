@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
-from emberkv.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

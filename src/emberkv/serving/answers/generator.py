@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from emberkv.engine.request import Engine, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answers.answer import Answer, Echo
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emberkv.engine.geometry import ModelGeometry
-from emberkv.engine.scratch import Scratch
+from emberkv.engine.torch.attention.scratch import Scratch
+from emberkv.engine.torch.model.geometry import ModelGeometry
 from emberkv.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emberkv.engine.native.build import build
+from emberkv.engine.torch.native.build import build
 from emberkv.errors import KernelsError, UnsupportedModelError
 
 TASK = np.dtype(

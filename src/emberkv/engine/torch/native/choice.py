@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from emberkv.engine.loader import LoadedModel, ModelDtypes
-from emberkv.engine.native.kernels import TYPES, Kernels
+from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
+from emberkv.engine.torch.native.kernels import TYPES, Kernels
 from emberkv.errors import KernelsError
 
 _log = logging.getLogger(__name__)

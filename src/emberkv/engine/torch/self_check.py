@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.loader import LoadedModel
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.packed_linear import rows_are_independent
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.packed_linear import rows_are_independent
 from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96

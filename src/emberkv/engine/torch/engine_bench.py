@@ -6,8 +6,9 @@ from collections import defaultdict
 import torch
 
 from emberkv.config import ServeConfig
-from emberkv.engine.assembly import assemble
-from emberkv.engine.calibration import (
+from emberkv.engine.tier_setup import TierConfig
+from emberkv.engine.torch.assembly import assemble
+from emberkv.engine.torch.calibration import (
     LinearTime,
     PrefillBench,
     TransferTime,
@@ -16,8 +17,7 @@ from emberkv.engine.calibration import (
     time_linears,
     time_tier,
 )
-from emberkv.engine.configured import Told, engine_config, load_configured
-from emberkv.engine.tier_setup import TierConfig
+from emberkv.engine.torch.configured import Told, engine_config, load_configured
 from emberkv.tiers.base import Tier
 
 CACHE_BYTES = 256 * 2**20

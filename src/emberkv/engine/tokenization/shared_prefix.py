@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import takewhile
 
-from emberkv.engine.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 
 _OPENINGS = (

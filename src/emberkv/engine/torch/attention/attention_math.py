@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from emberkv.engine.scratch import Scratch
+from emberkv.engine.torch.attention.scratch import Scratch
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from emberkv.engine.rotary import SERVED_ROPE_TYPES, rope_types, rotation_limit, with_fixed_rotation
+from emberkv.engine.torch.model.rotary import SERVED_ROPE_TYPES, rope_types, rotation_limit, with_fixed_rotation
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 MODEL_BUILDING = Lock()

@@ -14,14 +14,14 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import BlockTransfer
 from emberkv.engine.commands import CacheControl
 from emberkv.engine.limits import ModelLimits
-from emberkv.engine.loader import LoadedModel
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.namespace import namespace_of
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.sampling import Sampler
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.tier_setup import TierConfig, open_tiers
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.namespace import namespace_of
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import EmberError, UnsupportedModelError, reason_of
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.worker import EvictionHook

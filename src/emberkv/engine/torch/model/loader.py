@@ -21,7 +21,11 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from emberkv.engine.checkpoint import (
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.template_check import settle_template
+from emberkv.engine.torch.memory import free_memory, gib
+from emberkv.engine.torch.model.checkpoint import (
     Fetch,
     StoredTensors,
     fetch_from_hub,
@@ -30,18 +34,14 @@ from emberkv.engine.checkpoint import (
     read_json,
     weight_files,
 )
-from emberkv.engine.fingerprint import file_states, weights_fingerprint
-from emberkv.engine.generation_config import (
+from emberkv.engine.torch.model.fingerprint import file_states, weights_fingerprint
+from emberkv.engine.torch.model.generation_config import (
     GenerationConfigMode,
     end_tokens,
     read_generation_config,
     sampling_defaults,
 )
-from emberkv.engine.geometry import MODEL_BUILDING, ModelGeometry, ModelShape, inspect_model
-from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.engine.memory import free_memory, gib
-from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.template_check import settle_template
+from emberkv.engine.torch.model.geometry import MODEL_BUILDING, ModelGeometry, ModelShape, inspect_model
 from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
 
 _log = logging.getLogger(__name__)

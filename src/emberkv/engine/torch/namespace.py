@@ -19,8 +19,8 @@ from torch import nn
 
 import emberkv.engine
 from emberkv.core.hashing import BlockHash
-from emberkv.engine.loader import dtype_name
-from emberkv.engine.torch_engine import TorchEngine
+from emberkv.engine.torch.engine import TorchEngine
+from emberkv.engine.torch.model.loader import dtype_name
 
 _FORMAT = b"emberkv-namespace-3"
 _OWN_SOURCES = Path(emberkv.engine.__path__[0])

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.native.layers import NativeGatedPair, NativeLinear
-from emberkv.engine.packed_linear import PackedLinear
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear
+from emberkv.engine.torch.packed_linear import PackedLinear
 from emberkv.errors import EmberError
 from emberkv.tiers.base import Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, decode_record, encode_record

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.native.kernels import TASK, AttentionCall, Kernels, type_number
-from emberkv.engine.paged_attention import AttentionStep, LayerCall, RowsLeft
-from emberkv.engine.runs import Run, shared_prefixes
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft
+from emberkv.engine.torch.attention.runs import Run, shared_prefixes
+from emberkv.engine.torch.native.kernels import TASK, AttentionCall, Kernels, type_number
 
 ROWS_PER_TASK = 64, 512
 """Query rows of one KV head, at least and at most, that take their turns with a span of keys."""

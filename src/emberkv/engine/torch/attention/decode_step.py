@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emberkv.engine.attention_math import has_partial_kernel, masked_attention, merge, partial_attention
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.paged_attention import AttentionStep, LayerCall
-from emberkv.engine.runs import shared_prefixes
+from emberkv.engine.torch.attention.attention_math import has_partial_kernel, masked_attention, merge, partial_attention
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.torch.attention.runs import shared_prefixes
 
 
 @dataclass(frozen=True, slots=True)

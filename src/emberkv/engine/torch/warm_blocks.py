@@ -12,16 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from emberkv.config import ServeConfig
 from emberkv.core.hashing import TokenChain, root_hash
-from emberkv.engine.geometry import inspect_geometry
-from emberkv.engine.hf_tokenizer import HFTokenizer
-from emberkv.engine.loader import LoadedModel, ModelDtypes
-from emberkv.engine.model_identity import model_fingerprint
-from emberkv.engine.namespace import namespace_of
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
-from emberkv.engine.shared_prefix import shared_prefix
-from emberkv.engine.tokenizer import Tokenizer
-from emberkv.engine.torch_engine import TILE_TOKENS, TorchEngine
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.shared_prefix import shared_prefix
+from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.engine import TILE_TOKENS, TorchEngine
+from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
+from emberkv.engine.torch.model.model_identity import model_fingerprint
+from emberkv.engine.torch.namespace import namespace_of
+from emberkv.engine.torch.native.choice import find_kernels
 from emberkv.engine.warmup import BlockStore
 from emberkv.errors import PromptTooLongError, RequestError, UnsupportedModelError
 from emberkv.tiers.codec import BlockRecord, encode_record

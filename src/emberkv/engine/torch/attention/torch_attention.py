@@ -6,11 +6,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from emberkv.engine.decode_step import DecodeStep
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.paged_attention import AttentionStep, LayerCall
-from emberkv.engine.prefill_step import PrefillStep
-from emberkv.engine.runs import Run
+from emberkv.engine.torch.attention.decode_step import DecodeStep
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.torch.attention.prefill_step import PrefillStep
+from emberkv.engine.torch.attention.runs import Run
 
 
 class TorchAttention:

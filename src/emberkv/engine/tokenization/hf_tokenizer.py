@@ -15,11 +15,11 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from emberkv.core.hashing import token_array
-from emberkv.engine.detokenizer import WindowDetokenizer
-from emberkv.engine.piece_cache import PieceCache
-from emberkv.engine.template_check import NO_TEMPLATE
-from emberkv.engine.token_bound import TokenBound
-from emberkv.engine.word_gaps import cuts_at_gaps, parts
+from emberkv.engine.tokenization.detokenizer import WindowDetokenizer
+from emberkv.engine.tokenization.piece_cache import PieceCache
+from emberkv.engine.tokenization.template_check import NO_TEMPLATE
+from emberkv.engine.tokenization.token_bound import TokenBound
+from emberkv.engine.tokenization.word_gaps import cuts_at_gaps, parts
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
 
 _log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import xxhash
 
-from emberkv.engine.checkpoint import weight_files
+from emberkv.engine.torch.model.checkpoint import weight_files
 
 _CHUNK_BYTES = 4 << 20
 

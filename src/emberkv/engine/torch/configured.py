@@ -8,14 +8,14 @@ import torch
 
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
-from emberkv.engine.assembly import EngineConfig
-from emberkv.engine.checkpoint import fetch_from_hub
-from emberkv.engine.loader import LoadedModel, choose_device, load_model
-from emberkv.engine.memory import free_memory, gib
-from emberkv.engine.native.choice import find_kernels
-from emberkv.engine.native.kernels import Kernels
-from emberkv.engine.paged_attention import ATTENTION_NAME
 from emberkv.engine.tier_setup import TierConfig
+from emberkv.engine.torch.assembly import EngineConfig
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.memory import free_memory, gib
+from emberkv.engine.torch.model.checkpoint import fetch_from_hub
+from emberkv.engine.torch.model.loader import LoadedModel, choose_device, load_model
+from emberkv.engine.torch.native.choice import find_kernels
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError
 from emberkv.tiers.kinds import configured_tiers
 

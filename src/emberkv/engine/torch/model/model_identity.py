@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from emberkv.engine.checkpoint import weight_files
-from emberkv.engine.fingerprint import weights_fingerprint
+from emberkv.engine.torch.model.checkpoint import weight_files
+from emberkv.engine.torch.model.fingerprint import weights_fingerprint
 from emberkv.errors import ModelError
 
 _NOT_STATE = frozenset({"_name_or_path", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype",

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from emberkv.engine.attention_math import tile_attention
-from emberkv.engine.kv_pool import KVPool
-from emberkv.engine.paged_attention import AttentionStep, LayerCall
+from emberkv.engine.torch.attention.attention_math import tile_attention
+from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import AttentionInterface
 
-from emberkv.engine.runs import Run
+from emberkv.engine.torch.attention.runs import Run
 
 ATTENTION_NAME = "emberkv_paged"
 

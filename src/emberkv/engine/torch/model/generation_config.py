@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from emberkv.engine.checkpoint import read_json
 from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.torch.model.checkpoint import read_json
 from emberkv.errors import CorruptModelError, RequestError
 
 _log = logging.getLogger(__name__)

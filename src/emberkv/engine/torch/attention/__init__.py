@@ -1,0 +1,1 @@
+"""The KV pool, and attention over it by torch's own operations."""

@@ -1,0 +1,1 @@
+"""Models: their files, what identifies them, their shape, and whether they can be served."""
