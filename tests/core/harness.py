@@ -8,12 +8,12 @@ from random import Random
 from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, hash_blocks, partial_hash, root_hash, salted
+from emberkv.core.loading import Load
 from emberkv.core.policies.eviction import make_policy
 from emberkv.core.policies.eviction_policy import EvictionPolicy
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Load
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from tests.core.lower import FakeTiers

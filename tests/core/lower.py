@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from emberkv.core.hashing import BlockHash
-from emberkv.core.promotion import BlockRun, LookupStatus
+from emberkv.core.loading import BlockRun, LookupStatus
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from emberkv.core.promotion import BlockRun, LookupStatus, PendingLookup
+from emberkv.core.loading import BlockRun, LookupStatus, PendingLookup
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage

@@ -9,10 +9,10 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.explaining.explain import admission_outcome
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import TokenChain
+from emberkv.core.loading import LowerTiers
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import LowerTiers
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.commands import CacheControl, Command

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from emberkv.core.loading import LoadChoice
 from emberkv.core.policies.eviction import LRU
-from emberkv.core.promotion import LoadChoice
 from emberkv.errors import ConfigError
 from emberkv.sim.outcome import CacheEvent
 from emberkv.sim.stage import root_of

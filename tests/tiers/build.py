@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from emberkv.core.hashing import TokenChain
-from emberkv.core.promotion import BlockRun
+from emberkv.core.loading import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
 from emberkv.tiers.manager import TierManager

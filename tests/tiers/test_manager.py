@@ -5,9 +5,9 @@ import sys
 import threading
 from pathlib import Path
 
+from emberkv.core.loading import BlockRun
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import FairShares, Share
-from emberkv.core.promotion import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier

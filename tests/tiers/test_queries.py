@@ -5,7 +5,7 @@ from threading import Event
 
 import pytest
 
-from emberkv.core.promotion import BlockRun, LookupStatus
+from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import Query

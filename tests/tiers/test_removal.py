@@ -7,7 +7,7 @@ may be interrupted between the tier's answer and its delivery.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from emberkv.core.promotion import BlockRun
+from emberkv.core.loading import BlockRun
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.promotion import BlockRun
+from emberkv.core.loading import BlockRun
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord

@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from emberkv.core.promotion import BlockRun
+from emberkv.core.loading import BlockRun
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from emberkv.core.promotion import LookupStatus
+from emberkv.core.loading import LookupStatus
 from emberkv.tiers.base import Stored, TierEntry
 from emberkv.tiers.memory import MemoryTier
 from tests.tiers.build import PATIENCE

@@ -53,3 +53,21 @@ class BlockCopy:
     source: Block
     target: Block
     num_tokens: int
+
+
+class MatchEnd(Enum):
+    """Why a match stopped where it did."""
+
+    LIMIT = "limit"  # every block asked for was found
+    ABSENT = "absent"  # the next block hash is not in the pool
+    TOKENS_DIFFER = "tokens_differ"  # the hash is there, the tokens under it are others: never served
+    OFF = "off"  # caching is switched off, or the prompt's logits are wanted, which are not cached
+    INEXACT = "inexact"  # the next block is not bit-equal to a cold prefill, and only such were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The blocks that a look-up found, in chain order, and why there are no more."""
+
+    blocks: list[Block]
+    end: MatchEnd

@@ -4,10 +4,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
-from emberkv.core.block import Block
+from emberkv.core.block import Block, Match, MatchEnd
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
-from emberkv.core.matching import Match, MatchEnd
 from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.core.stats import CacheStats
 

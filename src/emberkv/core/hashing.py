@@ -54,6 +54,12 @@ def encode_tokens(tokens: "array[int]") -> bytes:
     return tokens.tobytes()
 
 
+def decode_tokens(encoded: bytes) -> tuple[int, ...]:
+    """The token ids that `encode_tokens` encoded."""
+    starts = range(0, len(encoded), TOKEN_BYTES)
+    return tuple(int.from_bytes(encoded[at : at + TOKEN_BYTES], "little", signed=True) for at in starts)
+
+
 def hash_blocks(parent: BlockHash, tokens: bytes, block_size: int) -> list[BlockHash]:
     """The block hashes of the full blocks of ``tokens`` (encoded), the first one's parent being ``parent``."""
     width = block_size * TOKEN_BYTES

@@ -8,10 +8,9 @@ tokens   0 ............... full ....... hit ............... len
 
 from collections.abc import Sequence
 
-from emberkv.core.block import Block, BlockCopy, BlockState
+from emberkv.core.block import Block, BlockCopy, BlockState, Match, MatchEnd
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import Chain
-from emberkv.core.matching import Match, MatchEnd
 from emberkv.errors import ConfigError
 
 

@@ -14,12 +14,12 @@ come, first served.
 from collections import abc
 from collections.abc import Container, Iterable, Mapping
 
+from emberkv.core.block import Match, MatchEnd
 from emberkv.core.fairness import Claims
 from emberkv.core.hashing import BlockHash
-from emberkv.core.loads import PendingLoads
-from emberkv.core.matching import Match, MatchEnd
+from emberkv.core.loading import Load, LowerTiers, PendingLookup
+from emberkv.core.pending_loads import PendingLoads
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Load, LowerTiers, PendingLookup
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
@@ -467,19 +467,19 @@ class Scheduler:
         self._preempt(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._let_go(sequence)
+        self._release(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.stats.preemptions += 1
         self._enqueue(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._let_go(sequence)
+        self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._by_id[sequence.request_id]
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from emberkv.core.hashing import Chain
+from emberkv.core.loading import NOTHING_BELOW, Admission, LoadDecision, PendingLookup, Wait
 from emberkv.core.prefix_cache import Lease
-from emberkv.core.promotion import NOTHING_BELOW, Admission, LoadDecision, PendingLookup, Wait
 
 
 class FinishReason(Enum):

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from emberkv.core.promotion import LoadChoice
+from emberkv.core.loading import LoadChoice
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from emberkv.core.block import BlockCopy
-from emberkv.core.promotion import Load, PendingLookup
+from emberkv.core.loading import Load, PendingLookup
 from emberkv.core.sequence import Sequence
 
 

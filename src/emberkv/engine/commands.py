@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from emberkv.core.explaining.explanation import Outcome
 from emberkv.core.explaining.look_up import look_up
 from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.promotion import LowerTiers
+from emberkv.core.loading import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.stats import CacheStats
 from emberkv.engine.block_transfer import BlockTransfer, ImportedBlocks

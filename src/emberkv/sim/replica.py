@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from emberkv.cluster.routing import ReplicaState
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.promotion import Load
+from emberkv.core.loading import Load
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError

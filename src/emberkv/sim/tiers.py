@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.core.hashing import BlockHash
+from emberkv.core.loading import BlockRun, Load, LookupStatus
 from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
-from emberkv.core.promotion import BlockRun, Load, LookupStatus
-from emberkv.core.rates import LatencyModel
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.tiers.manager import find_runs
 from emberkv.tiers.meter import TierMeter

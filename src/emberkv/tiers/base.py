@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.eviction_policy import EvictionPolicy
-from emberkv.core.promotion import LookupStatus
 from emberkv.tiers.stats import TierStats
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]

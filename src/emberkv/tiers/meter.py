@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 
-from emberkv.core.rates import LatencyModel
+from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.tiers.stats import LatencyHistogram, TierStats
 
 

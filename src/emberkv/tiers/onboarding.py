@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from emberkv.core.promotion import BlockRun
+from emberkv.core.loading import BlockRun
 from emberkv.tiers.codec import BlockRecord
 
 PIECE_BLOCKS = 8

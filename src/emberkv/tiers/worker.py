@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
 
-from emberkv.core.promotion import LookupStatus
+from emberkv.core.loading import LookupStatus
 from emberkv.errors import BlockError
 from emberkv.tiers.base import Removed, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record, verified_record

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emberkv.core.block import MatchEnd
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import AllBlocksCleared, BlockRemoved
-from emberkv.core.explaining.explain import admission_outcome, common_tokens, decode_tokens, explain
+from emberkv.core.explaining.explain import admission_outcome, common_tokens, explain
 from emberkv.core.explaining.explanation import (
     POOL,
     Divergence,
@@ -21,10 +22,9 @@ from emberkv.core.explaining.explanation import (
 )
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.explaining.look_up import look_up
-from emberkv.core.hashing import TokenChain
-from emberkv.core.matching import MatchEnd
+from emberkv.core.hashing import TokenChain, decode_tokens
+from emberkv.core.loading import Admission
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import Admission
 from tests.core.harness import chain
 from tests.core.ledgers import SIZE, CountedChain, asked, ledger_with, stored, told
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from emberkv.core.promotion import LoadChoice
+from emberkv.core.loading import LoadChoice
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError
 from emberkv.serving.admin.service import plain

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from emberkv.core.analytics.popularity import PopularPrefix
 from emberkv.core.hashing import TokenChain
-from emberkv.core.popularity import PopularPrefix
 from emberkv.errors import ConfigError, PrefixFileError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.prefix_file import MAX_FILE_BYTES, prefix_file, read_prefixes, write_prefixes

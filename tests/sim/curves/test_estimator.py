@@ -2,7 +2,7 @@
 
 from benchmarks.measured_elsewhere import MOONCAKE
 
-from emberkv.core.reuse_estimator import ReuseEstimator
+from emberkv.core.analytics.reuse_estimator import ReuseEstimator
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.visits import visits
 from emberkv.workload.files import open_requests

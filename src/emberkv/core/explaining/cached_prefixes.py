@@ -4,9 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
-from emberkv.core.explaining.explain import decode_tokens
 from emberkv.core.explaining.ledger import Entry, Ledger, LedgerView
-from emberkv.core.hashing import TOKEN_BYTES, BlockHash
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, decode_tokens
 
 
 @dataclass(frozen=True, slots=True)

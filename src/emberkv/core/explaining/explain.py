@@ -5,11 +5,11 @@ from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
+from emberkv.core.block import MatchEnd
 from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
 from emberkv.core.explaining.ledger import Entry, Ledger
-from emberkv.core.hashing import TOKEN_BYTES, BlockHash, TokenChain, common_tokens
-from emberkv.core.matching import MatchEnd
-from emberkv.core.promotion import Admission
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, TokenChain, common_tokens, decode_tokens
+from emberkv.core.loading import Admission
 
 K = TypeVar("K")
 
@@ -183,9 +183,3 @@ def _tokens_from(ledger: Ledger, entry: Entry, skip: int) -> tuple[int, ...]:
         entry = ledger.known(following[0])
         encoded += entry.tokens
     return decode_tokens(encoded[: SHOWN_TOKENS * TOKEN_BYTES])
-
-
-def decode_tokens(encoded: bytes) -> tuple[int, ...]:
-    """The token ids that `encode_tokens` encoded."""
-    starts = range(0, len(encoded), TOKEN_BYTES)
-    return tuple(int.from_bytes(encoded[at : at + TOKEN_BYTES], "little", signed=True) for at in starts)

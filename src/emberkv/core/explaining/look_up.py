@@ -1,11 +1,12 @@
 """What a prompt would hit if it came now, decided as an admission decides it; holds, loads and counts nothing."""
 
+from emberkv.core.block import MatchEnd
 from emberkv.core.explaining.explain import REFUSED
 from emberkv.core.explaining.explanation import POOL, Outcome, Reason, outcome_of
 from emberkv.core.hashing import Chain
-from emberkv.core.matching import MatchEnd
+from emberkv.core.loading import NOTHING_BELOW, LoadChoice, LoadDecision, LowerTiers
+from emberkv.core.pending_loads import LoadSavings
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import NOTHING_BELOW, LoadChoice, LoadDecision, LowerTiers, choose
 
 
 def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outcome:
@@ -37,11 +38,5 @@ def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int)
     stop = cache.whole(cache.usable_blocks(chain))
     if known >= stop:
         return NOTHING_BELOW
-
-    def useful(count: int) -> int:
-        return max(0, cache.whole(known + count) - known)
-
-    def computing(count: int) -> float | None:
-        return lower.recompute_seconds((known + count - cache.whole(known)) * chain.block_size)
-
-    return choose(lower.find(chain.block_hashes[known:stop], exact=cache.exact), useful, computing)
+    runs = lower.find(chain.block_hashes[known:stop], exact=cache.exact)
+    return LoadSavings(cache, lower, chain, known).choose(runs)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
+from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.core.events import BlockStored
 from emberkv.core.hashing import BlockHash
-from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.engine.news import CacheNews
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from emberkv import __version__
 from emberkv.core.explaining.explanation import POOL
-from emberkv.core.promotion import LoadChoice
+from emberkv.core.loading import LoadChoice
 from emberkv.engine.request import EngineStats
 from emberkv.serving.admin.reuse_watch import ReuseWatch
 from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from emberkv.core.explaining.explain import decode_tokens
-from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.popularity import PrefixPopularity, full_tokens
+from emberkv.core.analytics.popularity import PrefixPopularity, full_tokens
+from emberkv.core.hashing import BlockHash, Chain, decode_tokens
 from emberkv.errors import EmberError, PrefixFileError
 from emberkv.serving.metrics.request_metrics import Clock
 from emberkv.serving.warmup.prefix_file import FILE_NAMES, prefix_file, read_prefixes, write_prefixes

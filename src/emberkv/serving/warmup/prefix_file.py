@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_128_hexdigest
 
-from emberkv.core.popularity import PopularPrefix, full_tokens
+from emberkv.core.analytics.popularity import PopularPrefix, full_tokens
 from emberkv.errors import PrefixFileError, UntrustedPathError
 from emberkv.trusted_paths import open_own_file
 from emberkv.whole_file import replace_file

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
 
+from emberkv.core.analytics.lru_stack import LRUStack
 from emberkv.core.hashing import BlockHash
-from emberkv.core.lru_stack import LRUStack
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.visits import Hits, Visit
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emberkv.core.analytics.popularity import PopularPrefix, PrefixPopularity, full_tokens
 from emberkv.core.hashing import PUBLIC_OWNER, TokenChain, encode_tokens, token_array
-from emberkv.core.popularity import PopularPrefix, PrefixPopularity, full_tokens
 from emberkv.errors import ConfigError
 
 BLOCK = 2

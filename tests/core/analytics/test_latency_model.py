@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.rates import LatencyModel
+from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.errors import ConfigError
 
 

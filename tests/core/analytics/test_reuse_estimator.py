@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emberkv.core.analytics.lru_stack import LRUStack
+from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.core.hashing import BlockHash
-from emberkv.core.lru_stack import LRUStack
-from emberkv.core.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.errors import ConfigError
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from emberkv.core.block import Block
+from emberkv.core.block import Block, MatchEnd
 from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.matching import MatchEnd
 
 
 @dataclass(frozen=True, slots=True)

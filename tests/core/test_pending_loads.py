@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from emberkv.core.loads import PROBE_EVERY
-from emberkv.core.matching import MatchEnd
-from emberkv.core.promotion import Admission, Load, LoadChoice, PendingLookup
+from emberkv.core.block import MatchEnd
+from emberkv.core.loading import Admission, Load, LoadChoice, PendingLookup
+from emberkv.core.pending_loads import PROBE_EVERY
 from emberkv.core.sequence import FinishReason, SequenceStatus
 from emberkv.errors import IntegrityError
 from tests.core.harness import Harness, chain

@@ -1,12 +1,11 @@
-"""The loads in flight: which blocks are on their way up from lower tiers, and which sequences wait for them."""
+"""The loads in progress: which blocks lower tiers are bringing, and which sequences wait for them."""
 
 from collections import Counter, abc
 from collections.abc import Iterable
 
+from emberkv.core.block import Match, MatchEnd
 from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.matching import Match, MatchEnd
-from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.promotion import (
+from emberkv.core.loading import (
     NOTHING_BELOW,
     Admission,
     BlockRun,
@@ -20,13 +19,37 @@ from emberkv.core.promotion import (
     choose,
     trim,
 )
+from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.sequence import Sequence
 from emberkv.core.step_plan import StepPlan
 from emberkv.errors import IntegrityError
 
 PROBE_EVERY = 32
-"""One in so many loads that are expected to be too slow is begun all the same: without one, nobody would notice that
-the tier has become faster. A load's patience bounds what that costs."""
+"""One in so many loads that are expected to be too slow is begun all the same; otherwise a tier that has become faster
+would never be measured again. A load's patience bounds what that costs."""
+
+
+class LoadSavings:
+    """What loading blocks of ``chain`` saves, of which the pool has the first ``first``."""
+
+    def __init__(self, cache: PrefixCache, lower: LowerTiers, chain: Chain, first: int) -> None:
+        self._cache = cache
+        self._lower = lower
+        self._first = first
+        self._block_size = chain.block_size
+
+    def useful(self, count: int) -> int:
+        """Of the next ``count`` blocks, how many a hit can use: hits end at whole alignment units."""
+        return max(0, self._cache.whole(self._first + count) - self._first)
+
+    def seconds(self, count: int) -> float | None:
+        """Expected time to compute the next ``count`` blocks; None before any was measured."""
+        computed = self._first + count - self._cache.whole(self._first)
+        return self._lower.recompute_seconds(computed * self._block_size)
+
+    def choose(self, runs: abc.Sequence[BlockRun]) -> LoadDecision:
+        """Which of ``runs``, which are the next blocks, to load."""
+        return choose(runs, self.useful, self.seconds)
 
 
 class PendingLoads:
@@ -84,15 +107,10 @@ class PendingLoads:
         """What to do about blocks ``[found, stop)``, and the load or look-up to wait for."""
         chain, first, cache = sequence.chain, len(match.blocks), self._cache
 
-        def useful(count: int) -> int:
-            return max(0, cache.whole(first + count) - first)
-
-        def computing(count: int) -> float | None:
-            return lower.recompute_seconds((first + count - cache.whole(first)) * chain.block_size)
-
+        savings = LoadSavings(cache, lower, chain, first)
         shared = None if sequence.waits else self._by_hash.get(chain.block_hashes[first])
-        if shared is not None and useful(covered := self._covered(shared, chain, first, stop)):
-            decision = choose([BlockRun(LoadChoice.SHARED.value, covered, shared.seconds)], useful, computing)
+        if shared is not None and savings.useful(covered := self._covered(shared, chain, first, stop)):
+            decision = savings.choose([BlockRun(LoadChoice.SHARED.value, covered, shared.seconds)])
             if decision.choice is LoadChoice.LOAD:
                 return LoadDecision(LoadChoice.SHARED), shared
             return decision, None
@@ -101,7 +119,7 @@ class PendingLoads:
         if end < stop and sequence.lookup is None and self._is_pending(lower, chain.block_hashes[end]):
             patience = lower.recompute_seconds((stop - end) * chain.block_size)
             return NOTHING_BELOW, PendingLookup(chain, end, stop, cache.exact, patience)
-        decision = choose(runs, useful, computing)
+        decision = savings.choose(runs)
         if decision.choice is LoadChoice.RECOMPUTE_CHEAPER and self._is_time_to_probe():
             decision = LoadDecision(LoadChoice.LOAD, trim(runs, decision.declined))
         if decision.choice is not LoadChoice.LOAD:
@@ -110,7 +128,7 @@ class PendingLoads:
         cache.pool.pin(match.blocks)
         blocks = cache.pool.reserve_for_load(count, chain.owner(cache.pool.blocks_for(len(chain)) - 1))
         cache.pool.free(match.blocks)
-        return decision, Load(chain, first, decision.runs, blocks, computing(count))
+        return decision, Load(chain, first, decision.runs, blocks, savings.seconds(count))
 
     def _is_pending(self, lower: LowerTiers, block_hash: BlockHash) -> bool:
         return lower.status(block_hash, exact=self._cache.exact) is LookupStatus.PENDING

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from emberkv.core.analytics.lru_stack import LRUStack
 from emberkv.core.hashing import BlockHash
-from emberkv.core.lru_stack import LRUStack
 from emberkv.errors import ConfigError
 
 GROUPS = 16
