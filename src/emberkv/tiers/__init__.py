@@ -7,7 +7,7 @@ Tiers store opaque bytes by block hash; nothing here knows a tensor library.
 >>> from emberkv.tiers import BlockRecord, MemoryTier, OffloadedBlock, TierManager
 >>> chain = TokenChain(b"root of a model's block hashes".ljust(32), range(32), block_size=16)
 >>> parents, tokens = [chain.parent(0), chain.parent(1)], [chain.block_tokens(0), chain.block_tokens(1)]
->>> first, second = chain.block hashes
+>>> first, second = chain.block_hashes
 >>> blocks = [
 ...     BlockRecord(first, parents[0], tokens[0], position=0, exact=True, payload=b"keys and values"),
 ...     BlockRecord(second, parents[1], tokens[1], position=1, exact=True, payload=b"more of them"),
