@@ -13,10 +13,9 @@ from pathlib import Path
 
 import httpx
 
-from emberkv.bench import probe
 from emberkv.bench.client import Answer, Clock, Endpoint, Target, ask
-from emberkv.bench.words import text
-from emberkv.bench.workload import Message
+from emberkv.bench.runner import first_model, tokens_per_word
+from emberkv.bench.workload import Message, text
 
 STOP_SECONDS = 30.0
 
@@ -120,8 +119,8 @@ class Prompter:
     @classmethod
     async def connect(cls, client: httpx.AsyncClient, rng: random.Random) -> "Prompter":
         """Learns the model's name and how many tokens a word of ours is."""
-        target = Target(await probe.first_model(client), Endpoint.COMPLETIONS)
-        ratio = await probe.tokens_per_word(client, target, str(rng.random()), time.perf_counter)
+        target = Target(await first_model(client), Endpoint.COMPLETIONS)
+        ratio = await tokens_per_word(client, target, str(rng.random()), time.perf_counter)
         if ratio is None:
             raise RuntimeError(f"{client.base_url} reports no prompt tokens; lengths cannot be known")
         return cls(client, target, rng, ratio)

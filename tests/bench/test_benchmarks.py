@@ -14,9 +14,8 @@ from benchmarks.random_qwen2 import VISIBLE, alphabet, make_tokenizer
 from benchmarks.report import publish
 from benchmarks.serving_ratios import steady_rate, whole_rate
 
-from emberkv.bench.client import Answer
-from emberkv.bench.wire import Usage
-from emberkv.bench.words import WORDS
+from emberkv.bench.client import Answer, Usage
+from emberkv.bench.workload import WORDS
 from tests.bench.fake_server import FAKE, Event, FakeServer, piece, usage
 
 

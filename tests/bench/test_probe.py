@@ -6,19 +6,19 @@ from typing import Any
 import httpx
 import pytest
 
-from emberkv.bench import probe
+from emberkv.bench import runner
 from emberkv.errors import ConfigError
 from tests.bench.fake_server import FAKE, Event, FakeServer, finish, piece, usage
 
 
 async def ratio(server: FakeServer) -> float | None:
     async with server.client() as client:
-        return await probe.tokens_per_word(client, FAKE, "nonce", server.clock)
+        return await runner.tokens_per_word(client, FAKE, "nonce", server.clock)
 
 
 async def name(transport: httpx.AsyncBaseTransport) -> str:
     async with httpx.AsyncClient(base_url="http://fake", transport=transport) as client:
-        return await probe.first_model(client)
+        return await runner.first_model(client)
 
 
 def test_the_template_does_not_count_into_the_length_of_a_word() -> None:
@@ -42,7 +42,7 @@ def test_a_server_that_cannot_answer_is_told_at_once() -> None:
 def test_the_first_model_is_taken() -> None:
     async def first() -> str:
         async with FakeServer().client() as client:
-            return await probe.first_model(client)
+            return await runner.first_model(client)
 
     assert asyncio.run(first()) == "fake"
 

@@ -11,9 +11,8 @@ import httpx
 import pytest
 from rich.console import Console
 
-from emberkv.bench import report
 from emberkv.bench.runner import RequestRecord
-from emberkv.bench.summary import Spread, Summary, as_json, percentile, spread, summarize
+from emberkv.bench.summary import Percentiles, Summary, as_json, percentile, percentiles, render, summarize
 from emberkv.bench.workload import Workload
 from tests.bench.fake_server import PLAIN, Event, FakeServer, finish, piece, usage
 
@@ -22,7 +21,7 @@ FOUR = Workload(sessions=2, turns=2, concurrency=1)
 
 def shown(summary: Summary) -> str:
     console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(report.render(summary, "title"))
+    console.print(render(summary, "title"))
     return console.export_text()
 
 
@@ -50,20 +49,20 @@ def test_percentiles_interpolate_between_neighbours(q: float, value: float) -> N
 
 
 def test_one_value_is_every_percentile_of_itself() -> None:
-    assert spread([3.0]) == Spread(n=1, p50=3.0, p90=3.0, p99=3.0)
+    assert percentiles([3.0]) == Percentiles(n=1, p50=3.0, p90=3.0, p99=3.0)
 
 
 def test_no_values_have_no_percentiles() -> None:
-    assert spread([]) is None
+    assert percentiles([]) is None
 
 
 def test_times_to_first_token_are_told_apart_by_phase() -> None:
     summary = summarize(run(answers(timed(8.0), timed(1.0), timed(4.0), timed(2.0))))
-    assert summary.ttft["cold"] == spread([8.0])
-    assert summary.ttft["first turn"] == spread([4.0])
-    assert summary.ttft["follow-up turn"] == spread([1.0, 2.0])
-    assert summary.ttft["warm"] == spread([1.0, 2.0, 4.0])
-    assert summary.inter_token == spread([0.5] * 4)
+    assert summary.ttft["cold"] == percentiles([8.0])
+    assert summary.ttft["first turn"] == percentiles([4.0])
+    assert summary.ttft["follow-up turn"] == percentiles([1.0, 2.0])
+    assert summary.ttft["warm"] == percentiles([1.0, 2.0, 4.0])
+    assert summary.inter_token == percentiles([0.5] * 4)
 
 
 def test_the_rate_is_all_tokens_over_the_whole_time() -> None:
@@ -98,7 +97,7 @@ def test_failures_are_counted_and_leave_the_figures_alone() -> None:
 
     summary = summarize(run(FakeServer(script)))
     assert (summary.requests, summary.failed, summary.not_sent) == (4, 1, 1)
-    assert (summary.output_tokens, summary.ttft["cold"]) == (4, spread([0.5]))
+    assert (summary.output_tokens, summary.ttft["cold"]) == (4, percentiles([0.5]))
     assert "4 (1 failed, 1 not sent)" in shown(summary)
 
 

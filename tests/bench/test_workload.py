@@ -2,8 +2,7 @@
 
 import pytest
 
-from emberkv.bench.words import WORDS
-from emberkv.bench.workload import Workload
+from emberkv.bench.workload import WORDS, Workload
 from emberkv.errors import ConfigError
 
 

@@ -10,8 +10,8 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from emberkv import __version__
+from emberkv.cli.errors import printable
 from emberkv.cli.main import app
-from emberkv.cli.telling import printable
 
 COMMAND = typer.main.get_command(app)
 

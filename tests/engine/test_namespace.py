@@ -19,10 +19,9 @@ from emberkv.engine.torch.namespace import Namespace, forward_sources, namespace
 from emberkv.errors import ForeignBlockError
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
-from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.files import BlockFiles, verify
 from emberkv.tiers.disk.layout import scan
 from emberkv.tiers.disk.tier import DiskTier
-from emberkv.tiers.disk.verify import verify
 from tests.engine.conftest import ModelFactory
 
 ROOT = root_hash("model", 2)

@@ -1,4 +1,4 @@
-"""The stage: plays a workload's conversations against a server and records every request."""
+"""Plays a workload's conversations against a server, after a look at what it serves, and records every request."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,9 +6,54 @@ from dataclasses import dataclass
 from enum import Enum
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from emberkv.bench.client import Answer, Clock, Target, ask
 from emberkv.bench.workload import Message, Workload
+from emberkv.errors import ConfigError
+
+SHORT_WORDS, LONG_WORDS = 32, 288
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+async def first_model(client: httpx.AsyncClient) -> str:
+    """The first name of ``/v1/models``. Raises ConfigError when the server cannot be asked or names none."""
+    accepted = "the URL of a running OpenAI-compatible server, and its key where it needs one"
+    try:
+        response = await client.get("/v1/models")
+        response.raise_for_status()
+        models = _Models.model_validate_json(response.content).data
+    except (httpx.HTTPError, ValidationError) as error:
+        raise ConfigError(f"{client.base_url}/v1/models gives {error!r}; url must be {accepted}") from error
+    if not models:
+        raise ConfigError(f"{client.base_url}/v1/models lists no model; give one by name")
+    return models[0].id
+
+
+async def tokens_per_word(client: httpx.AsyncClient, target: Target, nonce: str, clock: Clock) -> float | None:
+    """How many tokens the model makes of one word of ours, from two prompts of different length.
+
+    Their difference leaves out the chat template. None when the server reports no prompt tokens. Raises ConfigError
+    when it does not answer. Costs two one-token answers, which also wake a server that loads on first use.
+    """
+    lengths = []
+    for words in (SHORT_WORDS, LONG_WORDS):
+        probe = Workload(user_tokens=words, nonce=f"probe {nonce} {words}")
+        answer = await ask(client, target, [probe.question(0, 0)], max_tokens=1, clock=clock)
+        if answer.error:
+            raise ConfigError(f"{client.base_url} does not answer a plain request: {answer.error}")
+        lengths.append(answer.usage.prompt_tokens if answer.usage else None)
+    short, long = lengths
+    if short is None or long is None or long <= short:
+        return None
+    return (long - short) / (LONG_WORDS - SHORT_WORDS)
 
 
 class Phase(Enum):
@@ -34,7 +79,7 @@ class RequestRecord:
         return self.answer.error if self.answer else "not sent: an earlier turn of the conversation failed"
 
 
-class _Run:
+class _Conversations:
     """The state that a run's conversations share."""
 
     def __init__(
@@ -95,7 +140,7 @@ async def run_workload(
     Returns one record for every request of the workload, by session and turn, failed ones included; never raises
     for a failed request. ``on_record`` is called as each is done.
     """
-    run = _Run(client, target, workload, clock, on_record)
+    run = _Conversations(client, target, workload, clock, on_record)
     async with asyncio.TaskGroup() as group:
         sessions = [group.create_task(run.converse(session)) for session in range(workload.sessions)]
     return [record for session in sessions for record in session.result()]

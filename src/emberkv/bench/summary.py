@@ -1,16 +1,20 @@
-"""The counting room: percentiles, rates and shares of a run's records."""
+"""A run's summary: percentiles, rates and shares of its records, as JSON and as tables for the terminal."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
 from emberkv.bench.client import Answer
 from emberkv.bench.runner import Phase, RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Percentiles:
     """Percentiles of ``n`` values, in their unit."""
 
     n: int
@@ -27,12 +31,12 @@ def percentile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def percentiles(values: Sequence[float]) -> Percentiles | None:
     """None for no values."""
     ordered = sorted(values)
     if not ordered:
         return None
-    return Spread(len(ordered), *(percentile(ordered, q) for q in (0.5, 0.9, 0.99)))
+    return Percentiles(len(ordered), *(percentile(ordered, q) for q in (0.5, 0.9, 0.99)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ class Summary:
     requests: int
     failed: int
     not_sent: int
-    ttft: dict[str, Spread | None]
-    inter_token: Spread | None
+    ttft: dict[str, Percentiles | None]
+    inter_token: Percentiles | None
     output_tokens: int
     prompt_tokens: int | None
     cached_tokens: int | None
@@ -75,7 +79,7 @@ def summarize(records: Sequence[RequestRecord]) -> Summary:
         failed=len(sent) - len(good),
         not_sent=len(records) - len(sent),
         ttft=_ttft(records),
-        inter_token=spread([gap for answer in good for gap in answer.gaps]),
+        inter_token=percentiles([gap for answer in good for gap in answer.gaps]),
         output_tokens=output,
         prompt_tokens=prompt,
         cached_tokens=cached,
@@ -87,13 +91,13 @@ def summarize(records: Sequence[RequestRecord]) -> Summary:
     )
 
 
-def _ttft(records: Sequence[RequestRecord]) -> dict[str, Spread | None]:
+def _ttft(records: Sequence[RequestRecord]) -> dict[str, Percentiles | None]:
     times: dict[Phase, list[float]] = {phase: [] for phase in Phase}
     for record in records:
         if record.answer and record.error is None and record.answer.ttft is not None:
             times[record.phase].append(record.answer.ttft)
-    by_phase = {phase.value: spread(times[phase]) for phase in Phase}
-    return by_phase | {"warm": spread(times[Phase.FIRST_TURN] + times[Phase.FOLLOW_UP])}
+    by_phase = {phase.value: percentiles(times[phase]) for phase in Phase}
+    return by_phase | {"warm": percentiles(times[Phase.FIRST_TURN] + times[Phase.FOLLOW_UP])}
 
 
 def _tokens(answers: Sequence[Answer]) -> tuple[int | None, int | None]:
@@ -125,3 +129,59 @@ def row(record: RequestRecord) -> dict[str, Any]:
 
 def as_json(records: Sequence[RequestRecord], summary: Summary) -> dict[str, Any]:
     return {"summary": asdict(summary), "requests": [row(record) for record in records]}
+
+
+TIMES = (
+    ("TTFT cold", Phase.COLD.value),
+    ("TTFT warm", "warm"),
+    ("  first turns, shared prompt warm", Phase.FIRST_TURN.value),
+    ("  follow-up turns", Phase.FOLLOW_UP.value),
+)
+
+
+def _milliseconds(values: Percentiles | None) -> list[str]:
+    if values is None:
+        return ["0", "-", "-", "-"]
+    return [str(values.n), *(f"{seconds * 1e3:,.1f}" for seconds in (values.p50, values.p90, values.p99))]
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    rate, share = summary.output_tokens_per_second, summary.cached_share
+    cached = "not reported"
+    if share is not None:
+        cached = f"{share:.1%} ({summary.cached_tokens:,} of {summary.prompt_tokens:,} prompt tokens)"
+    return [
+        ("Output tokens/s", "-" if rate is None else f"{rate:,.1f}"),
+        ("Total time", f"{summary.total:,.2f} s"),
+        ("Cached share", cached),
+        ("Requests", f"{summary.requests} ({summary.failed} failed, {summary.not_sent} not sent)"),
+    ]
+
+
+def _remarks(summary: Summary) -> list[str]:
+    remarks = []
+    if summary.textless:
+        remarks.append(f"{summary.textless} answers had no visible text; their TTFT is the time to their finish.")
+    if summary.uncounted:
+        remarks.append(f"{summary.uncounted} answers came without token counts; pieces of text were counted.")
+    return remarks
+
+
+def render(summary: Summary, title: str) -> Group:
+    times = Table(title=Text(title), title_justify="left")
+    times.add_column("milliseconds")
+    for heading in ("n", "p50", "p90", "p99"):
+        times.add_column(heading, justify="right")
+    for label, phase in TIMES:
+        times.add_row(label, *_milliseconds(summary.ttft[phase]))
+    times.add_row("Inter-token latency", *_milliseconds(summary.inter_token))
+    facts = Table.grid(padding=(0, 2))
+    for label, value in _facts(summary):
+        facts.add_row(label, value)
+    return Group(times, facts, *(Text(remark) for remark in _remarks(summary)))
+
+
+def print_errors(console: Console, errors: list[str]) -> None:
+    """Each distinct error once, with how often it came, most frequent first."""
+    for error in sorted(set(errors), key=lambda e: (-errors.count(e), e)):
+        console.print(f"{errors.count(error)} x {error}", style="red", markup=False, soft_wrap=True)

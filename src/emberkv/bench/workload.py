@@ -1,11 +1,67 @@
-"""The script room: who says what, made from a seed before anything is sent."""
+"""Conversations made from a seed before anything is sent: plain English of a known length, which never repeats."""
 
 import random
 from dataclasses import dataclass
 from typing import TypedDict
 
-from emberkv.bench.words import text
 from emberkv.errors import ConfigError
+
+_LIST = """
+about above across act add after again age ago air all allow alone along also always among animal answer any
+appear apple area arm around arrive art ask attack author away back bad ball bank base bear beat beautiful
+because become bed before begin behind believe below best better between big bird black blood blow blue board
+boat body bone book born both bottom box boy branch bread break bridge bright bring broad brother brown build
+burn busy buy call came camp can capital captain car care carry case cat catch cause cell center century
+certain chair chance change charge chart check chief child children choose church circle city claim class
+clean clear climb clock close clothes cloud coast coat cold collect color column come common company compare
+complete condition consider contain continue control cook cool copy corn corner correct cost cotton count
+country couple course cover create crop cross crowd cry current cut dance danger dark date daughter day dead
+deal dear death decide deep degree depend describe desert design determine develop difference dinner direct
+discuss distance divide doctor dog dollar door double down draw dream dress drink drive drop dry during each
+ear early earth ease east eat edge effect egg eight either electric element else end enemy energy engine
+enough enter equal even evening event ever every exact example except excite exercise expect experience
+experiment eye face fact fair fall family famous far farm fast father favor fear feed feel feet fell few field
+fight figure fill final find fine finger finish fire first fish fit five flat floor flow flower fly follow
+food foot force forest form forward four free fresh friend from front fruit full game garden gas gather gave
+general gentle get girl give glad glass go gold good govern grand grass gray great green ground group grow
+guess guide gun hair half hand happen happy hard hat have head hear heart heat heavy help here high hill
+history hit hold hole home hope horse hot hour house how huge human hundred hunt hurry ice idea imagine inch
+include indicate industry insect instant instrument interest invent iron island job join joy jump just keep
+key kill kind king knew know lady lake land language large last late laugh law lay lead learn least leave left
+leg length less let letter level lie life lift light like line liquid list listen little live locate log lone
+long look lost loud love low machine magnet main major make man many map mark market mass master match
+material matter mean measure meat meet melody member men metal method middle might mile milk million mind mine
+minute miss mix modern molecule moment money month moon more morning most mother motion mount mountain mouth
+move much multiply music must name nation natural nature near necessary neck need neighbor never new next
+night nine noise noon north nose note nothing notice noun now number object observe occur ocean offer office
+often oil old once one only open operate opposite order organ original other over own oxygen page paint pair
+paper paragraph parent part party pass past path pattern pay people perhaps period person phrase picture piece
+pitch place plain plan plane planet plant play please plural poem point poor populate port pose position
+possible post pound power practice prepare present press pretty print probable problem process produce product
+proper property protect prove provide pull push put quart question quick quiet quite race radio rail rain
+raise ran range rather reach read ready real reason receive record red region remember repeat reply represent
+require rest result rich ride right ring rise river road rock roll room root rope rose round row rub rule run
+safe sail salt same sand save say scale school science score sea search season seat second section see seed
+seem segment select self sell send sense sentence separate serve set settle seven several shape share sharp
+sheet shell shine ship shoe shop shore short should shoulder shout show side sight sign silent silver similar
+simple since sing single sister sit six size skill skin sky sleep slip slow small smell smile snow soft soil
+soldier solution solve some son song soon sound south space speak special speech speed spell spend spoke spot
+spread spring square stand star start state station stay steam steel step stick still stone stood stop store
+story straight strange stream street stretch string strong student study subject substance success such sudden
+sugar suggest suit summer sun supply support sure surface surprise swim syllable symbol system table tail take
+talk tall teach team teeth tell ten term test than thank thick thin thing think third thought thousand three
+through throw thus tie time tiny tire together told tone tool top total touch toward town track trade train
+travel tree triangle trip trouble truck true try tube turn twenty two type under unit until usual valley value
+vary verb very view village visit voice vowel wait walk wall want war warm wash watch water wave way wear
+weather week weight well west wheel when where white whole wide wife wild will wind window wing winter wire
+wish woman women wonder wood word work world would write wrong yard year yellow yes yet young
+"""
+WORDS = tuple(_LIST.split())
+
+
+def text(rng: random.Random, words: int) -> str:
+    """``words`` words drawn by ``rng`` and joined by single spaces; empty for 0."""
+    return " ".join(rng.choices(WORDS, k=words))
 
 
 class Message(TypedDict):

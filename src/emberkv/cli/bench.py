@@ -13,13 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from emberkv.bench import probe, report
 from emberkv.bench.client import Endpoint, Target
-from emberkv.bench.runner import RequestRecord, run_workload
-from emberkv.bench.summary import Summary, as_json, summarize
+from emberkv.bench.runner import RequestRecord, first_model, run_workload, tokens_per_word
+from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
 from emberkv.bench.workload import Workload
-from emberkv.cli.connection import connection
-from emberkv.cli.telling import error_console
+from emberkv.cli.command import connection
+from emberkv.cli.errors import error_console
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
@@ -39,8 +38,8 @@ async def _prepare(
 ) -> tuple[Target, Workload]:
     """Fills in the model's name and the length of a word in its tokens."""
     if not target.model:
-        target = replace(target, model=await probe.first_model(client))
-    ratio = await probe.tokens_per_word(client, target, workload.nonce, time.perf_counter)
+        target = replace(target, model=await first_model(client))
+    ratio = await tokens_per_word(client, target, workload.nonce, time.perf_counter)
     if ratio is None:
         console.print("The server reports no prompt tokens: lengths are in words.", style="yellow")
         return target, workload
@@ -102,10 +101,10 @@ def bench(
     errors = error_console()
     target, workload, records = asyncio.run(_run(connect(url, api_key, timeout), target, workload, errors))
     summary = summarize(records)
-    Console().print(report.render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
+    Console().print(render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
     if json_file:
         json_file.write_text(json.dumps(_result(url, target, workload, records, summary), indent=1) + "\n")
     failures = [record.error for record in records if record.error]
-    report.print_errors(errors, failures)
+    print_errors(errors, failures)
     if failures:
         raise typer.Exit(1)

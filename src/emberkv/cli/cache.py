@@ -16,14 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import App
-from emberkv.cli.telling import errors_told, printable
+from emberkv.cli.errors import errors_reported, printable
 from emberkv.errors import CacheFolderError
 from emberkv.serving.admin.other_models import model_names
 from emberkv.serving.warmup.prefix_file import prefix_files
-from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.files import BlockFiles, verify
 from emberkv.tiers.disk.journal import JournalWriter
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile, scan
-from emberkv.tiers.disk.verify import verify
 
 app = App(name="cache", help="Inspect, check and empty a folder of cached blocks.")
 
@@ -37,7 +36,7 @@ _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 @app.command("ls")
 def ls(folder: Folder) -> None:
     """List what is kept, by model and owner: the tenant whose prompts the blocks are of, or - where there are none."""
-    with errors_told():
+    with errors_reported():
         names = model_names(folder)
         groups = defaultdict[tuple[str, str], list[BlockFile]](list)
         for file in _listed(_existing(folder)):
@@ -55,7 +54,7 @@ def ls(folder: Folder) -> None:
 @app.command("stats")
 def stats(folder: Folder) -> None:
     """Sum up what is kept."""
-    with errors_told():
+    with errors_reported():
         listed = _listed(_existing(folder))
         last, least = _ages(listed)
         rows = [
@@ -82,7 +81,7 @@ def verify_command(
 
     A bad block is never served: the server refuses and removes it when it comes upon it.
     """
-    with errors_told() as errors:
+    with errors_reported() as errors:
         files = _existing(folder)
         with _alone(files, folder) if remove else nullcontext():
             passed_over: list[str] = []
@@ -109,7 +108,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete all blocks and learned prompts, of all models. Servers that use the folder must be stopped first."""
-    with errors_told():
+    with errors_reported():
         files = _existing(folder)
         with _alone(files, folder):
             listed, learned = _listed(files), prefix_files(folder)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from emberkv.cli.command import check_outputs
 from emberkv.cli.http_times import decode_times, request_times, served
-from emberkv.cli.outputs import check_outputs
 from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
 from emberkv.errors import ConfigError
 from emberkv.settings import serve_config
@@ -117,8 +117,8 @@ async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitabl
 
 
 def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
-    told = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtypes.weights)}
-    return spec_from_config(told, DEMO_NAME if config.model is None else bench.loaded.name)
+    facts = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtypes.weights)}
+    return spec_from_config(facts, DEMO_NAME if config.model is None else bench.loaded.name)
 
 
 def _prefills(bench: "EngineBench", status: Status) -> list[tuple[Work, float]]:

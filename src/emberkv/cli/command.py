@@ -1,19 +1,23 @@
-"""Typer commands as all of emberkv's are: help in plain text within 80 columns, and one way to report errors."""
+"""What the commands share: help in plain text within 80 columns, reports of errors, connections, and output files."""
 
+import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from textwrap import wrap
 from typing import Any, Protocol
 
+import httpx
 import typer
 from pydantic import ValidationError
+from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from emberkv.cli.telling import errors_told, print_error
+from emberkv.cli.errors import errors_reported, print_error
 from emberkv.errors import ConfigError
 from emberkv.validation import in_plain_words, shown
 
@@ -37,7 +41,7 @@ class Command(TyperCommand):
     """A command whose errors are one sentence, and whose help is grouped by each option's ``rich_help_panel``."""
 
     def invoke(self, ctx: Any) -> Any:
-        with errors_told():
+        with errors_reported():
             for param in self.get_params(ctx):
                 value = ctx.params.get(param.name)
                 if isinstance(value, str) and any(0xD800 <= ord(char) <= 0xDFFF for char in value):
@@ -133,3 +137,55 @@ def _value_name(match: re.Match[str]) -> str:
     """``<list[Path]>`` becomes PATH, ``<int range>`` N; choices, ``<chat|completions>``, only lose their brackets."""
     kinds = match[1].removeprefix("list[").removesuffix("]").removesuffix(" range").split(",")
     return " ".join(_VALUES.get(kind, kind) for kind in kinds)
+
+
+def connection(url: str, key: str | None, key_option: str) -> dict[str, Any]:
+    """``base_url`` and ``headers`` of an httpx client; with a key, it authenticates as the key's owner.
+
+    key_option: the option that gives the key, as typed. Raises ConfigError for a URL or a key that cannot be sent.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url!r}: use a URL such as http://127.0.0.1:8080") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"--url {url!r}: use a URL such as http://127.0.0.1:8080")
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+        raise ConfigError(f"{key_option}: use a key of ASCII characters, as the server has it")
+    return {"base_url": parsed, "headers": {} if key is None else {"authorization": f"Bearer {key}"}}
+
+
+def check_outputs(**files: Path | None) -> None:
+    """Raises ConfigError for a file that could not be written, named by its option: ``check_outputs(csv=path)``."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        reason = _reason(path)
+        if reason is not None:
+            raise ConfigError(f"cannot write --{option.replace('_', '-')} {path}: {reason}")
+
+
+def _reason(path: Path) -> str | None:
+    folder = path.parent
+    if path.is_dir():
+        return "it is a folder"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        return "permission denied"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises ConfigError naming the file."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def confirm_written(errors: Console, files: Sequence[Path | None]) -> None:
+    """One line that names them, if there are any."""
+    named = [typer.format_filename(path) for path in files if path is not None]
+    if named:
+        errors.print(f"Wrote {', '.join(named)}.", soft_wrap=True)

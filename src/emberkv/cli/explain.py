@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from emberkv.cli.connection import connection
+from emberkv.cli.command import connection
 from emberkv.cli.explanation_view import Answer, view
 from emberkv.errors import EmberError, RequestError
 

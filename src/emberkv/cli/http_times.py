@@ -51,8 +51,8 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
         "--block-size": config.block_size, "--prefill-chunk": config.prefill_chunk,
         "--cache-ram": int(config.cache_ram or 0) or None,
     }  # fmt: skip
-    told = [str(part) for name, value in flags.items() if value is not None for part in (name, value)]
-    command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *told, "--no-warmup"]
+    options = [str(part) for name, value in flags.items() if value is not None for part in (name, value)]
+    command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *options, "--no-warmup"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - this program

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.known_names import ListHardware, ListModels
-from emberkv.cli.outputs import check_outputs, confirm_written, write_text
-from emberkv.cli.telling import errors_told
+from emberkv.cli.command import check_outputs, confirm_written, write_text
+from emberkv.cli.errors import errors_reported
+from emberkv.cli.simulate_tables import ListHardware, ListModels
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.sim.config import SimulationConfig, with_changes
@@ -62,7 +62,7 @@ def plan(
         "model": model, "hardware": hardware, "tensor_parallel": tensor_parallel, "block_size": block_size,
         "eviction": eviction, "routing": routing,
     }  # fmt: skip
-    with errors_told() as errors:
+    with errors_reported() as errors:
         check_outputs(json=json_file, report=report)
         set_up, found_workload = open_set_up(workload)
         config = _with_targets(with_changes(set_up.simulation, changes), ttft_ms=ttft_p99, tpot_ms=tpot_p99)

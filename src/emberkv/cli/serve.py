@@ -8,9 +8,9 @@ from typing import Any
 import typer
 
 from emberkv.cli import serve_options as options
+from emberkv.cli.errors import USAGE_EXIT_CODE
 from emberkv.cli.serve_console import print_error, set_up_logging
 from emberkv.cli.startup import Startup
-from emberkv.cli.telling import USAGE_EXIT_CODE
 from emberkv.cli.trace_file import recording
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from emberkv.cli import telling
+from emberkv.cli import errors
 from emberkv.config import ServeConfig
 from emberkv.serving.request_log import JsonFormatter, TextFormatter
 from emberkv.tiers.kinds import configured_tiers
@@ -63,7 +63,7 @@ def print_error(message: str) -> None:
     if console.quiet:
         _log.error("%s", message)
     else:
-        telling.print_error(message)
+        errors.print_error(message)
 
 
 def print_summary(

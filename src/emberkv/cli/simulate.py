@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from emberkv.cli import simulate_tables as tables
-from emberkv.cli.known_names import ListHardware, ListModels
-from emberkv.cli.outputs import check_outputs, confirm_written, write_text
-from emberkv.cli.telling import errors_told
+from emberkv.cli.command import check_outputs, confirm_written, write_text
+from emberkv.cli.errors import errors_reported
+from emberkv.cli.simulate_tables import ListHardware, ListModels
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
@@ -66,7 +66,7 @@ def simulate(
         "prefix_caching": prefix_caching, "cache_only": cache_only or None, "seed": seed, "warm_up": warm_up,
         "stop_at": stop_at,
     }  # fmt: skip
-    with errors_told() as errors:
+    with errors_reported() as errors:
         check_outputs(csv=csv_file, summary=summary, report=report)
         if compare_files is not None:
             if csv_file is not None or summary is not None:

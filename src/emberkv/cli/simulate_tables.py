@@ -1,13 +1,17 @@
-"""What the simulate command shows: one simulation's figures, or two side by side."""
+"""Tables of the simulate and plan commands: one simulation, two side by side, and the models and machines known."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from emberkv.sim.compare import Comparison
+from emberkv.sim.hardware import load_profile, profile_names
 from emberkv.sim.load import rejected_words
+from emberkv.sim.model_config import load_spec, model_names
 from emberkv.sim.run import Results
 from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words
 
@@ -75,7 +79,7 @@ def _cache(found: dict[str, Any], block_bytes: int) -> str:
 def _times(found: dict[str, Any], pace: dict[str, float]) -> Iterator[tuple[str, str]]:
     for label, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("End to end", "e2e_latency_ms")):
         if found[name]:
-            yield label, spread_words(found[name])
+            yield label, percentile_words(found[name])
     if found["duration"]:
         rate = f"{rate_words(pace['requests_per_second'])} requests"
         rate += f" and {rate_words(pace['output_tokens_per_second'])} output tokens a second"
@@ -94,7 +98,7 @@ def _times(found: dict[str, Any], pace: dict[str, float]) -> Iterator[tuple[str,
         yield "Computed again", f"{again:,} prompt tokens, after preemptions or lost replicas"
 
 
-def spread_words(of: dict[str, float]) -> str:
+def percentile_words(of: dict[str, float]) -> str:
     """Of milliseconds."""
     return ", ".join(f"{name} {seconds_words(of[name] / 1e3)}" for name in ("mean", "p50", "p90", "p99"))
 
@@ -107,3 +111,39 @@ def comparison(found: Comparison, left: str, right: str) -> Table:
     for line in found.lines:
         table.add_row(line.label, *line.cells)
     return table
+
+
+def _show_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    table = Table("model", "parameters", "weights", "KV a token", "context")
+    for name in model_names():
+        spec = load_spec(name)
+        table.add_row(
+            name, f"{spec.parameters / 1e9:,.3g} B", f"{size_words(spec.weight_bytes)} {spec.weights_dtype}",
+            size_words(spec.kv_bytes_per_token), f"{spec.context:,}",
+        )  # fmt: skip
+    Console().print(table)
+    raise typer.Exit
+
+
+def _show_hardware(wanted: bool) -> None:
+    if not wanted:
+        return
+    table = Table("hardware", "what", "memory", "bandwidth", "bf16")
+    for name in profile_names():
+        profile = load_profile(name)
+        table.add_row(
+            name, profile.name, f"{profile.memory_gib:g} GiB", f"{rate_words(profile.memory_gb_per_s)} GB/s",
+            f"{rate_words(profile.flops('bf16') / 1e12)} TFLOPS",
+        )  # fmt: skip
+    Console().print(table)
+    raise typer.Exit
+
+
+ListModels = Annotated[
+    bool, typer.Option("--list-models", callback=_show_models, is_eager=True, help="Show the models known by name.")
+]
+ListHardware = Annotated[
+    bool, typer.Option("--list-hardware", callback=_show_hardware, is_eager=True, help="Show the profiles known.")
+]

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import App
-from emberkv.cli.outputs import check_outputs
-from emberkv.cli.telling import errors_told
+from emberkv.cli.command import App, check_outputs
+from emberkv.cli.errors import errors_reported
 from emberkv.errors import WorkloadError
 from emberkv.sim.words import count_words, share_words
 from emberkv.workload.description import Description, Lengths, describe
@@ -55,7 +54,7 @@ def generate(
     emberkv's own format also keeps who follows whom.
     """
     service = ServiceTime(first_token, per_token)
-    with errors_told() as errors:
+    with errors_reported() as errors:
         _check_output(output, overwrite)
         if not is_description(description):
             raise WorkloadError(f"{description} is not a .yaml file; convert turns traces into traces")
@@ -78,7 +77,7 @@ def describe_command(
 ) -> None:
     """Say what a workload is made of, and what share of its prompts an unlimited cache would find."""
     service = ServiceTime(first_token, per_token)
-    with errors_told() as errors:
+    with errors_reported() as errors:
         requests = open_requests(workload, format=format, block_size=trace_block_size, service=service)
         found = describe(requests, block_size)
         if found is None:
@@ -108,7 +107,7 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn traces into another format, merged, clipped (in recorded time) and then sped up, as the options say."""
-    with errors_told() as errors:
+    with errors_reported() as errors:
         _check_output(output, overwrite)
         names = scopes(inputs) if len(inputs) > 1 else [None]
         traces = [

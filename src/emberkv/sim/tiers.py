@@ -14,7 +14,7 @@ from emberkv.core.loading import BlockRun, Load, LookupStatus
 from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.tiers.manager import find_runs
-from emberkv.tiers.meter import TierMeter
+from emberkv.tiers.stats import TierMeter
 
 QUEUE_SECONDS = 1.0
 """Longest that a block waits to be written down; later ones are skipped meanwhile, as the server's queue is bounded."""

@@ -23,9 +23,8 @@ from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.meter import TierMeter
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
-from emberkv.tiers.stats import StackStats, TierStats
+from emberkv.tiers.stats import StackStats, TierMeter, TierStats
 from emberkv.tiers.worker import EvictionHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from emberkv.core.loading import LookupStatus
 from emberkv.errors import BlockError
 from emberkv.tiers.base import Removed, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record, verified_record
-from emberkv.tiers.meter import TierMeter
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records, Timing
+from emberkv.tiers.stats import TierMeter
 
 logger = logging.getLogger(__name__)
 

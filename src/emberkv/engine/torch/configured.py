@@ -25,16 +25,16 @@ DEFAULT_CONTEXTS = 8
 RETAINED_SHARE = 0.25
 """Of the KV pool, what requests and pins may have evicted last."""
 
-Told = Callable[[str], None]
-"""Told what is being done, in a line of plain text."""
+ProgressCallback = Callable[[str], None]
+"""Called with what is being done, a line of plain text."""
 
 
 def load_configured(
-    config: ServeConfig, told: Told, *, shows_downloads: bool = False
+    config: ServeConfig, on_progress: ProgressCallback, *, shows_downloads: bool = False
 ) -> tuple[LoadedModel, Kernels | None]:
     """The model of ``config``, or the bundled one, and the kernels that compute it; None leaves it to torch.
 
-    shows_downloads: ``told`` is called several times a second while a model is downloaded.
+    shows_downloads: ``on_progress`` is called several times a second while a model is downloaded.
 
     Raises what `check_sizes`, `load_model` and `find_kernels` raise.
     """
@@ -46,15 +46,15 @@ def load_configured(
         attn_implementation=ATTENTION_NAME,
         chat_template=config.chat_template,
         generation_config=config.generation_config,
-        progress=told,
-        fetch=partial(fetch_from_hub, progress=told) if shows_downloads else fetch_from_hub,
+        progress=on_progress,
+        fetch=partial(fetch_from_hub, progress=on_progress) if shows_downloads else fetch_from_hub,
     )
     kernels = find_kernels(
         config.kernels,
         loaded,
         config.block_size,
         config.machine_cache,
-        on_compile=lambda: told("compiling the C++ kernels, once for this machine"),
+        on_compile=lambda: on_progress("compiling the C++ kernels, once for this machine"),
     )
     return loaded, kernels
 

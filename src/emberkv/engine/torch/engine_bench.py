@@ -17,7 +17,7 @@ from emberkv.engine.torch.calibration import (
     time_linears,
     time_tier,
 )
-from emberkv.engine.torch.configured import Told, engine_config, load_configured
+from emberkv.engine.torch.configured import ProgressCallback, engine_config, load_configured
 from emberkv.tiers.base import Tier
 
 CACHE_BYTES = 256 * 2**20
@@ -30,11 +30,11 @@ class EngineBench:
     of them than cores, those of other threads sleep between operations. The engine's steps then take twice as long.
     """
 
-    def __init__(self, config: ServeConfig, told: Told) -> None:
-        self.loaded, kernels = load_configured(config, told)
+    def __init__(self, config: ServeConfig, on_progress: ProgressCallback) -> None:
+        self.loaded, kernels = load_configured(config, on_progress)
         self._config = engine_config(config, int(config.cache_ram or CACHE_BYTES), TierConfig())
         self._engine = assemble(self.loaded, self._config, kernels=kernels)
-        told("matrix products")
+        on_progress("matrix products")
         self.linears: list[LinearTime] = time_linears(self.loaded.model)
 
     @property
@@ -61,7 +61,7 @@ class EngineBench:
         """Whether the last layer attends, and goes on, only for rows whose logits are wanted."""
         return self._engine.executor.kernels is not None
 
-    def prefills(self, rounds: int, told: Told) -> dict[tuple[int, int], float]:
+    def prefills(self, rounds: int, on_progress: ProgressCallback) -> dict[tuple[int, int], float]:
         """Seconds of prefills of the tokens ``[start, stop)``, those before being cached; the engine runs meanwhile.
 
         The median of rounds over all: a machine's pace changes, for seconds at a time.
@@ -74,7 +74,7 @@ class EngineBench:
         loop.start()
         try:
             for number in range(1, rounds + 1):
-                told(f"first tokens, round {number} of {rounds}")
+                on_progress(f"first tokens, round {number} of {rounds}")
                 for start, stop in grid:
                     found[start, stop].append(bench.prefill(start, stop))
         finally:

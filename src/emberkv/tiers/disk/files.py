@@ -9,10 +9,11 @@ import fcntl
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from emberkv.errors import CacheFolderError, UntrustedPathError
+from emberkv.errors import BlockError, CacheFolderError, UntrustedPathError
+from emberkv.tiers.codec import verified_record
 from emberkv.tiers.disk.layout import BLOCKS, LOCK, TEMPORARY, BlockFile, scan
 from emberkv.trusted_paths import check_owner, open_own_file
 
@@ -170,3 +171,19 @@ def _read_all(descriptor: int) -> bytes:
             break
         data += more
     return data
+
+
+def verify(files: BlockFiles, listed: Iterable[BlockFile]) -> Iterator[tuple[BlockFile, str | None]]:
+    """Each file that is still there, with what is wrong with it, or None. Nothing is changed."""
+    for file in listed:
+        try:
+            data = files.read(file.path)
+            verified_record(data, namespace=file.namespace, block_hash=file.block_hash, exact=file.exact)
+        except FileNotFoundError:  # evicted by the process that writes here
+            continue
+        except OSError as error:
+            yield file, f"unreadable: {error.strerror}"
+        except BlockError as error:
+            yield file, error.fault
+        else:
+            yield file, None

@@ -44,7 +44,7 @@ def _escape(char: str) -> str:
 
 
 @contextmanager
-def errors_told() -> Iterator[Console]:
+def errors_reported() -> Iterator[Console]:
     """Give the console for standard error. An error is printed there as one sentence, and the command exits with 2.
 
     These are EmberError, and an OSError about a file that the user named. Ctrl-C exits with 130.
