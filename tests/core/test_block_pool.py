@@ -185,8 +185,8 @@ def test_a_slots_next_block_inherits_no_history() -> None:
 def test_misuse_is_an_integrity_error() -> None:
     pool = BlockPool(4, 4)
     [block] = store(pool, chain([1] * 4))
-    with pytest.raises(IntegrityError, match="slot 0 is committed; only an allocated block"):
+    with pytest.raises(IntegrityError, match="block 0 is committed; only an allocated block"):
         pool.commit(block, chain([1] * 4), 0, exact=True)
     pool.free([block])
-    with pytest.raises(IntegrityError, match="slot 0 is freed but nobody holds it"):
+    with pytest.raises(IntegrityError, match="block 0 is freed but has no holder"):
         pool.free([block])

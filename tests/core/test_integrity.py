@@ -65,7 +65,7 @@ def test_the_check_finds_what_is_wrong(damage: Callable[[BlockPool], None]) -> N
 def test_the_check_counts_holders() -> None:
     pool = BlockPool(6, 4)
     held = store(pool, ABC)
-    with pytest.raises(IntegrityError, match="slot 0: 1 refs, 0 held"):
+    with pytest.raises(IntegrityError, match="block 0: 1 refs, 0 held"):
         pool.check_integrity([held[1:]])
-    with pytest.raises(IntegrityError, match="slot 2: 1 refs, 2 held"):
+    with pytest.raises(IntegrityError, match="block 2: 1 refs, 2 held"):
         pool.check_integrity([held, held[2:]])

@@ -372,7 +372,7 @@ def test_only_exact_blocks_are_copied_where_only_such_are_reused() -> None:
 def test_a_block_that_others_hold_cannot_be_left() -> None:
     shared = cache()
     lease = computed(shared, chain(range(8)))
-    with pytest.raises(IntegrityError, match="slot 0 is committed; only an allocated block can be committed"):
+    with pytest.raises(IntegrityError, match="block 0 is committed; only an allocated block can be committed"):
         shared.pool.commit_partial(lease.blocks[0], chain(range(8)), 0, 2)
 
 

@@ -1,4 +1,4 @@
-"""One block: ``block_size`` tokens' KV state in one slot of the pool."""
+"""One block of the pool, which holds the KV state of up to ``block_size`` tokens; the result of a look-up."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -9,7 +9,7 @@ from emberkv.core.hashing import BlockHash
 class BlockState(Enum):
     """Where a block is in its life; a FREE block with a hash is still a cache entry."""
 
-    FREE = "free"  # nobody holds it; its slot may be taken
+    FREE = "free"  # without a holder; it may be overwritten
     PENDING = "pending"  # held by a load, which brings its content from a lower tier
     ALLOCATED = "allocated"  # held, and being written; visible to its holder only
     COMMITTED = "committed"  # held, complete, and found under its block hash
@@ -17,10 +17,12 @@ class BlockState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A slot and what it holds.
+    """One physical block and what it holds.
+
+    block_id: its index in the pool's storage; a block table is a list of these.
 
     tokens: the block's own token ids, encoded, kept so that a hit is compared and a miss can be explained.
-    position: the block's index in its chain. owner: on whose books it is.
+    position: the block's index in its chain. owner: the tenant to whose share it counts.
     exact: the content is bit-equal to what a cold prefill of the same chain writes. False for KV that decode steps
     or partial chunks computed, and for everything computed on top of such KV.
     num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the

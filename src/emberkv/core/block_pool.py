@@ -1,8 +1,8 @@
-"""The block pool: which slot holds which block, who holds it, and what may be overwritten.
+"""The block pool: what each physical block holds, how many references it has, and what may be overwritten.
 
 A block's life: FREE -> ALLOCATED (or PENDING, while a lower tier loads it) -> COMMITTED -> FREE, still indexed -> held
-again, or evicted when its slot is needed. Free is not forgotten, and the order in which free slots are taken is the
-eviction policy.
+again, or evicted when its place is needed. A free block is still a cache entry, and the eviction policy is the order
+in which free blocks are overwritten.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ __all__ = ["BlockCost", "BlockPool", "uniform_cost"]
 
 
 class BlockPool:
-    """``num_blocks`` slots of ``block_size`` tokens. Not thread-safe: one engine drives it.
+    """``num_blocks`` blocks of ``block_size`` tokens. Not thread-safe: the engine's thread drives it.
 
-    Conservation law, after every call: each block is FREE, PENDING, ALLOCATED or COMMITTED; a FREE block is held by
-    nobody and is either blank or indexed and known to the policy as evictable; every other block has holders.
+    Conservation law, after every call: each block is FREE, PENDING, ALLOCATED or COMMITTED; a FREE block has
+    no holders and is either blank or indexed and known to the policy as evictable; every other block has holders.
     `check_integrity` states it in code.
 
     policy: which block goes first; entries are retained through it. journal: keep a list of what becomes visible, for
@@ -58,7 +58,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """Blocks without a holder, cached ones included."""
         return len(self._blank) + len(self.policy)
 
     def free_for(self, owner: str) -> int:
@@ -67,7 +67,7 @@ class BlockPool:
 
     @property
     def max_sequence_blocks(self) -> int:
-        """How many blocks a sequence of any owner can have when nobody else runs, however full the floors are."""
+        """How many blocks a sequence of any owner can have when no other sequence runs, however full the floors are."""
         return max(0, self.num_blocks - self.policy.reserved(self._cached.block_cost(0).size))
 
     def guaranteed_to(self, owner: str) -> int:
@@ -121,7 +121,7 @@ class BlockPool:
         """
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(
-                f"slot {block.block_id} is {block.state.value}; only an allocated block can be committed"
+                f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
             )
         start = position * self.block_size
         known = self._cached.longest_child(chain, start, start + count)
@@ -132,7 +132,7 @@ class BlockPool:
         self._cached.enter_partial(block, chain, position, count)
 
     def pin(self, blocks: Iterable[Block]) -> None:
-        """Hold cached blocks once more, so that nobody evicts them."""
+        """Add a reference to each of these cached blocks, so that they are not evicted."""
         taken = []
         hits = []
         for block in blocks:
@@ -146,7 +146,7 @@ class BlockPool:
         self.policy.access(hits)
 
     def allocate(self, count: int, owner: str = "") -> list[Block]:
-        """``count`` blocks for one holder, blank slots first, then by evicting what has to go for ``owner``.
+        """``count`` blocks for one holder, blank ones first, then by evicting what has to go for ``owner``.
 
         Raises NoFreeBlocksError when fewer are free for the owner; then nothing has changed.
         """
@@ -171,7 +171,7 @@ class BlockPool:
         """
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(
-                f"slot {block.block_id} is {block.state.value}; only an allocated block can be committed"
+                f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
             )
         published = self._publish(block, chain, position, exact)
         self._cached.record_committed(block)
@@ -198,13 +198,14 @@ class BlockPool:
         return block
 
     def free(self, blocks: Sequence[Block]) -> None:
-        """Let go of blocks listed in chain order. The tail becomes evictable first, so that a chain loses its end
-        before the prefix that others may share.
+        """Drop one reference to each of these blocks, which are listed in chain order.
+
+        The tail becomes evictable first, so that a chain loses its end before the prefix that others may share.
         """
         released = []
         for block in reversed(blocks):
             if block.ref_count == 0:
-                raise IntegrityError(f"slot {block.block_id} is freed but nobody holds it")
+                raise IntegrityError(f"block {block.block_id} is freed but has no holder")
             block.ref_count -= 1
             if block.ref_count == 0:
                 block.state = BlockState.FREE
@@ -223,7 +224,7 @@ class BlockPool:
         return blocks
 
     def complete_load(self, blocks: Sequence[Block], chain: Chain, start: int, exact: Sequence[bool]) -> int:
-        """End the wait for ``blocks``, which are those of ``chain`` from block ``start`` on; nobody holds them then.
+        """End the wait for ``blocks``, which are those of ``chain`` from block ``start`` on, and release them.
 
         exact: of the leading ones whose content is in place, each; these become visible. All others go back. Returns
         how many are found now: what was revoked since, or collides, ends the run.
@@ -278,7 +279,7 @@ class BlockPool:
             self._withdraw(shorter)
 
     def _withdraw(self, block: Block) -> None:
-        self._cached.leave(block)
+        self._cached.unindex(block)
         if block.ref_count:
             block.state = BlockState.ALLOCATED
         else:
@@ -304,7 +305,7 @@ def _broken_laws(
     holders: Iterable[Iterable[Block]] | None,
     children: ChildIndex | None = None,
 ) -> list[str]:
-    """What does not hold; empty when the books balance.
+    """The laws that do not hold; empty when all do.
 
     blank: free blocks that hold nothing. index: the blocks found under a block hash. evictable: how many the policy
     could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
@@ -316,7 +317,7 @@ def _broken_laws(
         laws += [
             (
                 block.ref_count == held[block.block_id],
-                f"slot {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held",
+                f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held",
             )
             for block in blocks
         ]
@@ -336,7 +337,7 @@ def _of_the_pool(
         (free == len(blank) + evictable, "free blocks and the free lists differ"),
         (free_cached == evictable, "evictable blocks and the policy differ"),
         (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
-        (len({block.block_id for block in blank}) == len(blank), "a slot is blank twice"),
+        (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
         (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
         (cached == len(index), "a cached block is not indexed"),
     ]
@@ -348,12 +349,12 @@ def _of_each_block(blocks: Sequence[Block]) -> list[tuple[bool, str]]:
         indexed = block.block_hash is not None
         private = block.state in (BlockState.ALLOCATED, BlockState.PENDING)
         laws += [
-            ((block.state is BlockState.FREE) == (block.ref_count == 0), f"slot {block.block_id}: holders"),
-            (block.state is not BlockState.COMMITTED or indexed, f"slot {block.block_id}: not indexed"),
-            (not private or not indexed, f"slot {block.block_id}: indexed"),
+            ((block.state is BlockState.FREE) == (block.ref_count == 0), f"block {block.block_id}: holders"),
+            (block.state is not BlockState.COMMITTED or indexed, f"block {block.block_id}: not indexed"),
+            (not private or not indexed, f"block {block.block_id}: indexed"),
             (
                 block.state is not BlockState.PENDING or block.ref_count == 1,
-                f"slot {block.block_id}: pending for several",
+                f"block {block.block_id}: pending for several",
             ),
         ]
     return laws

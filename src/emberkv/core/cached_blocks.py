@@ -65,7 +65,7 @@ class ChildIndex:
 
 
 class CachedBlocks:
-    """Which block is found under which hash. Who holds a block, and where blank ones wait, is the pool's business.
+    """The index from hashes to blocks. References and blank blocks are the pool's part.
 
     policy: knows every block that is found, as held or as released. journal: keep a list of what was committed.
     """
@@ -161,7 +161,7 @@ class CachedBlocks:
     def enter_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
 
-        No event tells of it, now or when it goes: subscribers track full blocks only.
+        It makes no event, neither now nor when it is evicted: subscribers track full blocks only.
         """
         start = position * chain.block_size
         block.tokens = chain.encoded_slice(start, start + count)
@@ -187,7 +187,7 @@ class CachedBlocks:
             block_cost = EntryCost(block_cost.size, block_cost.cost, block.owner)
         self.policy.admit(block_hash, block_cost)
 
-    def leave(self, block: Block) -> None:
+    def unindex(self, block: Block) -> None:
         """A block is not found any more, without having been evicted."""
         assert block.block_hash is not None
         del self.index[block.block_hash]

@@ -1,4 +1,4 @@
-"""What changes in the set of cached blocks, numbered, for whoever mirrors it (a router, a log)."""
+"""What changes in the set of cached blocks, numbered, so that a router or a log can follow it."""
 
 from collections import deque
 from collections.abc import Sequence

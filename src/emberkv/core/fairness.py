@@ -1,4 +1,4 @@
-"""Fair sharing of an engine between tenants: whose turn it is, and what part of it each may claim.
+"""Fair sharing of an engine between tenants: which tenant's turn it is, and what part of the engine each may claim.
 
 Turns follow virtual token counters ("Fairness in Serving Large Language Models", Sheng et al., OSDI 2024): each tenant
 has a counter of the tokens computed for it, divided by its weight, and the lowest counter is served next. A tenant that

@@ -25,7 +25,7 @@ BlockHash = bytes
 TOKEN_BYTES = 4
 
 PUBLIC_OWNER = "public"
-"""Whose the blocks are that an operator declared to be shared by all."""
+"""The owner of blocks that an operator declared to be shared by all tenants."""
 
 
 def root_hash(fingerprint: str, block_size: int) -> BlockHash:
@@ -133,7 +133,7 @@ class Chain(Protocol):
         ...
 
     def owner(self, index: int) -> str:
-        """On whose books block ``index`` is: a tenant's name, "" where there is only one, or `PUBLIC_OWNER`."""
+        """The tenant to whose share block ``index`` counts; "" where there is only one, or `PUBLIC_OWNER`."""
         ...
 
     def append(self, token: int) -> None: ...

@@ -1,7 +1,7 @@
 """Promotion: blocks that a lower tier has, and whether bringing them up beats computing them. Pure decisions.
 
-The scheduler asks when it admits a sequence; a driver reads the bytes, off the engine's thread, and tells it when they
-are in their slots.
+The scheduler asks when it admits a sequence; a driver reads the bytes, off the engine's thread, and reports when they
+are in the pool.
 """
 
 from collections.abc import Callable, Mapping, Sequence

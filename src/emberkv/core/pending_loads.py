@@ -147,7 +147,7 @@ class PendingLoads:
         return position - first
 
     def end(self, load: Load, exact: abc.Sequence[bool]) -> list[Sequence]:
-        """Make visible what arrived and give back the rest; returns who waited. See `Scheduler.loaded`."""
+        """Make visible what arrived and free the rest; returns the waiting sequences. See `Scheduler.loaded`."""
         if load not in self._waiting or len(exact) > len(load.blocks):
             raise IntegrityError(
                 f"a load of {len(load.blocks)} blocks ended with {len(exact)}, in flight: {load in self._waiting}"

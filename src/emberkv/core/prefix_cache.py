@@ -135,7 +135,7 @@ class Lease:
         self._commit(stop, exact=self._cache.batch_invariant)
 
     def _commit(self, num_computed: int, *, exact: bool) -> None:
-        """A collision ends it for good: the block hashes of all that follows name the other chain as well."""
+        """A collision ends it for good: the hashes of all that follows belong to the other chain as well."""
         self._num_computed = num_computed
         self.context_exact = self.context_exact and exact
         if self._collided or not self._cache.enabled:
@@ -243,7 +243,7 @@ class PrefixCache:
         return blocks[: self.whole(len(blocks))]
 
     def acquire(self, chain: Chain) -> Lease:
-        """Match and pin; the caller allocates afterwards, so nobody evicts what was just found."""
+        """Match and pin; the caller allocates afterwards, so what was just found is not evicted."""
         return self.lease(chain, self.find(chain))
 
     def lease(self, chain: Chain, found: Sequence[Block], *, reads_cache: bool = True) -> Lease:

@@ -125,10 +125,11 @@ class Scheduler:
             self._finish(sequence, reason)
 
     def loaded(self, load: Load, exact: abc.Sequence[bool]) -> None:
-        """A load has ended. exact: of the leading blocks whose bytes are in their slots, each; none if it failed.
+        """A load has ended. Blocks that arrived stay cached without a holder, and the sequences that waited for them
+        are admitted in turn.
 
-        These stay cached, nobody holding them, and who waited for them is admitted in its turn. Raises IntegrityError
-        for a load that is not in flight.
+        exact: for each of the leading blocks whose bytes have arrived, whether it is exact; empty if the load failed.
+        Raises IntegrityError for a load that is not in flight.
         """
         for sequence in self._loads.end(load, exact):
             if sequence.status is SequenceStatus.LOADING:
@@ -161,7 +162,7 @@ class Scheduler:
         return plan
 
     def complete(self, plan: StepPlan, sampled: Mapping[str, int], stopped: Container[str] = ()) -> list[Sequence]:
-        """Account for a computed plan: commit full blocks, append tokens, finish who is done.
+        """Account for a computed plan: commit full blocks, append tokens, finish sequences that are done.
 
         sampled: the next token by request id, for each decode and each sampling chunk. stopped: ids that end here;
         their sampled token (an end-of-sequence token) is not appended. Returns the sequences that finished.

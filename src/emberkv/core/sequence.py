@@ -25,21 +25,24 @@ class SequenceStatus(Enum):
 
 
 BACKGROUND_PRIORITY = 1_000_000
-"""From here on, nobody waits for a sequence: a step computes at most one chunk of it, and none beside another's."""
+"""From this priority on, a sequence runs in the background: a step computes at most one chunk of it, and none beside
+another sequence's."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in the scheduler.
+    """One request's state in the scheduler: its tokens, its blocks, and how far they are computed.
 
-    chain: the prompt and what has been generated. num_computed: leading tokens that have KV state.
-
-    waits: the loads it has waited for, or does. lookup: the only look-up that it has waited for, or does. promotion:
-    what was decided last about lower tiers. admission: where the hit came from and why there was no more, set when
-    first admitted. priority: lower is sooner; order: the scheduler's count of arrivals, which breaks ties. tenant:
-    between tenants the scheduler shares fairly; short: whether, by the scheduler's estimate, a step is enough to
-    compute what is not cached of it. wants_prompt_logits: the logits at each position of the prompt are wanted. Only
-    computing gives logits, so the cache is not read; what is computed is cached all the same.
+    chain: the prompt and the tokens generated so far. num_computed: leading tokens that have KV state.
+    lease: the blocks that the sequence holds while it is admitted.
+    priority: lower is served sooner. order: the scheduler's count of arrivals, which breaks ties.
+    tenant: the scheduler shares the engine fairly between tenants.
+    short: whether, by the scheduler's estimate, one step is enough to compute what is not cached of it.
+    wants_prompt_logits: the logits at each position of the prompt are wanted. Only computing gives logits, so the cache
+    is not read; what is computed is cached all the same.
+    waits: the loads for which the sequence has waited or waits. lookup: likewise, its only look-up.
+    load_decision: the latest decision about blocks of lower tiers.
+    admission: where the hit came from and why there was no more, set at the first admission.
     """
 
     request_id: str
@@ -82,5 +85,5 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Sorts by who is served first."""
+        """The sort key by which sequences are served."""
         return (self.priority, self.order)

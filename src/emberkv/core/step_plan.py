@@ -1,4 +1,4 @@
-"""What one step computes, as the scheduler hands it to whoever computes, or simulates, it."""
+"""What one step computes: the scheduler's output, which an engine or a simulator executes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

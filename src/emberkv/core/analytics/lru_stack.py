@@ -1,7 +1,7 @@
 """The stack of all that was used, most recent on top: how deep a key lies is how large an LRU cache must be to have it.
 
 Mattson et al., "Evaluation techniques for storage hierarchies" (IBM Systems Journal, 1970): an LRU cache of any size
-holds the top of one and the same stack, so one pass over the uses tells the hits of every size.
+holds the top of one and the same stack, so one pass over the uses gives the hits of every size.
 """
 
 from collections import OrderedDict

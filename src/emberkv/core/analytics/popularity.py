@@ -18,8 +18,8 @@ class PopularPrefix:
     """A prefix as what it adds to a shorter one.
 
     parent: which of the prefixes listed before it that is; None: it begins a chain. block_hash: of its last block.
-    tokens: those it adds, encoded. owner: whose its last block is. score: reuses of all of it, each halved with every
-    half-life since.
+    tokens: those it adds, encoded. owner: the tenant of its last block. score: reuses of all of it, each halved with
+    every half-life since.
     """
 
     parent: int | None

@@ -16,7 +16,7 @@ from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
 
 GROUPS = 16
-"""Groups of sampled blocks whose disagreement tells the error."""
+"""Groups of sampled blocks whose disagreement gives the error."""
 
 _HASH_BYTES = 8
 

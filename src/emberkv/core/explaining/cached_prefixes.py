@@ -12,7 +12,7 @@ from emberkv.core.hashing import TOKEN_BYTES, BlockHash, decode_tokens
 class CachedPrefix:
     """A run of cached blocks from a chain's beginning, named by its last block.
 
-    tokens: its length. owner: whose its last block is; "" where that is not known, or where nobody asks for keys.
+    tokens: its length. owner: the tenant of its last block; "" where that is not known, or where there are no tenants.
     hits: prompts that reused all of it. last_hit: when, in the ledger's time; 0 for never.
     """
 
@@ -35,7 +35,7 @@ def largest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
 
 
 def hottest(ledger: LedgerView, limit: int) -> list[CachedPrefix]:
-    """The prefixes that saved most: hits times tokens. Of prefixes reused equally often, only the longest is told."""
+    """The prefixes that saved most: hits times tokens. Of prefixes reused equally often, only the longest is listed."""
     cached = [entry for entry in ledger if entry.loss is None]
     lengths = _lengths(ledger, cached)
     hits: dict[BlockHash, int] = {}
@@ -112,7 +112,7 @@ def _described(ledger: LedgerView, entry: Entry, tokens: int, hits: int, last_hi
 
 
 def _owner(ledger: LedgerView, entry: Entry) -> str:
-    """Read off the nearest border above; a chain that crosses none is public, or nobody's."""
+    """Read off the nearest border above; a chain that crosses none is public, or has no owner."""
     climbed: Entry | None = entry
     while climbed is not None:
         border = ledger.border(climbed)

@@ -14,7 +14,7 @@ from emberkv.core.loading import Admission
 K = TypeVar("K")
 
 SHOWN_TOKENS = 24
-"""Tokens told on either side of a divergence."""
+"""Tokens shown on either side of a divergence."""
 COMPARED_SIBLINGS = 64
 """How many equally near blocks, on either side, are asked whether they are still cached."""
 

@@ -14,7 +14,7 @@ class Reason(Enum):
     NEW = "new"  # the prompt goes on where nothing known does
     DIVERGED = "diverged"  # what is known goes on with other tokens
     EVICTED = "evicted"  # it was cached, and its place was needed; see the loss
-    REMOVED = "removed"  # it was cached, and somebody had it forgotten
+    REMOVED = "removed"  # it was cached, and an operator removed it
     CLEARED = "cleared"  # it was cached, and the whole cache was emptied
     OTHER_MODEL = "other-model"  # the same tokens are cached for another model
     OTHER_TENANT = "other-tenant"  # the same tokens are cached for another tenant
@@ -32,12 +32,12 @@ class Reason(Enum):
 class LossKind(Enum):
     EVICTED = "evicted"  # its place was needed
     CLEARED = "cleared"  # the whole place was emptied
-    REMOVED = "removed"  # somebody had it forgotten
+    REMOVED = "removed"  # an operator removed it
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """How a block left the last place that had it. at: seconds, by the clock of whoever feeds the ledger."""
+    """How a block left the last place that had it. at: seconds, by the clock of the ledger's writer."""
 
     place: str
     at: float

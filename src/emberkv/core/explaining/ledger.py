@@ -137,7 +137,7 @@ class Ledger(LedgerView):
     def left(
         self, place: str, block_hashes: Iterable[BlockHash], now: float, kind: LossKind = LossKind.EVICTED
     ) -> None:
-        """Blocks are no longer in ``place``; of a tier, whether their arrival there was told or not."""
+        """Blocks are no longer in ``place``; of a tier, whether or not their arrival there was recorded."""
         self._lose(place, block_hashes, Loss(place, now, kind))
 
     def cleared(self, place: str, now: float) -> None:
@@ -145,7 +145,7 @@ class Ledger(LedgerView):
         self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
 
     def removed(self, block_hashes: Sequence[BlockHash], now: float) -> None:
-        """Blocks were taken out of every place, whether it was told already that they left one or not.
+        """Blocks were taken out of every place, whether or not it was recorded already that they left one.
 
         What was lost before, in another way, is not lost by this.
         """

@@ -1,8 +1,8 @@
-"""Eviction policies: the order in which entries that nobody holds give up their place.
+"""Eviction policies: the order in which entries without a holder are evicted.
 
 A policy knows keys and how they were used, never what they hold, so the same ones order a pool's blocks and a tier's
-entries. Keys are block hashes, not places: what is remembered of a key must not pass to the next one in its slot.
-An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
+entries. Keys are block hashes, not block ids: what is remembered of a key must not pass to the next one in the same
+block. An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ class EntryCost:
     """What an entry takes and what it is worth.
 
     size: bytes, or any unit shared by all entries. cost: the effort to make the entry again, in any shared unit.
-    owner: whose share of the space it takes; "" where there is only one.
+    owner: the tenant whose share of the space it takes; "" where there is only one.
     """
 
     size: float = 1.0
@@ -83,7 +83,7 @@ class EvictionPolicy(ABC, Generic[K]):
         """A held key whose entry is no longer one: drop its history."""
 
     def retain(self, keys: Iterable[K], until: float) -> int:
-        """Let the keys go after others until then. A wish: how many have it fulfilled is returned.
+        """Evict the keys after all others until then, as far as there is room; returns how many are retained.
 
         until: on the caller's clock; infinity for good. The keys in chain order; those that are no entries are
         passed over.
@@ -94,4 +94,4 @@ class EvictionPolicy(ABC, Generic[K]):
         """The keys are retained no longer."""
 
     def expire(self, now: float) -> None:
-        """Let go of what was retained until ``now`` or before."""
+        """End the retention of what was retained until ``now`` or before."""

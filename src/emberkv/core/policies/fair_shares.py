@@ -68,7 +68,7 @@ class _Account(Generic[K]):
 
 
 class FairShares(EvictionPolicy[K]):
-    """One policy for each owner (`EntryCost.owner`), and between owners: whoever has most above its floor loses first.
+    """One policy for each owner (`EntryCost.owner`); between owners, the one with most above its floor loses first.
 
     make_inner: a fresh policy, which orders one owner's keys. shares: by owner; default: of those not in it, without a
     floor. What an owner has is counted in bytes (`EntryCost.size`), held entries included. Where two have equally much,
@@ -148,7 +148,7 @@ class FairShares(EvictionPolicy[K]):
         return int(self._shares.get(owner, self._default).floor_bytes // size)
 
     def surplus(self) -> list[K]:
-        """Each owner above its quota loses its own first. The keys have left their owner's books already."""
+        """Each owner above its quota loses its own first. The keys no longer count to their owner."""
         keys = []
         for owner in list(self._over_quota):
             while owner in self._over_quota:

@@ -1,4 +1,4 @@
-"""Retention: entries that somebody asked to keep until a time go after all others. A priority, never a lock."""
+"""Retention: entries that are to be kept until a time are evicted after all others. A priority, never a lock."""
 
 from collections.abc import Iterable
 from typing import Any
