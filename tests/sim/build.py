@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from emberkv.sim.build import build, machine_of
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.outcome import Outcome
 from emberkv.sim.simulator import Ending, Simulator
-from emberkv.sim.stage import build, machine_of
 from emberkv.workload.content import Content, Span
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, TraceSource

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from benchmarks.measured_elsewhere import MOONCAKE
 
+from emberkv.sim.build import machine_of
 from emberkv.sim.cache_only import Replay
 from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
 from emberkv.sim.inputs import Workload
 from emberkv.sim.outcome import CacheEvent, Outcome
 from emberkv.sim.rows import Rows
 from emberkv.sim.run import Results, simulate
-from emberkv.sim.stage import machine_of
 from emberkv.sim.summary import summarize
 from emberkv.workload.description import UnlimitedCache
 from emberkv.workload.request import Request

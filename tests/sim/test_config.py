@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import ConfigError, EmberError, WorkloadError
+from emberkv.sim.build import machine_of
 from emberkv.sim.config import SimulationConfig, load_set_up, with_changes
 from emberkv.sim.inputs import open_set_up, required
-from emberkv.sim.stage import machine_of
 from emberkv.workload.request import Request
 from emberkv.workload.source import ClosedLoopTraceSource, Source
 from tests.sim.build import config

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from emberkv.errors import ConfigError
+from emberkv.sim.build import machine_of
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.footprint import kv_blocks, weight_bytes
 from emberkv.sim.hardware import load_profile
 from emberkv.sim.layout import Layout
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.stage import machine_of
 from emberkv.sim.work import Chunk, Work
 from tests.sim.flat import FLAT, TINY
 

@@ -7,8 +7,8 @@ import pytest
 from emberkv.core.loading import LoadChoice
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
+from emberkv.sim.build import root_of
 from emberkv.sim.outcome import CacheEvent
-from emberkv.sim.stage import root_of
 from emberkv.sim.tiers import Channel, ModelledTier
 from emberkv.workload.request import Request
 from tests.sim.build import Ran, config, run, single, turn

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from emberkv import __version__
+from emberkv.sim.build import Machine
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.stage import Machine
 from emberkv.sim.words import count_words, size_words
 
 

@@ -7,17 +7,17 @@ is a block like the others, found by whoever ends with the same one; a pool that
 from collections.abc import Callable, Sequence
 from random import Random
 
-from emberkv.cluster.routing import ReplicaState, make_router
+from emberkv.cluster.routing import ReplicaState
 from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
+from emberkv.sim.build import Machine, cache_of, root_of, router_of
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.flight import Sessions
 from emberkv.sim.outcome import Outcome, Status, cache_event
 from emberkv.sim.routed import Routed
+from emberkv.sim.simulated_request import Sessions
 from emberkv.sim.simulator import PROGRESS_EVERY, Ending, Progress
-from emberkv.sim.stage import Machine, cache_of, root_of
 from emberkv.sim.timing import nanoseconds
-from emberkv.workload.chain import ContentChain, content_hashes
+from emberkv.workload.chain import content_hashes
 from emberkv.workload.files import ASSUMED
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, unroll
@@ -70,9 +70,9 @@ class Replay:
 
     def __init__(self, config: SimulationConfig, machine: Machine) -> None:
         self._size = machine.block_size
-        self._caches = [cache_of(config, machine, tails=False) for _ in range(config.replicas)]
+        router, events_kept = router_of(config, Random(f"{config.seed}/simulation"))
+        self._caches = [cache_of(config, machine, tails=False, events_kept=events_kept) for _ in range(config.replicas)]
         self._states = [ReplicaState() for _ in self._caches]
-        router = make_router(config.routing, config.replicas, Random(f"{config.seed}/simulation"))
         self._routed = Routed(router, self._states)
         self._root_of = root_of(config, self._size)
         self._sessions = Sessions()
@@ -101,20 +101,18 @@ class Replay:
     def admit(self, request: Request) -> Outcome:
         """Find what is cached of a prompt, keep the prompt, and what is known of its answer."""
         size = self._size
-        content = request.full_content()
-        chain = ContentChain(self._root_of(request), content, request.prompt_tokens, size)
-        turn = self._sessions.turn_of(request, chain)
-        full = len(chain.block_hashes)
-        partial = content_hashes(chain.parent(full), content, full * size, request.prompt_tokens, size)
-        references = chain.block_hashes + partial
-        asked = ReferenceChain(chain.root, references, size)
+        root = self._root_of(request)
+        references = request.block_references(root, size)
+        blocks = references[: request.prompt_tokens // size]
+        turn = self._sessions.turn_of(request, blocks)
+        asked = ReferenceChain(root, references, size)
         replica = self._routed.choose(asked)
         assert replica is not None, "no replica is ever lost here"
         hits = self._pass(replica, asked)
         arrival = nanoseconds(request.arrival_time)
         if hits is None or not request.prompt_tokens:
             return Outcome(request, Status.REJECTED, arrival, turn=turn, replica=replica)
-        self._keep_answer(replica, request, chain)
+        self._keep_answer(replica, request, root, blocks)
         cached = min(hits * size, request.prompt_tokens)
         self._states[replica].load += request.prompt_tokens - cached + request.output_tokens
         self._routed.publish(replica, self._caches[replica].pool)
@@ -137,11 +135,16 @@ class Replay:
         lease.release()
         return hits
 
-    def _keep_answer(self, replica: int, request: Request, chain: ContentChain) -> None:
-        known = len(request.content) // self._size
-        told = known > len(chain.block_hashes)
-        if told or request.session_id:
-            chain.grow(request.output_tokens)
-            self._sessions.completed(request, chain)
-        if told:
-            self._pass(replica, ReferenceChain(chain.root, chain.block_hashes[:known], self._size))
+    def _keep_answer(self, replica: int, request: Request, root: BlockHash, blocks: list[BlockHash]) -> None:
+        """blocks: the hashes of the prompt's full blocks."""
+        size, known = self._size, len(request.content) // self._size
+        answer_is_known = known > len(blocks)
+        if not answer_is_known and not request.session_id:
+            return
+        total = request.prompt_tokens + request.output_tokens
+        start, stop = len(blocks) * size, total - total % size
+        parent = blocks[-1] if blocks else root
+        blocks = blocks + content_hashes(parent, request.full_content(), start, stop, size)
+        self._sessions.completed(request, blocks, total)
+        if answer_is_known:
+            self._pass(replica, ReferenceChain(root, blocks[:known], size))

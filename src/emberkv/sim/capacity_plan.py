@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from emberkv.sim.build import Machine
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.replayed import SampledReplay, replay
 from emberkv.sim.curves.visits import Hits, Visit
-from emberkv.sim.stage import Machine
 
 REPLAYED = 60_000
 """Block references up to which another policy than LRU is replayed whole; of more, a sample of about as many."""

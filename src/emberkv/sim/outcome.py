@@ -45,7 +45,7 @@ def cache_event(turn: Turn, prompt_tokens: int, cached_tokens: int) -> CacheEven
     return CacheEvent.CONVERSATIONAL_MISS_UNEXPECTED_PROMPT if turn is Turn.UNEXPECTED else CacheEvent.MISS_FULL
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """Times in nanoseconds; None for what did not happen, or where nothing times it.
 

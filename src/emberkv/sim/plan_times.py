@@ -14,11 +14,11 @@ from math import fsum
 
 from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
+from emberkv.sim.build import Machine
 from emberkv.sim.cache_only import ReferenceChain
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.curves.visits import ROOT
 from emberkv.sim.hardware import GB, MICROSECOND, TierRates
-from emberkv.sim.stage import Machine
 from emberkv.workload.request import Request
 
 SAMPLED = 200

@@ -7,6 +7,7 @@ from typing import Any
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.about import About, about
+from emberkv.sim.build import machine_of, root_of
 from emberkv.sim.capacity_plan import Capacities, SizePoint
 from emberkv.sim.config import SimulationConfig, Targets, TierConfig, with_changes
 from emberkv.sim.curves.curve import first_requests
@@ -15,7 +16,6 @@ from emberkv.sim.inputs import Workload
 from emberkv.sim.load import Load
 from emberkv.sim.plan_times import Demand, Formulas, demand_of
 from emberkv.sim.run import simulate
-from emberkv.sim.stage import machine_of, root_of
 from emberkv.sim.words import count_words, size_words, tier_words
 from emberkv.workload.bounds import MOST_REPLICAS
 

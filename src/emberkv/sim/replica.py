@@ -13,7 +13,7 @@ from emberkv.core.loading import Load
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
-from emberkv.sim.flight import Flight
+from emberkv.sim.simulated_request import SimulatedRequest
 from emberkv.sim.step import ANY_TOKEN, Step
 from emberkv.sim.tiers import LowerModel, Transfer
 from emberkv.sim.timing import StepClock
@@ -37,8 +37,8 @@ class Replica:
     computed_tokens: int = 0
     busy: int = 0
     scheduler: Scheduler = field(init=False)
-    _flights: dict[str, Flight] = field(default_factory=dict)
-    _inbox: list[Flight] = field(default_factory=list)
+    _requests: dict[str, SimulatedRequest] = field(default_factory=dict)
+    _inbox: list[SimulatedRequest] = field(default_factory=list)
     _transfers: dict[Load, Transfer] = field(default_factory=dict)
     _arrived: list[Transfer] = field(default_factory=list)
     _past: list[CacheStats] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Replica:
 
     @property
     def in_flight(self) -> int:
-        return len(self._flights) + len(self._inbox)
+        return len(self._requests) + len(self._inbox)
 
     @property
     def used_blocks(self) -> int:
@@ -69,21 +69,21 @@ class Replica:
         return {} if self.lower is None else {tier.name: tier.stored_bytes for tier in self.lower.tiers}
 
     @property
-    def flights(self) -> list[Flight]:
-        return [*self._flights.values(), *self._inbox]
+    def requests(self) -> list[SimulatedRequest]:
+        return [*self._requests.values(), *self._inbox]
 
     @property
     def stats(self) -> list[CacheStats]:
         """One for each time that it has started."""
         return [*self._past, self.scheduler.stats]
 
-    def submit(self, flight: Flight) -> None:
+    def submit(self, simulated: SimulatedRequest) -> None:
         """Take a request; it is looked at when the step under way ends."""
-        flight.replica = self.index
-        self.state.load += flight.request.prompt_tokens
-        self._inbox.append(flight)
+        simulated.replica = self.index
+        self.state.load += simulated.request.prompt_tokens
+        self._inbox.append(simulated)
 
-    def take_in(self) -> list[Flight]:
+    def take_in(self) -> list[SimulatedRequest]:
         """Queue who has been submitted, and account for loads that are over; between steps.
 
         Returns who can never be served.
@@ -92,14 +92,14 @@ class Replica:
             self.scheduler.loaded(transfer.load, transfer.exact)
         self._arrived.clear()
         rejected = []
-        for flight in self._inbox:
+        for simulated in self._inbox:
             try:
-                self.scheduler.add(flight.attempt())
+                self.scheduler.add(simulated.attempt())
             except RequestError:
-                self.state.load -= flight.request.prompt_tokens
-                rejected.append(flight)
+                self.state.load -= simulated.request.prompt_tokens
+                rejected.append(simulated)
             else:
-                self._flights[flight.request.request_id] = flight
+                self._requests[simulated.request.request_id] = simulated
         self._inbox.clear()
         return rejected
 
@@ -124,7 +124,7 @@ class Replica:
             self.busy += duration - step.duration
             step.count, step.duration = count, duration
 
-    def end_step(self) -> list[Flight]:
+    def end_step(self) -> list[SimulatedRequest]:
         """Account for the step under way. Returns who is done, with their answers."""
         step = self.step
         assert step is not None
@@ -132,15 +132,15 @@ class Replica:
         plan = step.plan
         self._grow(plan, step.count - 1)
         for chunk in plan.prefills:
-            self._flights[chunk.sequence.request_id].prefilled_tokens += chunk.stop - chunk.start
+            self._requests[chunk.sequence.request_id].prefilled_tokens += chunk.stop - chunk.start
             self.computed_tokens += chunk.stop - chunk.start
         ready = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
         stopped = set()
         for sequence in ready:
-            flight = self._flights[sequence.request_id]
-            if flight.first_token is None:
-                flight.first_token = step.ends
-            if flight.ends_early and len(sequence.chain) == flight.last_length:
+            simulated = self._requests[sequence.request_id]
+            if simulated.first_token is None:
+                simulated.first_token = step.ends
+            if simulated.ends_early and len(sequence.chain) == simulated.last_length:
                 stopped.add(sequence.request_id)
         finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
         if self.lower is not None:
@@ -161,11 +161,11 @@ class Replica:
         self._arrived.append(transfer)
         return True
 
-    def fail(self, now: int) -> list[Flight]:
+    def fail(self, now: int) -> list[SimulatedRequest]:
         """Lose everything. Returns the requests that were in flight, in the order in which they came."""
         self.settle(now)
-        lost = [*self._flights.values(), *self._inbox]
-        self._flights.clear()
+        lost = [*self._requests.values(), *self._inbox]
+        self._requests.clear()
         self._inbox.clear()
         self._transfers.clear()
         self._arrived.clear()
@@ -204,7 +204,7 @@ class Replica:
         more = size
         for sequence in plan.decodes:
             length = len(sequence.chain)
-            left = self._flights[sequence.request_id].last_length - length
+            left = self._requests[sequence.request_id].last_length - length
             more = min(more, -length % size, left)
             if not more:
                 break
@@ -237,7 +237,7 @@ class Replica:
             if block.block_hash is not None:
                 lower.offer(block.block_hash, block.exact)
 
-    def _drop(self, request_id: str) -> Flight:
-        flight = self._flights.pop(request_id)
-        self.state.load -= flight.request.prompt_tokens
-        return flight
+    def _drop(self, request_id: str) -> SimulatedRequest:
+        simulated = self._requests.pop(request_id)
+        self.state.load -= simulated.request.prompt_tokens
+        return simulated

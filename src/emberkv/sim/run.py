@@ -11,6 +11,7 @@ from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim import cache_only
 from emberkv.sim.about import About, about
+from emberkv.sim.build import Machine, build, machine_of
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.inputs import Workload
 from emberkv.sim.load import Load, load_of
@@ -18,7 +19,6 @@ from emberkv.sim.outcome import CsvRows, Outcome
 from emberkv.sim.rows import Rows
 from emberkv.sim.series import Series
 from emberkv.sim.simulator import Ending, Progress
-from emberkv.sim.stage import Machine, build, machine_of
 from emberkv.sim.summary import summarize
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 

@@ -8,11 +8,11 @@ from emberkv.cluster.routing import Router
 from emberkv.core.hashing import BlockHash
 from emberkv.sim.events import Agenda, Kind
 from emberkv.sim.failures import Outage
-from emberkv.sim.flight import Flight, Sessions
 from emberkv.sim.outcome import Outcome, Status
 from emberkv.sim.replica import Replica
 from emberkv.sim.routed import Routed
 from emberkv.sim.series import ReplicaSeries, Series
+from emberkv.sim.simulated_request import Sessions, SimulatedRequest
 from emberkv.sim.step import Step
 from emberkv.sim.tiers import Transfer
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
@@ -78,8 +78,8 @@ class Simulator:
         self._progress = progress
         self._agenda = Agenda()
         self._sessions = Sessions()
-        self._stranded: list[Flight] = []
-        self._entering: dict[Flight, None] = {}
+        self._stranded: list[SimulatedRequest] = []
+        self._entering: dict[SimulatedRequest, None] = {}
         self._touched: set[int] = set()
         self._now = 0
         self._open = 0
@@ -100,10 +100,10 @@ class Simulator:
             interrupted = True
         for replica in self.replicas:
             replica.settle(self._now)
-        in_flight = [flight for replica in self.replicas for flight in replica.flights]
+        in_flight = [simulated for replica in self.replicas for simulated in replica.requests]
         in_flight += [*self._entering, *self._stranded]
-        for flight in sorted(in_flight, key=lambda each: each.arrival):
-            self._end(flight, Status.UNFINISHED)
+        for simulated in sorted(in_flight, key=lambda each: each.arrival):
+            self._end(simulated, Status.UNFINISHED)
         return Ending(self._now / NANOSECONDS, interrupted)
 
     def _run(self) -> None:
@@ -130,31 +130,31 @@ class Simulator:
         self._open += 1
         arrival = max(self._now, nanoseconds(request.arrival_time))
         chain = request.chain(self._root_of(request), self._block_size, earlier)
-        flight = Flight(request, arrival, chain, tenant=request.client_id if self._tenants else "")
-        self._agenda.add(arrival, Kind.ARRIVAL, partial(self._arrive, flight, then))
+        simulated = SimulatedRequest(request, arrival, chain, tenant=request.client_id if self._tenants else "")
+        self._agenda.add(arrival, Kind.ARRIVAL, partial(self._arrive, simulated, then))
 
-    def _arrive(self, flight: Flight, then: Callable[[], None]) -> None:
-        flight.turn = self._sessions.turn_of(flight.request, flight.chain)
+    def _arrive(self, simulated: SimulatedRequest, then: Callable[[], None]) -> None:
+        simulated.turn = self._sessions.turn_of(simulated.request, simulated.chain.identities)
         once, each_token = self._request_seconds
-        delay = nanoseconds(once + each_token * flight.request.prompt_tokens)
+        delay = nanoseconds(once + each_token * simulated.request.prompt_tokens)
         if delay:
-            self._entering[flight] = None
-            self._agenda.add(self._now + delay, Kind.ARRIVAL, partial(self._enter, flight))
+            self._entering[simulated] = None
+            self._agenda.add(self._now + delay, Kind.ARRIVAL, partial(self._enter, simulated))
         else:
-            self._send(flight)
+            self._send(simulated)
         then()
 
-    def _enter(self, flight: Flight) -> None:
-        del self._entering[flight]
-        self._send(flight)
+    def _enter(self, simulated: SimulatedRequest) -> None:
+        del self._entering[simulated]
+        self._send(simulated)
 
-    def _send(self, flight: Flight) -> None:
-        index = self._routed.choose(flight.chain)
+    def _send(self, simulated: SimulatedRequest) -> None:
+        index = self._routed.choose(simulated.chain)
         if index is None:
-            self._stranded.append(flight)
+            self._stranded.append(simulated)
             return
         replica = self.replicas[index]
-        replica.submit(flight)
+        replica.submit(simulated)
         self._touch(replica)
 
     def _touch(self, replica: Replica) -> None:
@@ -174,8 +174,8 @@ class Simulator:
     def _start(self, replica: Replica) -> None:
         if replica.step is not None or not replica.state.up:
             return
-        for flight in replica.take_in():
-            self._lose(flight, Status.REJECTED)
+        for simulated in replica.take_in():
+            self._lose(simulated, Status.REJECTED)
         step = replica.begin(self._now)
         self._routed.publish(replica.index, replica.pool)
         if step is not None:
@@ -187,8 +187,8 @@ class Simulator:
     def _end_step(self, replica: Replica, step: Step) -> None:
         if replica.step is not step or step.ends != self._now:
             return  # cut short meanwhile, or lost
-        for flight in replica.end_step():
-            self._complete(flight)
+        for simulated in replica.end_step():
+            self._complete(simulated)
         self._routed.publish(replica.index, replica.pool)
         self._touched.add(replica.index)
 
@@ -196,22 +196,22 @@ class Simulator:
         if replica.end_load(transfer):
             self._touch(replica)
 
-    def _complete(self, flight: Flight) -> None:
-        request, chain = flight.request, flight.chain
-        self._sessions.completed(request, chain)
-        self._end(flight, Status.COMPLETED, self._now)
+    def _complete(self, simulated: SimulatedRequest) -> None:
+        request, chain = simulated.request, simulated.chain
+        self._sessions.completed(request, chain.identities, len(chain))
+        self._end(simulated, Status.COMPLETED, self._now)
         follow_up = self._source.completed(request, self._now / NANOSECONDS, len(chain) - request.prompt_tokens)
         if follow_up is not None:
             self._await(follow_up, chain, _nothing)
 
-    def _lose(self, flight: Flight, status: Status) -> None:
-        self._end(flight, status)
-        self._source.lost(flight.request)
+    def _lose(self, simulated: SimulatedRequest, status: Status) -> None:
+        self._end(simulated, status)
+        self._source.lost(simulated.request)
 
-    def _end(self, flight: Flight, status: Status, completion: int | None = None) -> None:
+    def _end(self, simulated: SimulatedRequest, status: Status, completion: int | None = None) -> None:
         self._open -= 1
         self._done += 1
-        self._emit(flight.outcome(status, completion))
+        self._emit(simulated.outcome(status, completion))
         if self._done % PROGRESS_EVERY == 0:
             self._progress(self._done, self._now / NANOSECONDS)
 
@@ -225,12 +225,12 @@ class Simulator:
         replica = self.replicas[outage.replica]
         lost = replica.fail(self._now)
         self._routed.lost(replica.index)
-        for flight in lost:
-            if flight.retries == self._max_retries:
-                self._lose(flight, Status.FAILED)
+        for simulated in lost:
+            if simulated.retries == self._max_retries:
+                self._lose(simulated, Status.FAILED)
             else:
-                flight.retries += 1
-                self._send(flight)
+                simulated.retries += 1
+                self._send(simulated)
         if outage.down_for is not None:
             up = self._now + nanoseconds(outage.down_for)
             self._agenda.add(up, Kind.RESTART, partial(self._restart, replica, outages), rank=replica.index)
@@ -238,8 +238,8 @@ class Simulator:
     def _restart(self, replica: Replica, outages: Iterator[Outage]) -> None:
         replica.state.up = True
         stranded, self._stranded = self._stranded, []
-        for flight in stranded:
-            self._send(flight)
+        for simulated in stranded:
+            self._send(simulated)
         self._await_outage(outages)
 
 

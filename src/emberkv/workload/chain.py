@@ -97,5 +97,6 @@ class ContentChain:
         known = len(self.block_hashes)
         if length // self.block_size > known:
             start, stop = known * self.block_size, length - length % self.block_size
-            self._tokens += self._content.encode_blocks(start, stop, self.block_size)
-            self.block_hashes += chained(self.parent(known), self._tokens[known:])
+            tokens = self._content.encode_blocks(start, stop, self.block_size)
+            self.block_hashes += chained(self.parent(known), tokens)
+            self._tokens += tokens

@@ -22,11 +22,9 @@ MAX_TOKEN = 2**31
 
 def stream_key(*names: str | int) -> bytes:
     """The key of the stream with these names. Names are length-prefixed, so that no two lists run together."""
-    digest = sha256(b"emberkv-stream-1")
-    for name in names:
-        field = str(name).encode()
-        digest.update(len(field).to_bytes(8, "little") + field)
-    return digest.digest()[:KEY_BYTES]
+    fields = [str(name).encode() for name in names]
+    prefixed = [len(field).to_bytes(8, "little") + field for field in fields]
+    return sha256(b"emberkv-stream-1" + b"".join(prefixed)).digest()[:KEY_BYTES]
 
 
 _BOUNDS = Struct(">QQ")  # big-endian: encoded spans that go on longer together are nearer in the order of their bytes
@@ -105,6 +103,13 @@ class Content:
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self._take(tuple(_joined(pieces)))
 
+    @classmethod
+    def _of(cls, joined: tuple[Piece, ...]) -> "Content":
+        """Of pieces that are joined already, none of them empty."""
+        content = cls.__new__(cls)
+        content._take(joined)
+        return content
+
     def _take(self, joined: tuple[Piece, ...]) -> None:
         self.pieces = joined
         self._ends = list(accumulate([piece.size for piece in joined]))
@@ -125,13 +130,14 @@ class Content:
         """In turn. Only the seam is joined anew: histories are long and what is added to them is short."""
         if not (self.pieces and other.pieces):
             return other if other.pieces else self
-        total = Content.__new__(Content)
-        total._take((*self.pieces[:-1], *_joined((self.pieces[-1], other.pieces[0])), *other.pieces[1:]))
-        return total
+        seam = _joined((self.pieces[-1], other.pieces[0]))
+        return Content._of((*self.pieces[:-1], *seam, *other.pieces[1:]))
 
     def cut(self, start: int, stop: int) -> "Content":
         """Tokens ``[start, stop)``; less where the content ends sooner."""
-        return Content(piece.cut(first, last) for piece, first, last in self._parts(start, stop))
+        if start == 0 and stop >= len(self):
+            return self
+        return Content._of(tuple(piece.cut(first, last) for piece, first, last in self._parts(start, stop)))
 
     def encode(self, start: int, stop: int) -> bytes:
         """Bytes that stand for tokens ``[start, stop)``, which the content must have: equal for equal contents only."""
@@ -154,26 +160,25 @@ class Content:
                 break
         return total
 
-    def encode_blocks(self, start: int, stop: int, size: int) -> Iterator[bytes]:
+    def encode_blocks(self, start: int, stop: int, size: int) -> list[bytes]:
         """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""
+        encoded: list[bytes] = []
         index = bisect_right(self._ends, start)
         while start < stop:
-            last = min(start + size, stop)
-            while self._ends[index] <= start:
-                index += 1
             piece, end = self.pieces[index], self._ends[index]
-            if last > end:
-                yield self.encode(start, last)
-            elif isinstance(piece, Tokens):
-                yield piece.encode(start - end + piece.size, last - end + piece.size)
-            else:
+            within = end if end < stop else stop  # up to here, blocks are of this piece alone
+            if isinstance(piece, Span):
                 shift = piece.stop - end
-                yield piece.key + _BOUNDS.pack(start + shift, last + shift)
-                whole = min(end, stop) - size
-                while last <= whole:
-                    start, last = last, last + size
-                    yield piece.key + _BOUNDS.pack(start + shift, last + shift)
-            start = last
+                while start + size <= within:
+                    encoded.append(piece.key + _BOUNDS.pack(start + shift, start + size + shift))
+                    start += size
+            if start < within:
+                last = min(start + size, stop)
+                encoded.append(self.encode(start, last))
+                start = last
+            while index < len(self._ends) and self._ends[index] <= start:
+                index += 1
+        return encoded
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Token ids below `MAX_TOKEN`, made up where only the origin is known; equal contents give equal ids."""
@@ -190,22 +195,22 @@ class Content:
             start = end
 
 
-def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    joined: list[Piece] = []
     last: Piece | None = None
     for piece in pieces:
         if isinstance(piece, Span):
-            if piece.start == piece.stop:
+            key, start, stop = piece
+            if start == stop:
                 continue
-            if isinstance(last, Span) and last.stop == piece.start and last.key == piece.key:
-                last = Span(last.key, last.start, piece.stop)
+            if start and isinstance(last, Span) and last.stop == start and last.key == key:
+                joined[-1] = last = Span(key, last.start, stop)
                 continue
         elif not piece.ids:
             continue
         elif isinstance(last, Tokens):
-            last = Tokens(last.ids + piece.ids)
+            joined[-1] = last = Tokens(last.ids + piece.ids)
             continue
-        if last is not None:
-            yield last
+        joined.append(piece)
         last = piece
-    if last is not None:
-        yield last
+    return joined

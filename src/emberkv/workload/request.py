@@ -55,5 +55,6 @@ class Request:
         return ContentChain(root, self.full_content(), self.prompt_tokens, block_size, earlier)
 
     def block_references(self, root: BlockHash, block_size: int) -> list[BlockHash]:
-        """Every block that the prompt takes, the partial last one included."""
-        return content_hashes(root, self.full_content(), 0, self.prompt_tokens, block_size)
+        """The hash of every block that the prompt takes, the partial last one included."""
+        content = self.content if len(self.content) >= self.prompt_tokens else self.full_content()
+        return content_hashes(root, content, 0, self.prompt_tokens, block_size)

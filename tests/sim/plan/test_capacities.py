@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.sim import capacity_plan
+from emberkv.sim.build import Machine, machine_of
 from emberkv.sim.capacity_plan import Capacities, round_sizes
 from emberkv.sim.curves.replayed import replay
 from emberkv.sim.curves.visits import visits
-from emberkv.sim.stage import Machine, machine_of
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import visit_of
 from tests.sim.plan.build import rates

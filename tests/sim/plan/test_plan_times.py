@@ -2,9 +2,9 @@
 
 import pytest
 
+from emberkv.sim.build import machine_of
 from emberkv.sim.hardware import TierRates
 from emberkv.sim.plan_times import Formulas, demand_of
-from emberkv.sim.stage import machine_of
 from emberkv.workload.request import Request
 from tests.sim.plan.build import rates
 from tests.workload.build import request

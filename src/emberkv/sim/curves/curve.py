@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from emberkv.sim.build import root_of
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.visits import Hits, visits
 from emberkv.sim.run import Results
-from emberkv.sim.stage import root_of
 from emberkv.workload.files import ASSUMED
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, unroll

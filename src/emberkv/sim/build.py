@@ -1,12 +1,12 @@
-"""The stage: replicas, router and clock set up as a configuration says, ready for a source's requests."""
+"""Builds replicas, router and clock from a configuration, ready for the requests of a source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
 
-from emberkv.cluster.routing import make_router
-from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
+from emberkv.cluster.routing import Router, make_router
+from emberkv.core.block_pool import BlockPool, BlockCost, uniform_cost
 from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash, root_hash, salted
 from emberkv.core.policies.eviction import make_policy
@@ -112,14 +112,20 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
     return blocks
 
 
-def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool) -> PrefixCache:
-    """A fresh cache over an empty pool. tails: whether hits go on into partial blocks."""
+def router_of(config: SimulationConfig, rng: Random) -> tuple[Router, int]:
+    """The router, and how many block events each replica's pool is to keep for it: none where it reads none."""
+    router = make_router(config.routing, config.replicas, rng)
+    return router, EVENTS_KEPT if config.replicas > 1 and router.mirror is not None else 0
+
+
+def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool, events_kept: int) -> PrefixCache:
+    """A fresh cache over an empty pool. tails: whether hits go on into partial blocks. events_kept: see `router_of`."""
     pool = BlockPool(
         machine.num_blocks,
         machine.block_size,
         policy=make_policy(config.eviction),
         block_cost=machine.block_cost,
-        events=EventLog(EVENTS_KEPT),
+        events=EventLog(events_kept),
         journal=bool(config.tiers),
     )
     alignment = _rounded_up(config.hit_unit or machine.block_size, machine.block_size)
@@ -158,9 +164,9 @@ def lower_of(config: SimulationConfig, machine: Machine) -> list[LowerModel | No
     ]
 
 
-def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None) -> Scheduler:
-    """A fresh scheduler, cache and pool, as the server has them."""
-    cache = cache_of(config, machine, tails=config.hit_unit == 1)
+def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None, events_kept: int) -> Scheduler:
+    """A fresh scheduler, cache and pool, as the server has them. events_kept: see `router_of`."""
+    cache = cache_of(config, machine, tails=config.hit_unit == 1, events_kept=events_kept)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
     limits = SchedulerConfig(
@@ -182,9 +188,10 @@ def build(
 ) -> Simulator:
     """A simulation that has not begun. One seed decides everything in it that is drawn."""
     rng = Random(f"{config.seed}/simulation")
+    router, events_kept = router_of(config, rng)
     clock = StepClock(machine.timer)
     replicas = [
-        Replica(index, partial(scheduler_of, config, machine, lower), clock, config.together, lower)
+        Replica(index, partial(scheduler_of, config, machine, lower, events_kept), clock, config.together, lower)
         for index, lower in enumerate(lower_of(config, machine))
     ]
     planned = [Outage(each.replica, each.at, each.down_for) for each in config.outages]
@@ -193,7 +200,7 @@ def build(
     return Simulator(
         source,
         replicas,
-        make_router(config.routing, config.replicas, rng),
+        router,
         root_of=root_of(config, machine.block_size),
         block_size=machine.block_size,
         emit=emit,

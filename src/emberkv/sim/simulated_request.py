@@ -1,16 +1,17 @@
-"""A request in flight, and what is remembered of sessions while they are."""
+"""A request on its way through the simulation, and what the simulation remembers of each session."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from emberkv.core.hashing import BlockHash
-from emberkv.core.sequence import Sequence
+from emberkv.core.sequence import Sequence as SchedulerSequence
 from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
 from emberkv.workload.chain import ContentChain
 from emberkv.workload.request import Request
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class SimulatedRequest:
     """One request from its arrival to its outcome, over all its attempts.
 
     arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
@@ -22,7 +23,7 @@ class Flight:
     arrival: int
     chain: ContentChain
     turn: Turn = Turn.FIRST
-    sequence: Sequence | None = None
+    sequence: SchedulerSequence | None = None
     first_token: int | None = None
     prefilled_tokens: int = 0
     replica: int | None = None
@@ -39,12 +40,12 @@ class Flight:
         self.ends_early = output < self.max_new_tokens
         self.last_length = prompt + (output if self.ends_early else self.max_new_tokens - 1)
 
-    def attempt(self) -> Sequence:
+    def attempt(self) -> SchedulerSequence:
         """Begin, or begin anew."""
         if self.sequence is not None:
             self.chain = self.request.chain(self.chain.root, self.chain.block_size)
         self.first_token = None
-        self.sequence = Sequence(self.request.request_id, self.chain, self.max_new_tokens, tenant=self.tenant)
+        self.sequence = SchedulerSequence(self.request.request_id, self.chain, self.max_new_tokens, tenant=self.tenant)
         return self.sequence
 
     def outcome(self, status: Status, completion: int | None = None) -> Outcome:
@@ -84,12 +85,12 @@ class _Left:
 
 @dataclass(slots=True)
 class Sessions:
-    """What each session said last, so that a turn that does not go on from it is told. About 200 bytes each."""
+    """What each session's last turn left, to tell a turn that does not go on from it. About 200 bytes a session."""
 
     _left: dict[str, _Left | None] = field(default_factory=dict)
 
-    def turn_of(self, request: Request, chain: ContentChain) -> Turn:
-        """To be asked once for each request, when it arrives."""
+    def turn_of(self, request: Request, blocks: Sequence[BlockHash]) -> Turn:
+        """To be called once for each request, when it arrives. blocks: the hashes of its prompt's full blocks."""
         session = request.session_id
         if not session:
             return Turn.FIRST
@@ -99,13 +100,10 @@ class Sessions:
         left = self._left[session]
         if left is None:
             return Turn.CONTINUES
-        goes_on = request.prompt_tokens > left.tokens and (
-            not left.blocks or chain.block_hashes[left.blocks - 1] == left.block_hash
-        )
+        goes_on = request.prompt_tokens > left.tokens and (not left.blocks or blocks[left.blocks - 1] == left.block_hash)
         return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
 
-    def completed(self, request: Request, chain: ContentChain) -> None:
-        """The turn is over, with its answer."""
+    def completed(self, request: Request, blocks: Sequence[BlockHash], tokens: int) -> None:
+        """The turn is over. blocks: the hashes of the full blocks of prompt and answer, which are so many tokens."""
         if request.session_id:
-            blocks = len(chain.block_hashes)
-            self._left[request.session_id] = _Left(len(chain), blocks, chain.block_hashes[-1] if blocks else b"")
+            self._left[request.session_id] = _Left(tokens, len(blocks), blocks[-1] if blocks else b"")
