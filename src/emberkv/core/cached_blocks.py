@@ -1,7 +1,7 @@
 """The cached blocks of a pool: found under their hashes, compared by their tokens, evicted in a policy's order."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from emberkv.core.block import Block, Match, MatchEnd
@@ -204,13 +204,15 @@ class CachedBlocks:
 
     def evict_surplus(self) -> list[Block]:
         """The blocks that a quota forbids to keep."""
-        surplus = list(self.policy.surplus())
-        for block_hash in surplus:
-            self.policy.discard(block_hash)
-        return self._evicted(surplus) if surplus else []
+        surplus = self.policy.surplus()
+        if not surplus:
+            return []
+        for identity in surplus:
+            self.policy.discard(identity)
+        return self._evicted(surplus)
 
-    def _evicted(self, block_hashes: list[BlockHash]) -> list[Block]:
-        blocks = [self.index.pop(block_hash) for block_hash in block_hashes]
+    def _evicted(self, identities: Sequence[BlockHash]) -> list[Block]:
+        blocks = [self.index.pop(identity) for identity in identities]
         if self._num_partial:
             pairs = zip(block_hashes, blocks, strict=True)
             block_hashes = [block_hash for block_hash, block in pairs if not block.partial]

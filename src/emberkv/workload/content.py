@@ -7,7 +7,7 @@ exactly as far as their contents are equal; different streams share nothing.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256, shake_128
 from itertools import accumulate
 from struct import Struct
@@ -104,6 +104,19 @@ class Content:
         self._take(tuple(_joined(pieces)))
 
     @classmethod
+    def of_blocks(cls, keys: Sequence[bytes], size: int, tokens: int) -> "Content":
+        """``tokens`` tokens in blocks of ``size``, each the beginning of the stream with its key; only the last may be
+        shorter.
+        """
+        ends = [*range(size, tokens, size), tokens] if tokens else []
+        spans = [Span(key, 0, size) for key in keys[:-1]]
+        if tokens:
+            spans.append(Span(keys[-1], 0, tokens - len(spans) * size))
+        content = cls.__new__(cls)
+        content.pieces, content._ends = tuple(spans), ends
+        return content
+
+    @classmethod
     def _of(cls, joined: tuple[Piece, ...]) -> "Content":
         """Of pieces that are joined already, none of them empty."""
         content = cls.__new__(cls)
@@ -163,21 +176,22 @@ class Content:
     def encode_blocks(self, start: int, stop: int, size: int) -> list[bytes]:
         """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""
         encoded: list[bytes] = []
-        index = bisect_right(self._ends, start)
+        pieces, ends, pack = self.pieces, self._ends, _BOUNDS.pack
+        index = bisect_right(ends, start)
         while start < stop:
-            piece, end = self.pieces[index], self._ends[index]
-            within = end if end < stop else stop  # up to here, blocks are of this piece alone
-            if isinstance(piece, Span):
-                shift = piece.stop - end
-                while start + size <= within:
-                    encoded.append(piece.key + _BOUNDS.pack(start + shift, start + size + shift))
-                    start += size
-            if start < within:
-                last = min(start + size, stop)
+            piece, end = pieces[index], ends[index]
+            last = start + size
+            if last <= end and last <= stop and isinstance(piece, Span):  # and so may be the blocks that follow
+                key, shift = piece.key, piece.stop - end
+                while last <= end and last <= stop:
+                    encoded.append(key + pack(start + shift, last + shift))
+                    start, last = last, last + size
+            else:
+                last = min(last, stop)
                 encoded.append(self.encode(start, last))
                 start = last
-            while index < len(self._ends) and self._ends[index] <= start:
-                index += 1
+            if start >= end:
+                index = bisect_right(ends, start, index)
         return encoded
 
     def token_ids(self, start: int, stop: int) -> list[int]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from emberkv.errors import WorkloadError
 from emberkv.workload import bounds
 from emberkv.workload.chain import content_hashes
-from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Span, Tokens
+from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Tokens
 from emberkv.workload.lines import NumberedLine, explain, numbered_lines, read_requests
 from emberkv.workload.request import After, Request
 
@@ -93,9 +93,8 @@ class TraceLine(_Line):
             return Content([Tokens(array("i", self.token_ids))])
         if self.blocks is None or self.block_size is None or self.known_tokens is None:
             return Content()
-        size, known = self.block_size, self.known_tokens
-        keys = (OWNER + bytes.fromhex(each) for each in self.blocks)
-        return Content(Span(key, 0, min(size, known - at * size)) for at, key in enumerate(keys))
+        keys = [OWNER + bytes.fromhex(each) for each in self.blocks]
+        return Content.of_blocks(keys, self.block_size, self.known_tokens)
 
 
 def is_header(line: bytes) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emberkv.workload import bounds
-from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Span, Tokens
+from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Tokens
 from emberkv.workload.lines import numbered_lines, read_requests
 from emberkv.workload.request import Request
 
@@ -70,8 +70,7 @@ class MooncakeLine(BaseModel):
                 f"but there are {len(ids)} hash_ids; is the block size another?"
             )
         keys = [scope + each.to_bytes(SCOPE_BYTES, "little") for each in ids]
-        spans = [Span(key, 0, block_size) for key in keys[:full]]
-        return Content([*spans, *(Span(key, 0, partial) for key in keys[full:])])
+        return Content.of_blocks(keys, block_size, min(length, len(keys) * block_size))
 
 
 def read(path: Path, *, scope: str, block_size: int | None = None) -> Iterator[Request]:

@@ -6,7 +6,7 @@ block. An entry is admitted once, then held and released any number of times, an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -75,7 +75,7 @@ class EvictionPolicy(ABC, Generic[K]):
     def discard(self, key: K) -> None:
         """A released key whose entry went for another reason."""
 
-    def surplus(self) -> Iterable[K]:
+    def surplus(self) -> Sequence[K]:
         """Released keys that a quota forbids to keep, to be discarded by the caller after each admit and release."""
         return ()
 
