@@ -1,4 +1,4 @@
-"""The agenda: what happens next in virtual time."""
+"""The queue of what happens next in virtual time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,13 +30,10 @@ class Agenda:
     _heap: list[tuple[int, Kind, int, int, Action]] = field(default_factory=list)
     _added: int = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._heap)
-
     @property
-    def next_time(self) -> int:
-        """Of an agenda that is not empty."""
-        return self._heap[0][0]
+    def next_time(self) -> int | None:
+        """None when nothing more happens."""
+        return self._heap[0][0] if self._heap else None
 
     def add(self, time: int, kind: Kind, action: Action, *, rank: int = 0) -> None:
         """Raises ConfigError for a time beyond the virtual clock's."""

@@ -108,13 +108,13 @@ class Simulator:
 
     def _run(self) -> None:
         agenda = self._agenda
-        while self._open and agenda:
-            if self._stop_at is not None and agenda.next_time > self._stop_at:
+        while self._open and (now := agenda.next_time) is not None:
+            if self._stop_at is not None and now > self._stop_at:
                 self._now = self._stop_at
                 return
-            now = self._now = agenda.next_time
+            self._now = now
             self.series.until(now, self.replicas)
-            while agenda and agenda.next_time == now:
+            while agenda.next_time == now:
                 agenda.pop()()
             for index in sorted(self._touched):
                 self._start(self.replicas[index])
