@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
 PACKAGES = ("core", "cluster", "workload")
 HOT_IN_SIM = (
-    "cache_only", "events", "flight", "latencies", "outcome", "replica", "rows", "roofline", "series", "simulator",
+    "cache_only", "events", "simulated_request", "latencies", "outcome", "replica", "rows", "roofline", "series", "simulator",
     "step", "tiers", "timing", "work",
 )  # fmt: skip
 """The modules of ``emberkv.sim`` that run for every request or step; the others run once."""

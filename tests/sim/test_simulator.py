@@ -4,7 +4,7 @@ import pytest
 
 import emberkv.engine.torch.assembly as serving
 from emberkv.core.scheduler import Scheduler
-from emberkv.sim import stage
+from emberkv.sim import build
 from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn
 from emberkv.workload.request import After
 from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource
@@ -17,9 +17,9 @@ MS = 1_000_000
 def test_the_simulated_scheduler_is_the_serving_one() -> None:
     ran = run([])
     scheduler = ran.simulator.replicas[0].scheduler
-    assert type(scheduler) is stage.Scheduler is serving.Scheduler is Scheduler
-    assert type(scheduler.cache) is stage.PrefixCache is serving.PrefixCache
-    assert type(scheduler.cache.pool) is stage.BlockPool is serving.BlockPool
+    assert type(scheduler) is build.Scheduler is serving.Scheduler is Scheduler
+    assert type(scheduler.cache) is build.PrefixCache is serving.PrefixCache
+    assert type(scheduler.cache.pool) is build.BlockPool is serving.BlockPool
 
 
 def test_a_first_turn_computes_all_of_it() -> None:
@@ -170,26 +170,26 @@ def test_two_decode_together() -> None:
 def test_a_request_takes_a_while_to_get_to_a_replica() -> None:
     settings = config()
     outcomes: list[Outcome] = []
-    machine = stage.Machine(10, 100, 1, stage.ConstantRates(0, 0.001, 0.01), request_seconds=0.005)
+    machine = build.Machine(10, 100, 1, build.ConstantRates(0, 0.001, 0.01), request_seconds=0.005)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1)])
-    stage.build(settings, machine, source, outcomes.append, lambda done, now: None).run()
+    build.build(settings, machine, source, outcomes.append, lambda done, now: None).run()
     assert [(each.arrival, each.first_token) for each in outcomes] == [(1000 * MS, 1015 * MS)]
 
 
 def test_requests_get_to_replicas_side_by_side() -> None:
     outcomes: list[Outcome] = []
-    rates = stage.ConstantRates(0, 0.001, 0.01)
-    machine = stage.Machine(10, 100, 1, rates, request_seconds=0.04, request_token_seconds=0.001)
+    rates = build.ConstantRates(0, 0.001, 0.01)
+    machine = build.Machine(10, 100, 1, rates, request_seconds=0.04, request_token_seconds=0.001)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1), single("b", 30, 1, at=1.01)])
-    stage.build(config(), machine, source, outcomes.append, lambda done, now: None).run()
+    build.build(config(), machine, source, outcomes.append, lambda done, now: None).run()
     assert [(each.arrival, each.first_token) for each in outcomes] == [(1000 * MS, 1060 * MS), (1010 * MS, 1110 * MS)]
 
 
 def test_who_is_on_the_way_to_a_replica_at_the_end_is_unfinished() -> None:
     outcomes: list[Outcome] = []
-    machine = stage.Machine(10, 100, 1, stage.ConstantRates(0, 0.001, 0.01), request_seconds=0.04)
+    machine = build.Machine(10, 100, 1, build.ConstantRates(0, 0.001, 0.01), request_seconds=0.04)
     source = ClosedLoopTraceSource([single("a", 10, 1, at=1)])
-    stage.build(config(stop_at=1.02), machine, source, outcomes.append, lambda done, now: None).run()
+    build.build(config(stop_at=1.02), machine, source, outcomes.append, lambda done, now: None).run()
     assert [each.status for each in outcomes] == [Status.UNFINISHED]
 
 

@@ -207,12 +207,12 @@ class CachedBlocks:
         surplus = self.policy.surplus()
         if not surplus:
             return []
-        for identity in surplus:
-            self.policy.discard(identity)
+        for block_hash in surplus:
+            self.policy.discard(block_hash)
         return self._evicted(surplus)
 
-    def _evicted(self, identities: Sequence[BlockHash]) -> list[Block]:
-        blocks = [self.index.pop(identity) for identity in identities]
+    def _evicted(self, block_hashes: Sequence[BlockHash]) -> list[Block]:
+        blocks = [self.index.pop(block_hash) for block_hash in block_hashes]
         if self._num_partial:
             pairs = zip(block_hashes, blocks, strict=True)
             block_hashes = [block_hash for block_hash, block in pairs if not block.partial]

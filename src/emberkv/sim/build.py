@@ -6,7 +6,7 @@ from functools import cache, partial
 from random import Random
 
 from emberkv.cluster.routing import Router, make_router
-from emberkv.core.block_pool import BlockPool, BlockCost, uniform_cost
+from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash, root_hash, salted
 from emberkv.core.policies.eviction import make_policy

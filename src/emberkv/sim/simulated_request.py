@@ -100,7 +100,9 @@ class Sessions:
         left = self._left[session]
         if left is None:
             return Turn.CONTINUES
-        goes_on = request.prompt_tokens > left.tokens and (not left.blocks or blocks[left.blocks - 1] == left.block_hash)
+        goes_on = request.prompt_tokens > left.tokens and (
+            not left.blocks or blocks[left.blocks - 1] == left.block_hash
+        )
         return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
 
     def completed(self, request: Request, blocks: Sequence[BlockHash], tokens: int) -> None:

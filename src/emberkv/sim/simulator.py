@@ -134,7 +134,7 @@ class Simulator:
         self._agenda.add(arrival, Kind.ARRIVAL, partial(self._arrive, simulated, then))
 
     def _arrive(self, simulated: SimulatedRequest, then: Callable[[], None]) -> None:
-        simulated.turn = self._sessions.turn_of(simulated.request, simulated.chain.identities)
+        simulated.turn = self._sessions.turn_of(simulated.request, simulated.chain.block_hashes)
         once, each_token = self._request_seconds
         delay = nanoseconds(once + each_token * simulated.request.prompt_tokens)
         if delay:
@@ -198,7 +198,7 @@ class Simulator:
 
     def _complete(self, simulated: SimulatedRequest) -> None:
         request, chain = simulated.request, simulated.chain
-        self._sessions.completed(request, chain.identities, len(chain))
+        self._sessions.completed(request, chain.block_hashes, len(chain))
         self._end(simulated, Status.COMPLETED, self._now)
         follow_up = self._source.completed(request, self._now / NANOSECONDS, len(chain) - request.prompt_tokens)
         if follow_up is not None:
