@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
 PACKAGES = ("core", "cluster", "workload")
 HOT_IN_SIM = (
-    "cache_only", "events", "simulated_request", "latencies", "outcome", "replica", "rows", "roofline", "series", "simulator",
-    "step", "tiers", "timing", "work",
+    "cache_only", "events", "simulated_request", "latencies", "outcome", "replica", "rows", "roofline", "series",
+    "simulator", "step", "tiers", "timing", "work",
 )  # fmt: skip
 """The modules of ``emberkv.sim`` that run for every request or step; the others run once."""
 NOT_COMPILED = {"numpy", "pydantic"}
