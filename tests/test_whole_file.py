@@ -19,7 +19,7 @@ from emberkv.whole_file import LEFTOVER_SECONDS, remove_leftovers, replace_file
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from emberkv.serving.tenancy.secret import server_secret
+from emberkv.serving.tenancy.keys import server_secret
 from emberkv.serving.warmup.prefix_file import prefix_file, write_prefixes
 from emberkv.serving.admin.other_models import KnownModel, OtherModels
 

@@ -1,4 +1,4 @@
-"""What a server can be set to; `emberkv.settings` says from where the settings come."""
+"""The settings of a server, with their types and defaults; `emberkv.settings` reads them."""
 
 import logging
 import math
@@ -115,7 +115,7 @@ NotEmpty = Annotated[str, AfterValidator(_shown_in_full)]
 
 
 class ServeConfig(BaseModel):
-    """What ``emberkv serve`` needs to know.
+    """The settings of ``emberkv serve``.
 
     model: a folder or a hub id; None serves the bundled demonstration model.
     chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
@@ -132,9 +132,9 @@ class ServeConfig(BaseModel):
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.
-    api_keys, api_key_file: keys given themselves, and a file that holds more, one a line; docs/security.md says what a
-    server without any is open to. admin_key, metrics_key: what the cache's own routes and the metrics ask for; each
-    can come from its file instead.
+    api_keys, api_key_file: API keys, and a file that holds more, one a line; docs/security.md says what a server
+    without any allows. admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from
+    its file instead.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.
     trace_unit: tokens that have a hash in it, a divisor of block_size; None: as many as a block has.
@@ -239,7 +239,7 @@ class ServeConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WarmupVariables:
-    """What three variables say that other servers of this kind have, too; None where one is empty or of no use.
+    """Three variables that other servers of this kind read, too; None where one is empty or unusable.
 
     enabled: ``KV_CACHE_WARMUP``. timeout: ``WARMUP_TIMEOUT_SEC``, from 1 to 300 seconds. system_file:
     ``WARMUP_SYSTEM_FILE``.
@@ -251,7 +251,7 @@ class WarmupVariables:
 
 
 def warmup_variables(environ: Mapping[str, str]) -> WarmupVariables:
-    """Read the three variables. A bad value is ignored with a warning: a server is to start whatever they hold."""
+    """Read the three variables. A bad value is ignored with a warning, so that the server starts whatever they hold."""
     enabled = timeout = None
     if switch := environ.get("KV_CACHE_WARMUP", "").strip():
         try:

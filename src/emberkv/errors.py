@@ -1,4 +1,16 @@
-"""The exception tree. A message says what was given and what would be accepted."""
+"""The exception tree. A message says what was given and what would be accepted.
+
+EmberError
+├── ConfigError
+├── ModelError: ModelNotFoundError, CorruptModelError, UnsupportedModelError
+├── KernelsError
+├── RequestError: PromptTooLongError
+├── DuplicateRequestError, SamplingError, EngineStoppedError, NoFreeBlocksError
+├── EntryError, EntryTypeError
+├── BlockError: CorruptBlockError, ForeignBlockError
+├── CacheFolderError, UntrustedPathError, PrefixFileError, WorkloadError
+└── IntegrityError
+"""
 
 
 class EmberError(Exception):
@@ -57,7 +69,7 @@ class EngineStoppedError(EmberError):
 
 
 class NoFreeBlocksError(EmberError):
-    """The pool holds fewer allocatable blocks than were asked for."""
+    """The pool holds fewer allocatable blocks than were requested."""
 
 
 class EntryError(EmberError, ValueError):
@@ -81,7 +93,7 @@ class CorruptBlockError(BlockError):
 
 
 class ForeignBlockError(BlockError):
-    """A sound block, but of another version, another model or another place than the one asked for."""
+    """A sound block, but of another version, another namespace or another position than the one looked up."""
 
 
 class CacheFolderError(EmberError):
@@ -101,16 +113,16 @@ class WorkloadError(EmberError):
 
 
 class IntegrityError(EmberError):
-    """The block pool's books do not balance: a bug, never a user's mistake."""
+    """An invariant of the block pool does not hold: a bug, never a user's mistake."""
 
 
 _LONGEST_REASON = 300
 
 
 def reason_of(error: BaseException) -> str:
-    """What another library's error says, on one line and of bounded length, to be part of a message.
+    """Another library's error on one line and of bounded length, to be part of a message.
 
-    Its type stands before a text of one word, which says nothing alone (a KeyError's, for instance).
+    A text of one word, which says nothing alone (a KeyError's, for instance), is preceded by the error's type.
     """
     text = " ".join(str(error).split())
     if " " not in text:

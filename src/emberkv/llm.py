@@ -42,7 +42,7 @@ class Completion:
     """A finished answer.
 
     token_ids: without the end-of-sequence token. usage: how many prompt tokens came from the cache, and from which
-    tier. logprobs: one entry a token, empty unless `SamplingParams.logprobs` asked for them. stop_sequence: the stop
+    tier. logprobs: one entry a token, empty unless `SamplingParams.logprobs` is set. stop_sequence: the stop
     string that ended the answer, which is not in ``text``.
     """
 
@@ -241,7 +241,7 @@ class LLM:
         return text_of(self.loaded.tokenizer, token_ids)
 
     def explain(self, prompt: Prompt) -> Explanation:
-        """What ``prompt`` would hit if it were asked now, by tier, and why the rest of it would be computed."""
+        """What ``prompt`` would hit if it came now, by tier, and why the rest of it would be computed."""
         return asyncio.run(self._cache.explain(self.encode(prompt), EVERYBODY)).explanation
 
     def stats(self) -> EngineStats:

@@ -1,6 +1,6 @@
 """Small files that are whole or not there: written as a draft beside their place, then put into it.
 
-A process that is killed meanwhile leaves its draft, which whoever opens the file next removes.
+A process that is killed meanwhile leaves its draft, which the next process to open the file removes.
 """
 
 import os
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LEFTOVER_SECONDS = 3600.0
-"""Writing a draft takes moments: one as old as this is nobody's any more, also where several servers share a folder."""
+"""Writing a draft takes moments: no process, of several on one folder, still writes one as old as this."""
 
 _DRAFT = r"\.?[a-z0-9_]{8}\.tmp"  # the letters that tempfile draws
 
@@ -43,7 +43,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def remove_leftovers(folder: Path, names: str) -> int:
     """Delete the old drafts of files in ``folder``; how many. names: a pattern of the whole names of these files.
 
-    One that cannot be deleted stays: it is in nobody's way.
+    One that cannot be deleted stays, and does no harm.
     """
     draft = re.compile(names + _DRAFT)
     oldest = time.time() - LEFTOVER_SECONDS

@@ -105,7 +105,7 @@ class Endpoint(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which model of the server to ask, and how.
+    """The model that requests go to, and in which form.
 
     extensions: also send ``ignore_eos``, which is not in OpenAI's API but which most open servers know.
     """

@@ -24,7 +24,7 @@ class _Models(BaseModel):
 
 
 async def first_model(client: httpx.AsyncClient) -> str:
-    """The first name of ``/v1/models``. Raises ConfigError when the server cannot be asked or names none."""
+    """The first name of ``/v1/models``. Raises ConfigError when the server cannot be reached or names none."""
     accepted = "the URL of a running OpenAI-compatible server, and its key where it needs one"
     try:
         response = await client.get("/v1/models")
@@ -38,7 +38,7 @@ async def first_model(client: httpx.AsyncClient) -> str:
 
 
 async def tokens_per_word(client: httpx.AsyncClient, target: Target, nonce: str, clock: Clock) -> float | None:
-    """How many tokens the model makes of one word of ours, from two prompts of different length.
+    """How many tokens the model makes of one generated word, from two prompts of different length.
 
     Their difference leaves out the chat template. None when the server reports no prompt tokens. Raises ConfigError
     when it does not answer. Costs two one-token answers, which also wake a server that loads on first use.

@@ -22,7 +22,7 @@ from emberkv.cli.errors import error_console
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
-    """A client for the server at ``url``, given with or without its ``/v1``; it opens as many connections as asked.
+    """A client for the server at ``url``, given with or without its ``/v1``; it opens one connection a request.
 
     timeout: seconds without a byte after which a request fails.
     """

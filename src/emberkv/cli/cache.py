@@ -35,7 +35,7 @@ _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 @app.command("ls")
 def ls(folder: Folder) -> None:
-    """List what is kept, by model and owner: the tenant whose prompts the blocks are of, or - where there are none."""
+    """List the cached blocks by model and owner: the tenant that they belong to, or - where there are no tenants."""
     with errors_reported():
         names = model_names(folder)
         groups = defaultdict[tuple[str, str], list[BlockFile]](list)
@@ -166,7 +166,7 @@ def _remove(files: BlockFiles, listed: Iterable[BlockFile]) -> int:
 
 
 def _print_bad(bad: list[tuple[BlockFile, str]]) -> None:
-    """One a line, with its path, unbroken for whoever reads it by a program."""
+    """One bad block a line, with its path, unbroken so that a program can read it."""
     kinds = Counter(fault for _, fault in bad)
     for file, fault in bad[:_SHOWN_BAD]:
         typer.echo(printable(f"{fault}: {BLOCKS}{os.sep}{file.path}"))

@@ -24,7 +24,7 @@ class Api(Enum):
 
 
 class ExplainError(EmberError):
-    """The server cannot be asked, or does not answer the question."""
+    """The server cannot be reached, or does not answer the question."""
 
 
 def explain(
@@ -35,20 +35,22 @@ def explain(
     text: Annotated[str | None, typer.Option(help="A prompt's text, instead of a file.")] = None,
     response_id: Annotated[str | None, typer.Option(help="A past response's id, instead of a prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")] = False,
-    api: Annotated[Api | None, typer.Option(help="What a request's JSON is of; default: told from its fields.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose prompt it is; for who has the admin key.")] = None,
+    api: Annotated[
+        Api | None, typer.Option(help="The API of the request's JSON; default: inferred from its fields.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")] = None,
     url: Annotated[
         str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")
     ] = "http://127.0.0.1:8080",
     key: Annotated[
         str | None,
-        typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where one is asked for."),
+        typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
 ) -> None:
     """Say where a prompt's tokens come from: which are cached, and why the others are not.
 
-    Exits with 2 when the server cannot be asked.
+    Exits with 2 when the server cannot be reached.
     """
     question = _question(source, text, response_id, raw, api)
     if tenant is not None:
@@ -73,7 +75,7 @@ def ask(client: httpx.Client, question: dict[str, Any]) -> dict[str, Any]:
             "Name another with --url or EMBERKV_URL"
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ExplainError(f"{client.base_url} cannot be asked: {error or type(error).__name__}") from error
+        raise ExplainError(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
     except ValueError as error:
         raise ExplainError(f"{client.base_url} is no emberkv server: its answer is not JSON") from error
     if response.status_code != 200 or not isinstance(answer, dict):

@@ -28,9 +28,9 @@ from emberkv.sim.model_config import DEMO_NAME
 _log = logging.getLogger(__name__)
 
 _OPEN_TO_ALL = (
-    "listening on %s without an API key: all who reach this address may generate, list the model and read /metrics, "
-    "and see by hits and times what others have sent; the routes below /v1/cache are closed. Give --api-key-file, or "
-    "listen on 127.0.0.1"
+    "listening on %s without an API key: every client that reaches this address may generate, list the model and read "
+    "/metrics, and infer from hits and times what others have sent; the routes under /v1/cache are closed. "
+    "Give --api-key-file, or listen on 127.0.0.1"
 )
 
 
@@ -118,7 +118,7 @@ def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:
 
 
 def run_server(config: ServeConfig) -> None:
-    """Serve until told to stop. Raises EmberError when the server cannot start."""
+    """Serve until a signal to stop. Raises EmberError when the server cannot start."""
     lifecycle = Lifecycle()
     keys = server_keys(config)
     tenants = declare_tenants(config, keys.api, os.environ)

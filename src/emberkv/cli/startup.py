@@ -163,7 +163,7 @@ def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - carried over to who waits for the result
+        except BaseException as error:  # noqa: BLE001 - carried over to the thread that waits for the result
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name="emberkv-load", daemon=True)

@@ -29,7 +29,7 @@ BlockSize = Annotated[
 TraceBlockSize = Annotated[
     int | None, typer.Option(min=1, help="Tokens of a Mooncake trace's block, where its lines do not say; default 512.")
 ]
-From = Annotated[TraceFormat | None, typer.Option("--from", help="The format; default: told from the file.")]
+From = Annotated[TraceFormat | None, typer.Option("--from", help="The format; default: inferred from the file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 To = Annotated[TraceFormat, typer.Option("--to", help="The format to write.")]
 
@@ -51,7 +51,7 @@ def generate(
 
     Nothing is simulated here: each turn is assumed to take the time that the options give.
 
-    emberkv's own format also keeps who follows whom.
+    emberkv's own format also keeps which request follows which.
     """
     service = ServiceTime(first_token, per_token)
     with errors_reported() as errors:
@@ -155,7 +155,7 @@ def _lengths(of: Lengths) -> str:
 
 def _sessions(found: Description) -> str:
     if not found.sessions:
-        return "not told"
+        return "not given"
     return f"{found.sessions:,}; the longest has {count_words(found.longest_session, 'turn')}"
 
 

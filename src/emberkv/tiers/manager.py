@@ -104,7 +104,7 @@ class TierManager:
         """The longest run of blocks from the first hash on, each from the fastest tier that has it. No I/O.
 
         exact: only blocks that are bit-equal to a cold prefill's. Hits and misses are counted, unless the block after
-        the run is PENDING (`status`): then this is to be called again when a tier has been asked.
+        the run is PENDING (`status`): the caller then calls this again after `ask`.
         """
         if self._remote:
             runs = self.peek(block_hashes, exact=exact)
@@ -125,12 +125,12 @@ class TierManager:
         `ANSWER_SECONDS`. The result's ``seconds`` say how long to wait for that before `cancel_query`.
         """
         with self._lock:
-            asked = [] if self._closed else self._remote
-            asked = [each for each in asked if each.status(block_hashes[0], exact=exact) is LookupStatus.PENDING]
-            seconds = max((each.tier.lookup_seconds or 0.0 for each in asked), default=0.0)
-            query = Query(block_hashes, {each.rank for each in asked}, seconds, done, exact)
+            pending = [] if self._closed else self._remote
+            pending = [each for each in pending if each.status(block_hashes[0], exact=exact) is LookupStatus.PENDING]
+            seconds = max((each.tier.lookup_seconds or 0.0 for each in pending), default=0.0)
+            query = Query(block_hashes, {each.rank for each in pending}, seconds, done, exact)
             self._pending.add(query)
-            for worker in asked:
+            for worker in pending:
                 worker.ask(query)
             ended = self._ended()
         self._deliver(ended)

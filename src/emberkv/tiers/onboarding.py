@@ -79,7 +79,7 @@ class Query:
 
 
 class Onboarding:
-    """Blocks asked for together, and the records that have come. The manager's lock is held around all methods.
+    """A request to read blocks, and the records read so far. The manager's lock is held around all methods.
 
     Blocks behind one that is missing are of no use, so they are not read once that is known.
     """

@@ -42,7 +42,7 @@ class LatencyHistogram:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """A tier at a moment. The tier itself fills the first part, the stack, which drives and verifies it, the second.
+    """A tier at a moment. The tier itself fills the first part; the manager, which drives and verifies it, the second.
 
     entries, bytes: held now, on a disk those of other models included; bytes never exceed max_bytes. evictions: in
     blocks. skipped: stores left undone, by reason. troubles: failures of the place, by kind.
@@ -71,9 +71,9 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class StackStats:
-    """The stack's own part. offered: blocks. already_stored: of these, the ones that every tier had, skipped before
-    any work. queue_full: those skipped because the writer was behind. queue_bytes: waiting to be written.
-    failures: jobs that ended in an error nobody foresaw, by its type; each is logged.
+    """What the manager counts over all tiers. offered: blocks to offload. already_stored: of these, the ones that every
+    tier had, skipped before any work. queue_full: those skipped because a tier's queue was full. queue_bytes: waiting
+    to be written. failures: jobs that ended in an unexpected error, by the error's type; each is logged.
     """
 
     offered: int = 0
@@ -148,7 +148,7 @@ class TierMeter:
             return self._rate.seconds_for(blocks * self._block_bytes) if self._block_bytes else None
 
     def complete(self, stats: TierStats) -> TierStats:
-        """What the tier says of itself, with the traffic."""
+        """The tier's own statistics, with the traffic added."""
         with self._lock:
             return replace(
                 stats,

@@ -1,4 +1,4 @@
-"""The cache's own routes below /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
+"""The cache's own routes under /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
 
 import re
 import reprlib

@@ -19,7 +19,7 @@ _FORMS = ("openai", "anthropic", "response_id", "prefix")
 
 
 class CacheQuestion(RequestBody):
-    """The body of the routes below /v1/cache. Exactly one of the first four is given.
+    """The body of the routes under /v1/cache. Exactly one of the first four is given.
 
     openai: a chat or completion request's body; anthropic: a message request's. Both may leave out the model.
     response_id: of a past response; answer: which of its answers. prefix, or block_hash: a listed prefix's hash, in

@@ -181,7 +181,7 @@ class DiskTier(Tier):
             except CacheFolderError as error:
                 self._not_read(error)
             if self.read_only == CLOSED:  # `close` did not wait for this
-                self._let_go()
+                self._release()
         self._publish()
 
     def stats(self) -> TierStats:
@@ -201,11 +201,11 @@ class DiskTier(Tier):
         self.read_only = CLOSED
         if self._following.acquire(timeout=1.0):  # else a refresh waits for a disk that does not answer
             try:
-                self._let_go()
+                self._release()
             finally:
                 self._following.release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._stop_writing()
         self._others.close()
 
