@@ -15,9 +15,10 @@ from emberkv.config import ServeConfig
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, TokenLogprobs, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.torch.assembly import AssembledEngine, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.configured import engine_config, load_configured, pool_bytes, tier_config
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.errors import EngineStoppedError, RequestError

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble, recompute_cost
+from emberkv.engine.torch.assembly import assemble, recompute_cost
 from emberkv.errors import ConfigError, PromptTooLongError
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import Inbox

@@ -11,22 +11,20 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import root_hash
-from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.assembly import EngineConfig, assemble_around
 from emberkv.engine.executor import NOT_NUMBERS, Executor
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import AllowedTokens, GenerationRequest, TokenLogprobs
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_link import TierLink
+from emberkv.engine.tier_setup import TierConfig
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError
-from emberkv.tiers.manager import TierManager
-from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.kinds import TierSpec
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
 from tests.engine.tiny_executor import TinyExecutor
@@ -35,7 +33,6 @@ from tests.models import CONTEXT, VOCAB_SIZE
 BLOCK = 8
 CHUNK = 32
 NUM_BLOCKS = 40
-ROOT = root_hash("model", BLOCK)
 NAN_TOKEN = 7
 """Logits after it are not numbers; no other prompt here has it."""
 
@@ -103,22 +100,21 @@ class Served:
 def serving(
     executor: Executor, *, prefix_cache: bool = True, step_tokens: int = 2 * CHUNK, ram: bool = False
 ) -> Iterator[Served]:
-    block_bytes = executor.pool.block_bytes
-    manager = TierManager([MemoryTier(200 * block_bytes)], namespace=b"n", queue_bytes=2**24) if ram else None
-    link = TierLink(manager, executor.pool, step_tokens=CHUNK) if manager is not None else None
-    pool = BlockPool(executor.pool.num_blocks, executor.pool.block_size, journal=ram)
-    cache = PrefixCache(
-        pool, alignment=executor.alignment, batch_invariant=executor.batch_invariant, enabled=prefix_cache
+    config = EngineConfig(
+        cache_bytes=0,  # the executor has its pool already
+        block_size=BLOCK,
+        prefill_chunk=CHUNK,
+        max_step_tokens=step_tokens,
+        prefix_cache=prefix_cache,
+        tiers=TierConfig((TierSpec("ram", 400 * executor.pool.block_bytes),) if ram else ()),
     )
-    scheduler = Scheduler(cache, SchedulerConfig(CHUNK, step_tokens), link)
-    loop = EngineLoop(executor, scheduler, ModelLimits(CONTEXT, VOCAB_SIZE, frozenset({1})), root=ROOT, tiers=link)
+    limits = ModelLimits(CONTEXT, VOCAB_SIZE, frozenset({1}))
+    made = assemble_around(executor, config, limits=limits, root=root_hash("model", BLOCK), namespace=bytes(32))
     try:
-        yield Served(loop, link)
+        yield Served(made.loop, made.link)
     finally:
-        loop.stop()
-        if manager is not None:
-            manager.close(DEADLINE)
-        pool.check_integrity(holders=[])
+        made.close(DEADLINE)
+        made.scheduler.cache.pool.check_integrity(holders=[])
 
 
 def alone(executor: Executor, prompt: Sequence[int], **params: object) -> Inbox:

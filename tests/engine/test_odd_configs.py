@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberkv.engine.torch.assembly import EngineConfig, assemble
+from emberkv.engine.assembly import EngineConfig
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError

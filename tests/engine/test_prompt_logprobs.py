@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.request import GenerationRequest, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.sampling import prompt_logprobs

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.commands import Statistics
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure
 from emberkv.errors import ConfigError
 from emberkv.tiers.disk.tier import DiskTier

@@ -10,11 +10,12 @@ import pytest
 
 from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.core.policies.fair_shares import Share
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.commands import Statistics
 from emberkv.engine.request import CacheUsage, GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tier_setup import TierConfig
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.errors import ConfigError
 from emberkv.tiers.kinds import TierSpec
 from emberkv.tiers.stats import TierStats

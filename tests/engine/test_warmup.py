@@ -14,9 +14,10 @@ from emberkv import InMemoryKVCacheManager, get_standard_system_prompt, warmup_k
 from emberkv.config import DEFAULT_PREFILL_CHUNK
 from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.choice import find_kernels

@@ -57,6 +57,9 @@ class TinyExecutor:
     its own logit is the lowest.
     """
 
+    backend = "tiny"
+    description = "NumPy"
+
     def __init__(
         self, *, num_blocks: int = 64, block_size: int = 4, vocab: int = 50, nan_token: int | None = None
     ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-import emberkv.engine.torch.assembly as serving
+import emberkv.engine.assembly as serving
 from emberkv.core.scheduler import Scheduler
 from emberkv.sim import build
 from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn

@@ -16,7 +16,7 @@ from emberkv.serving.request_log import JsonFormatter, TextFormatter
 from emberkv.tiers.kinds import configured_tiers
 
 if TYPE_CHECKING:
-    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.assembly import AssembledEngine
     from emberkv.engine.torch.model.geometry import ModelGeometry
     from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 
@@ -75,14 +75,14 @@ def print_summary(
     ready: str,
 ) -> None:
     pool = engine.executor.pool
-    tokens = pool.num_blocks * pool.block_size
+    tokens, mib = pool.num_blocks * pool.block_size, pool.num_blocks * pool.block_bytes / 2**20
     cache = "off" if not config.prefix_cache else "exact reuse only" if config.exact else "on"
     table = Table.grid(padding=(0, 2))
     rows = {
         "model": f"{name} ({loaded.dtypes}, {loaded.device})",
         "context": context_line(loaded.geometry, tokens),
-        "KV pool": f"{pool.num_bytes / 2**20:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
-        "kernels": _kernels_line(engine),
+        "KV pool": f"{mib:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
+        "kernels": engine.executor.description,
         "prefix cache": f"{cache}, eviction {config.eviction}, prefill chunks of {config.prefill_chunk}",
         "tiers": _tiers_line(config),
         "listening": f"{url}  (OpenAI: {url}/v1, Anthropic: {url})",
@@ -99,14 +99,6 @@ def print_summary(
     needs_key = bool(config.api_keys or config.api_key_file or config.tenants)
     curl = curl_line(url, name, needs_key, chats=loaded.tokenizer.chat_problem is None)
     console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _kernels_line(engine: "AssembledEngine") -> str:
-    kernels = engine.executor.kernels
-    if kernels is None:
-        return "torch"
-    reuse = "decoded KV is exact" if engine.executor.batch_invariant else "decoded KV is not exact"
-    return f"C++, vectors of {kernels.lanes}; {reuse}"
 
 
 def _tiers_line(config: ServeConfig) -> str:

@@ -24,7 +24,7 @@ from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.kinds import SHARED_OUT
 
 if TYPE_CHECKING:
-    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.assembly import AssembledEngine
     from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Startup:
             {
                 "dtype": str(loaded.dtypes),
                 "device": str(loaded.device),
-                "kernels": "torch" if engine.executor.kernels is None else "native",
+                "kernels": engine.executor.backend,
             },
             loaded.sampling_defaults,
         )

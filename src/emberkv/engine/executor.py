@@ -169,6 +169,16 @@ class Executor(Protocol):
     """
 
     @property
+    def backend(self) -> str:
+        """What computes, as a label: "torch", "native"."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What computes, in a few words for people."""
+        ...
+
+    @property
     def pool(self) -> KVStorage: ...
 
     @property

@@ -17,9 +17,10 @@ from benchmarks.rank_test import auc, p_value
 
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.policies.fair_shares import Share
+from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.commands import Statistics
 from emberkv.engine.tier_setup import TierConfig
-from emberkv.engine.torch.assembly import AssembledEngine, EngineConfig, assemble
+from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 from emberkv.engine.torch.model.loader import load_model

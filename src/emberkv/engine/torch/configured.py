@@ -8,8 +8,8 @@ import torch
 
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
+from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.tier_setup import TierConfig
-from emberkv.engine.torch.assembly import EngineConfig
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.memory import free_memory, gib
 from emberkv.engine.torch.model.checkpoint import fetch_from_hub

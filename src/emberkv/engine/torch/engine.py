@@ -214,6 +214,17 @@ class TorchEngine:
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits
 
+    @property
+    def backend(self) -> str:
+        return "torch" if self.kernels is None else "native"
+
+    @property
+    def description(self) -> str:
+        if self.kernels is None:
+            return "torch"
+        reuse = "decoded KV is exact" if self.batch_invariant else "decoded KV is not exact"
+        return f"C++, vectors of {self.kernels.lanes}; {reuse}"
+
     def check_against_plain_forward(self) -> None:
         """Raises UnsupportedModelError: see `self_check.check_against_plain_forward`. Uses the pool's first blocks."""
         self._progress("self-check 4 of 4: logits through the KV pool")

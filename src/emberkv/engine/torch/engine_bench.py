@@ -18,6 +18,7 @@ from emberkv.engine.torch.calibration import (
     time_tier,
 )
 from emberkv.engine.torch.configured import ProgressCallback, engine_config, load_configured
+from emberkv.engine.torch.engine import TorchEngine
 from emberkv.tiers.base import Tier
 
 CACHE_BYTES = 256 * 2**20
@@ -34,6 +35,8 @@ class EngineBench:
         self.loaded, kernels = load_configured(config, on_progress)
         self._config = engine_config(config, int(config.cache_ram or CACHE_BYTES), TierConfig())
         self._engine = assemble(self.loaded, self._config, kernels=kernels)
+        assert isinstance(self._engine.executor, TorchEngine)
+        self._executor = self._engine.executor
         on_progress("matrix products")
         self.linears: list[LinearTime] = time_linears(self.loaded.model)
 
@@ -49,17 +52,17 @@ class EngineBench:
     @property
     def alignment(self) -> int:
         """Tokens of the unit in which state can be reused."""
-        return self._engine.executor.alignment
+        return self._executor.alignment
 
     @property
     def one_pass(self) -> bool:
         """Whether a step is one forward pass."""
-        return self._engine.executor.one_pass
+        return self._executor.one_pass
 
     @property
     def last_layer_spares(self) -> bool:
         """Whether the last layer attends, and goes on, only for rows whose logits are wanted."""
-        return self._engine.executor.kernels is not None
+        return self._executor.kernels is not None
 
     def prefills(self, rounds: int, on_progress: ProgressCallback) -> dict[tuple[int, int], float]:
         """Seconds of prefills of the tokens ``[start, stop)``, those before being cached; the engine runs meanwhile.
@@ -83,4 +86,4 @@ class EngineBench:
 
     def tier(self, tier: Tier) -> TransferTime:
         """The transfers of blocks of this engine's size to and from ``tier``."""
-        return time_tier(tier, self._engine.executor.pool.block_bytes, self._config.block_size)
+        return time_tier(tier, self._executor.pool.block_bytes, self._config.block_size)

@@ -18,7 +18,7 @@ from emberkv.serving.background import Background
 from emberkv.serving.tenancy.tenants import Tenant
 
 if TYPE_CHECKING:  # needs torch
-    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.assembly import AssembledEngine
 
 _log = logging.getLogger(__name__)
 

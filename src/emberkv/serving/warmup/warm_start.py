@@ -12,7 +12,7 @@ from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 
 if TYPE_CHECKING:
-    from emberkv.engine.torch.assembly import AssembledEngine
+    from emberkv.engine.assembly import AssembledEngine
 
 
 def make_warmup(

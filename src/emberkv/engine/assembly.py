@@ -1,0 +1,158 @@
+"""Puts an engine together around an executor: block pool, tiers, scheduler, thread."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
+from emberkv.core.hashing import BlockHash
+from emberkv.core.prefix_cache import PrefixCache
+from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.scheduler import Scheduler, SchedulerConfig
+from emberkv.engine.block_transfer import BlockTransfer
+from emberkv.engine.commands import CacheControl
+from emberkv.engine.executor import Executor
+from emberkv.engine.limits import ModelLimits
+from emberkv.engine.loop import EngineLoop
+from emberkv.engine.tier_link import TierLink
+from emberkv.engine.tier_setup import TierConfig, open_tiers
+from emberkv.tiers.manager import TierManager
+from emberkv.tiers.worker import EvictionHook
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """cache_bytes: size of the KV pool. tiers: what lies below it. weights: of tenants (`SchedulerConfig`).
+
+    See `emberkv.config.ServeConfig` for the rest.
+    """
+
+    cache_bytes: int
+    block_size: int
+    prefill_chunk: int
+    max_step_tokens: int = 256
+    max_running: int = 64
+    eviction: str = "lru"
+    exact: bool = False
+    prefix_cache: bool = True
+    tiers: TierConfig = field(default_factory=TierConfig)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AssembledEngine:
+    """root: of the model's block hashes. namespace: under which its blocks outlive the process (`Namespace.digest`).
+
+    public: the prefixes that all tenants share. tiers: below the pool, and link: what connects them to it; None where
+    there are none, or no prefix cache.
+    """
+
+    loop: EngineLoop
+    executor: Executor
+    scheduler: Scheduler
+    root: BlockHash
+    namespace: bytes
+    public: PublicPrefixes
+    tiers: TierManager | None = None
+    link: TierLink | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens."""
+        return self.scheduler.cache.pool.block_size
+
+    @property
+    def hit_unit(self) -> int:
+        """Hits are rounded down to a multiple of this many tokens."""
+        return self.scheduler.cache.hit_unit
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the loop, and store what waits to be stored for ``timeout`` seconds at most."""
+        self.loop.stop()
+        if self.tiers is not None:
+            self.tiers.close(timeout)
+
+
+def assemble_around(
+    executor: Executor,
+    config: EngineConfig,
+    *,
+    limits: ModelLimits,
+    root: BlockHash,
+    namespace: bytes,
+    block_cost: BlockCost = uniform_cost,
+    public_prefixes: Iterable[Sequence[int]] = (),
+    on_crash: Callable[[Exception], None] = lambda _: None,
+    on_evicted: EvictionHook = lambda _tier, _hashes: None,
+) -> AssembledEngine:
+    """An engine over ``executor`` whose thread is not started yet.
+
+    root: of the model's block hashes. namespace: of the blocks that the executor computes, 32 bytes; it is checked
+    whenever a stored block is read. block_cost: see `BlockPool`. public_prefixes: token sequences that all tenants
+    share. on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
+
+    Raises ConfigError when a setting cannot work, CacheFolderError when the disk tier's folder can be neither made nor
+    read.
+    """
+    unit = executor.alignment
+    if config.prefix_cache and unit >= min(limits.context_length, executor.pool.num_blocks * config.block_size):
+        _log.warning(
+            "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
+            "smaller --prefill-chunk",
+            unit,
+        )
+    with ExitStack() as on_failure:
+        tiers = None
+        if config.prefix_cache:
+            tiers = open_tiers(
+                config.tiers,
+                config.eviction,
+                namespace,
+                block_bytes=executor.pool.block_bytes,
+                on_evicted=on_evicted,
+            )
+        if tiers is not None:
+            on_failure.callback(tiers.close, 0.0)
+        scheduler, link = _scheduler(executor, config, block_cost, tiers)
+        on_failure.pop_all()
+    public = PublicPrefixes(public_prefixes, config.block_size)
+    control = CacheControl(
+        scheduler,
+        lower=link.peeking if link is not None else None,
+        manager=tiers,
+        transfer=BlockTransfer(scheduler.cache, executor.pool, namespace),
+    )
+    loop = EngineLoop(
+        executor,
+        scheduler,
+        limits,
+        root=root,
+        tiers=link,
+        control=control,
+        public=public,
+        on_crash=on_crash,
+    )
+    return AssembledEngine(loop, executor, scheduler, root, namespace, public, tiers, link)
+
+
+def _scheduler(
+    executor: Executor, config: EngineConfig, block_cost: BlockCost, tiers: TierManager | None
+) -> tuple[Scheduler, TierLink | None]:
+    policy = config.tiers.pool_policy(config.eviction, executor.pool.num_blocks * executor.pool.block_bytes)
+    pool = BlockPool(
+        executor.pool.num_blocks, config.block_size, policy=policy, block_cost=block_cost, journal=tiers is not None
+    )
+    cache = PrefixCache(
+        pool,
+        alignment=executor.alignment,
+        batch_invariant=executor.batch_invariant,
+        exact=config.exact,
+        enabled=config.prefix_cache,
+    )
+    step_tokens = max(1, config.max_step_tokens // config.prefill_chunk) * config.prefill_chunk
+    link = TierLink(tiers, executor.pool, step_tokens=step_tokens, exact=config.exact) if tiers is not None else None
+    limits = SchedulerConfig(config.prefill_chunk, config.max_step_tokens, config.max_running, config.weights)
+    return Scheduler(cache, limits, link), link
