@@ -108,6 +108,10 @@ class PrefixFileError(EmberError):
     """A file of learned prefixes cannot be read as what it claims to be."""
 
 
+class EventWireError(EmberError):
+    """Bytes are not a message of a cache's event feed."""
+
+
 class WorkloadError(EmberError):
     """A trace or a workload description cannot be read as what it claims to be."""
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.cluster.block_index import BlockIndex
-from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 
 REPLICAS = 4
 HASHES = [bytes([number]) * 32 for number in range(8)]
@@ -21,7 +21,8 @@ CHANGES = st.lists(
 def apply(index: BlockIndex, held: list[set[bytes]], replica: int, change: str, blocks: list[bytes]) -> None:
     if change == "replace":
         held[replica] = set(blocks)
-        index.replace(replica, Snapshot(1, dict.fromkeys(blocks, b"")))
+        index.forget(replica)
+        index.add(replica, blocks)
         return
     event: Event = AllBlocksCleared()
     if change == "store":

@@ -1,8 +1,8 @@
 """Ledgers that know given chains, and prompts explained from them."""
 
-from emberkv.core.events import BlockStored
+from emberkv.core.events import POOL, BlockStored
 from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import POOL, Explanation, Reason, outcome_of
+from emberkv.core.explaining.explanation import Explanation, Reason, outcome_of
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import TokenChain
 

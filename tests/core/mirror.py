@@ -16,10 +16,10 @@ class Mirror:
     def follow(self) -> None:
         events = self.pool.events.since(self.sequence)
         assert events is not None, "fell behind"
-        for numbered in events:
-            assert numbered.sequence == self.sequence + 1
-            self.sequence = numbered.sequence
-            match numbered.event:
+        self.sequence += len(events)
+        assert self.sequence == self.pool.events.last_sequence
+        for event in events:
+            match event:
                 case BlockStored(block_hashes=block_hashes, parent=parent):
                     for block_hash in block_hashes:
                         assert block_hash not in self.parents, "stored twice"

@@ -203,7 +203,7 @@ def test_those_who_mirror_the_cache_hear_of_full_blocks_only() -> None:
     left(shared, tokens)
     events = shared.pool.events.since(0)
     assert events is not None
-    stored = [numbered.event.block_hashes for numbered in events if isinstance(numbered.event, BlockStored)]
+    stored = [event.block_hashes for event in events if isinstance(event, BlockStored)]
     assert stored == [(block_hash,) for block_hash in tokens.block_hashes]
     assert list(shared.pool.snapshot().parents) == tokens.block_hashes
 
@@ -215,7 +215,7 @@ def test_what_is_forgotten_takes_the_partial_block_behind_it_along() -> None:
     assert shared.pool.remove(tokens.block_hashes[1:]) == 1
     events = shared.pool.events.since(0)
     assert events is not None
-    assert events[-1].event == BlockRemoved((tokens.block_hashes[1],), evicted=False)
+    assert events[-1] == BlockRemoved((tokens.block_hashes[1],), evicted=False)
     computed(shared, chain(range(8))).release()
     assert hit(shared, chain(range(12))) == 8
 

@@ -100,7 +100,7 @@ def test_removed_blocks_are_forgotten_but_stay_with_their_holders() -> None:
     assert (held[1].state, pool.num_cached) == (BlockState.ALLOCATED, 2)
     events = pool.events.since(pool.events.last_sequence - 1)
     assert events is not None
-    assert events[0].event == BlockRemoved((ABC.block_hashes[1],), evicted=False)
+    assert events[0] == BlockRemoved((ABC.block_hashes[1],), evicted=False)
     pool.check_integrity([held])
     pool.free(held)
     assert pool.remove(ABC.block_hashes) == 2

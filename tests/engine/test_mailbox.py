@@ -12,9 +12,9 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.cache_updates import CacheUpdate
 from emberkv.engine.commands import CacheControl, Command, FindCached, Remove, Statistics
 from emberkv.engine.mailbox import Mail, Mailbox
-from emberkv.engine.news import CacheNews
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import EngineStoppedError
@@ -89,42 +89,42 @@ def test_a_nudge_that_comes_before_the_wait_ends_it() -> None:
 
 
 def test_watchers_get_what_changed_with_who_was_admitted() -> None:
-    news: list[CacheNews] = []
+    updates: list[CacheUpdate] = []
     seen: list[tuple[str, int, int]] = []
 
-    def watch(each: CacheNews) -> None:
-        news.append(each)
+    def watch(each: CacheUpdate) -> None:
+        updates.append(each)
         for sequence in each.admitted:
             assert sequence.admission is not None
             seen.append((sequence.request_id, sequence.cached_tokens, sequence.admission.partial_tokens))
 
     harness = Harness()
-    harness.loop.watch(watch)
+    harness.loop.on_update(watch)
     with running(harness):
         for name in "ab":
             harness.submit(name, PROMPT, new=1).wait()
         harness.loop.execute(Remove(None)).result(DEADLINE)
         harness.loop.execute(Statistics()).result(DEADLINE)
     assert seen == [("a", 0, 4), ("b", 16, 4)]
-    events = [numbered.event for each in news for numbered in each.events]
+    events = [event for each in updates for event in each.events]
     assert [type(event) for event in events] == [BlockStored] * 5 + [AllBlocksCleared]
-    assert {(each.time, each.missed) for each in news} == {(1000.0, False)}
+    assert {(each.time, each.missed) for each in updates} == {(1000.0, False)}
 
 
 def test_a_watcher_that_fails_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[Sequence[object]] = []
 
-    def fails(each: CacheNews) -> None:
+    def fails(each: CacheUpdate) -> None:
         calls.append(each.events)
         raise ValueError("not our problem")
 
     harness = Harness()
-    harness.loop.watch(fails)
+    harness.loop.on_update(fails)
     with running(harness):
         assert harness.submit("a", PROMPT, new=30).reason is FinishReason.LENGTH
     assert len(calls) == 1
     (record,) = caplog.records
-    assert record.getMessage().endswith(f"is not told again: {__name__}.{fails.__qualname__}")
+    assert record.getMessage().endswith(f"is not called again: {__name__}.{fails.__qualname__}")
     assert record.exc_info is not None
 
 

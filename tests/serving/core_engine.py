@@ -95,10 +95,10 @@ class CoreEngine:
         return sequence.chain
 
     def _tell_events(self) -> None:
-        numbered = self.pool.events.since(self._seen)
-        assert numbered is not None
+        events = self.pool.events.since(self._seen)
+        assert events is not None
         self._seen = self.pool.events.last_sequence
-        self.books.saw([each.event for each in numbered])
+        self.books.apply(events)
 
     def abort(self, request_id: str) -> None:
         return None

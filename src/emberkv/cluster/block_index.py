@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import BlockHash
 
 
@@ -25,10 +25,9 @@ class BlockIndex:
             case AllBlocksCleared():
                 self.forget(replica)
 
-    def replace(self, replica: int, snapshot: Snapshot) -> None:
-        """Start a replica's part again: its reader missed events."""
-        self.forget(replica)
-        self._add(replica, tuple(snapshot.parents))
+    def add(self, replica: int, block_hashes: Sequence[BlockHash]) -> None:
+        """These are at ``replica``, too, as a snapshot says."""
+        self._add(replica, block_hashes)
 
     def forget(self, replica: int) -> None:
         """Nothing of ``replica`` is left. Walks through all that is known."""

@@ -269,6 +269,10 @@ class BlockPool:
         self.cancel_load(self.blocks)
         self.events.append(AllBlocksCleared())
 
+    def cached_hashes(self) -> list[BlockHash]:
+        """The hashes of all cached blocks, partial ones included; copied in one go, without a look at the blocks."""
+        return list(self._cached.index)
+
     def snapshot(self) -> Snapshot:
         return self._cached.snapshot()
 

@@ -1,11 +1,13 @@
 """Puts an engine together around an executor: block pool, tiers, scheduler, thread."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
+from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.public_prefixes import PublicPrefixes
@@ -143,7 +145,12 @@ def _scheduler(
 ) -> tuple[Scheduler, TierLink | None]:
     policy = config.tiers.pool_policy(config.eviction, executor.pool.num_blocks * executor.pool.block_bytes)
     pool = BlockPool(
-        executor.pool.num_blocks, config.block_size, policy=policy, block_cost=block_cost, journal=tiers is not None
+        executor.pool.num_blocks,
+        config.block_size,
+        policy=policy,
+        block_cost=block_cost,
+        events=EventLog(epoch=os.urandom(16)),
+        journal=tiers is not None,
     )
     cache = PrefixCache(
         pool,

@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from emberkv.core.explaining.explanation import Outcome
 from emberkv.core.explaining.look_up import look_up
+from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, CacheFeed, EventBatch, EventsLost, SnapshotChunk
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.loading import LowerTiers
 from emberkv.core.scheduler import Scheduler
@@ -143,6 +144,23 @@ class ImportBlocks(Command[ImportedBlocks]):
     records: Sequence[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class ReadEvents(Command[EventBatch | EventsLost]):
+    """Answer: the pool's first events after number ``after``. See `CacheFeed.events`."""
+
+    after: int
+    limit: int = BATCH_EVENTS
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSnapshot(Command[SnapshotChunk]):
+    """Answer: a chunk of a snapshot of the pool's blocks. See `CacheFeed.snapshot`."""
+
+    cursor: str = ""
+    limit: int = CHUNK_BLOCKS
+    tokens: bool = False
+
+
 class CacheControl:
     """Carries out commands on a scheduler, on the thread that drives it.
 
@@ -166,6 +184,7 @@ class CacheControl:
         self._manager = manager
         self._clock = clock
         self._transfer = transfer
+        self._feed = CacheFeed(self._pool)
         self._handlers: dict[type[Command[Any]], Callable[[Any], Any]] = {
             Retain: self._retain,
             Unretain: self._unretain,
@@ -174,6 +193,8 @@ class CacheControl:
             LookUp: self._look_up,
             FindCached: self._find_cached,
             Statistics: self._statistics,
+            ReadEvents: self._read_events,
+            ReadSnapshot: self._read_snapshot,
             ExportBlocks: self._export,
             ImportBlocks: self._import,
         }
@@ -224,6 +245,12 @@ class CacheControl:
             block_size=pool.block_size,
             bytes_by_owner=dict(pool.policy.bytes_by_owner()),
         )
+
+    def _read_events(self, command: ReadEvents) -> EventBatch | EventsLost:
+        return self._feed.events(command.after, command.limit)
+
+    def _read_snapshot(self, command: ReadSnapshot) -> SnapshotChunk:
+        return self._feed.snapshot(command.cursor, command.limit, tokens=command.tokens)
 
     def _export(self, command: ExportBlocks) -> list[bytes | None]:
         return self._transfers().export(command.block_hashes)

@@ -13,13 +13,13 @@ from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.cache_updates import CacheEventPublisher, CacheObserver
 from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
 from emberkv.engine.figures import figures
 from emberkv.engine.limits import ModelLimits
 from emberkv.engine.live_requests import Live, LiveRequests
 from emberkv.engine.mailbox import Mail, Mailbox
-from emberkv.engine.news import CacheObserver, NewsDesk
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
 from emberkv.engine.tier_link import TierLink
@@ -33,7 +33,7 @@ class EngineLoop:
     """Owns the scheduler and everything below it; no other thread touches them.
 
     root: of the model's block hashes. clock: seconds, for queue times and how long steps take. wall_clock: seconds
-    since 1970, for news. rng: draws for requests that bring no seed. on_crash: called on the engine's thread when the
+    since 1970, of updates. rng: draws for requests that bring no seed. on_crash: called on the engine's thread when the
     loop itself fails, not just a step; every request then ends with ABORT. tiers: what lies below the pool; the
     scheduler's own. control: carries out commands; None: one over ``scheduler`` and ``tiers``. public: which prefixes
     all tenants share.
@@ -77,7 +77,7 @@ class EngineLoop:
             clock=clock,
             forget=self._mailbox.forget,
         )
-        self._news = NewsDesk(scheduler.cache.pool.events, wall_clock)
+        self._updates = CacheEventPublisher(scheduler.cache.pool.events, wall_clock)
         self._stats = EngineStats()
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
@@ -154,15 +154,15 @@ class EngineLoop:
         """
         return self._mailbox.command(command)
 
-    def watch(self, observer: CacheObserver) -> None:
-        """Tell ``observer`` what changes in the cache from now on. One that raises is not told again."""
-        self._news.add(observer)
+    def on_update(self, observer: CacheObserver) -> None:
+        """Have ``observer`` called with what changes in the cache from now on; not again once it has raised."""
+        self._updates.add(observer)
 
     def _run(self) -> None:
         try:
             while self._take_in():
                 self._step()
-                self._news.tell()
+                self._updates.publish()
                 self._publish_stats()
         except Exception as error:  # noqa: BLE001 - the thread ends here, and whoever watches it is told why
             _log.exception("the engine failed and has stopped")
@@ -207,7 +207,7 @@ class EngineLoop:
         self._scheduler.cache.pool.policy.expire(began)
         plan = self._scheduler.schedule()
         self._begin(plan, began)
-        self._news.tell()  # of who was admitted, before any output can ask why
+        self._updates.publish()  # of admissions, before any output can ask why
         if not plan:
             return
         try:
@@ -226,7 +226,7 @@ class EngineLoop:
 
     def _begin(self, plan: StepPlan, now: float) -> None:
         first_time = list(self._live.admitted(plan.admitted, now))
-        self._news.admitted += first_time
+        self._updates.admitted += first_time
         if self._tiers is not None:
             for sequence in first_time:
                 self._tiers.used(sequence.chain.block_hashes[: sequence.cached_tokens // sequence.chain.block_size])

@@ -7,13 +7,13 @@ is a block like the others, found by whoever ends with the same one; a pool that
 from collections.abc import Callable, Sequence
 from random import Random
 
+from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.routing import ReplicaState
 from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
 from emberkv.sim.build import Machine, cache_of, root_of, router_of
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.outcome import Outcome, Status, cache_event
-from emberkv.sim.routed import Routed
 from emberkv.sim.simulated_request import Sessions
 from emberkv.sim.simulator import PROGRESS_EVERY, Ending, Progress
 from emberkv.sim.timing import nanoseconds
@@ -73,7 +73,7 @@ class Replay:
         router, events_kept = router_of(config, Random(f"{config.seed}/simulation"))
         self._caches = [cache_of(config, machine, tails=False, events_kept=events_kept) for _ in range(config.replicas)]
         self._states = [ReplicaState() for _ in self._caches]
-        self._routed = Routed(router, self._states)
+        self._routed = RoutedReplicas(router, self._states)
         self._root_of = root_of(config, self._size)
         self._sessions = Sessions()
         self._stop_at = config.stop_at

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.routing import Router
 from emberkv.core.hashing import BlockHash
 from emberkv.sim.events import Agenda, Kind
 from emberkv.sim.failures import Outage
 from emberkv.sim.outcome import Outcome, Status
 from emberkv.sim.replica import Replica
-from emberkv.sim.routed import Routed
 from emberkv.sim.series import ReplicaSeries, Series
 from emberkv.sim.simulated_request import Sessions, SimulatedRequest
 from emberkv.sim.step import Step
@@ -67,7 +67,7 @@ class Simulator:
         self.series = Series([ReplicaSeries() for _ in replicas])
         self._source = source
         self.replicas = replicas
-        self._routed = Routed(router, [replica.state for replica in replicas])
+        self._routed = RoutedReplicas(router, [replica.state for replica in replicas])
         self._root_of, self._block_size = root_of, block_size
         self._emit = emit
         self._outages = outages

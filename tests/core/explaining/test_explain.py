@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from emberkv.core.block import MatchEnd
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.events import AllBlocksCleared, BlockRemoved
+from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved
 from emberkv.core.explaining.explain import admission_outcome, common_tokens, explain
 from emberkv.core.explaining.explanation import (
-    POOL,
     Divergence,
     Explanation,
     Loss,
@@ -246,9 +245,9 @@ def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
             lease.extend(len(prompt))
             lease.commit_prefilled(len(prompt))
         lease.release()
-        for numbered in pool.events.since(seen) or ():
-            ledger.apply(numbered.event, float(now))
-            seen = numbered.sequence
+        for event in pool.events.since(seen) or ():
+            ledger.apply(event, float(now))
+        seen = pool.events.last_sequence
         assert len(ledger) <= remembered
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from emberkv.core.explaining.explanation import POOL, Loss, LossKind
+from emberkv.core.events import POOL
+from emberkv.core.explaining.explanation import Loss, LossKind
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
 from tests.core.harness import chain

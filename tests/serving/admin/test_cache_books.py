@@ -2,9 +2,9 @@
 
 import threading
 
-from emberkv.core.events import BlockRemoved, BlockStored
+from emberkv.core.events import POOL, BlockRemoved, BlockStored
 from emberkv.core.explaining.cached_prefixes import largest
-from emberkv.core.explaining.explanation import POOL, Loss, LossKind, Outcome, Reason
+from emberkv.core.explaining.explanation import Loss, LossKind, Outcome, Reason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import BlockHash
 from emberkv.serving.admin.cache_books import COPIED_BLOCKS, CacheBooks
@@ -22,7 +22,7 @@ def books(**limits: int) -> CacheBooks:
 def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
     kept = books()
     kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
-    kept.saw([stored(PROMPT)])
+    kept.apply([stored(PROMPT)])
     kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), hit_unit=4)
     first, second = kept.explained("a"), kept.explained("b")
     assert first is not None
@@ -42,7 +42,7 @@ def test_only_the_last_records_are_kept() -> None:
 
 def test_a_reader_does_not_hold_up_who_brings_news() -> None:
     kept = books()
-    writer = threading.Thread(target=lambda: kept.saw([stored(PROMPT)]))
+    writer = threading.Thread(target=lambda: kept.apply([stored(PROMPT)]))
     with kept.reading() as ledger:
         writer.start()
         writer.join(20)
@@ -58,7 +58,7 @@ def test_news_of_many_threads_is_complete() -> None:
 
     def write(part: int) -> None:
         for each in chains[part::4]:
-            kept.saw([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
+            kept.apply([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
             kept.explained("nobody")
 
     threads = [threading.Thread(target=write, args=(part,)) for part in range(4)]
@@ -74,7 +74,7 @@ def test_what_one_place_gives_up_may_still_be_in_another() -> None:
     kept = books()
     on_disk: set[BlockHash] = {FIRST}
     kept.below = lambda block_hash: ["disk"] if block_hash in on_disk else []
-    kept.saw([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
+    kept.apply([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
     with kept.reading() as ledger:
         assert ledger.places(FIRST) == ["disk"]
         assert ledger.known(FIRST).loss is None
@@ -89,7 +89,7 @@ def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
     kept = books()
     for number in range(3 * COPIED_BLOCKS // 2):
         each = chain([number] * 4)
-        kept.saw([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
+        kept.apply([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
     view = kept.copied()
     kept.admitted("later", PROMPT, 10, Outcome(), hit_unit=4)
     assert kept.explained("later") is not None

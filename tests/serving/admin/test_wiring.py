@@ -16,7 +16,7 @@ PROMPT = [*range(2, 20)]
 
 def watched(num_blocks: int = 24) -> tuple[Harness, CacheBooks]:
     harness, books = Harness(num_blocks=num_blocks), CacheBooks(Ledger(), clock=lambda: 7.0)
-    harness.loop.watch(observer(books, hit_unit=BLOCK))
+    harness.loop.on_update(observer(books, hit_unit=BLOCK))
     return harness, books
 
 

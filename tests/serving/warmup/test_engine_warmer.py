@@ -46,7 +46,7 @@ def warming(
     settings = WarmupSettings(unit=unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
     warmup = Warmup(engine, settings, prompts, learned=learned)
-    harness.loop.watch(warmup.saw)
+    harness.loop.on_update(warmup.on_update)
     with running(harness):
         warmup.start()
         assert warmup.first_pass_ended.wait(20)

@@ -6,7 +6,8 @@ from itertools import islice
 from typing import TypeVar
 
 from emberkv.core.block import MatchEnd
-from emberkv.core.explaining.explanation import POOL, Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
+from emberkv.core.events import POOL
+from emberkv.core.explaining.explanation import Divergence, Explanation, Loss, LossKind, Miss, Outcome, Reason
 from emberkv.core.explaining.ledger import Entry, Ledger
 from emberkv.core.hashing import TOKEN_BYTES, BlockHash, TokenChain, common_tokens, decode_tokens
 from emberkv.core.loading import Admission

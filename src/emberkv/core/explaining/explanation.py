@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-POOL = "pool"
 """The place of blocks that need no loading; every other place is a tier's name."""
 
 

@@ -4,8 +4,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
-from emberkv.core.explaining.explanation import POOL, Loss, LossKind
+from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
+from emberkv.core.explaining.explanation import Loss, LossKind
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.errors import ConfigError
 

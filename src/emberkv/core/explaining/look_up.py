@@ -1,8 +1,9 @@
 """What a prompt would hit if it came now, decided as an admission decides it; holds, loads and counts nothing."""
 
 from emberkv.core.block import MatchEnd
+from emberkv.core.events import POOL
 from emberkv.core.explaining.explain import REFUSED
-from emberkv.core.explaining.explanation import POOL, Outcome, Reason, outcome_of
+from emberkv.core.explaining.explanation import Outcome, Reason, outcome_of
 from emberkv.core.hashing import Chain
 from emberkv.core.loading import NOTHING_BELOW, LoadChoice, LoadDecision, LowerTiers
 from emberkv.core.pending_loads import LoadSavings

@@ -34,7 +34,7 @@ class CacheBooks:
         self._unwritten: deque[Callable[[Ledger], None]] = deque()
         self._explained: OrderedDict[str, Explanation] = OrderedDict()
 
-    def saw(self, events: Sequence[Event]) -> None:
+    def apply(self, events: Sequence[Event]) -> None:
         """What changed in the pool."""
         now = self._clock()
 

@@ -8,7 +8,7 @@ from typing import Any
 from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.core.events import BlockStored
 from emberkv.core.hashing import BlockHash
-from emberkv.engine.news import CacheNews
+from emberkv.engine.cache_updates import CacheUpdate
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 """Sizes asked about, as multiples of the pool that serves."""
@@ -22,9 +22,9 @@ def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> li
 
 
 class ReuseWatch:
-    """An observer for `EngineLoop.watch`: prompts are looked up as they are admitted, answers stored as their blocks
-    fill. What it is told waits until it is to settle, or for a reader: no answer waits for its prompt's looking up.
-    The curve may be read from any thread.
+    """An observer for `EngineLoop.on_update`: looks prompts up as they are admitted, and stores answers as their blocks
+    fill. Updates wait for `settle`, or for a reader, so that no answer waits for the look-up of its prompt. The curve
+    may be read from any thread.
     """
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
@@ -39,13 +39,13 @@ class ReuseWatch:
         """What it was told and has not taken in yet."""
         return len(self._waiting)
 
-    def saw(self, news: CacheNews) -> None:
-        for sequence in news.admitted:
+    def on_update(self, update: CacheUpdate) -> None:
+        for sequence in update.admitted:
             full = sequence.prompt_tokens // sequence.chain.block_size
             self._waiting.append((self._estimator.access, sequence.chain.block_hashes[:full]))
-        for numbered in news.events:
-            if isinstance(numbered.event, BlockStored):
-                self._waiting.append((self._estimator.keep, numbered.event.block_hashes))
+        for event in update.events:
+            if isinstance(event, BlockStored):
+                self._waiting.append((self._estimator.keep, event.block_hashes))
         if len(self._waiting) > MOST_WAITING:
             self.settle()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from emberkv.core.explaining.explain import admission_outcome
 from emberkv.core.hashing import TokenChain
-from emberkv.engine.news import CacheNews, CacheObserver
+from emberkv.engine.cache_updates import CacheObserver, CacheUpdate
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.serving.admin.cache_books import CacheBooks
@@ -26,21 +26,21 @@ _ANY_ANSWER = SamplingParams(max_tokens=1)
 
 
 def observer(books: CacheBooks, *, hit_unit: int) -> CacheObserver:
-    """Writes an engine's news into books. hit_unit: as `PrefixCache.hit_unit`.
+    """Writes an engine's updates into books. hit_unit: as `PrefixCache.hit_unit`.
 
     Where events were missed, the ledger keeps some blocks that are gone: reasons and lists suffer, not hits, which are
     looked up in the cache itself.
     """
 
-    def saw(news: CacheNews) -> None:
-        for sequence in news.admitted:
+    def on_update(update: CacheUpdate) -> None:
+        for sequence in update.admitted:
             if sequence.admission is not None and isinstance(sequence.chain, TokenChain):
                 outcome = admission_outcome(sequence.admission, sequence.prompt_tokens)
                 books.admitted(sequence.request_id, sequence.chain, sequence.prompt_tokens, outcome, hit_unit=hit_unit)
-        if news.events:
-            books.saw([numbered.event for numbered in news.events])
+        if update.events:
+            books.apply(update.events)
 
-    return saw
+    return on_update
 
 
 def cache_service(
@@ -60,9 +60,9 @@ def cache_service(
     loop = engine.loop
     background = background or Background()
     ledger = background.work("ledger of blocks")
-    loop.watch(ledger.guarded(observer(books, hit_unit=engine.hit_unit)))
+    loop.on_update(ledger.guarded(observer(books, hit_unit=engine.hit_unit)))
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
-    loop.watch(background.work("reuse estimates").guarded(reuse.saw))
+    loop.on_update(background.work("reuse estimates").guarded(reuse.on_update))
     if engine.tiers is not None:
         books.below = engine.tiers.tiers_of
 

@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from emberkv.core.explaining.explanation import POOL, Explanation, Reason
+from emberkv.core.events import POOL
+from emberkv.core.explaining.explanation import Explanation, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
 

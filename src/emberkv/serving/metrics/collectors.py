@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from emberkv import __version__
-from emberkv.core.explaining.explanation import POOL
+from emberkv.core.events import POOL
 from emberkv.core.loading import LoadChoice
 from emberkv.engine.request import EngineStats
 from emberkv.serving.admin.reuse_watch import ReuseWatch

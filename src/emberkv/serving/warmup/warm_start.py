@@ -44,5 +44,5 @@ def make_warmup(
     if config.cache_dir is not None:
         learned = LearnedPrompts(config.cache_dir, engine.root, warmer.chain)
     warmup = Warmup(warmer, settings, prompts, problems=problems, learned=learned, on_ready=on_ready)
-    engine.loop.watch(background.work("warmup").guarded(warmup.saw))
+    engine.loop.on_update(background.work("warmup").guarded(warmup.on_update))
     return warmup

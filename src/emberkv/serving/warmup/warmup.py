@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import BlockHash
-from emberkv.engine.news import CacheNews
+from emberkv.engine.cache_updates import CacheUpdate
 from emberkv.errors import EmberError
 from emberkv.serving.metrics.request_metrics import Clock
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
@@ -126,15 +126,14 @@ class Warmup:
     def pins(self) -> list[WarmPrompt]:
         return [pin.prompt for pin in self._pins]
 
-    def saw(self, news: CacheNews) -> None:
-        """What has changed in the cache: for `EngineLoop.watch`."""
+    def on_update(self, update: CacheUpdate) -> None:
+        """What has changed in the cache: for `EngineLoop.on_update`."""
         if self._learned is not None:
-            for sequence in news.admitted:
+            for sequence in update.admitted:
                 if not sequence.request_id.startswith(_ID_PREFIX):
                     self._learned.used(sequence.chain, sequence.cached_tokens)
-        events = [numbered.event for numbered in news.events]
-        cleared = news.missed or any(isinstance(event, AllBlocksCleared) for event in events)
-        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.block_hashes]
+        cleared = update.missed or any(isinstance(event, AllBlocksCleared) for event in update.events)
+        removed = [lost for event in update.events if isinstance(event, BlockRemoved) for lost in event.block_hashes]
         self.pool_lost(None if cleared else removed)
 
     def pool_lost(self, block_hashes: Collection[BlockHash] | None) -> None:
