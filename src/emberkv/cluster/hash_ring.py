@@ -21,6 +21,12 @@ class HashRing:
     """Members by name; a key belongs to the first member after its place, and then to the others in turn.
 
     points: places a member has. Raises ConfigError for no members, or a name that comes twice.
+
+    >>> ring = HashRing(["x", "y", "z"])
+    >>> list(ring.order(b"a session")) == list(HashRing(["x", "y", "z"]).order(b"a session"))
+    True
+    >>> sorted(ring.order(b"a session"))
+    [0, 1, 2]
     """
 
     def __init__(self, members: Sequence[str], *, points: int = POINTS) -> None:

@@ -95,6 +95,10 @@ class HardwareProfile(Strict):
     itself takes. request_us, request_token_us: what a request and each token of its prompt cost beside its steps.
     tiers: rates of the lower tiers. price_per_hour: dollars for one device with its share of the machine. sources:
     where each of these comes from, by its name.
+
+    >>> profile = load_profile("h100")
+    >>> profile.name, profile.memory_gib, profile.flops("bf16") / 1e12
+    ('H100 SXM', 80.0, 989.4)
     """
 
     name: str

@@ -16,6 +16,11 @@ class ModelSpec:
     always, a shared one of width shared_intermediate. window: tokens that a query sees in window_layers of the layers;
     the others see all. weights_dtype: of the layers' linear weights; embeddings, norms and routers have base_dtype, as
     quantised checkpoints leave them. context: the most tokens that the model was made for.
+
+    >>> from emberkv.sim.model_config import load_spec
+    >>> spec = load_spec("llama-3.1-8b")
+    >>> spec.parameters, spec.kv_bytes_per_token, spec.context
+    (8030261248, 131072, 131072)
     """
 
     name: str

@@ -29,6 +29,13 @@ class Roofline:
     """Step times of a model on a device, or on ``tensor_parallel`` of them that share each layer.
 
     layout: how they share it. Raises ConfigError if the devices have no link, or the model cannot be shared so.
+
+    >>> from emberkv.sim.hardware import load_profile
+    >>> from emberkv.sim.model_config import load_spec
+    >>> roofline = Roofline(load_spec("llama-3.1-8b"), load_profile("h100"))
+    >>> one, many = (roofline.decode_seconds(sequences, context=1024) for sequences in (1, 64))
+    >>> one < many < 2 * one  # the weights are read once a step, whatever the batch
+    True
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The request room: one request of a workload, recorded or generated."""
+"""One request of a workload, recorded or generated."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,14 @@ class Request:
     by length only.
     output_tokens: what is really generated; max_output_tokens: the limit that was asked for.
     session_id: empty where the trace tells no sessions. turn: 0 for a session's first request.
+
+    >>> shared = Content([Span(stream_key("a system prompt"), 0, 32)])
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 4, "max_output_tokens": 8}
+    >>> first = Request(request_id="first", arrival_time=0.0, content=shared, **lengths)
+    >>> second = Request(request_id="second", arrival_time=1.0, content=shared, **lengths)
+    >>> blocks = zip(first.block_references(bytes(32), 16), second.block_references(bytes(32), 16), strict=True)
+    >>> [one == other for one, other in blocks]
+    [True, True, False]
     """
 
     request_id: str

@@ -64,7 +64,14 @@ class GeneratedSource:
 
 
 class TraceSource:
-    """A trace as it was recorded: every request arrives at its own time. Memory: one request."""
+    """A trace as it was recorded: every request arrives at its own time. Memory: one request.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 4, "max_output_tokens": 8}
+    >>> source = TraceSource([Request(request_id="only", arrival_time=2.5, content=Content(), **lengths)])
+    >>> source.next_arrival().arrival_time, source.next_arrival()
+    (2.5, None)
+    """
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = iter(requests)

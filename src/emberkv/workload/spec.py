@@ -74,6 +74,13 @@ class GeneratedWorkload(Strict):
     """Conversations that begin as ``arrivals`` says: for ``duration`` seconds, or ``sessions`` of them, or whichever of
     the two is reached first. The seed decides all that is drawn: two descriptions that differ in, say, their rate or a
     think time only, and share the seed, have the same conversations.
+
+    >>> agents = {"name": "agents", "weight": 1, "base": "agent"}
+    >>> poisson = {"kind": "poisson", "rate": 2.0}
+    >>> data = {"seed": 1, "arrivals": poisson, "sessions": 10, "clients": [agents]}
+    >>> workload = parse_workload(data, folder=Path())
+    >>> workload.sessions, workload.clients[0].name
+    (10, 'agents')
     """
 
     seed: int
