@@ -12,7 +12,7 @@ from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
 from emberkv.sim.replica import ANY_TOKEN
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Work
+from emberkv.sim.timing import Work
 from emberkv.workload.content import Content
 from emberkv.workload.request import Request
 

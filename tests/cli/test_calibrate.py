@@ -22,7 +22,7 @@ from emberkv.cli.main import app
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 from tests.bench.fake_server import Event, FakeServer, finish, piece, usage
 from tests.sim.flat import TINY, with_overheads
 

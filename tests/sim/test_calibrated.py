@@ -7,7 +7,7 @@ from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, 
 from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 from tests.sim.flat import FLAT
 
 DEMO = load_spec("emberkv-demo")

@@ -3,7 +3,7 @@
 from itertools import islice
 from random import Random
 
-from emberkv.sim.failures import Outage, RandomOutages, outages
+from emberkv.sim.agenda import Outage, RandomOutages, outages
 from emberkv.sim.outcome import Status
 from tests.sim.build import run, single
 from tests.workload.build import span

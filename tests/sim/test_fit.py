@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.sim.fit import bare, fit_overheads, nonnegative_least_squares
+from emberkv.sim.calibrated import bare, fit_overheads, nonnegative_least_squares
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 from tests.sim.flat import FLAT, TINY, with_overheads
 
 WORKS = [Work(n, 50 * n, chunks) for n in (1, 4, 9) for chunks in ((), (Chunk(0, 32, True),), (Chunk(8, 9, False),))]

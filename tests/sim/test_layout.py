@@ -9,9 +9,8 @@ from emberkv.sim.build import machine_of
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.footprint import kv_blocks, weight_bytes
 from emberkv.sim.hardware import load_profile
-from emberkv.sim.layout import Layout
-from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.roofline import Layout, Roofline
+from emberkv.sim.timing import Chunk, Work
 from tests.sim.flat import FLAT, TINY
 
 MIXTURE = replace(TINY, moe_layers=2, experts=8, experts_per_token=2, expert_intermediate=4)

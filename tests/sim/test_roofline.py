@@ -12,7 +12,7 @@ from emberkv.errors import ConfigError
 from emberkv.sim.hardware import load_profile, profile_names
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 from emberkv.workload.content import Content
 from emberkv.workload.request import Request
 from tests.sim.flat import FLAT, TINY, with_overheads

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from emberkv.sim.config import Targets
 from emberkv.sim.inputs import Workload
-from emberkv.sim.latencies import percentile, spread
+from emberkv.sim.latencies import percentile, percentiles
 from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn, cache_event
 from emberkv.sim.rows import Rows
 from emberkv.sim.run import Results, simulate
@@ -174,9 +174,9 @@ def test_percentiles_are_values_that_enough_do_not_exceed(values: list[float], p
     assert sum(value < found for value in values) < percent / 100 * len(values)
 
 
-def test_a_spread_leaves_out_what_is_not_there() -> None:
-    assert spread([None, None]) is None
-    assert spread([3.0, None, 1.0]) == {
+def test_percentiles_leave_out_what_is_not_there() -> None:
+    assert percentiles([None, None]) is None
+    assert percentiles([3.0, None, 1.0]) == {
         "mean": 2.0,
         "p50": 1.0,
         "p90": 3.0,

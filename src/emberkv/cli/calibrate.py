@@ -26,7 +26,7 @@ from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, du
 from emberkv.sim.model_config import DEMO_NAME, spec_from_config
 from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 

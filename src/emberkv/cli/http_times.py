@@ -20,7 +20,7 @@ from emberkv.bench.workload import Message, Workload
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Chunk, Work
+from emberkv.sim.timing import Chunk, Work
 
 Sleep = Callable[[float], Awaitable[None]]
 

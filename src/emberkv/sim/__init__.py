@@ -1,1 +1,1 @@
-"""The same core, driven by a virtual clock instead of an engine."""
+"""Simulation: the scheduler, the prefix cache and the routers that serve, driven by a virtual clock."""

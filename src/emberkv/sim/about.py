@@ -1,4 +1,4 @@
-"""What was computed of what: model, hardware, replicas, and which of them nobody chose."""
+"""What a simulation computed: model, hardware and replicas, and which of them were defaults."""
 
 from dataclasses import dataclass
 from typing import Any

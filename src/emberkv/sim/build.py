@@ -14,16 +14,15 @@ from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError
+from emberkv.sim.agenda import Outage, RandomOutages, outages
 from emberkv.sim.config import SimulationConfig, TierConfig
-from emberkv.sim.failures import Outage, RandomOutages, outages
 from emberkv.sim.footprint import kv_block_bytes, kv_blocks
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
-from emberkv.sim.layout import Layout
 from emberkv.sim.model_config import load_spec
 from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.outcome import Outcome
 from emberkv.sim.replica import Replica
-from emberkv.sim.roofline import Roofline
+from emberkv.sim.roofline import Layout, Roofline
 from emberkv.sim.simulator import Progress, RootOf, Simulator
 from emberkv.sim.tiers import Channel, LowerModel, ModelledTier
 from emberkv.sim.timing import ConstantRates, StepClock, StepTimer

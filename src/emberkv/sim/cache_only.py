@@ -1,4 +1,4 @@
-"""The replay without time: every request is admitted whole, at once, and over before the next one comes.
+"""Replay without time: each request is admitted whole and ends before the next one arrives.
 
 Hits follow from capacity, policy and order alone. As published figures of traces count, a prompt's partial last block
 is a block like the others, found by whoever ends with the same one; a pool that serves shares full blocks only.

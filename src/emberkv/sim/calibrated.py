@@ -1,19 +1,21 @@
-"""The workshop: a hardware profile made of one machine's own times, in the same form as all others."""
+"""Hardware profiles fitted to measured times, in the same form as all others."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from emberkv.errors import ConfigError
-from emberkv.sim.fit import nonnegative_least_squares
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, Overheads, TierRates
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
 from emberkv.sim.roofline import Roofline
-from emberkv.sim.work import Work
+from emberkv.sim.timing import Work
+
+Floats = NDArray[np.float64]
 
 OVERHEADS = ("step", "sequence", "chunk", "token")
 """Those that one model can tell apart; a layer's are in the step's."""
@@ -166,3 +168,38 @@ def _draft(
         tiers=dict(measured.tiers),
         sources=given,
     )
+
+
+def bare(hardware: HardwareProfile) -> HardwareProfile:
+    """The profile without its overheads: kernels alone."""
+    return hardware.model_copy(update={"overheads_us": Overheads()})
+
+
+def fit_overheads(
+    names: Sequence[str], counts: Sequence[Mapping[str, float]], kernels: Sequence[float], measured: Sequence[float]
+) -> dict[str, float]:
+    """Microseconds of the overheads ``names`` that, as often as ``counts`` says and beside the kernels' seconds, come
+    closest to the seconds ``measured``: least squares of the relative errors, none of them negative.
+    """
+    target = np.asarray(measured, dtype=np.float64)
+    factors = np.array([[each[name] for name in names] for each in counts], dtype=np.float64) / target[:, None]
+    found = nonnegative_least_squares(factors, 1 - np.asarray(kernels, dtype=np.float64) / target)
+    return {name: float(value) / MICROSECOND for name, value in zip(names, found, strict=True)}
+
+
+def nonnegative_least_squares(factors: Floats, target: Floats) -> Floats:
+    """The x >= 0 that brings ``factors @ x`` closest to ``target``. Tries every choice of the columns that are not
+    zero, so it is for few of them.
+    """
+    columns = factors.shape[1]
+    best, least = np.zeros(columns), float(target @ target)
+    for size in range(1, columns + 1):
+        for chosen in combinations(range(columns), size):
+            part = factors[:, chosen]
+            found = np.linalg.lstsq(part, target)[0]
+            off = target - part @ found
+            if (found >= 0).all() and float(off @ off) < least:
+                least = float(off @ off)
+                best = np.zeros(columns)
+                best[list(chosen)] = found
+    return best

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.inputs import Workload
-from emberkv.sim.latencies import spread
+from emberkv.sim.latencies import percentiles
 from emberkv.sim.outcome import Status
 from emberkv.sim.rows import Row
 from emberkv.sim.run import Results
@@ -106,7 +106,7 @@ def _lines(left: list[Row], right: list[Row]) -> list[Line]:
         Line("tokens prefilled", "a request", *(each["average_tokens_prefilled"] for each in caching)),
     ]
     for title, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("end to end", "e2e_ms")):
-        sides = [spread([getattr(row, name) for row in rows]) for rows in (left, right)]
+        sides = [percentiles([getattr(row, name) for row in rows]) for rows in (left, right)]
         for figure in ("mean", "p50", "p99"):
             lines.append(Line(f"{title} {figure}", "ms", *(None if side is None else side[figure] for side in sides)))
     return lines

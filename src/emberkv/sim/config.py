@@ -1,4 +1,4 @@
-"""The control panel: everything that a simulation can be told, in one YAML file, checked to the last key."""
+"""The schema of a simulation: every setting of its YAML file, validated with unknown keys refused."""
 
 from collections.abc import Mapping
 from pathlib import Path

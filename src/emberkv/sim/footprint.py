@@ -1,4 +1,4 @@
-"""The packing room: what a model takes of a device's memory, and how many KV blocks fit in the rest."""
+"""Memory on a device: what a model takes of it, and how many KV blocks fit in the rest."""
 
 from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GIB, HardwareProfile

@@ -1,4 +1,4 @@
-"""The hardware room: what a device can do, as a data file says it, with the source of every number in the file."""
+"""Hardware profiles: what a device can do, read from a data file that gives the source of every number."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

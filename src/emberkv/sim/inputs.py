@@ -1,4 +1,4 @@
-"""The intake: the requests of a set-up, as often as they are needed, and the block size that they are told in."""
+"""Opens the workload of a set-up: its requests, as often as they are needed, and their block size."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The timekeeper: latencies and rates of completed requests, and whether they keep their targets."""
+"""Latencies and rates of completed requests, and whether they keep their targets."""
 
 from array import array
 from collections import Counter
@@ -19,7 +19,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[max(0, ceil(percent * len(ordered) / 100) - 1)]
 
 
-def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+def percentiles(values: Iterable[float | None]) -> dict[str, float] | None:
     """Mean, percentiles and extremes of those that are there; None without any."""
     found = sorted(value for value in values if value is not None)
     if not found:
@@ -73,9 +73,9 @@ class Pace:
                 "prompt_tokens_per_second": ratio(self.prompt_tokens, duration),
                 "output_tokens_per_second": ratio(self.output_tokens, duration),
             },
-            "ttft_ms": spread(self.ttft),
-            "tpot_ms": spread(self.tpot),
-            "e2e_latency_ms": spread(self.e2e),
+            "ttft_ms": percentiles(self.ttft),
+            "tpot_ms": percentiles(self.tpot),
+            "e2e_latency_ms": percentiles(self.e2e),
         }
 
 

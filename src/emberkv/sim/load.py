@@ -1,4 +1,4 @@
-"""Whether a set-up keeps up with what is asked of it, judged by the requests that wait when arrivals end."""
+"""Whether a set-up keeps up with the requests that arrive, judged by those that wait when arrivals end."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

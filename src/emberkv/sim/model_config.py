@@ -1,4 +1,4 @@
-"""The config reader: a Hugging Face ``config.json``, or the name of a known model, as a `ModelSpec`."""
+"""Reads a Hugging Face ``config.json``, or the name of a known model, as a `ModelSpec`."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The model room: a transformer as its Hugging Face config tells it, in parameters and bytes; no weights are needed."""
+"""A transformer's shape, in parameters and bytes; no weights are needed."""
 
 from dataclasses import dataclass, replace
 

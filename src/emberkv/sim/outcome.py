@@ -1,4 +1,4 @@
-"""The outcome room: what became of a request, and the row that says so."""
+"""The outcome of a request, and its row in the CSV."""
 
 import csv
 from collections.abc import Mapping, Sequence

@@ -1,13 +1,13 @@
-"""The report of a plan: one HTML page that opens with what to get."""
+"""The HTML report of a plan: one page that opens with the set-up to get."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from emberkv.sim import page
-from emberkv.sim.figures import Axis, Line, line_plot, named_bars
 from emberkv.sim.hardware import GIB
 from emberkv.sim.plan_words import get_this, price_words, recommendation
 from emberkv.sim.planner import Plan, SetUpPoint
+from emberkv.sim.plots import Axis, Line, line_plot, named_bars
 from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words, tier_words
 
 

@@ -1,4 +1,4 @@
-"""The slide rule: times and rates from formulas, for the set-ups that a plan does not simulate.
+"""Times and rates from formulas, for the set-ups that a plan does not simulate.
 
 First token: what a request costs outside the scheduler, computing the part of its prompt that is not cached, alone on
 the machine, and fetching the part that a lower tier has; no queueing. Most requests a second: the inverse of a
@@ -17,7 +17,7 @@ from emberkv.core.sequence import Sequence
 from emberkv.sim.build import Machine
 from emberkv.sim.cache_only import ReferenceChain
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.curves.visits import ROOT
+from emberkv.sim.curves.accesses import ROOT
 from emberkv.sim.hardware import GB, MICROSECOND, TierRates
 from emberkv.workload.request import Request
 

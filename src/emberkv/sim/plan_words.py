@@ -1,4 +1,4 @@
-"""A plan in plain sentences; every number in them is the plan's."""
+"""A plan in plain sentences."""
 
 from collections.abc import Iterator
 

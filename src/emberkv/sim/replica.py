@@ -1,4 +1,4 @@
-"""The replica: the scheduler that serves, with virtual time for an engine and nothing for bytes.
+"""A simulated replica: the scheduler that serves, with a virtual clock in place of the engine.
 
 Steps that only decode and change nothing but lengths are taken together: until a block fills, an answer ends, or
 something happens to the replica. Rows are the same as with single steps, since nothing else could have happened.
@@ -14,9 +14,8 @@ from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
 from emberkv.sim.simulated_request import SimulatedRequest
-from emberkv.sim.step import ANY_TOKEN, Step
 from emberkv.sim.tiers import LowerModel, Transfer
-from emberkv.sim.timing import StepClock
+from emberkv.sim.timing import ANY_TOKEN, Step, StepClock
 from emberkv.workload.chain import ContentChain
 
 

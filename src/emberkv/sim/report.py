@@ -1,4 +1,4 @@
-"""The report of simulations: one HTML page of one run, or of several compared."""
+"""The HTML report of simulations: one page of one run, or of several compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime

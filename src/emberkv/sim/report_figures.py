@@ -1,13 +1,13 @@
-"""What a report shows of one run or of several on equal axes, each picture with words that say what is to be seen."""
+"""The figures of a report: plots of one run, or of several on equal axes, each with a sentence on what it shows."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from emberkv.sim.curves.curve import CapacityCurve
-from emberkv.sim.figures import Axis, Line, bar_plot, line_plot
 from emberkv.sim.hardware import GIB
 from emberkv.sim.latencies import percentile, ratio
 from emberkv.sim.outcome import Status
+from emberkv.sim.plots import Axis, Line, bar_plot, line_plot
 from emberkv.sim.rows import Row, Rows
 from emberkv.sim.run import Results
 from emberkv.sim.timing import NANOSECONDS

@@ -1,19 +1,50 @@
-"""The works of the stopwatch: what a step takes on a device, term by term, from what it computes and what it reads.
+"""Estimates a step's duration from its floating-point operations and bytes (roofline model).
 
 A roofline (Williams, Waterman and Patterson, 2009) with measured efficiencies: each operation takes as long as its
 arithmetic or its memory traffic, whichever is longer, at the share of the peak that kernels of its size reach.
 """
 
+from dataclasses import dataclass
 from math import log, sqrt
 from typing import NamedTuple
 
 from emberkv.core.scheduler import PrefillChunk, StepPlan
+from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GB, MICROSECOND, Curve, HardwareProfile
-from emberkv.sim.layout import TENSOR_PARALLEL, Layout
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
-from emberkv.sim.work import Chunk, StepTerms, Work
+from emberkv.sim.timing import Chunk, StepTerms, Work
 
 MEGABYTE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Beside tensor parallelism, which divides every matrix and the heads among the devices.
+
+    expert_parallel: a device has whole experts instead of a part of each. data_parallel_attention: a device computes
+    the attention of its own sequences with all heads, and keeps their KV cache alone. peer_access: whether devices
+    reach each other's memory directly; None: as the profile says.
+    """
+
+    expert_parallel: bool = False
+    data_parallel_attention: bool = False
+    peer_access: bool | None = None
+
+    def check(self, model: ModelSpec, devices: int) -> None:
+        """Raises ConfigError where so many devices cannot share the model like this."""
+        if self.expert_parallel and not 1 < devices <= model.experts:
+            raise ConfigError(
+                f"expert_parallel with {devices} devices; {model.name} has {model.experts} experts to divide, "
+                "and --tensor-parallel says among how many devices (at least 2)"
+            )
+        if self.data_parallel_attention and devices < 2:
+            raise ConfigError("data_parallel_attention needs at least 2 devices; --tensor-parallel says how many")
+        if not self.data_parallel_attention and (devices < 1 or model.heads % devices):
+            raise ConfigError(f"tensor_parallel is {devices}; {model.name} has {model.heads} heads to share")
+
+
+TENSOR_PARALLEL = Layout()
+"""Nothing beside it, and links as the profile says."""
 
 
 class RowTerms(NamedTuple):

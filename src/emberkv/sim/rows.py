@@ -1,4 +1,4 @@
-"""The ledger: every outcome's numbers in compact arrays, from which summary and report are made."""
+"""The numbers of every outcome in compact arrays, from which summary and report are made."""
 
 from array import array
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The run: a set-up carried out to its results, its rows written as they come."""
+"""Runs a simulation and writes its rows as requests end."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""The chart recorder: how full and how busy the replicas are, sampled over virtual time in bounded memory."""
+"""How full and how busy the replicas are, sampled over virtual time in bounded memory."""
 
 from array import array
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The simulation: requests arrive, replicas compute, virtual time goes from one happening to the next."""
+"""The event loop of a simulation: requests arrive, replicas compute, virtual time goes from event to event."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,13 @@ from functools import partial
 from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.routing import Router
 from emberkv.core.hashing import BlockHash
-from emberkv.sim.events import Agenda, Kind
-from emberkv.sim.failures import Outage
+from emberkv.sim.agenda import Agenda, Kind, Outage
 from emberkv.sim.outcome import Outcome, Status
 from emberkv.sim.replica import Replica
 from emberkv.sim.series import ReplicaSeries, Series
 from emberkv.sim.simulated_request import Sessions, SimulatedRequest
-from emberkv.sim.step import Step
 from emberkv.sim.tiers import Transfer
-from emberkv.sim.timing import NANOSECONDS, nanoseconds
+from emberkv.sim.timing import NANOSECONDS, Step, nanoseconds
 from emberkv.workload.chain import ContentChain
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source

@@ -1,4 +1,4 @@
-"""The summary room: what a simulation comes to, computed from the same numbers that its CSV has.
+"""The summary of a simulation, computed from the same numbers that its CSV has.
 
 Percentiles are nearest ranks, so that each is a value of the CSV. Rates of tokens and hits are over completed requests.
 """

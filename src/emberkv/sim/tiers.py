@@ -1,4 +1,4 @@
-"""Lower tiers without bytes: what they have, what they evict, and how long their transfers take in virtual time.
+"""Lower tiers as models without bytes: what they hold and evict, and how long transfers take in virtual time.
 
 They are looked into, measured and chosen from by the code that serves; only the transfers are modelled. A tier moves
 one thing at a time in each direction, in the order asked for.

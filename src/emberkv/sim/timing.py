@@ -1,10 +1,11 @@
-"""The stopwatch: how long a step takes, in virtual time.
+"""Steps in virtual time: what a step computes, how long it takes, and runs of steps that only decode.
 
 Virtual time is counted in whole nanoseconds, so that a run of steps takes exactly as long as its steps one by one.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple, Protocol
 
 from emberkv.core.scheduler import StepPlan
 from emberkv.errors import ConfigError
@@ -20,6 +21,47 @@ def nanoseconds(seconds: float) -> int:
     if not seconds <= MOST_SECONDS:
         raise ConfigError(f"a time of {seconds:g} s comes out; the simulation has room for {MOST_SECONDS:g} s")
     return round(seconds * NANOSECONDS)
+
+
+class Chunk(NamedTuple):
+    """Tokens ``[start, stop)`` of one sequence, computed in one step. samples: its next token is wanted, too."""
+
+    start: int
+    stop: int
+    samples: bool
+
+
+class Work(NamedTuple):
+    """A step in numbers: ``sequences`` decode a token each, their lengths' sum is ``context``; and what it prefills."""
+
+    sequences: int
+    context: int
+    chunks: tuple[Chunk, ...] = ()
+
+
+@dataclass(slots=True)
+class StepTerms:
+    """Seconds of a step by what they are spent on; the step takes their sum."""
+
+    gemm: float = 0.0
+    elementwise: float = 0.0
+    decode_attention: float = 0.0
+    prefill_attention: float = 0.0
+    logits: float = 0.0
+    all_reduce: float = 0.0
+    layer_overhead: float = 0.0
+    sequence_overhead: float = 0.0
+    token_overhead: float = 0.0
+    step_overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        kernels = self.gemm + self.elementwise + self.decode_attention + self.prefill_attention + self.logits
+        overheads = self.layer_overhead + self.sequence_overhead + self.token_overhead + self.step_overhead
+        return kernels + self.all_reduce + overheads
+
+    def as_dict(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class StepTimer(Protocol):
@@ -112,3 +154,28 @@ class SteadyRun:
             duration += count * each
             context += count * self.sequences
         return done, duration
+
+
+class _AnyToken(dict[str, int]):
+    """Sampled tokens: chains know their own answers and take whatever is given."""
+
+    def __missing__(self, request_id: str) -> int:
+        return 0
+
+
+ANY_TOKEN: Mapping[str, int] = _AnyToken()
+
+
+@dataclass(slots=True)
+class Step:
+    """Under way from ``began`` for ``duration`` nanoseconds; ``count`` of them in a row, which ``run`` then tells."""
+
+    plan: StepPlan
+    began: int
+    duration: int
+    count: int = 1
+    run: SteadyRun | None = None
+
+    @property
+    def ends(self) -> int:
+        return self.began + self.duration

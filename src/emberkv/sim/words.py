@@ -1,4 +1,4 @@
-"""Sizes, times, shares and rates as people read them."""
+"""Formats sizes, times, shares and rates as text."""
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

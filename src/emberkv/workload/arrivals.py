@@ -1,4 +1,4 @@
-"""The door: when new conversations begin."""
+"""Arrival processes: when new conversations begin."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Azure room: CSV of arrival, prompt and answer lengths; nothing tells which prompts share a prefix."""
+"""Azure traces: CSV of arrival, prompt and answer lengths, without anything on shared prefixes."""
 
 import csv
 from collections.abc import Iterable, Iterator

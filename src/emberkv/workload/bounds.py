@@ -1,4 +1,4 @@
-"""The largest numbers that a workload or a simulation may have, so that every run is bounded in memory.
+"""Number types of descriptions, bounded so that every run is bounded in memory.
 
 A number beyond them is an error that names it. They are far above anything a model serves today.
 """

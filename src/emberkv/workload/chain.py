@@ -1,4 +1,4 @@
-"""The chain room: a content's blocks under the block hashes by which the core's pool and cache know them."""
+"""Block hashes of a content, as the core's pool and cache use them."""
 
 from collections.abc import Iterable
 from hashlib import sha256

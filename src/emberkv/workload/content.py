@@ -1,4 +1,4 @@
-"""The content room: what a request's tokens are, told by where they come from.
+"""The tokens of a request, described by where they come from.
 
 A generated or recorded workload never holds text. Its tokens are spans of endless streams (a system prompt, a message,
 an answer, a block of a trace), each named by a key, or token ids where a trace has them. Two requests share a prefix

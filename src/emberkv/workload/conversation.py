@@ -1,4 +1,4 @@
-"""The conversation room: one client's turns, each prompt everything before it and a new message."""
+"""Generated conversations: each turn's prompt is everything before it and a new message."""
 
 from bisect import bisect
 from itertools import accumulate

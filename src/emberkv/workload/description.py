@@ -1,4 +1,4 @@
-"""The measuring room: what a workload is made of, and what a cache could at best make of it."""
+"""Measures a workload: lengths, sessions, and what a cache without limit would find."""
 
 from array import array
 from collections import Counter

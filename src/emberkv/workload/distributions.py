@@ -1,4 +1,4 @@
-"""The dice: lengths in tokens, think times in seconds and numbers of turns, drawn from what a description names."""
+"""Distributions of lengths in tokens, think times in seconds and numbers of turns."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The trace room: emberkv's own trace format, JSONL of block hashes and lengths, never of text.
+"""emberkv's own trace format: JSONL of block hashes and lengths, never of text.
 
 The first line is ``{"emberkv_trace": 1}``, with an optional ``note``. Every other line is a `TraceLine`, sorted by
 arrival. ``blocks`` are chained, so that an id stands for its block and all before it; ids are equal across files where

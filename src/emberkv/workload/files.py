@@ -1,4 +1,4 @@
-"""The front desk: any workload file, recorded or described, as requests or as a source; and traces written."""
+"""Opens any workload file, recorded or described, as requests or as a source, and writes traces."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

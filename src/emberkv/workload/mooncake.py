@@ -1,4 +1,4 @@
-"""The Mooncake room: JSONL with prefix-chained block ids, read and written.
+"""Mooncake traces: JSONL with prefix-chained block ids, read and written.
 
 ``{"timestamp": 27000, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, ...]}``: milliseconds, tokens,
 and one id per block of the prompt, the last block being partial. Variants: ``token_ids`` instead of ``hash_ids``;

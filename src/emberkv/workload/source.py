@@ -1,4 +1,4 @@
-"""The source room: what a simulation draws requests from, and tells when they complete."""
+"""Sources: the requests that a simulation draws, and the follow-ups that completed requests set off."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

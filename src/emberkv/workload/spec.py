@@ -1,4 +1,4 @@
-"""The description room: a generated workload as a YAML file says it, checked to the last key."""
+"""The schema of a generated workload in a YAML file, validated with unknown keys refused."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self

@@ -1,4 +1,4 @@
-"""The trace desk: any recorded trace as one stream of requests; faster, clipped or merged."""
+"""Reads any recorded trace as one stream of requests, and changes its rate, clips or merges it."""
 
 import heapq
 import math

@@ -3,18 +3,18 @@
 from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.analytics.reuse_estimator import ReuseEstimator
+from emberkv.sim.curves.accesses import accesses
 from emberkv.sim.curves.lru import LRUCurve
-from emberkv.sim.curves.visits import visits
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import CAPACITIES
 
 
 def test_its_error_is_as_stated_and_small() -> None:
-    seen = list(visits(open_requests(MOONCAKE), 512))
+    seen = list(accesses(open_requests(MOONCAKE), 512))
     exact = LRUCurve(seen)
     estimator = ReuseEstimator(CAPACITIES)
-    for visit in seen:
-        estimator.access(visit.blocks)
+    for access in seen:
+        estimator.access(access.blocks)
     assert estimator.followed <= 8192
     for point in estimator.curve():
         off = abs(point.hit_rate - exact.at(point.capacity_blocks).block_rate)

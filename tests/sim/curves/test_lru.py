@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.errors import ConfigError
+from emberkv.sim.curves.accesses import Access, Hits, accesses
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import replay
-from emberkv.sim.curves.visits import Hits, Visit, visits
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
@@ -16,7 +16,7 @@ from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 @settings(max_examples=300)
 @given(visit_lists(), st.integers(0, 60))
 def test_one_pass_tells_what_the_pool_does_at_any_capacity_that_takes_the_largest_request(
-    seen: list[Visit], spare: int
+    seen: list[Access], spare: int
 ) -> None:
     curve = LRUCurve(seen)
     capacity = curve.smallest + spare
@@ -24,7 +24,7 @@ def test_one_pass_tells_what_the_pool_does_at_any_capacity_that_takes_the_larges
 
 
 @given(visit_lists())
-def test_more_never_hits_less_and_enough_is_as_good_as_unlimited(seen: list[Visit]) -> None:
+def test_more_never_hits_less_and_enough_is_as_good_as_unlimited(seen: list[Access]) -> None:
     curve = LRUCurve(seen)
     hits = [curve.at(capacity).hits for capacity in range(curve.smallest, curve.enough + 2)]
     assert hits == sorted(hits)
@@ -34,7 +34,7 @@ def test_more_never_hits_less_and_enough_is_as_good_as_unlimited(seen: list[Visi
 
 
 @given(visit_lists(), st.floats(0, 1))
-def test_the_capacity_for_a_share_is_the_smallest_that_has_it(seen: list[Visit], share: float) -> None:
+def test_the_capacity_for_a_share_is_the_smallest_that_has_it(seen: list[Access], share: float) -> None:
     curve = LRUCurve(seen)
     capacity = curve.capacity_for(share)
     wanted = share * curve.unlimited.hit_tokens
@@ -62,7 +62,7 @@ def test_an_empty_workload_has_an_empty_curve() -> None:
 
 
 def test_the_mooncake_figures() -> None:
-    curve = LRUCurve(visits(open_requests(MOONCAKE), 512))
+    curve = LRUCurve(accesses(open_requests(MOONCAKE), 512))
     assert (curve.references, curve.unique, curve.unlimited.hits) == (288_500, 182_790, 105_710)
     assert round(curve.unlimited.token_rate, 4) == 0.3736
     rates = [round(curve.at(capacity).block_rate, 4) for capacity in CAPACITIES]

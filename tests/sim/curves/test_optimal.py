@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import POLICY_NAMES
+from emberkv.sim.curves.accesses import Access, accesses
 from emberkv.sim.curves.optimal import Optimal
 from emberkv.sim.curves.replayed import replay
-from emberkv.sim.curves.visits import Visit, visits
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 
-def best_of_all_choices(seen: list[Visit], capacity: int) -> int:
+def best_of_all_choices(seen: list[Access], capacity: int) -> int:
     """Hits of the best of all ways to keep or drop each block after each use."""
-    uses = [(block, at < visit.asked) for visit in seen for at, block in enumerate(visit.blocks)]
+    uses = [(block, at < access.asked) for access in seen for at, block in enumerate(access.blocks)]
 
     @cache
     def best(at: int, kept: frozenset[bytes]) -> int:
@@ -41,7 +41,7 @@ def test_no_choice_of_what_to_keep_hits_more(paths: list[list[int]], capacity: i
 
 @settings(max_examples=50)
 @given(visit_lists(), st.integers(6, 40), st.sampled_from(POLICY_NAMES))
-def test_no_policy_exceeds_it(seen: list[Visit], capacity: int, policy: str) -> None:
+def test_no_policy_exceeds_it(seen: list[Access], capacity: int, policy: str) -> None:
     bound, found = Optimal(seen).at(capacity), replay(seen, capacity, policy)
     assert (bound.references, bound.prompt_tokens) == (found.references, found.prompt_tokens)
     assert found.hits <= bound.hits
@@ -54,6 +54,6 @@ def test_of_a_loop_it_keeps_what_fits(capacity: int, hits: int) -> None:
 
 
 def test_the_mooncake_figures() -> None:
-    bound = Optimal(visits(open_requests(MOONCAKE), 512))
+    bound = Optimal(accesses(open_requests(MOONCAKE), 512))
     rates = [round(bound.at(capacity).block_rate, 4) for capacity in CAPACITIES]
     assert rates == [0.1907, 0.2945, 0.3551, 0.3664, 0.3664, 0.3664, 0.3664]

@@ -5,16 +5,16 @@ from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.policies.eviction_policy import EntryCost
 from emberkv.errors import ConfigError
+from emberkv.sim.curves.accesses import Access, Hits, accesses
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.replayed import SampledReplay, replay, sample
-from emberkv.sim.curves.visits import Hits, Visit, visits
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_of
 
 
 @pytest.fixture(scope="module")
-def mooncake() -> list[Visit]:
-    return list(visits(open_requests(MOONCAKE), 512))
+def mooncake() -> list[Access]:
+    return list(accesses(open_requests(MOONCAKE), 512))
 
 
 def test_only_what_follows_a_prompt_without_a_gap_is_a_hit() -> None:
@@ -64,11 +64,11 @@ def test_a_sample_keeps_the_order_and_takes_a_block_always_or_never() -> None:
 @pytest.mark.parametrize(
     ("policy", "capacity", "rate"), [("lru", 6_000, 0.1393), ("lfu", 1_000, 0.0481), ("lfu", 50_000, 0.3439)]
 )
-def test_the_mooncake_figures(mooncake: list[Visit], policy: str, capacity: int, rate: float) -> None:
+def test_the_mooncake_figures(mooncake: list[Access], policy: str, capacity: int, rate: float) -> None:
     assert round(replay(mooncake, capacity, policy).block_rate, 4) == rate
 
 
-def test_a_tenth_of_the_blocks_tells_the_curve_within_the_stated_error(mooncake: list[Visit]) -> None:
+def test_a_tenth_of_the_blocks_tells_the_curve_within_the_stated_error(mooncake: list[Access]) -> None:
     points, error = SampledReplay(mooncake, LRUCurve(mooncake), 0.1).curve(CAPACITIES, "lfu")
     assert 0 < error < 0.01
     assert [point.capacity for point in points] == list(CAPACITIES)

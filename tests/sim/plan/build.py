@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from emberkv.sim.about import About
-from emberkv.sim.capacity_plan import SizePoint
 from emberkv.sim.config import Rates, SimulationConfig, Targets
 from emberkv.sim.inputs import Workload
 from emberkv.sim.load import Load
 from emberkv.sim.plan_times import Demand
-from emberkv.sim.planner import Plan, SetUpPoint, Simulated
+from emberkv.sim.planner import Plan, SetUpPoint, Simulated, SizePoint
 from tests.workload.build import workload
 
 GIB = 2**30

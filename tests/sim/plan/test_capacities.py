@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from emberkv.sim import capacity_plan
 from emberkv.sim.build import Machine, machine_of
-from emberkv.sim.capacity_plan import Capacities, round_sizes
+from emberkv.sim.curves.accesses import accesses
 from emberkv.sim.curves.replayed import replay
-from emberkv.sim.curves.visits import visits
+from emberkv.sim.planner import Capacities, round_sizes
 from emberkv.workload.files import open_requests
 from tests.sim.curves.build import visit_of
 from tests.sim.plan.build import rates
@@ -55,8 +55,8 @@ def test_sizes_are_of_the_machines_blocks_and_end_where_nothing_changes(machine:
 
 
 def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine) -> None:
-    seen = list(visits(open_requests(MOONCAKE), 512))
-    assert sum(visit.asked for visit in seen) > capacity_plan.REPLAYED
+    seen = list(accesses(open_requests(MOONCAKE), 512))
+    assert sum(access.asked for access in seen) > capacity_plan.REPLAYED
     found = Capacities(seen, "lfu", machine)
     rate = found.hit_rate(10_000)
     assert found.error is not None

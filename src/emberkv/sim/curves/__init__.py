@@ -1,1 +1,1 @@
-"""Hit rate against cache size, without time: exact where one pass can tell, sampled where it cannot."""
+"""Hit rate against cache size, without time: exact where one pass gives it, sampled elsewhere."""

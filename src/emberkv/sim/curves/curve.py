@@ -1,13 +1,13 @@
-"""Hit rate against capacity as a table: LRU and the bound, at capacities that show the shape."""
+"""Hit rate against capacity as a table: LRU and the upper bound, at capacities that show the shape."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
 from emberkv.sim.build import root_of
+from emberkv.sim.curves.accesses import Hits, accesses
 from emberkv.sim.curves.lru import LRUCurve
 from emberkv.sim.curves.optimal import Optimal
-from emberkv.sim.curves.visits import Hits, visits
 from emberkv.sim.run import Results
 from emberkv.workload.files import ASSUMED
 from emberkv.workload.request import Request
@@ -47,7 +47,7 @@ def capacity_curve(run: Results) -> CapacityCurve | None:
     None without requests. Raises WorkloadError while the workload is read.
     """
     size = run.machine.block_size
-    seen = list(visits(first_requests(run.workload.source()), size, root_of(run.config, size)))
+    seen = list(accesses(first_requests(run.workload.source()), size, root_of(run.config, size)))
     if not seen:
         return None
     lru, best = LRUCurve(seen), Optimal(seen)

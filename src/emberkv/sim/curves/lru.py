@@ -15,13 +15,13 @@ from itertools import accumulate
 from emberkv.core.analytics.lru_stack import LRUStack
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
-from emberkv.sim.curves.visits import Hits, Visit
+from emberkv.sim.curves.accesses import Access, Hits
 
 
 class LRUCurve:
-    """Built from the visits in order, O(log n) a block; memory grows with the number of different blocks."""
+    """Built from the accesses in order, O(log n) a block; memory grows with the number of different blocks."""
 
-    def __init__(self, visits: Iterable[Visit]) -> None:
+    def __init__(self, accesses: Iterable[Access]) -> None:
         self.references = 0
         self.asked = 0
         """Of the references, those that can be found."""
@@ -31,17 +31,17 @@ class LRUCurve:
         hits: Counter[int] = Counter()
         tokens: Counter[int] = Counter()
         stack: LRUStack[BlockHash] = LRUStack()
-        for visit in visits:
-            self.references += visit.references
-            self.asked += visit.asked
-            self.prompt_tokens += visit.prompt_tokens
-            self.smallest = max(self.smallest, len(visit.blocks))
-            for position, depth in enumerate(stack.depths(visit.blocks[: visit.asked])):
+        for access in accesses:
+            self.references += access.references
+            self.asked += access.asked
+            self.prompt_tokens += access.prompt_tokens
+            self.smallest = max(self.smallest, len(access.blocks))
+            for position, depth in enumerate(stack.depths(access.blocks[: access.asked])):
                 if depth is None:
                     break
                 hits[depth] += 1
-                tokens[depth] += visit.tokens(position + 1) - visit.tokens(position)
-            stack.use(visit.blocks)
+                tokens[depth] += access.tokens(position + 1) - access.tokens(position)
+            stack.use(access.blocks)
         self.unique = len(stack)
         self._depths = sorted(hits)
         self._hits = [0, *accumulate(hits[depth] for depth in self._depths)]

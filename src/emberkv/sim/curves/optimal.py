@@ -1,4 +1,4 @@
-"""The bound: what no eviction policy can exceed, whatever it knows of the future.
+"""The upper bound: the hit rate that no eviction policy can exceed, whatever it knows of the future.
 
 Belady's MIN ("A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal, 1966) with
 bypass: a block is kept only while its next use is sooner than that of whatever it would displace. Blocks are taken one
@@ -10,42 +10,42 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from emberkv.core.hashing import BlockHash
-from emberkv.sim.curves.visits import Hits, Visit
+from emberkv.sim.curves.accesses import Access, Hits
 
 _NEVER = 2**62
 
 
 class Optimal:
-    """Made once from the visits, 16 bytes a use in memory; each capacity is then O(uses * log capacity)."""
+    """Made once from the accesses, 16 bytes a use in memory; each capacity is then O(uses * log capacity)."""
 
-    def __init__(self, visits: Iterable[Visit]) -> None:
+    def __init__(self, accesses: Iterable[Access]) -> None:
         self._unlimited = Hits(None)
         self._block_size = 1
         self._blocks = array("q")
         self._next = array("q")
-        self._link(visits)
+        self._link(accesses)
 
-    def _link(self, visits: Iterable[Visit]) -> None:
+    def _link(self, accesses: Iterable[Access]) -> None:
         """Number the blocks, and note for each use when its block is next looked up, if that is its next use."""
         numbers: dict[BlockHash, int] = {}
         last: dict[int, int] = {}
         total = self._unlimited
-        for visit in visits:
-            total.references += visit.references
-            total.prompt_tokens += visit.prompt_tokens
-            self._block_size = visit.block_size
+        for access in accesses:
+            total.references += access.references
+            total.prompt_tokens += access.prompt_tokens
+            self._block_size = access.block_size
             hits = 0
-            for position, block_hash in enumerate(visit.blocks):
+            for position, block_hash in enumerate(access.blocks):
                 number = numbers.setdefault(block_hash, len(numbers))
                 before = last.get(number)
-                if before is not None and position < visit.asked:
+                if before is not None and position < access.asked:
                     self._next[before] = len(self._blocks)
                     hits += 1
                 last[number] = len(self._blocks)
                 self._blocks.append(number)
                 self._next.append(_NEVER)
             total.hits += hits
-            total.hit_tokens += visit.tokens(hits)
+            total.hit_tokens += access.tokens(hits)
 
     def at(self, capacity: int) -> Hits:
         """capacity: in blocks, at least 1. Tokens: as many as so many hits can hold."""

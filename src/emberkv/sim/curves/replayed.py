@@ -1,4 +1,4 @@
-"""Any policy at one capacity: the trace replayed through the pool that serves, whole or sampled.
+"""The hit rate of any policy at one capacity: the trace replayed through the pool that serves, whole or sampled.
 
 Spatial sampling (SHARDS; Waldspurger et al., FAST 2015; for any policy, "Cache modeling and optimization using
 miniature simulations", ATC 2017): a block is followed if its block hash falls into a share of all hashes, in a pool of
@@ -14,14 +14,14 @@ from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.policies.eviction import make_policy
 from emberkv.errors import ConfigError
 from emberkv.sim.cache_only import ReferenceChain
+from emberkv.sim.curves.accesses import ROOT, Access, Hits
 from emberkv.sim.curves.lru import LRUCurve
-from emberkv.sim.curves.visits import ROOT, Hits, Visit
 
 _HASH_BYTES = 8
 
 
 def replay(
-    visits: Iterable[Visit], capacity: int, policy: str = "lru", *, block_cost: BlockCost = uniform_cost
+    accesses: Iterable[Access], capacity: int, policy: str = "lru", *, block_cost: BlockCost = uniform_cost
 ) -> Hits:
     """Hits of a pool of ``capacity`` blocks under an eviction policy, one request after the other, each whole.
 
@@ -30,31 +30,31 @@ def replay(
     """
     pool: BlockPool | None = None
     total = Hits(capacity)
-    for visit in visits:
-        pool = pool or BlockPool(capacity, visit.block_size, policy=make_policy(policy), block_cost=block_cost)
-        total.references += visit.references
-        total.prompt_tokens += visit.prompt_tokens
-        if len(visit.blocks) > capacity:
+    for access in accesses:
+        pool = pool or BlockPool(capacity, access.block_size, policy=make_policy(policy), block_cost=block_cost)
+        total.references += access.references
+        total.prompt_tokens += access.prompt_tokens
+        if len(access.blocks) > capacity:
             continue
-        chain = ReferenceChain(ROOT, visit.blocks, visit.block_size)
-        found = pool.match(chain, stop=len(visit.blocks)).blocks
-        hits = min(len(found), visit.asked)
+        chain = ReferenceChain(ROOT, access.blocks, access.block_size)
+        found = pool.match(chain, stop=len(access.blocks)).blocks
+        hits = min(len(found), access.asked)
         total.hits += hits
-        total.hit_tokens += visit.tokens(hits)
+        total.hit_tokens += access.tokens(hits)
         pool.pin(found)
-        fresh = pool.allocate(len(visit.blocks) - len(found))
+        fresh = pool.allocate(len(access.blocks) - len(found))
         computed = [pool.commit(block, chain, position, exact=True) for position, block in enumerate(fresh, len(found))]
         pool.free([*found, *computed])
     return total
 
 
-def sample(visits: Iterable[Visit], share: float) -> Iterator[Visit]:
-    """What is left of each visit when only ``share`` of all blocks is followed."""
+def sample(accesses: Iterable[Access], share: float) -> Iterator[Access]:
+    """What is left of each access when only ``share`` of all blocks is followed."""
     threshold = round(share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
-    for visit in visits:
-        asked = [block_hash for block_hash in visit.blocks[: visit.asked] if block_hash < threshold]
-        left = [block_hash for block_hash in visit.blocks[visit.asked :] if block_hash < threshold]
-        yield replace(visit, blocks=asked + left, asked=len(asked))
+    for access in accesses:
+        asked = [block_hash for block_hash in access.blocks[: access.asked] if block_hash < threshold]
+        left = [block_hash for block_hash in access.blocks[access.asked :] if block_hash < threshold]
+        yield replace(access, blocks=asked + left, asked=len(asked))
 
 
 class SampledReplay:
@@ -64,13 +64,13 @@ class SampledReplay:
     `LRUCurve`: a policy's misses are LRU's and, scaled up, the difference between the two in the sample.
     """
 
-    def __init__(self, visits: Iterable[Visit], exact: LRUCurve, share: float) -> None:
+    def __init__(self, accesses: Iterable[Access], exact: LRUCurve, share: float) -> None:
         """Raises ConfigError unless the share is above 0 and below 1."""
         if not 0 < share < 1:
             raise ConfigError(f"a share of {share} is no sample; it must be above 0 and below 1")
-        self._visits = list(sample(visits, share))
-        self._asked = sum(visit.asked for visit in self._visits)
-        self._blocks = len({block for visit in self._visits for block in visit.blocks[: visit.asked]})
+        self._accesses = list(sample(accesses, share))
+        self._asked = sum(access.asked for access in self._accesses)
+        self._blocks = len({block for access in self._accesses for block in access.blocks[: access.asked]})
         self._exact = exact
         self._share = share
 
@@ -87,9 +87,9 @@ class SampledReplay:
         unlimited = self._exact.unlimited
         for capacity in capacities:
             exact, small = self._exact.at(capacity), max(1, round(capacity * self._share))
-            lru = replay(self._visits, small)
+            lru = replay(self._accesses, small)
             other = replay(
-                self._visits, small, policy, block_cost=lambda position: block_cost(round(position / self._share))
+                self._accesses, small, policy, block_cost=lambda position: block_cost(round(position / self._share))
             )
             hits = min(unlimited.hits, max(0, exact.hits + round((other.hits - lru.hits) / self._share)))
             tokens = round(unlimited.hit_tokens * hits / unlimited.hits) if unlimited.hits else 0

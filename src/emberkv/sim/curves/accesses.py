@@ -1,4 +1,4 @@
-"""The turnstile: each request as a cache sees it, the blocks that it looks up and those that it leaves behind.
+"""The accesses of a request to a cache: the blocks that it looks up, and those that it leaves behind.
 
 Counted as published figures of traces count: every block that a prompt takes is a reference, the partial last one
 included. Where the answer is known, its full blocks stay in the cache too, and the prompt's partial block is part of
@@ -17,7 +17,7 @@ ROOT = sha256(b"emberkv-curves-1").digest()
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class Access:
     """blocks: different ones, in chain order; the first ``asked`` are looked up, and all of them are left behind."""
 
     blocks: list[BlockHash]
@@ -34,23 +34,23 @@ class Visit:
         return min(hits * self.block_size, self.prompt_tokens)
 
 
-def visit(request: Request, block_size: int, root: BlockHash = ROOT) -> Visit:
+def access(request: Request, block_size: int, root: BlockHash = ROOT) -> Access:
     """root: requests of different roots share nothing."""
     prompt = request.prompt_tokens
     full = prompt - prompt % block_size
     known = len(request.content) - len(request.content) % block_size
     if known <= full:
         blocks = request.block_references(root, block_size)
-        return Visit(blocks, len(blocks), prompt, block_size)
+        return Access(blocks, len(blocks), prompt, block_size)
     blocks = content_hashes(root, request.content, 0, known, block_size)
-    return Visit(blocks, full // block_size, prompt, block_size)
+    return Access(blocks, full // block_size, prompt, block_size)
 
 
-def visits(
+def accesses(
     requests: Iterable[Request], block_size: int, root_of: Callable[[Request], BlockHash] = lambda _: ROOT
-) -> Iterator[Visit]:
+) -> Iterator[Access]:
     """One request in memory at a time."""
-    return (visit(request, block_size, root_of(request)) for request in requests)
+    return (access(request, block_size, root_of(request)) for request in requests)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Plots as SVG text, the same bytes each time, told apart by line and hatch as well as by colour.
+"""Plots as SVG text, byte for byte reproducible; line and hatch differ as well as colour.
 
 Colours are the page's CSS variables, so that a plot follows its page into dark mode and onto paper.
 """
