@@ -102,7 +102,7 @@ class SimulationConfig(Strict):
     """A set-up.
 
     tensor_parallel: devices of a replica; expert_parallel, data_parallel_attention, peer_access: how they share the
-    model, see `emberkv.sim.layout.Layout`.
+    model, see `emberkv.sim.roofline.Layout`.
     model, hardware: names or files; weights, kv: number types other than the model's. rates: in place of both.
     kv_blocks: of each replica; None: what its memory holds beside weights, activations and the runtime. memory: bytes
     of each device, if not the profile's. block_size: tokens; None: the trace's own, or 16. hit_unit: hits are rounded

@@ -5,7 +5,7 @@ from benchmarks.measured_elsewhere import MOONCAKE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.sim import capacity_plan
+from emberkv.sim import planner
 from emberkv.sim.build import Machine, machine_of
 from emberkv.sim.curves.accesses import accesses
 from emberkv.sim.curves.replayed import replay
@@ -56,7 +56,7 @@ def test_sizes_are_of_the_machines_blocks_and_end_where_nothing_changes(machine:
 
 def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine) -> None:
     seen = list(accesses(open_requests(MOONCAKE), 512))
-    assert sum(access.asked for access in seen) > capacity_plan.REPLAYED
+    assert sum(access.asked for access in seen) > planner.REPLAYED
     found = Capacities(seen, "lfu", machine)
     rate = found.hit_rate(10_000)
     assert found.error is not None
