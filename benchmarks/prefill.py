@@ -23,13 +23,13 @@ from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import ensure_model
 from transformers import AutoConfig, DynamicCache
 
-from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
-from emberkv.engine.torch.configured import load_configured
+from emberkv.defaults import DEFAULT_PREFILL_CHUNK
+from emberkv.engine.torch.configured import CacheSizes, ModelOptions, load_configured
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import load_model
 
@@ -51,8 +51,8 @@ class Ours:
     """
 
     def __init__(self, folder: Path, *, chunk: int, tokens: int, native: bool = True) -> None:
-        config = ServeConfig(model=str(folder), kernels="auto" if native else "torch")
-        loaded, kernels = load_configured(config, lambda _: None)
+        options = ModelOptions(model=str(folder), kernels="auto" if native else "torch")
+        loaded, kernels = load_configured(options, CacheSizes(), lambda _: None)
         tokens = max(tokens + BLOCK_SIZE, 4 * chunk)  # room for an answer, and for what the engine tries at its start
         cache_bytes = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
         self._root = root_hash(loaded.fingerprint, BLOCK_SIZE)

@@ -3,7 +3,10 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ import emberkv
 SOURCE = Path(emberkv.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"", "errors", "config", "settings", "trusted_paths", "validation", "whole_file", "yaml_files"}
+LEAVES = {"", "config", "defaults", "errors", "settings", "trusted_paths", "validation", "warmup_variables",
+          "whole_file", "yaml_files"}  # fmt: skip
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
@@ -21,14 +25,16 @@ ALLOWED = {
     "errors": set[str](),
     "event_wire": {"core", "errors"},
     "validation": set[str](),
-    "config": {"core", "errors"},
-    "settings": {"config", "validation", "errors", "yaml_files"},
+    "config": {"core", "defaults", "warmup_variables"},
+    "defaults": set[str](),
+    "warmup_variables": set[str](),
+    "settings": {"config", "warmup_variables", "validation", "errors", "yaml_files"},
     "trusted_paths": {"errors"},
     "whole_file": set[str](),
     "yaml_files": {"errors"},
     "core": {"core", "errors"},
     "tiers": {"tiers", "core", *LEAVES},
-    "engine": {"engine", "tiers", "core", *LEAVES},
+    "engine": {"engine", "tiers", "core", *LEAVES} - {"config", "settings"},
     "serving": {"serving", "engine", "tiers", "core", *LEAVES},
     "llm": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
@@ -37,6 +43,8 @@ ALLOWED = {
     "sim": {"sim", "workload", "cluster", "tiers", "core", *LEAVES},
     "cli": {"cli", "bench", "workload", "sim", "cluster", "serving", "engine", "tiers", "core", *LEAVES},
 }
+
+PACKAGES = sorted(path.parent for path in MODULES if path.name == "__init__.py" and path.parent != SOURCE)
 
 IMPURE = {"asyncio", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess",
           "tempfile", "threading", "time"}  # fmt: skip
@@ -75,6 +83,60 @@ def test_imports_point_one_way(path: Path) -> None:
     own = {"__init__": "", "__main__": "cli"}.get(first, first)
     used = {layer(module) for module in imports(path) if module.split(".")[0] == "emberkv"}
     assert used <= ALLOWED[own]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("emberkv", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """The modules of emberkv that each module imports, wherever in it, by name; the package itself is left out."""
+    names = {module_name(path) for path in MODULES} - {"emberkv"}
+    found = {}
+    for path in MODULES:
+        used = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & names
+                used |= submodules or {node.module or ""}
+        found[module_name(path)] = used & names - {module_name(path)}
+    return {name: used for name, used in found.items() if name in names}
+
+
+def cycle_in(edges: Mapping[str, set[str]]) -> list[str]:
+    """The members of some cycle; none if there is no cycle."""
+    sorter = TopologicalSorter(edges)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]
+        return cycle
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert cycle_in(graph()) == []
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=name_of)
+def test_the_parts_of_a_package_do_not_import_each_other_in_a_circle(folder: Path) -> None:
+    prefix = f"{module_name(folder)}."
+
+    def part(module: str) -> str:
+        return module.removeprefix(prefix).split(".")[0]
+
+    edges = defaultdict[str, set[str]](set)
+    for module, used in graph().items():
+        if module.startswith(prefix):
+            edges[part(module)] |= {part(other) for other in used if other.startswith(prefix)} - {part(module)}
+    assert cycle_in(edges) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert set(cycle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "core").rglob("*.py")), ids=name_of)

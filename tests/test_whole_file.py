@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.core.hashing import TokenChain
-from emberkv.serving.admin.other_models import KnownModel, OtherModels
+from emberkv.serving.cache.other_models import KnownModel, OtherModels
 from emberkv.serving.tenancy.keys import server_secret
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.whole_file import LEFTOVER_SECONDS, remove_leftovers, replace_file

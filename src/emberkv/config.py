@@ -1,10 +1,6 @@
 """The settings of a server, with their types and defaults; `emberkv.settings` reads them."""
 
-import logging
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -17,19 +13,12 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
 from emberkv.core.policies.eviction import POLICY_NAMES
-
-DEFAULT_PREFILL_CHUNK = 128
-"""The smallest chunk that reached 90% of the best prefill rate where it was measured; see docs/benchmarks.md."""
-
-
-DEFAULT_WARMUP_SECONDS = 60.0
-_WARMUP_SECONDS = (1.0, 300.0)
+from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, machine_cache_folder
+from emberkv.warmup_variables import DEFAULT_WARMUP_SECONDS
 
 _FEWEST_SECRET_CHARACTERS = 16
 
@@ -37,8 +26,6 @@ _MOST_BYTES = 2**60
 
 NOT_SETTINGS = ("warmup_fallback_file",)
 """Fields that `read_settings` fills in, and that no option, ``EMBERKV_*`` variable or file sets."""
-
-_log = logging.getLogger(__name__)
 
 
 def _long_enough(secret: SecretStr) -> SecretStr:
@@ -161,7 +148,7 @@ class ServeConfig(BaseModel):
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     cache_ram: Size | None = Field(default=None, gt=0)
-    block_size: int = Field(default=16, ge=1, le=1024)
+    block_size: int = Field(default=DEFAULT_BLOCK_SIZE, ge=1, le=1024)
     prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1, le=2**20)
     max_step_tokens: int = Field(default=256, ge=1, le=2**20)
     max_running: int = Field(default=64, ge=1, le=2**16)
@@ -196,7 +183,7 @@ class ServeConfig(BaseModel):
     tls_key: UserPath | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
-    machine_cache: UserPath = Path("~/.cache/emberkv").expanduser()
+    machine_cache: UserPath = Field(default_factory=machine_cache_folder)
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:
@@ -235,44 +222,3 @@ class ServeConfig(BaseModel):
         if "cache_disk" in self.model_fields_set and self.cache_dir is None:
             raise ValueError("--cache-disk is given without --cache-dir; give the folder that it limits, too")
         return self
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupVariables:
-    """Three variables that other servers of this kind read, too; None where one is empty or unusable.
-
-    enabled: ``KV_CACHE_WARMUP``. timeout: ``WARMUP_TIMEOUT_SEC``, from 1 to 300 seconds. system_file:
-    ``WARMUP_SYSTEM_FILE``.
-    """
-
-    enabled: bool | None = None
-    timeout: float | None = None
-    system_file: Path | None = None
-
-
-def warmup_variables(environ: Mapping[str, str]) -> WarmupVariables:
-    """Read the three variables. A bad value is ignored with a warning, so that the server starts whatever they hold."""
-    enabled = timeout = None
-    if switch := environ.get("KV_CACHE_WARMUP", "").strip():
-        try:
-            enabled = TypeAdapter(bool).validate_python(switch)
-        except ValidationError:
-            _log.warning("KV_CACHE_WARMUP is %r; it must be 0 or 1, so it is ignored", switch)
-    if seconds := environ.get("WARMUP_TIMEOUT_SEC", "").strip():
-        timeout = usable_warmup_seconds("WARMUP_TIMEOUT_SEC", seconds)
-    file = environ.get("WARMUP_SYSTEM_FILE", "")
-    return WarmupVariables(enabled, timeout, Path(file).expanduser() if file else None)
-
-
-def usable_warmup_seconds(name: str, given: str | float) -> float:
-    """A usable deadline, with a warning where it is not the one given."""
-    least, most = _WARMUP_SECONDS
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if least <= seconds <= most:
-        return seconds
-    default = DEFAULT_WARMUP_SECONDS
-    _log.warning("%s is %s; it must be from %g to %g seconds, so %g is used", name, given, least, most, default)
-    return default

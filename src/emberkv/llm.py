@@ -19,14 +19,15 @@ from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, TokenLogprobs, TokenOutput
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.torch.assembly import assemble
-from emberkv.engine.torch.configured import engine_config, load_configured, pool_bytes, tier_config
+from emberkv.engine.torch.configured import load_configured
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.errors import EngineStoppedError, RequestError
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.explain import text_of
-from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.api.openai_schema import template_messages
+from emberkv.serving.cache.explain import text_of
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.wiring import cache_service
+from emberkv.serving.engine_setup import cache_sizes, engine_config, model_options, tier_config
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.tenancy.tenants import EVERYBODY
 from emberkv.settings import serve_config
@@ -176,18 +177,21 @@ class LLM:
             "machine_cache": machine_cache,
         }  # fmt: skip
         config = serve_config(given, {})
-        self._books = CacheBooks(Ledger())
+        self._ledger_store = LedgerStore(Ledger())
         # OpenMP threads belong to the thread that first used torch; were it this one, its team would compete with
         # that of the engine's thread for the cores at every step.
         with ThreadPoolExecutor(1, thread_name_prefix="emberkv-load") as loading:
             self.loaded, self.engine = loading.submit(self._load, config, progress or (lambda _: None)).result()
-        self._cache = cache_service(self.engine, self._books, name=self.loaded.name, folder=config.cache_dir)
+        self._cache = cache_service(self.engine, self._ledger_store, name=self.loaded.name, folder=config.cache_dir)
         self.engine.loop.start()
 
     def _load(self, config: ServeConfig, progress: Progress) -> tuple[LoadedModel, AssembledEngine]:
-        loaded, kernels = load_configured(config, progress)
-        settings = engine_config(config, pool_bytes(config, loaded), tier_config(config, {}))
-        return loaded, assemble(loaded, settings, kernels=kernels, on_evicted=self._books.evicted, progress=progress)
+        sizes = cache_sizes(config)
+        loaded, kernels = load_configured(model_options(config), sizes, progress)
+        settings = engine_config(config, sizes.pool_bytes(loaded), tier_config(config, {}))
+        return loaded, assemble(
+            loaded, settings, kernels=kernels, on_evicted=self._ledger_store.evicted, progress=progress
+        )
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Answer one prompt, and wait for the whole answer. Without ``params``, the model's defaults hold.

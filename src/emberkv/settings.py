@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, get_origin
 import yaml
 from pydantic import ByteSize, ValidationError
 
-from emberkv.config import NOT_SETTINGS, ServeConfig, usable_warmup_seconds, warmup_variables
+from emberkv.config import NOT_SETTINGS, ServeConfig
 from emberkv.errors import ConfigError
 from emberkv.validation import in_plain_words, shown, suggestion
+from emberkv.warmup_variables import usable_warmup_seconds, warmup_variables
 from emberkv.yaml_files import parse_yaml
 
 ENV_PREFIX = "EMBERKV_"

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from emberkv.cli.cache import app
-from emberkv.serving.admin.other_models import KnownModel, OtherModels
+from emberkv.serving.cache.other_models import KnownModel, OtherModels
 from tests.tiers.build import NAMESPACE, OTHER, entries, inexact, records
 from tests.tiers.disks import files_of, opened, stored
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from emberkv.config import DEFAULT_PREFILL_CHUNK, NOT_SETTINGS, ServeConfig
+from emberkv.config import NOT_SETTINGS, ServeConfig
 from emberkv.core.policies.eviction import POLICY_NAMES
+from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.errors import ConfigError
 from emberkv.settings import option_name, serve_config
 

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
-from pydantic import ByteSize
 
-from emberkv.config import ServeConfig
+from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.torch.calibration import LINEAR_ROWS, prefill_grid
+from emberkv.engine.torch.configured import ModelOptions
 from emberkv.engine.torch.engine_bench import EngineBench
 from emberkv.tiers.memory import MemoryTier
 from tests.conftest import CheckpointFactory
@@ -17,17 +17,11 @@ from tests.models import CONTEXT
 
 @pytest.mark.parametrize(("chunk", "budget"), [(64, 128), (32, 32)])
 def test_a_model_is_measured_as_a_server_would_run_it(checkpoint: CheckpointFactory, chunk: int, budget: int) -> None:
-    config = ServeConfig(
-        model=str(checkpoint("llama")),
-        device="cpu",
-        cache_ram=ByteSize(2**26),
-        prefill_chunk=chunk,
-        max_step_tokens=budget,
-        machine_cache=MACHINE_CACHE,
-    )
+    options = ModelOptions(model=str(checkpoint("llama")), device="cpu", machine_cache=MACHINE_CACHE)
+    config = EngineConfig(2**26, options.block_size, chunk, max_step_tokens=budget)
     told: list[str] = []
     others = threading.enumerate()
-    bench = EngineBench(config, told.append)
+    bench = EngineBench(options, config, told.append)
     assert [each.rows for each in bench.linears] == list(LINEAR_ROWS)
     assert (bench.device, bench.memory > 0) == (torch.device("cpu"), True)
     prefills = bench.prefills(1, told.append)

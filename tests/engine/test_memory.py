@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from emberkv.engine.torch.configured import DEFAULT_CONTEXTS, check_sizes, pool_bytes
+from emberkv.engine.torch.configured import DEFAULT_CONTEXTS, CacheSizes
 from emberkv.engine.torch.memory import cgroup_free, free_memory, gib
 from emberkv.engine.torch.model.checkpoint import StoredTensors
 from emberkv.engine.torch.model.loader import check_memory, load_model
 from emberkv.errors import ConfigError, ModelError
+from emberkv.serving.engine_setup import cache_sizes
 from emberkv.settings import serve_config
 from tests.conftest import CheckpointFactory
 
@@ -52,7 +53,7 @@ def test_a_containers_limit_counts_and_so_do_those_above_it(tmp_path: Path) -> N
 )
 def test_sizes_that_no_machine_has(given: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_sizes(serve_config(given, {}), CPU)
+        cache_sizes(serve_config(given, {})).check(CPU)
 
 
 def test_weights_that_no_machine_holds() -> None:
@@ -64,8 +65,8 @@ def test_weights_that_no_machine_holds() -> None:
 def test_the_pool_of_a_small_model_is_some_contexts(checkpoint: CheckpointFactory) -> None:
     loaded = load_model(str(checkpoint("llama")), device="cpu")
     one = loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
-    assert pool_bytes(serve_config({}, {}), loaded) == DEFAULT_CONTEXTS * one
-    assert pool_bytes(serve_config({"cache_ram": "3MiB"}, {}), loaded) == 3 * 2**20
+    assert CacheSizes().pool_bytes(loaded) == DEFAULT_CONTEXTS * one
+    assert CacheSizes(3 * 2**20).pool_bytes(loaded) == 3 * 2**20
 
 
 def test_sizes_are_written_for_people() -> None:

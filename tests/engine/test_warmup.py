@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from emberkv import InMemoryKVCacheManager, get_standard_system_prompt, warmup_kv_cache
-from emberkv.config import DEFAULT_PREFILL_CHUNK
 from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
+from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
@@ -171,8 +171,8 @@ def test_given_up_what_was_done_is_stored(llama: PreTrainedModel, fast_tokenizer
     blocks = DEFAULT_PREFILL_CHUNK // BLOCK
     answers = iter([True] * (2 + 1 + blocks + 1 + 3))
     prompt = "Where do the lamps stand? " * 40
-    assert store_prefix(llama, fast_tokenizer, prompt, whole, in_time=lambda: True)
-    assert not store_prefix(llama, fast_tokenizer, prompt, part, in_time=lambda: next(answers, False))
+    assert store_prefix(llama, fast_tokenizer, prompt, whole.set, in_time=lambda: True)
+    assert not store_prefix(llama, fast_tokenizer, prompt, part.set, in_time=lambda: next(answers, False))
     assert len(whole.entries) > 2 * blocks
     assert list(part.entries.items()) == list(whole.entries.items())[: blocks + 3]
 

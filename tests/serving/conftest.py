@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import ByteTokenizer, FakeEngine
 from tests.serving.harness import MODEL, Client, serving
@@ -19,12 +19,12 @@ def engine() -> Iterator[FakeEngine]:
 
 
 @pytest.fixture
-def model(engine: FakeEngine) -> LoadedModel:
-    return LoadedModel((MODEL, "alias"), 1_700_000_000, engine, ByteTokenizer())
+def model(engine: FakeEngine) -> ServedModel:
+    return ServedModel((MODEL, "alias"), 1_700_000_000, engine, ByteTokenizer())
 
 
 @pytest.fixture
-def lifecycle(model: LoadedModel) -> Lifecycle:
+def lifecycle(model: ServedModel) -> Lifecycle:
     lifecycle = Lifecycle()
     lifecycle.loaded(model)
     return lifecycle

@@ -18,8 +18,8 @@ from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
 from emberkv.errors import RequestError
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.service import CacheService
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.service import CacheService
 from emberkv.serving.tenancy.tenants import Tenant
 from tests.serving.fakes import BOS
 
@@ -43,9 +43,9 @@ class CoreEngine:
         self.scheduler = Scheduler(PrefixCache(self.pool, alignment=UNIT), SchedulerConfig(UNIT), lower)
         self.submitted: list[GenerationRequest] = []
         self.now = 1000.0
-        self.books = CacheBooks(Ledger(), clock=lambda: self.now)
+        self.ledger_store = LedgerStore(Ledger(), clock=lambda: self.now)
         self._control = CacheControl(self.scheduler, lower=lower, clock=lambda: self.now)
-        self.service = CacheService(self.books, self.execute, self.chain)
+        self.service = CacheService(self.ledger_store, self.execute, self.chain)
         self._public = list(public)
         self._seen = 0
 
@@ -76,7 +76,7 @@ class CoreEngine:
         for each in plan.admitted:
             assert each.admission is not None
             outcome = admission_outcome(each.admission, each.prompt_tokens)
-            self.books.admitted(each.request_id, self._prompt(each), each.prompt_tokens, outcome, hit_unit=UNIT)
+            self.ledger_store.admitted(each.request_id, self._prompt(each), each.prompt_tokens, outcome, hit_unit=UNIT)
         samples = bool(plan.decodes) or any(chunk.samples for chunk in plan.prefills)
         token = answer[sequence.num_generated] if samples else None
         self.scheduler.complete(plan, {} if token is None else {sequence.request_id: token})
@@ -98,7 +98,7 @@ class CoreEngine:
         events = self.pool.events.since(self._seen)
         assert events is not None
         self._seen = self.pool.events.last_sequence
-        self.books.apply(events)
+        self.ledger_store.apply(events)
 
     def abort(self, request_id: str) -> None:
         return None

@@ -6,7 +6,7 @@ import logging
 import sys
 
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer, bind_socket
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 
@@ -14,7 +14,7 @@ from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 def main() -> None:
     engine = FakeEngine(Script("Hello", pause_after=2))
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel(("tiny",), 0, engine, ByteTokenizer()))
+    lifecycle.loaded(ServedModel(("tiny",), 0, engine, ByteTokenizer()))
     server = HttpServer(create_app(lifecycle), lifecycle, bind_socket(port=0), drain_seconds=600)
     logging.basicConfig(level="INFO")
     with server.capture_signals(until_exit=True):

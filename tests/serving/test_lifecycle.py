@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client, eventually, serving
 
@@ -20,7 +20,7 @@ def status_of(ready: httpx.Response) -> dict[str, Any]:
     return {name: value for name, value in ready.json().items() if name not in ("warmup", "background")}
 
 
-def test_before_the_model_is_loaded(model: LoadedModel) -> None:
+def test_before_the_model_is_loaded(model: ServedModel) -> None:
     lifecycle = Lifecycle()
     client = Client(create_app(lifecycle))
     assert client.get("/health").json() == {"status": "alive"}
@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_loaded() -> None:
     assert status_of(ready) == {"ready": False, "status": "failed", "detail": "model.safetensors is corrupt"}
 
 
-def test_a_model_loaded_during_a_drain_is_not_served(model: LoadedModel) -> None:
+def test_a_model_loaded_during_a_drain_is_not_served(model: ServedModel) -> None:
     lifecycle = Lifecycle()
     lifecycle.phase = Phase.DRAINING
     lifecycle.loaded(model)

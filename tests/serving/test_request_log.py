@@ -12,7 +12,7 @@ import pytest
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_log import JsonFormatter, TextFormatter, duration, percent
 from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
@@ -177,7 +177,7 @@ def test_no_word_of_a_prompt_reaches_any_log(log: Lines) -> None:
 def test_nor_when_the_engine_fails(log: Lines) -> None:
     engine = FakeEngine(Script("no", finish=FinishReason.ERROR, error="the engine failed: RuntimeError"))
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel((MODEL,), 0, engine, ByteTokenizer()))
+    lifecycle.loaded(ServedModel((MODEL,), 0, engine, ByteTokenizer()))
     client = Client(create_app(lifecycle, ServingSettings()))
     for stream in (False, True):
         client.post("/v1/completions", {"model": MODEL, "prompt": MARKER, "stream": stream})

@@ -16,7 +16,7 @@ from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
 from tests.serving.harness import DEADLINE, MODEL
@@ -51,7 +51,7 @@ BODIES = ["", "null", "[]", '"a"', "1", "{", "{}", "\ufeff{}", DEEP, '{"model":"
 def app() -> FastAPI:
     core = CoreEngine()
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
+    lifecycle.loaded(ServedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
     return create_app(lifecycle, ServingSettings(bound_to_loopback=True))
 
 

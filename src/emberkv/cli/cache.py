@@ -18,8 +18,8 @@ from rich.text import Text
 from emberkv.cli.command import App
 from emberkv.cli.errors import errors_reported, printable
 from emberkv.errors import CacheFolderError
-from emberkv.serving.admin.other_models import model_names
-from emberkv.serving.warmup.prefix_file import prefix_files
+from emberkv.serving.cache.other_models import model_names
+from emberkv.serving.warmup.learned_prompts import prefix_files
 from emberkv.tiers.disk.files import BlockFiles, verify
 from emberkv.tiers.disk.journal import JournalWriter
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile, scan

@@ -18,7 +18,8 @@ from rich.status import Status
 
 from emberkv.cli.command import check_outputs
 from emberkv.cli.http_times import decode_times, request_times, served
-from emberkv.config import DEFAULT_PREFILL_CHUNK, ServeConfig
+from emberkv.config import ServeConfig
+from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.errors import ConfigError
 from emberkv.settings import serve_config
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
@@ -73,10 +74,9 @@ def calibrate(
 
 
 def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> HardwareProfile:
-    bench_of = _engine_bench()
     with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
         with ThreadPoolExecutor(1) as alone:  # a thread that ends; see `EngineBench`
-            bench = alone.submit(bench_of, config, lambda line: status.update(escape(line))).result()
+            bench = alone.submit(_engine_bench, config, lambda line: status.update(escape(line))).result()
         prefills = _prefills(bench, status)
         status.update("lower tiers")
         tiers = _tier_rates(bench, Path(place))
@@ -100,15 +100,18 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
     return with_request_times(profile, beside)
 
 
-def _engine_bench() -> "type[EngineBench]":
-    """The one place where torch comes in, so that the command line works without it."""
+def _engine_bench(config: ServeConfig, progress: Callable[[str], None]) -> "EngineBench":
+    """Imports torch here alone, so that the command line works without it."""
     try:
-        from emberkv.engine.torch.engine_bench import EngineBench  # noqa: PLC0415 - needs torch, as no other import here does
+        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415 - needs torch
+        from emberkv.engine.torch.engine_bench import DEFAULT_CACHE_BYTES, EngineBench  # noqa: PLC0415 - needs torch
+        from emberkv.serving.engine_setup import engine_config, model_options  # noqa: PLC0415 - needs torch
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
         ) from error
-    return EngineBench
+    settings = engine_config(config, int(config.cache_ram or DEFAULT_CACHE_BYTES), TierConfig())
+    return EngineBench(model_options(config), settings, progress)
 
 
 async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:

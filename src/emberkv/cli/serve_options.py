@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from emberkv.config import DEFAULT_PREFILL_CHUNK
+from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 
 MODEL, CACHE, SCHEDULING, SERVER, ACCESS, WARMUP, LOGS, CONFIGURATION = (
     "Model", "Cache", "Scheduling", "Server", "Access", "Warmup", "Logs", "Configuration"

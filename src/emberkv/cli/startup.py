@@ -12,14 +12,14 @@ from emberkv.cli.serve_console import console, print_summary, stages
 from emberkv.config import ServeConfig
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.wiring import cache_service
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.wiring import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.warmup.engine_warmer import make_warmup
 from emberkv.serving.warmup.system_prompts import configured_prompts, public_tokens, standard_prompts
-from emberkv.serving.warmup.warm_start import make_warmup
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.kinds import SHARED_OUT
 
@@ -51,7 +51,7 @@ class Startup:
         self._server = server
         self._engine: AssembledEngine | None = None
         self._warmup: Warmup | None = None
-        self._books = CacheBooks(Ledger())
+        self._ledger_store = LedgerStore(Ledger())
         self._failure: Exception | None = None
         self.thread = threading.Thread(target=self._run, name="emberkv-startup", daemon=True)
 
@@ -79,11 +79,11 @@ class Startup:
         self._engine = engine
         name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
         cache = cache_service(
-            engine, self._books, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
+            engine, self._ledger_store, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
         )
         engine.loop.start()
         names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
-        model = LoadedModel(
+        model = ServedModel(
             names,
             int(time.time()),
             engine.loop,
@@ -110,24 +110,29 @@ class Startup:
         with stages("importing PyTorch") as stage:
             try:
                 from emberkv.engine.torch import assembly, configured  # noqa: PLC0415 - takes seconds, which show
+                from emberkv.serving import engine_setup  # noqa: PLC0415 - as above
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
+            sizes = engine_setup.cache_sizes(config)
             loaded, kernels = configured.load_configured(
-                config, stage, shows_downloads=console.is_terminal and not console.quiet
+                engine_setup.model_options(config),
+                sizes,
+                stage,
+                shows_downloads=console.is_terminal and not console.quiet,
             )
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
-            cache_bytes = configured.pool_bytes(config, loaded)
-            tiers = configured.tier_config(config, {tier: self._tenants.shares(tier) for tier in SHARED_OUT})
+            cache_bytes = sizes.pool_bytes(loaded)
+            tiers = engine_setup.tier_config(config, {tier: self._tenants.shares(tier) for tier in SHARED_OUT})
             engine = assembly.assemble(
                 loaded,
-                configured.engine_config(config, cache_bytes, tiers, self._tenants.weights),
+                engine_setup.engine_config(config, cache_bytes, tiers, self._tenants.weights),
                 kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
-                on_evicted=self._books.evicted,
+                on_evicted=self._ledger_store.evicted,
                 progress=stage,
             )
         warmup = make_warmup(

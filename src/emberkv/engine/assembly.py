@@ -29,7 +29,10 @@ _log = logging.getLogger(__name__)
 class EngineConfig:
     """cache_bytes: size of the KV pool. tiers: what lies below it. weights: of tenants (`SchedulerConfig`).
 
-    See `emberkv.config.ServeConfig` for the rest.
+    block_size: tokens of a KV block. prefill_chunk: tokens computed in a prefill pass, a multiple of it.
+    max_step_tokens: token budget of a step that decodes and prefills. max_running: sequences at once. eviction: a name
+    of `POLICY_NAMES`. exact: only KV state that is bit-equal to a cold prefill's is reused. prefix_cache: False
+    computes every prompt anew.
     """
 
     cache_bytes: int

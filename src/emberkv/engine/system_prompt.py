@@ -4,8 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from emberkv.config import warmup_variables
 from emberkv.errors import ConfigError
+from emberkv.warmup_variables import warmup_variables
 
 MAX_PROMPT_BYTES = 2**20
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
-from emberkv.config import DEFAULT_WARMUP_SECONDS, warmup_variables
 from emberkv.engine.system_prompt import prompt_or_built_in
+from emberkv.warmup_variables import DEFAULT_WARMUP_SECONDS, warmup_variables
 
 T = TypeVar("T")
 
@@ -106,4 +106,4 @@ def _started(work: Callable[[], bool]) -> "asyncio.Future[bool]":
 def _store_blocks(model: Any, tokenizer: Any, prompt: str, store: Any, given_up: threading.Event) -> bool:
     from emberkv.engine.torch.warm_blocks import store_prefix  # noqa: PLC0415 - brings torch with it
 
-    return store_prefix(model, tokenizer, prompt, store, in_time=lambda: not given_up.is_set())
+    return store_prefix(model, tokenizer, prompt, store.set, in_time=lambda: not given_up.is_set())

@@ -101,7 +101,7 @@ class AnswerService:
 
     def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
         cache = self._lifecycle.model().cache
-        explanation = cache.books.explained(request_id) if cache is not None else None
+        explanation = cache.ledger_store.explained(request_id) if cache is not None else None
         return summary_of(answer.usage, explanation)
 
     def _closed(self, request: RequestContext, stream: AnswerStream) -> None:

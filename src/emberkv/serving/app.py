@@ -19,7 +19,6 @@ from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.cache_header import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.openai_api import openai_router
-from emberkv.serving.api.openapi import openapi_document
 from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser
 from emberkv.serving.canonical import CanonicalRules
@@ -36,6 +35,7 @@ from emberkv.serving.metrics.collectors import (
     WarmupCollector,
 )
 from emberkv.serving.metrics.request_metrics import HttpMetrics, ServingMetrics
+from emberkv.serving.openapi import openapi_document
 from emberkv.serving.tenancy.keys import SECRET_BYTES
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.trace_recorder import TraceRecorder

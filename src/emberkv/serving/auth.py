@@ -13,7 +13,7 @@ from emberkv.serving.tenancy.tenants import EVERYBODY, Tenant, Tenants
 
 
 class ApiKeys:
-    """The keys that may use the API. Without keys, everyone may."""
+    """The keys that may use the API. Without keys, every request may."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._by_key = tenants.by_key
@@ -23,7 +23,7 @@ class ApiKeys:
         return self.tenant_of(request.headers)
 
     def tenant_of(self, headers: Mapping[str, str]) -> Tenant:
-        """Whose the given key is; `EVERYBODY` where no keys are set.
+        """The tenant whose key the headers have; `EVERYBODY` where no keys are set.
 
         The key comes as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``. Raises UnauthorizedError.
         """
@@ -32,9 +32,9 @@ class ApiKeys:
         given = given_key(headers)
         if given is None:
             raise UnauthorizedError("no API key was given; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
-        asked = sha256(given).digest()
-        # every key is compared, in constant time, so that timing tells nothing
-        matches = [tenant for digest, tenant in self._by_key.items() if hmac.compare_digest(digest, asked)]
+        digest_given = sha256(given).digest()
+        # every key is compared, in constant time, so that timing gives no hint
+        matches = [tenant for digest, tenant in self._by_key.items() if hmac.compare_digest(digest, digest_given)]
         if not matches:
             raise UnauthorizedError("the API key given is not one of this server's keys")
         return matches[0]
@@ -55,10 +55,10 @@ IsOwnUser = Callable[[HTTPConnection], bool]
 
 
 class AdminGuard:
-    """Decides who the operator is.
+    """Decides which requests are the operator's.
 
-    With an admin key, it is who sends it. Without one, and without API keys, it is any program on this machine, if the
-    server is ``bound_to_loopback``: see `is_from_this_machine` and ``is_own_user``. Otherwise there is no operator.
+    With an admin key, those that have it. Without one, and without API keys, those of any program on this machine, if
+    the server is ``bound_to_loopback``: see `is_from_this_machine` and ``is_own_user``. Otherwise there is no operator.
     metrics_key: opens the metrics, as the admin key does. Raises ConfigError for a key that is empty or opens something
     else, too.
     """
@@ -83,7 +83,7 @@ class AdminGuard:
         self._is_own_user = is_own_user
 
     async def operator(self, request: Request) -> None:
-        """Lets the operator in. Raises UnauthorizedError, or ForbiddenError where no key would open this."""
+        """Accepts the operator's requests. Raises UnauthorizedError, or ForbiddenError where no key would open this."""
         if self._admin is not None:
             if not _matches(request, self._admin):
                 raise UnauthorizedError("this needs the admin key; send it as 'Authorization: Bearer KEY'")
@@ -96,15 +96,15 @@ class AdminGuard:
             )
 
     async def asker(self, request: Request) -> Tenant | None:
-        """The tenant who asks about its own prompts; None is the operator. Raises as `operator` does."""
+        """The tenant of a request about its own prompts; None for the operator. Raises as `operator` does."""
         if self._keyless or (self._admin is not None and _matches(request, self._admin)):
             await self.operator(request)
             return None
         return self._keys.tenant_of(request.headers)
 
     async def metrics(self, request: Request) -> None:
-        """Lets in who may read the metrics: anybody on a server without API keys and metrics key, else who sends the
-        metrics key or the admin key. Raises UnauthorizedError, or ForbiddenError where no key would open this.
+        """Accepts requests that may read the metrics: all on a server without API keys and metrics key, else those with
+        the metrics key or the admin key. Raises UnauthorizedError, or ForbiddenError where no key would open this.
         """
         if self._keyless and self._metrics is None:
             return

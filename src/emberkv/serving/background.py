@@ -1,4 +1,4 @@
-"""Work beside the requests: what records, mirrors or watches them. None of it may end, or fail, without being seen."""
+"""Work beside the requests, such as recording a trace. Where it ends or fails, metrics and /ready show that."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from emberkv.errors import EmberError, EngineStoppedError, PromptTooLongError, RequestError
 
-CLIENT_GONE = 499  # nobody reads it, but a proxy's log may show it
+CLIENT_GONE = 499  # the client does not read it, but a proxy's log may show it
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class GenerationFailedError(EmberError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure as HTTP tells it, before an API gives it its shape."""
+    """A failure as an HTTP status and a message, which each API puts into its own error body."""
 
     status: int
     message: str
@@ -90,7 +90,7 @@ _ANTHROPIC_TYPES = {
 
 
 def failure_of(error: Exception) -> Failure:
-    """What to tell the client. Errors that are not ours tell nothing of their inside."""
+    """The failure that the client is sent. Of an error that is not emberkv's own, it shows no detail."""
     if isinstance(error, HTTPException):
         return Failure(error.status_code, str(error.detail), headers=error.headers or {})
     for kind, status, code in _KINDS:
@@ -101,7 +101,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def failure_mid_stream(error: Exception) -> Failure:
-    """As ``failure_of``, for an answer that has begun: nobody above will see the error, so log it here."""
+    """As ``failure_of``, for an answer that has begun. The error is logged here, because no caller handles it."""
     failure = failure_of(error)
     if not isinstance(error, EmberError):
         logger.error("a streamed answer failed", exc_info=error)
@@ -125,7 +125,7 @@ def speaks_anthropic(connection: HTTPConnection) -> bool:
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The exception handler of all routes. Both APIs' error bodies bear the request's id."""
+    """The exception handler of all routes. The error bodies of both APIs have the request's id."""
     info = request_info(request)
     path = request.scope["path"]
     if isinstance(error, HTTPException) and error.status_code == 404:

@@ -1,4 +1,4 @@
-"""Whether the server may generate: loading, warming, ready, draining or failed; and the answers now running."""
+"""The state of a server: loading, warming, ready, draining or failed; its model, and the answers that are running."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,32 +10,31 @@ from emberkv.engine.request import Engine, EngineStats
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
-from emberkv.serving.admin.reuse_watch import ReuseWatch
-from emberkv.serving.admin.service import CacheService
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.background import Background
+from emberkv.serving.cache.reuse_watch import ReuseWatch
+from emberkv.serving.cache.service import CacheService
 from emberkv.serving.errors import NotReadyError, UnknownModelError
-from emberkv.serving.warmup.warmup import Warmup
-from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 
 COUNTED_CONTEXTS = 8
 
 
 class Phase(Enum):
     LOADING = "loading"
-    WARMING = "warming"  # answers whoever asks, but is not ready: prompts are being warmed
+    WARMING = "warming"  # requests are answered, but the server is not ready: prompts are being warmed
     READY = "ready"
     DRAINING = "draining"  # running answers may finish, new ones are refused
     FAILED = "failed"  # the model could not be loaded
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class ServedModel:
     """A model that can be served.
 
     names: what requests may call it; the first is what answers call it.
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
-    cache: the way to what it has cached; None where nobody may look. public: the prefixes that all tenants share.
+    cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     sampling_defaults: the model's, for what requests do not set.
     """
@@ -50,7 +49,7 @@ class LoadedModel:
     about: Mapping[str, str] = field(default_factory=dict)
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
 
-    def seen_by(self, tenant: str) -> "LoadedModel":
+    def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
         return replace(self, tokenizer=self.tokenizer.remembering_for(tenant))
 
@@ -73,12 +72,12 @@ class Lifecycle:
         self.background = Background()
         self.phase = Phase.LOADING
         self.detail = "the model is being loaded"
-        self._model: LoadedModel | None = None
+        self._model: ServedModel | None = None
         self._running: set[AnswerStream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def loaded(self, model: LoadedModel, *, warming: bool = False) -> None:
+    def loaded(self, model: ServedModel, *, warming: bool = False) -> None:
         """The model can be used from now on. warming: readiness waits for `warmed`."""
         self._model = model
         if self.phase is Phase.LOADING and warming:
@@ -91,7 +90,7 @@ class Lifecycle:
         if self.phase is Phase.WARMING:
             self._ready(self.model())
 
-    def _ready(self, model: LoadedModel) -> None:
+    def _ready(self, model: ServedModel) -> None:
         self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
 
     def failed(self, reason: str) -> None:
@@ -102,7 +101,7 @@ class Lifecycle:
     def has_model(self) -> bool:
         return self._model is not None
 
-    def model(self) -> LoadedModel:
+    def model(self) -> ServedModel:
         """Raises NotReadyError before the model is loaded."""
         if self._model is None:
             raise NotReadyError(f"the server cannot answer yet: {self.detail}")

@@ -1,6 +1,6 @@
 """The server's log: one line for each finished answer and each refused request, as text or JSON; never any prompt text.
 
-Each record carries its figures as ``fields``, which `JsonFormatter` writes out; the message is for a person.
+Each record has its values as ``fields``, which `JsonFormatter` writes out; the message is for a person.
 """
 
 import json
@@ -20,16 +20,16 @@ _ORDINARY_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def log_finished(
-    asked: RequestContext, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary
+    request: RequestContext, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary
 ) -> None:
     """Log one answer. All that is logged is a number, or a name that the server or its operator gave."""
     seconds = timer.first_token_seconds
     finish = answer.finish_reason or FinishReason.ABORT
     fields = {
         "request": request_id,
-        "request_id": asked.http_id,
-        "api": asked.api,
-        "tenant": asked.tenant.name,
+        "request_id": request.http_id,
+        "api": request.api,
+        "tenant": request.tenant.name,
         "finish": finish.value,
         "prompt_tokens": answer.usage.prompt_tokens,
         "cached_tokens": answer.usage.cached_tokens,
@@ -37,16 +37,16 @@ def log_finished(
         "cache": str(summary),
         "first_token_seconds": seconds and round(seconds, 4),
         "total_seconds": round(timer.total_seconds, 4),
-        "canonical": dict(asked.canonical),
+        "canonical": dict(request.canonical),
     }
     prompt, cached = answer.usage.prompt_tokens, answer.usage.cached_tokens
     parts = [
-        _SHORT_NAMES.get(asked.api, asked.api),
+        _SHORT_NAMES.get(request.api, request.api),
         f"{prompt:,} prompt, {cached:,} cached ({percent(cached, prompt)})",
         f"{answer.completion_tokens:,} out",
         f"ttft {duration(seconds)}" if seconds is not None else "",
         "" if finish in _ORDINARY_ENDS else finish.value,
-        asked.tenant.name,
+        request.tenant.name,
     ]
     logger.info("%s", "  ".join(filter(None, parts)), extra={"fields": fields})
 

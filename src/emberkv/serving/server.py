@@ -1,4 +1,4 @@
-"""Runs the app: a socket bound before anything slow begins, and a shutdown that ends every answer properly."""
+"""Runs the app: the socket is bound before anything slow begins, and a shutdown ends every answer properly."""
 
 import asyncio
 import errno

@@ -64,7 +64,7 @@ def block_id(link: bytes) -> str:
 
 @dataclass(slots=True)
 class Turn:
-    """A request's place. tokens: of its prompt and, once it has ended, its answer. ended: in seconds of the clock."""
+    """A request's place in its session. tokens: of its prompt and, once it has ended, its answer. ended: a time."""
 
     request: str
     session: str
@@ -73,7 +73,7 @@ class Turn:
     ended: float | None = None
 
 
-class SessionBook:
+class SessionTurns:
     """The last `MAX_SESSIONS` sessions' last turns, by name and by where their content ends."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class TraceRecorder:
         self._numbers = count()
         self._began: float | None = None
         self._taken: OrderedDict[_Taken, None] = OrderedDict()
-        self._book = SessionBook()
+        self._book = SessionTurns()
         self._public: PublicPrefixes | None = None
         self._thread = threading.Thread(target=self._run, name="emberkv-trace", daemon=True)
         self._thread.start()
@@ -322,7 +322,7 @@ class TraceRecorder:
 
 
 class _RecordingEngine:
-    """An `Engine` that tells a recorder what passes through it."""
+    """An `Engine` that records the requests to another one."""
 
     def __init__(self, engine: Engine, recorder: TraceRecorder) -> None:
         self._engine = engine

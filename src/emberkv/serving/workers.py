@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import OverloadedError
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenant
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class RequestPreparer:
         self._lifecycle = lifecycle
         self._workers = workers
 
-    async def prepare(self, work: Callable[[bytes, LoadedModel], T], body: bytes, tenant: Tenant) -> T:
+    async def prepare(self, work: Callable[[bytes, ServedModel], T], body: bytes, tenant: Tenant) -> T:
         """What ``work`` returns for a body, given the model as ``tenant`` sees it, or raises.
 
         Raises NotReadyError before the model is loaded, OverloadedError when too many large requests wait.

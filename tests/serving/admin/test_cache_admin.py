@@ -9,8 +9,8 @@ import pytest
 from emberkv.core.loading import LoadChoice
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError
-from emberkv.serving.admin.service import plain
 from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.cache.service import plain
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy.tenants import EVERYBODY, Tenants
 from emberkv.tiers.stats import BOUNDS, TierStats

@@ -8,7 +8,7 @@ import pytest
 
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenants
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
@@ -29,7 +29,7 @@ class Server:
     def __init__(self, core: CoreEngine | None = None, **settings: Any) -> None:
         self.core = core or CoreEngine()
         lifecycle = Lifecycle()
-        lifecycle.loaded(LoadedModel((MODEL,), 0, self.core, ByteTokenizer(), cache=self.core.service))
+        lifecycle.loaded(ServedModel((MODEL,), 0, self.core, ByteTokenizer(), cache=self.core.service))
         app = create_app(lifecycle, ServingSettings(**settings), wall_clock=lambda: self.core.now)
         self.client = Client(app)
 

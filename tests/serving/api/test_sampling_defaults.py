@@ -6,7 +6,7 @@ import pytest
 
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client
 
@@ -23,7 +23,7 @@ ADVISED = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, repet
     ],
 )
 def test_requests_get_the_models_defaults_for_what_they_leave_open(
-    path: str, body: dict[str, object], model: LoadedModel, engine: FakeEngine
+    path: str, body: dict[str, object], model: ServedModel, engine: FakeEngine
 ) -> None:
     lifecycle = Lifecycle()
     lifecycle.loaded(replace(model, sampling_defaults=ADVISED))

@@ -25,10 +25,10 @@ from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.wiring import cache_service
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.wiring import cache_service
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.tiers.kinds import TierSpec
 from tests.conftest import CheckpointFactory
@@ -58,8 +58,8 @@ class Service:
     def __init__(self, engine: AssembledEngine, model: ModelOnDevice) -> None:
         self.engine = engine
         lifecycle = Lifecycle()
-        self.cache = cache_service(engine, CacheBooks(Ledger()), name=MODEL)
-        lifecycle.loaded(LoadedModel((MODEL,), 0, engine.loop, model.tokenizer, cache=self.cache))
+        self.cache = cache_service(engine, LedgerStore(Ledger()), name=MODEL)
+        lifecycle.loaded(ServedModel((MODEL,), 0, engine.loop, model.tokenizer, cache=self.cache))
         settings = ServingSettings(tenants=Tenants(KEYS, secret=b"server secret"), admin_key="admin-key")
         self.client = Client(create_app(lifecycle, settings))
 

@@ -21,8 +21,7 @@ from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.warmup.engine_warmer import EngineWarmer
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
-from emberkv.serving.warmup.warmup_report import WarmupPhase
+from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupSettings
 from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.serving.harness import eventually
 

@@ -9,8 +9,13 @@ import pytest
 from emberkv.core.analytics.popularity import PopularPrefix
 from emberkv.core.hashing import TokenChain
 from emberkv.errors import ConfigError, PrefixFileError
-from emberkv.serving.warmup.learned_prompts import LearnedPrompts
-from emberkv.serving.warmup.prefix_file import MAX_FILE_BYTES, prefix_file, read_prefixes, write_prefixes
+from emberkv.serving.warmup.learned_prompts import (
+    MAX_FILE_BYTES,
+    LearnedPrompts,
+    prefix_file,
+    read_prefixes,
+    write_prefixes,
+)
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.tiers.base import Removed
 

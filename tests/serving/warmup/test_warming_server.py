@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel, Phase
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 from tests.serving.harness import MODEL, Client
-from tests.serving.test_metrics import samples
+from tests.serving.metrics.test_request_metrics import samples
 from tests.serving.warmup.test_warmup import ONE, TWO, FakePool
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -20,12 +20,12 @@ def pool() -> FakePool:
 
 
 @pytest.fixture
-def lifecycle(model: LoadedModel, pool: FakePool) -> Iterator[Lifecycle]:
+def lifecycle(model: ServedModel, pool: FakePool) -> Iterator[Lifecycle]:
     """Warming, with a warmup that is not started."""
     lifecycle = Lifecycle()
     settings = WarmupSettings(required=True, timeout=10.0)
     warmup = Warmup(pool, settings, [ONE, TWO], on_ready=lifecycle.warmed, clock=pool.clock)
-    lifecycle.loaded(LoadedModel(model.names, model.created, model.engine, model.tokenizer, warmup), warming=True)
+    lifecycle.loaded(ServedModel(model.names, model.created, model.engine, model.tokenizer, warmup), warming=True)
     yield lifecycle
     warmup.close()
 
@@ -108,7 +108,7 @@ def test_metrics(lifecycle: Lifecycle, client: Client, pool: FakePool) -> None:
     }
 
 
-def test_a_server_without_a_warmup(model: LoadedModel) -> None:
+def test_a_server_without_a_warmup(model: ServedModel) -> None:
     lifecycle = Lifecycle()
     client = Client(create_app(lifecycle))
     assert client.get("/ready").json()["warmup"]["phase"] == "waiting"

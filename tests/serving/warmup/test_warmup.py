@@ -13,8 +13,7 @@ from emberkv.engine.request import CacheUsage, OutputListener, TokenOutput
 from emberkv.errors import ConfigError, EngineStoppedError, PromptTooLongError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes
-from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
-from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport, WarmupSettings
 from tests.serving.harness import eventually
 
 BLOCK = 2

@@ -5,8 +5,7 @@ from collections import defaultdict
 
 import torch
 
-from emberkv.config import ServeConfig
-from emberkv.engine.tier_setup import TierConfig
+from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.calibration import (
     LinearTime,
@@ -17,24 +16,27 @@ from emberkv.engine.torch.calibration import (
     time_linears,
     time_tier,
 )
-from emberkv.engine.torch.configured import ProgressCallback, engine_config, load_configured
+from emberkv.engine.torch.configured import CacheSizes, ModelOptions, ProgressCallback, load_configured
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.tiers.base import Tier
 
-CACHE_BYTES = 256 * 2**20
+DEFAULT_CACHE_BYTES = 256 * 2**20
+"""Of the KV pool while times are measured, where its size is not given."""
 
 
 class EngineBench:
-    """Loads the model of ``config``, or the bundled one, and times its linear layers at once, as ``linears``.
+    """Loads the model of ``options`` and times its linear layers at once, as ``linears``.
+
+    config: the engine's settings.
 
     On CPU, make it on a thread that ends: as long as the thread of an OpenMP team lives, the team counts, and with more
     of them than cores, those of other threads sleep between operations. The engine's steps then take twice as long.
     """
 
-    def __init__(self, config: ServeConfig, on_progress: ProgressCallback) -> None:
-        self.loaded, kernels = load_configured(config, on_progress)
-        self._config = engine_config(config, int(config.cache_ram or CACHE_BYTES), TierConfig())
-        self._engine = assemble(self.loaded, self._config, kernels=kernels)
+    def __init__(self, options: ModelOptions, config: EngineConfig, on_progress: ProgressCallback) -> None:
+        self.loaded, kernels = load_configured(options, CacheSizes(config.cache_bytes), on_progress)
+        self._config = config
+        self._engine = assemble(self.loaded, config, kernels=kernels)
         assert isinstance(self._engine.executor, TorchEngine)
         self._executor = self._engine.executor
         on_progress("matrix products")

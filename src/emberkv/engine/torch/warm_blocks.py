@@ -4,14 +4,14 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from emberkv.config import ServeConfig
 from emberkv.core.hashing import TokenChain, root_hash
+from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, machine_cache_folder
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.shared_prefix import shared_prefix
 from emberkv.engine.tokenization.tokenizer import Tokenizer
@@ -22,21 +22,24 @@ from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.engine.torch.model.model_identity import model_fingerprint
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.choice import find_kernels
-from emberkv.engine.warmup import BlockStore
 from emberkv.errors import PromptTooLongError, RequestError, UnsupportedModelError
 from emberkv.tiers.codec import BlockRecord, encode_record
 
 InTime = Callable[[], bool]
 """Whether somebody still waits for it."""
 
-_SETTINGS = ServeConfig()
+
+class StoreBlock(Protocol):
+    """Stores the bytes of a block under a key. prefix_tokens: the tokens up to and with the block."""
+
+    def __call__(self, key: str, value: bytes, prefix_tokens: int | None = None) -> None: ...
 
 
 def store_prefix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast | Tokenizer,
     system_prompt: str,
-    store: BlockStore,
+    store: StoreBlock,
     *,
     in_time: InTime,
 ) -> bool:
@@ -45,15 +48,15 @@ def store_prefix(
     in_time: asked before each step of the preparation, each prefill chunk and each block.
 
     Raises EmberError when the model cannot be served, the prompt does not fit or is shorter than a block, and what
-    ``store.set`` raises.
+    ``store`` raises.
     """
     if not in_time():
         return False
     tokens = shared_prefix(_as_ours(tokenizer), system_prompt)
-    if len(tokens) < _SETTINGS.block_size:
+    if len(tokens) < DEFAULT_BLOCK_SIZE:
         raise RequestError(
             f"requests with this system prompt have {len(tokens)} tokens in common, fewer than a block of "
-            f"{_SETTINGS.block_size}: there is nothing to store"
+            f"{DEFAULT_BLOCK_SIZE}: there is nothing to store"
         )
     fingerprint = model_fingerprint(model)
     if not in_time():
@@ -69,7 +72,7 @@ def store_prefix(
             if not in_time():
                 return False
             value = encode_record(record, namespace=namespace)
-            store.set(record.block_hash.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
+            store(record.block_hash.hex(), value, prefix_tokens=(record.position + 1) * engine.pool.block_size)
     return True
 
 
@@ -94,11 +97,11 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
         fingerprint=fingerprint,
         geometry=geometry,
     )
-    block_size, chunk = _SETTINGS.block_size, _SETTINGS.prefill_chunk
+    block_size, chunk = DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK
     for_trial = 2 * -(-(chunk + TILE_TOKENS) // block_size)  # the engine computes something twice to find its alignment
     blocks = max(for_trial, -(-prompt_tokens // block_size))
     cache_bytes = blocks * block_size * geometry.bytes_per_token(loaded.dtypes.kv)
-    kernels = find_kernels(_SETTINGS.kernels, loaded, block_size, _SETTINGS.machine_cache)
+    kernels = find_kernels("auto", loaded, block_size, machine_cache_folder())
     engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk, kernels=kernels)
     engine.check_against_plain_forward()
     return engine

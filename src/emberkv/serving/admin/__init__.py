@@ -1,1 +1,1 @@
-"""What people ask of the cache and tell it: the routes under /v1/cache and the books behind them."""
+"""The routes below /v1/cache, for the operator and for tenants who ask about their own prompts."""

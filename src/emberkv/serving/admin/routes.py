@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 
 from emberkv.engine.sampling_params import SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.admin.explain import Explained, explanation_json
 from emberkv.serving.admin.schema import CacheQuestion, rendered_prompt, tenant_meant
-from emberkv.serving.admin.service import CacheService, Path
 from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.rendering import RenderedPrompt
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import AdminGuard
+from emberkv.serving.cache.explain import Explained, explanation_json
+from emberkv.serving.cache.service import CacheService, Path
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.http.responses import unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle
@@ -149,7 +149,7 @@ class CacheRoutes:
         """Another tenant's response is as unknown as one that never was."""
         request = self._answers.recent.get(response_id)
         if request is not None and (tenant is None or request.tenant.name == tenant.name):
-            explanation = self._cache().books.explained(request.answer_id(answer))
+            explanation = self._cache().ledger_store.explained(request.answer_id(answer))
             if explanation is not None:
                 return Explained(explanation, request.canonical)
         message = f"response_id {response_id!r} is unknown; only the last responses are remembered"

@@ -1,4 +1,4 @@
-"""What the cache's own routes are asked about: a prompt in either API's form, a past response, or a listed prefix."""
+"""The body of the routes below /v1/cache: a prompt in either API's form, a past response, or a listed prefix."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_me
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.http.responses import compact_json
-from emberkv.serving.lifecycle import LoadedModel
+from emberkv.serving.lifecycle import ServedModel
 from emberkv.serving.tenancy.tenants import EVERYBODY, Tenant, Tenants
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -58,7 +58,7 @@ class CacheQuestion(RequestBody):
             raise RequestError(message, param="prefix") from error
 
 
-def rendered_prompt(question: CacheQuestion, model: LoadedModel, rules: CanonicalRules | None) -> RenderedPrompt:
+def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: CanonicalRules | None) -> RenderedPrompt:
     """The prompt in question, as a request would be rendered. Raises RequestError for what cannot be used."""
     named = compact_json({"model": model.names[0], **(question.anthropic or question.openai or {})}).encode()
     if question.anthropic is not None:

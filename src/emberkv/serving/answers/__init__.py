@@ -1,1 +1,1 @@
-"""From tokens to text: an answer while it is generated."""
+"""Answers while they are generated: from the engine's tokens to text."""

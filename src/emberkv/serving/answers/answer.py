@@ -28,7 +28,10 @@ class PlacedLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta:
-    """What an answer has gained. ``finish_reason`` is set on the last one."""
+    """What an answer has gained since the delta before. Each API's response writer maps it to the API's wire form.
+
+    index: of the answer among those to one HTTP request. finish_reason: set on the last delta.
+    """
 
     index: int
     text: str
@@ -37,7 +40,7 @@ class AnswerDelta:
 
 
 class Answer:
-    """Decodes one request's outputs, ends it at a stop string, and keeps its figures.
+    """Decodes one request's outputs, ends the answer at a stop string, and keeps its usage.
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
     string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
@@ -122,7 +125,7 @@ class Answer:
             self._new_text.append(text)
 
     def take(self) -> AnswerDelta | None:
-        """What is new since the last call; None when there is nothing to tell."""
+        """What is new since the last call; None if nothing is."""
         logprobs = self._take_logprobs() if self._logprobs else ()
         text = "".join(self._new_text)
         if not (text or logprobs or self.finish_reason):

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: the answers to one HTTP request, as they are made."""
+"""Carries the answers to one HTTP request from the engine's thread to the event loop."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from emberkv.serving.metrics.request_metrics import AnswerTimer
 
 
 class OutputQueue:
-    """Carries outputs from the engine's thread to an event loop; one wake-up serves a whole step's outputs."""
+    """Outputs on their way from the engine's thread to an event loop, which is woken once for a step's outputs."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -41,7 +41,7 @@ class OutputQueue:
 
 @dataclass(slots=True)
 class _Slot:
-    """One answer, its request in the engine, and the outputs that wait to be absorbed."""
+    """An answer, its request in the engine, and the outputs that it has not absorbed yet."""
 
     request_id: str
     answer: Answer
@@ -70,7 +70,7 @@ class AnswerStream:
         self._on_close = on_close
         self._slots: list[_Slot] = []
         self._due: deque[_Slot] = deque()
-        self._news = asyncio.Event()
+        self._has_output = asyncio.Event()
         self._interruption: EmberError | None = None
         self._closed = False
 
@@ -81,26 +81,26 @@ class AnswerStream:
 
     @property
     def answers(self) -> list[Answer]:
-        """In the order of the prompts; their figures are final once the stream has ended."""
+        """In the order of the prompts; their usage is final once the stream has ended."""
         return [slot.answer for slot in self._slots]
 
-    def add(self, request: GenerationRequest, answer: Answer, timer: AnswerTimer, postbox: OutputQueue) -> None:
+    def add(self, request: GenerationRequest, answer: Answer, timer: AnswerTimer, outputs: OutputQueue) -> None:
         """Submit one more request; raises what ``Engine.submit`` raises."""
         slot = _Slot(request.request_id, answer, timer)
 
         def deliver(output: TokenOutput) -> None:
-            timer.saw(output)
+            timer.record(output)
             slot.inbox.append(output)
             self._due.append(slot)
-            self._news.set()
+            self._has_output.set()
 
-        self._engine.submit(request, lambda output: postbox.post(deliver, output))
+        self._engine.submit(request, lambda output: outputs.post(deliver, output))
         self._slots.append(slot)
 
     def interrupt(self, error: EmberError) -> None:
-        """End the stream early: whoever iterates gets ``error``."""
+        """End the stream early: its iteration raises ``error``."""
         self._interruption = error
-        self._news.set()
+        self._has_output.set()
 
     def __aiter__(self) -> Self:
         return self
@@ -115,8 +115,8 @@ class AnswerStream:
                     return delta
             if all(slot.answer.finish_reason for slot in self._slots):
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            self._has_output.clear()
+            await self._has_output.wait()
 
     def _absorb(self, slot: _Slot) -> AnswerDelta | None:
         if not slot.inbox or slot.answer.finish_reason is not None:
@@ -137,8 +137,8 @@ class AnswerStream:
         """Wait for the first output, from which on the first answer's cache usage is known; False if none comes."""
         first = self._slots[0]
         while not (first.inbox or first.answer.finish_reason or self._interruption):
-            self._news.clear()
-            await self._news.wait()
+            self._has_output.clear()
+            await self._has_output.wait()
         if first.inbox:
             first.answer.usage = first.inbox[0].usage or first.answer.usage
         return bool(first.inbox or first.answer.finish_reason)

@@ -1,4 +1,4 @@
-"""Starts answers: token ids and parameters in, a stream of text out."""
+"""Starts answers on the engine: token ids and sampling parameters in, a stream of text out."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from emberkv.serving.request_context import RequestContext
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One answer's order: token ids and how to continue them.
+    """The prompt of one answer: token ids, and how they are continued.
 
-    retain_tokens: how many of them, from the first, are to be kept for ``retain_seconds``. silent: no token of the
-    answer is wanted; the engine draws one, because a prompt's last step ends with it, and it is not given out.
-    echo: given out before the answer, with log-probabilities where they were asked for.
+    retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. silent: the answer is
+    empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
+    stands before the answer, with log-probabilities where the request wants them.
     """
 
     token_ids: Sequence[int]
@@ -39,28 +39,28 @@ class TextGenerator:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._clock = clock
-        self._postbox: OutputQueue | None = None
+        self._outputs: OutputQueue | None = None
 
     def start(
-        self, prompts: Sequence[Prompt], asked: RequestContext, *, on_close: Callable[[AnswerStream], None]
+        self, prompts: Sequence[Prompt], request: RequestContext, *, on_close: Callable[[AnswerStream], None]
     ) -> AnswerStream:
         """Submit one request a prompt; call from the event loop.
 
         Raises what ``Engine.submit`` raises; then nothing is left running.
         """
         loop = asyncio.get_running_loop()
-        if self._postbox is None or self._postbox.loop is not loop:
-            self._postbox = OutputQueue(loop)
+        if self._outputs is None or self._outputs.loop is not loop:
+            self._outputs = OutputQueue(loop)
         stream = AnswerStream(self._engine, on_close)
         try:
             for index, prompt in enumerate(prompts):
-                request = GenerationRequest(
-                    asked.answer_id(index),
+                generation = GenerationRequest(
+                    request.answer_id(index),
                     prompt.token_ids,
                     prompt.params,
-                    asked.tenant.salt,
-                    tenant=asked.tenant.name,
-                    session_id=asked.session,
+                    request.tenant.salt,
+                    tenant=request.tenant.name,
+                    session_id=request.session,
                     retain_tokens=prompt.retain_tokens,
                     retain_seconds=prompt.retain_seconds,
                 )
@@ -72,17 +72,17 @@ class TextGenerator:
                     silent=prompt.silent,
                     echo=prompt.echo,
                 )
-                timer = AnswerTimer(self._metrics, self._clock, api=asked.api, arrived=asked.arrived)
-                stream.add(request, answer, timer, self._postbox)
-                self._metrics.prompt_tokens.labels(asked.api).observe(len(prompt.token_ids))
+                timer = AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
+                stream.add(generation, answer, timer, self._outputs)
+                self._metrics.prompt_tokens.labels(request.api).observe(len(prompt.token_ids))
         except BaseException:
             stream.close()
             raise
         return stream
 
 
-def answer_budget(engine: Engine, prompt_tokens: int, asked: int | None, *, field: str = "max_tokens") -> int:
-    """How many tokens an answer may have: what ``field`` asked for, or else what the context has left.
+def answer_budget(engine: Engine, prompt_tokens: int, wanted: int | None, *, field: str = "max_tokens") -> int:
+    """How many tokens an answer may have: as many as are ``wanted`` by the request's ``field``, else as many as fit.
 
     Raises PromptTooLongError when prompt and answer do not fit, RequestError when the prompt is empty.
     """
@@ -93,10 +93,10 @@ def answer_budget(engine: Engine, prompt_tokens: int, asked: int | None, *, fiel
             f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted"
         )
     room = engine.context_length - prompt_tokens
-    if asked is not None and asked > room:
+    if wanted is not None and wanted > room:
         raise PromptTooLongError(
-            f"{field} is {asked}; after a prompt of {prompt_tokens} tokens, the context of "
+            f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of "
             f"{engine.context_length} tokens has room for at most {room}",
             param=field,
         )
-    return room if asked is None else asked
+    return room if wanted is None else wanted

@@ -1,1 +1,1 @@
-"""What a request looks like and what an answer looks like, for either API."""
+"""The OpenAI and Anthropic APIs: their routes, the schemas of requests, and the wire forms of answers."""

@@ -20,7 +20,7 @@ from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import anthropic_error, failure_mid_stream
 from emberkv.serving.http.responses import compact_json, sse_event
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenant
 from emberkv.serving.workers import RequestPreparer
 
@@ -30,7 +30,7 @@ _DELTA_HEAD = (
 
 
 def prepare_messages(
-    body: bytes, model: LoadedModel, rules: CanonicalRules | None
+    body: bytes, model: ServedModel, rules: CanonicalRules | None
 ) -> tuple[MessagesRequest, Prompt, Applied]:
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
@@ -47,7 +47,7 @@ def prepare_messages(
     return request, prompt, rendered.canonical
 
 
-def count_tokens(body: bytes, model: LoadedModel, rules: CanonicalRules | None) -> int:
+def count_tokens(body: bytes, model: ServedModel, rules: CanonicalRules | None) -> int:
     """How many tokens a request's prompt has. Raises RequestError, also for many times what the model takes."""
     request = parse_body(PromptRequest, body)
     model.check_name(request.model)
@@ -78,7 +78,7 @@ def anthropic_router(
     return router
 
 
-def anthropic_card(model: LoadedModel, name: str) -> dict[str, Any]:
+def anthropic_card(model: ServedModel, name: str) -> dict[str, Any]:
     """The model as Anthropic's ``/v1/models`` lists it."""
     return {
         "type": "model",
@@ -106,14 +106,19 @@ def usage_of(answer: Answer) -> dict[str, int]:
     }
 
 
-def stop_reason(answer: Answer) -> str:
+STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens"}
+"""The API's words for how an answer ends without a stop string; an aborted or failed answer ends with an error."""
+
+
+def stop_reason(answer: Answer) -> str | None:
+    """How an answer ended, in the API's words; None while it goes on."""
     if answer.stop_sequence is not None:
         return "stop_sequence"
-    return "max_tokens" if answer.finish_reason is FinishReason.LENGTH else "end_turn"
+    return None if answer.finish_reason is None else STOP_REASONS[answer.finish_reason]
 
 
 class MessageWriter:
-    """How one answer is written down, whole or as events."""
+    """Writes one answer in the API's wire form, whole or as events."""
 
     def __init__(self, request_id: str, model: str) -> None:
         self._id = request_id
@@ -145,7 +150,7 @@ class MessageWriter:
             reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}
             yield _event("message_delta", delta=reason, usage=usage_of(answer))
             yield _event("message_stop")
-        except Exception as error:  # noqa: BLE001 - the answer has begun: an event is all that can tell of it
+        except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
             yield sse_event(anthropic_error(failure_mid_stream(error)), "error")
 
     def _message(self, answer: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Anthropic API's requests, and the chat messages that a template is shown for them."""
+"""Requests of the Anthropic API, and their messages as chat templates take them."""
 
 from collections.abc import Mapping
 from dataclasses import replace

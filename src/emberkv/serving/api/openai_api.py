@@ -25,14 +25,14 @@ from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import speaks_anthropic
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy.tenants import Tenant
 from emberkv.serving.workers import RequestPreparer
 
 
 def prepare_chat(
-    body: bytes, model: LoadedModel, rules: CanonicalRules | None
+    body: bytes, model: ServedModel, rules: CanonicalRules | None
 ) -> tuple[ChatCompletionRequest, list[Prompt], Applied]:
     """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
 
@@ -45,10 +45,10 @@ def prepare_chat(
     rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
     token_ids = rendered.token_ids
     if request.max_completion_tokens is None:
-        field, asked = "max_tokens", request.max_tokens
+        field, wanted = "max_tokens", request.max_tokens
     else:
-        field, asked = "max_completion_tokens", request.max_completion_tokens
-    budget = answer_budget(model.engine, len(token_ids), asked, field=field)
+        field, wanted = "max_completion_tokens", request.max_completion_tokens
+    budget = answer_budget(model.engine, len(token_ids), wanted, field=field)
     prompts = [
         Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds)
         for each in request.sampling(model.sampling_defaults, max_tokens=budget, logprobs=logprobs)
@@ -56,7 +56,7 @@ def prepare_chat(
     return request, prompts, rendered.canonical
 
 
-def prepare_completion(body: bytes, model: LoadedModel) -> tuple[CompletionRequest, list[Prompt]]:
+def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionRequest, list[Prompt]]:
     """Check and tokenize a completion request. Raises RequestError."""
     request = parse_body(CompletionRequest, body)
     model.check_name(request.model)
@@ -92,7 +92,7 @@ def _check_echoed_logprobs(request: CompletionRequest, prompts: list[Prompt]) ->
         )
 
 
-def _completion_tokens(given: str | list[int], model: LoadedModel) -> Sequence[int]:
+def _completion_tokens(given: str | list[int], model: ServedModel) -> Sequence[int]:
     if not isinstance(given, str):
         return given
     return model.tokenizer.encode(given, add_special_tokens=True, max_tokens=model.engine.max_prompt_tokens)
@@ -150,7 +150,7 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
     return router
 
 
-def _model_card(model: LoadedModel, name: str) -> dict[str, Any]:
+def _model_card(model: ServedModel, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

@@ -4,18 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Protocol
 
+from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.errors import failure_mid_stream, openai_error
 from emberkv.serving.http.responses import compact_json, sse_event
 
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+"""The API's words for how an answer ends; an aborted or failed answer ends with an error instead."""
+
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 DONE = b"data: [DONE]\n\n"
 
 
 class TokenWriter(Protocol):
-    """A tokenizer, as far as single tokens are written down."""
+    """What of a tokenizer is needed to write single tokens."""
 
     def token_text(self, token_id: int) -> str: ...
 
@@ -23,10 +27,10 @@ class TokenWriter(Protocol):
 
 
 class OpenAIWriter(ABC):
-    """How one request's answers are written down.
+    """Writes the answers to one request in the API's wire form.
 
-    choices: answers to each prompt; a prompt's tokens are counted once, with its first answer.
-    include_usage: whether the stream ends with a chunk of usage.
+    choices: answers to each prompt; a prompt's tokens are counted once, with its first answer. include_usage: whether
+    the stream ends with a chunk of usage.
     """
 
     whole_object: ClassVar[str]
@@ -85,7 +89,7 @@ class OpenAIWriter(ABC):
             if self._include_usage:
                 envelope = self._envelope(self.chunk_object)
                 yield sse_event({**envelope, "choices": [], "usage": self._usage(stream.answers)})
-        except Exception as error:  # noqa: BLE001 - the answer has begun: an event is all that can tell of it
+        except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
             yield sse_event(openai_error(failure_mid_stream(error)))
         yield DONE
 
@@ -112,12 +116,12 @@ def finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LOWEST_LOGPROB)
 
 
-def finish_json(delta: AnswerDelta) -> str:
-    return "null" if delta.finish_reason is None else f'"{delta.finish_reason.value}"'
+def finish_name(reason: FinishReason | None) -> str | None:
+    return None if reason is None else FINISH_REASONS[reason]
 
 
-def finish_name(answer: Answer) -> str | None:
-    return None if answer.finish_reason is None else answer.finish_reason.value
+def finish_json(reason: FinishReason | None) -> str:
+    return "null" if reason is None else f'"{FINISH_REASONS[reason]}"'
 
 
 class ChatWriter(OpenAIWriter):
@@ -131,14 +135,15 @@ class ChatWriter(OpenAIWriter):
     def delta_choice(self, delta: AnswerDelta) -> str:
         content = f'{{"content":{compact_json(delta.text)}}}' if delta.text else "{}"
         logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
-        return f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish_json(delta)}}}'
+        finish = finish_json(delta.finish_reason)
+        return f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}'
 
     def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
             "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
-            "finish_reason": finish_name(whole.answer),
+            "finish_reason": finish_name(whole.answer.finish_reason),
         }
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
@@ -171,7 +176,7 @@ class CompletionWriter(OpenAIWriter):
         logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
         return (
             f'{{"index":{delta.index},"text":{compact_json(delta.text)},"logprobs":{logprobs},'
-            f'"finish_reason":{finish_json(delta)}}}'
+            f'"finish_reason":{finish_json(delta.finish_reason)}}}'
         )
 
     def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
@@ -179,7 +184,7 @@ class CompletionWriter(OpenAIWriter):
             "index": index,
             "text": whole.text,
             "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
-            "finish_reason": finish_name(whole.answer),
+            "finish_reason": finish_name(whole.answer.finish_reason),
         }
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
@@ -191,7 +196,7 @@ class CompletionWriter(OpenAIWriter):
         }
 
     def _alternatives(self, token: TokenLogprobs) -> dict[str, float] | None:
-        """The likeliest tokens by name, and the chosen one, where alternatives were asked for.
+        """The likeliest tokens by name, and the chosen one, where the request wants alternatives.
 
         Of tokens with the same text, the chosen one has it as its name, or else the likeliest.
         """

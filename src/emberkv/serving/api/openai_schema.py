@@ -1,4 +1,4 @@
-"""The OpenAI API's requests: their fields, and which of them cannot be honoured here."""
+"""Requests of the OpenAI API: their fields, which are refused, and their messages as chat templates take them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

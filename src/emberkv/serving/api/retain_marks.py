@@ -1,4 +1,4 @@
-"""``cache_control``: prefixes that a request asks to keep for a while. A wish about eviction's order, never a lock.
+"""``cache_control``: prefixes that a request wants retained for a while. They are evicted last, but not locked.
 
 Anthropic's marks stand on blocks of the system prompt and of messages, on tools, and on the request itself; on OpenAI
 requests the same object is accepted on messages, their text parts and tools. A mark covers the prompt from its

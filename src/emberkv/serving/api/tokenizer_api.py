@@ -11,7 +11,7 @@ from emberkv.serving.api.openai_schema import TemplateOptions
 from emberkv.serving.api.rendering import chat_text
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.auth import ApiKeys
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenant
 from emberkv.serving.workers import RequestPreparer
 
@@ -39,7 +39,7 @@ class DetokenizeRequest(RequestBody):
     tokens: list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]]
 
 
-def tokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+def tokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
     """Raises RequestError."""
     request = parse_body(TokenizeRequest, body)
     if request.model is not None:
@@ -61,7 +61,7 @@ def tokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def detokenize(body: bytes, model: LoadedModel) -> dict[str, Any]:
+def detokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
     """Special tokens are written out. Raises RequestError."""
     request = parse_body(DetokenizeRequest, body)
     if request.model is not None:

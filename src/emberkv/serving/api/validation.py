@@ -18,7 +18,7 @@ class RequestBody(BaseModel):
     def refuse(self, *fields: str) -> None:
         """Raises RequestError for a field that would change the answer in a way not supported here.
 
-        Fields that are absent or empty, and fields that nobody named, do no harm and are let through.
+        Fields that are absent or empty do no harm and are accepted, and so are unknown fields that are not named here.
         """
         extra = self.model_extra or {}
         for field in fields:

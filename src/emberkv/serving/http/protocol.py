@@ -126,7 +126,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._due = now + self._limits.head_seconds  # it is this server that does not read on
         elif self._in_head or (self._in_body and is_answering):
             self._refuse(408, "the request took too long to arrive")
-        else:  # nothing was asked, or what was asked is answered
+        else:  # there was no request, or it has been answered
             self._close()
 
     def data_received(self, data: bytes) -> None:

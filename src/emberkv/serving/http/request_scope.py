@@ -1,4 +1,4 @@
-"""What every HTTP request gets, whatever its route: an id, a path and a method to be routed by, a count, a log line.
+"""Middleware for every HTTP request: its id, the path and method that it is routed by, its count and its log line.
 
 ``X-Request-Id`` is taken from the client where it is valid, and made otherwise. Each response bears it, under
 Anthropic's name ``request-id`` as well; so do error bodies and the log.

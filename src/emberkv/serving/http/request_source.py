@@ -66,7 +66,7 @@ def _is_address(host: str) -> bool:
 
 def shows_a_proxy(request: HTTPConnection) -> bool:
     """Whether a request shows that a proxy sent it on: by HTTP/1.0, which proxies speak by default and programs do not,
-    or by any header that tells of a client behind it.
+    or by any header about a client behind it.
     """
     names = set(request.headers.keys()) - set(_OWN_HEADERS)
     forwarded = any(name in _FORWARDING_HEADERS or name.startswith(_FORWARDING_PREFIXES) for name in names)
@@ -120,7 +120,7 @@ class SourceCheck:
 
 
 def _cannot_be_rebound(host: str) -> bool:
-    """Whether nobody outside the network can have made this name point to this server: DNS rebinding needs a public
+    """Whether no one outside the network can have made this name point to this server: DNS rebinding needs a public
     name.
     """
     return _is_address(host) or "." not in host or host.endswith(_PRIVATE_SUFFIXES)
@@ -134,7 +134,7 @@ _LOCAL, _REMOTE, _UID = 1, 2, 7
 def is_own_user(connection: HTTPConnection, folder: Path = Path("/proc/net")) -> bool:
     """Whether a connection over loopback was opened by this process's user, or by root.
 
-    True where the system does not tell (anything but Linux); False where it does and does not list the connection.
+    True where the system has no such list (anything but Linux); False where the list lacks the connection.
     """
     if not (folder / "tcp").exists():
         return True

@@ -59,7 +59,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Sends events as they are made. However it ends, the answers behind the events are closed.
 
-    headers: asked for once the first answer has begun, from which on its cache usage is known.
+    headers: called once the first answer has begun, from which on its cache usage is known.
     """
 
     media_type = "text/event-stream"
@@ -97,7 +97,7 @@ async def respond(
     *,
     as_events: bool,
 ) -> Response:
-    """Send events, or wait for all answers and write them whole. headers: asked for once they can be known.
+    """Send events, or wait for all answers and write them whole. headers: called once they can be known.
 
     workers: write the answers with many log-probabilities.
     """

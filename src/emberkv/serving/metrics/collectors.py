@@ -17,13 +17,13 @@ from emberkv import __version__
 from emberkv.core.events import POOL
 from emberkv.core.loading import LoadChoice
 from emberkv.engine.request import EngineStats
-from emberkv.serving.admin.reuse_watch import ReuseWatch
-from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+from emberkv.serving.cache.reuse_watch import ReuseWatch
+from emberkv.serving.warmup.warmup import WarmupPhase, WarmupReport
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 
 class EngineStatsCollector(Collector):
-    """Reads the engine's figures when they are asked for; before there is an engine, there are none."""
+    """Reads the engine's statistics at each collection; before there is an engine, there are none."""
 
     def __init__(self, read: Callable[[], EngineStats | None]) -> None:
         self._read = read
@@ -102,7 +102,7 @@ class EngineCollector(EngineStatsCollector):
 
 
 class TokenizerCollector(Collector):
-    """The memory of the tokenizer's cache, read when it is asked for."""
+    """The memory of the tokenizer's cache, read at each collection."""
 
     def __init__(self, read: Callable[[], int]) -> None:
         self._read = read
@@ -238,7 +238,7 @@ def _gauge(name: str, text: str, values: Mapping[str, int]) -> Metric:
 
 
 class ReuseCollector(Collector):
-    """Reads the estimated curve when it is asked for; before there is traffic, there is none.
+    """Reads the estimated curve at each collection; before there is traffic, there is none.
 
     read: the watch of the model that is served; None before it is loaded.
     """
@@ -266,7 +266,7 @@ class ReuseCollector(Collector):
 
 
 class WarmupCollector(Collector):
-    """Reads the warmup's report when it is asked for."""
+    """Reads the warmup's report at each collection."""
 
     def __init__(self, read: Callable[[], WarmupReport]) -> None:
         self._read = read

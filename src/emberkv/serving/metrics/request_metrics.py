@@ -69,7 +69,7 @@ class ServingMetrics:
         )
 
     def register(self, collector: Collector) -> None:
-        """Have another part's figures read with these."""
+        """Have another collector's metrics read with these."""
         self._registry.register(collector)
 
     def exposition(self) -> bytes:
@@ -116,7 +116,7 @@ class AnswerTimer:
         self.first_token_seconds: float | None = None
         self.total_seconds = 0.0
 
-    def saw(self, output: TokenOutput) -> None:
+    def record(self, output: TokenOutput) -> None:
         """An output has reached the event loop. Tokens that come together share their gap."""
         if output.queue_seconds is not None:
             self._metrics.queue.observe(output.queue_seconds)

@@ -1,1 +1,1 @@
-"""Who asks: keys, tenants, their salts and shares."""
+"""Tenants: their keys, salts and shares."""

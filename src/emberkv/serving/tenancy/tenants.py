@@ -1,4 +1,4 @@
-"""Tenants: who asks, by API key, and the salt that keeps one's cached blocks from the others."""
+"""Tenants, by API key, each with a salt that keeps its cached blocks from the others."""
 
 import hmac
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Tenant:
 
 
 EVERYBODY = Tenant("", b"")
-"""Who asks a server without keys."""
+"""The tenant of all requests to a server without keys."""
 
 
 class UnknownTenantError(ConfigError):
@@ -34,11 +34,11 @@ class UnknownTenantError(ConfigError):
 
 
 class Tenants:
-    """All tenants of a server, by name and by key. Without any, everybody is one and no key is asked for.
+    """All tenants of a server, by name and by key. Without any, all requests are of one tenant, and no key is needed.
 
     api_keys: each key its own tenant, named by a digest. file: further tenants. environ: holds the keys that the file
-    names by variable. secret: what salts are derived with, so that nobody who knows a tenant's name, or its key, can
-    name its blocks. Raises ConfigError for a key that two tenants have, or a variable that is not set.
+    names by variable. secret: salts are derived with it, so that a tenant's name or key is not enough to compute its
+    block hashes. Raises ConfigError for a key that two tenants have, or a variable that is not set.
     """
 
     def __init__(
@@ -114,6 +114,6 @@ def declare_tenants(config: ServeConfig, api_keys: Sequence[str], environ: Mappi
                 f"the tenants file {config.tenants} names no tenant, so that the server would ask for no key; "
                 "name one, or give an API key"
             )
-        return Tenants(file=file, secret=b"")  # there is nobody to keep apart
+        return Tenants(file=file, secret=b"")  # there are no tenants to keep apart
     given = config.secret.get_secret_value() if config.secret is not None else None
     return Tenants(api_keys, file, secret=server_secret(given, config.cache_dir), environ=environ)

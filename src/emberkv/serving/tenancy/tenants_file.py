@@ -1,4 +1,4 @@
-"""The tenants file: who may ask, what each may keep in each tier, and which prompts' beginnings all share."""
+"""The tenants file: tenants and their keys, their shares of each tier, and the prefixes that all tenants share."""
 
 import re
 from collections.abc import Mapping

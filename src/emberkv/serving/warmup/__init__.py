@@ -1,1 +1,1 @@
-"""What is computed before the first request, and kept warm after."""
+"""Prompts that are computed before the first request, and kept warm afterwards."""

@@ -28,39 +28,42 @@ def configured_prompts(config: ServeConfig) -> list[str]:
         raise ConfigError(f"--warmup-system-file {error}") from error
 
 
+def render_system_prompt(text: str, tokenizer: Tokenizer, rules: CanonicalRules | None) -> list[int]:
+    """The tokens that all requests with a system prompt begin with, once ``rules`` have rewritten it as they do theirs.
+
+    Raises RequestError for a prompt that the model's chat template does not take.
+    """
+    return shared_prefix(tokenizer, text if rules is None else rules.of_system([text]).texts[0])
+
+
 def standard_prompts(
     texts: Sequence[str], tokenizer: Tokenizer, rules: CanonicalRules | None
 ) -> tuple[list[WarmPrompt], list[str]]:
-    """What requests with these system prompts begin with; and why a prompt cannot be used with this model.
+    """These system prompts to warm, each once, and why others cannot be used with this model.
 
-    They are public, so that what of them does not fill a block is found by all tenants as well.
-
-    rules: which rewrite the system prompts of requests, and so these.
+    They are public, so that all tenants also find the end of one that does not fill a block.
     """
-    unique = dict.fromkeys(rules.of_system([text]).texts[0] if rules is not None else text for text in texts)
     prompts, problems = [], []
-    for number, text in enumerate(unique, 1):
+    for number, text in enumerate(dict.fromkeys(texts), 1):
         try:
-            prompts.append(WarmPrompt(tuple(shared_prefix(tokenizer, text)), PUBLIC_OWNER))
+            prompts.append(WarmPrompt(tuple(render_system_prompt(text, tokenizer, rules)), PUBLIC_OWNER))
         except RequestError as error:
             problems.append(f"system prompt {number}: {error}")
-    return prompts, problems
+    return list(dict.fromkeys(prompts)), problems
 
 
 def public_tokens(
     declared: Iterable[PublicPrompt], tokenizer: Tokenizer, rules: CanonicalRules | None
 ) -> list[Sequence[int]]:
-    """What `PublicPrefixes` is made of; prompts' files must have been read, as `read_tenants` does.
+    """The token sequences for `PublicPrefixes`. The files of the prompts have been read, as `read_tenants` does.
 
-    rules: which rewrite the system prompts of requests, and so these. Raises ConfigError for a prompt that the model's
-    chat template does not take.
+    Raises ConfigError for a prompt that the model's chat template does not take.
     """
     tokens: list[Sequence[int]] = []
     for number, prompt in enumerate(declared):
         try:
             if prompt.system is not None:
-                text = rules.of_system([prompt.system]).texts[0] if rules is not None else prompt.system
-                tokens.append(shared_prefix(tokenizer, text))
+                tokens.append(render_system_prompt(prompt.system, tokenizer, rules))
             elif prompt.text is not None:
                 tokens.append(tokenizer.encode(prompt.text, add_special_tokens=True))
         except RequestError as error:

@@ -1,26 +1,71 @@
-"""Keeps prompts warm: before the server is ready, and again whenever their state has gone from the pool."""
+"""Keeps prompts warm: before the server is ready, and again whenever their state has left the pool."""
 
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Any
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import BlockHash
 from emberkv.engine.cache_updates import CacheUpdate
 from emberkv.errors import EmberError
-from emberkv.serving.metrics.request_metrics import Clock
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
-from emberkv.serving.warmup.pins import Pin, Pins
-from emberkv.serving.warmup.warm_prompt import Outcome, WarmEngine, Warming, WarmPrompt, warm
-from emberkv.serving.warmup.warmup_report import WarmupPhase, WarmupReport
+from emberkv.serving.warmup.warm_prompt import Outcome, Pin, Pins, WarmEngine, Warming, WarmPrompt, warm
 from emberkv.tiers.base import Removed
+
+
+class WarmupPhase(Enum):
+    WAITING = "waiting"  # the model is not loaded yet
+    OFF = "off"
+    RUNNING = "running"  # the first pass over all prompts
+    DONE = "done"  # it has warmed them all
+    TIMED_OUT = "timed_out"  # it has not, for lack of time
+    FAILED = "failed"  # it has not, for another reason
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupReport:
+    """``phase`` is the first pass's; all else is of now.
+
+    prompts: pinned ones, and those that could not become one. tokens: of the pinned ones, those that were cached when
+    last looked at. problems: why prompts are not warm. learned, restored: prompts that an earlier run has written down,
+    and those of them that the first pass has made warm. computed_tokens, seconds, timeouts: totals since the start.
+    """
+
+    phase: WarmupPhase
+    required: bool = False
+    prompts: int = 0
+    warm_prompts: int = 0
+    tokens: int = 0
+    problems: tuple[str, ...] = ()
+    learned: int = 0
+    restored: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    timeouts: int = 0
+
+    @property
+    def is_warm(self) -> bool:
+        return self.warm_prompts == self.prompts
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "phase": self.phase.value, "seconds": round(self.seconds, 3)}
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.phase.value.replace('_', ' ')}: {self.warm_prompts} of {self.prompts} prompts warm, "
+            f"{self.tokens:,} tokens, {self.seconds:.1f} s"
+        )
+        return f"{text}; {self.restored} of {self.learned} learned prompts restored" if self.learned else text
+
 
 _CLOSE_SECONDS = 5.0
 _ID_PREFIX = "warmup-"
-"""Of the requests for which nobody waits; what they reuse teaches nothing."""
+"""Begins the ids of the requests that warm prompts; what they reuse is not learned from."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +105,7 @@ class Warmup:
         problems: Sequence[str] = (),
         learned: LearnedPrompts | None = None,
         on_ready: Callable[[], None] = lambda: None,
-        clock: Clock = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.first_pass_ended = threading.Event()
         self._engine = engine
@@ -114,7 +159,7 @@ class Warmup:
         return count
 
     def unpin(self, tokens: Iterable[int], tenant: str = "") -> bool:
-        """Whether ``tokens`` were pinned for ``tenant``. What is cached stays until its place is needed.
+        """Whether ``tokens`` were pinned for ``tenant``. What is cached stays until its blocks are needed.
 
         Raises EngineStoppedError.
         """
@@ -137,7 +182,7 @@ class Warmup:
         self.pool_lost(None if cleared else removed)
 
     def pool_lost(self, block_hashes: Collection[BlockHash] | None) -> None:
-        """Blocks have left the pool; None: nobody knows which. From any thread; returns at once."""
+        """Blocks have left the pool; None: it is unknown which. From any thread; returns at once."""
         if self._pins.lost(block_hashes):
             self._wake.set()
 

@@ -1,4 +1,4 @@
-"""The watch on reuse: the traffic that is served, followed for what caches of other sizes would make of it."""
+"""Estimates what caches of other sizes would find of the traffic that is served."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from emberkv.core.hashing import BlockHash
 from emberkv.engine.cache_updates import CacheUpdate
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
-"""Sizes asked about, as multiples of the pool that serves."""
+"""Sizes of which the hit rate is estimated, as multiples of the pool."""
 
 MOST_WAITING = 1024
-"""Admissions and stored blocks that it is told of, before it takes them in unasked."""
+"""Admissions and stored blocks that wait at most, before they are taken in at once."""
 
 
 def capacities_around(num_blocks: int, factors: Sequence[float] = FACTORS) -> list[int]:

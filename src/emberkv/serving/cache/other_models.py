@@ -1,4 +1,4 @@
-"""The models that share a cache folder: their names and roots, so that a miss can say that another one has it."""
+"""The models that share a cache folder, by name and root hash: a miss can name another model that has the prompt."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The books between threads: news in order, readers that delay nobody, records that are bounded."""
+"""The ledger_store between threads: news in order, readers that delay nobody, records that are bounded."""
 
 import threading
 
@@ -7,7 +7,7 @@ from emberkv.core.explaining.cached_prefixes import largest
 from emberkv.core.explaining.explanation import Loss, LossKind, Outcome, Reason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import BlockHash
-from emberkv.serving.admin.cache_books import COPIED_BLOCKS, CacheBooks
+from emberkv.serving.cache.ledger_store import COPIED_BLOCKS, LedgerStore
 from tests.core.harness import chain
 from tests.core.ledgers import stored
 
@@ -15,12 +15,12 @@ PROMPT = chain(range(10))
 (FIRST, SECOND) = PROMPT.block_hashes
 
 
-def books(**limits: int) -> CacheBooks:
-    return CacheBooks(Ledger(), clock=lambda: 5.0, **limits)
+def ledger_store(**limits: int) -> LedgerStore:
+    return LedgerStore(Ledger(), clock=lambda: 5.0, **limits)
 
 
 def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
-    kept = books()
+    kept = ledger_store()
     kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
     kept.apply([stored(PROMPT)])
     kept.admitted("b", PROMPT, 10, Outcome({POOL: 8}), hit_unit=4)
@@ -34,14 +34,14 @@ def test_a_prompt_is_explained_as_it_was_when_admitted() -> None:
 
 
 def test_only_the_last_records_are_kept() -> None:
-    kept = books(max_records=2)
+    kept = ledger_store(max_records=2)
     for request_id in "abc":
         kept.admitted(request_id, PROMPT, 10, Outcome(), hit_unit=4)
     assert [kept.explained(request_id) is not None for request_id in "abc"] == [False, True, True]
 
 
 def test_a_reader_does_not_hold_up_who_brings_news() -> None:
-    kept = books()
+    kept = ledger_store()
     writer = threading.Thread(target=lambda: kept.apply([stored(PROMPT)]))
     with kept.reading() as ledger:
         writer.start()
@@ -53,7 +53,7 @@ def test_a_reader_does_not_hold_up_who_brings_news() -> None:
 
 
 def test_news_of_many_threads_is_complete() -> None:
-    kept = books()
+    kept = ledger_store()
     chains = [chain([number] * 4) for number in range(200)]
 
     def write(part: int) -> None:
@@ -71,7 +71,7 @@ def test_news_of_many_threads_is_complete() -> None:
 
 
 def test_what_one_place_gives_up_may_still_be_in_another() -> None:
-    kept = books()
+    kept = ledger_store()
     on_disk: set[BlockHash] = {FIRST}
     kept.below = lambda block_hash: ["disk"] if block_hash in on_disk else []
     kept.apply([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
@@ -86,7 +86,7 @@ def test_what_one_place_gives_up_may_still_be_in_another() -> None:
 
 
 def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
-    kept = books()
+    kept = ledger_store()
     for number in range(3 * COPIED_BLOCKS // 2):
         each = chain([number] * 4)
         kept.apply([BlockStored(tuple(each.block_hashes), each.root, (each.block_tokens(0),), 4)])
@@ -98,7 +98,7 @@ def test_a_listing_works_on_a_copy_while_answers_are_explained() -> None:
 
 
 def test_an_explanation_that_is_there_waits_for_no_reader() -> None:
-    kept = books()
+    kept = ledger_store()
     kept.admitted("a", PROMPT, 10, Outcome(), hit_unit=4)
     found: list[object] = []
     asking = threading.Thread(target=lambda: found.append(kept.explained("a")), daemon=True)

@@ -1,4 +1,4 @@
-"""What the cache's own routes do: commands to the engine's thread, and questions to the ledger of blocks."""
+"""Looks into the cache and changes it: by commands to the engine's thread, and by reading the ledger of blocks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -25,9 +25,9 @@ from emberkv.engine.commands import (
     Unretain,
 )
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.explain import Explained, text_of
-from emberkv.serving.admin.reuse_watch import ReuseWatch
+from emberkv.serving.cache.explain import Explained, text_of
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.reuse_watch import ReuseWatch
 from emberkv.serving.errors import NotFoundError
 from emberkv.serving.tenancy.tenants import Tenant
 from emberkv.serving.warmup.warmup import Warmup
@@ -78,7 +78,7 @@ class CacheService:
 
     def __init__(
         self,
-        books: CacheBooks,
+        ledger_store: LedgerStore,
         execute: Execute,
         chain: Callable[[Sequence[int], Tenant], TokenChain],
         *,
@@ -86,7 +86,7 @@ class CacheService:
         reuse: ReuseWatch | None = None,
         other_models: Callable[[Sequence[int], Tenant], Mapping[str, int]] = lambda _tokens, _tenant: {},
     ) -> None:
-        self.books = books
+        self.ledger_store = ledger_store
         self.chain = chain
         self.reuse = reuse
         self.other_models = other_models
@@ -116,7 +116,7 @@ class CacheService:
         found = await self._ask(LookUp(chain))
 
         def explained() -> Explanation:
-            with self.books.reading() as ledger:
+            with self.ledger_store.reading() as ledger:
                 return explain(ledger, chain, found.outcome, hit_unit=found.hit_unit)
 
         explanation = await asyncio.to_thread(explained)
@@ -152,13 +152,13 @@ class CacheService:
     def _listed(
         self, choose: Callable[[LedgerView, int], list[CachedPrefix]], limit: int, tokenizer: Tokenizer
     ) -> list[dict[str, Any]]:
-        view = self.books.copied()
+        view = self.ledger_store.copied()
         chosen = [(each, first_tokens(view, each.block_hash, SHOWN_TOKENS)) for each in choose(view, limit)]
         return [
             {
                 **{name: value for name, value in asdict(each).items() if name != "block_hash"},
                 "identity": each.block_hash.hex(),
-                "places": list(dict.fromkeys([*each.places, *self.books.below(each.block_hash)])),
+                "places": list(dict.fromkeys([*each.places, *self.ledger_store.below(each.block_hash)])),
                 "begins": text_of(tokenizer, tokens),
             }
             for each, tokens in chosen
@@ -169,7 +169,7 @@ class CacheService:
         return await asyncio.to_thread(self._path, block_hash)
 
     def _path(self, block_hash: BlockHash) -> Path:
-        with self.books.reading() as ledger:
+        with self.ledger_store.reading() as ledger:
             entries = path_to(ledger, block_hash)
             owners = [border.owner for entry in entries if (border := ledger.border(entry)) is not None]
         if not entries:
@@ -190,11 +190,11 @@ class CacheService:
         """
         block_hashes = await asyncio.to_thread(self._unshared, path)
         removal = await self._remove(block_hashes, warmup)
-        self.books.removed(block_hashes)
+        self.ledger_store.removed(block_hashes)
         return removal
 
     def _unshared(self, path: Path) -> list[BlockHash]:
-        with self.books.reading() as ledger:
+        with self.ledger_store.reading() as ledger:
             return unshared(ledger, path.block_hashes)
 
     async def clear(self, warmup: Warmup | None) -> Removal:
@@ -202,7 +202,7 @@ class CacheService:
         removal = await self._remove(None, warmup)
         for place in removal.blocks:
             if place != POOL:
-                self.books.cleared(place)
+                self.ledger_store.cleared(place)
         return removal
 
     async def _remove(self, block_hashes: Collection[BlockHash] | None, warmup: Warmup | None) -> Removal:

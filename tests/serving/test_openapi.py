@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from emberkv.serving.api import openai_schema
-from emberkv.serving.api.openapi import ANSWERS, REQUESTS, AnthropicError, Error
+from emberkv.serving.openapi import ANSWERS, REQUESTS, AnthropicError, Error
 from tests.serving.harness import MODEL, Client
 
-PAGE = (Path(__file__).parents[3] / "docs" / "http-api.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
 CONVERSATION = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {**CONVERSATION, "logprobs": True},

@@ -11,7 +11,7 @@ from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
 from emberkv.serving.answers.cache_header import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
-from emberkv.serving.lifecycle import Lifecycle, LoadedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import EVERYBODY
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
@@ -52,7 +52,7 @@ def core() -> CoreEngine:
 
 def client_of(core: CoreEngine) -> Client:
     lifecycle = Lifecycle()
-    lifecycle.loaded(LoadedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
+    lifecycle.loaded(ServedModel((MODEL,), 0, core, ByteTokenizer(), cache=core.service))
     return Client(create_app(lifecycle, wall_clock=lambda: core.now))
 
 

@@ -15,7 +15,7 @@ from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import canonical_chat, canonical_messages
 from emberkv.serving.canonical import CanonicalRules, Wildcard, load_rules
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "canonical.yaml"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "canonical.yaml"
 
 
 def rules(*lines: dict[str, Any], **tools: bool) -> CanonicalRules:

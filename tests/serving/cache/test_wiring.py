@@ -1,4 +1,4 @@
-"""The books on a real engine loop: a reason is there with the first output, and tells of the time before."""
+"""The ledger_store on a real engine loop: a reason is there with the first output, and tells of the time before."""
 
 import pytest
 
@@ -7,25 +7,25 @@ pytest.importorskip("torch")
 from emberkv.core.explaining.explanation import Explanation, LossKind, Reason
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.engine.request import TokenOutput
-from emberkv.serving.admin.cache_books import CacheBooks
-from emberkv.serving.admin.wiring import observer
+from emberkv.serving.cache.ledger_store import LedgerStore
+from emberkv.serving.cache.wiring import observer
 from tests.engine.loop_harness import BLOCK, Harness, Inbox, running
 
 PROMPT = [*range(2, 20)]
 
 
-def watched(num_blocks: int = 24) -> tuple[Harness, CacheBooks]:
-    harness, books = Harness(num_blocks=num_blocks), CacheBooks(Ledger(), clock=lambda: 7.0)
-    harness.loop.on_update(observer(books, hit_unit=BLOCK))
-    return harness, books
+def watched(num_blocks: int = 24) -> tuple[Harness, LedgerStore]:
+    harness, ledger_store = Harness(num_blocks=num_blocks), LedgerStore(Ledger(), clock=lambda: 7.0)
+    harness.loop.on_update(observer(ledger_store, hit_unit=BLOCK))
+    return harness, ledger_store
 
 
-def explained(harness: Harness, books: CacheBooks, request_id: str, prompt: list[int]) -> Explanation:
+def explained(harness: Harness, ledger_store: LedgerStore, request_id: str, prompt: list[int]) -> Explanation:
     """As known on the engine's thread when the first output is handed out."""
     found: list[Explanation | None] = []
 
     def listen(output: TokenOutput) -> None:
-        found.append(books.explained(output.request_id))
+        found.append(ledger_store.explained(output.request_id))
 
     harness.submit(request_id, prompt, new=2, inbox=Inbox(listen)).wait()
     assert found[0] is not None
@@ -37,11 +37,11 @@ def reasons(explanation: Explanation) -> list[tuple[Reason, int, int]]:
 
 
 def test_the_reason_is_known_with_the_first_output() -> None:
-    harness, books = watched()
+    harness, ledger_store = watched()
     with running(harness):
-        cold = explained(harness, books, "a", PROMPT)
-        warm = explained(harness, books, "b", PROMPT)
-        other = explained(harness, books, "c", [*PROMPT[:9], 40, *PROMPT[10:]])
+        cold = explained(harness, ledger_store, "a", PROMPT)
+        warm = explained(harness, ledger_store, "b", PROMPT)
+        other = explained(harness, ledger_store, "c", [*PROMPT[:9], 40, *PROMPT[10:]])
     assert reasons(cold) == [(Reason.NEW, 0, 16), (Reason.PARTIAL, 16, 2)]
     assert (warm.hit, reasons(warm)) == ({"pool": 16}, [(Reason.PARTIAL, 16, 2)])
     left = [(Reason.ALIGNMENT, 8, 1), (Reason.DIVERGED, 9, 7), (Reason.PARTIAL, 16, 2)]
@@ -51,11 +51,11 @@ def test_the_reason_is_known_with_the_first_output() -> None:
 
 
 def test_an_eviction_on_the_way_is_told() -> None:
-    harness, books = watched(num_blocks=6)
+    harness, ledger_store = watched(num_blocks=6)
     with running(harness):
-        explained(harness, books, "a", PROMPT)
-        explained(harness, books, "b", [30, *PROMPT[1:]])
-        again = explained(harness, books, "c", PROMPT)
+        explained(harness, ledger_store, "a", PROMPT)
+        explained(harness, ledger_store, "b", [30, *PROMPT[1:]])
+        again = explained(harness, ledger_store, "c", PROMPT)
     (evicted, _) = again.misses[-2:]
     assert evicted.reason is Reason.EVICTED
     assert evicted.loss is not None

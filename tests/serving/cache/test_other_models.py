@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.core.hashing import TokenChain
-from emberkv.serving.admin.other_models import FILE_NAME, KnownModel, OtherModels, model_names
+from emberkv.serving.cache.other_models import FILE_NAME, KnownModel, OtherModels, model_names
 from emberkv.tiers.disk.layout import BLOCKS, BlockFile
 
 OLD, NEW = b"\x01" * 32, b"\x02" * 32

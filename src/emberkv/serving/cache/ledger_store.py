@@ -1,4 +1,4 @@
-"""The ledger between threads: the engine's brings news and never waits for a reader; readers get what is explained."""
+"""The ledger of blocks, shared by threads: the engine's thread writes updates and never waits for a reader."""
 
 import threading
 import time
@@ -16,11 +16,12 @@ MAX_RECORDS = 2000
 COPIED_BLOCKS = 1000
 
 
-class CacheBooks:
+class LedgerStore:
     """A `Ledger`, and the explanations of the last ``max_records`` prompts that were served, by request id.
 
-    News is written down in the order in which it comes; what comes while somebody reads waits for the next to come.
-    clock: seconds since 1970. below: the lower tiers that have a block, asked about each that a place gives up.
+    Updates are written in the order in which they arrive; one that arrives while the ledger is read is written with the
+    next one, or before the next read. clock: seconds since 1970. below: the lower tiers that have a block, looked up
+    for each block that a tier gives up.
     """
 
     def __init__(

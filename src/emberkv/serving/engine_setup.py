@@ -1,0 +1,59 @@
+"""The engine that a server's settings describe, as the values that the engine takes."""
+
+from collections.abc import Mapping
+
+from emberkv.config import ServeConfig
+from emberkv.core.policies.fair_shares import Share
+from emberkv.engine.assembly import EngineConfig
+from emberkv.engine.tier_setup import TierConfig
+from emberkv.engine.torch.configured import CacheSizes, ModelOptions
+from emberkv.tiers.kinds import configured_tiers
+
+RETAINED_SHARE = 0.25
+"""Of the KV pool, what requests and pins may have evicted last."""
+
+
+def model_options(config: ServeConfig) -> ModelOptions:
+    """Which model is loaded, and what computes it."""
+    return ModelOptions(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        chat_template=config.chat_template,
+        generation_config=config.generation_config,
+        kernels=config.kernels,
+        block_size=config.block_size,
+        machine_cache=config.machine_cache,
+    )
+
+
+def cache_sizes(config: ServeConfig) -> CacheSizes:
+    """Bytes of the KV pool, where they are given, and of the RAM tier."""
+    return CacheSizes(None if config.cache_ram is None else int(config.cache_ram), int(config.ram_tier))
+
+
+def engine_config(
+    config: ServeConfig, cache_bytes: int, tiers: TierConfig, weights: Mapping[str, float] | None = None
+) -> EngineConfig:
+    """The engine's own settings. cache_bytes: size of the KV pool. weights: of tenants (`SchedulerConfig`)."""
+    return EngineConfig(
+        cache_bytes=cache_bytes,
+        block_size=config.block_size,
+        prefill_chunk=config.prefill_chunk,
+        max_step_tokens=config.max_step_tokens,
+        max_running=config.max_running,
+        eviction=config.eviction,
+        exact=config.exact,
+        prefix_cache=config.prefix_cache,
+        tiers=tiers,
+        weights=weights or {},
+    )
+
+
+def tier_config(config: ServeConfig, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:
+    """The tiers below the KV pool. shares: see `TierConfig`."""
+    return TierConfig(
+        configured_tiers(ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk)),
+        shares=shares,
+        retain_share=RETAINED_SHARE,
+    )
