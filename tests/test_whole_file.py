@@ -21,7 +21,7 @@ import os, signal, sys
 from pathlib import Path
 from emberkv.serving.tenancy.keys import server_secret
 from emberkv.serving.warmup.prefix_file import prefix_file, write_prefixes
-from emberkv.serving.admin.other_models import KnownModel, OtherModels
+from emberkv.serving.cache.other_models import KnownModel, OtherModels
 
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 folder = Path(sys.argv[1])

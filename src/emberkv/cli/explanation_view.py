@@ -69,7 +69,7 @@ class Elsewhere(_Part):
 
 
 class Answer(_Part):
-    """What the server tells; see ``emberkv.serving.admin.explain``."""
+    """What the server tells; see ``emberkv.serving.cache.explain``."""
 
     prompt_tokens: int
     hit_tokens: int
