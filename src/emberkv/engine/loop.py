@@ -13,12 +13,11 @@ from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.active_requests import ActiveRequest, ActiveRequests
 from emberkv.engine.cache_updates import CacheEventPublisher, CacheObserver
 from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
-from emberkv.engine.figures import figures
 from emberkv.engine.limits import ModelLimits
-from emberkv.engine.live_requests import Live, LiveRequests
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
@@ -71,7 +70,7 @@ class EngineLoop:
         self._on_crash = on_crash
         self._chains = RecentChains(scheduler.cache.pool.block_size)
         self._mailbox = Mailbox()
-        self._live = LiveRequests(
+        self._live = ActiveRequests(
             scheduler,
             limits,
             clock=clock,
@@ -104,7 +103,7 @@ class EngineLoop:
             self._thread.join()
 
     def stats(self) -> EngineStats:
-        """As of the last step; the tiers' figures as of now."""
+        """As of the last step; the tiers' own statistics as of now."""
         if self._tiers is None:
             return self._stats
         manager = self._tiers.manager
@@ -126,7 +125,7 @@ class EngineLoop:
             wants_prompt_logits=request.params.prompt_logprobs is not None,
         )
         state = SamplingState(request.params, request.prompt_token_ids, self._rng, request.allowed_tokens)
-        self._mailbox.submit(Live(request, sequence, state, listener, self._clock()))
+        self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock()))
 
     def chain(self, request: GenerationRequest) -> TokenChain:
         """The prompt under the block hashes by which the cache knows its blocks."""
@@ -164,7 +163,7 @@ class EngineLoop:
                 self._step()
                 self._updates.publish()
                 self._publish_stats()
-        except Exception as error:  # noqa: BLE001 - the thread ends here, and whoever watches it is told why
+        except Exception as error:  # noqa: BLE001 - the thread ends here, and on_crash gets the reason
             _log.exception("the engine failed and has stopped")
             self._on_crash(error)
         finally:
@@ -197,8 +196,8 @@ class EngineLoop:
     def _accept(self, mail: Mail) -> None:
         # All are known before any is queued, so that each gets its last output even if queueing one fails.
         self._live.add(mail.arrived)
-        for live in mail.arrived:
-            self._scheduler.add(live.sequence)
+        for active in mail.arrived:
+            self._scheduler.add(active.sequence)
         for request_id in mail.aborted:
             self._live.end(request_id, FinishReason.ABORT)
 
@@ -246,4 +245,32 @@ class EngineLoop:
         self._publish_stats()
 
     def _publish_stats(self) -> None:
-        self._stats = figures(self._scheduler, self._tiers, self._executor.pool.block_bytes)
+        self._stats = _engine_stats(self._scheduler, self._tiers, self._executor.pool.block_bytes)
+
+
+def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int) -> EngineStats:
+    """All but the tiers' own counts, which any thread may read."""
+    pool, stats = scheduler.cache.pool, scheduler.stats
+    return EngineStats(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        block_size=pool.block_size,
+        block_bytes=block_bytes,
+        total_blocks=pool.num_blocks,
+        free_blocks=pool.num_free,
+        cached_blocks=pool.num_evictable,
+        prefix_query_tokens=stats.query_tokens,
+        prefix_bypass_tokens=stats.bypass_tokens,
+        prefix_hit_tokens=stats.hit_tokens,
+        evictions=stats.evicted_blocks,
+        preemptions=stats.preemptions,
+        prefill_tokens=stats.prefill_tokens,
+        decode_tokens=stats.decode_tokens,
+        loads=len(scheduler.loads),
+        tier_hit_tokens=dict(stats.tier_hit_tokens),
+        load_choices={choice.value: count for choice, count in stats.load_choices.items()},
+        loaded_blocks=stats.loaded_blocks,
+        unloaded_blocks=stats.unloaded_blocks,
+        tier_trouble=dict(tiers.trouble) if tiers is not None else {},
+        pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
+    )

@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from emberkv.engine.active_requests import ActiveRequest
 from emberkv.engine.commands import CacheControl, Command
-from emberkv.engine.live_requests import Live
 from emberkv.errors import DuplicateRequestError, EngineStoppedError
 
 R = TypeVar("R")
@@ -38,7 +38,7 @@ class PendingCommand:
 class Mail:
     """What came in, in order of arrival."""
 
-    arrived: list[Live] = field(default_factory=list)
+    arrived: list[ActiveRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     commands: list[PendingCommand] = field(default_factory=list)
 
@@ -56,16 +56,16 @@ class Mailbox:
         self._stopping = False
         self._nudged = False
 
-    def submit(self, live: Live) -> None:
+    def submit(self, active: ActiveRequest) -> None:
         """Raises DuplicateRequestError or EngineStoppedError."""
-        request_id = live.request.request_id
+        request_id = active.request.request_id
         with self._changed:
             if self._stopping:
                 raise EngineStoppedError("the engine is stopping; no request can begin")
             if request_id in self._ids:
                 raise DuplicateRequestError(f"request id {request_id!r} is in flight already")
             self._ids.add(request_id)
-            self._mail.arrived.append(live)
+            self._mail.arrived.append(active)
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:

@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Live:
+class ActiveRequest:
     """A request in flight."""
 
     request: GenerationRequest
@@ -26,6 +26,11 @@ class Live:
     answered: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    @property
+    def queue_seconds(self) -> float | None:
+        """From submission to the first admission; None before that."""
+        return None if self.admitted_at is None else self.admitted_at - self.submitted_at
+
     def keep_prompt_logprobs(self, found: PromptLogprobs) -> None:
         """Of the tokens that are not known yet: a preempted sequence is computed again."""
         known = self.prompt_logprobs
@@ -34,7 +39,7 @@ class Live:
         known += found.tokens[len(known) - found.start :]
 
 
-class LiveRequests:
+class ActiveRequests:
     """By request id. Belongs to the engine's thread.
 
     sampling: the sampling state of each. clock: seconds. forget: called with the id of each request that has ended,
@@ -53,36 +58,36 @@ class LiveRequests:
         self._limits = limits
         self._clock = clock
         self._forget = forget
-        self._live: dict[str, Live] = {}
+        self._requests: dict[str, ActiveRequest] = {}
         self.sampling: dict[str, SamplingState] = {}
 
-    def add(self, arrived: Iterable[Live]) -> None:
+    def add(self, arrived: Iterable[ActiveRequest]) -> None:
         """Know them; they are not queued by this."""
-        for live in arrived:
-            self._live[live.request.request_id] = live
-            self.sampling[live.request.request_id] = live.state
+        for active in arrived:
+            self._requests[active.request.request_id] = active
+            self.sampling[active.request.request_id] = active.state
 
     def admitted(self, sequences: Iterable[Sequence], now: float) -> Iterator[Sequence]:
         """Those of them that had not been admitted before."""
         for sequence in sequences:
-            live = self._live[sequence.request_id]
-            if live.admitted_at is None:
-                live.admitted_at = now
+            active = self._requests[sequence.request_id]
+            if active.admitted_at is None:
+                active.admitted_at = now
                 yield sequence
 
     def end(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         """End a request for good; an id that is not in flight is ignored."""
-        live = self._live.get(request_id)
-        if live is not None:
+        active = self._requests.get(request_id)
+        if active is not None:
             self._scheduler.finish(request_id, reason)
-            self._send(live, finish_reason=reason, error=error)
+            self._send(active, finish_reason=reason, error=error)
 
     def fail(self, sequences: Iterable[Sequence], error: str) -> None:
         for request_id in {sequence.request_id for sequence in sequences}:
             self.end(request_id, FinishReason.ERROR, error)
 
     def end_all(self) -> None:
-        for request_id in list(self._live):
+        for request_id in list(self._requests):
             self.end(request_id, FinishReason.ABORT)
 
     def end_failed(self, plan: StepPlan, output: StepOutput) -> None:
@@ -99,64 +104,66 @@ class LiveRequests:
         """Account for a computed plan, and hand out its tokens. Requests that failed have been ended before."""
         sampled = output.tokens
         for found in output.prompt_logprobs:
-            if found.request_id in self._live:
-                self._live[found.request_id].keep_prompt_logprobs(found)
+            if found.request_id in self._requests:
+                self._requests[found.request_id].keep_prompt_logprobs(found)
         stopped = {
             request_id
             for request_id, token in sampled.items()
-            if token.token_id in self._limits.eos_token_ids and not self._live[request_id].request.params.ignore_eos
+            if token.token_id in self._limits.eos_token_ids and not self._requests[request_id].request.params.ignore_eos
         }
         tokens = {request_id: token.token_id for request_id, token in sampled.items()}
         self._scheduler.complete(plan, tokens, stopped)
         for request_id, token in sampled.items():
-            live = self._live[request_id]
-            live.state.append(token.token_id)
-            self._retain(live)
+            active = self._requests[request_id]
+            active.state.append(token.token_id)
+            self._retain(active)
             if request_id in stopped:
-                self._send(live, finish_reason=FinishReason.STOP)
+                self._send(active, finish_reason=FinishReason.STOP)
             else:
-                self._send(live, token=token, finish_reason=live.sequence.finish_reason)
+                self._send(active, token=token, finish_reason=active.sequence.finish_reason)
 
-    def _retain(self, live: Live) -> None:
+    def _retain(self, active: ActiveRequest) -> None:
         """At the first token: the whole prompt is computed, and its blocks are in the pool if they are to be."""
-        request, chain = live.request, live.sequence.chain
-        if request.retain_tokens and not live.answered:
+        request, chain = active.request, active.sequence.chain
+        if request.retain_tokens and not active.answered:
             blocks = chain.block_hashes[: request.retain_tokens // chain.block_size]
             self._scheduler.cache.pool.policy.retain(blocks, self._clock() + request.retain_seconds)
 
     def _send(
         self,
-        live: Live,
+        active: ActiveRequest,
         *,
         token: SampledToken | None = None,
         finish_reason: FinishReason | None = None,
         error: str | None = None,
     ) -> None:
-        first = not live.answered
-        complete = len(live.prompt_logprobs) == live.sequence.prompt_tokens
-        live.answered = True
+        first = not active.answered
+        complete = len(active.prompt_logprobs) == active.sequence.prompt_tokens
+        active.answered = True
         if finish_reason is not None:
-            self._remove(live.request.request_id)
+            self._remove(active.request.request_id)
         self._hand_out(
-            live,
+            active,
             TokenOutput(
-                live.request.request_id,
+                active.request.request_id,
                 token_ids=(token.token_id,) if token is not None else (),
                 logprobs=(token.logprobs,) if token is not None and token.logprobs is not None else (),
-                usage=self._usage(live.sequence),
+                usage=self._usage(active.sequence),
                 finish_reason=finish_reason,
                 error=error,
-                prompt_logprobs=tuple(live.prompt_logprobs) if first and complete else (),
-                queue_seconds=live.admitted_at - live.submitted_at if first and live.admitted_at is not None else None,
+                prompt_logprobs=tuple(active.prompt_logprobs) if first and complete else (),
+                queue_seconds=active.admitted_at - active.submitted_at
+                if first and active.admitted_at is not None
+                else None,
             ),
         )
 
-    def _hand_out(self, live: Live, output: TokenOutput) -> None:
+    def _hand_out(self, active: ActiveRequest, output: TokenOutput) -> None:
         """A listener that raises gets nothing more: its request ends, and no other."""
         try:
-            live.listener(output)
+            active.listener(output)
         except Exception:  # noqa: BLE001 - logged; the caller's own failure ends the caller's request
-            request_id = live.request.request_id
+            request_id = active.request.request_id
             _log.exception("the listener of request %s failed, and the request ends", request_id)
             if output.finish_reason is None:
                 self._scheduler.finish(request_id, FinishReason.ABORT)
@@ -164,7 +171,7 @@ class LiveRequests:
 
     def _remove(self, request_id: str) -> None:
         self._forget(request_id)
-        del self._live[request_id]
+        del self._requests[request_id]
         del self.sampling[request_id]
 
     def _usage(self, sequence: Sequence) -> CacheUsage:
