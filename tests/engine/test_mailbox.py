@@ -7,13 +7,14 @@ from typing import ClassVar, TypeVar
 import pytest
 
 from emberkv.core.events import AllBlocksCleared, BlockStored
+from emberkv.core.feed import EventBatch
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.cache_updates import CacheUpdate
-from emberkv.engine.commands import CacheControl, Command, FindCached, Remove, Statistics
+from emberkv.engine.commands import CacheControl, Command, FindCached, ReadEvents, ReadSnapshot, Remove, Statistics
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.request import GenerationRequest
 from emberkv.engine.sampling_params import SamplingParams
@@ -76,6 +77,17 @@ def test_a_command_that_comes_too_late_fails() -> None:
         waits.result(DEADLINE)
     with pytest.raises(EngineStoppedError, match="is stopping"):
         harness.loop.execute(Statistics())
+
+
+def test_a_reader_follows_the_pool_by_commands() -> None:
+    with running(Harness()) as harness:
+        harness.submit("a", PROMPT, new=1).wait()
+        events = harness.loop.execute(ReadEvents(2)).result(DEADLINE)
+        chunk = harness.loop.execute(ReadSnapshot(limit=4, tokens=True)).result(DEADLINE)
+    assert isinstance(events, EventBatch)
+    assert (events.first, events.last) == (3, 5)
+    assert (chunk.sequence, len(chunk.block_hashes), len(chunk.tokens)) == (5, 4, 4)
+    assert chunk.next_cursor is not None
 
 
 def test_a_nudge_that_comes_before_the_wait_ends_it() -> None:

@@ -2,7 +2,7 @@
 
 batch  ──> applied, if it continues what is known; else it shows that events are missing
 need() ──> what to ask the replica for: events again, or the next chunk of a snapshot
-chunk  ──> merged, once all events before it are applied
+chunk  ──> merged, and the events after it applied again
 """
 
 from collections import deque
@@ -70,7 +70,6 @@ class FeedReader:
         self._complete = False  # the index has what the pool had after event `sequence`
         self._wants_snapshot = True
         self._cursor: str | None = None  # of the chunk that comes next
-        self._early: SnapshotChunk | None = None  # a chunk that was taken after events which are not here yet
         self._recent: deque[tuple[int, Event]] = deque()  # since the last chunk; only while a snapshot is read
         self._past: deque[bytes] = deque(maxlen=PAST_EPOCHS)
 
@@ -109,7 +108,7 @@ class FeedReader:
         self.sequence = self._known = 0
         self._index.clear()
         self._complete, self._wants_snapshot = True, False
-        self._cursor = self._early = None
+        self._cursor = None
         self._recent.clear()
 
     def _take_batch(self, batch: EventBatch) -> None:
@@ -126,8 +125,6 @@ class FeedReader:
         self.sequence = batch.last
         if self.exact:
             self._wants_snapshot = False
-        elif self._early is not None and self.sequence >= self._early.sequence:
-            self._merge(self._early)
 
     def _take_loss(self, loss: EventsLost) -> None:
         self._known = max(self._known, loss.last)
@@ -144,22 +141,21 @@ class FeedReader:
         if begins:
             self._index.clear()
             self._recent.clear()
-            self._early = None
             self._complete = self._wants_snapshot = False
             self.sequence = chunk.sequence
-        if self.sequence < chunk.sequence:
-            self._early = chunk
-        else:
-            self._merge(chunk)
+        self._merge(chunk)
 
     def _merge(self, chunk: SnapshotChunk) -> None:
-        """Add the blocks that were there at event ``chunk.sequence``, and apply again what came after it."""
+        """Add the blocks that were there at event ``chunk.sequence``, and apply again what came after it.
+
+        Events before it that are not here yet do no harm later: the last one of a block says what the chunk says.
+        """
         self._index.merge(chunk)
         while self._recent and self._recent[0][0] <= chunk.sequence:
             self._recent.popleft()
         for _, event in self._recent:
             self._index.apply(event)
-        self._early, self._cursor = None, chunk.next_cursor
+        self._cursor = chunk.next_cursor
         if chunk.next_cursor is None:
             self._complete = True
             self._recent.clear()
