@@ -112,14 +112,14 @@ class Content:
         spans = [Span(key, 0, size) for key in keys[:-1]]
         if tokens:
             spans.append(Span(keys[-1], 0, tokens - len(spans) * size))
-        content = cls.__new__(cls)
+        content = Content.__new__(Content)
         content.pieces, content._ends = tuple(spans), ends
         return content
 
     @classmethod
     def _of(cls, joined: tuple[Piece, ...]) -> "Content":
         """Of pieces that are joined already, none of them empty."""
-        content = cls.__new__(cls)
+        content = Content.__new__(Content)
         content._take(joined)
         return content
 
