@@ -14,7 +14,11 @@ CheckpointFactory = Callable[..., Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="many more rounds of the tests that kill processes")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="more rounds of the tests that kill processes, and all replays of published figures",
+    )
 
 
 @pytest.fixture(scope="session")
