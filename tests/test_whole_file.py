@@ -20,7 +20,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from emberkv.serving.tenancy.keys import server_secret
-from emberkv.serving.warmup.prefix_file import prefix_file, write_prefixes
+from emberkv.serving.warmup.learned_prompts import prefix_file, write_prefixes
 from emberkv.serving.cache.other_models import KnownModel, OtherModels
 
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)

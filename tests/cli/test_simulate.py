@@ -101,7 +101,7 @@ def test_set_ups_of_different_workloads_are_not_compared(tmp_path: Path, set_up:
     ("arguments", "said"),
     [
         ([], "give a workload"),
-        (["gone.yaml"], "cannot read gone.yaml"),
+        (["gone.yaml"], "gone.yaml cannot be read"),
         (["gone.jsonl"], "cannot read gone.jsonl"),
         (["gone.doc"], "no trace is known by '.doc'"),
     ],

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
-from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.geometry import inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.conftest import CheckpointFactory
@@ -69,3 +70,15 @@ def test_layers_of_different_shapes_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="differ in heads or head size"):
         inspect_geometry(config)
+
+
+def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: CheckpointFactory) -> None:
+    """Other threads may build models meanwhile, and it is one for the process."""
+    config = AutoConfig.from_pretrained(checkpoint("llama", torch.bfloat16))
+    seen = set()
+    handle = register_module_module_registration_hook(lambda *_: seen.add(torch.get_default_dtype()))
+    try:
+        inspect_model(config)
+    finally:
+        handle.remove()
+    assert seen == {torch.float32}

@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from emberkv.tiers.disk.verify import verify
 
 from emberkv.core.hashing import prompt_hashes
 from emberkv.tiers.codec import verified_record
-from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.files import BlockFiles, verify
 from emberkv.tiers.disk.layout import BlockFile, scan
 from emberkv.tiers.manager import TierManager
 from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, records

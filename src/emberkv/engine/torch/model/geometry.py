@@ -8,19 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.torch.model.rotary import SERVED_ROPE_TYPES, rope_types, rotation_limit, with_fixed_rotation
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
-
-MODEL_BUILDING = Lock()
-"""Held while transformers builds a model: it sets torch's default dtype, which is one for the whole process."""
 
 _MOST_LAYERS = 1000
 _MOST_MODULES = 50_000
@@ -160,9 +157,11 @@ def _inspect(config: PretrainedConfig) -> ModelShape:
         )
     bare = with_fixed_rotation(config)
     vars(bare)["pad_token_id"] = None  # with one, some models look at the tokens, which have no values on this device
-    auto_class: Any = AutoModelForCausalLM  # its methods are untyped
-    with MODEL_BUILDING, torch.device("meta"), _bounded_modules():
-        model = auto_class.from_config(bare, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    bare._attn_implementation = "eager"
+    # Not from_config: it sets torch's default dtype, which is one for the process, and other threads may load models.
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"), _bounded_modules():
+        model = model_class(bare).to(torch.bfloat16).eval()
     _refuse_by_class(config, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return ModelShape(_geometry(config, _trace(config, model)), shapes, f"{model.base_model_prefix}.")

@@ -1,6 +1,7 @@
 """Loads a model from a folder or the hub, or says precisely why it cannot be served."""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -41,7 +42,7 @@ from emberkv.engine.torch.model.generation_config import (
     read_generation_config,
     sampling_defaults,
 )
-from emberkv.engine.torch.model.geometry import MODEL_BUILDING, ModelGeometry, ModelShape, inspect_model
+from emberkv.engine.torch.model.geometry import ModelGeometry, ModelShape, inspect_model
 from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BUILDING = threading.Lock()
+"""transformers sets torch's default dtype, which is one for the process, while it loads a model."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -287,7 +291,7 @@ def _load_weights(
     generation_config: Any = GenerationConfig  # untyped
     model: PreTrainedModel
     try:
-        with MODEL_BUILDING:
+        with _BUILDING:
             model, report = auto_class.from_pretrained(
                 folder,
                 config=config,
