@@ -73,5 +73,5 @@ def test_the_traces_kept_here_are_those_published() -> None:
     azure, mooncake = describe(read_trace(AZURE)), describe(read_trace(MOONCAKE))
     assert azure is not None
     assert mooncake is not None
-    assert (azure.requests, azure.cache.told) == (19_366, False)
+    assert (azure.requests, azure.cache.content_known) == (19_366, False)
     assert (mooncake.requests, mooncake.cache.references, mooncake.cache.hits) == (12_031, 288_500, 105_710)

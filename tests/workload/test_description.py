@@ -47,7 +47,7 @@ def test_known_answers_are_found_by_the_next_turn() -> None:
 def test_lengths_alone_share_nothing() -> None:
     found = describe([request("1", 40, 1), request("2", 40, 1)])
     assert found is not None
-    assert (found.cache.hits, found.cache.told, found.cache.references) == (0, False, 6)
+    assert (found.cache.hits, found.cache.content_known, found.cache.references) == (0, False, 6)
 
 
 def test_an_empty_workload_has_no_description() -> None:

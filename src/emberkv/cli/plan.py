@@ -68,7 +68,11 @@ def plan(
         config = _with_targets(with_changes(set_up.simulation, changes), ttft_ms=ttft_p99, tpot_ms=tpot_p99)
         with errors.status("planning") as status:
             planner = Planner(
-                required(found_workload, workload), config, wanted=capture, simulated=requests, told=status.update
+                required(found_workload, workload),
+                config,
+                wanted=capture,
+                simulated=requests,
+                on_progress=status.update,
             )
             found = planner.plan(replicas=replicas, simulate=simulate, price_per_hour=price_per_hour)
         _print(found, Console())

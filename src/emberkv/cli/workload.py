@@ -136,7 +136,7 @@ def _as_json(found: Description) -> dict[str, Any]:
         "sessions": found.sessions,
         "longest_session": found.longest_session,
         "unlimited_cache": {
-            "prefixes_told": cache.told,
+            "prefixes_told": cache.content_known,
             "block_size": cache.block_size,
             "block_references": cache.references,
             "unique_blocks": cache.unique,
@@ -163,7 +163,7 @@ def _table(found: Description, title: str) -> Table:
     cache = found.cache
     rate = "" if found.rate is None else f", {found.rate:,.2f} a second"
     hits, hit_tokens = "the workload does not say what prompts share", ""
-    if cache.told:
+    if cache.content_known:
         hits = f"{cache.hits:,} prefix hits, {share_words(cache.block_hit_rate)}"
         hit_tokens = f"{cache.hit_tokens:,} of {cache.prompt_tokens:,}, {share_words(cache.token_hit_rate)}"
     rows = [

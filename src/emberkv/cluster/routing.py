@@ -86,7 +86,7 @@ class ConsistentHashing(Router):
     """Equal beginnings go to the same replica; a prompt without a full block shares nothing and goes to the least
     loaded.
 
-    bound: None, or c > 1 such that nobody gets a request while its load exceeds c times the mean; the next on the ring
+    bound: None, or c > 1: no replica gets a request while its load exceeds c times the mean; the next on the ring
     takes it (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018).
     """
 
@@ -116,7 +116,7 @@ class ConsistentHashing(Router):
 
 
 class LongestPrefix(Router):
-    """Whoever has most of the prompt's beginning, of equal ones the first.
+    """The replica that has most of the prompt's beginning, of equal ones the first.
 
     load_weight: tokens of a hit that a token of load above the least loaded replica's outweighs. At 0, which is pure
     longest prefix, one replica attracts all that share a system prompt.
@@ -151,7 +151,7 @@ ROUTER_NAMES = tuple(_ROUTERS)
 
 
 def names(count: int) -> list[str]:
-    """What replicas are called where nobody has named them."""
+    """What replicas are called where they have no names."""
     return [f"replica-{index}" for index in range(count)]
 
 

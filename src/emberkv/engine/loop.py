@@ -98,7 +98,7 @@ class EngineLoop:
         """End every request with ABORT and join the thread. Idempotent."""
         self._mailbox.stop()
         if self._thread.ident is None:
-            self._end_all()  # never started: nobody else would
+            self._end_all()  # never started, so that its thread does not
         elif self._thread.is_alive():
             self._thread.join()
 

@@ -115,7 +115,7 @@ class Mailbox:
             return mail
 
     def close(self) -> Mail:
-        """Take no more mail; what nobody has collected."""
+        """Take no more mail. Returns what has not been collected."""
         self.stop()
         mail, self._mail = self._mail, Mail()
         return mail

@@ -116,7 +116,7 @@ class EngineStats:
     block_size: int = 0  # tokens
     block_bytes: int = 0  # of the pool, a block's
     total_blocks: int = 0
-    free_blocks: int = 0  # nobody holds them; the cached ones are among them
+    free_blocks: int = 0  # no sequence holds them; the cached ones are among them
     cached_blocks: int = 0  # of the free ones, those that still hold a reusable prefix
     loads: int = 0  # from lower tiers, in flight
     prefix_query_tokens: int = 0

@@ -91,7 +91,7 @@ def _first(given: T | None, variable: T | None, default: T) -> T:
 def _started(work: Callable[[], bool]) -> "asyncio.Future[bool]":
     """What ``work`` comes to on a thread of its own: one of asyncio's would be waited for when the loop is closed."""
     outcome: Future[bool] = Future()
-    outcome.set_running_or_notify_cancel()  # from now on, nobody who stops waiting cancels it
+    outcome.set_running_or_notify_cancel()  # from now on, a caller that stops waiting does not cancel it
 
     def run() -> None:
         try:

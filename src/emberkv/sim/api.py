@@ -71,7 +71,7 @@ def plan(
     'Get 1 replica on 1 x H100 SXM, with 55.5 GiB of KV memory.'
     """
     config, found = _opened(workload, settings)
-    planner = Planner(found, config, wanted=capture, simulated=requests, told=progress or (lambda what: None))
+    planner = Planner(found, config, wanted=capture, simulated=requests, on_progress=progress or (lambda what: None))
     return planner.plan(replicas=replicas, simulate=simulate, price_per_hour=price_per_hour)
 
 

@@ -1,7 +1,7 @@
 """Replay without time: each request is admitted whole and ends before the next one arrives.
 
 Hits follow from capacity, policy and order alone. As published figures of traces count, a prompt's partial last block
-is a block like the others, found by whoever ends with the same one; a pool that serves shares full blocks only.
+is a block like the others, found by every prompt that ends with it; a pool that serves shares full blocks only.
 """
 
 from collections.abc import Callable, Sequence

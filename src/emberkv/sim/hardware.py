@@ -130,8 +130,8 @@ class HardwareProfile(Strict):
             raise ValueError(f"peak_tflops: {', '.join(sorted(unknown))} is not among {', '.join(_WIDER)}")
         for name, power in (("gemm_compute", 1), ("decode_attention", 1), ("prefill_attention", 2)):
             _check_points(name, getattr(self, name), power)
-        told = {name for name in self.model_fields_set if name not in ("name", "description", "sources")}
-        if missing := told - set(self.sources):
+        given = {name for name in self.model_fields_set if name not in ("name", "description", "sources")}
+        if missing := given - set(self.sources):
             raise ValueError(f"sources does not say where {', '.join(sorted(missing))} comes from")
         return self
 

@@ -102,7 +102,7 @@ def _nothing_serves(plan: Plan) -> Iterator[str]:
 
 
 def _sentences(plan: Plan) -> Iterator[str]:
-    if not plan.told:
+    if not plan.content_known:
         yield "The workload does not say what prompts share, so nothing is known of what a cache would find."
     elif not plan.unlimited:
         yield "No two prompts begin alike: no cache finds anything."

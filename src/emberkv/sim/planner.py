@@ -46,7 +46,7 @@ HELPS = 0.95
 REPLAYED = 60_000
 """Block references up to which another policy than LRU is replayed whole; of more, a sample of about as many."""
 
-Told = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Plan:
     device, in dollars; None where it is not known. get: the set-up to get: of those that serve, the one of the fewest
     devices, then of the least memory below; None where none serves.
 
-    told: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
+    content_known: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
     pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share
     of that which recommended_size is for: the first in ``sizes`` that captures it, None where nothing can be reused.
     enough: bytes beyond which LRU finds no more. prefill_token, load_token: seconds to compute a prompt token, or to
@@ -182,7 +182,7 @@ class Plan:
     slo: Targets
     price_per_hour: float | None
     get: SetUpPoint | None
-    told: bool
+    content_known: bool
     eviction: str
     routing: str
     error: float | None
@@ -212,21 +212,21 @@ class Planner:
         *,
         wanted: float = 0.9,
         simulated: int = SIMULATED,
-        told: Told = lambda what: None,
+        on_progress: ProgressCallback = lambda what: None,
     ) -> None:
-        """simulated: requests that set-ups are simulated with. told: hears what is done next."""
+        """simulated: requests that set-ups are simulated with. on_progress: is called with what is done next."""
         if "routing" not in config.model_fields_set:
             config = with_changes(config, {"routing": ROUTING})
         self._workload, self._config, self._wanted = workload, config, wanted
         self._machine = machine_of(config, config.block_size or workload.block_size())
-        self._tell = told
-        told("reading the workload")
+        self._on_progress = on_progress
+        on_progress("reading the workload")
         requests = list(first_requests(workload.source()))
         if not requests:
             raise WorkloadError("the workload has no requests")
         size = self._machine.block_size
         seen = list(accesses(requests, size, root_of(config, size)))
-        self._told = any(len(request.content) for request in requests)
+        self._content_known = any(len(request.content) for request in requests)
         self._capacities = Capacities(seen, config.eviction, self._machine)
         self._demand = demand_of(requests)
         self._simulated_requests = min(len(requests), simulated)
@@ -238,11 +238,11 @@ class Planner:
         price_per_hour: of a device, in dollars; the profile's unless given.
         """
         found = self._capacities
-        self._tell("hit rates by cache size")
+        self._on_progress("hit rates by cache size")
         sizes = found.sizes()
         marks = [point for share in (0.5, self._wanted, 0.99) if (point := _first(sizes, share * found.unlimited))]
         recommended = _first(sizes, self._wanted * found.unlimited)
-        self._tell("times by formula")
+        self._on_progress("times by formula")
         set_ups = self._set_ups(marks, recommended, replicas)
         if simulate:
             ran = self._tried(recommended, replicas)
@@ -257,7 +257,7 @@ class Planner:
             slo=self._config.slo,
             price_per_hour=price_per_hour or (profile.price_per_hour if profile else None),
             get=self._choice(set_ups, simulate),
-            told=self._told,
+            content_known=self._content_known,
             eviction=self._config.eviction,
             routing=self._config.routing,
             error=found.error,
@@ -375,12 +375,12 @@ class Planner:
         """The same with what its simulation finds."""
         lower = f" with {size_words(point.tier_bytes)} of {tier_words(point.tier)} each" if point.tier else ""
         what = f"simulating {count_words(point.replicas, 'replica')}{lower}"
-        self._tell(what)
+        self._on_progress(what)
         tiers = [TierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
         changes = {"replicas": point.replicas, "tiers": tiers, "stop_at": self._stop_at}
 
         def progress(done: int, now: float) -> None:
-            self._tell(f"{what}: {done:,} of about {self._simulated_requests:,} requests")
+            self._on_progress(f"{what}: {done:,} of about {self._simulated_requests:,} requests")
 
         results = simulate(with_changes(self._config, changes), self._workload, progress=progress)
         summary = results.summary

@@ -148,9 +148,9 @@ class Replica:
 
     def take_begun(self) -> list[Transfer]:
         """The loads from lower tiers that have begun since the last call."""
-        begun = [transfer for transfer in self._transfers.values() if not transfer.told]
+        begun = [transfer for transfer in self._transfers.values() if not transfer.scheduled]
         for transfer in begun:
-            transfer.told = True
+            transfer.scheduled = True
         return begun
 
     def end_load(self, transfer: Transfer) -> bool:

@@ -140,7 +140,7 @@ def _ttft_over_time(shown: Sequence[Shown]) -> Figure:
 
 def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
     title = "Time to first token, cached and not"
-    lines, told = [], []
+    lines, captions = [], []
     for run in shown:
         for kind, (label, values) in enumerate(
             {
@@ -152,17 +152,19 @@ def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
                 shares = [at / QUANTILES for at in range(1, QUANTILES + 1)]
                 lines.append(run.line(label, [percentile(values, 100 * share) for share in shares], shares, kind))
                 median = seconds_words(percentile(values, 50))
-                told.append(run.label(f"{median} is the median of the {count_words(len(values), 'request')} {label}."))
+                captions.append(
+                    run.label(f"{median} is the median of the {count_words(len(values), 'request')} {label}.")
+                )
     if not lines:
         return Figure(title, "No time was simulated, or no request completed.", None)
-    words = "\n".join(told)
+    words = "\n".join(captions)
     axes = Axis("time to first token, s", log=True), Axis("share of requests", share=True, start=0, stop=1)
     return Figure(title, words, line_plot("distribution", words, *axes, lines))
 
 
 def _memory(shown: Sequence[Shown]) -> Figure:
     title = "Memory by tier"
-    lines, told = [], []
+    lines, captions = [], []
     for run in shown:
         series, machine = run.results.series, run.results.machine
         if series is None or not series.times:
@@ -176,7 +178,7 @@ def _memory(shown: Sequence[Shown]) -> Figure:
             held = [sum(values) / GIB for values in zip(*columns, strict=True)]
             lines.append(run.line(tier, series.seconds[-len(held) :], held, kind))
         total = block * machine.num_blocks * run.results.config.replicas
-        told.append(
+        captions.append(
             run.label(
                 f"All KV memory is {total:,.1f} GiB; requests held at most {max(used):,.1f} at a time, and at the end "
                 f"{cached[-1]:,.1f} were cached."
@@ -184,7 +186,7 @@ def _memory(shown: Sequence[Shown]) -> Figure:
         )
     if not lines:
         return Figure(title, "No time was simulated.", None)
-    words = "\n".join(told)
+    words = "\n".join(captions)
     svg = line_plot("memory", words, Axis("time, s", start=0), Axis("GiB of all replicas", start=0), lines)
     return Figure(title, words, svg)
 
@@ -199,17 +201,17 @@ def _computed(rows: Rows, replicas: int) -> list[int]:
 
 def _load(shown: Sequence[Shown]) -> Figure:
     title = "Load per replica"
-    bars, told = {}, []
+    bars, captions = {}, []
     for run in shown:
         tokens = _computed(run.results.rows, run.results.config.replicas)
         mean = sum(tokens) / len(tokens)
         if mean:
             bars[run.name] = tokens
             busiest = f"; the busiest has {max(tokens) / mean:.2f} times as many" if len(tokens) > 1 else ""
-            told.append(run.label(f"A replica computed {mean:,.0f} prompt tokens on average{busiest}."))
+            captions.append(run.label(f"A replica computed {mean:,.0f} prompt tokens on average{busiest}."))
     if not bars:
         return Figure(title, "No replica computed anything.", None)
-    words = "\n".join(told)
+    words = "\n".join(captions)
     return Figure(title, words, bar_plot("load", words, Axis("replica"), Axis("prompt tokens computed", start=0), bars))
 
 
@@ -217,7 +219,7 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
     """Runs whose blocks are alike have one curve, and a mark each."""
     title = "Hit rate against capacity"
     lines: list[Line] = []
-    marks, told, curves = {}, [], set[tuple[int, int]]()
+    marks, captions, curves = {}, [], set[tuple[int, int]]()
     for run in shown:
         curve, machine = run.curve, run.results.machine
         if curve is None or not curve.lru.unlimited.hits:
@@ -227,7 +229,7 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
         marks[run.label("a replica's KV memory")] = here
         alike = (machine.block_size, machine.block_bytes)
         if alike in curves:
-            told.append(run.label(f"A replica has {here:,.1f} GiB."))
+            captions.append(run.label(f"A replica has {here:,.1f} GiB."))
             continue
         sizes = [capacity * block for capacity in curve.capacities]
         unlimited = curve.lru.unlimited.token_rate
@@ -238,7 +240,7 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
             several.line("best possible", sizes, [hits.token_rate for hits in curve.best], 1),
             several.line("unlimited", [sizes[0], sizes[-1]], [unlimited, unlimited], 2),
         ]
-        told.append(
+        captions.append(
             run.label(
                 f"What one cache for the first {curve.requests:,} requests would find, one after the other: LRU, the "
                 f"best possible (Belady), and {share_words(unlimited)} without limit. {curve.lru.enough * block:,.1f} "
@@ -247,6 +249,6 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
         )
     if not lines:
         return Figure(title, "The workload does not say that any two prompts share a beginning.", None)
-    words = "\n".join(told)
+    words = "\n".join(captions)
     axes = Axis("capacity, GiB", log=True), Axis("share of prompt tokens", share=True, start=0)
     return Figure(title, words, line_plot("capacity", words, *axes, lines, marks))

@@ -79,7 +79,7 @@ class Results:
 
 
 def no_progress(done: int, now: float) -> None:
-    """Nobody looks."""
+    """Progress is not shown."""
 
 
 def simulate(

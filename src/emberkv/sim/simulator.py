@@ -19,7 +19,7 @@ from emberkv.workload.request import Request
 from emberkv.workload.source import Source
 
 Progress = Callable[[int, float], None]
-"""Told now and then how many requests have ended, and the virtual time in seconds."""
+"""Called now and then with the number of requests that have ended, and the virtual time in seconds."""
 
 RootOf = Callable[[Request], BlockHash]
 """What a request's chain begins with; different roots share nothing."""

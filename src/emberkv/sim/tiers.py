@@ -125,13 +125,13 @@ class ModelledTier:
 class Transfer:
     """A load that has begun: when it ends, or is given up, and which blocks will have come by then (exact or not).
 
-    told: whether its end is on the agenda.
+    scheduled: whether its end is on the agenda.
     """
 
     load: Load
     ends: int
     exact: list[bool]
-    told: bool = False
+    scheduled: bool = False
 
 
 @dataclass(slots=True)

@@ -38,8 +38,8 @@ class UnlimitedCache:
 
     Blocks of ``block_size`` tokens. references: blocks of prompts, each partial last one included, as published figures
     of traces count; a pool shares full blocks only. hits: those of the longest run from the prompt's start that was
-    seen before. unique: different blocks seen. told: whether any request says what its prompt is; without that, nothing
-    is known to be shared.
+    seen before. unique: different blocks seen. content_known: whether any request says what its prompt
+    is; without that, nothing is known to be shared.
     """
 
     block_size: int
@@ -47,7 +47,7 @@ class UnlimitedCache:
     hits: int = 0
     prompt_tokens: int = 0
     hit_tokens: int = 0
-    told: bool = False
+    content_known: bool = False
     _seen: set[BlockHash] = field(default_factory=set, repr=False)
 
     @property
@@ -66,7 +66,7 @@ class UnlimitedCache:
         size, prompt = self.block_size, request.prompt_tokens
         blocks = request.block_references(ROOT, size)
         hits = next((at for at, block_hash in enumerate(blocks) if block_hash not in self._seen), len(blocks))
-        self.told = self.told or len(request.content) > 0
+        self.content_known = self.content_known or len(request.content) > 0
         self.references += len(blocks)
         self.hits += hits
         self.prompt_tokens += prompt

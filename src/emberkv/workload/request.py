@@ -21,7 +21,7 @@ class Request:
 
     content: what is known of the prompt and the answer together, from the first token on. It may end early, even
     before the prompt does (or say nothing, as in traces of lengths only): the rest is private to this request and
-    shared with nobody.
+    shared with no other request.
     block_size: the blocks in which a trace described the prompt, in tokens; None where it is known token by token, or
     by length only.
     output_tokens: what is really generated; max_output_tokens: the limit that was asked for.

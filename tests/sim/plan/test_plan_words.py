@@ -33,7 +33,7 @@ def test_without_a_size_that_is_enough_it_says_what_the_largest_does() -> None:
 
 
 def test_where_nothing_is_told_or_shared_it_promises_nothing() -> None:
-    untold = recommendation(plan(told=False, unlimited=0.0, recommended_size=None, set_ups=PLAN.set_ups[-1:]))
+    untold = recommendation(plan(content_known=False, unlimited=0.0, recommended_size=None, set_ups=PLAN.set_ups[-1:]))
     assert untold[0].startswith("The workload does not say what prompts share")
     assert recommendation(plan(unlimited=0.0, recommended_size=None))[0].startswith("No two prompts begin alike")
 

@@ -51,7 +51,7 @@ def test_lower_tiers_are_planned_where_they_hold_more_than_the_pools() -> None:
 
 def test_only_a_few_set_ups_are_simulated_and_as_the_simulator_would() -> None:
     told: list[str] = []
-    plan = Planner(chats(), GPU, told=told.append).plan(replicas=1)
+    plan = Planner(chats(), GPU, on_progress=told.append).plan(replicas=1)
     simulated = [each for each in told if each.startswith("simulating") and "requests" not in each]
     assert simulated == ["simulating 1 replica", f"simulating 1 replica with {size_words(RAM)} of RAM each"]
     bare, *tiered = plan.set_ups
@@ -85,7 +85,7 @@ def test_a_workload_that_shares_nothing_has_no_recommended_size() -> None:
     )
     alone = replace(workload, generated=workload.generated.model_copy(update={"clients": [single]}))
     plan = Planner(alone, rates()).plan(simulate=False)
-    assert (plan.unlimited, plan.recommended_size, plan.told) == (0, None, True)
+    assert (plan.unlimited, plan.recommended_size, plan.content_known) == (0, None, True)
 
 
 def test_a_workload_without_requests_is_refused() -> None:

@@ -90,7 +90,7 @@ class LedgerStore:
         """Of a prompt that was served; None when it was not, or too long ago."""
         found = self._explained.get(
             request_id
-        )  # without the lock: whoever answers the request must not wait for readers
+        )  # without the lock: the thread that answers the request must not wait for readers
         if found is None:
             with self.reading():
                 found = self._explained.get(request_id)

@@ -50,7 +50,7 @@ class ReuseWatch:
             self.settle()
 
     def settle(self) -> None:
-        """Take in what waits. From any thread, when nobody waits for this one."""
+        """Take in what waits. From any thread, when no other thread waits for this one."""
         with self._lock:
             self._catch_up()
 

@@ -2,7 +2,7 @@
 
 Counted as published figures of traces count: every block that a prompt takes is a reference, the partial last one
 included. Where the answer is known, its full blocks stay in the cache too, and the prompt's partial block is part of
-one of them; it then counts as a reference that nobody can find.
+one of them; it then counts as a reference that cannot be found.
 """
 
 from collections.abc import Callable, Iterable, Iterator

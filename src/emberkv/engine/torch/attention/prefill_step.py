@@ -27,7 +27,7 @@ class PrefillStep(AttentionStep):
     tiles cut at absolute multiples of so many tokens, so that a token's result does not depend on the chunk it is in.
 
     A whole tile at a position always has the same shape. The number of keys is rounded up to one of a few, and a
-    prompt's last tile is filled up, with zeros that nobody sees: oneDNN keeps close to a megabyte for each shape met.
+    prompt's last tile is filled up, with zeros that no query sees: oneDNN keeps close to a megabyte for each shape met.
     """
 
     def __init__(self, pool: KVPool, block_ids: list[int], start: int, length: int, *, tile: int) -> None:
