@@ -5,6 +5,7 @@ import operator
 import os
 import queue
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,22 @@ class Completion:
     stop_sequence: str | None = None
 
 
-class CompletionStream:
+class _ClosedAtExit(ABC):
+    """Leaving the ``with`` block closes it."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CompletionStream(_ClosedAtExit):
     """Pieces of an answer's text, as they become certain. Iterate once; leaving the ``with`` block aborts the request.
 
     Iterating raises EngineStoppedError when the engine is closed first, GenerationFailedError when it fails.
@@ -116,16 +132,8 @@ class CompletionStream:
         """Abort the request if it still runs. Idempotent."""
         self._llm.engine.loop.abort(self._request.request_id)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class LLM:
+class LLM(_ClosedAtExit):
     """A model with its prefix cache, computed on a thread of this process. All methods may be called from any thread.
 
     model: a folder or a hub id; None loads the bundled demonstration model. cache_ram: bytes of the KV pool ("4GiB");
@@ -256,11 +264,3 @@ class LLM:
     def close(self) -> None:
         """Abort what runs, store what waits to be stored, and end the engine's thread. Idempotent."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WarmupVariables:
-    """Three variables that other servers of this kind read, too; None where one is empty or unusable.
+    """The three variables; None where one is empty or unusable.
 
     enabled: ``KV_CACHE_WARMUP``. timeout: ``WARMUP_TIMEOUT_SEC``, from 1 to 300 seconds. system_file:
     ``WARMUP_SYSTEM_FILE``.

@@ -33,8 +33,8 @@ def prompt(start: int, blocks: int) -> TokenChain:
 
 
 def tell(router: Router, replica: int, of: TokenChain) -> None:
-    assert router.mirror is not None
-    router.mirror.apply(replica, BlockStored(tuple(of.block_hashes), b"", (), BLOCK))
+    assert router.index is not None
+    router.index.apply(replica, BlockStored(tuple(of.block_hashes), b"", (), BLOCK))
 
 
 @pytest.mark.parametrize("name", ROUTER_NAMES)

@@ -258,7 +258,7 @@ def test_a_tier_that_does_not_answer_in_time_is_a_miss() -> None:
         waits = harness.submit("waits", PROMPT, new=2)
         assert tier.entered.wait(DEADLINE)
         now[0] = 1.0
-        harness.link.news()
+        harness.link.on_ended()
         assert waits.wait().usage == CacheUsage(20, 0, 20)
         other = harness.ask("other", PROMPT[:8])  # the tier is not asked before it has answered
         assert other.reason is FinishReason.LENGTH
@@ -275,16 +275,16 @@ def test_a_look_up_ends_with_the_answer_or_at_its_deadline(answered: bool, deadl
     lookup = PendingLookup(harness.chain(PROMPT), 0, 4, exact=False, patience=0.5)
     tier.gate.clear()
     link.look_up(lookup)
-    assert (link.has_news, link.seconds_left, link.looked_up()) == (False, 0.5, [])
+    assert (link.has_ended, link.seconds_left, link.looked_up()) == (False, 0.5, [])
     if answered:
         arrived = threading.Event()
-        link.news = arrived.set
+        link.on_ended = arrived.set
         tier.gate.set()
         assert arrived.wait(DEADLINE)
     if deadline:
         now[0] = 0.5
     ended = answered or deadline
-    assert (link.has_news, link.looked_up()) == (ended, [lookup] if ended else [])
+    assert (link.has_ended, link.looked_up()) == (ended, [lookup] if ended else [])
     assert link.looked_up() == []
     assert dict(link.trouble) == ({"lookup": 1} if deadline and not answered else {})
     assert link.find(lookup.block_hashes, exact=False) == ([BlockRun("remote", 4, None)] if answered else [])

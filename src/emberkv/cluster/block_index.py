@@ -7,7 +7,7 @@ from emberkv.core.hashing import BlockHash
 
 
 class BlockIndex:
-    """A mirror of many pools. Each block hash maps to a set of replicas, kept as the bits of one integer."""
+    """The blocks of many pools. Each block hash maps to a set of replicas, kept as the bits of one integer."""
 
     def __init__(self) -> None:
         self._holders: dict[BlockHash, int] = {}

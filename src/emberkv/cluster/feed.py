@@ -188,7 +188,7 @@ class RoutedReplicas:
     def __init__(self, router: Router, states: Sequence[ReplicaState]) -> None:
         self._router = router
         self._states = states
-        self._mirror = router.mirror if len(states) > 1 else None
+        self._index = router.index if len(states) > 1 else None
         self._readers = [self._reader(replica) for replica in range(len(states))]
 
     def choose(self, chain: Chain) -> int | None:
@@ -212,9 +212,9 @@ class RoutedReplicas:
 
     def lost(self, replica: int) -> None:
         """A replica's pool is gone; the next one begins empty."""
-        if self._mirror is not None:
-            self._mirror.forget(replica)
+        if self._index is not None:
+            self._index.forget(replica)
         self._readers[replica] = self._reader(replica)
 
     def _reader(self, replica: int) -> FeedReader | None:
-        return FeedReader(ReplicaBlocks(self._mirror, replica)) if self._mirror is not None else None
+        return FeedReader(ReplicaBlocks(self._index, replica)) if self._index is not None else None

@@ -32,10 +32,10 @@ class ReplicaState:
 class Router(ABC):
     """Chooses among replicas numbered from 0.
 
-    mirror: which replica has which blocks, for its driver to keep up to date; None where the policy does not ask.
+    index: which replica has which blocks, for its driver to keep up to date; None where the policy does not ask.
     """
 
-    mirror: BlockIndex | None = None
+    index: BlockIndex | None = None
 
     @abstractmethod
     def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
@@ -125,7 +125,7 @@ class LongestPrefix(Router):
     def __init__(self, *, load_weight: float = 0.0) -> None:
         if load_weight < 0:
             raise ConfigError(f"load_weight is {load_weight}; it must be at least 0")
-        self._blocks = self.mirror = BlockIndex()
+        self._blocks = self.index = BlockIndex()
         self._weight = load_weight
 
     def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:

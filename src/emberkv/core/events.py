@@ -1,6 +1,6 @@
 """What changes in the set of cached blocks: numbered events, the log that keeps the last of them, and snapshots.
 
-A mirror of a pool (a router, a ledger) starts from a snapshot and applies the events that follow it, in order.
+A copy of a pool's index (a router, a ledger) starts from a snapshot and applies the events that follow it, in order.
 """
 
 from collections import deque

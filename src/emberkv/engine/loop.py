@@ -81,7 +81,7 @@ class EngineLoop:
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
         if tiers is not None:
-            tiers.news = self._mailbox.nudge
+            tiers.on_ended = self._mailbox.nudge
 
     @property
     def context_length(self) -> int:
@@ -188,7 +188,7 @@ class EngineLoop:
 
     def _idle_seconds(self) -> float | None:
         """How long there is nothing to do unless mail comes; None: until then."""
-        if self._scheduler.has_work or (self._tiers is not None and self._tiers.has_news):
+        if self._scheduler.has_work or (self._tiers is not None and self._tiers.has_ended):
             return 0.0
         left = self._tiers.seconds_left if self._tiers is not None else None
         return None if left is None else max(0.0, left)

@@ -47,7 +47,8 @@ class TierLink:
     """The `LowerTiers` of a scheduler, over a manager of tiers.
 
     step_tokens: how many prompt tokens a step computes when there is nothing else to do. exact: only blocks that are
-    bit-equal to a cold prefill's go down. clock: seconds. news: called, on any thread, when `has_news` may be True.
+    bit-equal to a cold prefill's are offloaded. clock: seconds. on_ended: called, on any thread, when
+    `has_ended` may be True.
 
     trouble: what went wrong with blocks on their way, by kind: ``tokens`` of another chain under the block hash asked
     for, a ``size`` that no block has, ``patience`` at its end, no ``memory`` to copy it; and a ``lookup`` that no tier
@@ -64,7 +65,7 @@ class TierLink:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manager = manager
-        self.news: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[], None] = lambda: None
         self._troubles = Troubles(_log, "blocks between the pool and the tiers")
         self._blocks = blocks
         self._step_tokens = step_tokens
@@ -121,7 +122,7 @@ class TierLink:
 
         def done(records: Records) -> None:
             self._arrived.append((load, records))
-            self.news()
+            self.on_ended()
 
         patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
         deadline = self._clock() + patience
@@ -133,7 +134,7 @@ class TierLink:
 
         def done() -> None:
             self._answered.append(lookup)
-            self.news()
+            self.on_ended()
 
         began = self._clock()
         query = self.manager.ask(list(lookup.block_hashes), done, exact=lookup.exact)
@@ -145,7 +146,7 @@ class TierLink:
         return self._troubles.counts
 
     @property
-    def has_news(self) -> bool:
+    def has_ended(self) -> bool:
         left = self.seconds_left
         return bool(self._arrived or self._answered) or (left is not None and left <= 0)
 

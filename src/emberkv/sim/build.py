@@ -114,7 +114,7 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
 def router_of(config: SimulationConfig, rng: Random) -> tuple[Router, int]:
     """The router, and how many block events each replica's pool is to keep for it: none where it reads none."""
     router = make_router(config.routing, config.replicas, rng)
-    return router, EVENTS_KEPT if config.replicas > 1 and router.mirror is not None else 0
+    return router, EVENTS_KEPT if config.replicas > 1 and router.index is not None else 0
 
 
 def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool, events_kept: int) -> PrefixCache:

@@ -19,7 +19,7 @@ from emberkv.engine.torch.native.attention import NativeAttention
 from emberkv.engine.torch.native.choice import can_compute
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.layers import replace_layers
-from emberkv.engine.torch.packed_linear import PackedLinear, let_go_of_checkpoint, pack_linears
+from emberkv.engine.torch.packed_linear import PackedLinear, pack_linears, release_checkpoint
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     check_against_plain_forward,
@@ -121,7 +121,7 @@ class TorchEngine:
         pack_linears(self._model)
         if self._device.type == "cpu":
             steady_activations(self._model)
-            let_go_of_checkpoint(self._model)
+            release_checkpoint(self._model)
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
         wanted = block_size if self.kernels is not None else tile
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk

@@ -72,7 +72,7 @@ def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
 
 
 @torch.no_grad()
-def let_go_of_checkpoint(model: nn.Module) -> None:
+def release_checkpoint(model: nn.Module) -> None:
     """Copy what was not packed, so that nothing keeps the whole checkpoint file mapped into memory."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
