@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -66,6 +66,20 @@ class ServingSettings:
     root_path: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class AppParts:
+    """What an app's routes are built of, for routers that are added to it."""
+
+    lifecycle: Lifecycle
+    keys: ApiKeys
+    guard: AdminGuard
+    preparer: RequestPreparer
+    answers: AnswerService
+
+
+RouterFactory = Callable[[AppParts], APIRouter]
+
+
 _ROUTES = {
     "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
@@ -81,10 +95,12 @@ def create_app(
     *,
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
+    routers: Sequence[RouterFactory] = (),
 ) -> FastAPI:
     """An app that answers at once, and generates as soon as ``lifecycle.loaded`` has been called.
 
-    clock: monotonic seconds, for latencies. wall_clock: seconds since 1970, for answers' ``created``.
+    clock: monotonic seconds, for latencies. wall_clock: seconds since 1970, for answers' ``created``. routers: make
+    further routes, which take precedence over the app's own.
     """
     settings = settings or ServingSettings()
     tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
@@ -105,6 +121,8 @@ def create_app(
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
     app.add_exception_handler(ClientDisconnect, client_disconnected)
+    for router in routers:
+        app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers)))
     app.include_router(openai_router(lifecycle, keys, preparer, answers))
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
