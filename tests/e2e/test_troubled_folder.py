@@ -131,9 +131,7 @@ def test_files_damaged_and_then_lost_while_the_server_runs(filled: Filled, tmp_p
     with serving(tmp_path, *filled.flags, "--cache-dir", str(cache)) as server:
         for path in files_of(cache):
             damage(path, rng)
-        eventually(
-            lambda: right(server, filled.expected) and server.total("emberkv_tier_corrupt_total", tier="disk")
-        )
+        eventually(lambda: right(server, filled.expected) and server.total("emberkv_tier_corrupt_total", tier="disk"))
         assert reused(server, "disk") == 0
         eventually(lambda: right(server, filled.expected) and reused(server, "disk"))  # what was written anew
         settle(server)
