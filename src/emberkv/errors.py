@@ -6,7 +6,7 @@ EmberError
 ├── KernelsError
 ├── RequestError: PromptTooLongError
 ├── DuplicateRequestError, SamplingError, EngineStoppedError, NoFreeBlocksError
-├── EntryError, EntryTypeError
+├── EntryError, EntryTypeError, TensorError
 ├── BlockError: CorruptBlockError, ForeignBlockError
 ├── CacheFolderError, UntrustedPathError, PrefixFileError, WorkloadError
 └── IntegrityError
@@ -78,6 +78,10 @@ class EntryError(EmberError, ValueError):
 
 class EntryTypeError(EmberError, TypeError):
     """A cache entry's key or value is of a type that cannot be stored."""
+
+
+class TensorError(EmberError, ValueError):
+    """A value is no tensor of the kind that is read or written as JSON."""
 
 
 class BlockError(EmberError):
