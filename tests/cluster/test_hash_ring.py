@@ -34,7 +34,40 @@ def test_an_order_has_every_member_once() -> None:
     assert len(orders) == 6
 
 
-@pytest.mark.parametrize("names", [[], ["a", "a"]])
-def test_members_need_names_of_their_own(names: list[str]) -> None:
-    with pytest.raises(ConfigError, match="names must differ"):
-        HashRing(names)
+def test_a_ring_that_changes_is_the_ring_of_its_members() -> None:
+    ring = HashRing(["a", "b", "c"])
+    ring.leave("b")
+    ring.join("d", 1)
+    fresh = HashRing(["a", "d", "c"])
+    assert [list(ring.order(key)) for key in KEYS] == [list(fresh.order(key)) for key in KEYS]
+
+
+def test_a_ring_without_members_has_no_order() -> None:
+    assert list(HashRing().order(b"key")) == []
+
+
+def test_members_need_names_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="'a' with number 1"):
+        HashRing(["a", "a"])
+
+
+SEQUENCE_IDS = [f"test-seq-{number}".encode() for number in range(5000)]
+
+
+def shares(workers: int) -> list[int]:
+    ring = HashRing([f"worker-{number}" for number in range(workers)])
+    return [next(ring.order(each)) for each in SEQUENCE_IDS]
+
+
+@pytest.mark.parametrize(("workers", "most"), [*((count, 1.15) for count in range(2, 9)), (16, 1.25)])
+def test_sequence_ids_are_spread_evenly(workers: int, most: float) -> None:
+    counts = Counter(shares(workers))
+    assert len(counts) == workers
+    assert max(counts.values()) / (len(SEQUENCE_IDS) / workers) <= most
+
+
+def test_a_fifth_worker_takes_its_share_and_nothing_else_moves() -> None:
+    before, after = shares(4), shares(5)
+    moved = [to for at, to in zip(before, after, strict=True) if at != to]
+    assert set(moved) == {4}
+    assert len(moved) / len(SEQUENCE_IDS) <= 0.22

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emberkv.cluster.block_index import BlockIndex
-from emberkv.cluster.routing import ReplicaState, Router
+from emberkv.cluster.policies import Decision, ReplicaState
+from emberkv.cluster.routing import Router, RoutingRequest
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import POOL, Event
 from emberkv.core.feed import CacheFeed, EventBatch, EventsLost, FeedMessage, SnapshotChunk
-from emberkv.core.hashing import Chain
 
 PAST_EPOCHS = 64
 """Epochs that a reader remembers having left, so that a late message of one is not taken for a restart."""
@@ -183,6 +183,8 @@ class ReplicaBlocks:
 class RoutedReplicas:
     """Replicas in this process: asks a router where a request goes, and keeps the router's index as recent as their
     pools are. One replica alone needs no index.
+
+    states: by slot, of the replicas that have joined the router.
     """
 
     def __init__(self, router: Router, states: Sequence[ReplicaState]) -> None:
@@ -191,11 +193,9 @@ class RoutedReplicas:
         self._index = router.index if len(states) > 1 else None
         self._readers = [self._reader(replica) for replica in range(len(states))]
 
-    def choose(self, chain: Chain) -> int | None:
-        """The replica that gets a request; None while no replica is up."""
-        if not any(state.up for state in self._states):
-            return None
-        return self._router.choose(chain, self._states)
+    def decide(self, request: RoutingRequest) -> Decision | None:
+        """Where a request goes; None while no replica is up."""
+        return self._router.decide(request, self._states)
 
     def publish(self, replica: int, pool: BlockPool) -> None:
         """Hand on what has changed in a replica's pool since the last time."""
@@ -212,8 +212,7 @@ class RoutedReplicas:
 
     def lost(self, replica: int) -> None:
         """A replica's pool is gone; the next one begins empty."""
-        if self._index is not None:
-            self._index.forget(replica)
+        self._router.lost(replica)
         self._readers[replica] = self._reader(replica)
 
     def _reader(self, replica: int) -> FeedReader | None:

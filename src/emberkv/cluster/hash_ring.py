@@ -1,6 +1,6 @@
-"""The ring: keys and members on one circle, so that a member that comes or goes moves only its own share of the keys.
+"""Consistent hashing with virtual nodes: a member that joins or leaves moves only its own share of the keys.
 
-Consistent hashing (Karger et al., STOC 1997) with several points a member, which even out the shares.
+Karger et al., STOC 1997. Members are placed by their names, so every process that knows the names has the same ring.
 """
 
 from bisect import bisect_right
@@ -9,8 +9,8 @@ from hashlib import sha256
 
 from emberkv.errors import ConfigError
 
-POINTS = 256
-"""Places of a member by default; shares then differ by some 6%."""
+VIRTUAL_NODES = 256
+"""Places of a member on the ring; the members' shares then differ by about 6% (standard deviation)."""
 
 
 def _place(name: bytes) -> int:
@@ -18,9 +18,11 @@ def _place(name: bytes) -> int:
 
 
 class HashRing:
-    """Members by name; a key belongs to the first member after its place, and then to the others in turn.
+    """Members by name, each with a number of the caller's. A key belongs to the first member after its place on the
+    ring, and then to the others in turn.
 
-    points: places a member has. Raises ConfigError for no members, or a name that comes twice.
+    names: the first members, numbered from 0. virtual_nodes: places of each member. Raises ConfigError for a name that
+    comes twice, and for fewer than 1 virtual node.
 
     >>> ring = HashRing(["x", "y", "z"])
     >>> list(ring.order(b"a session")) == list(HashRing(["x", "y", "z"]).order(b"a session"))
@@ -29,24 +31,51 @@ class HashRing:
     [0, 1, 2]
     """
 
-    def __init__(self, members: Sequence[str], *, points: int = POINTS) -> None:
-        if not members or len(set(members)) < len(members) or points < 1:
-            raise ConfigError(f"a ring of {len(members)} members with {points} points each; names must differ")
-        placed = sorted(
-            (_place(f"{point}/{name}".encode()), index) for index, name in enumerate(members) for point in range(points)
-        )
-        self._places = [place for place, _ in placed]
-        self._owners = [index for _, index in placed]
-        self._size = len(members)
+    def __init__(self, names: Sequence[str] = (), *, virtual_nodes: int = VIRTUAL_NODES) -> None:
+        if virtual_nodes < 1:
+            raise ConfigError(f"virtual_nodes is {virtual_nodes}; it must be at least 1")
+        self._virtual_nodes = virtual_nodes
+        self._members: dict[str, int] = {}
+        self._placed: list[tuple[int, int]] = []  # virtual nodes: places with the numbers of their members
+        self._places: list[int] = []
+        self._owners: list[int] = []
+        for number, name in enumerate(names):
+            self.join(name, number)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def join(self, name: str, number: int) -> None:
+        """Add a member. Raises ConfigError where one of that name or number is on the ring."""
+        if name in self._members or number in self._members.values():
+            raise ConfigError(f"a member named {name!r} with number {number}; both must differ from all others'")
+        self._members[name] = number
+        self._placed += [(_place(f"{node}/{name}".encode()), number) for node in range(self._virtual_nodes)]
+        self._places = []
+
+    def leave(self, name: str) -> None:
+        """Take a member off; its keys go to the members that are next for them."""
+        number = self._members.pop(name)
+        self._placed = [each for each in self._placed if each[1] != number]
+        self._places = []
 
     def order(self, key: bytes) -> Iterator[int]:
-        """All members by their index, beginning with the one that ``key`` belongs to."""
+        """The numbers of all members, beginning with the one that ``key`` belongs to."""
+        if not self._places:
+            self._sort()
         first = bisect_right(self._places, _place(b"key/" + key))
+        owners, size = self._owners, len(self._members)
         seen: set[int] = set()
-        for step in range(len(self._owners)):
-            owner = self._owners[(first + step) % len(self._owners)]
+        for step in range(len(owners)):
+            owner = owners[(first + step) % len(owners)]
             if owner not in seen:
                 seen.add(owner)
                 yield owner
-                if len(seen) == self._size:
+                if len(seen) == size:
                     return
+
+    def _sort(self) -> None:
+        """Put the virtual nodes in order, once after members have joined or left."""
+        self._placed.sort()
+        self._places = [place for place, _ in self._placed]
+        self._owners = [number for _, number in self._placed]

@@ -1,153 +1,133 @@
-"""The routing policies: which replica a request goes to, from its blocks' hashes and what is known of replicas.
+"""The router: what is known of all replicas, and a policy that decides from it where a request goes.
 
-Pure decisions over plain state, so that a simulation and a gateway route with the same objects.
+Pure decisions over plain state, without a clock or a network, so that a simulation and a gateway route with the same
+objects.
+
+    router = make_router("prefix-minus-load", Random(0))
+    slots = [router.join(name) for name in ("worker-0", "worker-1")]
+    states = [ReplicaState() for _ in slots]       # by slot; their driver keeps them up to date
+    decision = router.decide(RoutingRequest(chain, len(chain)), states)
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from itertools import chain as joined
 from random import Random
 
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.hash_ring import HashRing
+from emberkv.cluster.policies import (
+    LOAD_BOUND,
+    ConsistentHashing,
+    Decision,
+    Estimate,
+    LeastLoaded,
+    LongestPrefix,
+    Order,
+    RandomChoice,
+    Reason,
+    ReplicaState,
+    RoundRobin,
+    RoutingPolicy,
+    RoutingView,
+)
+from emberkv.core.events import POOL
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.errors import ConfigError
 
-KEY_BLOCKS = 2
-"""Leading blocks that make a request's hash key. The first alone is often a system prompt that everybody shares."""
-
-LOAD_BOUND = 1.25
-"""Most load of a replica as a multiple of the mean, where it is bounded."""
+__all__ = [
+    "ROUTER_NAMES", "Decision", "Estimate", "Reason", "ReplicaState", "Router", "RoutingRequest", "make_router", "names"
+]  # fmt: skip
 
 
-@dataclass(slots=True)
-class ReplicaState:
-    """load: tokens of work that the replica has, as its driver counts them. up: whether it takes requests."""
+@dataclass(frozen=True, slots=True)
+class RoutingRequest:
+    """A request as routing sees it.
 
-    load: float = 0.0
-    up: bool = True
-
-
-class Router(ABC):
-    """Chooses among replicas numbered from 0.
-
-    index: which replica has which blocks, for its driver to keep up to date; None where the policy does not ask.
+    chain: the prompt's blocks. session_id: "" for none. now: seconds of any clock that does not go back.
     """
 
-    index: BlockIndex | None = None
-
-    @abstractmethod
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        """One of those that are up, of which there must be one."""
-
-
-def least_loaded(replicas: Sequence[ReplicaState]) -> int:
-    """Of equal ones the first."""
-    return min((state.load, index) for index, state in enumerate(replicas) if state.up)[1]
+    chain: Chain
+    prompt_tokens: int
+    session_id: str = ""
+    now: float = 0.0
 
 
-class RandomChoice(Router):
-    """Any that is up, each as likely."""
+class Router:
+    """Chooses among replicas that come and go. Each has a slot, a number from 0 that is used again after it has left.
 
-    def __init__(self, rng: Random) -> None:
+    index: which slot has which blocks, for the driver to keep up to date; None where the policy does not read it.
+    """
+
+    def __init__(self, policy: RoutingPolicy, rng: Random) -> None:
+        self.index = BlockIndex() if policy.reads_index else None
+        self._policy = policy
         self._rng = rng
+        self._ring = HashRing()
+        self._names: list[str | None] = []
+        self._next = 0  # the slot after the one that was chosen last
 
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        return self._rng.choice([index for index, state in enumerate(replicas) if state.up])
+    def join(self, name: str) -> int:
+        """A replica is there; returns its slot, the lowest that is free. Raises ConfigError for a name in use."""
+        slot = self._names.index(None) if None in self._names else len(self._names)
+        self._ring.join(name, slot)
+        self._names[slot : slot + 1] = [name]
+        return slot
 
+    def leave(self, slot: int) -> None:
+        """A replica is gone for good; its slot is free."""
+        name = self._names[slot]
+        assert name is not None, "a slot is left once"
+        self.lost(slot)
+        self._ring.leave(name)
+        self._names[slot] = None
 
-class RoundRobin(Router):
-    """One after the other."""
+    def lost(self, slot: int) -> None:
+        """A replica has lost all that it had, and keeps its slot: it has restarted, or may come back."""
+        if self.index is not None:
+            self.index.forget(slot)
 
-    def __init__(self) -> None:
-        self._next = 0
+    def decide(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> Decision | None:
+        """Where a request goes; None while no replica is up.
 
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        for step in range(len(replicas)):
-            index = (self._next + step) % len(replicas)
-            if replicas[index].up:
-                break
-        self._next = index + 1
-        return index
-
-
-class LeastLoaded(Router):
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        return least_loaded(replicas)
-
-
-def hash_key(block_hashes: Sequence[BlockHash], blocks: int) -> BlockHash | None:
-    """The block hash of the first ``blocks`` blocks together, of fewer where there are not as many; None of none."""
-    return block_hashes[min(blocks, len(block_hashes)) - 1] if block_hashes else None
-
-
-class ConsistentHashing(Router):
-    """Equal beginnings go to the same replica; a prompt without a full block shares nothing and goes to the least
-    loaded.
-
-    bound: None, or c > 1: no replica gets a request while its load exceeds c times the mean; the next on the ring
-    takes it (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018).
-    """
-
-    def __init__(self, names: Sequence[str], *, key_blocks: int = KEY_BLOCKS, bound: float | None = None) -> None:
-        if key_blocks < 1 or (bound is not None and bound <= 1):
-            raise ConfigError(f"key_blocks is {key_blocks}, bound {bound}; at least 1, and above 1")
-        self._ring = HashRing(names)
-        self._key_blocks = key_blocks
-        self._bound = bound
-
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        key = hash_key(chain.block_hashes, self._key_blocks)
-        if key is None:
-            return least_loaded(replicas)
-        most = self._most(replicas)
-        for index in self._ring.order(key):
-            state = replicas[index]
-            if state.up and (most is None or state.load <= most):
-                return index
-        return least_loaded(replicas)
-
-    def _most(self, replicas: Sequence[ReplicaState]) -> float | None:
-        if self._bound is None:
+        replicas: by slot, as many as there are slots. One of a free slot must not be up.
+        """
+        if not any(state.up for state in replicas):
             return None
-        loads = [state.load for state in replicas if state.up]
-        return ceil(self._bound * sum(loads) / len(loads))
+        decision = self._policy.choose(self._view(request, replicas))
+        self._next = decision.replica + 1
+        return decision
+
+    def _view(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> RoutingView:
+        block_hashes = request.chain.block_hashes
+        cached: Sequence[Mapping[str, int]] = ()
+        if self.index is not None:
+            cached = [{POOL: blocks} for blocks in self.index.matches(block_hashes, len(replicas))]
+        order = self._order(self._policy.key(block_hashes, cached), replicas)
+        return RoutingView(request.prompt_tokens, request.chain.block_size, replicas, cached, order)
+
+    def _order(self, key: BlockHash | None, replicas: Sequence[ReplicaState]) -> Iterable[int]:
+        match self._policy.order:
+            case Order.RING if key is not None:
+                return self._ring.order(key)
+            case Order.TURN:
+                return joined(range(self._next, len(replicas)), range(min(self._next, len(replicas))))
+            case Order.RANDOM:
+                return (self._rng.choice([slot for slot, state in enumerate(replicas) if state.up]),)
+            case _:
+                return ()
 
 
-class LongestPrefix(Router):
-    """The replica that has most of the prompt's beginning, of equal ones the first.
-
-    load_weight: tokens of a hit that a token of load above the least loaded replica's outweighs. At 0, which is pure
-    longest prefix, one replica attracts all that share a system prompt.
-    """
-
-    def __init__(self, *, load_weight: float = 0.0) -> None:
-        if load_weight < 0:
-            raise ConfigError(f"load_weight is {load_weight}; it must be at least 0")
-        self._blocks = self.index = BlockIndex()
-        self._weight = load_weight
-
-    def choose(self, chain: Chain, replicas: Sequence[ReplicaState]) -> int:
-        matches = self._blocks.matches(chain.block_hashes, len(replicas))
-        scores = (
-            (chain.block_size * matches[index] - self._weight * state.load, -index)
-            for index, state in enumerate(replicas)
-            if state.up
-        )
-        return -max(scores)[1]
-
-
-_ROUTERS: dict[str, Callable[[int, Random], Router]] = {
-    "random": lambda count, rng: RandomChoice(rng),
-    "round-robin": lambda count, rng: RoundRobin(),
-    "least-loaded": lambda count, rng: LeastLoaded(),
-    "consistent-hashing": lambda count, rng: ConsistentHashing(names(count)),
-    "bounded-hashing": lambda count, rng: ConsistentHashing(names(count), bound=LOAD_BOUND),
-    "longest-prefix": lambda count, rng: LongestPrefix(),
-    "prefix-minus-load": lambda count, rng: LongestPrefix(load_weight=1.0),
+_POLICIES: dict[str, Callable[[], RoutingPolicy]] = {
+    "random": RandomChoice,
+    "round-robin": RoundRobin,
+    "least-loaded": LeastLoaded,
+    "consistent-hashing": ConsistentHashing,
+    "bounded-hashing": lambda: ConsistentHashing(bound=LOAD_BOUND),
+    "longest-prefix": LongestPrefix,
+    "prefix-minus-load": lambda: LongestPrefix(load_weight=1.0),
 }
-ROUTER_NAMES = tuple(_ROUTERS)
+ROUTER_NAMES = tuple(_POLICIES)
 
 
 def names(count: int) -> list[str]:
@@ -155,10 +135,14 @@ def names(count: int) -> list[str]:
     return [f"replica-{index}" for index in range(count)]
 
 
-def make_router(name: str, replicas: int, rng: Random) -> Router:
-    """A fresh policy for ``replicas`` replicas. Raises ConfigError for a name outside ROUTER_NAMES."""
-    if name not in _ROUTERS:
+def make_router(name: str, rng: Random, members: Sequence[str] = ()) -> Router:
+    """A router by the name of its policy. members: replicas that are there from the beginning, in slots from 0.
+
+    Raises ConfigError for a name outside ROUTER_NAMES, and for members of the same name.
+    """
+    if name not in _POLICIES:
         raise ConfigError(f"routing policy {name!r} is unknown; use one of {', '.join(ROUTER_NAMES)}")
-    if replicas < 1:
-        raise ConfigError(f"{replicas} replicas; at least 1 is needed")
-    return _ROUTERS[name](replicas, rng)
+    router = Router(_POLICIES[name](), rng)
+    for member in members:
+        router.join(member)
+    return router

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
 
-from emberkv.cluster.routing import Router, make_router
+from emberkv.cluster.routing import Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash, root_hash, salted
@@ -113,7 +113,7 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
 
 def router_of(config: SimulationConfig, rng: Random) -> tuple[Router, int]:
     """The router, and how many block events each replica's pool is to keep for it: none where it reads none."""
-    router = make_router(config.routing, config.replicas, rng)
+    router = make_router(config.routing, rng, names(config.replicas))
     return router, EVENTS_KEPT if config.replicas > 1 and router.index is not None else 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from emberkv.cluster.feed import RoutedReplicas
-from emberkv.cluster.routing import ReplicaState
+from emberkv.cluster.policies import ReplicaState
+from emberkv.cluster.routing import RoutingRequest
 from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
 from emberkv.sim.build import Machine, cache_of, root_of, router_of
@@ -106,8 +107,11 @@ class Replay:
         blocks = references[: request.prompt_tokens // size]
         turn = self._sessions.turn_of(request, blocks)
         asked = ReferenceChain(root, references, size)
-        replica = self._routed.choose(asked)
-        assert replica is not None, "no replica is ever lost here"
+        decision = self._routed.decide(
+            RoutingRequest(asked, request.prompt_tokens, request.session_id, request.arrival_time)
+        )
+        assert decision is not None, "no replica is ever lost here"
+        replica = decision.replica
         hits = self._pass(replica, asked)
         arrival = nanoseconds(request.arrival_time)
         if hits is None or not request.prompt_tokens:

@@ -7,7 +7,7 @@ something happens to the replica. Rows are the same as with single steps, since 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from emberkv.cluster.routing import ReplicaState
+from emberkv.cluster.policies import ReplicaState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.loading import Load
 from emberkv.core.scheduler import Scheduler, StepPlan

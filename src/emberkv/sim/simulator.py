@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from emberkv.cluster.feed import RoutedReplicas
-from emberkv.cluster.routing import Router
+from emberkv.cluster.routing import Router, RoutingRequest
 from emberkv.core.hashing import BlockHash
 from emberkv.sim.agenda import Agenda, Kind, Outage
 from emberkv.sim.outcome import Outcome, Status
@@ -147,11 +147,14 @@ class Simulator:
         self._send(simulated)
 
     def _send(self, simulated: SimulatedRequest) -> None:
-        index = self._routed.choose(simulated.chain)
-        if index is None:
+        request = simulated.request
+        now = self._now / NANOSECONDS
+        asked = RoutingRequest(simulated.chain, request.prompt_tokens, request.session_id, now)
+        decision = self._routed.decide(asked)
+        if decision is None:
             self._stranded.append(simulated)
             return
-        replica = self.replicas[index]
+        replica = self.replicas[decision.replica]
         replica.submit(simulated)
         self._touch(replica)
 
