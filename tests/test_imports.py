@@ -40,7 +40,7 @@ ALLOWED = {
     "llm": {"serving", "engine", "tiers", "core", *LEAVES},
     "bench": {"bench", *LEAVES},
     "workload": {"workload", "core", *LEAVES},
-    "cluster": {"cluster", "core", *LEAVES},
+    "cluster": {"cluster", "serving", "engine", "tiers", "core", "event_wire", *LEAVES},
     "sim": {"sim", "workload", "cluster", "tiers", "core", *LEAVES},
     "cli": {"cli", "bench", "workload", "sim", "cluster", "serving", "engine", "tiers", "core", *LEAVES},
 }

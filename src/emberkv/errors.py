@@ -9,6 +9,7 @@ EmberError
 ├── EntryError, EntryTypeError, TensorError
 ├── BlockError: CorruptBlockError, ForeignBlockError
 ├── CacheFolderError, UntrustedPathError, PrefixFileError, WorkloadError
+├── ClusterError: WireError, WorkerUnreachableError, WorkerTimeoutError, WorkerLostError
 └── IntegrityError
 """
 
@@ -118,6 +119,26 @@ class EventWireError(EmberError):
 
 class WorkloadError(EmberError):
     """A trace or a workload description cannot be read as what it claims to be."""
+
+
+class ClusterError(EmberError):
+    """Something between the processes of a cluster went wrong."""
+
+
+class WireError(ClusterError):
+    """Bytes from another process are not the message that was expected."""
+
+
+class WorkerUnreachableError(ClusterError):
+    """No connection to a worker could be made, so that it has got nothing."""
+
+
+class WorkerTimeoutError(ClusterError):
+    """A worker sent nothing within the deadline."""
+
+
+class WorkerLostError(ClusterError):
+    """The connection to a worker ended before its answer did."""
 
 
 class IntegrityError(EmberError):

@@ -34,6 +34,9 @@ class GenerationRequest:
     groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
     how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
     may have; None: all.
+
+    answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
+    of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
     """
 
     request_id: str
@@ -46,6 +49,7 @@ class GenerationRequest:
     retain_tokens: int = 0
     retain_seconds: float = 0.0
     allowed_tokens: AllowedTokens | None = None
+    answered: int = 0
 
 
 @dataclass(frozen=True, slots=True)

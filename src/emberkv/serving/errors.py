@@ -45,7 +45,11 @@ class NotReadyError(EmberError):
 
 
 class OverloadedError(EmberError):
-    """More requests wait to be prepared than the server takes on."""
+    """More requests wait than the server takes on. retry_after: when to send it again, in seconds, if that is known."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class GenerationFailedError(EmberError):

@@ -1,0 +1,323 @@
+"""What workers and gateways send each other: msgpack, in one version that every request and response names.
+
+A body is one message. A stream is a sequence of frames: four bytes of length, big-endian, and a message; a frame
+without a message is a heartbeat. docs/cluster.md has the routes.
+
+    frame(encode_output(TokenOutput("a", token_ids=(7,))))   # bytes
+    FrameReader().feed(data)                                 # the messages of the frames that are complete
+"""
+
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from emberkv import event_wire
+from emberkv.core.feed import FeedMessage
+from emberkv.core.hashing import TOKEN_BYTES, encode_tokens, token_array
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, GenerationRequest, TokenLogprobs, TokenOutput
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import ConfigError, WireError, reason_of
+
+VERSION = 1
+MEDIA_TYPE = f"application/vnd.emberkv.v{VERSION}+msgpack"
+PREFIX = "/internal/v1"
+MAX_MESSAGE_BYTES = 128 << 20
+HEARTBEAT = bytes(4)
+"""A frame without a message: the sender is alive, and has nothing to say."""
+
+T = TypeVar("T")
+
+Tokens = bytes
+"""Token ids as `core.hashing.encode_tokens` writes them: four little-endian bytes each."""
+
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(max_length=256)]
+
+
+class WorkerDescription(Struct, frozen=True, kw_only=True):
+    """What a worker serves, and how.
+
+    epoch: of its cache's events; another one after each start. names: of the model; the first is what answers call it.
+    fingerprint: of the model's weights and config. root: of its block hashes. namespace: of its blocks' bytes.
+    context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit: hits are rounded down to a multiple of so
+    many tokens. exact: only blocks that are bit-equal to a cold prefill's are reused. public_prefixes: the token
+    sequences that all tenants share. about: how the model is computed, in short words by name. created: when it was
+    loaded, in seconds since 1970. tokenizer: the ETag of `TokenizerFiles`.
+    """
+
+    worker_id: Name
+    epoch: bytes
+    version: str
+    names: Annotated[tuple[str, ...], Meta(min_length=1)]
+    fingerprint: str
+    root: Hash
+    namespace: bytes
+    block_size: Annotated[int, Meta(ge=1)]
+    context_length: Annotated[int, Meta(ge=1)]
+    max_prompt_tokens: Annotated[int, Meta(ge=1)]
+    hit_unit: Annotated[int, Meta(ge=1)]
+    exact: bool
+    public_prefixes: tuple[Tokens, ...] = ()
+    sampling_defaults: SamplingParams = SamplingParams()
+    about: dict[str, str] = {}
+    created: int = 0
+    tokenizer: str = ""
+
+
+class TokenizerFiles(Struct, frozen=True, kw_only=True):
+    """The files of a model's tokenizer and chat template, by name, as transformers loads them from a folder.
+
+    etag: a hash of their content. chat_problem: why the chat template is not to be used; None: it is.
+    """
+
+    etag: str
+    files: dict[str, bytes]
+    chat_problem: str | None = None
+
+
+class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
+    """What a worker has to do, and how fast it does such work. Rates are None or missing until they are measured.
+
+    epoch, sequence: of the cache's last event. waiting, running: requests. waiting_tokens: of the waiting ones'
+    prompts, as far as these are not known to be cached. prefill_tokens: of the running ones' prompts, not computed yet.
+    decoding: requests of which each step computes one token. total_blocks, free_blocks, cached_blocks: of the pool; the
+    cached ones are among the free. block_bytes: of KV state. prefill_rate: prompt tokens a second. step_seconds: of a
+    step that only decodes. load_rates: bytes a second, by tier.
+    """
+
+    worker_id: Name
+    epoch: bytes
+    sequence: Count
+    waiting: Count = 0
+    running: Count = 0
+    waiting_tokens: Count = 0
+    prefill_tokens: Count = 0
+    decoding: Count = 0
+    total_blocks: Count = 0
+    free_blocks: Count = 0
+    cached_blocks: Count = 0
+    block_bytes: Count = 0
+    prefill_rate: float | None = None
+    step_seconds: float | None = None
+    load_rates: dict[str, float] = {}
+    draining: bool = False
+
+
+class CacheMessage(Struct, frozen=True, tag="cache"):
+    """A message of the cache's event feed, as `event_wire.encode` writes it."""
+
+    data: bytes
+
+
+class Failure(Struct, frozen=True, array_like=True, tag="failure"):
+    """An error: the name of its class, its message, and when the caller may try again, in seconds."""
+
+    kind: Name
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+
+
+class Registration(Struct, frozen=True, kw_only=True):
+    """A worker and where it listens; a gateway takes it in, and expects it again every few seconds."""
+
+    worker_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    url: Annotated[str, Meta(min_length=1, max_length=2048)]
+
+
+class _Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    request_id: Name
+    prompt: Tokens
+    params: SamplingParams
+    salt: bytes = b""
+    tenant: str = ""
+    session_id: str = ""
+    priority: int = 0
+    retain_tokens: Count = 0
+    retain_seconds: float = 0.0
+    answered: Count = 0
+
+
+class _Output(Struct, frozen=True, array_like=True, tag="output"):
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: CacheUsage | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+    queue_seconds: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The prompt that a question is about, and whose it is."""
+
+    prompt: Tokens
+    salt: bytes = b""
+    tenant: str = ""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_generates = msgspec.msgpack.Decoder(_Generate)
+_outputs = msgspec.msgpack.Decoder(_Output | Failure)
+_events = msgspec.msgpack.Decoder(CacheMessage | LoadReport)
+
+
+def encode(message: object) -> bytes:
+    """A message as bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """The message of type ``kind`` in ``data``. Raises WireError for anything else."""
+    return _decoded(data, msgspec.msgpack.Decoder(kind, dec_hook=_counter))
+
+
+def _decoded(data: bytes, decoder: "msgspec.msgpack.Decoder[T]") -> T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"these {len(data)} bytes are not the message expected: {reason_of(error)}") from error
+
+
+def _counter(kind: type, given: Any) -> Any:
+    """msgspec has no `collections.Counter`; a mapping's keys are converted to the counter's."""
+    key = get_args(kind)[0]
+    return Counter({msgspec.convert(name, key): count for name, count in given.items()})
+
+
+def encode_request(request: GenerationRequest) -> bytes:
+    """A request for `generate`. Raises ConfigError for one with `allowed_tokens`, a function of this process."""
+    if request.allowed_tokens is not None:
+        raise ConfigError(
+            "allowed_tokens is a function of this process, which cannot be sent to a worker; leave it out"
+        )
+    return encode(
+        _Generate(
+            request_id=request.request_id,
+            prompt=encode_prompt(request.prompt_token_ids),
+            params=request.params,
+            salt=request.salt,
+            tenant=request.tenant,
+            session_id=request.session_id,
+            priority=request.priority,
+            retain_tokens=request.retain_tokens,
+            retain_seconds=request.retain_seconds,
+            answered=request.answered,
+        )
+    )
+
+
+def decode_request(data: bytes) -> GenerationRequest:
+    """Raises WireError for bytes that are no request, RequestError for a parameter out of its range."""
+    given = _decoded(data, _generates)
+    return GenerationRequest(
+        given.request_id,
+        decode_prompt(given.prompt),
+        given.params,
+        given.salt,
+        given.priority,
+        given.tenant,
+        given.session_id,
+        given.retain_tokens,
+        given.retain_seconds,
+        answered=given.answered,
+    )
+
+
+def encode_prompt(token_ids: Sequence[int]) -> Tokens:
+    """Raises OverflowError for a token id that has not 32 bits."""
+    return encode_tokens(token_array(token_ids))
+
+
+def decode_prompt(tokens: Tokens) -> "array[int]":
+    """Raises WireError for a number of bytes that is not a multiple of four."""
+    if len(tokens) % TOKEN_BYTES:
+        raise WireError(f"{len(tokens)} bytes of token ids; they take {TOKEN_BYTES} bytes each")
+    token_ids = array("i", tokens)
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    return token_ids
+
+
+def encode_output(output: TokenOutput) -> bytes:
+    """An output without its request's id, which whoever asked knows."""
+    return encode(
+        _Output(
+            output.token_ids,
+            output.finish_reason,
+            output.usage,
+            output.logprobs,
+            output.error,
+            output.queue_seconds,
+            output.prompt_logprobs,
+        )
+    )
+
+
+def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure:
+    """One message of an answer. Raises WireError."""
+    found = _decoded(data, _outputs)
+    if isinstance(found, Failure):
+        return found
+    return TokenOutput(
+        request_id,
+        found.token_ids,
+        found.logprobs,
+        found.usage,
+        found.finish_reason,
+        found.error,
+        found.queue_seconds,
+        found.prompt_logprobs,
+    )
+
+
+def encode_cache_message(message: FeedMessage) -> bytes:
+    """A message of the stream of events, without the tokens of stored blocks."""
+    return encode(CacheMessage(event_wire.encode(message, tokens=False)))
+
+
+def decode_event(data: bytes) -> FeedMessage | LoadReport:
+    """One message of the stream of events. Raises WireError, EventWireError."""
+    found = _decoded(data, _events)
+    return event_wire.decode(found.data) if isinstance(found, CacheMessage) else found
+
+
+def frame(message: bytes) -> bytes:
+    """A message of a stream with its length."""
+    return len(message).to_bytes(4, "big") + message
+
+
+class FrameReader:
+    """Cuts the bytes of a stream into messages, however they arrive. Heartbeats are left out."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    @property
+    def is_between_frames(self) -> bool:
+        return not self._held
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are complete now. Raises WireError for a length beyond `MAX_MESSAGE_BYTES`."""
+        self._held += data
+        messages, start = [], 0
+        while len(self._held) - start >= 4:
+            length = int.from_bytes(self._held[start : start + 4], "big")
+            if length > MAX_MESSAGE_BYTES:
+                raise WireError(f"a frame of {length} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
+            if len(self._held) - start < 4 + length:
+                break
+            if length:
+                messages.append(bytes(self._held[start + 4 : start + 4 + length]))
+            start += 4 + length
+        del self._held[:start]
+        return messages

@@ -1,0 +1,241 @@
+"""Asks a worker: one method for each of its internal routes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import aiohttp
+
+from emberkv import errors, event_wire
+from emberkv.cluster import wire
+from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
+from emberkv.engine.commands import Command
+from emberkv.engine.request import GenerationRequest, TokenOutput
+from emberkv.serving import errors as serving_errors
+from emberkv.serving.errors import UnauthorizedError
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+SILENCE_SECONDS = 1.0
+"""A worker sends something on each stream at least this often: a heartbeat where it has nothing else."""
+
+_REFUSALS: Mapping[str, type[errors.EmberError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.ConfigError,
+        errors.DuplicateRequestError,
+        errors.EngineStoppedError,
+        errors.PromptTooLongError,
+        errors.RequestError,
+        errors.WireError,
+        serving_errors.BodyTooLargeError,
+        serving_errors.NotFoundError,
+        serving_errors.NotReadyError,
+        serving_errors.OverloadedError,
+        serving_errors.UnauthorizedError,
+    )
+}
+"""The errors that a worker refuses by, which the client raises again as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """In seconds. connect: until a connection stands. answer: until a response begins, which for `generate` means that
+    the request is accepted. silence: between two frames of a stream, heartbeats included.
+    """
+
+    connect: float = 2.0
+    answer: float = 10.0
+    silence: float = 5.0
+
+
+class WorkerClient:
+    """Asks one worker, over kept connections. Belongs to one event loop.
+
+    url: where the worker listens, as ``http://127.0.0.1:8080``. secret: the cluster's.
+
+    Each method raises what the worker refuses by, as the class that it was there (PromptTooLongError,
+    OverloadedError, NotReadyError ...), UnauthorizedError for a wrong secret, WorkerUnreachableError,
+    WorkerTimeoutError and WorkerLostError where the worker does not answer, and WireError where it answers something
+    else.
+
+        async with WorkerClient(url, secret) as worker:
+            async with aclosing(worker.generate(request)) as outputs:
+                async for output in outputs:
+                    ...
+    """
+
+    def __init__(self, url: str, secret: str, *, deadlines: Deadlines | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"authorization": f"Bearer {secret}", "accept": wire.MEDIA_TYPE}
+        self._deadlines = deadlines or Deadlines()
+        self._http: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Close all connections; what runs on them ends."""
+        if self._http is not None:
+            await self._http.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def worker(self) -> wire.WorkerDescription:
+        """What the worker serves, and how. Raises NotReadyError before its model is loaded."""
+        return wire.decode(await self._ask("GET", "worker"), wire.WorkerDescription)
+
+    async def tokenizer(self, etag: str = "") -> wire.TokenizerFiles | None:
+        """The files of the model's tokenizer; None where they have this ``etag``, and so are known."""
+        data = await self._ask("GET", "tokenizer", headers={"if-none-match": f'"{etag}"'} if etag else None)
+        return wire.decode(data, wire.TokenizerFiles) if data else None
+
+    async def load(self) -> wire.LoadReport:
+        return wire.decode(await self._ask("GET", "load"), wire.LoadReport)
+
+    async def snapshot(self, cursor: str = "", limit: int = CHUNK_BLOCKS) -> SnapshotChunk:
+        """The chunk of a snapshot of the pool at ``cursor``; see `CacheFeed.snapshot`."""
+        data = await self._ask("GET", "snapshot", query={"cursor": cursor, "limit": str(limit)})
+        message = event_wire.decode(data)
+        if not isinstance(message, SnapshotChunk):
+            raise errors.WireError(f"{self.url} answered a {type(message).__name__} where a snapshot was asked for")
+        return message
+
+    async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | wire.LoadReport, None]:
+        """The cache's events after number ``after``, as they come, and the load whenever it has changed, for as long as
+        the worker lives.
+        """
+        async with aclosing(self._stream("GET", "events", query={"after": str(after)})) as messages:
+            async for data in messages:
+                yield wire.decode_event(data)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of one request, of which the last has a ``finish_reason``. To close the generator before that
+        aborts the request.
+
+        WorkerLostError, WorkerTimeoutError and EngineStoppedError may come after some outputs: the answer can be gone
+        on with elsewhere, by ``answered``.
+        """
+        body = wire.encode_request(request)
+        async with aclosing(self._stream("POST", "generate", body=body)) as messages:
+            async for data in messages:
+                output = wire.decode_output(data, request.request_id)
+                if isinstance(output, wire.Failure):
+                    raise refusal(output)
+                yield output
+                if output.finish_reason is not None:
+                    return
+        raise errors.WorkerLostError(f"{self.url} ended the answer to {request.request_id} before its last output")
+
+    async def execute(self, command: Command[R]) -> R:
+        """Have one of the engine's commands carried out; all but ReadEvents and ReadSnapshot, which have routes."""
+        raise NotImplementedError
+
+    async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
+        """What the prompt would hit on this worker, and why not more: as ``/v1/cache/explain`` answers it."""
+        body = wire.encode(wire.Prompt(prompt=wire.encode_prompt(prompt_token_ids), salt=salt, tenant=tenant))
+        return wire.decode(await self._ask("POST", "explain", body=body), dict[str, Any])
+
+    async def _ask(
+        self,
+        method: str,
+        route: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> bytes:
+        """The body of a whole answer; empty for one that is known."""
+        async with self._response(method, route, query=query, headers=headers, body=body) as response:
+            return await self._within(self._deadlines.answer, response.read())
+
+    async def _stream(
+        self, method: str, route: str, *, query: Mapping[str, str] | None = None, body: bytes | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The messages of a stream until the worker ends it."""
+        frames = wire.FrameReader()
+        async with self._response(method, route, query=query, body=body) as response:
+            while data := await self._within(self._deadlines.silence, response.content.readany()):
+                for message in frames.feed(data):
+                    yield message
+        if not frames.is_between_frames:
+            raise errors.WorkerLostError(f"{self.url} ended a stream within a message")
+
+    @asynccontextmanager
+    async def _response(
+        self,
+        method: str,
+        route: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        """An answer that is no refusal. Leaving before its end closes the connection, which is how a worker learns that
+        nobody reads on.
+        """
+        sent = {**self._headers, **(headers or {}), **({"content-type": wire.MEDIA_TYPE} if body is not None else {})}
+        asked = self._session().request(
+            method, f"{self.url}{wire.PREFIX}/{route}", params=query, headers=sent, data=body, allow_redirects=False
+        )
+        response = await self._within(self._deadlines.answer, asked)
+        async with response:
+            if response.status >= 400:
+                data = await self._within(self._deadlines.answer, response.read())
+                raise self._refused(response.status, data)
+            yield response
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
+            # as many connections as there are streams: who may begin one is decided elsewhere
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False, auto_decompress=False
+            )
+        return self._http
+
+    async def _within(self, seconds: float, answer: Awaitable[T]) -> T:
+        """What is awaited, with this module's errors."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await answer
+        except aiohttp.ClientConnectorError as error:
+            raise errors.WorkerUnreachableError(f"{self.url} cannot be reached: {error.strerror}") from error
+        except aiohttp.ConnectionTimeoutError as error:
+            raise errors.WorkerUnreachableError(
+                f"{self.url} cannot be reached: no connection within {self._deadlines.connect:g} s"
+            ) from error
+        except TimeoutError as error:
+            raise errors.WorkerTimeoutError(f"{self.url} sent nothing for {seconds:g} s") from error
+        except aiohttp.ClientError as error:
+            raise errors.WorkerLostError(
+                f"the connection to {self.url} ended before the answer: {errors.reason_of(error)}"
+            ) from error
+
+    def _refused(self, status: int, data: bytes) -> errors.EmberError:
+        if status == 401:
+            return UnauthorizedError(f"{self.url} refuses the cluster's secret; give all parts the same one")
+        try:
+            return refusal(wire.decode(data, wire.Failure))
+        except errors.WireError:
+            return errors.WireError(
+                f"{self.url} answered with status {status} and not as a worker does; it must be started with a "
+                "cluster secret, and be of this version"
+            )
+
+
+def refusal(failure: wire.Failure) -> errors.EmberError:
+    """The error that a worker refused by. retry_after of one for lack of room: when to ask again, in seconds."""
+    kind = _REFUSALS.get(failure.kind, serving_errors.GenerationFailedError)
+    if issubclass(kind, errors.RequestError):
+        return kind(failure.message, param=failure.param)
+    if issubclass(kind, serving_errors.OverloadedError):
+        return kind(failure.message, retry_after=failure.retry_after)
+    return kind(failure.message)

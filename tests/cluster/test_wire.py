@@ -1,0 +1,101 @@
+"""What is sent between workers and gateways comes back as it was, and anything else is one error of our own."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberkv.cluster import wire
+from emberkv.core.feed import EventsLost
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, GenerationRequest, TokenLogprobs, TokenOutput
+from emberkv.engine.sampling_params import SamplingParams
+from emberkv.errors import ConfigError, EventWireError, RequestError, WireError
+
+LOGPROBS = (TokenLogprobs(7, -0.5, ((7, -0.5), (3, -1.5))),)
+OUTPUTS = [
+    TokenOutput("a", token_ids=(7,)),
+    TokenOutput("a", (7, 8), LOGPROBS, CacheUsage(9, 4, 2, {"disk": 4}), queue_seconds=0.25),
+    TokenOutput("a", prompt_logprobs=(TokenLogprobs(5, None, ()), *LOGPROBS)),
+    TokenOutput("a", finish_reason=FinishReason.ERROR, error="the engine failed"),
+]
+LOAD = wire.LoadReport(worker_id="w", epoch=b"e", sequence=3, waiting=1, load_rates={"disk": 1e9}, prefill_rate=50.0)
+
+
+def test_a_request_comes_back_as_it_was() -> None:
+    params = SamplingParams(max_tokens=3, seed=-5, stop=("end",), logit_bias={3: 1.5}, logprobs=2)
+    request = GenerationRequest("a", [1, 2, 2**31 - 1], params, b"salt", 2, "tenant", "session", 16, 60.0, answered=2)
+    back = wire.decode_request(wire.encode_request(request))
+    assert list(back.prompt_token_ids) == request.prompt_token_ids
+    for name in ("request_id", "params", "salt", "priority", "tenant", "session_id", "retain_tokens",
+                 "retain_seconds", "answered", "allowed_tokens"):  # fmt: skip
+        assert getattr(back, name) == getattr(request, name)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_output_comes_back_as_it_was(output: TokenOutput) -> None:
+    assert wire.decode_output(wire.encode_output(output), "a") == output
+
+
+def test_a_token_takes_few_bytes() -> None:
+    assert len(wire.frame(wire.encode_output(TokenOutput("a-long-request-id", token_ids=(151_000,))))) <= 32
+
+
+def test_the_stream_of_events_has_cache_messages_and_load_reports() -> None:
+    lost = EventsLost(b"epoch", 3, 2)
+    assert wire.decode_event(wire.encode_cache_message(lost)) == lost
+    assert wire.decode_event(wire.encode(LOAD)) == LOAD
+
+
+def test_a_field_of_a_later_version_is_passed_over() -> None:
+    fields = msgspec.msgpack.decode(wire.encode(LOAD))
+    assert wire.decode(msgspec.msgpack.encode({**fields, "news": 1}), wire.LoadReport) == LOAD
+
+
+def test_a_function_cannot_be_sent() -> None:
+    request = GenerationRequest("a", [1], SamplingParams(), allowed_tokens=lambda answer: None)
+    with pytest.raises(ConfigError, match="allowed_tokens"):
+        wire.encode_request(request)
+
+
+def test_a_parameter_out_of_range_is_the_requests_error() -> None:
+    data = wire.encode({"request_id": "a", "prompt": bytes(4), "params": {"temperature": 5.0}})
+    with pytest.raises(RequestError, match=r"temperature is 5\.0"):
+        wire.decode_request(data)
+
+
+@pytest.mark.parametrize("prompt", [bytes(3), "text", None])
+def test_a_prompt_that_is_not_token_ids_is_refused(prompt: object) -> None:
+    with pytest.raises(WireError):
+        wire.decode_request(wire.encode({"request_id": "a", "prompt": prompt, "params": {}}))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    for read in (wire.decode_request, wire.decode_event, lambda data: wire.decode_output(data, "a")):
+        try:
+            read(data)
+        except (WireError, EventWireError, RequestError):
+            continue
+
+
+MESSAGES = st.lists(st.binary(max_size=40), max_size=8)
+
+
+@given(MESSAGES, st.lists(st.integers(0, 400), max_size=8))
+def test_frames_are_found_however_they_arrive(messages: list[bytes], cuts: list[int]) -> None:
+    data = b"".join(wire.frame(message) for message in messages)
+    ends = sorted(min(cut, len(data)) for cut in cuts)
+    reader = wire.FrameReader()
+    found = [
+        message
+        for start, end in zip([0, *ends], [*ends, len(data)], strict=True)
+        for message in reader.feed(data[start:end])
+    ]
+    assert found == [message for message in messages if message]
+    assert reader.is_between_frames
+
+
+def test_a_frame_that_is_too_long_is_refused_by_its_length() -> None:
+    with pytest.raises(WireError, match="at most"):
+        wire.FrameReader().feed((wire.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
