@@ -12,7 +12,7 @@ from pathlib import Path
 from emberkv.core.hashing import TokenChain
 from emberkv.tiers.byte_cache import MB
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.disk.layout import scan
+from emberkv.tiers.disk.files import scan
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier

@@ -29,7 +29,7 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
-from emberkv.engine.torch.configured import CacheSizes, ModelOptions, load_configured
+from emberkv.engine.torch.assembly import CacheSizes, ModelOptions, load_configured
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import load_model
 

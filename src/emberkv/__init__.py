@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 from emberkv.tiers.byte_cache import InMemoryKVCacheManager
 
 if TYPE_CHECKING:
-    from emberkv.engine.sampling_params import SamplingParams
-    from emberkv.engine.system_prompt import get_standard_system_prompt
-    from emberkv.engine.warmup import warmup_kv_cache
+    from emberkv.engine.request import SamplingParams
+    from emberkv.engine.warmup import get_standard_system_prompt, warmup_kv_cache
     from emberkv.llm import LLM
     from emberkv.sim.api import plan, simulate
 
@@ -27,8 +26,8 @@ __version__ = "0.1.0"
 
 _ON_DEMAND = {
     "LLM": "emberkv.llm",
-    "SamplingParams": "emberkv.engine.sampling_params",
-    "get_standard_system_prompt": "emberkv.engine.system_prompt",
+    "SamplingParams": "emberkv.engine.request",
+    "get_standard_system_prompt": "emberkv.engine.warmup",
     "plan": "emberkv.sim.api",
     "simulate": "emberkv.sim.api",
     "warmup_kv_cache": "emberkv.engine.warmup",

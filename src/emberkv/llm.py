@@ -17,10 +17,15 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine
-from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, TokenLogprobs, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
-from emberkv.engine.torch.assembly import assemble
-from emberkv.engine.torch.configured import load_configured
+from emberkv.engine.request import (
+    CacheUsage,
+    EngineStats,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
+from emberkv.engine.torch.assembly import assemble, load_configured
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.answers.answer import Answer

@@ -9,8 +9,7 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
-from emberkv.engine.request import GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import ConfigError
 from emberkv.serving.background import Background
 from emberkv.sim.replica import ANY_TOKEN

@@ -9,8 +9,7 @@ from emberkv.core.block import Block, BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TOKEN_BYTES, Chain, TokenChain, hash_blocks, partial_hash, root_hash, salted
 from emberkv.core.loading import Load
-from emberkv.core.policies.eviction import make_policy
-from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.policies.eviction import EvictionPolicy, make_policy
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.core.prefix_cache import PrefixCache

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import EntryCost
 from emberkv.core.policies.fair_shares import Share
 
 

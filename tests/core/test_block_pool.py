@@ -5,7 +5,7 @@ import pytest
 from emberkv.core.block import BlockState, MatchEnd
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import TokenChain
-from emberkv.core.policies.s3fifo import S3FIFO
+from emberkv.core.policies.eviction import S3FIFO
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 from tests.core.harness import chain, store
 

@@ -6,8 +6,7 @@ from emberkv.core.block import BlockState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import BlockRemoved
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
-from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import LRU, EntryCost
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.errors import NoFreeBlocksError
 from tests.core.harness import chain, root, store

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.hashing import PublicPrefixes
 
 DECLARED = PublicPrefixes([[1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 9], [8]], block_size=2)
 

@@ -3,7 +3,7 @@
 import os
 
 import emberkv.cli.startup
-import emberkv.engine.torch.configured  # noqa: F401 - imports torch and transformers
+import emberkv.engine.torch.assembly  # noqa: F401 - imports torch and transformers
 from emberkv.cli.main import app
 
 

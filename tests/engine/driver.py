@@ -12,7 +12,7 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.core.stats import CacheStats
-from emberkv.engine.torch.attention.runs import shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import shared_prefixes
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels

@@ -11,18 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import BlockHash, root_hash
-from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.hashing import BlockHash, PublicPrefixes, root_hash
+from emberkv.core.policies.eviction import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.commands import CacheControl
 from emberkv.engine.executor import SamplingState, StepOutput
-from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.request import GenerationRequest, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.engine.tier_link import TierLink
 from tests.engine.tiny_executor import TinyExecutor
 

@@ -11,10 +11,8 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import MAX_BYTES, BlockTransfer, ImportedBlocks
 from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, Statistics
-from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.request import GenerationRequest, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.errors import ConfigError
 from emberkv.tiers.codec import decode_record, encode_record
 from tests.engine.loop_harness import DEADLINE, Inbox

@@ -15,16 +15,13 @@ from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import EngineConfig, assemble_around
 from emberkv.engine.executor import NOT_NUMBERS, Executor
-from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
-from emberkv.engine.request import AllowedTokens, GenerationRequest, TokenLogprobs
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import AllowedTokens, GenerationRequest, ModelLimits, SamplingParams, TokenLogprobs
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.tier_setup import TierConfig
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError
-from emberkv.tiers.kinds import TierSpec
+from emberkv.tiers.kinds import TierConfig, TierSpec
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
 from tests.engine.tiny_executor import TinyExecutor

@@ -7,8 +7,7 @@ import pytest
 from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
-from emberkv.engine.request import CacheUsage, GenerationRequest, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
 from tests.engine.loop_harness import (
     BLOCK,

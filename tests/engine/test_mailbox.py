@@ -8,16 +8,14 @@ import pytest
 
 from emberkv.core.events import AllBlocksCleared, BlockStored
 from emberkv.core.feed import EventBatch
-from emberkv.core.hashing import PUBLIC_OWNER, BlockHash
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, PublicPrefixes
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
-from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.cache_updates import CacheUpdate
 from emberkv.engine.commands import CacheControl, Command, FindCached, ReadEvents, ReadSnapshot, Remove, Statistics
+from emberkv.engine.loop import CacheUpdate
 from emberkv.engine.mailbox import Mail, Mailbox
-from emberkv.engine.request import GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import EngineStoppedError
 from tests.engine.loop_harness import BLOCK, DEADLINE, Harness, Inbox, running
 

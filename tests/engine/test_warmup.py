@@ -15,12 +15,11 @@ from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.engine.assembly import AssembledEngine, EngineConfig
-from emberkv.engine.request import GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import load_model
-from emberkv.engine.torch.native.choice import find_kernels
+from emberkv.engine.torch.native.kernels import find_kernels
 from emberkv.engine.torch.warm_blocks import store_prefix
 from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory

@@ -6,10 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.core.sequence import Sequence as ScheduledSequence
-from emberkv.core.step_plan import StepPlan
+from emberkv.core.sequence import StepPlan
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SampledToken, SamplingState, StepOutput
-from emberkv.engine.request import TokenLogprobs
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams, TokenLogprobs
 from emberkv.errors import ConfigError, SamplingError
 
 WORDS = 4

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.hashing import PublicPrefixes
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener, SamplingParams, TokenOutput
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.background import BackgroundWork
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder

@@ -7,8 +7,7 @@ from pathlib import Path
 from emberkv.core.hashing import BlockHash
 from emberkv.core.policies.eviction import LRU
 from emberkv.tiers.base import PolicyFactory, TierEntry
-from emberkv.tiers.disk.files import BlockFiles
-from emberkv.tiers.disk.layout import JOURNAL, LOCK, TEMPORARY
+from emberkv.tiers.disk.files import JOURNAL, LOCK, TEMPORARY, BlockFiles
 from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE
 

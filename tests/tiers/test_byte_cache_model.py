@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from emberkv import InMemoryKVCacheManager
-from emberkv.core.policies.eviction import POLICY_NAMES, make_policy
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.policies.eviction import POLICY_NAMES, EntryCost, EvictionPolicy, make_policy
 from emberkv.tiers.byte_cache import MB
 
 LIMIT = 60

@@ -8,7 +8,7 @@ import pytest
 
 from emberkv.errors import CacheFolderError, ConfigError
 from emberkv.tiers.base import Removed
-from emberkv.tiers.disk.layout import BlockFile, owner_folder, owner_of, scan
+from emberkv.tiers.disk.files import BlockFile, owner_folder, owner_of, scan
 from emberkv.tiers.disk.tier import DiskTier
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, inexact, records
 from tests.tiers.disks import files_of, leave_temporary, opened, others_of, stored

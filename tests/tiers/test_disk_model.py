@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
-from emberkv.tiers.disk.layout import owner_folder
+from emberkv.tiers.disk.files import owner_folder
 from emberkv.tiers.manager import TierManager
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of

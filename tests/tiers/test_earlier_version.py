@@ -11,8 +11,7 @@ import pytest
 
 from emberkv.core.hashing import prompt_hashes
 from emberkv.tiers.codec import verified_record
-from emberkv.tiers.disk.files import BlockFiles, verify
-from emberkv.tiers.disk.layout import BlockFile, scan
+from emberkv.tiers.disk.files import BlockFile, BlockFiles, scan, verify
 from emberkv.tiers.manager import TierManager
 from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, records
 from tests.tiers.disks import opened

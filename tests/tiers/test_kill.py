@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emberkv.tiers.disk.files import BlockFiles, verify
-from emberkv.tiers.disk.layout import scan
+from emberkv.tiers.disk.files import BlockFiles, scan, verify
 from tests.tiers.build import PATIENCE
 from tests.tiers.disks import files_of, others_of
 from tests.tiers.killed_process import CHAINS, QUOTA, open_stack, served_right

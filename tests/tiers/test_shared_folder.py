@@ -11,9 +11,8 @@ import pytest
 
 from emberkv.errors import CacheFolderError
 from emberkv.tiers.base import Removed
-from emberkv.tiers.disk.files import BlockFiles
+from emberkv.tiers.disk.files import BlockFile, BlockFiles
 from emberkv.tiers.disk.journal import JournalWriter
-from emberkv.tiers.disk.layout import BlockFile
 from tests.tiers.build import OTHER, block_hashes, entries, records
 from tests.tiers.disks import files_of, opened, stored
 

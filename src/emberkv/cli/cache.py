@@ -20,9 +20,8 @@ from emberkv.cli.errors import errors_reported, printable
 from emberkv.errors import CacheFolderError
 from emberkv.serving.cache.other_models import model_names
 from emberkv.serving.warmup.learned_prompts import prefix_files
-from emberkv.tiers.disk.files import BlockFiles, verify
+from emberkv.tiers.disk.files import BLOCKS, BlockFile, BlockFiles, scan, verify
 from emberkv.tiers.disk.journal import JournalWriter
-from emberkv.tiers.disk.layout import BLOCKS, BlockFile, scan
 
 app = App(name="cache", help="Inspect, check and empty a folder of cached blocks.")
 

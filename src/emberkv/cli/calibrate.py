@@ -32,7 +32,7 @@ from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 
 if TYPE_CHECKING:
-    from emberkv.engine.torch.engine_bench import EngineBench
+    from emberkv.engine.torch.calibration import EngineBench
 
 TIER_BYTES = 1024 * 2**20
 ROUNDS = 3
@@ -103,9 +103,9 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
 def _engine_bench(config: ServeConfig, progress: Callable[[str], None]) -> "EngineBench":
     """Imports torch here alone, so that the command line works without it."""
     try:
-        from emberkv.engine.tier_setup import TierConfig  # noqa: PLC0415 - needs torch
-        from emberkv.engine.torch.engine_bench import DEFAULT_CACHE_BYTES, EngineBench  # noqa: PLC0415 - needs torch
+        from emberkv.engine.torch.calibration import DEFAULT_CACHE_BYTES, EngineBench  # noqa: PLC0415 - needs torch
         from emberkv.serving.engine_setup import engine_config, model_options  # noqa: PLC0415 - needs torch
+        from emberkv.tiers.kinds import TierConfig  # noqa: PLC0415 - needs torch
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"

@@ -109,14 +109,14 @@ class Startup:
         config = self._config
         with stages("importing PyTorch") as stage:
             try:
-                from emberkv.engine.torch import assembly, configured  # noqa: PLC0415 - takes seconds, which show
+                from emberkv.engine.torch import assembly  # noqa: PLC0415 - takes seconds, which show
                 from emberkv.serving import engine_setup  # noqa: PLC0415 - as above
             except ModuleNotFoundError as error:
                 raise ConfigError(
                     f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
                 ) from error
             sizes = engine_setup.cache_sizes(config)
-            loaded, kernels = configured.load_configured(
+            loaded, kernels = assembly.load_configured(
                 engine_setup.model_options(config),
                 sizes,
                 stage,

@@ -12,8 +12,7 @@ from emberkv.core.block import Block, BlockState, Match
 from emberkv.core.cached_blocks import BlockCost, CachedBlocks, ChildIndex, uniform_cost
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.policies.eviction import LRU, EvictionPolicy
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, IntegrityError, NoFreeBlocksError
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from emberkv.core.block import Block, Match, MatchEnd
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.core.stats import CacheStats
 
 BlockCost = Callable[[int], EntryCost]

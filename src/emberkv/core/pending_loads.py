@@ -20,8 +20,7 @@ from emberkv.core.loading import (
     trim,
 )
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.sequence import Sequence
-from emberkv.core.step_plan import StepPlan
+from emberkv.core.sequence import Sequence, StepPlan
 from emberkv.errors import IntegrityError
 
 PROBE_EVERY = 32

@@ -20,9 +20,16 @@ from emberkv.core.hashing import BlockHash
 from emberkv.core.loading import Load, LowerTiers, PendingLookup
 from emberkv.core.pending_loads import PendingLoads
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason, Sequence, SequenceStatus
+from emberkv.core.sequence import (
+    BACKGROUND_PRIORITY,
+    FinishReason,
+    PrefillChunk,
+    SchedulerConfig,
+    Sequence,
+    SequenceStatus,
+    StepPlan,
+)
 from emberkv.core.stats import CacheStats
-from emberkv.core.step_plan import PrefillChunk, SchedulerConfig, StepPlan
 from emberkv.core.waiting_queue import Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 

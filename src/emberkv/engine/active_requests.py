@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.executor import PromptLogprobs, SampledToken, SamplingState, StepOutput
-from emberkv.engine.limits import ModelLimits
-from emberkv.engine.request import CacheUsage, GenerationRequest, OutputListener, TokenLogprobs, TokenOutput
+from emberkv.engine.request import (
+    CacheUsage,
+    GenerationRequest,
+    ModelLimits,
+    OutputListener,
+    TokenLogprobs,
+    TokenOutput,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
-from emberkv.core.hashing import BlockHash
+from emberkv.core.hashing import BlockHash, PublicPrefixes
 from emberkv.core.prefix_cache import PrefixCache
-from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import BlockTransfer
 from emberkv.engine.commands import CacheControl
 from emberkv.engine.executor import Executor
-from emberkv.engine.limits import ModelLimits
 from emberkv.engine.loop import EngineLoop
+from emberkv.engine.request import ModelLimits
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.tier_setup import TierConfig, open_tiers
+from emberkv.tiers.kinds import TierConfig, open_tiers
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.worker import EvictionHook
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
+from emberkv.core.explaining.explain import look_up
 from emberkv.core.explaining.explanation import Outcome
-from emberkv.core.explaining.look_up import look_up
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, CacheFeed, EventBatch, EventsLost, SnapshotChunk
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.loading import LowerTiers

@@ -15,9 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from emberkv.core.step_plan import StepPlan
-from emberkv.engine.request import AllowedTokens, TokenLogprobs
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.core.sequence import StepPlan
+from emberkv.engine.request import AllowedTokens, SamplingParams, TokenLogprobs
 from emberkv.errors import SamplingError
 
 NOT_NUMBERS = "the model's scores for the next token are not numbers"

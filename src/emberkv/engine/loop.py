@@ -4,28 +4,89 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from emberkv.core.hashing import BlockHash, TokenChain
-from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.events import Event, EventLog
+from emberkv.core.hashing import BlockHash, PublicPrefixes, TokenChain
 from emberkv.core.scheduler import Scheduler, StepPlan
-from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.core.sequence import FinishReason
+from emberkv.core.sequence import Sequence as Prompt
 from emberkv.engine.active_requests import ActiveRequest, ActiveRequests
-from emberkv.engine.cache_updates import CacheEventPublisher, CacheObserver
 from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
-from emberkv.engine.limits import ModelLimits
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.recent_chains import RecentChains
-from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener
+from emberkv.engine.request import EngineStats, GenerationRequest, ModelLimits, OutputListener
 from emberkv.engine.tier_link import TierLink
 
 R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUpdate:
+    """What a step changed.
+
+    time: seconds since 1970. admitted: the sequences admitted for the first time; their ``admission`` and
+    ``cached_tokens`` are set, and they belong to the engine's thread. events: of the pool, in order; those that
+    admissions caused are among them. missed: events before these are lost, so that only a snapshot of the pool says
+    what is cached.
+    """
+
+    time: float
+    admitted: Sequence[Prompt]
+    events: Sequence[Event]
+    missed: bool = False
+
+
+CacheObserver = Callable[[CacheUpdate], None]
+"""Called on the engine's thread after a step is planned and after it is done, where anything has changed; it must
+return at once. It gets a request's admission before the request's first output, and before what the request commits.
+"""
+
+
+class CacheEventPublisher:
+    """Hands the events of a log on to observers. admitted: the sequences admitted for the first time since the last
+    `publish`, to be filled in by the loop.
+    """
+
+    def __init__(self, log: EventLog, wall_clock: Callable[[], float]) -> None:
+        self.admitted: list[Prompt] = []
+        self._log = log
+        self._wall_clock = wall_clock
+        self._observers: tuple[CacheObserver, ...] = ()
+        self._changing = threading.Lock()  # of the observers, which any thread may add to
+        self._published = log.last_sequence
+
+    def add(self, observer: CacheObserver) -> None:
+        """From any thread."""
+        with self._changing:
+            self._observers = (*self._observers, observer)
+
+    def publish(self) -> None:
+        """An observer that raises is not called again."""
+        admitted, self.admitted = self.admitted, []
+        events = self._log.since(self._published) if self._observers else ()
+        self._published = self._log.last_sequence
+        if not (admitted or events or events is None):
+            return
+        update = CacheUpdate(self._wall_clock(), admitted, events or (), missed=events is None)
+        for observer in self._observers:
+            try:
+                observer(update)
+            except Exception:  # noqa: BLE001 - logged; answers do not depend on observers
+                _log.exception("an observer of the cache failed and is not called again: %s", _name(observer))
+                with self._changing:
+                    self._observers = tuple(each for each in self._observers if each is not observer)
+
+
+def _name(observer: CacheObserver) -> str:
+    """Of its function or method, or else of its class."""
+    return f"{observer.__module__}.{getattr(observer, '__qualname__', type(observer).__qualname__)}"
 
 
 class EngineLoop:
@@ -116,7 +177,7 @@ class EngineLoop:
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
         chain = self._chain(request, remember=True)
-        sequence = Sequence(
+        sequence = Prompt(
             request.request_id,
             chain,
             request.params.max_tokens,

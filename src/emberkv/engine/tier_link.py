@@ -9,10 +9,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.core.block import Block
 from emberkv.core.hashing import BlockHash
-from emberkv.core.loading import BlockRun, Load, LookupStatus, LowerTiers, PendingLookup
+from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, LowerTiers, PendingLookup
 from emberkv.engine.executor import KVStorage
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager

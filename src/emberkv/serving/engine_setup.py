@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
-from emberkv.engine.tier_setup import TierConfig
-from emberkv.engine.torch.configured import CacheSizes, ModelOptions
-from emberkv.tiers.kinds import configured_tiers
+from emberkv.engine.torch.assembly import CacheSizes, ModelOptions
+from emberkv.tiers.kinds import TierConfig, configured_tiers
 
 RETAINED_SHARE = 0.25
 """Of the KV pool, what requests and pins may have evicted last."""

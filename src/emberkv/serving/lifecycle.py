@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from emberkv.core.public_prefixes import PublicPrefixes
-from emberkv.engine.request import Engine, EngineStats
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.core.hashing import PublicPrefixes
+from emberkv.engine.request import Engine, EngineStats, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.answers.answer_stream import AnswerStream

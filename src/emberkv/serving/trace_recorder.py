@@ -11,8 +11,7 @@ from itertools import count
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from emberkv.core.hashing import TOKEN_BYTES, encode_tokens, token_array
-from emberkv.core.public_prefixes import PublicPrefixes
+from emberkv.core.hashing import TOKEN_BYTES, PublicPrefixes, encode_tokens, token_array
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import Engine, EngineStats, GenerationRequest, OutputListener, TokenOutput
 from emberkv.serving.background import BackgroundWork

@@ -9,8 +9,7 @@ from emberkv.cluster.routing import Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash, root_hash, salted
-from emberkv.core.policies.eviction import make_policy
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import EntryCost, make_policy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError

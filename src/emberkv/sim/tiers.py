@@ -8,10 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.core.hashing import BlockHash
-from emberkv.core.loading import BlockRun, Load, LookupStatus
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus
+from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 from emberkv.tiers.manager import find_runs
 from emberkv.tiers.stats import TierMeter

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from emberkv.core.loading import LookupStatus
-from emberkv.core.policies.eviction_policy import EvictionPolicy
+from emberkv.core.policies.eviction import EvictionPolicy
 from emberkv.tiers.stats import TierStats
 
 PolicyFactory = Callable[[], EvictionPolicy[Any]]

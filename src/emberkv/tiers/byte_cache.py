@@ -18,7 +18,7 @@ from typing import ClassVar, TypedDict
 
 from emberkv.core.policies.eviction import make_policy
 from emberkv.errors import ConfigError, EntryError, EntryTypeError
-from emberkv.tiers.bounded_store import BoundedStore
+from emberkv.tiers.memory import BoundedStore
 
 MB = 2**20
 """Bytes."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.analytics.lru_stack import LRUStack
+from emberkv.core.analytics.reuse_estimator import LRUStack
 
 USES = st.lists(st.lists(st.integers(0, 40), unique=True, max_size=12), max_size=60)
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.core.analytics.lru_stack import LRUStack
-from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
+from emberkv.core.analytics.reuse_estimator import CurvePoint, LRUStack, ReuseEstimator
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
 

@@ -1,8 +1,7 @@
 """Lists of cached prefixes: lengths, heat, and what is left out."""
 
 from emberkv.core.events import POOL, BlockStored
-from emberkv.core.explaining.cached_prefixes import CachedPrefix, first_tokens, hottest, largest, path_to, unshared
-from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.explaining.ledger import CachedPrefix, Ledger, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.hashing import TokenChain
 from tests.core.harness import chain
 from tests.core.ledgers import ledger_with

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from emberkv.core.block import MatchEnd
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved
-from emberkv.core.explaining.explain import admission_outcome, common_tokens, explain
+from emberkv.core.explaining.explain import admission_outcome, common_tokens, explain, look_up
 from emberkv.core.explaining.explanation import (
     Divergence,
     Explanation,
@@ -20,7 +20,6 @@ from emberkv.core.explaining.explanation import (
     outcome_of,
 )
 from emberkv.core.explaining.ledger import Ledger
-from emberkv.core.explaining.look_up import look_up
 from emberkv.core.hashing import TokenChain, decode_tokens
 from emberkv.core.loading import Admission
 from emberkv.core.prefix_cache import PrefixCache

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.explaining.explain import admission_outcome
+from emberkv.core.explaining.explain import admission_outcome, look_up
 from emberkv.core.explaining.explanation import Outcome, Reason
-from emberkv.core.explaining.look_up import look_up
 from tests.core.harness import Harness, chain
 from tests.core.lower import FakeTiers
 

@@ -6,11 +6,19 @@ from functools import partial
 
 import pytest
 
-from emberkv.core.policies.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual, make_policy
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.policies.eviction import (
+    FIFO,
+    LFU,
+    LRU,
+    POLICY_NAMES,
+    S3FIFO,
+    EntryCost,
+    EvictionPolicy,
+    GreedyDual,
+    make_policy,
+)
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
-from emberkv.core.policies.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
 
 PolicyClass = Callable[[], EvictionPolicy[int]]

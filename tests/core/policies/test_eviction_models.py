@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.policies.eviction import FIFO, LFU, LRU, POLICY_NAMES, GreedyDual
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.policies.eviction import FIFO, LFU, LRU, POLICY_NAMES, S3FIFO, EntryCost, EvictionPolicy, GreedyDual
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
-from emberkv.core.policies.s3fifo import S3FIFO
 from tests.core.naive_policies import Naive, NaiveFairShares, NaiveRanked, NaiveRetaining, NaiveS3FIFO
 
 REAL: dict[str, Callable[[], EvictionPolicy[int]]] = {

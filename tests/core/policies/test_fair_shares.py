@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import LRU, EntryCost
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.errors import ConfigError

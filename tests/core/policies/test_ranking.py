@@ -2,7 +2,7 @@
 
 import pytest
 
-from emberkv.core.policies.ranking import Ranking
+from emberkv.core.policies.eviction import Ranking
 
 
 def ranked(*ranks: int) -> Ranking[str, tuple[int]]:

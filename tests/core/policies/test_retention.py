@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.policies.eviction import LFU, LRU
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import LFU, LRU, EntryCost
 from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.errors import ConfigError
 

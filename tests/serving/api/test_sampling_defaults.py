@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from tests.serving.fakes import FakeEngine

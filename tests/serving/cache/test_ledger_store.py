@@ -3,9 +3,8 @@
 import threading
 
 from emberkv.core.events import POOL, BlockRemoved, BlockStored
-from emberkv.core.explaining.cached_prefixes import largest
 from emberkv.core.explaining.explanation import Loss, LossKind, Outcome, Reason
-from emberkv.core.explaining.ledger import Ledger
+from emberkv.core.explaining.ledger import Ledger, largest
 from emberkv.core.hashing import BlockHash
 from emberkv.serving.cache.ledger_store import COPIED_BLOCKS, LedgerStore
 from tests.core.harness import chain

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.sequence import Sequence
-from emberkv.engine.cache_updates import CacheUpdate
+from emberkv.engine.loop import CacheUpdate
 from emberkv.serving.cache.reuse_watch import MOST_WAITING, ReuseWatch, capacities_around
 from emberkv.serving.metrics.collectors import ReuseCollector
 from tests.core.harness import chain, store

@@ -19,7 +19,6 @@ from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.commands import Statistics
-from emberkv.engine.tier_setup import TierConfig
 from emberkv.engine.torch.assembly import assemble
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
@@ -30,7 +29,7 @@ from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.wiring import cache_service
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy.tenants import Tenants
-from emberkv.tiers.kinds import TierSpec
+from emberkv.tiers.kinds import TierConfig, TierSpec
 from tests.conftest import CheckpointFactory
 from tests.machine import MACHINE_CACHE
 from tests.models import VOCAB_SIZE

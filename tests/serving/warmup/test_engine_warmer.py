@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from emberkv.core.hashing import PUBLIC_OWNER, BlockHash
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, PublicPrefixes
 from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.retention import Retaining
-from emberkv.core.public_prefixes import PublicPrefixes
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.commands import Remove
-from emberkv.engine.request import GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.warmup.engine_warmer import EngineWarmer
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts

@@ -6,8 +6,8 @@ import pytest
 
 from emberkv.config import ServeConfig
 from emberkv.core.hashing import PUBLIC_OWNER
-from emberkv.engine.system_prompt import BUILT_IN_PROMPT
-from emberkv.engine.tokenization.shared_prefix import shared_prefix
+from emberkv.engine.tokenization.tokenizer import shared_prefix
+from emberkv.engine.warmup import BUILT_IN_PROMPT
 from emberkv.errors import ConfigError
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.warmup.system_prompts import configured_prompts, standard_prompts

@@ -3,7 +3,7 @@
 import pytest
 from benchmarks.measured_elsewhere import MOONCAKE
 
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import EntryCost
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.accesses import Access, Hits, accesses
 from emberkv.sim.curves.lru import LRUCurve

@@ -1,15 +1,244 @@
-"""The eviction policies by name: each an ordering of a few lines over one mechanism."""
+"""Eviction policies: the order in which entries without a holder are evicted.
 
-from abc import abstractmethod
+A policy knows keys and how they were used, never what they hold, so the same ones order a pool's blocks and a tier's
+entries. Keys are block hashes, not block ids: what is remembered of a key must not pass to the next one in the same
+block. An entry is admitted once, then held and released any number of times, and leaves by `evict` or `discard`.
+"""
+
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from heapq import heapify, heappop, heappush
+from typing import Any, Generic, TypeVar
 
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
-from emberkv.core.policies.ranking import Ranking
-from emberkv.core.policies.s3fifo import S3FIFO
 from emberkv.errors import ConfigError
+
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class EntryCost:
+    """What an entry takes and what it is worth.
+
+    size: bytes, or any unit shared by all entries. cost: the effort to make the entry again, in any shared unit.
+    owner: the tenant whose share of the space it takes; "" where there is only one.
+    """
+
+    size: float = 1.0
+    cost: float = 1.0
+    owner: str = ""
+
+
+class EvictionPolicy(ABC, Generic[K]):
+    """Orders keys for eviction. Every operation is O(1), or O(log n) where a heap orders them."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many keys could be evicted now."""
+
+    def admit(self, key: K, cost: EntryCost) -> None:
+        """``key`` is new and held."""
+
+    def access(self, keys: Iterable[K]) -> None:
+        """A hit on each key, held or not."""
+
+    @abstractmethod
+    def hold(self, keys: Iterable[K]) -> None:
+        """Released keys that may not be evicted until released again."""
+
+    @abstractmethod
+    def release(self, keys: Iterable[K]) -> None:
+        """Held keys that may be evicted from now on, the first listed before the others where all else is equal."""
+
+    @abstractmethod
+    def evict(self) -> K:
+        """Remove and return the key to go. Raises KeyError when none is released."""
+
+    def evict_for(self, owner: str) -> K:
+        """As `evict`, to make room for an entry of ``owner``."""
+        return self.evict()
+
+    def available_to(self, owner: str) -> int:
+        """How many keys may be evicted to make room for entries of ``owner``."""
+        return len(self)
+
+    def bytes_by_owner(self) -> Mapping[str, float]:
+        """What each owner has, held or not; empty where owners make no difference."""
+        return {}
+
+    def reserved(self, size: float) -> int:
+        """How many entries of ``size`` may at worst be kept from an owner for the sake of others."""
+        return 0
+
+    def guaranteed(self, owner: str, size: float) -> int:
+        """How many entries of ``size`` ``owner`` may have that are never evicted for the sake of others."""
+        return 0
+
+    @abstractmethod
+    def discard(self, key: K) -> None:
+        """A released key whose entry went for another reason."""
+
+    def surplus(self) -> Sequence[K]:
+        """Released keys that a quota forbids to keep, to be discarded by the caller after each admit and release."""
+        return ()
+
+    def forget(self, key: K) -> None:
+        """A held key whose entry is no longer one: drop its history."""
+
+    def retain(self, keys: Iterable[K], until: float) -> int:
+        """Evict the keys after all others until then, as far as there is room; returns how many are retained.
+
+        until: on the caller's clock; infinity for good. The keys in chain order; those that are no entries are
+        passed over.
+        """
+        return 0
+
+    def unretain(self, keys: Iterable[K]) -> None:
+        """The keys are retained no longer."""
+
+    def expire(self, now: float) -> None:
+        """End the retention of what was retained until ``now`` or before."""
+
+
+_MOST_OUTDATED = 64
+"""Beside as many as there are keys."""
+
+
+class Ranking(Generic[K, R]):
+    """Keys in order of their ranks: a heap whose outdated entries are passed over and, when they are many, removed.
+
+    Each operation is O(log n) amortized, looking keys up O(1). Ranks of different keys must differ.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: dict[K, R] = {}
+        self._heap: list[tuple[R, K]] = []
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._ranks
+
+    def rank(self, key: K) -> R:
+        """Raises KeyError for a key that is not in."""
+        return self._ranks[key]
+
+    def place(self, key: K, rank: R) -> None:
+        """Put ``key`` in, or move it."""
+        self._ranks[key] = rank
+        heappush(self._heap, (rank, key))
+        if len(self._heap) > 2 * len(self._ranks) + _MOST_OUTDATED:
+            self._heap = [(rank, key) for key, rank in self._ranks.items()]
+            heapify(self._heap)
+
+    def remove(self, key: K) -> None:
+        """Raises KeyError for a key that is not in."""
+        del self._ranks[key]
+
+    def first(self) -> tuple[K, R]:
+        """The key of lowest rank, and the rank. Raises KeyError when there is none."""
+        heap = self._heap
+        while self._ranks:
+            rank, key = heap[0]
+            if self._ranks.get(key) == rank:
+                return key, rank
+            heappop(heap)
+        raise KeyError("nothing is ranked")
+
+
+class S3FIFO(EvictionPolicy[K]):
+    """Three FIFO queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023).
+
+    New keys wait in a small queue (a tenth of all); those accessed there move to the main queue, the others leave
+    and are remembered as ghosts, which enter the main queue if they come back. The main queue gives each key as many
+    further rounds as it had accesses, at most three. A held key found in a queue leaves it, and joins the main queue
+    when it is released, so that eviction never walks over held keys twice.
+    """
+
+    _SMALL_SHARE = 0.1
+    _MAX_COUNT = 3
+
+    def __init__(self) -> None:
+        self._counts: dict[K, int] = {}
+        self._released: set[K] = set()
+        self._small: OrderedDict[K, None] = OrderedDict()
+        self._main: OrderedDict[K, None] = OrderedDict()
+        self._ghosts: OrderedDict[K, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._released)
+
+    def admit(self, key: K, cost: EntryCost) -> None:
+        self._counts[key] = 0
+        if key in self._ghosts:
+            del self._ghosts[key]
+            self._main[key] = None
+        else:
+            self._small[key] = None
+
+    def access(self, keys: Iterable[K]) -> None:
+        for key in keys:
+            self._counts[key] = min(self._counts[key] + 1, self._MAX_COUNT)
+
+    def hold(self, keys: Iterable[K]) -> None:
+        self._released.difference_update(keys)
+
+    def release(self, keys: Iterable[K]) -> None:
+        for key in keys:
+            self._released.add(key)
+            if key not in self._small:
+                self._main.setdefault(key)
+
+    def evict(self) -> K:
+        if not self._released:
+            raise KeyError("nothing is released")
+        while True:
+            small_is_full = len(self._small) >= self._SMALL_SHARE * len(self._counts)
+            from_small = self._small and (small_is_full or not self._main)
+            key = self._pass_small() if from_small else self._pass_main()
+            if key is not None:
+                return key
+
+    def _pass_small(self) -> K | None:
+        """Take the small queue's oldest: evicted, moved to the main queue (None), or left to its holder (None)."""
+        key, _ = self._small.popitem(last=False)
+        if key not in self._released:
+            return None
+        if self._counts[key] > 0:
+            self._main[key] = None
+            return None
+        self._remove(key)
+        self._ghosts[key] = None
+        while len(self._ghosts) > max(len(self._counts), 1):
+            self._ghosts.popitem(last=False)
+        return key
+
+    def _pass_main(self) -> K | None:
+        """Take the main queue's oldest: evicted, sent round again (None), or left to its holder (None)."""
+        key, _ = self._main.popitem(last=False)
+        if key not in self._released:
+            return None
+        if self._counts[key] > 0:
+            self._counts[key] -= 1
+            self._main[key] = None
+            return None
+        self._remove(key)
+        return key
+
+    def _remove(self, key: K) -> None:
+        self._released.discard(key)
+        del self._counts[key]
+
+    def discard(self, key: K) -> None:
+        self.forget(key)
+
+    def forget(self, key: K) -> None:
+        self._remove(key)
+        self._small.pop(key, None)
+        self._main.pop(key, None)
 
 
 class LRU(EvictionPolicy[K]):

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic
 
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
-from emberkv.core.policies.ranking import Ranking
+from emberkv.core.policies.eviction import EntryCost, EvictionPolicy, K, Ranking
 from emberkv.errors import ConfigError
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy, K
-from emberkv.core.policies.ranking import Ranking
+from emberkv.core.policies.eviction import EntryCost, EvictionPolicy, K, Ranking
 from emberkv.errors import ConfigError
 
 

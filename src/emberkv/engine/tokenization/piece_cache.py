@@ -1,10 +1,82 @@
-"""Encodings of text pieces that came by before, in one budget of memory for all tenants."""
+"""Long texts are encoded in parts: where a text can be cut, and a cache of the parts' token ids for all tenants."""
 
+import itertools
+import json
+import re
 import sys
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+SHORTEST = 512
+"""Characters of a part, at least."""
+
+_GAP = re.compile(r"[A-Za-z](?= [A-Za-z])")
+_BEFORE = ("", "a", "Ab", "x1", "it's", "end.", "\n", "\t", "  ", "é", "你", "1 and", "(", "don't", "a\u0301", "👋")
+_AFTER = ("", "b", "B2", "'s", "'LL", ".", "\n", "\n\n", " ", "  ", " \n", "é", "\u0301", "你", ")", "9", "👋")
+
+
+def parts(text: str) -> Iterator[str]:
+    """``text`` cut at gaps. Where depends only on what comes before, so that equal beginnings give equal parts."""
+    start = 0
+    while gap := _GAP.search(text, start + SHORTEST):
+        yield text[start : gap.end()]
+        start = gap.end()
+    yield text[start:]
+
+
+def cuts_at_gaps(backend: Backend, added: Sequence[AddedToken]) -> bool:
+    """Whether this tokenizer encodes the parts of any text as it does the whole.
+
+    It must be byte-level BPE, whose tokens never leave the words that a regular expression finds from left to right; no
+    added token may reach over a space; and the words on both sides of a gap must be those of the whole, which is tried.
+    """
+    plain = isinstance(backend.model, BPE) and not backend.model.dropout
+    if not plain or any(token.rstrip or re.search(r"\s", token.content) for token in added):
+        return False
+    if _described(backend.normalizer) not in (None, {"type": "NFC"}):
+        return False
+    return _is_byte_level(_described(backend.pre_tokenizer)) and all(
+        _splits_alike(backend, *each) for each in _contexts()
+    )
+
+
+def _described(component: Any) -> Any:
+    """As in a tokenizer file; None without it."""
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def _is_byte_level(described: dict[str, Any] | None) -> bool:
+    steps = [described] if described and described["type"] != "Sequence" else (described or {}).get("pretokenizers", [])
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        return False
+    if len(steps) == 1:
+        return bool(steps[0]["use_regex"])
+    split = steps[0]
+    pattern = split.get("pattern", {}).get("Regex", "(?<")
+    return (
+        len(steps) == 2
+        and split["type"] == "Split"
+        and split["behavior"] == "Isolated"
+        and not split["invert"]
+        and "(?<" not in pattern  # a look at what lies behind a word
+    )
+
+
+def _contexts() -> Iterator[tuple[str, str]]:
+    for before, after in itertools.product(_BEFORE, _AFTER):
+        yield f"{before} {before}q", f" z{after} {after}"
+
+
+def _splits_alike(backend: Backend, before: str, after: str) -> bool:
+    words = backend.pre_tokenizer.pre_tokenize_str
+    return [word for word, _ in words(before) + words(after)] == [word for word, _ in words(before + after)]
 
 
 class PieceCache:

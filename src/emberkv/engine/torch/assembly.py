@@ -1,19 +1,29 @@
-"""Puts an engine together over a loaded model: its executor, checked, and all that stands above it."""
+"""Builds an engine: loads a model as options say, finds room for its KV pool, and assembles what stands above it."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
 
 from emberkv.core.block_pool import BlockCost
 from emberkv.core.hashing import root_hash
-from emberkv.core.policies.eviction_policy import EntryCost
+from emberkv.core.policies.eviction import EntryCost
+from emberkv.defaults import DEFAULT_BLOCK_SIZE, machine_cache_folder
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
-from emberkv.engine.limits import ModelLimits
+from emberkv.engine.request import ModelLimits
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TorchEngine
-from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.model.checkpoint import fetch_from_hub
+from emberkv.engine.torch.model.loader import LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
-from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.native.kernels import Kernels, find_kernels
 from emberkv.engine.torch.sampling import Sampler
-from emberkv.errors import EmberError, UnsupportedModelError, reason_of
+from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
 from emberkv.tiers.worker import EvictionHook
 
 _log = logging.getLogger(__name__)
@@ -92,3 +102,91 @@ def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
     size = float(geometry.bytes_per_token(loaded.dtypes.kv) * block_size)
     return lambda position: EntryCost(size, linear + per_key * position * block_size)
+
+
+DEFAULT_CONTEXTS = 8
+"""Full contexts that the KV pool has room for at most, unless its size is given."""
+
+ProgressCallback = Callable[[str], None]
+"""Called with what is being done, in a line of plain text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model is loaded, and what computes it.
+
+    model: a folder or a hub id; None: the bundled demonstration model. dtype: of the weights. device: "auto", or a name
+    that torch has. chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
+    generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
+    kernels: what computes on a CPU: "native", "torch" or "auto" (see `find_kernels`). block_size: tokens of a KV block.
+    machine_cache: a folder for the compiled kernels.
+    """
+
+    model: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    chat_template: str | None = None
+    generation_config: Literal["auto", "ignore"] = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    machine_cache: Path = field(default_factory=machine_cache_folder)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """Bytes of the KV pool and of the RAM tier below it; None leaves the pool's size to the free memory."""
+
+    pool: int | None = None
+    ram_tier: int = 0
+
+    def check(self, device: torch.device) -> None:
+        """Raises ConfigError for a KV pool on ``device``, or a RAM tier, that the free memory cannot hold."""
+        pool, free = self.pool or 0, free_memory(device)
+        if pool > free:
+            raise ConfigError(f"--cache-ram is {gib(pool)}; {gib(free)} are free")
+        left = free - pool if device.type == "cpu" else free_memory(torch.device("cpu"))
+        if self.ram_tier > left:
+            beside = " beside --cache-ram" if pool and device.type == "cpu" else ""
+            raise ConfigError(f"--ram-tier is {gib(self.ram_tier)}; {gib(left)} are free{beside}")
+
+    def pool_bytes(self, loaded: LoadedModel) -> int:
+        """Size of the KV pool: as given, else a quarter of the free memory, of which a small model takes less.
+
+        Raises ConfigError when what is given does not fit the memory that is left now.
+        """
+        self.check(loaded.device)
+        if self.pool is not None:
+            return self.pool
+        useful = DEFAULT_CONTEXTS * loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
+        return min(free_memory(loaded.device) // 4, useful)
+
+
+def load_configured(
+    options: ModelOptions, sizes: CacheSizes, on_progress: ProgressCallback, *, shows_downloads: bool = False
+) -> tuple[LoadedModel, Kernels | None]:
+    """The model of ``options``, and the kernels that compute it; None leaves it to torch.
+
+    sizes: checked before anything is loaded. shows_downloads: ``on_progress`` is called several times a second while a
+    model is downloaded.
+
+    Raises what `CacheSizes.check`, `load_model` and `find_kernels` raise.
+    """
+    sizes.check(choose_device(options.device))
+    loaded = load_model(
+        str(files("emberkv") / "demo_model") if options.model is None else options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=ATTENTION_NAME,
+        chat_template=options.chat_template,
+        generation_config=options.generation_config,
+        progress=on_progress,
+        fetch=partial(fetch_from_hub, progress=on_progress) if shows_downloads else fetch_from_hub,
+    )
+    kernels = find_kernels(
+        options.kernels,
+        loaded,
+        options.block_size,
+        options.machine_cache,
+        on_compile=lambda: on_progress("compiling the C++ kernels, once for this machine"),
+    )
+    return loaded, kernels

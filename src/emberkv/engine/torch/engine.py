@@ -11,15 +11,13 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import AttentionBackend, attention_step
-from emberkv.engine.torch.attention.runs import Run
+from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
+from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, steady_activations
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.engine.torch.native.attention import NativeAttention
-from emberkv.engine.torch.native.choice import can_compute
-from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.layers import replace_layers
-from emberkv.engine.torch.packed_linear import PackedLinear, pack_linears, release_checkpoint
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     check_against_plain_forward,
@@ -27,7 +25,6 @@ from emberkv.engine.torch.self_check import (
     is_tile_invariant,
     plain_logits,
 )
-from emberkv.engine.torch.steady_activation import steady_activations
 from emberkv.errors import UnsupportedModelError
 
 TILE_TOKENS = 32

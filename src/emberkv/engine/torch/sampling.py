@@ -10,8 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from emberkv.engine.executor import NOT_NUMBERS, SampledToken, SamplingState
-from emberkv.engine.request import TokenLogprobs
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams, TokenLogprobs
 from emberkv.errors import SamplingError
 
 _log = logging.getLogger(__name__)

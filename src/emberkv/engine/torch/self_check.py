@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.layers import rows_are_independent
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.engine.torch.packed_linear import rows_are_independent
 from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96

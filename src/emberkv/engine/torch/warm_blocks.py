@@ -13,15 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, machine_cache_folder
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
-from emberkv.engine.tokenization.shared_prefix import shared_prefix
-from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer, shared_prefix
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TILE_TOKENS, TorchEngine
+from emberkv.engine.torch.model.fingerprint import model_fingerprint
 from emberkv.engine.torch.model.geometry import inspect_geometry
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
-from emberkv.engine.torch.model.model_identity import model_fingerprint
 from emberkv.engine.torch.namespace import namespace_of
-from emberkv.engine.torch.native.choice import find_kernels
+from emberkv.engine.torch.native.kernels import find_kernels
 from emberkv.errors import PromptTooLongError, RequestError, UnsupportedModelError
 from emberkv.tiers.codec import BlockRecord, encode_record
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.admin.schema import CacheQuestion, rendered_prompt, tenant_meant
 from emberkv.serving.answer_service import AnswerService

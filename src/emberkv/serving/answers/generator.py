@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from emberkv.engine.request import Engine, GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answers.answer import Answer, Echo

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from emberkv.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from emberkv.engine.request import MAX_STOP_STRINGS, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.api.validation import RequestBody, part_text, plain_text

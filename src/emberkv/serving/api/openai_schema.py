@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
-from emberkv.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from emberkv.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.api.validation import RequestBody, plain_text
 

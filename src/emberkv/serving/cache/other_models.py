@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.errors import UntrustedPathError
-from emberkv.tiers.disk.layout import BLOCKS, BlockFile
+from emberkv.tiers.disk.files import BLOCKS, BlockFile
 from emberkv.trusted_paths import read_own_file
 from emberkv.whole_file import remove_leftovers, replace_file
 

@@ -8,7 +8,7 @@ from typing import Any
 from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
 from emberkv.core.events import BlockStored
 from emberkv.core.hashing import BlockHash
-from emberkv.engine.cache_updates import CacheUpdate
+from emberkv.engine.loop import CacheUpdate
 
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 """Sizes of which the hit rate is estimated, as multiples of the pool."""

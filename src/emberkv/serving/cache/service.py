@@ -8,10 +8,9 @@ from math import inf
 from typing import Any, TypeVar
 
 from emberkv.core.events import POOL
-from emberkv.core.explaining.cached_prefixes import CachedPrefix, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.explaining.explain import explain
 from emberkv.core.explaining.explanation import Explanation, Reason
-from emberkv.core.explaining.ledger import LedgerView
+from emberkv.core.explaining.ledger import CachedPrefix, LedgerView, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain, decode_tokens
 from emberkv.engine.commands import (
     Command,

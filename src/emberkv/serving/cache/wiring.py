@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from emberkv.core.explaining.explain import admission_outcome
 from emberkv.core.hashing import TokenChain
-from emberkv.engine.cache_updates import CacheObserver, CacheUpdate
-from emberkv.engine.request import GenerationRequest
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.loop import CacheObserver, CacheUpdate
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.other_models import KnownModel, OtherModels

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain
 from emberkv.core.sequence import BACKGROUND_PRIORITY
 from emberkv.engine.commands import CachedTokens, Command, Retain, Unretain
-from emberkv.engine.request import GenerationRequest, OutputListener
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import GenerationRequest, OutputListener, SamplingParams
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from emberkv.config import ServeConfig
 from emberkv.core.hashing import PUBLIC_OWNER
-from emberkv.engine.system_prompt import prompt_or_built_in, read_system_prompt
-from emberkv.engine.tokenization.shared_prefix import shared_prefix
-from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import Tokenizer, shared_prefix
+from emberkv.engine.warmup import prompt_or_built_in, read_system_prompt
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.tenancy.tenants_file import PublicPrompt

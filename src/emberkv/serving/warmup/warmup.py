@@ -11,7 +11,7 @@ from typing import Any
 
 from emberkv.core.events import AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import BlockHash
-from emberkv.engine.cache_updates import CacheUpdate
+from emberkv.engine.loop import CacheUpdate
 from emberkv.errors import EmberError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import Outcome, Pin, Pins, WarmEngine, Warming, WarmPrompt, warm

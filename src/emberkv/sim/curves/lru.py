@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
 
-from emberkv.core.analytics.lru_stack import LRUStack
+from emberkv.core.analytics.reuse_estimator import LRUStack
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
 from emberkv.sim.curves.accesses import Access, Hits

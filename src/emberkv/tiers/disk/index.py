@@ -6,9 +6,9 @@ Pure bookkeeping in memory, without a lock: the tier holds one around each call,
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from emberkv.core.policies.eviction_policy import EntryCost, EvictionPolicy
+from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.tiers.base import PolicyFactory
-from emberkv.tiers.disk.layout import BlockFile
+from emberkv.tiers.disk.files import BlockFile
 
 
 class DiskIndex:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from emberkv.tiers.disk.layout import JOURNAL, TEMPORARY, BlockFile, parse_path
+from emberkv.tiers.disk.files import JOURNAL, TEMPORARY, BlockFile, parse_path
 from emberkv.trusted_paths import open_own_file
 
 MAX_BYTES = 8 * 2**20

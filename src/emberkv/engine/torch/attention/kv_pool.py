@@ -1,14 +1,32 @@
 """The bytes of the pool: one tensor, allocated once, in which every block is one contiguous run."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.attention.scratch import Scratch
 from emberkv.engine.torch.model.geometry import ModelGeometry
 from emberkv.errors import ConfigError
+
+
+class Scratch:
+    """One growing buffer, so that large temporaries are not mapped anew in each step.
+
+    What `take` returned before is overwritten by the next `take`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor."""
+        needed = prod(shape) * dtype.itemsize
+        if self._buffer.numel() < needed:
+            self._buffer = torch.empty(needed, dtype=torch.uint8, device=self._device)
+        return self._buffer[:needed].view(dtype).view(shape)
 
 
 class KVPool:

@@ -1,10 +1,19 @@
-"""The identity of a model's weights: by their content, never by their name or their times."""
+"""The fingerprint of a model's weights: by their content, never by name or time; of files and of a model in memory."""
 
+import json
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import torch
 import xxhash
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
 from emberkv.engine.torch.model.checkpoint import weight_files
+from emberkv.errors import ModelError
 
 _CHUNK_BYTES = 4 << 20
 
@@ -23,7 +32,7 @@ def weights_fingerprint(folder: Path) -> str:
     whole = xxhash.xxh3_128()
     whole.update((folder / "config.json").read_bytes())
     for path in weight_files(folder):
-        whole.update(f"\0{path.name}\0{_content_hash(path)}".encode())
+        whole.update(f"\0{path.name}\0{_file_hash(path)}".encode())
     return whole.hexdigest()
 
 
@@ -33,7 +42,7 @@ def file_states(folder: Path) -> list[FileState]:
     return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found]
 
 
-def _content_hash(path: Path) -> str:
+def _file_hash(path: Path) -> str:
     digest = xxhash.xxh3_128()
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)
@@ -41,3 +50,81 @@ def _content_hash(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+_NOT_STATE = frozenset({"_name_or_path", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype",
+                        "transformers_version", "use_cache"})  # fmt: skip
+"""Settings on which the KV state does not depend, or that the block hashes cover in another way."""
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """The fingerprint that serving gives the checkpoint which ``model`` was loaded from, when that is what it holds.
+
+    Weights and settings are compared with the files, not believed: a model that was changed since, or whose files are
+    not here or name their tensors in another way, gets a fingerprint of its own content.
+    """
+    folder = _checkpoint_folder(model)
+    if folder is not None and _is_unchanged(model, folder):
+        return weights_fingerprint(folder)
+    return f"in-memory-{_content_hash(model)}"
+
+
+def _checkpoint_folder(model: PreTrainedModel) -> Path | None:
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # the name is no hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+@torch.inference_mode()
+def _is_unchanged(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether every tensor of the model's state equals the stored one, or shares its memory with one that does."""
+    try:
+        files = weight_files(folder)
+        stored_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ModelError, ValueError, OSError):  # nothing there to compare with
+        return False
+    if _settings(stored_config) != _settings(model.config):
+        return False
+    unproven = dict(model.state_dict())
+    proven: set[tuple[object, ...]] = set()
+    names = {name.removeprefix(f"{model.base_model_prefix}."): name for name in unproven}
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            stored_names: list[str] = tensors.keys()
+            for stored_name in stored_names:
+                name = stored_name if stored_name in unproven else names.get(stored_name, "")
+                if name not in unproven:
+                    continue
+                ours = unproven.pop(name)
+                if not _same(ours, tensors.get_tensor(stored_name)):
+                    return False
+                proven.add(_place(ours))
+    return all(_place(tensor) in proven for tensor in unproven.values())
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _same(ours: Tensor, stored: Tensor) -> bool:
+    return ours.shape == stored.shape and torch.equal(ours, stored.to(ours.device, ours.dtype))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_STATE}
+
+
+def _content_hash(model: PreTrainedModel) -> str:
+    whole = xxhash.xxh3_128(json.dumps(_settings(model.config), sort_keys=True, default=str).encode())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        whole.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()

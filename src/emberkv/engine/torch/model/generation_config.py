@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams
 from emberkv.engine.torch.model.checkpoint import read_json
 from emberkv.errors import CorruptModelError, RequestError
 

@@ -1,4 +1,4 @@
-"""Loads a model from a folder or the hub, or says precisely why it cannot be served."""
+"""Loads a model from a folder or the hub into the memory that is free, or says precisely why it cannot be served."""
 
 import logging
 import threading
@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -22,10 +23,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import SamplingParams
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.template_check import settle_template
-from emberkv.engine.torch.memory import free_memory, gib
 from emberkv.engine.torch.model.checkpoint import (
     Fetch,
     StoredTensors,
@@ -44,6 +44,45 @@ from emberkv.engine.torch.model.generation_config import (
 )
 from emberkv.engine.torch.model.geometry import ModelGeometry, ModelShape, inspect_model
 from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free for allocation where ``device`` computes; of a CPU, at most what a container's limit leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    within = cgroup_free(_CGROUPS, _OWN_CGROUP)
+    available = int(psutil.virtual_memory().available)
+    return available if within is None else min(available, within)
+
+
+def cgroup_free(mounted: Path, own: Path) -> int | None:
+    """What this process' control group (version 2) and those above it leave; None where none has a limit.
+
+    mounted: where groups are. own: the file that names this process'. What is only cached from files counts as free.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    inner = next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
+    if inner is None:
+        return None
+    group = mounted / inner
+    left = [_left_in(each) for each in (group, *group.parents) if each.is_relative_to(mounted)]
+    return min((each for each in left if each is not None), default=None)
+
+
+def _left_in(group: Path) -> int | None:
+    limit, current, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
+    if not (limit.is_file() and current.is_file() and stat.is_file()) or limit.read_text().strip() == "max":
+        return None
+    figures = dict(line.split() for line in stat.read_text().splitlines())
+    return max(0, int(limit.read_text()) - int(current.read_text()) + int(figures.get("inactive_file", 0)))
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft
-from emberkv.engine.torch.attention.runs import Run, shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft, Run, shared_prefixes
 from emberkv.engine.torch.native.kernels import TASK, AttentionCall, Kernels, type_number
 
 ROWS_PER_TASK = 64, 512

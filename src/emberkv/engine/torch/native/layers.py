@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from emberkv.engine.torch.attention.paged_attention import rows_left
+from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
-from emberkv.engine.torch.packed_linear import linear_parts, stand_in
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""

@@ -1,0 +1,164 @@
+"""Layers of a model whose result for a row or an element does not depend on how many are computed with it.
+
+Called the plain way, oneDNN rearranges a bf16 weight on every call, which for a few rows costs as much as the product
+itself, and fp32 products go to a library that picks its kernel, and with it the order of summation, by the number of
+rows. Elementwise functions compute in vectors, and by another routine, which rounds differently, what is left over of a
+vector at the end of each thread's share. Where the shares end depends on the number of elements and threads.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer for CPU whose weight is kept in oneDNN's own blocked layout.
+
+    weight: ``[out_features, in_features]``; the plain copy is not kept.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = stand_in(weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.numel() == 0:
+            return inputs.new_empty(*inputs.shape[:-1], self.out_features)
+        rows = inputs.reshape(-1, self.in_features)
+        count = rows.shape[0]
+        if count == 1:
+            rows = rows.expand(2, -1)  # a single row takes another kernel, which sums in another order
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product[:count].view(*inputs.shape[:-1], -1)
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replace every linear layer that oneDNN takes. Returns the number of layers replaced.
+
+    A tied output layer gets a copy of its own, as the embedding needs the plain layout: memory for one more embedding,
+    against a product that is twice as fast for a few rows and whose rows are independent.
+    """
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            parts = linear_parts(child)
+            if parts is not None and _can_pack(parts[0]):
+                setattr(parent, name, PackedLinear(*parts))
+                replaced += 1
+    return replaced
+
+
+def stand_in(weight: Tensor) -> Tensor:
+    """What model code that asks a replaced layer's ``weight`` for its shape, dtype or device is given.
+
+    Its values are NaN and take no memory: code that computes with them fails the engine's comparison with the model's
+    own logits, instead of being wrong.
+    """
+    return torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+
+def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
+    """Weight ``[out_features, in_features]`` and bias of a linear layer; None for anything else.
+
+    A class derived from one may do something else with its weight.
+    """
+    if type(module) is nn.Linear:
+        return module.weight, module.bias
+    if type(module) is Conv1D:
+        return module.weight.t(), module.bias
+    return None
+
+
+@torch.no_grad()
+def release_checkpoint(model: nn.Module) -> None:
+    """Copy what was not packed, so that nothing keeps the whole checkpoint file mapped into memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN takes this weight here."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or bool(bf16)
+
+
+_TRIED_ROWS = (1, 2, 3, 5, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 160, 255, 256, 257, 400)
+
+
+@torch.inference_mode()
+def rows_are_independent(model: nn.Module) -> bool:
+    """Whether a row's product has the same bits however many rows come with it, in each of the model's linear layers.
+
+    Tries one layer of each shape, with numbers of rows around those at which kernels change. False as soon as a layer
+    is not packed.
+    """
+    if any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules()):
+        return False
+    shapes = {(m.in_features, m.out_features): m for m in model.modules() if isinstance(m, PackedLinear)}
+    return all(_independent(layer) for layer in shapes.values())
+
+
+def _independent(layer: PackedLinear) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(max(_TRIED_ROWS), layer.in_features, generator=generator).to(layer.packed.dtype)
+    expected = layer(inputs)
+    return all(torch.equal(layer(inputs[:rows]), expected[:rows]) for rows in _TRIED_ROWS)
+
+
+VECTOR = 64
+"""A multiple of the elements that any vectorized loop takes at a time."""
+
+ALONE = 16_384
+"""Up to so many elements, one thread computes them all."""
+
+TOGETHER = 32_768
+"""For each started run of so many elements, one more thread takes part."""
+
+_CLASSES = cast(
+    tuple[type[nn.Module], ...], tuple({each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()})
+)
+
+
+class SteadyActivation(nn.Module):
+    """An elementwise function on CPU, called so that every share is whole vectors."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        count = inputs.numel()
+        if _has_whole_shares(count):
+            result: Tensor = self.function(inputs)
+            return result
+        flat = pad(inputs.reshape(-1), (0, -count % VECTOR))
+        return torch.cat([self.function(part) for part in torch.split(flat, ALONE)])[:count].view_as(inputs)
+
+
+def _has_whole_shares(count: int) -> bool:
+    """Whether one thread computes them all, or every thread an equal number of vectors."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count <= ALONE:
+        return count % VECTOR == 0
+    return count > TOGETHER * (threads - 1) and count % (VECTOR * threads) == 0
+
+
+def steady_activations(model: nn.Module) -> int:
+    """Wrap every activation function of transformers that has no parameters. Returns the number of wrapped ones."""
+    wrapped = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            elementwise = isinstance(child, _CLASSES) and not list(child.parameters())
+            if elementwise and not isinstance(parent, SteadyActivation):
+                setattr(parent, name, SteadyActivation(child))
+                wrapped += 1
+    return wrapped
