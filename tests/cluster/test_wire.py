@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from emberkv.cluster import wire
 from emberkv.core.feed import EventsLost
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, GenerationRequest, TokenLogprobs, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from emberkv.errors import ConfigError, EventWireError, RequestError, WireError
 
 LOGPROBS = (TokenLogprobs(7, -0.5, ((7, -0.5), (3, -1.5))),)

@@ -20,8 +20,7 @@ from emberkv import event_wire
 from emberkv.core.feed import FeedMessage
 from emberkv.core.hashing import TOKEN_BYTES, encode_tokens, token_array
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, GenerationRequest, TokenLogprobs, TokenOutput
-from emberkv.engine.sampling_params import SamplingParams
+from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from emberkv.errors import ConfigError, WireError, reason_of
 
 VERSION = 1
