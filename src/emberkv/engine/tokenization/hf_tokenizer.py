@@ -1,4 +1,4 @@
-"""The tokenizer of a transformers model: encodes at the cost of what is new, renders chats, detokenizes step by step."""
+"""The tokenizer of a transformers model: encodes at the cost of what is new, renders chats, detokenizes in steps."""
 
 import json
 import logging
