@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from socket import socket
+from typing import Any, TypedDict
 
 import typer
 
@@ -20,8 +22,9 @@ from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.http.request_source import is_loopback, is_own_user
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
-from emberkv.serving.tenancy.keys import server_keys
-from emberkv.serving.tenancy.tenants import declare_tenants
+from emberkv.serving.tenancy.keys import ServerKeys, server_keys
+from emberkv.serving.tenancy.tenants import Tenants, declare_tenants
+from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.settings import ENV_PREFIX, read_settings
 from emberkv.sim.model_config import DEMO_NAME
 
@@ -126,32 +129,49 @@ def run_server(config: ServeConfig) -> None:
     unit = config.trace_unit or config.block_size
     with recording(config.record_trace, unit, lifecycle.background, served) as recorder:
         bound = bind_socket(config.host, config.port)
-        settings = ServingSettings(
-            max_body_bytes=None if config.max_body is None else int(config.max_body),
-            tenants=tenants,
-            recorder=recorder,
-            canonical=load_rules(config.canonical) if config.canonical is not None else None,
-            admin_key=keys.admin,
-            metrics_key=keys.metrics,
-            allowed_origins=config.cors_origins,
-            root_path=config.root_path,
-            bound_to_loopback=is_loopback(bound.getsockname()[0]),
-            is_own_user=is_own_user,
-        )
-        if not (settings.bound_to_loopback or tenants.by_key):
-            _log.warning(_OPEN_TO_ALL, config.host)
-        tls = (config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
-        server = HttpServer(
-            create_app(lifecycle, settings),
-            lifecycle,
-            bound,
-            drain_seconds=config.drain_seconds,
-            limits=ConnectionLimits(connections=openable_connections(config.max_connections)),
-            tls=tls,
-        )
+        settings = serving_settings(config, bound, tenants, keys, recorder)
+        server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, **connection_settings(config))
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         with server.capture_signals(until_exit=True):
             startup.thread.start()
             server.run()
             startup.finish()
         _log.info("stopped")
+
+
+def serving_settings(
+    config: ServeConfig, bound: socket, tenants: Tenants, keys: ServerKeys, recorder: TraceRecorder | None
+) -> ServingSettings:
+    """What the app of a server on ``bound`` is set to. It warns of one that all may use."""
+    settings = ServingSettings(
+        max_body_bytes=None if config.max_body is None else int(config.max_body),
+        tenants=tenants,
+        recorder=recorder,
+        canonical=load_rules(config.canonical) if config.canonical is not None else None,
+        admin_key=keys.admin,
+        metrics_key=keys.metrics,
+        allowed_origins=config.cors_origins,
+        root_path=config.root_path,
+        bound_to_loopback=is_loopback(bound.getsockname()[0]),
+        is_own_user=is_own_user,
+    )
+    if not (settings.bound_to_loopback or tenants.by_key):
+        _log.warning(_OPEN_TO_ALL, config.host)
+    return settings
+
+
+class ConnectionSettings(TypedDict):
+    """Of `HttpServer`."""
+
+    drain_seconds: float
+    limits: ConnectionLimits
+    tls: tuple[Path, Path] | None
+
+
+def connection_settings(config: ServeConfig) -> ConnectionSettings:
+    """How connections are taken: how many, by which certificate, and how long answers may go on at the end."""
+    return ConnectionSettings(
+        drain_seconds=config.drain_seconds,
+        limits=ConnectionLimits(connections=openable_connections(config.max_connections)),
+        tls=(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None,
+    )

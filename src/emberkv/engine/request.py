@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from emberkv.core.hashing import token_array
 from emberkv.core.sequence import FinishReason
-from emberkv.errors import PromptTooLongError, RequestError
+from emberkv.errors import EmberError, PromptTooLongError, RequestError
 from emberkv.tiers.stats import StackStats, TierStats
 
 MAX_TOP_LOGPROBS = 20
@@ -168,6 +168,9 @@ class TokenOutput:
     The end-of-sequence token itself is not among ``token_ids``. Exactly one output has a ``finish_reason``:
     the last. ``queue_seconds`` is set on the first output only: from submit to the first step that worked on
     the request; so are ``prompt_logprobs``, of all prompt tokens, where they were asked for.
+
+    ``refusal`` is set on an only output, with ERROR, by an engine that finds out after ``submit`` that a request cannot
+    be accepted: the error that ``submit`` would have raised.
     """
 
     request_id: str
@@ -178,6 +181,7 @@ class TokenOutput:
     error: str | None = None
     queue_seconds: float | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    refusal: EmberError | None = None
 
 
 OutputListener = Callable[[TokenOutput], None]

@@ -97,7 +97,8 @@ class AnswerService:
 
     def _headers(self, stream: AnswerStream) -> dict[str, str]:
         request_id, answer, _ = stream.timed_answers[0]
-        return {CACHE_HEADER: str(self._summary(request_id, answer))}
+        further = self._lifecycle.model().headers(request_id)
+        return {CACHE_HEADER: str(self._summary(request_id, answer)), **further}
 
     def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
         cache = self._lifecycle.model().cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -96,11 +97,12 @@ def create_app(
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
     routers: Sequence[RouterFactory] = (),
+    collectors: Sequence[Collector] = (),
 ) -> FastAPI:
     """An app that answers at once, and generates as soon as ``lifecycle.loaded`` has been called.
 
     clock: monotonic seconds, for latencies. wall_clock: seconds since 1970, for answers' ``created``. routers: make
-    further routes, which take precedence over the app's own.
+    further routes, which take precedence over the app's own. collectors: of further metrics.
     """
     settings = settings or ServingSettings()
     tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
@@ -114,6 +116,8 @@ def create_app(
         is_own_user=settings.is_own_user,
     )
     metrics, workers = _metrics(lifecycle), WorkerPool()
+    for collector in collectors:
+        metrics.register(collector)
     preparer = RequestPreparer(lifecycle, workers, settings.canonical)
     answers = AnswerService(lifecycle, workers, metrics, clock=clock, wall_clock=wall_clock, recorder=settings.recorder)
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -52,6 +53,10 @@ class OverloadedError(EmberError):
         self.retry_after = retry_after
 
 
+class TooManyRequestsError(OverloadedError):
+    """As many requests as are taken are being answered; fewer at a time would be accepted."""
+
+
 class GenerationFailedError(EmberError):
     """The engine failed while it worked on a request."""
 
@@ -78,17 +83,23 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (RequestError, 400, None),
     (NotReadyError, 503, "not_ready"),
     (EngineStoppedError, 503, "stopped"),
+    (TooManyRequestsError, 429, "too_many_requests"),
     (OverloadedError, 503, "overloaded"),
     (GenerationFailedError, 500, "generation_failed"),
 )  # the first match counts
 
-_HEADERS: Mapping[int, Mapping[str, str]] = {503: {"retry-after": "1"}, 415: {"accept-encoding": "gzip"}}
+_HEADERS: Mapping[int, Mapping[str, str]] = {
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+    415: {"accept-encoding": "gzip"},
+}
 
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "overloaded_error",
 }
 
@@ -100,7 +111,10 @@ def failure_of(error: Exception) -> Failure:
     for kind, status, code in _KINDS:
         if isinstance(error, kind):
             param = error.param if isinstance(error, RequestError) else None
-            return Failure(status, str(error), code, param, _HEADERS.get(status, {}))
+            headers = _HEADERS.get(status, {})
+            if isinstance(error, OverloadedError) and error.retry_after is not None:
+                headers = {"retry-after": str(max(1, ceil(error.retry_after)))}
+            return Failure(status, str(error), code, param, headers)
     return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
 
 

@@ -1,7 +1,7 @@
 """The state of a server: loading, warming, ready, draining or failed; its model, and the answers that are running."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -36,6 +36,7 @@ class ServedModel:
     cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     sampling_defaults: the model's, for what requests do not set.
+    headers: further headers of the answer to a request, by the request's id in the engine.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class ServedModel:
     public: PublicPrefixes | None = None
     about: Mapping[str, str] = field(default_factory=dict)
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
+    headers: Callable[[str], Mapping[str, str]] = lambda _: {}
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
@@ -91,6 +93,13 @@ class Lifecycle:
 
     def _ready(self, model: ServedModel) -> None:
         self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
+
+    def has_workers(self, is_up: bool) -> None:
+        """Whether there is anything that computes for the model, where that is elsewhere and comes and goes."""
+        if is_up and self.phase is Phase.LOADING and self._model is not None:
+            self._ready(self._model)
+        elif not is_up and self.phase in (Phase.WARMING, Phase.READY):
+            self.phase, self.detail = Phase.LOADING, "no worker is up"
 
     def failed(self, reason: str) -> None:
         """The model cannot be loaded."""

@@ -122,6 +122,8 @@ class AnswerStream:
         if not slot.inbox or slot.answer.finish_reason is not None:
             return None
         for output in slot.inbox:
+            if output.refusal is not None:
+                raise output.refusal
             slot.answer.absorb(output)
         slot.inbox.clear()
         answer = slot.answer
@@ -134,12 +136,17 @@ class AnswerStream:
         return answer.take()
 
     async def started(self) -> bool:
-        """Wait for the first output, from which on the first answer's cache usage is known; False if none comes."""
+        """Wait for the first output, from which on the first answer's cache usage is known; False if none comes.
+
+        Raises the refusal of a request that was not accepted.
+        """
         first = self._slots[0]
         while not (first.inbox or first.answer.finish_reason or self._interruption):
             self._has_output.clear()
             await self._has_output.wait()
         if first.inbox:
+            if first.inbox[0].refusal is not None:
+                raise first.inbox[0].refusal
             first.answer.usage = first.inbox[0].usage or first.answer.usage
         return bool(first.inbox or first.answer.finish_reason)
 

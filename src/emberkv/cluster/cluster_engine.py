@@ -1,0 +1,304 @@
+"""An engine that computes elsewhere: it hands each request to a worker, and goes on at another where that one fails."""
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from emberkv.cluster.membership import Membership, Worker
+from emberkv.cluster.routing import Decision, RoutingRequest
+from emberkv.cluster.wire import WorkerDescription, decode_prompt
+from emberkv.core.hashing import PublicPrefixes, TokenChain
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.recent_chains import RecentChains
+from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.errors import (
+    ClusterError,
+    DuplicateRequestError,
+    EmberError,
+    EngineStoppedError,
+)
+from emberkv.serving.errors import NotReadyError, OverloadedError, TooManyRequestsError
+
+_log = logging.getLogger(__name__)
+
+MAX_REQUESTS = 1024
+MAX_LOSSES = 3
+"""Workers that a request may lose one after the other, without a token between them: it may be what kills them."""
+
+RESUME_SECONDS = 30.0
+"""How long an answer that has begun waits for a worker to go on with it."""
+
+MAX_ROUTES = 2000
+"""Ended requests of which the route is remembered."""
+
+
+@dataclass(slots=True)
+class Route:
+    """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at
+    another worker; retried: how often it was sent to another before its answer began.
+    """
+
+    workers: list[str] = field(default_factory=list)
+    decision: Decision | None = None
+    cached: Mapping[str, int] = field(default_factory=dict)
+    retried: int = 0
+    resumed: int = 0
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What of an answer has been handed on. usage: of the prompt, as the first worker said."""
+
+    request: GenerationRequest
+    chain: TokenChain
+    listener: OutputListener
+    route: Route
+    tokens: list[int] = field(default_factory=list)
+    usage: CacheUsage | None = None
+    has_begun: bool = False
+
+    def rest(self) -> GenerationRequest:
+        """What a worker is asked: the request, or the rest of its answer."""
+        if not self.tokens:
+            return self.request
+        return replace(
+            self.request,
+            prompt_token_ids=[*self.request.prompt_token_ids, *self.tokens],
+            params=replace(self.request.params, prompt_logprobs=None),
+            answered=len(self.tokens),
+        )
+
+    def hand_on(self, output: TokenOutput) -> None:
+        """Give an output to the listener. Of a worker that goes on with an answer, its account of the prompt is left
+        out: to it, the tokens before are a prompt.
+        """
+        if self.route.resumed:
+            output = replace(output, usage=self.usage, queue_seconds=None, prompt_logprobs=())
+        self.usage = output.usage or self.usage
+        self.tokens += output.token_ids
+        self.has_begun = True
+        self.listener(output)
+
+
+class ClusterEngine:
+    """An `Engine` over the workers of ``membership``, whose model ``model`` describes. Belongs to their event loop.
+
+    A request whose worker fails before its first output is sent to another one. Later, its answer goes on elsewhere
+    behind the tokens that were handed on (`GenerationRequest.answered`), so that the whole is what one worker would
+    have given; for that, requests without a seed get one here.
+
+    rng: draws these seeds. max_requests: more at once are refused. resume_seconds: how long an answer that has begun
+    waits for a worker. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        model: WorkerDescription,
+        *,
+        rng: random.Random | None = None,
+        max_requests: int = MAX_REQUESTS,
+        resume_seconds: float = RESUME_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._membership = membership
+        self._model = model
+        self._rng = rng if rng is not None else random.Random()
+        self._max_requests = max_requests
+        self._resume_seconds = resume_seconds
+        self._clock = clock
+        self._chains = RecentChains(model.block_size)
+        self.public = PublicPrefixes([decode_prompt(each) for each in model.public_prefixes], model.block_size)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._routes: OrderedDict[str, Route] = OrderedDict()
+        self._is_stopped = False
+        self.retried = 0
+        self.resumed = 0
+        self.refused = 0
+
+    @property
+    def context_length(self) -> int:
+        """Of the worker with the least room: any of them may have to go on with an answer."""
+        return min((each.context_length for each in self._descriptions()), default=self._model.context_length)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return min((each.max_prompt_tokens for each in self._descriptions()), default=self._model.max_prompt_tokens)
+
+    def route(self, request_id: str) -> Route | None:
+        """Where a request went; None where that is not known, or not any more."""
+        return self._routes.get(request_id)
+
+    def chain(self, request: GenerationRequest) -> TokenChain:
+        """The prompt under the block hashes by which all workers know its blocks."""
+        tokens = request.prompt_token_ids
+        return self._chains.chain(
+            self._model.root,
+            tokens,
+            owner=request.tenant,
+            salt=request.salt,
+            public_blocks=self.public.blocks_of(tokens),
+            remember=True,
+        )
+
+    def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+        """Queue a request. Raises EngineStoppedError, DuplicateRequestError or TooManyRequestsError; what only a worker
+        finds wrong with the request is the ``refusal`` of its last output.
+        """
+        if self._is_stopped:
+            raise EngineStoppedError("the gateway has stopped")
+        if request.request_id in self._running:
+            raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
+        if len(self._running) >= self._max_requests:
+            self.refused += 1
+            raise TooManyRequestsError(
+                f"{len(self._running)} requests are in flight, and no more are taken; send it again later"
+            )
+        params = request.params
+        if params.seed is None and not params.is_greedy:
+            request = replace(request, params=replace(params, seed=self._rng.getrandbits(63)))
+        answer = _Answer(request, self.chain(request), listener, Route())
+        self._routes[request.request_id] = answer.route
+        if len(self._routes) > self._max_requests + MAX_ROUTES:
+            self._routes.popitem(last=False)
+        task = asyncio.get_running_loop().create_task(self._carry_out(answer))
+        task.add_done_callback(partial(self._ended, answer))
+        self._running[request.request_id] = task
+
+    def abort(self, request_id: str) -> None:
+        task = self._running.get(request_id)
+        if task is not None:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """End every request with ABORT."""
+        self._is_stopped = True
+        for task in self._running.values():
+            task.cancel()
+        while self._running:
+            await asyncio.wait(self._running.values())
+
+    def stats(self) -> EngineStats:
+        """The sums of what the workers last reported."""
+        reports = [worker.report for worker in self._membership.up if worker.report is not None]
+        return EngineStats(
+            running=sum(report.running for report in reports),
+            waiting=sum(report.waiting for report in reports),
+            block_size=self._model.block_size,
+            block_bytes=max((report.block_bytes for report in reports), default=0),
+            total_blocks=sum(report.total_blocks for report in reports),
+            free_blocks=sum(report.free_blocks for report in reports),
+            cached_blocks=sum(report.cached_blocks for report in reports),
+        )
+
+    def _descriptions(self) -> list[WorkerDescription]:
+        return [worker.description for worker in self._membership.up if worker.description is not None]
+
+    def _ended(self, answer: _Answer, task: asyncio.Task[None]) -> None:
+        """Give the listener its last output, however the request has ended, and even if it was aborted at once."""
+        request_id = answer.request.request_id
+        del self._running[request_id]
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ABORT))
+        elif isinstance(error, EmberError):
+            refused = TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), refusal=error)
+            answer.listener(refused)
+        elif error is not None:
+            _log.error("request %s failed", request_id, exc_info=error)
+            failed = f"the gateway failed: {type(error).__name__}"
+            answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=failed))
+
+    async def _carry_out(self, answer: _Answer) -> None:
+        """Send a request to one worker after the other, until one has given its last output.
+
+        Raises what a worker refuses the request by, and what the last one failed with where there is no other.
+        """
+        busy: dict[Worker, OverloadedError] = {}
+        losses = 0
+        while True:
+            worker = await self._choose(answer, busy)
+            before = len(answer.tokens)
+            try:
+                await self._ask(worker, answer)
+            except OverloadedError as error:
+                busy[worker] = error
+                continue
+            except (ClusterError, EngineStoppedError, NotReadyError) as error:
+                self._membership.suspect(worker, error)
+                worker.lost += 1
+                losses = 1 if len(answer.tokens) > before else losses + 1
+                if losses >= MAX_LOSSES:
+                    raise
+                _log.warning("request %s goes on elsewhere: %s", answer.request.request_id, error)
+            else:
+                return
+            if answer.has_begun:
+                answer.route.resumed += 1
+                self.resumed += 1
+            else:
+                answer.route.retried += 1
+                self.retried += 1
+            busy.clear()
+
+    async def _ask(self, worker: Worker, answer: _Answer) -> None:
+        request_id = answer.request.request_id
+        computed = len(answer.chain) + len(answer.tokens) - sum(answer.route.cached.values())
+        worker.sent(request_id, computed, self._clock())
+        try:
+            async with aclosing(worker.connection.generate(answer.rest())) as outputs:
+                async for output in outputs:
+                    if output.finish_reason is FinishReason.ABORT:
+                        raise EngineStoppedError(f"worker {worker} stopped before the answer was finished")
+                    if output.token_ids:
+                        worker.begun(request_id)
+                    answer.hand_on(output)
+        finally:
+            worker.ended(request_id)
+
+    async def _choose(self, answer: _Answer, busy: Mapping[Worker, OverloadedError]) -> Worker:
+        """The worker that a request, or the rest of its answer, goes to.
+
+        Raises TooManyRequestsError when all that are up refuse it for lack of room, NotReadyError when none is up; for
+        an answer that has begun, only after it has waited for one.
+        """
+        asked = RoutingRequest(answer.chain, len(answer.chain), answer.request.session_id, self._clock())
+        deadline = self._clock() + self._resume_seconds
+        while True:
+            found = self._membership.decide(asked, busy)
+            if found is not None:
+                worker, decision = found
+                answer.route.workers.append(worker.worker_id)
+                answer.route.decision = decision
+                answer.route.cached = next(
+                    (each.cached_tokens for each in decision.estimates if each.slot == decision.replica), {}
+                )
+                return worker
+            left = deadline - self._clock()
+            if not answer.has_begun or left <= 0:
+                raise self._none_left(busy)
+            await self._wait(min(left, 1.0) if busy else left)
+            busy = {}
+
+    async def _wait(self, seconds: float) -> None:
+        """Until a worker's status changes, or for so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._membership.changed()
+        except TimeoutError:
+            pass
+
+    def _none_left(self, busy: Mapping[Worker, OverloadedError]) -> EmberError:
+        self.refused += 1
+        if busy:
+            soonest = min(error.retry_after or 1.0 for error in busy.values())
+            return TooManyRequestsError(
+                "all workers have as many requests as they take; send it again later", retry_after=soonest
+            )
+        return NotReadyError("no worker is up; send it again later")

@@ -1,0 +1,280 @@
+"""The gateway: the server's own app over an engine whose workers are elsewhere."""
+
+import asyncio
+import hmac
+import logging
+import random
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from emberkv.cluster import wire
+from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
+from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.routing import make_router
+from emberkv.errors import RequestError, WireError
+from emberkv.serving.app import AppParts
+from emberkv.serving.auth import given_key
+from emberkv.serving.errors import UnauthorizedError
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.server import HttpServer
+
+if TYPE_CHECKING:
+    from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+
+_log = logging.getLogger(__name__)
+
+ROUTE_HEADER = "x-emberkv-route"
+DEFAULT_ROUTING = "prefix-minus-load"
+
+
+class Gateway:
+    """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
+
+    connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
+    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused.
+
+        gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
+        app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
+        GatewayServer(app, gateway, bind_socket()).run()
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        connect: Callable[[str], WorkerConnection],
+        *,
+        secret: str,
+        workers: Sequence[str] = (),
+        routing: str = DEFAULT_ROUTING,
+        max_requests: int = MAX_REQUESTS,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.lifecycle = lifecycle
+        self.membership = Membership(
+            make_router(routing, rng or random.Random()), connect, on_model=self._has_model, on_change=self._changed
+        )
+        self.engine: ClusterEngine | None = None
+        self.metrics = GatewayCollector(self)
+        self._secret = secret
+        self._workers = workers
+        self._max_requests = max_requests
+
+    async def start(self) -> None:
+        """Begin to follow the workers."""
+        self.lifecycle.detail = "no worker has been reached yet"
+        for url in self._workers:
+            self.membership.add(url)
+
+    async def stop(self) -> None:
+        """End what runs and close all connections."""
+        if self.engine is not None:
+            await self.engine.stop()
+        await self.membership.close()
+
+    def routes(self, parts: AppParts) -> APIRouter:
+        """What a gateway answers beside the server's own routes."""
+        router = APIRouter()
+
+        @router.get("/v1/cluster", dependencies=[Depends(parts.guard.operator)])
+        async def cluster() -> Response:
+            return JSONResponse({"object": "cluster", "workers": [self._worker_json(each) for each in self._listed]})
+
+        @router.post(f"{wire.PREFIX}/register")
+        async def register(http: Request) -> Response:
+            registration = await self._registration(http)
+            self.membership.register(registration.worker_id, registration.url)
+            return Response(status_code=204)
+
+        @router.post(f"{wire.PREFIX}/deregister")
+        async def deregister(http: Request) -> Response:
+            registration = await self._registration(http)
+            self.membership.deregister(registration.worker_id)
+            return Response(status_code=204)
+
+        return router
+
+    async def _registration(self, http: Request) -> wire.Registration:
+        """Raises UnauthorizedError without the cluster's secret, RequestError for a body that is none."""
+        given = given_key(http.headers)
+        if given is None or not hmac.compare_digest(given, self._secret.encode()):
+            raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+        try:
+            registration = wire.decode(await http.body(), wire.Registration)
+        except WireError as error:
+            raise RequestError(str(error)) from error
+        if not registration.url.startswith(("http://", "https://")):
+            raise RequestError(f"url is {registration.url!r}; it must begin with http:// or https://", param="url")
+        return registration
+
+    @property
+    def _listed(self) -> Sequence[Worker]:
+        return sorted(self.membership.workers, key=lambda worker: (worker.worker_id, worker.url))
+
+    def _worker_json(self, worker: Worker) -> dict[str, Any]:
+        silent = self.membership.silent_seconds(worker)
+        report = worker.report
+        return {
+            "worker_id": worker.worker_id,
+            "url": worker.url,
+            "status": worker.status.value,
+            "detail": worker.detail,
+            "index": "exact" if worker.exact else "degraded",
+            "silent_seconds": None if silent is None else round(silent, 3),
+            "requests": worker.requests,
+            "lost": worker.lost,
+            "running": len(worker.running),
+            "load": None if report is None else _load_json(report),
+        }
+
+    def _changed(self) -> None:
+        self.lifecycle.has_workers(bool(self.membership.up))
+
+    async def _has_model(self, worker: Worker, description: wire.WorkerDescription) -> None:
+        """The first worker has said what it serves, which the gateway serves from now on."""
+        files = await worker.connection.tokenizer()
+        assert files is not None, "without an etag the files are always sent"
+        tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        self.engine = ClusterEngine(self.membership, description, max_requests=self._max_requests)
+        self.lifecycle.loaded(
+            ServedModel(
+                description.names,
+                description.created,
+                self.engine,
+                tokenizer,
+                public=self.engine.public,
+                about=description.about,
+                sampling_defaults=description.sampling_defaults,
+                headers=self._headers,
+            )
+        )
+        self.lifecycle.has_workers(False)
+        _log.info("the workers serve %s, as worker %s says", description.names[0], description.worker_id)
+
+    def _headers(self, request_id: str) -> Mapping[str, str]:
+        route = self.engine.route(request_id) if self.engine is not None else None
+        return {} if route is None or route.decision is None else {ROUTE_HEADER: route_header(route)}
+
+
+def _load_json(report: wire.LoadReport) -> dict[str, Any]:
+    figures: dict[str, Any] = msgspec.to_builtins(report)
+    return {name: value for name, value in figures.items() if name not in ("type", "worker_id", "epoch")}
+
+
+def route_header(route: Route) -> str:
+    """Which worker answers a request, and why: ``worker=b;why=longest_prefix;cached=96;pool=96;retried=1``.
+
+    cached: prompt tokens that the worker has by the gateway's index, and how many of them in which tier. Numbers that
+    are 0 are left out. docs/cluster.md says what else there is.
+    """
+    assert route.decision is not None, "a route that has a worker has a decision"
+    pairs: dict[str, str | int] = {"worker": quote(route.workers[-1]), "why": route.decision.reason.value}
+    if cached := sum(route.cached.values()):
+        pairs |= {"cached": cached, **{tier: tokens for tier, tokens in route.cached.items() if tokens}}
+    pairs |= {name: count for name, count in (("retried", route.retried), ("resumed", route.resumed)) if count}
+    return ";".join(f"{name}={value}" for name, value in pairs.items())
+
+
+def load_tokenizer(files: wire.TokenizerFiles) -> "HFTokenizer":
+    """The tokenizer that a worker has. It imports transformers, in about 1.2 s and 40 MB, and no torch."""
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes a second
+
+    from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer  # noqa: PLC0415 - as above
+
+    with tempfile.TemporaryDirectory(prefix="emberkv-tokenizer-") as folder:
+        for name, content in files.files.items():
+            if Path(name).name != name:
+                raise WireError(f"a tokenizer's file is called {name!r}; a name without folders is expected")
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return HFTokenizer(tokenizer, chat_problem=files.chat_problem)
+
+
+class GatewayCollector(Collector):
+    """Metrics of the workers as the gateway sees them, and of what it did where they failed."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def collect(self) -> Iterator[Metric]:
+        workers = [each for each in self._gateway.membership.workers if each.worker_id]
+        status = GaugeMetricFamily(
+            "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
+        )
+        for worker in workers:
+            for each in WorkerStatus:
+                status.add_metric([worker.worker_id, each.value], worker.status is each)
+        yield status
+        membership = self._gateway.membership
+        yield _by_worker(
+            "emberkv_worker_index_exact",
+            "1 while the gateway's index has just what the worker's pool has; 0: it is an estimate.",
+            {worker.worker_id: worker.exact for worker in workers},
+        )
+        yield _by_worker(
+            "emberkv_worker_silent_seconds",
+            "Since the worker last sent anything.",
+            {each.worker_id: silent for each in workers if (silent := membership.silent_seconds(each)) is not None},
+        )
+        yield _by_worker(
+            "emberkv_worker_running",
+            "Requests of this gateway that the worker answers.",
+            {worker.worker_id: len(worker.running) for worker in workers},
+        )
+        for name, text, counts in (
+            ("requests", "Requests sent to the worker.", {each.worker_id: each.requests for each in workers}),
+            ("lost_requests", "Of these, requests that it did not finish.", {e.worker_id: e.lost for e in workers}),
+        ):
+            counter = CounterMetricFamily(f"emberkv_worker_{name}", text, labels=["worker"])
+            for worker_id, count in counts.items():
+                counter.add_metric([worker_id], count)
+            yield counter
+        engine = self._gateway.engine
+        if engine is not None:
+            yield CounterMetricFamily(
+                "emberkv_gateway_retried_requests",
+                "Requests sent to another worker before their answer had begun.",
+                value=engine.retried,
+            )
+            yield CounterMetricFamily(
+                "emberkv_gateway_resumed_answers",
+                "Times that an answer went on at another worker.",
+                value=engine.resumed,
+            )
+            yield CounterMetricFamily(
+                "emberkv_gateway_refused_requests",
+                "Requests refused because the gateway or all workers had too many, or no worker was up.",
+                value=engine.refused,
+            )
+
+
+def _by_worker(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=["worker"])
+    for worker_id, value in values.items():
+        family.add_metric([worker_id], value)
+    return family
+
+
+class GatewayServer(HttpServer):
+    """Serves a gateway's app, and follows its workers meanwhile."""
+
+    def __init__(self, app: Any, gateway: Gateway, bound: socket.socket, **settings: Any) -> None:
+        super().__init__(app, gateway.lifecycle, bound, **settings)
+        self._gateway = gateway
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._gateway.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await self._gateway.stop()

@@ -1,0 +1,381 @@
+"""The workers of a gateway: which there are, what they serve, what each has cached, and what each has to do."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from contextlib import aclosing
+from enum import StrEnum
+from typing import Protocol
+
+from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlocks
+from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
+from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
+from emberkv.core.events import Event
+from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
+from emberkv.engine.request import GenerationRequest, TokenOutput
+from emberkv.errors import EmberError, WorkerLostError, WorkerTimeoutError
+from emberkv.serving.errors import NotReadyError
+
+_log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.5
+"""Between two attempts to reach a worker."""
+
+FORGET_SECONDS = 60.0
+"""How long a worker that registered itself stays listed after it was last heard of."""
+
+REPORT_SECONDS = 0.25
+"""A report that comes this long after a request was sent counts that request."""
+
+
+class WorkerStatus(StrEnum):
+    """Only a worker that is ``UP`` gets new requests."""
+
+    STARTING = "starting"  # it has not said yet what it serves
+    UP = "up"
+    SILENT = "silent"  # it has sent nothing within the deadline
+    DRAINING = "draining"  # it finishes what it has
+    INCOMPATIBLE = "incompatible"  # it serves another model, or has blocks of another size
+    DOWN = "down"  # it cannot be reached
+
+
+class WorkerConnection(Protocol):
+    """What membership and engine ask a worker; `emberkv.cluster.worker_client.WorkerClient` is one."""
+
+    async def worker(self) -> WorkerDescription: ...
+    async def tokenizer(self, etag: str = "") -> TokenizerFiles | None: ...
+    async def snapshot(self, cursor: str = "") -> SnapshotChunk: ...
+    def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]: ...
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]: ...
+    async def close(self) -> None: ...
+
+
+class Worker:
+    """One worker as a gateway knows it. `Membership` alone changes its status.
+
+    worker_id: "" before it is known. slot: its number in the router, once it is compatible. detail: why it is not up.
+    heard: when it last sent anything, by the membership's clock; None: never. running: ids of the requests that it
+    answers for this gateway. requests, lost: how many it was sent, and of these how many it did not finish.
+    """
+
+    def __init__(self, url: str, connection: WorkerConnection, worker_id: str = "") -> None:
+        self.url = url
+        self.connection = connection
+        self.worker_id = worker_id
+        self.slot: int | None = None
+        self.reader: FeedReader | None = None
+        self.status = WorkerStatus.STARTING
+        self.detail = "it has not answered yet"
+        self.description: WorkerDescription | None = None
+        self.report: LoadReport | None = None
+        self.heard: float | None = None
+        self.registered: float | None = None
+        self.running: set[str] = set()
+        self.requests = 0
+        self.lost = 0
+        self.follower: asyncio.Task[None] | None = None
+        self._unreported: dict[str, tuple[float, int]] = {}
+
+    def __str__(self) -> str:
+        return f"{self.worker_id} ({self.url})" if self.worker_id else self.url
+
+    @property
+    def exact(self) -> bool:
+        """Whether the index has just what the worker's pool has, as far as anything is known of it."""
+        heard_of = self.status in (WorkerStatus.UP, WorkerStatus.DRAINING)
+        return heard_of and self.reader is not None and self.reader.exact
+
+    def sent(self, request_id: str, tokens: int, now: float) -> None:
+        """It is sent a request with so many tokens to compute."""
+        self.requests += 1
+        self.running.add(request_id)
+        self._unreported[request_id] = now, tokens
+
+    def begun(self, request_id: str) -> None:
+        """The request has its first token: nothing of its prompt is left to compute."""
+        self._unreported.pop(request_id, None)
+
+    def ended(self, request_id: str) -> None:
+        self.running.discard(request_id)
+        self._unreported.pop(request_id, None)
+
+    def take_report(self, report: LoadReport, now: float) -> None:
+        self.report = report
+        self._unreported = {each: sent for each, sent in self._unreported.items() if now - sent[0] < REPORT_SECONDS}
+
+    def state(self) -> ReplicaState:
+        """What routing decides from: the last report, and what was sent since."""
+        sent = sum(tokens for _, tokens in self._unreported.values())
+        report, is_up = self.report, self.status is WorkerStatus.UP
+        if report is None or self.description is None:
+            return ReplicaState(load=sent, up=is_up, queued_tokens=sent)
+        block_size = self.description.block_size
+        held = (report.total_blocks - report.free_blocks) * block_size
+        token_bytes = report.block_bytes / block_size
+        return ReplicaState(
+            load=held + report.waiting_tokens + sent,
+            up=is_up,
+            queued_tokens=report.waiting_tokens + report.prefill_tokens + sent,
+            prefill_rate=report.prefill_rate,
+            step_seconds=report.step_seconds or 0.0,
+            load_rates={tier: rate / token_bytes for tier, rate in report.load_rates.items()} if token_bytes else {},
+        )
+
+
+class Membership:
+    """Follows workers: those that it is given, which it tries to reach for ever, and those that register themselves.
+    Belongs to one event loop.
+
+    connect: makes the connection to a URL. on_model: is awaited with the first worker that serves a model, before any
+    worker is up. on_change: is called when the status of a worker has changed. clock: monotonic seconds.
+
+        membership = Membership(make_router("prefix-minus-load", Random()), lambda url: WorkerClient(url, secret))
+        membership.add("http://127.0.0.1:8081")
+        ...
+        await membership.close()
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        connect: Callable[[str], WorkerConnection],
+        *,
+        on_model: Callable[[Worker, WorkerDescription], Awaitable[None]],
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._router = router
+        self._connect = connect
+        self._on_model = on_model
+        self._on_change = on_change
+        self._clock = clock
+        self._workers: dict[str, Worker] = {}  # by URL
+        self._model: WorkerDescription | None = None
+        self._model_lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        return tuple(self._workers.values())
+
+    @property
+    def up(self) -> Sequence[Worker]:
+        """The workers that get requests."""
+        return [worker for worker in self._workers.values() if worker.status is WorkerStatus.UP]
+
+    def named(self, worker_id: str) -> Worker | None:
+        return next((worker for worker in self._workers.values() if worker.worker_id == worker_id), None)
+
+    def silent_seconds(self, worker: Worker) -> float | None:
+        """Since it last sent anything; None: it never has."""
+        return None if worker.heard is None else max(0.0, self._clock() - worker.heard)
+
+    def add(self, url: str) -> Worker:
+        """Follow the worker at ``url``, from now on and for ever."""
+        url = url.rstrip("/")
+        if url not in self._workers:
+            self._begin(Worker(url, self._connect(url)))
+        return self._workers[url]
+
+    def register(self, worker_id: str, url: str) -> None:
+        """A worker says where it listens, again and again. One that has moved is followed at its new address."""
+        url = url.rstrip("/")
+        before = self.named(worker_id)
+        if before is not None and before.url != url:
+            _log.info("worker %s has moved to %s", before, url)
+            self._remove(before)
+        if url not in self._workers:
+            self._begin(Worker(url, self._connect(url), worker_id))
+        self._workers[url].registered = self._clock()
+
+    def deregister(self, worker_id: str) -> bool:
+        """A worker is about to stop: it gets no more requests, and may finish those that it has. False: it is not
+        known.
+        """
+        worker = self.named(worker_id)
+        if worker is None:
+            return False
+        self._set(worker, WorkerStatus.DRAINING, "it has deregistered")
+        return True
+
+    def suspect(self, worker: Worker, error: EmberError) -> None:
+        """A request has failed at a worker, so that it gets no more before it reports again."""
+        if worker.status is not WorkerStatus.UP:
+            return
+        match error:
+            case WorkerTimeoutError():
+                self._set(worker, WorkerStatus.SILENT, str(error))
+            case NotReadyError():
+                self._set(worker, WorkerStatus.DRAINING, str(error))
+            case _:
+                self._set(worker, WorkerStatus.DOWN, str(error))
+
+    def decide(self, request: RoutingRequest, without: Collection[Worker] = ()) -> tuple[Worker, Decision] | None:
+        """Where a request goes, other than to ``without``; None while there is no such worker."""
+        by_slot = {worker.slot: worker for worker in self._workers.values() if worker.slot is not None}
+        states = [ReplicaState(up=False) for _ in range(max(by_slot, default=-1) + 1)]
+        for slot, worker in by_slot.items():
+            if worker not in without:
+                states[slot] = worker.state()
+        decision = self._router.decide(request, states)
+        return None if decision is None else (by_slot[decision.replica], decision)
+
+    async def changed(self) -> None:
+        """Wait until the status of any worker changes."""
+        await self._changed.wait()
+
+    async def close(self) -> None:
+        for worker in self.workers:
+            self._remove(worker)
+        await asyncio.gather(*self._closing)
+
+    def _begin(self, worker: Worker) -> None:
+        self._workers[worker.url] = worker
+        worker.follower = asyncio.create_task(self._follow(worker), name=f"follow {worker.url}")
+
+    def _remove(self, worker: Worker) -> None:
+        del self._workers[worker.url]
+        self._set(worker, WorkerStatus.DOWN, "it is not followed any more")
+        self._leave(worker)
+        closing = asyncio.create_task(_close(worker))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _leave(self, worker: Worker) -> None:
+        if worker.slot is not None:
+            self._router.leave(worker.slot)
+            worker.slot = worker.reader = None
+
+    def _set(self, worker: Worker, status: WorkerStatus, detail: str) -> None:
+        worker.detail = detail
+        if worker.status is status:
+            return
+        level = logging.INFO if status in (WorkerStatus.UP, WorkerStatus.DRAINING) else logging.WARNING
+        _log.log(level, "worker %s is %s%s", worker, status, f": {detail}" if detail else "")
+        worker.status = status
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        self._on_change()
+
+    async def _follow(self, worker: Worker) -> None:
+        """Meet the worker and listen to it, again whenever that ends."""
+        while not self._is_forgotten(worker):
+            try:
+                if await self._meet(worker):
+                    await self._listen(worker)
+            except NotReadyError as error:
+                self._set(worker, WorkerStatus.STARTING, str(error))
+            except WorkerTimeoutError as error:
+                self._set(worker, WorkerStatus.SILENT, str(error))
+            except EmberError as error:
+                self._set(worker, WorkerStatus.DOWN, str(error))
+            except Exception:  # noqa: BLE001 - a fault in what one worker sent must not end that it is followed
+                _log.exception("following worker %s failed", worker)
+                self._set(worker, WorkerStatus.DOWN, "the gateway failed to follow it; see its log")
+            await asyncio.sleep(RETRY_SECONDS)
+        self._remove(worker)
+
+    def _is_forgotten(self, worker: Worker) -> bool:
+        """Whether the worker once registered, and has neither done so nor sent anything for long."""
+        if worker.registered is None:
+            return False
+        return self._clock() - max(worker.registered, worker.heard or 0.0) > FORGET_SECONDS
+
+    async def _meet(self, worker: Worker) -> bool:
+        """Ask what it serves; whether that is what the others serve."""
+        description = await worker.connection.worker()
+        worker.heard = self._clock()
+        async with self._model_lock:
+            if self._model is None:
+                await self._on_model(worker, description)
+                self._model = description
+        fault = self._fault(worker, description)
+        if fault is not None:
+            self._leave(worker)
+            worker.worker_id, worker.description = description.worker_id, description
+            self._set(worker, WorkerStatus.INCOMPATIBLE, fault)
+            return False
+        if worker.slot is not None and worker.worker_id != description.worker_id:
+            self._leave(worker)
+        worker.worker_id, worker.description = description.worker_id, description
+        if worker.slot is None:
+            worker.slot = self._router.join(worker.worker_id)
+            index = self._router.index
+            worker.reader = FeedReader(ReplicaBlocks(index, worker.slot) if index is not None else _NoIndex())
+        assert worker.reader is not None, "a worker with a slot has a reader"
+        worker.reader.take(EventBatch(description.epoch, 1, ()))  # of another epoch than before, it begins anew
+        return True
+
+    def _fault(self, worker: Worker, description: WorkerDescription) -> str | None:
+        """Why a worker cannot stand for the others; None: it can."""
+        model = self._model
+        assert model is not None, "a worker is met first"
+        if description.fingerprint != model.fingerprint:
+            return f"it serves {description.names[0]!r}, whose weights are not those of {model.names[0]!r} served here"
+        if description.block_size != model.block_size:
+            return f"its blocks have {description.block_size} tokens, those of the other workers {model.block_size}"
+        for other in self._workers.values():
+            if other is not worker and other.slot is not None and other.worker_id == description.worker_id:
+                return f"the worker at {other.url} has the same id, {other.worker_id!r}"
+        return None
+
+    async def _listen(self, worker: Worker) -> None:
+        """Take in events and reports until they end, and ask beside them for what is missing."""
+        reader = worker.reader
+        assert reader is not None, "a worker is met first"
+        is_missing = asyncio.Event()
+        mending = asyncio.create_task(_mend(worker.connection, reader, is_missing))
+        try:
+            after = reader.sequence
+            async with aclosing(worker.connection.events(after)) as messages:
+                async for message in messages:
+                    worker.heard = self._clock()
+                    if isinstance(message, LoadReport):
+                        self._take_report(worker, message)
+                        continue
+                    reader.take(message)
+                    match reader.need():
+                        case NeedChunk():
+                            is_missing.set()
+                        case NeedEvents():  # the stream has a gap; the next one begins behind what is known
+                            return
+        finally:
+            mending.cancel()
+        raise WorkerLostError(f"{worker.url} has ended its events")
+
+    def _take_report(self, worker: Worker, report: LoadReport) -> None:
+        worker.take_report(report, self._clock())
+        if report.draining:
+            self._set(worker, WorkerStatus.DRAINING, "it is about to stop")
+        else:
+            self._set(worker, WorkerStatus.UP, "")
+
+
+async def _close(worker: Worker) -> None:
+    if worker.follower is not None and worker.follower is not asyncio.current_task():
+        worker.follower.cancel()
+    await worker.connection.close()
+
+
+async def _mend(connection: WorkerConnection, reader: FeedReader, is_missing: asyncio.Event) -> None:
+    """Read a snapshot, chunk by chunk, whenever one is needed."""
+    while True:
+        await is_missing.wait()
+        is_missing.clear()
+        try:
+            while isinstance(need := reader.need(), NeedChunk):
+                reader.take(await connection.snapshot(need.cursor))
+        except EmberError as error:
+            _log.warning("a snapshot broke off, and begins again: %s", error)
+            await asyncio.sleep(RETRY_SECONDS)
+            is_missing.set()
+
+
+class _NoIndex:
+    """For policies that do not ask what is cached."""
+
+    def apply(self, event: Event) -> None: ...
+    def merge(self, chunk: SnapshotChunk) -> None: ...
+    def clear(self) -> None: ...

@@ -1,0 +1,141 @@
+"""Workers in this process, whose answers are a function of their prompts, and which fail when they are told to."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
+from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
+from emberkv.core.hashing import root_hash
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, GenerationRequest, TokenOutput
+from emberkv.errors import EmberError, WorkerLostError, WorkerUnreachableError
+
+BLOCK_SIZE = 4
+
+
+def token_after(tokens: list[int], seed: int | None) -> int:
+    """The token that every worker gives after these."""
+    return sha256(repr((tokens, seed)).encode()).digest()[0]
+
+
+def expected(prompt: list[int], count: int, seed: int | None = None) -> list[int]:
+    """The answer of a worker that nothing happens to."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(token_after(tokens, seed))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class FakeWorker:
+    """A process that may be reached or not. epoch: another one after each start.
+
+    dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
+    hangs: it accepts requests and sends nothing.
+    """
+
+    worker_id: str
+    fingerprint: str = "f"
+    block_size: int = BLOCK_SIZE
+    epoch: bytes = b"e1"
+    alive: bool = True
+    dies_after: int | None = None
+    refuses: EmberError | None = None
+    hangs: bool = False
+    draining: bool = False
+    requests: list[GenerationRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def change(self, **values: object) -> None:
+        """Set attributes and have streams notice."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def die(self) -> None:
+        self.change(alive=False)
+
+    def restart(self) -> None:
+        self.change(alive=True, epoch=self.epoch + b"+", dies_after=None)
+
+
+class FakeConnection:
+    """A `WorkerConnection` to a `FakeWorker`."""
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self._worker = worker
+        self.closed = False
+
+    async def worker(self) -> WorkerDescription:
+        self._check()
+        worker = self._worker
+        return WorkerDescription(
+            worker_id=worker.worker_id,
+            epoch=worker.epoch,
+            version="0",
+            names=("tiny",),
+            fingerprint=worker.fingerprint,
+            root=root_hash(worker.fingerprint, worker.block_size),
+            namespace=b"n",
+            block_size=worker.block_size,
+            context_length=1000,
+            max_prompt_tokens=999,
+            hit_unit=1,
+            exact=True,
+        )
+
+    async def tokenizer(self, etag: str = "") -> TokenizerFiles | None:
+        return TokenizerFiles(etag="t", files={})
+
+    async def snapshot(self, cursor: str = "") -> SnapshotChunk:
+        return SnapshotChunk(self._worker.epoch, 0, cursor, None, self._worker.block_size, (), ())
+
+    async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]:
+        worker = self._worker
+        while True:
+            self._check()
+            changed = worker.changed
+            yield EventBatch(worker.epoch, 1, ())
+            yield LoadReport(worker_id=worker.worker_id, epoch=worker.epoch, sequence=0, draining=worker.draining)
+            await changed.wait()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        self._check()
+        worker = self._worker
+        worker.requests.append(request)
+        worker.asked.set()
+        if worker.refuses is not None:
+            raise worker.refuses
+        tokens = list(request.prompt_token_ids)
+        left = request.params.max_tokens - request.answered
+        usage = CacheUsage(len(tokens), 0)
+        try:
+            while worker.hangs:
+                await worker.changed.wait()
+            for number in range(left):
+                if number == worker.dies_after:
+                    worker.die()
+                self._check_stream()
+                tokens.append(token_after(tokens, request.params.seed))
+                ended = FinishReason.LENGTH if number == left - 1 else None
+                yield TokenOutput(request.request_id, tokens[-1:] and (tokens[-1],), usage=usage, finish_reason=ended)
+                await asyncio.sleep(0)
+        except (GeneratorExit, asyncio.CancelledError):
+            worker.aborted.append(request.request_id)
+            raise
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _check(self) -> None:
+        if not self._worker.alive:
+            raise WorkerUnreachableError(f"{self._worker.worker_id} cannot be reached")
+
+    def _check_stream(self) -> None:
+        if not self._worker.alive:
+            raise WorkerLostError(f"{self._worker.worker_id} is lost")
