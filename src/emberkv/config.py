@@ -80,6 +80,23 @@ def _url_prefix(text: str) -> str:
     return text
 
 
+def _server_url(text: str) -> str:
+    parts = urlsplit(text)
+    place = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("redis", "rediss", "unix") or not place:
+        raise ValueError("use a URL such as redis://HOST:6379, rediss://HOST:6379 for TLS, or unix:///PATH")
+    if parts.password is not None or parts.query:
+        raise ValueError(
+            "use a URL without a password and without '?'; a password comes from --remote-tier-password-file or "
+            "EMBERKV_REMOTE_TIER_PASSWORD"
+        )
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError("use a port from 0 to 65535 in the URL") from error
+    return text
+
+
 def _shown_in_full(name: str) -> str:
     if not name.strip() or not name.isprintable():
         raise ValueError("it must hold visible characters, and no control characters")
@@ -116,6 +133,9 @@ class ServeConfig(BaseModel):
     prefix_cache: False computes every prompt anew.
     cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
     ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
+    remote_tier: the URL of a Redis or Valkey server for blocks, which several machines may share, up to
+    ``remote_tier_bytes`` of them, each until it was not used for ``remote_tier_ttl`` seconds. Its password comes from the
+    environment, or from remote_tier_password_file.
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.
@@ -160,6 +180,11 @@ class ServeConfig(BaseModel):
     cache_dir: UserPath | None = None
     cache_disk: Size = Field(default=ByteSize(50 * 2**30), gt=0)
     ram_tier: Size = Field(default=ByteSize(0), ge=0)
+    remote_tier: Annotated[str, AfterValidator(_server_url)] | None = None
+    remote_tier_bytes: Size = Field(default=ByteSize(8 * 2**30), gt=0)
+    remote_tier_ttl: float = Field(default=86_400.0, ge=1, le=10**9)
+    remote_tier_password: SecretStr | None = None
+    remote_tier_password_file: UserPath | None = None
     tenants: UserPath | None = None
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: Size | None = Field(default=None, gt=0)
@@ -205,10 +230,11 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_key_of_a_kind(self) -> Self:
-        for name in ("admin_key", "metrics_key"):
+        for name in ("admin_key", "metrics_key", "remote_tier_password"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} and {option}-file are both given; give one of them")
+                first = f"EMBERKV_{name.upper()}" if name == "remote_tier_password" else option
+                raise ValueError(f"{first} and {option}-file are both given; give one of them")
         return self
 
     @model_validator(mode="after")
@@ -221,4 +247,11 @@ class ServeConfig(BaseModel):
     def _disk_has_a_folder(self) -> Self:
         if "cache_disk" in self.model_fields_set and self.cache_dir is None:
             raise ValueError("--cache-disk is given without --cache-dir; give the folder that it limits, too")
+        return self
+
+    @model_validator(mode="after")
+    def _remote_settings_have_a_server(self) -> Self:
+        given = [name for name in self.model_fields_set if name.startswith("remote_tier_") and getattr(self, name)]
+        if given and self.remote_tier is None:
+            raise ValueError(f"--{min(given).replace('_', '-')} is given without --remote-tier; give its URL, too")
         return self

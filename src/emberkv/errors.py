@@ -8,7 +8,7 @@ EmberError
 ├── DuplicateRequestError, SamplingError, EngineStoppedError, NoFreeBlocksError
 ├── EntryError, EntryTypeError, TensorError
 ├── BlockError: CorruptBlockError, ForeignBlockError
-├── CacheFolderError, UntrustedPathError, PrefixFileError, WorkloadError
+├── CacheFolderError, RemoteTierError, UntrustedPathError, PrefixFileError, WorkloadError
 ├── ClusterError: WireError, WorkerUnreachableError, WorkerTimeoutError, WorkerLostError
 └── IntegrityError
 """
@@ -103,6 +103,14 @@ class ForeignBlockError(BlockError):
 
 class CacheFolderError(EmberError):
     """A folder cannot be used as a cache of blocks."""
+
+
+class RemoteTierError(EmberError):
+    """A server of blocks does not do what it was asked. ``kind``: why, in some words."""
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class UntrustedPathError(EmberError):

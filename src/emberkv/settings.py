@@ -26,7 +26,8 @@ _KUBERNETES = re.compile(
 """What Kubernetes sets in every pod of a namespace for Services called ``emberkv`` and ``emberkv-...``."""
 
 _KUBERNETES_PORT = re.compile(r"EMBERKV_(\w+_)?PORT=(tcp|udp|sctp)://.*")
-_ENVIRONMENT_ONLY = frozenset({"secret", "machine_cache"})
+_ENVIRONMENT_ONLY = frozenset({"secret", "machine_cache", "remote_tier_password"})
+_MAY_HOLD_A_PASSWORD = "remote_tier"
 _MOST_FILE_BYTES = 2**20
 _UNITS = ("EiB", "PiB", "TiB", "GiB", "MiB", "KiB")
 
@@ -179,7 +180,8 @@ def _complaint(detail: Any, settings: Mapping[str, Given]) -> str:
         return words
     name = str(detail["loc"][0])
     where = settings[name].where if name in settings else name
-    return f"{where}: {words}" if _is_secret(name) else f"{where} {shown(detail['input'])}: {words}"
+    hidden = _is_secret(name) or name == _MAY_HOLD_A_PASSWORD
+    return f"{where}: {words}" if hidden else f"{where} {shown(detail['input'])}: {words}"
 
 
 def _is_list(name: str) -> bool:

@@ -1,23 +1,38 @@
 """Fixtures of the tests that run against every tier."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.fair_shares import Share
 from emberkv.tiers.base import PolicyFactory, Tier
-from tests.tiers.contract import TIERS, MakeTier
+from tests.tiers.contract import TIERS, MakeTier, Place, remote
+from tests.tiers.redis_process import PROGRAM, RedisProcess
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisProcess]:
+    """One for all tests that do it no harm; each uses a prefix of its own."""
+    if PROGRAM is None:
+        pytest.skip("neither redis-server nor valkey-server is installed")
+    with TemporaryDirectory() as folder, RedisProcess(Path(folder)) as server:
+        yield server
 
 
 @pytest.fixture(params=TIERS, ids=lambda tier: tier.__name__)
 def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTier]:
+    server = request.getfixturevalue("redis_server") if request.param is remote else None
     folders = (tmp_path / str(number) for number in count())
     made: list[Tier] = []
 
-    def get(blocks: float = 10, policy: PolicyFactory = LRU) -> Tier:
-        made.append(request.param(next(folders), blocks, policy))
+    def get(blocks: float = 10, policy: PolicyFactory = LRU, shares: Mapping[str, Share] | None = None) -> Tier:
+        if request.param is remote and policy is not LRU:
+            pytest.skip("the remote tier has one order: the least recently used block goes first")
+        made.append(request.param(Place(next(folders), server), blocks, policy, shares or {}))
         return made[-1]
 
     yield get

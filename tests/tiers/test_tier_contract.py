@@ -17,11 +17,11 @@ def test_what_is_stored_comes_back(make_tier: MakeTier) -> None:
     assert tier.load([IDS[3], IDS[9], IDS[0]]) == [ENTRIES[3], None, ENTRIES[0]]
 
 
-def test_lookup_counts_the_first_run(make_tier: MakeTier) -> None:
+def test_a_query_counts_the_first_run(make_tier: MakeTier) -> None:
     tier = make_tier()
     put(tier, 0, 1, 3)
-    assert [tier.lookup(IDS[start:]) for start in range(5)] == [2, 1, 0, 1, 0]
-    assert tier.lookup([]) == 0
+    assert [tier.query(IDS[start:]) for start in range(5)] == [2, 1, 0, 1, 0]
+    assert tier.query([]) == 0
 
 
 def test_empty_batches(make_tier: MakeTier) -> None:
@@ -52,9 +52,9 @@ def test_what_is_there_is_kept_and_counts_as_stored(make_tier: MakeTier) -> None
 def test_an_exact_block_replaces_one_that_is_not_and_never_the_other_way(make_tier: MakeTier) -> None:
     tier, (rounded,) = make_tier(), entries([inexact(BLOCKS[0])])
     assert tier.store([rounded]).count == 1
-    assert (tier.lookup(IDS[:1]), tier.lookup(IDS[:1], exact=True)) == (1, 0)
+    assert (tier.query(IDS[:1]), tier.query(IDS[:1], exact=True)) == (1, 0)
     put(tier, 0)
-    assert tier.lookup(IDS[:1], exact=True) == 1
+    assert tier.query(IDS[:1], exact=True) == 1
     assert tier.store([rounded]).count == 1
     assert tier.load(IDS[:1]) == ENTRIES[:1]
     assert (tier.stats().entries, tier.stats().evictions) == (1, 0)
@@ -105,10 +105,10 @@ def test_a_touch_makes_recent(make_tier: MakeTier) -> None:
     assert has(tier) == [0, 2, 3]
 
 
-def test_a_lookup_does_not_make_recent(make_tier: MakeTier) -> None:
+def test_a_query_does_not_make_recent(make_tier: MakeTier) -> None:
     tier = make_tier(3)
     put(tier, 0, 1, 2)
-    assert tier.lookup(IDS[:3]) == 3
+    assert tier.query(IDS[:3]) == 3
     put(tier, 3)
     assert has(tier) == [1, 2, 3]
 

@@ -1,21 +1,13 @@
 """Floors and quotas of owners, which every tier keeps alike."""
 
-from functools import partial
-
-from emberkv.core.policies.eviction import LRU
-from emberkv.core.policies.fair_shares import FairShares, Share
-from emberkv.tiers.base import PolicyFactory
+from emberkv.core.policies.fair_shares import Share
 from tests.tiers.build import entries
-from tests.tiers.contract import BLOCKS, ENTRIES, IDS, MakeTier, has
-
-
-def shares(**each: Share) -> PolicyFactory:
-    return partial(FairShares, LRU, each, Share())
+from tests.tiers.contract import BLOCKS, IDS, MakeTier, block_bytes, has
 
 
 def test_an_owner_above_its_quota_loses_its_own(make_tier: MakeTier) -> None:
-    size = len(ENTRIES[0].data) + 64
-    tier = make_tier(10, shares(small=Share(0, 3 * size)))
+    size = block_bytes(make_tier)
+    tier = make_tier(10, shares={"small": Share(0, 3 * size)})
     tier.store(entries(BLOCKS[:2], owner="other"))
     evicted = [
         block_hash for block in BLOCKS[2:8] for block_hash in tier.store(entries([block], owner="small")).evicted
@@ -27,8 +19,8 @@ def test_an_owner_above_its_quota_loses_its_own(make_tier: MakeTier) -> None:
 
 
 def test_a_flood_does_not_push_others_below_their_floor(make_tier: MakeTier) -> None:
-    size = len(ENTRIES[0].data) + 64
-    tier = make_tier(6, shares(quiet=Share(4 * size)))
+    size = block_bytes(make_tier)
+    tier = make_tier(6, shares={"quiet": Share(4 * size)})
     tier.store(entries(BLOCKS[:4], owner="quiet"))
     for block in BLOCKS[4:]:
         tier.store(entries([block], owner="flood"))
@@ -37,8 +29,8 @@ def test_a_flood_does_not_push_others_below_their_floor(make_tier: MakeTier) -> 
 
 
 def test_a_block_for_which_only_floors_could_give_way_is_skipped(make_tier: MakeTier) -> None:
-    size = len(ENTRIES[0].data) + 64
-    tier = make_tier(4, shares(quiet=Share(4 * size)))
+    size = block_bytes(make_tier)
+    tier = make_tier(4, shares={"quiet": Share(4 * size)})
     tier.store(entries(BLOCKS[:4], owner="quiet"))
     outcome = tier.store(entries(BLOCKS[4:5], owner="flood"))
     assert (outcome.count, outcome.evicted) == (0, [])

@@ -32,9 +32,9 @@ class GatedTier(MemoryTier):
         self._pass()
         return found
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         self._pass()
-        return super().store(entries)
+        return super().store(entries, seen=seen)
 
     def close(self) -> None:
         self.closed = True
@@ -55,9 +55,9 @@ class BrokenTier(MemoryTier):
         self._check("load")
         return super().load(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         self._check("store")
-        return super().store(entries)
+        return super().store(entries, seen=seen)
 
     def _check(self, method: str) -> None:
         if method in self.broken:
@@ -76,9 +76,9 @@ class SlowTier(MemoryTier):
         self._clock.now += self._seconds(len(block_hashes))
         return super().load(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         self._clock.now += self._seconds(len(entries))
-        return super().store(entries)
+        return super().store(entries, seen=seen)
 
 
 class RemoteTier(MemoryTier):

@@ -13,7 +13,6 @@ from rich.table import Table
 from emberkv.cli import errors
 from emberkv.config import ServeConfig
 from emberkv.serving.request_log import JsonFormatter, TextFormatter
-from emberkv.tiers.kinds import configured_tiers
 
 if TYPE_CHECKING:
     from emberkv.engine.assembly import AssembledEngine
@@ -102,8 +101,9 @@ def print_summary(
 
 
 def _tiers_line(config: ServeConfig) -> str:
-    tiers = configured_tiers(ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk))
-    return ", ".join(map(str, tiers)) or "none below the pool"
+    from emberkv.serving.engine_setup import tier_specs  # noqa: PLC0415 - imports PyTorch, which takes seconds
+
+    return ", ".join(map(str, tier_specs(config))) or "none below the pool"
 
 
 def context_line(geometry: "ModelGeometry", pool_tokens: int) -> str:

@@ -67,6 +67,27 @@ RamTier = Annotated[
         metavar="SIZE", rich_help_panel=CACHE, help="Host memory for blocks that leave the KV pool. (default: none)"
     ),
 ]
+RemoteTier = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        rich_help_panel=CACHE,
+        help="Redis or Valkey server that machines share blocks through: redis://HOST:6379. (default: none)",
+    ),
+]
+RemoteTierBytes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", rich_help_panel=CACHE, help="Limit of all blocks in --remote-tier. (default: 8GiB)"),
+]
+RemoteTierTtl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", rich_help_panel=CACHE, help="How long it keeps a block that is not used. (default: 86400)"
+    ),
+]
+RemoteTierPasswordFile = Annotated[
+    str | None, typer.Option(metavar="FILE", rich_help_panel=CACHE, help="File that holds the server's password.")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=MODEL, help="auto, float32, bfloat16 or float16. (default: auto)"),

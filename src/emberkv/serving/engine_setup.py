@@ -6,7 +6,9 @@ from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.torch.assembly import CacheSizes, ModelOptions
-from emberkv.tiers.kinds import TierConfig, configured_tiers
+from emberkv.serving.tenancy.keys import one_key
+from emberkv.tiers.kinds import TierConfig, TierSpec, configured_tiers
+from emberkv.tiers.remote.server import ServerAddress
 
 RETAINED_SHARE = 0.25
 """Of the KV pool, what requests and pins may have evicted last."""
@@ -51,8 +53,20 @@ def engine_config(
 
 def tier_config(config: ServeConfig, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:
     """The tiers below the KV pool. shares: see `TierConfig`."""
-    return TierConfig(
-        configured_tiers(ram_bytes=int(config.ram_tier), folder=config.cache_dir, disk_bytes=int(config.cache_disk)),
-        shares=shares,
-        retain_share=RETAINED_SHARE,
+    return TierConfig(tier_specs(config), shares=shares, retain_share=RETAINED_SHARE)
+
+
+def tier_specs(config: ServeConfig) -> tuple[TierSpec, ...]:
+    """The tiers that the settings name. Raises ConfigError for a password's file that does not hold one."""
+    address = None
+    if config.remote_tier is not None:
+        option, file = "--remote-tier-password-file", config.remote_tier_password_file
+        address = ServerAddress(config.remote_tier, one_key(option, config.remote_tier_password, file))
+    return configured_tiers(
+        ram_bytes=int(config.ram_tier),
+        folder=config.cache_dir,
+        disk_bytes=int(config.cache_disk),
+        server=address,
+        server_bytes=int(config.remote_tier_bytes),
+        ttl_seconds=config.remote_tier_ttl,
     )

@@ -61,7 +61,7 @@ class Removed:
 class Tier(Protocol):
     """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
     itself are counted in ``stats``, never raised. A tier that answers `lookup` from memory inherits `lookup_seconds`,
-    `status` and `query` from here.
+    `status` and `query` from here, and one that no other process changes inherits `removals_seen`.
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
@@ -77,6 +77,13 @@ class Tier(Protocol):
     @property
     def refresh_seconds(self) -> float | None:
         """How often `refresh` is to be called; None: never."""
+
+    @property
+    def removals_seen(self) -> int:
+        """The last removal, by any process, that this process knows of: for `store`. No I/O. 0 where only this process
+        changes the tier.
+        """
+        return 0
 
     def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         """The length of the run of blocks, from the first on, that are known to be here. No I/O.
@@ -98,8 +105,12 @@ class Tier(Protocol):
     def touch(self, block_hashes: Sequence[bytes]) -> None:
         """Make these as recent as if they had been loaded."""
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
-        """Keep what is not here yet; an exact entry replaces one that is not. Evicts until it fits."""
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+        """Keep what is not here yet; an exact entry replaces one that is not. Evicts until it fits.
+
+        seen: `removals_seen` when the blocks were computed or read; None: now. A block that was removed after that, by
+        any process, is not stored.
+        """
 
     def remove(self, block_hashes: Sequence[bytes]) -> Removed:
         """Drop these; afterwards `lookup` does not find them."""

@@ -18,6 +18,8 @@ from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.remote.server import ServerAddress
+from emberkv.tiers.remote.tier import DEFAULT_TTL_SECONDS, RemoteTier
 from emberkv.tiers.worker import EvictionHook
 
 POOL = "pool"
@@ -28,11 +30,12 @@ POOL = "pool"
 class TierSpec:
     """A tier to open.
 
-    kind: one of `TIER_KINDS`; "ram", "disk". name: in shares, statistics and metrics. capacity: bytes. folder: of a
-    kind that stores its blocks in one. shared: other processes find what this one stores, and so does the next start.
+    kind: one of `TIER_KINDS`. name: in shares, statistics and metrics. capacity: bytes. folder: of a kind that stores
+    its blocks in one. server, ttl_seconds: of a kind that stores them in a server, and how long it keeps one that is not
+    used. shared: other processes find what this one stores, and so does the next start.
 
-    >>> TierSpec("ram", capacity=2**30)
-    TierSpec(kind='ram', capacity=1073741824, folder=None)
+    >>> TierSpec("ram", capacity=2**30).option
+    '--ram-tier'
     >>> TierSpec("ram", capacity=2**30).name, TierSpec("ram", capacity=2**30).shared
     ('ram', False)
     """
@@ -40,6 +43,8 @@ class TierSpec:
     kind: str
     capacity: int
     folder: Path | None = None
+    server: ServerAddress | None = None
+    ttl_seconds: float = DEFAULT_TTL_SECONDS
 
     def __post_init__(self) -> None:
         if self.kind not in TIER_KINDS:
@@ -59,12 +64,15 @@ class TierSpec:
         return TIER_KINDS[self.kind].option
 
     def __str__(self) -> str:
-        where = f"in {self.folder}" if self.folder is not None else "of memory"
+        place = self.folder or self.server
+        where = "of memory" if place is None else f"in {place}"
         return f"{ByteSize(self.capacity).human_readable()} {where}"
 
-    def open(self, namespace: bytes, policy: PolicyFactory) -> Tier:
-        """Raises ConfigError for a size that cannot work, and CacheFolderError."""
-        return TIER_KINDS[self.kind].open(self, namespace, policy)
+    def open(self, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share] | None = None) -> Tier:
+        """policy: the order of eviction, with the owners' shares in it. shares: the same ones, for a kind that has an
+        order of its own. Raises ConfigError for a size that cannot work, and CacheFolderError.
+        """
+        return TIER_KINDS[self.kind].open(self, namespace, policy, shares or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +81,31 @@ class TierKind:
 
     option: str
     shared: bool
-    open: Callable[[TierSpec, bytes, PolicyFactory], Tier]
+    open: Callable[[TierSpec, bytes, PolicyFactory, Mapping[str, Share]], Tier]
 
 
-def _open_ram(spec: TierSpec, namespace: bytes, policy: PolicyFactory) -> Tier:
+def _open_ram(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
     return MemoryTier(spec.capacity, policy=policy, name=spec.name)
 
 
-def _open_disk(spec: TierSpec, namespace: bytes, policy: PolicyFactory) -> Tier:
+def _open_disk(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
     if spec.folder is None:
         raise ConfigError("a tier of kind 'disk' has no folder; give the folder in which it stores its blocks")
     return DiskTier.open(spec.folder, spec.capacity, namespace=namespace, policy=policy, name=spec.name)
 
 
+def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+    if spec.server is None:
+        raise ConfigError("a tier of kind 'remote' has no server; give the address of the one that stores its blocks")
+    return RemoteTier.open(
+        spec.server, spec.capacity, namespace=namespace, ttl_seconds=spec.ttl_seconds, shares=shares, name=spec.name
+    )
+
+
 TIER_KINDS = {
     "ram": TierKind("--ram-tier", shared=False, open=_open_ram),
     "disk": TierKind("--cache-disk", shared=True, open=_open_disk),
+    "remote": TierKind("--remote-tier-bytes", shared=True, open=_open_remote),
 }
 """By name, the fastest first."""
 
@@ -96,11 +113,23 @@ SHARED_OUT = (POOL, *TIER_KINDS)
 """The names of what tenants have shares of."""
 
 
-def configured_tiers(*, ram_bytes: int, folder: Path | None, disk_bytes: int) -> tuple[TierSpec, ...]:
-    """The tiers that a server's settings name, fastest first. ram_bytes: 0: no RAM tier; folder: None: no disk tier."""
+def configured_tiers(
+    *,
+    ram_bytes: int,
+    folder: Path | None,
+    disk_bytes: int,
+    server: ServerAddress | None = None,
+    server_bytes: int = 0,
+    ttl_seconds: float = DEFAULT_TTL_SECONDS,
+) -> tuple[TierSpec, ...]:
+    """The tiers that a server's settings name, fastest first.
+
+    ram_bytes: 0: no RAM tier. folder: None: no disk tier. server: None: no remote tier.
+    """
     ram = [TierSpec("ram", ram_bytes)] if ram_bytes else []
     disk = [TierSpec("disk", disk_bytes, folder)] if folder is not None else []
-    return (*ram, *disk)
+    remote = [TierSpec("remote", server_bytes, server=server, ttl_seconds=ttl_seconds)] if server is not None else []
+    return (*ram, *disk, *remote)
 
 
 QUEUE_BYTES = 256 * 2**20
@@ -160,5 +189,8 @@ def open_tiers(
             )
     if not config.tiers:
         return None
-    tiers = [tier.open(namespace, config.tier_policy(tier, eviction)) for tier in config.tiers]
+    tiers = [
+        tier.open(namespace, config.tier_policy(tier, eviction), config.shares.get(tier.name, {}))
+        for tier in config.tiers
+    ]
     return TierManager(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted)

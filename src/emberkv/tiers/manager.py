@@ -163,7 +163,7 @@ class TierManager:
                 lacking = self._lacking(block.record)
                 queued = QueuedBlock(block.record, block.owner)
                 stored += not lacking
-                accepted = [worker.put(Store([queued], queued.size)) for worker in lacking]
+                accepted = [worker.put(Store([queued], queued.size, worker.tier.removals_seen)) for worker in lacking]
                 full += not all(accepted)
             self._offered += len(blocks)
             self._already_stored += stored
@@ -186,7 +186,8 @@ class TierManager:
         those that were stored, under that hash, which its parent and its tokens make up; whether the tokens are the
         caller's own is left to the caller. What comes from a slower tier is stored in the faster ones.
         """
-        onboarding = Onboarding(block_hashes, runs, self._ranks, done)
+        seen = [worker.tier.removals_seen for worker in self.workers]
+        onboarding = Onboarding(block_hashes, runs, self._ranks, done, seen)
         with self._lock:
             if self._closed:
                 onboarding.cancel()
@@ -273,8 +274,8 @@ class TierManager:
             for entry, record in zip(reading.entries, kept, strict=False):
                 if entry and record:
                     block = QueuedBlock(record, entry.owner, entry)
-                    for faster in self.workers[: worker.rank]:
-                        faster.put(Store([block], block.size))
+                    for faster, seen in zip(self.workers[: worker.rank], onboarding.removals_seen, strict=False):
+                        faster.put(Store([block], block.size, seen))
             ended = self._ended()
         self._deliver(ended)
 

@@ -137,7 +137,7 @@ class MemoryTier(Tier):
         with self._lock:
             self._use(block_hashes)
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         evicted: list[bytes] = []
         with self._lock:
             count = sum(self._store_one(entry, evicted) for entry in reversed(entries))

@@ -90,8 +90,11 @@ class Onboarding:
         runs: Sequence[BlockRun],
         ranks: dict[str, int],
         done: Callable[[Records], None],
+        removals_seen: Sequence[int],
     ) -> None:
         self.block_hashes = block_hashes
+        self.removals_seen = removals_seen
+        """By the tier's rank, what `Tier.removals_seen` was before anything was read."""
         self.records: Records = [None] * len(block_hashes)
         self.timings: list[Timing] = []
         self.done = done

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from emberkv.core.loading import LatencyModel
+from emberkv.tiers.breaker import Circuit
 
 BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds, in seconds, of a latency histogram's buckets; one more bucket has no bound."""
@@ -45,7 +46,8 @@ class TierStats:
     """A tier at a moment. The tier itself fills the first part; the manager, which drives and verifies it, the second.
 
     entries, bytes: held now, on a disk those of other models included; bytes never exceed max_bytes. evictions: in
-    blocks. skipped: stores left undone, by reason. troubles: failures of the place, by kind.
+    blocks. skipped: stores left undone, by reason. troubles: failures of the place, by kind. circuit: of a tier in the
+    network, whether its server is used; None for the others.
 
     hits, misses: blocks looked up, counted where no faster tier has them. loads: blocks brought up and verified.
     stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_latency: of
@@ -59,6 +61,7 @@ class TierStats:
     evictions: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
     troubles: Mapping[str, int] = field(default_factory=dict)
+    circuit: Circuit | None = None
 
     hits: int = 0
     misses: int = 0

@@ -56,8 +56,11 @@ class QueuedBlock:
 
 @dataclass(eq=False, slots=True)
 class Store:
+    """seen: see `Tier.store`."""
+
     blocks: list[QueuedBlock]
     size: int
+    seen: int
 
 
 @dataclass(eq=False, slots=True)
@@ -223,7 +226,7 @@ class TierWorker:
         job = self._jobs.popleft()
         if isinstance(job, Store):
             while self._jobs and isinstance(after := self._jobs[0], Store) and len(job.blocks) < BATCH_BLOCKS:
-                job = Store([*job.blocks, *after.blocks], job.size + after.size)
+                job = Store([*job.blocks, *after.blocks], job.size + after.size, min(job.seen, after.seen))
                 self._jobs.popleft()
         self._running = job
         return job
@@ -231,8 +234,8 @@ class TierWorker:
     def run(self, job: Job) -> None:
         """Change the tier."""
         match job:
-            case Store(blocks=blocks):
-                self._store(blocks)
+            case Store(blocks=blocks, seen=seen):
+                self._store(blocks, seen)
             case Touch(block_hashes=block_hashes):
                 self.tier.touch(block_hashes)
             case Check(block_hashes=block_hashes):
@@ -401,13 +404,13 @@ class TierWorker:
             return error
         return None
 
-    def _store(self, blocks: Sequence[QueuedBlock]) -> None:
+    def _store(self, blocks: Sequence[QueuedBlock], seen: int) -> None:
         lacking = [each for each in blocks if not self.tier.lookup((each.record.block_hash,), exact=each.record.exact)]
         if not lacking:
             return
         entries = [each.encoded(self._namespace) for each in lacking]
         began = self._clock()
-        outcome = self.tier.store(entries)
+        outcome = self.tier.store(entries, seen=seen)
         self.meter.stored(outcome.count, self._clock() - began)
         if outcome.evicted:
             self._on_evicted(self.name, outcome.evicted)

@@ -19,6 +19,7 @@ from emberkv.core.loading import LoadChoice
 from emberkv.engine.request import EngineStats
 from emberkv.serving.cache.reuse_watch import ReuseWatch
 from emberkv.serving.warmup.warmup import WarmupPhase, WarmupReport
+from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 
@@ -149,6 +150,7 @@ class TierCollector(EngineStatsCollector):
         yield from _tokens(stats)
         yield from _loads(stats)
         yield from _blocks(stats.tiers)
+        yield from _circuits(stats.tiers)
         yield from _faults(stats.tiers)
         yield from _latencies(stats.tiers)
         if stats.stack is not None:
@@ -187,6 +189,15 @@ def _blocks(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
     yield _counter("loads", "Blocks read and verified.", {name: tier.loads for name, tier in tiers.items()})
     yield _counter("stores", "Blocks written.", {name: tier.stores for name, tier in tiers.items()})
     yield _counter("evictions", "Blocks given up.", {name: tier.evictions for name, tier in tiers.items()})
+
+
+def _circuits(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    text = "1 for the state that the breaker of a tier's server is in, 0 for the others; closed: the server is used."
+    family = GaugeMetricFamily("emberkv_tier_circuit", text, labels=["tier", "state"])
+    for name, tier in tiers.items():
+        for circuit in Circuit if tier.circuit is not None else ():
+            family.add_metric([name, circuit.value], float(circuit is tier.circuit))
+    yield family
 
 
 def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:

@@ -33,8 +33,8 @@ def server_keys(config: ServeConfig) -> ServerKeys:
     files = () if config.api_key_file is None else read_keys("--api-key-file", config.api_key_file)
     return ServerKeys(
         api=(*(key.get_secret_value() for key in config.api_keys), *files),
-        admin=_one_key("--admin-key-file", config.admin_key, config.admin_key_file),
-        metrics=_one_key("--metrics-key-file", config.metrics_key, config.metrics_key_file),
+        admin=one_key("--admin-key-file", config.admin_key, config.admin_key_file),
+        metrics=one_key("--metrics-key-file", config.metrics_key, config.metrics_key_file),
     )
 
 
@@ -70,7 +70,8 @@ def read_keys(option: str, path: Path) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _one_key(option: str, given: SecretStr | None, path: Path | None) -> str | None:
+def one_key(option: str, given: SecretStr | None, path: Path | None) -> str | None:
+    """A key that is given itself or by a file that holds one, which ``option`` names. Raises ConfigError for another."""
     if path is None:
         return None if given is None else given.get_secret_value()
     keys = read_keys(option, path)

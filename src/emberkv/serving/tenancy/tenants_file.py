@@ -82,6 +82,7 @@ class Shares(Strict):
     pool: TierShare = TierShare()
     ram: TierShare = TierShare()
     disk: TierShare = TierShare()
+    remote: TierShare = TierShare()
 
 
 class TenantEntry(Shares):

@@ -141,7 +141,7 @@ class DiskTier(Tier):
         for file, stamp in self._used(block_hashes):
             self._stamp(file, stamp)
 
-    def store(self, entries: Sequence[TierEntry]) -> Stored:
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         gone: list[BlockFile] = []
         count = sum(self._store_one(entry, gone) for entry in reversed(entries))
         self._publish()

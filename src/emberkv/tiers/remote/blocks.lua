@@ -1,0 +1,299 @@
+-- The blocks of the remote tier: every change of them and of their index, each call one atomic step.
+--
+--   ARGV: operation, prefix, namespace (16 bytes), then what the operation takes
+--   b:MEMBER        a block's record; expires when it was not used for its time to live
+--   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
+--   lru:OWNER       sorted set: MEMBER by the number of its last use
+--   bytes           hash: owner -> bytes
+--   state           hash: clock, total, floor, cleared:NAMESPACE
+--   removed         sorted set: MEMBER by the number of its removal
+--   spaces          set: every namespace
+--
+-- A MEMBER is a namespace and a block hash. Numbers come from one clock: microseconds, and always rising, also after a
+-- FLUSHALL. A store says which removals its process knew of when the block was made; if the block was removed later, or
+-- that cannot be told any more, it is refused.
+
+local REMEMBERED = 10000
+local SCANNED = 500
+
+local operation, prefix, space = ARGV[1], ARGV[2], ARGV[3]
+local STATE, BYTES, REMOVED, SPACES = prefix .. 'state', prefix .. 'bytes', prefix .. 'removed', prefix .. 'spaces'
+
+local last = tonumber(redis.call('HGET', STATE, 'clock') or 0)
+local time = redis.call('TIME')
+local now = math.max(last + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))
+local total = tonumber(redis.call('HGET', STATE, 'total') or 0)
+local owned = {}
+
+local function text(number)
+  return string.format('%.0f', number)
+end
+
+-- Beyond maxmemory, a script may go on if its first write is one that needs no memory.
+local function allow_growth()
+  redis.call('DEL', prefix .. 'nothing')
+end
+
+local function space_of(member)
+  return string.sub(member, 1, 16), string.sub(member, 17)
+end
+
+local function meta(member)
+  local name, hash = space_of(member)
+  local found = redis.call('HGET', prefix .. 'meta:' .. name, hash)
+  if not found then
+    return nil
+  end
+  local exact, size, number, owner = string.match(found, '^([01]):(%d+):(%d+):(.*)$')
+  if not exact then
+    return nil
+  end
+  return { exact = exact == '1', size = tonumber(size), number = tonumber(number), owner = owner }
+end
+
+local function add_bytes(owner, size)
+  total = total + size
+  owned[owner] = (owned[owner] or 0) + size
+  if redis.call('HINCRBY', BYTES, owner, size) <= 0 then
+    redis.call('HDEL', BYTES, owner)
+  end
+end
+
+local function drop(member, entry)
+  local name, hash = space_of(member)
+  redis.call('DEL', prefix .. 'b:' .. member)
+  redis.call('ZREM', prefix .. 'lru:' .. entry.owner, member)
+  redis.call('HDEL', prefix .. 'meta:' .. name, hash)
+  add_bytes(entry.owner, -entry.size)
+end
+
+-- The entry of a member; nil where its record has expired, or was taken away by the server.
+local function present(member)
+  local entry = meta(member)
+  if entry and redis.call('EXISTS', prefix .. 'b:' .. member) == 0 then
+    drop(member, entry)
+    return nil
+  end
+  return entry
+end
+
+local function use(member, entry, number, ttl)
+  redis.call('PEXPIRE', prefix .. 'b:' .. member, ttl)
+  redis.call('ZADD', prefix .. 'lru:' .. entry.owner, text(number), member)
+end
+
+local function oldest(owner)
+  while true do
+    local member = redis.call('ZRANGE', prefix .. 'lru:' .. owner, 0, 0, 'WITHSCORES')
+    if not member[1] then
+      return nil
+    end
+    local entry = meta(member[1])
+    if entry then
+      return { member = member[1], entry = entry, number = tonumber(member[2]) }
+    end
+    redis.call('ZREM', prefix .. 'lru:' .. owner, member[1])
+  end
+end
+
+-- Whose least recently used block goes for one of `owner`. With shares, of the owner with most above its floor; else of
+-- any. candidates: by owner, filled in as needed.
+local function victim(owner, shares, candidates)
+  local best, best_rank = nil, nil
+  for each, bytes in pairs(owned) do
+    if bytes > 0 and candidates[each] == nil then
+      candidates[each] = oldest(each) or false
+    end
+    local candidate = bytes > 0 and candidates[each]
+    if candidate then
+      local rank = -candidate.number
+      if next(shares) ~= nil then
+        rank = bytes - candidate.entry.size - (shares[each] and shares[each][1] or 0)
+      end
+      if (next(shares) == nil or rank >= 0) and (best == nil or rank > best_rank) then
+        best, best_rank = candidate, rank
+      end
+    end
+  end
+  return best or candidates[owner] or nil
+end
+
+local function make_room(owner, size, limit, shares, candidates, evicted)
+  local quota = shares[owner] and shares[owner][2] or -1
+  if quota >= 0 and size > quota then
+    return false
+  end
+  while true do
+    local gone
+    if quota >= 0 and (owned[owner] or 0) + size > quota then
+      gone = oldest(owner)
+    elseif total + size > limit then
+      gone = victim(owner, shares, candidates)
+    else
+      return true
+    end
+    if not gone then
+      return false
+    end
+    drop(gone.member, gone.entry)
+    candidates[gone.entry.owner] = nil
+    if space_of(gone.member) == space then
+      evicted[#evicted + 1] = string.sub(gone.member, 17)
+    else
+      evicted.others = evicted.others + 1
+    end
+  end
+end
+
+local function expire(ttl)
+  for owner, _ in pairs(owned) do
+    local until_number = text(now - ttl * 1000)
+    for _, member in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'lru:' .. owner, '-inf', until_number, 'LIMIT', 0, 1000)) do
+      local entry = meta(member)
+      if entry then
+        drop(member, entry)
+      end
+    end
+  end
+end
+
+-- Where the server has taken a part of the index away, the whole of it goes; the blocks that it had expire.
+local function mend()
+  local used, known, keys = 0, 0, {}
+  for owner, _ in pairs(owned) do
+    used = used + redis.call('ZCARD', prefix .. 'lru:' .. owner)
+    keys[#keys + 1] = prefix .. 'lru:' .. owner
+  end
+  for _, name in ipairs(redis.call('SMEMBERS', SPACES)) do
+    known = known + redis.call('HLEN', prefix .. 'meta:' .. name)
+    keys[#keys + 1] = prefix .. 'meta:' .. name
+  end
+  if used ~= known then
+    redis.call('DEL', BYTES, SPACES, unpack(keys))
+    owned, total = {}, 0
+    return 1
+  end
+  return 0
+end
+
+local function was_removed(member, seen)
+  local number = redis.call('ZSCORE', REMOVED, member)
+  return number and tonumber(number) > seen
+end
+
+local operations = {}
+
+-- seen, bytes, time to live (ms), shares (JSON: owner -> [floor, quota or -1]); then hash, exact, owner, size, record of
+-- each block. -> kept, refused for lack of room, refused as removed, evicted of other namespaces, evicted hashes
+operations.store = function()
+  local seen, limit, ttl = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+  local shares, candidates, evicted = cjson.decode(ARGV[7]), {}, { others = 0 }
+  local kept, no_room, removed = 0, 0, 0
+  local cleared = tonumber(redis.call('HGET', STATE, 'cleared:' .. space) or 0)
+  local floor = math.max(cleared, tonumber(redis.call('HGET', STATE, 'floor') or 0))
+  for at = #ARGV - 4, 8, -5 do
+    local hash, exact, owner, size = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
+    local member = space .. hash
+    local entry = present(member)
+    now = now + 1
+    if entry and (entry.exact or exact == '0') then
+      use(member, entry, now, ttl)
+      candidates[entry.owner] = nil
+      kept = kept + 1
+    elseif floor > seen or was_removed(member, seen) then
+      removed = removed + 1
+    else
+      if entry then
+        drop(member, entry)
+        candidates[entry.owner] = nil
+      end
+      if make_room(owner, size, limit, shares, candidates, evicted) then
+        redis.call('SET', prefix .. 'b:' .. member, ARGV[at + 4], 'PX', ttl)
+        redis.call('SADD', SPACES, space)
+        redis.call('HSET', prefix .. 'meta:' .. space, hash, table.concat({ exact, ARGV[at + 3], text(now), owner }, ':'))
+        redis.call('ZADD', prefix .. 'lru:' .. owner, text(now), member)
+        add_bytes(owner, size)
+        candidates[owner] = nil
+        kept = kept + 1
+      else
+        no_room = no_room + 1
+      end
+    end
+  end
+  return { kept, no_room, removed, evicted.others, evicted }
+end
+
+-- time to live (ms), hashes: the first becomes the most recent. -> "exact:owner" of each, "" where it is not there
+operations.use = function()
+  allow_growth()
+  local found = {}
+  now = now + #ARGV - 4
+  for at = 5, #ARGV do
+    local entry = present(space .. ARGV[at])
+    if entry then
+      use(space .. ARGV[at], entry, now - at + 5, tonumber(ARGV[4]))
+    end
+    found[at - 4] = entry and (entry.exact and '1' or '0') .. ':' .. entry.owner or ''
+  end
+  return found
+end
+
+-- hashes -> how many were there
+operations.remove = function()
+  allow_growth()
+  local count = 0
+  for at = 4, #ARGV do
+    local entry = present(space .. ARGV[at])
+    if entry then
+      drop(space .. ARGV[at], entry)
+      count = count + 1
+    end
+    redis.call('ZADD', REMOVED, text(now), space .. ARGV[at])
+  end
+  local surplus = redis.call('ZCARD', REMOVED) - REMEMBERED
+  if surplus > 0 then
+    local newest = redis.call('ZRANGE', REMOVED, surplus - 1, surplus - 1, 'WITHSCORES')
+    redis.call('HSET', STATE, 'floor', text(tonumber(newest[2])))
+    redis.call('ZREMRANGEBYRANK', REMOVED, 0, surplus - 1)
+  end
+  return count
+end
+
+-- number of the clear ("" to begin one), cursor -> number, next cursor, how many were removed
+operations.clear = function()
+  allow_growth()
+  local number = tonumber(ARGV[4])
+  if not number then
+    number = now
+    redis.call('HSET', STATE, 'cleared:' .. space, text(number))
+  end
+  local scan, count = redis.call('HSCAN', prefix .. 'meta:' .. space, ARGV[5], 'COUNT', SCANNED), 0
+  for at = 1, #scan[2], 2 do
+    local member = space .. scan[2][at]
+    local entry = meta(member)
+    if entry and entry.number < number then
+      drop(member, entry)
+      count = count + 1
+    end
+  end
+  return { text(number), scan[1], count }
+end
+
+-- time to live (ms): forget what has expired -> 1 where the index had to be begun anew
+operations.state = function()
+  allow_growth()
+  expire(tonumber(ARGV[4]))
+  return mend()
+end
+
+local all = redis.call('HGETALL', BYTES)
+for at = 1, #all, 2 do
+  owned[all[at]] = tonumber(all[at + 1])
+end
+local result = operations[operation]()
+redis.call('HSET', STATE, 'clock', text(now), 'total', text(total))
+local entries, owners = 0, redis.call('HGETALL', BYTES)
+for _, name in ipairs(redis.call('SMEMBERS', SPACES)) do
+  entries = entries + redis.call('HLEN', prefix .. 'meta:' .. name)
+end
+return { result, text(now), entries, total, owners }

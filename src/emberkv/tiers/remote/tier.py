@@ -1,0 +1,313 @@
+"""The remote tier: blocks in a Redis or Valkey server, which any number of processes on any machines share.
+
+The server keeps the index; this process has none. So a look-up needs a round trip, and is answered later, by `query`.
+No method raises for a server that is hung, slow, dead, full or restarted: it is counted, the blocks count as missing,
+and the breaker leaves the server alone until a probe by `refresh` is answered. docs/cache.md says what that costs.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+from emberkv.core.loading import LookupStatus
+from emberkv.core.policies.fair_shares import Share
+from emberkv.errors import ConfigError, RemoteTierError
+from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.remote.server import PREFIX, BlockServer, ServerAddress
+from emberkv.tiers.stats import TierStats, Troubles
+
+logger = logging.getLogger(__name__)
+
+ENTRY_BYTES = 512
+"""Counted for each block beside its record: about what a server keeps for its keys and its places in the index."""
+
+LOOKUP_SECONDS = 0.25
+REFRESH_SECONDS = 0.5
+DEFAULT_TTL_SECONDS = 86_400.0
+
+_STORED_AT_ONCE = 8 * 2**20
+"""Bytes given to the server in one call, during which it serves no other."""
+
+_FIRST_LOOKED_UP, _MORE_LOOKED_UP = 64, 8
+"""Blocks looked up in the first round trip, and by what factor the later ones ask for more: a query stops at a miss."""
+
+NOT_REACHED = "the server does not answer; they are removed when it does"
+
+
+class RemoteTier(Tier):
+    """A `Tier` in the server at ``address``, made by `open`.
+
+    max_bytes: of what all processes have stored under ``prefix``; a store by this process evicts until it holds, the
+    least recently used blocks first. ttl_seconds: a block that was not used for so long is gone. shares: floors and
+    quotas by owner, as in `FairShares`.
+    """
+
+    refresh_seconds = REFRESH_SECONDS
+
+    def __init__(
+        self,
+        address: ServerAddress,
+        max_bytes: int,
+        *,
+        namespace: bytes,
+        ttl_seconds: float = DEFAULT_TTL_SECONDS,
+        shares: Mapping[str, Share] | None = None,
+        name: str = "remote",
+        prefix: bytes = PREFIX,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if max_bytes <= 0:
+            raise ConfigError(f"the remote tier's size is {max_bytes} bytes; it must be above 0")
+        self.name = name
+        self._max_bytes = max_bytes
+        self._ttl_ms = max(1, round(ttl_seconds * 1000))
+        self._shares = json.dumps(
+            {
+                owner: [share.floor_bytes, -1 if share.quota_bytes is None else share.quota_bytes]
+                for owner, share in (shares or {}).items()
+            },
+            ensure_ascii=False,
+        )
+        self._troubles = Troubles(logger, f"{name} tier")
+        self._server = BlockServer(address, sha256(namespace).digest()[:16], self._troubles, prefix=prefix, clock=clock)
+        self._lock = threading.Lock()  # the counters and what is to be removed
+        self._skipped: Counter[str] = Counter()
+        self._evictions = 0
+        self._unremoved: set[bytes] = set()
+        self._uncleared = False
+
+    @classmethod
+    def open(
+        cls,
+        address: ServerAddress,
+        max_bytes: int,
+        *,
+        namespace: bytes,
+        ttl_seconds: float = DEFAULT_TTL_SECONDS,
+        shares: Mapping[str, Share] | None = None,
+        name: str = "remote",
+        prefix: bytes = PREFIX,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "RemoteTier":
+        """The tier, connected where the server answers. Raises ConfigError for a server that refuses access."""
+        tier = cls(
+            address, max_bytes, namespace=namespace, ttl_seconds=ttl_seconds, shares=shares, name=name, prefix=prefix,
+            clock=clock,
+        )  # fmt: skip
+        try:
+            tier._server.call("state", tier._ttl_ms)
+        except RemoteTierError as error:
+            if error.kind == "access refused":
+                raise ConfigError(
+                    f"the server {address} of --remote-tier refuses access; check the user in the URL, and the "
+                    "password in --remote-tier-password-file or EMBERKV_REMOTE_TIER_PASSWORD"
+                ) from error
+            logger.warning("%s tier: %s does not answer; it is used when it does", name, address)
+        return tier
+
+    @property
+    def lookup_seconds(self) -> float | None:
+        return LOOKUP_SECONDS
+
+    @property
+    def removals_seen(self) -> int:
+        return self._server.contents.clock
+
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        """Nothing is known without a round trip."""
+        return 0
+
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
+        hidden = not self._server.breaker.is_closed or self._is_hidden(block_hash)
+        return LookupStatus.MISS if hidden else LookupStatus.PENDING
+
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        start, count = 0, _FIRST_LOOKED_UP
+        while start < len(block_hashes) and self._server.breaker.is_closed:
+            wanted = block_hashes[start : start + count]
+            try:
+                found = self._server.described(wanted)
+            except RemoteTierError:
+                return start
+            for at, (block_hash, described) in enumerate(zip(wanted, found, strict=True)):
+                if not described or (exact and described[:1] != b"1") or self._is_hidden(block_hash):
+                    return start + at
+            start, count = start + len(wanted), count * _MORE_LOOKED_UP
+        return start
+
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
+        missing: list[TierEntry | None] = [None] * len(block_hashes)
+        if not block_hashes or not self._server.breaker.is_closed:
+            return missing
+        try:
+            described, records = self._server.use(self._ttl_ms, block_hashes)
+        except RemoteTierError:
+            return missing
+        entries = map(self._entry, block_hashes, described, records)
+        return [None if entry is None or self._is_hidden(entry.block_hash) else entry for entry in entries]
+
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
+        if block_hashes and self._server.breaker.is_closed:
+            self._try("use", self._ttl_ms, *block_hashes)
+
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+        known = self.removals_seen if seen is None else seen
+        evicted: list[bytes] = []
+        fitting = [entry for entry in entries if len(entry.data) + ENTRY_BYTES <= self._max_bytes]
+        self._skip("too large", len(entries) - len(fitting))
+        count = 0
+        for batch in reversed(list(self._batches(fitting))):
+            count += self._store(batch, known, evicted)
+        return Stored(count, evicted)
+
+    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
+        """Where the server does not answer, this process does not find them any more, and removes them when it does."""
+        wanted = list(dict.fromkeys(block_hashes))
+        if not wanted:
+            return Removed()
+        with self._lock:
+            self._unremoved.update(wanted)
+        count = self._try("remove", *wanted) if self._server.breaker.is_closed else None
+        if count is None:
+            return Removed(0, len(wanted), NOT_REACHED)
+        with self._lock:
+            self._unremoved.difference_update(wanted)
+        return Removed(count)
+
+    def clear(self) -> Removed:
+        """As `remove`, of all blocks of this model, those that other processes have stored included."""
+        with self._lock:
+            self._uncleared = True
+        before = self._server.contents.entries
+        try:
+            if self._server.breaker.is_closed:
+                return Removed(self._clear())
+        except RemoteTierError:
+            logger.info("%s tier: it is cleared when the server answers", self.name)
+        return Removed(0, before, NOT_REACHED)
+
+    def refresh(self) -> None:
+        """Forget what has expired. Where the server has failed, try it: it is used again once it answers and what was
+        to be removed is.
+        """
+        if not (self._server.breaker.is_closed or self._server.breaker.begin_probe()):
+            return
+        try:
+            self._remove_left()
+            if self._server.call("state", self._ttl_ms):
+                self._troubles.count("index lost")
+        except RemoteTierError:
+            return
+
+    def stats(self) -> TierStats:
+        contents = self._server.contents
+        with self._lock:
+            return TierStats(
+                entries=contents.entries,
+                bytes=contents.bytes,
+                max_bytes=self._max_bytes,
+                bytes_by_owner=contents.bytes_by_owner,
+                evictions=self._evictions,
+                skipped=dict(self._skipped),
+                troubles=dict(self._troubles.counts),
+                circuit=self._server.breaker.circuit,
+            )
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _is_hidden(self, block_hash: bytes) -> bool:
+        return self._uncleared or block_hash in self._unremoved
+
+    def _entry(self, block_hash: bytes, described: bytes, record: bytes | None) -> TierEntry | None:
+        if record is None or not described:
+            return None
+        return TierEntry(block_hash, described[2:].decode(), record, described[:1] == b"1")
+
+    def _batches(self, entries: Sequence[TierEntry]) -> Iterator[list[TierEntry]]:
+        batch: list[TierEntry] = []
+        size = 0
+        for entry in entries:
+            if batch and size + len(entry.data) > _STORED_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+            batch.append(entry)
+            size += len(entry.data)
+        if batch:
+            yield batch
+
+    def _store(self, entries: Sequence[TierEntry], seen: int, evicted: list[bytes]) -> int:
+        """How many of these the server has now. Records that it has already are not sent again."""
+        if not self._server.breaker.is_closed:
+            self._skip("server not available", len(entries))
+            return 0
+        try:
+            described = self._server.described([entry.block_hash for entry in entries])
+            present: list[bytes] = []
+            lacking: list[TierEntry] = []
+            for entry, each in zip(entries, described, strict=True):
+                if each and (each[:1] == b"1" or not entry.exact):
+                    present.append(entry.block_hash)
+                else:
+                    lacking.append(entry)
+            count = sum(map(bool, self._server.call("use", self._ttl_ms, *present))) if present else 0
+            return count + (self._send(lacking, seen, evicted) if lacking else 0)
+        except RemoteTierError as error:
+            full = error.kind == "server out of memory"
+            self._skip("server out of memory" if full else "server not available", len(entries))
+            return 0
+
+    def _send(self, entries: Sequence[TierEntry], seen: int, evicted: list[bytes]) -> int:
+        blocks: list[object] = []
+        for entry in entries:
+            size = len(entry.data) + ENTRY_BYTES
+            blocks += [entry.block_hash, int(entry.exact), entry.owner, size, entry.data]
+        kept, no_room, removed, others, gone = self._server.call(
+            "store", seen, self._max_bytes, self._ttl_ms, self._shares, *blocks
+        )
+        evicted += gone
+        self._skip("no room", no_room)
+        self._skip("removed meanwhile", removed)
+        with self._lock:
+            self._evictions += len(gone) + others
+        return int(kept)
+
+    def _remove_left(self) -> None:
+        with self._lock:
+            left, uncleared = list(self._unremoved), self._uncleared
+        if uncleared:
+            self._clear()
+        if left:
+            self._server.call("remove", *left)
+            with self._lock:
+                self._unremoved.difference_update(left)
+
+    def _clear(self) -> int:
+        number: bytes | str = ""
+        cursor: bytes | int = 0
+        total = 0
+        while True:
+            number, cursor, count = self._server.call("clear", number, cursor)
+            total += int(count)
+            if int(cursor) == 0:
+                break
+        with self._lock:
+            self._uncleared = False
+        return total
+
+    def _try(self, operation: str, *arguments: object) -> Any:
+        """The result, or None, counted, where the server does not give one."""
+        try:
+            return self._server.call(operation, *arguments)
+        except RemoteTierError:
+            return None
+
+    def _skip(self, reason: str, blocks: int) -> None:
+        if blocks:
+            with self._lock:
+                self._skipped[reason] += blocks
