@@ -133,9 +133,8 @@ class ServeConfig(BaseModel):
     prefix_cache: False computes every prompt anew.
     cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
     ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
-    remote_tier: the URL of a Redis or Valkey server for blocks, which several machines may share, up to
-    ``remote_tier_bytes`` of them, each until it was not used for ``remote_tier_ttl`` seconds. Its password comes from the
-    environment, or from remote_tier_password_file.
+    remote_tier: the URL of a Redis or Valkey server for blocks, which machines share, up to ``remote_tier_bytes`` of
+    them; one that is not used for ``remote_tier_ttl`` seconds goes. Its password comes from the environment or a file.
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
     drain_seconds: how long running answers may go on after a signal to stop.

@@ -27,7 +27,9 @@ _KUBERNETES = re.compile(
 
 _KUBERNETES_PORT = re.compile(r"EMBERKV_(\w+_)?PORT=(tcp|udp|sctp)://.*")
 _ENVIRONMENT_ONLY = frozenset({"secret", "machine_cache", "remote_tier_password"})
-_MAY_HOLD_A_PASSWORD = "remote_tier"
+_NOT_REPEATED = frozenset({"remote_tier"})
+"""What may hold a password where it is not what it should be."""
+
 _MOST_FILE_BYTES = 2**20
 _UNITS = ("EiB", "PiB", "TiB", "GiB", "MiB", "KiB")
 
@@ -180,7 +182,7 @@ def _complaint(detail: Any, settings: Mapping[str, Given]) -> str:
         return words
     name = str(detail["loc"][0])
     where = settings[name].where if name in settings else name
-    hidden = _is_secret(name) or name == _MAY_HOLD_A_PASSWORD
+    hidden = _is_secret(name) or name in _NOT_REPEATED
     return f"{where}: {words}" if hidden else f"{where} {shown(detail['input'])}: {words}"
 
 

@@ -10,7 +10,7 @@ from emberkv.config import NOT_SETTINGS, ServeConfig
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.errors import ConfigError
-from emberkv.settings import option_name, serve_config
+from emberkv.settings import option_name, read_settings, serve_config
 
 
 def test_defaults() -> None:
@@ -133,6 +133,9 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ),
         ({"log_level": "loud"}, "--log-level 'loud': use debug, info, warning or error"),
         ({"warmup": "maybe"}, "--warmup 'maybe': use true or false"),
+        ({"remote_tier_ttl": 5}, "--remote-tier-ttl is given without --remote-tier; give its URL, too"),
+        ({"remote_tier": "http://h"}, "--remote-tier: use a URL such as redis://HOST:6379"),
+        ({"remote_tier": "redis://h:x"}, "--remote-tier: use a port from 0 to 65535 in the URL"),
         ({"cache_disk": "10GiB"}, "--cache-disk is given without --cache-dir"),
         ({"record_trace": "a", "trace_unit": 3}, "--trace-unit 3: use a divisor of --block-size, which is 16"),
         ({"trace_unit": 1}, "--trace-unit is given without --record-trace"),
@@ -207,6 +210,22 @@ def test_tiers_are_off_without_a_size_or_a_folder() -> None:
     assert (config.cache_dir, config.cache_disk, config.ram_tier) == (None, 50 * 2**30, 0)
     config = serve_config({"ram_tier": "2GiB"}, {"EMBERKV_CACHE_DIR": "/blocks", "EMBERKV_CACHE_DISK": "1GiB"})
     assert (config.cache_dir, config.cache_disk, config.ram_tier) == (Path("/blocks"), 2**30, 2**31)
+
+
+@pytest.mark.parametrize("url", ["redis://:geheim@host", "redis://host?password=geheim", "geheim"])
+def test_a_password_in_the_remote_tier_s_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--remote-tier: use a URL") as raised:
+        serve_config({"remote_tier": url}, {})
+    assert "geheim" not in str(raised.value)
+
+
+def test_the_remote_tier_s_password_comes_from_the_environment_or_a_file_and_is_not_shown() -> None:
+    given = {"remote_tier": "redis://user@host:7/1"}
+    settings = read_settings(given, {"EMBERKV_REMOTE_TIER_PASSWORD": "geheim"})
+    assert "geheim" not in settings.as_yaml() + repr(settings)
+    assert "remote-tier: redis://user@host:7/1  # --remote-tier\n" in settings.as_yaml()
+    with pytest.raises(ConfigError, match="_PASSWORD and --remote-tier-password-file are both given"):
+        read_settings({**given, "remote_tier_password_file": "f"}, {"EMBERKV_REMOTE_TIER_PASSWORD": "geheim"})
 
 
 def test_a_secret_is_never_repeated() -> None:

@@ -43,11 +43,11 @@ class RedisProcess:
         command = [PROGRAM, "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self._folder)]
         self.process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + PATIENCE
-        while not self._answers():
+        while not self.answers():
             assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             return bool(self.client().ping())
         except redis.AuthenticationError:

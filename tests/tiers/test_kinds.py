@@ -9,6 +9,7 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
 from emberkv.serving.tenancy.tenants_file import Shares
 from emberkv.tiers.kinds import SHARED_OUT, TIER_KINDS, TierSpec, configured_tiers
+from emberkv.tiers.remote.server import ServerAddress
 from tests.tiers.build import NAMESPACE
 
 
@@ -18,20 +19,27 @@ def test_the_settings_of_a_server_name_its_tiers_fastest_first(tmp_path: Path) -
     assert [str(tier) for tier in both] == ["1.0MiB of memory", f"1.0GiB in {tmp_path}"]
     assert [tier.option for tier in both] == ["--ram-tier", "--cache-disk"]
     assert configured_tiers(ram_bytes=0, folder=None, disk_bytes=2**30) == ()
+    server = ServerAddress("redis://cache:6379", "a password")
+    (remote,) = configured_tiers(ram_bytes=0, folder=None, disk_bytes=1, server=server, server_bytes=2**30)
+    assert (str(remote), remote.option) == ("1.0GiB in redis://cache:6379", "--remote-tier-bytes")
+    assert "a password" not in repr(remote)
 
 
 @pytest.mark.parametrize("kind", TIER_KINDS)
 def test_every_kind_opens_a_tier_of_its_name_and_capacity(kind: str, tmp_path: Path) -> None:
-    tier = TierSpec(kind, 2**20, tmp_path).open(NAMESPACE, LRU)
+    server = ServerAddress(f"unix://{tmp_path}/nowhere")
+    tier = TierSpec(kind, 2**20, tmp_path, server).open(NAMESPACE, LRU)
     assert (tier.name, tier.stats().max_bytes) == (kind, 2**20)
     tier.close()
 
 
 def test_an_unknown_kind_and_a_disk_without_a_folder_are_refused() -> None:
-    with pytest.raises(ConfigError, match="a tier of kind 'tape' is unknown; use one of ram, disk"):
+    with pytest.raises(ConfigError, match="a tier of kind 'tape' is unknown; use one of ram, disk, remote"):
         TierSpec("tape", 1)
     with pytest.raises(ConfigError, match="has no folder"):
         TierSpec("disk", 1).open(NAMESPACE, LRU)
+    with pytest.raises(ConfigError, match="has no server"):
+        TierSpec("remote", 1).open(NAMESPACE, LRU)
 
 
 def test_a_tenant_may_have_a_share_of_every_kind_of_tier() -> None:

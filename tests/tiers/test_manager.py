@@ -65,7 +65,7 @@ from tests.tiers.build import NAMESPACE, entries, block_hashes, records
 class Stuck(MemoryTier):
     def load(self, block_hashes):
         threading.Event().wait()
-    def store(self, entries):
+    def store(self, entries, *, seen=None):
         threading.Event().wait()
 
 blocks = records(4)

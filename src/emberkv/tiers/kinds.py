@@ -31,8 +31,8 @@ class TierSpec:
     """A tier to open.
 
     kind: one of `TIER_KINDS`. name: in shares, statistics and metrics. capacity: bytes. folder: of a kind that stores
-    its blocks in one. server, ttl_seconds: of a kind that stores them in a server, and how long it keeps one that is not
-    used. shared: other processes find what this one stores, and so does the next start.
+    its blocks in one. server: of a kind that stores them there, and ttl_seconds: how long one that is not used is kept.
+    shared: other processes find what this one stores, and so does the next start.
 
     >>> TierSpec("ram", capacity=2**30).option
     '--ram-tier'

@@ -71,7 +71,7 @@ def read_keys(option: str, path: Path) -> tuple[str, ...]:
 
 
 def one_key(option: str, given: SecretStr | None, path: Path | None) -> str | None:
-    """A key that is given itself or by a file that holds one, which ``option`` names. Raises ConfigError for another."""
+    """The key that is given, or that a file holds, which ``option`` names. Raises ConfigError for another file."""
     if path is None:
         return None if given is None else given.get_secret_value()
     keys = read_keys(option, path)

@@ -1,0 +1,354 @@
+"""The remote tier and a real server that is killed, frozen, emptied, full, locked or lies."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import permutations
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from emberkv.core.loading import LookupStatus
+from emberkv.core.policies.fair_shares import Share
+from emberkv.errors import ConfigError
+from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.breaker import Circuit
+from emberkv.tiers.manager import OffloadedBlock, TierManager
+from emberkv.tiers.remote.server import LONGEST_PAUSE, PREFIX, ServerAddress
+from emberkv.tiers.remote.tier import ENTRY_BYTES, LOOKUP_SECONDS, NOT_REACHED, RemoteTier
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
+from tests.tiers.harness import Clock
+from tests.tiers.redis_process import PATIENCE, RedisProcess, needs_server
+
+BLOCKS = records(6)
+ENTRIES = entries(BLOCKS)
+IDS = block_hashes(BLOCKS)
+LARGE = 10_000_000
+SIZE = len(ENTRIES[0].data) + ENTRY_BYTES
+
+pytestmark = needs_server
+
+
+@pytest.fixture
+def server(redis_server: RedisProcess) -> Iterator[RedisProcess]:
+    """For a test that may do it harm; afterwards it runs, empty."""
+    redis_server.client().flushall()
+    yield redis_server
+    redis_server.thaw()
+    if not redis_server.answers():
+        redis_server.start()
+    redis_server.client().config_set("maxmemory", 0)
+    redis_server.client().flushall()
+
+
+def opened(
+    server: RedisProcess,
+    *,
+    max_bytes: int = LARGE,
+    ttl_seconds: float = 1000.0,
+    shares: Mapping[str, Share] | None = None,
+    prefix: bytes = PREFIX,
+    clock: Callable[[], float] | None = None,
+) -> RemoteTier:
+    return RemoteTier.open(
+        server.address, max_bytes, namespace=NAMESPACE, ttl_seconds=ttl_seconds, shares=shares, prefix=prefix,
+        clock=clock or Clock(),
+    )  # fmt: skip
+
+
+def comes_back(tier: RemoteTier, clock: Clock) -> None:
+    """Probe until the server answers, with time that passes as fast as it is asked for."""
+    deadline = time.monotonic() + PATIENCE
+    while tier.stats().circuit is not Circuit.CLOSED:
+        assert time.monotonic() < deadline
+        clock.now += LONGEST_PAUSE
+        tier.refresh()
+
+
+def test_what_one_process_stores_another_finds(server: RedisProcess) -> None:
+    first, second = opened(server), opened(server)
+    assert first.store(ENTRIES[:4]).count == 4
+    assert second.status(IDS[0]) is LookupStatus.PENDING
+    assert second.query(IDS) == 4
+    assert second.load(IDS[:5]) == [*ENTRIES[:4], None]
+    assert second.stats().bytes == first.stats().bytes == 4 * SIZE
+
+
+def test_records_that_are_there_are_not_sent_again(server: RedisProcess) -> None:
+    first, second = opened(server), opened(server)
+    large = TierEntry(IDS[0], "", b"x" * 100_000)
+    assert first.store([large]).count == 1
+    before = int(server.client().info("stats")["total_net_input_bytes"])
+    assert second.store([large]).count == 1
+    assert int(server.client().info("stats")["total_net_input_bytes"]) - before < 10_000
+
+
+def test_other_namespaces_are_not_found_and_count_towards_the_size(server: RedisProcess) -> None:
+    ours = opened(server, max_bytes=4 * SIZE)
+    theirs = RemoteTier.open(server.address, 4 * SIZE, namespace=OTHER)
+    theirs.store(entries(BLOCKS[:4], namespace=OTHER))
+    assert ours.query(IDS) == 0
+    assert ours.store(ENTRIES[:3]).count == 3
+    assert ours.stats().bytes == 4 * SIZE
+    assert theirs.query(IDS) == 1
+    assert ours.clear() == Removed(3)
+    assert theirs.query(IDS) == 1
+
+
+def test_the_size_holds_over_several_writers_and_the_least_recently_used_goes(server: RedisProcess) -> None:
+    tiers = [opened(server, max_bytes=3 * SIZE) for _ in range(3)]
+    for index, tier in enumerate(tiers):
+        assert tier.store([ENTRIES[index]]).count == 1
+    tiers[2].load(IDS[:1])
+    assert tiers[1].store([ENTRIES[3]]).evicted == [IDS[1]]
+    assert [tiers[0].query([each]) for each in IDS[:4]] == [1, 0, 1, 1]
+    assert tiers[1].stats().bytes == 3 * SIZE
+    assert len(server.client().keys(b"emberkv:1:b:*")) == 3
+
+
+def test_floors_and_quotas_hold_over_several_writers(server: RedisProcess) -> None:
+    shares = {"quiet": Share(2 * SIZE), "small": Share(0, SIZE)}
+    tiers = [opened(server, max_bytes=4 * SIZE, shares=shares) for _ in range(2)]
+    tiers[0].store(entries(BLOCKS[:2], owner="quiet"))
+    for block in BLOCKS[2:]:
+        tiers[1].store(entries([block], owner="flood"))
+    assert tiers[0].query(IDS[:2]) == 2
+    tiers[1].store(entries(records(3, seed=9), owner="small"))
+    tiers[0].refresh()
+    assert tiers[0].stats().bytes_by_owner == {"quiet": 2 * SIZE, "flood": SIZE, "small": SIZE}
+
+
+def test_a_block_that_is_not_used_for_its_time_to_live_is_gone(server: RedisProcess) -> None:
+    tier = opened(server, ttl_seconds=0.05)
+    tier.store(ENTRIES[:2])
+    deadline = time.monotonic() + PATIENCE
+    while tier.stats().entries:
+        assert time.monotonic() < deadline
+        tier.refresh()
+    assert (tier.load(IDS[:2]), tier.stats().bytes) == ([None, None], 0)
+    assert server.client().keys(b"*:b:*") == []
+
+
+def test_a_killed_server_is_left_alone_and_used_again_when_it_is_back(server: RedisProcess) -> None:
+    clock = Clock()
+    tier = opened(server, clock=clock)
+    tier.store(ENTRIES[:2])
+    server.kill()
+    assert tier.query(IDS) == 0
+    assert (tier.stats().circuit, tier.status(IDS[0])) == (Circuit.OPEN, LookupStatus.MISS)
+    calls = tier.stats().troubles
+    assert (tier.query(IDS), tier.load(IDS[:1]), tier.store(ENTRIES[2:3]).count) == (0, [None], 0)
+    tier.touch(IDS)
+    tier.refresh()
+    assert tier.stats().troubles == calls == {"no connection": 1}
+    assert tier.stats().skipped == {"server not available": 1}
+    clock.now += LONGEST_PAUSE
+    tier.refresh()
+    assert (tier.stats().circuit, tier.stats().troubles) == (Circuit.OPEN, {"no connection": 2})
+    server.start()
+    comes_back(tier, clock)
+    assert tier.query(IDS) == 0
+    assert tier.store(ENTRIES[:2]).count == 2
+    assert tier.load(IDS[:2]) == ENTRIES[:2]
+
+
+def test_a_frozen_server_costs_one_call_its_time_and_is_used_again(server: RedisProcess) -> None:
+    clock = Clock()
+    tier = opened(server, clock=clock)
+    tier.store(ENTRIES[:2])
+    server.freeze()
+    assert tier.load(IDS[:2]) == [None, None]
+    assert (tier.stats().circuit, tier.stats().troubles) == (Circuit.OPEN, {"no answer in time": 1})
+    assert tier.load(IDS[:2]) == [None, None]
+    assert tier.stats().troubles == {"no answer in time": 1}
+    server.thaw()
+    comes_back(tier, clock)
+    assert tier.load(IDS[:2]) == ENTRIES[:2]
+
+
+def test_a_query_of_a_frozen_server_is_answered_as_a_miss_and_the_tier_used_again_later(server: RedisProcess) -> None:
+    tier = opened(server, clock=time.monotonic)
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
+    manager.offload([OffloadedBlock(block) for block in BLOCKS])
+    assert manager.flush(PATIENCE)
+    server.freeze()
+    done = Event()
+    assert manager.ask(IDS, done.set).seconds == LOOKUP_SECONDS
+    assert done.wait(PATIENCE)
+    assert (manager.find(IDS), manager.status(IDS[0])) == ([], LookupStatus.MISS)
+    server.thaw()
+    deadline = time.monotonic() + PATIENCE
+    while loaded(manager) != BLOCKS[:1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert manager.close(PATIENCE)
+
+
+def test_an_emptied_server_has_nothing_and_takes_blocks_again(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(ENTRIES[:3])
+    server.client().flushall()
+    assert (tier.query(IDS), tier.load(IDS[:1])) == (0, [None])
+    tier.refresh()
+    assert (tier.stats().entries, tier.stats().bytes) == (0, 0)
+    assert tier.store(ENTRIES[:2]).count == 2
+    assert (tier.query(IDS), tier.stats().circuit) == (2, Circuit.CLOSED)
+
+
+def test_a_server_that_does_not_know_the_script_is_given_it(server: RedisProcess) -> None:
+    tier = opened(server)
+    server.client().script_flush()
+    assert tier.store(ENTRIES[:1]).count == 1
+    assert tier.stats().troubles == {}
+
+
+def test_records_that_the_server_took_away_are_missing_and_stored_again(server: RedisProcess) -> None:
+    tier, client = opened(server), server.client()
+    tier.store(ENTRIES[:2])
+    for key in client.keys(b"*:b:*"):
+        client.delete(key)
+    assert tier.load(IDS[:2]) == [None, None]
+    assert (tier.query(IDS), tier.stats().bytes) == (0, 0)
+    assert tier.store(ENTRIES[:2]).count == 2
+    assert tier.load(IDS[:2]) == ENTRIES[:2]
+
+
+def test_an_index_that_the_server_took_a_part_of_is_begun_anew(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(ENTRIES[:3])
+    server.client().delete(b"emberkv:1:lru:")
+    tier.refresh()
+    assert (tier.stats().entries, tier.stats().bytes, tier.stats().troubles) == (0, 0, {"index lost": 1})
+    assert tier.store(ENTRIES[:3]).count == 3
+    assert tier.query(IDS) == 3
+
+
+def test_a_full_server_stores_nothing_and_serves_and_removes_what_it_has(server: RedisProcess) -> None:
+    tier = opened(server)
+    tier.store(ENTRIES[:2])
+    server.client().config_set("maxmemory", 1)
+    assert tier.store(ENTRIES[2:3]).count == 0
+    stats = tier.stats()
+    assert (stats.skipped, stats.troubles) == ({"server out of memory": 1}, {"server out of memory": 1})
+    assert (tier.load(IDS[:2]), stats.circuit) == (ENTRIES[:2], Circuit.CLOSED)
+    tier.touch(IDS[:1])
+    assert tier.remove(IDS[:1]) == Removed(1)
+    assert tier.clear() == Removed(1)
+    server.client().config_set("maxmemory", 0)
+    assert tier.store(ENTRIES[2:3]).count == 1
+
+
+def test_a_wrong_password_is_refused_at_the_start_and_never_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisProcess(tmp_path / "redis", "--requirepass", "the right one") as server:
+        for password in ("the wrong one", None):
+            address = ServerAddress(server.address.url, password)
+            with pytest.raises(ConfigError, match="refuses access; check the user in the URL") as raised:
+                RemoteTier.open(address, LARGE, namespace=NAMESPACE)
+            shown = f"{raised.value} {address} {address!r} {caplog.text}"
+            assert "the wrong one" not in shown
+        tier = RemoteTier.open(ServerAddress(server.address.url, "the right one"), LARGE, namespace=NAMESPACE)
+        assert tier.store(ENTRIES[:1]).count == 1
+
+
+def test_a_server_that_does_not_answer_at_the_start_is_used_when_it_does(server: RedisProcess) -> None:
+    server.kill()
+    clock = Clock()
+    tier = opened(server, clock=clock)
+    assert tier.stats().circuit is Circuit.OPEN
+    server.start()
+    comes_back(tier, clock)
+    assert tier.store(ENTRIES[:1]).count == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"x", b"x" * 2000, ENTRIES[1].data, entries(BLOCKS[:1], namespace=OTHER)[0].data]
+)
+def test_a_damaged_record_is_refused_removed_and_stored_again(server: RedisProcess, damage: bytes) -> None:
+    tier = opened(server)
+    manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
+    tier.store(ENTRIES[:1])
+    (key,) = server.client().keys(b"*:b:*")
+    server.client().set(key, damage)
+    assert loaded(manager) == [None]
+    assert manager.flush(PATIENCE)
+    assert sum(manager.stats()["remote"].corrupt.values()) == 1
+    assert tier.query(IDS) == 0
+    manager.offload([OffloadedBlock(BLOCKS[0])])
+    assert manager.flush(PATIENCE)
+    assert loaded(manager) == BLOCKS[:1]
+    assert manager.close(PATIENCE)
+
+
+def loaded(manager: TierManager) -> list[object]:
+    asked, read = Event(), Event()
+    found: list[object] = []
+    manager.ask(IDS[:1], asked.set)
+    assert asked.wait(PATIENCE)
+    manager.onboard(IDS[:1], manager.find(IDS[:1]), lambda records: (found.extend(records), read.set()))
+    assert read.wait(PATIENCE)
+    return found
+
+
+def test_a_removal_while_the_server_is_away_is_carried_out_when_it_is_back(server: RedisProcess) -> None:
+    clock = Clock()
+    tier, other = opened(server, clock=clock), opened(server)
+    tier.store(ENTRIES[:3])
+    server.freeze()
+    assert tier.query(IDS) == 0
+    assert tier.remove(IDS[:1]) == Removed(0, 1, NOT_REACHED)
+    assert tier.clear() == Removed(0, 3, NOT_REACHED)
+    server.thaw()
+    assert other.query(IDS) == 3
+    comes_back(tier, clock)
+    assert (tier.query(IDS), other.query(IDS), other.query(IDS[1:])) == (0, 0, 0)
+    assert tier.store(ENTRIES[:1]).count == 1
+    assert other.query(IDS) == 1
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("order", sorted(set(permutations("sscr"))))
+def test_a_removal_is_final_at_every_order_of_stores_looks_and_removals(
+    redis_server: RedisProcess, tmp_path: Path, order: tuple[str, ...], everything: bool
+) -> None:
+    """s: a process stores what it made before; c: it learns what the server knows; r: another one removes."""
+    writer, remover = (opened(redis_server, prefix=f"{tmp_path}:".encode()) for _ in range(2))
+    seen = writer.removals_seen
+    removed = there = False
+    for step in order:
+        if step == "s":
+            stored = writer.store(ENTRIES[:1], seen=seen).count == 1
+            assert stored is not removed
+            there = stored
+        elif step == "c":
+            writer.refresh()
+        else:
+            count = remover.clear().count if everything else remover.remove(IDS[:1]).count
+            assert count == there
+            removed, there = True, False
+        assert remover.query(IDS) == there
+    assert (writer.stats().skipped == {}) is (order[-1] == "r" or "s" not in order[order.index("r") :])
+    writer.refresh()
+    assert writer.store(ENTRIES[:1]).count == 1, "what is made after the removal is a new block"
+
+
+def test_removals_beyond_those_remembered_refuse_what_is_older_than_all_of_them(
+    redis_server: RedisProcess, tmp_path: Path
+) -> None:
+    writer, remover = (opened(redis_server, prefix=f"{tmp_path}:".encode()) for _ in range(2))
+    remover.refresh()
+    writer.refresh()
+    seen = writer.removals_seen
+    remover.remove(IDS[:1])
+    for number in range(3):
+        remover.remove([f"{number}/{index}".encode().ljust(32) for index in range(4000)])
+    assert writer.store(ENTRIES[:2], seen=seen).count == 0
+    assert writer.stats().skipped == {"removed meanwhile": 2}
+    assert writer.store(ENTRIES[:2]).count == 2
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:1", "rediss://localhost:1/0", "unix:///nowhere/redis"])
+def test_every_form_of_address_is_tried(url: str) -> None:
+    tier = RemoteTier.open(ServerAddress(url), LARGE, namespace=NAMESPACE, clock=Clock())
+    assert (tier.stats().circuit, tier.stats().troubles) == (Circuit.OPEN, {"no connection": 1})
