@@ -200,7 +200,7 @@ def _status_router(lifecycle: Lifecycle) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        is_ready = lifecycle.phase is Phase.READY
+        is_ready = lifecycle.phase in (Phase.READY, Phase.IDLE)
         body = {
             "ready": is_ready,
             "status": lifecycle.phase.value,

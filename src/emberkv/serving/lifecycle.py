@@ -1,14 +1,17 @@
 """The state of a server: loading, warming, ready, draining or failed; its model, and the answers that are running."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any, Protocol
 
 from emberkv.core.hashing import PublicPrefixes
 from emberkv.engine.request import Engine, EngineStats, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.errors import EngineStoppedError
+from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.background import Background
 from emberkv.serving.cache.reuse_watch import ReuseWatch
@@ -19,12 +22,41 @@ from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 COUNTED_CONTEXTS = 8
 
 
+UNLOAD_SECONDS = 60.0
+"""How long running answers may take to finish when the model is to be unloaded."""
+
+
 class Phase(Enum):
+    IDLE = "idle"  # no model is loaded, and the next request loads it
+    UNLOADING = "unloading"
     LOADING = "loading"
     WARMING = "warming"  # requests are answered, but the server is not ready: prompts are being warmed
     READY = "ready"
     DRAINING = "draining"  # running answers may finish, new ones are refused
     FAILED = "failed"  # the model could not be loaded
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDims:
+    """A model's size: attention layers, heads of queries and of keys, elements a head, and bytes of its weights."""
+
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    weight_bytes: int = 0
+
+
+class ModelHost(Protocol):
+    """Loads and unloads a server's model. Both block, and neither is called while the other runs."""
+
+    def load(self) -> None:
+        """Ends with `Lifecycle.loaded`. Raises EmberError for a model that cannot be loaded."""
+        ...
+
+    def unload(self) -> None:
+        """Stop the engine and free its memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +67,7 @@ class ServedModel:
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
     cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
-    sampling_defaults: the model's, for what requests do not set.
+    sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
     headers: further headers of the answer to a request, by the request's id in the engine.
     """
 
@@ -49,6 +81,7 @@ class ServedModel:
     about: Mapping[str, str] = field(default_factory=dict)
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     headers: Callable[[str], Mapping[str, str]] = lambda _: {}
+    dims: ModelDims = field(default_factory=ModelDims)
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
@@ -74,6 +107,8 @@ class Lifecycle:
         self.phase = Phase.LOADING
         self.detail = "the model is being loaded"
         self._model: ServedModel | None = None
+        self._host: ModelHost | None = None
+        self._switching = asyncio.Lock()
         self._running: set[AnswerStream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -104,6 +139,56 @@ class Lifecycle:
     def failed(self, reason: str) -> None:
         """The model cannot be loaded."""
         self.phase, self.detail = Phase.FAILED, reason
+
+    def on_demand(self, host: ModelHost) -> None:
+        """The server begins without a model: the first request that needs one has ``host`` load it."""
+        self._host = host
+        self._idle_without_model()
+
+    def _idle_without_model(self, problem: str = "") -> None:
+        self.phase = Phase.IDLE
+        self.detail = f"no model is loaded; the next request loads it{problem}"
+
+    async def ensure_model(self) -> None:
+        """Have the model loaded on demand; at once where it is loaded, or is not loaded on demand. Others may wait for
+        the same model. Raises what `ModelHost.load` raises.
+        """
+        if self._host is not None and (self._model is None or self.phase is Phase.UNLOADING):
+            await _to_the_end(self._load(self._host))
+
+    async def unload_model(self) -> None:
+        """Let running answers finish, for `UNLOAD_SECONDS` at most, and have the model unloaded.
+
+        Raises RequestError where it would not be loaded again on demand.
+        """
+        if self._host is None:
+            raise RequestError("the model stays loaded for as long as the server runs; start it with --model-on-demand")
+        await _to_the_end(self._unload(self._host))
+
+    async def _load(self, host: ModelHost) -> None:
+        async with self._switching:
+            if self.phase is not Phase.IDLE:
+                return
+            self.phase, self.detail = Phase.LOADING, "the model is being loaded"
+            try:
+                await _on_a_thread(host.load)
+            except Exception as error:
+                if self.phase is Phase.LOADING:
+                    self._idle_without_model(f" (it failed before: {error})")
+                raise
+
+    async def _unload(self, host: ModelHost) -> None:
+        async with self._switching:
+            if self._model is None or self.phase not in (Phase.WARMING, Phase.READY):
+                return
+            self.phase, self.detail = Phase.UNLOADING, "the model is being unloaded"
+            await self._wait_idle(UNLOAD_SECONDS)
+            self.interrupt_answers()
+            await self._wait_idle(5.0)
+            self._model = None
+            await _on_a_thread(host.unload)
+            if self.phase is Phase.UNLOADING:
+                self._idle_without_model()
 
     @property
     def has_model(self) -> bool:
@@ -172,3 +257,23 @@ class Lifecycle:
         waiter = asyncio.create_task(self._idle.wait())
         await asyncio.wait((waiter,), timeout=seconds)
         waiter.cancel()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, which goes on even if the waiting is cancelled."""
+    await asyncio.shield(asyncio.create_task(work))
+
+
+async def _on_a_thread(work: Callable[[], None]) -> None:
+    """Await ``work`` on a thread that does not keep the process from exiting."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - carried over to the one that awaits it
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="emberkv-model", daemon=True).start()
+    await asyncio.wrap_future(done)

@@ -80,8 +80,10 @@ class RequestPreparer:
     async def prepare(self, work: Callable[[bytes, ServedModel], T], body: bytes, tenant: Tenant) -> T:
         """What ``work`` returns for a body, given the model as ``tenant`` sees it, or raises.
 
-        Raises NotReadyError before the model is loaded, OverloadedError when too many large requests wait.
+        Raises NotReadyError before the model is loaded, unless it is loaded on demand, and OverloadedError when too
+        many large requests wait.
         """
+        await self._lifecycle.ensure_model()
         return await self.run(partial(work, body, self._lifecycle.model().seen_by(tenant.name)), len(body))
 
     async def run(self, work: Callable[[], T], body_bytes: int | None = None) -> T:

@@ -1,0 +1,243 @@
+"""The routes by sequence, for clients of a coordinator with workers: KV tensors by sequence and layer, and statistics.
+
+Their errors are ``{"detail": message}``, and 422 with a list of what is wrong for a body of another shape.
+"""
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from emberkv.errors import EmberError, RequestError, TensorError
+from emberkv.serving.app import AppParts
+from emberkv.serving.errors import failure_of, request_info
+from emberkv.serving.kv_tensors import KVTensorStore
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.request_context import MAX_ID_LENGTH
+from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.tensors import TensorBytes, TensorFormat, from_json, to_json
+
+LONGEST_SHOWN = 1000
+"""Characters of a wrong value that the error shows."""
+
+
+class DetailRoute(APIRoute):
+    """A route whose errors have the body ``{"detail": message}``."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def with_detail(http: Request) -> Response:
+            try:
+                return await handle(http)
+            except (EmberError, HTTPException) as error:
+                failure = failure_of(error)
+                info = request_info(http)
+                info.code, info.param = failure.code, failure.param
+                return JSONResponse(
+                    {"detail": failure.message}, status_code=failure.status, headers=dict(failure.headers)
+                )
+
+        return with_detail
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_detailed(kind: type[Body], body: bytes) -> Body:
+    """A body as ``kind``. Raises RequestValidationError, which is answered by 422 and what is wrong with each field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+    raise RequestValidationError(
+        [
+            {
+                "type": problem["type"],
+                "loc": ("body", *problem["loc"]),
+                "msg": problem["msg"],
+                "input": {} if problem["type"] == "json_invalid" else _shown(problem["input"]),
+            }
+            for problem in problems
+        ]
+    )
+
+
+def _shown(given: object) -> object:
+    text = repr(given)
+    return given if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+class LayerName(BaseModel):
+    seq_id: str = Field(min_length=1, max_length=MAX_ID_LENGTH)
+    layer: int = Field(ge=0, lt=2**31)
+
+
+class LayerQuestion(LayerName):
+    format: Literal["raw", "safetensors"] = "raw"
+
+
+class LayerTensors(LayerName):
+    k: dict[str, Any]
+    v: dict[str, Any]
+
+
+Write = Callable[[tuple[str, str], int, TensorBytes, TensorBytes], int]
+
+
+class KVRoutes:
+    """Stores KV tensors of clients, each tenant's apart from the others'. worker_id: is in each answer."""
+
+    def __init__(self, parts: AppParts, store: KVTensorStore, worker_id: str) -> None:
+        self._parts = parts
+        self._store = store
+        self._worker_id = worker_id
+
+    def router(self) -> APIRouter:
+        router = APIRouter(route_class=DetailRoute)
+        tenant = Depends(self._parts.keys.tenant)
+
+        @router.post("/kv/put")
+        async def put(http: Request, owner: Tenant = tenant) -> Response:
+            return await self._answer(http, partial(self._write, self._store.put, owner))
+
+        @router.post("/kv/append")
+        async def append(http: Request, owner: Tenant = tenant) -> Response:
+            return await self._answer(http, partial(self._write, self._store.append, owner))
+
+        @router.post("/kv/get")
+        async def get(http: Request, owner: Tenant = tenant) -> Response:
+            return await self._answer(http, partial(self._get, owner))
+
+        @router.delete("/kv/{seq_id}")
+        async def delete(seq_id: str, owner: Tenant = tenant) -> Response:
+            self._store.delete((owner.name, seq_id))
+            return JSONResponse({"status": "evicted", "seq_id": seq_id, "worker_id": self._worker_id})
+
+        @router.get("/kv/{seq_id}/{layer}/length")
+        async def length(seq_id: str, layer: int, owner: Tenant = tenant) -> Response:
+            seq_len = self._store.length((owner.name, seq_id), layer)
+            return JSONResponse({"seq_id": seq_id, "layer": layer, "seq_len": seq_len, "worker_id": self._worker_id})
+
+        return router
+
+    async def _answer(self, http: Request, work: Callable[[bytes], dict[str, Any]]) -> Response:
+        body = await http.body()
+        return JSONResponse(await self._parts.preparer.run(partial(work, body), len(body)))
+
+    def _write(self, write: Write, owner: Tenant, body: bytes) -> dict[str, Any]:
+        request = parse_detailed(LayerTensors, body)
+        k, v = _tensor(request.k, "k"), _tensor(request.v, "v")
+        seq_len = write((owner.name, request.seq_id), request.layer, k, v)
+        return {
+            "status": "ok",
+            "seq_id": request.seq_id,
+            "layer": request.layer,
+            "seq_len": seq_len,
+            "tensor_shapes": {"k": k.shape, "v": v.shape},
+            "tensor_dtypes": {"k": f"torch.{k.dtype}", "v": f"torch.{v.dtype}"},
+            "worker_id": self._worker_id,
+        }
+
+    def _get(self, owner: Tenant, body: bytes) -> dict[str, Any]:
+        request = parse_detailed(LayerQuestion, body)
+        found = self._store.get((owner.name, request.seq_id), request.layer)
+        if found is None:
+            raise HTTPException(404, "KV entry not found")
+        form: TensorFormat = request.format
+        return {
+            "seq_id": request.seq_id,
+            "layer": request.layer,
+            "seq_len": found.seq_len,
+            "k": to_json(found.k, form),
+            "v": to_json(found.v, form),
+            "worker_id": self._worker_id,
+        }
+
+
+def _tensor(value: dict[str, Any], name: str) -> TensorBytes:
+    try:
+        return from_json(value)
+    except TensorError as error:
+        raise RequestError(f"{name}: {error}", param=name) from error
+
+
+def status_router(parts: AppParts, store: KVTensorStore, worker_id: str) -> APIRouter:
+    """A worker's ``/health`` and ``/stats``."""
+    router = APIRouter(route_class=DetailRoute)
+    lifecycle = parts.lifecycle
+
+    @router.get("/health")
+    async def health() -> Response:
+        if lifecycle.phase is Phase.FAILED:
+            body = {"status": "failed", "worker_id": worker_id, "detail": lifecycle.detail}
+            return JSONResponse(body, status_code=503)
+        return JSONResponse({"status": "ok", "worker_id": worker_id})
+
+    @router.get("/stats", dependencies=[Depends(parts.guard.metrics)])
+    async def stats() -> Response:
+        return JSONResponse(
+            {
+                "worker_id": worker_id,
+                "kv_cache": _kv_cache(store),
+                "prefix_cache": _prefix_cache(lifecycle),
+                "generated_sequences": len(parts.answers.sessions),
+                "model": {"loaded": True, **model_facts(lifecycle.model())}
+                if lifecycle.has_model
+                else {"loaded": False},
+            }
+        )
+
+    return router
+
+
+def _kv_cache(store: KVTensorStore) -> dict[str, object]:
+    found = store.stats()
+    return {
+        "entries": found.entries,
+        "num_entries": found.entries,
+        "max_entries": found.max_entries,
+        "unique_sequences": found.sequences,
+        "evicted_sequences": found.evicted_sequences,
+        "device": "cpu",
+        "total_bytes": found.bytes,
+        "total_mb": found.bytes / 2**20,
+        "max_bytes": found.max_bytes,
+    }
+
+
+def _prefix_cache(lifecycle: Lifecycle) -> dict[str, int]:
+    """What requests have left in the KV pool, in bytes."""
+    stats = lifecycle.engine_stats()
+    if stats is None:
+        return {"cached_bytes": 0, "used_bytes": 0, "max_bytes": 0}
+    return {
+        "cached_bytes": stats.cached_blocks * stats.block_bytes,
+        "used_bytes": (stats.total_blocks - stats.free_blocks) * stats.block_bytes,
+        "max_bytes": stats.total_blocks * stats.block_bytes,
+    }
+
+
+def model_facts(model: ServedModel) -> dict[str, Any]:
+    """The model's ``info`` and ``memory``; GB are 2^30 bytes, of weights and KV pool."""
+    stats = model.engine.stats()
+    used = model.dims.weight_bytes + stats.total_blocks * stats.block_bytes
+    device = model.about.get("device", "cpu")
+    return {
+        "info": {
+            "model_name": model.names[0],
+            "num_layers": model.dims.layers,
+            "num_heads": model.dims.heads,
+            "num_kv_heads": model.dims.kv_heads,
+            "head_dim": model.dims.head_dim,
+            "device": device,
+            "dtype": model.about.get("dtype", ""),
+        },
+        "memory": {"device": device, "allocated_gb": used / 2**30, "reserved_gb": used / 2**30},
+    }
