@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from emberkv.engine.request import AllowedTokens, GenerationRequest, ModelLimits
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, RequestError
 from emberkv.tiers.kinds import TierConfig, TierSpec
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import DEADLINE, Inbox
@@ -71,12 +72,14 @@ class Served:
         new: int = 6,
         logprobs: int | None = 3,
         allowed: AllowedTokens | None = None,
+        answered: int = 0,
         **params: object,
     ) -> Inbox:
         inbox = Inbox()
         chosen = {"temperature": 0.0, "ignore_eos": True, **params}
         sampling = SamplingParams(max_tokens=new, logprobs=logprobs, **chosen)  # type: ignore[arg-type]  # fields by name
-        self.loop.submit(GenerationRequest(name, list(prompt), sampling, allowed_tokens=allowed), inbox)
+        request = GenerationRequest(name, list(prompt), sampling, allowed_tokens=allowed, answered=answered)
+        self.loop.submit(request, inbox)
         return inbox
 
     def answers(self, *inboxes: Inbox) -> list[Inbox]:
@@ -305,3 +308,44 @@ def test_a_seed_gives_the_same_answer_whatever_is_beside_it(executor: Executor) 
         served.answers(one, *others)
     assert_same(executor, one, alone(executor, prompt, seed=5, **seeded))
     assert len({tuple(inbox.tokens) for inbox in (one, *others)}) == 3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 1.3, "seed": -3, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.3},
+        {"temperature": 0.7, "seed": 11, "presence_penalty": 1.5, "frequency_penalty": 0.8, "logprobs": 0},
+        {"repetition_penalty": 1.5, "presence_penalty": -1.0, "frequency_penalty": 2.0, "logit_bias": {9: 2.5}},
+    ],
+)
+def test_an_answer_that_is_cut_anywhere_goes_on_elsewhere_as_if_it_had_not_been(
+    executor: Executor, params: dict[str, Any]
+) -> None:
+    prompt, new = text("cut", 27), 10
+    whole = alone(executor, prompt, new=new, **params)
+    with serving(executor) as other:
+        other.loop.start()
+        for length in range(1, new):
+            so_far = whole.tokens[:length]
+            rest = other.ask(f"from {length}", [*prompt, *so_far], new=new, answered=length, **params)
+            assert rest.reason is FinishReason.LENGTH
+            if executor.batch_invariant:
+                assert so_far + rest.tokens == whole.tokens
+                assert scores(rest) == scores(whole)[length:]
+
+
+def test_an_answer_that_goes_on_needs_no_room_but_its_own(executor: Executor) -> None:
+    prompt = text("room", NUM_BLOCKS * BLOCK - 5)
+    with serving(executor) as served:
+        first, rest = served.answers(
+            served.submit("whole", prompt, new=5), served.submit("rest", [*prompt, *prompt[:3]], new=5, answered=3)
+        )
+    assert (len(first.tokens), len(rest.tokens)) == (5, 2)
+
+
+@pytest.mark.parametrize(("answered", "new"), [(-1, 6), (6, 6), (9, 20)])
+def test_more_cannot_be_answered_than_was_asked(executor: Executor, answered: int, new: int) -> None:
+    with serving(executor) as served, pytest.raises(RequestError, match=f"answered is {answered}; "):
+        served.submit("a", text("few", 9), new=new, answered=answered)

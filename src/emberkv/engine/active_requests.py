@@ -29,7 +29,7 @@ class ActiveRequest:
     listener: OutputListener
     submitted_at: float
     admitted_at: float | None = None
-    answered: bool = False
+    has_output: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -131,7 +131,7 @@ class ActiveRequests:
     def _retain(self, active: ActiveRequest) -> None:
         """At the first token: the whole prompt is computed, and its blocks are in the pool if they are to be."""
         request, chain = active.request, active.sequence.chain
-        if request.retain_tokens and not active.answered:
+        if request.retain_tokens and not active.has_output:
             blocks = chain.block_hashes[: request.retain_tokens // chain.block_size]
             self._scheduler.cache.pool.policy.retain(blocks, self._clock() + request.retain_seconds)
 
@@ -143,9 +143,9 @@ class ActiveRequests:
         finish_reason: FinishReason | None = None,
         error: str | None = None,
     ) -> None:
-        first = not active.answered
+        first = not active.has_output
         complete = len(active.prompt_logprobs) == active.sequence.prompt_tokens
-        active.answered = True
+        active.has_output = True
         if finish_reason is not None:
             self._remove(active.request.request_id)
         self._hand_out(

@@ -33,6 +33,9 @@ class SamplingState:
     state when the request is preempted. Executors may keep memory of their own for a state, by weak reference.
 
     rng: draws for requests without a seed, and may be shared; a seed gives the request a generator of its own.
+    prompt_token_ids: without the ``answer``, which are the tokens that another engine has chosen already; the draws for
+    these are passed over.
+
     answer: the tokens so far, not to be changed by executors. changes_logits: whether the request has penalties, a
     bias or a restriction to some tokens. is_plain_greedy: whether the most likely token is all that it asks for.
     """
@@ -54,14 +57,19 @@ class SamplingState:
         prompt_token_ids: Sequence[int],
         rng: random.Random,
         allowed: AllowedTokens | None = None,
+        *,
+        answer: Sequence[int] = (),
     ) -> None:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
-        self.answer: list[int] = []
+        self.answer = list(answer)
         self.changes_logits = params.has_penalties or bool(params.logit_bias) or allowed is not None
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.changes_logits
         self._allowed = allowed
         self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
+        if params.seed is not None and not params.is_greedy:
+            for _ in self.answer:
+                self.draw()
 
     def append(self, token_id: int) -> None:
         """Record a token of the answer, once it is chosen."""

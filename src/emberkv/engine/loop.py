@@ -180,12 +180,16 @@ class EngineLoop:
         sequence = Prompt(
             request.request_id,
             chain,
-            request.params.max_tokens,
+            request.params.max_tokens - request.answered,
             request.priority,
             tenant=request.tenant,
-            wants_prompt_logits=request.params.prompt_logprobs is not None,
+            # whoever began the answer has sent them
+            wants_prompt_logits=request.params.prompt_logprobs is not None and not request.answered,
         )
-        state = SamplingState(request.params, request.prompt_token_ids, self._rng, request.allowed_tokens)
+        tokens, prompt_end = request.prompt_token_ids, len(request.prompt_token_ids) - request.answered
+        state = SamplingState(
+            request.params, tokens[:prompt_end], self._rng, request.allowed_tokens, answer=tokens[prompt_end:]
+        )
         self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock()))
 
     def chain(self, request: GenerationRequest) -> TokenChain:

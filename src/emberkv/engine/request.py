@@ -117,6 +117,9 @@ class GenerationRequest:
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
+    `CacheUsage` counts them as the prompt's, and prompt_logprobs are not reported again. ::
+
+        GenerationRequest("a", [*prompt, *answer_so_far], params, answered=len(answer_so_far))
     """
 
     request_id: str
@@ -276,14 +279,20 @@ class ModelLimits:
             raise RequestError(
                 f"logit_bias names token id {unknown}; the vocabulary has {self.vocab_size}", param="logit_bias"
             )
+        if not 0 <= request.answered < min(len(prompt), request.params.max_tokens):
+            raise RequestError(
+                f"answered is {request.answered}; it must be at least 0, and less than the {len(prompt)} tokens given "
+                f"and max_tokens, {request.params.max_tokens}",
+                param="answered",
+            )
         room = min(self.context_length, pool_tokens)
-        total = len(prompt) + request.params.max_tokens
+        given = len(prompt) - request.answered
+        total = given + request.params.max_tokens
         if total > room:
             source = "the model's context" if room == self.context_length else "the KV pool"
             raise PromptTooLongError(
-                f"{len(prompt)} prompt tokens and {request.params.max_tokens} to generate are {total}; "
-                f"{source} holds {room}",
-                param="prompt" if len(prompt) >= room else "max_tokens",
+                f"{given} prompt tokens and {request.params.max_tokens} to generate are {total}; {source} holds {room}",
+                param="prompt" if given >= room else "max_tokens",
             )
 
     def _in_vocabulary(self, prompt: Sequence[int]) -> bool:
