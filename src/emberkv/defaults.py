@@ -12,3 +12,8 @@ DEFAULT_PREFILL_CHUNK = 128
 def machine_cache_folder() -> Path:
     """The user's folder for compiled kernels, which only this machine's processor can use."""
     return Path("~/.cache/emberkv").expanduser()
+
+
+def state_folder() -> Path:
+    """The user's folder for what emberkv remembers of the clusters that it has started."""
+    return Path("~/.local/state/emberkv").expanduser()

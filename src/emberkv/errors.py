@@ -125,6 +125,10 @@ class EventWireError(EmberError):
     """Bytes are not a message of a cache's event feed."""
 
 
+class ClusterError(EmberError):
+    """A cluster cannot be started, found or changed as asked."""
+
+
 class WorkloadError(EmberError):
     """A trace or a workload description cannot be read as what it claims to be."""
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from emberkv import __version__
-from emberkv.cli import cache, tenants, workload
+from emberkv.cli import cache, cluster, tenants, workload
 from emberkv.cli.bench import bench
 from emberkv.cli.calibrate import calibrate
 from emberkv.cli.command import App
@@ -26,6 +26,7 @@ app.command("examples")(examples)
 app.add_typer(workload.app)
 app.add_typer(cache.app)
 app.add_typer(tenants.app)
+app.add_typer(cluster.app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,302 @@
+"""``emberkv cluster``: workers and a gateway on Ray Serve, started, seen, scaled and stopped by one command each."""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from emberkv.cli.command import App
+from emberkv.defaults import state_folder
+from emberkv.errors import ClusterError, ConfigError
+from emberkv.whole_file import replace_file
+
+if TYPE_CHECKING:
+    from emberkv.cluster.placement import Placement
+
+app = App(name="cluster", help="Run workers and a gateway on Ray Serve.")
+
+DEFAULT_NAME = "emberkv"
+RAY_SECONDS = 120.0
+"""How long a Ray on this machine may take to start or to stop."""
+
+Name = Annotated[str, typer.Option("--name", help="Of the cluster, where a machine has several.")]
+
+
+@app.callback()
+def cluster() -> None:
+    """Run workers and a gateway on Ray Serve, which places them, checks their health and starts them again.
+
+    Needs the extra "cluster": pip install "emberkv[cluster,torch]".
+    """
+
+
+@app.command("up")
+def up(
+    model: Annotated[str | None, typer.Argument(help="A folder or a Hugging Face name, as for serve.")] = None,
+    serve_options: Annotated[list[str] | None, typer.Argument(help="Options of serve, after --.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many workers there are at least.")] = 2,
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, help="How many there may be under load; --workers if not given.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The gateway's.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help='Where all servers listen; "node" is each node\'s own address.')
+    ] = "127.0.0.1",
+    address: Annotated[str | None, typer.Option(help="Of a Ray that runs; without it, one is started here.")] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="With the cluster's secret, on every node; without it, one is made here.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")] = 0.0,
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Start a cluster, and wait until it takes requests.
+
+    The local Ray needs seconds to start and about 1 GB of memory.
+    """
+    from emberkv.cluster.placement import Placement  # noqa: PLC0415 - Ray is an extra, and takes a second to import
+
+    folder = _folder(name)
+    if _is_running(folder):
+        raise ClusterError(f"cluster {name!r} runs already; stop it by emberkv cluster down, or choose another --name")
+    most = max(workers, max_workers or workers)
+    placement = Placement(
+        model=model,
+        secret_file=str(secret_file.resolve() if secret_file is not None else _own_secret(folder)),
+        workers=workers,
+        max_workers=max(most, SCALABLE_WORKERS),
+        host=host,
+        port=port,
+        cpus=cpus,
+        gpus=gpus,
+        serve_options=tuple(serve_options or ()),
+    )
+    console = Console(stderr=True)
+    if address is None:
+        with console.status("starting Ray"):
+            address = _start_ray(folder, cpus=max(os.cpu_count() or 1, placement.max_workers * cpus))
+    state = ClusterState(name, address, workers, most, placement.model_dump(mode="json"))
+    state.write(folder)
+    with console.status("starting the gateway and the workers"):
+        _deploy(state, placement, folder)
+        _wait_ready(state, placement.start_seconds)
+    typer.echo(f"{state.url} takes requests; emberkv cluster status shows its workers.")
+
+
+@app.command("status")
+def status(name: Name = DEFAULT_NAME) -> None:
+    """Show what Serve knows of the replicas, and the gateway of the workers."""
+    state = ClusterState.read(_folder(name), name)
+    with _connected(state) as serve:
+        deployments = serve.status().applications[name].deployments
+    table = Table(box=None, header_style="bold")
+    for column in ("replica", "Serve", "replicas"):
+        table.add_column(column)
+    for deployment, found in sorted(deployments.items()):
+        replicas = ", ".join(f"{count} {kind.lower()}" for kind, count in found.replica_states.items()) or "none"
+        table.add_row(deployment, found.status.value.lower(), replicas)
+    console = Console()
+    console.print(f"{name}: gateway {state.url}, Ray {state.address}, {state.workers} to {state.max_workers} workers")
+    console.print(table)
+
+
+@app.command("scale")
+def scale(
+    workers: Annotated[int, typer.Argument(min=1, help="How many workers there are at least.")],
+    max_workers: Annotated[int | None, typer.Option(min=1, help="How many there may be under load.")] = None,
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Change how many workers there are. Of too many, those whose caches are worth least drain and end."""
+    from emberkv.cluster.placement import Placement  # noqa: PLC0415 - Ray is an extra, and takes a second to import
+
+    folder = _folder(name)
+    state = ClusterState.read(folder, name)
+    placement = Placement.model_validate(state.placement)
+    if max(workers, max_workers or 0) > placement.max_workers:
+        raise ConfigError(
+            f"{max(workers, max_workers or 0)} workers; this cluster was started for at most {placement.max_workers}: "
+            "stop it, and start it with more --max-workers"
+        )
+    state = ClusterState(name, state.address, workers, max(workers, max_workers or workers), state.placement)
+    _deploy(state, placement, folder)
+    state.write(folder)
+    typer.echo(f"{workers} to {state.max_workers} workers from now on; emberkv cluster status shows when they are.")
+
+
+@app.command("down")
+def down(name: Name = DEFAULT_NAME) -> None:
+    """Stop a cluster: its workers drain first. A Ray that it has started ends too."""
+    folder = _folder(name)
+    state = ClusterState.read(folder, name)
+    with suppress(ConnectionError), _connected(state) as serve:
+        serve.delete(name)
+    _stop_ray(folder)
+    (folder / "cluster.json").unlink()
+    typer.echo(f"cluster {name!r} is stopped.")
+
+
+@app.command("hold-ray", hidden=True)
+def hold_ray(folder: Path, cpus: float) -> None:
+    """Run a Ray on this machine until SIGTERM; ``address`` in the folder says where."""
+    import ray  # noqa: PLC0415 - an extra
+
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False)
+    replace_file(folder / "address", ray.get_runtime_context().gcs_address.encode())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        signal.pause()
+
+
+SCALABLE_WORKERS = 16
+"""`scale` may ask for as many without a new start, or for the most that were given to `up`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """What the commands remember of a cluster, in its folder. placement: the arguments of Serve's application."""
+
+    name: str
+    address: str
+    workers: int
+    max_workers: int
+    placement: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        """Where the gateway listens."""
+        host = self.placement["host"]
+        shown = self.address.rpartition(":")[0] if host == "node" else host
+        return f"http://{shown}:{self.placement['port']}"
+
+    def write(self, folder: Path) -> None:
+        replace_file(folder / "cluster.json", json.dumps(asdict(self), indent=2).encode())
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "ClusterState":
+        """Raises ClusterError where there is none."""
+        try:
+            return cls(**json.loads((folder / "cluster.json").read_bytes()))
+        except FileNotFoundError as error:
+            raise ClusterError(f"no cluster {name!r} was started here; start one by emberkv cluster up") from error
+
+
+def _folder(name: str) -> Path:
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"--name is {name!r}; use letters, digits, - and _")
+    folder = state_folder() / "clusters" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _own_secret(folder: Path) -> Path:
+    path = folder / "secret"
+    if not path.exists():
+        replace_file(path, secrets.token_urlsafe(32).encode())
+    return path
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a Ray that was started here still runs, or a cluster on another one has not been stopped."""
+    return _ray_pid(folder) is not None or (not (folder / "lock").exists() and (folder / "cluster.json").exists())
+
+
+def _ray_pid(folder: Path) -> int | None:
+    """Of the process that holds the Ray that was started here; None where there is none."""
+    with suppress(FileNotFoundError), (folder / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read())
+    return None
+
+
+def _start_ray(folder: Path, cpus: float) -> str:
+    """Have a process of its own hold a Ray; its address."""
+    (folder / "address").unlink(missing_ok=True)
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603 - the folder is this command's own
+            [sys.executable, "-m", "emberkv.cli.main", "cluster", "hold-ray", str(folder), str(cpus)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=_ray_environment(),
+        )  # fmt: skip
+    end = time.monotonic() + RAY_SECONDS
+    while not (folder / "address").exists():
+        if process.poll() is not None or time.monotonic() > end:
+            raise ClusterError(f"Ray did not start; {folder / 'ray.log'} says why")
+        time.sleep(0.1)
+    return (folder / "address").read_text()
+
+
+def _stop_ray(folder: Path) -> None:
+    if (pid := _ray_pid(folder)) is None:
+        return
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + RAY_SECONDS
+    while _ray_pid(folder) is not None:
+        if time.monotonic() > end:
+            raise ClusterError(f"Ray, process {pid}, did not stop within {RAY_SECONDS:g} s")
+        time.sleep(0.1)
+    (folder / "lock").unlink(missing_ok=True)
+
+
+def _ray_environment() -> dict[str, str]:
+    """Ray's processes and clients authenticate by a token in the user's home, unless the user says otherwise."""
+    return {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", **os.environ}
+
+
+def _deploy(state: ClusterState, placement: "Placement", folder: Path) -> None:
+    """Give Serve the application, or what has changed of it."""
+    from emberkv.cluster.placement import serve_config  # noqa: PLC0415 - Ray is an extra, and takes a second to import
+
+    config = serve_config(placement, name=state.name, workers=state.workers, max_workers=state.max_workers)
+    path = folder / "serve.yaml"
+    replace_file(path, yaml.safe_dump(config, sort_keys=False).encode())
+    done = subprocess.run(  # noqa: S603 - the path is this command's own
+        [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking", str(path)],
+        env={**_ray_environment(), "RAY_ADDRESS": state.address}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise ClusterError(f"Ray Serve took no application: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+
+
+def _wait_ready(state: ClusterState, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{state.url}/ready").status_code == httpx.codes.OK:
+                return
+        time.sleep(0.5)
+    raise ClusterError(f"{state.url} was not ready after {seconds:g} s; emberkv cluster status says what runs")
+
+
+@contextmanager
+def _connected(state: ClusterState) -> Iterator[Any]:
+    """Ray Serve's client, connected to the cluster's Ray. Raises ConnectionError where there is none."""
+    os.environ.update({key: value for key, value in _ray_environment().items() if key.startswith("RAY_")})
+    import ray  # noqa: PLC0415 - an extra, which reads the environment when it is imported
+    from ray import serve  # noqa: PLC0415
+
+    ray.init(address=state.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield serve
+    finally:
+        ray.shutdown()
