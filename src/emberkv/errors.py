@@ -125,7 +125,7 @@ class EventWireError(EmberError):
     """Bytes are not a message of a cache's event feed."""
 
 
-class ClusterError(EmberError):
+class PlacementError(EmberError):
     """A cluster cannot be started, found or changed as asked."""
 
 

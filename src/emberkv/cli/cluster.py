@@ -23,7 +23,7 @@ from rich.table import Table
 
 from emberkv.cli.command import App
 from emberkv.defaults import state_folder
-from emberkv.errors import ClusterError, ConfigError
+from emberkv.errors import ConfigError, PlacementError
 from emberkv.whole_file import replace_file
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ def up(
 
     The local Ray needs seconds to start and about 1 GB of memory.
     """
-    from emberkv.cluster.placement import Placement  # noqa: PLC0415 - Ray is an extra, and takes a second to import
-
     folder = _folder(name)
     if _is_running(folder):
-        raise ClusterError(f"cluster {name!r} runs already; stop it by emberkv cluster down, or choose another --name")
+        raise PlacementError(
+            f"cluster {name!r} runs already; stop it by 'emberkv cluster down', or give another --name"
+        )
     most = max(workers, max_workers or workers)
-    placement = Placement(
+    placement = _placement().Placement(
         model=model,
         secret_file=str(secret_file.resolve() if secret_file is not None else _own_secret(folder)),
         workers=workers,
@@ -123,11 +123,9 @@ def scale(
     name: Name = DEFAULT_NAME,
 ) -> None:
     """Change how many workers there are. Of too many, those whose caches are worth least drain and end."""
-    from emberkv.cluster.placement import Placement  # noqa: PLC0415 - Ray is an extra, and takes a second to import
-
     folder = _folder(name)
     state = ClusterState.read(folder, name)
-    placement = Placement.model_validate(state.placement)
+    placement = _placement().Placement.model_validate(state.placement)
     if max(workers, max_workers or 0) > placement.max_workers:
         raise ConfigError(
             f"{max(workers, max_workers or 0)} workers; this cluster was started for at most {placement.max_workers}: "
@@ -193,11 +191,20 @@ class ClusterState:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "ClusterState":
-        """Raises ClusterError where there is none."""
+        """Raises PlacementError where there is none."""
         try:
             return cls(**json.loads((folder / "cluster.json").read_bytes()))
         except FileNotFoundError as error:
-            raise ClusterError(f"no cluster {name!r} was started here; start one by emberkv cluster up") from error
+            raise PlacementError(f"no cluster {name!r} was started here; start one by emberkv cluster up") from error
+
+
+def _placement() -> Any:
+    """The module that needs Ray, which takes a second to import. Raises PlacementError where it is not installed."""
+    try:
+        from emberkv.cluster import placement  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise PlacementError(f'{error.name} is not installed; pip install "emberkv[cluster]"') from error
+    return placement
 
 
 def _folder(name: str) -> Path:
@@ -241,7 +248,7 @@ def _start_ray(folder: Path, cpus: float) -> str:
     end = time.monotonic() + RAY_SECONDS
     while not (folder / "address").exists():
         if process.poll() is not None or time.monotonic() > end:
-            raise ClusterError(f"Ray did not start; {folder / 'ray.log'} says why")
+            raise PlacementError(f"Ray did not start; {folder / 'ray.log'} says why")
         time.sleep(0.1)
     return (folder / "address").read_text()
 
@@ -253,7 +260,7 @@ def _stop_ray(folder: Path) -> None:
     end = time.monotonic() + RAY_SECONDS
     while _ray_pid(folder) is not None:
         if time.monotonic() > end:
-            raise ClusterError(f"Ray, process {pid}, did not stop within {RAY_SECONDS:g} s")
+            raise PlacementError(f"Ray, process {pid}, did not stop within {RAY_SECONDS:g} s")
         time.sleep(0.1)
     (folder / "lock").unlink(missing_ok=True)
 
@@ -265,9 +272,7 @@ def _ray_environment() -> dict[str, str]:
 
 def _deploy(state: ClusterState, placement: "Placement", folder: Path) -> None:
     """Give Serve the application, or what has changed of it."""
-    from emberkv.cluster.placement import serve_config  # noqa: PLC0415 - Ray is an extra, and takes a second to import
-
-    config = serve_config(placement, name=state.name, workers=state.workers, max_workers=state.max_workers)
+    config = _placement().serve_config(placement, name=state.name, workers=state.workers, max_workers=state.max_workers)
     path = folder / "serve.yaml"
     replace_file(path, yaml.safe_dump(config, sort_keys=False).encode())
     done = subprocess.run(  # noqa: S603 - the path is this command's own
@@ -275,7 +280,7 @@ def _deploy(state: ClusterState, placement: "Placement", folder: Path) -> None:
         env={**_ray_environment(), "RAY_ADDRESS": state.address}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise ClusterError(f"Ray Serve took no application: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise PlacementError(f"Ray Serve took no application: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
 
 
 def _wait_ready(state: ClusterState, seconds: float) -> None:
@@ -285,7 +290,7 @@ def _wait_ready(state: ClusterState, seconds: float) -> None:
             if httpx.get(f"{state.url}/ready").status_code == httpx.codes.OK:
                 return
         time.sleep(0.5)
-    raise ClusterError(f"{state.url} was not ready after {seconds:g} s; emberkv cluster status says what runs")
+    raise PlacementError(f"{state.url} was not ready after {seconds:g} s; emberkv cluster status says what runs")
 
 
 @contextmanager

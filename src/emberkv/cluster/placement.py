@@ -25,7 +25,7 @@ from ray.serve.config import AutoscalingContext
 
 from emberkv.cluster import wire
 from emberkv.cluster.scaling import RecentWorth, ScalingLimits, ScalingMemory, WorkerLoad, choose_workers
-from emberkv.errors import ClusterError
+from emberkv.errors import PlacementError
 from emberkv.trusted_paths import read_own_file
 
 _log = logging.getLogger(__name__)
@@ -88,27 +88,27 @@ class ServerProcess:
         )
 
     def wait_ready(self, seconds: float) -> None:
-        """Raises ClusterError where the server has ended, or is not ready in time."""
+        """Raises PlacementError where the server has ended, or is not ready in time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if (code := self._process.poll()) is not None:
-                raise ClusterError(f"{self.url} ended with exit code {code} before it was ready; its log says why")
+                raise PlacementError(f"{self.url} ended with exit code {code} before it was ready; its log says why")
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/ready", timeout=_HEALTH_SECONDS).status_code == httpx.codes.OK:
                     return
             time.sleep(0.1)
-        raise ClusterError(f"{self.url} was not ready after {seconds:g} s")
+        raise PlacementError(f"{self.url} was not ready after {seconds:g} s")
 
     def check(self) -> None:
-        """Raises ClusterError unless the server runs and answers."""
+        """Raises PlacementError unless the server runs and answers."""
         if (code := self._process.poll()) is not None:
-            raise ClusterError(f"{self.url} ended with exit code {code}")
+            raise PlacementError(f"{self.url} ended with exit code {code}")
         try:
             status = httpx.get(f"{self.url}/health", timeout=_HEALTH_SECONDS).status_code
         except httpx.TransportError as error:
-            raise ClusterError(f"{self.url} does not answer: {error}") from error
+            raise PlacementError(f"{self.url} does not answer: {error}") from error
         if status != httpx.codes.OK:
-            raise ClusterError(f"{self.url}/health answered {status}")
+            raise PlacementError(f"{self.url}/health answered {status}")
 
     def stop(self, seconds: float) -> None:
         """Have it drain and end; after so many seconds it is killed."""

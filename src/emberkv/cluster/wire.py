@@ -87,8 +87,9 @@ class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
     epoch, sequence: of the cache's last event. waiting, running: requests. waiting_tokens: of the waiting ones'
     prompts, as far as these are not known to be cached. prefill_tokens: of the running ones' prompts, not computed yet.
     decoding: requests of which each step computes one token. total_blocks, free_blocks, cached_blocks: of the pool; the
-    cached ones are among the free. block_bytes: of KV state. prefill_rate: prompt tokens a second. step_seconds: of a
-    step that only decodes. load_rates: bytes a second, by tier.
+    cached ones are among the free. block_bytes: of KV state. hit_tokens: of prompts, found in the cache since the
+    start. prefill_rate: prompt tokens a second. step_seconds: of a step that only decodes. load_rates: bytes a second,
+    by tier.
     """
 
     worker_id: Name
@@ -103,6 +104,7 @@ class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
     free_blocks: Count = 0
     cached_blocks: Count = 0
     block_bytes: Count = 0
+    hit_tokens: Count = 0
     prefill_rate: float | None = None
     step_seconds: float | None = None
     load_rates: dict[str, float] = {}
