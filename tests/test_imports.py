@@ -167,7 +167,8 @@ print(len(names))
     ],
 )
 def test_works_without_torch_and_all_that_comes_with_it(package: str) -> None:
-    command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(TORCH_EXTRA)]
+    missing = [name for name in TORCH_EXTRA if (package, name) != ("emberkv.cluster", "psutil")]  # Ray brings its own
+    command = [sys.executable, "-c", IMPORT_ALL, package, ",".join(missing)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
     assert int(outcome.stdout) == len(modules_in(package))
