@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from emberkv.errors import EmberError, RequestError, TensorError
 from emberkv.serving.app import AppParts
-from emberkv.serving.errors import failure_of, request_info
+from emberkv.serving.errors import SCOPE_KEY, failure_of, request_info
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
@@ -38,8 +38,9 @@ class DetailRoute(APIRoute):
                 return await handle(http)
             except (EmberError, HTTPException) as error:
                 failure = failure_of(error)
-                info = request_info(http)
-                info.code, info.param = failure.code, failure.param
+                if SCOPE_KEY in http.scope:
+                    info = request_info(http)
+                    info.code, info.param = failure.code, failure.param
                 return JSONResponse(
                     {"detail": failure.message}, status_code=failure.status, headers=dict(failure.headers)
                 )
