@@ -61,6 +61,11 @@ def test_the_form_does_not_change_unnoticed() -> None:
     assert msgspec.msgpack.decode(encode(EventsLost(EPOCH, 3, 2))) == [1, ["lost", EPOCH, 3, 2]]
 
 
+def test_a_chunk_of_a_lower_tier_has_no_parents() -> None:
+    chunk = SnapshotChunk(EPOCH, 9, "1.1.0", None, 4, HASHES, (), (), "disk")
+    assert decode(encode(chunk)) == chunk
+
+
 def test_another_version_is_named() -> None:
     with pytest.raises(EventWireError, match=f"of version 2; this is version {VERSION}"):
         decode(msgspec.msgpack.encode([2, ["something", "new"]]))

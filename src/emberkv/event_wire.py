@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct, ValidationError
 
-from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.feed import EventBatch, EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import TOKEN_BYTES
 from emberkv.errors import EventWireError, reason_of
@@ -137,7 +137,7 @@ def _checked(body: Batch | Lost | Chunk) -> FeedMessage:
         case Lost():
             return EventsLost(body.epoch, body.oldest, body.last)
         case Chunk():
-            if len(body.parents) != len(body.block_hashes):
+            if len(body.parents) != len(body.block_hashes) and (body.parents or body.tier == POOL):
                 raise ValidationError(f"{len(body.block_hashes)} blocks and {len(body.parents)} parents")
             _check_tokens(body.tokens, len(body.block_hashes), body.block_size)
             return SnapshotChunk(

@@ -202,9 +202,7 @@ class LLM(_ClosedAtExit):
         sizes = cache_sizes(config)
         loaded, kernels = load_configured(model_options(config), sizes, progress)
         settings = engine_config(config, sizes.pool_bytes(loaded), tier_config(config, {}))
-        return loaded, assemble(
-            loaded, settings, kernels=kernels, on_evicted=self._ledger_store.evicted, progress=progress
-        )
+        return loaded, assemble(loaded, settings, kernels=kernels, progress=progress)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Answer one prompt, and wait for the whole answer. Without ``params``, the model's defaults hold.

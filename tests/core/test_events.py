@@ -45,6 +45,15 @@ def test_a_reader_that_fell_behind_is_told() -> None:
     assert log.since(1) == [AllBlocksCleared(), AllBlocksCleared()]
 
 
+def test_a_log_that_requires_a_snapshot_has_lost_what_was_before() -> None:
+    log = EventLog()
+    log.append(AllBlocksCleared())
+    log.require_snapshot()
+    assert (log.since(0), log.since(1), log.since(2), log.oldest_sequence) == (None, None, [], 3)
+    log.append(AllBlocksCleared("ram"))
+    assert log.since(2) == [AllBlocksCleared("ram")]
+
+
 def test_a_reader_from_another_life_is_told() -> None:
     assert EventLog().since(7) is None
 

@@ -44,6 +44,37 @@ def test_a_snapshot_comes_in_chunks() -> None:
     assert (second.tokens, second.next_cursor, second.sequence) == ((), None, 4)
 
 
+class Tiers:
+    """Contents of the tiers below a pool."""
+
+    def __init__(self, **blocks: list[bytes]) -> None:
+        self.blocks = blocks
+
+    def contents(self) -> dict[str, list[bytes]]:
+        return {tier: list(blocks) for tier, blocks in self.blocks.items()}
+
+    def tiers_of(self, block_hash: bytes) -> list[str]:
+        return [tier for tier, blocks in self.blocks.items() if block_hash in blocks]
+
+
+def test_a_snapshot_goes_on_with_the_tiers_below() -> None:
+    hashes = ABCD.block_hashes
+    tiers = Tiers(ram=hashes[:3], shared=[], disk=hashes[1:])
+    feed = CacheFeed(stocked(), tiers)
+    chunks = [feed.snapshot(limit=4, tokens=True)]
+    while (cursor := chunks[-1].next_cursor) is not None:
+        chunks.append(feed.snapshot(cursor, limit=2, tokens=True))
+        tiers.blocks["disk"] = hashes[2:]
+    assert [(chunk.tier, chunk.block_hashes) for chunk in chunks] == [
+        ("pool", tuple(hashes)),
+        ("ram", tuple(hashes[:2])),
+        ("ram", (hashes[2],)),
+        ("disk", (hashes[2],)),
+        ("disk", (hashes[3],)),
+    ]
+    assert {(chunk.parents, chunk.tokens) for chunk in chunks[1:]} == {((), ())}
+
+
 def test_a_chunk_has_what_is_there_when_it_is_taken() -> None:
     pool = stocked()
     feed = CacheFeed(pool)
@@ -58,6 +89,6 @@ def test_a_cursor_that_is_not_known_begins_a_new_snapshot() -> None:
     begun = feed.snapshot(limit=1)
     for _ in range(MAX_SNAPSHOTS):
         feed.snapshot(limit=1)
-    for cursor in (begun.next_cursor or "", "nonsense", "1.", "5.999", "5.-1", "9.\u0663"):
+    for cursor in (begun.next_cursor or "", "nonsense", "1.", "5.999", "5.0.999", "5.0.-1", "5.9.0", "9.0.\u0663"):
         chunk: SnapshotChunk = feed.snapshot(cursor, limit=100)
         assert (chunk.cursor, chunk.next_cursor, len(chunk.block_hashes)) == ("", None, 4)

@@ -1,16 +1,19 @@
 """The stack: what is offered goes down, what is asked for comes up verified, from the fastest tier that has it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.loading import BlockRun
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.worker import QueuedBlock, Store
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock
@@ -18,6 +21,7 @@ from tests.tiers.tiers import LARGE, SlowTier
 
 Make = Callable[..., TierManager]
 BLOCKS = records(20)
+BLOCK_SIZE = len(BLOCKS[0].tokens) // 4
 IDS = block_hashes(BLOCKS)
 
 
@@ -194,14 +198,45 @@ def test_touch_keeps_what_the_pool_itself_serves(make: Make) -> None:
     assert found(stack, BLOCKS[2:4]) == []
 
 
-def test_evictions_are_told(make: Make) -> None:
+def test_what_is_stored_evicted_and_removed_is_an_event(make: Make) -> None:
     size = len(entries(BLOCKS[:1])[0].data) + 64
-    told: list[tuple[str, list[bytes]]] = []
-    stack = make(ram("fast", 2 * size), ram("slow"), on_evicted=lambda tier, gone: told.append((tier, list(gone))))
-    for block in BLOCKS[:4]:
+    stack = make(ram("fast", 2 * size), ram("slow"))
+    events: dict[str, list[Event]] = {"fast": [], "slow": []}
+    stack.on_event = lambda event: events[event.tier].append(event)
+    for block in BLOCKS[:3]:
         offer(stack, [block])
-    assert told == [("fast", [IDS[0]]), ("fast", [IDS[1]])]
-    assert stack.stats()["fast"].evictions == 2
+    stack.remove(IDS[1:2])
+    stack.clear()
+    assert stack.flush(PATIENCE)
+    parents = [block.parent for block in BLOCKS]
+    stored = [BlockStored((IDS[at],), parents[at], (), BLOCK_SIZE, "fast") for at in range(3)]
+    removed = BlockRemoved((IDS[1],), evicted=False, tier="fast")
+    evicted = BlockRemoved((IDS[0],), tier="fast")
+    assert events["fast"] == [*stored, evicted, removed, AllBlocksCleared("fast")]
+    assert events["slow"] == [replace(each, tier="slow") for each in (*stored, removed, AllBlocksCleared())]
+    assert stack.stats()["fast"].evictions == 1
+
+
+def test_blocks_that_are_stored_together_are_one_event(make: Make) -> None:
+    stack = make(ram("ram"))
+    events: list[Event] = []
+    stack.on_event = events.append
+    stack.workers[0].run(Store([QueuedBlock(block, "") for block in (*BLOCKS[:3], BLOCKS[5])], 0))
+    assert events == [
+        BlockStored(tuple(IDS[:3]), BLOCKS[0].parent, (), BLOCK_SIZE, "ram"),
+        BlockStored((IDS[5],), BLOCKS[5].parent, (), BLOCK_SIZE, "ram"),
+    ]
+
+
+def test_a_damaged_block_that_is_found_out_is_an_event(make: Make) -> None:
+    tier = ram("ram")
+    tier.store([replace(entries(BLOCKS[:1])[0], data=b"damaged")])
+    stack = make(tier)
+    events: list[Event] = []
+    stack.on_event = events.append
+    assert fetched(stack, BLOCKS[:1]) == [None]
+    assert stack.flush(PATIENCE)
+    assert events == [BlockRemoved((IDS[0],), evicted=False, tier="ram")]
 
 
 def test_the_expected_time_is_what_fetches_took(make: Make) -> None:

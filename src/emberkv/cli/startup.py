@@ -132,7 +132,6 @@ class Startup:
                 kernels=kernels,
                 public_prefixes=[*(prompt.tokens for prompt in prompts), *public],
                 on_crash=lambda error: self._lifecycle.failed(f"the engine stopped: {type(error).__name__}"),
-                on_evicted=self._ledger_store.evicted,
                 progress=stage,
             )
         warmup = make_warmup(

@@ -1,6 +1,7 @@
 """What changes in the set of cached blocks: numbered events, the log that keeps the last of them, and snapshots.
 
-A copy of a pool's index (a router, a ledger) starts from a snapshot and applies the events that follow it, in order.
+A copy of the index of a pool and its tiers (a router, a ledger) starts from a snapshot and applies the events that
+follow it, in order.
 """
 
 from collections import deque
@@ -16,8 +17,8 @@ POOL = "pool"
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
-    """Consecutive blocks of one chain became visible. ``tokens`` holds each block's encoded token ids, or nothing where
-    the reader did not want them.
+    """Consecutive blocks of one chain became visible in a tier. ``tokens`` holds each block's encoded token ids, or
+    nothing: of lower tiers, and where the reader did not want them.
     """
 
     block_hashes: tuple[BlockHash, ...]
@@ -68,6 +69,11 @@ class EventLog:
     def append(self, event: Event) -> None:
         self.last_sequence += 1
         self._events.append(event)
+
+    def require_snapshot(self) -> None:
+        """Have every reader start from a snapshot, because blocks are cached that no event tells of."""
+        self.last_sequence += 1
+        self._events.clear()
 
     def since(self, sequence: int, limit: int | None = None) -> Sequence[Event] | None:
         """The events after ``sequence``, the first ``limit`` of them; None when some are no longer kept, or when there

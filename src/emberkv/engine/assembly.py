@@ -19,7 +19,6 @@ from emberkv.engine.request import ModelLimits
 from emberkv.engine.tier_link import TierLink
 from emberkv.tiers.kinds import TierConfig, open_tiers
 from emberkv.tiers.manager import TierManager
-from emberkv.tiers.worker import EvictionHook
 
 _log = logging.getLogger(__name__)
 
@@ -90,13 +89,12 @@ def assemble_around(
     block_cost: BlockCost = uniform_cost,
     public_prefixes: Iterable[Sequence[int]] = (),
     on_crash: Callable[[Exception], None] = lambda _: None,
-    on_evicted: EvictionHook = lambda _tier, _hashes: None,
 ) -> AssembledEngine:
     """An engine over ``executor`` whose thread is not started yet.
 
     root: of the model's block hashes. namespace: of the blocks that the executor computes, 32 bytes; it is checked
     whenever a stored block is read. block_cost: see `BlockPool`. public_prefixes: token sequences that all tenants
-    share. on_crash: see `EngineLoop`; on_evicted: see `EvictionHook`.
+    share. on_crash: see `EngineLoop`.
 
     Raises ConfigError when a setting cannot work, CacheFolderError when the disk tier's folder can be neither made nor
     read.
@@ -116,7 +114,6 @@ def assemble_around(
                 config.eviction,
                 namespace,
                 block_bytes=executor.pool.block_bytes,
-                on_evicted=on_evicted,
             )
         if tiers is not None:
             on_failure.callback(tiers.close, 0.0)
@@ -127,7 +124,7 @@ def assemble_around(
         scheduler,
         lower=link.peeking if link is not None else None,
         manager=tiers,
-        transfer=BlockTransfer(scheduler.cache, executor.pool, namespace),
+        transfer=BlockTransfer(scheduler.cache, executor.pool, namespace, lower=link),
     )
     loop = EngineLoop(
         executor,
@@ -146,12 +143,15 @@ def _scheduler(
     executor: Executor, config: EngineConfig, block_cost: BlockCost, tiers: TierManager | None
 ) -> tuple[Scheduler, TierLink | None]:
     policy = config.tiers.pool_policy(config.eviction, executor.pool.num_blocks * executor.pool.block_bytes)
+    events = EventLog(epoch=os.urandom(16))
+    if tiers is not None and any(tiers.contents().values()):
+        events.require_snapshot()
     pool = BlockPool(
         executor.pool.num_blocks,
         config.block_size,
         policy=policy,
         block_cost=block_cost,
-        events=EventLog(epoch=os.urandom(16)),
+        events=events,
         journal=tiers is not None,
     )
     cache = PrefixCache(

@@ -1,15 +1,18 @@
-"""Cached blocks as bytes, from one engine's pool to another's: the records that tiers store, with all their checks."""
+"""Cached blocks as bytes, from one engine to another: the records that tiers store, with all their checks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from emberkv.core.block import Block, BlockState
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.engine.executor import KVStorage
+from emberkv.engine.tier_link import TierLink, record_of
 from emberkv.errors import BlockError, ForeignBlockError
 from emberkv.tiers.codec import BlockRecord, decode_record, encode_record
+from emberkv.tiers.onboarding import Records
 
 MAX_BYTES = 8 << 20
 """Of KV state that one call copies, so that no step waits long for it. At least one block."""
@@ -30,27 +33,53 @@ class ImportedBlocks:
 
 
 class BlockTransfer:
-    """Reads full blocks out of a pool and commits others into it. Belongs to the engine's thread.
+    """Reads full blocks out of a pool and its tiers, and commits others into the pool. Belongs to the engine's thread.
 
-    namespace: of the engine's bytes; a record of another one is refused. max_bytes: see `MAX_BYTES`.
+    namespace: of the engine's bytes; a record of another one is refused. lower: the tiers from which blocks that the
+    pool lacks are exported. max_bytes: see `MAX_BYTES`.
     """
 
-    def __init__(self, cache: PrefixCache, storage: KVStorage, namespace: bytes, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        storage: KVStorage,
+        namespace: bytes,
+        *,
+        lower: TierLink | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self._cache = cache
         self._pool = cache.pool
         self._storage = storage
         self._namespace = namespace
+        self._lower = lower
         self._max_blocks = max(1, max_bytes // storage.block_bytes)
 
-    def export(self, block_hashes: Sequence[BlockHash]) -> list[bytes | None]:
-        """The records of the first of these blocks, as many as `MAX_BYTES` allows; None for each that is not in the
-        pool. Raises MemoryError when there is no memory for the copies.
+    def export(self, block_hashes: Sequence[BlockHash]) -> "Future[list[bytes | None]]":
+        """The records of the first of these blocks, as many as `MAX_BYTES` allows, from the pool or a tier.
+
+        None for each block that neither has, and for those of a tier behind one that none has. Raises MemoryError when
+        there is no memory for the copies. Where a tier is read, the answer comes in `TierLink.completed`.
         """
-        found = [self._full_block(each) for each in block_hashes[: self._max_blocks]]
-        blocks = [block for block in found if block is not None]
-        contents = dict(zip(blocks, self._storage.read_blocks([block.block_id for block in blocks]), strict=True))
-        self._pool.stats.exported_blocks += len(blocks)
-        return [None if block is None else self._encoded(block, contents[block]) for block in found]
+        wanted = block_hashes[: self._max_blocks]
+        exported = self._of_pool(wanted)
+        answer: Future[list[bytes | None]] = Future()
+        missing = [each for each in wanted if each not in exported]
+
+        def finish(records: Records) -> None:
+            try:
+                exported.update((each.block_hash, self._encoded(each)) for each in records if each is not None)
+            except MemoryError as error:
+                answer.set_exception(error)
+                return
+            self._pool.stats.exported_blocks += len(exported)
+            answer.set_result([exported.get(each) for each in wanted])
+
+        if missing and self._lower is not None:
+            self._lower.read(missing).add_done_callback(lambda read: finish(read.result()))
+        else:
+            finish([])
+        return answer
 
     def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
         """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.
@@ -67,13 +96,14 @@ class BlockTransfer:
         self._pool.stats.refused_imports.update(refused)
         return ImportedBlocks(taken, imported, len(cached), refused)
 
-    def _full_block(self, block_hash: BlockHash) -> Block | None:
-        block = self._pool.lookup(block_hash)
-        return None if block is None or block.partial else block
+    def _of_pool(self, block_hashes: Sequence[BlockHash]) -> dict[BlockHash, bytes]:
+        """The records of those that are full blocks of the pool."""
+        found = [block for each in block_hashes if (block := self._pool.lookup(each)) is not None and not block.partial]
+        contents = self._storage.read_blocks([block.block_id for block in found])
+        records = [record_of(block, content) for block, content in zip(found, contents, strict=True)]
+        return {record.block_hash: self._encoded(record) for record in records}
 
-    def _encoded(self, block: Block, content: memoryview) -> bytes:
-        assert block.block_hash is not None
-        record = BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)
+    def _encoded(self, record: BlockRecord) -> bytes:
         return encode_record(record, namespace=self._namespace)
 
     def _verified(

@@ -128,7 +128,10 @@ class Statistics(Command[PoolStatistics]):
 
 @dataclass(frozen=True, slots=True)
 class ExportBlocks(Command[list[bytes | None]]):
-    """Answer: a tier's record of each of the first of these blocks, None where the pool has not got it.
+    """Answer: the record of each of the first of these blocks, from the pool or else from a tier below it.
+
+    None for a block that neither has, and for those of a tier behind one that none has. Reading tiers takes at most
+    `tier_link.READ_SECONDS`, while the engine goes on.
 
     As many as `block_transfer.MAX_BYTES` allows, and at least one: the caller asks again for the rest.
     """
@@ -146,7 +149,7 @@ class ImportBlocks(Command[ImportedBlocks]):
 
 @dataclass(frozen=True, slots=True)
 class ReadEvents(Command[EventBatch | EventsLost]):
-    """Answer: the pool's first events after number ``after``. See `CacheFeed.events`."""
+    """Answer: the first events, of the pool and its tiers, after number ``after``. See `CacheFeed.events`."""
 
     after: int
     limit: int = BATCH_EVENTS
@@ -154,7 +157,7 @@ class ReadEvents(Command[EventBatch | EventsLost]):
 
 @dataclass(frozen=True, slots=True)
 class ReadSnapshot(Command[SnapshotChunk]):
-    """Answer: a chunk of a snapshot of the pool's blocks. See `CacheFeed.snapshot`."""
+    """Answer: a chunk of a snapshot of the blocks of the pool and its tiers. See `CacheFeed.snapshot`."""
 
     cursor: str = ""
     limit: int = CHUNK_BLOCKS
@@ -184,7 +187,7 @@ class CacheControl:
         self._manager = manager
         self._clock = clock
         self._transfer = transfer
-        self._feed = CacheFeed(self._pool)
+        self._feed = CacheFeed(self._pool, manager)
         self._handlers: dict[type[Command[Any]], Callable[[Any], Any]] = {
             Retain: self._retain,
             Unretain: self._unretain,
@@ -199,9 +202,9 @@ class CacheControl:
             ImportBlocks: self._import,
         }
 
-    def execute(self, command: Command[R]) -> R:
-        """Carry out one command; raises what is wrong with it."""
-        answer: R = self._handlers[type(command)](command)
+    def execute(self, command: Command[R]) -> "R | Future[R]":
+        """Carry out one command; raises what is wrong with it. The answer comes later where tiers are to be read."""
+        answer: R | Future[R] = self._handlers[type(command)](command)
         return answer
 
     def _retain(self, command: Retain) -> int:
@@ -252,7 +255,7 @@ class CacheControl:
     def _read_snapshot(self, command: ReadSnapshot) -> SnapshotChunk:
         return self._feed.snapshot(command.cursor, command.limit, tokens=command.tokens)
 
-    def _export(self, command: ExportBlocks) -> list[bytes | None]:
+    def _export(self, command: ExportBlocks) -> "Future[list[bytes | None]]":
         return self._transfers().export(command.block_hashes)
 
     def _import(self, command: ImportBlocks) -> ImportedBlocks:

@@ -32,9 +32,9 @@ class CacheUpdate:
     """What a step changed.
 
     time: seconds since 1970. admitted: the sequences admitted for the first time; their ``admission`` and
-    ``cached_tokens`` are set, and they belong to the engine's thread. events: of the pool, in order; those that
-    admissions caused are among them. missed: events before these are lost, so that only a snapshot of the pool says
-    what is cached.
+    ``cached_tokens`` are set, and they belong to the engine's thread. events: of the pool and the tiers below it, in
+    order; those that admissions caused are among them. missed: events before these are lost, so that only a snapshot
+    says what is cached.
     """
 
     time: float
@@ -240,6 +240,7 @@ class EngineLoop:
         if mail is None:
             return False
         self._accept(mail)
+        self._log_tier_events()
         for command in mail.commands:
             command.execute(self._control)
         if self._tiers is not None:
@@ -250,6 +251,11 @@ class EngineLoop:
         if mail:
             self._publish_stats()
         return True
+
+    def _log_tier_events(self) -> None:
+        log = self._scheduler.cache.pool.events
+        for event in self._tiers.take_events() if self._tiers is not None else ():
+            log.append(event)
 
     def _idle_seconds(self) -> float | None:
         """How long there is nothing to do unless mail comes; None: until then."""
@@ -307,6 +313,8 @@ class EngineLoop:
             command.drop()
         for load in self._scheduler.loads:
             self._scheduler.loaded(load, ())
+        if self._tiers is not None:
+            self._tiers.close()
         self._publish_stats()
 
     def _publish_stats(self) -> None:

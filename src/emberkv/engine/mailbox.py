@@ -27,7 +27,17 @@ class PendingCommand:
         except Exception as error:  # noqa: BLE001 - the sender gets it, and the engine goes on
             self.answer.set_exception(error)
         else:
-            self.answer.set_result(result)
+            if isinstance(result, Future):
+                result.add_done_callback(self._complete)
+            else:
+                self.answer.set_result(result)
+
+    def _complete(self, result: "Future[Any]") -> None:
+        error = result.exception()
+        if error is not None:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(result.result())
 
     def drop(self) -> None:
         if self.answer.set_running_or_notify_cancel():

@@ -7,9 +7,12 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from math import inf
 
 from emberkv.core.block import Block
+from emberkv.core.events import Event
 from emberkv.core.hashing import BlockHash
 from emberkv.core.loading import BlockRun, LatencyModel, Load, LookupStatus, LowerTiers, PendingLookup
 from emberkv.engine.executor import KVStorage
@@ -23,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 FIRST_LOAD_SECONDS = 5.0
 """How long a load may take while it is not known how long computing its blocks would."""
+
+READ_SECONDS = 5.0
+"""How long reading blocks to export may take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +45,14 @@ class _PendingQuery:
     """deadline: by the clock; when it has passed, what is not answered is a miss."""
 
     query: Query
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingRead:
+    """deadline: by the clock; when it has passed, the read ends with the blocks that have come."""
+
+    onboarding: Onboarding
     deadline: float
 
 
@@ -75,6 +89,10 @@ class TierLink:
         self._arrived: deque[tuple[Load, Records]] = deque()
         self._queries: dict[PendingLookup, _PendingQuery] = {}
         self._answered: deque[PendingLookup] = deque()
+        self._reads: dict[Future[Records], _PendingRead] = {}
+        self._read: deque[tuple[Future[Records], Records]] = deque()
+        self._events: deque[Event] = deque()
+        manager.on_event = self._tier_changed
 
     def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
         return self.manager.find(block_hashes, exact=exact)
@@ -114,7 +132,8 @@ class TierLink:
         except MemoryError as error:  # the blocks stay where they are
             self._count("memory", len(wanted), str(error))
             return
-        self.manager.offload([_offloaded(block, content) for block, content in zip(wanted, contents, strict=True)])
+        pairs = zip(wanted, contents, strict=True)
+        self.manager.offload([OffloadedBlock(record_of(block, content), block.owner) for block, content in pairs])
 
     def onboard(self, load: Load) -> None:
         """Have a load's blocks read, for as long as its patience lasts, or `FIRST_LOAD_SECONDS` where it has none."""
@@ -127,6 +146,38 @@ class TierLink:
         deadline = self._clock() + patience
         onboarding = self.manager.onboard(list(load.block_hashes), load.runs, done)
         self._pending[load] = _PendingLoad(load, onboarding, deadline)
+
+    def read(self, block_hashes: Sequence[BlockHash]) -> "Future[Records]":
+        """Have blocks read that are not for the pool: those that the tiers have, up to the first that none has.
+
+        The future is done in `completed` or `close`, after at most `READ_SECONDS`, with a record or None for each hash.
+        """
+        answer: Future[Records] = Future()
+        answer.set_running_or_notify_cancel()
+
+        def done(records: Records) -> None:
+            self._read.append((answer, records))
+            self.on_ended()
+
+        deadline = self._clock() + READ_SECONDS
+        runs = self.manager.peek(block_hashes)
+        self._reads[answer] = _PendingRead(self.manager.onboard(list(block_hashes), runs, done), deadline)
+        return answer
+
+    def take_events(self) -> list[Event]:
+        """What has changed in the tiers since the last call."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def close(self) -> None:
+        """End the reads that are pending, with what has come."""
+        self._end_reads(inf)
+
+    def _tier_changed(self, event: Event) -> None:
+        self._events.append(event)
+        self.on_ended()
 
     def look_up(self, lookup: PendingLookup) -> None:
         """Have the tiers look up what they cannot tell from memory, for as long as they and the look-up allow."""
@@ -147,17 +198,18 @@ class TierLink:
     @property
     def has_ended(self) -> bool:
         left = self.seconds_left
-        return bool(self._arrived or self._answered) or (left is not None and left <= 0)
+        return bool(self._arrived or self._answered or self._read) or (left is not None and left <= 0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the next deadline of a load or a look-up; None where there is neither."""
+        """Until the next deadline of a load, a look-up or a read; None where there is none."""
         deadlines = [pending.deadline for pending in self._pending.values()]
         deadlines += [pending.deadline for pending in self._queries.values()]
+        deadlines += [pending.deadline for pending in self._reads.values()]
         return min(deadlines) - self._clock() if deadlines else None
 
     def completed(self) -> list[tuple[Load, list[bool]]]:
-        """The loads that have ended since the last call, whose bytes are in their slots now as far as they came.
+        """The loads that have ended since the last call, whose bytes are in their blocks now as far as they came.
 
         The flags are for `Scheduler.loaded`. A load whose deadline has passed ends here, with what has come by then.
         """
@@ -172,7 +224,17 @@ class TierLink:
             records = self.manager.cancel(pending.onboarding)
             self._count("patience", 1)
             results.append((pending.load, self._place(pending.load, records)))
+        self._end_reads(now)
         return results
+
+    def _end_reads(self, now: float) -> None:
+        while self._read:
+            answer, records = self._read.popleft()
+            if self._reads.pop(answer, None) is not None:
+                answer.set_result(records)
+        for answer, pending in [each for each in self._reads.items() if each[1].deadline <= now]:
+            del self._reads[answer]
+            answer.set_result(self.manager.cancel(pending.onboarding))
 
     def looked_up(self) -> list[PendingLookup]:
         """The look-ups that have ended since the last call: answered, or past their deadline."""
@@ -234,7 +296,7 @@ class _Peeking:
         return self._link.recompute_seconds(tokens)
 
 
-def _offloaded(block: Block, content: memoryview) -> OffloadedBlock:
+def record_of(block: Block, content: memoryview) -> BlockRecord:
+    """What a tier stores of a cached block. content: its KV bytes."""
     assert block.block_hash is not None
-    record = BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)
-    return OffloadedBlock(record, block.owner)
+    return BlockRecord(block.block_hash, block.parent, block.tokens, block.position, block.exact, content)

@@ -99,6 +99,10 @@ class Tier(Protocol):
         """As `lookup`, with I/O where that is needed."""
         return self.lookup(block_hashes, exact=exact)
 
+    def block_hashes(self) -> list[bytes]:
+        """The hashes of the blocks that `lookup` finds; empty where that would take I/O."""
+        return []
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         """The entries as they were stored, unverified; None where one is not here or cannot be read."""
 

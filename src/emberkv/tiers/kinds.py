@@ -20,7 +20,6 @@ from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.remote.server import ServerAddress
 from emberkv.tiers.remote.tier import DEFAULT_TTL_SECONDS, RemoteTier
-from emberkv.tiers.worker import EvictionHook
 
 POOL = "pool"
 """The name of the KV pool, which is no tier, beside the tiers' names in shares and statistics."""
@@ -175,7 +174,6 @@ def open_tiers(
     namespace: bytes,
     *,
     block_bytes: int,
-    on_evicted: EvictionHook = lambda _tier, _hashes: None,
 ) -> TierManager | None:
     """The tiers that the configuration names, or None.
 
@@ -193,4 +191,4 @@ def open_tiers(
         tier.open(namespace, config.tier_policy(tier, eviction), config.shares.get(tier.name, {}))
         for tier in config.tiers
     ]
-    return TierManager(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES, on_evicted=on_evicted)
+    return TierManager(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES)

@@ -19,13 +19,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from emberkv.core.events import Event
 from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
 from emberkv.tiers.stats import StackStats, TierMeter, TierStats
-from emberkv.tiers.worker import EvictionHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
+from emberkv.tiers.worker import EventHook, QueuedBlock, Reading, Remove, Store, TierWorker, Touch
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,11 @@ class TierManager:
     """The tiers, fastest first. No method waits for a disk but `flush` and `close`, which take a time limit.
 
     namespace: of the model; blocks of another one are refused. queue_bytes: what may wait to be stored in one tier.
-    readers: threads that read from a tier. clock: seconds, for rates and latencies. on_evicted: called with a tier's
-    name and the block hashes that it has evicted, on that tier's thread. start: False for tests that call the workers'
-    methods themselves. Raises ConfigError for two tiers of one name.
+    readers: threads that read from a tier. clock: seconds, for rates and latencies. start: False for tests that call
+    the workers' methods themselves. Raises ConfigError for two tiers of one name.
+
+    ``on_event`` may be set; it is called with what changes in a tier, on that tier's thread (`EventHook`). Nothing is
+    reported of what other processes change in a folder that they share.
 
     The example of `emberkv.tiers` stores blocks and reads them back.
 
@@ -66,12 +69,12 @@ class TierManager:
         queue_bytes: int,
         readers: int = 2,
         clock: Callable[[], float] = time.perf_counter,
-        on_evicted: EvictionHook = lambda _tier, _hashes: None,
         start: bool = True,
     ) -> None:
         self._ranks = {tier.name: rank for rank, tier in enumerate(tiers)}
         if len(self._ranks) < len(tiers):
             raise ConfigError(f"tiers are called {[tier.name for tier in tiers]}; each needs a name of its own")
+        self.on_event: EventHook = lambda _: None
         self._lock = threading.Lock()  # the workers' queues, what is pending and the counters
         self._changed = threading.Condition(self._lock)
         self._pending: set[Onboarding | Query] = set()
@@ -90,7 +93,7 @@ class TierManager:
                 clock=clock,
                 on_read=self.read_ended,
                 on_answer=self.query_ended,
-                on_evicted=on_evicted,
+                on_event=self._report,
                 failed=self._count_failure,
             )
             for rank, tier in enumerate(tiers)
@@ -152,6 +155,10 @@ class TierManager:
     def tiers_of(self, block_hash: bytes) -> list[str]:
         """The names of the tiers that have a block, fastest first. No I/O, and nothing is counted."""
         return [worker.name for worker in self.workers if worker.lookup((block_hash,))]
+
+    def contents(self) -> dict[str, list[bytes]]:
+        """The hashes of each tier's blocks, by the tier's name, fastest first; as far as it knows them without I/O."""
+        return {worker.name: worker.tier.block_hashes() for worker in self.workers}
 
     def offload(self, blocks: Sequence[OffloadedBlock]) -> None:
         """Store these in every tier that lacks them, in the background. A block that does not fit into a tier's queue
@@ -285,6 +292,9 @@ class TierManager:
             worker.answered(query, count)
             ended = self._ended()
         self._deliver(ended)
+
+    def _report(self, event: Event) -> None:
+        self.on_event(event)
 
     def _remove(self, block_hashes: Collection[bytes] | None) -> dict[str, "Future[Removed]"]:
         jobs = {worker.name: Remove(block_hashes) for worker in self.workers}

@@ -128,6 +128,9 @@ class MemoryTier(Tier):
                 return index
         return len(block_hashes)
 
+    def block_hashes(self) -> list[bytes]:
+        return list(self._entries)
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         with self._lock:
             self._use(block_hashes)

@@ -8,12 +8,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
 
+from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from emberkv.core.hashing import TOKEN_BYTES
 from emberkv.core.loading import LookupStatus
 from emberkv.errors import BlockError
 from emberkv.tiers.base import Removed, Tier, TierEntry
@@ -31,8 +33,8 @@ ANSWER_SECONDS = 2.0
 older answer says is not far wrong, because a block that has gone is computed instead."""
 
 Clock = Callable[[], float]
-EvictionHook = Callable[[str, Sequence[bytes]], None]
-"""Called with a tier's name and the block hashes that it has evicted, on the thread that changes the tier."""
+EventHook = Callable[[Event], None]
+"""Called with what has changed in a tier, on the thread that changes it; it must return at once."""
 
 
 @dataclass(eq=False, slots=True)
@@ -116,8 +118,8 @@ class TierWorker:
 
     rank: of the tier, 0 the fastest. changed: the condition of the manager's lock, which is held around all methods but
     `lookup`, `status`, `run`, `read` and `query`; notified when a job has ended. queue_bytes: limit of what may wait to
-    be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the lock. on_evicted:
-    see `TierManager`. failed: called with each error that no tier should raise.
+    be stored. on_read, on_answer: called with each `Reading` and each answer to a query, without the lock. on_event:
+    an `EventHook`. failed: called with each error that no tier should raise.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class TierWorker:
         clock: Clock,
         on_read: "ReadHook",
         on_answer: "AnswerHook",
-        on_evicted: EvictionHook,
+        on_event: EventHook,
         failed: Callable[[Exception], None],
     ) -> None:
         self.tier = tier
@@ -147,7 +149,7 @@ class TierWorker:
         self._clock = clock
         self._on_read = on_read
         self._on_answer = on_answer
-        self._on_evicted = on_evicted
+        self._on_event = on_event
         self._failed = failed
         self._writable = threading.Condition(lock)
         self._readable = threading.Condition(lock)
@@ -240,8 +242,15 @@ class TierWorker:
                 self.tier.touch(block_hashes)
             case Check(block_hashes=block_hashes):
                 self._check(list(block_hashes))
+            case Remove(block_hashes=None, result=result):
+                removed = self.tier.clear()
+                self._on_event(AllBlocksCleared(self.name))
+                result.set_result(removed)
             case Remove(block_hashes=block_hashes, result=result):
-                result.set_result(self.tier.clear() if block_hashes is None else self.tier.remove(list(block_hashes)))
+                present = tuple(each for each in block_hashes or () if self.tier.lookup((each,)))
+                removed = self.tier.remove(list(block_hashes or ()))
+                self._report_removed(present)
+                result.set_result(removed)
 
     def finish(self, job: Job) -> None:
         self._running = None
@@ -412,8 +421,13 @@ class TierWorker:
         began = self._clock()
         outcome = self.tier.store(entries, seen=seen)
         self.meter.stored(outcome.count, self._clock() - began)
+        stored = [each.record for each in lacking]
+        if outcome.count < len(stored):
+            stored = [each for each in stored if self.tier.lookup((each.block_hash,))]
+        for event in _stored_events(self.name, stored):
+            self._on_event(event)
         if outcome.evicted:
-            self._on_evicted(self.name, outcome.evicted)
+            self._on_event(BlockRemoved(tuple(outcome.evicted), tier=self.name))
 
     def _check(self, block_hashes: Sequence[bytes]) -> None:
         for start in range(0, len(block_hashes), BATCH_BLOCKS):
@@ -422,6 +436,11 @@ class TierWorker:
                 if entry and fault:
                     self.tier.remove((entry.block_hash,))
                     self.meter.refused(fault)
+        self._report_removed([each for each in block_hashes if not self.tier.lookup((each,))])
+
+    def _report_removed(self, block_hashes: Sequence[bytes]) -> None:
+        if block_hashes:
+            self._on_event(BlockRemoved(tuple(block_hashes), evicted=False, tier=self.name))
 
     def _sound(self, entry: TierEntry) -> BlockRecord | None:
         try:
@@ -437,6 +456,17 @@ class TierWorker:
         except BlockError as error:
             return error.fault
         return ""
+
+
+def _stored_events(tier: str, records: Sequence[BlockRecord]) -> Iterator[BlockStored]:
+    """One event for each run of consecutive blocks of a chain."""
+    start = 0
+    for stop in range(1, len(records) + 1):
+        if stop == len(records) or records[stop].parent != records[stop - 1].block_hash:
+            run = records[start:stop]
+            block_size = len(run[0].tokens) // TOKEN_BYTES
+            yield BlockStored(tuple(each.block_hash for each in run), run[0].parent, (), block_size, tier)
+            start = stop
 
 
 AnswerHook = Callable[[TierWorker, Query, int], None]

@@ -79,7 +79,7 @@ def test_what_one_place_gives_up_may_still_be_in_another() -> None:
         assert ledger.known(FIRST).loss is None
         assert ledger.known(SECOND).loss == Loss(POOL, 5.0, LossKind.EVICTED)
     on_disk.clear()
-    kept.evicted("disk", [FIRST])
+    kept.apply([BlockRemoved((FIRST,), tier="disk")])
     with kept.reading() as ledger:
         assert ledger.known(FIRST).loss == Loss("disk", 5.0, LossKind.EVICTED)
 

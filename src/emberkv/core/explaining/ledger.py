@@ -113,17 +113,19 @@ class Ledger(LedgerView):
         return bisect_left(siblings, tokens, key=lambda block_hash: self._entries[block_hash].tokens)
 
     def apply(self, event: Event, now: float) -> None:
-        """An event of the pool."""
-        if isinstance(event, BlockStored):
+        """An event of the pool or of a tier below it."""
+        if isinstance(event, BlockStored) and event.tier != POOL:
+            self.arrived(event.tier, event.block_hashes)
+        elif isinstance(event, BlockStored):
             parent = event.parent
             for block_hash, tokens in zip(event.block_hashes, event.tokens, strict=True):
                 self._learn(block_hash, parent, tokens)
                 self.arrived(POOL, (block_hash,))
                 parent = block_hash
         elif isinstance(event, BlockRemoved):
-            self.left(POOL, event.block_hashes, now, LossKind.EVICTED if event.evicted else LossKind.REMOVED)
+            self.left(event.tier, event.block_hashes, now, LossKind.EVICTED if event.evicted else LossKind.REMOVED)
         elif isinstance(event, AllBlocksCleared):
-            self.cleared(POOL, now)
+            self.cleared(event.tier, now)
 
     def arrived(self, place: str, block_hashes: Iterable[BlockHash]) -> None:
         """Blocks are in ``place`` now. Those never seen in the pool are not remembered: their tokens are not known."""

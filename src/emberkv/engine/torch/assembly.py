@@ -24,7 +24,6 @@ from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
-from emberkv.tiers.worker import EvictionHook
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +36,11 @@ def assemble(
     public_prefixes: Iterable[Sequence[int]] = (),
     sampler: Sampler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
-    on_evicted: EvictionHook = lambda _tier, _hashes: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AssembledEngine:
     """An engine whose thread is not started yet. kernels, sampler, progress: see `TorchEngine`.
 
-    public_prefixes, on_crash, on_evicted: see `assemble_around`, which raises what this raises, beside
+    public_prefixes, on_crash: see `assemble_around`, which raises what this raises, beside
     UnsupportedModelError when the paged attention does not reproduce the model's own.
     """
     block_cost = recompute_cost(loaded, config.block_size)  # before packing takes weights out of the parameters
@@ -57,7 +55,6 @@ def assemble(
         block_cost=block_cost,
         public_prefixes=public_prefixes,
         on_crash=on_crash,
-        on_evicted=on_evicted,
     )
 
 

@@ -36,7 +36,7 @@ class LedgerStore:
         self._explained: OrderedDict[str, Explanation] = OrderedDict()
 
     def apply(self, events: Sequence[Event]) -> None:
-        """What changed in the pool."""
+        """What changed in the pool and in the tiers."""
         now = self._clock()
 
         def write(ledger: Ledger) -> None:
@@ -47,12 +47,6 @@ class LedgerStore:
         for event in events:
             if isinstance(event, BlockRemoved):
                 self._still_below(event.block_hashes)
-
-    def evicted(self, place: str, block_hashes: Sequence[BlockHash]) -> None:
-        """What a lower tier gave up."""
-        now = self._clock()
-        self._write(lambda ledger: ledger.left(place, block_hashes, now))
-        self._still_below(block_hashes)
 
     def stored(self, place: str, block_hashes: Sequence[BlockHash]) -> None:
         """What a lower tier has now."""

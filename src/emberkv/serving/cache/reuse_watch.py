@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 from emberkv.core.analytics.reuse_estimator import CurvePoint, ReuseEstimator
-from emberkv.core.events import BlockStored
+from emberkv.core.events import POOL, BlockStored
 from emberkv.core.hashing import BlockHash
 from emberkv.engine.loop import CacheUpdate
 
@@ -44,7 +44,7 @@ class ReuseWatch:
             full = sequence.prompt_tokens // sequence.chain.block_size
             self._waiting.append((self._estimator.access, sequence.chain.block_hashes[:full]))
         for event in update.events:
-            if isinstance(event, BlockStored):
+            if isinstance(event, BlockStored) and event.tier == POOL:
                 self._waiting.append((self._estimator.keep, event.block_hashes))
         if len(self._waiting) > MOST_WAITING:
             self.settle()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
-from emberkv.core.events import AllBlocksCleared, BlockRemoved
+from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved
 from emberkv.core.hashing import BlockHash
 from emberkv.engine.loop import CacheUpdate
 from emberkv.errors import EmberError
@@ -177,8 +177,9 @@ class Warmup:
             for sequence in update.admitted:
                 if not sequence.request_id.startswith(_ID_PREFIX):
                     self._learned.used(sequence.chain, sequence.cached_tokens)
-        cleared = update.missed or any(isinstance(event, AllBlocksCleared) for event in update.events)
-        removed = [lost for event in update.events if isinstance(event, BlockRemoved) for lost in event.block_hashes]
+        events = [event for event in update.events if event.tier == POOL]
+        cleared = update.missed or any(isinstance(event, AllBlocksCleared) for event in events)
+        removed = [lost for event in events if isinstance(event, BlockRemoved) for lost in event.block_hashes]
         self.pool_lost(None if cleared else removed)
 
     def pool_lost(self, block_hashes: Collection[BlockHash] | None) -> None:

@@ -128,6 +128,11 @@ class DiskTier(Tier):
                 return position
         return len(block_hashes)
 
+    def block_hashes(self) -> list[bytes]:
+        with self._lock:
+            files = self._index.files()
+        return [file.block_hash for file in files if file.namespace == self._namespace]
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         entries: dict[bytes, TierEntry] = {}
         for file, stamp in self._used(block_hashes):

@@ -92,6 +92,8 @@ class KVPool:
 
         Raises MemoryError when there is no memory for the copy.
         """
+        if not block_ids:  # torch cannot view an empty array as another type
+            return []
         rows = np.empty((len(block_ids), self.block_bytes), dtype=np.uint8)  # numpy says so when there is no memory
         copied = torch.from_numpy(rows).view(self.dtype)
         flat = self.storage.view(self.num_blocks, -1)
