@@ -221,7 +221,7 @@ def test_blocks_that_are_stored_together_are_one_event(make: Make) -> None:
     stack = make(ram("ram"))
     events: list[Event] = []
     stack.on_event = events.append
-    stack.workers[0].run(Store([QueuedBlock(block, "") for block in (*BLOCKS[:3], BLOCKS[5])], 0))
+    stack.workers[0].run(Store([QueuedBlock(block, "") for block in (*BLOCKS[:3], BLOCKS[5])], 0, 0))
     assert events == [
         BlockStored(tuple(IDS[:3]), BLOCKS[0].parent, (), BLOCK_SIZE, "ram"),
         BlockStored((IDS[5],), BLOCKS[5].parent, (), BLOCK_SIZE, "ram"),
