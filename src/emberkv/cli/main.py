@@ -14,12 +14,14 @@ from emberkv.cli.explain import explain
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
+from emberkv.cli.top import top
 
 app = App(name="emberkv", help="A verified prefix KV cache for LLM inference.")
 app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("calibrate")(calibrate)
 app.command("explain")(explain)
+app.command("top")(top)
 app.command("simulate")(simulate)
 app.command("plan")(plan)
 app.command("examples")(examples)
