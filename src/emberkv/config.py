@@ -133,6 +133,7 @@ class ServeConfig(BaseModel):
     prefix_cache: False computes every prompt anew.
     cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
     ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
+    shm_tier: bytes of host memory that the workers of one machine share; 0: none.
     remote_tier: the URL of a Redis or Valkey server for blocks, which machines share, up to ``remote_tier_bytes`` of
     them; one that is not used for ``remote_tier_ttl`` seconds goes. Its password comes from the environment or a file.
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
@@ -179,6 +180,7 @@ class ServeConfig(BaseModel):
     cache_dir: UserPath | None = None
     cache_disk: Size = Field(default=ByteSize(50 * 2**30), gt=0)
     ram_tier: Size = Field(default=ByteSize(0), ge=0)
+    shm_tier: Size = Field(default=ByteSize(0), ge=0)
     remote_tier: Annotated[str, AfterValidator(_server_url)] | None = None
     remote_tier_bytes: Size = Field(default=ByteSize(8 * 2**30), gt=0)
     remote_tier_ttl: float = Field(default=86_400.0, ge=1, le=10**9)

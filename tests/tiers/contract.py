@@ -10,6 +10,7 @@ from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.remote.tier import ENTRY_BYTES, RemoteTier
+from emberkv.tiers.shm.tier import ShmTier
 from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 from tests.tiers.redis_process import RedisProcess
 
@@ -49,7 +50,13 @@ def remote(place: Place, blocks: float, policy: PolicyFactory, shares: Mapping[s
     return RemoteTier.open(place.server.address, size, namespace=NAMESPACE, shares=shares, prefix=prefix)
 
 
-TIERS = (memory, disk, remote)
+def shm(place: Place, blocks: float, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+    place.folder.mkdir()
+    size = int(blocks * (-(-RECORD_BYTES // 64) * 64))
+    return ShmTier.open(size, namespace=NAMESPACE, policy=ordered(policy, shares), folder=place.folder)
+
+
+TIERS = (memory, shm, disk, remote)
 
 
 def has(tier: Tier) -> list[int]:

@@ -1,17 +1,20 @@
 """A process that stores and loads in a folder until it is killed. It checks what it is given and reports its progress.
 
-    python -m tests.tiers.killed_process FOLDER SEED
+    python -m tests.tiers.killed_process FOLDER SEED KIND
 
-A line after each operation; the last one says ``wrong`` if anything was served that was never stored.
+KIND is the tier in the folder: disk, or shm. A line after each operation; the last one says ``wrong`` if anything was
+served that was never stored.
 """
 
 import random
 import sys
 from pathlib import Path
 
+from emberkv.tiers.base import Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.shm.tier import ShmTier
 from tests.tiers.build import NAMESPACE, block_hashes, fetched, inexact, records
 
 CHAINS = [records(12, seed=seed, payload_bytes=40_000) for seed in range(6)]
@@ -20,8 +23,13 @@ QUOTA = 2_000_000
 """Two thirds of all, so that storing evicts."""
 
 
-def open_stack(folder: Path) -> TierManager:
-    tiers = MemoryTier(200_000), DiskTier.open(folder, QUOTA, namespace=NAMESPACE)
+def open_stack(folder: Path, kind: str = "disk") -> TierManager:
+    tiers: tuple[Tier, Tier] = (
+        MemoryTier(200_000),
+        DiskTier.open(folder, QUOTA, namespace=NAMESPACE)
+        if kind == "disk"
+        else ShmTier.open(QUOTA, namespace=NAMESPACE, folder=folder),
+    )
     return TierManager(tiers, namespace=NAMESPACE, queue_bytes=1_000_000)
 
 
@@ -34,7 +42,7 @@ def served_right(stack: TierManager, number: int) -> bool:
 
 def main() -> None:
     folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    stack = open_stack(folder)
+    stack = open_stack(folder, sys.argv[3])
     while True:
         number = rng.randrange(len(CHAINS))
         action = rng.random()

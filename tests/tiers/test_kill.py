@@ -12,7 +12,7 @@ from tests.tiers.killed_process import CHAINS, QUOTA, open_stack, served_right
 
 
 def run_until_killed(folder: Path, seed: int, operations: int) -> None:
-    command = [sys.executable, "-m", "tests.tiers.killed_process", str(folder), str(seed)]
+    command = [sys.executable, "-m", "tests.tiers.killed_process", str(folder), str(seed), "disk"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         told = [process.stdout.readline() for _ in range(operations)]

@@ -21,6 +21,8 @@ def test_the_settings_of_a_server_name_its_tiers_fastest_first(tmp_path: Path) -
     assert configured_tiers(ram_bytes=0, folder=None, disk_bytes=2**30) == ()
     server = ServerAddress("redis://cache:6379", "a password")
     (remote,) = configured_tiers(ram_bytes=0, folder=None, disk_bytes=1, server=server, server_bytes=2**30)
+    (shm,) = configured_tiers(ram_bytes=0, folder=None, disk_bytes=1, shm_bytes=2**20)
+    assert (str(shm), shm.option) == ("1.0MiB of memory", "--shm-tier")
     assert (str(remote), remote.option) == ("1.0GiB in redis://cache:6379", "--remote-tier-bytes")
     assert "a password" not in repr(remote)
 
@@ -34,7 +36,7 @@ def test_every_kind_opens_a_tier_of_its_name_and_capacity(kind: str, tmp_path: P
 
 
 def test_an_unknown_kind_and_a_disk_without_a_folder_are_refused() -> None:
-    with pytest.raises(ConfigError, match="a tier of kind 'tape' is unknown; use one of ram, disk, remote"):
+    with pytest.raises(ConfigError, match="a tier of kind 'tape' is unknown; use one of ram, shm, disk, remote"):
         TierSpec("tape", 1)
     with pytest.raises(ConfigError, match="has no folder"):
         TierSpec("disk", 1).open(NAMESPACE, LRU)

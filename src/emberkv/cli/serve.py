@@ -48,6 +48,7 @@ def serve(
     cache_dir: options.CacheDir = None,
     cache_disk: options.CacheDisk = None,
     ram_tier: options.RamTier = None,
+    shm_tier: options.ShmTier = None,
     remote_tier: options.RemoteTier = None,
     remote_tier_bytes: options.RemoteTierBytes = None,
     remote_tier_ttl: options.RemoteTierTtl = None,

@@ -67,6 +67,14 @@ RamTier = Annotated[
         metavar="SIZE", rich_help_panel=CACHE, help="Host memory for blocks that leave the KV pool. (default: none)"
     ),
 ]
+ShmTier = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=CACHE,
+        help="Host memory for blocks that all servers of this machine and user share. (default: none)",
+    ),
+]
 RemoteTier = Annotated[
     str | None,
     typer.Option(

@@ -66,6 +66,7 @@ def tier_specs(config: ServeConfig) -> tuple[TierSpec, ...]:
         ram_bytes=int(config.ram_tier),
         folder=config.cache_dir,
         disk_bytes=int(config.cache_disk),
+        shm_bytes=int(config.shm_tier),
         server=address,
         server_bytes=int(config.remote_tier_bytes),
         ttl_seconds=config.remote_tier_ttl,

@@ -20,6 +20,7 @@ from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.remote.server import ServerAddress
 from emberkv.tiers.remote.tier import DEFAULT_TTL_SECONDS, RemoteTier
+from emberkv.tiers.shm.tier import FOLDER, ShmTier
 
 POOL = "pool"
 """The name of the KV pool, which is no tier, beside the tiers' names in shares and statistics."""
@@ -101,8 +102,13 @@ def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares
     )
 
 
+def _open_shm(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+    return ShmTier.open(spec.capacity, namespace=namespace, policy=policy, name=spec.name, folder=spec.folder or FOLDER)
+
+
 TIER_KINDS = {
     "ram": TierKind("--ram-tier", shared=False, open=_open_ram),
+    "shm": TierKind("--shm-tier", shared=True, open=_open_shm),
     "disk": TierKind("--cache-disk", shared=True, open=_open_disk),
     "remote": TierKind("--remote-tier-bytes", shared=True, open=_open_remote),
 }
@@ -117,18 +123,20 @@ def configured_tiers(
     ram_bytes: int,
     folder: Path | None,
     disk_bytes: int,
+    shm_bytes: int = 0,
     server: ServerAddress | None = None,
     server_bytes: int = 0,
     ttl_seconds: float = DEFAULT_TTL_SECONDS,
 ) -> tuple[TierSpec, ...]:
     """The tiers that a server's settings name, fastest first.
 
-    ram_bytes: 0: no RAM tier. folder: None: no disk tier. server: None: no remote tier.
+    ram_bytes, shm_bytes: 0: no such tier. folder: None: no disk tier. server: None: no remote tier.
     """
     ram = [TierSpec("ram", ram_bytes)] if ram_bytes else []
     disk = [TierSpec("disk", disk_bytes, folder)] if folder is not None else []
+    shm = [TierSpec("shm", shm_bytes)] if shm_bytes else []
     remote = [TierSpec("remote", server_bytes, server=server, ttl_seconds=ttl_seconds)] if server is not None else []
-    return (*ram, *disk, *remote)
+    return (*ram, *shm, *disk, *remote)
 
 
 QUEUE_BYTES = 256 * 2**20

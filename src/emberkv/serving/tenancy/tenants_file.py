@@ -81,6 +81,7 @@ class Shares(Strict):
 
     pool: TierShare = TierShare()
     ram: TierShare = TierShare()
+    shm: TierShare = TierShare()
     disk: TierShare = TierShare()
     remote: TierShare = TierShare()
 
