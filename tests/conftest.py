@@ -1,14 +1,16 @@
 """Fixtures that everybody shares: checkpoints and the tokenizer of the tiny model zoo."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny_model, tiny_tokenizer
+from tests.tiers.redis_process import PROGRAM, RedisProcess
 
 CheckpointFactory = Callable[..., Path]
 
@@ -54,3 +56,12 @@ def fast_tokenizer() -> PreTrainedTokenizerFast:
 def copied(checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
     """A llama checkpoint that the test may break."""
     return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisProcess]:
+    """One for all tests that do it no harm; each uses a prefix of its own."""
+    if PROGRAM is None:
+        pytest.skip("neither redis-server nor valkey-server is installed")
+    with TemporaryDirectory() as folder, RedisProcess(Path(folder)) as server:
+        yield server

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -11,16 +10,6 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.core.policies.fair_shares import Share
 from emberkv.tiers.base import PolicyFactory, Tier
 from tests.tiers.contract import TIERS, MakeTier, Place, remote
-from tests.tiers.redis_process import PROGRAM, RedisProcess
-
-
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisProcess]:
-    """One for all tests that do it no harm; each uses a prefix of its own."""
-    if PROGRAM is None:
-        pytest.skip("neither redis-server nor valkey-server is installed")
-    with TemporaryDirectory() as folder, RedisProcess(Path(folder)) as server:
-        yield server
 
 
 @pytest.fixture(params=TIERS, ids=lambda tier: tier.__name__)

@@ -1,6 +1,7 @@
 """Real models over real tiers: after a restart, hits come from the folder, and no bit differs from a cold run's."""
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,6 +98,37 @@ def test_a_restart_on_the_same_folder_hits_with_the_bits_of_a_cold_run(
         {"disk": hit},
         {},
     )
+
+
+@pytest.mark.parametrize("kind", ["shm", "remote"])
+def test_two_engines_on_a_shared_tier_are_warm_for_one_another_to_the_last_bit(
+    paged: ModelFactory, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """A look-up or a load may be given up on a busy machine, so the engines are asked until it happens."""
+    server = request.getfixturevalue("redis_server").address if kind == "remote" else None
+    tiers = TierConfig((TierSpec(kind, 2**26, tmp_path, server),))
+    sampler, reference = RecordingSampler(), RecordingSampler()
+    with engine(paged, None, tiers=tiers) as first, engine(paged, None, tiers=tiers, sampler=sampler) as second:
+        assert first.tiers is not None
+        seems_slow(second)
+        deadline = time.monotonic() + 60
+        rng = random.Random(kind)
+        while time.monotonic() < deadline:
+            prompt = text(rng, 330)
+            assert usage(ask(first, prompt)).cached_tokens == 0
+            assert first.tiers.flush(DEADLINE)
+            first.loop.execute(Statistics()).result(DEADLINE)
+            assert first.tiers.flush(DEADLINE)
+            sampler.logits.clear()
+            warm = ask(second, prompt)
+            if usage(warm).tokens_by_tier.get(kind) == 320:
+                break
+        assert usage(warm) == CacheUsage(330, 320, 0, {kind: 320})
+        assert second.loop.stats().tiers[kind].corrupt == {}
+    with engine(paged, None, sampler=reference) as plain:
+        assert usage(ask(plain, prompt)).cached_tokens == 0
+    assert len(sampler.logits) == len(reference.logits) == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampler.logits, reference.logits, strict=True))
 
 
 def test_ram_is_a_second_chance_behind_a_small_pool(paged: ModelFactory) -> None:
