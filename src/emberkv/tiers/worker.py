@@ -247,7 +247,8 @@ class TierWorker:
                 self._on_event(AllBlocksCleared(self.name))
                 result.set_result(removed)
             case Remove(block_hashes=block_hashes, result=result):
-                present = tuple(each for each in block_hashes or () if self.tier.lookup((each,)))
+                known = self.tier.lookup_seconds is None  # else any of them may have been there
+                present = tuple(each for each in block_hashes or () if not known or self.tier.lookup((each,)))
                 removed = self.tier.remove(list(block_hashes or ()))
                 self._report_removed(present)
                 result.set_result(removed)

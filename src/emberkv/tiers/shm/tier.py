@@ -119,6 +119,9 @@ class ShmTier(Tier):
                 return position
         return len(block_hashes)
 
+    def block_hashes(self) -> list[bytes]:
+        return list(self._index)
+
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
         self.touch(block_hashes)
         return [self._load(block_hash) for block_hash in block_hashes]
