@@ -153,6 +153,10 @@ class ServeConfig(BaseModel):
     cors_origins: web pages from these origins may use the API, "*" being all.
     root_path: the path under which a proxy serves the API.
     tls_cert, tls_key: PEM files of a certificate and its key, for HTTPS.
+    worker_id: the name of this worker; None takes the host's.
+    kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
+    kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.
+    model_on_demand: the model is loaded when a request first needs it.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
 
@@ -209,6 +213,11 @@ class ServeConfig(BaseModel):
     tls_key: UserPath | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    worker_id: NotEmpty | None = None
+    kv_routes: bool = False
+    kv_max_bytes: Size = Field(default=ByteSize(2**30), gt=0)
+    kv_max_entries: int = Field(default=50_000, ge=1, le=2**31)
+    model_on_demand: bool = False
     machine_cache: UserPath = Field(default_factory=machine_cache_folder)
 
     @model_validator(mode="after")

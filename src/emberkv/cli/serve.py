@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from socket import socket
+from socket import gethostname, socket
 from typing import Any, TypedDict
 
 import typer
@@ -16,10 +16,12 @@ from emberkv.cli.startup import Startup
 from emberkv.cli.trace_file import recording
 from emberkv.config import ServeConfig
 from emberkv.errors import EmberError
-from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.app import RouterFactory, ServingSettings, create_app
 from emberkv.serving.canonical import load_rules
+from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.http.protocol import ConnectionLimits
 from emberkv.serving.http.request_source import is_loopback, is_own_user
+from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy.keys import ServerKeys, server_keys
@@ -86,6 +88,11 @@ def serve(
     tls_key: options.TlsKey = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
+    worker_id: options.WorkerId = None,
+    kv_routes: options.KVRoutes = None,
+    kv_max_bytes: options.KVMaxBytes = None,
+    kv_max_entries: options.KVMaxEntries = None,
+    model_on_demand: options.ModelOnDemand = None,
     config: options.ConfigFile = None,
     print_config: options.PrintConfig = False,
 ) -> None:
@@ -125,6 +132,14 @@ def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
+def sequence_routers(config: ServeConfig) -> list[RouterFactory]:
+    """The routes that --kv-routes adds."""
+    if not config.kv_routes:
+        return []
+    store = KVTensorStore(max_bytes=int(config.kv_max_bytes), max_entries=config.kv_max_entries)
+    return worker_routers(store, config.worker_id or gethostname())
+
+
 def run_server(config: ServeConfig) -> None:
     """Serve until a signal to stop. Raises EmberError when the server cannot start."""
     lifecycle = Lifecycle()
@@ -135,10 +150,15 @@ def run_server(config: ServeConfig) -> None:
     with recording(config.record_trace, unit, lifecycle.background, served) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = serving_settings(config, bound, tenants, keys, recorder)
-        server = HttpServer(create_app(lifecycle, settings), lifecycle, bound, **connection_settings(config))
+        server = HttpServer(
+            create_app(lifecycle, settings, routers=sequence_routers(config)),
+            lifecycle,
+            bound,
+            **connection_settings(config),
+        )
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         with server.capture_signals(until_exit=True):
-            startup.thread.start()
+            startup.begin()
             server.run()
             startup.finish()
         _log.info("stopped")

@@ -11,8 +11,8 @@ import typer
 
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 
-MODEL, CACHE, SCHEDULING, SERVER, ACCESS, WARMUP, LOGS, CONFIGURATION = (
-    "Model", "Cache", "Scheduling", "Server", "Access", "Warmup", "Logs", "Configuration"
+MODEL, CACHE, SCHEDULING, SERVER, ACCESS, WARMUP, LOGS, CONFIGURATION, CLUSTER = (
+    "Model", "Cache", "Scheduling", "Server", "Access", "Warmup", "Logs", "Configuration", "Cluster"
 )  # fmt: skip
 """Headings of the help."""
 
@@ -268,6 +268,34 @@ LogLevel = Annotated[
 ]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="NAME", rich_help_panel=LOGS, help="text or json. (default: text)")
+]
+WorkerId = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=CLUSTER, help="Name of this worker. (default: the host's name)"),
+]
+KVRoutes = Annotated[
+    bool | None,
+    typer.Option(
+        "--kv-routes",
+        rich_help_panel=CLUSTER,
+        help="Add /kv for KV tensors of other engines by sequence and layer, /generate, /inference and /stats.",
+    ),
+]
+KVMaxBytes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", rich_help_panel=CLUSTER, help="Limit of the tensors under /kv. (default: 1GiB)"),
+]
+KVMaxEntries = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=CLUSTER, help="Layers of all sequences under /kv together. (default: 50000)"),
+]
+ModelOnDemand = Annotated[
+    bool | None,
+    typer.Option(
+        "--model-on-demand",
+        rich_help_panel=MODEL,
+        help="Load the model when a request first needs it; DELETE /inference/model unloads it (--kv-routes).",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,

@@ -1,6 +1,7 @@
 """The start of a server: the model is loaded and warmed beside the HTTP server, which answers /health and /ready."""
 
 import gc
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.wiring import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy.tenants import Tenants
 from emberkv.serving.warmup.engine_warmer import make_warmup
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from emberkv.engine.torch.model.loader import LoadedModel as ModelOnDevice
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 DEMO_MODEL_NAME = "emberkv-demo"
 
@@ -55,26 +58,59 @@ class Startup:
         self._failure: Exception | None = None
         self.thread = threading.Thread(target=self._run, name="emberkv-startup", daemon=True)
 
+    def begin(self) -> None:
+        """Load the model now, or with --model-on-demand when it is first needed."""
+        if self._config.model_on_demand:
+            self._lifecycle.on_demand(self)
+            _log.info("listening  %s  (the model is loaded when a request first needs it)", self._server.url)
+        else:
+            self.thread.start()
+
     def finish(self) -> None:
         """Stop the warmup and the engine; raise what kept it from starting."""
         if self._warmup is not None:
             self._warmup.close()
-        self.thread.join(timeout=0 if self._failure is None and self._engine is None else None)
+        if self.thread.ident is not None:
+            self.thread.join(timeout=0 if self._failure is None and self._engine is None else None)
         if self._engine is not None:
             self._engine.close()
         if self._failure is not None:
             raise self._failure
 
+    def load(self) -> None:
+        """Load the model and let requests in. Raises EmberError for a model that cannot be loaded."""
+        self._serve()
+
+    def unload(self) -> None:
+        """Stop the engine and free what it and the model hold."""
+        if self._warmup is not None:
+            self._warmup.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._warmup = self._engine = None
+        self._ledger_store = LedgerStore(Ledger())
+        gc.unfreeze()
+        gc.collect()
+        _log.info("the model is unloaded")
+
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with made_to_stay():
-                loaded, engine, warmup = _on_a_thread_that_ends(self._load)
+            loaded, engine, warmup, name = self._serve()
         except Exception as error:  # noqa: BLE001 - carried over to the main thread, which raises it
             self._failure = error
             self._lifecycle.failed(str(error))
             self._server.stop()
             return
+        warmup.first_pass_ended.wait()
+        is_ready = self._lifecycle.phase is Phase.READY
+        ready = f"{time.perf_counter() - began:.1f} s" if is_ready else "more time: see /ready"
+        print_summary(self._server.url, name, loaded, engine, self._config, ready)
+
+    def _serve(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup, str]":
+        """Load the model, start its engine and begin to warm it. Returns these and the model's name."""
+        with made_to_stay():
+            loaded, engine, warmup = _on_a_thread_that_ends(self._load)
         self._warmup = warmup
         self._engine = engine
         name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
@@ -97,13 +133,17 @@ class Startup:
                 "kernels": engine.executor.backend,
             },
             loaded.sampling_defaults,
+            dims=ModelDims(
+                loaded.geometry.num_layers,
+                loaded.geometry.num_heads,
+                loaded.geometry.num_kv_heads,
+                loaded.geometry.head_dim,
+                sum(weights.nbytes for weights in loaded.model.parameters()),
+            ),
         )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()
-        warmup.first_pass_ended.wait()
-        is_ready = self._lifecycle.phase is Phase.READY
-        ready = f"{time.perf_counter() - began:.1f} s" if is_ready else "more time: see /ready"
-        print_summary(self._server.url, name, loaded, engine, self._config, ready)
+        return loaded, engine, warmup, name
 
     def _load(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup]":
         config = self._config

@@ -13,7 +13,7 @@ from emberkv.serving.answers.cache_header import CACHE_HEADER, CacheSummary, sum
 from emberkv.serving.answers.generator import Prompt, TextGenerator
 from emberkv.serving.errors import request_info
 from emberkv.serving.http.responses import ResponseWriter, respond
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.metrics.request_metrics import ServingMetrics, TenantMetrics
 from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, session_id
 from emberkv.serving.request_log import log_finished
@@ -56,7 +56,8 @@ class AnswerService:
         self._clock = clock
         self._wall_clock = wall_clock
         self._recorder = recorder
-        self._generator: tuple[ServedModel, TextGenerator] | None = None
+        self._generator: TextGenerator | None = None
+        lifecycle.on_unload.append(self._forget_generator)
 
     def request(
         self, http: Request, api: str, tenant: Tenant, canonical: Mapping[str, int] | None = None
@@ -83,7 +84,9 @@ class AnswerService:
         Raises NotReadyError unless the server takes requests, else what ``Engine.submit`` raises.
         """
         self._lifecycle.check_accepting()
-        stream = self._current_generator().start(prompts, request, on_close=partial(self._closed, request))
+        if self._generator is None:
+            self._generator = self._make_generator()
+        stream = self._generator.start(prompts, request, on_close=partial(self._closed, request))
         self._lifecycle.track(stream)
         self.recent.add(request)
         return stream
@@ -94,13 +97,11 @@ class AnswerService:
         """Send the answers in the API's wire form, with the header that says what was cached."""
         return await respond(http, stream, writer, partial(self._headers, stream), self._workers, as_events=as_events)
 
-    def _current_generator(self) -> TextGenerator:
-        model = self._lifecycle.model()
-        if self._generator is None or self._generator[0] is not model:
-            self._generator = model, self._make_generator(model)
-        return self._generator[1]
+    def _forget_generator(self) -> None:
+        self._generator = None
 
-    def _make_generator(self, model: ServedModel) -> TextGenerator:
+    def _make_generator(self) -> TextGenerator:
+        model = self._lifecycle.model()
         engine = model.engine if self._recorder is None else self._recorder.over(model.engine, model.public)
         return TextGenerator(engine, model.tokenizer, metrics=self._metrics, clock=self._clock)
 

@@ -108,6 +108,8 @@ class Lifecycle:
         self.detail = "the model is being loaded"
         self._model: ServedModel | None = None
         self._host: ModelHost | None = None
+        self.on_unload: list[Callable[[], None]] = []
+        """Are called when the model is gone, for those that keep what was made for it."""
         self._switching = asyncio.Lock()
         self._running: set[AnswerStream] = set()
         self._idle = asyncio.Event()
@@ -186,6 +188,8 @@ class Lifecycle:
             self.interrupt_answers()
             await self._wait_idle(5.0)
             self._model = None
+            for forget in self.on_unload:
+                forget()
             await _on_a_thread(host.unload)
             if self.phase is Phase.UNLOADING:
                 self._idle_without_model()
