@@ -24,6 +24,9 @@ CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 """How long a connection may take, and how long the server may send nothing, or take nothing, within a call."""
 
+_READ_BYTES = 2**20
+"""Taken from the socket at once; records are large."""
+
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 
@@ -172,6 +175,7 @@ def _client(address: ServerAddress) -> "redis.Redis":
             password=address.password,
             socket_connect_timeout=CONNECT_SECONDS,
             socket_timeout=ANSWER_SECONDS,
+            socket_read_size=_READ_BYTES,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         )

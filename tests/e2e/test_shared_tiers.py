@@ -1,0 +1,106 @@
+"""Real servers that share blocks through a Redis server or through memory, and what becomes of them when it fails."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import CheckpointFactory
+from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.users import PROMPTS, Choice, ask
+from tests.tiers.redis_process import RedisProcess
+
+SMALL_POOL = ("--cache-ram", str(48 * 12 * 1024))
+"""48 blocks; the prompts take 84, so that each round of them needs what lies below."""
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint: CheckpointFactory) -> Sequence[str]:
+    return (str(checkpoint("llama")), "--served-name", "tiny", "--prefill-chunk", "32", "--no-warmup", *SMALL_POOL)
+
+
+@pytest.fixture(scope="module")
+def expected(flags: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> Sequence[Choice]:
+    """What a server without tiers answers."""
+    with serving(tmp_path_factory.mktemp("plain"), *flags) as server:
+        return answers(server)
+
+
+@pytest.fixture(scope="module")
+def shared(
+    redis_server: RedisProcess, flags: Sequence[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server that offloads to Redis."""
+    folder, url = tmp_path_factory.mktemp("shared"), redis_server.address.url
+    with serving(folder, *flags, "--remote-tier", url, "--remote-tier-bytes", "64MiB") as server:
+        yield server
+    assert server.exit_code() == 0
+
+
+def answers(server: Server) -> list[Choice]:
+    with httpx.Client(base_url=server.url, timeout=DEADLINE) as client:
+        return [ask(client, prompt) for prompt in PROMPTS]
+
+
+def reused(server: Server, tier: str) -> float:
+    """Tokens."""
+    return server.total("emberkv_tier_reused_tokens_total", tier=tier)
+
+
+def circuit(server: Server, state: str) -> bool:
+    return server.metric("emberkv_tier_circuit", tier="remote", state=state) == 1
+
+
+def asked_until(condition: Callable[[], bool], server: Server, expected: Sequence[Choice]) -> None:
+    """Ask until it holds, because a load is left out where computing looks cheaper; each answer is right."""
+
+    def holds() -> bool:
+        assert answers(server) == expected
+        return condition()
+
+    eventually(holds)
+
+
+def test_a_server_finds_in_redis_what_another_has_computed(
+    redis_server: RedisProcess, shared: Server, flags: Sequence[str], expected: Sequence[Choice], tmp_path: Path
+) -> None:
+    assert answers(shared) == expected
+    eventually(lambda: shared.metric("emberkv_tier_blocks", tier="remote") > 0)
+    with serving(tmp_path, *flags, "--remote-tier", redis_server.address.url) as second:
+        asked_until(lambda: reused(second, "remote") > 0, second, expected)
+        assert second.total("emberkv_tier_corrupt_total") == 0
+    assert second.exit_code() == 0
+
+
+def test_answers_are_right_while_redis_hangs_is_emptied_and_dies_and_it_is_used_again(
+    redis_server: RedisProcess, shared: Server, expected: Sequence[Choice]
+) -> None:
+    asked_until(lambda: reused(shared, "remote") > 0, shared, expected)
+    redis_server.freeze()
+    asked_until(lambda: circuit(shared, "open"), shared, expected)
+    redis_server.thaw()
+    eventually(lambda: circuit(shared, "closed"))
+    redis_server.client().flushall()
+    assert answers(shared) == expected
+    redis_server.kill()
+    asked_until(lambda: circuit(shared, "open"), shared, expected)
+    redis_server.start()
+    eventually(lambda: circuit(shared, "closed"))
+    before = reused(shared, "remote")
+    asked_until(lambda: reused(shared, "remote") > before, shared, expected)
+    assert shared.total("emberkv_tier_failures_total") == 0
+
+
+def test_servers_of_one_machine_share_memory(
+    flags: Sequence[str], expected: Sequence[Choice], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    memory = ("--shm-tier", "64MiB")
+    with serving(tmp_path_factory.mktemp("first"), *flags, *memory) as first:
+        assert answers(first) == expected
+        eventually(lambda: first.metric("emberkv_tier_blocks", tier="shm") > 0)
+        with serving(tmp_path_factory.mktemp("second"), *flags, *memory) as second:
+            asked_until(lambda: reused(second, "shm") > 0, second, expected)
+            assert second.total("emberkv_tier_corrupt_total") == 0
+        assert second.exit_code() == 0
+    assert first.exit_code() == 0
