@@ -148,6 +148,7 @@ ROUTING = {
     "longest-prefix": (0.136, 8.0),
     "prefix-minus-load": (0.303, 1.01),
     "consistent-hashing": (0.353, 1.08),
+    "expected-ttft": (0.353, 1.0),
 }
 """Of 8 nodes of 5,859 blocks: hit rate, and the largest node's uncached tokens as a multiple of the mean."""
 
@@ -165,3 +166,4 @@ def test_mooncake_by_routing_policy() -> None:
     assert rates["prefix-minus-load"] < rates["consistent-hashing"]
     pooled = over_mooncake(kv_blocks=8 * 5_859)["blocks"]["hit_rate"]
     assert round(pooled, 3) == 0.354
+    assert rates["expected-ttft"] >= 0.97 * pooled

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emberkv.cluster.block_index import BlockIndex
-from emberkv.cluster.policies import Decision, ReplicaState
+from emberkv.cluster.policies import Decision, Reason, ReplicaState
 from emberkv.cluster.routing import Router, RoutingRequest
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.events import POOL, Event
+from emberkv.core.events import Event
 from emberkv.core.feed import CacheFeed, EventBatch, EventsLost, FeedMessage, SnapshotChunk
 
 PAST_EPOCHS = 64
@@ -162,19 +162,20 @@ class FeedReader:
 
 
 class ReplicaBlocks:
-    """One replica's part of a block index: the blocks of its pool."""
+    """One replica's part of a block index: the blocks of its pool and of the tiers below it.
+
+    An epoch begins with nothing in any tier: what a tier has kept over a restart is told by events, as if stored anew.
+    """
 
     def __init__(self, index: BlockIndex, replica: int) -> None:
         self._index = index
         self._replica = replica
 
     def apply(self, event: Event) -> None:
-        if event.tier == POOL:
-            self._index.apply(self._replica, event)
+        self._index.apply(self._replica, event)
 
     def merge(self, chunk: SnapshotChunk) -> None:
-        if chunk.tier == POOL:
-            self._index.add(self._replica, chunk.block_hashes)
+        self._index.add(self._replica, chunk.block_hashes, chunk.tier)
 
     def clear(self) -> None:
         self._index.forget(self._replica)
@@ -195,6 +196,8 @@ class RoutedReplicas:
 
     def decide(self, request: RoutingRequest) -> Decision | None:
         """Where a request goes; None while no replica is up."""
+        if len(self._states) == 1:
+            return Decision(0, Reason.ONLY) if self._states[0].up else None
         return self._router.decide(request, self._states)
 
     def publish(self, replica: int, pool: BlockPool) -> None:

@@ -20,6 +20,23 @@ KEY_BLOCKS = 2
 LOAD_BOUND = 1.25
 """Most load of a replica as a multiple of the mean, where it is bounded."""
 
+IN_FLIGHT = "in_flight"
+"""In place of a tier: blocks that a replica has not yet, but computes for a request that was sent to it before."""
+
+ASSUMED_RATE = 10_000.0
+"""Prompt tokens a second, while no replica has measured any."""
+
+EQUAL_RATES = 1.5
+"""Measured rates within this factor of the mean are taken to be the mean: longer prompts are computed more slowly, so
+rates of equal machines differ by what they were given lately.
+"""
+
+FIRST_PROMPTS = 8
+"""What replicas were given lately matters little until it is more than so many prompts."""
+
+UNMEASURED_LOAD = 0.25
+"""Time to load from a tier whose rate was not measured yet, as a share of the time to compute the same."""
+
 
 @dataclass(slots=True)
 class ReplicaState:
@@ -57,15 +74,20 @@ class Reason(StrEnum):
     HASH = "hash"
     HASH_NEXT = "hash_next"  # the replica that the key belongs to is down or has too much load
     LONGEST_PREFIX = "longest_prefix"
+    LEAST_COST = "least_cost"
+    SESSION = "session"  # among those that cost about the least, the one that has the session
+    TIE = "tie"  # among those that cost about the least, the first by consistent hashing
+    ONLY = "only"  # there is one replica
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingView:
     """All that a policy decides from. Replicas are known by their slots, which count from 0.
 
-    cached: for each slot, how many leading blocks of the prompt each tier has ("pool" and the tiers below it), fastest
-    first; empty where the policy does not read the index. order: slots, as the policy's `Order` says. home: the slot
-    that had the session's last request.
+    cached: for each slot, how many leading blocks of the prompt each tier has ("pool", the tiers below it, and
+    `IN_FLIGHT`); empty where the policy does not read the index. order: slots, as the policy's `Order` says. recent:
+    for each slot, the prompt tokens that it was lately given to compute. home: the slot that had the
+    session's last request.
     """
 
     prompt_tokens: int
@@ -73,6 +95,7 @@ class RoutingView:
     replicas: Sequence[ReplicaState]
     cached: Sequence[Mapping[str, int]] = ()
     order: Iterable[int] = ()
+    recent: Sequence[float] = ()
     home: int | None = None
 
     @property
@@ -86,12 +109,13 @@ class Estimate:
     """What a request would meet at one replica, in seconds and tokens.
 
     waiting: until what was sent to it before is computed. loading: by tier. computing: the rest of the prompt.
-    cached_tokens: by tier, the pool's as "pool".
+    cached_tokens: by tier, the pool's as "pool". cost: what replicas are compared by.
     """
 
     slot: int
     waiting: float
     computing: float
+    cost: float
     loading: Mapping[str, float] = field(default_factory=dict)
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -103,17 +127,23 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """replica: the slot chosen, and why. estimates: of the replicas that are up, by policies that make them."""
+    """replica: the slot chosen, and why. cached_tokens: of the prompt, those it is expected to find there. estimates:
+    of the replicas that are up, by policies that make them.
+    """
 
     replica: int
     reason: Reason
+    cached_tokens: int = 0
     estimates: Sequence[Estimate] = ()
 
 
 class RoutingPolicy(ABC):
-    """reads_index: whether `RoutingView.cached` is wanted. order: which `RoutingView.order` is."""
+    """reads_index: whether `RoutingView.cached` is wanted. follows_requests: whether what was decided before is, in
+    `RoutingView.recent`, `RoutingView.home` and blocks in flight. order: which `RoutingView.order` is.
+    """
 
     reads_index = False
+    follows_requests = False
     order = Order.NONE
 
     @abstractmethod
@@ -210,7 +240,92 @@ class LongestPrefix(RoutingPolicy):
             for slot, state in enumerate(view.replicas)
             if state.up
         )
-        return Decision(-max(scores)[1], Reason.LONGEST_PREFIX)
+        slot = -max(scores)[1]
+        return Decision(slot, Reason.LONGEST_PREFIX, view.block_size * view.cached[slot].get(POOL, 0))
+
+
+class ExpectedTtft(RoutingPolicy):
+    """The replica with the shortest expected time to first token, where computing counts more than waiting.
+
+    A replica's cost, in seconds: waiting for the prompt tokens in its queue, loading what lower tiers have, and
+    computing the rest, at that replica's measured rates (see `EQUAL_RATES`). Computing also delays later requests and
+    evicts other blocks, so its seconds are multiplied by ``1 + compute_weight``, and by up to ``spread`` more or less
+    where the replica was lately given more or less to compute than the mean, which spreads conversations that begin.
+
+    Replicas within ``tie`` times the whole prompt's computing time of the least cost are equal: the first by consistent
+    hashing is taken, so that a cold fleet spreads prefixes stably. The hash key is the first block that no replica has.
+    A session stays at its replica while that is equal to the best, what they were given lately left aside.
+
+    Load is bounded: no request goes to a replica that waits longer than another by more than
+    ``1.5 * (1 + compute_weight) + tie`` times the time to compute the whole prompt there.
+    """
+
+    reads_index = True
+    follows_requests = True
+    order = Order.RING
+
+    def __init__(self, *, compute_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03) -> None:
+        if compute_weight < 0 or not 0 <= spread <= 1 or tie < 0:
+            raise ConfigError(
+                f"compute_weight is {compute_weight}, spread {spread}, tie {tie}: use at least 0, for spread at most 1"
+            )
+        self._weight = 1.0 + compute_weight
+        self._spread = spread
+        self._tie = tie
+
+    def key(self, block_hashes: Sequence[BlockHash], cached: Sequence[Mapping[str, int]]) -> BlockHash | None:
+        if not block_hashes:
+            return None
+        known = max((sum(each.values()) for each in cached), default=0)
+        return block_hashes[min(known, len(block_hashes) - 1)]
+
+    def choose(self, view: RoutingView) -> Decision:
+        up = view.up
+        rates = [rate for slot in up if (rate := view.replicas[slot].prefill_rate)]
+        rate = sum(rates) / len(rates) if rates else ASSUMED_RATE
+        mean = sum(view.recent[slot] for slot in up) / len(up)
+        estimates = {slot: self._estimate(view, slot, rate, mean) for slot in up}
+        margin = self._tie * view.prompt_tokens / rate
+        slot, reason = self._chosen(view, estimates, margin)
+        found = int(sum(estimates[slot].cached_tokens.values()))
+        return Decision(slot, reason, found, list(estimates.values()))
+
+    def _chosen(self, view: RoutingView, estimates: Mapping[int, Estimate], margin: float) -> tuple[int, Reason]:
+        best = min(estimates.values(), key=lambda each: (each.cost, each.slot))
+        equal = {slot for slot, each in estimates.items() if each.cost <= best.cost + margin}
+        home = None if view.home is None else estimates.get(view.home)
+        if home is not None and self._plain(home) <= min(map(self._plain, estimates.values())) + margin:
+            return home.slot, Reason.LEAST_COST if equal == {home.slot} else Reason.SESSION
+        if len(equal) == 1:
+            return best.slot, Reason.LEAST_COST
+        return next((slot for slot in view.order if slot in equal), best.slot), Reason.TIE
+
+    def _plain(self, estimate: Estimate) -> float:
+        """The cost without regard to what the replica was given lately."""
+        return estimate.ttft + (self._weight - 1.0) * estimate.computing
+
+    def _estimate(self, view: RoutingView, slot: int, mean_rate: float, mean_recent: float) -> Estimate:
+        state = view.replicas[slot]
+        rate = state.prefill_rate or mean_rate
+        if mean_rate / EQUAL_RATES <= rate <= mean_rate * EQUAL_RATES:
+            rate = mean_rate
+        to_compute = view.prompt_tokens
+        loading, cached_tokens = {}, {}
+        for tier, blocks in view.cached[slot].items():
+            tokens = min(blocks * view.block_size, to_compute - 1)  # one token is always computed
+            seconds = 0.0
+            if tier not in (POOL, IN_FLIGHT):
+                load_rate = state.load_rates.get(tier)
+                seconds = tokens / load_rate if load_rate else UNMEASURED_LOAD * tokens / rate
+                if seconds >= tokens / rate:
+                    break  # computing is faster, and so it is from here on
+                loading[tier] = seconds
+            cached_tokens[tier] = tokens
+            to_compute -= tokens
+        waiting, computing = state.queued_tokens / rate, to_compute / rate + state.step_seconds
+        above = (view.recent[slot] - mean_recent) / (mean_recent + FIRST_PROMPTS * view.prompt_tokens)
+        cost = waiting + sum(loading.values()) + computing * self._weight * (1.0 + self._spread * min(1.0, above))
+        return Estimate(slot, waiting, computing, cost, loading, cached_tokens)
 
 
 def _first_up(view: RoutingView) -> int:

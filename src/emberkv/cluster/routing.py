@@ -3,24 +3,28 @@
 Pure decisions over plain state, without a clock or a network, so that a simulation and a gateway route with the same
 objects.
 
-    router = make_router("prefix-minus-load", Random(0))
+    router = make_router(DEFAULT_ROUTING, Random(0))
     slots = [router.join(name) for name in ("worker-0", "worker-1")]
     states = [ReplicaState() for _ in slots]       # by slot; their driver keeps them up to date
     decision = router.decide(RoutingRequest(chain, len(chain)), states)
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain as joined
 from random import Random
 
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.hash_ring import HashRing
+from emberkv.cluster.in_flight import InFlight
 from emberkv.cluster.policies import (
+    IN_FLIGHT,
     LOAD_BOUND,
     ConsistentHashing,
     Decision,
     Estimate,
+    ExpectedTtft,
     LeastLoaded,
     LongestPrefix,
     Order,
@@ -36,8 +40,30 @@ from emberkv.core.hashing import BlockHash, Chain
 from emberkv.errors import ConfigError
 
 __all__ = [
-    "ROUTER_NAMES", "Decision", "Estimate", "Reason", "ReplicaState", "Router", "RoutingRequest", "make_router", "names"
+    "DEFAULT_ROUTING",
+    "ROUTER_NAMES",
+    "Decision",
+    "Estimate",
+    "Reason",
+    "ReplicaState",
+    "Router",
+    "RoutingRequest",
+    "make_router",
+    "names",
 ]  # fmt: skip
+
+DEFAULT_ROUTING = "expected-ttft"
+
+MAX_SESSIONS = 100_000
+"""Sessions whose replica is remembered; the longest unused is forgotten first."""
+
+RECENT_REQUESTS = 200
+"""Requests of each replica over which the tokens given to it are averaged."""
+
+MOST_UNIT = 1e100
+
+IN_FLIGHT_SECONDS = 2.0
+"""A prompt counts as being computed for so long, and twice the expected time to its first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +89,10 @@ class Router:
         self.index = BlockIndex() if policy.reads_index else None
         self._policy = policy
         self._rng = rng
+        self._in_flight = InFlight()
+        self._sessions: OrderedDict[str, int] = OrderedDict()  # slots of the last requests, the latest last
+        self._recent: list[float] = []
+        self._unit = 1.0  # of the latest in _recent: a growing unit lets earlier ones count less
         self._ring = HashRing()
         self._names: list[str | None] = []
         self._next = 0  # the slot after the one that was chosen last
@@ -71,7 +101,9 @@ class Router:
         """A replica is there; returns its slot, the lowest that is free. Raises ConfigError for a name in use."""
         slot = self._names.index(None) if None in self._names else len(self._names)
         self._ring.join(name, slot)
+        known = [self._recent[other] for other, name in enumerate(self._names) if name is not None]
         self._names[slot : slot + 1] = [name]
+        self._recent[slot : slot + 1] = [sum(known) / len(known) if known else 0.0]
         return slot
 
     def leave(self, slot: int) -> None:
@@ -86,6 +118,8 @@ class Router:
         """A replica has lost all that it had, and keeps its slot: it has restarted, or may come back."""
         if self.index is not None:
             self.index.forget(slot)
+        self._in_flight.forget(slot)
+        self._sessions = OrderedDict(each for each in self._sessions.items() if each[1] != slot)
 
     def decide(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> Decision | None:
         """Where a request goes; None while no replica is up.
@@ -96,15 +130,39 @@ class Router:
             return None
         decision = self._policy.choose(self._view(request, replicas))
         self._next = decision.replica + 1
+        if self._policy.follows_requests:
+            self._follow(request, decision)
         return decision
 
     def _view(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> RoutingView:
         block_hashes = request.chain.block_hashes
-        cached: Sequence[Mapping[str, int]] = ()
-        if self.index is not None:
-            cached = [{POOL: blocks} for blocks in self.index.matches(block_hashes, len(replicas))]
+        cached = [] if self.index is None else self.index.matches(block_hashes, len(replicas))
+        if self._policy.follows_requests:
+            for slot, depth in self._in_flight.depths(block_hashes, request.now).items():
+                if depth > sum(cached[slot].values()):
+                    pool = cached[slot].get(POOL, 0)
+                    cached[slot] = {POOL: pool, IN_FLIGHT: depth - pool}
         order = self._order(self._policy.key(block_hashes, cached), replicas)
-        return RoutingView(request.prompt_tokens, request.chain.block_size, replicas, cached, order)
+        home = self._sessions.get(request.session_id)
+        recent = [each / self._unit for each in self._recent] if self._policy.follows_requests else []
+        return RoutingView(request.prompt_tokens, request.chain.block_size, replicas, cached, order, recent, home)
+
+    def _follow(self, request: RoutingRequest, decision: Decision) -> None:
+        """Remember a decision for those that follow."""
+        slot = decision.replica
+        self._unit /= 1.0 - 1.0 / (RECENT_REQUESTS * len(self._recent))
+        self._recent[slot] += self._unit * max(1, request.prompt_tokens - decision.cached_tokens)
+        if self._unit > MOST_UNIT:
+            self._recent = [each / self._unit for each in self._recent]
+            self._unit = 1.0
+        expected = next(each.ttft for each in decision.estimates if each.slot == slot)
+        until = request.now + IN_FLIGHT_SECONDS + 2 * expected
+        self._in_flight.add(slot, request.chain.block_hashes, until)
+        if request.session_id:
+            self._sessions[request.session_id] = slot
+            self._sessions.move_to_end(request.session_id)
+            if len(self._sessions) > MAX_SESSIONS:
+                self._sessions.popitem(last=False)
 
     def _order(self, key: BlockHash | None, replicas: Sequence[ReplicaState]) -> Iterable[int]:
         match self._policy.order:
@@ -126,6 +184,7 @@ _POLICIES: dict[str, Callable[[], RoutingPolicy]] = {
     "bounded-hashing": lambda: ConsistentHashing(bound=LOAD_BOUND),
     "longest-prefix": LongestPrefix,
     "prefix-minus-load": lambda: LongestPrefix(load_weight=1.0),
+    DEFAULT_ROUTING: ExpectedTtft,
 }
 ROUTER_NAMES = tuple(_POLICIES)
 

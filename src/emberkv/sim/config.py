@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from emberkv.cluster.routing import ROUTER_NAMES
+from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.validation import Strict, describe
@@ -130,7 +130,7 @@ class SimulationConfig(Strict):
     peer_access: bool | None = None
     rates: Rates | None = None
     replicas: Annotated[int, Field(ge=1, le=bounds.MOST_REPLICAS)] = 1
-    routing: Routing = "prefix-minus-load"
+    routing: Routing = DEFAULT_ROUTING
     kv_blocks: Annotated[int, Field(ge=1, le=bounds.MOST_BLOCKS)] | None = None
     memory: Bytes | None = None
     block_size: bounds.SomeTokens | None = None

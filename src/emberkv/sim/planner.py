@@ -35,11 +35,6 @@ STEP_UP = 1.25
 
 OWN_TIERS = ("ram", "disk")
 
-ROUTING = "bounded-hashing"
-"""Unless a plan's configuration says otherwise: like the formulas, it takes a prompt to where its beginning went, be
-that still in a pool or in a lower tier, unless that replica has far more to do than the others.
-"""
-
 HELPS = 0.95
 """More replicas help if p99 of the time to first token falls to this share or less."""
 
@@ -215,8 +210,6 @@ class Planner:
         on_progress: ProgressCallback = lambda what: None,
     ) -> None:
         """simulated: requests that set-ups are simulated with. on_progress: is called with what is done next."""
-        if "routing" not in config.model_fields_set:
-            config = with_changes(config, {"routing": ROUTING})
         self._workload, self._config, self._wanted = workload, config, wanted
         self._machine = machine_of(config, config.block_size or workload.block_size())
         self._on_progress = on_progress

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from emberkv.cluster.policies import ReplicaState
+from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.loading import Load
 from emberkv.core.scheduler import Scheduler, StepPlan
@@ -15,8 +16,14 @@ from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
 from emberkv.sim.simulated_request import SimulatedRequest
 from emberkv.sim.tiers import LowerModel, Transfer
-from emberkv.sim.timing import ANY_TOKEN, Step, StepClock
+from emberkv.sim.timing import ANY_TOKEN, NANOSECONDS, Step, StepClock
 from emberkv.workload.chain import ContentChain
+
+RATE_STEPS = 256.0
+"""Steps after which a step's time counts half in a replica's measured rate."""
+
+MEASURED_TOKENS = 2048
+"""Prompt tokens whose expected time gives a replica's measured rate."""
 
 
 @dataclass(slots=True)
@@ -41,6 +48,7 @@ class Replica:
     _transfers: dict[Load, Transfer] = field(default_factory=dict)
     _arrived: list[Transfer] = field(default_factory=list)
     _past: list[CacheStats] = field(default_factory=list)
+    _prefill: LatencyModel = field(default_factory=lambda: LatencyModel(half_life=RATE_STEPS))
 
     def __post_init__(self) -> None:
         self.scheduler = self.make_scheduler()
@@ -76,10 +84,12 @@ class Replica:
         """One for each time that it has started."""
         return [*self._past, self.scheduler.stats]
 
-    def submit(self, simulated: SimulatedRequest) -> None:
-        """Take a request; it is looked at when the step under way ends."""
+    def submit(self, simulated: SimulatedRequest, cached_tokens: int = 0) -> None:
+        """Take a request; it is looked at when the step under way ends. cached_tokens: what it is expected to find."""
         simulated.replica = self.index
+        simulated.queued_tokens = max(1, simulated.request.prompt_tokens - cached_tokens)
         self.state.load += simulated.request.prompt_tokens
+        self.state.queued_tokens += simulated.queued_tokens
         self._inbox.append(simulated)
 
     def take_in(self) -> list[SimulatedRequest]:
@@ -96,6 +106,7 @@ class Replica:
                 self.scheduler.add(simulated.attempt())
             except RequestError:
                 self.state.load -= simulated.request.prompt_tokens
+                self._dequeue(simulated, simulated.queued_tokens)
                 rejected.append(simulated)
             else:
                 self._requests[simulated.request.request_id] = simulated
@@ -131,8 +142,12 @@ class Replica:
         plan = step.plan
         self._grow(plan, step.count - 1)
         for chunk in plan.prefills:
-            self._requests[chunk.sequence.request_id].prefilled_tokens += chunk.stop - chunk.start
-            self.computed_tokens += chunk.stop - chunk.start
+            simulated = self._requests[chunk.sequence.request_id]
+            tokens = chunk.stop - chunk.start
+            simulated.prefilled_tokens += tokens
+            self.computed_tokens += tokens
+            self._dequeue(simulated, simulated.queued_tokens if chunk.samples else tokens)
+        self._measure(step)
         ready = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
         stopped = set()
         for sequence in ready:
@@ -172,7 +187,7 @@ class Replica:
             self.lower.lost()
         self._past.append(self.scheduler.stats)
         self.scheduler = self.make_scheduler()
-        self.state.load = 0.0
+        self.state.load = self.state.queued_tokens = 0
         self.state.up = False
         self.step = None
         return lost
@@ -218,6 +233,20 @@ class Replica:
             sequence.num_computed += steps
             sequence.chain.grow(steps)
         self.scheduler.count_decodes(plan, steps)
+
+    def _dequeue(self, simulated: SimulatedRequest, tokens: int) -> None:
+        """So many of a request's tokens wait no longer."""
+        tokens = min(tokens, simulated.queued_tokens)
+        simulated.queued_tokens -= tokens
+        self.state.queued_tokens -= tokens
+
+    def _measure(self, step: Step) -> None:
+        """Learn from a step how fast prompts are computed."""
+        computed = sum(chunk.stop - chunk.start for chunk in step.plan.prefills)
+        if computed:
+            self._prefill.observe(computed, step.duration / NANOSECONDS)
+            seconds = self._prefill.seconds_for(MEASURED_TOKENS)
+            self.state.prefill_rate = MEASURED_TOKENS / seconds if seconds else None
 
     def _look_down(self, lower: LowerModel, plan: StepPlan) -> None:
         """Begin the plan's loads, and keep recent below what is in use above."""

@@ -17,6 +17,7 @@ class SimulatedRequest:
     arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
     ends_early: whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving.
     last_length: of the chain, in tokens, when its last sample is drawn. tenant: as the scheduler has it.
+    queued_tokens: of its prompt, those that its replica is expected to compute yet.
     """
 
     request: Request
@@ -29,6 +30,7 @@ class SimulatedRequest:
     replica: int | None = None
     retries: int = 0
     tenant: str = ""
+    queued_tokens: int = 0
 
     max_new_tokens: int = field(init=False)
     ends_early: bool = field(init=False)

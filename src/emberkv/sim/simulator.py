@@ -155,7 +155,7 @@ class Simulator:
             self._stranded.append(simulated)
             return
         replica = self.replicas[decision.replica]
-        replica.submit(simulated)
+        replica.submit(simulated, decision.cached_tokens)
         self._touch(replica)
 
     def _touch(self, replica: Replica) -> None:

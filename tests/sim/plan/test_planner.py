@@ -72,8 +72,8 @@ def test_a_simulated_hit_rate_is_near_the_curves_where_a_pool_is_larger_than_wha
     assert point.simulated.hit_rate == pytest.approx(point.hit_rate, abs=0.05)
 
 
-def test_routing_is_by_beginning_unless_said_otherwise() -> None:
-    assert Planner(chats(), rates()).plan(simulate=False).routing == "bounded-hashing"
+def test_routing_is_the_default_unless_said_otherwise() -> None:
+    assert Planner(chats(), rates()).plan(simulate=False).routing == "expected-ttft"
     assert Planner(chats(), rates(routing="random")).plan(simulate=False).routing == "random"
 
 

@@ -49,7 +49,7 @@ def test_ids_are_unique_and_every_reference_has_one(page: Page) -> None:
 def test_it_opens_with_what_was_computed_the_verdict_and_the_main_figures(results: Results, page: Page) -> None:
     assert page.texts["h1"] == ["chats, simulated"]
     computed, verdict, *_ = page.texts["p"]
-    assert computed.startswith("a machine given by its rates: 2 replicas, routed by prefix-minus-load, each with 128 M")
+    assert computed.startswith("a machine given by its rates: 2 replicas, routed by expected-ttft, each with 128 M")
     assert verdict == results.load.words
     hit_rate = results.summary["prefix_caching"]["token_hit_rate"]
     assert page.texts["b"][0] == f"{hit_rate:.1%}"
