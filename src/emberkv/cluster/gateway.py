@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from emberkv.cluster import wire
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
 from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
-from emberkv.cluster.routing import make_router
+from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import given_key
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 ROUTE_HEADER = "x-emberkv-route"
-DEFAULT_ROUTING = "prefix-minus-load"
 
 
 class Gateway:

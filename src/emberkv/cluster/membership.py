@@ -130,7 +130,7 @@ class Membership:
     connect: makes the connection to a URL. on_model: is awaited with the first worker that serves a model, before any
     worker is up. on_change: is called when the status of a worker has changed. clock: monotonic seconds.
 
-        membership = Membership(make_router("prefix-minus-load", Random()), lambda url: WorkerClient(url, secret))
+        membership = Membership(make_router(DEFAULT_ROUTING, Random()), lambda url: WorkerClient(url, secret))
         membership.add("http://127.0.0.1:8081")
         ...
         await membership.close()

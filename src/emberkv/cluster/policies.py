@@ -309,7 +309,8 @@ class ExpectedTtft(RoutingPolicy):
         rate = state.prefill_rate or mean_rate
         if mean_rate / EQUAL_RATES <= rate <= mean_rate * EQUAL_RATES:
             rate = mean_rate
-        to_compute = view.prompt_tokens
+        to_compute = max(1, view.prompt_tokens)
+        above = (view.recent[slot] - mean_recent) / (mean_recent + FIRST_PROMPTS * to_compute)
         loading, cached_tokens = {}, {}
         for tier, blocks in view.cached[slot].items():
             tokens = min(blocks * view.block_size, to_compute - 1)  # one token is always computed
@@ -323,7 +324,6 @@ class ExpectedTtft(RoutingPolicy):
             cached_tokens[tier] = tokens
             to_compute -= tokens
         waiting, computing = state.queued_tokens / rate, to_compute / rate + state.step_seconds
-        above = (view.recent[slot] - mean_recent) / (mean_recent + FIRST_PROMPTS * view.prompt_tokens)
         cost = waiting + sum(loading.values()) + computing * self._weight * (1.0 + self._spread * min(1.0, above))
         return Estimate(slot, waiting, computing, cost, loading, cached_tokens)
 

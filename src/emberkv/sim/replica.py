@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from emberkv.cluster.policies import ReplicaState
-from emberkv.core.analytics.latency_model import LatencyModel
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.loading import Load
+from emberkv.core.loading import LatencyModel, Load
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
