@@ -245,6 +245,17 @@ def test_a_row_that_is_no_numbers_fails_alone(executor: Executor, place: int) ->
         assert_same(executor, inbox, alone(executor, prompt))
 
 
+def test_a_decoded_row_that_is_no_numbers_fails_alone(executor: Executor) -> None:
+    """After one good token: the scores that follow it are no numbers, while a neighbour goes on."""
+    only_bad = np.packbits(np.arange(VOCAB_SIZE) == NAN_TOKEN, bitorder="little")
+    with serving(executor) as served:
+        failing = served.submit("bad", text("decodes", 40), allowed=lambda _: only_bad)
+        right = served.submit("right", text("beside", 45))
+        served.answers(failing, right)
+    assert (failing.reason, failing.wait().error, failing.tokens) == (FinishReason.ERROR, NOT_NUMBERS, [NAN_TOKEN])
+    assert_same(executor, right, alone(executor, text("beside", 45)))
+
+
 def test_logprobs_are_of_the_chosen_token_and_the_likeliest(executor: Executor) -> None:
     inbox = alone(executor, text("logprobs", 20), logprobs=5)
     assert len(scores(inbox)) == len(inbox.tokens) == 6

@@ -26,6 +26,7 @@ _MEANINGS = {
     "other-model": "cached for another model",
     "other-tenant": "cached for another tenant",
     "recompute": "computing was expected to be faster than loading",
+    "look-up": "a tier in the network may have it, and is asked for requests only",
     "load-failed": "loading failed or came too late",
     "inexact": "cached, but not bit-equal to a cold prefill, which --exact asks for",
     "collision": "its hash is taken by other tokens",

@@ -344,6 +344,9 @@ def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int
         load_choices={choice.value: count for choice, count in stats.load_choices.items()},
         loaded_blocks=stats.loaded_blocks,
         unloaded_blocks=stats.unloaded_blocks,
+        exported_blocks=stats.exported_blocks,
+        imported_blocks=stats.imported_blocks,
+        refused_imports=dict(stats.refused_imports),
         tier_trouble=dict(tiers.trouble) if tiers is not None else {},
         pool_bytes_by_owner={owner: int(size) for owner, size in pool.policy.bytes_by_owner().items()},
     )

@@ -221,6 +221,9 @@ class EngineStats:
     load_choices: Mapping[str, int] = field(default_factory=dict)
     loaded_blocks: int = 0
     unloaded_blocks: int = 0  # a load was to bring them, and did not
+    exported_blocks: int = 0
+    imported_blocks: int = 0
+    refused_imports: Mapping[str, int] = field(default_factory=dict)  # records, by what was wrong with them
     tier_trouble: Mapping[str, int] = field(default_factory=dict)
     pool_bytes_by_owner: Mapping[str, int] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)

@@ -51,7 +51,7 @@ class TierStats:
 
     hits, misses: blocks looked up, counted where no faster tier has them. loads: blocks brought up and verified.
     stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_latency: of
-    each batch read; store_latency: of each batch written.
+    each batch read; store_latency: of each batch written; lookup_latency: of each look-up that took I/O.
     """
 
     entries: int = 0
@@ -70,6 +70,7 @@ class TierStats:
     corrupt: Mapping[str, int] = field(default_factory=dict)
     load_latency: Latencies = Latencies()
     store_latency: Latencies = Latencies()
+    lookup_latency: Latencies = Latencies()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class TierMeter:
         self._corrupt: Counter[str] = Counter()
         self._load_latency = LatencyHistogram()
         self._store_latency = LatencyHistogram()
+        self._lookup_latency = LatencyHistogram()
         self._rate = LatencyModel()
         self._block_bytes = 0
 
@@ -118,6 +120,11 @@ class TierMeter:
         with self._lock:
             self._hits += hits
             self._misses += misses
+
+    def queried(self, seconds: float) -> None:
+        """A look-up that took I/O has ended, or failed."""
+        with self._lock:
+            self._lookup_latency.observe(seconds)
 
     def loaded(self, blocks: int, seconds: float) -> None:
         """One batch was read, and ``blocks`` of it were sound."""
@@ -163,4 +170,5 @@ class TierMeter:
                 troubles={**stats.troubles, **({"stalled": self._stalls} if self._stalls else {})},
                 load_latency=self._load_latency.snapshot(),
                 store_latency=self._store_latency.snapshot(),
+                lookup_latency=self._lookup_latency.snapshot(),
             )

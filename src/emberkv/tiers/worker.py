@@ -286,12 +286,15 @@ class TierWorker:
 
     def query(self, query: Query) -> int:
         """How many blocks are there, from the first on. A tier that fails has none."""
+        began = self._clock()
         try:
             return self.tier.query(query.block_hashes, exact=query.exact)
         except Exception as error:
             logger.exception("%s tier: a look-up failed and counts as a miss", self.name)
             self._failed(error)
             return 0
+        finally:
+            self.meter.queried(self._clock() - began)
 
     def answered(self, query: Query, count: int) -> None:
         """Remember an answer for a while, one that comes too late for its query included."""

@@ -23,6 +23,18 @@ def test_what_lies_below_counts_as_hit_if_it_would_be_loaded() -> None:
     assert look_up(harness.cache, None, prompt) == Outcome()
 
 
+def test_what_only_a_look_up_over_the_network_can_tell() -> None:
+    harness = Harness(lower=FakeTiers(block_seconds={"disk": 1.0}, token_seconds=1.0))
+    prompt = chain(range(30))
+    assert harness.lower is not None
+    harness.lower.put(prompt.block_hashes[:2])
+    harness.lower.pending = set(prompt.block_hashes[2:])
+    assert look_up(harness.cache, harness.lower, prompt) == Outcome({"disk": 8}, {Reason.LOOK_UP: 20})
+    harness.lower.token_seconds = 0.1
+    declined = Outcome({}, {Reason.RECOMPUTE_CHEAPER: 8, Reason.LOOK_UP: 20})
+    assert look_up(harness.cache, harness.lower, prompt) == declined
+
+
 def test_a_cache_that_is_off() -> None:
     assert look_up(Harness(enabled=False).cache, None, chain(range(9))) == Outcome(set_aside={Reason.CACHE_OFF: 9})
 

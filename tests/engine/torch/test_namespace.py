@@ -187,6 +187,7 @@ def test_threads_and_versions_of_this_process_are_in_it(paged: ModelFactory, mon
 def test_the_sources_are_those_of_the_models_layers_and_of_this_engine(tmp_path: Path) -> None:
     named = {path.name for path in forward_sources(layer(tmp_path, 1.0))}
     assert {f"{NAME}.py", "activations.py", "engine.py", "attention.py", "namespace.py"} <= named
+    assert not {"loop.py", "tier_link.py", "hf_tokenizer.py"} & named
 
 
 @pytest.mark.usefixtures("layers")

@@ -21,6 +21,7 @@ DISK = TierStats(
     corrupt={"bytes changed": 1},
     load_latency=LATENCIES,
     store_latency=Latencies(),
+    lookup_latency=Latencies((3,) + (0,) * len(BOUNDS), seconds=0.25),
 )
 STATS = EngineStats(
     block_size=16,
@@ -94,6 +95,8 @@ def test_latencies_are_cumulative_histograms() -> None:
     assert read.get_sample_value("emberkv_tier_load_seconds_sum", {"tier": "disk"}) == 99.5
     assert read.get_sample_value("emberkv_tier_load_seconds_count", {"tier": "disk"}) == 7
     assert read.get_sample_value("emberkv_tier_store_seconds_count", {"tier": "disk"}) == 0
+    assert read.get_sample_value("emberkv_tier_lookup_seconds_count", {"tier": "disk"}) == 3
+    assert read.get_sample_value("emberkv_tier_lookup_seconds_sum", {"tier": "disk"}) == 0.25
 
 
 def test_loads_avoided_are_those_that_were_shared() -> None:

@@ -19,7 +19,7 @@ from emberkv.core.explaining.explanation import (
 )
 from emberkv.core.explaining.ledger import Entry, Ledger
 from emberkv.core.hashing import TOKEN_BYTES, BlockHash, Chain, TokenChain, common_tokens, decode_tokens
-from emberkv.core.loading import NOTHING_BELOW, Admission, LoadChoice, LoadDecision, LowerTiers
+from emberkv.core.loading import NOTHING_BELOW, Admission, LoadChoice, LoadDecision, LookupStatus, LowerTiers
 from emberkv.core.pending_loads import LoadSavings
 from emberkv.core.prefix_cache import PrefixCache
 
@@ -203,9 +203,9 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
     if match.end is MatchEnd.OFF:
         return Outcome(set_aside={Reason.CACHE_OFF: len(chain)})
     size, known = cache.pool.block_size, len(match.blocks)
-    below = NOTHING_BELOW
+    below, pending = NOTHING_BELOW, 0
     if lower is not None and match.end in (MatchEnd.ABSENT, MatchEnd.INEXACT):
-        below = _from_below(cache, lower, chain, known)
+        below, pending = _from_below(cache, lower, chain, known)
     loaded = below.runs if below.choice is LoadChoice.LOAD else []
     runs = [(POOL, known), *((run.tier, run.count) for run in loaded)]
     outcome = outcome_of(runs, len(chain), block_size=size, alignment=cache.alignment)
@@ -218,13 +218,17 @@ def look_up(cache: PrefixCache, lower: LowerTiers | None, chain: Chain) -> Outco
         set_aside[Reason.ALIGNMENT] = set_aside.get(Reason.ALIGNMENT, 0) + below.rounded * size
     if below.declined:
         set_aside[Reason.RECOMPUTE_CHEAPER] = below.declined * size - copied
+    if pending:
+        set_aside[Reason.LOOK_UP] = pending * size - (0 if below.declined else copied)
     return Outcome(hit, set_aside, None if loaded else REFUSED.get(match.end))
 
 
-def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> LoadDecision:
-    """What to load of the blocks behind the first ``known`` ones."""
+def _from_below(cache: PrefixCache, lower: LowerTiers, chain: Chain, known: int) -> tuple[LoadDecision, int]:
+    """What to load of the blocks behind the first ``known`` ones, and how many more only a query of a tier can find."""
     stop = cache.whole(cache.usable_blocks(chain))
     if known >= stop:
-        return NOTHING_BELOW
+        return NOTHING_BELOW, 0
     runs = lower.find(chain.block_hashes[known:stop], exact=cache.exact)
-    return LoadSavings(cache, lower, chain, known).choose(runs)
+    end = known + sum(run.count for run in runs)
+    pending = end < stop and lower.status(chain.block_hashes[end], exact=cache.exact) is LookupStatus.PENDING
+    return LoadSavings(cache, lower, chain, known).choose(runs), stop - end if pending else 0

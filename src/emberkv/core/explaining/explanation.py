@@ -18,6 +18,7 @@ class Reason(Enum):
     OTHER_MODEL = "other-model"  # the same tokens are cached for another model
     OTHER_TENANT = "other-tenant"  # the same tokens are cached for another tenant
     RECOMPUTE_CHEAPER = "recompute"  # a tier has it; computing was expected to be faster than loading
+    LOOK_UP = "look-up"  # a tier may have it; only a look-up over the network tells, and no request is waiting for one
     LOAD_FAILED = "load-failed"  # a tier had it; loading failed, came too late, or brought what cannot be trusted
     INEXACT = "inexact"  # it is cached, not bit-equal to a cold prefill, and only such state may be reused
     COLLISION = "collision"  # its block hash is taken by other tokens: never served

@@ -17,13 +17,13 @@ import torch
 import transformers
 from torch import nn
 
-import emberkv.engine
+import emberkv.engine.torch
 from emberkv.core.hashing import BlockHash
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import dtype_name
 
 _FORMAT = b"emberkv-namespace-3"
-_OWN_SOURCES = Path(emberkv.engine.__path__[0])
+_OWN_SOURCES = Path(emberkv.engine.torch.__path__[0])
 _LIBRARY = "transformers."
 _MODELS = "transformers.models."
 _TORCH_LAYOUT = "layers-kv-tokens-heads-dim.1"
@@ -93,8 +93,9 @@ def _processor(device: torch.device) -> tuple[str, ...]:
 def forward_sources(model: nn.Module) -> list[Path]:
     """The files whose code may run in a forward pass of ``model``, sorted by name and place.
 
-    They are this engine's own, those that define the classes of the model's layers, and those that define what these
-    files use of transformers. The version of transformers does not show where an installation was patched.
+    They are those of this package, those that define the classes of the model's layers, and those that define what these
+    files use of transformers. The version of transformers does not show where an installation was patched. The C++
+    sources are in the identity of the compiled kernels.
     """
     classes = {base.__module__ for module in model.modules() for base in type(module).__mro__} & sys.modules.keys()
     layers = {name for name in classes if name.startswith(_MODELS) or not _is_named_by_version(name)}

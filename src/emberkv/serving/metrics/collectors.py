@@ -217,11 +217,14 @@ def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
 def _latencies(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
     loads = HistogramMetricFamily("emberkv_tier_load_seconds", "Time to read a batch of blocks.", labels=["tier"])
     stores = HistogramMetricFamily("emberkv_tier_store_seconds", "Time to store a batch of blocks.", labels=["tier"])
+    lookups = HistogramMetricFamily("emberkv_tier_lookup_seconds", "Time of a look-up by I/O.", labels=["tier"])
     for name, tier in tiers.items():
         loads.add_metric([name], _buckets(tier.load_latency), tier.load_latency.seconds)
         stores.add_metric([name], _buckets(tier.store_latency), tier.store_latency.seconds)
+        lookups.add_metric([name], _buckets(tier.lookup_latency), tier.lookup_latency.seconds)
     yield loads
     yield stores
+    yield lookups
 
 
 def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
