@@ -94,8 +94,8 @@ def forward_sources(model: nn.Module) -> list[Path]:
     """The files whose code may run in a forward pass of ``model``, sorted by name and place.
 
     They are those of this package, those that define the classes of the model's layers, and those that define what
-    these files use of transformers. The version of transformers does not show where an installation was patched. The C++
-    sources are in the identity of the compiled kernels.
+    these files use of transformers. The version of transformers does not show where an installation was patched. The
+    C++ sources are in the identity of the compiled kernels.
     """
     classes = {base.__module__ for module in model.modules() for base in type(module).__mro__} & sys.modules.keys()
     layers = {name for name in classes if name.startswith(_MODELS) or not _is_named_by_version(name)}
