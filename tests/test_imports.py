@@ -16,8 +16,7 @@ import emberkv
 SOURCE = Path(emberkv.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"", "config", "defaults", "errors", "settings", "tensors", "trusted_paths", "validation", "warmup_variables",
-          "whole_file", "yaml_files"}  # fmt: skip
+LEAVES = {"", "config", "defaults", "errors", "files", "settings", "tensors", "validation", "yaml_files"}
 """Modules directly in the package (the package itself is ''), which every layer above the core may use."""
 
 ALLOWED = {
@@ -25,12 +24,10 @@ ALLOWED = {
     "errors": set[str](),
     "event_wire": {"core", "errors"},
     "validation": set[str](),
-    "config": {"core", "defaults", "warmup_variables"},
+    "config": {"core", "defaults"},
     "defaults": set[str](),
-    "warmup_variables": set[str](),
-    "settings": {"config", "warmup_variables", "validation", "errors", "yaml_files"},
-    "trusted_paths": {"errors"},
-    "whole_file": set[str](),
+    "settings": {"config", "defaults", "validation", "errors", "yaml_files"},
+    "files": {"errors"},
     "yaml_files": {"errors"},
     "tensors": {"errors"},
     "core": {"core", "errors"},

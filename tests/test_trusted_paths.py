@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emberkv.errors import UntrustedPathError
-from emberkv.trusted_paths import check_owner, open_own_file, read_own_file
+from emberkv.files import check_owner, open_own_file, read_own_file
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 

@@ -17,8 +17,7 @@ from pydantic import (
 )
 
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, machine_cache_folder
-from emberkv.warmup_variables import DEFAULT_WARMUP_SECONDS
+from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, DEFAULT_WARMUP_SECONDS, machine_cache_folder
 
 _FEWEST_SECRET_CHARACTERS = 16
 

@@ -30,12 +30,11 @@ from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.api.openai_schema import template_messages
-from emberkv.serving.cache.explain import text_of
 from emberkv.serving.cache.ledger_store import LedgerStore
-from emberkv.serving.cache.wiring import cache_service
+from emberkv.serving.cache.service import cache_service, text_of
 from emberkv.serving.engine_setup import cache_sizes, engine_config, model_options, tier_config
 from emberkv.serving.errors import GenerationFailedError
-from emberkv.serving.tenancy.tenants import EVERYBODY
+from emberkv.serving.tenancy import EVERYBODY
 from emberkv.settings import serve_config
 
 Message = Mapping[str, Any]

@@ -11,9 +11,9 @@ import yaml
 from pydantic import ByteSize, ValidationError
 
 from emberkv.config import NOT_SETTINGS, ServeConfig
+from emberkv.defaults import usable_warmup_seconds, warmup_variables
 from emberkv.errors import ConfigError
 from emberkv.validation import in_plain_words, shown, suggestion
-from emberkv.warmup_variables import usable_warmup_seconds, warmup_variables
 from emberkv.yaml_files import parse_yaml
 
 ENV_PREFIX = "EMBERKV_"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from emberkv.cli.serve_console import console
+from emberkv.cli.startup import console
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from emberkv.cli.http_times import (
+from emberkv.cli.calibrate import (
     STREAM_TOKENS,
     STREAM_WORDS,
     STREAMS,

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from emberkv import __version__
-from emberkv.cli.errors import printable
+from emberkv.cli.command import printable
 from emberkv.cli.main import app
 
 COMMAND = typer.main.get_command(app)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from emberkv.cli.main import app
 from emberkv.serving.canonical import load_rules
-from emberkv.serving.tenancy.tenants_file import key_digest, read_tenants
+from emberkv.serving.tenancy import key_digest, read_tenants
 
 FOLDER = Path(__file__).parents[2] / "examples"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from emberkv.cli.serve_console import context_line, curl_line, stages
+from emberkv.cli.startup import context_line, curl_line, stages
 from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 
 GEOMETRY = ModelGeometry(4, 2, 16, 384, 4096, (LayerGeometry(None, None, 0.25),), stated_context=4096)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from emberkv.serving.tenancy.tenants_file import key_digest
+from emberkv.serving.tenancy import key_digest
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import Server, serving
 

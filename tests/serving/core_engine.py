@@ -20,7 +20,7 @@ from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, O
 from emberkv.errors import RequestError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import CacheService
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.tenancy import Tenant
 from tests.serving.fakes import BOS
 
 R = TypeVar("R")

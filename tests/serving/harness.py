@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.http.protocol import ConnectionLimits
+from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 

@@ -8,7 +8,7 @@ import pytest
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.tenancy import Tenants
 from tests.serving.fakes import FakeEngine
 from tests.serving.harness import MODEL, Client
 

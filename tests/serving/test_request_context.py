@@ -2,7 +2,7 @@
 
 from emberkv.engine.request import CacheUsage
 from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.tenancy import Tenant
 
 
 def asked(session: str, tenant: str = "ann") -> RequestContext:

@@ -13,8 +13,8 @@ from emberkv.core.sequence import FinishReason
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.request_log import JsonFormatter, TextFormatter, duration, percent
-from tests.serving.admin.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
+from emberkv.serving.request_context import JsonFormatter, TextFormatter, duration, percent
+from tests.serving.api.test_cache_explain import ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client

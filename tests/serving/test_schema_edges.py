@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberkv.serving.admin.schema import CacheQuestion
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.api.cache_api import CacheQuestion
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest
 from emberkv.serving.app import ServingSettings, create_app

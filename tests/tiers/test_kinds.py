@@ -7,7 +7,7 @@ import pytest
 from emberkv import tiers
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
-from emberkv.serving.tenancy.tenants_file import Shares
+from emberkv.serving.tenancy import Shares
 from emberkv.tiers.kinds import SHARED_OUT, TIER_KINDS, TierSpec, configured_tiers
 from emberkv.tiers.remote.server import ServerAddress
 from tests.tiers.build import NAMESPACE

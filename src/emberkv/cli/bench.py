@@ -17,8 +17,7 @@ from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
 from emberkv.bench.workload import Workload
-from emberkv.cli.command import connection
-from emberkv.cli.errors import error_console
+from emberkv.cli.command import connection, error_console
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:

@@ -15,8 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import App
-from emberkv.cli.errors import errors_reported, printable
+from emberkv.cli.command import App, errors_reported, printable
 from emberkv.errors import CacheFolderError
 from emberkv.serving.cache.other_models import model_names
 from emberkv.serving.warmup.learned_prompts import prefix_files

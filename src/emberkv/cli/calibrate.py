@@ -1,9 +1,20 @@
-"""``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take."""
+"""``emberkv calibrate``: measure this machine with a model, and write the hardware profile that simulations take.
+
+The times of a real server, as a client on the same machine sees them, give what HTTP, JSON and tokenizing add to the
+engine's own.
+"""
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,11 +27,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from emberkv.bench.client import Answer, Clock, Target, ask
+from emberkv.bench.workload import Message, Workload
 from emberkv.cli.command import check_outputs
-from emberkv.cli.http_times import decode_times, request_times, served
 from emberkv.config import ServeConfig
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, EmberError
 from emberkv.settings import serve_config
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
@@ -34,8 +46,165 @@ from emberkv.tiers.memory import MemoryTier
 if TYPE_CHECKING:
     from emberkv.engine.torch.calibration import EngineBench
 
-TIER_BYTES = 1024 * 2**20
+
+Sleep = Callable[[float], Awaitable[None]]
+
+NAME = "calibrated"
+READY_SECONDS = 600.0
+ASK_AGAIN_SECONDS = 0.1
 ROUNDS = 3
+PAUSE_SECONDS = (0.05, 1.0)
+STREAMS = (1, 2, 4, 8)
+STREAM_WORDS = (30, 300, 1200)
+STREAM_TOKENS = 40
+SYSTEM_WORDS = (0, 300, 900)
+BESIDE_TOKENS = 24
+
+
+@contextmanager
+def served(config: ServeConfig, log: Path) -> Iterator[str]:
+    """The URL of a server process with these settings; it ends with the context. log: takes what the server prints.
+
+    Raises EmberError, with the log's last lines, when it does not become ready.
+    """
+    with socket.socket() as finder:
+        finder.bind(("127.0.0.1", 0))
+        port = finder.getsockname()[1]
+    model = [] if config.model is None else [config.model]
+    flags = {
+        "--port": port, "--served-name": NAME, "--dtype": config.dtype, "--device": config.device,
+        "--block-size": config.block_size, "--prefill-chunk": config.prefill_chunk,
+        "--cache-ram": int(config.cache_ram or 0) or None,
+    }  # fmt: skip
+    options = [str(part) for name, value in flags.items() if value is not None for part in (name, value)]
+    command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *options, "--no-warmup"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - this program
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_ready(process, url, log)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if _is_ready(url):
+            return
+        try:
+            process.wait(ASK_AGAIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    raise EmberError(f"the server to measure did not become ready: {log.read_text(errors='replace')[-500:].strip()}")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5).is_success
+    except httpx.TransportError:  # it does not listen yet
+        return False
+
+
+async def decode_times(client: httpx.AsyncClient, *, clock: Clock = time.perf_counter) -> list[tuple[Work, float]]:
+    """Decode steps by streams and context, each with the median of its seconds over `ROUNDS`."""
+    found = []
+    for words in STREAM_WORDS:
+        for streams in STREAMS:
+            rounds = [
+                await _decode(client, streams, words, f"{words} {streams} {number}", clock) for number in range(ROUNDS)
+            ]
+            found.append((rounds[0][0], statistics.median(seconds for _, seconds in rounds)))
+    return found
+
+
+async def request_times(
+    client: httpx.AsyncClient,
+    roofline: Roofline,
+    rng: Random,
+    *,
+    clock: Clock = time.perf_counter,
+    sleep: Sleep = asyncio.sleep,
+) -> list[tuple[int, float]]:
+    """(prompt tokens, seconds from sending a request to its first text beyond what ``roofline`` expects of its steps).
+
+    Half of the requests come beside another answer, when server and client have more to do. The others come after a
+    pause, as most requests do: the server's threads sleep then, and its data has left the processor's caches.
+    """
+    found = []
+    for words in SYSTEM_WORDS:
+        script = Workload(system_tokens=words, user_tokens=40, nonce=f"calibrate requests {words}")
+        await _ask(client, [*script.opening(), script.question(0, 0)], 1, clock)  # the beginning is cached from here on
+        for number in range(1, 4 * ROUNDS):
+            messages = [*script.opening(), script.question(number, 0)]
+            await sleep(rng.uniform(*PAUSE_SECONDS))
+            found.append(await _idle(client, messages, roofline, clock))
+            messages = [*script.opening(), script.question(number, 1)]
+            found.append(await _busy(client, messages, script.question(number, 2), roofline, clock))
+    return found
+
+
+async def _decode(client: httpx.AsyncClient, streams: int, words: int, nonce: str, clock: Clock) -> tuple[Work, float]:
+    script = Workload(sessions=streams, user_tokens=words, nonce=f"calibrate {nonce}")
+    await _together(client, script, streams, 1, clock)  # cached then, so that the streams begin together
+    answers = await _together(client, script, streams, STREAM_TOKENS, clock)
+    context = sum((each.usage.prompt_tokens or 0) + STREAM_TOKENS // 2 for each in answers if each.usage is not None)
+    each_token = [(each.piece_times[-1] - each.piece_times[0]) / (STREAM_TOKENS - 1) for each in answers]
+    return Work(streams, context), statistics.median(each_token)
+
+
+async def _together(
+    client: httpx.AsyncClient, script: Workload, streams: int, tokens: int, clock: Clock
+) -> Sequence[Answer]:
+    return await asyncio.gather(
+        *(_ask(client, [script.question(stream, 0)], tokens, clock) for stream in range(streams))
+    )
+
+
+async def _ask(client: httpx.AsyncClient, messages: Sequence[Message], tokens: int, clock: Clock) -> Answer:
+    return _sound(await ask(client, Target(NAME), messages, max_tokens=tokens, clock=clock))
+
+
+def _sound(answer: Answer) -> Answer:
+    if answer.error or answer.usage is None or not answer.piece_times:
+        raise EmberError(f"a request to measure by failed: {answer.error or 'it came without text or usage'}")
+    return answer
+
+
+async def _idle(
+    client: httpx.AsyncClient, messages: Sequence[Message], roofline: Roofline, clock: Clock
+) -> tuple[int, float]:
+    answer = await _ask(client, messages, 1, clock)
+    chunk = _chunk(answer)
+    return chunk.stop, (answer.ttft or 0.0) - roofline.terms_of(Work(0, 0, (chunk,))).total
+
+
+async def _busy(
+    client: httpx.AsyncClient, messages: Sequence[Message], other: Message, roofline: Roofline, clock: Clock
+) -> tuple[int, float]:
+    started = asyncio.Event()
+    asked = ask(client, Target(NAME), [other], max_tokens=BESIDE_TOKENS, clock=clock, on_text=started.set)
+    streaming = asyncio.create_task(asked)
+    streaming.add_done_callback(lambda _: started.set())
+    await started.wait()
+    answer = await _ask(client, messages, 1, clock)
+    chunk, beside = _chunk(answer), _chunk(_sound(await streaming))
+    context = beside.stop + BESIDE_TOKENS // 2
+    step = roofline.terms_of(Work(1, context, (chunk,))).total
+    waited = roofline.decode_seconds(1, context) / 2  # for the step under way, on average
+    return chunk.stop, (answer.ttft or 0.0) - step - waited
+
+
+def _chunk(answer: Answer) -> Chunk:
+    assert answer.usage is not None
+    return Chunk(answer.usage.cached_tokens or 0, answer.usage.prompt_tokens or 0, True)
+
+
+TIER_BYTES = 1024 * 2**20
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from emberkv.cli.command import App
 from emberkv.defaults import state_folder
 from emberkv.errors import ConfigError, PlacementError
-from emberkv.whole_file import replace_file
+from emberkv.files import replace_file
 
 if TYPE_CHECKING:
     from emberkv.cluster.placement import Placement

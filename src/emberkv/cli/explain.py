@@ -1,4 +1,4 @@
-"""``emberkv explain``: ask a server why a prompt misses its cache, and print the answer readably."""
+"""``emberkv explain``: ask a server why a prompt misses its cache, and show the answer on a terminal."""
 
 import json
 import sys
@@ -8,12 +8,197 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from pydantic import ValidationError
-from rich.console import Console
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from emberkv.cli.command import connection
-from emberkv.cli.explanation_view import Answer, view
 from emberkv.errors import EmberError, RequestError
+
+BAR_CELLS = 60
+LABEL_CELLS = 15
+BEFORE_SHARE = 0.4
+"""Of the columns for the texts around a first difference, the share that the text before it has."""
+
+_PLACES = ("green", "cyan", "blue", "bright_blue")
+_REASONS = {
+    "diverged": "red", "evicted": "yellow", "removed": "yellow", "cleared": "yellow", "new": "magenta",
+    "load-failed": "bright_red",
+}  # fmt: skip
+_OTHER = "bright_black"
+_MEANINGS = {
+    "new": "never seen before",
+    "diverged": "what is cached goes on with other tokens",
+    "evicted": "it was cached",
+    "removed": "it was cached",
+    "cleared": "it was cached",
+    "other-model": "cached for another model",
+    "other-tenant": "cached for another tenant",
+    "recompute": "computing was expected to be faster than loading",
+    "look-up": "a tier in the network may have it, and is asked for requests only",
+    "load-failed": "loading failed or came too late",
+    "inexact": "cached, but not bit-equal to a cold prefill, which --exact asks for",
+    "collision": "its hash is taken by other tokens",
+    "cache-off": "the server runs without its prefix cache",
+    "alignment": "cached, but beyond the last whole unit of reuse",
+    "partial": "the last block, which is not full or holds the prompt's end",
+    "too-short": "no longer than one unit of reuse",
+    "last-token": "always computed: its scores choose the next one",
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class Lost(_Part):
+    place: str
+    how: str
+    seconds_ago: float
+
+
+class Miss(_Part):
+    reason: str
+    start: int
+    tokens: int
+    lost: Lost | None = None
+
+
+class Divergence(_Part):
+    token: int
+    still_cached: bool
+    before: str
+    expected: str
+    found: str
+
+
+class Elsewhere(_Part):
+    tokens: int
+    tenant: str | None = None
+    model: str | None = None
+
+
+class Answer(_Part):
+    """What the server tells; see ``emberkv.serving.cache.service``."""
+
+    prompt_tokens: int
+    hit_tokens: int
+    hit_tokens_by_place: dict[str, int]
+    misses: list[Miss]
+    divergence: Divergence | None = None
+    canonical: dict[str, int] = {}
+    elsewhere: list[Elsewhere] = []
+
+
+def view(answer: Answer, columns: int) -> RenderableType:
+    """Everything that the answer says, to be printed in lines of at most ``columns`` cells."""
+    parts: list[RenderableType] = [_headline(answer), _bar(answer), _legend(answer)]
+    if answer.divergence is not None:
+        parts += [Text(), *_difference(answer.divergence, columns)]
+    if answer.elsewhere:
+        parts += [Text(), *(_out_of_reach(each) for each in answer.elsewhere)]
+    if answer.canonical:
+        changed = ", ".join(f"{name} ({count})" for name, count in answer.canonical.items())
+        parts += [Text(), Text(f"Canonical rules changed the prompt: {changed}.")]
+    return Group(*parts)
+
+
+def _headline(answer: Answer) -> Text:
+    tenths_of_percent = answer.hit_tokens * 1000 // max(1, answer.prompt_tokens)  # rounded down: 100% is all of them
+    return Text.assemble(
+        (f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} prompt tokens reused", "bold"),
+        f" ({tenths_of_percent / 10:.1f}%)",
+    )
+
+
+def _segments(answer: Answer) -> list[tuple[str, int, str]]:
+    """(what, tokens, style) in the order of the prompt."""
+    places = [
+        (place, tokens, _PLACES[min(index, len(_PLACES) - 1)])
+        for index, (place, tokens) in enumerate(answer.hit_tokens_by_place.items())
+    ]
+    return places + [(miss.reason, miss.tokens, _REASONS.get(miss.reason, _OTHER)) for miss in answer.misses]
+
+
+def _bar(answer: Answer) -> Text:
+    """Hits are full blocks, misses light ones; every segment has at least one cell."""
+    bar = Text()
+    hits = len(answer.hit_tokens_by_place)
+    for index, (_, tokens, style) in enumerate(_segments(answer)):
+        cells = max(1, round(BAR_CELLS * tokens / max(1, answer.prompt_tokens)))
+        bar.append(("█" if index < hits else "░") * cells, style)
+    return bar
+
+
+def _legend(answer: Answer) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for index, (place, tokens, style) in enumerate(_segments(answer)[: len(answer.hit_tokens_by_place)]):
+        start = sum(list(answer.hit_tokens_by_place.values())[:index])
+        table.add_row(Text("█", style), Text(place), f"{tokens:,}", Text(f"from token {start:,}"))
+    for miss in answer.misses:
+        meaning = Text(f"from token {miss.start:,}: {_MEANINGS.get(miss.reason, miss.reason)}{_lost(miss.lost)}")
+        table.add_row(Text("░", _REASONS.get(miss.reason, _OTHER)), Text(miss.reason), f"{miss.tokens:,}", meaning)
+    return table
+
+
+def _lost(lost: Lost | None) -> str:
+    if lost is None:
+        return ""
+    by = " by the operator" if lost.how in ("removed", "cleared") else ""
+    return f"; {lost.how} from {lost.place}{by} {_ago(lost.seconds_ago)} ago"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _difference(divergence: Divergence, columns: int) -> list[Text]:
+    """The texts that differ, one under the other, and a caret under the first difference."""
+    cells = max(2, columns - LABEL_CELLS)
+    most_before = int(cells * BEFORE_SHARE)
+    known = "is cached" if divergence.still_cached else "was cached"
+    before = _last_cells(_on_one_line(divergence.before), most_before)
+    lines = [Text(f"The first difference is at token {divergence.token:,}:")]
+    for label, text, style in ((known, divergence.expected, "green"), ("this prompt", divergence.found, "red")):
+        lines.append(
+            Text.assemble(
+                f"  {label:<11}  ", before, (_first_cells(_on_one_line(text), cells - cell_len(before)), style)
+            )
+        )
+    lines.append(Text(" " * (LABEL_CELLS + cell_len(before)) + "^", "bold"))
+    return lines
+
+
+def _out_of_reach(elsewhere: Elsewhere) -> Text:
+    whose = f"Tenant {elsewhere.tenant}" if elsewhere.model is None else f"For model {elsewhere.model}, the cache"
+    return Text(f"{_on_one_line(whose)} has {elsewhere.tokens:,} of these tokens.")
+
+
+def _on_one_line(text: str) -> str:
+    """Control characters written as Python writes them, so that the caret stays in its column."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _first_cells(text: str, cells: int) -> str:
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
+
+
+def _last_cells(text: str, cells: int) -> str:
+    if cell_len(text) <= cells:
+        return text
+    while cell_len(text) > cells - 1:
+        text = text[1:]
+    return "…" + text
+
 
 PATH = "/v1/cache/explain"
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import check_outputs, confirm_written, write_text
-from emberkv.cli.errors import errors_reported
+from emberkv.cli.command import check_outputs, confirm_written, errors_reported, write_text
 from emberkv.cli.simulate_tables import ListHardware, ListModels
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES

@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import connection
-from emberkv.cli.errors import printable
+from emberkv.cli.command import connection, printable
 from emberkv.errors import EmberError
 
 SHOWN_ROWS = 6

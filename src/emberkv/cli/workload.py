@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import App, check_outputs
-from emberkv.cli.errors import errors_reported
+from emberkv.cli.command import App, check_outputs, errors_reported
 from emberkv.errors import WorkloadError
 from emberkv.sim.words import count_words, share_words
 from emberkv.workload.description import Description, Lengths, describe

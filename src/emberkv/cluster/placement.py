@@ -26,7 +26,7 @@ from ray.serve.config import AutoscalingContext
 from emberkv.cluster import wire
 from emberkv.cluster.scaling import RecentWorth, ScalingLimits, ScalingMemory, WorkerLoad, choose_workers
 from emberkv.errors import PlacementError
-from emberkv.trusted_paths import read_own_file
+from emberkv.files import read_own_file
 
 _log = logging.getLogger(__name__)
 

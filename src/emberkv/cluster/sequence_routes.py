@@ -20,7 +20,7 @@ from emberkv.cluster.hash_ring import VIRTUAL_NODES, HashRing
 from emberkv.errors import reason_of
 from emberkv.serving.app import AppParts
 from emberkv.serving.generate_api import generate_router
-from emberkv.serving.http.request_body import BodyLimit
+from emberkv.serving.middleware import BodyLimit
 from emberkv.serving.sequence_api import DetailRoute, parse_detailed
 
 STATS_SECONDS = 2.0

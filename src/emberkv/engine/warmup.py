@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from emberkv.defaults import DEFAULT_WARMUP_SECONDS, warmup_variables
 from emberkv.errors import ConfigError
-from emberkv.warmup_variables import DEFAULT_WARMUP_SECONDS, warmup_variables
 
 MAX_PROMPT_BYTES = 2**20
 

@@ -1,25 +1,252 @@
-"""Starts the answers to API requests, sends them, and accounts for each request once its answers have ended."""
+"""From an API request to its response: its prompts are prepared, answered by the engine, and sent as text.
 
+`RequestPreparer` parses, renders and tokenizes; `TextGenerator` submits to the engine; `AnswerService` starts answers,
+sends them whole or as server-sent events, and accounts for each request once its answers have ended.
+"""
+
+import asyncio
+import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
-from emberkv.serving.answers.answer import Answer
-from emberkv.serving.answers.answer_stream import AnswerStream
-from emberkv.serving.answers.cache_header import CACHE_HEADER, CacheSummary, summary_of
-from emberkv.serving.answers.generator import Prompt, TextGenerator
-from emberkv.serving.errors import request_info
-from emberkv.serving.http.responses import ResponseWriter, respond
-from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.metrics.request_metrics import ServingMetrics, TenantMetrics
-from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, session_id
-from emberkv.serving.request_log import log_finished
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.engine.request import Engine, GenerationRequest, SamplingParams
+from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.errors import PromptTooLongError, RequestError
+from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
+from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
+from emberkv.serving.background import WorkerPool
+from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.errors import CLIENT_GONE, request_info
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
+from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, log_finished, session_id
+from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.serving.workers import WorkerPool
+
+MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
+
+T = TypeVar("T")
+
+
+class ResponseWriter(Protocol):
+    """Writes the answers to one request in an API's wire form: as server-sent events, or as one JSON object."""
+
+    def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]: ...
+
+    def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]: ...
+
+
+def sse_event(data: object, name: str | None = None) -> bytes:
+    """One event whose data is a JSON object."""
+    prefix = f"event: {name}\n" if name else ""
+    return f"{prefix}data: {compact_json(data)}\n\n".encode()
+
+
+def compact_json(data: object) -> str:
+    return json.dumps(data, separators=(",", ":"))
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Await ``work``. If the client goes first, cancel it, wait until it has cleaned up, and return None."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.wait((task, watch))
+    return None if task.cancelled() else task.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they are made. However it ends, the answers behind the events are closed.
+
+    headers: called once the first answer has begun, from which on its cache usage is known.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, answers: AnswerStream, events: AsyncGenerator[bytes, None], headers: Callable[[], dict[str, str]]
+    ) -> None:
+        # not Response.__init__, which would give the stream the length of an empty body
+        self._answers = answers
+        self._events = events
+        self._late_headers = headers
+        self.status_code = 200
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answers:
+            await unless_disconnected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        late = self._late_headers() if await self._answers.started() else {}
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **late})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def respond(
+    request: Request,
+    stream: AnswerStream,
+    writer: ResponseWriter,
+    headers: Callable[[], dict[str, str]],
+    workers: WorkerPool,
+    *,
+    as_events: bool,
+) -> Response:
+    """Send events, or wait for all answers and write them whole. headers: called once they can be known.
+
+    workers: write the answers with many log-probabilities.
+    """
+    if as_events:
+        return EventStream(stream, writer.events(stream), headers)
+    async with stream:
+        answers = await unless_disconnected(request.receive, stream.collect())
+    if answers is None:
+        return Response(status_code=CLIENT_GONE)
+    if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
+        whole = await workers.run(partial(writer.whole, answers))
+    else:
+        whole = writer.whole(answers)
+    return JSONResponse(whole, headers=headers())
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt of one answer: token ids, and how they are continued.
+
+    retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. silent: the answer is
+    empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
+    stands before the answer, with log-probabilities where the request wants them.
+    """
+
+    token_ids: Sequence[int]
+    params: SamplingParams
+    retain_tokens: int = 0
+    retain_seconds: float = 0.0
+    silent: bool = False
+    echo: Echo | None = None
+
+
+class TextGenerator:
+    """Starts answers on a model's engine. Belongs to one event loop at a time."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, metrics: ServingMetrics, clock: Clock) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._clock = clock
+        self._outputs: OutputQueue | None = None
+
+    def start(
+        self, prompts: Sequence[Prompt], request: RequestContext, *, on_close: Callable[[AnswerStream], None]
+    ) -> AnswerStream:
+        """Submit one request a prompt; call from the event loop.
+
+        Raises what ``Engine.submit`` raises; then nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        if self._outputs is None or self._outputs.loop is not loop:
+            self._outputs = OutputQueue(loop)
+        stream = AnswerStream(self._engine, on_close)
+        try:
+            for index, prompt in enumerate(prompts):
+                generation = GenerationRequest(
+                    request.answer_id(index),
+                    prompt.token_ids,
+                    prompt.params,
+                    request.tenant.salt,
+                    tenant=request.tenant.name,
+                    session_id=request.session,
+                    retain_tokens=prompt.retain_tokens,
+                    retain_seconds=prompt.retain_seconds,
+                )
+                answer = Answer(
+                    index,
+                    len(prompt.token_ids),
+                    self._tokenizer.detokenizer(),
+                    prompt.params.stop,
+                    silent=prompt.silent,
+                    echo=prompt.echo,
+                )
+                timer = AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
+                stream.add(generation, answer, timer, self._outputs)
+                self._metrics.prompt_tokens.labels(request.api).observe(len(prompt.token_ids))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+def answer_budget(engine: Engine, prompt_tokens: int, wanted: int | None, *, field: str = "max_tokens") -> int:
+    """How many tokens an answer may have: as many as are ``wanted`` by the request's ``field``, else as many as fit.
+
+    Raises PromptTooLongError when prompt and answer do not fit, RequestError when the prompt is empty.
+    """
+    if prompt_tokens == 0:
+        raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
+    if prompt_tokens > engine.max_prompt_tokens:
+        raise PromptTooLongError(
+            f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted"
+        )
+    room = engine.context_length - prompt_tokens
+    if wanted is not None and wanted > room:
+        raise PromptTooLongError(
+            f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of "
+            f"{engine.context_length} tokens has room for at most {room}",
+            param=field,
+        )
+    return room if wanted is None else wanted
+
+
+LARGE_BODY_BYTES = 20_000
+"""From here on, parsing and tokenizing on the event loop would delay other requests noticeably."""
+
+
+class RequestPreparer:
+    """Parses, renders and tokenizes the requests to the model that ``lifecycle`` holds; large ones on ``workers``.
+
+    rules: rewrite prompts before they are rendered.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, workers: WorkerPool, rules: CanonicalRules | None = None) -> None:
+        self.rules = rules
+        self._lifecycle = lifecycle
+        self._workers = workers
+
+    async def prepare(self, work: Callable[[bytes, ServedModel], T], body: bytes, tenant: Tenant) -> T:
+        """What ``work`` returns for a body, given the model as ``tenant`` sees it, or raises.
+
+        Raises NotReadyError before the model is loaded, unless it is loaded on demand, and OverloadedError when too
+        many large requests wait.
+        """
+        await self._lifecycle.ensure_model()
+        return await self.run(partial(work, body, self._lifecycle.model().seen_by(tenant.name)), len(body))
+
+    async def run(self, work: Callable[[], T], body_bytes: int | None = None) -> T:
+        """What ``work`` on a body of this size returns or raises; None: of any size. Raises OverloadedError."""
+        is_small = body_bytes is not None and body_bytes <= LARGE_BODY_BYTES
+        return work() if is_small else await self._workers.run(work)
+
 
 _ID_PREFIXES = {
     "messages": "msg_",

@@ -15,32 +15,30 @@ from starlette.requests import ClientDisconnect
 
 from emberkv import __version__
 from emberkv.errors import EmberError
-from emberkv.serving.admin.routes import cache_router
-from emberkv.serving.answer_service import AnswerService
-from emberkv.serving.answers.cache_header import CACHE_HEADER
+from emberkv.serving.answer_service import AnswerService, RequestPreparer
+from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
+from emberkv.serving.api.cache_api import cache_router
 from emberkv.serving.api.openai_api import openai_router
 from emberkv.serving.api.tokenizer_api import tokenizer_router
-from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser
+from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
+from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
-from emberkv.serving.http.request_body import BodyLimit, ContentDecoding, default_max_bytes
-from emberkv.serving.http.request_scope import RequestScope
-from emberkv.serving.http.request_source import SourceCheck
 from emberkv.serving.lifecycle import Lifecycle, Phase
-from emberkv.serving.metrics.collectors import (
+from emberkv.serving.metrics import (
     BuildCollector,
+    HttpMetrics,
     ReuseCollector,
+    ServingMetrics,
     TierCollector,
     TokenizerCollector,
     WarmupCollector,
 )
-from emberkv.serving.metrics.request_metrics import HttpMetrics, ServingMetrics
+from emberkv.serving.middleware import BodyLimit, ContentDecoding, RequestScope, default_max_bytes
 from emberkv.serving.openapi import openapi_document
-from emberkv.serving.tenancy.keys import SECRET_BYTES
-from emberkv.serving.tenancy.tenants import Tenants
+from emberkv.serving.tenancy import SECRET_BYTES, Tenants
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.serving.workers import RequestPreparer, WorkerPool
 
 
 @dataclass(frozen=True)

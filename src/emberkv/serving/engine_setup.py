@@ -6,7 +6,7 @@ from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.torch.assembly import CacheSizes, ModelOptions
-from emberkv.serving.tenancy.keys import one_key
+from emberkv.serving.tenancy import one_key
 from emberkv.tiers.kinds import TierConfig, TierSpec, configured_tiers
 from emberkv.tiers.remote.server import ServerAddress
 

@@ -19,17 +19,16 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, RequestError
+from emberkv.serving.answer_service import Prompt, answer_budget, sse_event
 from emberkv.serving.answers.answer import AnswerDelta
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.app import AppParts, RouterFactory
 from emberkv.serving.errors import failure_mid_stream
-from emberkv.serving.http.responses import sse_event
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
 from emberkv.serving.sequence_api import DetailRoute, KVRoutes, model_facts, parse_detailed, status_router
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.tenancy import Tenant
 
 DEFAULT_TOKENS = 50
 

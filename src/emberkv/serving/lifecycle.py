@@ -14,7 +14,7 @@ from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.answers.answer_stream import AnswerStream
 from emberkv.serving.background import Background
-from emberkv.serving.cache.reuse_watch import ReuseWatch
+from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
 from emberkv.serving.errors import NotReadyError, UnknownModelError
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport

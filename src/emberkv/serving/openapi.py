@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from emberkv import __version__
-from emberkv.serving.admin.schema import CacheQuestion
-from emberkv.serving.answers.cache_header import CACHE_HEADER
+from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
+from emberkv.serving.api.cache_api import CacheQuestion
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
 

@@ -20,7 +20,7 @@ from emberkv.serving.errors import SCOPE_KEY, failure_of, request_info
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.tenancy import Tenant
 from emberkv.tensors import TensorBytes, TensorFormat, from_json, to_json
 
 LONGEST_SHOWN = 1000

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emberkv.errors import ConfigError
 from emberkv.serving.errors import NotReadyError, error_response
-from emberkv.serving.http.protocol import ConnectionLimits, LimitedProtocol, LimitedState
+from emberkv.serving.http_protocol import ConnectionLimits, LimitedProtocol, LimitedState
 from emberkv.serving.lifecycle import Lifecycle
 
 _log = logging.getLogger(__name__)

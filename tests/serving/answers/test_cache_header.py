@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.answers.cache_header import CACHE_HEADER, CacheSummary, parse_summary, summary_of
+from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy.tenants import EVERYBODY
+from emberkv.serving.tenancy import EVERYBODY
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script

@@ -8,7 +8,7 @@ import pytest
 from emberkv.engine.request import TokenLogprobs
 from emberkv.serving.answers.answer import Answer, PlacedLogprobs
 from emberkv.serving.answers.answer_stream import WholeAnswer
-from emberkv.serving.api.openai_responses import CompletionWriter
+from emberkv.serving.api.openai_api import CompletionWriter
 from tests.serving.fakes import BOS, ByteDetokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client, openai_events
 

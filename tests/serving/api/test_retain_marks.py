@@ -7,7 +7,7 @@ import pytest
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, template_messages
-from emberkv.serving.api.retain_marks import anthropic_mark, chat_mark, covered_tokens, without_marks
+from emberkv.serving.api.rendering import anthropic_mark, chat_mark, covered_tokens, without_marks
 from tests.serving.fakes import ByteTokenizer
 
 SHORT = {"type": "ephemeral"}

@@ -15,11 +15,10 @@ from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.commands import Remove
 from emberkv.engine.request import GenerationRequest, SamplingParams
-from emberkv.serving.tenancy.tenants import Tenants
-from emberkv.serving.warmup.engine_warmer import EngineWarmer
+from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
-from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupSettings
+from emberkv.serving.warmup.warmup import EngineWarmer, Warmup, WarmupPhase, WarmupSettings
 from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox, running
 from tests.serving.harness import eventually
 

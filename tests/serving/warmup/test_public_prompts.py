@@ -4,8 +4,8 @@ import pytest
 
 from emberkv.errors import ConfigError
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.tenancy.tenants_file import PublicPrompt
-from emberkv.serving.warmup.system_prompts import public_tokens
+from emberkv.serving.tenancy import PublicPrompt
+from emberkv.serving.warmup.warm_prompt import public_tokens
 from tests.serving.fakes import BOS, ByteTokenizer
 
 SYSTEM = PublicPrompt(system="Be kind.")

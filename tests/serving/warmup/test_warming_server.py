@@ -8,7 +8,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.warmup.warmup import Warmup, WarmupSettings
 from tests.serving.harness import MODEL, Client
-from tests.serving.metrics.test_request_metrics import samples
+from tests.serving.test_request_metrics import samples
 from tests.serving.warmup.test_warmup import ONE, TWO, FakePool
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}

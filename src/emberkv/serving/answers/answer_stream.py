@@ -13,7 +13,7 @@ from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.errors import GenerationFailedError
-from emberkv.serving.metrics.request_metrics import AnswerTimer
+from emberkv.serving.metrics import AnswerTimer
 
 
 class OutputQueue:

@@ -9,20 +9,24 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
-from emberkv.serving.answer_service import AnswerService
+from emberkv.serving.answer_service import (
+    AnswerService,
+    Prompt,
+    RequestPreparer,
+    answer_budget,
+    compact_json,
+    sse_event,
+)
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.answers.generator import Prompt, answer_budget
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.rendering import Applied, render_messages
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import anthropic_error, failure_mid_stream
-from emberkv.serving.http.responses import compact_json, sse_event
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy.tenants import Tenant
-from emberkv.serving.workers import RequestPreparer
+from emberkv.serving.tenancy import Tenant
 
 _DELTA_HEAD = (
     'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'

@@ -1,18 +1,27 @@
-"""The OpenAI API's routes: chat completions, completions, models."""
+"""The OpenAI API: its routes, and its responses, whole or as a stream of chunks."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import TokenLogprobs
 from emberkv.errors import RequestError
-from emberkv.serving.answer_service import AnswerService
-from emberkv.serving.answers.answer import echo_of
-from emberkv.serving.answers.generator import Prompt, answer_budget
+from emberkv.serving.answer_service import (
+    AnswerService,
+    Prompt,
+    RequestPreparer,
+    answer_budget,
+    compact_json,
+    sse_event,
+)
+from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs, echo_of
+from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.anthropic_api import anthropic_card
-from emberkv.serving.api.openai_responses import ChatWriter, CompletionWriter
 from emberkv.serving.api.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
     MAX_ECHOED_LOGPROBS,
@@ -24,11 +33,223 @@ from emberkv.serving.api.rendering import Applied, render_chat
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import speaks_anthropic
+from emberkv.serving.errors import failure_mid_stream, openai_error, speaks_anthropic
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_context import RequestContext
-from emberkv.serving.tenancy.tenants import Tenant
-from emberkv.serving.workers import RequestPreparer
+from emberkv.serving.tenancy import Tenant
+
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+"""The API's words for how an answer ends; an aborted or failed answer ends with an error instead."""
+
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+DONE = b"data: [DONE]\n\n"
+
+
+class TokenWriter(Protocol):
+    """What of a tokenizer is needed to write single tokens."""
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class OpenAIWriter(ABC):
+    """Writes the answers to one request in the API's wire form.
+
+    choices: answers to each prompt; a prompt's tokens are counted once, with its first answer. include_usage: whether
+    the stream ends with a chunk of usage.
+    """
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        created: int,
+        tokens: TokenWriter,
+        *,
+        choices: int = 1,
+        include_usage: bool = False,
+    ) -> None:
+        self._id = request_id
+        self._model = model
+        self._created = created
+        self._choices = choices
+        self._include_usage = include_usage
+        self.tokens = tokens
+        self._names: dict[int, str] = {}
+        head = compact_json(self._envelope(self.chunk_object))
+        # a chunk is put together as text, because one is made for every token of every stream
+        self._chunk_head = f'data: {head[:-1]},"choices":['
+        self._chunk_tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+
+    @abstractmethod
+    def opening_choice(self, index: int) -> str | None:
+        """The JSON of the choice that announces an answer, where the API has one."""
+
+    @abstractmethod
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        """The JSON of a chunk's only choice."""
+
+    @abstractmethod
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]: ...
+
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+        """The response to a request that did not ask for a stream."""
+        return {
+            **self._envelope(self.whole_object),
+            "choices": [self.whole_choice(index, answer) for index, answer in enumerate(answers)],
+            "usage": self._usage([answer.answer for answer in answers]),
+        }
+
+    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+        """The whole stream of events. A failure becomes an error event; [DONE] comes last in any case."""
+        try:
+            for answer in stream.answers:
+                opening = self.opening_choice(answer.index)
+                if opening is not None:
+                    yield self._chunk(opening)
+            async for delta in stream:
+                yield self._chunk(self.delta_choice(delta))
+            if self._include_usage:
+                envelope = self._envelope(self.chunk_object)
+                yield sse_event({**envelope, "choices": [], "usage": self._usage(stream.answers)})
+        except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
+            yield sse_event(openai_error(failure_mid_stream(error)))
+        yield DONE
+
+    def _chunk(self, choice: str) -> bytes:
+        return f"{self._chunk_head}{choice}{self._chunk_tail}".encode()
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        first_of_each = answers[:: self._choices]
+        prompt = sum(answer.usage.prompt_tokens for answer in first_of_each)
+        completion = sum(answer.completion_tokens for answer in answers)
+        cached = sum(answer.usage.cached_tokens for answer in first_of_each)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LOWEST_LOGPROB)
+
+
+def finish_name(reason: FinishReason | None) -> str | None:
+    return None if reason is None else FINISH_REASONS[reason]
+
+
+def finish_json(reason: FinishReason | None) -> str:
+    return "null" if reason is None else f'"{FINISH_REASONS[reason]}"'
+
+
+class ChatWriter(OpenAIWriter):
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening_choice(self, index: int) -> str:
+        delta = '"delta":{"role":"assistant","content":""}'
+        return f'{{"index":{index},{delta},"logprobs":null,"finish_reason":null}}'
+
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        content = f'{{"content":{compact_json(delta.text)}}}' if delta.text else "{}"
+        logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
+        finish = finish_json(delta.finish_reason)
+        return f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}'
+
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
+            "finish_reason": finish_name(whole.answer.finish_reason),
+        }
+
+    def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
+        return {
+            "content": [
+                {
+                    **self._token(entry.token.token_id, entry.token.logprob),
+                    "top_logprobs": [self._token(*alternative) for alternative in entry.token.top],
+                }
+                for entry in entries
+            ]
+        }
+
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": self.tokens.token_text(token_id),
+            "logprob": finite(logprob),
+            "bytes": list(self.tokens.token_bytes(token_id)),
+        }
+
+
+class CompletionWriter(OpenAIWriter):
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def opening_choice(self, index: int) -> None:
+        return None
+
+    def delta_choice(self, delta: AnswerDelta) -> str:
+        logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
+        return (
+            f'{{"index":{delta.index},"text":{compact_json(delta.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{finish_json(delta.finish_reason)}}}'
+        )
+
+    def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": whole.text,
+            "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
+            "finish_reason": finish_name(whole.answer.finish_reason),
+        }
+
+    def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(entry.token.token_id) for entry in entries],
+            "token_logprobs": [finite(entry.token.logprob) for entry in entries],
+            "top_logprobs": [self._alternatives(entry.token) for entry in entries],
+            "text_offset": [entry.start for entry in entries],
+        }
+
+    def _alternatives(self, token: TokenLogprobs) -> dict[str, float] | None:
+        """The likeliest tokens by name, and the chosen one, where the request wants alternatives.
+
+        Of tokens with the same text, the chosen one has it as its name, or else the likeliest.
+        """
+        if token.logprob is None:
+            return None
+        named: dict[str, float] = {}
+        chosen = self._name(token.token_id)
+        for token_id, logprob in token.top:
+            name = self._name(token_id)
+            if name in named or (name == chosen and token_id != token.token_id):
+                name = f"token_id:{token_id}"
+            named[name] = max(logprob, LOWEST_LOGPROB)
+        return {**named, chosen: max(token.logprob, LOWEST_LOGPROB)} if token.top else named
+
+    def _name(self, token_id: int) -> str:
+        if token_id not in self._names:
+            self._names[token_id] = self._spelled(token_id)
+        return self._names[token_id]
+
+    def _spelled(self, token_id: int) -> str:
+        """A token's text, or its bytes as ``bytes:\\xe2\\x80``, where these are no whole characters."""
+        spelled = self.tokens.token_bytes(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def prepare_chat(

@@ -7,13 +7,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from emberkv.errors import RequestError
+from emberkv.serving.answer_service import RequestPreparer
 from emberkv.serving.api.openai_schema import TemplateOptions
 from emberkv.serving.api.rendering import chat_text
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy.tenants import Tenant
-from emberkv.serving.workers import RequestPreparer
+from emberkv.serving.tenancy import Tenant
 
 MAX_TOKEN_ID = 2**31 - 1
 

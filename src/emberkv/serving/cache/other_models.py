@@ -9,9 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain
 from emberkv.errors import UntrustedPathError
+from emberkv.files import read_own_file, remove_leftovers, replace_file
 from emberkv.tiers.disk.files import BLOCKS, BlockFile
-from emberkv.trusted_paths import read_own_file
-from emberkv.whole_file import remove_leftovers, replace_file
 
 FILE_NAME = "models.json"
 

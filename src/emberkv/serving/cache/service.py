@@ -1,15 +1,17 @@
 """Looks into the cache and changes it: by commands to the engine's thread, and by reading the ledger of blocks."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from math import inf
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emberkv.core.events import POOL
-from emberkv.core.explaining.explain import explain
-from emberkv.core.explaining.explanation import Explanation, Reason
+from emberkv.core.explaining.explain import admission_outcome, explain
+from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
 from emberkv.core.explaining.ledger import CachedPrefix, LedgerView, first_tokens, hottest, largest, path_to, unshared
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain, decode_tokens
 from emberkv.engine.commands import (
@@ -23,15 +25,88 @@ from emberkv.engine.commands import (
     Statistics,
     Unretain,
 )
+from emberkv.engine.loop import CacheObserver, CacheUpdate
+from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.serving.cache.explain import Explained, text_of
-from emberkv.serving.cache.ledger_store import LedgerStore
-from emberkv.serving.cache.reuse_watch import ReuseWatch
+from emberkv.serving.background import Background
+from emberkv.serving.cache.ledger_store import LedgerStore, ReuseWatch
+from emberkv.serving.cache.other_models import KnownModel, OtherModels
 from emberkv.serving.errors import NotFoundError
-from emberkv.serving.tenancy.tenants import Tenant
+from emberkv.serving.tenancy import Tenant
 from emberkv.serving.warmup.warmup import Warmup
 from emberkv.tiers.base import Removed
 from emberkv.tiers.stats import BOUNDS, Latencies, TierStats
+
+if TYPE_CHECKING:  # needs torch
+    from emberkv.engine.assembly import AssembledEngine
+
+
+BROKEN = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """canonical: lines or tools changed, by rule. elsewhere: tokens that other tenants or models have cached."""
+
+    explanation: Explanation
+    canonical: Mapping[str, int] = field(default_factory=dict)
+    elsewhere: Sequence[Mapping[str, Any]] = ()
+
+
+def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) -> dict[str, Any]:
+    """What ``/v1/cache/explain`` answers. now: seconds since 1970."""
+    explanation = explained.explanation
+    return {
+        "object": "cache.explanation",
+        "prompt_tokens": explanation.prompt_tokens,
+        "hit_tokens": explanation.hit_tokens,
+        "hit_tokens_by_place": dict(explanation.hit),
+        "misses": [_miss_json(miss, now) for miss in explanation.misses],
+        "divergence": explanation.divergence and _divergence_json(explanation.divergence, tokenizer),
+        "canonical": dict(explained.canonical),
+        "elsewhere": [dict(each) for each in explained.elsewhere],
+    }
+
+
+def _miss_json(miss: Miss, now: float) -> dict[str, Any]:
+    lost = miss.loss and {
+        "place": miss.loss.place,
+        "how": miss.loss.kind.value,
+        "at": round(miss.loss.at, 3),
+        "seconds_ago": round(max(0.0, now - miss.loss.at), 3),
+    }
+    return {"reason": miss.reason.value, "start": miss.start, "tokens": miss.tokens, "lost": lost}
+
+
+def _divergence_json(divergence: Divergence, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "token": divergence.position,
+        "still_cached": divergence.cached,
+        "before": text_of(tokenizer, divergence.before),
+        "expected": text_of(tokenizer, divergence.expected),
+        "found": text_of(tokenizer, divergence.found),
+    }
+
+
+def text_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """Tokens as a person reads them, special ones included; half a character at either end shows as U+FFFD."""
+    shown = ""
+    pieces: list[int] = []
+    for token_id in token_ids:
+        text = tokenizer.token_text(token_id)
+        if BROKEN in text:
+            pieces.append(token_id)
+            continue
+        shown += _joined(tokenizer, pieces) + text
+        pieces = []
+    return shown + _joined(tokenizer, pieces)
+
+
+def _joined(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The characters that tokens make up together which are none alone."""
+    detokenizer = tokenizer.detokenizer()
+    return detokenizer.push(token_ids) + detokenizer.flush() if token_ids else ""
+
 
 R = TypeVar("R")
 
@@ -46,7 +121,7 @@ NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stor
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class PrefixPath:
     """Full blocks from a chain's beginning, their tokens, and the name of the tenant whose they are."""
 
     block_hashes: list[BlockHash]
@@ -163,27 +238,27 @@ class CacheService:
             for each, tokens in chosen
         ]
 
-    async def path(self, block_hash: BlockHash) -> Path:
+    async def path(self, block_hash: BlockHash) -> PrefixPath:
         """The way to a listed prefix. Raises NotFoundError when it is not known, or not any more."""
         return await asyncio.to_thread(self._path, block_hash)
 
-    def _path(self, block_hash: BlockHash) -> Path:
+    def _path(self, block_hash: BlockHash) -> PrefixPath:
         with self.ledger_store.reading() as ledger:
             entries = path_to(ledger, block_hash)
             owners = [border.owner for entry in entries if (border := ledger.border(entry)) is not None]
         if not entries:
             raise NotFoundError(f"prefix {block_hash.hex()!r} is not known here, or not any more", param="prefix")
         tokens = decode_tokens(b"".join(entry.tokens for entry in entries))
-        return Path([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "")
+        return PrefixPath([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "")
 
-    async def retain(self, path: Path, seconds: float = inf) -> int:
+    async def retain(self, path: PrefixPath, seconds: float = inf) -> int:
         """Have the pool evict these blocks last, for so long; how many of them it retains."""
         return await self._ask(Retain(path.block_hashes, seconds))
 
-    async def unretain(self, path: Path) -> None:
+    async def unretain(self, path: PrefixPath) -> None:
         await self._ask(Unretain(path.block_hashes))
 
-    async def remove(self, path: Path, warmup: Warmup | None) -> Removal:
+    async def remove(self, path: PrefixPath, warmup: Warmup | None) -> Removal:
         """Remove a prefix and all that goes on from it, but not what other prefixes share, from pool, tiers and learned
         prompts. warmup: has these.
         """
@@ -192,7 +267,7 @@ class CacheService:
         self.ledger_store.removed(block_hashes)
         return removal
 
-    def _unshared(self, path: Path) -> list[BlockHash]:
+    def _unshared(self, path: PrefixPath) -> list[BlockHash]:
         with self.ledger_store.reading() as ledger:
             return unshared(ledger, path.block_hashes)
 
@@ -238,3 +313,72 @@ def plain(stats: object) -> Any:
     if isinstance(stats, (list, tuple)):
         return [plain(each) for each in stats]
     return stats.value if isinstance(stats, Enum) else stats
+
+
+_log = logging.getLogger(__name__)
+
+_ANY_ANSWER = SamplingParams(max_tokens=1)
+
+
+def observer(ledger_store: LedgerStore, *, hit_unit: int) -> CacheObserver:
+    """Writes an engine's updates into the ledger. hit_unit: as `PrefixCache.hit_unit`.
+
+    Where events were missed, the ledger keeps some blocks that are gone: reasons and lists suffer, not hits, which are
+    looked up in the cache itself.
+    """
+
+    def on_update(update: CacheUpdate) -> None:
+        for sequence in update.admitted:
+            if sequence.admission is not None and isinstance(sequence.chain, TokenChain):
+                outcome = admission_outcome(sequence.admission, sequence.prompt_tokens)
+                ledger_store.admitted(
+                    sequence.request_id, sequence.chain, sequence.prompt_tokens, outcome, hit_unit=hit_unit
+                )
+        if update.events:
+            ledger_store.apply(update.events)
+
+    return on_update
+
+
+def cache_service(
+    engine: "AssembledEngine",
+    ledger_store: LedgerStore,
+    *,
+    name: str,
+    folder: Path | None = None,
+    background: Background | None = None,
+) -> CacheService:
+    """The service for an engine's cache, whose updates are written into the ledger from now on. Call it before the
+    engine starts.
+
+    name: of the model. folder: where the model keeps blocks; its name is written there, for other models to read.
+    background: counts failures to take an update in.
+    """
+    loop = engine.loop
+    background = background or Background()
+    ledger = background.work("ledger of blocks")
+    loop.on_update(ledger.guarded(observer(ledger_store, hit_unit=engine.hit_unit)))
+    reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
+    loop.on_update(background.work("reuse estimates").guarded(reuse.on_update))
+    if engine.tiers is not None:
+        ledger_store.below = engine.tiers.tiers_of
+
+    def chain(tokens: Sequence[int], tenant: Tenant) -> TokenChain:
+        return loop.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
+
+    tier_stats = engine.tiers.stats if engine.tiers is not None else dict
+    service = CacheService(ledger_store, loop.execute, chain, tier_stats=tier_stats, reuse=reuse)
+    if folder is None or engine.tiers is None:
+        return service
+    own = KnownModel(name=name, root=engine.root, block_size=engine.block_size)
+    try:
+        models = OtherModels(folder, engine.namespace, own)
+    except OSError as error:  # a folder that cannot be written serves what it has all the same
+        _log.warning("the cache folder's list of models cannot be written (%s)", type(error).__name__)
+        return service
+
+    def others(tokens: Sequence[int], tenant: Tenant) -> Mapping[str, int]:
+        return models.cached(tokens, chain(tokens, tenant), tenant.salt)
+
+    service.other_models = others
+    return service

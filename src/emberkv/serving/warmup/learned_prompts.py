@@ -19,10 +19,9 @@ from xxhash import xxh3_128_hexdigest
 from emberkv.core.analytics.popularity import PopularPrefix, PrefixPopularity, full_tokens
 from emberkv.core.hashing import BlockHash, Chain, decode_tokens
 from emberkv.errors import EmberError, PrefixFileError, UntrustedPathError
+from emberkv.files import open_own_file, remove_leftovers, replace_file
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.tiers.base import Removed
-from emberkv.trusted_paths import open_own_file
-from emberkv.whole_file import remove_leftovers, replace_file
 
 MAX_FILE_BYTES = 64 * 2**20
 FILE_NAMES = r"prefixes\.[0-9a-f]{16}\.json"

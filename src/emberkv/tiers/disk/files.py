@@ -24,8 +24,8 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from emberkv.errors import BlockError, CacheFolderError, UntrustedPathError
+from emberkv.files import check_owner, open_own_file
 from emberkv.tiers.codec import verified_record
-from emberkv.trusted_paths import check_owner, open_own_file
 
 BLOCKS = "blocks"
 LOCK = "lock"

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from emberkv.files import open_own_file
 from emberkv.tiers.disk.files import JOURNAL, TEMPORARY, BlockFile, parse_path
-from emberkv.trusted_paths import open_own_file
 
 MAX_BYTES = 8 * 2**20
 """Of a journal, about 50,000 changes; the next change begins a new one."""

@@ -17,7 +17,7 @@ import torch
 
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.errors import KernelsError, UnsupportedModelError, UntrustedPathError
-from emberkv.trusted_paths import check_owner
+from emberkv.files import check_owner
 
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("g++", "c++")

@@ -1,1 +1,0 @@
-"""The routes below /v1/cache, for the operator and for tenants who ask about their own prompts."""

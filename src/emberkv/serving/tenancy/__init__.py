@@ -1,1 +1,0 @@
-"""Tenants: their keys, salts and shares."""
