@@ -51,6 +51,7 @@ BENCHMARKS = (
     Benchmark("core", quick=("--repeats", "1")),
     Benchmark("ram_cache", quick=("--quick",)),
     Benchmark("disk_open", quick=("--blocks", "2000", "--rounds", "1")),
+    Benchmark("shared_tiers", quick=("--blocks", "16", "--rounds", "1")),
     Benchmark("simulator", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
