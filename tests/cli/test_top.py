@@ -29,6 +29,18 @@ emberkv_time_to_first_token_seconds_bucket{{le="+Inf"}} {all}
 emberkv_time_to_first_token_seconds_count {all}
 emberkv_time_to_first_token_seconds_sum 1.0
 """
+WORKERS = """\
+# TYPE emberkv_worker_status gauge
+emberkv_worker_status{worker="a",status="up"} 1.0
+emberkv_worker_status{worker="a",status="silent"} 0.0
+emberkv_worker_status{worker="b",status="silent"} 1.0
+# TYPE emberkv_worker_index_exact gauge
+emberkv_worker_index_exact{worker="a"} 1.0
+# TYPE emberkv_worker_silent_seconds gauge
+emberkv_worker_silent_seconds{worker="b"} 7.25
+# TYPE emberkv_worker_requests counter
+emberkv_worker_requests_total{worker="a"} 1200.0
+"""
 SESSION = {"tenant": "", "session": "s\x1b[31m", "requests": 4, "prompt_tokens": 1000, "hit_tokens": 750}
 PREFIX = {"begins": "You are a helpful\nassistant " * 9, "tokens": 4096, "hits": 12}
 
@@ -92,3 +104,13 @@ def test_it_fits_80_columns_and_prints_no_control_characters() -> None:
 def test_a_server_that_refuses_is_reported_with_what_to_give() -> None:
     with pytest.raises(ServerError, match="status 401; give --key"):
         reading(0.0, query=0, pool=0, fast=0, all=0, status=401)
+
+
+def test_a_gateways_workers_are_listed() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=WORKERS) if request.url.path == "/metrics" else httpx.Response(404)
+
+    with httpx.Client(base_url="http://gateway", transport=httpx.MockTransport(answer)) as client:
+        lines = [line.split() for line in shown(Interval(read(client, 0.0)))]
+    assert ["a", "up", "exact", "-", "0", "1,200", "-"] in lines
+    assert ["b", "silent", "degraded", "7.2", "s", "ago", "0", "0", "-"] in lines

@@ -204,18 +204,28 @@ def _memory(now: Reading) -> Table:
 
 def _workers(interval: Interval) -> Table | None:
     """A gateway's; None of a server."""
-    up = interval.now.by("worker", "emberkv_worker_up")
-    if not up:
+    statuses = {
+        labels["worker"]: labels["status"]
+        for labels, value in interval.now.samples.get("emberkv_worker_status", ())
+        if value
+    }
+    if not statuses:
         return None
-    table = _table("worker", "state", "requests", "cached blocks", "index", numbers_from=2)
+    table = _table("worker", "status", "index", "heard", "running", "requests", "now", numbers_from=3)
     exact = interval.now.by("worker", "emberkv_worker_index_exact")
-    blocks = interval.now.by("worker", "emberkv_worker_index_blocks")
+    silent = interval.now.by("worker", "emberkv_worker_silent_seconds")
+    running = interval.now.by("worker", "emberkv_worker_running")
     requests = interval.now.by("worker", "emberkv_worker_requests_total")
-    for worker in sorted(up):
-        state = Text("up", "green") if up[worker] else Text("down", "red")
-        index = "exact" if exact.get(worker) else "degraded"
+    for worker in sorted(statuses):
+        rate = interval.rate("emberkv_worker_requests_total", worker=worker)
         table.add_row(
-            _cut(worker, 24), state, f"{requests.get(worker, 0):,.0f}", f"{blocks.get(worker, 0):,.0f}", index
+            _cut(worker, 24),
+            Text(statuses[worker], "green" if statuses[worker] == "up" else "red"),
+            "exact" if exact.get(worker) else "degraded",
+            f"{silent[worker]:.1f} s ago" if worker in silent else "-",
+            f"{running.get(worker, 0):,.0f}",
+            f"{requests.get(worker, 0):,.0f}",
+            "-" if rate is None else f"{rate:.1f}/s",
         )
     return table
 
