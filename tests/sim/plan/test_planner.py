@@ -111,8 +111,8 @@ def test_the_set_up_to_get_is_the_smallest_that_serves() -> None:
 
 
 def test_a_service_level_asks_for_more_than_serving_does() -> None:
-    serving = Planner(chats(), rates()).plan().get
-    quick = Planner(chats(), rates(slo=Targets(ttft_ms=600.0))).plan().get
+    serving = Planner(chats(), rates(routing="bounded-hashing")).plan().get
+    quick = Planner(chats(), rates(routing="bounded-hashing", slo=Targets(ttft_ms=900.0))).plan().get
     assert serving is not None
     assert quick is not None
     assert quick.replicas > serving.replicas
