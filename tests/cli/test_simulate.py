@@ -68,6 +68,27 @@ def test_without_time_hits_are_counted_in_blocks(tmp_path: Path, trace: Path) ->
     assert "TTFT" not in result.stdout
 
 
+def test_recorded_routing_decisions_are_made_again_one_by_one(tmp_path: Path, trace: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    assert invoke("--replicas", "3", "--record-decisions", log, trace).exit_code == 0
+    assert len(log.read_text().splitlines()) == 4
+    again = invoke("--replay-decisions", log)
+    assert again.exit_code == 0, again.output
+    assert "100.0% (4)" in again.stdout
+    other = invoke("--replay-decisions", log, "--routing", "least-loaded")
+    assert "least_loaded 4" in other.stdout
+
+
+def test_decisions_are_recorded_of_several_replicas_and_replayed_without_a_workload(
+    tmp_path: Path, trace: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    alone = invoke("--record-decisions", log, trace)
+    assert (alone.exit_code, "needs 2 replicas" in alone.stderr) == (2, True)
+    both = invoke("--replay-decisions", log, trace)
+    assert (both.exit_code, "takes no workload" in both.stderr) == (2, True)
+
+
 def test_a_report_is_a_page(tmp_path: Path, set_up: Path) -> None:
     page = tmp_path / "report.html"
     assert invoke(set_up, "--report", page).exit_code == 0

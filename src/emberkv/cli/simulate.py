@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from emberkv.cli import simulate_tables as tables
 from emberkv.cli.command import check_outputs, confirm_written, errors_reported, write_text
 from emberkv.cli.simulate_tables import ListHardware, ListModels
+from emberkv.cluster.decision_log import read_decisions, replay
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
@@ -46,6 +47,12 @@ def simulate(
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Writes a row for each request.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Writes all figures as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Writes one HTML page with plots.")] = None,
+    record_decisions: Annotated[
+        Path | None, typer.Option(help="Writes a line of JSON for each routing decision, with all it was made from.")
+    ] = None,
+    replay_decisions: Annotated[
+        Path | None, typer.Option(help="Makes recorded routing decisions again, by --routing or as recorded.")
+    ] = None,
     compare_files: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two YAML files, side by side on the same requests.")
     ] = None,
@@ -66,10 +73,19 @@ def simulate(
         "stop_at": stop_at,
     }  # fmt: skip
     with errors_reported() as errors:
-        check_outputs(csv=csv_file, summary=summary, report=report)
+        check_outputs(csv=csv_file, summary=summary, report=report, record_decisions=record_decisions)
+        if replay_decisions is not None:
+            if workload is not None or compare_files is not None:
+                raise ConfigError(
+                    "--replay-decisions takes no workload: the recording has all that routing decides from"
+                )
+            Console().print(tables.replayed(replay(read_decisions(replay_decisions), routing), replay_decisions.name))
+            return
         if compare_files is not None:
-            if csv_file is not None or summary is not None:
-                raise ConfigError("--compare writes no --csv and no --summary; run each set-up by itself for them")
+            if csv_file is not None or summary is not None or record_decisions is not None:
+                raise ConfigError(
+                    "--compare writes no --csv, --summary or --record-decisions; run each set-up by itself for them"
+                )
             _write(_compare(workload, compare_files, changes, errors), None, report, errors)
             confirm_written(errors, [report])
             return
@@ -77,7 +93,13 @@ def simulate(
             raise ConfigError("give a workload: a trace, or a YAML file")
         set_up, requests = open_set_up(workload)
         config = with_changes(set_up.simulation, changes)
-        results = _carry_out(config, _seeded(required(requests, workload), seed), errors, csv_file=csv_file)
+        results = _carry_out(
+            config,
+            _seeded(required(requests, workload), seed),
+            errors,
+            csv_file=csv_file,
+            decisions_file=record_decisions,
+        )
         console = Console()
         for sentence in tables.heading(results):
             console.print(sentence, markup=False, highlight=False)
@@ -85,7 +107,7 @@ def simulate(
         for sentence in tables.warnings(results):
             errors.print(sentence, style="yellow")
         _write({workload.name: results}, summary, report, errors)
-        confirm_written(errors, [csv_file, summary, report])
+        confirm_written(errors, [csv_file, record_decisions, summary, report])
 
 
 def _compare(

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emberkv.cluster.decision_log import Replayed
 from emberkv.sim.compare import Comparison
 from emberkv.sim.hardware import load_profile, profile_names
 from emberkv.sim.load import rejected_words
@@ -110,6 +111,21 @@ def comparison(found: Comparison, left: str, right: str) -> Table:
         table.add_column(Text(name), justify="right")
     for line in found.lines:
         table.add_row(line.label, *line.cells)
+    return table
+
+
+def replayed(found: Replayed, title: str) -> Table:
+    """Recorded routing decisions that were made again."""
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table.add_row("Decisions", f"{found.decisions:,}")
+    first = "" if found.first_other is None else f"; the first other one is line {found.first_other:,}"
+    table.add_row("As recorded", f"{share_words(found.same / max(1, found.decisions))} ({found.same:,}{first})")
+    if found.expected is not None and found.recorded is not None:
+        table.add_row(
+            "Expected TTFT",
+            f"mean {seconds_words(found.expected)}; of what was recorded {seconds_words(found.recorded)}",
+        )
+    table.add_row("Why", ", ".join(f"{reason} {count:,}" for reason, count in sorted(found.reasons.items())))
     return table
 
 

@@ -48,11 +48,15 @@ __all__ = [
     "ReplicaState",
     "Router",
     "RoutingRequest",
+    "make_policy",
     "make_router",
     "names",
 ]  # fmt: skip
 
 DEFAULT_ROUTING = "expected-ttft"
+
+Recorder = Callable[[float, RoutingView, Decision], None]
+"""Called with the request's time, what the policy decided from, and its decision."""
 
 MAX_SESSIONS = 100_000
 """Sessions whose replica is remembered; the longest unused is forgotten first."""
@@ -83,9 +87,11 @@ class Router:
     """Chooses among replicas that come and go. Each has a slot, a number from 0 that is used again after it has left.
 
     index: which slot has which blocks, for the driver to keep up to date; None where the policy does not read it.
+    record: takes each decision with what it was made from, such as `decision_log.DecisionLog.record`.
     """
 
-    def __init__(self, policy: RoutingPolicy, rng: Random) -> None:
+    def __init__(self, policy: RoutingPolicy, rng: Random, *, record: Recorder | None = None) -> None:
+        self.record = record
         self.index = BlockIndex() if policy.reads_index else None
         self._policy = policy
         self._rng = rng
@@ -128,7 +134,10 @@ class Router:
         """
         if not any(state.up for state in replicas):
             return None
-        decision = self._policy.choose(self._view(request, replicas))
+        view = self._view(request, replicas)
+        decision = self._policy.choose(view)
+        if self.record is not None:
+            self.record(request.now, view, decision)
         self._next = decision.replica + 1
         if self._policy.follows_requests:
             self._follow(request, decision)
@@ -144,6 +153,8 @@ class Router:
                     cached[slot] = {POOL: pool, IN_FLIGHT: depth - pool}
         order = self._order(self._policy.key(block_hashes, cached), replicas)
         home = self._sessions.get(request.session_id)
+        if self.record is not None:
+            order = tuple(order)  # an iterator is gone when the policy has read it
         recent = [each / self._unit for each in self._recent] if self._policy.follows_requests else []
         return RoutingView(request.prompt_tokens, request.chain.block_size, replicas, cached, order, recent, home)
 
@@ -194,14 +205,19 @@ def names(count: int) -> list[str]:
     return [f"replica-{index}" for index in range(count)]
 
 
+def make_policy(name: str) -> RoutingPolicy:
+    """A policy by its name. Raises ConfigError for a name outside ROUTER_NAMES."""
+    if name not in _POLICIES:
+        raise ConfigError(f"routing policy {name!r} is unknown; use one of {', '.join(ROUTER_NAMES)}")
+    return _POLICIES[name]()
+
+
 def make_router(name: str, rng: Random, members: Sequence[str] = ()) -> Router:
     """A router by the name of its policy. members: replicas that are there from the beginning, in slots from 0.
 
     Raises ConfigError for a name outside ROUTER_NAMES, and for members of the same name.
     """
-    if name not in _POLICIES:
-        raise ConfigError(f"routing policy {name!r} is unknown; use one of {', '.join(ROUTER_NAMES)}")
-    router = Router(_POLICIES[name](), rng)
+    router = Router(make_policy(name), rng)
     for member in members:
         router.join(member)
     return router

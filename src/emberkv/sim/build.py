@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
 
-from emberkv.cluster.routing import Router, make_router, names
+from emberkv.cluster.routing import Recorder, Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
 from emberkv.core.hashing import BlockHash, root_hash, salted
@@ -110,9 +110,13 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
     return blocks
 
 
-def router_of(config: SimulationConfig, rng: Random) -> tuple[Router, int]:
-    """The router, and how many block events each replica's pool is to keep for it: none where it reads none."""
+def router_of(config: SimulationConfig, rng: Random, record: Recorder | None) -> tuple[Router, int]:
+    """The router, and how many block events each replica's pool is to keep for it: none where it reads none.
+
+    record: takes its decisions.
+    """
     router = make_router(config.routing, rng, names(config.replicas))
+    router.record = record
     return router, EVENTS_KEPT if config.replicas > 1 and router.index is not None else 0
 
 
@@ -183,10 +187,14 @@ def build(
     source: Source,
     emit: Callable[[Outcome], None],
     progress: Progress,
+    record: Recorder | None = None,
 ) -> Simulator:
-    """A simulation that has not begun. One seed decides everything in it that is drawn."""
+    """A simulation that has not begun. One seed decides everything in it that is drawn.
+
+    record: takes routing decisions.
+    """
     rng = Random(f"{config.seed}/simulation")
-    router, events_kept = router_of(config, rng)
+    router, events_kept = router_of(config, rng, record)
     clock = StepClock(machine.timer)
     replicas = [
         Replica(index, partial(scheduler_of, config, machine, lower, events_kept), clock, config.together, lower)

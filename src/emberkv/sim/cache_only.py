@@ -9,7 +9,7 @@ from random import Random
 
 from emberkv.cluster.feed import RoutedReplicas
 from emberkv.cluster.policies import ReplicaState
-from emberkv.cluster.routing import RoutingRequest
+from emberkv.cluster.routing import Recorder, RoutingRequest
 from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
 from emberkv.sim.build import Machine, cache_of, root_of, router_of
@@ -67,11 +67,14 @@ class ReferenceChain:
 
 
 class Replay:
-    """Pools behind a router. A replica's load is what it has computed so far: prompt tokens not found, and answers."""
+    """Pools behind a router. A replica's load is what it has computed so far: prompt tokens not found, and answers.
 
-    def __init__(self, config: SimulationConfig, machine: Machine) -> None:
+    record: takes routing decisions.
+    """
+
+    def __init__(self, config: SimulationConfig, machine: Machine, record: Recorder | None = None) -> None:
         self._size = machine.block_size
-        router, events_kept = router_of(config, Random(f"{config.seed}/simulation"))
+        router, events_kept = router_of(config, Random(f"{config.seed}/simulation"), record)
         self._caches = [cache_of(config, machine, tails=False, events_kept=events_kept) for _ in range(config.replicas)]
         self._states = [ReplicaState() for _ in self._caches]
         self._routed = RoutedReplicas(router, self._states)

@@ -1,12 +1,14 @@
 """Runs a simulation and writes its rows as requests end."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from emberkv.cluster.decision_log import DecisionLog
+from emberkv.cluster.routing import Recorder
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim import cache_only
@@ -87,25 +89,31 @@ def simulate(
     workload: Workload,
     *,
     csv_file: Path | None = None,
+    decisions_file: Path | None = None,
     keep_ids: bool = False,
     progress: Progress = no_progress,
 ) -> Results:
     """Carry out a set-up; an interrupt by the user (KeyboardInterrupt) ends it early, with what there is.
 
-    csv_file: takes a row for each request as it ends. Raises ConfigError and WorkloadError.
+    csv_file: takes a row for each request as it ends. decisions_file: takes a line for each routing decision. Raises
+    ConfigError and WorkloadError.
     """
+    if decisions_file is not None and config.replicas == 1:
+        raise ConfigError(
+            "decisions are recorded where there is something to decide: --record-decisions needs 2 replicas"
+        )
     machine = machine_of(config, config.block_size or workload.block_size())
     if workload.is_empty():
         raise WorkloadError("the workload has no requests")
     rows = Rows(tuple(tier.name for tier in config.tiers), keep_ids=keep_ids)
-    with _opened(csv_file) as file:
+    with _opened(csv_file) as file, _recording(decisions_file, config.routing) as record:
         table = None if file is None else CsvRows(file, rows.tiers)
         emit = _recorder(rows, table, nanoseconds(config.warm_up))
         if config.cache_only:
-            replay = cache_only.Replay(config, machine)
+            replay = cache_only.Replay(config, machine, record)
             ending = replay.run(workload.source(), emit, progress)
             return Results(config, workload, machine, rows, replay.stats, ending)
-        simulator = build(config, machine, workload.source(), emit, progress)
+        simulator = build(config, machine, workload.source(), emit, progress, record)
         ending = simulator.run()
     stats = [replica.stats for replica in simulator.replicas]
     busy = [replica.busy / NANOSECONDS for replica in simulator.replicas]
@@ -122,6 +130,20 @@ def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outc
                 table.add(outcome)
 
     return record
+
+
+@contextmanager
+def _recording(path: Path | None, routing: str) -> Iterator[Recorder | None]:
+    """What takes routing decisions and writes them to a file; None without one."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        yield DecisionLog(file, routing).record
 
 
 def _opened(path: Path | None) -> AbstractContextManager[TextIO | None]:
