@@ -5,7 +5,7 @@
 --   meta:NAMESPACE  hash: block hash -> "exact:size:number:owner"
 --   lru:OWNER       sorted set: MEMBER by the number of its last use
 --   bytes           hash: owner -> bytes
---   state           hash: clock, total, floor, cleared:NAMESPACE
+--   state           hash: clock, total, floor, swept, cleared:NAMESPACE
 --   removed         sorted set: MEMBER by the number of its removal
 --   spaces          set: every namespace
 --
@@ -15,6 +15,7 @@
 
 local REMEMBERED = 10000
 local SCANNED = 500
+local SWEEP_MICROSECONDS = 500000
 
 local operation, prefix, space = ARGV[1], ARGV[2], ARGV[3]
 local STATE, BYTES, REMOVED, SPACES = prefix .. 'state', prefix .. 'bytes', prefix .. 'removed', prefix .. 'spaces'
@@ -279,9 +280,13 @@ operations.clear = function()
   return { text(number), scan[1], count }
 end
 
--- time to live (ms): forget what has expired -> 1 where the index had to be begun anew
+-- time to live (ms): forget what has expired, once in a while over all processes -> 1 where the index was begun anew
 operations.state = function()
   allow_growth()
+  if now - tonumber(redis.call('HGET', STATE, 'swept') or 0) < SWEEP_MICROSECONDS then
+    return 0
+  end
+  redis.call('HSET', STATE, 'swept', text(now))
   expire(tonumber(ARGV[4]))
   return mend()
 end
