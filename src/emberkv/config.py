@@ -73,6 +73,13 @@ def _origin(text: str) -> str:
     return text
 
 
+def _base_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError("use a URL like http://10.0.0.7:8080, without a path")
+    return text.rstrip("/")
+
+
 def _url_prefix(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
         raise ValueError("it must be like /emberkv: begin with a slash and not end with one")
@@ -152,10 +159,13 @@ class ServeConfig(BaseModel):
     cors_origins: web pages from these origins may use the API, "*" being all.
     root_path: the path under which a proxy serves the API.
     tls_cert, tls_key: PEM files of a certificate and its key, for HTTPS.
-    worker_id: the name of this worker; None takes the host's.
+    worker_id: the name of this worker; None takes the host's, and for gateways its host and port.
     kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
     kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.
     model_on_demand: the model is loaded when a request first needs it.
+    cluster_secret, cluster_secret_file: what gateways and workers know each other by; with one, the server is a worker
+    and answers a gateway's questions. worker_url: where gateways reach it; None: where it listens. gateways: URLs of
+    gateways, at which it registers.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
     """
 
@@ -212,11 +222,15 @@ class ServeConfig(BaseModel):
     tls_key: UserPath | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
-    worker_id: NotEmpty | None = None
+    worker_id: Annotated[NotEmpty, Field(max_length=128)] | None = None
     kv_routes: bool = False
     kv_max_bytes: Size = Field(default=ByteSize(2**30), gt=0)
     kv_max_entries: int = Field(default=50_000, ge=1, le=2**31)
     model_on_demand: bool = False
+    cluster_secret: Key | None = None
+    cluster_secret_file: UserPath | None = None
+    worker_url: Annotated[str, AfterValidator(_base_url)] | None = None
+    gateways: tuple[Annotated[str, AfterValidator(_base_url)], ...] = ()
     machine_cache: UserPath = Field(default_factory=machine_cache_folder)
 
     @model_validator(mode="after")
@@ -239,11 +253,17 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_key_of_a_kind(self) -> Self:
-        for name in ("admin_key", "metrics_key", "remote_tier_password"):
+        for name in ("admin_key", "metrics_key", "cluster_secret", "remote_tier_password"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 option = f"--{name.replace('_', '-')}"
-                first = f"EMBERKV_{name.upper()}" if name == "remote_tier_password" else option
+                first = f"EMBERKV_{name.upper()}" if name in ("remote_tier_password", "cluster_secret") else option
                 raise ValueError(f"{first} and {option}-file are both given; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _gateways_have_a_secret(self) -> Self:
+        if self.gateways and self.cluster_secret is None and self.cluster_secret_file is None:
+            raise ValueError("--gateway is given without --cluster-secret-file; give the secret that the gateway has")
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ _KUBERNETES = re.compile(
 """What Kubernetes sets in every pod of a namespace for Services called ``emberkv`` and ``emberkv-...``."""
 
 _KUBERNETES_PORT = re.compile(r"EMBERKV_(\w+_)?PORT=(tcp|udp|sctp)://.*")
-_ENVIRONMENT_ONLY = frozenset({"secret", "machine_cache", "remote_tier_password"})
+_ENVIRONMENT_ONLY = frozenset({"secret", "machine_cache", "remote_tier_password", "cluster_secret"})
 _NOT_REPEATED = frozenset({"remote_tier"})
 """What may hold a password where it is not what it should be."""
 

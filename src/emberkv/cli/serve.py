@@ -16,6 +16,9 @@ import typer
 from emberkv.cli import serve_options as options
 from emberkv.cli.command import USAGE_EXIT_CODE
 from emberkv.cli.startup import Startup, print_error, set_up_logging
+from emberkv.cluster import wire
+from emberkv.cluster.registration import Registrar, WorkerServer
+from emberkv.cluster.worker_api import worker_routes
 from emberkv.config import ServeConfig
 from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import RouterFactory, ServingSettings, create_app
@@ -162,6 +165,9 @@ def serve(
     root_path: options.RootPath = None,
     tls_cert: options.TlsCert = None,
     tls_key: options.TlsKey = None,
+    cluster_secret_file: options.ClusterSecretFile = None,
+    worker_url: options.WorkerUrl = None,
+    gateway: options.Gateway = None,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
     worker_id: options.WorkerId = None,
@@ -181,6 +187,7 @@ def serve(
     for name in ("config", "print_config"):
         del given[name]
     given["api_keys"] = given.pop("api_key") or None
+    given["gateways"] = given.pop("gateway") or None
     given["cors_origins"] = given.pop("cors_origin") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
@@ -226,18 +233,29 @@ def run_server(config: ServeConfig) -> None:
     with recording(config.record_trace, unit, lifecycle.background, served) as recorder:
         bound = bind_socket(config.host, config.port)
         settings = serving_settings(config, bound, tenants, keys, recorder)
-        server = HttpServer(
-            create_app(lifecycle, settings, routers=sequence_routers(config)),
-            lifecycle,
-            bound,
-            **connection_settings(config),
-        )
+        server = http_server(config, lifecycle, settings, bound, keys.cluster)
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         with server.capture_signals(until_exit=True):
             startup.begin()
             server.run()
             startup.finish()
         _log.info("stopped")
+
+
+def http_server(
+    config: ServeConfig, lifecycle: Lifecycle, settings: ServingSettings, bound: socket, secret: str | None
+) -> HttpServer:
+    """The server, which is a worker of a cluster where there is a ``secret``, and registers at the gateways given."""
+    host, port = bound.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    worker_id = config.worker_id or address
+    routers = [*sequence_routers(config), *([] if secret is None else [worker_routes(worker_id, secret)])]
+    app = create_app(lifecycle, settings, routers=routers)
+    if secret is None or not config.gateways:
+        return HttpServer(app, lifecycle, bound, **connection_settings(config))
+    url = config.worker_url or f"{'https' if config.tls_cert else 'http'}://{address}"
+    registrar = Registrar(wire.Registration(worker_id=worker_id, url=url), config.gateways, secret)
+    return WorkerServer(app, lifecycle, bound, registrar, **connection_settings(config))
 
 
 def serving_settings(

@@ -262,6 +262,24 @@ TlsKey = Annotated[
     str | None,
     typer.Option(metavar="FILE", rich_help_panel=SERVER, help="PEM file of the certificate's private key."),
 ]
+ClusterSecretFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=CLUSTER,
+        help="File with the secret that gateways and workers share. It makes the server a worker.",
+    ),
+]
+WorkerUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", rich_help_panel=CLUSTER, help="Where gateways reach the worker. (default: where it listens)"
+    ),
+]
+Gateway = Annotated[
+    list[str] | None,
+    typer.Option(metavar="URL", rich_help_panel=CLUSTER, help="Register at this gateway; repeat for more."),
+]
 LogLevel = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=LOGS, help="debug, info, warning or error. (default: info)"),

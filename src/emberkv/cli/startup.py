@@ -253,6 +253,8 @@ class Startup:
                 loaded.geometry.head_dim,
                 sum(weights.nbytes for weights in loaded.model.parameters()),
             ),
+            assembled=engine,
+            fingerprint=loaded.fingerprint,
         )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()

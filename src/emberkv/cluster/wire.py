@@ -30,6 +30,9 @@ MAX_MESSAGE_BYTES = 128 << 20
 HEARTBEAT = bytes(4)
 """A frame without a message: the sender is alive, and has nothing to say."""
 
+HEARTBEAT_SECONDS = 0.5
+"""A worker sends something on each stream at least this often, as far as its event loop is free."""
+
 T = TypeVar("T")
 
 Tokens = bytes

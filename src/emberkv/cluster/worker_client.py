@@ -20,9 +20,6 @@ from emberkv.serving.errors import UnauthorizedError
 R = TypeVar("R")
 T = TypeVar("T")
 
-SILENCE_SECONDS = 1.0
-"""A worker sends something on each stream at least this often: a heartbeat where it has nothing else."""
-
 _REFUSALS: Mapping[str, type[errors.EmberError]] = {
     kind.__name__: kind
     for kind in (
@@ -36,6 +33,7 @@ _REFUSALS: Mapping[str, type[errors.EmberError]] = {
         serving_errors.NotFoundError,
         serving_errors.NotReadyError,
         serving_errors.OverloadedError,
+        serving_errors.TooManyRequestsError,
         serving_errors.UnauthorizedError,
     )
 }
@@ -225,6 +223,8 @@ class WorkerClient:
         try:
             return refusal(wire.decode(data, wire.Failure))
         except errors.WireError:
+            if status >= 500:
+                return errors.WorkerLostError(f"{self.url} failed with status {status}")
             return errors.WireError(
                 f"{self.url} answered with status {status} and not as a worker does; it must be started with a "
                 "cluster secret, and be of this version"

@@ -151,11 +151,12 @@ class TokenChain:
         "_encoded",
         "_owner",
         "_private_parent",
-        "_public_blocks",
         "_tokens",
         "block_hashes",
         "block_size",
+        "public_blocks",
         "root",
+        "salt",
     )  # fmt: skip
 
     def __init__(
@@ -170,11 +171,12 @@ class TokenChain:
         known: Iterable[BlockHash] = (),
     ) -> None:
         self.root = root
+        self.salt = salt
         self.block_size = block_size
         self._owner = owner
         self._tokens = token_array(tokens)
         self._encoded = self.encoded()  # of the prompt alone
-        public = self._public_blocks = min(public_blocks, len(self._tokens) // block_size)
+        public = self.public_blocks = min(public_blocks, len(self._tokens) // block_size)
         self.block_hashes = list(known)
         self._hash(self.block_hashes[-1] if self.block_hashes else root, public)
         self._private_parent = salted(self.block_hashes[public - 1] if public else root, salt)
@@ -212,7 +214,7 @@ class TokenChain:
         return common_tokens(self.encoded_slice(start, stop), encoded)
 
     def parent(self, index: int) -> BlockHash:
-        if index == self._public_blocks:
+        if index == self.public_blocks:
             return self._private_parent
         return self.unsalted_parent(index)
 
@@ -220,7 +222,7 @@ class TokenChain:
         return self.block_hashes[index - 1] if index else self.root
 
     def owner(self, index: int) -> str:
-        return PUBLIC_OWNER if index < self._public_blocks else self._owner
+        return PUBLIC_OWNER if index < self.public_blocks else self._owner
 
     def append(self, token: int) -> None:
         self._tokens.append(token)
@@ -233,14 +235,16 @@ class PublicPrefixes:
     """Declared token sequences, in whole blocks. The part of a block that a sequence's end leaves over is not public.
 
     A tree with a block's tokens on each branch: a prompt costs one dict look-up for each block that is public, and one
-    more.
+    more. prefixes: what of the sequences is public.
     """
 
     def __init__(self, prefixes: Iterable[Sequence[int]], block_size: int) -> None:
         self.block_size = block_size
         self._root: dict[tuple[int, ...], _Branches] = {}
+        self.prefixes: list[Sequence[int]] = []
         for tokens in prefixes:
             branches = self._root
+            self.prefixes.append(tokens[: len(tokens) - len(tokens) % block_size])
             for start in range(0, len(tokens) - block_size + 1, block_size):
                 branches = branches.setdefault(tuple(tokens[start : start + block_size]), {})
 

@@ -94,6 +94,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended, in the order of their arrival."""
+        return list(self._by_id.values())
+
+    @property
     def running(self) -> list[Sequence]:
         return list(self._running)
 

@@ -23,6 +23,7 @@ from emberkv.core.loading import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.stats import CacheStats
 from emberkv.engine.block_transfer import BlockTransfer, ImportedBlocks
+from emberkv.engine.load import EngineLoad, StepTimes, load_of
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed
 from emberkv.tiers.manager import TierManager
@@ -164,11 +165,17 @@ class ReadSnapshot(Command[SnapshotChunk]):
     tokens: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ReadLoad(Command[EngineLoad]):
+    """Answer: what the engine has to do as of now, and how fast it is."""
+
+
 class CacheControl:
     """Carries out commands on a scheduler, on the thread that drives it.
 
     lower: the tiers below the pool, asked without being counted. manager: of the same tiers. clock: seconds, by which
-    retention ends, as for the pool's policy. transfer: exports and imports blocks; None: it is refused.
+    retention ends, as for the pool's policy. transfer: exports and imports blocks; None: it is refused. step_times: of
+    the engine's steps, which the engine's loop fills in.
     """
 
     def __init__(
@@ -187,6 +194,7 @@ class CacheControl:
         self._manager = manager
         self._clock = clock
         self._transfer = transfer
+        self.step_times = StepTimes()
         self._feed = CacheFeed(self._pool, manager)
         self._handlers: dict[type[Command[Any]], Callable[[Any], Any]] = {
             Retain: self._retain,
@@ -198,6 +206,7 @@ class CacheControl:
             Statistics: self._statistics,
             ReadEvents: self._read_events,
             ReadSnapshot: self._read_snapshot,
+            ReadLoad: self._read_load,
             ExportBlocks: self._export,
             ImportBlocks: self._import,
         }
@@ -254,6 +263,11 @@ class CacheControl:
 
     def _read_snapshot(self, command: ReadSnapshot) -> SnapshotChunk:
         return self._feed.snapshot(command.cursor, command.limit, tokens=command.tokens)
+
+    def _read_load(self, command: ReadLoad) -> EngineLoad:
+        tiers = self._manager.stats() if self._manager is not None else {}
+        rates = {name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None}
+        return load_of(self._scheduler, self.step_times, rates)
 
     def _export(self, command: ExportBlocks) -> "Future[list[bytes | None]]":
         return self._transfers().export(command.block_hashes)

@@ -138,6 +138,8 @@ class EngineLoop:
             forget=self._mailbox.forget,
         )
         self._updates = CacheEventPublisher(scheduler.cache.pool.events, wall_clock)
+        self._listeners: tuple[Callable[[], None], ...] = ()
+        self._listening = threading.Lock()  # of the listeners, which any thread may add to
         self._stats = EngineStats()
         self._publish_stats()
         self._thread = threading.Thread(target=self._run, name="emberkv-engine", daemon=True)
@@ -222,6 +224,11 @@ class EngineLoop:
         """Have ``observer`` called with what changes in the cache from now on; not again once it has raised."""
         self._updates.add(observer)
 
+    def on_stats(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called, on the engine's thread, whenever `stats` have changed; it must return at once."""
+        with self._listening:
+            self._listeners = (*self._listeners, listener)
+
     def _run(self) -> None:
         try:
             while self._take_in():
@@ -287,6 +294,8 @@ class EngineLoop:
             failed = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills)]
             self._live.fail(failed, f"the engine failed: {type(error).__name__}")
             return
+        seconds = self._clock() - began
+        self._control.step_times.observe(plan, seconds)
         self._live.end_failed(plan, output)
         self._live.deliver(plan, output)
         if self._tiers is not None:
@@ -318,7 +327,11 @@ class EngineLoop:
         self._publish_stats()
 
     def _publish_stats(self) -> None:
+        before = self._stats
         self._stats = _engine_stats(self._scheduler, self._tiers, self._executor.pool.block_bytes)
+        if self._listeners and self._stats != before:
+            for listener in self._listeners:
+                listener()
 
 
 def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int) -> EngineStats:

@@ -9,10 +9,10 @@ from enum import Enum
 from typing import Any, Protocol
 
 from emberkv.core.hashing import PublicPrefixes
+from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.request import Engine, EngineStats, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.errors import EngineStoppedError, RequestError
-from emberkv.serving.answers.answer_stream import AnswerStream
+from emberkv.errors import EmberError, EngineStoppedError, RequestError
 from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
@@ -68,7 +68,8 @@ class ServedModel:
     cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
-    headers: further headers of the answer to a request, by the request's id in the engine.
+    headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
+    its parts, where it is in this process. fingerprint: of weights and config.
     """
 
     names: tuple[str, ...]
@@ -81,6 +82,8 @@ class ServedModel:
     about: Mapping[str, str] = field(default_factory=dict)
     sampling_defaults: SamplingParams = field(default_factory=SamplingParams)
     headers: Callable[[str], Mapping[str, str]] = lambda _: {}
+    assembled: AssembledEngine | None = None
+    fingerprint: str = ""
     dims: ModelDims = field(default_factory=ModelDims)
 
     def seen_by(self, tenant: str) -> "ServedModel":
@@ -99,6 +102,14 @@ class ServedModel:
             raise UnknownModelError(f"model is {name!r}; this server has {served}", param="model")
 
 
+class RunningAnswer(Protocol):
+    """An answer that is being made, which a shutdown waits for."""
+
+    def interrupt(self, error: EmberError) -> None:
+        """End it early, with ``error`` for its client."""
+        ...
+
+
 class Lifecycle:
     """The server's state. Model and phase may be set from the thread that loads the model."""
 
@@ -111,7 +122,9 @@ class Lifecycle:
         self.on_unload: list[Callable[[], None]] = []
         """Are called when the model is gone, for those that keep what was made for it."""
         self._switching = asyncio.Lock()
-        self._running: set[AnswerStream] = set()
+        self._running: set[RunningAnswer] = set()
+        self.drained = asyncio.Event()
+        """Set once a server that shuts down has ended all answers."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -233,11 +246,11 @@ class Lifecycle:
         """HTTP requests whose answers are being made."""
         return len(self._running)
 
-    def track(self, stream: AnswerStream) -> None:
+    def track(self, stream: RunningAnswer) -> None:
         self._running.add(stream)
         self._idle.clear()
 
-    def untrack(self, stream: AnswerStream) -> None:
+    def untrack(self, stream: RunningAnswer) -> None:
         self._running.discard(stream)
         if not self._running:
             self._idle.set()
@@ -251,6 +264,7 @@ class Lifecycle:
         await self._wait_idle(seconds)
         self.interrupt_answers()
         await self._wait_idle(grace)
+        self.drained.set()
 
     def interrupt_answers(self) -> None:
         """End the running answers now."""

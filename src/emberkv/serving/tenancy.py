@@ -174,11 +174,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerKeys:
-    """api: each a tenant of its own. admin, metrics: None where none is set."""
+    """api: each a tenant of its own. admin, metrics, cluster: None where none is set."""
 
     api: tuple[str, ...]
     admin: str | None
     metrics: str | None
+    cluster: str | None = None
 
 
 def server_keys(config: ServeConfig) -> ServerKeys:
@@ -188,6 +189,7 @@ def server_keys(config: ServeConfig) -> ServerKeys:
         api=(*(key.get_secret_value() for key in config.api_keys), *files),
         admin=one_key("--admin-key-file", config.admin_key, config.admin_key_file),
         metrics=one_key("--metrics-key-file", config.metrics_key, config.metrics_key_file),
+        cluster=one_key("--cluster-secret-file", config.cluster_secret, config.cluster_secret_file),
     )
 
 

@@ -50,8 +50,9 @@ class TierStats:
     network, whether its server is used; None for the others.
 
     hits, misses: blocks looked up, counted where no faster tier has them. loads: blocks brought up and verified.
-    stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_latency: of
-    each batch read; store_latency: of each batch written; lookup_latency: of each look-up that took I/O.
+    stores: blocks that the tier took or had. corrupt: blocks refused and removed, by what was wrong. load_rate: bytes a
+    second, of fetches of many blocks; None before the first. load_latency: of each batch read; store_latency: of each
+    batch written; lookup_latency: of each look-up that took I/O.
     """
 
     entries: int = 0
@@ -68,9 +69,14 @@ class TierStats:
     loads: int = 0
     stores: int = 0
     corrupt: Mapping[str, int] = field(default_factory=dict)
+    load_rate: float | None = None
     load_latency: Latencies = Latencies()
     store_latency: Latencies = Latencies()
     lookup_latency: Latencies = Latencies()
+
+
+MANY_BLOCKS = 64
+"""A fetch of so many is what `TierStats.load_rate` is given for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +163,10 @@ class TierMeter:
         with self._lock:
             return self._rate.seconds_for(blocks * self._block_bytes) if self._block_bytes else None
 
+    def _load_rate(self) -> float | None:
+        seconds = self._rate.seconds_for(MANY_BLOCKS * self._block_bytes) if self._block_bytes else None
+        return MANY_BLOCKS * self._block_bytes / seconds if seconds else None
+
     def complete(self, stats: TierStats) -> TierStats:
         """The tier's own statistics, with the traffic added."""
         with self._lock:
@@ -167,6 +177,7 @@ class TierMeter:
                 loads=self._loads,
                 stores=self._stores,
                 corrupt=dict(self._corrupt),
+                load_rate=self._load_rate(),
                 troubles={**stats.troubles, **({"stalled": self._stalls} if self._stalls else {})},
                 load_latency=self._load_latency.snapshot(),
                 store_latency=self._store_latency.snapshot(),

@@ -3,11 +3,13 @@
 import json
 import logging
 import re
+import tempfile
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from inspect import signature
 from itertools import pairwise
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -339,6 +341,12 @@ class HFTokenizer:
             **{name: token for name, token in special.items() if name != "additional_special_tokens"},
             "chat_template": self._tokenizer.chat_template,
         }
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer and its chat template as files, by name, from which transformers makes the same tokenizer."""
+        with tempfile.TemporaryDirectory(prefix="emberkv-tokenizer-") as folder:
+            self._tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
     def remembering_for(self, owner: str) -> "HFTokenizer":
         """The same tokenizer, which finds in the cache what the owner has encoded and nothing else: finding others'

@@ -63,6 +63,13 @@ class Tokenizer(Protocol):
 
     def detokenizer(self) -> IncrementalDetokenizer: ...
 
+    chat_problem: str | None
+    """Why the chat template is not to be used; None: it is."""
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer and its chat template as files, by name."""
+        ...
+
     @property
     def description(self) -> Mapping[str, Any]:
         """Its class, its special tokens by name ("eos_token"), and its ``chat_template``."""

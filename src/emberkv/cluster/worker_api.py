@@ -1,0 +1,358 @@
+"""The internal routes of a worker, for gateways that know the cluster's secret. docs/cluster.md lists them."""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from hashlib import sha256
+from typing import TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from emberkv import __version__, event_wire
+from emberkv.cluster import wire
+from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, EventBatch
+from emberkv.engine.assembly import AssembledEngine
+from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot
+from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
+from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
+from emberkv.serving.answers.answer_stream import OutputQueue
+from emberkv.serving.app import RouterFactory
+from emberkv.serving.auth import given_key
+from emberkv.serving.cache.service import explanation_json
+from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, UnauthorizedError, failure_of
+from emberkv.serving.answer_service import unless_disconnected
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.tenancy import Tenant
+
+R = TypeVar("R")
+
+MAX_REQUESTS = 1024
+"""More at once are refused, so that a gateway sends them elsewhere."""
+
+LEAST_REPORT_SECONDS = 0.05
+"""Between two reports on one stream of events."""
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+def worker_routes(worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> RouterFactory:
+    """What a server answers as a worker, beside its own routes; for `create_app`. secret: the cluster's."""
+    return lambda parts: WorkerRoutes(parts.lifecycle, worker_id, secret, max_requests=max_requests).router()
+
+
+class WorkerRoutes:
+    """Answers about the model that ``lifecycle`` holds. It belongs to the event loop."""
+
+    def __init__(self, lifecycle: Lifecycle, worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> None:
+        self._lifecycle = lifecycle
+        self._worker_id = worker_id
+        self._digest = sha256(secret.encode()).digest()
+        self._max_requests = max_requests
+        self._running = 0
+        self._outputs: OutputQueue | None = None
+        self._watched: AssembledEngine | None = None
+        self._wakes: set[asyncio.Event] = set()
+        self._wake_is_due = False
+        self._tokenizer: tuple[ServedModel, wire.TokenizerFiles] | None = None
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix=wire.PREFIX)
+        for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.load):
+            self._add(router, "GET", answer)
+        for answer in (self.generate, self.explain):
+            self._add(router, "POST", answer)
+        return router
+
+    def _add(self, router: APIRouter, method: str, answer: Answer) -> None:
+        async def endpoint(http: Request) -> Response:
+            try:
+                self._check(http)
+                return await answer(http)
+            except EmberError as error:
+                return refused(error)
+
+        name = getattr(answer, "__name__", "")
+        router.add_api_route(f"/{name}", endpoint, methods=[method], include_in_schema=False, name=f"internal {name}")
+
+    def _check(self, http: Request) -> None:
+        """Raises UnauthorizedError without the cluster's secret, WireError for another version of the wire form."""
+        given = given_key(http.headers)
+        if given is None or not hmac.compare_digest(self._digest, sha256(given).digest()):
+            raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+        accepted = http.headers.get("accept", "*/*")
+        if accepted not in (wire.MEDIA_TYPE, "*/*"):
+            raise WireError(f"{accepted[:100]!r} is asked for; this worker answers in {wire.MEDIA_TYPE}")
+
+    async def worker(self, _http: Request) -> Response:
+        model, engine = self._served()
+        files = await self._tokenizer_files(model)
+        description = wire.WorkerDescription(
+            worker_id=self._worker_id,
+            epoch=engine.scheduler.cache.pool.events.epoch,
+            version=__version__,
+            names=model.names,
+            fingerprint=model.fingerprint,
+            root=engine.root,
+            namespace=engine.namespace,
+            block_size=engine.block_size,
+            context_length=model.engine.context_length,
+            max_prompt_tokens=model.engine.max_prompt_tokens,
+            hit_unit=engine.hit_unit,
+            exact=engine.scheduler.cache.exact,
+            public_prefixes=tuple(wire.encode_prompt(tokens) for tokens in engine.public.prefixes),
+            sampling_defaults=model.sampling_defaults,
+            about=dict(model.about),
+            created=model.created,
+            tokenizer=files.etag,
+        )
+        return _message(description)
+
+    async def tokenizer(self, http: Request) -> Response:
+        files = await self._tokenizer_files(self._served()[0])
+        etag = f'"{files.etag}"'
+        if http.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers={"etag": etag})
+        return _message(files, {"etag": etag})
+
+    async def load(self, _http: Request) -> Response:
+        return _message(await self._report(self._served()[1]))
+
+    async def snapshot(self, http: Request) -> Response:
+        engine = self._served()[1]
+        limit = _number(http, "limit", CHUNK_BLOCKS, least=1, most=10 * CHUNK_BLOCKS)
+        chunk = await _ask(engine, ReadSnapshot(http.query_params.get("cursor", "")[:64], limit))
+        return Response(event_wire.encode(chunk, tokens=False), media_type=wire.MEDIA_TYPE)
+
+    async def events(self, http: Request) -> Response:
+        engine = self._served()[1]
+        after = _number(http, "after", 0, least=0, most=2**63 - 1)
+        self._watch(engine)
+        wake = asyncio.Event()
+        self._wakes.add(wake)
+        draining = asyncio.create_task(self._lifecycle.drained.wait())
+        draining.add_done_callback(lambda _: wake.set())
+
+        def end() -> None:
+            self._wakes.discard(wake)
+            draining.cancel()
+
+        return FrameStream(self._news(engine, after, wake), end)
+
+    async def generate(self, http: Request) -> Response:
+        """Once the response begins, the request is accepted."""
+        request = wire.decode_request(await http.body())
+        self._lifecycle.check_accepting()
+        if self._running >= self._max_requests:
+            raise TooManyRequestsError(
+                f"{self._running} requests are in flight at this worker, and no more are taken", retry_after=1.0
+            )
+        loop = asyncio.get_running_loop()
+        if self._outputs is None or self._outputs.loop is not loop:
+            self._outputs = OutputQueue(loop)
+        generation = Generation(self._lifecycle.model().engine, request, self._outputs)
+        self._running += 1
+        self._lifecycle.track(generation)
+        return FrameStream(generation.frames(), partial(self._ended, generation))
+
+    def _ended(self, generation: "Generation") -> None:
+        generation.close()
+        self._running -= 1
+        self._lifecycle.untrack(generation)
+
+    async def explain(self, http: Request) -> Response:
+        asked = wire.decode(await http.body(), wire.Prompt)
+        model = self._served()[0]
+        if model.cache is None:
+            raise NotFoundError("this worker keeps no account of what it has cached")
+        explained = await model.cache.explain(wire.decode_prompt(asked.prompt), Tenant(asked.tenant, asked.salt))
+        return _message(explanation_json(explained, model.tokenizer, now=time.time()))
+
+    def _served(self) -> tuple[ServedModel, AssembledEngine]:
+        model = self._lifecycle.model()
+        if model.assembled is None:
+            raise NotReadyError("this process has no engine of its own; ask a worker")
+        return model, model.assembled
+
+    async def _tokenizer_files(self, model: ServedModel) -> wire.TokenizerFiles:
+        if self._tokenizer is None or self._tokenizer[0] is not model:
+            files = await asyncio.to_thread(model.tokenizer.files)
+            digest = sha256(wire.encode([files, model.tokenizer.chat_problem])).hexdigest()
+            found = wire.TokenizerFiles(etag=digest[:32], files=files, chat_problem=model.tokenizer.chat_problem)
+            self._tokenizer = model, found
+        return self._tokenizer[1]
+
+    async def _report(self, engine: AssembledEngine) -> wire.LoadReport:
+        load = await _ask(engine, ReadLoad())
+        pool = engine.scheduler.cache.pool
+        return wire.LoadReport(
+            worker_id=self._worker_id,
+            epoch=pool.events.epoch,
+            sequence=load.sequence,
+            waiting=load.waiting,
+            running=load.running,
+            waiting_tokens=load.waiting_tokens,
+            prefill_tokens=load.prefill_tokens,
+            decoding=load.decoding,
+            total_blocks=load.total_blocks,
+            free_blocks=load.free_blocks,
+            cached_blocks=load.cached_blocks,
+            block_bytes=engine.executor.pool.block_bytes,
+            prefill_rate=load.prefill_rate,
+            step_seconds=load.step_seconds,
+            load_rates=dict(load.load_rates),
+            draining=self._lifecycle.phase is Phase.DRAINING,
+        )
+
+    async def _news(self, engine: AssembledEngine, after: int, wake: asyncio.Event) -> AsyncGenerator[bytes, None]:
+        """The cache's events and the load, as they change, until the server ends or the engine stops."""
+        begins, sent = True, None
+        with contextlib.suppress(EngineStoppedError):
+            while not self._lifecycle.drained.is_set():
+                wake.clear()
+                message = await _ask(engine, ReadEvents(after))
+                if begins or not isinstance(message, EventBatch) or message.events:
+                    yield wire.frame(wire.encode_cache_message(message))
+                begins, after = False, message.last
+                if isinstance(message, EventBatch) and len(message.events) == BATCH_EVENTS:
+                    continue
+                report = await self._report(engine)
+                if report != sent:
+                    yield wire.frame(wire.encode(report))
+                    sent = report
+                await asyncio.sleep(LEAST_REPORT_SECONDS)
+                try:
+                    async with asyncio.timeout(wire.HEARTBEAT_SECONDS):
+                        await wake.wait()
+                except TimeoutError:
+                    sent = None  # so that the report is sent again, as a heartbeat
+
+    def _watch(self, engine: AssembledEngine) -> None:
+        """Have the streams of events woken when the engine's statistics change."""
+        if self._watched is engine:
+            return
+        self._watched = engine
+        loop = asyncio.get_running_loop()
+
+        def wake_all() -> None:
+            self._wake_is_due = False
+            for wake in self._wakes:
+                wake.set()
+
+        def changed() -> None:
+            if self._wakes and not self._wake_is_due:
+                self._wake_is_due = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed: there is no stream left
+                    loop.call_soon_threadsafe(wake_all)
+
+        engine.loop.on_stats(changed)
+
+
+class Generation:
+    """One request at the engine, and its outputs as frames. It aborts what is unfinished when it is closed.
+
+    Raises what ``engine.submit`` raises.
+    """
+
+    def __init__(self, engine: Engine, request: GenerationRequest, outputs: OutputQueue) -> None:
+        self._engine = engine
+        self._request_id = request.request_id
+        self._messages: list[bytes] = []
+        self._has_message = asyncio.Event()
+        self._has_ended = False
+        engine.submit(request, partial(outputs.post, self._deliver))
+
+    def _deliver(self, output: TokenOutput) -> None:
+        if not self._has_ended:
+            self._send(wire.encode_output(output), ends=output.finish_reason is not None)
+
+    def _send(self, message: bytes, *, ends: bool) -> None:
+        self._messages.append(wire.frame(message))
+        self._has_ended = ends
+        self._has_message.set()
+
+    def interrupt(self, error: EmberError) -> None:
+        """End the answer early; a gateway goes on with it elsewhere."""
+        if not self._has_ended:
+            self._engine.abort(self._request_id)
+            self._send(wire.encode(failure(error)), ends=True)
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """What has come since the last frames, together; heartbeats while nothing comes."""
+        while self._messages or not self._has_ended:
+            self._has_message.clear()
+            if self._messages:
+                data = b"".join(self._messages)
+                self._messages.clear()
+                yield data
+                continue
+            try:
+                async with asyncio.timeout(wire.HEARTBEAT_SECONDS):
+                    await self._has_message.wait()
+            except TimeoutError:
+                yield wire.HEARTBEAT
+
+    def close(self) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            self._engine.abort(self._request_id)
+
+
+class FrameStream(Response):
+    """Sends frames as they are made. on_end: called at the end, however it comes."""
+
+    media_type = wire.MEDIA_TYPE
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+        # not Response.__init__, which would give the stream the length of an empty body
+        self._frames = frames
+        self._on_end = on_end
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-store"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        finally:
+            self._on_end()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._frames) as frames:
+            async for data in frames:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def failure(error: EmberError) -> wire.Failure:
+    """The error as a gateway raises it again."""
+    shown = failure_of(error)
+    after = shown.headers.get("retry-after")
+    param = error.param if isinstance(error, RequestError) else None
+    return wire.Failure(type(error).__name__, str(error), param, float(after) if after is not None else None)
+
+
+def refused(error: EmberError) -> Response:
+    status = 400 if isinstance(error, WireError | ConfigError) else failure_of(error).status
+    return Response(wire.encode(failure(error)), status, media_type=wire.MEDIA_TYPE)
+
+
+def _message(message: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(wire.encode(message), headers=headers, media_type=wire.MEDIA_TYPE)
+
+
+def _ask(engine: AssembledEngine, command: Command[R]) -> Awaitable[R]:
+    return asyncio.wrap_future(engine.loop.execute(command))
+
+
+def _number(http: Request, name: str, default: int, *, least: int, most: int) -> int:
+    given = http.query_params.get(name, str(default))
+    if not (given.isdecimal() and given.isascii() and len(given) <= 19 and least <= int(given) <= most):
+        raise RequestError(f"{name} is {given[:40]!r}; it must be a number from {least} to {most}", param=name)
+    return int(given)
