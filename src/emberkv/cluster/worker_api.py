@@ -190,6 +190,7 @@ class WorkerRoutes:
     async def _report(self, engine: AssembledEngine) -> wire.LoadReport:
         load = await _ask(engine, ReadLoad())
         pool = engine.scheduler.cache.pool
+        tiers = engine.tiers.stats() if engine.tiers is not None else {}
         return wire.LoadReport(
             worker_id=self._worker_id,
             epoch=pool.events.epoch,
@@ -205,7 +206,7 @@ class WorkerRoutes:
             block_bytes=engine.executor.pool.block_bytes,
             prefill_rate=load.prefill_rate,
             step_seconds=load.step_seconds,
-            load_rates=dict(load.load_rates),
+            load_rates={name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None},
             draining=self._lifecycle.phase is Phase.DRAINING,
         )
 

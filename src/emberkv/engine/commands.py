@@ -265,9 +265,7 @@ class CacheControl:
         return self._feed.snapshot(command.cursor, command.limit, tokens=command.tokens)
 
     def _read_load(self, command: ReadLoad) -> EngineLoad:
-        tiers = self._manager.stats() if self._manager is not None else {}
-        rates = {name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None}
-        return load_of(self._scheduler, self.step_times, rates)
+        return load_of(self._scheduler, self.step_times)
 
     def _export(self, command: ExportBlocks) -> "Future[list[bytes | None]]":
         return self._transfers().export(command.block_hashes)

@@ -1,8 +1,7 @@
 """What an engine has to do, and how fast it is at that: what a router weighs one engine against another by."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from emberkv.core.loading import LatencyModel
 from emberkv.core.scheduler import Scheduler, StepPlan
@@ -16,8 +15,8 @@ class EngineLoad:
     waiting_tokens: of the prompts that wait, what the pool has not got, by an estimate. prefill_tokens: of the prompts
     that are being computed, what is left. decoding: requests of which each step computes one token. total_blocks,
     free_blocks, cached_blocks: of the pool; the cached ones are among the free. prefill_rate: prompt tokens a second.
-    step_seconds: of a step that decodes and computes no prompt. load_rates: bytes a second, by tier. A rate is None or
-    missing until it is measured.
+    step_seconds: of a step that decodes and computes no prompt. Rates are None until
+    they are measured.
     """
 
     sequence: int = 0
@@ -31,7 +30,6 @@ class EngineLoad:
     cached_blocks: int = 0
     prefill_rate: float | None = None
     step_seconds: float | None = None
-    load_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 class StepTimes:
@@ -57,7 +55,7 @@ class StepTimes:
         return self._decode.seconds_for(max(1, decoding))
 
 
-def load_of(scheduler: Scheduler, times: StepTimes, load_rates: Mapping[str, float]) -> EngineLoad:
+def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
     """The load as of now. It takes some microseconds for each request in flight."""
     pool = scheduler.cache.pool
     waiting_tokens = prefill_tokens = decoding = 0
@@ -80,7 +78,6 @@ def load_of(scheduler: Scheduler, times: StepTimes, load_rates: Mapping[str, flo
         cached_blocks=pool.num_evictable,
         prefill_rate=times.prefill_rate(scheduler.config.max_step_tokens),
         step_seconds=times.step_seconds(decoding),
-        load_rates=load_rates,
     )
 
 
