@@ -21,12 +21,12 @@ from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
+from emberkv.serving.answer_service import unless_disconnected
 from emberkv.serving.answers.answer_stream import OutputQueue
 from emberkv.serving.app import RouterFactory
 from emberkv.serving.auth import given_key
 from emberkv.serving.cache.service import explanation_json
 from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, UnauthorizedError, failure_of
-from emberkv.serving.answer_service import unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.tenancy import Tenant
 
