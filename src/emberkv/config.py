@@ -144,6 +144,8 @@ class ServeConfig(BaseModel):
     them; one that is not used for ``remote_tier_ttl`` seconds goes. Its password comes from the environment or a file.
     tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
     a file beside the cached blocks holds one, and without these each start draws a new one.
+    request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
+    limit.
     drain_seconds: how long running answers may go on after a signal to stop.
     api_keys, api_key_file: API keys, and a file that holds more, one a line; docs/security.md says what a server
     without any allows. admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from
@@ -203,6 +205,7 @@ class ServeConfig(BaseModel):
     secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
     max_body: Size | None = Field(default=None, gt=0)
     max_connections: int = Field(default=1024, ge=1, le=2**16)
+    request_timeout: float | None = Field(default=None, gt=0, le=86_400)
     drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
     admin_key: Key | None = None
     admin_key_file: UserPath | None = None

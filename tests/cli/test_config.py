@@ -42,6 +42,7 @@ def test_what_the_command_line_switches_off_is_off() -> None:
         ("EMBERKV_PREFIX_CACHE", "off", "prefix_cache", False),
         ("EMBERKV_MACHINE_CACHE", "/tmp/x", "machine_cache", Path("/tmp/x")),  # noqa: S108 - only a name
         ("EMBERKV_DRAIN_SECONDS", "0", "drain_seconds", 0.0),
+        ("EMBERKV_REQUEST_TIMEOUT", "90", "request_timeout", 90.0),
         ("EMBERKV_MODEL", "someone/model", "model", "someone/model"),
     ],
 )

@@ -38,6 +38,16 @@ def test_every_route_is_on_both_pages(client: Client, document: dict[str, Any]) 
     assert reachable == {path for _, path in in_page}
 
 
+def test_the_page_has_every_route_and_field_and_loads_nothing(client: Client, document: dict[str, Any]) -> None:
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    routes = {f">{method.upper()} {path}<" for path, methods in document["paths"].items() for method in methods}
+    assert {route for route in routes if route not in page.text} == set()
+    assert "<code>max_completion_tokens</code></td><td>integer or null</td><td></td>" in page.text
+    assert "<code>messages</code></td><td>list of object</td><td>required</td>" in page.text
+    assert not re.findall(r"<script|<link|src=|url\(|@import", page.text)
+
+
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     wanted = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert wanted <= set(document["components"]["schemas"])

@@ -32,6 +32,9 @@ STATS = EngineStats(
     load_choices={"shared": 5, "load": 7},
     loaded_blocks=16,
     unloaded_blocks=3,
+    exported_blocks=21,
+    imported_blocks=13,
+    refused_imports={"wrong namespace": 2},
     tier_trouble={"patience": 3},
     tiers={"ram": TierStats(hits=4, misses=28), "disk": DISK},
     stack=StackStats(offered=30, already_stored=9, queue_full=2, queue_bytes=512, failures={"OSError": 1}),
@@ -83,6 +86,11 @@ def test_what_went_wrong_is_told_by_kind() -> None:
     check({("tier_corrupt_total", "disk,bytes_changed"): 1}, "tier", "fault")
     check({("tier_troubles_total", "disk,vanished"): 2}, "tier", "kind")
     check({("transfer_troubles_total", "patience"): 3}, "kind")
+
+
+def test_blocks_between_engines_are_counted() -> None:
+    check({("transferred_blocks_total", "exported"): 21, ("transferred_blocks_total", "imported"): 13}, "direction")
+    check({("refused_imports_total", "wrong_namespace"): 2}, "fault")
 
 
 def test_latencies_are_cumulative_histograms() -> None:

@@ -149,6 +149,7 @@ def serve(
     tenants: options.Tenants = None,
     max_body: options.MaxBody = None,
     max_connections: options.MaxConnections = None,
+    request_timeout: options.RequestTimeout = None,
     drain_seconds: options.DrainSeconds = None,
     warmup: options.Warmup = None,
     warmup_timeout: options.WarmupTimeout = None,
@@ -271,6 +272,7 @@ def serving_settings(
         metrics_key=keys.metrics,
         allowed_origins=config.cors_origins,
         root_path=config.root_path,
+        request_timeout=config.request_timeout,
         bound_to_loopback=is_loopback(bound.getsockname()[0]),
         is_own_user=is_own_user,
     )

@@ -162,6 +162,14 @@ MaxBody = Annotated[
         help="Largest request body. (default: 16MiB, or 64 bytes a token of context)",
     ),
 ]
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=SERVER,
+        help="End an answer with an error when its request is this old. (default: no limit)",
+    ),
+]
 DrainSeconds = Annotated[
     float | None,
     typer.Option(

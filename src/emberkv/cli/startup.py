@@ -143,7 +143,6 @@ def curl_line(url: str, name: str, needs_key: bool, *, chats: bool) -> str:
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
 
 DEMO_MODEL_NAME = "emberkv-demo"
 

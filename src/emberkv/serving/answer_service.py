@@ -24,7 +24,7 @@ from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, E
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import CLIENT_GONE, request_info
+from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
 from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, log_finished, session_id
@@ -261,7 +261,8 @@ class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
     recent: the last requests. sessions, tenant_metrics: statistics of ended requests. clock: monotonic seconds.
-    wall_clock: seconds since 1970. recorder: records every request in a trace.
+    wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from the
+    arrival of a request to the end of its answers; None: no limit.
     """
 
     def __init__(
@@ -273,6 +274,7 @@ class AnswerService:
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         recorder: TraceRecorder | None = None,
+        request_timeout: float | None = None,
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
@@ -283,6 +285,7 @@ class AnswerService:
         self._clock = clock
         self._wall_clock = wall_clock
         self._recorder = recorder
+        self._request_timeout = request_timeout
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
@@ -314,6 +317,10 @@ class AnswerService:
         if self._generator is None:
             self._generator = self._make_generator()
         stream = self._generator.start(prompts, request, on_close=partial(self._closed, request))
+        if (timeout := self._request_timeout) is not None:
+            left = request.arrived + timeout - self._clock()
+            text = f"the answer was not finished {timeout:g} s after its request, which is this server's limit"
+            stream.interrupt_after(max(0.0, left), RequestTimeoutError(text))
         self._lifecycle.track(stream)
         self.recent.add(request)
         return stream

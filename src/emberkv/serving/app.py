@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
@@ -24,6 +24,7 @@ from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.docs_page import docs_page
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import (
@@ -49,7 +50,8 @@ class ServingSettings:
     may send requests; None makes a tenant of each of ``api_keys``, and without these no key is needed. canonical: rules
     that rewrite prompts before they are rendered. recorder: records every request in a trace. For admin_key,
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
-    (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes.
+    (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
+    from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -63,6 +65,7 @@ class ServingSettings:
     is_own_user: IsOwnUser = lambda _: True
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""
+    request_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ _ROUTES = {
     "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
     "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
-    "reference": ["/openapi.json"],
+    "reference": ["/docs", "/openapi.json"],
     "operation": ["/health", "/ready", "/metrics", "/version"],
 }
 
@@ -117,7 +120,15 @@ def create_app(
     for collector in collectors:
         metrics.register(collector)
     preparer = RequestPreparer(lifecycle, workers, settings.canonical)
-    answers = AnswerService(lifecycle, workers, metrics, clock=clock, wall_clock=wall_clock, recorder=settings.recorder)
+    answers = AnswerService(
+        lifecycle,
+        workers,
+        metrics,
+        clock=clock,
+        wall_clock=wall_clock,
+        recorder=settings.recorder,
+        request_timeout=settings.request_timeout,
+    )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)
     for kind in (EmberError, HTTPException, Exception):
@@ -135,6 +146,11 @@ def create_app(
     @app.get("/openapi.json")
     async def openapi() -> Response:
         return JSONResponse(openapi_document(app, settings.root_path))
+
+    @app.get("/docs")
+    async def docs() -> Response:
+        document = openapi_document(app, settings.root_path)
+        return HTMLResponse(docs_page(document, f"{settings.root_path}/openapi.json"))
 
     @app.get("/version", dependencies=[Depends(keys.tenant)])
     async def version() -> Response:

@@ -61,6 +61,10 @@ class GenerationFailedError(EmberError):
     """The engine failed while it worked on a request."""
 
 
+class RequestTimeoutError(EmberError):
+    """The answers to a request took longer than the server lets them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A failure as an HTTP status and a message, which each API puts into its own error body."""
@@ -86,6 +90,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (TooManyRequestsError, 429, "too_many_requests"),
     (OverloadedError, 503, "overloaded"),
     (GenerationFailedError, 500, "generation_failed"),
+    (RequestTimeoutError, 504, "request_timeout"),
 )  # the first match counts
 
 _HEADERS: Mapping[int, Mapping[str, str]] = {
@@ -101,6 +106,7 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 

@@ -159,6 +159,7 @@ class TierCollector(EngineStatsCollector):
     def families(self, stats: EngineStats) -> Iterator[Metric]:
         yield from _tokens(stats)
         yield from _loads(stats)
+        yield from _transfers(stats)
         yield from _blocks(stats.tiers)
         yield from _circuits(stats.tiers)
         yield from _faults(stats.tiers)
@@ -190,6 +191,14 @@ def _loads(stats: EngineStats) -> Iterator[Metric]:
     yield labelled_counter("emberkv_load_blocks", "Blocks that loads were to bring.", "outcome", blocks)
     lost = dict(sorted(stats.tier_trouble.items()))
     yield labelled_counter("emberkv_transfer_troubles", "Blocks lost on their way.", "kind", lost)
+
+
+def _transfers(stats: EngineStats) -> Iterator[Metric]:
+    blocks = {"exported": stats.exported_blocks, "imported": stats.imported_blocks}
+    yield labelled_counter("emberkv_transferred_blocks", "Blocks moved between engines.", "direction", blocks)
+    refused = dict(sorted(stats.refused_imports.items()))
+    text = "Records that were not imported, by what was wrong with them."
+    yield labelled_counter("emberkv_refused_imports", text, "fault", refused)
 
 
 def _blocks(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:

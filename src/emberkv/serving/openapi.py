@@ -159,7 +159,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "/detokenize": Detokenized,
 }
 _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
-_OPEN = ("/", "/health", "/ready", "/openapi.json")
+_OPEN = ("/", "/docs", "/health", "/ready", "/openapi.json")
 _ERRORS = {
     400: "A field is wrong, or the prompt is too long (code context_length_exceeded).",
     401: "No key, or a wrong one.",
@@ -168,6 +168,7 @@ _ERRORS = {
     415: "The body has a content-encoding other than gzip.",
     500: "The engine failed.",
     503: "The model is not loaded yet, or the server is shutting down; see Retry-After.",
+    504: "The answer took longer than --request-timeout.",
 }
 _PREFIX = "#/components/schemas/{model}"
 

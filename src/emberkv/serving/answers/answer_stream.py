@@ -62,7 +62,7 @@ class AnswerStream:
     """The answers to one HTTP request. Iterate once, inside ``async with``, which aborts what is unfinished.
 
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
-    the engine fails.
+    the engine fails, and the error that the stream is interrupted with.
     """
 
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
@@ -72,6 +72,7 @@ class AnswerStream:
         self._due: deque[_Slot] = deque()
         self._has_output = asyncio.Event()
         self._interruption: EmberError | None = None
+        self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
@@ -101,6 +102,10 @@ class AnswerStream:
         """End the stream early: its iteration raises ``error``."""
         self._interruption = error
         self._has_output.set()
+
+    def interrupt_after(self, seconds: float, error: EmberError) -> None:
+        """Have `interrupt` called once ``seconds`` have passed, unless the stream is closed before."""
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.interrupt, error)
 
     def __aiter__(self) -> Self:
         return self
@@ -167,6 +172,8 @@ class AnswerStream:
         if self._closed:
             return
         self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
         for slot in self._slots:
             if slot.answer.finish_reason is None:
                 self._engine.abort(slot.request_id)
