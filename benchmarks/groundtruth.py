@@ -22,7 +22,7 @@ from benchmarks.figures import Figure, Row
 from emberkv.sim.config import SimulationConfig, TraceConfig
 from emberkv.sim.inputs import Workload
 from emberkv.sim.outcome import Status
-from emberkv.sim.run import simulate
+from emberkv.sim.run import run_simulation
 
 RUN = measured_elsewhere.DATA / "vllm_rtx4090_llama31_8b"
 TARGET = 0.15
@@ -82,7 +82,7 @@ def set_up(folder: Path, kv_blocks: int | None = None) -> SimulationConfig:
 
 def simulated(folder: Path, kv_blocks: int | None = None) -> Latencies:
     workload = Workload(None, TraceConfig(path="workload.jsonl.xz"), folder)
-    results = simulate(set_up(folder, kv_blocks), workload)
+    results = run_simulation(set_up(folder, kv_blocks), workload)
     rows = list(results.rows)
     assert all(row.status is Status.COMPLETED for row in rows)
     return _latencies(

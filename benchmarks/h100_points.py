@@ -20,10 +20,10 @@ from benchmarks import measured_elsewhere
 from benchmarks.closed_loop import BLOCK_SIZE, Loop, Walk, walk
 from benchmarks.figures import Figure, Row
 
+from emberkv.sim.build import kv_blocks
 from emberkv.sim.calibrated import bare, fit_overheads
-from emberkv.sim.footprint import kv_blocks
 from emberkv.sim.hardware import MICROSECOND, HardwareProfile, Overheads, load_profile
-from emberkv.sim.model_config import load_spec
+from emberkv.sim.model_spec import load_spec
 from emberkv.sim.roofline import Roofline
 
 POINTS = measured_elsewhere.DATA / "h100_ttft_tpot.csv.xz"

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from emberkv.bench.client import Answer, Clock, Endpoint, Target, ask
-from emberkv.bench.runner import first_model, tokens_per_word
-from emberkv.bench.workload import Message, text
+from emberkv.bench.client import Answer, Clock, Endpoint, Message, Target, ask
+from emberkv.bench.runner import first_model, text, tokens_per_word
 
 STOP_SECONDS = 30.0
 

@@ -17,7 +17,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from emberkv.bench.workload import WORDS
+from emberkv.bench.runner import WORDS
 
 END = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"

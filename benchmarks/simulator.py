@@ -24,7 +24,7 @@ from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
 from emberkv.sim.inputs import Workload
-from emberkv.sim.run import simulate
+from emberkv.sim.run import run_simulation
 from emberkv.workload.spec import parse_workload
 
 MILLION = 1_000_000
@@ -85,7 +85,7 @@ def run_here(case: Case, trace: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.process_time()
         config = with_changes(SimulationConfig(), case.changes)
-        results = simulate(config, workload, csv_file=Path(folder) / "rows.csv")
+        results = run_simulation(config, workload, csv_file=Path(folder) / "rows.csv")
         seconds = time.process_time() - begin
     summary = {name: found for name, found in results.summary.items() if name != "memory_over_time"}
     uncached = [replica["prefilled_tokens"] for replica in summary["replicas"]]

@@ -22,12 +22,12 @@ import httpx
 from benchmarks import arguments, lib, report
 from benchmarks.figures import Figure, Row
 
-from emberkv.bench.client import Answer, Target, ask
-from emberkv.bench.workload import Message, Workload
+from emberkv.bench.client import Answer, Message, Target, ask
+from emberkv.bench.runner import Workload
 from emberkv.sim import config as sim_config
 from emberkv.sim.inputs import Workload as SimWorkload
-from emberkv.sim.model_config import DEMO_NAME, load_spec
-from emberkv.sim.run import simulate
+from emberkv.sim.model_spec import DEMO_NAME, load_spec
+from emberkv.sim.run import run_simulation
 from emberkv.workload.ember_trace import read
 
 BLOCK_SIZE = 16
@@ -108,7 +108,7 @@ def simulated(trace: Path, profile: Path) -> list[list[Told]]:
         prefill_chunk=128, max_step_tokens=256, max_running=64,
     )  # fmt: skip
     workload = SimWorkload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
-    results = simulate(set_up, workload, keep_ids=True)
+    results = run_simulation(set_up, workload, keep_ids=True)
     rows = dict(zip(results.rows.ids, results.rows, strict=True))
     sessions: dict[str, list[Told]] = {}
     for request in read(trace):

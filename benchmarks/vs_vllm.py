@@ -22,9 +22,8 @@ from benchmarks.figures import Comparison
 from benchmarks.random_qwen2 import ensure_model
 
 from emberkv.bench.client import Endpoint
-from emberkv.bench.runner import run_workload
+from emberkv.bench.runner import Workload, run_workload
 from emberkv.bench.summary import summarize
-from emberkv.bench.workload import Workload
 from emberkv.cli.bench import connect
 
 LONG, SHORT = 6600, 32

@@ -32,7 +32,7 @@ SECTIONS = {
         "emberkv.core.explaining.explanation.Explanation", "emberkv.core.explaining.explanation.Miss",
         "emberkv.core.explaining.explanation.Reason", "emberkv.core.explaining.explanation.Divergence",
     ),
-    "Predict": ("emberkv.simulate", "emberkv.plan", "emberkv.sim.run.Results", "emberkv.sim.planner.Plan"),
+    "Predict": ("emberkv.simulate", "emberkv.plan", "emberkv.sim.run.Results", "emberkv.sim.plan.Plan"),
     "Keep bytes in RAM": ("emberkv.InMemoryKVCacheManager",),
     "Warm a cache": ("emberkv.warmup_kv_cache", "emberkv.get_standard_system_prompt"),
     "Errors": ("emberkv.errors",),

@@ -18,10 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
 PACKAGES = ("core", "cluster", "workload")
-HOT_IN_SIM = (
-    "agenda", "cache_only", "latencies", "outcome", "replica", "rows", "roofline", "series", "simulated_request",
-    "simulator", "tiers", "timing",
-)  # fmt: skip
+HOT_IN_SIM = ("cache_only", "outcome", "replica", "roofline", "simulator", "summary", "tiers", "timing")
 """The modules of ``emberkv.sim`` that run for every request or step; the others run once."""
 NOT_COMPILED = {"numpy", "pydantic"}
 """Packages whose importers stay Python: pydantic's classes are built at run time, numpy's calls gain nothing."""

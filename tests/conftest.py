@@ -7,12 +7,16 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny_model, tiny_tokenizer
 from tests.tiers.redis_process import PROGRAM, RedisProcess
 
 CheckpointFactory = Callable[..., Path]
+
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")  # a busy machine draws examples slowly, which is no fault of a test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from emberkv.engine.request import SamplingParams
     from emberkv.engine.warmup import get_standard_system_prompt, warmup_kv_cache
     from emberkv.llm import LLM
-    from emberkv.sim.api import plan, simulate
+    from emberkv.sim.planner import plan
+    from emberkv.sim.run import simulate
 
 __all__ = [
     "LLM",
@@ -28,8 +29,8 @@ _ON_DEMAND = {
     "LLM": "emberkv.llm",
     "SamplingParams": "emberkv.engine.request",
     "get_standard_system_prompt": "emberkv.engine.warmup",
-    "plan": "emberkv.sim.api",
-    "simulate": "emberkv.sim.api",
+    "plan": "emberkv.sim.planner",
+    "simulate": "emberkv.sim.run",
     "warmup_kv_cache": "emberkv.engine.warmup",
 }
 

@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 
 from emberkv.bench.client import Answer, Target, ask
-from emberkv.bench.runner import RequestRecord, run_workload
-from emberkv.bench.workload import Workload
+from emberkv.bench.runner import RequestRecord, Workload, run_workload
 
 FAKE = Target("fake")
 

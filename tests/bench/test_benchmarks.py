@@ -15,7 +15,7 @@ from benchmarks.report import publish
 from benchmarks.serving_ratios import steady_rate, whole_rate
 
 from emberkv.bench.client import Answer, Usage
-from emberkv.bench.workload import WORDS
+from emberkv.bench.runner import WORDS
 from tests.bench.fake_server import FAKE, Event, FakeServer, piece, usage
 
 

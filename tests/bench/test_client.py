@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from emberkv.bench.client import Endpoint, Target, flatten
-from emberkv.bench.workload import Workload
+from emberkv.bench.runner import Workload
 from tests.bench.fake_server import PLAIN, Event, FakeServer, finish, piece, usage
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import httpx
 
-from emberkv.bench.runner import Phase
-from emberkv.bench.workload import Workload
+from emberkv.bench.runner import Phase, Workload
 from tests.bench.fake_server import PLAIN, Event, FakeServer
 
 

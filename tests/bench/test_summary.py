@@ -11,9 +11,8 @@ import httpx
 import pytest
 from rich.console import Console
 
-from emberkv.bench.runner import RequestRecord
+from emberkv.bench.runner import RequestRecord, Workload
 from emberkv.bench.summary import Percentiles, Summary, as_json, percentile, percentiles, render, summarize
-from emberkv.bench.workload import Workload
 from tests.bench.fake_server import PLAIN, Event, FakeServer, finish, piece, usage
 
 FOUR = Workload(sessions=2, turns=2, concurrency=1)

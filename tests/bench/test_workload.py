@@ -2,7 +2,7 @@
 
 import pytest
 
-from emberkv.bench.workload import WORDS, Workload
+from emberkv.bench.runner import WORDS, Workload
 from emberkv.errors import ConfigError
 
 

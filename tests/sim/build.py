@@ -8,7 +8,7 @@ from typing import Any
 from emberkv.sim.build import build, machine_of
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.outcome import Outcome
-from emberkv.sim.simulator import Ending, Simulator
+from emberkv.sim.simulator import SimulationEnd, Simulator
 from emberkv.workload.content import Content, Span
 from emberkv.workload.request import Request
 from emberkv.workload.source import Source, TraceSource
@@ -30,7 +30,7 @@ class Ran:
     """A simulation that is over. outcomes: by request id."""
 
     simulator: Simulator
-    ending: Ending
+    ending: SimulationEnd
     outcomes: dict[str, Outcome]
 
     def cached(self, name: str) -> tuple[int, int]:

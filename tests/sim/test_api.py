@@ -7,7 +7,7 @@ import pytest
 
 import emberkv
 from emberkv.errors import ConfigError, WorkloadError
-from emberkv.sim.plan_words import get_this
+from emberkv.sim.plan import get_this
 
 CLIENT = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
 SET_UP = {

@@ -11,9 +11,8 @@ from emberkv.sim.build import machine_of
 from emberkv.sim.cache_only import Replay
 from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
 from emberkv.sim.inputs import Workload
-from emberkv.sim.outcome import CacheEvent, Outcome
-from emberkv.sim.rows import Rows
-from emberkv.sim.run import Results, simulate
+from emberkv.sim.outcome import CacheEvent, Outcome, Rows
+from emberkv.sim.run import Results, run_simulation
 from emberkv.sim.summary import summarize
 from emberkv.workload.description import UnlimitedCache
 from emberkv.workload.request import Request
@@ -25,7 +24,7 @@ from tests.workload.build import jsonl, mooncake_line, span
 
 def replay(trace: Path, **changes: Any) -> Results:
     settings = with_changes(SimulationConfig(), {"cache_only": True, **changes})
-    return simulate(settings, Workload(None, TraceConfig(path=trace.name), trace.parent))
+    return run_simulation(settings, Workload(None, TraceConfig(path=trace.name), trace.parent))
 
 
 def blocks(results: Results) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import pytest
 from emberkv.errors import ConfigError
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
-from emberkv.sim.model_config import load_spec
+from emberkv.sim.model_spec import load_spec
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
 from tests.sim.flat import FLAT

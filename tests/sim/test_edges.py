@@ -10,7 +10,7 @@ import pytest
 from emberkv.errors import EmberError
 from emberkv.sim.config import SetUp, SimulationConfig, TraceConfig
 from emberkv.sim.inputs import Workload, open_set_up
-from emberkv.sim.run import simulate
+from emberkv.sim.run import run_simulation
 from emberkv.workload.ember_trace import TraceLine
 from emberkv.workload.spec import GeneratedWorkload, Profile
 from tests.workload.build import CHAT, jsonl
@@ -30,7 +30,7 @@ LINE = {"request": "a", "arrival": 0.0, "prompt_tokens": 20, "output_tokens": 4}
 def run(path: Path) -> None:
     set_up, workload = open_set_up(path)
     assert workload is not None
-    simulate(set_up.simulation, workload)
+    run_simulation(set_up.simulation, workload)
 
 
 def of_simulation(folder: Path, key: str, value: Any) -> None:
@@ -49,7 +49,7 @@ def of_client(folder: Path, key: str, value: Any) -> None:
 def of_line(folder: Path, key: str, value: Any) -> None:
     path = jsonl(folder / "t.jsonl", '{"emberkv_trace": 1}', {**LINE, key: value})
     set_up = SetUp(trace=TraceConfig(path=path.name))
-    simulate(SimulationConfig(**SIMULATION), Workload(None, set_up.trace, folder))
+    run_simulation(SimulationConfig(**SIMULATION), Workload(None, set_up.trace, folder))
 
 
 def _run(data: dict[str, Any], folder: Path) -> None:

@@ -3,8 +3,8 @@
 from itertools import islice
 from random import Random
 
-from emberkv.sim.agenda import Outage, RandomOutages, outages
 from emberkv.sim.outcome import Status
+from emberkv.sim.simulator import Outage, RandomOutages, outages
 from tests.sim.build import run, single
 from tests.workload.build import span
 

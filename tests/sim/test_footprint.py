@@ -3,9 +3,9 @@
 import pytest
 
 from emberkv.errors import ConfigError
-from emberkv.sim.footprint import activation_bytes, kv_block_bytes, kv_blocks, weight_bytes
+from emberkv.sim.build import activation_bytes, kv_block_bytes, kv_blocks, weight_bytes
 from emberkv.sim.hardware import GIB, load_profile
-from emberkv.sim.model_config import load_spec
+from emberkv.sim.model_spec import load_spec
 from tests.sim.flat import FLAT, TINY
 
 LLAMA = load_spec("llama-3.1-8b")

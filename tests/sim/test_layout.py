@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from emberkv.errors import ConfigError
-from emberkv.sim.build import machine_of
+from emberkv.sim.build import kv_blocks, machine_of, weight_bytes
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.footprint import kv_blocks, weight_bytes
 from emberkv.sim.hardware import load_profile
 from emberkv.sim.roofline import Layout, Roofline
 from emberkv.sim.timing import Chunk, Work

@@ -2,9 +2,8 @@
 
 import pytest
 
-from emberkv.sim.load import Load, load_of
-from emberkv.sim.outcome import Outcome, Status, Turn
-from emberkv.sim.rows import Row, Rows
+from emberkv.sim.outcome import Outcome, Row, Rows, Status, Turn
+from emberkv.sim.summary import Load, load_of
 from tests.sim.build import single
 
 SECOND = 10**9
@@ -27,7 +26,7 @@ def test_half_as_fast_as_requests_arrive_is_a_queue_without_end() -> None:
     found = load_of(rows(*((at, 2 * at + 0.5) for at in range(101))), replicas=3)
     assert found == Load(1.01, 0.5, 51, True, 7)
     assert found is not None
-    assert found.words == (
+    assert found.sentence == (
         "This set-up serves 0.5 of 1.01 requests a second: the queue grows without end; 7 replicas are the least."
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from emberkv.errors import ConfigError, UnsupportedModelError
-from emberkv.sim.model_config import load_spec, model_names, spec_from_config
+from emberkv.sim.model_spec import load_spec, model_names, spec_from_config
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",

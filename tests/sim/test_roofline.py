@@ -10,7 +10,7 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.errors import ConfigError
 from emberkv.sim.hardware import load_profile, profile_names
-from emberkv.sim.model_config import load_spec
+from emberkv.sim.model_spec import load_spec
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
 from emberkv.workload.content import Content

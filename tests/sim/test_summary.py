@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from emberkv.sim.config import Targets
 from emberkv.sim.inputs import Workload
-from emberkv.sim.latencies import percentile, percentiles
-from emberkv.sim.outcome import CacheEvent, Outcome, Status, Turn, cache_event
-from emberkv.sim.rows import Rows
-from emberkv.sim.run import Results, simulate
-from emberkv.sim.summary import summarize
+from emberkv.sim.outcome import CacheEvent, Outcome, Rows, Status, Turn, cache_event
+from emberkv.sim.run import Results, run_simulation
+from emberkv.sim.summary import percentile, percentiles, summarize
 from tests.sim.build import config, single
 from tests.workload.build import workload
 
@@ -30,7 +28,7 @@ HOW: dict[str, Any] = {
 
 def ran(folder: Path, **changes: Any) -> tuple[Results, list[dict[str, str]]]:
     file = folder / "rows.csv"
-    results = simulate(config(**{**HOW, **changes}), Workload(CHATTY, None, Path()), csv_file=file)
+    results = run_simulation(config(**{**HOW, **changes}), Workload(CHATTY, None, Path()), csv_file=file)
     with file.open(newline="") as rows:
         return results, list(csv.DictReader(rows))
 

@@ -83,7 +83,7 @@ def test_the_faster_of_two_tiers_has_what_came_from_the_slower() -> None:
     again = ran.outcomes["again"]
     assert again.tier_tokens == {"disk": 90}
     ram, _ = ran.simulator.replicas[0].lower.tiers  # type: ignore[union-attr]  # there are two
-    ram.settle(21_000 * MS)
+    ram.apply_writes(21_000 * MS)
     block_hashes = again.request.chain(root_of(config(), 10)(again.request), 10).block_hashes
     assert ram.lookup(block_hashes[1:]) == 9
 
@@ -135,28 +135,28 @@ def tier(capacity: int) -> ModelledTier:
 
 def test_a_block_is_found_once_it_is_written() -> None:
     one = tier(4)
-    one.offer(b"a", True, 0)
-    one.settle(999 * MS)
+    one.offload(b"a", True, 0)
+    one.apply_writes(999 * MS)
     assert one.lookup([b"a"]) == 0
-    one.settle(1000 * MS)
+    one.apply_writes(1000 * MS)
     assert one.lookup([b"a"]) == 1
 
 
 def test_offers_beyond_the_queue_are_skipped() -> None:
     one = tier(4)
     for name in (b"a", b"b", b"c"):
-        one.offer(name, True, 0)
-    one.settle(10_000 * MS)
+        one.offload(name, True, 0)
+    one.apply_writes(10_000 * MS)
     assert (one.lookup([b"a", b"b", b"c"]), one.skipped) == (2, 1)
 
 
 def test_exact_blocks_take_the_place_of_others() -> None:
     one = tier(4)
-    one.offer(b"a", False, 0)
-    one.settle(1000 * MS)
+    one.offload(b"a", False, 0)
+    one.apply_writes(1000 * MS)
     assert (one.lookup([b"a"], exact=True), one.lookup([b"a"])) == (0, 1)
-    one.offer(b"a", True, 1000 * MS)
-    one.settle(2000 * MS)
+    one.offload(b"a", True, 1000 * MS)
+    one.apply_writes(2000 * MS)
     assert one.lookup([b"a"], exact=True) == 1
 
 

@@ -9,9 +9,8 @@ from emberkv.core.hashing import BlockHash, Chain, TokenChain
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence
-from emberkv.workload.chain import ContentChain
 from emberkv.workload.content import Content, Span, Tokens, stream_key
-from emberkv.workload.request import Request
+from emberkv.workload.request import ContentChain, Request
 from tests.workload.build import request, span
 
 ROOT = bytes(32)

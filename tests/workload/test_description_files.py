@@ -10,9 +10,16 @@ import pytest
 from pydantic import TypeAdapter
 
 from emberkv.errors import WorkloadError
-from emberkv.workload.arrivals import Arrivals, Constant, Gamma, Poisson
-from emberkv.workload.distributions import Distribution
-from emberkv.workload.spec import PRESETS, load_workload, parse_workload
+from emberkv.workload.spec import (
+    PRESETS,
+    Arrivals,
+    Constant,
+    Distribution,
+    Gamma,
+    Poisson,
+    load_workload,
+    parse_workload,
+)
 from tests.workload.build import CHAT, jsonl, mooncake_line, workload
 
 distribution: TypeAdapter[Any] = TypeAdapter(Distribution)

@@ -7,10 +7,17 @@ import pytest
 
 from emberkv.errors import WorkloadError
 from emberkv.workload.description import describe
-from emberkv.workload.files import ServiceTime, open_requests, open_source, write_trace
 from emberkv.workload.request import Request
-from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, TraceSource, unroll
-from emberkv.workload.trace import TraceFormat, clip, merge, read_trace, scale_rate, scopes
+from emberkv.workload.source import (
+    ClosedLoopTraceSource,
+    GeneratedSource,
+    ServiceTime,
+    TraceSource,
+    open_requests,
+    open_source,
+    unroll,
+)
+from emberkv.workload.trace import TraceFormat, clip, merge, read_trace, scale_rate, scopes, write_trace
 from tests.workload.build import jsonl, mooncake_line, request, span, workload
 
 FOLDER = Path(__file__).parents[2] / "examples"

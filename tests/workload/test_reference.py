@@ -8,8 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from emberkv.sim.config import SetUp, SimulationConfig, TraceConfig
-from emberkv.workload import arrivals, distributions
-from emberkv.workload.spec import GeneratedWorkload, Profile, SystemPrompts
+from emberkv.workload.spec import Arrivals, Distribution, GeneratedWorkload, Profile, SystemPrompts
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -42,8 +41,8 @@ def test_every_key_has_its_row(heading: str, model: type[BaseModel]) -> None:
 @pytest.mark.parametrize(
     ("heading", "kinds"),
     [
-        ("### `arrivals`", get_args(get_args(arrivals.Arrivals)[0])),
-        ("### Distributions", get_args(get_args(distributions.Distribution)[0])),
+        ("### `arrivals`", get_args(get_args(Arrivals)[0])),
+        ("### Distributions", get_args(get_args(Distribution)[0])),
     ],
 )
 def test_every_kind_has_its_row_with_its_keys(heading: str, kinds: tuple[type[BaseModel], ...]) -> None:

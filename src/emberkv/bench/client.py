@@ -4,12 +4,11 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypedDict
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from emberkv.bench.workload import Message
 from emberkv.errors import EmberError
 
 END_OF_STREAM = "[DONE]"
@@ -19,36 +18,58 @@ class AnswerError(EmberError):
     """A server's answer is an error, or is not what the protocol promises."""
 
 
-class PromptDetails(BaseModel):
+class Message(TypedDict):
+    """One message of a conversation, as OpenAI's API has it.
+
+    >>> flatten([Message(role="user", content="Hello")])
+    'Hello'
+    """
+
+    role: str
+    content: str
+
+
+class _PromptDetails(BaseModel):
     cached_tokens: int | None = None
 
 
 class Usage(BaseModel):
+    """The token counts that a server reports; None for what it leaves out.
+
+    >>> Usage.model_validate({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5}}).cached_tokens
+    5
+    """
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    prompt_tokens_details: PromptDetails | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
     @property
     def cached_tokens(self) -> int | None:
         return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
 
 
-class Delta(BaseModel):
+class _Delta(BaseModel):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 
 
-class Choice(BaseModel):
-    delta: Delta | None = None  # chat
+class _Choice(BaseModel):
+    delta: _Delta | None = None  # chat
     text: str | None = None  # completions
     finish_reason: str | None = None
 
 
 class Chunk(BaseModel):
-    """One event of a stream. ``error`` is what servers send when they fail after the headers."""
+    """One event of a stream. error: what servers send when they fail after the headers.
 
-    choices: list[Choice] = []
+    >>> chunk = parse_chunk('{"choices": [{"delta": {"content": "Hi"}}]}')
+    >>> chunk.answer, chunk.finish_reason
+    ('Hi', None)
+    """
+
+    choices: list[_Choice] = []
     usage: Usage | None = None
     error: Any = None
 
@@ -108,6 +129,10 @@ class Target:
     """The model that requests go to, and in which form.
 
     extensions: also send ``ignore_eos``, which is not in OpenAI's API but which most open servers know.
+
+    >>> target = Target("emberkv-demo", Endpoint.COMPLETIONS)
+    >>> target.path, target.body([{"role": "user", "content": "Hello"}], max_tokens=4)["prompt"]
+    ('/v1/completions', 'Hello')
     """
 
     model: str
@@ -148,6 +173,10 @@ class Answer:
 
     piece_times: arrival of each piece of visible text. A server may put several tokens in one piece.
     finished: arrival of the finish reason, None if the server gave none.
+
+    >>> answer = Answer(sent=1.0, piece_times=[1.25, 1.5, 2.0])
+    >>> answer.ttft, answer.gaps, answer.output_tokens
+    (0.25, [0.25, 0.5], 3)
     """
 
     sent: float

@@ -15,7 +15,11 @@ from emberkv.bench.runner import Phase, RequestRecord
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Percentiles of ``n`` values, in their unit."""
+    """Percentiles of ``n`` values, in their unit.
+
+    >>> percentiles([1.0, 2.0, 3.0]).p50, percentiles([])
+    (2.0, None)
+    """
 
     n: int
     p50: float
@@ -51,6 +55,10 @@ class Summary:
     cached_share: cached_tokens over prompt_tokens.
     textless: answers without visible text, whose TTFT is the time to their finish reason.
     uncounted: answers whose output tokens the server did not report, so that pieces were counted instead.
+
+    >>> summary = summarize([])
+    >>> summary.requests, summary.total, summary.cached_share
+    (0, 0.0, None)
     """
 
     requests: int

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emberkv.bench.client import Endpoint, Target
-from emberkv.bench.runner import RequestRecord, first_model, run_workload, tokens_per_word
+from emberkv.bench.runner import RequestRecord, Workload, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
-from emberkv.bench.workload import Workload
 from emberkv.cli.command import connection, error_console
 
 

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from emberkv.bench.client import Answer, Clock, Target, ask
-from emberkv.bench.workload import Message, Workload
+from emberkv.bench.client import Answer, Clock, Message, Target, ask
+from emberkv.bench.runner import Workload
 from emberkv.cli.command import check_outputs
 from emberkv.config import ServeConfig
 from emberkv.defaults import DEFAULT_PREFILL_CHUNK
@@ -36,8 +36,7 @@ from emberkv.errors import ConfigError, EmberError
 from emberkv.settings import serve_config
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
 from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
-from emberkv.sim.model_config import DEMO_NAME, spec_from_config
-from emberkv.sim.model_spec import ModelSpec
+from emberkv.sim.model_spec import DEMO_NAME, ModelSpec, spec_from_config
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
 from emberkv.tiers.disk.tier import DiskTier

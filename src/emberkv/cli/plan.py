@@ -16,10 +16,10 @@ from emberkv.cli.simulate_tables import ListHardware, ListModels
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.sim.config import SimulationConfig, with_changes
+from emberkv.sim.formatting import format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.inputs import open_set_up, required
-from emberkv.sim.plan_words import get_this, price_words, recommendation
-from emberkv.sim.planner import SIMULATED, Plan, Planner, SetUpPoint
-from emberkv.sim.words import rate_words, seconds_words, share_words, size_words, tier_words
+from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
+from emberkv.sim.planner import SIMULATED_REQUESTS, Planner
 
 
 def plan(
@@ -43,7 +43,7 @@ def plan(
     ] = None,
     capture: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of what is reusable to plan for.")] = 0.9,
     simulate: Annotated[bool, typer.Option(help="Whether to simulate set-ups besides the formulas.")] = True,
-    requests: Annotated[int, typer.Option(min=1, help="Simulate the first so many requests.")] = SIMULATED,
+    requests: Annotated[int, typer.Option(min=1, help="Simulate the first so many requests.")] = SIMULATED_REQUESTS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Writes one HTML page that opens with the answer.")] = None,
     list_models: ListModels = False,
@@ -99,8 +99,8 @@ def as_json(found: Plan) -> dict[str, Any]:
 
 def _print(found: Plan, console: Console) -> None:
     for sentence in (
-        f"One replica: {found.about.machine_words}, {found.about.memory_words}.",
-        found.about.defaults_words,
+        f"One replica: {found.about.machine_text}, {found.about.memory_text}.",
+        found.about.defaults_sentence,
     ):
         if sentence is not None:
             console.print(sentence, markup=False, highlight=False)
@@ -128,16 +128,16 @@ def _sizes(found: Plan) -> Table:
         table.add_column(heading, justify="right")
     for point in found.sizes:
         mark = ">" if point == found.recommended_size else ""
-        share = share_words(point.hit_rate / found.unlimited)
-        cells = (size_words(point.bytes), f"{point.blocks:,}", share_words(point.hit_rate))
-        table.add_row(mark, *cells, share_words(point.best_possible), share, style="bold" if mark else None)
-    table.add_row("", "unlimited", "", share_words(found.unlimited), share_words(found.unlimited), "100.0%")
+        share = format_share(point.hit_rate / found.unlimited)
+        cells = (format_size(point.bytes), f"{point.blocks:,}", format_share(point.hit_rate))
+        table.add_row(mark, *cells, format_share(point.best_possible), share, style="bold" if mark else None)
+    table.add_row("", "unlimited", "", format_share(found.unlimited), format_share(found.unlimited), "100.0%")
     return table
 
 
 def _set_ups(found: Plan) -> Table:
     """By formula, or simulated where a set-up was; the one to get has a mark."""
-    title = f"Set-ups, each replica with {size_words(found.pool_bytes)} of KV memory"
+    title = f"Set-ups, each replica with {format_size(found.pool_bytes)} of KV memory"
     table = Table(title=Text(title), title_justify="left")
     priced = found.price_per_hour is not None
     for heading in (
@@ -154,18 +154,18 @@ def _set_ups(found: Plan) -> Table:
     for point in found.set_ups:
         chosen = point == found.get
         cells = _cells(point)
-        price = (price_words(found, point) or "").removesuffix(" an hour").removeprefix("$")
+        price = (format_price(found, point) or "").removesuffix(" an hour").removeprefix("$")
         count = f"> {point.replicas:,}" if chosen else f"{point.replicas:,}"
         table.add_row(count, *cells, *((price,) if priced else ()), style="bold" if chosen else None)
     return table
 
 
 def _cells(point: SetUpPoint) -> tuple[str, ...]:
-    beside = f"{size_words(point.tier_bytes)} {tier_words(point.tier)}" if point.tier else ""
+    beside = f"{format_size(point.tier_bytes)} {format_tier(point.tier)}" if point.tier else ""
     ran = point.simulated
     if ran is None:
-        times = (share_words(point.hit_rate), seconds_words(point.first_token), "")
-        return (beside, "formula", *times, f"< {rate_words(point.most_requests_per_second)}")
+        times = (format_share(point.hit_rate), format_seconds(point.first_token), "")
+        return (beside, "formula", *times, f"< {format_rate(point.most_requests_per_second)}")
     served = ran.load.served_per_second if ran.load else ran.requests_per_second
-    times = (share_words(ran.hit_rate), seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft))
-    return (beside, "sim", *times, rate_words(served))
+    times = (format_share(ran.hit_rate), format_seconds(ran.mean_ttft), format_seconds(ran.p99_ttft))
+    return (beside, "sim", *times, format_rate(served))

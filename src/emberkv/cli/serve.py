@@ -33,7 +33,7 @@ from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, server_keys
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
 from emberkv.settings import ENV_PREFIX, read_settings
-from emberkv.sim.model_config import DEMO_NAME
+from emberkv.sim.model_spec import DEMO_NAME
 from emberkv.workload.ember_trace import Header, TraceLine
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from emberkv.sim.compare import compare, same_workload
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.inputs import Workload, open_set_up, required
 from emberkv.sim.run import Results
-from emberkv.sim.run import simulate as carry_out
+from emberkv.sim.run import run_simulation as carry_out
 
 
 def simulate(

@@ -10,17 +10,17 @@ from rich.text import Text
 
 from emberkv.cluster.decision_log import Replayed
 from emberkv.sim.compare import Comparison
+from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size
 from emberkv.sim.hardware import load_profile, profile_names
-from emberkv.sim.load import rejected_words
-from emberkv.sim.model_config import load_spec, model_names
+from emberkv.sim.model_spec import load_spec, model_names
 from emberkv.sim.run import Results
-from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words
+from emberkv.sim.summary import rejected_sentence
 
 
 def heading(results: Results) -> Iterator[str]:
     """What was computed, and what of it was a default; a sentence each."""
-    yield results.about.words
-    defaults = results.about.defaults_words
+    yield results.about.sentence
+    defaults = results.about.defaults_sentence
     if defaults is not None:
         yield defaults
     served = results.workload.served
@@ -32,9 +32,9 @@ def warnings(results: Results) -> Iterator[str]:
     """What makes the figures worth little; a sentence each."""
     requests = results.summary["requests"]
     if results.load is not None and results.load.grows:
-        yield results.load.words
+        yield results.load.sentence
     if requests["rejected"]:
-        yield rejected_words(requests["rejected"], requests["total"])
+        yield rejected_sentence(requests["rejected"], requests["total"])
 
 
 def summary(results: Results, title: str) -> Table:
@@ -50,21 +50,21 @@ def _rows(found: dict[str, Any], block_bytes: int) -> list[tuple[str, str]]:
     apart = ", ".join(f"{requests[name]:,} {name}" for name in ("rejected", "failed", "unfinished") if requests[name])
     completed = f"{requests['completed']:,} completed"
     rows = [
-        ("Requests", f"{completed}, {apart}; {share_words(found['success_rate'])} succeeded" if apart else completed),
+        ("Requests", f"{completed}, {apart}; {format_share(found['success_rate'])} succeeded" if apart else completed),
         ("KV cache", _cache(found, block_bytes)),
         (
             "Hit rate",
-            f"{share_words(caching['token_hit_rate'])} of prompt tokens ({caching['total_tokens_saved']:,} saved), "
-            f"{share_words(caching['request_hit_rate'])} of requests found any",
+            f"{format_share(caching['token_hit_rate'])} of prompt tokens ({caching['total_tokens_saved']:,} saved), "
+            f"{format_share(caching['request_hit_rate'])} of requests found any",
         ),
     ]
     if "blocks" in found:
         blocks = found["blocks"]
         rows.append(("Blocks", f"{blocks['hits']:,} of {blocks['references']:,} found, {blocks['hit_rate']:.2%}"))
     if caching["conversational_requests"]:
-        rows.append(("Later turns", f"{share_words(caching['conversational_token_hit_rate'])} of their prompt tokens"))
+        rows.append(("Later turns", f"{format_share(caching['conversational_token_hit_rate'])} of their prompt tokens"))
     rows += [
-        (f"From {name}", f"{share_words(tier['hit_rate'])} of prompt tokens")
+        (f"From {name}", f"{format_share(tier['hit_rate'])} of prompt tokens")
         for name, tier in found["tiers"].items()
         if len(found["tiers"]) > 1
     ]
@@ -73,35 +73,35 @@ def _rows(found: dict[str, Any], block_bytes: int) -> list[tuple[str, str]]:
 
 def _cache(found: dict[str, Any], block_bytes: int) -> str:
     blocks = found["kv_blocks"]
-    tokens = count_words(found["block_size"], "token")
-    return f"{size_words(blocks * block_bytes)} a replica, {blocks:,} blocks of {tokens}"
+    tokens = format_count(found["block_size"], "token")
+    return f"{format_size(blocks * block_bytes)} a replica, {blocks:,} blocks of {tokens}"
 
 
 def _times(found: dict[str, Any], pace: dict[str, float]) -> Iterator[tuple[str, str]]:
     for label, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("End to end", "e2e_latency_ms")):
         if found[name]:
-            yield label, percentile_words(found[name])
+            yield label, format_percentiles(found[name])
     if found["duration"]:
-        rate = f"{rate_words(pace['requests_per_second'])} requests"
-        rate += f" and {rate_words(pace['output_tokens_per_second'])} output tokens a second"
-        yield "Throughput", f"{rate}, over {seconds_words(found['duration'])}"
+        rate = f"{format_rate(pace['requests_per_second'])} requests"
+        rate += f" and {format_rate(pace['output_tokens_per_second'])} output tokens a second"
+        yield "Throughput", f"{rate}, over {format_seconds(found['duration'])}"
     if found["utilisation"]:
         used = found["utilisation"]
         yield (
             "Utilisation",
-            f"busy {share_words(used['compute'])} of the time; {share_words(used['kv_memory'])} of KV blocks held",
+            f"busy {format_share(used['compute'])} of the time; {format_share(used['kv_memory'])} of KV blocks held",
         )
     if found["slo"]:
-        yield "SLO", f"attained by {share_words(found['slo']['all'])} of requests"
+        yield "SLO", f"attained by {format_share(found['slo']['all'])} of requests"
     yield "Preemptions", f"{found['preemptions']:,}"
     again = found["prefix_caching"]["tokens_recomputed"]
     if again:
         yield "Computed again", f"{again:,} prompt tokens, after preemptions or lost replicas"
 
 
-def percentile_words(of: dict[str, float]) -> str:
+def format_percentiles(of: dict[str, float]) -> str:
     """Of milliseconds."""
-    return ", ".join(f"{name} {seconds_words(of[name] / 1e3)}" for name in ("mean", "p50", "p90", "p99"))
+    return ", ".join(f"{name} {format_seconds(of[name] / 1e3)}" for name in ("mean", "p50", "p90", "p99"))
 
 
 def comparison(found: Comparison, left: str, right: str) -> Table:
@@ -119,11 +119,11 @@ def replayed(found: Replayed, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left", show_header=False)
     table.add_row("Decisions", f"{found.decisions:,}")
     first = "" if found.first_other is None else f"; the first other one is line {found.first_other:,}"
-    table.add_row("As recorded", f"{share_words(found.same / max(1, found.decisions))} ({found.same:,}{first})")
+    table.add_row("As recorded", f"{format_share(found.same / max(1, found.decisions))} ({found.same:,}{first})")
     if found.expected is not None and found.recorded is not None:
         table.add_row(
             "Expected TTFT",
-            f"mean {seconds_words(found.expected)}; of what was recorded {seconds_words(found.recorded)}",
+            f"mean {format_seconds(found.expected)}; of what was recorded {format_seconds(found.recorded)}",
         )
     table.add_row("Why", ", ".join(f"{reason} {count:,}" for reason, count in sorted(found.reasons.items())))
     return table
@@ -136,8 +136,8 @@ def _show_models(wanted: bool) -> None:
     for name in model_names():
         spec = load_spec(name)
         table.add_row(
-            name, f"{spec.parameters / 1e9:,.3g} B", f"{size_words(spec.weight_bytes)} {spec.weights_dtype}",
-            size_words(spec.kv_bytes_per_token), f"{spec.context:,}",
+            name, f"{spec.parameters / 1e9:,.3g} B", f"{format_size(spec.weight_bytes)} {spec.weights_dtype}",
+            format_size(spec.kv_bytes_per_token), f"{spec.context:,}",
         )  # fmt: skip
     Console().print(table)
     raise typer.Exit
@@ -150,8 +150,8 @@ def _show_hardware(wanted: bool) -> None:
     for name in profile_names():
         profile = load_profile(name)
         table.add_row(
-            name, profile.name, f"{profile.memory_gib:g} GiB", f"{rate_words(profile.memory_gb_per_s)} GB/s",
-            f"{rate_words(profile.flops('bf16') / 1e12)} TFLOPS",
+            name, profile.name, f"{profile.memory_gib:g} GiB", f"{format_rate(profile.memory_gb_per_s)} GB/s",
+            f"{format_rate(profile.flops('bf16') / 1e12)} TFLOPS",
         )  # fmt: skip
     Console().print(table)
     raise typer.Exit

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from emberkv.cli.command import App, check_outputs, errors_reported
 from emberkv.errors import WorkloadError
-from emberkv.sim.words import count_words, share_words
+from emberkv.sim.formatting import format_count, format_share
 from emberkv.workload.description import Description, Lengths, describe
-from emberkv.workload.files import ASSUMED, ServiceTime, is_description, open_requests, write_trace
-from emberkv.workload.trace import TraceFormat, clip, merge, scale_rate, scopes
+from emberkv.workload.source import ASSUMED, ServiceTime, is_description, open_requests
+from emberkv.workload.trace import TraceFormat, clip, merge, scale_rate, scopes, write_trace
 
 app = App(name="workload", help="Generate, describe and convert workloads.")
 
@@ -155,7 +155,7 @@ def _lengths(of: Lengths) -> str:
 def _sessions(found: Description) -> str:
     if not found.sessions:
         return "not given"
-    return f"{found.sessions:,}; the longest has {count_words(found.longest_session, 'turn')}"
+    return f"{found.sessions:,}; the longest has {format_count(found.longest_session, 'turn')}"
 
 
 def _table(found: Description, title: str) -> Table:
@@ -163,8 +163,8 @@ def _table(found: Description, title: str) -> Table:
     rate = "" if found.rate is None else f", {found.rate:,.2f} a second"
     hits, hit_tokens = "the workload does not say what prompts share", ""
     if cache.content_known:
-        hits = f"{cache.hits:,} prefix hits, {share_words(cache.block_hit_rate)}"
-        hit_tokens = f"{cache.hit_tokens:,} of {cache.prompt_tokens:,}, {share_words(cache.token_hit_rate)}"
+        hits = f"{cache.hits:,} prefix hits, {format_share(cache.block_hit_rate)}"
+        hit_tokens = f"{cache.hit_tokens:,} of {cache.prompt_tokens:,}, {format_share(cache.token_hit_rate)}"
     rows = [
         ("Requests", f"{found.requests:,} over {found.duration:,.1f} s{rate}"),
         ("Sessions", _sessions(found)),

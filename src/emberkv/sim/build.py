@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
+from typing import Any
 
+from emberkv import __version__
 from emberkv.cluster.routing import Recorder, Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
@@ -13,20 +15,84 @@ from emberkv.core.policies.eviction import EntryCost, make_policy
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.errors import ConfigError
-from emberkv.sim.agenda import Outage, RandomOutages, outages
 from emberkv.sim.config import SimulationConfig, TierConfig
-from emberkv.sim.footprint import kv_block_bytes, kv_blocks
+from emberkv.sim.formatting import format_count, format_size
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
-from emberkv.sim.model_config import load_spec
-from emberkv.sim.model_spec import ModelSpec
+from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec, load_spec
 from emberkv.sim.outcome import Outcome
 from emberkv.sim.replica import Replica
 from emberkv.sim.roofline import Layout, Roofline
-from emberkv.sim.simulator import Progress, RootOf, Simulator
-from emberkv.sim.tiers import Channel, LowerModel, ModelledTier
+from emberkv.sim.simulator import Outage, Progress, RandomOutages, RootOf, Simulator, outages
+from emberkv.sim.tiers import Channel, ModelledTier, ModelledTiers
 from emberkv.sim.timing import ConstantRates, StepClock, StepTimer
 from emberkv.workload.bounds import MOST_BLOCKS
 from emberkv.workload.source import Source
+
+UTILISATION = 0.9
+"""Share of a device's memory that a server takes by default, as vLLM does."""
+
+SAMPLED_BYTES = 12
+"""Bytes of a logit while it is sampled from: fp32 logits, a copy and the probabilities."""
+
+
+def weight_bytes(model: ModelSpec, tensor_parallel: int = 1, *, whole_attention: bool = False) -> int:
+    """Bytes of weights on each device of a group. whole_attention: each has all of the attention's, if it is
+    data-parallel.
+    """
+    if not whole_attention:
+        return -(-model.weight_bytes // tensor_parallel)
+    attention = round(model.layers * model.attention_parameters * DTYPE_BITS[model.weights_dtype] / 8)
+    return attention + -(-(model.weight_bytes - attention) // tensor_parallel)
+
+
+def activation_bytes(model: ModelSpec, step_tokens: int, sequences: int, tensor_parallel: int = 1) -> int:
+    """Bytes that a step of ``step_tokens`` needs at its peak on each device, ``sequences`` of them sampling.
+
+    The widest moment of a layer: its input, the residual and the normed copy, and the MLP's two halves and their
+    product; besides, the logits that are sampled from.
+    """
+    width = max(
+        model.intermediate * (model.moe_layers < model.layers), model.experts_per_token * model.expert_intermediate
+    )
+    layer = step_tokens * (3 * model.hidden + 3 * -(-width // tensor_parallel)) * 2
+    return layer + sequences * model.vocab * SAMPLED_BYTES
+
+
+def kv_block_bytes(model: ModelSpec, block_size: int, tensor_parallel: int = 1) -> int:
+    """Bytes of one block on each device; KV heads are split among the devices, and copied when there are too few."""
+    heads = -(-model.kv_heads // tensor_parallel)
+    return block_size * model.kv_bytes_per_token * heads // model.kv_heads
+
+
+def kv_blocks(
+    model: ModelSpec,
+    hardware: HardwareProfile,
+    *,
+    block_size: int = 16,
+    utilisation: float = UTILISATION,
+    tensor_parallel: int = 1,
+    step_tokens: int = 2048,
+    sequences: int = 256,
+    data_parallel_attention: bool = False,
+) -> int:
+    """KV blocks of all devices together that fit beside weights, activations and the runtime.
+
+    A block is divided among the devices, or, if attention is data-parallel, whole on one of them.
+    Raises ConfigError if not one fits.
+    """
+    budget = int(hardware.memory_bytes * utilisation)
+    weights = weight_bytes(model, tensor_parallel, whole_attention=data_parallel_attention)
+    reserve = activation_bytes(model, step_tokens, sequences, tensor_parallel) + round(hardware.runtime_gib * GIB)
+    sharing = 1 if data_parallel_attention else tensor_parallel
+    blocks = (budget - weights - reserve) // kv_block_bytes(model, block_size, sharing)
+    if blocks < 1:
+        raise ConfigError(
+            f"{model.name} does not fit {hardware.name}: of {budget / GIB:.1f} GiB, {weights / GIB:.1f} GiB of weights "
+            f"and {reserve / GIB:.1f} GiB to compute leave nothing for the KV cache; use more devices, another dtype "
+            "or smaller steps"
+        )
+    return blocks * tensor_parallel // sharing
+
 
 EVENTS_KEPT = 1024
 """Block events that a replica keeps for its router, which reads them after each step."""
@@ -34,7 +100,16 @@ EVENTS_KEPT = 1024
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a replica is: its pool, in blocks of ``block_bytes`` on all its devices, and how long its steps take."""
+    """What a replica is: a pool of blocks of ``block_bytes`` on all its devices, and how long its steps take.
+
+    request_seconds, request_token_seconds: what each request and each token of its prompt costs beside its steps.
+
+    >>> machine = machine_of(SimulationConfig(model="llama-3.1-8b", hardware="h100"), block_size=16)
+    >>> machine.block_bytes, machine.num_blocks
+    (2097152, 28397)
+    >>> round(machine.timer.decode_seconds(sequences=1, context=1000), 3)
+    0.006
+    """
 
     block_size: int
     num_blocks: int
@@ -48,7 +123,7 @@ class Machine:
 
 
 def root_of(config: SimulationConfig, block_size: int) -> RootOf:
-    """What a request's chain begins with: as when serving, chains of different salts share nothing."""
+    """The parent hash of each request's first block: chains with different salts share nothing, as in the server."""
 
     root = root_hash("simulated", block_size)
 
@@ -60,7 +135,7 @@ def root_of(config: SimulationConfig, block_size: int) -> RootOf:
 
 
 def recompute_cost(model: ModelSpec, block_size: int) -> BlockCost:
-    """What a block costs to compute again, in floating-point operations, against its bytes; as the server has it.
+    """What recomputing a block costs in floating-point operations, against its bytes; as the server has it.
 
     Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
     """
@@ -71,7 +146,8 @@ def recompute_cost(model: ModelSpec, block_size: int) -> BlockCost:
 
 
 def machine_of(config: SimulationConfig, block_size: int) -> Machine:
-    """Raises ConfigError for unknown names, or a model that does not fit."""
+    """The machine that a configuration describes. Raises ConfigError for unknown names, or a model that does not
+    fit."""
     if config.rates is not None:
         rates = config.rates
         timer = ConstantRates(rates.per_step, rates.per_prefill_token, rates.per_decode_token)
@@ -155,18 +231,20 @@ def tier_of(tier: TierConfig, machine: Machine) -> ModelledTier:
     )
 
 
-def lower_of(config: SimulationConfig, machine: Machine) -> list[LowerModel | None]:
+def lower_of(config: SimulationConfig, machine: Machine) -> list[ModelledTiers | None]:
     """The tiers below each replica's pool."""
     if not config.tiers:
         return [None] * config.replicas
     shared = {tier.name: tier_of(tier, machine) for tier in config.tiers if tier.shared}
     return [
-        LowerModel([shared.get(tier.name) or tier_of(tier, machine) for tier in config.tiers])
+        ModelledTiers([shared.get(tier.name) or tier_of(tier, machine) for tier in config.tiers])
         for _ in range(config.replicas)
     ]
 
 
-def scheduler_of(config: SimulationConfig, machine: Machine, lower: LowerModel | None, events_kept: int) -> Scheduler:
+def scheduler_of(
+    config: SimulationConfig, machine: Machine, lower: ModelledTiers | None, events_kept: int
+) -> Scheduler:
     """A fresh scheduler, cache and pool, as the server has them. events_kept: see `router_of`."""
     cache = cache_of(config, machine, tails=config.hit_unit == 1, events_kept=events_kept)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
@@ -217,4 +295,83 @@ def build(
         stop_at=config.stop_at,
         tenants=config.salted or bool(config.tenant_weights),
         progress=progress,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a simulation computed: model, hardware and replicas.
+
+    model, hardware: None where three times (``rates``) stand for both. kv_bytes, kv_blocks: of one replica.
+    defaults: which of model and hardware were given neither by a file nor by an option nor by a recording.
+
+    >>> config = SimulationConfig(hardware="h100", replicas=2)
+    >>> found = about(config, machine_of(config, block_size=16))
+    >>> found.machine_text, found.defaults
+    ('llama-3.1-8b (bf16) on H100 SXM', ('model',))
+    """
+
+    version: str
+    model: str | None
+    weights: str | None
+    hardware: str | None
+    devices: int
+    replicas: int
+    routing: str
+    kv_bytes: int
+    kv_blocks: int
+    block_size: int
+    defaults: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__} | {"defaults": list(self.defaults)}
+
+    @property
+    def machine_text(self) -> str:
+        """One replica: its model and devices."""
+        if self.model is None:
+            return "a machine given by its rates"
+        devices = self.hardware if self.devices == 1 else f"{self.devices} x {self.hardware}"
+        return f"{self.model} ({self.weights}) on {devices}"
+
+    @property
+    def memory_text(self) -> str:
+        return (
+            f"{format_size(self.kv_bytes)} of KV memory, {self.kv_blocks:,} blocks of "
+            f"{format_count(self.block_size, 'token')}"
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The set-up in one sentence."""
+        routed = f", routed by {self.routing}" if self.replicas > 1 else ""
+        each = ", each with " if self.replicas > 1 else " with "
+        return f"{self.machine_text}: {format_count(self.replicas, 'replica')}{routed}{each}{self.memory_text}."
+
+    @property
+    def defaults_sentence(self) -> str | None:
+        """One sentence; None where nothing was left to a default."""
+        if not self.defaults:
+            return None
+        names = " and ".join(self.defaults)
+        options = " and ".join(f"--{name}" for name in self.defaults)
+        is_default = "is the default" if len(self.defaults) == 1 else "are defaults"
+        return f"{names.capitalize()} {is_default}; {options} or the file's key simulation say otherwise."
+
+
+def about(config: SimulationConfig, machine: Machine) -> About:
+    model, profile = machine.model, machine.profile
+    chosen = config.model_fields_set
+    return About(
+        version=__version__,
+        model=None if model is None else model.name,
+        weights=None if model is None else model.weights_dtype,
+        hardware=None if profile is None else profile.name,
+        devices=config.tensor_parallel,
+        replicas=config.replicas,
+        routing=config.routing,
+        kv_bytes=machine.num_blocks * machine.block_bytes,
+        kv_blocks=machine.num_blocks,
+        block_size=machine.block_size,
+        defaults=tuple(name for name in ("model", "hardware") if name not in chosen and model is not None),
     )

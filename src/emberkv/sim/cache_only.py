@@ -14,18 +14,21 @@ from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
 from emberkv.sim.build import Machine, cache_of, root_of, router_of
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.outcome import Outcome, Status, cache_event
-from emberkv.sim.simulated_request import Sessions
-from emberkv.sim.simulator import PROGRESS_EVERY, Ending, Progress
+from emberkv.sim.outcome import Outcome, Sessions, Status, cache_event
+from emberkv.sim.simulator import PROGRESS_EVERY, Progress, SimulationEnd
 from emberkv.sim.timing import nanoseconds
-from emberkv.workload.chain import content_hashes
-from emberkv.workload.files import ASSUMED
-from emberkv.workload.request import Request
-from emberkv.workload.source import Source, unroll
+from emberkv.workload.request import Request, content_hashes
+from emberkv.workload.source import ASSUMED, Source, unroll
 
 
 class ReferenceChain:
-    """Blocks by their block hashes alone, each standing for its tokens, and one token more that is always computed."""
+    """A chain of block hashes alone, each standing for its block's tokens, and one token more, which is always
+    computed.
+
+    >>> chain = ReferenceChain(b"root", [b"a", b"b"], block_size=16)
+    >>> len(chain), chain.parent(1), chain.block_tokens(1)
+    (33, b'a', b'b')
+    """
 
     __slots__ = ("block_hashes", "block_size", "root")
 
@@ -70,6 +73,12 @@ class Replay:
     """Pools behind a router. A replica's load is what it has computed so far: prompt tokens not found, and answers.
 
     record: takes routing decisions.
+
+    >>> from emberkv.sim.build import machine_of
+    >>> config = SimulationConfig(cache_only=True, kv_blocks=1000)
+    >>> replay = Replay(config, machine_of(config, block_size=16))
+    >>> [len(stats) for stats in replay.stats]
+    [1]
     """
 
     def __init__(self, config: SimulationConfig, machine: Machine, record: Recorder | None = None) -> None:
@@ -86,7 +95,7 @@ class Replay:
     def stats(self) -> list[list[CacheStats]]:
         return [[cache.pool.stats] for cache in self._caches]
 
-    def run(self, source: Source, emit: Callable[[Outcome], None], progress: Progress) -> Ending:
+    def run(self, source: Source, emit: Callable[[Outcome], None], progress: Progress) -> SimulationEnd:
         """Raises WorkloadError when the source does. Follow-ups come as if answers took the time that is `ASSUMED`."""
         now = 0.0
         try:
@@ -99,8 +108,8 @@ class Replay:
                 if done % PROGRESS_EVERY == 0:
                     progress(done, now)
         except KeyboardInterrupt:
-            return Ending(now, interrupted=True)
-        return Ending(now, interrupted=False)
+            return SimulationEnd(now, interrupted=True)
+        return SimulationEnd(now, interrupted=False)
 
     def admit(self, request: Request) -> Outcome:
         """Find what is cached of a prompt, keep the prompt, and what is known of its answer."""

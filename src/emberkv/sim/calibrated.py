@@ -29,6 +29,13 @@ class Measurements:
 
     linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
     passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers.
+
+    >>> from emberkv.sim.model_spec import load_spec
+    >>> linears, steps = [(1, 0.010), (64, 0.012)], [(Work(1, 100), 0.012), (Work(8, 800), 0.013)]
+    >>> measured = Measurements(linears, steps, passes="one", memory_bytes=2**34)
+    >>> profile = calibrated_profile("mine", "An example.", load_spec("qwen2.5-0.5b"), measured)
+    >>> profile.memory_gib, profile.passes
+    (16.0, 'one')
     """
 
     linears: Sequence[tuple[int, float]]

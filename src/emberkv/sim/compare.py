@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 
 from emberkv.errors import WorkloadError
+from emberkv.sim.formatting import format_rate, format_seconds, format_share
 from emberkv.sim.inputs import Workload
-from emberkv.sim.latencies import percentiles
-from emberkv.sim.outcome import Status
-from emberkv.sim.rows import Row
+from emberkv.sim.outcome import Row, Status
 from emberkv.sim.run import Results
-from emberkv.sim.summary import prefix_caching
-from emberkv.sim.words import rate_words, seconds_words, share_words
+from emberkv.sim.summary import percentiles, prefix_caching
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure of both; None where there is none."""
+    """One figure of both set-ups; None where there is none. unit: ``ms``, ``of ...`` for a share, or a count's name.
+
+    >>> line = Line("TTFT mean", "ms", left=200.0, right=150.0)
+    >>> line.change, line.cells
+    (-0.25, ['200 ms', '150 ms', '-25.0%'])
+    """
 
     name: str
     unit: str
@@ -47,13 +50,18 @@ class Line:
 
     def _words(self, value: float) -> str:
         if self._is_share:
-            return share_words(value) if value >= 0 else f"{value:.1%}"
-        return seconds_words(value / 1e3) if self.unit == "ms" else rate_words(value)
+            return format_share(value) if value >= 0 else f"{value:.1%}"
+        return format_seconds(value / 1e3) if self.unit == "ms" else format_rate(value)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """both: how many requests completed in both; the lines after the first three are over these."""
+    """Two set-ups side by side. both: how many requests completed in both; lines after the first three are over these.
+
+    >>> found = Comparison(120, [Line("preemptions", "", 0, 4)])
+    >>> found.both, found.lines[0].label
+    (120, 'preemptions')
+    """
 
     both: int
     lines: list[Line]
@@ -70,7 +78,7 @@ def same_workload(left: Workload | None, right: Workload | None) -> Workload:
 
 
 def compare(left: Results, right: Results) -> Comparison:
-    """Of results whose rows kept their ids."""
+    """Compare results over the requests that both completed. Their rows must have kept their ids."""
     rows = [_completed(each) for each in (left, right)]
     both = sorted(rows[0].keys() & rows[1].keys())
     return Comparison(len(both), [*_totals(left, right), *_lines(*([each[name] for name in both] for each in rows))])

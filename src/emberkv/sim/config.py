@@ -49,7 +49,12 @@ Routing = Annotated[str, _one_of(ROUTER_NAMES)]
 
 
 class Rates(Strict):
-    """A machine told by three times (seconds), in place of a model and its hardware."""
+    """A machine described by three times in seconds, in place of a model and its hardware.
+
+    >>> rates = Rates(per_step=0.01, per_prefill_token=1e-4, per_decode_token=1e-3)
+    >>> rates.kv_bytes_per_token
+    131072
+    """
 
     per_step: bounds.Seconds = 0.0
     per_prefill_token: bounds.Seconds
@@ -58,8 +63,14 @@ class Rates(Strict):
 
 
 class TierConfig(Strict):
-    """A lower tier of each replica, or one that all share. Rates that are not given are the hardware profile's for a
-    tier of this name. keeps: whether its content outlives a replica that is lost; what is shared always does.
+    """A lower tier of each replica, or one that all replicas share.
+
+    Rates that are not given are the hardware profile's for a tier of this name. keeps: whether its content outlives a
+    replica that is lost; that of a shared tier always does.
+
+    >>> ram = TierConfig(name="ram", capacity="64GiB")
+    >>> ram.capacity // 2**30, ram.eviction
+    (64, 'lru')
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -73,7 +84,12 @@ class TierConfig(Strict):
 
 
 class OutageConfig(Strict):
-    """A replica is lost ``at`` seconds, with all that it has, and back ``down_for`` seconds later; None: never."""
+    """A replica is lost ``at`` seconds, with all its state, and is back ``down_for`` seconds later; None: never.
+
+    >>> outage = OutageConfig(replica=1, at=30.0, down_for=5.0)
+    >>> outage.at + outage.down_for
+    35.0
+    """
 
     replica: NonNegativeInt
     at: bounds.Seconds
@@ -84,14 +100,24 @@ MeanTime = Annotated[float, Field(ge=1e-3, le=bounds.MOST_SECONDS)]
 
 
 class RandomOutagesConfig(Strict):
-    """Each replica is lost and comes back again and again; seconds, exponentially distributed."""
+    """Each replica is lost and comes back again and again, after exponentially distributed times in seconds.
+
+    >>> outages = RandomOutagesConfig(mean_time_up=3600.0, mean_time_down=60.0)
+    >>> SimulationConfig(replicas=4, random_outages=outages).max_retries
+    3
+    """
 
     mean_time_up: MeanTime
     mean_time_down: MeanTime
 
 
 class Targets(Strict):
-    """Service levels in milliseconds; a request attains them when it keeps all that are given."""
+    """Service levels in milliseconds; a request attains them when it keeps all that are given.
+
+    >>> slo = Targets(ttft_ms=500)
+    >>> slo.model_dump(exclude_none=True)
+    {'ttft_ms': 500.0}
+    """
 
     ttft_ms: PositiveFloat | None = None
     tpot_ms: PositiveFloat | None = None
@@ -115,9 +141,13 @@ class SimulationConfig(Strict):
     share their steps between them. tenant_weights: by client, the parts in which they do, which makes them tenants even
     where they share blocks; 1 for a client that is not among them.
     together: whether steps that change nothing but lengths are taken together, which is faster and changes no result.
-    warm_up: requests that arrive in the first so many seconds are in no result. stop_at: seconds; who is in flight
-    then is unfinished. seed: of random routing and outages. cache_only: no time; each request is admitted whole, at
+    warm_up: requests that arrive in the first so many seconds are in no result. stop_at: seconds; requests in flight
+    then are unfinished. seed: of random routing and outages. cache_only: no time; each request is admitted whole, at
     once.
+
+    >>> config = SimulationConfig(model="qwen2.5-7b", hardware="h100", replicas=4)
+    >>> config.routing, with_changes(config, {"replicas": 8}).replicas
+    ('expected-ttft', 8)
     """
 
     model: str = "llama-3.1-8b"
@@ -173,15 +203,21 @@ class SimulationConfig(Strict):
 
 
 class TraceConfig(Strict):
-    """A recorded workload. A relative path starts at the file's folder. block_size: of a Mooncake trace whose lines do
-    not say it. start, stop: clip, in recorded seconds; rate: multiplies the requests a second, after that.
-    closed_loop: follow-ups wait for the turn before, where the trace tells who follows whom.
+    """A recorded workload. A relative path starts at the file's folder.
+
+    block_size: of a Mooncake trace whose lines do not say it. start, stop: clip, in recorded seconds; rate: multiplies
+    the requests a second, after that. closed_loop: a follow-up waits for the turn before, where the trace records
+    which request it followed.
+
+    >>> trace = TraceConfig(path="trace.jsonl", start=60.0, stop=120.0, rate=2.0)
+    >>> trace.closed_loop, trace.trace_format
+    (False, None)
     """
 
     path: str
     format: Literal["emberkv", "mooncake", "azure"] | None = None
     block_size: bounds.SomeTokens | None = None
-    rate: bounds.LatencyModel = 1.0
+    rate: bounds.Rate = 1.0
     start: bounds.Seconds = 0.0
     stop: bounds.SomeSeconds | None = None
     closed_loop: bool = False
@@ -192,7 +228,12 @@ class TraceConfig(Strict):
 
 
 class SetUp(Strict):
-    """A whole file: a workload, generated or recorded, and the simulation of it."""
+    """A whole file: a workload, generated or recorded, and the simulation of it.
+
+    >>> set_up = parse_set_up({"trace": {"path": "a.jsonl"}, "simulation": {"replicas": 2}}, folder=Path())
+    >>> set_up.simulation.replicas, set_up.workload
+    (2, None)
+    """
 
     workload: GeneratedWorkload | None = None
     trace: TraceConfig | None = None

@@ -34,7 +34,12 @@ Points = Annotated[list[Annotated[list[PositiveFloat], Field(min_length=2, max_l
 
 
 class Curve:
-    """A share of a peak by size: straight between its points on logarithmic axes, level outside them."""
+    """A share of a peak by size: linear between its points on logarithmic axes, constant outside them.
+
+    >>> curve = Curve([(1, 0.25), (16, 1.0)])
+    >>> curve.at(0.5), round(curve.at(4), 6), curve.at(100)
+    (0.25, 0.5, 1.0)
+    """
 
     __slots__ = ("_first", "_high", "_last", "_log_shares", "_log_sizes", "_low")
 
@@ -62,6 +67,10 @@ class Overheads(Strict):
     step: each step. launch: each forward pass of a step. layer: each layer of each pass. sequence: each decoding
     sequence. chunk: each prefill chunk. token: each prefilled token. all_reduce: each exchange between the devices of
     a tensor-parallel group, of which a layer makes two.
+
+    >>> overheads = Overheads(step=150.0, sequence=2.5)
+    >>> overheads.step + 64 * overheads.sequence
+    310.0
     """
 
     step: NonNegativeFloat = 0.0
@@ -74,7 +83,12 @@ class Overheads(Strict):
 
 
 class TierRates(Strict):
-    """How fast blocks come from a lower tier: what one transfer waits, and bytes a second then."""
+    """How fast blocks come from a lower tier: the latency of one transfer, and bytes a second after that.
+
+    >>> disk = TierRates(latency_us=100.0, read_gb_per_s=2.0, write_gb_per_s=1.0)
+    >>> disk.latency_us * MICROSECOND + 4e6 / (disk.read_gb_per_s * GB)  # seconds for 4 MB
+    0.0021
+    """
 
     latency_us: NonNegativeFloat
     read_gb_per_s: PositiveFloat

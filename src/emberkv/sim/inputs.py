@@ -1,28 +1,39 @@
 """Opens the workload of a set-up: its requests, as often as they are needed, and their block size."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from emberkv.errors import ConfigError, UnsupportedModelError, WorkloadError
-from emberkv.sim.config import SetUp, TraceConfig, load_set_up, with_changes
-from emberkv.sim.model_config import load_spec
+from emberkv.sim.config import SetUp, SimulationConfig, TraceConfig, load_set_up, parse_set_up, with_changes
+from emberkv.sim.model_spec import load_spec
 from emberkv.workload import ember_trace
-from emberkv.workload.files import is_description
 from emberkv.workload.request import Request
-from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, Source, TraceSource
+from emberkv.workload.source import ClosedLoopTraceSource, GeneratedSource, Source, TraceSource, is_description
 from emberkv.workload.spec import GeneratedWorkload
 from emberkv.workload.trace import TraceFormat, clip, detect_format, read_trace, scale_rate
 
 DEFAULT_BLOCK_SIZE = 16
 
 
+WorkloadSource = str | os.PathLike[str] | Mapping[str, Any]
+"""A trace's file, a YAML file, or what such a YAML file holds: ``workload`` or ``trace``, and ``simulation``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Where requests come from. Exactly one of the two is there. folder: where a trace's relative path starts.
+    """Where the requests of a simulation come from: a generated workload or a trace; exactly one of the two is given.
 
-    served: what a recording says that it was served by; empty where nothing is recorded.
+    folder: where a trace's relative path starts. served: the model that a recording names; empty where it names none.
+
+    >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 2, "think_time": 5}
+    >>> data = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
+    >>> config, workload = opened({"workload": data}, {"replicas": 2})
+    >>> config.replicas, workload.source().next_arrival().prompt_tokens
+    (2, 40)
     """
 
     generated: GeneratedWorkload | None
@@ -45,7 +56,7 @@ class Workload:
         return next(self._requests(self.trace), None) is None
 
     def block_size(self) -> int:
-        """That in which the first request is told."""
+        """The block size, in tokens, in which the first request is described; 16 where there is none."""
         if self.trace is None:
             return DEFAULT_BLOCK_SIZE
         first = next(iter(self._requests(self.trace)), None)
@@ -61,7 +72,7 @@ class Workload:
         return f"{self.folder.resolve()} {self.generated.model_dump_json()}"
 
     def with_seed(self, seed: int) -> "Workload":
-        """The same kind of conversations, but others; a trace stays as it was recorded."""
+        """The same kind of conversations, drawn with another seed; a trace stays as it was recorded."""
         if self.generated is None:
             return self
         return Workload(self.generated.model_copy(update={"seed": seed}), None, self.folder)
@@ -98,7 +109,7 @@ def with_workload(set_up: SetUp, folder: Path) -> tuple[SetUp, Workload | None]:
 
 
 def _served(path: Path, trace: TraceConfig) -> str:
-    """The model that a recording names."""
+    """The model that a recording names; empty where it names none."""
     format = trace.trace_format or detect_format(path)
     return ember_trace.read_header(path).model if format is TraceFormat.EMBERKV else ""
 
@@ -116,3 +127,16 @@ def required(workload: Workload | None, source: object) -> Workload:
     if workload is None:
         raise WorkloadError(f"{source}: has neither workload nor trace; one of them is needed")
     return workload
+
+
+def opened(workload: WorkloadSource, settings: Mapping[str, Any]) -> tuple[SimulationConfig, Workload]:
+    """The set-up and the requests of a workload. settings: keys of ``simulation``, which take precedence.
+
+    Raises ConfigError or WorkloadError.
+    """
+    if isinstance(workload, Mapping):
+        set_up, requests = with_workload(parse_set_up(workload, Path()), Path())
+    else:
+        set_up, requests = open_set_up(Path(workload))
+    named = "the mapping" if isinstance(workload, Mapping) else workload
+    return with_changes(set_up.simulation, settings), required(requests, named)

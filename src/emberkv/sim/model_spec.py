@@ -1,8 +1,14 @@
-"""A transformer's shape, in parameters and bytes; no weights are needed."""
+"""A transformer's shape, in parameters and bytes, read from a Hugging Face ``config.json`` or by a known name."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
 
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
 """Bits of a parameter. 4-bit weights come with a 16-bit scale and a 16-bit zero point for each group of 128."""
@@ -17,7 +23,7 @@ class ModelSpec:
     the others see all. weights_dtype: of the layers' linear weights; embeddings, norms and routers have base_dtype, as
     quantised checkpoints leave them. context: the most tokens that the model was made for.
 
-    >>> from emberkv.sim.model_config import load_spec
+    >>> from emberkv.sim.model_spec import load_spec
     >>> spec = load_spec("llama-3.1-8b")
     >>> spec.parameters, spec.kv_bytes_per_token, spec.context
     (8030261248, 131072, 131072)
@@ -113,3 +119,173 @@ class ModelSpec:
         if kv == "int4":
             raise ConfigError("the KV dtype is 'int4'; use one of fp32, fp16, bf16, fp8")
         return replace(self, weights_dtype=weights or self.weights_dtype, kv_dtype=kv or self.kv_dtype)
+
+
+_TORCH_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_OTHER_STATE = ("kv_lora_rank", "linear_num_key_heads", "ssm_state_size", "mamba_d_state", "cross_attention_layers")
+"""Keys of models whose cache is not keys and values of every token and head."""
+
+DEMO_NAME = "emberkv-demo"
+
+
+def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """Read a ``config.json``; that of a model for text and images by its text part.
+
+    Raises ConfigError naming a key that is missing or no number, and UnsupportedModelError for models whose state is
+    not per-token keys and values.
+    """
+    text = config.get("text_config")
+    found = {**text, **_quantisation_of(config)} if isinstance(text, Mapping) else dict(config)
+    others = [key for key in _OTHER_STATE if found.get(key)]
+    kinds = set(found.get("layer_types") or ()) - _SERVED_LAYERS
+    if others or kinds:
+        raise UnsupportedModelError(
+            f"{name} keeps other state than per-token keys and values ({', '.join([*others, *sorted(kinds)])})"
+        )
+    return _read(_Fields(name, found))
+
+
+def load_spec(model: str) -> ModelSpec:
+    """A named model, a ``config.json``, or a folder with one. Raises ConfigError, UnsupportedModelError."""
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file():
+        source: Path | Traversable = path
+        name = path.parent.name if path.name == "config.json" else path.stem
+    else:
+        source, name = _named(model), model.lower()
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{source} cannot be read as a model's config: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{source} is not a JSON object; a model's config.json is expected")
+    return spec_from_config(config, name)
+
+
+def model_names() -> list[str]:
+    folder = files("emberkv.sim") / "models"
+    return sorted([DEMO_NAME, *(each.name.removesuffix(".json") for each in folder.iterdir())])
+
+
+def _named(model: str) -> Traversable:
+    name = model.lower()
+    if name == DEMO_NAME:
+        return files("emberkv") / "demo_model" / "config.json"
+    if name not in model_names():
+        known = ", ".join(model_names())
+        raise ConfigError(f"no model {model!r}; give a config.json, a folder that has one, or one of {known}")
+    return files("emberkv.sim") / "models" / f"{name}.json"
+
+
+class _Fields:
+    """A config's values, each asked for by all its names."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        self.name = name
+        self.values = values
+
+    def number(self, *keys: str, default: int | None = None) -> int:
+        for key in keys:
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{self.name}: {key} is {value!r}; a whole number is expected")
+            return value
+        if default is None:
+            raise ConfigError(f"{self.name}: the config has no {' or '.join(keys)}")
+        return default
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+
+def _read(fields: _Fields) -> ModelSpec:
+    kind = str(fields.values.get("model_type", ""))
+    hidden, heads = fields.number("hidden_size"), fields.number("num_attention_heads")
+    layers = fields.number("num_hidden_layers")
+    base = str(fields.values.get("torch_dtype") or fields.values.get("dtype") or "bfloat16")
+    base_dtype = _TORCH_NAMES.get(base.removeprefix("torch."))
+    if base_dtype is None:
+        raise ConfigError(f"{fields.name}: dtype is {base!r}; use one of {', '.join(_TORCH_NAMES)}")
+    quantised = _weights_dtype(fields)
+    bias = fields.flag("attention_bias")
+    return ModelSpec(
+        name=fields.name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=fields.number("num_key_value_heads", default=heads),
+        head_dim=fields.number("head_dim", default=hidden // max(1, heads)),
+        intermediate=fields.number("intermediate_size", default=0),
+        vocab=fields.number("vocab_size"),
+        context=fields.number("max_position_embeddings", default=0),
+        tied=fields.flag("tie_word_embeddings", default=kind.startswith("gemma")),
+        qkv_bias=bias or kind.startswith("qwen2"),
+        output_bias=bias,
+        head_norms=kind.startswith(("qwen3", "gemma3")),
+        norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
+        base_dtype=base_dtype,
+        weights_dtype=quantised or base_dtype,
+        kv_dtype=base_dtype,
+        **_mixture(fields, layers),
+        **_windows(fields, layers),
+    )
+
+
+def _mixture(fields: _Fields, layers: int) -> dict[str, int]:
+    experts = fields.number("num_experts", "num_local_experts", "n_routed_experts", default=0)
+    if not experts:
+        return {}
+    dense = set(fields.values.get("mlp_only_layers") or ()) | set(
+        range(fields.number("first_k_dense_replace", default=0))
+    )
+    step = fields.number("decoder_sparse_step", default=1)
+    width = fields.number("moe_intermediate_size", "intermediate_size")
+    shared = fields.number("n_shared_experts", default=0) * width
+    return {
+        "experts": experts,
+        "experts_per_token": fields.number("num_experts_per_tok"),
+        "expert_intermediate": width,
+        "shared_intermediate": fields.number("shared_expert_intermediate_size", default=shared),
+        "moe_layers": sum(layer not in dense and (layer + 1) % max(1, step) == 0 for layer in range(layers)),
+    }
+
+
+def _windows(fields: _Fields, layers: int) -> dict[str, int]:
+    """Which layers attend to a window: told layer by layer, by a switch (Qwen), or by the width alone (Mistral)."""
+    window = fields.number("sliding_window", default=0)
+    kinds = fields.values.get("layer_types")
+    if kinds:
+        count = sum(kind == "sliding_attention" for kind in kinds)
+    elif not fields.flag("use_sliding_window", default=True):
+        count = 0
+    elif "max_window_layers" in fields.values:
+        count = max(0, layers - fields.number("max_window_layers"))
+    else:
+        count = layers
+    return {"window": window, "window_layers": count} if window and count else {}
+
+
+def _quantisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("quantization_config", "torch_dtype", "dtype") if config.get(key)}
+
+
+def _weights_dtype(fields: _Fields) -> str | None:
+    """What the checkpoint was quantised to; None: nothing. Raises ConfigError for a scheme that is not known."""
+    scheme = fields.values.get("quantization_config")
+    if not isinstance(scheme, Mapping):
+        return None
+    groups = scheme.get("config_groups") or {}
+    weights = next((group.get("weights") or {} for group in groups.values()), {}) if groups else scheme
+    bits = weights.get("bits") or weights.get("num_bits")
+    method = scheme.get("quant_method")
+    if bits == 4 or weights.get("load_in_4bit"):
+        return "int4"
+    if method in ("fp8", "fbgemm_fp8") or (bits == 8 and weights.get("type") == "float"):
+        return "fp8"
+    raise ConfigError(f"{fields.name}: quantised by {method!r} to {bits} bits; 4-bit weights and fp8 are known")

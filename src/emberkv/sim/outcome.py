@@ -1,16 +1,24 @@
-"""The outcome of a request, and its row in the CSV."""
+"""The outcome of each request: its row in the CSV, and the numbers of all outcomes in compact arrays."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
+from emberkv.core.hashing import BlockHash
 from emberkv.sim.timing import NANOSECONDS
 from emberkv.workload.request import Request
 
 
 class Status(Enum):
+    """How a request ended.
+
+    >>> [status.value for status in Status]
+    ['completed', 'rejected', 'failed', 'unfinished']
+    """
+
     COMPLETED = "completed"
     REJECTED = "rejected"  # cannot ever be served: too large for the memory, or nothing to compute
     FAILED = "failed"  # its replica was lost, and it was out of retries
@@ -47,11 +55,18 @@ def cache_event(turn: Turn, prompt_tokens: int, cached_tokens: int) -> CacheEven
 
 @dataclass(slots=True)
 class Outcome:
-    """Times in nanoseconds; None for what did not happen, or where nothing times it.
+    """What became of a request. Times are in nanoseconds; None for what did not happen, or where nothing times it.
 
-    first_token: of the attempt that succeeded, where replicas were lost. prefilled_tokens: really computed, what was
-    computed again after a preemption or a lost replica included. tier_tokens: of the cached tokens, those that a lower
-    tier brought, by tier. event: None if never admitted. replica: the last one that had it.
+    first_token: of the attempt that succeeded, where replicas were lost. prefilled_tokens: prompt tokens that were
+    really computed, including those computed again after a preemption or a lost replica. tier_tokens: of the cached
+    tokens, those loaded from each lower tier. event: None if the request was never admitted. replica: the last one.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 3}
+    >>> request = Request(request_id="a", arrival_time=1.0, content=Content(), **lengths)
+    >>> outcome = Outcome(request, Status.COMPLETED, 1_000_000_000, first_token=1_250_000_000)
+    >>> ttft_ms(outcome.arrival, outcome.first_token)
+    250.0
     """
 
     request: Request
@@ -68,6 +83,52 @@ class Outcome:
     replica: int | None = None
     preemptions: int = 0
     retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _LastTurn:
+    """What a session's last completed turn left: its length, and its last full block."""
+
+    tokens: int
+    blocks: int
+    block_hash: BlockHash
+
+
+@dataclass(slots=True)
+class Sessions:
+    """What the last turn of each session left, to recognise a turn that does not continue it. About 200 bytes a
+    session.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 3}
+    >>> turn = Request(request_id="a", arrival_time=0.0, session_id="s", content=Content(), **lengths)
+    >>> sessions = Sessions()
+    >>> sessions.turn_of(turn, []).value, sessions.turn_of(turn, []).value
+    ('first', 'continues')
+    """
+
+    _left: dict[str, _LastTurn | None] = field(default_factory=dict)
+
+    def turn_of(self, request: Request, blocks: Sequence[BlockHash]) -> Turn:
+        """To be called once for each request, when it arrives. blocks: the hashes of its prompt's full blocks."""
+        session = request.session_id
+        if not session:
+            return Turn.FIRST
+        if session not in self._left:
+            self._left[session] = None
+            return Turn.FIRST
+        left = self._left[session]
+        if left is None:
+            return Turn.CONTINUES
+        goes_on = request.prompt_tokens > left.tokens and (
+            not left.blocks or blocks[left.blocks - 1] == left.block_hash
+        )
+        return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
+
+    def completed(self, request: Request, blocks: Sequence[BlockHash], tokens: int) -> None:
+        """The turn is over. blocks: the hashes of the full blocks of prompt and answer, which are so many tokens."""
+        if request.session_id:
+            self._left[request.session_id] = _LastTurn(tokens, len(blocks), blocks[-1] if blocks else b"")
 
 
 def milliseconds(begin: int, end: int) -> float:
@@ -107,7 +168,14 @@ def _blank(value: float | None) -> float | str:
 
 
 class CsvRows:
-    """A row for each outcome, written as it comes. Numbers are written so that they read back as they were."""
+    """Writes one row for each outcome as it comes. Numbers are written so that they read back as they were.
+
+    >>> from io import StringIO
+    >>> file = StringIO()
+    >>> rows = CsvRows(file, tiers=["ram"])
+    >>> file.getvalue().strip().split(",")[-2:]
+    ['retries', 'ram_tokens']
+    """
 
     def __init__(self, file: TextIO, tiers: Sequence[str] = ()) -> None:
         self._tiers = tiers
@@ -127,3 +195,110 @@ class CsvRows:
             outcome.cached_tokens, outcome.prefilled_tokens, _blank(outcome.replica), outcome.preemptions,
             outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self._tiers),
         ])  # fmt: skip
+
+
+STATUSES = tuple(Status)
+EVENTS = tuple(CacheEvent)
+NONE = -1
+
+
+class Row(NamedTuple):
+    """One outcome's numbers; times are in nanoseconds.
+
+    >>> done = (Status.COMPLETED, False, None)
+    >>> row = Row(0, 2_000_000, 8_000_000, 40, 4, *done, 0, 40, 0, 0, 0, ())
+    >>> row.ttft_ms, row.tpot_ms, row.e2e_ms
+    (2.0, 2.0, 8.0)
+    """
+
+    arrival: int
+    first_token: int | None
+    completion: int | None
+    prompt_tokens: int
+    output_tokens: int
+    status: Status
+    conversational: bool
+    event: CacheEvent | None
+    cached_tokens: int
+    prefilled_tokens: int
+    replica: int | None
+    preemptions: int
+    retries: int
+    tier_tokens: tuple[int, ...]
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return ttft_ms(self.arrival, self.first_token)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        return tpot_ms(self.first_token, self.completion, self.output_tokens)
+
+    @property
+    def e2e_ms(self) -> float | None:
+        return e2e_ms(self.arrival, self.completion)
+
+
+def _long() -> "array[int]":
+    return array("q")
+
+
+@dataclass(slots=True)
+class Rows:
+    """The numbers of all outcomes, in the order in which requests ended; about 110 bytes each.
+
+    tiers: names of the lower tiers. keep_ids: whether request ids are kept, which take more memory than the numbers.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 3}
+    >>> request = Request(request_id="a", arrival_time=1.0, content=Content(), **lengths)
+    >>> rows = Rows()
+    >>> rows.add(Outcome(request, Status.REJECTED, arrival=1_000_000_000))
+    >>> len(rows), rows[0].status.value, rows[0].first_token
+    (1, 'rejected', None)
+    """
+
+    tiers: tuple[str, ...] = ()
+    keep_ids: bool = False
+    ids: list[str] = field(default_factory=list)
+    _arrival: "array[int]" = field(default_factory=_long)
+    _first_token: "array[int]" = field(default_factory=_long)
+    _completion: "array[int]" = field(default_factory=_long)
+    _small: "array[int]" = field(default_factory=_long)
+
+    @property
+    def _width(self) -> int:
+        return 10 + len(self.tiers)
+
+    def __len__(self) -> int:
+        return len(self._arrival)
+
+    def add(self, outcome: Outcome) -> None:
+        self._arrival.append(outcome.arrival)
+        self._first_token.append(NONE if outcome.first_token is None else outcome.first_token)
+        self._completion.append(NONE if outcome.completion is None else outcome.completion)
+        self._small.extend((
+            outcome.request.prompt_tokens, outcome.output_tokens, STATUSES.index(outcome.status),
+            outcome.turn is not Turn.FIRST, NONE if outcome.event is None else EVENTS.index(outcome.event),
+            outcome.cached_tokens, outcome.prefilled_tokens, NONE if outcome.replica is None else outcome.replica,
+            outcome.preemptions, outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self.tiers),
+        ))  # fmt: skip
+        if self.keep_ids:
+            self.ids.append(outcome.request.request_id)
+
+    def __getitem__(self, index: int) -> Row:
+        at = range(len(self))[index]
+        small: Sequence[int] = self._small[at * self._width : (at + 1) * self._width]
+        prompt, output, status, turn, event, cached, prefilled, replica, preemptions, retries, *tiers = small
+        return Row(
+            self._arrival[at], _optional(self._first_token[at]), _optional(self._completion[at]), prompt, output,
+            STATUSES[status], bool(turn), None if event == NONE else EVENTS[event], cached, prefilled,
+            _optional(replica), preemptions, retries, tuple(tiers),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def _optional(value: int) -> int | None:
+    return None if value == NONE else value

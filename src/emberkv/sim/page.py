@@ -76,7 +76,7 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{classes}>{escape(text)}</p>\n"
 
 
-def made_words(version: str, made: datetime | None) -> str:
+def made_at(version: str, made: datetime | None) -> str:
     return f"emberkv {version}" + ("" if made is None else f", {made:%Y-%m-%d %H:%M} UTC")
 
 

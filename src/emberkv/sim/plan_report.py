@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from emberkv.sim import page
+from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.hardware import GIB
-from emberkv.sim.plan_words import get_this, price_words, recommendation
-from emberkv.sim.planner import Plan, SetUpPoint
+from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
 from emberkv.sim.plots import Axis, Line, line_plot, named_bars
-from emberkv.sim.words import count_words, rate_words, seconds_words, share_words, size_words, tier_words
 
 
 def render_plan(plan: Plan, name: str, *, made: datetime | None = None) -> str:
@@ -27,25 +26,29 @@ def _parts(plan: Plan, made: datetime | None) -> Iterator[str]:
     yield page.section("Set-ups", [_set_ups(plan)])
     if plan.unlimited:
         yield page.section("Cache sizes", [_sizes(plan)])
-    about = f"One replica: {plan.about.machine_words}, {plan.about.memory_words}. {plan.about.defaults_words or ''}"
+    about = f"One replica: {plan.about.machine_text}, {plan.about.memory_text}. {plan.about.defaults_sentence or ''}"
     yield page.paragraph(about.strip(), "about")
-    yield page.paragraph(page.made_words(plan.about.version, made), "about")
+    yield page.paragraph(page.made_at(plan.about.version, made), "about")
 
 
 def _cards(plan: Plan) -> Iterator[tuple[str, str, str]]:
     point = plan.get
     if point is not None:
         devices = point.replicas * plan.about.devices
-        yield "Get", count_words(point.replicas, "replica"), f"{devices} x {plan.about.hardware or 'machine'}"
-        price = price_words(plan, point)
+        yield "Get", format_count(point.replicas, "replica"), f"{devices} x {plan.about.hardware or 'machine'}"
+        price = format_price(plan, point)
         if price is not None:
             yield "Price", price.removesuffix(" an hour"), "an hour"
         if point.simulated is not None:
             found = point.simulated
-            yield "Hit rate", share_words(found.hit_rate), f"of prompt tokens; {share_words(plan.unlimited)} at best"
-            yield "Time to first token", seconds_words(found.mean_ttft), f"mean; p99 {seconds_words(found.p99_ttft)}"
+            yield "Hit rate", format_share(found.hit_rate), f"of prompt tokens; {format_share(plan.unlimited)} at best"
+            yield "Time to first token", format_seconds(found.mean_ttft), f"mean; p99 {format_seconds(found.p99_ttft)}"
     if plan.demand.busiest is not None and plan.demand.rate is not None:
-        yield "Load", f"{rate_words(plan.demand.rate)}/s", f"requests; {rate_words(plan.demand.busiest)} at its busiest"
+        yield (
+            "Load",
+            f"{format_rate(plan.demand.rate)}/s",
+            f"requests; {format_rate(plan.demand.busiest)} at its busiest",
+        )
 
 
 def _figures(plan: Plan) -> Iterator[tuple[str, str, str | None]]:
@@ -64,11 +67,11 @@ def _by_size(plan: Plan) -> tuple[str, str, str]:
         Line("unlimited", [sizes[0], sizes[-1]], [plan.unlimited, plan.unlimited]),
     ]
     marks = {"one replica": plan.pool_bytes / GIB}
-    words = f"One cache of each size finds this share of prompt tokens; a replica has {size_words(plan.pool_bytes)}"
+    words = f"One cache of each size finds this share of prompt tokens; a replica has {format_size(plan.pool_bytes)}"
     if plan.recommended_size is not None:
         point = plan.recommended_size
         marks[f"{plan.wanted:.0%} of what is reusable"] = point.bytes / GIB
-        words += f", and {size_words(point.bytes)} capture {plan.wanted:.0%} of what is reusable"
+        words += f", and {format_size(point.bytes)} capture {plan.wanted:.0%} of what is reusable"
     axes = Axis("cache size, GiB", log=True), Axis("share of prompt tokens", share=True, start=0)
     return "Hit rate by cache size", f"{words}.", line_plot("sizes", words, *axes, lines, marks)
 
@@ -76,7 +79,7 @@ def _by_size(plan: Plan) -> tuple[str, str, str]:
 def _name(point: SetUpPoint) -> str:
     if point.tier is None:
         return f"{point.replicas}"
-    return f"{point.replicas}, {size_words(point.tier_bytes)} {tier_words(point.tier)}"
+    return f"{point.replicas}, {format_size(point.tier_bytes)} {format_tier(point.tier)}"
 
 
 def _first_tokens(ran: Sequence[SetUpPoint]) -> tuple[str, str, str]:
@@ -101,22 +104,22 @@ def _set_ups(plan: Plan) -> str:
 
 
 def _cells(plan: Plan, point: SetUpPoint) -> list[str]:
-    price, ran = (price_words(plan, point) or "").removesuffix(" an hour"), point.simulated
+    price, ran = (format_price(plan, point) or "").removesuffix(" an hour"), point.simulated
     if ran is None:
-        most = f"{rate_words(point.most_requests_per_second)} at most"
-        return [share_words(point.hit_rate), seconds_words(point.first_token), "", most, price]
+        most = f"{format_rate(point.most_requests_per_second)} at most"
+        return [format_share(point.hit_rate), format_seconds(point.first_token), "", most, price]
     served = ran.load.served_per_second if ran.load else ran.requests_per_second
-    times = [seconds_words(ran.mean_ttft), seconds_words(ran.p99_ttft)]
-    return [share_words(ran.hit_rate), *times, rate_words(served), price]
+    times = [format_seconds(ran.mean_ttft), format_seconds(ran.p99_ttft)]
+    return [format_share(ran.hit_rate), *times, format_rate(served), price]
 
 
 def _sizes(plan: Plan) -> str:
     rows = [
         (
-            size_words(point.bytes),
+            format_size(point.bytes),
             [
-                f"{point.blocks:,}", share_words(point.hit_rate), share_words(point.best_possible),
-                share_words(point.hit_rate / plan.unlimited),
+                f"{point.blocks:,}", format_share(point.hit_rate), format_share(point.best_possible),
+                format_share(point.hit_rate / plan.unlimited),
             ],
         )
         for point in plan.sizes

@@ -17,7 +17,7 @@ from emberkv.core.sequence import Sequence
 from emberkv.sim.build import Machine
 from emberkv.sim.cache_only import ReferenceChain
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.curves.accesses import ROOT
+from emberkv.sim.curves import ROOT
 from emberkv.sim.hardware import GB, MICROSECOND, TierRates
 from emberkv.workload.request import Request
 
@@ -27,8 +27,16 @@ SAMPLED = 200
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked. rate, busiest: requests a second, on the mean and in the busiest stretch; None when all arrive at
-    once. sample: prompt and answer lengths.
+    """The load of a workload: how many requests, how often, and how long they are.
+
+    rate, busiest: requests a second, on average and in the busiest stretch of time; None when all arrive at once.
+    sample: prompt and answer lengths.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 4, "max_output_tokens": 4, "content": Content()}
+    >>> demand = demand_of([Request(request_id=str(at), arrival_time=at / 2, **lengths) for at in range(9)])
+    >>> demand.requests, demand.rate, demand.prompt_tokens
+    (9, 2.0, 40.0)
     """
 
     requests: int
@@ -40,7 +48,7 @@ class Demand:
 
 
 def demand_of(requests: Ordered[Request]) -> Demand:
-    """Of at least one request, in the order of arrival."""
+    """The demand of at least one request, in the order of arrival."""
     count = len(requests)
     duration = requests[-1].arrival_time - requests[0].arrival_time
     every = max(1, count // SAMPLED)
@@ -55,7 +63,7 @@ def demand_of(requests: Ordered[Request]) -> Demand:
 
 
 def _busiest(requests: Ordered[Request], duration: float) -> float:
-    """Of at most 20 equal stretches of time, so long that each has 50 requests on the mean."""
+    """The rate in the busiest of at most 20 equal stretches of time, which have 50 requests or more on average."""
     stretches = max(1, min(20, len(requests) // 50))
     begin = requests[0].arrival_time
     counts = Counter(min(stretches - 1, int((each.arrival_time - begin) * stretches / duration)) for each in requests)
@@ -64,14 +72,27 @@ def _busiest(requests: Ordered[Request], duration: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """first_token: seconds, mean, without queueing. requests_per_second: the most that one replica serves."""
+    """What one replica does. first_token: seconds, the mean, without queueing. requests_per_second: the most it serves.
+
+    >>> times = Times(first_token=0.25, requests_per_second=8.0)
+    >>> 4 * times.requests_per_second  # of four replicas
+    32.0
+    """
 
     first_token: float
     requests_per_second: float
 
 
 class Formulas:
-    """The times of one replica of a machine."""
+    """The times of one replica of a machine.
+
+    >>> from emberkv.sim.build import machine_of
+    >>> config = SimulationConfig(model="llama-3.1-8b", hardware="h100")
+    >>> demand = Demand(1, None, None, prompt_tokens=2000.0, output_tokens=100.0, sample=[(2000, 100)])
+    >>> formulas = Formulas(machine_of(config, block_size=16), config, demand)
+    >>> formulas.times(in_pool=0.9).first_token < formulas.times(in_pool=0.0).first_token
+    True
+    """
 
     def __init__(self, machine: Machine, config: SimulationConfig, demand: Demand) -> None:
         self._machine = machine
@@ -99,7 +120,7 @@ class Formulas:
 
     @property
     def prefill_token(self) -> float:
-        """Seconds to compute a prompt token, on the mean over the sample's prompts without a cache."""
+        """Seconds to compute a prompt token, on average over the sample's prompts without a cache."""
         tokens = sum(prompt for prompt, _ in self._demand.sample)
         return fsum(self.prefill(0, prompt) for prompt, _ in self._demand.sample) / max(1, tokens)
 
@@ -111,7 +132,9 @@ class Formulas:
         return rates.latency_us * MICROSECOND + tokens * bytes_per_token / (rates.read_gb_per_s * GB)
 
     def times(self, in_pool: float, in_tier: float = 0.0, rates: TierRates | None = None) -> Times:
-        """in_pool, in_tier: shares of every prompt. What the tier has is loaded if that takes less than computing."""
+        """Times where shares of every prompt are in the pool and in a tier, which is read if that takes less than
+        computing.
+        """
         waits, works = [], []
         for prompt, output in self._demand.sample:
             pool = round(in_pool * prompt)

@@ -6,28 +6,20 @@ from math import ceil
 from typing import Any
 
 from emberkv.errors import WorkloadError
-from emberkv.sim.about import About, about
-from emberkv.sim.build import Machine, machine_of, root_of
+from emberkv.sim.build import Machine, about, machine_of, root_of
 from emberkv.sim.config import SimulationConfig, Targets, TierConfig, with_changes
-from emberkv.sim.curves.accesses import Access, Hits, accesses
-from emberkv.sim.curves.curve import first_requests
-from emberkv.sim.curves.lru import LRUCurve
-from emberkv.sim.curves.optimal import Optimal
-from emberkv.sim.curves.replayed import SampledReplay, replay
-from emberkv.sim.inputs import Workload
-from emberkv.sim.load import Load
-from emberkv.sim.plan_times import Demand, Formulas, demand_of
-from emberkv.sim.run import simulate
-from emberkv.sim.words import count_words, size_words, tier_words
+from emberkv.sim.curves import Access, Hits, LRUCurve, Optimal, SampledReplay, accesses, first_requests, replay
+from emberkv.sim.formatting import format_count, format_size, format_tier
+from emberkv.sim.inputs import Workload, WorkloadSource, opened
+from emberkv.sim.plan import MAX_UTILISATION, Plan, SetUpPoint, SimulationFigures, SizePoint
+from emberkv.sim.plan_times import Formulas, demand_of
+from emberkv.sim.run import run_simulation
 from emberkv.workload.bounds import MOST_REPLICAS
 
-UTILISED = 0.8
-"""Share of what replicas could serve at most up to which a plan loads them; beyond it, queues grow long."""
-
-SIMULATED = 5_000
+SIMULATED_REQUESTS = 5_000
 """Requests, from the workload's start, that set-ups are simulated with unless said otherwise."""
 
-MOST_TRIES = 6
+MAX_TRIES = 6
 """Numbers of replicas that are simulated for one kind of lower tier."""
 
 STEP_UP = 1.25
@@ -35,23 +27,13 @@ STEP_UP = 1.25
 
 OWN_TIERS = ("ram", "disk")
 
-HELPS = 0.95
+HELPFUL_RATIO = 0.95
 """More replicas help if p99 of the time to first token falls to this share or less."""
 
-REPLAYED = 60_000
+MAX_REPLAYED = 60_000
 """Block references up to which another policy than LRU is replayed whole; of more, a sample of about as many."""
 
 ProgressCallback = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SizePoint:
-    """A cache of ``bytes``. Rates are shares of all prompt tokens: found by the policy, and by the best possible."""
-
-    bytes: int
-    blocks: int
-    hit_rate: float
-    best_possible: float
 
 
 def round_sizes(smallest: int, largest: int) -> list[int]:
@@ -68,7 +50,14 @@ def round_sizes(smallest: int, largest: int) -> list[int]:
 
 @dataclass
 class Capacities:
-    """Hit rates of a workload's accesses under one policy. error: of all of them; None: they are exact."""
+    """Hit rates of a workload's accesses under one policy. error: of all of them; None: they are exact.
+
+    >>> seen = [Access([name], 1, prompt_tokens=16, block_size=16) for name in (b"a", b"b", b"a")]
+    >>> machine = machine_of(SimulationConfig(kv_blocks=10), block_size=16)
+    >>> capacities = Capacities(seen, "lru", machine)
+    >>> capacities.hit_rate(1), round(capacities.hit_rate(2), 3), capacities.error
+    (0.0, 0.333, None)
+    """
 
     accesses: list[Access]
     policy: str
@@ -80,8 +69,8 @@ class Capacities:
 
     def __post_init__(self) -> None:
         self.lru = LRUCurve(self.accesses)
-        if self.policy != "lru" and self.lru.asked > REPLAYED:
-            self._sample = SampledReplay(self.accesses, self.lru, REPLAYED / self.lru.asked)
+        if self.policy != "lru" and self.lru.asked > MAX_REPLAYED:
+            self._sample = SampledReplay(self.accesses, self.lru, MAX_REPLAYED / self.lru.asked)
 
     @property
     def unlimited(self) -> float:
@@ -109,7 +98,7 @@ class Capacities:
         return replay(self.accesses, capacity, self.policy, block_cost=self.machine.block_cost)
 
     def sizes(self) -> list[SizePoint]:
-        """At round sizes, from one that takes the largest request to one beyond which nothing changes."""
+        """Round sizes, from one that takes the largest request to one beyond which nothing changes."""
         block, best = self.machine.block_bytes, Optimal(self.accesses)
         points = []
         for size in round_sizes(self.lru.smallest * block, self.enough):
@@ -118,86 +107,17 @@ class Capacities:
         return points
 
 
-@dataclass(frozen=True, slots=True)
-class Simulated:
-    """What the simulation of the first requests found; times in seconds, queueing included.
-
-    rejected: requests that never fit. load: None where all requests arrive at once. p99_tpot: None without answers of
-    two tokens. missed: the service levels that 1% or more of the requests do not keep, by name.
-    """
-
-    completed: int
-    rejected: int
-    hit_rate: float
-    mean_ttft: float
-    p99_ttft: float
-    p99_tpot: float | None
-    requests_per_second: float
-    load: Load | None = None
-    missed: tuple[str, ...] = ()
-
-    @property
-    def serves(self) -> bool:
-        """Whether it keeps up with what arrives, within the service levels."""
-        return not self.missed and (self.load is None or not self.load.grows)
-
-
-@dataclass(frozen=True, slots=True)
-class SetUpPoint:
-    """A number of replicas, each with ``tier_bytes`` of a lower tier.
-
-    hit_rate, first_token (seconds, no queueing) and most_requests_per_second (of all replicas together) come from the
-    curve and formulas, as if each request found the replica that has its prefix. simulated: None where it was not.
-    """
-
-    replicas: int
-    tier: str | None
-    tier_bytes: int
-    hit_rate: float
-    first_token: float
-    most_requests_per_second: float
-    simulated: Simulated | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """about: the set-up of one replica. slo: milliseconds that 99% of the requests must keep. price_per_hour: of one
-    device, in dollars; None where it is not known. get: the set-up to get: of those that serve, the one of the fewest
-    devices, then of the least memory below; None where none serves.
-
-    content_known: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
-    pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share
-    of that which recommended_size is for: the first in ``sizes`` that captures it, None where nothing can be reused.
-    enough: bytes beyond which LRU finds no more. prefill_token, load_token: seconds to compute a prompt token, or to
-    fetch it from each kind of tier, in a prompt of mean length.
-    """
-
-    about: About
-    demand: Demand
-    slo: Targets
-    price_per_hour: float | None
-    get: SetUpPoint | None
-    content_known: bool
-    eviction: str
-    routing: str
-    error: float | None
-    block_size: int
-    block_bytes: int
-    pool_bytes: int
-    unlimited: float
-    wanted: float
-    enough: int
-    recommended_size: SizePoint | None
-    prefill_token: float
-    load_token: dict[str, float]
-    sizes: list[SizePoint]
-    set_ups: list[SetUpPoint]
-
-
 class Planner:
     """Makes a plan for a workload and the set-up that a configuration describes.
 
     Raises WorkloadError when the workload cannot be read or has no requests, ConfigError for unknown names.
+
+    >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
+    >>> chat = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
+    >>> config, workload = opened({"workload": chat}, {"hardware": "h100"})
+    >>> found = Planner(workload, config).plan(simulate=False)
+    >>> found.get.replicas, len(found.sizes)
+    (1, 5)
     """
 
     def __init__(
@@ -206,7 +126,7 @@ class Planner:
         config: SimulationConfig,
         *,
         wanted: float = 0.9,
-        simulated: int = SIMULATED,
+        simulated: int = SIMULATED_REQUESTS,
         on_progress: ProgressCallback = lambda what: None,
     ) -> None:
         """simulated: requests that set-ups are simulated with. on_progress: is called with what is done next."""
@@ -272,11 +192,11 @@ class Planner:
             good = [each for each in set_ups if each.simulated is not None and each.simulated.serves]
         else:
             rate = self._demand.busiest or 0.0
-            good = [each for each in set_ups if UTILISED * each.most_requests_per_second >= rate]
+            good = [each for each in set_ups if MAX_UTILISATION * each.most_requests_per_second >= rate]
         return min(good, key=lambda each: (each.replicas, each.replicas * each.tier_bytes), default=None)
 
     def _tried(self, recommended: SizePoint | None, replicas: int | None) -> list[SetUpPoint]:
-        """Simulated: without a lower tier, and with the fastest one at the recommended size."""
+        """Simulated set-ups: without a lower tier, and with the fastest one at the recommended size."""
         kinds: list[tuple[str | None, int]] = [(None, 0)]
         if recommended is not None:
             kinds += [(tier, recommended.bytes) for tier in self._tiers[:1]]
@@ -289,10 +209,10 @@ class Planner:
         return points
 
     def _search(self, tier: str | None, tier_bytes: int) -> list[SetUpPoint]:
-        """Numbers of replicas, from what the formulas ask for to the fewest that serve, as far as `MOST_TRIES` go."""
+        """Numbers of replicas, from what the formulas ask for to the fewest that serve, as far as `MAX_TRIES` go."""
         tried: dict[int, SetUpPoint] = {}
         count = self._needed(tier, tier_bytes)
-        while len(tried) < MOST_TRIES:
+        while len(tried) < MAX_TRIES:
             if tier is not None and tier_bytes <= count * self._machine.num_blocks * self._machine.block_bytes:
                 break  # the pools alone are as large
             tried[count] = point = self._simulated(self._set_up(count, tier, tier_bytes))
@@ -313,7 +233,7 @@ class Planner:
 
     @property
     def _tiers(self) -> list[str]:
-        """Those of a machine's own that its profile knows, the fastest first."""
+        """The tiers of a machine's own that its profile knows, the fastest first."""
         known = self._machine.profile.tiers if self._machine.profile else {}
         return [tier for tier in OWN_TIERS if tier in known]
 
@@ -360,14 +280,14 @@ class Planner:
         if rate is None:
             return 1
         for count in range(1, MOST_REPLICAS):
-            if UTILISED * self._set_up(count, tier, tier_bytes).most_requests_per_second >= rate:
+            if MAX_UTILISATION * self._set_up(count, tier, tier_bytes).most_requests_per_second >= rate:
                 return count
         return MOST_REPLICAS
 
     def _simulated(self, point: SetUpPoint) -> SetUpPoint:
-        """The same with what its simulation finds."""
-        lower = f" with {size_words(point.tier_bytes)} of {tier_words(point.tier)} each" if point.tier else ""
-        what = f"simulating {count_words(point.replicas, 'replica')}{lower}"
+        """The same set-up with what its simulation finds."""
+        lower = f" with {format_size(point.tier_bytes)} of {format_tier(point.tier)} each" if point.tier else ""
+        what = f"simulating {format_count(point.replicas, 'replica')}{lower}"
         self._on_progress(what)
         tiers = [TierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
         changes = {"replicas": point.replicas, "tiers": tiers, "stop_at": self._stop_at}
@@ -375,12 +295,12 @@ class Planner:
         def progress(done: int, now: float) -> None:
             self._on_progress(f"{what}: {done:,} of about {self._simulated_requests:,} requests")
 
-        results = simulate(with_changes(self._config, changes), self._workload, progress=progress)
+        results = run_simulation(with_changes(self._config, changes), self._workload, progress=progress)
         summary = results.summary
         ttft, tpot = summary["ttft_ms"], summary["tpot_ms"]
         if ttft is None:
             return point
-        found = Simulated(
+        found = SimulationFigures(
             completed=summary["requests"]["completed"],
             rejected=summary["requests"]["rejected"],
             hit_rate=summary["prefix_caching"]["token_hit_rate"],
@@ -400,15 +320,48 @@ def _helped(tried: dict[int, SetUpPoint], count: int) -> bool:
     if not fewer:
         return True
     before, now = tried[max(fewer)].simulated, tried[count].simulated
-    return before is None or now is None or now.p99_ttft <= HELPS * before.p99_ttft
+    return before is None or now is None or now.p99_ttft <= HELPFUL_RATIO * before.p99_ttft
 
 
 def _missed(slo: Targets, summary: dict[str, Any]) -> tuple[str, ...]:
-    """The targets whose 99th percentile is above them."""
-    spreads = {"ttft_ms": summary["ttft_ms"], "tpot_ms": summary["tpot_ms"], "e2e_ms": summary["e2e_latency_ms"]}
-    return tuple(name for name, target in slo if target is not None and spreads[name] and spreads[name]["p99"] > target)
+    """The targets that the 99th percentile exceeds."""
+    percentiles = {"ttft_ms": summary["ttft_ms"], "tpot_ms": summary["tpot_ms"], "e2e_ms": summary["e2e_latency_ms"]}
+    return tuple(
+        name for name, target in slo if target is not None and percentiles[name] and percentiles[name]["p99"] > target
+    )
 
 
 def _first(sizes: list[SizePoint], hit_rate: float) -> SizePoint | None:
     """The smallest that reaches a hit rate above 0."""
     return next((point for point in sizes if point.hit_rate >= hit_rate > 0), None)
+
+
+def plan(
+    workload: WorkloadSource,
+    *,
+    replicas: int | None = None,
+    capture: float = 0.9,
+    simulate: bool = True,
+    requests: int = SIMULATED_REQUESTS,
+    price_per_hour: float | None = None,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Say what a cache of each size would find of a workload, and which set-up to get.
+
+    replicas: by default as few as serve. capture: the share of what is reusable that the recommended size finds.
+    simulate: whether set-ups are simulated, with the first ``requests`` of the workload, besides the formulas.
+    price_per_hour: of one device, in dollars. progress: called with what is done next. settings and errors are those of
+    `simulate`. `emberkv.sim.plan.get_this` puts the result into sentences.
+
+    >>> import emberkv
+    >>> from emberkv.sim.plan import get_this
+    >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
+    >>> chat = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
+    >>> found = emberkv.plan({"workload": chat}, model="llama-3.1-8b", hardware="h100")
+    >>> get_this(found)[0]
+    'Get 1 replica on 1 x H100 SXM, with 55.5 GiB of KV memory.'
+    """
+    config, found = opened(workload, settings)
+    planner = Planner(found, config, wanted=capture, simulated=requests, on_progress=progress or (lambda what: None))
+    return planner.plan(replicas=replicas, simulate=simulate, price_per_hour=price_per_hour)

@@ -59,8 +59,13 @@ MOST_BARS = 48
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; x and y of equal length. None in y leaves a gap. color, dash: numbers; by default, that of the line
-    among its plot's lines.
+    """One curve; x and y of equal length. None in y leaves a gap.
+
+    color, dash: numbers; by default, that of the line among its plot's lines.
+
+    >>> line = Line("hit rate", x=[0.0, 1.0, 2.0], y=[0.5, None, 0.75])
+    >>> line.color is None
+    True
     """
 
     label: str
@@ -72,7 +77,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """share: shown as percent. start, stop: where the axis must begin and end; the values decide unless given."""
+    """share: shown as percent. start, stop: where the axis must begin and end; the values decide unless given.
+
+    >>> axis = Axis("share of requests", share=True, start=0, stop=1)
+    >>> line_plot("hits", "Hit rates.", Axis("s"), axis, [Line("a", [0.0, 1.0], [0.2, 0.4])])[:15]
+    '<svg role="img"'
+    """
 
     label: str
     log: bool = False
@@ -175,7 +185,7 @@ def _legend(axes: Axes, entries: int) -> None:
 
 
 def _svg(name: str, description: str, draw: Callable[[Axes], None], height: float = 3.2) -> str:
-    """height: inches, of a width of 4.8, at which text of 10 points reads well on a phone and on a desk."""
+    """height: in inches, of a width of 4.8, at which text of 10 points reads well on a phone and on a screen."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(4.8, height), layout="constrained")
         FigureCanvasSVG(figure)

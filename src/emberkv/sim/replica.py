@@ -4,19 +4,21 @@ Steps that only decode and change nothing but lengths are taken together: until 
 something happens to the replica. Rows are the same as with single steps, since nothing else could have happened.
 """
 
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from emberkv.cluster.policies import ReplicaState
 from emberkv.core.block_pool import BlockPool
 from emberkv.core.loading import LatencyModel, Load
 from emberkv.core.scheduler import Scheduler, StepPlan
+from emberkv.core.sequence import Sequence as SchedulerSequence
 from emberkv.core.stats import CacheStats
 from emberkv.errors import RequestError
-from emberkv.sim.simulated_request import SimulatedRequest
-from emberkv.sim.tiers import LowerModel, Transfer
+from emberkv.sim.outcome import Outcome, Status, Turn, cache_event
+from emberkv.sim.tiers import ModelledTiers, Transfer
 from emberkv.sim.timing import ANY_TOKEN, NANOSECONDS, Step, StepClock
-from emberkv.workload.chain import ContentChain
+from emberkv.workload.request import ContentChain, Request
 
 RATE_STEPS = 256.0
 """Steps after which a step's time counts half in a replica's measured rate."""
@@ -25,18 +27,100 @@ MEASURED_TOKENS = 2048
 """Prompt tokens whose expected time gives a replica's measured rate."""
 
 
+@dataclass(slots=True, eq=False)
+class SimulatedRequest:
+    """One request from its arrival to its outcome, over all its attempts.
+
+    arrival, first_token: nanoseconds. chain, sequence: those of the attempt that is under way, or comes next.
+    ends_early: whether an end-of-sequence token comes before the limit; it takes a step of its own, as when serving.
+    last_length: of the chain, in tokens, when its last sample is drawn. tenant: as the scheduler has it.
+    queued_tokens: of its prompt, those that its replica is expected to compute yet.
+
+    >>> from emberkv.workload.content import Content
+    >>> lengths = {"prompt_tokens": 40, "output_tokens": 3, "max_output_tokens": 8}
+    >>> request = Request(request_id="a", arrival_time=1.0, content=Content(), **lengths)
+    >>> simulated = SimulatedRequest(request, 1_000_000_000, request.chain(bytes(32), block_size=16))
+    >>> simulated.ends_early, simulated.last_length, simulated.attempt().max_new_tokens
+    (True, 43, 8)
+    """
+
+    request: Request
+    arrival: int
+    chain: ContentChain
+    turn: Turn = Turn.FIRST
+    sequence: SchedulerSequence | None = None
+    first_token: int | None = None
+    prefilled_tokens: int = 0
+    replica: int | None = None
+    retries: int = 0
+    tenant: str = ""
+    queued_tokens: int = 0
+
+    max_new_tokens: int = field(init=False)
+    ends_early: bool = field(init=False)
+    last_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        prompt, output = self.request.prompt_tokens, self.request.output_tokens
+        self.max_new_tokens = max(1, self.request.max_output_tokens)
+        self.ends_early = output < self.max_new_tokens
+        self.last_length = prompt + (output if self.ends_early else self.max_new_tokens - 1)
+
+    def attempt(self) -> SchedulerSequence:
+        """The sequence of the first attempt, or of another one after a replica was lost."""
+        if self.sequence is not None:
+            self.chain = self.request.chain(self.chain.root, self.chain.block_size)
+        self.first_token = None
+        self.sequence = SchedulerSequence(self.request.request_id, self.chain, self.max_new_tokens, tenant=self.tenant)
+        return self.sequence
+
+    def outcome(self, status: Status, completion: int | None = None) -> Outcome:
+        sequence = self.sequence
+        if sequence is None:
+            return Outcome(
+                self.request, status, self.arrival, turn=self.turn, replica=self.replica, retries=self.retries
+            )
+        admitted = status is Status.COMPLETED or sequence.lease is not None or sequence.num_preemptions > 0
+        cached = sequence.cached_tokens
+        return Outcome(
+            request=self.request,
+            status=status,
+            arrival=self.arrival,
+            first_token=self.first_token,
+            completion=completion,
+            output_tokens=sequence.num_generated,
+            turn=self.turn,
+            event=cache_event(self.turn, self.request.prompt_tokens, cached) if admitted else None,
+            cached_tokens=cached,
+            prefilled_tokens=self.prefilled_tokens,
+            tier_tokens=sequence.tier_tokens,
+            replica=self.replica,
+            preemptions=sequence.num_preemptions,
+            retries=self.retries,
+        )
+
+
 @dataclass(slots=True)
 class Replica:
-    """One machine. make_scheduler: a fresh scheduler, pool and cache, for each time that it starts.
+    """One machine: the scheduler that serves, and a clock that says how long each of its steps takes.
 
-    together: whether steps that only make sequences longer are taken together. lower: what its scheduler looks into.
+    make_scheduler: makes a fresh scheduler, pool and cache each time that the replica starts. together: whether steps
+    that only make sequences longer are taken together. lower: the tiers below its pool.
+
+    >>> from emberkv.sim.build import machine_of, scheduler_of
+    >>> from emberkv.sim.config import SimulationConfig
+    >>> config = SimulationConfig(kv_blocks=100)
+    >>> machine = machine_of(config, block_size=16)
+    >>> replica = Replica(0, lambda: scheduler_of(config, machine, None, 0), StepClock(machine.timer))
+    >>> replica.in_flight, replica.used_blocks, replica.begin(now=0)
+    (0, 0, None)
     """
 
     index: int
     make_scheduler: Callable[[], Scheduler]
     clock: StepClock
     together: bool = True
-    lower: LowerModel | None = None
+    lower: ModelledTiers | None = None
     state: ReplicaState = field(default_factory=ReplicaState)
     step: Step | None = None
     computed_tokens: int = 0
@@ -62,12 +146,12 @@ class Replica:
 
     @property
     def used_blocks(self) -> int:
-        """Held by requests."""
+        """Blocks that requests hold."""
         return self.pool.num_blocks - self.pool.num_free
 
     @property
     def cached_blocks(self) -> int:
-        """Found under a block hash, held or not."""
+        """Blocks that are found under a block hash, held or not."""
         return self.pool.num_cached
 
     @property
@@ -80,21 +164,24 @@ class Replica:
 
     @property
     def stats(self) -> list[CacheStats]:
-        """One for each time that it has started."""
+        """The cache's counters, one object for each time that the replica has started."""
         return [*self._past, self.scheduler.stats]
 
     def submit(self, simulated: SimulatedRequest, cached_tokens: int = 0) -> None:
-        """Take a request; it is looked at when the step under way ends. cached_tokens: what it is expected to find."""
+        """Take a request; the scheduler gets it when the step under way ends.
+
+        cached_tokens: of its prompt, those that it is expected to find in the cache.
+        """
         simulated.replica = self.index
         simulated.queued_tokens = max(1, simulated.request.prompt_tokens - cached_tokens)
         self.state.load += simulated.request.prompt_tokens
         self.state.queued_tokens += simulated.queued_tokens
         self._inbox.append(simulated)
 
-    def take_in(self) -> list[SimulatedRequest]:
-        """Queue who has been submitted, and account for loads that are over; between steps.
+    def add_arrivals(self) -> list[SimulatedRequest]:
+        """Queue the submitted requests and account for loads that are over; called between steps.
 
-        Returns who can never be served.
+        Returns the requests that can never be served.
         """
         for transfer in self._arrived:
             self.scheduler.loaded(transfer.load, transfer.exact)
@@ -118,7 +205,7 @@ class Replica:
             self.lower.now = now
         plan = self.scheduler.schedule()
         if self.lower is not None:
-            self._look_down(self.lower, plan)
+            self._start_loads(self.lower, plan)
         if not plan:
             return None
         self.step = step = self._step_of(plan, now)
@@ -126,7 +213,7 @@ class Replica:
         return step
 
     def interrupt(self, now: int) -> None:
-        """Something happened: of steps taken together, those that have not begun yet are not taken."""
+        """Something happened: of steps taken together, those that have not begun by ``now`` are not taken."""
         step = self.step
         if step is not None and step.run is not None:
             count, duration = step.run.cut(now - step.began)
@@ -134,7 +221,7 @@ class Replica:
             step.count, step.duration = count, duration
 
     def end_step(self) -> list[SimulatedRequest]:
-        """Account for the step under way. Returns who is done, with their answers."""
+        """Account for the step under way. Returns the requests that are complete."""
         step = self.step
         assert step is not None
         self.step = None
@@ -157,10 +244,10 @@ class Replica:
                 stopped.add(sequence.request_id)
         finished = self.scheduler.complete(plan, ANY_TOKEN, stopped)
         if self.lower is not None:
-            self._copy_down(self.lower, step)
+            self._offload(self.lower, step)
         return [self._drop(sequence.request_id) for sequence in finished]
 
-    def take_begun(self) -> list[Transfer]:
+    def take_new_transfers(self) -> list[Transfer]:
         """The loads from lower tiers that have begun since the last call."""
         begun = [transfer for transfer in self._transfers.values() if not transfer.scheduled]
         for transfer in begun:
@@ -168,22 +255,22 @@ class Replica:
         return begun
 
     def end_load(self, transfer: Transfer) -> bool:
-        """A load is over; it is looked at when the step under way ends. False if it was lost with the replica."""
+        """A load is over; it is accounted for when the step under way ends. False if it was lost with the replica."""
         if self._transfers.pop(transfer.load, None) is None:
             return False
         self._arrived.append(transfer)
         return True
 
     def fail(self, now: int) -> list[SimulatedRequest]:
-        """Lose everything. Returns the requests that were in flight, in the order in which they came."""
-        self.settle(now)
+        """Lose all state. Returns the requests that were in flight, in the order in which they came."""
+        self.stop(now)
         lost = [*self._requests.values(), *self._inbox]
         self._requests.clear()
         self._inbox.clear()
         self._transfers.clear()
         self._arrived.clear()
         if self.lower is not None:
-            self.lower.lost()
+            self.lower.clear()
         self._past.append(self.scheduler.stats)
         self.scheduler = self.make_scheduler()
         self.state.load = self.state.queued_tokens = 0
@@ -191,8 +278,8 @@ class Replica:
         self.step = None
         return lost
 
-    def settle(self, now: int) -> None:
-        """It all ends during a step: account for those of several that have ended."""
+    def stop(self, now: int) -> None:
+        """The simulation ends during a step: account for those of several that have ended by ``now``."""
         step = self.step
         if step is not None and step.run is not None:
             count, duration = step.run.cut(now - step.began)
@@ -234,37 +321,110 @@ class Replica:
         self.scheduler.count_decodes(plan, steps)
 
     def _dequeue(self, simulated: SimulatedRequest, tokens: int) -> None:
-        """So many of a request's tokens wait no longer."""
+        """``tokens`` of a request's prompt wait no longer."""
         tokens = min(tokens, simulated.queued_tokens)
         simulated.queued_tokens -= tokens
         self.state.queued_tokens -= tokens
 
     def _measure(self, step: Step) -> None:
-        """Learn from a step how fast prompts are computed."""
+        """Record how fast a step computed prompts."""
         computed = sum(chunk.stop - chunk.start for chunk in step.plan.prefills)
         if computed:
             self._prefill.observe(computed, step.duration / NANOSECONDS)
             seconds = self._prefill.seconds_for(MEASURED_TOKENS)
             self.state.prefill_rate = MEASURED_TOKENS / seconds if seconds else None
 
-    def _look_down(self, lower: LowerModel, plan: StepPlan) -> None:
-        """Begin the plan's loads, and keep recent below what is in use above."""
+    def _start_loads(self, lower: ModelledTiers, plan: StepPlan) -> None:
+        """Begin the plan's loads, and mark in the tiers what is in use above them."""
         for load in plan.loads:
-            self._transfers[load] = lower.begin(load)
+            self._transfers[load] = lower.onboard(load)
         for sequence in plan.admitted:
             lower.touch(sequence.chain.block_hashes[: sequence.held.hit_tokens // self.pool.block_size])
 
-    def _copy_down(self, lower: LowerModel, step: Step) -> None:
-        """Offer what has been committed to the tiers below, and learn how fast prompts are computed."""
+    def _offload(self, lower: ModelledTiers, step: Step) -> None:
+        """Offload what the step committed, and record how fast prompts are computed."""
         lower.now = step.ends
         computed = sum(chunk.stop - chunk.start for chunk in step.plan.prefills)
         if computed:
             lower.prefilled(computed, step.duration)
         for block in self.pool.take_committed():
             if block.block_hash is not None:
-                lower.offer(block.block_hash, block.exact)
+                lower.offload(block.block_hash, block.exact)
 
     def _drop(self, request_id: str) -> SimulatedRequest:
         simulated = self._requests.pop(request_id)
         self.state.load -= simulated.request.prompt_tokens
         return simulated
+
+
+MOST_SAMPLES = 512
+
+
+@dataclass(slots=True)
+class ReplicaSeries:
+    """One replica's values over time, one for each sample. computed_tokens: prefilled since the start.
+
+    used_blocks: those that requests hold.
+
+    >>> series = ReplicaSeries()
+    >>> series.used_blocks.append(7)
+    >>> [len(column) for column in series.columns]
+    [0, 0, 1, 0]
+    """
+
+    in_flight: "array[int]" = field(default_factory=lambda: array("q"))
+    computed_tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    used_blocks: "array[int]" = field(default_factory=lambda: array("q"))
+    cached_blocks: "array[int]" = field(default_factory=lambda: array("q"))
+    tier_bytes: dict[str, "array[int]"] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list["array[int]"]:
+        return [self.in_flight, self.computed_tokens, self.used_blocks, self.cached_blocks, *self.tier_bytes.values()]
+
+
+@dataclass(slots=True)
+class Series:
+    """How full and how busy the replicas are, sampled over virtual time in bounded memory.
+
+    Samples are taken at multiples of an interval, in nanoseconds, that doubles whenever there are `MOST_SAMPLES`.
+
+    >>> series = Series(replicas=[])
+    >>> series.until(NANOSECONDS // 32, [])
+    >>> series.seconds
+    [0.0, 0.015625]
+    """
+
+    replicas: list[ReplicaSeries]
+    interval: int = NANOSECONDS // 64
+    times: "array[int]" = field(default_factory=lambda: array("q"))
+    _next: int = 0
+
+    @property
+    def seconds(self) -> list[float]:
+        return [time / NANOSECONDS for time in self.times]
+
+    def until(self, now: int, replicas: Sequence[Replica]) -> None:
+        """Take the samples due before ``now``: nothing has changed since the last event."""
+        while self._next < now:
+            self.times.append(self._next)
+            for series, replica in zip(self.replicas, replicas, strict=True):
+                _sample(series, replica)
+            self._next += self.interval
+            if len(self.times) == MOST_SAMPLES:
+                self._thin_out()
+
+    def _thin_out(self) -> None:
+        self.interval *= 2
+        self._next = self.times[-2] + self.interval
+        for column in (self.times, *(column for each in self.replicas for column in each.columns)):
+            del column[1::2]
+
+
+def _sample(series: ReplicaSeries, replica: Replica) -> None:
+    series.in_flight.append(replica.in_flight)
+    series.computed_tokens.append(replica.computed_tokens)
+    series.used_blocks.append(replica.used_blocks)
+    series.cached_blocks.append(replica.cached_blocks)
+    for name, held in replica.tier_bytes.items():
+        series.tier_bytes.setdefault(name, array("q")).append(held)

@@ -5,11 +5,11 @@ from datetime import datetime
 
 from emberkv.sim import page
 from emberkv.sim.compare import compare
-from emberkv.sim.curves.curve import CapacityCurve, capacity_curve
-from emberkv.sim.load import rejected_words
+from emberkv.sim.curves import CapacityCurve, capacity_curve
+from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share
 from emberkv.sim.report_figures import figures_of
 from emberkv.sim.run import Results
-from emberkv.sim.words import count_words, rate_words, seconds_words, share_words
+from emberkv.sim.summary import rejected_sentence
 
 _LEFT_OUT = frozenset({"set_up", "computed", "memory_over_time", "replicas"})
 """Of the summary: what the page shows elsewhere."""
@@ -35,7 +35,7 @@ def _parts(runs: Mapping[str, Results], made: datetime | None) -> Iterator[str]:
     several = len(runs) > 1
     for name, run in runs.items():
         begin = f"{name}: " if several else ""
-        yield page.paragraph(f"{begin}{run.about.words}", "about")
+        yield page.paragraph(f"{begin}{run.about.sentence}", "about")
         yield from _verdicts(begin, run)
     first = next(iter(runs.values()))
     if several:
@@ -45,7 +45,7 @@ def _parts(runs: Mapping[str, Results], made: datetime | None) -> Iterator[str]:
     yield page.gallery((each.title, each.words, each.svg) for each in figures_of(runs, _curves(runs)))
     yield page.section("All figures", _tables(runs, [_summary_of(run) for run in runs.values()]))
     yield page.section("Settings", _tables(runs, [_settings_of(run) for run in runs.values()]))
-    yield page.paragraph(page.made_words(first.about.version, made), "about")
+    yield page.paragraph(page.made_at(first.about.version, made), "about")
 
 
 def _curves(runs: Mapping[str, Results]) -> list[CapacityCurve | None]:
@@ -61,45 +61,49 @@ def _curves(runs: Mapping[str, Results]) -> list[CapacityCurve | None]:
 def _verdicts(begin: str, run: Results) -> Iterator[str]:
     if run.ending.interrupted:
         yield page.paragraph(f"{begin}Interrupted: the figures cover what was simulated until then.", "verdict bad")
-    if run.about.defaults_words is not None:
-        yield page.paragraph(f"{begin}{run.about.defaults_words}", "about")
+    if run.about.defaults_sentence is not None:
+        yield page.paragraph(f"{begin}{run.about.defaults_sentence}", "about")
     if run.load is not None:
-        yield page.paragraph(f"{begin}{run.load.words}", f"verdict {'bad' if run.load.grows else 'good'}")
+        yield page.paragraph(f"{begin}{run.load.sentence}", f"verdict {'bad' if run.load.grows else 'good'}")
     requests = run.summary["requests"]
     if requests["rejected"]:
-        yield page.paragraph(f"{begin}{rejected_words(requests['rejected'], requests['total'])}", "verdict bad")
+        yield page.paragraph(f"{begin}{rejected_sentence(requests['rejected'], requests['total'])}", "verdict bad")
 
 
 def _cards(run: Results) -> Iterator[tuple[str, str, str]]:
     found = run.summary
     caching, requests = found["prefix_caching"], found["requests"]
     yield (
-        "Hit rate", share_words(caching["token_hit_rate"]),
-        f"of prompt tokens; {share_words(caching['request_hit_rate'])} of requests found any",
+        "Hit rate", format_share(caching["token_hit_rate"]),
+        f"of prompt tokens; {format_share(caching['request_hit_rate'])} of requests found any",
     )  # fmt: skip
     for label, name in (("Time to first token", "ttft_ms"), ("Each further token", "tpot_ms")):
         times = found[name]
         if times:
-            yield label, seconds_words(times["p50"] / 1e3), f"median; p99 {seconds_words(times['p99'] / 1e3)}"
-    yield "Requests", f"{requests['completed']:,}", f"completed, {share_words(found['success_rate'])} of all"
+            yield label, format_seconds(times["p50"] / 1e3), f"median; p99 {format_seconds(times['p99'] / 1e3)}"
+    yield "Requests", f"{requests['completed']:,}", f"completed, {format_share(found['success_rate'])} of all"
     if found["duration"]:
         pace = found["throughput"]
         yield (
-            "Throughput", f"{rate_words(pace['requests_per_second'])}/s",
-            f"requests; {rate_words(pace['output_tokens_per_second'])} output tokens a second",
+            "Throughput", f"{format_rate(pace['requests_per_second'])}/s",
+            f"requests; {format_rate(pace['output_tokens_per_second'])} output tokens a second",
         )  # fmt: skip
     if found["utilisation"]:
         used = found["utilisation"]
-        yield "Busy", share_words(used["compute"]), f"of the time; {share_words(used['kv_memory'])} of KV blocks in use"
+        yield (
+            "Busy",
+            format_share(used["compute"]),
+            f"of the time; {format_share(used['kv_memory'])} of KV blocks in use",
+        )
     if found["slo"]:
-        yield "Service level", share_words(found["slo"]["all"]), "of requests attain it"
+        yield "Service level", format_share(found["slo"]["all"]), "of requests attain it"
 
 
 def _comparison(runs: Mapping[str, Results]) -> str:
     """The change is the second run's against the first's, over the requests that both completed."""
     left, right = list(runs.values())[:2]
     found = compare(left, right)
-    caption = f"Over the {count_words(found.both, 'request')} that both completed"
+    caption = f"Over the {format_count(found.both, 'request')} that both completed"
     rows = [(line.label, line.cells) for line in found.lines]
     return page.table(rows, caption=caption, columns=["", *list(runs)[:2], "change"])
 
@@ -135,14 +139,14 @@ def _cell(value: object, path: tuple[str, ...]) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return _float_words(value, path) if isinstance(value, float) else str(value)
+    return _format_float(value, path) if isinstance(value, float) else str(value)
 
 
-def _float_words(value: float, path: tuple[str, ...]) -> str:
+def _format_float(value: float, path: tuple[str, ...]) -> str:
     if path[0].endswith("_ms"):
-        return seconds_words(value / 1e3)
+        return format_seconds(value / 1e3)
     if path[-1] in ("duration", "ended_at"):
-        return seconds_words(value)
+        return format_seconds(value)
     if path[-1].endswith(("rate", "ratio", "attained", "all")) or path[0] == "utilisation":
         return f"{value:.2%}"
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from emberkv.sim.curves.curve import CapacityCurve
+from emberkv.sim.curves import CapacityCurve
+from emberkv.sim.formatting import format_count, format_seconds, format_share
 from emberkv.sim.hardware import GIB
-from emberkv.sim.latencies import percentile, ratio
-from emberkv.sim.outcome import Status
+from emberkv.sim.outcome import Row, Rows, Status
 from emberkv.sim.plots import Axis, Line, bar_plot, line_plot
-from emberkv.sim.rows import Row, Rows
 from emberkv.sim.run import Results
+from emberkv.sim.summary import percentile, ratio
 from emberkv.sim.timing import NANOSECONDS
-from emberkv.sim.words import count_words, seconds_words, share_words
 
 BINS = 60
 FEWEST_IN_BIN = 5
@@ -22,7 +21,11 @@ QUANTILES = 200
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """svg: None where there is nothing to draw; words then say why."""
+    """A plot with a sentence on what it shows. svg: None where there is nothing to draw; words then say why.
+
+    >>> Figure("Memory by tier", "No time was simulated.", svg=None).title
+    'Memory by tier'
+    """
 
     title: str
     words: str
@@ -30,8 +33,8 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """One run in a picture. name: empty where there is only one. completed: in the order of arrival."""
+class _ShownRun:
+    """One run in a figure. name: empty where there is only one. completed: in the order of arrival."""
 
     name: str
     color: int
@@ -48,11 +51,11 @@ class Shown:
 
 
 def figures_of(runs: Mapping[str, Results], curves: Sequence[CapacityCurve | None]) -> list[Figure]:
-    """The same figures in the same order whatever the runs."""
+    """The figures of a report: the same ones in the same order, for one run or several."""
     shown = []
     for number, ((name, results), curve) in enumerate(zip(runs.items(), curves, strict=True)):
         completed = sorted((row for row in results.rows if row.status is Status.COMPLETED), key=lambda row: row.arrival)
-        shown.append(Shown(name if len(runs) > 1 else "", number, results, curve, completed))
+        shown.append(_ShownRun(name if len(runs) > 1 else "", number, results, curve, completed))
     return [
         _hit_rate_over_time(shown),
         _ttft_over_time(shown),
@@ -63,7 +66,7 @@ def figures_of(runs: Mapping[str, Results], curves: Sequence[CapacityCurve | Non
     ]
 
 
-def _words(shown: Sequence[Shown], of: Callable[[Shown], str]) -> str:
+def _words(shown: Sequence[_ShownRun], of: Callable[[_ShownRun], str]) -> str:
     return "\n".join(run.label(of(run)) for run in shown)
 
 
@@ -89,18 +92,18 @@ def _hit_rate(rows: Iterable[Row]) -> float:
     return ratio(sum(row.cached_tokens for row in found), sum(row.prompt_tokens for row in found))
 
 
-def _hit_rate_over_time(shown: Sequence[Shown]) -> Figure:
+def _hit_rate_over_time(shown: Sequence[_ShownRun]) -> Figure:
     title = "Hit rate over time"
     drawn = [run for run in shown if run.completed]
     if not drawn:
         return Figure(title, "No request completed.", None)
 
-    def words_of(run: Shown) -> str:
+    def words_of(run: _ShownRun) -> str:
         tenth = max(1, len(run.completed) // 10)
         return (
-            f"Of the prompt tokens of the first tenth of requests, {share_words(_hit_rate(run.completed[:tenth]))} "
-            f"were found in the cache, of the last tenth {share_words(_hit_rate(run.completed[-tenth:]))}; "
-            f"{share_words(_hit_rate(run.completed))} in all."
+            f"Of the prompt tokens of the first tenth of requests, {format_share(_hit_rate(run.completed[:tenth]))} "
+            f"were found in the cache, of the last tenth {format_share(_hit_rate(run.completed[-tenth:]))}; "
+            f"{format_share(_hit_rate(run.completed))} in all."
         )
 
     words = _words(drawn, words_of)
@@ -114,7 +117,7 @@ def _ttfts(rows: Iterable[Row]) -> list[float]:
     return sorted(row.ttft_ms / 1e3 for row in rows if row.ttft_ms is not None)
 
 
-def _ttft_over_time(shown: Sequence[Shown]) -> Figure:
+def _ttft_over_time(shown: Sequence[_ShownRun]) -> Figure:
     title = "Time to first token over time"
     drawn = [run for run in shown if _ttfts(run.completed)]
     if not drawn:
@@ -123,9 +126,9 @@ def _ttft_over_time(shown: Sequence[Shown]) -> Figure:
     def at(percent: float) -> Callable[[Sequence[Row]], float]:
         return lambda found: percentile(_ttfts(found), percent)
 
-    def words_of(run: Shown) -> str:
+    def words_of(run: _ShownRun) -> str:
         every = _ttfts(run.completed)
-        low, high = (seconds_words(percentile(every, percent)) for percent in (50, 99))
+        low, high = (format_seconds(percentile(every, percent)) for percent in (50, 99))
         return f"Half of the requests had their first token within {low}, 99% within {high}, queueing included."
 
     lines = [
@@ -138,7 +141,7 @@ def _ttft_over_time(shown: Sequence[Shown]) -> Figure:
     return Figure(title, words, line_plot("ttft", words, *axes, lines))
 
 
-def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
+def _ttft_distribution(shown: Sequence[_ShownRun]) -> Figure:
     title = "Time to first token, cached and not"
     lines, captions = [], []
     for run in shown:
@@ -151,9 +154,9 @@ def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
             if values:
                 shares = [at / QUANTILES for at in range(1, QUANTILES + 1)]
                 lines.append(run.line(label, [percentile(values, 100 * share) for share in shares], shares, kind))
-                median = seconds_words(percentile(values, 50))
+                median = format_seconds(percentile(values, 50))
                 captions.append(
-                    run.label(f"{median} is the median of the {count_words(len(values), 'request')} {label}.")
+                    run.label(f"{median} is the median of the {format_count(len(values), 'request')} {label}.")
                 )
     if not lines:
         return Figure(title, "No time was simulated, or no request completed.", None)
@@ -162,7 +165,7 @@ def _ttft_distribution(shown: Sequence[Shown]) -> Figure:
     return Figure(title, words, line_plot("distribution", words, *axes, lines))
 
 
-def _memory(shown: Sequence[Shown]) -> Figure:
+def _memory(shown: Sequence[_ShownRun]) -> Figure:
     title = "Memory by tier"
     lines, captions = [], []
     for run in shown:
@@ -199,7 +202,7 @@ def _computed(rows: Rows, replicas: int) -> list[int]:
     return tokens
 
 
-def _load(shown: Sequence[Shown]) -> Figure:
+def _load(shown: Sequence[_ShownRun]) -> Figure:
     title = "Load per replica"
     bars, captions = {}, []
     for run in shown:
@@ -215,8 +218,8 @@ def _load(shown: Sequence[Shown]) -> Figure:
     return Figure(title, words, bar_plot("load", words, Axis("replica"), Axis("prompt tokens computed", start=0), bars))
 
 
-def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
-    """Runs whose blocks are alike have one curve, and a mark each."""
+def _hit_rate_by_capacity(shown: Sequence[_ShownRun]) -> Figure:
+    """Runs with equal blocks share one curve, with a mark for each run."""
     title = "Hit rate against capacity"
     lines: list[Line] = []
     marks, captions, curves = {}, [], set[tuple[int, int]]()
@@ -233,7 +236,7 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
             continue
         sizes = [capacity * block for capacity in curve.capacities]
         unlimited = curve.lru.unlimited.token_rate
-        several = run if curves else Shown("", 0, run.results, None, ())
+        several = run if curves else _ShownRun("", 0, run.results, None, ())
         curves.add(alike)
         lines += [
             several.line("LRU", sizes, [curve.lru.at(capacity).token_rate for capacity in curve.capacities], 0),
@@ -243,7 +246,7 @@ def _hit_rate_by_capacity(shown: Sequence[Shown]) -> Figure:
         captions.append(
             run.label(
                 f"What one cache for the first {curve.requests:,} requests would find, one after the other: LRU, the "
-                f"best possible (Belady), and {share_words(unlimited)} without limit. {curve.lru.enough * block:,.1f} "
+                f"best possible (Belady), and {format_share(unlimited)} without limit. {curve.lru.enough * block:,.1f} "
                 f"GiB are as good as any more; a replica has {here:,.1f}."
             )
         )

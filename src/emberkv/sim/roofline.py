@@ -19,11 +19,14 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Beside tensor parallelism, which divides every matrix and the heads among the devices.
+    """How the devices of a replica share a model beside tensor parallelism, which divides each matrix and the heads.
 
     expert_parallel: a device has whole experts instead of a part of each. data_parallel_attention: a device computes
     the attention of its own sequences with all heads, and keeps their KV cache alone. peer_access: whether devices
     reach each other's memory directly; None: as the profile says.
+
+    >>> from emberkv.sim.model_spec import load_spec
+    >>> Layout(expert_parallel=True).check(load_spec("mixtral-8x7b"), devices=4)
     """
 
     expert_parallel: bool = False
@@ -47,7 +50,7 @@ TENSOR_PARALLEL = Layout()
 """Nothing beside it, and links as the profile says."""
 
 
-class RowTerms(NamedTuple):
+class _RowTerms(NamedTuple):
     """Seconds of one forward pass that depend on its rows alone."""
 
     gemm: float
@@ -62,7 +65,7 @@ class Roofline:
     layout: how they share it. Raises ConfigError if the devices have no link, or the model cannot be shared so.
 
     >>> from emberkv.sim.hardware import load_profile
-    >>> from emberkv.sim.model_config import load_spec
+    >>> from emberkv.sim.model_spec import load_spec
     >>> roofline = Roofline(load_spec("llama-3.1-8b"), load_profile("h100"))
     >>> one, many = (roofline.decode_seconds(sequences, context=1024) for sequences in (1, 64))
     >>> one < many < 2 * one  # the weights are read once a step, whatever the batch
@@ -97,7 +100,7 @@ class Roofline:
         self._kv_bytes = model.kv_bytes_per_layer * heads / model.kv_heads
         self._score_flops = 4 * model.query_size / self._attention_devices
         self._element_bytes = DTYPE_BITS[model.base_dtype] / 8
-        self._rows: dict[tuple[int, int, int], RowTerms] = {}
+        self._rows: dict[tuple[int, int, int], _RowTerms] = {}
         self._sampled: dict[int, float] = {}
 
     def step_seconds(self, plan: StepPlan) -> float:
@@ -184,7 +187,7 @@ class Roofline:
         terms.layer_overhead += known.layer_overhead
         terms.logits += self._sampled[sampled]
 
-    def _row_terms(self, rows: int, last: int, attended: int) -> RowTerms:
+    def _row_terms(self, rows: int, last: int, attended: int) -> _RowTerms:
         """last: rows for which the last layer goes on after its keys and values. attended: see `_add_pass`."""
         model, devices = self.model, self.tensor_parallel
         mixtures = model.moe_layers * self._mixture(rows) if model.moe_layers else 0.0
@@ -199,7 +202,7 @@ class Roofline:
         vectors = 8 * model.hidden + (2 * width + 3 * mlp) / devices
         moved = rows * vectors * self._element_bytes / (self._bandwidth * self.hardware.gemm_bandwidth)
         overhead = self._overheads.layer * model.layers + self._overheads.launch
-        return RowTerms(
+        return _RowTerms(
             gemm=mixtures + dense + model.layers * attention - spared,
             elementwise=model.layers * moved,
             all_reduce=self._exchanges * model.layers * self._all_reduce(rows),

@@ -1,5 +1,6 @@
 """Runs a simulation and writes its rows as requests end."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,16 +13,13 @@ from emberkv.cluster.routing import Recorder
 from emberkv.core.stats import CacheStats
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim import cache_only
-from emberkv.sim.about import About, about
-from emberkv.sim.build import Machine, build, machine_of
+from emberkv.sim.build import About, Machine, about, build, machine_of
 from emberkv.sim.config import SimulationConfig
-from emberkv.sim.inputs import Workload
-from emberkv.sim.load import Load, load_of
-from emberkv.sim.outcome import CsvRows, Outcome
-from emberkv.sim.rows import Rows
-from emberkv.sim.series import Series
-from emberkv.sim.simulator import Ending, Progress
-from emberkv.sim.summary import summarize
+from emberkv.sim.inputs import Workload, WorkloadSource, opened
+from emberkv.sim.outcome import CsvRows, Outcome, Rows
+from emberkv.sim.replica import Series
+from emberkv.sim.simulator import Progress, SimulationEnd
+from emberkv.sim.summary import Load, load_of, summarize
 from emberkv.sim.timing import NANOSECONDS, nanoseconds
 
 
@@ -31,6 +29,13 @@ class Results:
 
     series: over time; None where there was no time. workload: opens the same requests again. busy: seconds in which
     each replica computed.
+
+    >>> import emberkv
+    >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
+    >>> chat = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
+    >>> results = emberkv.simulate({"workload": chat}, model="llama-3.1-8b", hardware="h100", replicas=2)
+    >>> results.about.machine_text, len(results.rows), results.summary["preemptions"]
+    ('llama-3.1-8b (bf16) on H100 SXM', 12, 0)
     """
 
     config: SimulationConfig
@@ -38,7 +43,7 @@ class Results:
     machine: Machine
     rows: Rows
     stats: Sequence[Sequence[CacheStats]]
-    ending: Ending
+    ending: SimulationEnd
     series: Series | None = None
     busy: Sequence[float] = ()
 
@@ -53,7 +58,7 @@ class Results:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """All figures, as JSON takes them."""
         how = {
             "computed": self.about.as_dict(),
             "block_size": self.machine.block_size,
@@ -85,6 +90,34 @@ def no_progress(done: int, now: float) -> None:
 
 
 def simulate(
+    workload: WorkloadSource,
+    *,
+    csv: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Results:
+    """Replay a workload through the scheduler, cache and router that serve, in virtual time.
+
+    settings: keys of ``simulation`` in docs/simulation.md, such as model, hardware, replicas, routing, kv_blocks or
+    cache_only; they take precedence over the workload's own. csv: a file that gets a row for each request. progress:
+    called with the number of requests done and the virtual time in seconds.
+
+    Raises ConfigError for an unknown setting or one that cannot work, WorkloadError for a workload that cannot be read.
+
+    >>> import emberkv
+    >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
+    >>> chat = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
+    >>> results = emberkv.simulate({"workload": chat}, model="llama-3.1-8b", hardware="h100", hit_unit=1)
+    >>> results.summary["requests"]["completed"], round(results.summary["prefix_caching"]["token_hit_rate"], 3)
+    (12, 0.538)
+    """
+    config, requests = opened(workload, settings)
+    return run_simulation(
+        config, requests, csv_file=None if csv is None else Path(csv), progress=progress or no_progress
+    )
+
+
+def run_simulation(
     config: SimulationConfig,
     workload: Workload,
     *,
@@ -93,9 +126,9 @@ def simulate(
     keep_ids: bool = False,
     progress: Progress = no_progress,
 ) -> Results:
-    """Carry out a set-up; an interrupt by the user (KeyboardInterrupt) ends it early, with what there is.
+    """Run a set-up; an interrupt by the user (KeyboardInterrupt) ends it early, with the results so far.
 
-    csv_file: takes a row for each request as it ends. decisions_file: takes a line for each routing decision. Raises
+    csv_file: gets a row for each request as it ends. decisions_file: gets a line for each routing decision. Raises
     ConfigError and WorkloadError.
     """
     if decisions_file is not None and config.replicas == 1:
@@ -121,7 +154,7 @@ def simulate(
 
 
 def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outcome], None]:
-    """What takes outcomes; the warm-up's are in neither rows nor table."""
+    """The function that takes outcomes; those of the warm-up are in neither rows nor table."""
 
     def record(outcome: Outcome) -> None:
         if outcome.arrival >= warm_up:

@@ -21,7 +21,14 @@ QUEUE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Channel:
-    """One direction of a tier. Bytes a second, and seconds that each transfer waits besides; free_at: nanoseconds."""
+    """One direction of a tier. bandwidth: bytes a second. latency: seconds that each transfer takes besides.
+
+    free_at: nanoseconds, the end of the last transfer that was accepted.
+
+    >>> read = Channel(bandwidth=1e9, latency=0.5)
+    >>> read.transfer(now=0, size=10**9), read.transfer(now=0, size=0)
+    ((0, 1500000000), (1500000000, 2000000000))
+    """
 
     bandwidth: float
     latency: float
@@ -38,7 +45,16 @@ class Channel:
 
 
 class ModelledTier:
-    """A tier of so many blocks, ordered by an eviction policy. keeps: whether what it has outlives a lost replica."""
+    """A tier of ``capacity`` blocks, ordered by an eviction policy. keeps: whether its content outlives a lost replica.
+
+    >>> from emberkv.core.policies.eviction import make_policy
+    >>> read, write = Channel(1e9, 0.0), Channel(1e9, 0.0)
+    >>> ram = ModelledTier("ram", 100, 4096, make_policy("lru"), read=read, write=write)
+    >>> ram.offload(b"first block", True, now=0)
+    >>> ram.apply_writes(now=NANOSECONDS)
+    >>> ram.lookup([b"first block", b"second block"]), ram.stored_bytes
+    (1, 4096)
+    """
 
     def __init__(
         self,
@@ -67,7 +83,8 @@ class ModelledTier:
         return len(self._exact) * self.block_bytes
 
     def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
-        """How many leading ones it has."""
+        """How many leading block hashes the tier has; with ``exact``, only blocks that are bit-equal to a cold prefill
+        count."""
         for index, block_hash in enumerate(block_hashes):
             known = self._exact.get(block_hash)
             if known is None or (exact and not known):
@@ -78,9 +95,13 @@ class ModelledTier:
         """Of a block that it has."""
         return self._exact[block_hash]
 
-    def offer(self, block_hash: BlockHash, exact: bool, now: int) -> None:
-        """Write a block down, unless it is there; it is found from the time on at which it is written."""
-        self.settle(now)
+    def offload(self, block_hash: BlockHash, exact: bool, now: int) -> None:
+        """Queue a block for writing, unless the tier has it. A look-up finds it from the time on at which it is
+        written.
+
+        A block is skipped while the queue is `QUEUE_SECONDS` long. now: nanoseconds.
+        """
+        self.apply_writes(now)
         if self.lookup((block_hash,), exact=exact):
             return
         if self.write.free_at - now > QUEUE_SECONDS * NANOSECONDS:
@@ -89,14 +110,14 @@ class ModelledTier:
         _, ends = self.write.transfer(now, self.block_bytes)
         self._arriving.append((ends, block_hash, exact))
 
-    def settle(self, now: int) -> None:
-        """Have what has been written by ``now``."""
+    def apply_writes(self, now: int) -> None:
+        """Store the blocks that are written by ``now``."""
         while self._arriving and self._arriving[0][0] <= now:
             _, block_hash, exact = self._arriving.popleft()
             self._store(block_hash, exact)
 
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
-        """These are in use: the first most of all."""
+        """Mark these blocks as used, the first one as the most recent."""
         self._policy.access([each for each in reversed(block_hashes) if each in self._exact])
 
     def clear(self) -> None:
@@ -122,9 +143,15 @@ class ModelledTier:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """A load that has begun: when it ends, or is given up, and which blocks will have come by then (exact or not).
+    """A load that has begun: when it ends or is given up, and for each block that has come by then, whether it is
+    exact.
 
-    scheduled: whether its end is on the agenda.
+    scheduled: whether its end is in the event queue.
+
+    >>> from emberkv.sim.cache_only import ReferenceChain
+    >>> load = Load(ReferenceChain(b"root", [b"a", b"b"], 16), 0, [], [], patience=None)
+    >>> sum(Transfer(load, ends=5_000, exact=[True, False]).exact)
+    1
     """
 
     load: Load
@@ -134,10 +161,17 @@ class Transfer:
 
 
 @dataclass(slots=True)
-class LowerModel:
-    """The tiers of one replica, fastest first: its scheduler's `LowerTiers`.
+class ModelledTiers:
+    """The lower tiers of one replica, fastest first, as its scheduler's `LowerTiers`.
 
-    now: nanoseconds, to be set before the scheduler may ask.
+    now: nanoseconds; the caller sets it before the scheduler asks.
+
+    >>> tiers = ModelledTiers([])
+    >>> tiers.find([b"block"], exact=True), tiers.recompute_seconds(100)
+    ([], None)
+    >>> tiers.prefilled(tokens=1000, duration=2 * NANOSECONDS)
+    >>> tiers.recompute_seconds(100)
+    0.2
     """
 
     tiers: Sequence[ModelledTier]
@@ -146,7 +180,7 @@ class LowerModel:
 
     def find(self, block_hashes: Sequence[BlockHash], *, exact: bool) -> list[BlockRun]:
         for tier in self.tiers:
-            tier.settle(self.now)
+            tier.apply_writes(self.now)
         return find_runs(self.tiers, [tier.meter for tier in self.tiers], block_hashes, exact=exact)
 
     def status(self, block_hash: BlockHash, *, exact: bool) -> LookupStatus:
@@ -157,19 +191,19 @@ class LowerModel:
         return self._prefill.seconds_for(tokens)
 
     def prefilled(self, tokens: int, duration: int) -> None:
-        """A step computed so many prompt tokens in so many nanoseconds."""
+        """Record that a step computed ``tokens`` prompt tokens in ``duration`` nanoseconds."""
         self._prefill.observe(tokens, duration / NANOSECONDS)
 
-    def offer(self, block_hash: BlockHash, exact: bool) -> None:
+    def offload(self, block_hash: BlockHash, exact: bool) -> None:
         for tier in self.tiers:
-            tier.offer(block_hash, exact, self.now)
+            tier.offload(block_hash, exact, self.now)
 
     def touch(self, block_hashes: Sequence[BlockHash]) -> None:
         for tier in self.tiers:
             tier.touch(block_hashes)
 
-    def begin(self, load: Load) -> Transfer:
-        """Read its runs one after another; give up when computing would have been as fast."""
+    def onboard(self, load: Load) -> Transfer:
+        """Read the runs of a load one after the other; give up when computing would have been as fast."""
         deadline = None if load.patience is None else self.now + nanoseconds(load.patience)
         by_name = {tier.name: tier for tier in self.tiers}
         at, first, came = self.now, 0, list[bool]()
@@ -187,14 +221,14 @@ class LowerModel:
         return Transfer(load, at if deadline is None else min(at, deadline), came)
 
     def _promote(self, source: ModelledTier, block_hashes: Sequence[BlockHash]) -> None:
-        """What comes from a slower tier is put into the faster ones."""
+        """Copy blocks that come from a slower tier into the faster ones."""
         source.touch(block_hashes)
         for tier in self.tiers[: list(self.tiers).index(source)]:
             for block_hash in block_hashes:
-                tier.offer(block_hash, source.is_exact(block_hash), self.now)
+                tier.offload(block_hash, source.is_exact(block_hash), self.now)
 
-    def lost(self) -> None:
-        """The replica is lost, and what does not outlive it."""
+    def clear(self) -> None:
+        """Drop the content that does not outlive a lost replica."""
         for tier in self.tiers:
             if not tier.keeps:
                 tier.clear()
@@ -202,7 +236,7 @@ class LowerModel:
 
 
 def _arrived(begins: int, ends: int, count: int, deadline: int) -> int:
-    """How many of ``count`` blocks that come evenly between two times have come by ``deadline``."""
+    """How many of ``count`` blocks that arrive evenly between two times have arrived by ``deadline``."""
     if deadline >= ends:
         return count
     return max(0, count * (deadline - begins) // max(1, ends - begins))

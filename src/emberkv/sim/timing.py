@@ -24,7 +24,12 @@ def nanoseconds(seconds: float) -> int:
 
 
 class Chunk(NamedTuple):
-    """Tokens ``[start, stop)`` of one sequence, computed in one step. samples: its next token is wanted, too."""
+    """Tokens ``[start, stop)`` of one sequence, computed in one step. samples: whether its next token is sampled, too.
+
+    >>> chunk = Chunk(start=512, stop=640, samples=True)
+    >>> chunk.stop - chunk.start
+    128
+    """
 
     start: int
     stop: int
@@ -32,7 +37,12 @@ class Chunk(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A step in numbers: ``sequences`` decode a token each, their lengths' sum is ``context``; and what it prefills."""
+    """What a step computes: ``sequences`` decode one token each over ``context`` tokens in all, beside prefill chunks.
+
+    >>> work = Work(sequences=8, context=8 * 1024, chunks=(Chunk(0, 256, samples=False),))
+    >>> work.context // work.sequences
+    1024
+    """
 
     sequences: int
     context: int
@@ -41,7 +51,12 @@ class Work(NamedTuple):
 
 @dataclass(slots=True)
 class StepTerms:
-    """Seconds of a step by what they are spent on; the step takes their sum."""
+    """Seconds of a step by what they are spent on; the step takes their sum.
+
+    >>> terms = StepTerms(gemm=0.004, decode_attention=0.001)
+    >>> terms.total, terms.as_dict()["logits"]
+    (0.005, 0.0)
+    """
 
     gemm: float = 0.0
     elementwise: float = 0.0
@@ -78,7 +93,12 @@ class StepTimer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ConstantRates:
-    """A machine that does nothing in parallel: so many seconds a step, a prefill token and a decoded token."""
+    """A machine that computes nothing in parallel: seconds for each step, each prefill token and each decoded token.
+
+    >>> rates = ConstantRates(per_step=0.25, per_prefill_token=0.5, per_decode_token=2.0)
+    >>> rates.decode_seconds(sequences=3, context=100)
+    6.25
+    """
 
     per_step: float = 0.0
     per_prefill_token: float = 1e-4
@@ -94,7 +114,12 @@ class ConstantRates:
 
 @dataclass(slots=True)
 class StepClock:
-    """A timer's answers in nanoseconds, at least 1 for each step; those of steps that only decode are remembered."""
+    """A timer's step durations in nanoseconds, at least 1 each. Those of steps that only decode are remembered.
+
+    >>> clock = StepClock(ConstantRates(per_step=0.25, per_decode_token=0.5))
+    >>> clock.decode(sequences=2, context=300), clock.run(sequences=2, context=300, steps=4).duration
+    (1250000000, 5000000000)
+    """
 
     timer: StepTimer
     _decodes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -123,6 +148,12 @@ class SteadyRun:
     """Steps that only decode, one after the other, with nothing happening in between.
 
     context: tokens attended to by the first of them.
+
+    >>> run = StepClock(ConstantRates(per_decode_token=1.0)).run(sequences=1, context=10, steps=4)
+    >>> run.duration // NANOSECONDS
+    4
+    >>> run.cut(elapsed=2 * NANOSECONDS + 1)  # the third step is under way
+    (3, 3000000000)
     """
 
     clock: StepClock
@@ -168,7 +199,13 @@ ANY_TOKEN: Mapping[str, int] = _AnyToken()
 
 @dataclass(slots=True)
 class Step:
-    """Under way from ``began`` for ``duration`` nanoseconds; ``count`` of them in a row, which ``run`` then tells."""
+    """A step under way from ``began`` for ``duration`` nanoseconds, or ``count`` equal ones in a row, which are
+    ``run``.
+
+    >>> step = Step(StepPlan(), began=5, duration=20)
+    >>> step.ends, step.count
+    (25, 1)
+    """
 
     plan: StepPlan
     began: int

@@ -19,7 +19,7 @@ EXPECTED = f"{','.join(COLUMNS)}, such as 2023-11-16 18:15:46.6805900,374,44"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class AzureRow(BaseModel):
+class _Row(BaseModel):
     """Seconds are read to the microsecond; a time without a zone is taken for UTC."""
 
     TIMESTAMP: datetime
@@ -48,7 +48,7 @@ def read(path: Path, *, scope: str) -> Iterator[Request]:
         fields = next(csv.reader([line.decode()]))
         if len(fields) != len(COLUMNS):
             raise ValueError(f"there are {len(fields)} fields")
-        row = AzureRow.model_validate(dict(zip(COLUMNS, fields, strict=True)))
+        row = _Row.model_validate(dict(zip(COLUMNS, fields, strict=True)))
         moment = row.TIMESTAMP if row.TIMESTAMP.tzinfo else row.TIMESTAMP.replace(tzinfo=UTC)
         if first is None:
             first = moment

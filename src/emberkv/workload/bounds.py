@@ -24,7 +24,7 @@ Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 SomeTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
 SomeSeconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
-LatencyModel = Annotated[float, Field(ge=1e-9, le=1e9)]
+Rate = Annotated[float, Field(ge=1e-9, le=1e9)]
 """Events a second."""
 
 Amount = Annotated[float, Field(ge=0, le=1e12)]

@@ -31,7 +31,12 @@ _BOUNDS = Struct(">QQ")  # big-endian: encoded spans that go on longer together 
 
 
 class Span(NamedTuple):
-    """Tokens ``[start, stop)`` of the stream ``key``, which is `KEY_BYTES` long."""
+    """Tokens ``[start, stop)`` of the stream ``key``, which is `KEY_BYTES` long.
+
+    >>> span = Span(stream_key("a system prompt"), 0, 32)
+    >>> span.size, span.cut(8, 24).start, span.encode(0, 16) == span.cut(0, 16).encode(0, 16)
+    (32, 8, True)
+    """
 
     key: bytes
     start: int
@@ -50,8 +55,9 @@ class Span(NamedTuple):
         return self.key + _BOUNDS.pack(self.start + start, self.start + stop)
 
     def common(self, start: int, stop: int, encoded: bytes) -> tuple[int, int]:
-        """How many tokens from ``start`` to ``stop`` ``encoded`` begins with, and the bytes they take; 0 if it goes on
-        otherwise after them.
+        """How many tokens from ``start`` to ``stop`` ``encoded`` begins with, and how many bytes they take.
+
+        The bytes are 0 if ``encoded`` continues differently after these tokens.
         """
         own = self.encode(start, stop)
         head = KEY_BYTES + _BOUNDS.size // 2
@@ -68,7 +74,12 @@ class Span(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Token ids as they are; a block of nothing else has the same block hash as in a `TokenChain`."""
+    """Token ids as they are; a block of nothing else has the same block hash as in a `TokenChain`.
+
+    >>> tokens = Tokens(array("i", [5, 6, 7, 8]))
+    >>> tokens.size, tokens.cut(1, 3).token_ids()
+    (4, [6, 7])
+    """
 
     ids: "array[int]"
 
@@ -96,7 +107,13 @@ Piece = Span | Tokens
 
 
 class Content:
-    """Pieces one after the other; neighbours that continue each other are joined, so that equal contents look equal."""
+    """Pieces one after the other. Neighbours that continue each other are joined, so that equal contents look equal.
+
+    >>> prompt = Span(stream_key("a system prompt"), 0, 32)
+    >>> content = Content([prompt.cut(0, 16), prompt.cut(16, 32), Span(stream_key("a question"), 0, 8)])
+    >>> len(content), len(content.pieces), content.cut(0, 32) == Content([prompt])
+    (40, 2, True)
+    """
 
     __slots__ = ("_ends", "pieces")
 
@@ -105,8 +122,9 @@ class Content:
 
     @classmethod
     def of_blocks(cls, keys: Sequence[bytes], size: int, tokens: int) -> "Content":
-        """``tokens`` tokens in blocks of ``size``, each the beginning of the stream with its key; only the last may be
-        shorter.
+        """``tokens`` tokens in blocks of ``size``, each the beginning of the stream with its key.
+
+        Only the last block may be shorter.
         """
         ends = [*range(size, tokens, size), tokens] if tokens else []
         spans = [Span(key, 0, size) for key in keys[:-1]]
@@ -118,7 +136,7 @@ class Content:
 
     @classmethod
     def _of(cls, joined: tuple[Piece, ...]) -> "Content":
-        """Of pieces that are joined already, none of them empty."""
+        """A content of pieces that are joined already, none of them empty."""
         content = Content.__new__(Content)
         content._take(joined)
         return content
@@ -140,7 +158,7 @@ class Content:
         return hash((len(self), len(self.pieces)))
 
     def __add__(self, other: "Content") -> "Content":
-        """In turn. Only the seam is joined anew: histories are long and what is added to them is short."""
+        """The contents one after the other. Only the seam is joined: histories are long, and additions short."""
         if not (self.pieces and other.pieces):
             return other if other.pieces else self
         seam = _joined((self.pieces[-1], other.pieces[0]))

@@ -8,15 +8,19 @@ from hashlib import sha256
 from math import ceil
 
 from emberkv.core.hashing import BlockHash
-from emberkv.workload.chain import content_hashes
-from emberkv.workload.request import Request
+from emberkv.workload.request import Request, content_hashes
 
 ROOT = sha256(b"emberkv-description-1").digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens a request: the mean, and percentiles by nearest rank."""
+    """Tokens a request: the mean, and percentiles by nearest rank.
+
+    >>> found = lengths([10, 20, 30, 40])
+    >>> found.mean, found.p50, found.max
+    (25.0, 20, 40)
+    """
 
     mean: float
     p50: int
@@ -26,7 +30,7 @@ class Lengths:
 
 
 def lengths(values: Sequence[int]) -> Lengths:
-    """Of at least one value."""
+    """The statistics of at least one value."""
     ordered = sorted(values)
     p50, p90, p99 = (ordered[ceil(percent * len(ordered) / 100) - 1] for percent in (50, 90, 99))
     return Lengths(sum(ordered) / len(ordered), p50, p90, p99, ordered[-1])
@@ -34,12 +38,20 @@ def lengths(values: Sequence[int]) -> Lengths:
 
 @dataclass(slots=True)
 class UnlimitedCache:
-    """What a cache that never forgets finds: whole prompts and, where they are known, answers, one after the other.
+    """What a cache that never evicts finds: prompts and, where they are known, answers, one after the other.
 
     Blocks of ``block_size`` tokens. references: blocks of prompts, each partial last one included, as published figures
     of traces count; a pool shares full blocks only. hits: those of the longest run from the prompt's start that was
-    seen before. unique: different blocks seen. content_known: whether any request says what its prompt
-    is; without that, nothing is known to be shared.
+    seen before. unique: different blocks seen. content_known: whether any request says what its prompt is; without
+    that, nothing is known to be shared.
+
+    >>> from emberkv.workload.content import Content, Span, stream_key
+    >>> prompt = {"content": Content([Span(stream_key("a"), 0, 32)]), "prompt_tokens": 32}
+    >>> cache = UnlimitedCache(block_size=16)
+    >>> for name in ("first", "second"):
+    ...     cache.add(Request(request_id=name, arrival_time=0.0, output_tokens=1, max_output_tokens=1, **prompt))
+    >>> cache.hits, cache.references, cache.token_hit_rate
+    (2, 4, 0.5)
     """
 
     block_size: int
@@ -80,7 +92,14 @@ class UnlimitedCache:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """duration: seconds from the first arrival to the last. sessions: 0 where the workload tells none."""
+    """A workload in figures. duration: seconds from the first arrival to the last. sessions: 0 where it has none.
+
+    >>> from emberkv.workload.content import Content
+    >>> some = {"content": Content(), "prompt_tokens": 32, "output_tokens": 1, "max_output_tokens": 1}
+    >>> found = describe(Request(request_id=str(at), arrival_time=at / 2, **some) for at in range(9))
+    >>> found.requests, found.rate, found.prompt.p90
+    (9, 2.0, 32)
+    """
 
     requests: int
     duration: float
@@ -102,7 +121,7 @@ DEFAULT_BLOCK_SIZE = 16
 def describe(requests: Iterable[Request], block_size: int | None = None) -> Description | None:
     """Measure a workload in one pass; None when it is empty.
 
-    block_size: tokens of a cache's block; by default that in which the first request is told, or `DEFAULT_BLOCK_SIZE`.
+    block_size: tokens of a cache's block; by default that of the first request, or `DEFAULT_BLOCK_SIZE`.
     Memory grows with the number of different blocks and sessions.
     """
     prompts, outputs = array("q"), array("q")

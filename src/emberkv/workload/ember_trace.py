@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from emberkv.errors import WorkloadError
 from emberkv.workload import bounds
-from emberkv.workload.chain import content_hashes
 from emberkv.workload.content import MAX_TOKEN, SCOPE_BYTES, Content, Tokens
 from emberkv.workload.lines import NumberedLine, explain, numbered_lines, read_requests
-from emberkv.workload.request import After, Request
+from emberkv.workload.request import After, Request, content_hashes
 
 BLOCK_SIZE = 16
 """Tokens of a block for content that no trace has cut into blocks yet."""
@@ -38,7 +37,11 @@ class _Line(BaseModel):
 
 
 class Header(_Line):
-    """model: what served the requests: its folder, hub id or, of the bundled model, name; empty where not recorded."""
+    """The first line. model: what served the requests: its folder, hub id or, of the bundled model, name; or empty.
+
+    >>> Header(emberkv_trace=1, model="emberkv-demo").model_dump_json(exclude_defaults=True)
+    '{"emberkv_trace":1,"model":"emberkv-demo"}'
+    """
 
     emberkv_trace: Literal[1]
     note: str = ""
@@ -46,7 +49,11 @@ class Header(_Line):
 
 
 class AfterLine(_Line):
-    """The request that this one followed, and the seconds between that one's completion and this arrival."""
+    """The request that this one followed, and the seconds between that one's completion and this arrival.
+
+    >>> AfterLine(request="s0.0", think_time=4.0).think_time
+    4.0
+    """
 
     request: str
     think_time: bounds.Seconds
@@ -55,9 +62,13 @@ class AfterLine(_Line):
 class TraceLine(_Line):
     """One request. arrival: seconds from the trace's start.
 
-    What is known of prompt and answer together, from the first token on: ``blocks``, hexadecimal ids of blocks of
-    ``block_size`` tokens, which tell ``known_tokens`` tokens (the last block may be partial); or ``token_ids``; or
-    nothing.
+    What is known of prompt and answer together, from the first token on, is either ``blocks``, hexadecimal ids of
+    blocks of ``block_size`` tokens that hold ``known_tokens`` tokens (the last block may be partial), or ``token_ids``,
+    or nothing.
+
+    >>> line = TraceLine(request="a", arrival=0.5, prompt_tokens=3, output_tokens=1, token_ids=[5, 6, 7])
+    >>> len(line.content())
+    3
     """
 
     request: str
@@ -83,7 +94,7 @@ class TraceLine(_Line):
             raise ValueError("has both blocks and token_ids; one of them is accepted")
         known = self.known_tokens or len(self.token_ids or [])
         if known > self.prompt_tokens + self.output_tokens:
-            raise ValueError(f"tells {known} tokens of {self.prompt_tokens} + {self.output_tokens}")
+            raise ValueError(f"describes {known} tokens of {self.prompt_tokens} + {self.output_tokens}")
         if self.blocks is not None and self.block_size and len(self.blocks) != -(-known // self.block_size):
             raise ValueError(f"{known} known_tokens are not {len(self.blocks)} blocks of {self.block_size} tokens")
         return self
@@ -145,7 +156,7 @@ def _header(path: Path, lines: Iterator[NumberedLine]) -> Header:
 
 
 def line_of(request: Request, block_size: int | None = None) -> TraceLine:
-    """The line that tells ``request``: its token ids if it has them, else ids of its blocks.
+    """The line of a request: its token ids if it has them, else ids of its blocks.
 
     block_size: tokens of a block; by default the request's own, or `BLOCK_SIZE`.
     """

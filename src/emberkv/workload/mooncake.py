@@ -31,7 +31,7 @@ BlockId = Annotated[int, Field(ge=0, lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=MAX_TOKEN)]
 
 
-class MooncakeLine(BaseModel):
+class _Line(BaseModel):
     """Fields beyond these are other tools' and are passed over."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -83,7 +83,7 @@ def read(path: Path, *, scope: str, block_size: int | None = None) -> Iterator[R
     owner = sha256(scope.encode()).digest()[:SCOPE_BYTES]
 
     def to_request(index: int, line: bytes) -> Request:
-        read_line = MooncakeLine.model_validate_json(line)
+        read_line = _Line.model_validate_json(line)
         size = read_line.block_size or block_size or BLOCK_SIZE
         return Request(
             request_id=f"{scope}-{index}",

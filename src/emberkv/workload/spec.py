@@ -1,16 +1,252 @@
-"""The schema of a generated workload in a YAML file, validated with unknown keys refused."""
+"""The schema of a generated workload in a YAML file: distributions, arrivals and clients; unknown keys are refused."""
 
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from random import Random
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from emberkv.errors import WorkloadError
 from emberkv.validation import Strict, describe
 from emberkv.workload import bounds
-from emberkv.workload.arrivals import Arrivals
-from emberkv.workload.distributions import Distribution
+from emberkv.workload.bounds import MOST_TOKENS, Amount, Rate, SomeAmount
+from emberkv.workload.trace import read_trace
 from emberkv.yaml_files import read_yaml
+
+P90 = 1.2815515655446004
+"""The standard normal distribution's 0.9-quantile."""
+
+_LARGEST_EXPONENT = 700.0
+"""Beyond it, exp overflows."""
+
+
+class Fixed(Strict):
+    """Always ``value``.
+
+    >>> Fixed(kind="fixed", value=200).sample(Random(0))
+    200.0
+    """
+
+    kind: Literal["fixed"]
+    value: Amount
+
+    def sample(self, rng: Random) -> float:
+        return self.value
+
+
+class Uniform(Strict):
+    """Between ``min`` and ``max``.
+
+    >>> 10 <= Uniform(kind="uniform", min=10, max=20).sample(Random(0)) <= 20
+    True
+    """
+
+    kind: Literal["uniform"]
+    min: Amount
+    max: Amount
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+    def sample(self, rng: Random) -> float:
+        return rng.uniform(self.min, self.max)
+
+
+class _Clipped(Strict):
+    """``min`` and ``max``: values drawn beyond them are replaced by them."""
+
+    min: Amount = 0.0
+    max: Amount | None = None
+
+    def _clip(self, value: float) -> float:
+        return max(self.min, value if self.max is None else min(value, self.max))
+
+
+class LogNormal(_Clipped):
+    """By its median and its 90th percentile.
+
+    >>> lengths = LogNormal(kind="lognormal", median=100, p90=400)
+    >>> 450 < sum(lengths.sample(Random(seed)) > 100 for seed in range(1000)) < 550
+    True
+    """
+
+    kind: Literal["lognormal"]
+    median: SomeAmount
+    p90: SomeAmount
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.p90 < self.median:
+            raise ValueError(f"p90 {self.p90:g} is below the median {self.median:g}")
+        return self
+
+    def sample(self, rng: Random) -> float:
+        spread = (math.log(self.p90) - math.log(self.median)) / P90
+        return self._clip(math.exp(min(_LARGEST_EXPONENT, rng.normalvariate(math.log(self.median), spread))))
+
+
+class Exponential(_Clipped):
+    """By its mean.
+
+    >>> Exponential(kind="exponential", mean=10, max=5).sample(Random(1)) <= 5
+    True
+    """
+
+    kind: Literal["exponential"]
+    mean: SomeAmount
+
+    def sample(self, rng: Random) -> float:
+        return self._clip(rng.expovariate(1 / self.mean))
+
+
+class Geometric(Strict):
+    """Whole numbers from 1 on: a conversation continues with the same probability after each turn.
+
+    >>> Geometric(kind="geometric", mean=1).sample(Random(0))
+    1
+    """
+
+    kind: Literal["geometric"]
+    mean: Annotated[float, Field(ge=1, le=1e12)]
+
+    def sample(self, rng: Random) -> float:
+        if self.mean == 1:
+            return 1
+        return 1 + math.floor(math.log(1 - rng.random()) / math.log1p(-1 / self.mean))
+
+
+class Empirical(Strict):
+    """Any of ``values``, or of a field of a trace's requests; a relative path starts at the description's folder.
+
+    >>> Empirical(kind="empirical", values=[3, 5]).sample(Random(0)) in (3, 5)
+    True
+    """
+
+    kind: Literal["empirical"]
+    values: list[Amount] | None = None
+    trace: str | None = None
+    field: Literal["prompt_tokens", "output_tokens"] | None = None
+    _drawn_from: list[float] = PrivateAttr(default_factory=list)
+
+    def model_post_init(self, context: Any) -> None:
+        if (self.values is None) == (self.trace is None) or (self.trace is None) != (self.field is None):
+            raise ValueError("give either values, or trace and field (prompt_tokens or output_tokens)")
+        found = self.values
+        if self.trace is not None and self.field is not None:
+            requests = read_trace(folder_of(context) / self.trace)
+            found = [getattr(request, self.field) for request in requests]
+        if not found:
+            raise ValueError("there are no values to draw from; at least one is needed")
+        self._drawn_from = found
+
+    def sample(self, rng: Random) -> float:
+        return rng.choice(self._drawn_from)
+
+
+def folder_of(context: Any) -> Path:
+    """Where relative paths of a description start: validation's context ``{"folder": Path}``, else here."""
+    return Path(context["folder"]) if context else Path()
+
+
+def _number_as_fixed(data: Any) -> Any:
+    return {"kind": "fixed", "value": data} if isinstance(data, int | float) else data
+
+
+Distribution = Annotated[
+    Annotated[Fixed | Uniform | LogNormal | Exponential | Geometric | Empirical, Field(discriminator="kind")],
+    BeforeValidator(_number_as_fixed),
+]
+"""A mapping with ``kind`` and that kind's parameters; a plain number is fixed."""
+
+
+def whole(value: float, least: int = 1, most: int = MOST_TOKENS) -> int:
+    """A drawn value as a number of tokens or turns. Raises WorkloadError for one beyond ``most``."""
+    if not value <= most:
+        raise WorkloadError(f"the description draws a length of {value:.6g}; at most {most:,} are accepted")
+    return max(least, round(value))
+
+
+def _apart(gap: Callable[[], float]) -> Iterator[float]:
+    """Times without end, each a drawn gap after the one before, the first one after 0."""
+    now = 0.0
+    while True:
+        now += gap()
+        yield now
+
+
+class Poisson(Strict):
+    """``rate`` conversations a second, independent of each other.
+
+    >>> times = Poisson(kind="poisson", rate=100.0).times(Random(0))
+    >>> 80 < sum(next(times) < 1.0 for _ in range(200)) < 120
+    True
+    """
+
+    kind: Literal["poisson"]
+    rate: Rate
+
+    def times(self, rng: Random) -> Iterator[float]:
+        return _apart(lambda: rng.expovariate(self.rate))
+
+
+class Gamma(Strict):
+    """``rate`` a second with gamma-distributed gaps.
+
+    burstiness: the gaps' coefficient of variation; at 1 it is Poisson, above 1 arrivals come in bursts.
+
+    >>> times = Gamma(kind="gamma", rate=100.0, burstiness=1.0).times(Random(0))
+    >>> 80 < sum(next(times) < 1.0 for _ in range(200)) < 120
+    True
+    """
+
+    kind: Literal["gamma"]
+    rate: Rate
+    burstiness: Annotated[float, Field(ge=0.01, le=100)]
+
+    def times(self, rng: Random) -> Iterator[float]:
+        shape = self.burstiness**-2
+        return _apart(lambda: rng.gammavariate(shape, 1 / (self.rate * shape)))
+
+
+class Constant(Strict):
+    """One every ``1 / rate`` seconds, the first at 0.
+
+    >>> times = Constant(kind="constant", rate=2.0).times(Random(0))
+    >>> [next(times) for _ in range(3)]
+    [0.0, 0.5, 1.0]
+    """
+
+    kind: Literal["constant"]
+    rate: Rate
+
+    def times(self, rng: Random) -> Iterator[float]:
+        count = 0
+        while True:
+            yield count / self.rate
+            count += 1
+
+
+class TraceTimed(Strict):
+    """When the requests of a trace arrive; ends with it. A relative path starts at the description's folder."""
+
+    kind: Literal["trace"]
+    trace: str
+    _path: Path = PrivateAttr(default=Path())
+
+    def model_post_init(self, context: Any) -> None:
+        self._path = folder_of(context) / self.trace
+
+    def times(self, rng: Random) -> Iterator[float]:
+        return (request.arrival_time for request in read_trace(self._path))
+
+
+Arrivals = Annotated[Poisson | Gamma | Constant | TraceTimed, Field(discriminator="kind")]
+
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -30,7 +266,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class SystemPrompts(Strict):
-    """``count`` different system prompts of drawn lengths; the k-th most popular is chosen in proportion to k^-skew."""
+    """``count`` different system prompts of drawn lengths; the k-th most popular is chosen in proportion to k^-skew.
+
+    >>> SystemPrompts(count=50, skew=1.1, tokens=800).tokens.value
+    800.0
+    """
 
     count: Annotated[int, Field(ge=1, le=bounds.MOST_PROMPTS)]
     skew: Annotated[float, Field(ge=0, le=1000)]
@@ -44,7 +284,11 @@ class Profile(Strict):
     no system prompt. message, output: tokens a turn; first_message: where the first differs. max_output_tokens: the
     limit that is asked for, and put on drawn outputs; None asks for just what is generated. turns: in a conversation.
     think_time: seconds from a turn's completion to the next. max_context: a conversation ends before the turn whose
-    prompt and limit together would exceed it.
+    prompt and limit together would exceed it. base: the name of a preset that gives the keys left out.
+
+    >>> agent = Profile(name="coding", weight=1.0, base="agent")
+    >>> agent.max_context, agent.turns.kind
+    (128000, 'geometric')
     """
 
     name: Name

@@ -1,11 +1,13 @@
-"""Reads any recorded trace as one stream of requests, and changes its rate, clips or merges it."""
+"""Reads any recorded trace as one stream of requests, changes its rate, clips or merges it, and writes traces."""
 
 import heapq
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from typing import TextIO
 
 from emberkv.errors import WorkloadError
 from emberkv.workload import azure, ember_trace, mooncake
@@ -15,13 +17,22 @@ from emberkv.workload.request import Request
 
 
 class TraceFormat(Enum):
+    """The formats of recorded traces.
+
+    >>> [format.value for format in TraceFormat]
+    ['emberkv', 'mooncake', 'azure']
+    """
+
     EMBERKV = "emberkv"  # block hashes or token ids, sessions, limits
     MOONCAKE = "mooncake"  # prefix-chained block ids, or token ids
     AZURE = "azure"  # lengths only
 
 
 def detect_format(path: Path) -> TraceFormat:
-    """By the name and the first line. Raises WorkloadError naming what is accepted, or that the file cannot be read."""
+    """The format by the name and the first line.
+
+    Raises WorkloadError naming what is accepted, or that the file cannot be read.
+    """
     suffix = uncompressed_name(path).suffix
     if suffix == ".csv":
         return TraceFormat.AZURE
@@ -38,7 +49,7 @@ def read_trace(
 ) -> Iterator[Request]:
     """The requests of a trace in the order of their arrival, one line in memory at a time.
 
-    format: by default told from the file. block_size: of a Mooncake trace whose lines do not say it.
+    format: detected from the file unless given. block_size: of a Mooncake trace whose lines do not say it.
     scope: names the requests, and the ids that only this file explains; the file's name without suffix unless given.
     Raises WorkloadError naming file, line and what was expected, as the lines are read.
     """
@@ -97,3 +108,41 @@ def scopes(paths: Iterable[Path]) -> list[str]:
             name = f"{path.stem}#{number}"
         taken.append(name)
     return taken
+
+
+def write_trace(
+    path: Path,
+    requests: Iterable[Request],
+    *,
+    format: TraceFormat = TraceFormat.EMBERKV,
+    block_size: int | None = None,
+    note: str = "",
+) -> int:
+    """Write a trace, whole or not at all; returns how many requests it has.
+
+    block_size: tokens of a block; by default each request's own. note: kept in emberkv's own format only.
+    Raises WorkloadError when the file cannot be written.
+    """
+    with _replacing(path) as file:
+        match format:
+            case TraceFormat.EMBERKV:
+                return ember_trace.write(file, requests, block_size=block_size, note=note)
+            case TraceFormat.MOONCAKE:
+                return mooncake.write(file, requests, block_size=block_size)
+            case TraceFormat.AZURE:
+                return azure.write(file, requests)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of ``path`` once it is complete."""
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        try:
+            with draft.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise WorkloadError(f"cannot write {path}: {error.strerror}") from error

@@ -5,7 +5,7 @@ from hashlib import sha256
 
 from hypothesis import strategies as st
 
-from emberkv.sim.curves.accesses import Access
+from emberkv.sim.curves import Access
 
 CAPACITIES = (1_000, 3_000, 6_000, 10_000, 30_000, 50_000, 100_000)
 

@@ -1,6 +1,6 @@
 """A request as a cache sees it."""
 
-from emberkv.sim.curves.accesses import access
+from emberkv.sim.curves import access
 from tests.workload.build import request, span
 
 

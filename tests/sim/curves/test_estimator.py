@@ -3,9 +3,8 @@
 from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.analytics.reuse_estimator import ReuseEstimator
-from emberkv.sim.curves.accesses import accesses
-from emberkv.sim.curves.lru import LRUCurve
-from emberkv.workload.files import open_requests
+from emberkv.sim.curves import LRUCurve, accesses
+from emberkv.workload.source import open_requests
 from tests.sim.curves.build import CAPACITIES
 
 

@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.errors import ConfigError
-from emberkv.sim.curves.accesses import Access, Hits, accesses
-from emberkv.sim.curves.lru import LRUCurve
-from emberkv.sim.curves.replayed import replay
-from emberkv.workload.files import open_requests
+from emberkv.sim.curves import Access, Hits, LRUCurve, accesses, replay
+from emberkv.workload.source import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import POLICY_NAMES
-from emberkv.sim.curves.accesses import Access, accesses
-from emberkv.sim.curves.optimal import Optimal
-from emberkv.sim.curves.replayed import replay
-from emberkv.workload.files import open_requests
+from emberkv.sim.curves import Access, Optimal, accesses, replay
+from emberkv.workload.source import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_lists, visit_of
 
 

@@ -5,10 +5,8 @@ from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.core.policies.eviction import EntryCost
 from emberkv.errors import ConfigError
-from emberkv.sim.curves.accesses import Access, Hits, accesses
-from emberkv.sim.curves.lru import LRUCurve
-from emberkv.sim.curves.replayed import SampledReplay, replay, sample
-from emberkv.workload.files import open_requests
+from emberkv.sim.curves import Access, Hits, LRUCurve, SampledReplay, accesses, replay, sample
+from emberkv.workload.source import open_requests
 from tests.sim.curves.build import CAPACITIES, visit_of
 
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from emberkv.sim.about import About
+from emberkv.sim.build import About
 from emberkv.sim.config import Rates, SimulationConfig, Targets
 from emberkv.sim.inputs import Workload
-from emberkv.sim.load import Load
+from emberkv.sim.plan import Plan, SetUpPoint, SimulationFigures, SizePoint
 from emberkv.sim.plan_times import Demand
-from emberkv.sim.planner import Plan, SetUpPoint, Simulated, SizePoint
+from emberkv.sim.summary import Load
 from tests.workload.build import workload
 
 GIB = 2**30
@@ -22,7 +22,7 @@ ABOUT = About(
 )  # fmt: skip
 
 CHOSEN = SetUpPoint(
-    2, "ram", 2 * GIB, 0.3, 0.25, 7.0, Simulated(900, 0, 0.28, 0.4, 2.5, 0.02, 1.9, Load(2.0, 1.9, 3, False, 2))
+    2, "ram", 2 * GIB, 0.3, 0.25, 7.0, SimulationFigures(900, 0, 0.28, 0.4, 2.5, 0.02, 1.9, Load(2.0, 1.9, 3, False, 2))
 )
 
 PLAN = Plan(

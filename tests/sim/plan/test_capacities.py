@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from emberkv.sim import planner
 from emberkv.sim.build import Machine, machine_of
-from emberkv.sim.curves.accesses import accesses
-from emberkv.sim.curves.replayed import replay
+from emberkv.sim.curves import accesses, replay
 from emberkv.sim.planner import Capacities, round_sizes
-from emberkv.workload.files import open_requests
+from emberkv.workload.source import open_requests
 from tests.sim.curves.build import visit_of
 from tests.sim.plan.build import rates
 
@@ -56,7 +55,7 @@ def test_sizes_are_of_the_machines_blocks_and_end_where_nothing_changes(machine:
 
 def test_long_workloads_are_sampled_and_say_how_far_off_that_may_be(machine: Machine) -> None:
     seen = list(accesses(open_requests(MOONCAKE), 512))
-    assert sum(access.asked for access in seen) > planner.REPLAYED
+    assert sum(access.asked for access in seen) > planner.MAX_REPLAYED
     found = Capacities(seen, "lfu", machine)
     rate = found.hit_rate(10_000)
     assert found.error is not None

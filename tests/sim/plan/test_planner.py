@@ -6,9 +6,10 @@ import pytest
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.config import SimulationConfig, Targets
-from emberkv.sim.planner import UTILISED, Planner
-from emberkv.sim.run import simulate
-from emberkv.sim.words import size_words
+from emberkv.sim.formatting import format_size
+from emberkv.sim.plan import MAX_UTILISATION
+from emberkv.sim.planner import Planner
+from emberkv.sim.run import run_simulation
 from tests.sim.plan.build import chats, rates
 
 GPU = SimulationConfig(model="qwen2.5-0.5b", hardware="l40s", kv_blocks=40, block_size=16)
@@ -23,9 +24,9 @@ def test_as_many_replicas_as_the_busiest_time_needs_with_room_to_spare() -> None
     point = plan.set_ups[-1]
     assert point.replicas > 1
     assert plan.demand.busiest is not None
-    assert UTILISED * point.most_requests_per_second >= plan.demand.busiest
+    assert MAX_UTILISATION * point.most_requests_per_second >= plan.demand.busiest
     fewer = Planner(chats(), rates()).plan(replicas=point.replicas - 1, simulate=False).set_ups[-1]
-    assert UTILISED * fewer.most_requests_per_second < plan.demand.busiest
+    assert MAX_UTILISATION * fewer.most_requests_per_second < plan.demand.busiest
 
 
 def test_the_recommended_size_is_the_first_that_captures_what_is_wanted() -> None:
@@ -53,9 +54,9 @@ def test_only_a_few_set_ups_are_simulated_and_as_the_simulator_would() -> None:
     told: list[str] = []
     plan = Planner(chats(), GPU, on_progress=told.append).plan(replicas=1)
     simulated = [each for each in told if each.startswith("simulating") and "requests" not in each]
-    assert simulated == ["simulating 1 replica", f"simulating 1 replica with {size_words(RAM)} of RAM each"]
+    assert simulated == ["simulating 1 replica", f"simulating 1 replica with {format_size(RAM)} of RAM each"]
     bare, *tiered = plan.set_ups
-    expected = simulate(GPU, chats()).summary
+    expected = run_simulation(GPU, chats()).summary
     assert bare.simulated is not None
     assert bare.simulated.hit_rate == expected["prefix_caching"]["token_hit_rate"]
     assert bare.simulated.mean_ttft == expected["ttft_ms"]["mean"] / 1e3

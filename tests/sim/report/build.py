@@ -6,7 +6,7 @@ from typing import Any
 
 from emberkv.sim.config import Rates, SimulationConfig
 from emberkv.sim.inputs import Workload
-from emberkv.sim.run import Results, simulate
+from emberkv.sim.run import Results, run_simulation
 from tests.workload.build import workload
 
 FIGURES = (
@@ -22,7 +22,7 @@ def run(**changes: Any) -> Results:
         "seed": 5, **changes,
     }  # fmt: skip
     client = {"message": 120, "output": 30}
-    return simulate(
+    return run_simulation(
         SimulationConfig(**config), Workload(workload(sessions=40, client=client), None, Path()), keep_ids=True
     )
 

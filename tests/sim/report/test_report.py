@@ -6,7 +6,7 @@ import pytest
 
 from emberkv.sim.report import render_report
 from emberkv.sim.run import Results
-from emberkv.sim.simulator import Ending
+from emberkv.sim.simulator import SimulationEnd
 from tests.sim.report.build import FIGURES, Page, run
 
 
@@ -50,7 +50,7 @@ def test_it_opens_with_what_was_computed_the_verdict_and_the_main_figures(result
     assert page.texts["h1"] == ["chats, simulated"]
     computed, verdict, *_ = page.texts["p"]
     assert computed.startswith("a machine given by its rates: 2 replicas, routed by expected-ttft, each with 128 M")
-    assert verdict == results.load.words
+    assert verdict == results.load.sentence
     hit_rate = results.summary["prefix_caching"]["token_hit_rate"]
     assert page.texts["b"][0] == f"{hit_rate:.1%}"
     order = [name for name, _ in page.elements]
@@ -107,7 +107,7 @@ def test_a_run_that_completed_nothing_still_has_a_page() -> None:
 
 
 def test_an_interrupted_run_says_so(results: Results) -> None:
-    cut = replace(results, ending=Ending(3.0, interrupted=True))
+    cut = replace(results, ending=SimulationEnd(3.0, interrupted=True))
     assert Page(render_report({"cut": cut})).texts["p"][1].startswith("Interrupted")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from emberkv.sim.words import rate_words, seconds_words, share_words, size_words
+from emberkv.sim.formatting import format_rate, format_seconds, format_share, format_size
 
 GIB = 2**30
 
@@ -13,7 +13,7 @@ GIB = 2**30
      (683 * GIB + 5, "683 GiB"), (2**40, "1 TiB")],
 )  # fmt: skip
 def test_sizes(size: int, words: str) -> None:
-    assert size_words(size) == words
+    assert format_size(size) == words
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_sizes(size: int, words: str) -> None:
      (2287.997, "38 min"), (7100, "118 min"), (31_240, "8.7 h")],
 )  # fmt: skip
 def test_times_are_in_the_unit_that_reads_best(seconds: float, words: str) -> None:
-    assert seconds_words(seconds) == words
+    assert format_seconds(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_times_are_in_the_unit_that_reads_best(seconds: float, words: str) -> No
     [(0.8031, "80.3%"), (1.0, "100.0%"), (2033 / 2034, "over 99.9%"), (1e-6, "under 0.1%"), (0, "0.0%")],
 )
 def test_what_is_not_all_does_not_read_like_all(share: float, words: str) -> None:
-    assert share_words(share) == words
+    assert format_share(share) == words
 
 
 @pytest.mark.parametrize(("rate", "words"), [(1530.4, "1,530"), (3.4, "3.4"), (0.05214, "0.0521")])
 def test_rates(rate: float, words: str) -> None:
-    assert rate_words(rate) == words
+    assert format_rate(rate) == words

@@ -3,7 +3,7 @@
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def size_words(size: int) -> str:
+def format_size(size: int) -> str:
     """Bytes in the largest unit of which there is at least one, to three digits: 1.5 TiB, 55.4 GiB, 768 MiB."""
     value, unit = float(size), 0
     while value >= 1024 and unit < len(UNITS) - 1:
@@ -11,7 +11,7 @@ def size_words(size: int) -> str:
     return f"{value:.{0 if value >= 100 or value == int(value) else 1}f} {UNITS[unit]}"
 
 
-def seconds_words(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """In the unit that reads best, to three digits: 2.6 us, 45.6 ms, 12.3 s, 38 min, 5.2 h."""
     if seconds >= 2 * 3600:
         return f"{seconds / 3600:,.1f} h"
@@ -25,7 +25,7 @@ def seconds_words(seconds: float) -> str:
     return f"{seconds * 1e6:,.3g} us" if seconds else "0 s"
 
 
-def share_words(share: float) -> str:
+def format_share(share: float) -> str:
     """As percent; what is not quite all or nothing does not read like it."""
     if 0 < share < 0.0005:
         return "under 0.1%"
@@ -34,15 +34,15 @@ def share_words(share: float) -> str:
     return f"{share:.1%}"
 
 
-def rate_words(per_second: float) -> str:
+def format_rate(per_second: float) -> str:
     """A number of requests or tokens a second: 1,530, 3.4, 0.0521."""
     return f"{per_second:,.0f}" if per_second >= 1000 else f"{per_second:,.3g}"
 
 
-def count_words(count: int, one: str, many: str | None = None) -> str:
+def format_count(count: int, one: str, many: str | None = None) -> str:
     """``1 replica``, ``3 replicas``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def tier_words(tier: str) -> str:
+def format_tier(tier: str) -> str:
     return tier.upper() if tier == "ram" else tier
