@@ -204,12 +204,8 @@ class CachedBlocks:
 
     def evict_surplus(self) -> list[Block]:
         """The blocks that a quota forbids to keep."""
-        surplus = self.policy.surplus()
-        if not surplus:
-            return []
-        for block_hash in surplus:
-            self.policy.discard(block_hash)
-        return self._evicted(surplus)
+        surplus = self.policy.evict_surplus()
+        return self._evicted(surplus) if surplus else []
 
     def _evicted(self, block_hashes: Sequence[BlockHash]) -> list[Block]:
         blocks = [self.index.pop(block_hash) for block_hash in block_hashes]

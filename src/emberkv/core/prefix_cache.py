@@ -122,7 +122,7 @@ class Lease:
         """Commit the blocks that are complete now that prefill has computed all tokens up to ``stop``.
 
         What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be, unless
-        the engine is uniform.
+        the engine is batch-invariant.
         """
         self._release_source()
         whole = stop if self._cache.batch_invariant else stop - stop % self._cache.alignment

@@ -185,7 +185,7 @@ class EngineLoop:
             request.params.max_tokens - request.answered,
             request.priority,
             tenant=request.tenant,
-            # whoever began the answer has sent them
+            # the engine that began the answer has sent them
             wants_prompt_logits=request.params.prompt_logprobs is not None and not request.answered,
         )
         tokens, prompt_end = request.prompt_token_ids, len(request.prompt_token_ids) - request.answered

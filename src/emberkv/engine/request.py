@@ -166,7 +166,7 @@ class CacheUsage:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One step's news of one request. ``usage`` is set from the first output on.
+    """What one step brings for one request. ``usage`` is set from the first output on.
 
     The end-of-sequence token itself is not among ``token_ids``. Exactly one output has a ``finish_reason``:
     the last. ``queue_seconds`` is set on the first output only: from submit to the first step that worked on

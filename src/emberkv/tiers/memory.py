@@ -61,9 +61,7 @@ class BoundedStore(Generic[K, E]):
         self.entries[key] = entry
         self.bytes += self.max_bytes - room
         self._admit(key, size, owner)
-        for surplus in tuple(policy.surplus()):
-            policy.discard(surplus)
-            evicted.append(self._evict(surplus))
+        evicted += [self._evict(surplus) for surplus in policy.evict_surplus()]
         return evicted
 
     def access(self, keys: Iterable[K]) -> None:

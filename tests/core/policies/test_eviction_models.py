@@ -128,10 +128,8 @@ class Pair:
             self.real.expire(number)
             self.naive.expire(number)
 
-    def settle(self) -> None:
-        surplus = self.real.surplus()
-        for key in surplus:
-            self.real.discard(key)
+    def evict_surplus(self) -> None:
+        surplus = self.real.evict_surplus()
         assert set(surplus) == self.naive.surplus()
         self.released.difference_update(surplus)
 
@@ -149,7 +147,7 @@ def test_fair_shares_of_retaining_policies_do_what_their_naive_model_does(
     for verb, key, number in operations:
         pair.do(verb, key, number)
         if verb in ("admit", "release"):
-            pair.settle()
+            pair.evict_surplus()
         assert len(pair.real) == len(pair.released)
         for owner in "abcd":
             assert pair.real.available_to(owner) == pair.naive.available_to(owner)

@@ -40,8 +40,7 @@ class Cache:
         return True
 
     def drop_surplus(self) -> None:
-        for key in self.policy.surplus():
-            self.policy.discard(key)
+        for key in self.policy.evict_surplus():
             del self.sizes[key]
 
     def keys(self, owner: str) -> list[tuple[str, int]]:

@@ -68,7 +68,7 @@ def test_eviction_in_between_changes_no_bit(driver: DriverFactory, paged: ModelF
     stem = text(rng, 330)
     for tail in (1, 20, TILE, CHUNK + 1):
         warm.run_one(stem)
-        warm.run_one(text(rng, 400))  # takes the slots of the stem's end
+        warm.run_one(text(rng, 400))  # takes the blocks of the stem's end
         prompt = [*stem[:320], *text(rng, tail)]
         hit = warm.run_one(prompt)
         assert 0 < hit.cached < 320 // CHUNK * CHUNK

@@ -72,7 +72,7 @@ class LedgerView:
 
 
 class Ledger(LedgerView):
-    """Follows the pool's events and the tiers' news, and remembers up to ``max_blocks`` blocks.
+    """Follows the events of the pool and its tiers, and remembers up to ``max_blocks`` blocks.
 
     Beyond that, what was lost longest ago is forgotten first, then what was learned longest ago. A forgotten block is
     only explained less well: what a prompt hits is not decided here. Times are passed in, in seconds.

@@ -80,8 +80,8 @@ class EvictionPolicy(ABC, Generic[K]):
     def discard(self, key: K) -> None:
         """A released key whose entry went for another reason."""
 
-    def surplus(self) -> Sequence[K]:
-        """Released keys that a quota forbids to keep, to be discarded by the caller after each admit and release."""
+    def evict_surplus(self) -> Sequence[K]:
+        """Remove and return the released keys that a quota forbids; to be called after each admit and release."""
         return ()
 
     def forget(self, key: K) -> None:

@@ -28,11 +28,11 @@ class Share:
             )
 
 
-def check_floors(shares: Mapping[str, Share], capacity_bytes: int, place: str) -> None:
-    """Raises ConfigError for floors that a place of ``capacity_bytes`` cannot keep together."""
+def check_floors(shares: Mapping[str, Share], capacity_bytes: int, space: str) -> None:
+    """Raises ConfigError for floors that add up to more than ``capacity_bytes``. space: what the message calls it."""
     floors = sum(share.floor_bytes for share in shares.values())
     if floors > capacity_bytes:
-        raise ConfigError(f"the floors in {place} add up to {floors:,} bytes; it has {capacity_bytes:,}")
+        raise ConfigError(f"the floors in {space} add up to {floors:,} bytes; it has {capacity_bytes:,}")
 
 
 class _Account(Generic[K]):
@@ -82,7 +82,9 @@ class FairShares(EvictionPolicy[K]):
         self, make_inner: Callable[[], EvictionPolicy[K]], shares: Mapping[str, Share], default: Share
     ) -> None:
         if default.floor_bytes:
-            raise ConfigError(f"a floor of {default.floor_bytes} bytes for anybody; floors are of owners with a name")
+            raise ConfigError(
+                f"a floor of {default.floor_bytes} bytes for all owners; a floor is of one owner, by name"
+            )
         self._make_inner = make_inner
         self._shares = dict(shares)
         self._default = default
@@ -90,7 +92,6 @@ class FairShares(EvictionPolicy[K]):
         self._entries: dict[K, tuple[str, float]] = {}
         self._order: Ranking[str, tuple[float, str]] = Ranking()
         self._over_quota: dict[str, None] = {}
-        self._surplus: set[K] = set()
         self._released = 0
         self._losable = 0
 
@@ -110,7 +111,7 @@ class FairShares(EvictionPolicy[K]):
         account.size += cost.size
         account.largest = max(account.largest, cost.size)
         account.policy.admit(key, cost)
-        self._settle(owner)
+        self._update(owner)
 
     def access(self, keys: Iterable[K]) -> None:
         for owner, some in self._by_owner(keys):
@@ -120,13 +121,13 @@ class FairShares(EvictionPolicy[K]):
         for owner, some in self._by_owner(keys):
             self._accounts[owner].policy.hold(some)
             self._released -= len(some)
-            self._settle(owner)
+            self._update(owner)
 
     def release(self, keys: Iterable[K]) -> None:
         for owner, some in self._by_owner(keys):
             self._accounts[owner].policy.release(some)
             self._released += len(some)
-            self._settle(owner)
+            self._update(owner)
 
     def evict(self) -> K:
         owner, _ = self._order.first()
@@ -146,19 +147,15 @@ class FairShares(EvictionPolicy[K]):
     def guaranteed(self, owner: str, size: float) -> int:
         return int(self._shares.get(owner, self._default).floor_bytes // size)
 
-    def surplus(self) -> list[K]:
-        """Each owner above its quota loses its own first. The keys no longer count to their owner."""
+    def evict_surplus(self) -> list[K]:
+        """Each owner above its quota loses its own first."""
         keys = []
         for owner in list(self._over_quota):
             while owner in self._over_quota:
                 keys.append(self._evict_from(owner))
-        self._surplus.update(keys)
         return keys
 
     def discard(self, key: K) -> None:
-        if key in self._surplus:
-            self._surplus.remove(key)
-            return
         owner, _ = self._entries[key]
         self._accounts[owner].policy.discard(key)
         self._released -= 1
@@ -196,10 +193,10 @@ class FairShares(EvictionPolicy[K]):
     def _strike(self, key: K) -> None:
         owner, size = self._entries.pop(key)
         self._accounts[owner].size -= size
-        self._settle(owner)
+        self._update(owner)
 
-    def _settle(self, owner: str) -> None:
-        """Put the owner where its bytes and its released keys place it now."""
+    def _update(self, owner: str) -> None:
+        """Rank the owner by its bytes and released keys of now."""
         account = self._accounts[owner]
         losable = account.count_losable()
         self._losable += losable - account.losable

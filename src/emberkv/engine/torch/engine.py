@@ -180,9 +180,9 @@ class TorchEngine:
         """Compute ``tokens`` at positions from ``start`` on; ``[1, vocab]`` of the last one, or ``[0, vocab]``."""
         return self._forward([_Work(Run(block_ids, start, len(tokens)), tokens, sample)])
 
-    def decode(self, tokens: list[int], lengths: list[int], tables: list[list[int]]) -> Tensor:
+    def decode(self, tokens: list[int], lengths: list[int], block_tables: list[list[int]]) -> Tensor:
         """Compute each sequence's last token (its length counts it); ``[len(tokens), vocab]``."""
-        given = zip(tokens, lengths, tables, strict=True)
+        given = zip(tokens, lengths, block_tables, strict=True)
         return self._forward([_Work(Run(table, n - 1, 1, decode=True), [token], True) for token, n, table in given])
 
     def _forward(self, works: list[_Work]) -> Tensor:

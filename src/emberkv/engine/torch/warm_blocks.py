@@ -25,7 +25,7 @@ from emberkv.errors import PromptTooLongError, RequestError, UnsupportedModelErr
 from emberkv.tiers.codec import BlockRecord, encode_record
 
 InTime = Callable[[], bool]
-"""Whether somebody still waits for it."""
+"""Whether the caller still waits for it."""
 
 
 class StoreBlock(Protocol):

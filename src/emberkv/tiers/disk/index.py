@@ -121,7 +121,7 @@ class DiskIndex:
         return gone
 
     def _surplus(self) -> list[BlockFile]:
-        return [file for key in list(self._policy.surplus()) for file in self.discard(key)]
+        return [self._strike(key) for key in self._policy.evict_surplus()]
 
     def _strike(self, key: bytes) -> BlockFile:
         self._unreadable.discard(key)

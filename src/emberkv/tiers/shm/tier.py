@@ -324,10 +324,8 @@ class ShmTier(Tier):
             self._free.add(number)
             return False
         self._enter(_Held(number, slot, slot.used))
-        for key in list(self._policy.surplus()):
-            held = self._index[key]
-            self._policy.discard(key)
-            self._evict(arena, held, evicted)
+        for key in self._policy.evict_surplus():
+            self._evict(arena, self._index[key], evicted)
         self._changes = arena.changes
         return entry.block_hash in self._index
 

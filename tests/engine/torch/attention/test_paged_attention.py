@@ -226,7 +226,7 @@ TABLES = st.lists(
 @example([([0, 0], 1), ([0, 0, 0], 1), ([0] * 5, 1), ([0] * 5, 1)], 1)  # the second saves most beside the first
 @settings(max_examples=300, deadline=None)
 def test_shared_prefixes(cases: list[tuple[list[int], int]], min_tokens: int) -> None:
-    # A slot stands for a whole chain up to it, as it does in a pool: equal slots follow equal slots.
+    # A block id stands for a whole chain up to it, as it does in a pool: equal ids follow equal ids.
     tables = [[hash(tuple(table[: i + 1])) for i in range(len(table))] for table, _ in cases]
     lengths = [(len(table) - 1) * BLOCK + last for table, last in cases]
     groups = shared_prefixes(tables, lengths, BLOCK, min_tokens)

@@ -124,20 +124,20 @@ class KVPool:
             _or_memory_error(lambda: target.copy_(own))
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy whole blocks, each from its source's slot to its target's; no slot may be in both."""
+        """Copy whole blocks, each from its source to its target; no block may be in both."""
         if sources:
             taken = self.storage.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
             self.storage.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
 
     def rows(self, block_ids: list[int]) -> Tensor:
-        """Each slot's first row, int64 ``[len(block_ids)]``."""
+        """Each block's first row, int64 ``[len(block_ids)]``."""
         return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero whole blocks in which a first token is about to be written.
 
-        Decode gathers whole blocks, and what lies beyond a sequence's end weighs nothing; but nothing times a NaN that
-        somebody left there is a NaN.
+        Decode gathers whole blocks, and what lies beyond a sequence's end weighs nothing; but zero times a NaN that
+        another sequence left there is a NaN.
         """
         if block_ids:
             self.storage.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)

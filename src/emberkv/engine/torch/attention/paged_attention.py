@@ -35,7 +35,7 @@ class Run:
 
 
 def shared_prefixes(
-    tables: list[list[int]], lengths: list[int], block_size: int, min_tokens: int
+    block_tables: list[list[int]], lengths: list[int], block_size: int, min_tokens: int
 ) -> list[tuple[list[int], int]]:
     """Groups of sequences whose block tables begin alike, with the number of common full blocks of each group.
 
@@ -43,9 +43,9 @@ def shared_prefixes(
     ways to group the sequences, this one saves the most block reads: a group reads its common blocks once instead of
     once for each member.
 
-    tables: block ids, where equal ids at one place follow equal ids. lengths: tokens, the new one included.
+    block_tables: block ids, where equal ids at one place follow equal ids. lengths: tokens, the new one included.
     """
-    full = [table[: (length - 1) // block_size] for table, length in zip(tables, lengths, strict=True)]
+    full = [table[: (length - 1) // block_size] for table, length in zip(block_tables, lengths, strict=True)]
     grouping = _PrefixTree(full, max(1, -(-min_tokens // block_size))).best()
     return sorted((sorted(members), blocks) for members, blocks in grouping.groups)
 

@@ -26,14 +26,14 @@ def tile_attention(
     keys: Tensor,
     values: Tensor,
     scale: float,
-    hidden: Tensor,
+    masked: Tensor,
     *,
     softcap: float | None,
     scratch: Scratch,
 ) -> Tensor:
     """Attention of one tile: queries ``[tokens, heads, dim]``, keys and values ``[kv_heads, keys, dim]``.
 
-    hidden: bool ``[tokens or more, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
+    masked: bool ``[tokens or more, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
     softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
 
     Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
@@ -54,8 +54,8 @@ def tile_attention(
             torch.mm(folded[head], keys[head].t(), out=head_scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        seen = scores.view(-1, groups, tokens, length)[..., length - hidden.shape[1] :]
-        seen.masked_fill_(hidden[:tokens], float("-inf"))
+        seen = scores.view(-1, groups, tokens, length)[..., length - masked.shape[1] :]
+        seen.masked_fill_(masked[:tokens], float("-inf"))
         torch.softmax(scores, dim=-1, out=scores)
         for head, head_scores in zip(some, scores, strict=True):
             torch.mm(head_scores, values[head], out=out[head])
@@ -113,7 +113,7 @@ class _Tile:
 
     rows: slice
     keys: slice
-    hidden: Tensor  # bool [tile, n]: not to be seen of the last n keys
+    masked: Tensor  # bool [tile, n]: not to be seen of the last n keys
 
 
 class PrefillStep(AttentionStep):
@@ -150,7 +150,7 @@ class PrefillStep(AttentionStep):
                 all_keys[:, tile.keys],
                 all_values[:, tile.keys],
                 call.scale,
-                tile.hidden,
+                tile.masked,
                 softcap=call.softcap,
                 scratch=self._pool.scores,
             )
@@ -226,16 +226,18 @@ class _Bucket:
 class DecodeStep(AttentionStep):
     """One new token of each sequence, at the end of what its block table covers.
 
-    tables: each sequence's slots. lengths: tokens per sequence, the new one included. min_shared: sequences share the
-    computation over common leading blocks if these hold at least so many tokens.
+    block_tables: each sequence's block ids. lengths: tokens per sequence, the new one included. min_shared: sequences
+    share the computation over common leading blocks if these hold at least so many tokens.
     """
 
-    def __init__(self, pool: KVPool, tables: list[list[int]], lengths: list[int], *, min_shared: int = 256) -> None:
+    def __init__(
+        self, pool: KVPool, block_tables: list[list[int]], lengths: list[int], *, min_shared: int = 256
+    ) -> None:
         self._pool = pool
-        self._tables = tables
+        self._block_tables = block_tables
         self._lengths = lengths
         self._min_shared = min_shared
-        last = [table[(n - 1) // pool.block_size] for table, n in zip(tables, lengths, strict=True)]
+        last = [table[(n - 1) // pool.block_size] for table, n in zip(block_tables, lengths, strict=True)]
         offsets = [(n - 1) % pool.block_size for n in lengths]
         pool.clear([block_id for block_id, offset in zip(last, offsets, strict=True) if offset == 0])
         self._write = pool.write_index(pool.rows(last), torch.tensor(offsets, device=pool.device))
@@ -307,8 +309,8 @@ class DecodeStep(AttentionStep):
         first_block = [at // size for at in first_visible]
         shared: list[_Shared] = []
         if mergeable and not any(first_visible):
-            for members, blocks in shared_prefixes(self._tables, self._lengths, size, self._min_shared):
-                rows = self._pool.rows(self._tables[members[0]][:blocks])
+            for members, blocks in shared_prefixes(self._block_tables, self._lengths, size, self._min_shared):
+                rows = self._pool.rows(self._block_tables[members[0]][:blocks])
                 shared.append(_Shared(self._ids(members), self._pool.gather_index(rows)))
                 for member in members:
                     first_block[member] = blocks
@@ -319,7 +321,7 @@ class DecodeStep(AttentionStep):
     def _bucket(self, members: list[int], first_block: list[int], first_visible: list[int]) -> _Bucket:
         size = self._pool.block_size
         device = self._pool.device
-        own = [self._tables[m][first_block[m] : -(-self._lengths[m] // size)] for m in members]
+        own = [self._block_tables[m][first_block[m] : -(-self._lengths[m] // size)] for m in members]
         width = max(map(len, own))
         padded = [block_id for block_ids in own for block_id in block_ids + [block_ids[-1]] * (width - len(block_ids))]
         at = torch.arange(width * size, device=device)

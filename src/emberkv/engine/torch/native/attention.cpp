@@ -37,7 +37,7 @@ public:
 
     void store_new(int row) const {
         const int64_t position = call_.positions[row], offset = position % call_.block_size;
-        char* block = block_at(call_.tables[row], position);
+        char* block = block_at(call_.block_tables[row], position);
         for (int head = 0; head < call_.kv_heads; head++) {
             const char* key = element(call_.keys, row * call_.key_row + head * call_.key_head);
             const char* value = element(call_.values, row * call_.value_row + head * call_.value_head);
@@ -93,7 +93,7 @@ private:
     }
 
     char* block_at(int64_t table, int64_t position) const {
-        return call_.pool + call_.slots[table + position / call_.block_size] * call_.slot_bytes;
+        return call_.pool + call_.block_ids[table + position / call_.block_size] * call_.block_bytes;
     }
 
     float* partial_at(int row, int head, int span) const {
@@ -105,7 +105,7 @@ private:
         const int begin = span * SPAN, stop = std::min(begin + SPAN, task.stop);
         int count = 0;
         for (int k = begin; k < stop; k += layout_.piece)
-            pieces[count++] = layout_.piece_at(block_at(task.table, k), kv_head, k % call_.block_size);
+            pieces[count++] = layout_.piece_at(block_at(task.block_table, k), kv_head, k % call_.block_size);
         return count;
     }
 
@@ -160,7 +160,7 @@ private:
                 continue;
             }
             const int row = row_of(task, first + i);
-            if (begin > call_.positions[row]) continue;  // it has no place for what it does not see
+            if (begin > call_.positions[row]) continue;  // it has no partial result for what it does not see
             float* partial = partial_at(row, head_of(kv_head, first + i), span);
             copy(partial, product, size_t(dims_) * 4);
             partial[dims_] = spans[i].maximum;

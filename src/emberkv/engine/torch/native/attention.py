@@ -34,7 +34,7 @@ class _Task(NamedTuple):
 
     first_row: int
     rows: int
-    table: int
+    block_table: int
     first_span: int
     last_span: int
     stop: int
@@ -48,11 +48,11 @@ class _Task(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a sequence. first_row: of theirs in the pass. table: where the sequence's slots begin."""
+    """Consecutive tokens of a sequence. first_row: of theirs in the pass. block_table: where it begins in `block_ids`."""
 
     run: Run
     first_row: int
-    table: int
+    block_table: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ class NativeStep(AttentionStep):
         self._kernels = kernels
         counts = [run.count for run in runs]
         tables = _offsets([len(run.block_ids) for run in runs])
-        self._parts = [_Part(run, row, table) for run, row, table in zip(runs, _offsets(counts), tables, strict=True)]
+        self._parts = [_Part(*each) for each in zip(runs, _offsets(counts), tables, strict=True)]
         self._wanted = wanted
         self._rows = sum(counts)
         self._block_ids = np.array([block_id for run in runs for block_id in run.block_ids], dtype=np.int64)
-        self._tables = np.repeat(np.array(tables, dtype=np.int32), counts)
+        self._block_tables = np.repeat(np.array(tables, dtype=np.int32), counts)
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
         self._plans: dict[tuple[int | None, bool], _Plan] = {}
@@ -92,7 +92,7 @@ class NativeStep(AttentionStep):
         geometry, storage = self._pool.geometry, self._pool.storage
         element = storage.element_size()
         return AttentionCall(
-            slot_bytes=storage.stride(0) * element,
+            block_bytes=storage.stride(0) * element,
             value_bytes=storage.stride(2) * element,
             rows=self._rows,
             heads=geometry.num_heads,
@@ -100,8 +100,8 @@ class NativeStep(AttentionStep):
             dim=geometry.head_dim,
             block_size=self._pool.block_size,
             threads=self._threads,
-            slots=self._block_ids.ctypes.data,
-            tables=self._tables.ctypes.data,
+            block_ids=self._block_ids.ctypes.data,
+            block_tables=self._block_tables.ctypes.data,
             positions=self._positions.ctypes.data,
         )
 
@@ -150,7 +150,7 @@ class NativeStep(AttentionStep):
                 at += 1
             part = self._parts[at]
             position = part.run.start + row - part.first_row
-            yield _Part(replace(part.run, start=position, count=1), row, part.table)
+            yield _Part(replace(part.run, start=position, count=1), row, part.block_table)
 
     def _make_plan(self, window: int | None, parts: list[_Part]) -> _Plan:
         span = self._kernels.span
@@ -160,7 +160,7 @@ class NativeStep(AttentionStep):
         shared_spans = [0] * len(parts)
         for members, spans in self._shared_spans(parts) if window is None else ():
             rows = [parts[member].first_row for member in members]
-            tasks.append(_Task(len(row_ids), len(rows), parts[members[0]].table, 0, spans, spans * span, False))
+            tasks.append(_Task(len(row_ids), len(rows), parts[members[0]].block_table, 0, spans, spans * span, False))
             row_ids += rows
             partial.update(rows)
             for member in members:
@@ -193,9 +193,9 @@ class NativeStep(AttentionStep):
     def _shared_spans(self, parts: list[_Part]) -> list[tuple[list[int], int]]:
         """Parts of one token each with so many whole leading spans in common."""
         single = [index for index, part in enumerate(parts) if part.run.count == 1]
-        tables = [parts[index].run.block_ids for index in single]
+        block_tables = [parts[index].run.block_ids for index in single]
         lengths = [parts[index].run.stop for index in single]
-        groups = shared_prefixes(tables, lengths, self._pool.block_size, self._kernels.span)
+        groups = shared_prefixes(block_tables, lengths, self._pool.block_size, self._kernels.span)
         found = [([single[member] for member in members], blocks) for members, blocks in groups]
         return [(members, blocks * self._pool.block_size // self._kernels.span) for members, blocks in found]
 

@@ -1,4 +1,18 @@
 // What the kernels are called with, shared with kernels.py field by field.
+//
+// The paged KV pool: one contiguous run of bytes a block, and in it, layer by layer, all keys and then all values.
+//
+//              layer 0           layer 1
+//   block 0  | keys  | values  | keys  | values  | ...
+//   block 1  | keys  | values  | keys  | values  | ...
+//              ^ block_bytes from the keys of one block to those of the next one, value_bytes from keys to values;
+//                within them as in layout.hpp
+//
+// Block tables of all sequences of a pass, end to end; a row's position p is in block block_ids[start + p / block_size],
+// at p % block_size, where start is block_tables[row].
+//
+//   block_ids     | 7 2 9 | 4 | 7 2 5 |      three sequences, two of which begin with the same blocks
+//   block_tables    0 0 0   3   4            of five rows: three of the first sequence, and one of each other
 
 #pragma once
 
@@ -6,13 +20,13 @@
 
 extern "C" {
 
-struct Task {           // rows of one sequence, or of several whose slots are the same here
+struct Task {           // rows of one sequence, or of several whose blocks are the same here
     int32_t first_row;  // in row_ids
     int32_t rows;
-    int32_t table;       // where the slots begin
+    int32_t block_table; // where it begins in block_ids
     int32_t first_span;
     int32_t last_span;   // not included
-    int32_t stop;        // keys beyond are nobody's
+    int32_t stop;        // keys from here on belong to no row of it
     int32_t whole;       // its rows see nothing outside these spans, and it writes their output
 };
 
@@ -20,15 +34,15 @@ struct AttentionCall {
     const void *queries, *keys, *values;  // strides are in elements, and 1 within a head
     void* out;                            // [rows, heads, dim]
     int64_t query_row, query_head, key_row, key_head, value_row, value_head;
-    char* pool;  // this layer's keys in slot 0, as in layout.hpp
-    int64_t slot_bytes, value_bytes;  // to the next slot's keys; to the same slot's values
+    char* pool;  // this layer's keys in block 0
+    int64_t block_bytes, value_bytes;
     int32_t rows, heads, kv_heads, dim, block_size, type;
     float scale, softcap;  // softcap 0: none
     int32_t window;        // 0: none
     int32_t threads;
-    const int64_t* slots;
-    const int32_t* tables;     // per row: where its slots begin
-    const int32_t* positions;  // per row
+    const int64_t* block_ids;
+    const int32_t* block_tables;  // per row: where its block table begins in block_ids
+    const int32_t* positions;     // per row
     const Task* tasks;
     int64_t num_tasks;
     const int32_t* row_ids;
@@ -36,6 +50,12 @@ struct AttentionCall {
     float* partials;            // [partials, heads, round_up(dim, LANES) + LANES]
 };
 
+// Packed weights: COLUMNS outputs side by side, and one unit of the inputs after the other. A unit is what 4 bytes hold.
+//
+//   group 0: outputs 0 .. COLUMNS-1        group 1: the next COLUMNS outputs
+//   | unit 0 of the inputs: COLUMNS units | unit 1: COLUMNS units | ...
+//
+// Where a gate multiplies, each group has the gate's weights and, behind them, those of the layer that it gates.
 struct LinearCall {
     const void* inputs;   // [rows, in], rows input_row elements apart
     const void* weight;   // [groups, units of in, COLUMNS]; gated: [groups, 2, units of in, COLUMNS], the gate's first

@@ -33,7 +33,7 @@ def build(folder: Path, on_compile: Callable[[], None] = lambda: None) -> Path:
 
     on_compile: called where it is not there yet, before it is compiled.
 
-    Raises KernelsError, which says why there are no kernels here: among others, because somebody else could write
+    Raises KernelsError, which says why there are no kernels here: among others, because another user could write
     into the folder, and so choose what this process runs.
     """
     if sys.platform != "linux":
@@ -100,7 +100,7 @@ def _run(command: list[str], folder: Path) -> bytes:
 
 
 TASK = np.dtype(
-    [(name, np.int32) for name in ("first_row", "rows", "table", "first_span", "last_span", "stop", "whole")]
+    [(name, np.int32) for name in ("first_row", "rows", "block_table", "first_span", "last_span", "stop", "whole")]
 )
 """A run of spans for some rows; see `Task` in calls.hpp."""
 
@@ -132,11 +132,11 @@ class AttentionCall(ctypes.Structure):
         *((name, _ADDRESS) for name in ("queries", "keys", "values", "out")),
         *((f"{name}_{axis}", _LONG) for name in ("query", "key", "value") for axis in ("row", "head")),
         ("pool", _ADDRESS),
-        *((name, _LONG) for name in ("slot_bytes", "value_bytes")),
+        *((name, _LONG) for name in ("block_bytes", "value_bytes")),
         *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type")),
         *((name, _FLOAT) for name in ("scale", "softcap")),
         *((name, _INT) for name in ("window", "threads")),
-        *((name, _ADDRESS) for name in ("slots", "tables", "positions", "tasks")),
+        *((name, _ADDRESS) for name in ("block_ids", "block_tables", "positions", "tasks")),
         ("num_tasks", _LONG),
         *((name, _ADDRESS) for name in ("row_ids", "partial_of", "partials")),
     )

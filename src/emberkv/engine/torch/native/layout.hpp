@@ -2,6 +2,11 @@
 //
 // Of each KV head, a block of keys is [dim / PAIR, block_size, PAIR] and one of values [block_size / PAIR, dim, PAIR].
 // A PAIR is what 4 bytes hold, 2 values in bf16 and 1 in fp32: a unit where these are multiplied as such.
+//
+// In bf16, with k[t][d] the d-th value of token t's key, and v likewise:
+//
+//   keys:    k[0][0..1] k[1][0..1] .. k[block_size-1][0..1] | k[0][2..3] k[1][2..3] .. | ..    token by token a row
+//   values:  v[0..1][0] v[0..1][1] .. v[0..1][dim-1]        | v[2..3][0] v[2..3][1] .. | ..    dim by dim a row
 
 #pragma once
 
