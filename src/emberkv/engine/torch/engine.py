@@ -13,7 +13,7 @@ from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, 
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
-from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, steady_activations
+from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.engine.torch.native.attention import NativeAttention
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
@@ -83,7 +83,7 @@ class TorchEngine:
     kernels, by which no row influences another. With torch it is a tile, as attention is cut at absolute positions,
     where the machine's libraries compute the linear layers so. Both are tried; where it fails, it is the chunk.
     Where it holds, all of a step is *one pass*.
-    It is *uniform* if decode steps give a token's state the same bits as well, and so does a piece that begins within a
+    It is *batch-invariant* if decode steps give a token's state the same bits as well, and so does a piece that begins within a
     block, which with the kernels they do.
     """
 
@@ -117,7 +117,7 @@ class TorchEngine:
             replace_layers(self._model, self.kernels)
         pack_linears(self._model)
         if self._device.type == "cpu":
-            steady_activations(self._model)
+            wrap_activations(self._model)
             release_checkpoint(self._model)
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
         wanted = block_size if self.kernels is not None else tile

@@ -128,7 +128,7 @@ _CLASSES = cast(
 )
 
 
-class SteadyActivation(nn.Module):
+class BatchInvariantActivation(nn.Module):
     """An elementwise function on CPU, called so that every share is whole vectors."""
 
     def __init__(self, function: nn.Module) -> None:
@@ -152,13 +152,13 @@ def _has_whole_shares(count: int) -> bool:
     return count > TOGETHER * (threads - 1) and count % (VECTOR * threads) == 0
 
 
-def steady_activations(model: nn.Module) -> int:
+def wrap_activations(model: nn.Module) -> int:
     """Wrap every activation function of transformers that has no parameters. Returns the number of wrapped ones."""
     wrapped = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             elementwise = isinstance(child, _CLASSES) and not list(child.parameters())
-            if elementwise and not isinstance(parent, SteadyActivation):
-                setattr(parent, name, SteadyActivation(child))
+            if elementwise and not isinstance(parent, BatchInvariantActivation):
+                setattr(parent, name, BatchInvariantActivation(child))
                 wrapped += 1
     return wrapped

@@ -48,7 +48,7 @@ class _Task(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Consecutive tokens of a sequence. first_row: of theirs in the pass. block_table: where it begins in `block_ids`."""
+    """Consecutive tokens of a sequence. first_row: of theirs in the pass. block_table: its begin in `block_ids`."""
 
     run: Run
     first_row: int

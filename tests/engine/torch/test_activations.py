@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from emberkv.engine.torch.layers import SteadyActivation, steady_activations
+from emberkv.engine.torch.layers import BatchInvariantActivation, wrap_activations
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 8])
@@ -24,17 +24,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_an_element_has_the_same_bits_among_any_others(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = ACT2FN[name]
-    steady = SteadyActivation(plain)
+    wrapped = BatchInvariantActivation(plain)
     for width in (100, 1056, 2432):
         inputs = torch.randn(1, 128, width).to(dtype)
-        whole = steady(inputs)
+        whole = wrapped(inputs)
         torch.testing.assert_close(whole, plain(inputs))
         for start, stop in [(0, 1), (127, 128), (0, 33), (64, 128), (31, 128)]:
-            assert torch.equal(steady(inputs[:, start:stop]), whole[:, start:stop])
+            assert torch.equal(wrapped(inputs[:, start:stop]), whole[:, start:stop])
 
 
 def test_every_activation_is_wrapped_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Sequential(ACT2FN["gelu_pytorch_tanh"]), nn.PReLU(4))
-    assert steady_activations(model) == 2
-    assert steady_activations(model) == 0
-    assert [type(module) for module in model] == [nn.Linear, SteadyActivation, nn.Sequential, nn.PReLU]
+    assert wrap_activations(model) == 2
+    assert wrap_activations(model) == 0
+    assert [type(module) for module in model] == [nn.Linear, BatchInvariantActivation, nn.Sequential, nn.PReLU]
