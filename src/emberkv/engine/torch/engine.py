@@ -83,8 +83,8 @@ class TorchEngine:
     kernels, by which no row influences another. With torch it is a tile, as attention is cut at absolute positions,
     where the machine's libraries compute the linear layers so. Both are tried; where it fails, it is the chunk.
     Where it holds, all of a step is *one pass*.
-    It is *batch-invariant* if decode steps give a token's state the same bits as well, and so does a piece that begins within a
-    block, which with the kernels they do.
+    It is *batch-invariant* if decode steps give a token's state the same bits as well, and so does a piece that begins
+    within a block, which with the kernels they do.
     """
 
     def __init__(
