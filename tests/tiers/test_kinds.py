@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from emberkv import tiers
+from emberkv.config import ServeConfig
 from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
+from emberkv.serving.engine_setup import tier_specs
 from emberkv.serving.tenancy import Shares
 from emberkv.tiers.kinds import SHARED_OUT, TIER_KINDS, TierSpec, configured_tiers
 from emberkv.tiers.remote.server import ServerAddress
@@ -33,6 +35,20 @@ def test_every_kind_opens_a_tier_of_its_name_and_capacity(kind: str, tmp_path: P
     tier = TierSpec(kind, 2**20, tmp_path, server).open(NAMESPACE, LRU)
     assert (tier.name, tier.stats().max_bytes) == (kind, 2**20)
     tier.close()
+
+
+def test_the_remote_tier_s_password_is_read_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("geheim\n")
+    given = {"remote_tier": "redis://cache", "remote_tier_bytes": "2MiB", "remote_tier_ttl": 60, "shm_tier": "1MiB"}
+    config = ServeConfig.model_validate({**given, "remote_tier_password_file": tmp_path / "password"})
+    server = ServerAddress("redis://cache", "geheim")
+    assert tier_specs(config) == (
+        TierSpec("shm", 2**20),
+        TierSpec("remote", 2**21, server=server, ttl_seconds=60.0),
+    )
+    (tmp_path / "password").write_text("")
+    with pytest.raises(ConfigError, match=r"--remote-tier-password-file .* holds no key"):
+        tier_specs(config)
 
 
 def test_an_unknown_kind_and_a_disk_without_a_folder_are_refused() -> None:

@@ -9,7 +9,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -57,7 +58,6 @@ class ShmTier(Tier):
         self._path = path
         self._max_bytes = max_bytes
         self._digest = digest
-        self._make_policy = policy
         self._writing = threading.Lock()  # of this process's threads; the arena has one of the processes
         self._lock = threading.Lock()  # what follows
         self._arena: Arena | None = None
@@ -139,12 +139,11 @@ class ShmTier(Tier):
             self._policy.access(reversed(found))
 
     def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
-        arena = self._arena or self._made(entries)
-        if arena is None:
+        if self._arena is None and self._made(entries) is None:
             return Stored()
         evicted: list[bytes] = []
-        with self._writing, arena.writing(LOCK_SECONDS) as held:
-            if not held:
+        with self._changing() as arena:
+            if arena is None:
                 self._skip("another process writes", len(entries))
                 return Stored()
             removed = arena.removed_since(arena.removals if seen is None else seen)
@@ -206,6 +205,16 @@ class ShmTier(Tier):
             self._index, self._by_number = {}, {}
             if arena is not None:
                 arena.close()
+
+    @contextmanager
+    def _changing(self) -> Iterator[Arena | None]:
+        """The arena, to change; None where another process does not give the lock back, or the tier is closed."""
+        with self._writing:
+            if self._arena is None:
+                yield None
+                return
+            with self._arena.writing(LOCK_SECONDS) as held:
+                yield self._arena if held else None
 
     def _attached(self) -> Arena | None:
         with self._writing:
@@ -362,8 +371,8 @@ class ShmTier(Tier):
             with self._lock:
                 self._unremoved, self._uncleared = set(), False
             return Removed()
-        with self._writing, arena.writing(LOCK_SECONDS) as locked:
-            if not locked:
+        with self._changing() as arena:
+            if arena is None:
                 return Removed(0, len(self._index) if everything else len(wanted), LOCKED)
             with self._lock:
                 self._follow(arena)
