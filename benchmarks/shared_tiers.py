@@ -4,10 +4,11 @@
 
 Blocks are loaded in the pieces that a manager reads, by one thread, and verified as the manager does. The disk tier
 reads from the page cache. The server of the remote tier is started here, and asked over the loopback interface; without
-redis-server or valkey-server it is left out. Two workers of one machine that asked one another over HTTP would take the
-remote tier's way, with a copy through the kernel that shared memory does without.
+redis-server or valkey-server it is left out. HTTP is what workers of one machine could do instead of sharing memory: a
+process that has the records in memory sends a piece of them for each request.
 """
 
+import multiprocessing
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import httpx
 from benchmarks import arguments, report
 from benchmarks.figures import Figure
 
@@ -110,6 +114,67 @@ def seconds_to_load(tier: Tier, entries: Sequence[TierEntry]) -> float:
     return time.perf_counter() - began
 
 
+class Blocks(BaseHTTPRequestHandler):
+    """Sends the records ``[START, STOP)`` for ``GET /START/STOP``."""
+
+    protocol_version = "HTTP/1.1"
+    entries: Sequence[TierEntry] = ()
+
+    def do_GET(self) -> None:
+        start, stop = map(int, self.path[1:].split("/"))
+        wanted = self.entries[start:stop]
+        self.send_response(200)
+        self.send_header("Content-Length", str(sum(len(each.data) for each in wanted)))
+        self.end_headers()
+        for each in wanted:
+            self.wfile.write(each.data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is logged."""
+
+
+def serve(block_bytes: int, count: int, port: Connection) -> None:
+    """A worker that others ask for its blocks."""
+    Blocks.entries = chain(count, block_bytes)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Blocks) as listening:
+        port.send(listening.server_port)
+        listening.serve_forever()
+
+
+def seconds_to_ask(client: httpx.Client, entries: Sequence[TierEntry]) -> float:
+    began = time.perf_counter()
+    for start in range(0, len(entries), PIECE_BLOCKS):
+        wanted = entries[start : start + PIECE_BLOCKS]
+        body, at = client.get(f"/{start}/{start + len(wanted)}").content, 0
+        for entry in wanted:
+            data = body[at : at + len(entry.data)]
+            verified_record(data, namespace=NAMESPACE, block_hash=entry.block_hash, exact=True)
+            at += len(data)
+    return time.perf_counter() - began
+
+
+def figures_of(name: str, taken: Sequence[float], entries: Sequence[TierEntry]) -> list[Figure]:
+    size = sum(len(entry.data) for entry in entries)
+    return [
+        Figure(name, "GB/s", [size / each / 1e9 for each in taken], at_least=True),
+        Figure(name, "us a block", [each / len(entries) * 1e6 for each in taken]),
+    ]
+
+
+def measure_http(block_bytes: int, entries: Sequence[TierEntry], rounds: int) -> list[Figure]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(block_bytes, len(entries), theirs), daemon=True)
+    process.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{ours.recv()}", timeout=60) as client:
+            seconds_to_ask(client, entries)
+            return figures_of("HTTP, loopback: load", [seconds_to_ask(client, entries) for _ in range(rounds)], entries)
+    finally:
+        process.terminate()
+        process.join()
+
+
 def measure(block_bytes: int, count: int, rounds: int) -> list[Figure]:
     entries = chain(count, block_bytes)
     size = sum(len(entry.data) for entry in entries)
@@ -118,12 +183,8 @@ def measure(block_bytes: int, count: int, rounds: int) -> list[Figure]:
         for name, tier in tiers(stack, 2 * size).items():
             seconds_to_store(tier, entries)  # memory that is touched for the first time
             for verb, timed in (("store", seconds_to_store), ("load", seconds_to_load)):
-                taken = [timed(tier, entries) for _ in range(rounds)]
-                figures += [
-                    Figure(f"{name}: {verb}", "GB/s", [size / each / 1e9 for each in taken], at_least=True),
-                    Figure(f"{name}: {verb}", "us a block", [each / count * 1e6 for each in taken]),
-                ]
-    return figures
+                figures += figures_of(f"{name}: {verb}", [timed(tier, entries) for _ in range(rounds)], entries)
+    return figures + measure_http(block_bytes, entries, rounds)
 
 
 def main() -> int:
