@@ -53,6 +53,7 @@ BENCHMARKS = (
     Benchmark("disk_open", quick=("--blocks", "2000", "--rounds", "1")),
     Benchmark("shared_tiers", quick=("--blocks", "16", "--rounds", "1")),
     Benchmark("simulator", quick=("--quick",)),
+    Benchmark("routing", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(

@@ -38,7 +38,8 @@ LRU_RATES = {
     50_000: 0.3546,
     100_000: 0.3637,
 }
-ROUTING = ("random", "round-robin", "least-loaded", "longest-prefix", "prefix-minus-load", "consistent-hashing")
+ROUTING = ("random", "round-robin", "least-loaded", "longest-prefix", "prefix-minus-load", "consistent-hashing",
+           "expected-ttft")  # fmt: skip
 
 CHAT = {
     "seed": 1, "sessions": 1000, "arrivals": {"kind": "poisson", "rate": 2.0},

@@ -136,19 +136,16 @@ class BlockIndex:
 
     def _gather(self, tags: Rows) -> Rows:
         """The words of each block; zeros for one that is not known."""
-        mask = np.uint64(self._mask)
-        at = tags & mask
-        rows = self._table.take(at.view(np.intp), axis=0)
-        found = rows[:, 1:]
-        wanted = np.flatnonzero(rows[:, 0] != tags)  # another block's row, or a free one, whose words are zeros
+        tag_of = self._table[:, 0]
+        at = (tags & np.uint64(self._mask)).view(np.intp)
+        there = tag_of[at]
+        wanted = np.flatnonzero((there != tags) & (there != 0))
         while len(wanted):
-            there = rows[wanted, 0]
-            found[wanted] = 0
-            wanted = wanted[there != 0]
-            at[wanted] = (at[wanted] + ONE) & mask
-            rows[wanted] = self._table.take(at[wanted].view(np.intp), axis=0)
-            wanted = wanted[rows[wanted, 0] != tags[wanted]]
-        return found
+            at[wanted] = after = (at[wanted] + 1) & self._mask
+            there = tag_of[after]
+            wanted = wanted[(there != tags[wanted]) & (there != 0)]
+        found: Rows = self._table.take(at, axis=0)[:, 1:]
+        return found  # a free row has no bits
 
     def _find(self, tag: int) -> int:
         """The row with this tag, or ``~row`` of the free row where it would go."""
@@ -197,7 +194,7 @@ class BlockIndex:
         """Leave out rows without a bit, and make room for as many again as there are others."""
         kept = self._table[self._table[:, 1:].any(axis=1)]
         rows = FIRST_ROWS
-        while 3 * rows < 10 * len(kept):
+        while rows < 3 * len(kept):
             rows *= 2
         table = np.zeros((rows, self._width), np.uint64)
         tags = kept[:, 0]

@@ -104,7 +104,7 @@ class RoutingView:
         return [slot for slot, state in enumerate(self.replicas) if state.up]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimate:
     """What a request would meet at one replica, in seconds and tokens.
 
