@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from emberkv.core.hashing import token_array
 from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, parts
 from emberkv.engine.tokenization.template_check import NO_TEMPLATE
+from emberkv.engine.tokenization.template_time import bound_template, template_deadline
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
 
 _USUAL_BYTES = 16
@@ -203,6 +204,10 @@ class HFTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self.chat_problem = chat_problem if chat_problem or tokenizer.chat_template else NO_TEMPLATE
+        if self.chat_problem is None:
+            given = tokenizer.chat_template
+            for text in given.values() if isinstance(given, dict) else (given,):
+                bound_template(text)
         self._backend: Backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -278,8 +283,8 @@ class HFTokenizer:
     ) -> str:
         """See `Tokenizer.render_chat`.
 
-        Raises RequestError when the model has no template, the template rejects the messages, or a variable has a name
-        that is not the caller's to set.
+        Raises RequestError when the model has no template, the template rejects the messages or runs longer than
+        `TEMPLATE_SECONDS`, or a variable has a name that is not the caller's to set.
         """
         variables = variables or {}
         reserved = sorted(variables.keys() & _RESERVED_VARIABLES)
@@ -292,14 +297,15 @@ class HFTokenizer:
         if not messages:
             raise RequestError("messages is empty; it must hold at least one message", param="messages")
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **variables,
-            )
+            with template_deadline():
+                rendered = self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **variables,
+                )
         except Exception as error:  # whatever the template's program does wrong
             raise RequestError(
                 f"the model's chat template rejects these messages: {reason_of(error)}", param="messages"
