@@ -147,8 +147,8 @@ class ServeConfig(BaseModel):
     request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
     limit.
     drain_seconds: how long running answers may go on after a signal to stop.
-    api_keys, api_key_file: API keys, and a file that holds more, one a line; docs/security.md says what a server
-    without any allows. admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from
+    api_keys, api_key_file: API keys, and a file that holds more, one a line; see docs/security.md for a server without
+    any. admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from
     its file instead.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.

@@ -14,11 +14,11 @@ from typer.testing import CliRunner, Result
 from emberkv.cli.explain import Api, question_of
 from emberkv.cli.main import app
 
-LOST = {"place": "ram", "how": "evicted", "seconds_ago": 7300}
+LOST = {"tier": "ram", "how": "evicted", "seconds_ago": 7300}
 ANSWER = {
     "prompt_tokens": 400,
     "hit_tokens": 200,
-    "hit_tokens_by_place": {"pool": 160, "disk": 40},
+    "hit_tokens_by_tier": {"pool": 160, "disk": 40},
     "misses": [
         {"reason": "evicted", "start": 200, "tokens": 100, "lost": LOST},
         {"reason": "diverged", "start": 300, "tokens": 96, "lost": None},
@@ -101,7 +101,7 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
 
 @pytest.mark.parametrize("how", ["removed", "cleared"])
 def test_what_the_operator_did_is_said_to_be_that(server: _Server, how: str) -> None:
-    misses = [{"reason": how, "start": 200, "tokens": 200, "lost": {"place": "pool", "how": how, "seconds_ago": 5}}]
+    misses = [{"reason": how, "start": 200, "tokens": 200, "lost": {"tier": "pool", "how": how, "seconds_ago": 5}}]
     server.answer = (200, {**ANSWER, "misses": misses})
     line = invoke(server, "--text", "Hi").stdout.splitlines()[4].rstrip()
     assert line == f"░  {how}  200  from token 200: it was cached; {how} from pool by the operator 5 s ago"

@@ -184,7 +184,7 @@ def _delete(path: Path, removed: int) -> None:
 
 
 def _named(namespace: str, names: Mapping[str, str]) -> Text:
-    """The model's name where it is known, and the beginning of the namespace by which its blocks are told apart."""
+    """The model's name where it is known, and the beginning of its blocks' namespace."""
     return Text(printable(f"{names.get(namespace, '')} {namespace[:_MODEL_DIGITS]}".strip()))
 
 

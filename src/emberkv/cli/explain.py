@@ -22,7 +22,7 @@ LABEL_CELLS = 15
 BEFORE_SHARE = 0.4
 """Of the columns for the texts around a first difference, the share that the text before it has."""
 
-_PLACES = ("green", "cyan", "blue", "bright_blue")
+_TIERS = ("green", "cyan", "blue", "bright_blue")
 _REASONS = {
     "diverged": "red", "evicted": "yellow", "removed": "yellow", "cleared": "yellow", "new": "magenta",
     "load-failed": "bright_red",
@@ -54,7 +54,7 @@ class _Part(BaseModel):
 
 
 class Lost(_Part):
-    place: str
+    tier: str
     how: str
     seconds_ago: float
 
@@ -81,11 +81,11 @@ class Elsewhere(_Part):
 
 
 class Answer(_Part):
-    """What the server tells; see ``emberkv.serving.cache.service``."""
+    """The server's answer; see ``emberkv.serving.cache.service``."""
 
     prompt_tokens: int
     hit_tokens: int
-    hit_tokens_by_place: dict[str, int]
+    hit_tokens_by_tier: dict[str, int]
     misses: list[Miss]
     divergence: Divergence | None = None
     canonical: dict[str, int] = {}
@@ -115,17 +115,17 @@ def _headline(answer: Answer) -> Text:
 
 def _segments(answer: Answer) -> list[tuple[str, int, str]]:
     """(what, tokens, style) in the order of the prompt."""
-    places = [
-        (place, tokens, _PLACES[min(index, len(_PLACES) - 1)])
-        for index, (place, tokens) in enumerate(answer.hit_tokens_by_place.items())
+    hits = [
+        (tier, tokens, _TIERS[min(index, len(_TIERS) - 1)])
+        for index, (tier, tokens) in enumerate(answer.hit_tokens_by_tier.items())
     ]
-    return places + [(miss.reason, miss.tokens, _REASONS.get(miss.reason, _OTHER)) for miss in answer.misses]
+    return hits + [(miss.reason, miss.tokens, _REASONS.get(miss.reason, _OTHER)) for miss in answer.misses]
 
 
 def _bar(answer: Answer) -> Text:
     """Hits are full blocks, misses light ones; every segment has at least one cell."""
     bar = Text()
-    hits = len(answer.hit_tokens_by_place)
+    hits = len(answer.hit_tokens_by_tier)
     for index, (_, tokens, style) in enumerate(_segments(answer)):
         cells = max(1, round(BAR_CELLS * tokens / max(1, answer.prompt_tokens)))
         bar.append(("█" if index < hits else "░") * cells, style)
@@ -138,9 +138,9 @@ def _legend(answer: Answer) -> Table:
         table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    for index, (place, tokens, style) in enumerate(_segments(answer)[: len(answer.hit_tokens_by_place)]):
-        start = sum(list(answer.hit_tokens_by_place.values())[:index])
-        table.add_row(Text("█", style), Text(place), f"{tokens:,}", Text(f"from token {start:,}"))
+    for index, (tier, tokens, style) in enumerate(_segments(answer)[: len(answer.hit_tokens_by_tier)]):
+        start = sum(list(answer.hit_tokens_by_tier.values())[:index])
+        table.add_row(Text("█", style), Text(tier), f"{tokens:,}", Text(f"from token {start:,}"))
     for miss in answer.misses:
         meaning = Text(f"from token {miss.start:,}: {_MEANINGS.get(miss.reason, miss.reason)}{_lost(miss.lost)}")
         table.add_row(Text("░", _REASONS.get(miss.reason, _OTHER)), Text(miss.reason), f"{miss.tokens:,}", meaning)
@@ -151,7 +151,7 @@ def _lost(lost: Lost | None) -> str:
     if lost is None:
         return ""
     by = " by the operator" if lost.how in ("removed", "cleared") else ""
-    return f"; {lost.how} from {lost.place}{by} {_ago(lost.seconds_ago)} ago"
+    return f"; {lost.how} from {lost.tier}{by} {_ago(lost.seconds_ago)} ago"
 
 
 def _ago(seconds: float) -> str:

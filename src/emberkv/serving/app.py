@@ -46,9 +46,9 @@ from emberkv.serving.trace_recorder import TraceRecorder
 class ServingSettings:
     """What the app of a server can be set to.
 
-    max_body_bytes: the largest request body accepted; None: `default_max_bytes` of the model's context. tenants: who
-    may send requests; None makes a tenant of each of ``api_keys``, and without these no key is needed. canonical: rules
-    that rewrite prompts before they are rendered. recorder: records every request in a trace. For admin_key,
+    max_body_bytes: the largest request body accepted; None: `default_max_bytes` of the model's context. tenants: those
+    that may send requests; None makes a tenant of each of ``api_keys``, and without these no key is needed. canonical:
+    rules that rewrite prompts before they are rendered. recorder: records every request in a trace. For admin_key,
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.

@@ -42,9 +42,9 @@ class BackgroundWork:
     def guarded(self, observer: Callable[[T], None]) -> Callable[[T], None]:
         """The same observer, each call of which is an `attempt`."""
 
-        def observe(news: T) -> None:
+        def observe(update: T) -> None:
             with self.attempt():
-                observer(news)
+                observer(update)
 
         return observe
 

@@ -48,7 +48,7 @@ class LimitedState(ServerState):
         self.limits = limits
 
     def enforce(self, now: float) -> None:
-        """Close the connections that have taken too long. To be called a few times a second."""
+        """Close the connections that have taken too long. Call this a few times a second."""
         for connection in tuple(self.connections):
             if isinstance(connection, LimitedProtocol):
                 connection.enforce(now)
@@ -63,8 +63,8 @@ class LimitedState(ServerState):
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. A request beyond a limit is refused with 408, 414, 431 or 503, and the connection closed.
 
-    A client that closes its sending side after a request gets its answer. As one that has gone looks the same, it is
-    sent something harmless, which a client that has gone resets, and is then known by.
+    A client that closes its sending side after a request gets its answer. A client that has gone looks the same, so
+    it is sent bytes that mean nothing: the reset that they cause shows that it has gone.
     """
 
     def __init__(

@@ -142,11 +142,11 @@ class TenantBytesCollector(EngineStatsCollector):
         held = GaugeMetricFamily(
             "emberkv_tenant_bytes", "Bytes cached for a tenant, or for all in public blocks.", labels=["tier", "tenant"]
         )
-        places: dict[str, Mapping[str, int]] = {POOL: stats.pool_bytes_by_owner}
-        places.update((name, tier.bytes_by_owner) for name, tier in stats.tiers.items())
-        for place, owners in places.items():
+        by_tier: dict[str, Mapping[str, int]] = {POOL: stats.pool_bytes_by_owner}
+        by_tier.update((name, tier.bytes_by_owner) for name, tier in stats.tiers.items())
+        for tier_name, owners in by_tier.items():
             for owner, size in sorted(owners.items()):
-                held.add_metric([place, owner], size)
+                held.add_metric([tier_name, owner], size)
         yield held
 
 
@@ -223,7 +223,7 @@ def _faults(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
     kinds: tuple[tuple[str, str, str, Callable[[TierStats], Mapping[str, int]]], ...] = (
         ("skipped", "Blocks not stored.", "reason", lambda tier: tier.skipped),
         ("corrupt", "Blocks refused and removed.", "fault", lambda tier: tier.corrupt),
-        ("troubles", "Failures of the place itself.", "kind", lambda tier: tier.troubles),
+        ("troubles", "Failures of the tier's storage.", "kind", lambda tier: tier.troubles),
     )
     for name, text, label, counts in kinds:
         family = CounterMetricFamily(f"emberkv_tier_{name}", text, labels=["tier", label])

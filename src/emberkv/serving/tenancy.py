@@ -358,7 +358,7 @@ class Tenants:
             return EVERYBODY
         tenant = self._tenants.get(name)
         if tenant is None:
-            known = ", ".join(map(repr, self._tenants)) or "only '', which is everybody"
+            known = ", ".join(map(repr, self._tenants)) or "only '', the tenant of all requests"
             raise UnknownTenantError(f"tenant {name!r} is unknown; this server has {known}")
         return tenant
 

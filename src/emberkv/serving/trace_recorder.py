@@ -23,8 +23,10 @@ _LINK_BYTES = 16
 _ID_BYTES = 8
 
 
-class KeyedIdentities:
-    """Names that say what is equal within one recording, and nothing else. key: `KEY_BYTES`, of this recording alone.
+class KeyedHashes:
+    """Keyed hashes that show which contents of one recording are equal, and nothing else.
+
+    key: `KEY_BYTES` random bytes, for this recording only.
 
     A guessed text cannot be looked up without the key, and equal content in two recordings has different names.
     """
@@ -57,13 +59,13 @@ class KeyedIdentities:
 
 
 def block_id(link: bytes) -> str:
-    """As a trace has it."""
+    """The first bytes of a link in hexadecimal, as traces name blocks."""
     return link[:_ID_BYTES].hex()
 
 
 @dataclass(slots=True)
 class Turn:
-    """A request's place in its session. tokens: of its prompt and, once it has ended, its answer. ended: a time."""
+    """A request as one turn of its session. tokens: of its prompt and, once it has ended, its answer. ended: a time."""
 
     request: str
     session: str
@@ -167,7 +169,7 @@ class _SinkError(Exception):
 class TraceRecorder:
     """Gives each request to ``sink``, in the order of their arrival, once it and all before it have ended.
 
-    key: see `KeyedIdentities`. clock: monotonic seconds. Hashing and the sink's writing happen on a thread of the
+    key: see `KeyedHashes`. clock: monotonic seconds. Hashing and the sink's writing happen on a thread of the
     recorder's own. Requests that end before their first token are left out, and so is one that cannot be recorded,
     which ``work`` counts. When the sink raises OSError, nothing more is recorded, which ``work`` shows, and serving
     goes on.
@@ -185,7 +187,7 @@ class TraceRecorder:
         self._work = work or BackgroundWork("trace recorder")
         self._sink = sink
         self._block_size = block_size
-        self._block_hashes = KeyedIdentities(key, block_size)
+        self._block_hashes = KeyedHashes(key, block_size)
         self._clock = clock
         self._lock = threading.Lock()
         self._messages: SimpleQueue[Callable[[], None] | None] = SimpleQueue()

@@ -23,9 +23,9 @@ places = st.dictionaries(st.sampled_from(["pool", "ram", "disk", "tier-2"]), st.
 
 @given(st.integers(0, 10**9), places, st.integers(0, 10**9), st.sampled_from(Reason) | st.none(), st.integers(0, 10**9))
 def test_what_is_written_is_read_back(
-    hit: int, by_place: dict[str, int], miss: int, why: Reason | None, at: int
+    hit: int, by_tier: dict[str, int], miss: int, why: Reason | None, at: int
 ) -> None:
-    summary = CacheSummary(hit, by_place, miss, why, at if why else 0)
+    summary = CacheSummary(hit, by_tier, miss, why, at if why else 0)
     assert parse_summary(str(summary)) == summary
 
 
@@ -71,7 +71,7 @@ def test_every_response_has_it(core: CoreEngine, path: str, stream: bool) -> Non
     text = "abcdefghijklmnopqrstuvwxyz" * 2
     cold, warm = (parse_summary(header(client, path, text, stream=stream)) for _ in range(2))
     assert (cold.hit, cold.why, cold.at) == (0, Reason.NEW, 0)
-    assert warm.hit == warm.places["pool"] >= 48
+    assert warm.hit == warm.by_tier["pool"] >= 48
     assert warm.hit + warm.miss == cold.miss
     assert warm.why in (Reason.PARTIAL, Reason.ALIGNMENT)
 

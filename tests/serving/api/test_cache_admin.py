@@ -141,7 +141,7 @@ def test_statistics(server: Server) -> None:
     answer = look(server)
     counters = answer["counters"]
     assert (counters["query_tokens"], counters["hit_tokens"]) == (92, 40)
-    pool = answer["places"]["pool"]
+    pool = answer["tiers"]["pool"]
     assert pool["blocks"] == {"total": 200, "in_use": 0, "cached": 11, "empty": 189}
     assert answer["sessions"] == 0
 
@@ -190,7 +190,7 @@ def test_the_largest_and_the_hottest_prefixes(server: Server) -> None:
     assert [each["tokens"] for each in largest] == [100, 44]
     assert largest[1]["begins"] == "<begin>The quick brown fox jum"
     (hottest,) = look(server, "/prefixes?limit=1")["data"]
-    assert (hottest["tokens"], hottest["hits"], hottest["places"]) == (40, 1, ["pool"])
+    assert (hottest["tokens"], hottest["hits"], hottest["tiers"]) == (40, 1, ["pool"])
     for query in ("by=coldest", "limit=0", "limit=201", "limit=many"):
         assert server.client.get(f"/v1/cache/prefixes?{query}", headers=HERE).status_code == 400
 
@@ -223,7 +223,7 @@ def test_a_pinned_prefix_is_evicted_last() -> None:
 def test_a_pin_for_a_while_ends(server: Server) -> None:
     server.complete(LONG)
     (largest,) = look(server, "/prefixes?by=largest")["data"]
-    assert ask(server, "/pin", prefix=largest["identity"], seconds=60)["blocks"] == 11
+    assert ask(server, "/pin", block_hash=largest["block_hash"], seconds=60)["blocks"] == 11
     assert ask(server, "/pin", identity=largest["identity"], seconds=60)["blocks"] == 11
     server.core.policy.expire(1059.0)
     assert server.core.policy.retained_bytes == 11

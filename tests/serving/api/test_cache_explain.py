@@ -66,7 +66,7 @@ def text(value: str) -> dict[str, Any]:
 def test_a_prompt_that_is_only_asked_about(server: Server) -> None:
     server.complete(LONG)
     answer = server.explain(**text(LONG.replace("fox", "fax")))
-    assert answer["hit_tokens_by_place"] == {"pool": 16}
+    assert answer["hit_tokens_by_tier"] == {"pool": 16}
     assert reasons(answer) == [("alignment", 16, 2), ("diverged", 18, 26), ("partial", 44, 2)]
     assert answer["divergence"] == {
         "token": 18,
@@ -99,7 +99,7 @@ def test_what_was_evicted_is_told_with_place_and_time() -> None:
     server.core.now += 12
     (first, _) = server.explain(**text(LONG))["misses"][-2:]
     assert first["reason"] == "evicted"
-    assert first["lost"] == {"place": "pool", "how": "evicted", "at": 1030.0, "seconds_ago": 12.0}
+    assert first["lost"] == {"tier": "pool", "place": "pool", "how": "evicted", "at": 1030.0, "seconds_ago": 12.0}
 
 
 def test_a_past_response(server: Server) -> None:
@@ -134,7 +134,7 @@ def test_a_lower_tier_that_would_be_loaded_or_not() -> None:
     server = Server(CoreEngine(lower=lower), bound_to_loopback=True)
     tokens = ByteTokenizer().encode(LONG, add_special_tokens=True)
     lower.put(server.core.chain(tokens, Tenants(secret=b"").named("")).block_hashes[:6])
-    assert server.explain(**text(LONG))["hit_tokens_by_place"] == {"disk": 24}
+    assert server.explain(**text(LONG))["hit_tokens_by_tier"] == {"disk": 24}
     lower.token_seconds = 0.1
     answer = server.explain(**text(LONG))
     assert reasons(answer) == [("recompute", 0, 24), ("new", 24, 20), ("partial", 44, 2)]

@@ -241,23 +241,26 @@ class _StopMatcher:
 CACHE_HEADER = "x-emberkv-cache"
 
 _PATTERN = re.compile(
-    r"hit=(?P<hit>\d+)(?P<places>(?:;[a-z][a-z0-9-]*=\d+)*?);miss=(?P<miss>\d+)"
+    r"hit=(?P<hit>\d+)(?P<tiers>(?:;[a-z][a-z0-9-]*=\d+)*?);miss=(?P<miss>\d+)"
     r"(?:;why=(?P<why>[a-z-]+)@(?P<at>\d+))?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSummary:
-    """What the header says. at: the prompt's first token that ``why`` is for."""
+    """What the header says: tokens found in all, by tier (the pool included), and missed.
+
+    at: the prompt's first token that ``why`` is for.
+    """
 
     hit: int
-    places: Mapping[str, int]
+    by_tier: Mapping[str, int]
     miss: int
     why: Reason | None = None
     at: int = 0
 
     def __str__(self) -> str:
-        pairs = [f"hit={self.hit}", *(f"{place}={tokens}" for place, tokens in self.places.items())]
+        pairs = [f"hit={self.hit}", *(f"{tier}={tokens}" for tier, tokens in self.by_tier.items())]
         pairs.append(f"miss={self.miss}")
         if self.why is not None:
             pairs.append(f"why={self.why.value}@{self.at}")
@@ -270,13 +273,13 @@ def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSumma
     A divergence is placed at the very token that differs.
     """
     pool = usage.cached_tokens - sum(usage.tokens_by_tier.values())
-    places = {POOL: pool, **usage.tokens_by_tier} if pool else usage.tokens_by_tier
+    by_tier = {POOL: pool, **usage.tokens_by_tier} if pool else usage.tokens_by_tier
     dominant = None if explanation is None else explanation.dominant
     if explanation is None or dominant is None:
-        return CacheSummary(usage.cached_tokens, places, usage.computed_tokens)
+        return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens)
     diverged = explanation.divergence if dominant.reason is Reason.DIVERGED else None
     at = dominant.start if diverged is None else diverged.position
-    return CacheSummary(usage.cached_tokens, places, usage.computed_tokens, dominant.reason, at)
+    return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens, dominant.reason, at)
 
 
 def parse_summary(header: str) -> CacheSummary:
@@ -286,7 +289,7 @@ def parse_summary(header: str) -> CacheSummary:
         raise RequestError(
             f"{CACHE_HEADER} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=CACHE_HEADER
         )
-    pairs = (pair.split("=") for pair in match["places"].split(";")[1:])
-    places = {place: int(tokens) for place, tokens in pairs}
+    pairs = (pair.split("=") for pair in match["tiers"].split(";")[1:])
+    by_tier = {tier: int(tokens) for tier, tokens in pairs}
     why = Reason(match["why"]) if match["why"] else None
-    return CacheSummary(int(match["hit"]), places, int(match["miss"]), why, int(match["at"] or 0))
+    return CacheSummary(int(match["hit"]), by_tier, int(match["miss"]), why, int(match["at"] or 0))

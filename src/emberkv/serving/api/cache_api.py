@@ -1,4 +1,4 @@
-"""The cache's own routes under /v1/cache: look, explain, warm, pin, remove. See `AdminGuard` for who may use them."""
+"""The cache's own routes under /v1/cache: look, explain, warm, pin, remove. `AdminGuard` says which are let in."""
 
 import re
 import reprlib
@@ -45,13 +45,14 @@ class CacheQuestion(RequestBody):
     openai: a chat or completion request's body; anthropic: a message request's. Both may leave out the model.
     response_id: of a past response; answer: which of its answers. prefix, or block_hash: a listed prefix's hash, in
     hexadecimal.
-    tenant: whose prompt it is; the operator's to say. seconds: how long to pin; None: until it is unpinned.
+    tenant: the one that would send the prompt; only the operator may give it. seconds: how long to pin; None: until it
+    is unpinned.
     """
 
     openai: dict[str, Any] | None = None
     anthropic: dict[str, Any] | None = None
     response_id: str | None = None
-    prefix: str | None = Field(default=None, validation_alias=AliasChoices("prefix", "identity"))
+    prefix: str | None = Field(default=None, validation_alias=AliasChoices("prefix", "block_hash", "identity"))
     answer: Annotated[int, Field(ge=0)] = 0
     tenant: str | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -102,7 +103,7 @@ def _checked(rendered: RenderedPrompt) -> RenderedPrompt:
     if not rendered.token_ids:
         raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
     if max(rendered.token_ids) > MAX_TOKEN_ID:
-        raise RequestError(f"prompt has a token id above {MAX_TOKEN_ID}, which no model knows", param="prompt")
+        raise RequestError(f"prompt has a token id above {MAX_TOKEN_ID}, which no model has", param="prompt")
     return rendered
 
 
@@ -179,7 +180,7 @@ class CacheRoutes:
         return JSONResponse({"object": "list", "data": listed})
 
     async def explain(self, http: Request) -> Response:
-        """Of a tenant's own prompt or response; of anybody's, for the operator."""
+        """The explanation of a tenant's own prompt or response; the operator may ask about any tenant's."""
         tenant = await self._guard.asker(http)
         question = await self._question(http, "openai", "anthropic", "response_id")
         if question.response_id is not None:
@@ -247,10 +248,10 @@ class CacheRoutes:
         raise NotFoundError(message, param="response_id")
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
-        whose = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
-        prompt = await self._prompt(question, whose)
+        asker = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
+        prompt = await self._prompt(question, asker)
         others = [] if tenant is not None else [self._tenants.named(name) for name in self._tenants.names]
-        explained = await self._cache().explain(prompt.token_ids, whose, others)
+        explained = await self._cache().explain(prompt.token_ids, asker, others)
         return replace(explained, canonical=prompt.canonical)
 
     async def _path(self, http: Request) -> tuple[CacheQuestion, PrefixPath]:

@@ -236,7 +236,9 @@ def render_messages(
     try:
         cut = None if mark is None else mark.cut.prompt_text(tokenizer)
     except RequestError:
-        cut = None  # a template may refuse half a conversation; a wish about eviction is no reason to refuse the whole
+        cut = (
+            None  # a template may refuse half a conversation; a hint about eviction is no reason to refuse the request
+        )
     token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
     return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
 

@@ -52,14 +52,14 @@ class LedgerStore:
             if isinstance(event, BlockRemoved):
                 self._still_below(event.block_hashes)
 
-    def stored(self, place: str, block_hashes: Sequence[BlockHash]) -> None:
+    def stored(self, tier: str, block_hashes: Sequence[BlockHash]) -> None:
         """What a lower tier has now."""
-        self._write(lambda ledger: ledger.arrived(place, block_hashes))
+        self._write(lambda ledger: ledger.arrived(tier, block_hashes))
 
     def admitted(
         self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, hit_unit: int
     ) -> None:
-        """A prompt is being served. To be told before the events of the step that admitted it.
+        """A prompt is admitted. Call this before `apply` with the events of that step.
 
         hit_unit: as `PrefixCache.hit_unit`.
         """
@@ -75,14 +75,14 @@ class LedgerStore:
         self._write(write)
 
     def removed(self, block_hashes: Sequence[BlockHash]) -> None:
-        """Blocks that were taken out of every place."""
+        """Blocks that were removed from the pool and every tier."""
         now = self._clock()
         self._write(lambda ledger: ledger.removed(block_hashes, now))
 
-    def cleared(self, place: str) -> None:
+    def cleared(self, tier: str) -> None:
         """A lower tier was emptied."""
         now = self._clock()
-        self._write(lambda ledger: ledger.cleared(place, now))
+        self._write(lambda ledger: ledger.cleared(tier, now))
 
     def explained(self, request_id: str) -> Explanation | None:
         """Of a prompt that was served; None when it was not, or too long ago."""
@@ -115,11 +115,11 @@ class LedgerStore:
 
     def _still_below(self, block_hashes: Iterable[BlockHash]) -> None:
         for block_hash in block_hashes:
-            for place in self.below(block_hash):
-                self.stored(place, (block_hash,))
+            for tier in self.below(block_hash):
+                self.stored(tier, (block_hash,))
 
-    def _write(self, news: Callable[[Ledger], None]) -> None:
-        self._unwritten.append(news)
+    def _write(self, update: Callable[[Ledger], None]) -> None:
+        self._unwritten.append(update)
         if self._lock.acquire(blocking=False):
             try:
                 self._catch_up()
@@ -157,7 +157,7 @@ class ReuseWatch:
 
     @property
     def waiting(self) -> int:
-        """What it was told and has not taken in yet."""
+        """Updates that the estimator has not processed yet."""
         return len(self._waiting)
 
     def on_update(self, update: CacheUpdate) -> None:

@@ -60,7 +60,8 @@ def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) 
         "object": "cache.explanation",
         "prompt_tokens": explanation.prompt_tokens,
         "hit_tokens": explanation.hit_tokens,
-        "hit_tokens_by_place": dict(explanation.hit),
+        "hit_tokens_by_tier": dict(explanation.hit),
+        "hit_tokens_by_place": dict(explanation.hit),  # its former name
         "misses": [_miss_json(miss, now) for miss in explanation.misses],
         "divergence": explanation.divergence and _divergence_json(explanation.divergence, tokenizer),
         "canonical": dict(explained.canonical),
@@ -70,7 +71,8 @@ def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) 
 
 def _miss_json(miss: Miss, now: float) -> dict[str, Any]:
     lost = miss.loss and {
-        "place": miss.loss.place,
+        "tier": miss.loss.place,
+        "place": miss.loss.place,  # its former name
         "how": miss.loss.kind.value,
         "at": round(miss.loss.at, 3),
         "seconds_ago": round(max(0.0, now - miss.loss.at), 3),
@@ -122,7 +124,7 @@ NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stor
 
 @dataclass(frozen=True, slots=True)
 class PrefixPath:
-    """Full blocks from a chain's beginning, their tokens, and the name of the tenant whose they are."""
+    """Full blocks from a chain's beginning, their tokens, and the name of the tenant that owns them."""
 
     block_hashes: list[BlockHash]
     tokens: Sequence[int]
@@ -131,9 +133,9 @@ class PrefixPath:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a removal has removed. blocks: by place. learned_prompts: prefixes that no next start computes again.
+    """What a removal has removed. blocks: by tier. learned_prompts: prefixes that the next start does not warm.
 
-    kept: what is still stored, though it is not served any more: by place, how many, and why.
+    kept: by tier, how many blocks are still stored though they are served no longer, and why.
     """
 
     blocks: Mapping[str, int]
@@ -175,9 +177,11 @@ class CacheService:
         blocks = {"total": pool.total, "in_use": pool.in_use, "cached": pool.cached, "empty": pool.empty}
         held = {"blocks": blocks, "block_size": pool.block_size, "bytes_by_tenant": dict(pool.bytes_by_owner)}
         tiers = await asyncio.to_thread(self._tier_stats)
+        by_tier = {POOL: held, **{name: plain(stats) for name, stats in tiers.items()}}
         return {
             "counters": plain(pool.counters),
-            "places": {POOL: held, **{name: plain(stats) for name, stats in tiers.items()}},
+            "tiers": by_tier,
+            "places": by_tier,  # its former name
             "other_sizes": [] if self.reuse is None else self.reuse.figures(),
         }
 
@@ -228,15 +232,14 @@ class CacheService:
     ) -> list[dict[str, Any]]:
         view = self.ledger_store.copied()
         chosen = [(each, first_tokens(view, each.block_hash, SHOWN_TOKENS)) for each in choose(view, limit)]
-        return [
-            {
-                **{name: value for name, value in asdict(each).items() if name != "block_hash"},
-                "identity": each.block_hash.hex(),
-                "places": list(dict.fromkeys([*each.places, *self.ledger_store.below(each.block_hash)])),
-                "begins": text_of(tokenizer, tokens),
-            }
-            for each, tokens in chosen
-        ]
+        listed = []
+        for each, tokens in chosen:
+            tiers = list(dict.fromkeys([*each.places, *self.ledger_store.below(each.block_hash)]))
+            figures = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "places")}
+            names = {"block_hash": each.block_hash.hex(), "tiers": tiers}
+            former = {"identity": each.block_hash.hex(), "places": tiers}
+            listed.append({**figures, **names, **former, "begins": text_of(tokenizer, tokens)})
+        return listed
 
     async def path(self, block_hash: BlockHash) -> PrefixPath:
         """The way to a listed prefix. Raises NotFoundError when it is not known, or not any more."""
@@ -274,9 +277,9 @@ class CacheService:
     async def clear(self, warmup: Warmup | None) -> Removal:
         """Remove everything of this model, from pool, tiers and learned prompts."""
         removal = await self._remove(None, warmup)
-        for place in removal.blocks:
-            if place != POOL:
-                self.ledger_store.cleared(place)
+        for tier in removal.blocks:
+            if tier != POOL:
+                self.ledger_store.cleared(tier)
         return removal
 
     async def _remove(self, block_hashes: Collection[BlockHash] | None, warmup: Warmup | None) -> Removal:

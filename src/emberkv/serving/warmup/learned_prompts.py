@@ -120,7 +120,7 @@ _log = logging.getLogger(__name__)
 class LearnedPrompts:
     """Counts reuse, and keeps the result in a file. For any number of threads.
 
-    folder: where the file goes. namespace: the model's, by which its prefixes are told from others'. chain: a prompt's
+    folder: where the file goes. namespace: the model's; only its own prefixes are read. chain: a prompt's
     blocks as its tenant's requests name them; raises EmberError for an unknown tenant. clock: seconds since 1970.
     """
 

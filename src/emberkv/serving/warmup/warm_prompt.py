@@ -19,7 +19,7 @@ from emberkv.serving.tenancy import PublicPrompt
 
 @dataclass(frozen=True, slots=True)
 class WarmPrompt:
-    """Token ids whose state is to be cached, and the tenant whose requests are to find it."""
+    """Token ids whose blocks are to be cached, and the tenant that owns them."""
 
     tokens: tuple[int, ...]
     tenant: str = ""
@@ -53,7 +53,7 @@ class WarmEngine(Protocol):
         ...
 
     def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
-        """Take that wish back. Raises EngineStoppedError."""
+        """Undo `retain`. Raises EngineStoppedError."""
         ...
 
     def room(self) -> int:
@@ -61,7 +61,7 @@ class WarmEngine(Protocol):
         ...
 
     def compute(self, prompt: WarmPrompt, request_id: str, listener: OutputListener) -> None:
-        """Queue the prompt behind everybody else's requests; raises what ``Engine.submit`` raises."""
+        """Queue the prompt at the lowest priority; raises what ``Engine.submit`` raises."""
         ...
 
     def abort(self, request_id: str) -> None: ...

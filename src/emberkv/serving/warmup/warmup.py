@@ -261,7 +261,7 @@ class Warmup:
         return outcomes
 
     def _restore(self, deadline: float) -> set[Outcome]:
-        """Warm what an earlier run has learned, the best first: while there is time, and room that is empty."""
+        """Warm the prompts that an earlier run has learned, the best first, while there are time and empty blocks."""
         learned = self._learned.restore() if self._learned is not None else []
         prompts = [prompt for prompt in dict.fromkeys(map(self._pins.rounded, learned)) if prompt.tokens]
         self._totals = replace(self._totals, learned=len(prompts))
