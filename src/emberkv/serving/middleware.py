@@ -118,7 +118,8 @@ class BodyLimit:
     """ASGI middleware: reading a body beyond ``max_bytes`` raises BodyTooLargeError in the handler that reads it.
 
     A declared Content-Length that is too large is refused at once; bytes are counted in any case. All bodies that have
-    not ended may hold `UNFINISHED_BODIES` times as much; beyond, one that has more than its equal share raises NotReadyError.
+    not ended may hold `UNFINISHED_BODIES` times as much; beyond, one that has more than its equal share raises
+    NotReadyError.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: Callable[[], int]) -> None:
