@@ -201,8 +201,9 @@ def _failing(plan: Plan, point: SetUpPoint) -> str:
     if found.load is not None and found.load.grows:
         served, asked = format_rate(found.load.served_per_second), format_rate(found.load.asked_per_second)
         return f"it serves {served} of {asked} requests a second and the queue grows without end"
-    missed = " and ".join(_LEVELS[name] for name in found.missed)
-    return f"its p99 misses the {missed} ({format_seconds(found.p99_ttft)} to the first token)"
+    p99 = {"ttft_ms": found.p99_ttft, "tpot_ms": found.p99_tpot, "e2e_ms": None}
+    shown = {name: f" ({format_seconds(seconds)})" if seconds else "" for name, seconds in p99.items()}
+    return f"its p99 misses the {' and '.join(_LEVELS[name] + shown[name] for name in found.missed)}"
 
 
 def _nothing_serves(plan: Plan) -> Iterator[str]:
@@ -271,8 +272,8 @@ def _machines(plan: Plan) -> Iterator[str]:
     most = max(plan.set_ups, key=lambda point: point.replicas).replicas
     ran = [point.simulated for point in plan.set_ups if point.simulated is not None]
     of = f"{max(found.completed + found.rejected for found in ran):,} of {plan.demand.requests:,}" if ran else ""
-    tried = f"; simulated were the first {of} requests" if ran else ""
+    tried = f"; the first {of} requests were simulated" if ran else ""
     yield (
-        f"Tried were {fewest} to {most} replicas, beginning with as many as keep {1 - MAX_UTILISATION:.0%} of what "
+        f"From {fewest} to {most} replicas were tried, beginning with as many as have {1 - MAX_UTILISATION:.0%} of what "
         f"they could serve to spare by formula{tried}."
     )

@@ -16,8 +16,8 @@ def test_it_says_what_to_get_and_why() -> None:
         "Fetching a prompt token from RAM takes 2 us, 10.0 times as fast as computing it (20 us).",
         "Fetching a prompt token from disk takes 40 us, slower than computing it (20 us).",
         "The workload asks for 2 requests a second, 5 at its busiest.",
-        "Tried were 2 to 3 replicas, beginning with as many as keep 20% of what they could serve to spare by formula; "
-        "simulated were the first 900 of 1,000 requests.",
+        "From 2 to 3 replicas were tried, beginning with as many as have 20% of what they could serve to spare by "
+        "formula; the first 900 of 1,000 requests were simulated.",
     ]  # fmt: skip
 
 
@@ -59,5 +59,5 @@ def test_where_nothing_serves_it_says_what_fails() -> None:
     slow = replace(CHOSEN, simulated=replace(CHOSEN.simulated, missed=("ttft_ms",)))
     assert get_this(plan(get=None, set_ups=[slow])) == [
         "No set-up tried serves this workload. The largest, 2 replicas on 4 x card, with 1 GiB of KV memory and 2 GiB "
-        "of RAM for the cache each: its p99 misses the time to first token (2.5 s to the first token)."
+        "of RAM for the cache each: its p99 misses the time to first token (2.5 s)."
     ]
