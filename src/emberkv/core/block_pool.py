@@ -43,26 +43,29 @@ class BlockPool:
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"a pool of {num_blocks} blocks of {block_size} tokens; both must be at least 1")
+        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
         self.policy: EvictionPolicy[BlockHash] = policy if policy is not None else LRU()
         self._cached = CachedBlocks(self.policy, block_cost, self.events, self.stats, journal=journal)
-        self._blank = self.blocks[::-1]
+        self._blocks: list[Block] = []  # by block id, those that have been made
+        self._blank: list[Block] = []  # of these, the free ones that hold nothing
 
     @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
+    def blocks(self) -> list[Block]:
+        """All blocks, by block id. Each is otherwise made when it is first allocated: large pools are rarely full."""
+        self._make(self.num_blocks - len(self._blocks))
+        return self._blocks
 
     @property
     def num_free(self) -> int:
         """Blocks without a holder, cached ones included."""
-        return len(self._blank) + len(self.policy)
+        return self.num_blocks - len(self._blocks) + len(self._blank) + len(self.policy)
 
     def free_for(self, owner: str) -> int:
         """Of the free blocks, those that ``owner`` may have: others keep what their floors guarantee them."""
-        return len(self._blank) + self.policy.available_to(owner)
+        return self.num_blocks - len(self._blocks) + len(self._blank) + self.policy.available_to(owner)
 
     @property
     def max_sequence_blocks(self) -> int:
@@ -152,6 +155,8 @@ class BlockPool:
         if count > self.free_for(owner):
             raise NoFreeBlocksError(f"{count} blocks asked for, {self.free_for(owner)} of {self.num_blocks} are free")
         short = count - len(self._blank)
+        if short > 0 and len(self._blocks) < self.num_blocks:
+            short -= self._make(min(short, self.num_blocks - len(self._blocks)))
         if short > 0:
             self._blank += self._cached.evict(short, owner)
         allocated = []
@@ -265,7 +270,7 @@ class BlockPool:
         """Forget every cached block, and what is being loaded. Held blocks stay with their holders, as private ones."""
         for block in list(self._cached.index.values()):
             self._withdraw(block)
-        self.cancel_load(self.blocks)
+        self.cancel_load(self._blocks)
         self.events.append(AllBlocksCleared())
 
     def cached_hashes(self) -> list[BlockHash]:
@@ -274,6 +279,14 @@ class BlockPool:
 
     def snapshot(self) -> Snapshot:
         return self._cached.snapshot()
+
+    def _make(self, count: int) -> int:
+        """Make the next ``count`` blocks, which are blank; they are allocated after the other blank ones."""
+        first = len(self._blocks)
+        made = [Block(block_id) for block_id in range(first, first + count)]
+        self._blocks += made
+        self._blank[:0] = made[::-1]
+        return count
 
     def _supersede(self, chain: Chain, start: int, stop: int) -> None:
         """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found."""
