@@ -43,7 +43,9 @@ def plan(
     ] = None,
     capture: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of what is reusable to plan for.")] = 0.9,
     simulate: Annotated[bool, typer.Option(help="Whether to simulate set-ups besides the formulas.")] = True,
-    requests: Annotated[int, typer.Option(min=1, help="Simulate the first so many requests.")] = SIMULATED_REQUESTS,
+    requests: Annotated[
+        int, typer.Option(min=1, help="How many requests, from the first, are simulated.")
+    ] = SIMULATED_REQUESTS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Writes one HTML page that opens with the answer.")] = None,
     list_models: ListModels = False,

@@ -29,7 +29,7 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="A model's name, its config.json, or a folder with one.")] = None,
     hardware: Annotated[str | None, typer.Option(help="A profile's name, or its YAML file.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Devices of a replica.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Each with a scheduler and a pool of its own.")] = None,
     routing: Annotated[str | None, typer.Option(help=f"One of {', '.join(ROUTER_NAMES)}.")] = None,
     kv_blocks: Annotated[
         int | None, typer.Option(min=1, help="Of each replica; default: what fits its memory.")
@@ -42,8 +42,10 @@ def simulate(
     prefix_caching: Annotated[bool | None, typer.Option(help="Whether to reuse anything.")] = None,
     cache_only: Annotated[bool, typer.Option("--cache-only", help="No time: hits by capacity alone.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the generated workload, routing and outages.")] = None,
-    warm_up: Annotated[float | None, typer.Option(min=0, help="Seconds whose requests are in no result.")] = None,
-    stop_at: Annotated[float | None, typer.Option(min=0, help="Seconds at which it ends.")] = None,
+    warm_up: Annotated[
+        float | None, typer.Option(min=0, help="Seconds from the start; results leave out what arrives in them.")
+    ] = None,
+    stop_at: Annotated[float | None, typer.Option(min=0, help="Virtual seconds at which the simulation ends.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Writes a row for each request.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Writes all figures as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Writes one HTML page with plots.")] = None,
@@ -61,7 +63,7 @@ def simulate(
 ) -> None:
     """Replay a workload through the scheduler, cache and router that serve, in virtual time.
 
-    A YAML file can say all that the options say, under the key simulation; options go before it.
+    A YAML file can say all that the options say, under the key simulation; options take precedence.
 
     An interrupt (Ctrl-C) ends it early and writes what there is.
     """

@@ -274,6 +274,6 @@ def _machines(plan: Plan) -> Iterator[str]:
     of = f"{max(found.completed + found.rejected for found in ran):,} of {plan.demand.requests:,}" if ran else ""
     tried = f"; the first {of} requests were simulated" if ran else ""
     yield (
-        f"From {fewest} to {most} replicas were tried, beginning with as many as have {1 - MAX_UTILISATION:.0%} of what "
-        f"they could serve to spare by formula{tried}."
+        f"From {fewest} to {most} replicas were tried, beginning with as many as have {1 - MAX_UTILISATION:.0%} of "
+        f"what they could serve to spare by formula{tried}."
     )
