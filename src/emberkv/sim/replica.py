@@ -226,15 +226,12 @@ class Replica:
         assert step is not None
         self.step = None
         plan = step.plan
-        self._grow(plan, step.count - 1)
-        for chunk in plan.prefills:
-            simulated = self._requests[chunk.sequence.request_id]
-            tokens = chunk.stop - chunk.start
-            simulated.prefilled_tokens += tokens
-            self.computed_tokens += tokens
-            self._dequeue(simulated, simulated.queued_tokens if chunk.samples else tokens)
-        self._measure(step)
-        ready = [*plan.decodes, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
+        if step.count > 1:
+            self._grow(plan, step.count - 1)
+        ready = plan.decodes
+        if plan.prefills:
+            self._prefilled(step)
+            ready = [*ready, *(chunk.sequence for chunk in plan.prefills if chunk.samples)]
         stopped = set()
         for sequence in ready:
             simulated = self._requests[sequence.request_id]
@@ -249,6 +246,8 @@ class Replica:
 
     def take_new_transfers(self) -> list[Transfer]:
         """The loads from lower tiers that have begun since the last call."""
+        if not self._transfers:
+            return []
         begun = [transfer for transfer in self._transfers.values() if not transfer.scheduled]
         for transfer in begun:
             transfer.scheduled = True
@@ -289,22 +288,21 @@ class Replica:
     def _step_of(self, plan: StepPlan, now: int) -> Step:
         if plan.prefills:
             return Step(plan, now, self.clock.step(plan))
-        count = self._steady_steps(plan)
+        lengths = [len(sequence.chain) for sequence in plan.decodes]
+        count, context = self._steady_steps(plan, lengths), sum(lengths)
         if count == 1:
-            return Step(plan, now, self.clock.step(plan))
-        context = sum(len(sequence.chain) for sequence in plan.decodes)
-        run = self.clock.run(len(plan.decodes), context, count)
+            return Step(plan, now, self.clock.decode(len(lengths), context))
+        run = self.clock.run(len(lengths), context, count)
         return Step(plan, now, run.duration, count, run)
 
-    def _steady_steps(self, plan: StepPlan) -> int:
+    def _steady_steps(self, plan: StepPlan, lengths: Sequence[int]) -> int:
         """How many times in a row ``plan`` would be planned again: until a block is full or an answer ends."""
         if not self.together or plan.admitted or plan.preempted or self.scheduler.holds_back:
             return 1
-        size = self.pool.block_size
+        size, requests = self.pool.block_size, self._requests
         more = size
-        for sequence in plan.decodes:
-            length = len(sequence.chain)
-            left = self._requests[sequence.request_id].last_length - length
+        for sequence, length in zip(plan.decodes, lengths, strict=True):
+            left = requests[sequence.request_id].last_length - length
             more = min(more, -length % size, left)
             if not more:
                 break
@@ -312,8 +310,6 @@ class Replica:
 
     def _grow(self, plan: StepPlan, steps: int) -> None:
         """Account for decode steps that only make sequences longer, within the blocks that they hold."""
-        if not steps:
-            return
         for sequence in plan.decodes:
             assert isinstance(sequence.chain, ContentChain)
             sequence.num_computed += steps
@@ -326,9 +322,16 @@ class Replica:
         simulated.queued_tokens -= tokens
         self.state.queued_tokens -= tokens
 
-    def _measure(self, step: Step) -> None:
-        """Record how fast a step computed prompts."""
-        computed = sum(chunk.stop - chunk.start for chunk in step.plan.prefills)
+    def _prefilled(self, step: Step) -> None:
+        """Count what a step computed of prompts, and record how fast it was."""
+        computed = 0
+        for chunk in step.plan.prefills:
+            simulated = self._requests[chunk.sequence.request_id]
+            tokens = chunk.stop - chunk.start
+            computed += tokens
+            simulated.prefilled_tokens += tokens
+            self._dequeue(simulated, simulated.queued_tokens if chunk.samples else tokens)
+        self.computed_tokens += computed
         if computed:
             self._prefill.observe(computed, step.duration / NANOSECONDS)
             seconds = self._prefill.seconds_for(MEASURED_TOKENS)
