@@ -47,8 +47,8 @@ def fill(folder: Path, blocks: int) -> None:
 
 def open_once(folder: Path, blocks: int) -> float:
     """Seconds."""
-    told = subprocess.run([sys.executable, "-c", OPEN, folder], capture_output=True, text=True, check=True).stdout
-    seconds, entries = told.split()
+    printed = subprocess.run([sys.executable, "-c", OPEN, folder], capture_output=True, text=True, check=True).stdout
+    seconds, entries = printed.split()
     assert int(entries) == blocks
     return float(seconds)
 

@@ -66,7 +66,7 @@ def running(server: Server, log: Path, *, ready_within: float = 600.0) -> Iterat
 
 @contextlib.contextmanager
 def serving(server: Server, log: Path) -> Iterator[str]:
-    """As `running`, for those who need no more than the URL."""
+    """Like `running`, where only the URL is needed."""
     with running(server, log) as started:
         yield started.url
 

@@ -1,4 +1,4 @@
-"""Whether two samples can be told apart: the share of pairs in order, and how often chance does as well."""
+"""Whether two samples differ: the share of pairs in order, and how often chance gives as much."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from random import Random
 
 
 def auc(first: Sequence[float], second: Sequence[float]) -> float:
-    """The probability that a value of ``second`` is above one of ``first``, ties counting half: 0.5 tells nothing.
+    """The probability that a value of ``second`` is above one of ``first``, ties counting half; 0.5 is no difference.
 
-    The area under the ROC curve of whoever guesses by a threshold, which is the Mann-Whitney U statistic over the
-    number of pairs (Mann and Whitney, 1947).
+    The area under the ROC curve of a classifier by threshold, which is the Mann-Whitney U statistic over the number
+    of pairs (Mann and Whitney, 1947).
     """
     ordered = sorted(first)
     below = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in second)

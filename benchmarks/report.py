@@ -56,7 +56,7 @@ def command(module: str, arguments: Sequence[str]) -> str:
 
 
 def about(module: str, doc: str | None, **settings: Any) -> dict[str, Any]:
-    """What is told with a benchmark's figures; to be taken when it starts.
+    """What is published with a benchmark's figures; to be called when it starts.
 
     doc: the module's, of which the first line is the title. load_at_start: above 0.5 means that something else was
     running, if only the benchmark before.

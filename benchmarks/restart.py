@@ -3,8 +3,8 @@
     python -m benchmarks.restart [--emberkv "COMMAND"] [--model FOLDER] [--rounds 3] [--out PREFIX]
 
 Each round computes prompts of 8,000 tokens, asks each again, stops the server, and starts it twice on the same folder:
-once with the files as the system has cached them, once after it was told to forget them. Only the first long prompt of
-each start is measured. Exits with 1 when a target is missed.
+once with the files as the system has cached them, once after they were dropped from its cache. Only the first long
+prompt of each start is measured. Exits with 1 when a target is missed.
 """
 
 import asyncio

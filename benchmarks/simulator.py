@@ -2,9 +2,9 @@
 
     python -m benchmarks.simulator [--quick] [--rounds 3] [--trace FILE] [--out PREFIX]
 
-Each case runs in a process of its own, on one core; its time is that of `emberkv.sim.run.simulate` with a CSV file
-written, reading the workload included. The trace is Mooncake's conversation trace (FAST25 release), kept
-with the tests. Exits with 1 when a target is missed.
+Each case runs in a process of its own, on one core; its time is that of `emberkv.sim.run.run_simulation` with a CSV
+file written, reading the workload included. The trace is Mooncake's conversation trace (FAST25 release), kept with the
+tests. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def run_here(case: Case, trace: Path) -> Outcome:
 
 def run(case: Case, trace: Path) -> Outcome:
     """In a process of its own."""
-    told = json.dumps({"changes": case.changes, "workload": case.workload})
-    command = [sys.executable, "-m", "benchmarks.simulator", "--trace", str(trace), "--case", told]
+    described = json.dumps({"changes": case.changes, "workload": case.workload})
+    command = [sys.executable, "-m", "benchmarks.simulator", "--trace", str(trace), "--case", described]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return Outcome(**json.loads(found.stdout))
 

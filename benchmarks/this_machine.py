@@ -45,7 +45,7 @@ TTFT_TARGET = 0.15
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Timed:
     """One request as the client or the simulation has it; times in milliseconds."""
 
     prompt_tokens: int
@@ -89,18 +89,18 @@ async def converse(url: str, sessions: int, seed: int) -> list[list[Answer]]:
     return await asyncio.gather(*(session(number) for number in range(sessions)))
 
 
-def served(answers: Sequence[Sequence[Answer]]) -> list[list[Told]]:
-    def told(answer: Answer) -> Told:
+def served(answers: Sequence[Sequence[Answer]]) -> list[list[Timed]]:
+    def timed(answer: Answer) -> Timed:
         usage = answer.usage
         assert usage is not None
         assert answer.ttft is not None
         end = answer.finished if answer.finished is not None else answer.ended
-        return Told(usage.prompt_tokens or 0, usage.cached_tokens or 0, 1e3 * answer.ttft, 1e3 * (end - answer.sent))
+        return Timed(usage.prompt_tokens or 0, usage.cached_tokens or 0, 1e3 * answer.ttft, 1e3 * (end - answer.sent))
 
-    return [[told(answer) for answer in session] for session in answers]
+    return [[timed(answer) for answer in session] for session in answers]
 
 
-def simulated(trace: Path, profile: Path) -> list[list[Told]]:
+def simulated(trace: Path, profile: Path) -> list[list[Timed]]:
     """The sessions in the order of their first arrival."""
     blocks = CACHE_BYTES // (load_spec(DEMO_NAME).kv_bytes_per_token * BLOCK_SIZE)
     set_up = sim_config.SimulationConfig(
@@ -110,15 +110,15 @@ def simulated(trace: Path, profile: Path) -> list[list[Told]]:
     workload = SimWorkload(None, sim_config.TraceConfig(path=trace.name), trace.parent)
     results = run_simulation(set_up, workload, keep_ids=True)
     rows = dict(zip(results.rows.ids, results.rows, strict=True))
-    sessions: dict[str, list[Told]] = {}
+    sessions: dict[str, list[Timed]] = {}
     for request in read(trace):
         row = rows[request.request_id]
-        told = Told(row.prompt_tokens, row.cached_tokens, row.ttft_ms or 0.0, row.e2e_ms or 0.0)
-        sessions.setdefault(request.session_id, []).append(told)
+        timed = Timed(row.prompt_tokens, row.cached_tokens, row.ttft_ms or 0.0, row.e2e_ms or 0.0)
+        sessions.setdefault(request.session_id, []).append(timed)
     return list(sessions.values())
 
 
-def matched(real: Sequence[Sequence[Told]], model: Sequence[Sequence[Told]]) -> list[tuple[Told, Told]]:
+def matched(real: Sequence[Sequence[Timed]], model: Sequence[Sequence[Timed]]) -> list[tuple[Timed, Timed]]:
     """The same requests side by side. A session is known by the lengths of its prompts."""
     by_lengths = {tuple(each.prompt_tokens for each in session): session for session in model}
     pairs = []
@@ -129,7 +129,7 @@ def matched(real: Sequence[Sequence[Told]], model: Sequence[Sequence[Told]]) -> 
     return pairs
 
 
-Round = Sequence[tuple[Told, Told]]
+Round = Sequence[tuple[Timed, Timed]]
 """Served and simulated, request by request."""
 
 
@@ -153,8 +153,8 @@ def play(command: Sequence[str], folder: Path, profile: Path, sessions: int, see
 def rows_of(rounds: Sequence[Round]) -> list[Row]:
     rows: list[Row] = []
     for name, field, target in (("TTFT", "ttft", TTFT_TARGET), ("end to end", "end_to_end", None)):
-        real = [[getattr(told, field) for told, _ in pairs] for pairs in rounds]
-        model = [[getattr(told, field) for _, told in pairs] for pairs in rounds]
+        real = [[getattr(timed, field) for timed, _ in pairs] for pairs in rounds]
+        model = [[getattr(timed, field) for _, timed in pairs] for pairs in rounds]
         rows.append(Figure(f"{name}, mean, measured", "ms", [statistics.fmean(each) for each in real]))
         rows.append(Figure(f"{name}, mean, simulated", "ms", [statistics.fmean(each) for each in model]))
         errors = [abs(statistics.fmean(b) / statistics.fmean(a) - 1) for a, b in zip(real, model, strict=True)]
