@@ -203,7 +203,7 @@ class Answer:
 
     @property
     def output_tokens(self) -> int:
-        """As the server counts them; where it does not say, the number of pieces."""
+        """Tokens as the server counts them; the number of pieces where it does not report them."""
         reported = self.usage.completion_tokens if self.usage else None
         return len(self.piece_times) if reported is None else reported
 

@@ -18,7 +18,7 @@ from emberkv.sim.timing import Work
 Floats = NDArray[np.float64]
 
 OVERHEADS = ("step", "sequence", "chunk", "token")
-"""Those that one model can tell apart; a layer's are in the step's."""
+"""The overheads that the times of one model distinguish; those of layers are part of the step's."""
 
 TINY_SHARE = 1e-6
 

@@ -26,7 +26,7 @@ class Line:
 
     @property
     def change(self) -> float | None:
-        """Of the right against the left: -0.25 is a quarter less."""
+        """The change from left to right: -0.25 is a quarter less."""
         return None if self.left is None or self.right is None or not self.left else self.right / self.left - 1
 
     @property

@@ -116,7 +116,7 @@ class LRUCurve:
     def __init__(self, accesses: Iterable[Access]) -> None:
         self.references = 0
         self.asked = 0
-        """Of the references, those that can be found."""
+        """References that can be found."""
         self.prompt_tokens = 0
         self.smallest = 1
         """Blocks of the largest request: the least capacity for which the curve holds."""
@@ -213,7 +213,7 @@ class Optimal:
             total.hit_tokens += access.tokens(hits)
 
     def at(self, capacity: int) -> Hits:
-        """capacity: in blocks, at least 1. Tokens: as many as so many hits can hold."""
+        """The bound at ``capacity`` blocks, at least 1. Its tokens are the most that its hits can hold."""
         hits = self._hits(capacity)
         tokens = min(hits * self._block_size, self._unlimited.hit_tokens)
         return Hits(capacity, self._unlimited.references, hits, self._unlimited.prompt_tokens, tokens)
@@ -271,7 +271,7 @@ def replay(
 
 
 def sample(accesses: Iterable[Access], share: float) -> Iterator[Access]:
-    """What is left of each access when only ``share`` of all blocks is followed."""
+    """Each access, reduced to the blocks in a sample of ``share`` of all blocks."""
     threshold = round(share * (1 << 8 * _HASH_BYTES)).to_bytes(_HASH_BYTES)
     for access in accesses:
         asked = [block_hash for block_hash in access.blocks[: access.asked] if block_hash < threshold]
@@ -335,7 +335,7 @@ class SampledReplay:
 
 
 MOST_REQUESTS = 100_000
-"""Of a workload, from its start, that a curve is made from; their blocks are kept in memory."""
+"""Requests from the start of a workload that a curve is made from; their blocks are kept in memory."""
 
 POINTS = 24
 

@@ -12,7 +12,7 @@ def format_size(size: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """In the unit that reads best, to three digits: 2.6 us, 45.6 ms, 12.3 s, 38 min, 5.2 h."""
+    """Seconds in the unit that reads best, to three digits: 2.6 us, 45.6 ms, 12.3 s, 38 min, 5.2 h."""
     if seconds >= 2 * 3600:
         return f"{seconds / 3600:,.1f} h"
     if seconds >= 120:
@@ -26,7 +26,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """As percent; what is not quite all or nothing does not read like it."""
+    """A share as percent; one that is not quite 0 or 1 is never shown as 0% or 100%."""
     if 0 < share < 0.0005:
         return "under 0.1%"
     if 0.9995 <= share < 1:

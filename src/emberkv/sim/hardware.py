@@ -26,7 +26,7 @@ _WIDER = {
     "fp16": ("fp16", "bf16", "fp32"),
     "fp32": ("fp32",),
 }
-"""In which type a number type is computed: the first of these that the device has units for."""
+"""The types in which a number type can be computed; the first one that the device has units for is taken."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]], Field(min_length=1)]

@@ -65,7 +65,7 @@ class ModelSpec:
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer's linear weights."""
+        """The parameters of one layer's linear weights of attention."""
         return self.hidden * (2 * self.query_size + 2 * self.kv_size)
 
     @property
@@ -90,7 +90,7 @@ class ModelSpec:
 
     @property
     def active_parameters(self) -> int:
-        """Those that one token goes through; the embedding counts whole."""
+        """The parameters that one token goes through; the embedding counts whole."""
         idle = self.moe_layers * (self.experts - self.experts_per_token) * 3 * self.hidden * self.expert_intermediate
         return self.parameters - idle
 
@@ -257,7 +257,7 @@ def _mixture(fields: _Fields, layers: int) -> dict[str, int]:
 
 
 def _windows(fields: _Fields, layers: int) -> dict[str, int]:
-    """Which layers attend to a window: told layer by layer, by a switch (Qwen), or by the width alone (Mistral)."""
+    """The layers that attend to a window: listed one by one, by a switch (Qwen), or by the width alone (Mistral)."""
     window = fields.number("sliding_window", default=0)
     kinds = fields.values.get("layer_types")
     if kinds:
@@ -276,7 +276,7 @@ def _quantisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights_dtype(fields: _Fields) -> str | None:
-    """What the checkpoint was quantised to; None: nothing. Raises ConfigError for a scheme that is not known."""
+    """The type that the weights are quantised to, or None. Raises ConfigError for a scheme that is not known."""
     scheme = fields.values.get("quantization_config")
     if not isinstance(scheme, Mapping):
         return None

@@ -126,7 +126,7 @@ class Sessions:
         return Turn.CONTINUES if goes_on else Turn.UNEXPECTED
 
     def completed(self, request: Request, blocks: Sequence[BlockHash], tokens: int) -> None:
-        """The turn is over. blocks: the hashes of the full blocks of prompt and answer, which are so many tokens."""
+        """A turn is complete. blocks: the hashes of the full blocks of its prompt and answer, of ``tokens`` tokens."""
         if request.session_id:
             self._left[request.session_id] = _LastTurn(tokens, len(blocks), blocks[-1] if blocks else b"")
 
@@ -136,7 +136,7 @@ def milliseconds(begin: int, end: int) -> float:
 
 
 def ttft_ms(arrival: int, first_token: int | None) -> float | None:
-    """From arrival, queueing included."""
+    """Milliseconds from arrival to the first token, queueing included."""
     return None if first_token is None else milliseconds(arrival, first_token)
 
 
@@ -156,7 +156,7 @@ COLUMNS = (
     "first_token_time", "completion_time", "status", "ttft_ms", "tpot_ms", "e2e_latency_ms", "is_conversational_turn",
     "prefix_cache_event", "cached_prefix_length", "tokens_actually_prefilled", "replica", "preemptions", "retries",
 )  # fmt: skip
-"""Of the CSV; then follows one for each lower tier, ``<tier>_tokens``."""
+"""The columns of the CSV; one for each lower tier follows, ``<tier>_tokens``."""
 
 
 def _seconds(time: int | None) -> float | str:

@@ -82,7 +82,7 @@ class Capacities:
         return self.lru.enough * self.machine.block_bytes
 
     def hit_rate(self, capacity: int) -> float:
-        """Share of prompt tokens that so many blocks find; requests that are larger are refused."""
+        """Share of prompt tokens that ``capacity`` blocks find; requests that are larger are refused."""
         if capacity not in self._known:
             self._known[capacity] = self._hits(capacity).token_rate
         return self._known[capacity]
@@ -244,7 +244,7 @@ class Planner:
         return {tier: self._formulas.load(profile.tiers[tier], tokens) / tokens for tier in self._tiers}
 
     def _set_ups(self, marks: list[SizePoint], recommended: SizePoint | None, replicas: int | None) -> list[SetUpPoint]:
-        """By replicas: without a lower tier, and with each kind of tier at each marked size that exceeds the pools."""
+        """Set-ups by formula: without a lower tier, and with each tier at each marked size that exceeds the pools."""
         if replicas is None:
             counts = {self._needed(None, 0)}
             if recommended is not None:

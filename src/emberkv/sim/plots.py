@@ -51,7 +51,7 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 _LEGEND_CHARACTERS = 66
-"""As many fit beside each other, a line's sample being as wide as 7 of them."""
+"""How many characters of a legend fit beside each other; a line's sample is as wide as 7 of them."""
 
 _REFERENCES = re.compile(r'(\bid="|url\(#|href="#)')
 MOST_BARS = 48

@@ -12,7 +12,7 @@ from emberkv.sim.run import Results
 from emberkv.sim.summary import rejected_sentence
 
 _LEFT_OUT = frozenset({"set_up", "computed", "memory_over_time", "replicas"})
-"""Of the summary: what the page shows elsewhere."""
+"""Keys of the summary that the page shows elsewhere."""
 
 _GROUPS = {
     "ttft_ms": "time to first token",
@@ -49,7 +49,7 @@ def _parts(runs: Mapping[str, Results], made: datetime | None) -> Iterator[str]:
 
 
 def _curves(runs: Mapping[str, Results]) -> list[CapacityCurve | None]:
-    """Of each run; computed once for runs of the same requests in equal blocks."""
+    """The curve of each run, computed once for runs of the same requests in equal blocks."""
     found: dict[tuple[object, ...], CapacityCurve | None] = {}
     keys = [(run.workload.identity, run.machine.block_size, run.config.salted) for run in runs.values()]
     for key, run in zip(keys, runs.values(), strict=True):

@@ -34,7 +34,7 @@ class Layout:
     peer_access: bool | None = None
 
     def check(self, model: ModelSpec, devices: int) -> None:
-        """Raises ConfigError where so many devices cannot share the model like this."""
+        """Raises ConfigError if ``devices`` devices cannot share the model like this."""
         if self.expert_parallel and not 1 < devices <= model.experts:
             raise ConfigError(
                 f"expert_parallel with {devices} devices; {model.name} has {model.experts} experts to divide, "
@@ -119,7 +119,7 @@ class Roofline:
         return self.terms_of(self.work_of(plan))
 
     def work_of(self, plan: StepPlan) -> Work:
-        """What follows on in one sequence is one chunk, where a step is one pass."""
+        """The step in numbers. Where a step is one pass, adjacent chunks of a sequence are one."""
         context = sum(len(sequence.chain) for sequence in plan.decodes)
         return Work(len(plan.decodes), context, _chunks_of(plan.prefills, joined=self._one_pass))
 
@@ -161,7 +161,7 @@ class Roofline:
         return terms
 
     def _groups(self, sequences: int) -> int:
-        """Among how many devices so many sequences are divided for attention: each is on one if it is data-parallel."""
+        """Among how many devices ``sequences`` are divided for attention: each is on one if it is data-parallel."""
         return max(1, min(self.tensor_parallel, sequences)) if self._layout.data_parallel_attention else 1
 
     @property
@@ -210,7 +210,7 @@ class Roofline:
         )
 
     def _after_attention(self, rows: int) -> float:
-        """What the last layer's products take from there on; experts are left out, as they compute all rows anyway."""
+        """Seconds of the last layer's products after attention; experts are left out, as they compute all rows."""
         if not rows:
             return 0.0
         mlp = 0.0 if self.model.moe_layers else self._mlp(rows, self.model.intermediate)
@@ -280,7 +280,7 @@ class Roofline:
         return seconds + self._attention_of(*last, stop - 1, stop) if samples else seconds
 
     def _attention_of(self, full: int, windowed: int, start: int, stop: int) -> float:
-        """Of so many layers without a window and with one."""
+        """Seconds of attention in ``full`` layers without a window and ``windowed`` layers with one."""
         seconds = full * self._attend(_pairs(stop) - _pairs(start), stop)
         if windowed:
             pairs = _pairs(stop, self.model.window) - _pairs(start, self.model.window)

@@ -167,7 +167,7 @@ def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outc
 
 @contextmanager
 def _recording(path: Path | None, routing: str) -> Iterator[Recorder | None]:
-    """What takes routing decisions and writes them to a file; None without one."""
+    """The function that writes routing decisions to a file; None without one."""
     if path is None:
         yield None
         return

@@ -25,7 +25,7 @@ _LAST_NANOSECOND = round(MOST_SECONDS * 1e9)
 
 
 class EventKind(IntEnum):
-    """What happens; at equal times in this order. New steps begin after all that happens at a time."""
+    """The kinds of events, in their order at equal times. New steps begin after all events of a time."""
 
     STEP_ENDS = 0
     LOAD_ENDS = 1
@@ -122,7 +122,7 @@ Progress = Callable[[int, float], None]
 """Called now and then with the number of requests that have ended, and the virtual time in seconds."""
 
 RootOf = Callable[[Request], BlockHash]
-"""What a request's chain begins with; different roots share nothing."""
+"""The parent hash of a request's first block; requests of different roots share nothing."""
 
 PROGRESS_EVERY = 100
 

@@ -242,7 +242,7 @@ def summarize(
 
 
 def prefix_caching(rows: Iterable[Row]) -> dict[str, Any]:
-    """What the cache did for these requests; see `CacheTotals.as_dict`."""
+    """The cache's figures for these requests; see `CacheTotals.as_dict`."""
     caching = CacheTotals()
     for row in rows:
         caching.add(row)

@@ -92,7 +92,7 @@ class ModelledTier:
         return len(block_hashes)
 
     def is_exact(self, block_hash: BlockHash) -> bool:
-        """Of a block that it has."""
+        """Whether a block that the tier has is bit-equal to a cold prefill."""
         return self._exact[block_hash]
 
     def offload(self, block_hash: BlockHash, exact: bool, now: int) -> None:

@@ -80,7 +80,7 @@ class StepTerms:
 
 
 class StepTimer(Protocol):
-    """What a step costs on some hardware."""
+    """Step durations on some hardware."""
 
     def step_seconds(self, plan: StepPlan) -> float:
         """Seconds of a step that is not empty: all its decodes together and each of its prefill chunks."""
@@ -130,7 +130,7 @@ class StepClock:
         return max(1, nanoseconds(self.timer.step_seconds(plan)))
 
     def decode(self, sequences: int, context: int) -> int:
-        """Of a step that only decodes, at the middle of the bucket in which ``context`` is."""
+        """Nanoseconds of a step that only decodes, at the middle of the bucket in which ``context`` is."""
         bucket = context // CONTEXT_BUCKET
         known = self._decodes.get((sequences, bucket))
         if known is None:

@@ -57,7 +57,7 @@ def _opened(path: Path) -> BufferedIOBase:
 
 
 def explain(error: ValueError | OverflowError) -> str:
-    """What is wrong, in one line; of what pydantic found: as `describe` does."""
+    """An error in one line; errors of pydantic are put as `describe` does."""
     return describe(error) if isinstance(error, ValidationError) else str(error)
 
 

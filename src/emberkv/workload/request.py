@@ -75,7 +75,7 @@ class ContentChain:
         return self._content.token_ids(start, min(stop, self._length))
 
     def block_tokens(self, index: int) -> bytes:
-        """What stands for the tokens of full block ``index``: the streams that they come from."""
+        """Bytes that stand for the tokens of full block ``index``: the streams that they come from."""
         return self._tokens[index]
 
     def encoded_slice(self, start: int, stop: int) -> bytes:

@@ -68,7 +68,7 @@ class _Clipped(Strict):
 
 
 class LogNormal(_Clipped):
-    """By its median and its 90th percentile.
+    """Log-normal, given by its median and its 90th percentile.
 
     >>> lengths = LogNormal(kind="lognormal", median=100, p90=400)
     >>> 450 < sum(lengths.sample(Random(seed)) > 100 for seed in range(1000)) < 550
@@ -91,7 +91,7 @@ class LogNormal(_Clipped):
 
 
 class Exponential(_Clipped):
-    """By its mean.
+    """Exponential, given by its mean.
 
     >>> Exponential(kind="exponential", mean=10, max=5).sample(Random(1)) <= 5
     True
@@ -262,7 +262,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_context": 128_000,
     },
 }
-"""What a profile with ``base`` starts from; its own keys go before."""
+"""The keys that a profile with ``base`` starts from; its own keys take precedence."""
 
 
 class SystemPrompts(Strict):
