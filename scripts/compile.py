@@ -17,9 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
-PACKAGES = ("core", "cluster", "workload")
-HOT_IN_SIM = ("cache_only", "outcome", "replica", "roofline", "simulator", "summary", "tiers", "timing")
-"""The modules of ``emberkv.sim`` that run for every request or step; the others run once."""
+PACKAGES = ("core", "workload")
+HOT = {
+    "cluster": ("feed", "hash_ring", "in_flight", "policies", "routing"),
+    "sim": ("cache_only", "outcome", "replica", "roofline", "simulator", "summary", "tiers", "timing"),
+}
+"""Of other packages, the modules that run for every request or step."""
 NOT_COMPILED = {"numpy", "pydantic"}
 """Packages whose importers stay Python: pydantic's classes are built at run time, numpy's calls gain nothing."""
 SHARED_LIBRARY = "emberkv_compiled"
@@ -46,13 +49,13 @@ def imported_packages(source: Path) -> set[str]:
 
 
 def compiled_sources() -> list[Path]:
-    """The source files that are compiled, sorted: those of ``PACKAGES`` and ``HOT_IN_SIM`` less ``NOT_COMPILED``."""
+    """The source files that are compiled, sorted: those of ``PACKAGES`` and ``HOT`` less ``NOT_COMPILED``."""
     emberkv = SOURCES / "emberkv"
     in_packages = [file for package in PACKAGES for file in (emberkv / package).rglob("*.py")]
-    in_sim = [emberkv / "sim" / f"{name}.py" for name in HOT_IN_SIM]
+    hot = [emberkv / package / f"{name}.py" for package, names in HOT.items() for name in names]
     return sorted(
         file
-        for file in (*in_packages, *in_sim)
+        for file in (*in_packages, *hot)
         if file.name != "__init__.py" and not imported_packages(file) & NOT_COMPILED
     )
 
@@ -60,7 +63,7 @@ def compiled_sources() -> list[Path]:
 def products() -> Iterator[Path]:
     """The extension modules that an earlier compilation put into ``src``."""
     yield from SOURCES.glob(f"{SHARED_LIBRARY}__mypyc.*")
-    for package in (*PACKAGES, "sim"):
+    for package in (*PACKAGES, *HOT):
         for suffix in ("*.so", "*.pyd"):
             yield from (SOURCES / "emberkv" / package).rglob(suffix)
 
