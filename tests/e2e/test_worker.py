@@ -17,6 +17,17 @@ from emberkv.cluster.worker_client import WorkerClient
 from emberkv.core.feed import EventBatch, FeedMessage
 from emberkv.core.hashing import PublicPrefixes, TokenChain
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.commands import (
+    CachedTokens,
+    ExportBlocks,
+    FindCached,
+    ImportBlocks,
+    LookUp,
+    Remove,
+    Retain,
+    Statistics,
+    Unretain,
+)
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import PromptTooLongError, RequestError, WireError, WorkerUnreachableError
 from emberkv.serving.errors import UnauthorizedError
@@ -114,7 +125,7 @@ def test_what_is_wrong_with_a_request_is_the_error_that_it_was(worker: Server) -
 
 def test_without_the_secret_nothing_is_told(worker: Server) -> None:
     routes = [("GET", each) for each in ("worker", "tokenizer", "events", "snapshot", "load")]
-    for method, route in [*routes, ("POST", "generate"), ("POST", "explain")]:
+    for method, route in [*routes, *(("POST", each) for each in ("generate", "command", "explain"))]:
         for headers in ({}, {"authorization": "Bearer another"}, {"authorization": "Basic " + SECRET}):
             response = httpx.request(method, f"{worker.url}{wire.PREFIX}/{route}", headers=headers, timeout=DEADLINE)
             assert response.status_code == 401, route
@@ -140,7 +151,7 @@ def test_another_version_and_what_is_no_worker_are_named(worker: Server) -> None
 
 def test_a_body_that_is_no_request_is_refused(worker: Server) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
-    for route in ("generate", "explain"):
+    for route in ("generate", "command", "explain"):
         response = httpx.post(f"{worker.url}{wire.PREFIX}/{route}", headers=headers, content=b"\xc1", timeout=DEADLINE)
         assert response.status_code == 400
         assert wire.decode(response.content, wire.Failure).kind == "WireError"
@@ -234,3 +245,60 @@ def test_bad_numbers_are_named(worker: Server) -> None:
 def test_bytes_that_are_no_frame_are_the_clients_error() -> None:
     with pytest.raises(WireError):
         wire.decode_output(b"\xc1", "a")
+
+
+def test_commands_are_carried_out_and_answered_as_in_one_process(worker: Server) -> None:
+    prompt = [8 + 17 * n % 130 for n in range(100)]
+
+    async def question(client: WorkerClient) -> None:
+        description = await client.worker()
+        await answer(client, GenerationRequest("commands", prompt, params(1)))
+        chain = TokenChain(description.root, [*prompt, 3], 16)
+        assert await client.execute(CachedTokens(chain)) == 100
+        found = await client.execute(LookUp(chain))
+        assert (found.outcome.hit, found.hit_unit) == ({"pool": 100}, description.hit_unit)
+        assert await client.execute(FindCached([*chain.block_hashes, bytes(32)])) == [True] * 6 + [False]
+        statistics = await client.execute(Statistics())
+        assert statistics.counters.query_tokens >= 100
+        assert statistics.total == (await client.load()).total_blocks
+        assert await client.execute(Retain(chain.block_hashes[:2], 5.0)) == 2
+        await client.execute(Unretain(chain.block_hashes[:2]))
+        removed = await client.execute(Remove(chain.block_hashes))
+        assert removed.pool == 6
+        assert removed.tiers["ram"].result().kept == 0
+        assert await client.execute(FindCached(chain.block_hashes)) == [False] * 6
+        with pytest.raises(RequestError, match="of another model"):
+            await client.execute(LookUp(TokenChain(bytes(32), prompt, 16)))
+
+    asked(worker, question)
+
+
+def test_a_session_that_moves_is_warm_and_answers_the_same(worker: Server, tmp_path: Path) -> None:
+    prompt, chosen = [4 + 19 * n % 170 for n in range(200)], params(9, logprobs=1, temperature=0.0)
+    (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "secret").chmod(0o600)
+
+    async def question(one: WorkerClient, other: WorkerClient) -> None:
+        first = await answer(one, GenerationRequest("one", prompt, chosen))
+        chain = TokenChain((await one.worker()).root, [*prompt, *tokens(first)], 16)
+        records = await one.execute(ExportBlocks(chain.block_hashes))
+        sound = [record for record in records if record is not None]
+        assert len(sound) == len(chain.block_hashes) == 13
+        damaged = [sound[0], sound[1][:-1] + bytes([sound[1][-1] ^ 1]), *sound[2:]]
+        refused = await other.execute(ImportBlocks(chain, damaged))
+        assert (refused.imported, sum(refused.refused.values())) == (1, 1)
+        taken = await other.execute(ImportBlocks(chain, sound))
+        assert (taken.cached, taken.imported) == (1, 12)
+        again = await answer(other, GenerationRequest("two", prompt, chosen))
+        usage = again[0].usage
+        assert usage is not None
+        assert usage.cached_tokens == 199
+        assert [output.logprobs for output in again] == [output.logprobs for output in first]
+
+    async def both(url: str) -> None:
+        async with asyncio.timeout(DEADLINE), WorkerClient(worker.url, SECRET) as one, WorkerClient(url, SECRET) as two:
+            await question(one, two)
+
+    options = ["--cluster-secret-file", str(tmp_path / "secret"), "--cache-ram", "32MiB"]
+    with serving(tmp_path, *options) as other:
+        asyncio.run(both(other.url))

@@ -180,10 +180,11 @@ def encode(message: object) -> bytes:
 
 def decode(data: bytes, kind: type[T]) -> T:
     """The message of type ``kind`` in ``data``. Raises WireError for anything else."""
-    return _decoded(data, msgspec.msgpack.Decoder(kind, dec_hook=_counter))
+    return decode_with(msgspec.msgpack.Decoder(kind, dec_hook=_counter), data)
 
 
-def _decoded(data: bytes, decoder: "msgspec.msgpack.Decoder[T]") -> T:
+def decode_with(decoder: "msgspec.msgpack.Decoder[T]", data: bytes) -> T:
+    """As `decode`, by a decoder that is made once."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
     try:
@@ -222,7 +223,7 @@ def encode_request(request: GenerationRequest) -> bytes:
 
 def decode_request(data: bytes) -> GenerationRequest:
     """Raises WireError for bytes that are no request, RequestError for a parameter out of its range."""
-    given = _decoded(data, _generates)
+    given = decode_with(_generates, data)
     return GenerationRequest(
         given.request_id,
         decode_prompt(given.prompt),
@@ -269,7 +270,7 @@ def encode_output(output: TokenOutput) -> bytes:
 
 def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure:
     """One message of an answer. Raises WireError."""
-    found = _decoded(data, _outputs)
+    found = decode_with(_outputs, data)
     if isinstance(found, Failure):
         return found
     return TokenOutput(
@@ -291,7 +292,7 @@ def encode_cache_message(message: FeedMessage) -> bytes:
 
 def decode_event(data: bytes) -> FeedMessage | LoadReport:
     """One message of the stream of events. Raises WireError, EventWireError."""
-    found = _decoded(data, _events)
+    found = decode_with(_events, data)
     return event_wire.decode(found.data) if isinstance(found, CacheMessage) else found
 
 

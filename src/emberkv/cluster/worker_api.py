@@ -15,20 +15,21 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from emberkv import __version__, event_wire
-from emberkv.cluster import wire
+from emberkv.cluster import wire, wire_commands
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, EventBatch
 from emberkv.engine.assembly import AssembledEngine
-from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot
+from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, RemovedBlocks
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
 from emberkv.serving.answer_service import unless_disconnected
 from emberkv.serving.answers.answer_stream import OutputQueue
 from emberkv.serving.app import RouterFactory
 from emberkv.serving.auth import given_key
-from emberkv.serving.cache.service import explanation_json
+from emberkv.serving.cache.service import ANSWER_SECONDS, NO_ANSWER, explanation_json
 from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, UnauthorizedError, failure_of
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.tenancy import Tenant
+from emberkv.tiers.base import Removed
 
 R = TypeVar("R")
 
@@ -65,7 +66,7 @@ class WorkerRoutes:
         router = APIRouter(prefix=wire.PREFIX)
         for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.load):
             self._add(router, "GET", answer)
-        for answer in (self.generate, self.explain):
+        for answer in (self.generate, self.command, self.explain):
             self._add(router, "POST", answer)
         return router
 
@@ -164,6 +165,18 @@ class WorkerRoutes:
         generation.close()
         self._running -= 1
         self._lifecycle.untrack(generation)
+
+    async def command(self, http: Request) -> Response:
+        engine = self._served()[1]
+        command = await asyncio.to_thread(wire_commands.decode_command, await http.body(), engine.root)
+        answer = await _ask(engine, command)
+        removed: dict[str, Removed] = {}
+        if isinstance(answer, RemovedBlocks):
+            awaited = {name: asyncio.wrap_future(future) for name, future in answer.tiers.items()}
+            if awaited:
+                await asyncio.wait(awaited.values(), timeout=ANSWER_SECONDS)
+            removed = {name: each.result() if each.done() else NO_ANSWER for name, each in awaited.items()}
+        return Response(wire_commands.encode_answer(answer, removed), media_type=wire.MEDIA_TYPE)
 
     async def explain(self, http: Request) -> Response:
         asked = wire.decode(await http.body(), wire.Prompt)

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import aiohttp
 
 from emberkv import errors, event_wire
-from emberkv.cluster import wire
+from emberkv.cluster import wire, wire_commands
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, TokenOutput
@@ -133,8 +133,15 @@ class WorkerClient:
         raise errors.WorkerLostError(f"{self.url} ended the answer to {request.request_id} before its last output")
 
     async def execute(self, command: Command[R]) -> R:
-        """Have one of the engine's commands carried out; all but ReadEvents and ReadSnapshot, which have routes."""
-        raise NotImplementedError
+        """Have one of the engine's commands carried out; those that read events, a snapshot or the load have methods of
+        their own.
+
+            record, = await one.execute(ExportBlocks([block_hash]))
+            await other.execute(ImportBlocks(chain, [record]))
+        """
+        return wire_commands.decode_answer(
+            await self._ask("POST", "command", body=wire_commands.encode_command(command)), command
+        )
 
     async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
         """What the prompt would hit on this worker, and why not more: as ``/v1/cache/explain`` answers it."""

@@ -1,0 +1,206 @@
+"""The commands of `emberkv.engine.commands` and their answers as bytes, so that a gateway gives them to a worker.
+
+A command is ``[name, field, ...]``; a chain in it is its tokens, with what its hashes begin with and whose they are.
+ReadEvents, ReadSnapshot and ReadLoad are not among them: they have routes of their own.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from emberkv.cluster import wire
+from emberkv.core.hashing import BlockHash, Chain, TokenChain
+from emberkv.engine.block_transfer import ImportedBlocks
+from emberkv.engine.commands import (
+    CachedTokens,
+    Command,
+    ExportBlocks,
+    FindCached,
+    ImportBlocks,
+    LookedUp,
+    LookUp,
+    PoolStatistics,
+    Remove,
+    RemovedBlocks,
+    Retain,
+    Statistics,
+    Unretain,
+)
+from emberkv.errors import ConfigError, RequestError
+from emberkv.tiers.base import Removed
+
+R = TypeVar("R")
+
+Hashes = tuple[wire.Hash, ...]
+
+
+class _Chain(Struct, frozen=True, array_like=True):
+    root: wire.Hash
+    tokens: wire.Tokens
+    block_size: Annotated[int, Meta(ge=1)]
+    owner: str
+    salt: bytes
+    public_blocks: wire.Count
+
+
+class _Message(Struct, frozen=True, array_like=True):
+    """A command on the wire."""
+
+
+class _Retain(_Message, frozen=True, tag="retain"):
+    block_hashes: Hashes
+    seconds: Annotated[float, Meta(ge=0)]
+
+
+class _Unretain(_Message, frozen=True, tag="unretain"):
+    block_hashes: Hashes
+
+
+class _Remove(_Message, frozen=True, tag="remove"):
+    block_hashes: Hashes | None
+    tiers: bool
+
+
+class _CachedTokens(_Message, frozen=True, tag="cached-tokens"):
+    chain: _Chain
+
+
+class _LookUp(_Message, frozen=True, tag="look-up"):
+    chain: _Chain
+
+
+class _FindCached(_Message, frozen=True, tag="find-cached"):
+    block_hashes: Hashes
+
+
+class _Statistics(_Message, frozen=True, tag="statistics"):
+    pass
+
+
+class _Export(_Message, frozen=True, tag="export"):
+    block_hashes: Hashes
+
+
+class _Import(_Message, frozen=True, tag="import"):
+    chain: _Chain
+    records: tuple[bytes, ...]
+
+
+class _Removed(Struct, frozen=True, array_like=True):
+    pool: int
+    tiers: dict[str, Removed]
+
+
+_AnyMessage = _Retain | _Unretain | _Remove | _CachedTokens | _LookUp | _FindCached | _Statistics | _Export | _Import
+
+_commands = msgspec.msgpack.Decoder(_AnyMessage)
+
+_ANSWERS: Mapping[type[Command[Any]], Any] = {
+    Retain: int,
+    Unretain: None,
+    CachedTokens: int,
+    LookUp: LookedUp,
+    FindCached: list[bool],
+    Statistics: PoolStatistics,
+    ExportBlocks: list[bytes | None],
+    ImportBlocks: ImportedBlocks,
+}
+
+
+def encode_command(command: Command[Any]) -> bytes:
+    """Raises ConfigError for a command that is not sent to workers."""
+    message: _AnyMessage
+    match command:
+        case Retain():
+            message = _Retain(tuple(command.block_hashes), command.seconds)
+        case Unretain():
+            message = _Unretain(tuple(command.block_hashes))
+        case Remove():
+            message = _Remove(None if command.block_hashes is None else tuple(command.block_hashes), command.tiers)
+        case CachedTokens():
+            message = _CachedTokens(_sent(command.chain))
+        case LookUp():
+            message = _LookUp(_sent(command.chain))
+        case FindCached():
+            message = _FindCached(tuple(command.block_hashes))
+        case Statistics():
+            message = _Statistics()
+        case ExportBlocks():
+            message = _Export(tuple(command.block_hashes))
+        case ImportBlocks():
+            message = _Import(_sent(command.chain), tuple(command.records))
+        case _:
+            raise ConfigError(f"{type(command).__name__} is not sent to workers; ask by its route")
+    return wire.encode(message)
+
+
+def decode_command(data: bytes, root: BlockHash) -> Command[Any]:
+    """root: of the model's block hashes. Raises WireError for bytes that are no command, RequestError for a chain of
+    another model.
+    """
+    command: Command[Any]
+    message = wire.decode_with(_commands, data)
+    match message:
+        case _Retain():
+            command = Retain(message.block_hashes, message.seconds)
+        case _Unretain():
+            command = Unretain(message.block_hashes)
+        case _Remove():
+            command = Remove(message.block_hashes, message.tiers)
+        case _CachedTokens():
+            command = CachedTokens(_received(message.chain, root))
+        case _LookUp():
+            command = LookUp(_received(message.chain, root))
+        case _FindCached():
+            command = FindCached(message.block_hashes)
+        case _Statistics():
+            command = Statistics()
+        case _Export():
+            command = ExportBlocks(message.block_hashes)
+        case _Import():
+            command = ImportBlocks(_received(message.chain, root), message.records)
+    return command
+
+
+def encode_answer(answer: Any, removed: Mapping[str, Removed] | None = None) -> bytes:
+    """removed: what `RemovedBlocks.tiers` have answered."""
+    if isinstance(answer, RemovedBlocks):
+        return wire.encode(_Removed(answer.pool, dict(removed or {})))
+    return wire.encode(answer)
+
+
+def decode_answer(data: bytes, command: Command[R]) -> R:
+    """The answer to ``command``. Raises WireError for anything else."""
+    answer: Any
+    if isinstance(command, Remove):
+        found = wire.decode(data, _Removed)
+        answer = RemovedBlocks(found.pool, {name: _done(each) for name, each in found.tiers.items()})
+    else:
+        answer = wire.decode(data, _ANSWERS[type(command)])
+    result: R = answer
+    return result
+
+
+def _done(removed: Removed) -> "Future[Removed]":
+    future: Future[Removed] = Future()
+    future.set_result(removed)
+    return future
+
+
+def _sent(chain: Chain) -> _Chain:
+    if not isinstance(chain, TokenChain):
+        raise ConfigError(f"a {type(chain).__name__} has no token ids, which are what a worker needs")
+    owner = chain.owner(chain.public_blocks)
+    return _Chain(chain.root, chain.encoded(), chain.block_size, owner, chain.salt, chain.public_blocks)
+
+
+def _received(chain: _Chain, root: BlockHash) -> TokenChain:
+    if chain.root != root:
+        raise RequestError("the chain is of another model, or of another block size, than this worker serves")
+    tokens = wire.decode_prompt(chain.tokens)
+    return TokenChain(
+        root, tokens, chain.block_size, owner=chain.owner, salt=chain.salt, public_blocks=chain.public_blocks
+    )
