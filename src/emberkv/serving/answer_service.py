@@ -27,6 +27,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
+from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, log_finished, session_id
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
@@ -260,9 +261,9 @@ _ID_PREFIXES = {
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
-    recent: the last requests. sessions, tenant_metrics: statistics of ended requests. clock: monotonic seconds.
-    wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from the
-    arrival of a request to the end of its answers; None: no limit.
+    recent: the last requests. sessions, traffic, tenant_metrics: statistics of ended requests. clock: monotonic
+    seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
+    the arrival of a request to the end of its answers; None: no limit.
     """
 
     def __init__(
@@ -278,6 +279,7 @@ class AnswerService:
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
+        self.traffic = RecentTraffic()
         self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._lifecycle = lifecycle
         self._workers = workers
@@ -355,6 +357,8 @@ class AnswerService:
         self.sessions.count(request, usages, self._wall_clock())
         self.tenant_metrics.count(request.tenant.name, usages)
         for request_id, answer, timer in stream.timed_answers:
+            tokens = tokens_by_source(answer.usage)
+            self.traffic.count(request, Turn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
             log_finished(request, request_id, answer, timer, self._summary(request_id, answer))
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()

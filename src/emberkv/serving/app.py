@@ -24,6 +24,7 @@ from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.docs_page import docs_page
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
 from emberkv.serving.lifecycle import Lifecycle, Phase
@@ -87,7 +88,7 @@ _ROUTES = {
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
     "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
     "reference": ["/docs", "/openapi.json"],
-    "operation": ["/health", "/ready", "/metrics", "/version"],
+    "operation": ["/health", "/ready", "/metrics", "/version", "/dashboard"],
 }
 
 
@@ -140,6 +141,7 @@ def create_app(
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
     app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
+    app.include_router(dashboard_router(lifecycle, guard, answers.traffic, wall_clock))
     app.include_router(_status_router(lifecycle))
     app.include_router(_metrics_router(guard, metrics, answers))
 
