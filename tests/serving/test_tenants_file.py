@@ -72,7 +72,10 @@ KEYS = f"keys: [{{sha256: {DIGEST}}}]"
     ("text", "complaint"),
     [
         ("tenant: {}", "unknown: tenant; accepted: tenants, public"),
-        (f"tenants: {{acme: {{{KEYS}, pools: {{}}}}}}", "tenants.acme: unknown: pools; accepted: pool, ram, disk"),
+        (
+            f"tenants: {{acme: {{{KEYS}, pools: {{}}}}}}",
+            "tenants.acme: unknown: pools; accepted: pool, ram, shm, disk, remote",
+        ),
         (
             f"tenants: {{acme: {{{KEYS}, pool: {{floor: 2GB1}}}}}}",
             "tenants.acme.pool.floor '2GB1': use a size such as 4GiB",

@@ -1,9 +1,12 @@
 """The tiers' figures as Prometheus reads them, to the value."""
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry
 
 from emberkv.engine.request import EngineStats
 from emberkv.serving.metrics import TierCollector
+from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.stats import BOUNDS, Latencies, StackStats, TierStats
 
 LATENCIES = Latencies((1, 0, 2) + (0,) * (len(BOUNDS) - 3) + (4,), seconds=99.5)
@@ -137,3 +140,13 @@ def test_without_tiers_there_is_the_pool_alone_and_before_an_engine_nothing() ->
     assert plain.get_sample_value("emberkv_tier_hit_tokens_total", {"tier": "pool"}) == 4
     assert plain.get_sample_value("emberkv_tier_queue_bytes") is None
     assert list(registry(None).collect()) == []
+
+
+def test_the_circuit_of_a_remote_tier_has_one_state_and_other_tiers_have_none() -> None:
+    read = registry(replace(STATS, tiers={"ram": TierStats(), "remote": TierStats(circuit=Circuit.OPEN)}))
+    states = {
+        state: read.get_sample_value("emberkv_tier_circuit", {"tier": "remote", "state": state})
+        for state in ("closed", "open", "half_open")
+    }
+    assert states == {"closed": 0, "open": 1, "half_open": 0}
+    assert read.get_sample_value("emberkv_tier_circuit", {"tier": "ram", "state": "closed"}) is None
