@@ -18,6 +18,7 @@ NOWHERE = "/nonexistent/emberkv"
 
 ENDED = {
     ("serve",): ["--print-config"],
+    ("gateway",): ["--port", "0"],
     ("bench",): ["--url", "http://127.0.0.1:1"],
     ("calibrate",): ["--output", f"{NOWHERE}/profile.yaml"],
     ("explain",): ["--url", "http://127.0.0.1:1", "--text", "Hi"],

@@ -1,9 +1,10 @@
 """Workers in this process, whose answers are a function of their prompts, and which fail when they are told to."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
@@ -128,6 +129,9 @@ class FakeConnection:
         except (GeneratorExit, asyncio.CancelledError):
             worker.aborted.append(request.request_id)
             raise
+
+    async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
+        return {"hit_tokens": 0}
 
     async def close(self) -> None:
         self.closed = True

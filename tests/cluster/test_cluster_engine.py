@@ -16,7 +16,7 @@ from emberkv.cluster.wire import WorkerDescription
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError
-from emberkv.serving.errors import NotReadyError, OverloadedError, TooManyRequestsError
+from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
 
 DEADLINE = 60.0
@@ -160,7 +160,7 @@ async def test_a_request_whose_answer_has_not_begun_is_sent_to_another_worker() 
 async def test_a_request_that_worker_after_worker_dies_of_is_given_up() -> None:
     workers = {name: FakeWorker(name, dies_after=0) for name in "abcde"}
     async with cluster(workers) as it:
-        assert await it.refusal("x") is not None
+        assert isinstance(await it.refusal("x"), GenerationFailedError)
         assert sum(worker.alive for worker in workers.values()) == len(workers) - MAX_LOSSES
 
 

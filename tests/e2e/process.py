@@ -7,6 +7,7 @@ them, except where a test wants the command itself.
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ from tests.machine import MACHINE_CACHE
 
 DEADLINE = 120.0
 METRICS_KEY = "metrics-key"
-COMMAND = [sys.executable, "-m", "emberkv.cli.main", "serve"]
+EMBERKV = [sys.executable, "-m", "emberkv.cli.main"]
+COMMAND = [*EMBERKV, "serve"]
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -138,21 +140,27 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str, through: Sequence[str] = ()) -> Iterator[Server]:
-    """A server on a free port, stopped at the end. through: a command that starts the rest of its line."""
+def serving(
+    folder: Path, *arguments: str, through: Sequence[str] = (), command: str = "serve", port: int = 0
+) -> Iterator[Server]:
+    """A server, stopped at the end. port: 0 is a free one. through: a command that starts the rest of its line.
+    command: what emberkv is to do; all but "serve" begins in a process that has imported nothing.
+    """
     log = folder / "server.log"
     log.write_bytes(b"")
     process: Process
-    if through:
+    given = [*arguments, "--port", str(port)]
+    if through or command != "serve":
         with log.open("wb") as stderr:
-            command = [*through, *COMMAND, *arguments, "--port", "0"]
-            process = subprocess.Popen(command, stderr=stderr, env=clean_environment())
+            line = [*through, *EMBERKV, command, *given]
+            process = subprocess.Popen(line, stderr=stderr, env=clean_environment())
     else:
-        process = ForkedServer([*arguments, "--port", "0"], log)
+        process = ForkedServer(given, log)
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:
         if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
             process.terminate()
             process.wait(DEADLINE)
 

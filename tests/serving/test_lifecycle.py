@@ -2,11 +2,16 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import pytest
 
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import GenerationRequest, OutputListener, TokenOutput
 from emberkv.serving.app import create_app
+from emberkv.serving.errors import TooManyRequestsError
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client, eventually, serving
@@ -118,3 +123,32 @@ def test_health_tells_when_the_engine_has_stopped(lifecycle: Lifecycle, client: 
 
 def test_the_tokenizers_memory_is_a_metric(client: Client) -> None:
     assert "emberkv_tokenizer_cache_bytes 0.0" in client.get("/metrics").text
+
+
+def test_a_model_whose_workers_come_and_go(lifecycle: Lifecycle, client: Client) -> None:
+    lifecycle.has_workers(False)
+    assert client.get("/ready").status_code == 503
+    assert client.get("/health").status_code == 200
+    assert client.post("/v1/chat/completions", CHAT).status_code == 503
+    lifecycle.has_workers(True)
+    assert client.get("/ready").status_code == 200
+    assert client.post("/v1/chat/completions", CHAT).status_code == 200
+    lifecycle.failed("broken")
+    lifecycle.has_workers(True)
+    assert client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_refused_after_it_was_taken_has_the_refusals_status(model: ServedModel, stream: bool) -> None:
+    class Full(FakeEngine):
+        def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+            refusal = TooManyRequestsError("full", retry_after=2.3)
+            listener(TokenOutput(request.request_id, finish_reason=FinishReason.ERROR, error="full", refusal=refusal))
+
+    lifecycle = Lifecycle()
+    lifecycle.loaded(replace(model, engine=Full()))
+    client = Client(create_app(lifecycle))
+    refused = client.post("/v1/chat/completions", {**CHAT, "stream": stream})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+    assert refused.json()["error"]["code"] == "too_many_requests"
+    assert client.post("/v1/messages", {**MESSAGE, "stream": stream}).json()["error"]["type"] == "rate_limit_error"

@@ -12,6 +12,7 @@ from emberkv.cli.bench import bench
 from emberkv.cli.calibrate import calibrate
 from emberkv.cli.command import App
 from emberkv.cli.explain import explain
+from emberkv.cli.gateway import gateway
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
@@ -25,6 +26,7 @@ _EXAMPLES = files("emberkv") / "examples"
 
 app = App(name="emberkv", help="A verified prefix KV cache for LLM inference.")
 app.command("serve")(serve)
+app.command("gateway")(gateway)
 app.command("bench")(bench)
 app.command("calibrate")(calibrate)
 app.command("explain")(explain)

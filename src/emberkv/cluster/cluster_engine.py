@@ -22,14 +22,25 @@ from emberkv.errors import (
     DuplicateRequestError,
     EmberError,
     EngineStoppedError,
+    WorkerLostError,
+    WorkerTimeoutError,
 )
-from emberkv.serving.errors import NotReadyError, OverloadedError, TooManyRequestsError
+from emberkv.serving.errors import (
+    GenerationFailedError,
+    NotReadyError,
+    OverloadedError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
 
 _log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 1024
 MAX_LOSSES = 3
-"""Workers that a request may lose one after the other, without a token between them: it may be what kills them."""
+"""Workers that a request may lose in turn, without a token between them: it may be what kills them."""
+
+MAX_ATTEMPTS = 20
+"""How often a request is sent without a token, where workers cannot be reached or stop."""
 
 RESUME_SECONDS = 30.0
 """How long an answer that has begun waits for a worker to go on with it."""
@@ -62,6 +73,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     usage: CacheUsage | None = None
     has_begun: bool = False
+    has_ended: bool = False
 
     def rest(self) -> GenerationRequest:
         """What a worker is asked: the request, or the rest of its answer."""
@@ -83,6 +95,7 @@ class _Answer:
         self.usage = output.usage or self.usage
         self.tokens += output.token_ids
         self.has_begun = True
+        self.has_ended = output.finish_reason is not None
         self.listener(output)
 
 
@@ -118,6 +131,8 @@ class ClusterEngine:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._routes: OrderedDict[str, Route] = OrderedDict()
         self._is_stopped = False
+        self._prompt_tokens = 0
+        self._hit_tokens = 0
         self.retried = 0
         self.resumed = 0
         self.refused = 0
@@ -146,6 +161,12 @@ class ClusterEngine:
             public_blocks=self.public.blocks_of(tokens),
             remember=True,
         )
+
+    def decide(self, request: GenerationRequest) -> tuple[Worker, Decision] | None:
+        """Where a request would go now; None while no worker is up."""
+        chain = self.chain(request)
+        asked = RoutingRequest(chain, len(chain), request.session_id, self._clock())
+        return self._membership.decide(asked, only_asks=True)
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         """Queue a request. Raises EngineStoppedError, DuplicateRequestError or TooManyRequestsError; what only a worker
@@ -185,7 +206,7 @@ class ClusterEngine:
             await asyncio.wait(self._running.values())
 
     def stats(self) -> EngineStats:
-        """The sums of what the workers last reported."""
+        """The sums of what the workers last reported; the counters are of this gateway's requests."""
         reports = [worker.report for worker in self._membership.up if worker.report is not None]
         return EngineStats(
             running=sum(report.running for report in reports),
@@ -195,6 +216,8 @@ class ClusterEngine:
             total_blocks=sum(report.total_blocks for report in reports),
             free_blocks=sum(report.free_blocks for report in reports),
             cached_blocks=sum(report.cached_blocks for report in reports),
+            prefix_query_tokens=self._prompt_tokens,
+            prefix_hit_tokens=self._hit_tokens,
         )
 
     def _descriptions(self) -> list[WorkerDescription]:
@@ -221,31 +244,39 @@ class ClusterEngine:
         Raises what a worker refuses the request by, and what the last one failed with where there is no other.
         """
         busy: dict[Worker, OverloadedError] = {}
-        losses = 0
+        losses = attempts = 0
         while True:
             worker = await self._choose(answer, busy)
             before = len(answer.tokens)
             try:
                 await self._ask(worker, answer)
+                return
             except OverloadedError as error:
                 busy[worker] = error
                 continue
-            except (ClusterError, EngineStoppedError, NotReadyError) as error:
-                self._membership.suspect(worker, error)
-                worker.lost += 1
-                losses = 1 if len(answer.tokens) > before else losses + 1
-                if losses >= MAX_LOSSES:
-                    raise
-                _log.warning("request %s goes on elsewhere: %s", answer.request.request_id, error)
-            else:
-                return
-            if answer.has_begun:
-                answer.route.resumed += 1
-                self.resumed += 1
-            else:
-                answer.route.retried += 1
-                self.retried += 1
+            except (ClusterError, EngineStoppedError, NotReadyError, UnauthorizedError) as error:
+                if answer.has_ended:
+                    return
+                self._failed(worker, answer, error)
+                if len(answer.tokens) > before:
+                    losses = attempts = 0
+                losses += isinstance(error, (WorkerLostError, WorkerTimeoutError))
+                attempts += 1
+            if losses >= MAX_LOSSES or attempts >= MAX_ATTEMPTS:
+                raise GenerationFailedError(f"{attempts} workers in turn did not finish the answer")
             busy.clear()
+
+    def _failed(self, worker: Worker, answer: _Answer, error: EmberError) -> None:
+        """The worker has not finished the answer, which goes on elsewhere."""
+        _log.warning("request %s goes on elsewhere: %s", answer.request.request_id, error)
+        self._membership.suspect(worker, error)
+        worker.lost += 1
+        if answer.has_begun:
+            answer.route.resumed += 1
+            self.resumed += 1
+        else:
+            answer.route.retried += 1
+            self.retried += 1
 
     async def _ask(self, worker: Worker, answer: _Answer) -> None:
         request_id = answer.request.request_id
@@ -258,6 +289,9 @@ class ClusterEngine:
                         raise EngineStoppedError(f"worker {worker} stopped before the answer was finished")
                     if output.token_ids:
                         worker.begun(request_id)
+                    if not answer.has_begun and output.usage is not None:
+                        self._prompt_tokens += output.usage.prompt_tokens
+                        self._hit_tokens += output.usage.cached_tokens
                     answer.hand_on(output)
         finally:
             worker.ended(request_id)

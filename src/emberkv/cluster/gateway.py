@@ -6,18 +6,18 @@ import logging
 import random
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from emberkv.cluster import wire
+from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
 from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
 from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
@@ -40,7 +40,8 @@ class Gateway:
     """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
-    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused.
+    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused. on_stop: what
+    else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -64,6 +65,7 @@ class Gateway:
         )
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
+        self.on_stop: list[Callable[[], Awaitable[None]]] = []
         self._secret = secret
         self._workers = workers
         self._max_requests = max_requests
@@ -79,10 +81,13 @@ class Gateway:
         if self.engine is not None:
             await self.engine.stop()
         await self.membership.close()
+        for close in self.on_stop:
+            await close()
 
     def routes(self, parts: AppParts) -> APIRouter:
         """What a gateway answers beside the server's own routes."""
         router = APIRouter()
+        router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine).router())
 
         @router.get("/v1/cluster", dependencies=[Depends(parts.guard.operator)])
         async def cluster() -> Response:
@@ -102,11 +107,15 @@ class Gateway:
 
         return router
 
-    async def _registration(self, http: Request) -> wire.Registration:
-        """Raises UnauthorizedError without the cluster's secret, RequestError for a body that is none."""
+    async def check_secret(self, http: Request) -> None:
+        """Raises UnauthorizedError for a request without the cluster's secret."""
         given = given_key(http.headers)
         if given is None or not hmac.compare_digest(given, self._secret.encode()):
             raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+
+    async def _registration(self, http: Request) -> wire.Registration:
+        """Raises RequestError for a body that is none."""
+        await self.check_secret(http)
         try:
             registration = wire.decode(await http.body(), wire.Registration)
         except WireError as error:
@@ -132,7 +141,7 @@ class Gateway:
             "requests": worker.requests,
             "lost": worker.lost,
             "running": len(worker.running),
-            "load": None if report is None else _load_json(report),
+            "load": None if report is None else load_json(report),
         }
 
     def _changed(self) -> None:
@@ -164,13 +173,8 @@ class Gateway:
         return {} if route is None or route.decision is None else {ROUTE_HEADER: route_header(route)}
 
 
-def _load_json(report: wire.LoadReport) -> dict[str, Any]:
-    figures: dict[str, Any] = msgspec.to_builtins(report)
-    return {name: value for name, value in figures.items() if name not in ("type", "worker_id", "epoch")}
-
-
 def route_header(route: Route) -> str:
-    """Which worker answers a request, and why: ``worker=b;why=longest_prefix;cached=96;pool=96;retried=1``.
+    """Which worker answers a request, and why: ``worker=b;why=least_cost;cached=96;pool=96;retried=1``.
 
     cached: prompt tokens that the worker has by the gateway's index, and how many of them in which tier. Numbers that
     are 0 are left out. docs/cluster.md says what else there is.
@@ -214,6 +218,16 @@ class GatewayCollector(Collector):
                 status.add_metric([worker.worker_id, each.value], worker.status is each)
         yield status
         membership = self._gateway.membership
+        yield _by_worker(
+            "emberkv_worker_up",
+            "1 while the worker gets requests.",
+            {worker.worker_id: worker.status is WorkerStatus.UP for worker in workers},
+        )
+        yield _by_worker(
+            "emberkv_worker_cached_blocks",
+            "Free blocks of the worker's pool that hold cached prefixes, as it last reported.",
+            {worker.worker_id: worker.report.cached_blocks for worker in workers if worker.report is not None},
+        )
         yield _by_worker(
             "emberkv_worker_index_exact",
             "1 while the gateway's index has just what the worker's pool has; 0: it is an estimate.",

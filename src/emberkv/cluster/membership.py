@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlocks
 from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
@@ -19,7 +19,7 @@ from emberkv.serving.errors import NotReadyError
 
 _log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.5
+RETRY_SECONDS = 1.0
 """Between two attempts to reach a worker."""
 
 FORGET_SECONDS = 60.0
@@ -46,6 +46,9 @@ class WorkerConnection(Protocol):
     async def worker(self) -> WorkerDescription: ...
     async def tokenizer(self, etag: str = "") -> TokenizerFiles | None: ...
     async def snapshot(self, cursor: str = "") -> SnapshotChunk: ...
+    async def explain(
+        self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b""
+    ) -> dict[str, Any]: ...
     def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]: ...
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]: ...
     async def close(self) -> None: ...
@@ -71,6 +74,7 @@ class Worker:
         self.report: LoadReport | None = None
         self.heard: float | None = None
         self.registered: float | None = None
+        self.is_leaving = False  # it has deregistered, and drains though its reports may not say so yet
         self.running: set[str] = set()
         self.requests = 0
         self.lost = 0
@@ -189,6 +193,7 @@ class Membership:
         if url not in self._workers:
             self._begin(Worker(url, self._connect(url), worker_id))
         self._workers[url].registered = self._clock()
+        self._workers[url].is_leaving = False
 
     def deregister(self, worker_id: str) -> bool:
         """A worker is about to stop: it gets no more requests, and may finish those that it has. False: it is not
@@ -197,6 +202,7 @@ class Membership:
         worker = self.named(worker_id)
         if worker is None:
             return False
+        worker.is_leaving = True
         self._set(worker, WorkerStatus.DRAINING, "it has deregistered")
         return True
 
@@ -212,14 +218,18 @@ class Membership:
             case _:
                 self._set(worker, WorkerStatus.DOWN, str(error))
 
-    def decide(self, request: RoutingRequest, without: Collection[Worker] = ()) -> tuple[Worker, Decision] | None:
-        """Where a request goes, other than to ``without``; None while there is no such worker."""
+    def decide(
+        self, request: RoutingRequest, without: Collection[Worker] = (), *, only_asks: bool = False
+    ) -> tuple[Worker, Decision] | None:
+        """Where a request goes, other than to ``without``; None while there is no such worker. only_asks: there is no
+        such request, so that it does not count for those that follow.
+        """
         by_slot = {worker.slot: worker for worker in self._workers.values() if worker.slot is not None}
         states = [ReplicaState(up=False) for _ in range(max(by_slot, default=-1) + 1)]
         for slot, worker in by_slot.items():
             if worker not in without:
                 states[slot] = worker.state()
-        decision = self._router.decide(request, states)
+        decision = self._router.consider(request, states) if only_asks else self._router.decide(request, states)
         return None if decision is None else (by_slot[decision.replica], decision)
 
     async def changed(self) -> None:
@@ -287,6 +297,7 @@ class Membership:
         """Ask what it serves; whether that is what the others serve."""
         description = await worker.connection.worker()
         worker.heard = self._clock()
+        worker.is_leaving = False
         async with self._model_lock:
             if self._model is None:
                 await self._on_model(worker, description)
@@ -347,7 +358,7 @@ class Membership:
 
     def _take_report(self, worker: Worker, report: LoadReport) -> None:
         worker.take_report(report, self._clock())
-        if report.draining:
+        if report.draining or worker.is_leaving:
             self._set(worker, WorkerStatus.DRAINING, "it is about to stop")
         else:
             self._set(worker, WorkerStatus.UP, "")

@@ -143,6 +143,12 @@ class Router:
             self._follow(request, decision)
         return decision
 
+    def consider(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> Decision | None:
+        """What `decide` would decide now; nothing is remembered of it."""
+        if not any(state.up for state in replicas):
+            return None
+        return self._policy.choose(self._view(request, replicas))
+
     def _view(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> RoutingView:
         block_hashes = request.chain.block_hashes
         cached = [] if self.index is None else self.index.matches(block_hashes, len(replicas))

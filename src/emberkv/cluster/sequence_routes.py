@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emberkv.cluster.hash_ring import VIRTUAL_NODES, HashRing
+from emberkv.cluster.membership import Membership, WorkerStatus
 from emberkv.errors import reason_of
 from emberkv.serving.app import AppParts
 from emberkv.serving.generate_api import generate_router
@@ -73,6 +74,26 @@ class RegisteredMembers:
 
     def set_up(self, worker_id: str, is_up: bool) -> None:
         self._members[worker_id] = replace(self._members[worker_id], is_up=is_up)
+
+
+class FollowedMembers:
+    """The workers that a gateway follows, as far as they have said who they are."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def members(self) -> Sequence[Member]:
+        return [
+            Member(worker.worker_id, worker.url, worker.status is WorkerStatus.UP)
+            for worker in self._membership.workers
+            if worker.worker_id
+        ]
+
+    def register(self, worker_id: str, address: str) -> None:
+        self._membership.register(worker_id, address)
+
+    def deregister(self, worker_id: str) -> bool:
+        return self._membership.deregister(worker_id)
 
 
 class SequenceRing:

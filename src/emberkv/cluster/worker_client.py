@@ -119,18 +119,19 @@ class WorkerClient:
         aborts the request.
 
         WorkerLostError, WorkerTimeoutError and EngineStoppedError may come after some outputs: the answer can be gone
-        on with elsewhere, by ``answered``.
+        on with elsewhere, by ``answered``. After the last output they mean nothing.
         """
         body = wire.encode_request(request)
+        has_ended = False
         async with aclosing(self._stream("POST", "generate", body=body)) as messages:
-            async for data in messages:
+            async for data in messages:  # to the stream's end, so that its connection can be used again
                 output = wire.decode_output(data, request.request_id)
                 if isinstance(output, wire.Failure):
                     raise refusal(output)
+                has_ended = output.finish_reason is not None
                 yield output
-                if output.finish_reason is not None:
-                    return
-        raise errors.WorkerLostError(f"{self.url} ended the answer to {request.request_id} before its last output")
+        if not has_ended:
+            raise errors.WorkerLostError(f"{self.url} ended the answer to {request.request_id} before its last output")
 
     async def execute(self, command: Command[R]) -> R:
         """Have one of the engine's commands carried out; those that read events, a snapshot or the load have methods of

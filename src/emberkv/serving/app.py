@@ -78,6 +78,8 @@ class AppParts:
     guard: AdminGuard
     preparer: RequestPreparer
     answers: AnswerService
+    tenants: Tenants
+    wall_clock: Callable[[], float]
 
 
 RouterFactory = Callable[[AppParts], APIRouter]
@@ -136,7 +138,7 @@ def create_app(
         app.add_exception_handler(kind, error_response)
     app.add_exception_handler(ClientDisconnect, client_disconnected)
     for router in routers:
-        app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers)))
+        app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock)))
     app.include_router(openai_router(lifecycle, keys, preparer, answers))
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))

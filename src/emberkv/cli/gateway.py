@@ -1,0 +1,192 @@
+"""``emberkv gateway``: one address for many workers."""
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from starlette.types import ASGIApp
+
+from emberkv.cli import serve_options as options
+from emberkv.cli.command import USAGE_EXIT_CODE
+from emberkv.cli.serve import connection_settings, recording, serving_settings, warn_of_keys_in_arguments
+from emberkv.cli.startup import print_error, set_up_logging
+from emberkv.cluster.cluster_engine import MAX_REQUESTS
+from emberkv.cluster.gateway import Gateway, GatewayServer
+from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES
+from emberkv.config import ServeConfig
+from emberkv.errors import ConfigError, EmberError
+from emberkv.serving.app import create_app
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.server import bind_socket
+from emberkv.serving.tenancy import declare_tenants, server_keys
+from emberkv.settings import ENV_PREFIX, read_settings
+
+_log = logging.getLogger(__name__)
+
+WORKER_TIMEOUT = 5.0
+
+
+def gateway(
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            rich_help_panel=options.CLUSTER,
+            help="A worker, such as http://127.0.0.1:8081; repeat for more. Others register themselves.",
+        ),
+    ] = None,
+    cluster_secret_file: options.ClusterSecretFile = None,
+    routing: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=options.CLUSTER, help=f"{', '.join(ROUTER_NAMES)}.")
+    ] = DEFAULT_ROUTING,
+    worker_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            rich_help_panel=options.CLUSTER,
+            help="A worker that sends nothing for so long gets no requests, and its answers go on at others.",
+        ),
+    ] = WORKER_TIMEOUT,
+    max_requests: Annotated[
+        int,
+        typer.Option(rich_help_panel=options.CLUSTER, min=1, help="Requests at once; more get status 429."),
+    ] = MAX_REQUESTS,
+    kv_routes: Annotated[
+        bool,
+        typer.Option(
+            "--kv-routes",
+            rich_help_panel=options.CLUSTER,
+            help="Add the routes by sequence, /kv, /generate and /stats, and the coordinator's.",
+        ),
+    ] = False,
+    coordinator_port: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=options.CLUSTER, min=0, max=65535, help="Answer the coordinator's routes at this port, too."
+        ),
+    ] = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    api_key: options.ApiKey = None,
+    api_key_file: options.ApiKeyFile = None,
+    tenants: options.Tenants = None,
+    max_body: options.MaxBody = None,
+    max_connections: options.MaxConnections = None,
+    drain_seconds: options.DrainSeconds = None,
+    admin_key: options.AdminKey = None,
+    admin_key_file: options.AdminKeyFile = None,
+    metrics_key: options.MetricsKey = None,
+    metrics_key_file: options.MetricsKeyFile = None,
+    canonical: options.Canonical = None,
+    record_trace: options.RecordTrace = None,
+    cors_origin: options.CorsOrigin = None,
+    root_path: options.RootPath = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
+    config: options.ConfigFile = None,
+) -> None:
+    """Serve the APIs of emberkv over many workers: each request goes where its first token is expected soonest.
+
+    A worker is 'emberkv serve' with the same cluster secret. The gateway needs no model files and no PyTorch.
+    """
+    given = {
+        "host": host, "port": port, "api_keys": api_key or None, "api_key_file": api_key_file, "tenants": tenants,
+        "max_body": max_body, "max_connections": max_connections, "drain_seconds": drain_seconds,
+        "admin_key": admin_key, "admin_key_file": admin_key_file, "metrics_key": metrics_key,
+        "metrics_key_file": metrics_key_file, "canonical": canonical, "record_trace": record_trace,
+        "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
+        "log_level": log_level, "log_format": log_format, "cluster_secret_file": cluster_secret_file,
+    }  # fmt: skip
+    set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
+    try:
+        settings = read_settings(given, os.environ, config).config
+        set_up_logging(settings.log_format, settings.log_level)
+        if settings.cluster_secret is None and settings.cluster_secret_file is None:
+            raise ConfigError("a gateway needs the secret of its workers; give --cluster-secret-file FILE")
+        for url in worker or ():
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise ConfigError(f"--worker {url!r}: use a URL such as http://127.0.0.1:8081")
+        if not 0.1 <= worker_timeout <= 3600:
+            raise ConfigError(f"--worker-timeout {worker_timeout}: use a number of seconds from 0.1 to 3600")
+        warn_of_keys_in_arguments(given)
+        chosen = GatewayOptions(
+            workers=tuple(worker or ()),
+            routing=routing,
+            worker_timeout=worker_timeout,
+            max_requests=max_requests,
+            kv_routes=kv_routes,
+            coordinator_port=coordinator_port,
+        )
+        run_gateway(settings, chosen)
+    except EmberError as error:
+        print_error(str(error))
+        raise typer.Exit(USAGE_EXIT_CODE) from error
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """What a gateway is told beside what a server is. coordinator_port: 0 is a free one; None: there is none."""
+
+    workers: tuple[str, ...]
+    routing: str
+    worker_timeout: float
+    max_requests: int
+    kv_routes: bool
+    coordinator_port: int | None
+
+
+def run_gateway(config: ServeConfig, options: GatewayOptions) -> None:
+    """Serve until a signal to stop. Raises EmberError when the gateway cannot start."""
+    try:
+        from emberkv.cluster.sequence_routes import (  # noqa: PLC0415 - an extra
+            ByPort,
+            FollowedMembers,
+            SequenceGateway,
+            coordinator_app,
+        )
+        from emberkv.cluster.worker_client import Deadlines, WorkerClient  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"a gateway needs the cluster extra ({error.name} is missing): pip install 'emberkv[cluster]'"
+        ) from error
+    seconds = options.worker_timeout
+    deadlines = Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds)
+    lifecycle = Lifecycle()
+    keys = server_keys(config)
+    secret = keys.cluster
+    assert secret is not None, "a gateway is not started without a secret"
+    tenants = declare_tenants(config, keys.api, os.environ)
+    gateway = Gateway(
+        lifecycle,
+        lambda url: WorkerClient(url, secret, deadlines=deadlines),
+        secret=secret,
+        workers=options.workers,
+        routing=options.routing,
+        max_requests=options.max_requests,
+    )
+    members = FollowedMembers(gateway.membership)
+    sequences = SequenceGateway(members, gateway.check_secret)
+    gateway.on_stop.append(sequences.close)
+    with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
+        bound = [bind_socket(config.host, config.port)]
+        app: ASGIApp = create_app(
+            lifecycle,
+            serving_settings(config, bound[0], tenants, keys, recorder),
+            routers=[*([sequences.routes] if options.kv_routes else []), gateway.routes],
+            collectors=[gateway.metrics],
+        )
+        if options.coordinator_port is not None:
+            bound.append(bind_socket(config.host, options.coordinator_port))
+            port = bound[1].getsockname()[1]
+            app = ByPort(app, port, coordinator_app(members, gateway.check_secret))
+            _log.info("the coordinator's routes are at port %d", port)
+        server = GatewayServer(app, gateway, bound[0], **connection_settings(config))
+        _log.info("the gateway is listening  %s", server.url)
+        with server.capture_signals(until_exit=True):
+            server.run(bound)
+        _log.info("stopped")

@@ -1,0 +1,364 @@
+"""Two workers and a gateway, as processes: what clients are answered, also while workers die, hang and restart."""
+
+import json
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import CheckpointFactory
+from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.models import EOS
+
+SECRET = "the-secret-of-these-tests"
+TEXT = "the lamps along the street are lit at six and go out at dawn. " * 10
+STREAMS = 20
+LONG = 160
+"""Tokens of an answer during which a worker is killed."""
+
+
+class Cluster:
+    """Workers by name, each on a port of its own, so that it can be started again, and a gateway that knows them."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self._folder = folder
+        self._model = model
+        self._stack = ExitStack()
+        self.secret_file = folder / "secret"
+        self.secret_file.write_text(SECRET)
+        self.secret_file.chmod(0o600)
+        self.ports: dict[str, int] = {}
+        self.workers: dict[str, Server] = {}
+        self.gateway: Server | None = None
+
+    def start_worker(self, name: str, *more: str) -> Server:
+        """more: options beside those that all have."""
+        folder = self._folder / name
+        folder.mkdir(exist_ok=True)
+        port = self.ports.setdefault(name, free_port())
+        options = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "24MiB", "--drain-seconds", "30")
+        internal = ("--worker-id", name, "--cluster-secret-file", str(self.secret_file))
+        server = self._stack.enter_context(serving(folder, str(self._model), *options, *internal, *more, port=port))
+        self.workers[name] = server
+        return server
+
+    def start_gateway(self, *names: str, **settings: str) -> Server:
+        urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_port())}" for name in names]
+        options = [part for url in urls for part in ("--worker", url)]
+        options += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+        folder = self._folder / "gateway"
+        folder.mkdir(exist_ok=True)
+        secret = ("--cluster-secret-file", str(self.secret_file))
+        port = self.ports.setdefault("gateway", free_port())
+        self.gateway = self._stack.enter_context(serving(folder, *options, *secret, command="gateway", port=port))
+        return self.gateway
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What the gateway says of a worker."""
+        assert self.gateway is not None
+        listed = httpx.get(f"{self.gateway.url}/v1/cluster", timeout=DEADLINE).json()["workers"]
+        url = f"http://127.0.0.1:{self.ports[name]}"
+        return next((each for each in listed if each["url"] == url), {"status": "unknown"})
+
+    def until(self, name: str, status: str) -> None:
+        eventually(lambda: self.status(name)["status"] == status)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def cluster(checkpoint: CheckpointFactory, tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_in(tmp_path, checkpoint("llama")) as it:
+        yield it
+
+
+@contextmanager
+def cluster_in(folder: Path, model: Path) -> Iterator[Cluster]:
+    it = Cluster(folder, model)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+@pytest.fixture(scope="module")
+def calm(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One worker and a gateway, to which nothing happens."""
+    with cluster_in(tmp_path_factory.mktemp("calm"), checkpoint("llama")) as it:
+        it.start_worker("a")
+        it.start_gateway("a")
+        it.until("a", "up")
+        yield it
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 12, "temperature": 0}
+COMPLETION = {"model": "tiny", "prompt": TEXT, "max_tokens": 12, "temperature": 0}
+REQUESTS: tuple[tuple[str, str, Mapping[str, Any] | None], ...] = (
+    ("POST", "/v1/chat/completions", CHAT),
+    ("POST", "/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {**CHAT, "temperature": 1, "seed": 5, "n": 2, "logprobs": True, "top_logprobs": 3},
+    ),
+    ("POST", "/v1/completions", COMPLETION),
+    ("POST", "/v1/completions", {**COMPLETION, "stream": True}),
+    ("POST", "/v1/completions", {**COMPLETION, "echo": True, "logprobs": 1}),
+    ("POST", "/v1/completions", {**COMPLETION, "temperature": 1, "seed": 3, "stop": ["e", "a"], "max_tokens": 60}),
+    ("POST", "/v1/completions", {**COMPLETION, "prompt": [[5, 6, 7], [8, 9]], "presence_penalty": 1.5}),
+    ("POST", "/v1/completions", {**COMPLETION, "max_tokens": 100_000}),
+    ("POST", "/v1/completions", {**COMPLETION, "prompt": [5, 100_000]}),
+    ("POST", "/v1/completions", {**COMPLETION, "prompt": [5, 100_000], "stream": True}),
+    ("POST", "/v1/completions", {**COMPLETION, "prompt": ""}),
+    ("POST", "/v1/completions", {**COMPLETION, "model": "other"}),
+    ("POST", "/v1/completions", {**COMPLETION, "temperature": -1}),
+    ("POST", "/v1/messages", CHAT),
+    ("POST", "/v1/messages", {**CHAT, "stream": True, "system": "Short."}),
+    ("POST", "/v1/messages/count_tokens", {"model": "tiny", "messages": CHAT["messages"]}),
+    ("POST", "/tokenize", {"prompt": TEXT + EOS}),
+    ("POST", "/detokenize", {"tokens": [5, 6, 7, 300]}),
+    ("GET", "/tokenizer_info", None),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/tiny", None),
+    ("GET", "/no/such/path", None),
+)
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
+def test_a_gateway_answers_what_its_worker_answers(
+    calm: Cluster, method: str, path: str, body: Mapping[str, Any] | None
+) -> None:
+    assert calm.gateway is not None
+    answers = []
+    for url in (calm.workers["a"].url, calm.workers["a"].url, calm.gateway.url):
+        answers.append(httpx.request(method, f"{url}{path}", json=body, timeout=DEADLINE))
+    _, direct, through = answers  # the first one fills the cache
+    assert through.status_code == direct.status_code
+    assert lasting(through) == lasting(direct)
+    assert through.headers["content-type"] == direct.headers["content-type"]
+
+
+def lasting(response: httpx.Response) -> tuple[list[Any], str]:
+    """The answer without ids and times. A stream's text counts as a whole, in whatever pieces it came: its events
+    without their text, each kind once, and the text of all.
+    """
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return [without_names(response.json())], ""
+    texts: list[str] = []
+    events = [
+        without_names(json.loads(line.removeprefix("data: ")), texts) if line.startswith("data: {") else line
+        for line in response.text.splitlines()
+    ]
+    return [event for number, event in enumerate(events) if event not in events[:number]], "".join(texts)
+
+
+def without_names(value: Any, texts: list[str] | None = None) -> Any:
+    """texts: takes what is under the names of an answer's text, which is then left out."""
+    if isinstance(value, list):
+        return [without_names(each, texts) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for name, each in value.items():
+        if texts is not None and name in ("content", "text") and isinstance(each, str):
+            texts.append(each)
+        elif name not in ("id", "created", "request_id"):
+            kept[name] = without_names(each, texts)
+    return kept
+
+
+def test_the_second_turn_is_cached_and_says_where(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    messages = [{"role": "user", "content": "A second turn. " + TEXT}]
+    with httpx.Client(base_url=calm.gateway.url, timeout=DEADLINE) as client:
+        first = client.post("/v1/chat/completions", json={**CHAT, "messages": messages})
+        answer = first.json()["choices"][0]["message"]
+        messages += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": "And then?"}]
+        second = client.post("/v1/chat/completions", json={**CHAT, "messages": messages})
+    usage = second.json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= first.json()["usage"]["prompt_tokens"] - 1
+    assert second.headers["x-emberkv-route"].startswith("worker=a;why=")
+
+
+def test_a_gateway_has_no_torch_and_says_how_its_workers_are(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    assert "libtorch" not in Path(f"/proc/{calm.gateway.process.pid}/maps").read_text()
+    assert "libtorch" in Path(f"/proc/{calm.workers['a'].process.pid}/maps").read_text()
+    eventually(lambda: calm.status("a")["index"] == "exact")
+    assert calm.gateway.metric("emberkv_worker_status", worker="a", status="up") == 1
+    assert calm.gateway.metric("emberkv_worker_index_exact", worker="a") == 1
+    assert calm.gateway.metric("emberkv_worker_lost_requests_total", worker="a") == 0
+
+
+def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    question = {"openai": {**CHAT, "messages": [{"role": "user", "content": "To be explained. " + TEXT}]}}
+    with httpx.Client(base_url=calm.gateway.url, timeout=DEADLINE) as client:
+        asked = client.post("/v1/chat/completions", json=question["openai"]).json()["usage"]["prompt_tokens"]
+        found = client.post("/v1/cache/explain", json=question).json()
+        assert client.get("/v1/cache/prefixes").status_code == 404
+        assert client.get("/v1/cache").json()["workers"]["a"]["total_blocks"] > 0
+    assert (found["prompt_tokens"], found["hit_tokens"], found["worker"]) == (asked, asked - 1, "a")
+    assert [(each["worker"], each["hit_tokens"]) for each in found["workers"]] == [("a", asked - 1)]
+
+
+def test_internal_routes_need_the_secret(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    for headers in ({}, {"authorization": "Bearer wrong"}):
+        refused = httpx.post(f"{calm.gateway.url}/internal/v1/register", headers=headers, timeout=DEADLINE)
+        assert refused.status_code == 401
+
+
+class Streams:
+    """So many streamed completions at once, half of them seeded; each must end as a worker alone ends it."""
+
+    def __init__(self, cluster: Cluster, expected: Mapping[int, str]) -> None:
+        self._cluster = cluster
+        self._expected = expected
+        self._pool = ThreadPoolExecutor(len(expected))
+        self.begun = [Event() for _ in expected]
+        self.ended = [self._pool.submit(self._check, number) for number in expected]
+
+    def _check(self, number: int) -> None:
+        assert self._cluster.gateway is not None
+        text = streamed(self._cluster.gateway.url, number, self.begun[number].set)
+        assert text == self._expected[number]
+
+    def all_right(self) -> None:
+        for each in self.ended:
+            each.result(DEADLINE)
+        self._pool.shutdown()
+
+
+def body(number: int) -> dict[str, Any]:
+    sampled = {"temperature": 1.0, "seed": number, "presence_penalty": 0.5} if number % 2 else {"temperature": 0}
+    return {"model": "tiny", "prompt": f"{number}: {TEXT}", "max_tokens": LONG, "ignore_eos": True, **sampled}
+
+
+def streamed(url: str, number: int, begun: Callable[[], None] = lambda: None) -> str:
+    """The text of an answer that comes token by token, and ends well."""
+    text, reasons = "", []
+    request = {**body(number), "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=DEADLINE) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            if usage := event.get("usage"):
+                assert usage["completion_tokens"] == LONG
+            for choice in event["choices"]:
+                text += choice["text"]
+                reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+                begun()
+    assert reasons == ["length"]
+    return text
+
+
+def undisturbed(worker: Server) -> dict[int, str]:
+    """The answers of a worker alone."""
+    with ThreadPoolExecutor(STREAMS) as threads:
+        return dict(enumerate(threads.map(lambda number: streamed(worker.url, number), range(STREAMS))))
+
+
+def test_streams_survive_a_killed_worker_and_a_hung_one(cluster: Cluster, long: bool) -> None:
+    cluster.start_worker("a")
+    cluster.start_worker("b")
+    gateway = cluster.start_gateway("a", "b", worker_timeout="3", routing="round-robin")
+    cluster.until("a", "up")
+    cluster.until("b", "up")
+    expected = undisturbed(cluster.workers["a"])
+    for kill in range(30 if long else 1):
+        name = "ab"[kill % 2]
+        streams = Streams(cluster, expected)
+        for each in streams.begun:
+            assert each.wait(DEADLINE)
+        cluster.workers[name].process.kill()
+        streams.all_right()
+        assert gateway.metric("emberkv_gateway_resumed_answers_total") > kill
+        cluster.until(name, "down")
+        cluster.start_worker(name)
+        cluster.until(name, "up")
+    streams = Streams(cluster, expected)
+    for each in streams.begun:
+        assert each.wait(DEADLINE)
+    cluster.workers["b"].process.send_signal(signal.SIGSTOP)
+    try:
+        streams.all_right()
+        cluster.until("b", "silent")
+        for number in range(4):
+            assert streamed(gateway.url, number) == expected[number]
+    finally:
+        cluster.workers["b"].process.send_signal(signal.SIGCONT)
+    cluster.until("b", "up")
+
+
+def test_a_gateway_finds_workers_that_start_later_and_a_new_one_knows_what_they_have(cluster: Cluster) -> None:
+    """One of the workers registers itself, at either gateway."""
+    gateway = cluster.start_gateway("a")
+    assert httpx.get(f"{gateway.url}/ready", timeout=DEADLINE).status_code == 503
+    refused = httpx.post(f"{gateway.url}/v1/completions", json=body(0), timeout=DEADLINE)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    cluster.start_worker("a")
+    cluster.start_worker("b", "--gateway", gateway.url)
+    for name in "ab":
+        cluster.until(name, "up")
+    assert httpx.get(f"{gateway.url}/ready", timeout=DEADLINE).status_code == 200
+    chosen = httpx.post(f"{gateway.url}/v1/completions", json=COMPLETION, timeout=DEADLINE).headers["x-emberkv-route"]
+    gateway.process.terminate()
+    assert gateway.exit_code() == 0
+    again = cluster.start_gateway("a")
+    for name in "ab":
+        cluster.until(name, "up")
+        eventually(lambda name=name: cluster.status(name)["index"] == "exact")
+    for _ in range(3):
+        response = httpx.post(f"{again.url}/v1/completions", json=COMPLETION, timeout=DEADLINE)
+        assert response.headers["x-emberkv-route"].split(";")[0] == chosen.split(";")[0]
+        assert response.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_rolling_restart_fails_no_request(cluster: Cluster) -> None:
+    for name in "ab":
+        cluster.start_worker(name)
+    gateway = cluster.start_gateway("a", "b")
+    for name in "ab":
+        cluster.until(name, "up")
+    stop = Event()
+
+    def ask(user: int) -> int:
+        count = 0
+        with httpx.Client(base_url=gateway.url, timeout=DEADLINE) as client:
+            while not stop.is_set():
+                count += 1
+                response = client.post("/v1/completions", json={**body(user), "max_tokens": 20})
+                assert response.status_code == 200, response.text
+                assert response.json()["usage"]["completion_tokens"] == 20
+        return count
+
+    with ThreadPoolExecutor(4) as threads:
+        users = [threads.submit(ask, user) for user in range(4)]
+        try:
+            for name in "ab":
+                cluster.workers[name].process.terminate()
+                assert cluster.workers[name].exit_code() == 0
+                cluster.start_worker(name)
+                cluster.until(name, "up")
+        finally:
+            stop.set()
+        assert all(user.result(DEADLINE) for user in users)
