@@ -122,6 +122,22 @@ def test_a_shared_tier_serves_every_replica() -> None:
     assert run(pair, tiers=[{**FAST, "shared": True}], **how).cached("again") == (100, 1)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_request_goes_to_the_replica_whose_tier_has_its_prefix(keeps: bool) -> None:
+    """Replica 0's pool has lost the prefix; its tier has it, and loses it with the replica unless it keeps it."""
+    head = span("head", 100)
+    first = [single("first", 101, 1, head), single("big", 189, 1, at=10)]
+    where = {"replicas": 2, "kv_blocks": 19, "tiers": [{**FAST, "keeps": keeps}]}
+    placed = run(first, **where).outcomes
+    home = placed["first"].replica
+    assert home is not None
+    lost = [{"replica": home, "at": 15.0, "down_for": 1.0}]
+    ran = run([*first, single("again", 101, 1, head, at=20)], outages=lost, **where)
+    assert ran.cached("again")[0] == (100 if keeps else 0)
+    if keeps:
+        assert ran.outcomes["again"].replica == home
+
+
 def test_sessions_come_back_from_a_tier() -> None:
     ran = run([turn("s", 0, 100, 50), single("big", 189, 1, at=10), turn("s", 1, 170, 5, at=20)],
               kv_blocks=19, tiers=[FAST])  # fmt: skip

@@ -1,12 +1,13 @@
 """Builds replicas, router and clock from a configuration, ready for the requests of a source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
 from typing import Any
 
 from emberkv import __version__
+from emberkv.cluster.block_index import SHARED, BlockIndex
 from emberkv.cluster.routing import Recorder, Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
@@ -242,6 +243,30 @@ def lower_of(config: SimulationConfig, machine: Machine) -> list[ModelledTiers |
     ]
 
 
+def _index_tiers(config: SimulationConfig, machine: Machine, router: Router, replicas: Sequence[Replica]) -> None:
+    """Make the router's index follow the tiers below each pool, and the replicas' states have the tiers' rates."""
+    index = router.index
+    if index is None or len(replicas) == 1:
+        return
+    shared = {tier.name for tier in config.tiers if tier.shared}
+    for replica in replicas:
+        rates = {}
+        for tier in replica.lower.tiers if replica.lower is not None else ():
+            name = SHARED if tier.name in shared else tier.name
+            tier.on_stored = partial(_stored, index, replica.index, name)
+            tier.on_removed = partial(_removed, index, replica.index, name)
+            rates[name] = tier.read.bandwidth / machine.block_bytes * machine.block_size
+        replica.state.load_rates = rates
+
+
+def _stored(index: BlockIndex, replica: int, tier: str, block_hash: BlockHash) -> None:
+    index.add(replica, (block_hash,), tier)
+
+
+def _removed(index: BlockIndex, replica: int, tier: str, block_hash: BlockHash) -> None:
+    index.remove(replica, (block_hash,), tier)
+
+
 def scheduler_of(
     config: SimulationConfig, machine: Machine, lower: ModelledTiers | None, events_kept: int
 ) -> Scheduler:
@@ -278,6 +303,7 @@ def build(
         Replica(index, partial(scheduler_of, config, machine, lower, events_kept), clock, config.together, lower)
         for index, lower in enumerate(lower_of(config, machine))
     ]
+    _index_tiers(config, machine, router, replicas)
     planned = [Outage(each.replica, each.at, each.down_for) for each in config.outages]
     chance = config.random_outages
     drawn = None if chance is None else RandomOutages(chance.mean_time_up, chance.mean_time_down)

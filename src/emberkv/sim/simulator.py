@@ -341,6 +341,8 @@ class Simulator:
         replica = self.replicas[outage.replica]
         lost = replica.fail(self._now)
         self._routed.lost(replica.index)
+        for tier in replica.lower.tiers if replica.lower is not None else ():
+            tier.publish_all()
         for simulated in lost:
             if simulated.retries == self._max_retries:
                 self._lose(simulated, Status.FAILED)

@@ -5,7 +5,7 @@ one thing at a time in each direction, in the order asked for.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from emberkv.core.hashing import BlockHash
@@ -44,8 +44,14 @@ class Channel:
         return begins, self.free_at
 
 
+def _unfollowed(block_hash: BlockHash) -> None:
+    """No router's index follows the tier."""
+
+
 class ModelledTier:
     """A tier of ``capacity`` blocks, ordered by an eviction policy. keeps: whether its content outlives a lost replica.
+
+    on_stored, on_removed: called with each block that the tier stores or no longer has, for a router's index.
 
     >>> from emberkv.core.policies.eviction import make_policy
     >>> read, write = Channel(1e9, 0.0), Channel(1e9, 0.0)
@@ -73,6 +79,8 @@ class ModelledTier:
         self.read, self.write = read, write
         self.block_bytes = block_bytes
         self.evictions = self.skipped = 0
+        self.on_stored: Callable[[BlockHash], None] = _unfollowed
+        self.on_removed: Callable[[BlockHash], None] = _unfollowed
         self._capacity = capacity
         self._policy = policy
         self._exact: dict[BlockHash, bool] = {}
@@ -120,9 +128,15 @@ class ModelledTier:
         """Mark these blocks as used, the first one as the most recent."""
         self._policy.access([each for each in reversed(block_hashes) if each in self._exact])
 
+    def publish_all(self) -> None:
+        """Call `on_stored` with each block that the tier has, for an index that has lost them."""
+        for block_hash in self._exact:
+            self.on_stored(block_hash)
+
     def clear(self) -> None:
         for block_hash in self._exact:
             self._policy.discard(block_hash)
+            self.on_removed(block_hash)
         self._exact.clear()
         self._arriving.clear()
 
@@ -134,9 +148,12 @@ class ModelledTier:
             self.skipped += 1
             return
         if len(self._exact) == self._capacity:
-            del self._exact[self._policy.evict()]
+            evicted = self._policy.evict()
+            del self._exact[evicted]
+            self.on_removed(evicted)
             self.evictions += 1
         self._exact[block_hash] = exact
+        self.on_stored(block_hash)
         self._policy.admit(block_hash, EntryCost(self.block_bytes))
         self._policy.release((block_hash,))
 
