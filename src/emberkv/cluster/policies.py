@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from math import ceil
+from typing import ClassVar
 
 from emberkv.core.events import POOL
 from emberkv.core.hashing import BlockHash
@@ -144,7 +145,7 @@ class RoutingPolicy(ABC):
 
     reads_index = False
     follows_requests = False
-    order = Order.NONE
+    order: ClassVar[Order] = Order.NONE
 
     @abstractmethod
     def choose(self, view: RoutingView) -> Decision:
@@ -163,7 +164,7 @@ def least_loaded(view: RoutingView) -> int:
 class RandomChoice(RoutingPolicy):
     """Any that is up, each as likely."""
 
-    order = Order.RANDOM
+    order: ClassVar[Order] = Order.RANDOM
 
     def choose(self, view: RoutingView) -> Decision:
         return Decision(_first_up(view), Reason.RANDOM)
@@ -172,7 +173,7 @@ class RandomChoice(RoutingPolicy):
 class RoundRobin(RoutingPolicy):
     """One after the other."""
 
-    order = Order.TURN
+    order: ClassVar[Order] = Order.TURN
 
     def choose(self, view: RoutingView) -> Decision:
         return Decision(_first_up(view), Reason.TURN)
@@ -193,7 +194,7 @@ class ConsistentHashing(RoutingPolicy):
     takes it (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018).
     """
 
-    order = Order.RING
+    order: ClassVar[Order] = Order.RING
 
     def __init__(self, *, key_blocks: int = KEY_BLOCKS, bound: float | None = None) -> None:
         if key_blocks < 1 or (bound is not None and bound <= 1):
@@ -262,7 +263,7 @@ class ExpectedTtft(RoutingPolicy):
 
     reads_index = True
     follows_requests = True
-    order = Order.RING
+    order: ClassVar[Order] = Order.RING
 
     def __init__(self, *, compute_weight: float = 1.0, spread: float = 0.5, tie: float = 0.03) -> None:
         if compute_weight < 0 or not 0 <= spread <= 1 or tie < 0:

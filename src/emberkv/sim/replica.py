@@ -272,7 +272,8 @@ class Replica:
             self.lower.clear()
         self._past.append(self.scheduler.stats)
         self.scheduler = self.make_scheduler()
-        self.state.load = self.state.queued_tokens = 0
+        self.state.load = 0.0
+        self.state.queued_tokens = 0.0
         self.state.up = False
         self.step = None
         return lost
