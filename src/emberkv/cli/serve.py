@@ -254,6 +254,10 @@ def http_server(
     app = create_app(lifecycle, settings, routers=routers)
     if secret is None or not config.gateways:
         return HttpServer(app, lifecycle, bound, **connection_settings(config))
+    if config.worker_url is None and host in ("0.0.0.0", "::"):  # noqa: S104 - it is refused, not listened on
+        raise ConfigError(
+            f"--gateway needs --worker-url with --host {host}: give the address that gateways reach it by"
+        )
     url = config.worker_url or f"{'https' if config.tls_cert else 'http'}://{address}"
     registrar = Registrar(wire.Registration(worker_id=worker_id, url=url), config.gateways, secret)
     return WorkerServer(app, lifecycle, bound, registrar, **connection_settings(config))
