@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -18,6 +18,8 @@ from pydantic import (
 
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, DEFAULT_WARMUP_SECONDS, machine_cache_folder
+
+S = TypeVar("S", bound=BaseModel)
 
 _FEWEST_SECRET_CHARACTERS = 16
 
@@ -124,64 +126,54 @@ NotEmpty = Annotated[str, AfterValidator(_shown_in_full)]
 """An empty model would be the demonstration model, and an empty host all addresses."""
 
 
-class ServeConfig(BaseModel):
-    """The settings of ``emberkv serve``.
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _one_source(settings: S, *names: str) -> S:
+    """The settings, of which each of ``names`` comes from its option or its file, not from both."""
+    for name in names:
+        if getattr(settings, name) is not None and getattr(settings, f"{name}_file") is not None:
+            option = f"--{name.replace('_', '-')}"
+            first = f"EMBERKV_{name.upper()}" if name in ("remote_tier_password", "cluster_secret") else option
+            raise ValueError(f"{first} and {option}-file are both given; give one of them")
+    return settings
+
+
+class ModelSettings(_Settings):
+    """Which model is served, and what computes it.
 
     model: a folder or a hub id; None serves the bundled demonstration model.
     chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
-    cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory, at most 8 full contexts.
-    prefill_chunk: tokens computed per prefill pass; a multiple of block_size.
-    max_step_tokens: token budget of a step that decodes and prefills.
-    exact: reuse only KV state that is bit-equal to a cold prefill's.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
     "torch": torch's own operations; "auto": C++ where it can be.
-    prefix_cache: False computes every prompt anew.
-    cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them, with what else is kept.
-    ram_tier: bytes of host memory for blocks that the KV pool has no room for; 0: none.
-    shm_tier: bytes of host memory that the workers of one machine share; 0: none.
-    remote_tier: the URL of a Redis or Valkey server for blocks, which machines share, up to ``remote_tier_bytes`` of
-    them; one that is not used for ``remote_tier_ttl`` seconds goes. Its password comes from the environment or a file.
-    tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
-    a file beside the cached blocks holds one, and without these each start draws a new one.
-    request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
-    limit.
-    drain_seconds: how long running answers may go on after a signal to stop.
-    api_keys, api_key_file: API keys, and a file that holds more, one a line; see docs/security.md for a server without
-    any. admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from
-    its file instead.
-    canonical: a YAML file of rules that rewrite volatile lines of prompts.
-    record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.
-    trace_unit: tokens that have a hash in it, a divisor of block_size; None: as many as a block has.
-    warmup: False computes no prompt before the first request asks for it.
-    warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; another number warns and becomes 60.
-    warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be
-    missing, else the built-in one.
-    warmup_required: the server is not ready before these are warm, however long that takes.
-    cors_origins: web pages from these origins may use the API, "*" being all.
-    root_path: the path under which a proxy serves the API.
-    tls_cert, tls_key: PEM files of a certificate and its key, for HTTPS.
-    worker_id: the name of this worker; None takes the host's, and for gateways its host and port.
-    kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
-    kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.
-    model_on_demand: the model is loaded when a request first needs it.
-    cluster_secret, cluster_secret_file: what gateways and workers know each other by; with one, the server is a worker
-    and answers a gateway's questions. worker_url: where gateways reach it; None: where it listens. gateways: URLs of
-    gateways, at which it registers.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
+    model_on_demand: the model is loaded when a request first needs it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: NotEmpty | None = None
     served_name: NotEmpty | None = None
     chat_template: NotEmpty | None = None
     generation_config: Literal["auto", "ignore"] = "auto"
-    host: NotEmpty = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
+    machine_cache: UserPath = Field(default_factory=machine_cache_folder)
+    model_on_demand: bool = False
+
+
+class CacheSettings(_Settings):
+    """The KV pool, what it reuses, and how the engine schedules.
+
+    cache_ram: bytes of the KV pool ("4GiB"); None takes a quarter of the free memory, at most 8 full contexts.
+    prefill_chunk: tokens computed per prefill pass; a multiple of block_size.
+    max_step_tokens: token budget of a step that decodes and prefills.
+    exact: reuse only KV state that is bit-equal to a cold prefill's.
+    prefix_cache: False computes every prompt anew.
+    canonical: a YAML file of rules that rewrite volatile lines of prompts.
+    """
+
     cache_ram: Size | None = Field(default=None, gt=0)
     block_size: int = Field(default=DEFAULT_BLOCK_SIZE, ge=1, le=1024)
     prefill_chunk: int = Field(default=DEFAULT_PREFILL_CHUNK, ge=1, le=2**20)
@@ -190,51 +182,7 @@ class ServeConfig(BaseModel):
     eviction: Annotated[str, AfterValidator(_known_policy)] = "lru"
     exact: bool = False
     prefix_cache: bool = True
-    api_keys: tuple[Key, ...] = ()
-    api_key_file: UserPath | None = None
-    cache_dir: UserPath | None = None
-    cache_disk: Size = Field(default=ByteSize(50 * 2**30), gt=0)
-    ram_tier: Size = Field(default=ByteSize(0), ge=0)
-    shm_tier: Size = Field(default=ByteSize(0), ge=0)
-    remote_tier: Annotated[str, AfterValidator(_server_url)] | None = None
-    remote_tier_bytes: Size = Field(default=ByteSize(8 * 2**30), gt=0)
-    remote_tier_ttl: float = Field(default=86_400.0, ge=1, le=10**9)
-    remote_tier_password: SecretStr | None = None
-    remote_tier_password_file: UserPath | None = None
-    tenants: UserPath | None = None
-    secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
-    max_body: Size | None = Field(default=None, gt=0)
-    max_connections: int = Field(default=1024, ge=1, le=2**16)
-    request_timeout: float | None = Field(default=None, gt=0, le=86_400)
-    drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
-    admin_key: Key | None = None
-    admin_key_file: UserPath | None = None
-    metrics_key: Key | None = None
-    metrics_key_file: UserPath | None = None
     canonical: UserPath | None = None
-    record_trace: UserPath | None = None
-    trace_unit: int | None = Field(default=None, ge=1)
-    warmup: bool = True
-    warmup_timeout: float = DEFAULT_WARMUP_SECONDS
-    warmup_system_files: tuple[UserPath, ...] = ()
-    warmup_fallback_file: UserPath | None = None
-    warmup_required: bool = False
-    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
-    root_path: Annotated[str, AfterValidator(_url_prefix)] = ""
-    tls_cert: UserPath | None = None
-    tls_key: UserPath | None = None
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
-    worker_id: Annotated[NotEmpty, Field(max_length=128)] | None = None
-    kv_routes: bool = False
-    kv_max_bytes: Size = Field(default=ByteSize(2**30), gt=0)
-    kv_max_entries: int = Field(default=50_000, ge=1, le=2**31)
-    model_on_demand: bool = False
-    cluster_secret: Key | None = None
-    cluster_secret_file: UserPath | None = None
-    worker_url: Annotated[str, AfterValidator(_base_url)] | None = None
-    gateways: tuple[Annotated[str, AfterValidator(_base_url)], ...] = ()
-    machine_cache: UserPath = Field(default_factory=machine_cache_folder)
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:
@@ -244,36 +192,32 @@ class ServeConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _trace_unit_fits_blocks(self) -> Self:
-        if self.trace_unit is not None and self.block_size % self.trace_unit:
-            raise ValueError(
-                f"--trace-unit {self.trace_unit}: use a divisor of --block-size, which is {self.block_size}"
-            )
-        if self.trace_unit is not None and self.record_trace is None:
-            raise ValueError("--trace-unit is given without --record-trace; name the file to write, too")
-        return self
+
+class TierSettings(_Settings):
+    """The tiers below the KV pool.
+
+    cache_dir: a folder in which blocks outlive the process, up to ``cache_disk`` bytes of them; it also keeps the
+    tenants' secret and learned prompts.
+    ram_tier: bytes of host memory for blocks that are evicted from the KV pool; 0: none.
+    shm_tier: bytes of host memory that the workers of one machine share; 0: none.
+    remote_tier: the URL of a Redis or Valkey server for blocks, which machines share, up to ``remote_tier_bytes`` of
+    them; one that is not used for ``remote_tier_ttl`` seconds expires. Its password comes from the environment or a
+    file.
+    """
+
+    cache_dir: UserPath | None = None
+    cache_disk: Size = Field(default=ByteSize(50 * 2**30), gt=0)
+    ram_tier: Size = Field(default=ByteSize(0), ge=0)
+    shm_tier: Size = Field(default=ByteSize(0), ge=0)
+    remote_tier: Annotated[str, AfterValidator(_server_url)] | None = None
+    remote_tier_bytes: Size = Field(default=ByteSize(8 * 2**30), gt=0)
+    remote_tier_ttl: float = Field(default=86_400.0, ge=1, le=10**9)
+    remote_tier_password: SecretStr | None = None
+    remote_tier_password_file: UserPath | None = None
 
     @model_validator(mode="after")
-    def _one_key_of_a_kind(self) -> Self:
-        for name in ("admin_key", "metrics_key", "cluster_secret", "remote_tier_password"):
-            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
-                option = f"--{name.replace('_', '-')}"
-                first = f"EMBERKV_{name.upper()}" if name in ("remote_tier_password", "cluster_secret") else option
-                raise ValueError(f"{first} and {option}-file are both given; give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _gateways_have_a_secret(self) -> Self:
-        if self.gateways and self.cluster_secret is None and self.cluster_secret_file is None:
-            raise ValueError("--gateway is given without --cluster-secret-file; give the secret that the gateway has")
-        return self
-
-    @model_validator(mode="after")
-    def _certificate_has_a_key(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key go together; give both, or neither for plain HTTP")
-        return self
+    def _one_password(self) -> Self:
+        return _one_source(self, "remote_tier_password")
 
     @model_validator(mode="after")
     def _disk_has_a_folder(self) -> Self:
@@ -286,4 +230,143 @@ class ServeConfig(BaseModel):
         given = [name for name in self.model_fields_set if name.startswith("remote_tier_") and getattr(self, name)]
         if given and self.remote_tier is None:
             raise ValueError(f"--{min(given).replace('_', '-')} is given without --remote-tier; give its URL, too")
+        return self
+
+
+class ListenSettings(_Settings):
+    """Where the server listens, and its limits on connections and requests.
+
+    root_path: the path under which a proxy serves the API.
+    tls_cert, tls_key: PEM files of a certificate and its key, for HTTPS.
+    cors_origins: web pages from these origins may use the API, "*" being all.
+    request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
+    limit.
+    drain_seconds: how long running answers may go on after a signal to stop.
+    """
+
+    host: NotEmpty = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    root_path: Annotated[str, AfterValidator(_url_prefix)] = ""
+    tls_cert: UserPath | None = None
+    tls_key: UserPath | None = None
+    cors_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    max_body: Size | None = Field(default=None, gt=0)
+    max_connections: int = Field(default=1024, ge=1, le=2**16)
+    request_timeout: float | None = Field(default=None, gt=0, le=86_400)
+    drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
+
+    @model_validator(mode="after")
+    def _certificate_has_a_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together; give both, or neither for plain HTTP")
+        return self
+
+
+class AccessSettings(_Settings):
+    """Which requests are let in, and for which tenant.
+
+    api_keys, api_key_file: API keys, and a file that holds more, one a line; see docs/security.md for a server without
+    any.
+    tenants: a YAML file of API keys' tenants. secret: keeps tenants' blocks apart, and comes from the environment; else
+    a file beside the cached blocks holds one, and without these each start draws a new one.
+    admin_key, metrics_key: what the cache's own routes and the metrics require; each can come from its file instead.
+    """
+
+    api_keys: tuple[Key, ...] = ()
+    api_key_file: UserPath | None = None
+    tenants: UserPath | None = None
+    secret: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    admin_key: Key | None = None
+    admin_key_file: UserPath | None = None
+    metrics_key: Key | None = None
+    metrics_key_file: UserPath | None = None
+
+    @model_validator(mode="after")
+    def _one_key_of_a_kind(self) -> Self:
+        return _one_source(self, "admin_key", "metrics_key")
+
+
+class WarmupSettings(_Settings):
+    """Prompts that are computed before requests ask for them.
+
+    warmup: False computes none. warmup_timeout: seconds that readiness waits for the warmup, from 1 to 300; another
+    number warns and becomes 60.
+    warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be
+    missing, else the built-in one.
+    warmup_required: the server is not ready before these are warm, however long that takes.
+    """
+
+    warmup: bool = True
+    warmup_timeout: float = DEFAULT_WARMUP_SECONDS
+    warmup_system_files: tuple[UserPath, ...] = ()
+    warmup_fallback_file: UserPath | None = None
+    warmup_required: bool = False
+
+
+class RecordSettings(_Settings):
+    """The log, and a trace of the requests.
+
+    record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.
+    trace_unit: tokens that have a hash in it, a divisor of block_size; None: as many as a block has.
+    """
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    record_trace: UserPath | None = None
+    trace_unit: int | None = Field(default=None, ge=1)
+
+
+class ClusterSettings(_Settings):
+    """The server as a worker of gateways, and its routes by sequence.
+
+    cluster_secret, cluster_secret_file: what gateways and workers authenticate each other with; with one, the server
+    is a worker. worker_id: its name; None takes the host's, and for gateways its host and port. worker_url: where
+    gateways reach it; None: where it listens. gateways: URLs of gateways, at which it registers.
+    kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
+    kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.
+    """
+
+    worker_id: Annotated[NotEmpty, Field(max_length=128)] | None = None
+    kv_routes: bool = False
+    kv_max_bytes: Size = Field(default=ByteSize(2**30), gt=0)
+    kv_max_entries: int = Field(default=50_000, ge=1, le=2**31)
+    cluster_secret: Key | None = None
+    cluster_secret_file: UserPath | None = None
+    worker_url: Annotated[str, AfterValidator(_base_url)] | None = None
+    gateways: tuple[Annotated[str, AfterValidator(_base_url)], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> Self:
+        return _one_source(self, "cluster_secret")
+
+    @model_validator(mode="after")
+    def _gateways_have_a_secret(self) -> Self:
+        if self.gateways and self.cluster_secret is None and self.cluster_secret_file is None:
+            raise ValueError("--gateway is given without --cluster-secret-file; give the secret that the gateway has")
+        return self
+
+
+class ServeConfig(
+    ClusterSettings,
+    RecordSettings,
+    WarmupSettings,
+    AccessSettings,
+    ListenSettings,
+    TierSettings,
+    CacheSettings,
+    ModelSettings,
+):
+    """The settings of ``emberkv serve``: all groups as one, because each option, variable and key of a file is a field.
+
+    What needs one group takes that group as its type.
+    """
+
+    @model_validator(mode="after")
+    def _trace_unit_fits_blocks(self) -> Self:
+        if self.trace_unit is not None and self.block_size % self.trace_unit:
+            raise ValueError(
+                f"--trace-unit {self.trace_unit}: use a divisor of --block-size, which is {self.block_size}"
+            )
+        if self.trace_unit is not None and self.record_trace is None:
+            raise ValueError("--trace-unit is given without --record-trace; name the file to write, too")
         return self

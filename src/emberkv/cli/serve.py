@@ -19,7 +19,7 @@ from emberkv.cli.startup import Startup, print_error, set_up_logging
 from emberkv.cluster import wire
 from emberkv.cluster.registration import Registrar, WorkerServer
 from emberkv.cluster.worker_api import worker_routes
-from emberkv.config import ServeConfig
+from emberkv.config import ClusterSettings, ListenSettings, ServeConfig
 from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import RouterFactory, ServingSettings, create_app
 from emberkv.serving.auth import is_loopback, is_own_user
@@ -216,7 +216,7 @@ def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
-def sequence_routers(config: ServeConfig) -> list[RouterFactory]:
+def sequence_routers(config: ClusterSettings) -> list[RouterFactory]:
     """The routes that --kv-routes adds."""
     if not config.kv_routes:
         return []
@@ -293,7 +293,7 @@ class ConnectionSettings(TypedDict):
     tls: tuple[Path, Path] | None
 
 
-def connection_settings(config: ServeConfig) -> ConnectionSettings:
+def connection_settings(config: ListenSettings) -> ConnectionSettings:
     """How connections are taken: how many, by which certificate, and how long answers may go on at the end."""
     return ConnectionSettings(
         drain_seconds=config.drain_seconds,

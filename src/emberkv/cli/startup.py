@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from emberkv.cli import command
-from emberkv.config import ServeConfig
+from emberkv.config import ServeConfig, TierSettings
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
 from emberkv.serving.cache.ledger_store import LedgerStore
@@ -115,7 +115,7 @@ def print_summary(
     console.print(f"\nTry it:\n{curl}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _tiers_line(config: ServeConfig) -> str:
+def _tiers_line(config: TierSettings) -> str:
     from emberkv.serving.engine_setup import tier_specs  # noqa: PLC0415 - imports PyTorch, which takes seconds
 
     return ", ".join(map(str, tier_specs(config))) or "none below the pool"

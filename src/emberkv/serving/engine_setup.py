@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from emberkv.config import ServeConfig
+from emberkv.config import ServeConfig, TierSettings
 from emberkv.core.policies.fair_shares import Share
 from emberkv.engine.assembly import EngineConfig
 from emberkv.engine.torch.assembly import CacheSizes, ModelOptions
@@ -51,12 +51,12 @@ def engine_config(
     )
 
 
-def tier_config(config: ServeConfig, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:
+def tier_config(config: TierSettings, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:
     """The tiers below the KV pool. shares: see `TierConfig`."""
     return TierConfig(tier_specs(config), shares=shares, retain_share=RETAINED_SHARE)
 
 
-def tier_specs(config: ServeConfig) -> tuple[TierSpec, ...]:
+def tier_specs(config: TierSettings) -> tuple[TierSpec, ...]:
     """The tiers that the settings name. Raises ConfigError for a password's file that does not hold one."""
     address = None
     if config.remote_tier is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
-from emberkv.config import ServeConfig
+from emberkv.config import WarmupSettings
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import OutputListener, TokenOutput
@@ -247,7 +247,7 @@ class Pins:
         return replace(prompt, tokens=prompt.tokens[: len(prompt.tokens) // self._unit * self._unit])
 
 
-def configured_prompts(config: ServeConfig) -> list[str]:
+def configured_prompts(config: WarmupSettings) -> list[str]:
     """The texts of the system prompts to warm; none if nothing is to be warmed.
 
     Raises ConfigError for a file of ``config.warmup_system_files`` that is of no use.
