@@ -45,6 +45,7 @@ def test_the_page_has_every_route_and_field_and_loads_nothing(client: Client, do
     assert {route for route in routes if route not in page.text} == set()
     assert "<code>max_completion_tokens</code></td><td>integer or null</td><td></td>" in page.text
     assert "<code>messages</code></td><td>list of object</td><td>required</td>" in page.text
+    assert "``" not in page.text
     assert not re.findall(r"<script|<link|src=|url\(|@import", page.text)
 
 

@@ -1,5 +1,6 @@
 """``/docs``: the OpenAPI document as one HTML page, which loads nothing else and needs no script."""
 
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -34,7 +35,7 @@ def docs_page(document: Json, openapi_path: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f'<h1>{title}</h1><p>The same as <a href="{escape(openapi_path)}">OpenAPI</a>.</p>'
+        f'<h1>{title}</h1><p>Tools read the same as <a href="{escape(openapi_path)}">openapi.json</a>.</p>'
         f"<nav><ul>{links}</ul></nav>{sections}</body></html>"
     )
 
@@ -74,7 +75,7 @@ def _content(described: Json, schemas: Json) -> str:
         f"<td>{'required' if name in needed else ''}</td></tr>"
         for name, field in model.get("properties", {}).items()
     )
-    about = escape(model.get("description", ""))
+    about = re.sub("``(.+?)``", r"<code>\1</code>", escape(model.get("description", "")))
     return f"<p>{about}</p><table><tr><th>Field</th><th>Type</th><th></th></tr>{rows}</table>"
 
 

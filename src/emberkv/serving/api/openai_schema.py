@@ -164,7 +164,7 @@ class TemplateOptions(RequestBody):
 
 
 class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
-    """The body of POST /v1/chat/completions. The messages' own shape is checked by ``chat_messages``."""
+    """The body of POST /v1/chat/completions. Messages are checked as they are rendered."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
