@@ -1,6 +1,8 @@
 """A coordinator's and a gateway's routes by sequence, over workers in this process."""
 
 import asyncio
+import gzip
+import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -211,6 +213,15 @@ def test_tensors_are_on_the_worker_of_their_sequence_and_nowhere_else() -> None:
             assert kept.shape == (8, 12, 64)
 
     run(scenario)
+
+
+def test_a_compressed_body_is_handed_on() -> None:
+    async def scenario(_cluster: Cluster, gateway: httpx.AsyncClient) -> None:
+        body = gzip.compress(json.dumps({"seq_id": "s", "layer": 0, **layer(2)}).encode())
+        put = await gateway.post("/kv/put", content=body, headers={"content-encoding": "gzip"})
+        assert (put.status_code, put.json()["seq_len"]) == (200, 2)
+
+    run(scenario, workers=1)
 
 
 def test_the_workers_refusals_come_through() -> None:

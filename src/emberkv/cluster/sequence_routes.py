@@ -31,7 +31,7 @@ KV_SECONDS = 5.0
 """How long a worker may take to store or find tensors."""
 
 _REGISTRATION_BYTES = 64 * 1024
-_HANDED_ON = ("authorization", "x-api-key", "content-type", "content-encoding")
+_HANDED_ON = ("authorization", "x-api-key", "content-type")
 
 
 @dataclass(frozen=True, slots=True)
