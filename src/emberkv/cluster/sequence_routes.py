@@ -77,7 +77,7 @@ class RegisteredMembers:
 
 
 class FollowedMembers:
-    """The workers that a gateway follows, as far as they have said who they are."""
+    """The workers that a gateway follows, as far as they have said who they are; not those that leave or are lost."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
@@ -86,7 +86,7 @@ class FollowedMembers:
         return [
             Member(worker.worker_id, worker.url, worker.status is WorkerStatus.UP)
             for worker in self._membership.workers
-            if worker.worker_id
+            if worker.worker_id and worker.status not in (WorkerStatus.DRAINING, WorkerStatus.DOWN)
         ]
 
     def register(self, worker_id: str, address: str) -> None:
