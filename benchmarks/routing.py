@@ -32,7 +32,7 @@ from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, RoutingReques
 from emberkv.core.hashing import BlockHash
 from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
 from emberkv.sim.inputs import Workload
-from emberkv.sim.run import simulate
+from emberkv.sim.run import run_simulation
 from emberkv.workload.spec import parse_workload
 
 REPLICAS = 8
@@ -77,7 +77,7 @@ def azure_lines(requests: int) -> Iterator[str]:
 def summary(changes: dict[str, Any], workload: Workload) -> dict[str, Any]:
     """What a policy reached. imbalance: the most prompt tokens that a replica computed, against the mean."""
     config = with_changes(SimulationConfig(), {"replicas": REPLICAS, **changes})
-    found = simulate(config, workload).summary
+    found = run_simulation(config, workload).summary
     computed = [replica["prefilled_tokens"] for replica in found["replicas"]]
     return {**found, "imbalance": max(computed) / sum(computed) * len(computed)}
 
