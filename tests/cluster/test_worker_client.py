@@ -1,13 +1,17 @@
-"""How a gateway asks a worker: over which connections."""
+"""How a gateway asks a worker: over which connections, and what it hears of one that hangs, dies or is none."""
 
 import asyncio
+from contextlib import aclosing
 
+import pytest
 from aiohttp import web
 
 from emberkv.cluster import wire
-from emberkv.cluster.worker_client import WorkerClient
+from emberkv.cluster.worker_client import Deadlines, WorkerClient
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
+from emberkv.errors import EmberError, WireError, WorkerLostError, WorkerTimeoutError
+from emberkv.serving.errors import TooManyRequestsError
 
 
 def test_answers_that_were_read_to_their_end_share_a_connection() -> None:
@@ -40,3 +44,75 @@ def test_answers_that_were_read_to_their_end_share_a_connection() -> None:
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert len(connections) == 1
+
+
+TOKEN = wire.frame(wire.encode_output(TokenOutput("a", token_ids=(7,))))
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+REQUEST = GenerationRequest("a", [1, 2], SamplingParams())
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def answers(*sent: bytes, hangs: bool, silence: float) -> tuple[list[int], EmberError]:
+    """The tokens that come, and the error that ends them, of a worker that sends so much and then hangs or goes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for data in sent:
+            writer.write(data)
+        await writer.drain()
+        if hangs:
+            await reader.read()  # until the client is gone
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()[:2]
+    deadlines = Deadlines(answer=silence, silence=silence)
+    tokens: list[int] = []
+
+    async def collect(client: WorkerClient) -> None:
+        async with aclosing(client.generate(REQUEST)) as outputs:
+            async for output in outputs:
+                tokens.extend(output.token_ids)
+
+    async with server, WorkerClient(f"http://{host}:{port}", "secret", deadlines=deadlines) as client:
+        with pytest.raises(EmberError) as raised:
+            await collect(client)
+    return tokens, raised.value
+
+
+@pytest.mark.parametrize(
+    ("sent", "tokens"), [((), []), ((HEAD,), []), ((HEAD, chunk(TOKEN), chunk(wire.HEARTBEAT)), [7])]
+)
+def test_a_worker_that_hangs_is_found_by_its_silence(sent: tuple[bytes, ...], tokens: list[int]) -> None:
+    found = asyncio.run(answers(*sent, hangs=True, silence=1.0))
+    assert (found[0], type(found[1])) == (tokens, WorkerTimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("sent", "tokens", "error"),
+    [
+        ((), [], WorkerLostError),
+        ((HEAD, chunk(TOKEN)), [7], WorkerLostError),
+        ((HEAD, chunk(TOKEN), b"0\r\n\r\n"), [7], WorkerLostError),
+        ((HEAD, chunk(TOKEN + TOKEN[:3]), b"0\r\n\r\n"), [7], WorkerLostError),
+        ((HEAD, chunk(wire.frame(b"\xc1"))), [], WireError),
+        ((b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",), [], WireError),
+        ((b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",), [], WorkerLostError),
+    ],
+)
+def test_an_answer_that_ends_too_soon_is_an_error_and_never_a_short_answer(
+    sent: tuple[bytes, ...], tokens: list[int], error: type[EmberError]
+) -> None:
+    found = asyncio.run(answers(*sent, hangs=False, silence=60.0))
+    assert (found[0], type(found[1])) == (tokens, error)
+
+
+def test_a_refusal_keeps_its_class_and_when_to_come_back() -> None:
+    refused = wire.encode(wire.Failure("TooManyRequestsError", "full", None, 2.5))
+    head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n" % len(refused)
+    _, error = asyncio.run(answers(head, refused, hangs=False, silence=60.0))
+    assert isinstance(error, TooManyRequestsError)
+    assert (str(error), error.retry_after) == ("full", 2.5)
