@@ -109,6 +109,8 @@ def status(name: Name = DEFAULT_NAME) -> None:
     for column in ("replica", "Serve", "replicas"):
         table.add_column(column)
     for deployment, found in sorted(deployments.items()):
+        if not found.replica_states and found.status.value == "HEALTHY":
+            continue  # a worker that there might be
         replicas = ", ".join(f"{count} {kind.lower()}" for kind, count in found.replica_states.items()) or "none"
         table.add_row(deployment, found.status.value.lower(), replicas)
     console = Console()
@@ -200,6 +202,7 @@ class ClusterState:
 
 def _placement() -> Any:
     """The module that needs Ray, which takes a second to import. Raises PlacementError where it is not installed."""
+    os.environ.update(_ray_environment())  # Ray reads it when it is imported
     try:
         from emberkv.cluster import placement  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -280,23 +283,32 @@ def _deploy(state: ClusterState, placement: "Placement", folder: Path) -> None:
         env={**_ray_environment(), "RAY_ADDRESS": state.address}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise PlacementError(f"Ray Serve took no application: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise PlacementError(f"Ray Serve took no application: {_last_line(done.stderr or done.stdout)}")
 
 
 def _wait_ready(state: ClusterState, seconds: float) -> None:
+    """Raises PlacementError where Serve gives up, or the gateway has no worker in time."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{state.url}/ready").status_code == httpx.codes.OK:
-                return
-        time.sleep(0.5)
+    with _connected(state) as serve:
+        while time.monotonic() < end:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{state.url}/ready").status_code == httpx.codes.OK:
+                    return
+            found = serve.status().applications.get(state.name)
+            if found is not None and found.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise PlacementError(f"Ray Serve says {found.status.value}: {_last_line(found.message)}")
+            time.sleep(0.5)
     raise PlacementError(f"{state.url} was not ready after {seconds:g} s; emberkv cluster status says what runs")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
 
 
 @contextmanager
 def _connected(state: ClusterState) -> Iterator[Any]:
     """Ray Serve's client, connected to the cluster's Ray. Raises ConnectionError where there is none."""
-    os.environ.update({key: value for key, value in _ray_environment().items() if key.startswith("RAY_")})
+    os.environ.update(_ray_environment())
     import ray  # noqa: PLC0415 - an extra, which reads the environment when it is imported
     from ray import serve  # noqa: PLC0415
 

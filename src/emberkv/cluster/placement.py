@@ -87,17 +87,17 @@ class ServerProcess:
             [sys.executable, "-m", "emberkv.cli.supervised", *arguments], stdin=subprocess.PIPE
         )
 
-    def wait_ready(self, seconds: float) -> None:
-        """Raises PlacementError where the server has ended, or is not ready in time."""
+    def wait_for(self, route: str, seconds: float) -> None:
+        """Until ``/health`` or ``/ready`` says yes. Raises PlacementError where the server ends, or takes longer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if (code := self._process.poll()) is not None:
-                raise PlacementError(f"{self.url} ended with exit code {code} before it was ready; its log says why")
+                raise PlacementError(f"{self.url} ended with exit code {code} before {route} was 200; its log says why")
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=_HEALTH_SECONDS).status_code == httpx.codes.OK:
+                if httpx.get(f"{self.url}{route}", timeout=_HEALTH_SECONDS).status_code == httpx.codes.OK:
                     return
             time.sleep(0.1)
-        raise PlacementError(f"{self.url} was not ready after {seconds:g} s")
+        raise PlacementError(f"{self.url}{route} was not 200 after {seconds:g} s")
 
     def check(self) -> None:
         """Raises PlacementError unless the server runs and answers."""
@@ -136,7 +136,7 @@ class WorkerReplica:
         arguments += ["--worker-id", worker_id, "--cluster-secret-file", str(secret)]
         arguments += ["--gateway", _url(_gateway_host(placement), placement.port)]
         self._server = ServerProcess(arguments, _url(host, port))
-        self._server.wait_ready(placement.start_seconds)
+        self._server.wait_for("/ready", placement.start_seconds)
 
     def check_health(self) -> None:
         """Serve replaces the replica where this raises."""
@@ -168,6 +168,7 @@ class GatewayReplica:
         arguments = ["gateway", "--host", host, "--port", str(placement.port), *placement.gateway_options]
         arguments += ["--cluster-secret-file", placement.secret_file]
         self._server = ServerProcess(arguments, _url(host, placement.port))
+        self._server.wait_for("/health", placement.start_seconds)
 
     def reconfigure(self, limits: Mapping[str, float]) -> None:
         """limits: workers and max_workers (`ScalingLimits`)."""

@@ -217,6 +217,7 @@ class WorkerRoutes:
             free_blocks=load.free_blocks,
             cached_blocks=load.cached_blocks,
             block_bytes=engine.executor.pool.block_bytes,
+            hit_tokens=pool.stats.hit_tokens,
             prefill_rate=load.prefill_rate,
             step_seconds=load.step_seconds,
             load_rates={name: stats.load_rate for name, stats in tiers.items() if stats.load_rate is not None},
