@@ -33,6 +33,12 @@ ENDED = {
     ("cache", "verify"): [NOWHERE],
     ("cache", "clear"): [NOWHERE],
     ("tenants", "key"): [],
+    ("top",): ["http://127.0.0.1:1", "--once"],
+    ("cluster", "up"): ["--secret-file", NOWHERE],
+    ("cluster", "status"): ["--name", "none"],
+    ("cluster", "scale"): ["2", "--name", "none"],
+    ("cluster", "down"): ["--name", "none"],
+    ("cluster", "hold-ray"): [NOWHERE, "1"],
 }
 """Arguments with which each command ends before it does anything: it prints, or cannot read, write or ask. They come
 first, but where a usable value after them would begin a measurement.

@@ -24,7 +24,7 @@ from rich.table import Table
 from emberkv.cli.command import App
 from emberkv.defaults import state_folder
 from emberkv.errors import ConfigError, PlacementError
-from emberkv.files import replace_file
+from emberkv.files import read_own_file, replace_file
 
 if TYPE_CHECKING:
     from emberkv.cluster.placement import Placement
@@ -71,6 +71,9 @@ def up(
     The local Ray needs seconds to start and about 1 GB of memory.
     """
     folder = _folder(name)
+    if secret_file is not None:
+        read_own_file(secret_file)  # better refused here than by every worker
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_running(folder):
         raise PlacementError(
             f"cluster {name!r} runs already; stop it by 'emberkv cluster down', or give another --name"
@@ -213,9 +216,7 @@ def _placement() -> Any:
 def _folder(name: str) -> Path:
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"--name is {name!r}; use letters, digits, - and _")
-    folder = state_folder() / "clusters" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return state_folder() / "clusters" / name
 
 
 def _own_secret(folder: Path) -> Path:

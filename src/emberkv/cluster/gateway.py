@@ -24,6 +24,7 @@ from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import given_key
+from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.errors import UnauthorizedError
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer
@@ -88,10 +89,13 @@ class Gateway:
         """What a gateway answers beside the server's own routes."""
         router = APIRouter()
         router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine).router())
+        router.include_router(
+            dashboard_router(parts.lifecycle, parts.guard, parts.answers.traffic, parts.wall_clock, self._workers_json)
+        )
 
         @router.get("/v1/cluster", dependencies=[Depends(parts.guard.operator)])
         async def cluster() -> Response:
-            return JSONResponse({"object": "cluster", "workers": [self._worker_json(each) for each in self._listed]})
+            return JSONResponse({"object": "cluster", "workers": self._workers_json()})
 
         @router.post(f"{wire.PREFIX}/register")
         async def register(http: Request) -> Response:
@@ -127,6 +131,9 @@ class Gateway:
     @property
     def _listed(self) -> Sequence[Worker]:
         return sorted(self.membership.workers, key=lambda worker: (worker.worker_id, worker.url))
+
+    def _workers_json(self) -> list[dict[str, Any]]:
+        return [self._worker_json(each) for each in self._listed]
 
     def _worker_json(self, worker: Worker) -> dict[str, Any]:
         silent = self.membership.silent_seconds(worker)

@@ -21,21 +21,20 @@ def dashboard_router(
     guard: AdminGuard,
     traffic: RecentTraffic,
     wall_clock: Callable[[], float],
-    *,
     workers: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
 ) -> APIRouter:
-    """``/dashboard``, the page, and ``/v1/cache/dashboard``, its data. workers: a gateway's, as the page's table has
+    """``/dashboard``, the page, and ``/v1/cache/dashboard``, its data. workers: a gateway's, as ``/v1/cluster`` lists
     them; None of a server.
     """
     router = APIRouter()
     page = files("emberkv.serving").joinpath("dashboard.html").read_text(encoding="utf-8")
     headers = {"content-security-policy": content_policy(page), "cache-control": "no-cache"}
 
-    @router.get("/dashboard", include_in_schema=False)
+    @router.get("/dashboard")
     async def dashboard() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    @router.get("/v1/cache/dashboard", include_in_schema=False)
+    @router.get("/v1/cache/dashboard")
     async def data(http: Request) -> Response:
         await guard.operator(http)
         now, stats = wall_clock(), lifecycle.engine_stats() or EngineStats()

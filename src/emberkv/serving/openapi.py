@@ -159,7 +159,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "/detokenize": Detokenized,
 }
 _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
-_OPEN = ("/", "/docs", "/health", "/ready", "/openapi.json")
+_OPEN = ("/", "/docs", "/dashboard", "/health", "/ready", "/openapi.json")
 _ERRORS = {
     400: "A field is wrong, or the prompt is too long (code context_length_exceeded).",
     401: "No key, or a wrong one.",
