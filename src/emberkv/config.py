@@ -320,8 +320,8 @@ class ClusterSettings(_Settings):
     """The server as a worker of gateways, and its routes by sequence.
 
     cluster_secret, cluster_secret_file: what gateways and workers authenticate each other with; with one, the server
-    is a worker. worker_id: its name; None takes the host's, and for gateways its host and port. worker_url: where
-    gateways reach it; None: where it listens. gateways: URLs of gateways, at which it registers.
+    is a worker. worker_id: its name; None: the host and port at which it listens. worker_url: where gateways reach it;
+    None: where it listens. gateways: URLs of gateways, at which it registers.
     kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
     kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.
     """

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from socket import gethostname, socket
+from socket import socket
 from typing import Any, TypedDict
 
 import typer
@@ -216,12 +216,12 @@ def warn_of_keys_in_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
-def sequence_routers(config: ClusterSettings) -> list[RouterFactory]:
+def sequence_routers(config: ClusterSettings, worker_id: str) -> list[RouterFactory]:
     """The routes that --kv-routes adds."""
     if not config.kv_routes:
         return []
     store = KVTensorStore(max_bytes=int(config.kv_max_bytes), max_entries=config.kv_max_entries)
-    return worker_routers(store, config.worker_id or gethostname())
+    return worker_routers(store, worker_id)
 
 
 def run_server(config: ServeConfig) -> None:
@@ -250,7 +250,7 @@ def http_server(
     host, port = bound.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     worker_id = config.worker_id or address
-    routers = [*sequence_routers(config), *([] if secret is None else [worker_routes(worker_id, secret)])]
+    routers = [*sequence_routers(config, worker_id), *([] if secret is None else [worker_routes(worker_id, secret)])]
     app = create_app(lifecycle, settings, routers=routers)
     if secret is None or not config.gateways:
         return HttpServer(app, lifecycle, bound, **connection_settings(config))

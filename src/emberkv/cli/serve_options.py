@@ -297,7 +297,7 @@ LogFormat = Annotated[
 ]
 WorkerId = Annotated[
     str | None,
-    typer.Option(metavar="NAME", rich_help_panel=CLUSTER, help="Name of this worker. (default: the host's name)"),
+    typer.Option(metavar="NAME", rich_help_panel=CLUSTER, help="Name of this worker. (default: its host and port)"),
 ]
 KVRoutes = Annotated[
     bool | None,
