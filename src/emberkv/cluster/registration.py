@@ -1,4 +1,4 @@
-"""A worker makes itself known to gateways, again and again, and takes its leave before it drains."""
+"""A worker registers at its gateways, again and again, and deregisters before it drains."""
 
 import asyncio
 import logging

@@ -254,7 +254,7 @@ def decode_prompt(tokens: Tokens) -> "array[int]":
 
 
 def encode_output(output: TokenOutput) -> bytes:
-    """An output without its request's id, which whoever asked knows."""
+    """An output without its request's id, which the reader of the stream knows."""
     return encode(
         _Output(
             output.token_ids,
