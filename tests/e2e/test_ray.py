@@ -72,7 +72,7 @@ def test_workers_are_scaled_by_what_their_caches_are_worth_and_replaced_when_kil
     eventually(lambda: len(cluster.workers()) == 2)
     url = cluster.workers()[warm]["url"]
     os.kill(process_at(url), signal.SIGKILL)
-    eventually(lambda: warm in cluster.workers() and cluster.workers()[warm]["url"] != url)
+    eventually(lambda: cluster.workers().get(warm, {"url": url})["url"] != url)
     assert cluster.ask().json()["choices"] == answers[0].json()["choices"]
 
 
