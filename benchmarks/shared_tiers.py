@@ -89,7 +89,7 @@ def tiers(stack: ExitStack, capacity: int) -> dict[str, Tier]:
     }
     if program := shutil.which("redis-server") or shutil.which("valkey-server"):
         address = stack.enter_context(server(program))
-        made["Redis, loopback"] = RemoteTier.open(address, capacity, namespace=NAMESPACE)
+        made["Redis, loopback"] = RemoteTier(address, capacity, namespace=NAMESPACE).connect()
     for tier in made.values():
         stack.callback(tier.close)
     return made

@@ -1,16 +1,14 @@
 """The dashboard in a real browser, of a real server."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import httpx
-import pytest
 
+from tests.browser import BROWSER, needs_browser
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import DEADLINE, serving
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT = "zebra " * 40
 
 
@@ -21,7 +19,7 @@ def rendered(url: str, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
+@needs_browser
 def test_sessions_and_an_explanation_are_shown(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     flags = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "3MiB")
     with serving(tmp_path, str(checkpoint("llama")), *flags) as server:

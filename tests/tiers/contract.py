@@ -47,7 +47,7 @@ def disk(place: Place, blocks: float, policy: PolicyFactory, shares: Mapping[str
 def remote(place: Place, blocks: float, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
     assert place.server is not None
     size, prefix = int(blocks * (RECORD_BYTES + ENTRY_BYTES)), f"{place.folder}:".encode()
-    return RemoteTier.open(place.server.address, size, namespace=NAMESPACE, shares=shares, prefix=prefix)
+    return RemoteTier(place.server.address, size, namespace=NAMESPACE, shares=shares, prefix=prefix).connect()
 
 
 def shm(place: Place, blocks: float, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:

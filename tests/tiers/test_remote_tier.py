@@ -50,10 +50,10 @@ def opened(
     prefix: bytes = PREFIX,
     clock: Callable[[], float] | None = None,
 ) -> RemoteTier:
-    return RemoteTier.open(
+    return RemoteTier(
         server.address, max_bytes, namespace=NAMESPACE, ttl_seconds=ttl_seconds, shares=shares, prefix=prefix,
         clock=clock or Clock(),
-    )  # fmt: skip
+    ).connect()  # fmt: skip
 
 
 def comes_back(tier: RemoteTier, clock: Clock) -> None:
@@ -85,7 +85,7 @@ def test_records_that_are_there_are_not_sent_again(server: RedisProcess) -> None
 
 def test_other_namespaces_are_not_found_and_count_towards_the_size(server: RedisProcess) -> None:
     ours = opened(server, max_bytes=4 * SIZE)
-    theirs = RemoteTier.open(server.address, 4 * SIZE, namespace=OTHER)
+    theirs = RemoteTier(server.address, 4 * SIZE, namespace=OTHER).connect()
     theirs.store(entries(BLOCKS[:4], namespace=OTHER))
     assert ours.query(IDS) == 0
     assert ours.store(ENTRIES[:3]).count == 3
@@ -248,10 +248,10 @@ def test_a_wrong_password_is_refused_at_the_start_and_never_shown(
         for password in ("the wrong one", None):
             address = ServerAddress(server.address.url, password)
             with pytest.raises(ConfigError, match="refuses access; check the user in the URL") as raised:
-                RemoteTier.open(address, LARGE, namespace=NAMESPACE)
+                RemoteTier(address, LARGE, namespace=NAMESPACE).connect()
             shown = f"{raised.value} {address} {address!r} {caplog.text}"
             assert "the wrong one" not in shown
-        tier = RemoteTier.open(ServerAddress(server.address.url, "the right one"), LARGE, namespace=NAMESPACE)
+        tier = RemoteTier(ServerAddress(server.address.url, "the right one"), LARGE, namespace=NAMESPACE).connect()
         assert tier.store(ENTRIES[:1]).count == 1
 
 
@@ -353,5 +353,5 @@ def test_removals_beyond_those_remembered_refuse_what_is_older_than_all_of_them(
 
 @pytest.mark.parametrize("url", ["redis://localhost:1", "rediss://localhost:1/0", "unix:///nowhere/redis"])
 def test_every_form_of_address_is_tried(url: str) -> None:
-    tier = RemoteTier.open(ServerAddress(url), LARGE, namespace=NAMESPACE, clock=Clock())
+    tier = RemoteTier(ServerAddress(url), LARGE, namespace=NAMESPACE, clock=Clock()).connect()
     assert (tier.stats().circuit, tier.stats().troubles) == (Circuit.OPEN, {"no connection": 1})

@@ -113,7 +113,7 @@ def shm(place: str, blocks: int) -> Tier:
 
 def remote(server: RedisProcess, place: str, blocks: int) -> Tier:
     size = blocks * (RECORD_BYTES + ENTRY_BYTES)
-    return RemoteTier.open(server.address, size, namespace=NAMESPACE, prefix=place.encode())
+    return RemoteTier(server.address, size, namespace=NAMESPACE, prefix=place.encode()).connect()
 
 
 @pytest.mark.parametrize("kind", ["shm", "remote"])

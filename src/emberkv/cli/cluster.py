@@ -207,7 +207,7 @@ def _placement() -> Any:
     """The module that needs Ray, which takes a second to import. Raises PlacementError where it is not installed."""
     os.environ.update(_ray_environment())  # Ray reads it when it is imported
     try:
-        from emberkv.cluster import placement  # noqa: PLC0415
+        from emberkv.cluster import placement  # noqa: PLC0415 - Ray is an extra
     except ModuleNotFoundError as error:
         raise PlacementError(f'{error.name} is not installed; pip install "emberkv[cluster]"') from error
     return placement
@@ -252,6 +252,7 @@ def _start_ray(folder: Path, cpus: float) -> str:
     end = time.monotonic() + RAY_SECONDS
     while not (folder / "address").exists():
         if process.poll() is not None or time.monotonic() > end:
+            process.terminate()
             raise PlacementError(f"Ray did not start; {folder / 'ray.log'} says why")
         time.sleep(0.1)
     return (folder / "address").read_text()

@@ -130,7 +130,7 @@ def gateway(
 
 @dataclass(frozen=True, slots=True)
 class GatewayOptions:
-    """What a gateway is told beside what a server is. coordinator_port: 0 is a free one; None: there is none."""
+    """The settings that only a gateway has. coordinator_port: 0 is a free one; None: there is none."""
 
     workers: tuple[str, ...]
     routing: str

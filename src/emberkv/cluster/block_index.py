@@ -179,7 +179,7 @@ class BlockIndex:
         self._dead = self._used - int(np.count_nonzero(self._table[:, 1:].any(axis=1)))
 
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
-        """Column and bit of a replica in a tier, for which there is room then."""
+        """Column and bit of a replica in a tier; a column is added where none is free."""
         group, number = divmod(0 if tier == SHARED else replica, WORD)
         column = self._columns.get((tier, group))
         if column is None:
@@ -191,7 +191,7 @@ class BlockIndex:
         return column, 1 << number
 
     def _rebuild(self) -> None:
-        """Leave out rows without a bit, and make room for as many again as there are others."""
+        """Drop rows without a bit, and resize: at most a third of the new rows is used."""
         kept = self._table[self._table[:, 1:].any(axis=1)]
         rows = FIRST_ROWS
         while rows < 3 * len(kept):

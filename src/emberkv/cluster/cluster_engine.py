@@ -139,7 +139,7 @@ class ClusterEngine:
 
     @property
     def context_length(self) -> int:
-        """Of the worker with the least room: any of them may have to go on with an answer."""
+        """The least of all workers: any of them may have to go on with an answer."""
         return min((each.context_length for each in self._descriptions()), default=self._model.context_length)
 
     @property
@@ -299,8 +299,8 @@ class ClusterEngine:
     async def _choose(self, answer: _Answer, busy: Mapping[Worker, OverloadedError]) -> Worker:
         """The worker that a request, or the rest of its answer, goes to.
 
-        Raises TooManyRequestsError when all that are up refuse it for lack of room, NotReadyError when none is up; for
-        an answer that has begun, only after it has waited for one.
+        Raises TooManyRequestsError when all that are up refuse it as overloaded, NotReadyError when none is up; for an
+        answer that has begun, only after it has waited for one.
         """
         asked = RoutingRequest(answer.chain, len(answer.chain), answer.request.session_id, self._clock())
         deadline = self._clock() + self._resume_seconds

@@ -164,7 +164,7 @@ class FeedReader:
 class ReplicaBlocks:
     """One replica's part of a block index: the blocks of its pool and of the tiers below it.
 
-    An epoch begins with nothing in any tier: what a tier has kept over a restart is told by events, as if stored anew.
+    An epoch begins with nothing in any tier: what a tier has kept over a restart comes as events, as if stored anew.
     """
 
     def __init__(self, index: BlockIndex, replica: int) -> None:

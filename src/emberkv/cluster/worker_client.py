@@ -184,8 +184,8 @@ class WorkerClient:
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
-        """An answer that is no refusal. Leaving before its end closes the connection, which is how a worker learns that
-        nobody reads on.
+        """An answer that is no refusal. Leaving before its end closes the connection, by which the worker aborts the
+        request.
         """
         sent = {**self._headers, **(headers or {}), **({"content-type": wire.MEDIA_TYPE} if body is not None else {})}
         asked = self._session().request(
@@ -240,7 +240,7 @@ class WorkerClient:
 
 
 def refusal(failure: wire.Failure) -> errors.EmberError:
-    """The error that a worker refused by. retry_after of one for lack of room: when to ask again, in seconds."""
+    """The error that a worker refused by. retry_after: of an overloaded worker, seconds after which to ask again."""
     kind = _REFUSALS.get(failure.kind, serving_errors.GenerationFailedError)
     if issubclass(kind, errors.RequestError):
         return kind(failure.message, param=failure.param)

@@ -97,9 +97,9 @@ def _open_disk(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: 
 def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
     if spec.server is None:
         raise ConfigError("a tier of kind 'remote' has no server; give the address of the one that stores its blocks")
-    return RemoteTier.open(
+    return RemoteTier(
         spec.server, spec.capacity, namespace=namespace, ttl_seconds=spec.ttl_seconds, shares=shares, name=spec.name
-    )
+    ).connect()
 
 
 def _open_shm(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:

@@ -2,18 +2,15 @@
 
 import subprocess
 from pathlib import Path
-from shutil import which
 
 import pytest
 from matplotlib.image import imread
 
 from emberkv.sim.report import render_report
+from tests.browser import BROWSER, needs_browser
 from tests.sim.report.build import Page, run
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
-BROWSER = next((found for name in BROWSERS if (found := which(name))), None)
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ class RemoteTier(Tier):
         if max_bytes <= 0:
             raise ConfigError(f"the remote tier's size is {max_bytes} bytes; it must be above 0")
         self.name = name
+        self._address = address
         self._max_bytes = max_bytes
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
         self._shares = json.dumps(
@@ -82,34 +83,18 @@ class RemoteTier(Tier):
         self._unremoved: set[bytes] = set()
         self._uncleared = False
 
-    @classmethod
-    def open(
-        cls,
-        address: ServerAddress,
-        max_bytes: int,
-        *,
-        namespace: bytes,
-        ttl_seconds: float = DEFAULT_TTL_SECONDS,
-        shares: Mapping[str, Share] | None = None,
-        name: str = "remote",
-        prefix: bytes = PREFIX,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> "RemoteTier":
-        """The tier, connected where the server answers. Raises ConfigError for a server that refuses access."""
-        tier = cls(
-            address, max_bytes, namespace=namespace, ttl_seconds=ttl_seconds, shares=shares, name=name, prefix=prefix,
-            clock=clock,
-        )  # fmt: skip
+    def connect(self) -> "RemoteTier":
+        """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
         try:
-            tier._server.call("state", tier._ttl_ms)
+            self._server.call("state", self._ttl_ms)
         except RemoteTierError as error:
             if error.kind == "access refused":
                 raise ConfigError(
-                    f"the server {address} of --remote-tier refuses access; check the user in the URL, and the "
+                    f"the server {self._address} of --remote-tier refuses access; check the user in the URL, and the "
                     "password in --remote-tier-password-file or EMBERKV_REMOTE_TIER_PASSWORD"
                 ) from error
-            logger.warning("%s tier: %s does not answer; it is used when it does", name, address)
-        return tier
+            logger.warning("%s tier: %s does not answer; it is used when it does", self.name, self._address)
+        return self
 
     @property
     def lookup_seconds(self) -> float | None:
