@@ -79,6 +79,10 @@ def _base_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError("use a URL like http://10.0.0.7:8080, without a path")
+    try:
+        parts.port  # noqa: B018 - raises where it is out of range
+    except ValueError as error:
+        raise ValueError("use a URL like http://10.0.0.7:8080, with a port up to 65535") from error
     return text.rstrip("/")
 
 
@@ -320,7 +324,7 @@ class ClusterSettings(_Settings):
     """The server as a worker of gateways, and its routes by sequence.
 
     cluster_secret, cluster_secret_file: what gateways and workers authenticate each other with; with one, the server
-    is a worker. worker_id: its name; None: the host and port at which it listens. worker_url: where gateways reach it;
+    is a worker. worker_id: its name; None: the host and port of worker_url. worker_url: where gateways reach it;
     None: where it listens. gateways: URLs of gateways, at which it registers.
     kv_routes: adds the routes by sequence: /kv, /generate, /inference and /stats.
     kv_max_bytes, kv_max_entries: limits of the KV tensors under /kv, in bytes and in layers of all sequences.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from emberkv.cli.command import App
 from emberkv.defaults import state_folder
 from emberkv.errors import ConfigError, PlacementError
 from emberkv.files import read_own_file, replace_file
+from emberkv.serving.server import bind_socket
 
 if TYPE_CHECKING:
     from emberkv.cluster.placement import Placement
@@ -73,11 +75,17 @@ def up(
     folder = _folder(name)
     if secret_file is not None:
         read_own_file(secret_file)  # better refused here than by every worker
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - it is refused, not listened on
+        raise ConfigError(f"--host {host}: the gateway could not name its workers; use 'node', or an address")
+    if host == "node" and address == "auto":
+        raise ConfigError("--address auto: with --host node, give the address itself, such as 10.0.0.1:6379")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_running(folder):
         raise PlacementError(
             f"cluster {name!r} runs already; stop it by 'emberkv cluster down', or give another --name"
         )
+    if address is None and host != "node":
+        bind_socket(host, port).close()  # what listens there would be taken for the gateway
     most = max(workers, max_workers or workers)
     placement = _placement().Placement(
         model=model,
@@ -107,11 +115,13 @@ def status(name: Name = DEFAULT_NAME) -> None:
     """Show what Serve knows of the replicas, and the gateway of the workers."""
     state = ClusterState.read(_folder(name), name)
     with _connected(state) as serve:
-        deployments = serve.status().applications[name].deployments
+        application = serve.status().applications.get(name)
+    if application is None:
+        raise PlacementError(f"Ray Serve at {state.address} has no application {name!r}; emberkv cluster down ends it")
     table = Table(box=None, header_style="bold")
     for column in ("replica", "Serve", "replicas"):
         table.add_column(column)
-    for deployment, found in sorted(deployments.items()):
+    for deployment, found in sorted(application.deployments.items()):
         if not found.replica_states and found.status.value == "HEALTHY":
             continue  # a worker that there might be
         replicas = ", ".join(f"{count} {kind.lower()}" for kind, count in found.replica_states.items()) or "none"
@@ -146,11 +156,17 @@ def scale(
 def down(name: Name = DEFAULT_NAME) -> None:
     """Stop a cluster: its workers drain first. A Ray that it has started ends too."""
     folder = _folder(name)
-    state = ClusterState.read(folder, name)
-    with suppress(ConnectionError), _connected(state) as serve:
-        serve.delete(name)
+    is_own_ray = (folder / "lock").exists()
+    try:
+        state = ClusterState.read(folder, name)
+        with _connected(state) as serve:
+            if name in serve.status().applications:
+                serve.delete(name)
+    except PlacementError:
+        if not is_own_ray:  # else Ray ends below, and with it all that it runs
+            raise
     _stop_ray(folder)
-    (folder / "cluster.json").unlink()
+    (folder / "cluster.json").unlink(missing_ok=True)
     typer.echo(f"cluster {name!r} is stopped.")
 
 
@@ -163,7 +179,7 @@ def hold_ray(folder: Path, cpus: float) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     lock.write(str(os.getpid()))
     lock.flush()
-    ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=ceil(cpus), include_dashboard=False, log_to_driver=False)
     replace_file(folder / "address", ray.get_runtime_context().gcs_address.encode())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
@@ -189,7 +205,9 @@ class ClusterState:
         """Where the gateway listens."""
         host = self.placement["host"]
         shown = self.address.rpartition(":")[0] if host == "node" else host
-        return f"http://{shown}:{self.placement['port']}"
+        return (
+            f"http://[{shown}]:{self.placement['port']}" if ":" in shown else f"http://{shown}:{self.placement['port']}"
+        )
 
     def write(self, folder: Path) -> None:
         replace_file(folder / "cluster.json", json.dumps(asdict(self), indent=2).encode())
@@ -247,19 +265,25 @@ def _start_ray(folder: Path, cpus: float) -> str:
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - the folder is this command's own
             [sys.executable, "-m", "emberkv.cli.main", "cluster", "hold-ray", str(folder), str(cpus)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=_ray_environment(),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env={name: value for name, value in _ray_environment().items() if name != "RAY_ADDRESS"},
         )  # fmt: skip
     end = time.monotonic() + RAY_SECONDS
-    while not (folder / "address").exists():
-        if process.poll() is not None or time.monotonic() > end:
-            process.terminate()
-            raise PlacementError(f"Ray did not start; {folder / 'ray.log'} says why")
-        time.sleep(0.1)
+    try:
+        while not (folder / "address").exists():
+            if process.poll() is not None or time.monotonic() > end:
+                raise PlacementError(f"Ray did not start; {folder / 'ray.log'} says why")
+            time.sleep(0.1)
+    except BaseException:
+        process.terminate()
+        process.wait(RAY_SECONDS)
+        raise
     return (folder / "address").read_text()
 
 
 def _stop_ray(folder: Path) -> None:
     if (pid := _ray_pid(folder)) is None:
+        (folder / "lock").unlink(missing_ok=True)  # of a Ray that has ended by itself
         return
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + RAY_SECONDS
@@ -309,12 +333,15 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def _connected(state: ClusterState) -> Iterator[Any]:
-    """Ray Serve's client, connected to the cluster's Ray. Raises ConnectionError where there is none."""
-    os.environ.update(_ray_environment())
+    """Ray Serve's client, connected to the cluster's Ray. Raises PlacementError where that does not answer."""
+    _placement()
     import ray  # noqa: PLC0415 - an extra, which reads the environment when it is imported
     from ray import serve  # noqa: PLC0415
 
-    ray.init(address=state.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address=state.address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise PlacementError(f"Ray at {state.address} does not answer; the cluster may still run there") from error
     try:
         yield serve
     finally:

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from socket import socket
 from typing import Any, TypedDict
+from urllib.parse import urlsplit
 
 import typer
 
@@ -249,7 +250,7 @@ def http_server(
     """The server, which is a worker of a cluster where there is a ``secret``, and registers at the gateways given."""
     host, port = bound.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    worker_id = config.worker_id or address
+    worker_id = config.worker_id or (urlsplit(config.worker_url).netloc if config.worker_url else address)
     routers = [*sequence_routers(config, worker_id), *([] if secret is None else [worker_routes(worker_id, secret)])]
     app = create_app(lifecycle, settings, routers=routers)
     if secret is None or not config.gateways:

@@ -297,7 +297,11 @@ LogFormat = Annotated[
 ]
 WorkerId = Annotated[
     str | None,
-    typer.Option(metavar="NAME", rich_help_panel=CLUSTER, help="Name of this worker. (default: its host and port)"),
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=CLUSTER,
+        help="Its name. (default: the host and port it is reached at)",
+    ),
 ]
 KVRoutes = Annotated[
     bool | None,

@@ -12,7 +12,8 @@ from emberkv.cli.main import app
 
 
 def _stop_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: a read that waits in a buffer's lock would abort the exit
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -113,6 +113,7 @@ def read(client: httpx.Client, at: float) -> Reading:
     """Ask the server. Raises ServerError where it does not answer, or may not be asked."""
     try:
         metrics = client.get("/metrics")
+        sessions, prefixes = client.get("/v1/cache/sessions"), client.get("/v1/cache/prefixes")
     except httpx.TransportError as error:
         raise ServerError(f"{client.base_url} does not answer: {error}") from error
     if metrics.status_code != httpx.codes.OK:
@@ -121,8 +122,8 @@ def read(client: httpx.Client, at: float) -> Reading:
     for family in text_string_to_metric_families(metrics.text):
         for sample in family.samples:
             samples.setdefault(sample.name, []).append((sample.labels, sample.value))
-    sessions, prefixes = client.get("/v1/cache/sessions"), client.get("/v1/cache/prefixes")
-    closed = "" if prefixes.status_code == httpx.codes.OK else "sessions and prefixes are for the operator: give --key"
+    is_closed = sessions.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+    closed = "sessions and prefixes are for the operator: give --key" if is_closed else ""
     return Reading(at, samples, _data(sessions), _data(prefixes), closed)
 
 

@@ -245,8 +245,9 @@ class ClusterEngine:
         """
         busy: dict[Worker, OverloadedError] = {}
         losses = attempts = 0
+        deadline = self._clock() + self._resume_seconds
         while True:
-            worker = await self._choose(answer, busy)
+            worker = await self._choose(answer, busy, deadline)
             before = len(answer.tokens)
             try:
                 await self._ask(worker, answer)
@@ -254,12 +255,18 @@ class ClusterEngine:
             except OverloadedError as error:
                 busy[worker] = error
                 continue
+            except DuplicateRequestError as error:
+                if not attempts:
+                    raise
+                busy[worker] = OverloadedError(f"{worker} has not aborted it yet: {error}", retry_after=1.0)
+                continue
             except (ClusterError, EngineStoppedError, NotReadyError, UnauthorizedError) as error:
                 if answer.has_ended:
                     return
                 self._failed(worker, answer, error)
                 if len(answer.tokens) > before:
                     losses = attempts = 0
+                    deadline = self._clock() + self._resume_seconds
                 losses += isinstance(error, (WorkerLostError, WorkerTimeoutError))
                 attempts += 1
             if losses >= MAX_LOSSES or attempts >= MAX_ATTEMPTS:
@@ -296,15 +303,14 @@ class ClusterEngine:
         finally:
             worker.ended(request_id)
 
-    async def _choose(self, answer: _Answer, busy: Mapping[Worker, OverloadedError]) -> Worker:
-        """The worker that a request, or the rest of its answer, goes to.
+    async def _choose(self, answer: _Answer, busy: dict[Worker, OverloadedError], deadline: float) -> Worker:
+        """The worker that a request, or the rest of its answer, goes to; by ``deadline`` where it waits for one.
 
         Raises TooManyRequestsError when all that are up refuse it as overloaded, NotReadyError when none is up; for an
         answer that has begun, only after it has waited for one.
         """
-        asked = RoutingRequest(answer.chain, len(answer.chain), answer.request.session_id, self._clock())
-        deadline = self._clock() + self._resume_seconds
         while True:
+            asked = RoutingRequest(answer.chain, len(answer.chain), answer.request.session_id, self._clock())
             found = self._membership.decide(asked, busy)
             if found is not None:
                 worker, decision = found
@@ -318,7 +324,8 @@ class ClusterEngine:
             if not answer.has_begun or left <= 0:
                 raise self._none_left(busy)
             await self._wait(min(left, 1.0) if busy else left)
-            busy = {}
+            if self._clock() < deadline:
+                busy.clear()  # they may have room by now
 
     async def _wait(self, seconds: float) -> None:
         """Until a worker's status changes, or for so long."""

@@ -118,10 +118,11 @@ class FeedReader:
         events = batch.events[self.sequence + 1 - batch.first :] if batch.first <= self.sequence else batch.events
         for event in events:
             self._index.apply(event)
-        if not self._complete:
+        if not self._complete and not self._wants_snapshot:  # a new snapshot needs none of those before it
             self._recent.extend(enumerate(events, self.sequence + 1))
             if len(self._recent) > MAX_RECENT_EVENTS:
                 self._wants_snapshot = True
+                self._recent.clear()
         self.sequence = batch.last
         if self.exact:
             self._wants_snapshot = False

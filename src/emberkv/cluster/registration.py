@@ -102,5 +102,7 @@ class WorkerServer(HttpServer):
         self._registrar.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._registrar.stop()
-        await super().shutdown(sockets)
+        try:
+            await self._registrar.stop()
+        finally:
+            await super().shutdown(sockets)

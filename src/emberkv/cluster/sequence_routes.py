@@ -76,8 +76,13 @@ class RegisteredMembers:
         self._members[worker_id] = replace(self._members[worker_id], is_up=is_up)
 
 
+_ABSENT = (WorkerStatus.DRAINING, WorkerStatus.DOWN, WorkerStatus.INCOMPATIBLE)
+
+
 class FollowedMembers:
-    """The workers that a gateway follows, as far as they have said who they are; not those that leave or are lost."""
+    """The workers that a gateway follows, once they have named themselves; not those that leave, are lost or do not
+    belong to it.
+    """
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
@@ -86,7 +91,7 @@ class FollowedMembers:
         return [
             Member(worker.worker_id, worker.url, worker.status is WorkerStatus.UP)
             for worker in self._membership.workers
-            if worker.worker_id and worker.status not in (WorkerStatus.DRAINING, WorkerStatus.DOWN)
+            if worker.worker_id and worker.status not in _ABSENT
         ]
 
     def register(self, worker_id: str, address: str) -> None:

@@ -143,8 +143,14 @@ class KVTensorStore:
                 found = stored.layers[layer] = _Layer(_Rows.of(k), _Rows.of(v))
                 self._entries += 1
             else:
+                size, rows = len(found.k.data), found.k.rows
                 found.k.append(k)
-                found.v.append(v)
+                try:
+                    found.v.append(v)
+                except MemoryError:  # K and V stay of one length
+                    del found.k.data[size:]
+                    found.k.rows = rows
+                    raise
             self._used(sequence, stored, grown_by)
             return found.k.rows
 

@@ -427,20 +427,25 @@ class TierWorker:
         self.meter.stored(outcome.count, self._clock() - began)
         stored = [each.record for each in lacking]
         if outcome.count < len(stored):
-            stored = [each for each in stored if self.tier.lookup((each.block_hash,))]
+            stored = [each for each in stored if self.tier.query((each.block_hash,))]
         for event in _stored_events(self.name, stored):
             self._on_event(event)
         if outcome.evicted:
             self._on_event(BlockRemoved(tuple(outcome.evicted), tier=self.name))
 
     def _check(self, block_hashes: Sequence[bytes]) -> None:
+        is_known = self.tier.lookup_seconds is None  # else a block that does not come may be there all the same
+        gone = []
         for start in range(0, len(block_hashes), BATCH_BLOCKS):
-            for entry in self.tier.load(block_hashes[start : start + BATCH_BLOCKS]):
+            batch = block_hashes[start : start + BATCH_BLOCKS]
+            for block_hash, entry in zip(batch, self.tier.load(batch), strict=True):
                 fault = self._fault(entry) if entry else ""
-                if entry and fault:
-                    self.tier.remove((entry.block_hash,))
+                if fault:
+                    self.tier.remove((block_hash,))
                     self.meter.refused(fault)
-        self._report_removed([each for each in block_hashes if not self.tier.lookup((each,))])
+                if fault or (is_known and not self.tier.lookup((block_hash,))):
+                    gone.append(block_hash)
+        self._report_removed(gone)
 
     def _report_removed(self, block_hashes: Sequence[bytes]) -> None:
         if block_hashes:

@@ -60,7 +60,11 @@ local function add_bytes(owner, size)
   end
 end
 
+-- The least recent entry of each owner, by owner; `victim` fills it in as needed.
+local candidates = {}
+
 local function drop(member, entry)
+  candidates[entry.owner] = nil
   local name, hash = space_of(member)
   redis.call('DEL', prefix .. 'b:' .. member)
   redis.call('ZREM', prefix .. 'lru:' .. entry.owner, member)
@@ -98,8 +102,8 @@ local function oldest(owner)
 end
 
 -- Whose least recently used block goes for one of `owner`. With shares, of the owner with most above its floor; else of
--- any. candidates: by owner, filled in as needed.
-local function victim(owner, shares, candidates)
+-- any.
+local function victim(owner, shares)
   local best, best_rank = nil, nil
   for each, bytes in pairs(owned) do
     if bytes > 0 and candidates[each] == nil then
@@ -119,7 +123,7 @@ local function victim(owner, shares, candidates)
   return best or candidates[owner] or nil
 end
 
-local function make_room(owner, size, limit, shares, candidates, evicted)
+local function make_room(owner, size, limit, shares, evicted)
   local quota = shares[owner] and shares[owner][2] or -1
   if quota >= 0 and size > quota then
     return false
@@ -129,7 +133,7 @@ local function make_room(owner, size, limit, shares, candidates, evicted)
     if quota >= 0 and (owned[owner] or 0) + size > quota then
       gone = oldest(owner)
     elseif total + size > limit then
-      gone = victim(owner, shares, candidates)
+      gone = victim(owner, shares)
     else
       return true
     end
@@ -137,7 +141,6 @@ local function make_room(owner, size, limit, shares, candidates, evicted)
       return false
     end
     drop(gone.member, gone.entry)
-    candidates[gone.entry.owner] = nil
     if space_of(gone.member) == space then
       evicted[#evicted + 1] = string.sub(gone.member, 17)
     else
@@ -188,7 +191,7 @@ local operations = {}
 -- each block. -> kept, refused for lack of room, refused as removed, evicted of other namespaces, evicted hashes
 operations.store = function()
   local seen, limit, ttl = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-  local shares, candidates, evicted = cjson.decode(ARGV[7]), {}, { others = 0 }
+  local shares, evicted = cjson.decode(ARGV[7]), { others = 0 }
   local kept, no_room, removed = 0, 0, 0
   local cleared = tonumber(redis.call('HGET', STATE, 'cleared:' .. space) or 0)
   local floor = math.max(cleared, tonumber(redis.call('HGET', STATE, 'floor') or 0))
@@ -206,9 +209,8 @@ operations.store = function()
     else
       if entry then
         drop(member, entry)
-        candidates[entry.owner] = nil
       end
-      if make_room(owner, size, limit, shares, candidates, evicted) then
+      if make_room(owner, size, limit, shares, evicted) then
         redis.call('SET', prefix .. 'b:' .. member, ARGV[at + 4], 'PX', ttl)
         redis.call('SADD', SPACES, space)
         redis.call('HSET', prefix .. 'meta:' .. space, hash, table.concat({ exact, ARGV[at + 3], text(now), owner }, ':'))

@@ -150,6 +150,9 @@ class BlockServer:
             raise self._failed("no connection", error) from error
         except (errors.RedisError, ValueError, TypeError, UnicodeDecodeError) as error:
             raise self._failed("unusable answer", error) from error
+        except BaseException:  # a probe that ends so must not leave the breaker half-open
+            self.breaker.failed()
+            raise
         self.breaker.succeeded()
         return result
 
