@@ -187,6 +187,16 @@ async def test_an_answer_that_no_worker_goes_on_with_ends_with_an_error() -> Non
 
 
 @on_a_loop
+async def test_an_answer_that_only_full_workers_are_left_for_ends_with_an_error_in_time() -> None:
+    workers = {"a": FakeWorker("a", dies_after=3), "b": FakeWorker("b", refuses=OverloadedError("full"))}
+    async with cluster(workers, resume_seconds=0.05) as it:
+        it.submit("x")
+        await it.ended["x"].wait()
+        assert it.tokens("x") == expected(PROMPT, 3)
+        assert isinstance(it.outputs["x"][-1].refusal, TooManyRequestsError)
+
+
+@on_a_loop
 async def test_without_a_worker_a_request_is_refused() -> None:
     workers = {"a": FakeWorker("a")}
     async with cluster(workers) as it:

@@ -9,11 +9,11 @@ import pytest
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.loading import BlockRun
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, Tier
+from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from emberkv.tiers.worker import QueuedBlock, Store
+from emberkv.tiers.worker import Check, QueuedBlock, Store
 from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock
@@ -237,6 +237,46 @@ def test_a_damaged_block_that_is_found_out_is_an_event(make: Make) -> None:
     assert fetched(stack, BLOCKS[:1]) == [None]
     assert stack.flush(PATIENCE)
     assert events == [BlockRemoved((IDS[0],), evicted=False, tier="ram")]
+
+
+class LaterTier(MemoryTier):
+    """Knows what it has only after a question, as a tier in another process does."""
+
+    @property
+    def lookup_seconds(self) -> float:
+        return PATIENCE
+
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        return 0
+
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        return super().lookup(block_hashes, exact=exact)
+
+
+def test_of_a_tier_that_answers_later_only_damaged_blocks_are_reported_as_removed(make: Make) -> None:
+    tier = LaterTier(LARGE, name="later")
+    stored = entries(BLOCKS[:3])
+    tier.store([stored[0], replace(stored[1], data=b"damaged"), stored[2]])
+    stack = make(tier)
+    events: list[Event] = []
+    stack.on_event = events.append
+    stack.workers[0].run(Check(IDS[:4]))
+    assert events == [BlockRemoved((IDS[1],), evicted=False, tier="later")]
+    assert tier.query(IDS[:1]) == 1
+
+
+def test_what_a_tier_that_answers_later_has_stored_of_a_batch_is_reported(make: Make) -> None:
+    class Refusing(LaterTier):
+        """Takes no more than two blocks of a batch."""
+
+        def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+            return super().store(entries[:2], seen=seen)
+
+    stack = make(Refusing(LARGE, name="later"))
+    events: list[Event] = []
+    stack.on_event = events.append
+    stack.workers[0].run(Store([QueuedBlock(block, "") for block in BLOCKS[:3]], 0, 0))
+    assert events == [BlockStored(tuple(IDS[:2]), BLOCKS[0].parent, (), BLOCK_SIZE, "later")]
 
 
 def test_the_expected_time_is_what_fetches_took(make: Make) -> None:
