@@ -37,11 +37,11 @@ _STORED_AT_ONCE = 8 * 2**20
 _FIRST_LOOKED_UP, _MORE_LOOKED_UP = 64, 8
 """Blocks looked up in the first round trip, and by what factor the later ones ask for more: a query stops at a miss."""
 
-NOT_REACHED = "the server does not answer; they are removed when it does"
+NOT_REACHED = "the server does not answer; they are removed when it does, unless this process is restarted before"
 
 
 class RemoteTier(Tier):
-    """A `Tier` in the server at ``address``, made by `open`.
+    """A `Tier` in the server at ``address``, which `connect` reaches.
 
     max_bytes: of what all processes have stored under ``prefix``; a store by this process evicts until it holds, the
     least recently used blocks first. ttl_seconds: a block that was not used for so long is gone. shares: floors and
