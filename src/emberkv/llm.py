@@ -34,7 +34,7 @@ from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service, text_of
 from emberkv.serving.engine_setup import cache_sizes, engine_config, model_options, tier_config
 from emberkv.serving.errors import GenerationFailedError
-from emberkv.serving.tenancy import EVERYBODY
+from emberkv.serving.tenancy import DEFAULT_TENANT
 from emberkv.settings import serve_config
 
 Message = Mapping[str, Any]
@@ -257,7 +257,7 @@ class LLM(_ClosedAtExit):
 
     def explain(self, prompt: Prompt) -> Explanation:
         """What ``prompt`` would hit if it came now, by tier, and why the rest of it would be computed."""
-        return asyncio.run(self._cache.explain(self.encode(prompt), EVERYBODY)).explanation
+        return asyncio.run(self._cache.explain(self.encode(prompt), DEFAULT_TENANT)).explanation
 
     def stats(self) -> EngineStats:
         """Pool, hits, evictions and tiers, as of the last step."""

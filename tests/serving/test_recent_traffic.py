@@ -3,13 +3,13 @@
 from emberkv.engine.request import CacheUsage
 from emberkv.serving.recent_traffic import MINUTES, SHOWN_SESSIONS, SHOWN_TURNS, RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import RequestContext
-from emberkv.serving.tenancy import EVERYBODY
+from emberkv.serving.tenancy import DEFAULT_TENANT
 
 NOW = 60.0 * 1_000_000
 
 
 def request(session: str = "") -> RequestContext:
-    return RequestContext("chatcmpl-1", "chat_completions", EVERYBODY, 0.0, session=session)
+    return RequestContext("chatcmpl-1", "chat_completions", DEFAULT_TENANT, 0.0, session=session)
 
 
 def turn(at: float = NOW, ttft: float | None = 0.5, **tokens: int) -> Turn:

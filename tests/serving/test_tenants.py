@@ -7,7 +7,14 @@ import pytest
 from emberkv.config import ServeConfig
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
-from emberkv.serving.tenancy import EVERYBODY, Tenants, TenantsFile, UnknownTenantError, declare_tenants, key_digest
+from emberkv.serving.tenancy import (
+    DEFAULT_TENANT,
+    Tenants,
+    TenantsFile,
+    UnknownTenantError,
+    declare_tenants,
+    key_digest,
+)
 
 FILE = TenantsFile.model_validate(
     {
@@ -53,7 +60,7 @@ def test_shares_of_all_owners() -> None:
 
 def test_without_keys_everybody_is_one() -> None:
     tenants = Tenants(secret=b"")
-    assert tenants.named("") is EVERYBODY
+    assert tenants.named("") is DEFAULT_TENANT
     assert tenants.by_key == {}
     assert tenants.shares("pool") == {}
 

@@ -4,7 +4,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -12,8 +13,7 @@ from typing import TypeVar
 from emberkv.core.events import Event, EventLog
 from emberkv.core.hashing import BlockHash, PublicPrefixes, TokenChain
 from emberkv.core.scheduler import Scheduler, StepPlan
-from emberkv.core.sequence import FinishReason
-from emberkv.core.sequence import Sequence as Prompt
+from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.active_requests import ActiveRequest, ActiveRequests
 from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
@@ -38,8 +38,8 @@ class CacheUpdate:
     """
 
     time: float
-    admitted: Sequence[Prompt]
-    events: Sequence[Event]
+    admitted: abc.Sequence[Sequence]
+    events: abc.Sequence[Event]
     missed: bool = False
 
 
@@ -55,7 +55,7 @@ class CacheEventPublisher:
     """
 
     def __init__(self, log: EventLog, wall_clock: Callable[[], float]) -> None:
-        self.admitted: list[Prompt] = []
+        self.admitted: list[Sequence] = []
         self._log = log
         self._wall_clock = wall_clock
         self._observers: tuple[CacheObserver, ...] = ()
@@ -179,7 +179,7 @@ class EngineLoop:
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
         chain = self._chain(request, remember=True)
-        sequence = Prompt(
+        sequence = Sequence(
             request.request_id,
             chain,
             request.params.max_tokens - request.answered,

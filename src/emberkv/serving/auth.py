@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.errors import ForbiddenError, UnauthorizedError, error_response
-from emberkv.serving.tenancy import EVERYBODY, Tenant, Tenants
+from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant, Tenants
 
 _HOST = r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
 _HOST_HEADER = re.compile(_HOST)
@@ -195,12 +195,12 @@ class ApiKeys:
         return self.tenant_of(request.headers)
 
     def tenant_of(self, headers: Mapping[str, str]) -> Tenant:
-        """The tenant whose key the headers have; `EVERYBODY` where no keys are set.
+        """The tenant whose key the headers have; `DEFAULT_TENANT` where no keys are set.
 
         The key comes as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``. Raises UnauthorizedError.
         """
         if not self._by_key:
-            return EVERYBODY
+            return DEFAULT_TENANT
         given = given_key(headers)
         if given is None:
             raise UnauthorizedError("no API key was given; send one as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")

@@ -296,7 +296,7 @@ class Tenant:
         return replace(self, salt=hmac.digest(self.salt, b"emberkv cache_salt\0" + cache_salt.encode(), "sha256"))
 
 
-EVERYBODY = Tenant("", b"")
+DEFAULT_TENANT = Tenant("", b"")
 """The tenant of all requests to a server without keys."""
 
 
@@ -355,7 +355,7 @@ class Tenants:
     def named(self, name: str) -> Tenant:
         """Raises UnknownTenantError, a ConfigError, for a name that is no tenant's."""
         if not self._tenants and not name:
-            return EVERYBODY
+            return DEFAULT_TENANT
         tenant = self._tenants.get(name)
         if tenant is None:
             known = ", ".join(map(repr, self._tenants)) or "only '', the tenant of all requests"

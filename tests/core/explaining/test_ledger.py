@@ -15,7 +15,7 @@ def test_a_block_is_lost_when_it_leaves_its_last_place() -> None:
     ledger = ledger_with(cached)
     ledger.arrived("disk", cached.block_hashes)
     ledger.left(POOL, cached.block_hashes, now=2.0)
-    assert ledger.places(cached.block_hashes[0]) == ["disk"]
+    assert ledger.tiers_of(cached.block_hashes[0]) == ["disk"]
     assert ledger.cached_run(cached) == 1
     ledger.left("disk", cached.block_hashes, now=3.0)
     assert ledger.cached_run(cached) == 0
@@ -66,7 +66,7 @@ def test_the_longest_lost_is_forgotten_first_and_then_the_oldest() -> None:
     assert ledger.get(one.block_hashes[0]) is None
     assert len(ledger) == 3
     ledger.left(POOL, one.block_hashes, now=5.0)  # what is forgotten is no error
-    assert ledger.places(one.block_hashes[0]) == []
+    assert ledger.tiers_of(one.block_hashes[0]) == []
 
 
 def test_a_ledger_must_remember_something() -> None:

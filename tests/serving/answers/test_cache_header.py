@@ -12,7 +12,7 @@ from emberkv.errors import RequestError
 from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy import EVERYBODY
+from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
@@ -88,7 +88,7 @@ def test_tokens_of_a_lower_tier_are_told_apart() -> None:
     core = CoreEngine(lower=lower)
     client = client_of(core)
     tokens = ByteTokenizer().encode("0123456789abcdefghijklmnopqrstuvwxyz", add_special_tokens=True)
-    chain = core.chain(tokens, EVERYBODY)
+    chain = core.chain(tokens, DEFAULT_TENANT)
     lower.put(chain.block_hashes[:4], "disk")
     summary = header(client, "/v1/completions", "0123456789abcdefghijklmnopqrstuvwxyz")
     assert summary == "hit=16;disk=16;miss=21;why=new@16"

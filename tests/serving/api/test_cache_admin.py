@@ -12,7 +12,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.cache.service import plain
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.tenancy import EVERYBODY, Tenants
+from emberkv.serving.tenancy import DEFAULT_TENANT, Tenants
 from emberkv.tiers.stats import BOUNDS, TierStats
 from tests.serving.api.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
 from tests.serving.core_engine import CoreEngine
@@ -213,7 +213,9 @@ def test_a_pinned_prefix_is_evicted_last() -> None:
     prefix = ask(server, "/unpin", **text(LONG))["prefix"]
     assert (
         prefix
-        == server.core.chain(ByteTokenizer().encode(LONG, add_special_tokens=True), EVERYBODY).block_hashes[-1].hex()
+        == server.core.chain(ByteTokenizer().encode(LONG, add_special_tokens=True), DEFAULT_TENANT)
+        .block_hashes[-1]
+        .hex()
     )
     for number in range(4, 8):
         server.complete(str(number) * 60)

@@ -59,4 +59,4 @@ def test_an_eviction_on_the_way_is_told() -> None:
     (evicted, _) = again.misses[-2:]
     assert evicted.reason is Reason.EVICTED
     assert evicted.loss is not None
-    assert (evicted.loss.place, evicted.loss.at, evicted.loss.kind) == ("pool", 7.0, LossKind.EVICTED)
+    assert (evicted.loss.tier, evicted.loss.at, evicted.loss.kind) == ("pool", 7.0, LossKind.EVICTED)

@@ -75,7 +75,7 @@ def test_what_one_place_gives_up_may_still_be_in_another() -> None:
     kept.below = lambda block_hash: ["disk"] if block_hash in on_disk else []
     kept.apply([stored(PROMPT), BlockRemoved((FIRST, SECOND))])
     with kept.reading() as ledger:
-        assert ledger.places(FIRST) == ["disk"]
+        assert ledger.tiers_of(FIRST) == ["disk"]
         assert ledger.known(FIRST).loss is None
         assert ledger.known(SECOND).loss == Loss(POOL, 5.0, LossKind.EVICTED)
     on_disk.clear()

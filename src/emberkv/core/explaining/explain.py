@@ -147,7 +147,7 @@ def _divergence(
         return Miss(Reason.NEW, start, 0), None
     tokens = chain.encoded_slice(start, min(start + chain.block_size, stop))
     nearest, common = max((_nearest(ledger, each, tokens) for each in rivals), key=lambda found: found[1])
-    lost = nearest.loss is not None or (copied and POOL in ledger.places(nearest.block_hash))
+    lost = nearest.loss is not None or (copied and POOL in ledger.tiers_of(nearest.block_hash))
     beginning = Miss(_how_lost(nearest.loss) if lost else Reason.ALIGNMENT, start, common, nearest.loss)
     position = start + common
     if position == min(start + chain.block_size, stop):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-"""The place of blocks that need no loading; every other place is a tier's name."""
+"""The name of the tier whose blocks need no loading."""
 
 
 class Reason(Enum):
@@ -12,7 +12,7 @@ class Reason(Enum):
 
     NEW = "new"  # the prompt goes on where nothing known does
     DIVERGED = "diverged"  # what is known goes on with other tokens
-    EVICTED = "evicted"  # it was cached, and its place was needed; see the loss
+    EVICTED = "evicted"  # it was cached, and its memory was needed; see the loss
     REMOVED = "removed"  # it was cached, and an operator removed it
     CLEARED = "cleared"  # it was cached, and the whole cache was emptied
     OTHER_MODEL = "other-model"  # the same tokens are cached for another model
@@ -30,16 +30,16 @@ class Reason(Enum):
 
 
 class LossKind(Enum):
-    EVICTED = "evicted"  # its place was needed
-    CLEARED = "cleared"  # the whole place was emptied
+    EVICTED = "evicted"  # its memory was needed
+    CLEARED = "cleared"  # the whole tier was emptied
     REMOVED = "removed"  # an operator removed it
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """How a block left the last place that had it. at: seconds, by the clock of the ledger's writer."""
+    """How the last tier that held a block lost it. at: seconds, by the clock of the ledger's writer."""
 
-    place: str
+    tier: str
     at: float
     kind: LossKind
 
@@ -77,7 +77,7 @@ class Divergence:
 class Outcome:
     """What was found of a prompt, in tokens from its beginning: first ``hit``, then ``set_aside``.
 
-    hit: reused, by place. set_aside: found, and for these reasons not reused. refused: why the next block, should it
+    hit: reused, by tier. set_aside: found, and for these reasons not reused. refused: why the next block, should it
     be known, could not be used; None when it simply is not there.
     """
 
@@ -92,7 +92,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Every token of a prompt accounted for: first those of ``hit``, by place, then ``misses``, in order."""
+    """Every token of a prompt accounted for: first those of ``hit``, by tier, then ``misses``, in order."""
 
     prompt_tokens: int
     hit: Mapping[str, int]
@@ -126,7 +126,7 @@ class Explanation:
 
 
 def outcome_of(runs: Sequence[tuple[str, int]], prompt_tokens: int, *, block_size: int, alignment: int) -> Outcome:
-    """The outcome of a look-up that found ``runs`` of (place, blocks) from a prompt's beginning.
+    """The outcome of a look-up that found ``runs`` of (tier, blocks) from a prompt's beginning.
 
     Hits end at a multiple of ``alignment`` tokens and leave at least the prompt's last token to compute, as in
     `PrefixCache.find`.
@@ -136,9 +136,9 @@ def outcome_of(runs: Sequence[tuple[str, int]], prompt_tokens: int, *, block_siz
     reused = min(found, (prompt_tokens - 1) // alignment * alignment) // alignment * alignment
     hit: dict[str, int] = {}
     left = reused
-    for place, blocks in runs:
+    for tier, blocks in runs:
         tokens = min(blocks * block_size, left)
         if tokens:
-            hit[place] = hit.get(place, 0) + tokens
+            hit[tier] = hit.get(tier, 0) + tokens
         left -= tokens
     return Outcome(hit, {Reason.ALIGNMENT: found - reused} if found > reused else {})

@@ -57,9 +57,9 @@ class LedgerView:
         """Raises KeyError for a block that is not known."""
         return self._entries[block_hash]
 
-    def places(self, block_hash: BlockHash) -> list[str]:
-        """Where a block is, the pool first."""
-        return [place for place, held in self._held.items() if block_hash in held]
+    def tiers_of(self, block_hash: BlockHash) -> list[str]:
+        """The names of the tiers that hold a block, the pool first."""
+        return [tier for tier, held in self._held.items() if block_hash in held]
 
     def above(self, entry: Entry) -> Entry | None:
         """The known block before ``entry``, across the border to what is public."""
@@ -89,7 +89,7 @@ class Ledger(LedgerView):
     def begin_copy(self) -> tuple[LedgerView, list[BlockHash]]:
         """A view to be filled by `copy_to`, and the blocks that it is to get."""
         view = LedgerView()
-        view._held = {place: set(held) for place, held in self._held.items()}
+        view._held = {tier: set(held) for tier, held in self._held.items()}
         view._borders = dict(self._borders)
         return view, list(self._entries)
 
@@ -127,9 +127,9 @@ class Ledger(LedgerView):
         elif isinstance(event, AllBlocksCleared):
             self.cleared(event.tier, now)
 
-    def arrived(self, place: str, block_hashes: Iterable[BlockHash]) -> None:
-        """Blocks are in ``place`` now. Those never seen in the pool are not remembered: their tokens are not known."""
-        held = self._held.setdefault(place, set())
+    def arrived(self, tier: str, block_hashes: Iterable[BlockHash]) -> None:
+        """Blocks are in ``tier`` now. Those never seen in the pool are not remembered: their tokens are not known."""
+        held = self._held.setdefault(tier, set())
         for block_hash in block_hashes:
             entry = self._entries.get(block_hash)
             if entry is not None:
@@ -137,28 +137,26 @@ class Ledger(LedgerView):
                 entry.loss = None
                 self._lost.pop(block_hash, None)
 
-    def left(
-        self, place: str, block_hashes: Iterable[BlockHash], now: float, kind: LossKind = LossKind.EVICTED
-    ) -> None:
-        """Blocks are no longer in ``place``; of a tier, whether or not their arrival there was recorded."""
-        self._lose(place, block_hashes, Loss(place, now, kind))
+    def left(self, tier: str, block_hashes: Iterable[BlockHash], now: float, kind: LossKind = LossKind.EVICTED) -> None:
+        """Blocks are no longer in ``tier``; below the pool, whether or not their arrival there was recorded."""
+        self._lose(tier, block_hashes, Loss(tier, now, kind))
 
-    def cleared(self, place: str, now: float) -> None:
-        """``place`` is empty now; only what was known to be there is lost by it."""
-        self._lose(place, tuple(self._held.get(place, ())), Loss(place, now, LossKind.CLEARED))
+    def cleared(self, tier: str, now: float) -> None:
+        """``tier`` is empty now; only what was known to be there is lost by it."""
+        self._lose(tier, tuple(self._held.get(tier, ())), Loss(tier, now, LossKind.CLEARED))
 
     def removed(self, block_hashes: Sequence[BlockHash], now: float) -> None:
-        """Blocks were taken out of every place, whether or not it was recorded already that they left one.
+        """Blocks were removed from every tier, whether or not it was recorded already that one no longer holds them.
 
         What was lost before, in another way, is not lost by this.
         """
         for block_hash in block_hashes:
-            places = self.places(block_hash)
-            for place in places:
-                self._held[place].discard(block_hash)
+            tiers = self.tiers_of(block_hash)
+            for tier in tiers:
+                self._held[tier].discard(block_hash)
             entry = self._entries.get(block_hash)
             if entry is not None and entry.loss is None:
-                self._mark(block_hash, Loss(places[0] if places else POOL, now, LossKind.REMOVED))
+                self._mark(block_hash, Loss(tiers[0] if tiers else POOL, now, LossKind.REMOVED))
 
     def served(self, chain: TokenChain, hit_blocks: int, now: float) -> None:
         """A prompt reused its first ``hit_blocks`` blocks."""
@@ -204,10 +202,10 @@ class Ledger(LedgerView):
         for held in self._held.values():
             held.discard(block_hash)
 
-    def _lose(self, place: str, block_hashes: Iterable[BlockHash], loss: Loss) -> None:
-        held = self._held.setdefault(place, set())
+    def _lose(self, tier: str, block_hashes: Iterable[BlockHash], loss: Loss) -> None:
+        held = self._held.setdefault(tier, set())
         for block_hash in block_hashes:
-            if place == POOL and block_hash not in held:
+            if tier == POOL and block_hash not in held:
                 continue
             held.discard(block_hash)
             if block_hash in self._entries and not any(block_hash in other for other in self._held.values()):
@@ -230,7 +228,7 @@ class CachedPrefix:
     block_hash: BlockHash
     tokens: int
     owner: str
-    places: tuple[str, ...]
+    tiers: tuple[str, ...]
     hits: int
     last_hit: float
 
@@ -318,8 +316,8 @@ def _lengths(ledger: LedgerView, entries: Iterable[Entry]) -> dict[BlockHash, in
 
 
 def _described(ledger: LedgerView, entry: Entry, tokens: int, hits: int, last_hit: float) -> CachedPrefix:
-    places = tuple(ledger.places(entry.block_hash))
-    return CachedPrefix(entry.block_hash, tokens, _owner(ledger, entry), places, hits, last_hit)
+    tiers = tuple(ledger.tiers_of(entry.block_hash))
+    return CachedPrefix(entry.block_hash, tokens, _owner(ledger, entry), tiers, hits, last_hit)
 
 
 def _owner(ledger: LedgerView, entry: Entry) -> str:

@@ -38,7 +38,7 @@ class _UnboundedError(EmberError):
     """A template takes more steps or makes more text than any that is of use."""
 
 
-def settle_template(tokenizer: PreTrainedTokenizerFast, folder: Path, chosen: str | None) -> str | None:
+def install_chat_template(tokenizer: PreTrainedTokenizerFast, folder: Path, chosen: str | None) -> str | None:
     """Give ``tokenizer`` the template that it is to use, and say why there can be no chats; None: there can.
 
     folder: the model's, which says where a fault is. chosen: the name of one of the model's templates, or a file with

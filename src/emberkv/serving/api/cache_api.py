@@ -32,7 +32,7 @@ from emberkv.serving.cache.service import CacheService, Explained, PrefixPath, e
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy import EVERYBODY, Tenant, Tenants
+from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant, Tenants
 from emberkv.serving.warmup.warmup import Warmup
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -111,7 +111,7 @@ def tenant_meant(question: CacheQuestion, tenants: Tenants) -> Tenant:
     """Whose prompt the operator asks about. Raises RequestError for a tenant that is missing or unknown."""
     if question.tenant is None:
         if not tenants.names:
-            return EVERYBODY
+            return DEFAULT_TENANT
         known = ", ".join(map(repr, tenants.names))
         raise RequestError(f"tenant is missing; this server has {known}", param="tenant")
     try:

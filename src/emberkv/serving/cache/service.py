@@ -71,8 +71,8 @@ def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) 
 
 def _miss_json(miss: Miss, now: float) -> dict[str, Any]:
     lost = miss.loss and {
-        "tier": miss.loss.place,
-        "place": miss.loss.place,  # its former name
+        "tier": miss.loss.tier,
+        "place": miss.loss.tier,  # its former name
         "how": miss.loss.kind.value,
         "at": round(miss.loss.at, 3),
         "seconds_ago": round(max(0.0, now - miss.loss.at), 3),
@@ -234,8 +234,8 @@ class CacheService:
         chosen = [(each, first_tokens(view, each.block_hash, SHOWN_TOKENS)) for each in choose(view, limit)]
         listed = []
         for each, tokens in chosen:
-            tiers = list(dict.fromkeys([*each.places, *self.ledger_store.below(each.block_hash)]))
-            figures = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "places")}
+            tiers = list(dict.fromkeys([*each.tiers, *self.ledger_store.below(each.block_hash)]))
+            figures = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "tiers")}
             names = {"block_hash": each.block_hash.hex(), "tiers": tiers}
             former = {"identity": each.block_hash.hex(), "places": tiers}
             listed.append({**figures, **names, **former, "begins": text_of(tokenizer, tokens)})

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emberkv.engine.request import SamplingParams
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
-from emberkv.engine.tokenization.template_check import settle_template
+from emberkv.engine.tokenization.template_check import install_chat_template
 from emberkv.engine.torch.model.checkpoint import (
     Fetch,
     StoredTensors,
@@ -196,7 +196,7 @@ def load_model(
     check_memory(folder, stored, chosen, target)
     progress("loading the tokenizer")
     tokenizer = _load_tokenizer(folder)
-    chat_problem = settle_template(tokenizer, folder, chat_template)
+    chat_problem = install_chat_template(tokenizer, folder, chat_template)
     progress("identifying the weights")
     before = file_states(folder)
     fingerprint = weights_fingerprint(folder)
