@@ -1,7 +1,12 @@
-"""Sessions: grouped by tenant and id, and bounded."""
+"""Sessions: how they are known, grouped by tenant and id, and bounded."""
+
+import json
+
+import pytest
 
 from emberkv.engine.request import CacheUsage
-from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions
+from emberkv.errors import RequestError
+from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, session_id
 from emberkv.serving.tenancy import Tenant
 
 
@@ -38,3 +43,32 @@ def test_only_the_last_requests_are_remembered() -> None:
     recent.add(asked("two"))
     assert recent.get("ann-one") is None
     assert recent.get("ann-two") == asked("two")
+
+
+UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+
+
+@pytest.mark.parametrize(
+    ("headers", "user_id", "expected"),
+    [
+        ({}, "", ""),
+        ({"x-session-id": "mine", "x-claude-code-session-id": "other"}, "user", "mine"),
+        ({"x-claude-code-session-id": "s"}, f"user_1_account__session_{UUID}", "s"),
+        ({"x-claude-code-session-id": "s", "x-claude-code-agent-id": "explore"}, "", "s/explore"),
+        ({"x-claude-code-agent-id": "explore"}, "", ""),
+        ({"session-id": "codex"}, "", "codex"),
+        ({"session_id": "codex"}, "", "codex"),
+        ({}, f"user_{'a' * 64}_account__session_{UUID}", UUID),
+        ({}, json.dumps({"device_id": "d", "account_uuid": "", "session_id": UUID}), UUID),
+        ({}, "ann", "ann"),
+    ],
+)
+def test_a_session_is_known_from_what_agents_send(headers: dict[str, str], user_id: str, expected: str) -> None:
+    assert session_id(headers, user_id) == expected
+
+
+def test_a_long_id_of_an_agent_is_shortened_and_stays_distinct() -> None:
+    one, other = (session_id({"session-id": "x" * 200 + end}) for end in "ab")
+    assert (len(one), one != other) == (32, True)
+    with pytest.raises(RequestError, match="x-session-id has 129 characters"):
+        session_id({"x-session-id": "x" * 129})

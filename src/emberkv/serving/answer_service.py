@@ -292,11 +292,18 @@ class AnswerService:
         lifecycle.on_unload.append(self._forget_generator)
 
     def request(
-        self, http: Request, api: str, tenant: Tenant, canonical: Mapping[str, int] | None = None
+        self,
+        http: Request,
+        api: str,
+        tenant: Tenant,
+        canonical: Mapping[str, int] | None = None,
+        *,
+        user_id: str = "",
     ) -> RequestContext:
         """The context of a request to ``api``, one of the names that metrics have.
 
-        canonical: how many lines or tools each rule changed. Raises RequestError for a session id that is too long.
+        canonical: how many lines or tools each rule changed. user_id: names the session where no header does, see
+        `session_id`. Raises RequestError for a session id that is too long.
         """
         info = request_info(http)
         return RequestContext(
@@ -304,7 +311,7 @@ class AnswerService:
             api,
             tenant,
             info.arrived,
-            session=session_id(http.headers),
+            session=session_id(http.headers, user_id),
             canonical=canonical or {},
             http_id=info.request_id,
             created=int(self._wall_clock()),

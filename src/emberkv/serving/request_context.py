@@ -5,9 +5,11 @@ A log record has its values as ``fields``, which `JsonFormatter` writes out; no 
 
 import json
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from emberkv.core.sequence import FinishReason
@@ -18,6 +20,13 @@ from emberkv.serving.metrics import AnswerTimer
 from emberkv.serving.tenancy import Tenant
 
 SESSION_HEADER = "x-session-id"
+_AGENT_HEADERS = (
+    ("x-claude-code-session-id", "x-claude-code-agent-id"),  # Claude Code; the agent is one that the session started
+    ("session-id", ""),  # Codex
+    ("session_id", ""),  # Codex before it used hyphens
+)
+"""Headers by which coding agents name their session, and within it an agent whose conversation is another one."""
+_SESSION_IN_USER_ID = re.compile(r"_session_([0-9A-Fa-f-]{8,64})\Z|\"session_id\"\s*:\s*\"([^\"\\]{1,128})\"")
 MAX_SESSIONS = 1000
 MAX_ID_LENGTH = 128
 MAX_REMEMBERED = 2000
@@ -73,14 +82,42 @@ class SessionStats:
     last_seen: float = 0.0
 
 
-def session_id(headers: Mapping[str, str]) -> str:
-    """The session id in a request's headers, "" without one. Raises RequestError for one that is too long."""
+def session_id(headers: Mapping[str, str], user_id: str = "") -> str:
+    """The id of the session that a request belongs to, "" where nothing says so.
+
+    The header ``x-session-id`` counts before those of `_AGENT_HEADERS`, and these before user_id: the
+    ``metadata.user_id`` of an Anthropic request, in which Claude Code names its session. An agent's id that is too
+    long is replaced by a digest, because its user cannot change it.
+
+    >>> session_id({"x-claude-code-session-id": "5f0c", "x-claude-code-agent-id": "explore"})
+    '5f0c/explore'
+
+    Raises RequestError for an ``x-session-id`` that is too long.
+    """
     given = headers.get(SESSION_HEADER, "")
     if len(given) > MAX_ID_LENGTH:
         raise RequestError(
             f"{SESSION_HEADER} has {len(given)} characters; at most {MAX_ID_LENGTH} are accepted", param=SESSION_HEADER
         )
-    return given
+    return given or _shortened(_agent_session(headers) or _session_of_user_id(user_id))
+
+
+def _agent_session(headers: Mapping[str, str]) -> str:
+    for name, agent_header in _AGENT_HEADERS:
+        if session := headers.get(name, ""):
+            agent = headers.get(agent_header, "")
+            return f"{session}/{agent}" if agent else session
+    return ""
+
+
+def _session_of_user_id(user_id: str) -> str:
+    """The session that Claude Code writes into a user id; without one, the user's requests count as one session."""
+    found = _SESSION_IN_USER_ID.search(user_id)
+    return user_id if found is None else found[1] or found[2]
+
+
+def _shortened(session: str) -> str:
+    return session if len(session) <= MAX_ID_LENGTH else sha256(session.encode()).hexdigest()[:32]
 
 
 class Sessions:

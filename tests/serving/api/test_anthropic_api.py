@@ -175,3 +175,9 @@ def test_cache_control_of_the_request_covers_all_of_it(client: Client, engine: F
             refused = client.post(path, {"model": MODEL, "messages": USER, "max_tokens": 5, "cache_control": bogus})
             assert refused.status_code == 400
             assert "cache_control" in anthropic_error(refused)["message"]
+
+
+def test_the_session_in_the_metadata_reaches_the_engine(client: Client, engine: FakeEngine) -> None:
+    session = "0f8fad5b-d9cb-469f-a165-70867728950e"
+    assert send(client, metadata={"user_id": f"user_1_account__session_{session}"}).is_success
+    assert engine.submitted[0].session_id == session

@@ -69,7 +69,7 @@ def anthropic_router(
     async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(prepare_messages, rules=preparer.rules)
         request, prompt, canonical = await preparer.prepare(work, await http.body(), tenant)
-        context = answers.request(http, "messages", tenant, canonical)
+        context = answers.request(http, "messages", tenant, canonical, user_id=request.user_id)
         stream = answers.start([prompt], context)
         writer = MessageWriter(context.request_id, lifecycle.model().names[0])
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))

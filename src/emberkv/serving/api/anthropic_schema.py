@@ -23,6 +23,13 @@ class PromptRequest(RequestBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def user_id(self) -> str:
+        """``metadata.user_id``, by which agents name their session; "" without one."""
+        given = (self.metadata or {}).get("user_id")
+        return given if isinstance(given, str) else ""
 
     def prompt_text(self, tokenizer: Tokenizer) -> str:
         """The rendered prompt. An answer that the last message begins is continued.
