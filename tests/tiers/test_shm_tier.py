@@ -273,6 +273,18 @@ def test_a_removal_is_final_at_every_order_of_stores_looks_and_removals(
     remover.close()
 
 
+def test_a_removal_of_damaged_bytes_does_not_refuse_a_good_copy(tmp_path: Path) -> None:
+    writer, remover = opened(tmp_path), opened(tmp_path)
+    writer.store(ENTRIES[:2])
+    remover.refresh()
+    seen = writer.removals_seen
+    assert remover.remove(IDS[:1], remember=False).count == 1
+    assert writer.load(IDS[:1]) == [None]
+    assert writer.store(ENTRIES[:1], seen=seen).count == 1
+    writer.close()
+    remover.close()
+
+
 def test_removals_that_are_forgotten_refuse_all_that_is_older(tmp_path: Path) -> None:
     writer, remover = opened(tmp_path), opened(tmp_path)
     writer.store(ENTRIES[5:])

@@ -116,8 +116,11 @@ class Tier(Protocol):
         any process, is not stored.
         """
 
-    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
-        """Drop these; afterwards `lookup` does not find them."""
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+        """Drop these; afterwards `lookup` does not find them.
+
+        remember: False where only the stored bytes are at fault: other processes may store the blocks that they have.
+        """
 
     def clear(self) -> Removed:
         """Drop all that `lookup` could find."""

@@ -144,7 +144,7 @@ class MemoryTier(Tier):
             count = sum(self._store_one(entry, evicted) for entry in reversed(entries))
             return Stored(count, [block_hash for block_hash in evicted if block_hash not in self._entries])
 
-    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
         with self._lock:
             removed = [entry for block_hash in block_hashes if (entry := self._store.remove(block_hash)) is not None]
             for entry in removed:

@@ -441,7 +441,7 @@ class TierWorker:
             for block_hash, entry in zip(batch, self.tier.load(batch), strict=True):
                 fault = self._fault(entry) if entry else ""
                 if fault:
-                    self.tier.remove((block_hash,))
+                    self.tier.remove((block_hash,), remember=False)
                     self.meter.refused(fault)
                 if fault or (is_known and not self.tier.lookup((block_hash,))):
                     gone.append(block_hash)

@@ -153,7 +153,7 @@ class DiskTier(Tier):
         ours = [file.block_hash for file in gone if file.namespace == self._namespace]
         return Stored(count, [block_hash for block_hash in ours if not self.lookup([block_hash])])
 
-    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
         """Where the files cannot be removed, because another process writes here, say, they are not found any more by
         this process, and are removed should it become the one that writes.
         """

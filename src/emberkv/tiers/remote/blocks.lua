@@ -241,8 +241,8 @@ operations.use = function()
   return found
 end
 
--- hashes -> how many were there
-operations.remove = function()
+-- hashes -> how many were there. What others have of these blocks may be stored
+operations.drop = function()
   allow_growth()
   local count = 0
   for at = 4, #ARGV do
@@ -251,6 +251,14 @@ operations.remove = function()
       drop(space .. ARGV[at], entry)
       count = count + 1
     end
+  end
+  return count
+end
+
+-- hashes -> how many were there
+operations.remove = function()
+  local count = operations.drop()
+  for at = 4, #ARGV do
     redis.call('ZADD', REMOVED, text(now), space .. ARGV[at])
   end
   local surplus = redis.call('ZCARD', REMOVED) - REMEMBERED
@@ -303,4 +311,4 @@ local entries, owners = 0, redis.call('HGETALL', BYTES)
 for _, name in ipairs(redis.call('SMEMBERS', SPACES)) do
   entries = entries + redis.call('HLEN', prefix .. 'meta:' .. name)
 end
-return { result, text(now), entries, total, owners }
+return { result, text(now), entries, total, owners, redis.call('HLEN', prefix .. 'meta:' .. space) }

@@ -43,10 +43,13 @@ class ServerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the server has of all namespaces, as of ``clock``, its own time (see ``blocks.lua``)."""
+    """What the server has of all namespaces, as of ``clock``, its own time (see ``blocks.lua``). own_entries: of the
+    caller's namespace.
+    """
 
     clock: int = 0
     entries: int = 0
+    own_entries: int = 0
     bytes: int = 0
     bytes_by_owner: dict[str, int] = field(default_factory=dict)
 
@@ -124,10 +127,11 @@ class BlockServer:
         raise AssertionError
 
     def _taken_in(self, reply: list[Any]) -> Any:
-        result, clock, entries, size, owners = reply
+        result, clock, entries, size, owners, own_entries = reply
         contents = Contents(
             int(clock),
             entries,
+            own_entries,
             size,
             {owner.decode(): int(count) for owner, count in zip(owners[::2], owners[1::2], strict=True)},
         )

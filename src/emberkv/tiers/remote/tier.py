@@ -151,11 +151,15 @@ class RemoteTier(Tier):
             count += self._store(batch, known, evicted)
         return Stored(count, evicted)
 
-    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
-        """Where the server does not answer, this process does not find them any more, and removes them when it does."""
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+        """Where the server does not answer, this process does not find them any more, and removes them when it does;
+        with ``remember`` False, it leaves them.
+        """
         wanted = list(dict.fromkeys(block_hashes))
         if not wanted:
             return Removed()
+        if not remember:
+            return Removed((self._try("drop", *wanted) if self._server.breaker.is_closed else None) or 0)
         with self._lock:
             self._unremoved.update(wanted)
         count = self._try("remove", *wanted) if self._server.breaker.is_closed else None
@@ -169,7 +173,7 @@ class RemoteTier(Tier):
         """As `remove`, of all blocks of this model, those that other processes have stored included."""
         with self._lock:
             self._uncleared = True
-        before = self._server.contents.entries
+        before = self._server.contents.own_entries
         try:
             if self._server.breaker.is_closed:
                 return Removed(self._clear())

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emberkv.errors import ConfigError, UntrustedPathError
+from emberkv.files import open_own_file
 
 MAGIC = b"EMBERSHM"
 VERSION = 1
@@ -92,11 +93,11 @@ class Arena:
         """
         for _ in range(100):
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = open_own_file(path, os.O_RDWR)
             except FileNotFoundError:
                 return None
             with _closing_on_error(descriptor):
-                _check_trusted(path, descriptor)
+                _check_private(path, descriptor)
                 if _lock(descriptor, fcntl.F_RDLCK, _USERS) and _is_at(path, descriptor):
                     arena = cls(path, descriptor)
                     if arena.digest != digest:
@@ -119,7 +120,7 @@ class Arena:
             return None
         _, data_at, size = _layout(slot_bytes, slots)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = open_own_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             with _closing_on_error(descriptor):
                 _lock(descriptor, fcntl.F_RDLCK, _USERS)
@@ -261,9 +262,9 @@ def remove_unused(folder: Path, pattern: str, keep: Path) -> None:
         with suppress(OSError, UntrustedPathError):
             if path == keep:
                 continue
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = open_own_file(path, os.O_RDWR)
             try:
-                _check_trusted(path, descriptor)
+                _check_private(path, descriptor)
                 if _lock(descriptor, fcntl.F_WRLCK, _USERS) and _is_at(path, descriptor):
                     path.unlink()
             finally:
@@ -288,9 +289,10 @@ def _layout(slot_bytes: int, slots: int) -> tuple[int, int, int]:
     return table_at, data_at, data_at + slots * slot_bytes
 
 
-def _check_trusted(path: Path, descriptor: int) -> None:
+def _check_private(path: Path, descriptor: int) -> None:
+    """`open_own_file` has checked what kind of file it is."""
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o600:
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) != 0o600:
         raise UntrustedPathError(f"{path} is not a file that this user alone may read and write; remove it")
 
 

@@ -158,10 +158,12 @@ class ShmTier(Tier):
                     count += self._store_one(arena, entry, evicted)
         return Stored(count, [block_hash for block_hash in evicted if block_hash not in self._index])
 
-    def remove(self, block_hashes: Sequence[bytes]) -> Removed:
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
         """Where another process does not give the lock back, this one does not find the blocks any more, and removes
-        them when it has the lock.
+        them when it has the lock; with ``remember`` False, it leaves them.
         """
+        if not remember:
+            return self._drop(block_hashes)
         with self._lock:
             self._unremoved.update(block_hashes)
         return self._remove()
@@ -378,13 +380,27 @@ class ShmTier(Tier):
                 self._follow(arena)
                 arena.note_removals([ALL] if everything else wanted)
                 gone = [each for each in self._index.values() if everything or each.slot.block_hash in wanted]
-                for held in gone:
-                    arena.erase(held.number)
-                    self._discard(held)
-                self._changes = arena.changes
+                self._erase(arena, gone)
                 self._unremoved -= wanted
                 self._uncleared = self._uncleared and not everything
         return Removed(len(gone))
+
+    def _drop(self, block_hashes: Sequence[bytes]) -> Removed:
+        """Remove these, of which the stores by other processes are not refused."""
+        with self._changing() as arena:
+            if arena is None:
+                return Removed(0, len(block_hashes), LOCKED)
+            with self._lock:
+                self._follow(arena)
+                gone = [held for each in dict.fromkeys(block_hashes) if (held := self._index.get(each)) is not None]
+                self._erase(arena, gone)
+        return Removed(len(gone))
+
+    def _erase(self, arena: Arena, gone: Sequence[_Held]) -> None:
+        for held in gone:
+            arena.erase(held.number)
+            self._discard(held)
+        self._changes = arena.changes
 
     def _skip(self, reason: str, blocks: int) -> None:
         with self._lock:
