@@ -176,6 +176,7 @@ class CacheSettings(_Settings):
     exact: reuse only KV state that is bit-equal to a cold prefill's.
     prefix_cache: False computes every prompt anew.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
+    agent_rules: also drop lines of known agents that mean nothing to the model.
     """
 
     cache_ram: Size | None = Field(default=None, gt=0)
@@ -187,6 +188,7 @@ class CacheSettings(_Settings):
     exact: bool = False
     prefix_cache: bool = True
     canonical: UserPath | None = None
+    agent_rules: bool = True
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:

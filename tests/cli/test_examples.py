@@ -46,7 +46,7 @@ def test_each_workload_is_simulated(path: Path) -> None:
 
 
 def test_the_rules_can_be_loaded() -> None:
-    assert [rule.name for rule in load_rules(FOLDER / "canonical.yaml").lines][:2] == ["billing-header", "session-id"]
+    assert [rule.name for rule in load_rules(FOLDER / "canonical.yaml").lines][:2] == ["session-id", "request-id"]
 
 
 def test_the_keys_that_the_tenants_file_names_are_let_in() -> None:

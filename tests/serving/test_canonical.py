@@ -13,7 +13,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.api.anthropic_schema import MessagesRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import canonical_chat, canonical_messages
-from emberkv.serving.canonical import CanonicalRules, Wildcard, load_rules
+from emberkv.serving.canonical import CanonicalRules, Wildcard, load_rules, rules_in_force
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "canonical.yaml"
 
@@ -185,15 +185,16 @@ def test_without_rules_or_matches_not_a_byte_changes(system: list[str], user: st
 
 def test_the_example_is_for_coding_agents() -> None:
     system = (
-        "x-anthropic-billing-header: cc_version=2.1.3; cch=1f2e3;\nYou are an agent.\n<env>\n"
+        "Request: 7\nYou are an agent.\nRequest: what the user asks.\n<env>\n"
         "Working directory: /home/a\nToday's date: 2026-01-05\n</env>\ngitStatus: snapshot\nM file.py"
     )
     canonical, applied = canonical_messages(messages(system=system), load_rules(EXAMPLE))
     assert canonical.system == (
-        "You are an agent.\n<env>\n</env>\nToday's date: 2026-01-05\nWorking directory: /home/a\n"
+        "You are an agent.\nRequest: what the user asks.\n<env>\n</env>\n"
+        "Today's date: 2026-01-05\nWorking directory: /home/a\n"
         "gitStatus: snapshot\nM file.py"
     )
-    assert applied == {"billing-header": 1, "date": 1, "working-directory": 1, "git-status": 2}
+    assert applied == {"request-id": 1, "date": 1, "working-directory": 1, "git-status": 2}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,7 @@ def test_the_example_is_for_coding_agents() -> None:
         ("lines: [{name: A b, match: x, action: drop}]", "lines.0.name 'A b': string should match"),
         ("lines: [{name: a, match: x, action: move, where: user}]", "where must be 'system'"),
         ("lines: [{name: a, match: x, action: drop}, {name: a, match: y, action: drop}]", "the name 'a' is taken"),
+        ("lines: [{name: a, match: x, action: drop, until: y, first_line: true}]", "first_line takes one line"),
         ("line: []", "unknown: line; accepted: lines, tools"),
         ("lines: [", "is not YAML"),
     ],
@@ -221,3 +223,39 @@ def test_a_missing_or_empty_file(tmp_path: Path) -> None:
         load_rules(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").touch()
     assert load_rules(tmp_path / "empty.yaml") == CanonicalRules()
+
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.197.{}; cc_entrypoint=sdk-cli;"
+
+
+def test_claude_codes_billing_line_is_dropped_by_default() -> None:
+    given_rules = rules_in_force(None, for_agents=True)
+    blocks = [{"type": "text", "text": BILLING.format("f03")}, {"type": "text", "text": "You are an agent."}]
+    canonical, applied = canonical_messages(messages(system=blocks), given_rules)
+    assert canonical.system == [{"type": "text", "text": ""}, {"type": "text", "text": "You are an agent."}]
+    assert applied == {"claude-code-billing": 1}
+    same_text, _ = canonical_messages(messages(system=BILLING.format("123") + "\nYou are an agent."), given_rules)
+    assert same_text.system == "You are an agent."
+
+
+@pytest.mark.parametrize(
+    "system", ["You quote headers.\n" + BILLING, "see x-anthropic-billing-header: x", "x-anthropic-billing-header"]
+)
+def test_a_billing_line_elsewhere_is_for_the_model(system: str) -> None:
+    request = messages(BILLING, system=system)
+    canonical, applied = canonical_messages(request, rules_in_force(None, for_agents=True))
+    assert canonical.model_dump_json() == request.model_dump_json()
+    assert applied == {}
+
+
+def test_a_file_of_rules_adds_to_the_rules_for_agents(tmp_path: Path) -> None:
+    own = tmp_path / "rules.yaml"
+    own.write_text("lines: [{name: date, match: 'Date: *', action: move}]")
+    both = rules_in_force(own, for_agents=True)
+    assert both is not None
+    assert both.names == ["date", "claude-code-billing"]
+    own.write_text("lines: [{name: claude-code-billing, match: 'other: *', action: drop}]\ntools: {sort: true}")
+    instead = rules_in_force(own, for_agents=True)
+    assert instead is not None
+    assert (instead.names, instead.of_system([BILLING]).counts) == (["claude-code-billing", "tool-order"], {})
+    assert rules_in_force(None, for_agents=False) is None

@@ -81,6 +81,7 @@ def gateway(
     metrics_key: options.MetricsKey = None,
     metrics_key_file: options.MetricsKeyFile = None,
     canonical: options.Canonical = None,
+    agent_rules: options.AgentRules = None,
     record_trace: options.RecordTrace = None,
     cors_origin: options.CorsOrigin = None,
     root_path: options.RootPath = None,
@@ -98,7 +99,8 @@ def gateway(
         "host": host, "port": port, "api_keys": api_key or None, "api_key_file": api_key_file, "tenants": tenants,
         "max_body": max_body, "max_connections": max_connections, "drain_seconds": drain_seconds,
         "admin_key": admin_key, "admin_key_file": admin_key_file, "metrics_key": metrics_key,
-        "metrics_key_file": metrics_key_file, "canonical": canonical, "record_trace": record_trace,
+        "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
+        "record_trace": record_trace,
         "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
         "log_level": log_level, "log_format": log_format, "cluster_secret_file": cluster_secret_file,
     }  # fmt: skip

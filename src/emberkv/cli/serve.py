@@ -25,7 +25,7 @@ from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import RouterFactory, ServingSettings, create_app
 from emberkv.serving.auth import is_loopback, is_own_user
 from emberkv.serving.background import Background
-from emberkv.serving.canonical import load_rules
+from emberkv.serving.canonical import rules_in_force
 from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.kv_tensors import KVTensorStore
@@ -161,6 +161,7 @@ def serve(
     metrics_key: options.MetricsKey = None,
     metrics_key_file: options.MetricsKeyFile = None,
     canonical: options.Canonical = None,
+    agent_rules: options.AgentRules = None,
     record_trace: options.RecordTrace = None,
     trace_unit: options.TraceUnit = None,
     cors_origin: options.CorsOrigin = None,
@@ -268,11 +269,12 @@ def serving_settings(
     config: ServeConfig, bound: socket, tenants: Tenants, keys: ServerKeys, recorder: TraceRecorder | None
 ) -> ServingSettings:
     """What the app of a server on ``bound`` is set to. It warns of one that all may use."""
+    rules = rules_in_force(config.canonical, for_agents=config.agent_rules)
     settings = ServingSettings(
         max_body_bytes=None if config.max_body is None else int(config.max_body),
         tenants=tenants,
         recorder=recorder,
-        canonical=load_rules(config.canonical) if config.canonical is not None else None,
+        canonical=rules,
         admin_key=keys.admin,
         metrics_key=keys.metrics,
         allowed_origins=config.cors_origins,
@@ -281,6 +283,8 @@ def serving_settings(
         bound_to_loopback=is_loopback(bound.getsockname()[0]),
         is_own_user=is_own_user,
     )
+    if rules is not None:
+        _log.info("canonical rules  %s", ", ".join(rules.names))
     if not (settings.bound_to_loopback or tenants.by_key):
         _log.warning(_OPEN_TO_ALL, config.host)
     return settings

@@ -236,6 +236,15 @@ Canonical = Annotated[
         metavar="FILE", rich_help_panel=CACHE, help="YAML file of rules that drop or move volatile lines of prompts."
     ),
 ]
+AgentRules = Annotated[
+    bool | None,
+    typer.Option(
+        "--agent-rules/--no-agent-rules",
+        rich_help_panel=CACHE,
+        help="Drop lines of known coding agents that change all the time and mean nothing to the model, such as Claude "
+        "Code's billing line. (default: on)",
+    ),
+]
 RecordTrace = Annotated[
     str | None,
     typer.Option(

@@ -332,6 +332,8 @@ class AnswerService:
             stream.interrupt_after(max(0.0, left), RequestTimeoutError(text))
         self._lifecycle.track(stream)
         self.recent.add(request)
+        for rule, changes in request.canonical.items():
+            self._metrics.canonical_changes.labels(rule).inc(changes)
         return stream
 
     async def respond(

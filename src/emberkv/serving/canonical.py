@@ -1,7 +1,8 @@
-"""Canonical prompts: rules of the operator that drop or move volatile lines and put tools in order.
+"""Canonical prompts: rules that drop or move volatile lines and put tools in order.
 
 A date, a version or a session's id near a prompt's beginning makes everything behind it new to the cache. Rules name
-such lines by wildcard patterns, which match in linear time whatever the text is.
+such lines by wildcard patterns, which match in linear time whatever the text is. An operator's rules come from a file;
+`AGENT_RULES` are on by default, because what they drop is not written for the model.
 """
 
 from collections import Counter
@@ -72,7 +73,8 @@ class LineRule(Strict):
     """What to do with lines that match.
 
     until: the rule takes all lines from a match up to, not including, the next one that matches this, or any rule;
-    without such a one, to the text's end. where: in the system prompt, in the user's messages, or both.
+    without such a one, to the text's end. where: in the system prompt, in the user's messages, or both. first_line: the
+    rule takes nothing but the first line of a text.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
@@ -80,6 +82,13 @@ class LineRule(Strict):
     until: Pattern | None = None
     action: Literal["drop", "move"]
     where: Literal["system", "user", "both"] = "system"
+    first_line: bool = False
+
+    @model_validator(mode="after")
+    def _first_line_is_one(self) -> Self:
+        if self.first_line and self.until is not None:
+            raise ValueError("first_line takes one line; leave until out")
+        return self
 
     @model_validator(mode="after")
     def _moves_within_the_system_prompt(self) -> Self:
@@ -108,6 +117,12 @@ class CanonicalRules(Strict):
         if twice:
             raise ValueError(f"the name {twice[0]!r} is taken; every rule needs a name of its own")
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """What the rules are called where changes are counted."""
+        sorting = [name for name, on in ((TOOL_ORDER, self.tools.sort), (TOOL_KEYS, self.tools.sort_keys)) if on]
+        return [*(rule.name for rule in self.lines), *sorting]
 
     def of_system(self, texts: list[str]) -> "Rewritten":
         """The system prompt's texts; moved lines come to the end of the last one, rule by rule."""
@@ -150,6 +165,35 @@ class Rewritten:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+AGENT_RULES = CanonicalRules.model_validate(
+    {
+        "lines": [
+            # Claude Code reports its version and a checksum of the first message to Anthropic's billing in the first
+            # line of its system prompt. The service that it is written for removes it before the model reads it.
+            {
+                "name": "claude-code-billing",
+                "match": "x-anthropic-billing-header: *",
+                "action": "drop",
+                "first_line": True,
+            }
+        ]
+    }
+)
+"""Rules for lines of known agents of which it is certain that they mean nothing to the model."""
+
+
+def rules_in_force(path: Path | None, *, for_agents: bool) -> CanonicalRules | None:
+    """The rules in an operator's file, if any, and behind them `AGENT_RULES`; None without either.
+
+    A rule of the file takes the place of an agent rule of the same name. Raises ConfigError as `load_rules` does.
+    """
+    own = load_rules(path) if path is not None else CanonicalRules()
+    taken = {rule.name for rule in own.lines}
+    agents = [rule for rule in AGENT_RULES.lines if rule.name not in taken] if for_agents else []
+    rules = own.model_copy(update={"lines": [*own.lines, *agents]})
+    return rules if rules.names else None
+
+
 def load_rules(path: Path) -> CanonicalRules:
     """The rules in a YAML file. Raises ConfigError naming the file and each key at fault."""
     name = f"the file of canonical rules {path}"
@@ -165,11 +209,13 @@ def _split(rules: list[LineRule], text: str) -> tuple[str, dict[str, list[str]]]
 
     A line is the first rule's that it matches, which ends another's section: so what was moved is found again as it is.
     """
+    if not _may_take(rules, text):
+        return text, {}
     kept: list[str] = []
     taken: dict[str, list[str]] = {}
     section: LineRule | None = None
-    for line in text.split("\n"):
-        begun = next((rule for rule in rules if rule.match.matches(line)), None)
+    for index, line in enumerate(text.split("\n")):
+        begun = next((rule for rule in rules if rule.match.matches(line) and not (index and rule.first_line)), None)
         if begun is not None or (section is not None and section.until is not None and section.until.matches(line)):
             section = begun
         if section is None:
@@ -179,6 +225,13 @@ def _split(rules: list[LineRule], text: str) -> tuple[str, dict[str, list[str]]]
         if section is not None and section.until is None:
             section = None
     return ("\n".join(kept) if taken else text), taken
+
+
+def _may_take(rules: list[LineRule], text: str) -> bool:
+    """False where it is plain, without splitting the text, that no line is taken."""
+    if not all(rule.first_line for rule in rules):
+        return True
+    return any(rule.match.matches(text.partition("\n")[0]) for rule in rules)
 
 
 def _sizes(taken: Mapping[str, list[str]]) -> Counter[str]:

@@ -375,6 +375,12 @@ class ServingMetrics:
             labelnames=("api", "reason"),
             registry=self._registry,
         )
+        self.canonical_changes = Counter(
+            "emberkv_canonical_changes",
+            "Lines and tools of prompts that a canonical rule changed.",
+            labelnames=("rule",),
+            registry=self._registry,
+        )
 
     def register(self, collector: Collector) -> None:
         """Have another collector's metrics read with these."""

@@ -127,6 +127,8 @@ def test_canonical_rules_are_visible() -> None:
     asked = server.explain(openai=body)
     assert (asked["hit_tokens"], asked["canonical"]) == (72, {"date": 1})
     assert server.explain(response_id=answer.json()["id"])["canonical"] == {"date": 1}
+    metrics = server.client.get("/metrics", headers=HERE).text
+    assert 'emberkv_canonical_changes_total{rule="date"} 1.0' in metrics
 
 
 def test_a_lower_tier_that_would_be_loaded_or_not() -> None:
