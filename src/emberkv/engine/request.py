@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,44 @@ MAX_STOP_STRINGS = 16
 REPETITION_PENALTIES = (0.01, 100.0)
 """Lowest and highest; beyond them, products with a model's scores would leave the range of float32."""
 MAX_LOGIT_BIAS = 100.0
+MAX_CONSTRAINT_BYTES = 512 << 10
 
 
 def _require(condition: bool, param: str, given: object, accepted: str) -> None:
     if not condition:
         raise RequestError(f"{param} is {given!r}; it must be {accepted}", param=param)
+
+
+ConstraintKind = Literal["json_schema", "json_object", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """Which texts an answer may be; `engine.constraints` compiles it to masks over the vocabulary.
+
+    kind: what ``text`` is: a JSON schema, a regular expression (Rust's syntax, matched as a whole), or a grammar in
+    llguidance's variant of Lark with the rule ``start``. "json_object" is any JSON object, and its text is empty.
+    markers: texts in the grammar that the model may write as special tokens; all other special tokens are excluded.
+    lenient: keywords of a JSON schema that are not implemented are passed over instead of refused.
+
+    Raises RequestError for another kind, and for a text of more than `MAX_CONSTRAINT_BYTES`. ::
+
+        Constraint("json_schema", '{"type": "object", "properties": {"age": {"type": "integer"}}}')
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    markers: tuple[str, ...] = ()
+    lenient: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = get_args(ConstraintKind)
+        _require(self.kind in kinds, "constraint", self.kind, f"one of {', '.join(kinds)}")
+        size = len(self.text.encode(errors="replace"))
+        if size > MAX_CONSTRAINT_BYTES:
+            raise RequestError(
+                f"the constraint has {size} bytes; it must have at most {MAX_CONSTRAINT_BYTES}", param="constraint"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +68,7 @@ class SamplingParams:
     logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
     prompt_logprobs: the same beside each of the prompt's tokens, which is then computed without reading the cache.
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
+    constraint: which texts the answer may be; it ends when the text is complete. None: any.
 
     Raises RequestError naming the field when a value is out of range.
     """
@@ -53,6 +87,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")

@@ -1,0 +1,113 @@
+"""Constrained decoding: grammars of answers, checked here and compiled by llguidance to masks over the vocabulary."""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from emberkv.engine.request import Constraint
+from emberkv.errors import RequestError, reason_of
+
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # about 20 ms
+    step_lexer_fuel=200_000,  # about 15 ms for one mask
+    step_max_items=50_000,
+    max_lexer_states=50_000,  # of 1 to 2 kB each
+    max_grammar_size=500_000,
+    verbose_errors=False,  # these texts may be logged, and the grammar is the client's
+)
+"""What a grammar may cost: units of work while it is compiled and for each mask, and memory."""
+
+_MAX_TRIES = 200
+_SUBSCHEMA = frozenset({"items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"})
+_DEFINITIONS = ("$defs", "definitions")
+_SUBSCHEMA_MAPS = frozenset({"properties", "patternProperties", "dependentSchemas", *_DEFINITIONS})
+_SUBSCHEMA_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+
+
+def check_constraint(constraint: Constraint, param: str = "constraint") -> Constraint:
+    """The constraint, which can be compiled. It needs no tokenizer, so that a process without a model can check.
+
+    param: the request's field that it comes from.
+
+    Raises RequestError, which says where in the schema or the grammar, for one that cannot be compiled.
+    """
+    fault = _fault(constraint)
+    if fault is not None:
+        raise RequestError(f"{param} cannot be compiled: {fault}", param=param)
+    return constraint
+
+
+@lru_cache(maxsize=64)
+def _fault(constraint: Constraint) -> str | None:
+    schema: Any = None
+    if constraint.kind == "json_schema":
+        try:
+            schema = json.loads(constraint.text)
+        except ValueError as error:
+            return f"it is no JSON: {reason_of(error)}"
+        if not isinstance(schema, dict | bool):
+            return f"it is {type(schema).__name__}; a JSON schema is an object"
+    message = _message_about(grammar_of(constraint))
+    if message is None:
+        return None
+    place = f"{_place(schema, message)}: " if isinstance(schema, dict) and not constraint.lenient else ""
+    return reason_of(ValueError(f"{place}{_without_listing(message)}"))
+
+
+def _message_about(grammar: str) -> str | None:
+    """llguidance's reason to refuse a grammar; None where it accepts it."""
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS)
+    return messages[0] if is_error else None
+
+
+def grammar_of(constraint: Constraint) -> str:
+    """As llguidance's matcher takes it."""
+    match constraint.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        case "json_schema":
+            overrides: Any = {"lenient": True} if constraint.lenient else None
+            return LLMatcher.grammar_from_json_schema(constraint.text, overrides=overrides)
+        case "regex":
+            return LLMatcher.grammar_from_regex(constraint.text)
+        case "lark":
+            return LLMatcher.grammar_from_lark(constraint.text)
+
+
+def _schema_grammar(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+
+
+def _without_listing(message: str) -> str:
+    """llguidance's message without the lines of the grammar that it shows below it."""
+    return "\n".join(line for line in message.splitlines() if "|" not in line[:8] and line.strip(" ^"))
+
+
+def _place(schema: dict[str, Any], message: str) -> str:
+    """The innermost part of a JSON schema that is refused in the same words, as a JSON pointer; "#" for the whole.
+
+    llguidance names the fault and not its place. Parts are tried each on its own, with the definitions of the whole.
+    """
+    definitions = {name: schema[name] for name in _DEFINITIONS if name in schema}
+    tries, place = _MAX_TRIES, "#"
+    parts = list(_parts(schema, place))
+    while parts and tries:
+        pointer, part = parts.pop(0)
+        tries -= 1
+        if isinstance(part, dict) and _message_about(_schema_grammar({**definitions, **part})) == message:
+            place, parts = pointer, list(_parts(part, pointer))
+    return place
+
+
+def _parts(schema: dict[str, Any], pointer: str) -> Iterator[tuple[str, Any]]:
+    """The schemas directly within a schema, each with its JSON pointer."""
+    for key, value in sorted(schema.items(), key=lambda item: item[0] not in _DEFINITIONS):
+        if key in _SUBSCHEMA and isinstance(value, dict):
+            yield f"{pointer}/{key}", value
+        elif key in _SUBSCHEMA_MAPS and isinstance(value, dict):
+            yield from ((f"{pointer}/{key}/{name}", part) for name, part in value.items())
+        elif key in _SUBSCHEMA_LISTS and isinstance(value, list):
+            yield from ((f"{pointer}/{key}/{index}", part) for index, part in enumerate(value))

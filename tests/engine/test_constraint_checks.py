@@ -1,0 +1,57 @@
+"""A constraint that cannot be compiled is refused, and the message says where; no tokenizer is needed for that."""
+
+import json
+
+import pytest
+
+from emberkv.engine.constraints import check_constraint
+from emberkv.engine.request import MAX_CONSTRAINT_BYTES, Constraint
+from emberkv.errors import RequestError
+
+
+def schema(**properties: object) -> str:
+    return json.dumps({"type": "object", "properties": properties, "$defs": {"unique": {"uniqueItems": True}}})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Constraint("json_object"),
+        Constraint("json_schema", '{"type": "object"}'),
+        Constraint("json_schema", '{"uniqueItems": true}', lenient=True),
+        Constraint("regex", "[0-9]{3}"),
+        Constraint("lark", 'start: "a" | "b"'),
+    ],
+)
+def test_what_can_be_compiled_is_given_back(constraint: Constraint) -> None:
+    assert check_constraint(constraint) is constraint
+
+
+@pytest.mark.parametrize(
+    ("constraint", "reason"),
+    [
+        (Constraint("json_schema", '{"type": "obj'), "it is no JSON: Unterminated string .* column 10"),
+        (Constraint("json_schema", "[1]"), "it is list; a JSON schema is an object"),
+        (Constraint("json_schema", '{"type": "thing"}'), "#: Invalid type: thing"),
+        (
+            Constraint("json_schema", schema(a={"items": {"type": "thing"}})),
+            "#/properties/a/items: Invalid type: thing",
+        ),
+        (Constraint("json_schema", schema(a={"anyOf": [{}, {"format": "moon"}]})), "#/properties/a/anyOf/1: .*moon"),
+        (Constraint("json_schema", schema(a={"$ref": "#/$defs/unique"})), "#/.defs/unique: .*uniqueItems"),
+        (Constraint("regex", "(a"), "at 1.*unclosed group"),
+        (Constraint("lark", "start: nowhere"), "at 1.*nowhere"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_at_its_place(constraint: Constraint, reason: str) -> None:
+    with pytest.raises(RequestError, match=f"^field cannot be compiled: {reason}") as refused:
+        check_constraint(constraint, "field")
+    assert refused.value.param == "field"
+    assert "\n" not in str(refused.value)
+
+
+def test_kind_and_size_are_checked() -> None:
+    with pytest.raises(RequestError, match="constraint is 'xml'; it must be one of json_schema, json_object"):
+        Constraint("xml")  # type: ignore[arg-type]  # what a caller may give all the same
+    with pytest.raises(RequestError, match=f"has {MAX_CONSTRAINT_BYTES + 1} bytes"):
+        Constraint("regex", "a" * (MAX_CONSTRAINT_BYTES + 1))
