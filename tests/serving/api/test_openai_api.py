@@ -177,7 +177,7 @@ def test_messages_reach_the_template(client: Client, engine: FakeEngine) -> None
     assert chat(client, messages=messages, tools=tools, tool_choice="none").status_code == 200
     rendered = "<system>Be brief<user>a\nb<assistant>[add 2]<tool>3<assistant>"
     shown = [bytes(request.prompt_token_ids).decode() for request in engine.submitted]
-    assert shown == ["<tool add>" + rendered, rendered]
+    assert shown == ["<tool add>" + rendered] * 2  # so that the choice does not change the prefix
 
 
 def test_models(client: Client) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
-from emberkv.serving.api.openai_schema import ChatCompletionRequest, template_messages
-from emberkv.serving.api.rendering import anthropic_mark, chat_mark, covered_tokens, without_marks
+from emberkv.serving.api.openai_schema import ChatCompletionRequest, template_messages, without_marks
+from emberkv.serving.api.rendering import anthropic_mark, chat_mark, covered_tokens
 from tests.serving.fakes import ByteTokenizer
 
 SHORT = {"type": "ephemeral"}
@@ -37,7 +37,7 @@ def chat_cover(messages: list[Any], **fields: Any) -> tuple[str, float] | None:
         return None
 
     def render(each: ChatCompletionRequest) -> str:
-        return TOKENIZER.render_chat(template_messages(each.messages), tools=without_marks(each.tools))
+        return TOKENIZER.render_chat(template_messages(each.messages), tools=without_marks(each.tools or ()))
 
     prompt = render(request)
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)

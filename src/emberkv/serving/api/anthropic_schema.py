@@ -9,6 +9,7 @@ from pydantic import Field
 from emberkv.engine.request import MAX_STOP_STRINGS, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
+from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.validation import RequestBody, part_text, plain_text
 
 _PASSED_OVER = ("thinking", "redacted_thinking")  # an earlier answer's thoughts are not part of the conversation
@@ -40,7 +41,7 @@ class PromptRequest(RequestBody):
         begun = ""
         if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
             begun = messages.pop()["content"]
-        return tokenizer.render_chat(messages, tools=self._template_tools()) + begun
+        return Conversation(messages, self._template_tools() or (), begun=begun).prompt_text(tokenizer)
 
     def _template_messages(self) -> list[dict[str, Any]]:
         if not self.messages:

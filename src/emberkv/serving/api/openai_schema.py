@@ -9,6 +9,7 @@ from pydantic_core import from_json
 
 from emberkv.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from emberkv.errors import RequestError
+from emberkv.serving.api.conversation import Conversation, ToolChoice
 from emberkv.serving.api.validation import RequestBody, plain_text
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -149,18 +150,28 @@ class TemplateOptions(RequestBody):
     continue_final_message: bool | None = None
     reasoning_effort: str | None = None
 
-    def template_options(self) -> dict[str, Any]:
-        """As `Tokenizer.render_chat` takes them. Raises RequestError for two that exclude each other."""
+    def conversation_of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        tool_choice: ToolChoice,
+    ) -> Conversation:
+        """Messages and tools of the request with its options. Raises RequestError naming what cannot be used."""
         continued = bool(self.continue_final_message)
         if continued and self.add_generation_prompt:
             raise RequestError(
                 "continue_final_message and add_generation_prompt are both true; one of them must not be",
                 param="continue_final_message",
             )
-        begun = not continued if self.add_generation_prompt is None else self.add_generation_prompt
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        variables = {**effort, **(self.chat_template_kwargs or {})}
-        return {"add_generation_prompt": begun, "continue_final_message": continued, "variables": variables}
+        return Conversation(
+            template_messages(messages),
+            without_marks(tools),
+            tool_choice,
+            {**effort, **(self.chat_template_kwargs or {})},
+            add_generation_prompt=not continued if self.add_generation_prompt is None else self.add_generation_prompt,
+            continue_final_message=continued,
+        )
 
 
 class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
@@ -184,17 +195,18 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the chat template is to show.
-
-        A model cannot be made to call a tool here, so 'required' and named tools are refused.
-        """
+    def chosen_tools(self) -> ToolChoice:
+        """Which tools the answer may call. Raises RequestError for 'required' and named tools."""
         if self.tool_choice not in (None, "none", "auto"):
             raise RequestError(
                 f"tool_choice is {self.tool_choice!r}; only 'none' and 'auto' are supported",
                 param="tool_choice",
             )
-        return None if self.tool_choice == "none" else self.tools or None
+        return ToolChoice("none" if self.tool_choice == "none" else "auto")
+
+    def conversation(self) -> Conversation:
+        """Raises RequestError naming the place of what cannot be used."""
+        return self.conversation_of(self.messages, self.tools or (), self.chosen_tools)
 
 
 class CompletionRequest(OpenAIRequest):
@@ -227,6 +239,11 @@ class CompletionRequest(OpenAIRequest):
 
 def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+def without_marks(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools as the template is to show them: a mark that says how long to retain the prefix is no part of one."""
+    return [{key: value for key, value in tool.items() if key != "cache_control"} for tool in tools]
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

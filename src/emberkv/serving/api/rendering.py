@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
-from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions, template_messages
+from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.canonical import CanonicalRules
 
 FIELD = "cache_control"
@@ -51,11 +51,6 @@ def covered_tokens(tokenizer: Tokenizer, text: str, token_ids: Sequence[int], cu
     common = tokenizer.encode(text[:length], add_special_tokens=False)
     pairs = zip(common, token_ids, strict=False)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(common), len(token_ids)))
-
-
-def without_marks(tools: list[Json] | None) -> list[Json] | None:
-    """OpenAI tools as the template is to show them: a mark on one is no part of it."""
-    return tools and [{key: value for key, value in tool.items() if key != FIELD} for tool in tools]
 
 
 Candidate = tuple[float, Callable[[], Request]]
@@ -248,28 +243,14 @@ def render_chat(
 ) -> RenderedPrompt:
     """An OpenAI chat request's prompt. Raises RequestError as `render_messages` does."""
     request, canonical = canonical_chat(request, rules)
-    text = _chat_text(request, tokenizer)
+    text = request.conversation().prompt_text(tokenizer)
     mark = chat_mark(request)
     try:
-        cut = None if mark is None else _chat_text(mark.cut, tokenizer)
+        cut = None if mark is None else mark.cut.conversation().prompt_text(tokenizer)
     except RequestError:
         cut = None  # as above
     token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
     return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
-
-
-def chat_text(
-    options: TemplateOptions,
-    messages: Sequence[Mapping[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    tokenizer: Tokenizer,
-) -> str:
-    """A conversation as the chat template renders it. Raises RequestError for what cannot be used."""
-    return tokenizer.render_chat(template_messages(messages), tools=without_marks(tools), **options.template_options())
-
-
-def _chat_text(request: ChatCompletionRequest, tokenizer: Tokenizer) -> str:
-    return chat_text(request, request.messages, request.shown_tools, tokenizer)
 
 
 def _with_mark(

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.answer_service import RequestPreparer
+from emberkv.serving.api.conversation import ToolChoice
 from emberkv.serving.api.openai_schema import TemplateOptions
-from emberkv.serving.api.rendering import chat_text
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
@@ -49,7 +49,8 @@ def tokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
     if request.prompt is not None:
         text, special = request.prompt, request.add_special_tokens is not False
     else:
-        text = chat_text(request, request.messages or [], request.tools, model.tokenizer)
+        conversation = request.conversation_of(request.messages or [], request.tools or (), ToolChoice())
+        text = conversation.prompt_text(model.tokenizer)
         special = bool(request.add_special_tokens)
     token_ids = list(model.tokenizer.encode(text, add_special_tokens=special, max_tokens=model.countable_tokens))
     names = [model.tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None

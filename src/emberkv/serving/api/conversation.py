@@ -1,0 +1,77 @@
+"""A conversation in the form of chat templates, which the requests of every API are turned into."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from emberkv.engine.tokenization.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which tools an answer may call.
+
+    mode: "none" forbids calls, "required" demands one. names: the only tools that may be called; empty: all.
+    parallel: whether one answer may have several calls.
+    """
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What an answer is wanted to, as transformers' chat templates take it.
+
+    messages: each with ``role`` and ``content`` (text); an assistant's may have ``reasoning_content`` (text) and
+    ``tool_calls``, of which each is ``{"id", "type": "function", "function": {"name", "arguments": dict}}``, or text
+    as arguments where the model wrote no JSON object; a tool's has ``tool_call_id``. tools: each
+    ``{"type": "function", "function": {"name", "description", "parameters"}}``. They stay in the prompt whatever
+    tool_choice is, so that the prefix stays the same.
+
+    variables: of the template, as ``{"enable_thinking": False}``. begun: text that the answer begins with, which the
+    client has given. add_generation_prompt, continue_final_message: as `Tokenizer.render_chat` takes them. ::
+
+        Conversation([{"role": "user", "content": "Which lamps are lit?"}]).prompt_text(tokenizer)
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    begun: str = ""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    def prompt_text(self, tokenizer: Tokenizer) -> str:
+        """The prompt, up to where the answer goes on.
+
+        Raises RequestError for a conversation that the model's chat template does not take.
+        """
+        rendered = tokenizer.render_chat(
+            with_result_names(self.messages),
+            tools=self.tools or None,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            variables=self.variables,
+        )
+        return rendered + self.begun
+
+
+def with_result_names(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages, in which each tool result has the name of the tool.
+
+    Clients name a result by its call's id alone, while some chat templates show the tool's name.
+    """
+    names: dict[str, str] = {}
+    named: list[Message] = []
+    for message in messages:
+        calls = message.get("tool_calls") or ()
+        names |= {call["id"]: call["function"]["name"] for call in calls if isinstance(call.get("id"), str)}
+        of_call = message.get("tool_call_id")
+        is_named = message["role"] != "tool" or message.get("name") or not isinstance(of_call, str)
+        named.append({**message} if is_named or of_call not in names else {**message, "name": names[of_call]})
+    return named
