@@ -248,6 +248,7 @@ class ListenSettings(_Settings):
     request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
     limit.
     drain_seconds: how long running answers may go on after a signal to stop.
+    on_overflow: what is done with a ``max_tokens`` that the context has no room for behind the prompt.
     """
 
     host: NotEmpty = "127.0.0.1"
@@ -260,6 +261,7 @@ class ListenSettings(_Settings):
     max_connections: int = Field(default=1024, ge=1, le=2**16)
     request_timeout: float | None = Field(default=None, gt=0, le=86_400)
     drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
+    on_overflow: Literal["clip", "refuse"] = "clip"
 
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:

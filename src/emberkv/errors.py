@@ -54,7 +54,25 @@ class RequestError(EmberError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt, or the prompt and its answer, exceeds the model's context or the pool."""
+    """The prompt, or the prompt and its answer, exceeds the model's context or the pool.
+
+    prompt_tokens: what the prompt has, at least. wanted: the tokens asked for as its answer, where the prompt alone
+    would fit. limit: the most tokens that are accepted, of the prompt or of both. None where they are not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        prompt_tokens: int | None = None,
+        wanted: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+        self.prompt_tokens = prompt_tokens
+        self.wanted = wanted
+        self.limit = limit
 
 
 class DuplicateRequestError(RequestError):

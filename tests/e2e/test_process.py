@@ -40,8 +40,10 @@ def test_settings(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
 
         too_long = complete([5] * 256)
         assert too_long.status_code == 400
-        assert "the prompt has 256 tokens; at most 255 are accepted" in too_long.json()["error"]["message"]
-        assert "has room for at most 6" in complete([5] * 250).json()["error"]["message"]
+        assert "your messages resulted in 256 tokens" in too_long.json()["error"]["message"]
+        clipped = complete([5] * 250)
+        assert clipped.headers["x-emberkv-max-tokens"] == "6"
+        assert clipped.json()["usage"]["completion_tokens"] == 6
 
         rng = random.Random(0)
         prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(40)] for _ in range(8)]

@@ -24,11 +24,13 @@ LONG = [{"role": "user", "content": "x" * 991}]
         ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a string or a list of text parts"),
         ({"messages": IMAGE}, "messages[0].content[0]", "type 'image'; this server reads text"),
         ({"messages": [{"role": "user", "content": "offend the template"}]}, "messages", "the chat template rejects"),
-        ({"messages": LONG}, None, "the prompt has 1008 tokens; at most 990 are accepted"),
+        (
+            {"messages": LONG},
+            None,
+            "maximum context length is 990 tokens. However, your messages resulted in 1008 tokens",
+        ),
         ({"max_tokens": -1}, "max_tokens", "max_tokens is -1; it must be at least 1"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
-        ({"max_tokens": 10**12}, "max_tokens", "the context of 1000 tokens has room for at most 981"),
-        ({"max_completion_tokens": 982}, "max_completion_tokens", "max_completion_tokens is 982; after a prompt of 19"),
         ({"max_tokens": "12"}, "max_tokens", "max_tokens is '12': input should be a valid integer"),
         ({"temperature": 2.5}, "temperature", "temperature is 2.5; it must be from 0 to 2"),
         ({"temperature": "hot"}, "temperature", "temperature is 'hot': input should be a valid number"),
@@ -102,9 +104,8 @@ def test_a_refused_prompt_takes_its_companions_with_it(client: Client, engine: F
         ({"messages": []}, "messages is empty; it must hold at least one message"),
         ({"messages": IMAGE}, "messages.0.content.0 has type 'image'"),
         ({"messages": [{"role": "system", "content": "x"}]}, "role is 'system'; it must be 'user' or 'assistant'"),
-        ({"messages": LONG}, "the prompt has 1008 tokens; at most 990 are accepted"),
+        ({"messages": LONG}, "prompt is too long: 1008 tokens > 990 maximum"),
         ({"max_tokens": -1}, "max_tokens is -1: input should be greater than or equal to 0"),
-        ({"max_tokens": 10**9}, "has room for at most 981"),
         ({"max_tokens": None}, "max_tokens is None: input should be a valid integer"),
         ({"temperature": 1.5}, "temperature is 1.5: input should be less than or equal to 1"),
         ({"top_p": 2}, "top_p is 2.0; it must be above 0 and at most 1"),
@@ -161,7 +162,7 @@ def test_a_bad_value_is_not_repeated_at_length(client: Client) -> None:
 
 
 @pytest.mark.parametrize("digits", [100, 4000, 5000])
-@pytest.mark.parametrize("field", ["max_tokens", "seed", "temperature", "n"])
+@pytest.mark.parametrize("field", ["seed", "temperature", "n"])
 def test_numbers_of_many_digits(client: Client, field: str, digits: int) -> None:
     body = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}],"%s":%s}' % (field.encode(), b"9" * digits)
     response = client.post("/v1/chat/completions", content=body)

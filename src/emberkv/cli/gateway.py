@@ -76,6 +76,7 @@ def gateway(
     max_body: options.MaxBody = None,
     max_connections: options.MaxConnections = None,
     drain_seconds: options.DrainSeconds = None,
+    on_overflow: options.OnOverflow = None,
     admin_key: options.AdminKey = None,
     admin_key_file: options.AdminKeyFile = None,
     metrics_key: options.MetricsKey = None,
@@ -102,7 +103,8 @@ def gateway(
         "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
         "record_trace": record_trace,
         "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
-        "log_level": log_level, "log_format": log_format, "cluster_secret_file": cluster_secret_file,
+        "on_overflow": on_overflow, "log_level": log_level, "log_format": log_format,
+        "cluster_secret_file": cluster_secret_file,
     }  # fmt: skip
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
@@ -170,6 +172,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions) -> None:
         workers=options.workers,
         routing=options.routing,
         max_requests=options.max_requests,
+        on_overflow=config.on_overflow,
     )
     members = FollowedMembers(gateway.membership)
     sequences = SequenceGateway(members, gateway.check_secret)

@@ -152,6 +152,7 @@ def serve(
     max_connections: options.MaxConnections = None,
     request_timeout: options.RequestTimeout = None,
     drain_seconds: options.DrainSeconds = None,
+    on_overflow: options.OnOverflow = None,
     warmup: options.Warmup = None,
     warmup_timeout: options.WarmupTimeout = None,
     warmup_system_file: options.WarmupSystemFile = None,

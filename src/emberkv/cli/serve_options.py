@@ -260,6 +260,14 @@ TraceUnit = Annotated[
 MaxConnections = Annotated[
     int | None, typer.Option(rich_help_panel=SERVER, help="Connections at once. (default: 1024)")
 ]
+OnOverflow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="clip|refuse",
+        rich_help_panel=SERVER,
+        help="What is done with a max_tokens beyond what the context has room for. (default: clip)",
+    ),
+]
 CorsOrigin = Annotated[
     list[str] | None,
     typer.Option(

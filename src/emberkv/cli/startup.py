@@ -254,6 +254,7 @@ class Startup:
             ),
             assembled=engine,
             fingerprint=loaded.fingerprint,
+            on_overflow=self._config.on_overflow,
         )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()

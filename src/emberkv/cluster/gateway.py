@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
@@ -41,8 +41,8 @@ class Gateway:
     """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
-    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused. on_stop: what
-    else is closed at the end.
+    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused.
+    on_overflow: of the `ServedModel`. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -58,6 +58,7 @@ class Gateway:
         workers: Sequence[str] = (),
         routing: str = DEFAULT_ROUTING,
         max_requests: int = MAX_REQUESTS,
+        on_overflow: Literal["clip", "refuse"] = "clip",
         rng: random.Random | None = None,
     ) -> None:
         self.lifecycle = lifecycle
@@ -70,6 +71,7 @@ class Gateway:
         self._secret = secret
         self._workers = workers
         self._max_requests = max_requests
+        self._on_overflow = on_overflow
 
     async def start(self) -> None:
         """Begin to follow the workers."""
@@ -170,6 +172,7 @@ class Gateway:
                 about=description.about,
                 sampling_defaults=description.sampling_defaults,
                 headers=self._headers,
+                on_overflow=self._on_overflow,
             )
         )
         self.lifecycle.has_workers(False)

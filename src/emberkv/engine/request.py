@@ -331,6 +331,9 @@ class ModelLimits:
             raise PromptTooLongError(
                 f"{given} prompt tokens and {request.params.max_tokens} to generate are {total}; {source} holds {room}",
                 param="prompt" if given >= room else "max_tokens",
+                prompt_tokens=given,
+                wanted=None if given >= room else request.params.max_tokens,
+                limit=room,
             )
 
     def _in_vocabulary(self, prompt: Sequence[int]) -> bool:

@@ -137,7 +137,8 @@ class Prompt:
 
     retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. silent: the answer is
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
-    stands before the answer, with log-probabilities where the request wants them.
+    stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
+    more tokens than fit, so that its ``max_tokens`` are fewer.
     """
 
     token_ids: Sequence[int]
@@ -146,6 +147,7 @@ class Prompt:
     retain_seconds: float = 0.0
     silent: bool = False
     echo: Echo | None = None
+    is_clipped: bool = False
 
 
 class TextGenerator:
@@ -169,6 +171,7 @@ class TextGenerator:
         if self._outputs is None or self._outputs.loop is not loop:
             self._outputs = OutputQueue(loop)
         stream = AnswerStream(self._engine, on_close)
+        stream.clipped_to = min((each.params.max_tokens for each in prompts if each.is_clipped), default=None)
         try:
             for index, prompt in enumerate(prompts):
                 generation = GenerationRequest(
@@ -198,25 +201,47 @@ class TextGenerator:
         return stream
 
 
-def answer_budget(engine: Engine, prompt_tokens: int, wanted: int | None, *, field: str = "max_tokens") -> int:
-    """How many tokens an answer may have: as many as are ``wanted`` by the request's ``field``, else as many as fit.
+MAX_TOKENS_HEADER = "x-emberkv-max-tokens"
 
-    Raises PromptTooLongError when prompt and answer do not fit, RequestError when the prompt is empty.
+
+@dataclass(frozen=True, slots=True)
+class AnswerBudget:
+    """tokens: the most that an answer may have. is_clipped: the request asked for more than fits."""
+
+    tokens: int
+    is_clipped: bool = False
+
+
+def answer_budget(
+    model: ServedModel, prompt_tokens: int, wanted: int | None, *, field: str = "max_tokens"
+) -> AnswerBudget:
+    """How many tokens an answer may have: as many as are ``wanted`` by the request's ``field``, as far as they fit.
+
+    Raises PromptTooLongError for a prompt that does not fit, and where the model refuses what does not fit, for more
+    tokens than do; RequestError for a prompt that is empty.
     """
+    engine = model.engine
     if prompt_tokens == 0:
         raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
     if prompt_tokens > engine.max_prompt_tokens:
         raise PromptTooLongError(
-            f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted"
+            f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted",
+            prompt_tokens=prompt_tokens,
+            limit=engine.max_prompt_tokens,
         )
     room = engine.context_length - prompt_tokens
-    if wanted is not None and wanted > room:
-        raise PromptTooLongError(
-            f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of "
-            f"{engine.context_length} tokens has room for at most {room}",
-            param=field,
-        )
-    return room if wanted is None else wanted
+    if wanted is None or wanted <= room:
+        return AnswerBudget(room if wanted is None else wanted)
+    if model.on_overflow == "clip":
+        return AnswerBudget(room, is_clipped=True)
+    raise PromptTooLongError(
+        f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of {engine.context_length} tokens "
+        f"has room for at most {room}",
+        param=field,
+        prompt_tokens=prompt_tokens,
+        wanted=wanted,
+        limit=engine.context_length,
+    )
 
 
 LARGE_BODY_BYTES = 20_000
@@ -352,8 +377,9 @@ class AnswerService:
 
     def _headers(self, stream: AnswerStream) -> dict[str, str]:
         request_id, answer, _ = stream.timed_answers[0]
+        clipped = {} if stream.clipped_to is None else {MAX_TOKENS_HEADER: str(stream.clipped_to)}
         further = self._lifecycle.model().headers(request_id)
-        return {CACHE_HEADER: str(self._summary(request_id, answer)), **further}
+        return {CACHE_HEADER: str(self._summary(request_id, answer)), **clipped, **further}
 
     def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
         cache = self._lifecycle.model().cache

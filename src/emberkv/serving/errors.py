@@ -67,13 +67,17 @@ class RequestTimeoutError(EmberError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure as an HTTP status and a message, which each API puts into its own error body."""
+    """A failure as an HTTP status and a message, which each API puts into its own error body.
+
+    overflow: a prompt that is too long, which each API words as its clients expect it.
+    """
 
     status: int
     message: str
     code: str | None = None
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    overflow: PromptTooLongError | None = None
 
 
 _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
@@ -88,7 +92,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (NotReadyError, 503, "not_ready"),
     (EngineStoppedError, 503, "stopped"),
     (TooManyRequestsError, 429, "too_many_requests"),
-    (OverloadedError, 503, "overloaded"),
+    (OverloadedError, 429, "overloaded"),
     (GenerationFailedError, 500, "generation_failed"),
     (RequestTimeoutError, 504, "request_timeout"),
 )  # the first match counts
@@ -99,14 +103,17 @@ _HEADERS: Mapping[int, Mapping[str, str]] = {
     415: {"accept-encoding": "gzip"},
 }
 
+_ANTHROPIC_STATUS = {429: 529}
+"""Of an overloaded server. The API's 429 means that the client has used up its own allowance."""
+
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
-    429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
+    529: "overloaded_error",
 }
 
 
@@ -120,7 +127,8 @@ def failure_of(error: Exception) -> Failure:
             headers = _HEADERS.get(status, {})
             if isinstance(error, OverloadedError) and error.retry_after is not None:
                 headers = {"retry-after": str(max(1, ceil(error.retry_after)))}
-            return Failure(status, str(error), code, param, headers)
+            overflow = error if isinstance(error, PromptTooLongError) else None
+            return Failure(status, str(error), code, param, headers, overflow)
     return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
 
 
@@ -134,13 +142,49 @@ def failure_mid_stream(error: Exception) -> Failure:
 
 def openai_error(failure: Failure) -> dict[str, Any]:
     kind = "server_error" if failure.status >= 500 else "invalid_request_error"
-    return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
+    message = _openai_overflow(failure.overflow) if failure.overflow else failure.message
+    return {"error": {"message": message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
 def anthropic_error(failure: Failure) -> dict[str, Any]:
     default = "api_error" if failure.status >= 500 else "invalid_request_error"
-    kind = _ANTHROPIC_TYPES.get(failure.status, default)
-    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    kind = _ANTHROPIC_TYPES.get(anthropic_status(failure), default)
+    message = _anthropic_overflow(failure.overflow) if failure.overflow else failure.message
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def anthropic_status(failure: Failure) -> int:
+    """The HTTP status by which the API's clients know what to do."""
+    return _ANTHROPIC_STATUS.get(failure.status, failure.status)
+
+
+def _openai_overflow(error: PromptTooLongError) -> str:
+    """In OpenAI's words, which LiteLLM, opencode and qwen-code search for to learn that the context is full."""
+    if error.prompt_tokens is None or error.limit is None:
+        return str(error)
+    begin = f"This model's maximum context length is {error.limit} tokens. However, "
+    if error.wanted is None:
+        return (
+            f"{begin}your messages resulted in {error.prompt_tokens} tokens. Please reduce the length of the messages."
+        )
+    return (
+        f"{begin}you requested {error.prompt_tokens + error.wanted} tokens ({error.prompt_tokens} in the messages, "
+        f"{error.wanted} in the completion). Please reduce the length of the messages or completion."
+    )
+
+
+def _anthropic_overflow(error: PromptTooLongError) -> str:
+    """In Anthropic's words: Claude Code compacts the conversation after the one, and asks for fewer tokens after the
+    other.
+    """
+    if error.prompt_tokens is None or error.limit is None:
+        return str(error)
+    if error.wanted is None:
+        return f"prompt is too long: {error.prompt_tokens} tokens > {error.limit} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {error.prompt_tokens} + {error.wanted} > {error.limit}, "
+        "decrease input length or `max_tokens` and try again"
+    )
 
 
 def speaks_anthropic(connection: HTTPConnection) -> bool:
@@ -162,10 +206,11 @@ async def error_response(request: Request, error: Exception) -> Response:
         error = HTTPException(405, f"{info.method} cannot be used on {path}; use {' or '.join(methods)}", allow)
     failure = failure_of(error)
     info.code, info.param = failure.code, failure.param
-    shape = anthropic_error if speaks_anthropic(request) else openai_error
-    body = {**shape(failure), "request_id": info.request_id}
+    is_anthropic = speaks_anthropic(request)
+    body = {**(anthropic_error if is_anthropic else openai_error)(failure), "request_id": info.request_id}
     headers = {**failure.headers, **dict.fromkeys(REQUEST_ID_HEADERS, info.request_id)}
-    return JSONResponse(body, status_code=failure.status, headers=headers)
+    status = anthropic_status(failure) if is_anthropic else failure.status
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def _allowed_methods(error: HTTPException) -> list[str]:

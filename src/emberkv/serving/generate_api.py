@@ -75,10 +75,11 @@ def prepare_generate(
     limit = model.engine.max_prompt_tokens
     token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=True, max_tokens=limit)
     is_given = "max_tokens" in request.model_fields_set
-    budget = answer_budget(model.engine, len(token_ids), max(0, request.max_tokens) if is_given else None)
+    budget = answer_budget(model, len(token_ids), max(0, request.max_tokens) if is_given else None)
     if request.is_empty:
         return request, None
-    return request, Prompt(token_ids, replace(params, max_tokens=min(budget, request.max_tokens)))
+    params = replace(params, max_tokens=min(budget.tokens, request.max_tokens))
+    return request, Prompt(token_ids, params, is_clipped=budget.is_clipped)
 
 
 class GenerateWriter:

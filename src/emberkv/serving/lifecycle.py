@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from emberkv.core.hashing import PublicPrefixes
 from emberkv.engine.assembly import AssembledEngine
@@ -69,7 +69,8 @@ class ServedModel:
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
-    its parts, where it is in this process. fingerprint: of weights and config.
+    its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether ``max_tokens``
+    beyond what the context has room for is clipped to that, or refused.
     """
 
     names: tuple[str, ...]
@@ -85,6 +86,7 @@ class ServedModel:
     assembled: AssembledEngine | None = None
     fingerprint: str = ""
     dims: ModelDims = field(default_factory=ModelDims)
+    on_overflow: Literal["clip", "refuse"] = "clip"
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""

@@ -166,6 +166,7 @@ _ERRORS = {
     404: "No such model, prefix or response.",
     413: "The body is larger than --max-body.",
     415: "The body has a content-encoding other than gzip.",
+    429: "More requests than the server takes; 529 for Anthropic's clients. See Retry-After.",
     500: "The engine failed.",
     503: "The model is not loaded yet, or the server is shutting down; see Retry-After.",
     504: "The answer took longer than --request-timeout.",

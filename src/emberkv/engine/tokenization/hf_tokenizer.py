@@ -412,7 +412,11 @@ class HFTokenizer:
 
 def _refuse_above(max_tokens: int, least: int) -> None:
     if least > max_tokens:
-        raise PromptTooLongError(f"the prompt has at least {least} tokens; at most {max_tokens} are accepted")
+        raise PromptTooLongError(
+            f"the prompt has at least {least} tokens; at most {max_tokens} are accepted",
+            prompt_tokens=least,
+            limit=max_tokens,
+        )
 
 
 def _cut_pattern(backend: Backend, added: list[AddedToken]) -> re.Pattern[str] | None:

@@ -63,6 +63,8 @@ class AnswerStream:
 
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
     the engine fails, and the error that the stream is interrupted with.
+
+    clipped_to: the answers' ``max_tokens``, where the request asked for more than fit.
     """
 
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
@@ -74,6 +76,7 @@ class AnswerStream:
         self._interruption: EmberError | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
+        self.clipped_to: int | None = None
 
     @property
     def timed_answers(self) -> list[tuple[str, Answer, AnswerTimer]]:

@@ -40,13 +40,14 @@ def prepare_messages(
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
     rendered = render_messages(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
-    budget = answer_budget(model.engine, len(rendered.token_ids), request.max_tokens)
+    budget = answer_budget(model, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
         rendered.token_ids,
-        request.sampling(model.sampling_defaults, budget),
+        request.sampling(model.sampling_defaults, budget.tokens),
         rendered.retain_tokens,
         rendered.retain_seconds,
         silent=request.max_tokens == 0,
+        is_clipped=budget.is_clipped,
     )
     return request, prompt, rendered.canonical
 

@@ -196,7 +196,7 @@ class CacheRoutes:
         question = await self._question(http, "openai", "anthropic")
         tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
-        answer_budget(self._lifecycle.model().engine, len(prompt.token_ids), 1)
+        answer_budget(self._lifecycle.model(), len(prompt.token_ids), 1)
         request = self._answers.request(http, "warm", tenant, prompt.canonical)
         stream = self._answers.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], request)
         async with stream:

@@ -269,10 +269,10 @@ def prepare_chat(
         field, wanted = "max_tokens", request.max_tokens
     else:
         field, wanted = "max_completion_tokens", request.max_completion_tokens
-    budget = answer_budget(model.engine, len(token_ids), wanted, field=field)
+    budget = answer_budget(model, len(token_ids), wanted, field=field)
     prompts = [
-        Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds)
-        for each in request.sampling(model.sampling_defaults, max_tokens=budget, logprobs=logprobs)
+        Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds, is_clipped=budget.is_clipped)
+        for each in request.sampling(model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs)
     ]
     return request, prompts, rendered.canonical
 
@@ -285,18 +285,19 @@ def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionReque
     prompts = []
     for given in request.prompts():
         token_ids = _completion_tokens(given, model)
-        budget = answer_budget(model.engine, len(token_ids), request.max_tokens)
-        if request.max_tokens is None:
-            budget = min(budget, DEFAULT_COMPLETION_TOKENS)
+        budget = answer_budget(model, len(token_ids), request.max_tokens)
+        most = budget.tokens if request.max_tokens is not None else min(budget.tokens, DEFAULT_COMPLETION_TOKENS)
         silent = request.max_tokens == 0
         choices = request.sampling(
             model.sampling_defaults,
-            max_tokens=1 if silent else budget,
+            max_tokens=1 if silent else most,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )
         echo = echo_of(given, token_ids, model.tokenizer) if request.echo else None
-        prompts += [Prompt(token_ids, params, silent=silent, echo=echo) for params in choices]
+        prompts += [
+            Prompt(token_ids, params, silent=silent, echo=echo, is_clipped=budget.is_clipped) for params in choices
+        ]
     _check_echoed_logprobs(request, prompts)
     return request, prompts
 
