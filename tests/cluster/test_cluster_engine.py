@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any
@@ -12,10 +12,11 @@ import pytest
 from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine
 from emberkv.cluster.membership import Membership, Worker, WorkerStatus
 from emberkv.cluster.routing import make_router
-from emberkv.cluster.wire import WorkerDescription
+from emberkv.cluster.wire import LoadReport, WorkerDescription
+from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
-from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError
+from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError, RequestError
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
 
@@ -323,9 +324,43 @@ async def test_a_worker_that_registers_is_followed_and_may_move() -> None:
         it.membership.register("b", "b1")
         await it.until("b1")
         workers["b2"] = FakeWorker("b")
+        with pytest.raises(RequestError, match="b1, which is up"):
+            it.membership.register("b", "b2")
+        workers["b1"].die()
+        await it.until("b1", status=WorkerStatus.DOWN)
         it.membership.register("b", "b2")
         await it.until("b2")
         assert [worker.url for worker in it.membership.workers] == ["a", "b2"]
-        assert it.membership.deregister("b")
+        assert not it.membership.deregister("b", "b1")
+        assert it.worker("b2").status is WorkerStatus.UP
+        assert it.membership.deregister("b", "b2")
         assert it.worker("b2").status is WorkerStatus.DRAINING
         assert not it.membership.deregister("c")
+
+
+@on_a_loop
+async def test_a_snapshot_that_cannot_be_read_is_not_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeConnection):
+        async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]:
+            yield EventsLost(b"e1", 5, 9)
+            while True:
+                yield LoadReport(worker_id="a", epoch=b"e1", sequence=0)
+                await asyncio.sleep(0)
+
+        async def snapshot(self, cursor: str = "") -> SnapshotChunk:
+            raise ValueError("a fault in the code")
+
+    membership = Membership(
+        make_router("round-robin", random.Random(0)), lambda _: Broken(FakeWorker("a")), on_model=no_model
+    )
+    worker = membership.add("a")
+    try:
+        while "failed to follow" not in worker.detail:
+            await membership.changed()
+        assert worker.status is WorkerStatus.DOWN
+        assert "a fault in the code" in caplog.text
+    finally:
+        await membership.close()
+
+
+async def no_model(_worker: Worker, _description: WorkerDescription) -> None: ...

@@ -1,7 +1,6 @@
 """The gateway: the server's own app over an engine whose workers are elsewhere."""
 
 import asyncio
-import hmac
 import logging
 import random
 import socket
@@ -23,9 +22,8 @@ from emberkv.cluster.membership import Membership, Worker, WorkerConnection, Wor
 from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
-from emberkv.serving.auth import given_key
+from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.dashboard import dashboard_router
-from emberkv.serving.errors import UnauthorizedError
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer
 
@@ -108,16 +106,14 @@ class Gateway:
         @router.post(f"{wire.PREFIX}/deregister")
         async def deregister(http: Request) -> Response:
             registration = await self._registration(http)
-            self.membership.deregister(registration.worker_id)
+            self.membership.deregister(registration.worker_id, registration.url)
             return Response(status_code=204)
 
         return router
 
     async def check_secret(self, http: Request) -> None:
         """Raises UnauthorizedError for a request without the cluster's secret."""
-        given = given_key(http.headers)
-        if given is None or not hmac.compare_digest(given, self._secret.encode()):
-            raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+        check_cluster_secret(http.headers, self._secret)
 
     async def _registration(self, http: Request) -> wire.Registration:
         """Raises RequestError for a body that is none."""
@@ -145,7 +141,7 @@ class Gateway:
             "url": worker.url,
             "status": worker.status.value,
             "detail": worker.detail,
-            "index": "exact" if worker.exact else "degraded",
+            "index": worker.index,
             "silent_seconds": None if silent is None else round(silent, 3),
             "requests": worker.requests,
             "lost": worker.lost,
@@ -219,7 +215,9 @@ class GatewayCollector(Collector):
         self._gateway = gateway
 
     def collect(self) -> Iterator[Metric]:
-        workers = [each for each in self._gateway.membership.workers if each.worker_id]
+        # of several with one id, of which one alone is compatible, that one
+        known = sorted(self._gateway.membership.workers, key=lambda each: each.slot is not None)
+        workers = list({each.worker_id: each for each in known if each.worker_id}.values())
         status = GaugeMetricFamily(
             "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
         )

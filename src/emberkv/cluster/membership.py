@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlocks
 from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
@@ -14,7 +15,7 @@ from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
 from emberkv.core.events import Event
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.engine.request import GenerationRequest, TokenOutput
-from emberkv.errors import EmberError, WorkerLostError, WorkerTimeoutError
+from emberkv.errors import EmberError, RequestError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import NotReadyError
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ FORGET_SECONDS = 60.0
 
 REPORT_SECONDS = 0.25
 """A report that comes this long after a request was sent counts that request."""
+
+EXACT = "exact"
+DEGRADED = "degraded"
 
 
 class WorkerStatus(StrEnum):
@@ -54,41 +58,47 @@ class WorkerConnection(Protocol):
     async def close(self) -> None: ...
 
 
-class Worker:
-    """One worker as a gateway knows it. `Membership` alone changes its status.
+class Replica(ABC):
+    """What routing and its reports know of any worker, whatever protocol it speaks.
 
     worker_id: "" before it is known. slot: its number in the router, once it is compatible. detail: why it is not up.
     heard: when it last sent anything, by the membership's clock; None: never. running: ids of the requests that it
     answers for this gateway. requests, lost: how many it was sent, and of these how many it did not finish.
     """
 
-    def __init__(self, url: str, connection: WorkerConnection, worker_id: str = "") -> None:
+    def __init__(self, url: str, worker_id: str) -> None:
         self.url = url
-        self.connection = connection
         self.worker_id = worker_id
         self.slot: int | None = None
-        self.reader: FeedReader | None = None
         self.status = WorkerStatus.STARTING
         self.detail = "it has not answered yet"
-        self.description: WorkerDescription | None = None
-        self.report: LoadReport | None = None
         self.heard: float | None = None
-        self.registered: float | None = None
-        self.is_leaving = False  # it has deregistered, and drains though its reports may not say so yet
         self.running: set[str] = set()
         self.requests = 0
         self.lost = 0
-        self.follower: asyncio.Task[None] | None = None
         self._unreported: dict[str, tuple[float, int]] = {}
 
     def __str__(self) -> str:
         return f"{self.worker_id} ({self.url})" if self.worker_id else self.url
 
     @property
+    @abstractmethod
+    def index(self) -> str:
+        """How well the gateway's index knows what the worker has cached: "exact", or "degraded" and why."""
+
+    @abstractmethod
+    def state(self) -> ReplicaState:
+        """What routing decides from."""
+
+    @property
     def exact(self) -> bool:
         """Whether the index has just what the worker's pool has, as far as anything is known of it."""
-        heard_of = self.status in (WorkerStatus.UP, WorkerStatus.DRAINING)
-        return heard_of and self.reader is not None and self.reader.exact
+        return self.index == EXACT
+
+    @property
+    def unreported_tokens(self) -> int:
+        """Tokens that it has yet to compute for requests that no report of its own counts."""
+        return sum(tokens for _, tokens in self._unreported.values())
 
     def sent(self, request_id: str, tokens: int, now: float) -> None:
         """It is sent a request with so many tokens to compute."""
@@ -104,13 +114,32 @@ class Worker:
         self.running.discard(request_id)
         self._unreported.pop(request_id, None)
 
+
+class Worker(Replica):
+    """One emberkv worker as a gateway knows it. `Membership` alone changes its status."""
+
+    def __init__(self, url: str, connection: WorkerConnection, worker_id: str = "") -> None:
+        super().__init__(url, worker_id)
+        self.connection = connection
+        self.reader: FeedReader | None = None
+        self.description: WorkerDescription | None = None
+        self.report: LoadReport | None = None
+        self.registered: float | None = None
+        self.is_leaving = False  # it has deregistered, and drains though its reports may not say so yet
+        self.follower: asyncio.Task[None] | None = None
+
+    @property
+    def index(self) -> str:
+        heard_of = self.status in (WorkerStatus.UP, WorkerStatus.DRAINING)
+        return EXACT if heard_of and self.reader is not None and self.reader.exact else DEGRADED
+
     def take_report(self, report: LoadReport, now: float) -> None:
         self.report = report
         self._unreported = {each: sent for each, sent in self._unreported.items() if now - sent[0] < REPORT_SECONDS}
 
     def state(self) -> ReplicaState:
-        """What routing decides from: the last report, and what was sent since."""
-        sent = sum(tokens for _, tokens in self._unreported.values())
+        """The last report, and what was sent since."""
+        sent = self.unreported_tokens
         report, is_up = self.report, self.status is WorkerStatus.UP
         if report is None or self.description is None:
             return ReplicaState(load=sent, up=is_up, queued_tokens=sent)
@@ -125,6 +154,10 @@ class Worker:
             step_seconds=report.step_seconds or 0.0,
             load_rates={tier: rate / token_bytes for tier, rate in report.load_rates.items()} if token_bytes else {},
         )
+
+
+AnyReplica = TypeVar("AnyReplica", bound=Replica)
+NOT_THERE = ReplicaState(up=False)
 
 
 class Membership:
@@ -149,7 +182,7 @@ class Membership:
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._router = router
+        self.router = router
         self._connect = connect
         self._on_model = on_model
         self._on_change = on_change
@@ -172,7 +205,7 @@ class Membership:
     def named(self, worker_id: str) -> Worker | None:
         return next((worker for worker in self._workers.values() if worker.worker_id == worker_id), None)
 
-    def silent_seconds(self, worker: Worker) -> float | None:
+    def silent_seconds(self, worker: Replica) -> float | None:
         """Since it last sent anything; None: it never has."""
         return None if worker.heard is None else max(0.0, self._clock() - worker.heard)
 
@@ -184,10 +217,19 @@ class Membership:
         return self._workers[url]
 
     def register(self, worker_id: str, url: str) -> None:
-        """A worker says where it listens, again and again. One that has moved is followed at its new address."""
+        """A worker says where it listens, again and again. One that has moved is followed at its new address.
+
+        Raises RequestError while another worker of that id is up: each needs an id of its own.
+        """
         url = url.rstrip("/")
         before = self.named(worker_id)
         if before is not None and before.url != url:
+            if before.status is WorkerStatus.UP:
+                raise RequestError(
+                    f"worker_id {worker_id!r} is that of the worker at {before.url}, which is up; give the one at "
+                    f"{url} another --worker-id",
+                    param="worker_id",
+                )
             _log.info("worker %s has moved to %s", before, url)
             self._remove(before)
         if url not in self._workers:
@@ -195,15 +237,15 @@ class Membership:
         self._workers[url].registered = self._clock()
         self._workers[url].is_leaving = False
 
-    def deregister(self, worker_id: str) -> bool:
+    def deregister(self, worker_id: str, url: str | None = None) -> bool:
         """A worker is about to stop: it gets no more requests, and may finish those that it has. False: it is not
-        known.
+        known. url: where it listens; None: wherever the worker of that id does.
         """
         worker = self.named(worker_id)
-        if worker is None:
+        if worker is None or (url is not None and worker.url != url.rstrip("/")):
             return False
         worker.is_leaving = True
-        self._set(worker, WorkerStatus.DRAINING, "it has deregistered")
+        self.set_status(worker, WorkerStatus.DRAINING, "it has deregistered")
         return True
 
     def suspect(self, worker: Worker, error: EmberError) -> None:
@@ -212,11 +254,11 @@ class Membership:
             return
         match error:
             case WorkerTimeoutError():
-                self._set(worker, WorkerStatus.SILENT, str(error))
+                self.set_status(worker, WorkerStatus.SILENT, str(error))
             case NotReadyError():
-                self._set(worker, WorkerStatus.DRAINING, str(error))
+                self.set_status(worker, WorkerStatus.DRAINING, str(error))
             case _:
-                self._set(worker, WorkerStatus.DOWN, str(error))
+                self.set_status(worker, WorkerStatus.DOWN, str(error))
 
     def decide(
         self, request: RoutingRequest, without: Collection[Worker] = (), *, only_asks: bool = False
@@ -224,12 +266,16 @@ class Membership:
         """Where a request goes, other than to ``without``; None while there is no such worker. only_asks: there is no
         such request, so that it does not count for those that follow.
         """
-        by_slot = {worker.slot: worker for worker in self._workers.values() if worker.slot is not None}
-        states = [ReplicaState(up=False) for _ in range(max(by_slot, default=-1) + 1)]
-        for slot, worker in by_slot.items():
-            if worker not in without:
-                states[slot] = worker.state()
-        decision = self._router.consider(request, states) if only_asks else self._router.decide(request, states)
+        candidates = [worker for worker in self._workers.values() if worker not in without]
+        return self.choose(request, candidates, only_asks=only_asks)
+
+    def choose(
+        self, request: RoutingRequest, candidates: Iterable[AnyReplica], *, only_asks: bool = False
+    ) -> tuple[AnyReplica, Decision] | None:
+        """As `decide`, among these alone."""
+        by_slot = {each.slot: each for each in candidates if each.slot is not None}
+        states = [by_slot[slot].state() if slot in by_slot else NOT_THERE for slot in range(self.router.slots)]
+        decision = self.router.consider(request, states) if only_asks else self.router.decide(request, states)
         return None if decision is None else (by_slot[decision.replica], decision)
 
     async def changed(self) -> None:
@@ -247,7 +293,7 @@ class Membership:
 
     def _remove(self, worker: Worker) -> None:
         del self._workers[worker.url]
-        self._set(worker, WorkerStatus.DOWN, "it is not followed any more")
+        self.set_status(worker, WorkerStatus.DOWN, "it is not followed any more")
         self._leave(worker)
         closing = asyncio.create_task(_close(worker))
         self._closing.add(closing)
@@ -255,10 +301,11 @@ class Membership:
 
     def _leave(self, worker: Worker) -> None:
         if worker.slot is not None:
-            self._router.leave(worker.slot)
+            self.router.leave(worker.slot)
             worker.slot = worker.reader = None
 
-    def _set(self, worker: Worker, status: WorkerStatus, detail: str) -> None:
+    def set_status(self, worker: Replica, status: WorkerStatus, detail: str) -> None:
+        """For those that follow workers."""
         worker.detail = detail
         if worker.status is status:
             return
@@ -276,14 +323,14 @@ class Membership:
                 if await self._meet(worker):
                     await self._listen(worker)
             except NotReadyError as error:
-                self._set(worker, WorkerStatus.STARTING, str(error))
+                self.set_status(worker, WorkerStatus.STARTING, str(error))
             except WorkerTimeoutError as error:
-                self._set(worker, WorkerStatus.SILENT, str(error))
+                self.set_status(worker, WorkerStatus.SILENT, str(error))
             except EmberError as error:
-                self._set(worker, WorkerStatus.DOWN, str(error))
+                self.set_status(worker, WorkerStatus.DOWN, str(error))
             except Exception:  # noqa: BLE001 - a fault in what one worker sent must not end that it is followed
                 _log.exception("following worker %s failed", worker)
-                self._set(worker, WorkerStatus.DOWN, "the gateway failed to follow it; see its log")
+                self.set_status(worker, WorkerStatus.DOWN, "the gateway failed to follow it; see its log")
             await asyncio.sleep(RETRY_SECONDS)
         self._remove(worker)
 
@@ -306,14 +353,14 @@ class Membership:
         if fault is not None:
             self._leave(worker)
             worker.worker_id, worker.description = description.worker_id, description
-            self._set(worker, WorkerStatus.INCOMPATIBLE, fault)
+            self.set_status(worker, WorkerStatus.INCOMPATIBLE, fault)
             return False
         if worker.slot is not None and worker.worker_id != description.worker_id:
             self._leave(worker)
         worker.worker_id, worker.description = description.worker_id, description
         if worker.slot is None:
-            worker.slot = self._router.join(worker.worker_id)
-            index = self._router.index
+            worker.slot = self.router.join(worker.worker_id)
+            index = self.router.index
             worker.reader = FeedReader(ReplicaBlocks(index, worker.slot) if index is not None else _NoIndex())
         assert worker.reader is not None, "a worker with a slot has a reader"
         worker.reader.take(EventBatch(description.epoch, 1, ()))  # of another epoch than before, it begins anew
@@ -342,6 +389,8 @@ class Membership:
             after = reader.sequence
             async with aclosing(worker.connection.events(after)) as messages:
                 async for message in messages:
+                    if mending.done():
+                        mending.result()  # raises what has ended it; a worker reports at least every second
                     worker.heard = self._clock()
                     if isinstance(message, LoadReport):
                         self._take_report(worker, message)
@@ -359,9 +408,9 @@ class Membership:
     def _take_report(self, worker: Worker, report: LoadReport) -> None:
         worker.take_report(report, self._clock())
         if report.draining or worker.is_leaving:
-            self._set(worker, WorkerStatus.DRAINING, "it is about to stop")
+            self.set_status(worker, WorkerStatus.DRAINING, "it is about to stop")
         else:
-            self._set(worker, WorkerStatus.UP, "")
+            self.set_status(worker, WorkerStatus.UP, "")
 
 
 async def _close(worker: Worker) -> None:

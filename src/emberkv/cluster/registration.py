@@ -74,7 +74,7 @@ class Registrar:
         except httpx.HTTPError as error:
             problem = f"cannot be reached: {str(error) or type(error).__name__}"
         else:
-            problem = "" if response.is_success else _refusal(response.status_code)
+            problem = "" if response.is_success else _refusal(response)
         if problem and problem != self._problems.get(gateway):
             _log.warning("gateway %s %s; the worker goes on asking", gateway, problem)
         elif not problem and self._problems.get(gateway, "never") and route == "register":
@@ -82,10 +82,14 @@ class Registrar:
         self._problems[gateway] = problem
 
 
-def _refusal(status: int) -> str:
-    if status == 401:
+def _refusal(response: httpx.Response) -> str:
+    if response.status_code == 401:
         return "refuses the cluster's secret (give all parts the same one)"
-    return f"refuses the registration with status {status}"
+    try:
+        reason = f": {response.json()['error']['message']}"
+    except (ValueError, LookupError, TypeError):  # not a gateway's own answer
+        reason = ""
+    return f"refuses the registration with status {response.status_code}{reason}"
 
 
 class WorkerServer(HttpServer):

@@ -103,6 +103,11 @@ class Router:
         self._names: list[str | None] = []
         self._next = 0  # the slot after the one that was chosen last
 
+    @property
+    def slots(self) -> int:
+        """How many there are, free ones included."""
+        return len(self._names)
+
     def join(self, name: str) -> int:
         """A replica is there; returns its slot, the lowest that is free. Raises ConfigError for a name in use."""
         slot = self._names.index(None) if None in self._names else len(self._names)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -24,9 +23,9 @@ from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestE
 from emberkv.serving.answer_service import unless_disconnected
 from emberkv.serving.answers.answer_stream import OutputQueue
 from emberkv.serving.app import RouterFactory
-from emberkv.serving.auth import given_key
+from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.cache.service import ANSWER_SECONDS, NO_ANSWER, explanation_json
-from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, UnauthorizedError, failure_of
+from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, failure_of
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.tenancy import Tenant
 from emberkv.tiers.base import Removed
@@ -53,7 +52,7 @@ class WorkerRoutes:
     def __init__(self, lifecycle: Lifecycle, worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> None:
         self._lifecycle = lifecycle
         self._worker_id = worker_id
-        self._digest = sha256(secret.encode()).digest()
+        self._secret = secret
         self._max_requests = max_requests
         self._running = 0
         self._outputs: OutputQueue | None = None
@@ -83,9 +82,7 @@ class WorkerRoutes:
 
     def _check(self, http: Request) -> None:
         """Raises UnauthorizedError without the cluster's secret, WireError for another version of the wire form."""
-        given = given_key(http.headers)
-        if given is None or not hmac.compare_digest(self._digest, sha256(given).digest()):
-            raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+        check_cluster_secret(http.headers, self._secret)
         accepted = http.headers.get("accept", "*/*")
         if accepted not in (wire.MEDIA_TYPE, "*/*"):
             raise WireError(f"{accepted[:100]!r} is asked for; this worker answers in {wire.MEDIA_TYPE}")

@@ -222,6 +222,13 @@ def given_key(headers: Mapping[str, str]) -> bytes | None:
     return key.encode("latin-1") if key else None
 
 
+def check_cluster_secret(headers: Mapping[str, str], secret: str | None) -> None:
+    """Raises UnauthorizedError for a request that does not bring the cluster's secret; None: nothing is let in."""
+    given = given_key(headers)
+    if given is None or secret is None or not hmac.compare_digest(given, secret.encode()):
+        raise UnauthorizedError("this route needs the cluster's secret, as 'Authorization: Bearer SECRET'")
+
+
 IsOwnUser = Callable[[HTTPConnection], bool]
 """Whether a connection from this machine was opened by the user that runs the server, or by root."""
 

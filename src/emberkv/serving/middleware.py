@@ -25,7 +25,8 @@ from emberkv.serving.request_context import log_refused
 _VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _KNOWN_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"))
 _UNMATCHED = "unmatched"
-_POLLED = ("/ready",)  # answers 503 for as long as the server is not ready, which is no failure of the request
+_POLLED = ("/ready", "/internal/v1/worker")
+"""Answer 503, again and again, for as long as the server is not ready, which is no failure of the request."""
 
 
 class RequestScope:
@@ -79,7 +80,7 @@ class RequestScope:
         route = getattr(scope.get("route"), "path", _UNMATCHED)
         method = info.method if info.method in _KNOWN_METHODS else "other"
         self._metrics.ended(route, method, status, seconds)
-        if status >= 400 and route not in _POLLED:
+        if status >= 400 and not (status == 503 and route in _POLLED):
             log_refused(
                 request_id=info.request_id,
                 method=method,
