@@ -1,0 +1,88 @@
+"""Splits thoughts from the rest of an answer, and tidies the white space where they and calls end."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from emberkv.serving.parsing.events import CallBegin, CallEnd, ContentText, OutputEvent, ReasoningText
+from emberkv.serving.parsing.reader import Markers, Steps, TextReader
+
+_NOTHING = Markers(())
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtTags:
+    """How a family of models marks its thoughts, which come first in an answer.
+
+    trimmed: characters that templates cut from both ends of a thought and from the beginning of what follows.
+    interrupts: markers that end a thought as well, and belong to what follows. begins_inside: whether an answer begins
+    inside a thought even where the prompt does not say so.
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+    trimmed: str = "\n"
+    interrupts: tuple[str, ...] = ()
+    begins_inside: bool = False
+
+    def steps(self, reader: TextReader, *, in_reasoning: bool) -> Steps[None]:
+        """Yields ReasoningText, and all that is no thought as ContentText."""
+        reader.record()
+        yield from reader.skip()
+        has_tag = yield from reader.literal(self.begin)
+        before = reader.recorded()
+        if has_tag or in_reasoning or self.begins_inside:
+            yield from self._thought(reader)
+        elif before:
+            yield ContentText(before)
+        yield from reader.until(_NOTHING, ContentText)
+
+    def _thought(self, reader: TextReader) -> Steps[None]:
+        yield from reader.skip(self.trimmed)
+        ends = (self.end, *self.interrupts)
+        while (yield from reader.before(Markers((*ends, *self.trimmed)), ReasoningText)):
+            reader.record()
+            yield from reader.skip(self.trimmed)
+            cut = reader.recorded()
+            marker = yield from reader.one_of(ends)
+            if marker == self.end:
+                yield from reader.skip(self.trimmed)
+                return
+            if marker:
+                yield ContentText(marker)
+                return
+            if (yield from reader.next_char()):
+                yield ReasoningText(cut)
+
+
+class WhiteSpace:
+    """Drops content that is nothing but white space before, between and behind calls."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._has_call = False
+        self._is_blank = True
+
+    def tidy(self, events: Iterable[OutputEvent]) -> Iterator[OutputEvent]:
+        for event in events:
+            match event:
+                case ContentText(text):
+                    if self._is_blank and not text.strip():
+                        self._held += text
+                        continue
+                    self._is_blank = False
+                    yield ContentText(self._held + text) if self._held else event
+                    self._held = ""
+                case CallBegin():
+                    self._held = ""
+                    self._has_call = True
+                    yield event
+                case CallEnd():
+                    self._is_blank = True
+                    yield event
+                case _:
+                    yield event
+
+    def rest(self) -> Iterator[OutputEvent]:
+        """What was held back, at the answer's end."""
+        if self._held and not self._has_call:
+            yield ContentText(self._held)
