@@ -145,10 +145,11 @@ class Harness:
         *,
         inbox: Inbox | None = None,
         ignore_eos: bool = False,
+        stop_token_ids: tuple[int, ...] = (),
         salt: bytes = b"",
     ) -> Inbox:
         inbox = inbox or Inbox()
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=ignore_eos)
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
         self.loop.submit(GenerationRequest(request_id, list(prompt), params, salt), inbox)
         return inbox
 

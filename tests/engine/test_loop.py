@@ -59,6 +59,14 @@ def test_the_end_of_sequence_is_not_part_of_the_answer(ignore_eos: bool) -> None
         assert (reason, inbox.tokens) == (FinishReason.STOP, [5, 5])
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_the_answer_whatever_the_end_of_sequence_does(ignore_eos: bool) -> None:
+    executor = FakeExecutor(next_token=lambda sequence: 7 if len(sequence.chain) == 22 else 5)
+    with running(Harness(executor)) as harness:
+        inbox = harness.submit("a", VICTIM, new=6, ignore_eos=ignore_eos, stop_token_ids=(7, 8))
+        assert (inbox.reason, inbox.tokens) == (FinishReason.STOP, [5, 5])
+
+
 def test_usage_tells_what_was_reused_and_what_can_be() -> None:
     with running(Harness()) as harness:
         first, longer = harness.submit("a", VICTIM, new=1), range(2, 24)
@@ -210,11 +218,17 @@ def test_a_request_that_cannot_be_sampled_ends_alone() -> None:
     assert other.tokens == alone(OTHER, 8)
 
 
-def test_a_bias_outside_the_vocabulary_is_refused() -> None:
-    params = SamplingParams(logit_bias={2: 1.0, VOCAB: 1.0})
-    with pytest.raises(RequestError, match=f"logit_bias names token id {VOCAB}; the vocabulary has {VOCAB}") as refused:
+@pytest.mark.parametrize(
+    ("field", "params"),
+    [
+        ("logit_bias", SamplingParams(logit_bias={2: 1.0, VOCAB: 1.0})),
+        ("stop_token_ids", SamplingParams(stop_token_ids=(2, VOCAB))),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_refused(field: str, params: SamplingParams) -> None:
+    with pytest.raises(RequestError, match=f"{field} names token id {VOCAB}; the vocabulary has {VOCAB}") as refused:
         Harness().loop.submit(GenerationRequest("a", [2], params), Inbox())
-    assert refused.value.param == "logit_bias"
+    assert refused.value.param == field
 
 
 def test_preempted_requests_answer_in_full() -> None:

@@ -10,7 +10,6 @@ from emberkv.engine.executor import PromptLogprobs, SampledToken, SamplingState,
 from emberkv.engine.request import (
     CacheUsage,
     GenerationRequest,
-    ModelLimits,
     OutputListener,
     TokenLogprobs,
     TokenOutput,
@@ -55,13 +54,11 @@ class ActiveRequests:
     def __init__(
         self,
         scheduler: Scheduler,
-        limits: ModelLimits,
         *,
         clock: Callable[[], float],
         forget: Callable[[str], None],
     ) -> None:
         self._scheduler = scheduler
-        self._limits = limits
         self._clock = clock
         self._forget = forget
         self._requests: dict[str, ActiveRequest] = {}
@@ -115,7 +112,7 @@ class ActiveRequests:
         stopped = {
             request_id
             for request_id, token in sampled.items()
-            if token.token_id in self._limits.eos_token_ids and not self._requests[request_id].request.params.ignore_eos
+            if token.token_id in self.sampling[request_id].end_token_ids
         }
         tokens = {request_id: token.token_id for request_id, token in sampled.items()}
         self._scheduler.complete(plan, tokens, stopped)

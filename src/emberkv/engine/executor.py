@@ -36,6 +36,9 @@ class SamplingState:
     prompt_token_ids: without the ``answer``, which are the tokens that another engine has chosen already; the draws for
     these are passed over.
 
+    end_token_ids: the tokens that end the answer; none is allowed within its first ``params.min_tokens``, unless
+    ``allowed`` leaves no other.
+
     answer: the tokens so far, not to be changed by executors. changes_logits: whether the request has penalties, a
     bias or a restriction to some tokens. is_plain_greedy: whether the most likely token is all that it asks for.
     """
@@ -46,6 +49,7 @@ class SamplingState:
         "_rng",
         "answer",
         "changes_logits",
+        "end_token_ids",
         "is_plain_greedy",
         "params",
         "prompt_token_ids",
@@ -59,11 +63,14 @@ class SamplingState:
         allowed: AllowedTokens | None = None,
         *,
         answer: Sequence[int] = (),
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.answer = list(answer)
-        self.changes_logits = params.has_penalties or bool(params.logit_bias) or allowed is not None
+        self.end_token_ids = end_token_ids
+        is_restricted = allowed is not None or len(self.answer) < params.min_tokens
+        self.changes_logits = params.has_penalties or bool(params.logit_bias) or is_restricted
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.changes_logits
         self._allowed = allowed
         self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
@@ -78,12 +85,20 @@ class SamplingState:
     def allowed_tokens(self, vocab: int) -> NDArray[np.bool_] | None:
         """``[vocab]``: whether each token may come next; None where all may. Raises SamplingError where none may."""
         bits = self._allowed(self.answer) if self._allowed is not None else None
-        if bits is None:
+        must_go_on = len(self.answer) < self.params.min_tokens
+        if bits is None and not must_go_on:
             return None
-        allowed = np.unpackbits(bits, count=vocab, bitorder="little").view(np.bool_)
-        if not allowed.any():
-            raise SamplingError("the request allows no token next; it must allow at least one")
-        return allowed
+        allowed = np.ones(vocab, np.bool_)
+        if bits is not None:
+            allowed = np.unpackbits(bits, count=vocab, bitorder="little").view(np.bool_)
+            if not allowed.any():
+                raise SamplingError("the request allows no token next; it must allow at least one")
+        return self._without_ends(allowed) if must_go_on else allowed
+
+    def _without_ends(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        rest = allowed.copy()
+        rest[[token for token in self.end_token_ids if token < len(rest)]] = False
+        return rest if rest.any() else allowed
 
     def draw(self) -> float:
         """The request's next random number, in [0, 1). An executor takes one for each token it does not take greedily,

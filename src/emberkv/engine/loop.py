@@ -133,7 +133,6 @@ class EngineLoop:
         self._mailbox = Mailbox()
         self._live = ActiveRequests(
             scheduler,
-            limits,
             clock=clock,
             forget=self._mailbox.forget,
         )
@@ -190,7 +189,12 @@ class EngineLoop:
         )
         tokens, prompt_end = request.prompt_token_ids, len(request.prompt_token_ids) - request.answered
         state = SamplingState(
-            request.params, tokens[:prompt_end], self._rng, request.allowed_tokens, answer=tokens[prompt_end:]
+            request.params,
+            tokens[:prompt_end],
+            self._rng,
+            request.allowed_tokens,
+            answer=tokens[prompt_end:],
+            end_token_ids=self._limits.end_token_ids(request.params),
         )
         self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock()))
 

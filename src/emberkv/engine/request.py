@@ -1,6 +1,6 @@
 """Requests to the engine: sampling parameters, limits, and the tokens that come back. Token ids only, never text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -17,6 +17,7 @@ MAX_STOP_STRINGS = 16
 REPETITION_PENALTIES = (0.01, 100.0)
 """Lowest and highest; beyond them, products with a model's scores would leave the range of float32."""
 MAX_LOGIT_BIAS = 100.0
+MAX_STOP_TOKENS = 256
 MAX_CONSTRAINT_BYTES = 512 << 10
 
 
@@ -67,6 +68,8 @@ class SamplingParams:
     logit_bias: what is added to the logits of tokens, by token id, after the penalties; each in [-100, 100].
     logprobs: None for none; otherwise how many alternatives to report beside each chosen token (0 to 20).
     prompt_logprobs: the same beside each of the prompt's tokens, which is then computed without reading the cache.
+    stop_token_ids: tokens that end the answer beside the model's end of sequence, and are no part of it either.
+    min_tokens: before so many, the answer cannot end, unless the constraint allows nothing else.
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
     constraint: which texts the answer may be; it ends when the text is complete. None: any.
 
@@ -87,6 +90,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +121,12 @@ class SamplingParams:
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         _require(all(self.stop), "stop", self.stop, "made of non-empty strings")
+        _require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKENS,
+            "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} token ids",
+        )  # fmt: skip
+        _require(min(self.stop_token_ids, default=0) >= 0, "stop_token_ids", self.stop_token_ids, "token ids from 0 on")
+        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
 
     @property
     def is_greedy(self) -> bool:
@@ -301,6 +312,10 @@ class ModelLimits:
     vocab_size: int
     eos_token_ids: frozenset[int]
 
+    def end_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end an answer with ``params``."""
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+
     def check(self, request: GenerationRequest, pool_tokens: int) -> None:
         """Raises RequestError, or PromptTooLongError when neither context nor pool could ever hold the request.
 
@@ -312,11 +327,13 @@ class ModelLimits:
         if not self._in_vocabulary(prompt):
             wrong = next(token for token in prompt if not 0 <= token < self.vocab_size)
             raise RequestError(f"token id {wrong} is not in the vocabulary of {self.vocab_size}", param="prompt")
-        unknown = next((token for token in request.params.logit_bias if token >= self.vocab_size), None)
-        if unknown is not None:
-            raise RequestError(
-                f"logit_bias names token id {unknown}; the vocabulary has {self.vocab_size}", param="logit_bias"
-            )
+        for field_name in ("logit_bias", "stop_token_ids"):
+            named: Iterable[int] = getattr(request.params, field_name)
+            unknown = next((token for token in named if token >= self.vocab_size), None)
+            if unknown is not None:
+                raise RequestError(
+                    f"{field_name} names token id {unknown}; the vocabulary has {self.vocab_size}", param=field_name
+                )
         if not 0 <= request.answered < min(len(prompt), request.params.max_tokens):
             raise RequestError(
                 f"answered is {request.answered}; it must be at least 0, and less than the {len(prompt)} tokens given "

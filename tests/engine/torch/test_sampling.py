@@ -27,9 +27,11 @@ def state(
     *,
     rng: random.Random | None = None,
     allowed: AllowedTokens | None = None,
+    ends: frozenset[int] = frozenset(),
     **params: object,
 ) -> SamplingState:
-    return SamplingState(SamplingParams(**params), prompt, rng or random.Random(1), allowed)  # type: ignore[arg-type]  # fields by name
+    given = SamplingParams(**params)  # type: ignore[arg-type]  # fields by name
+    return SamplingState(given, prompt, rng or random.Random(1), allowed, end_token_ids=ends)
 
 
 def bits(*token_ids: int, vocab: int = 4) -> NDArray[np.uint8]:
@@ -181,6 +183,20 @@ def test_which_tokens_are_allowed_follows_from_the_answer_so_far() -> None:
 
 def test_no_bias_lets_a_token_pass_that_is_not_allowed() -> None:
     assert greedy_token(PROBABILITIES, state(temperature=0.0, logit_bias={0: 100.0}, allowed=lambda _: bits(2))) == 2
+
+
+def test_an_answer_does_not_end_before_its_least_tokens() -> None:
+    sampling = state(temperature=0.0, min_tokens=2, ends=frozenset({0, 1, 99}))
+    chosen = []
+    for _ in range(3):
+        chosen.append(greedy_token(PROBABILITIES, sampling))
+        sampling.append(chosen[-1])
+    assert chosen == [2, 2, 0]
+
+
+def test_an_answer_that_may_only_end_ends_before_its_least_tokens() -> None:
+    sampling = state(temperature=0.0, min_tokens=2, ends=frozenset({0, 1}), allowed=lambda _: bits(1))
+    assert greedy_token(PROBABILITIES, sampling) == 1
 
 
 def test_a_token_beyond_the_end_of_the_bits_is_not_allowed() -> None:
