@@ -148,6 +148,8 @@ class ModelSettings(_Settings):
     """Which model is served, and what computes it.
 
     model: a folder or a hub id; None serves the bundled demonstration model.
+    served_names: what requests may call the model, beside the model's own name; "*" stands for any characters.
+    strict_names: requests with the names that coding agents use for their own vendor's models are refused, too.
     chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
@@ -157,7 +159,8 @@ class ModelSettings(_Settings):
     """
 
     model: NotEmpty | None = None
-    served_name: NotEmpty | None = None
+    served_names: tuple[NotEmpty, ...] = ()
+    strict_names: bool = False
     chat_template: NotEmpty | None = None
     generation_config: Literal["auto", "ignore"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -150,8 +150,8 @@ def test_every_eviction_policy_is_accepted(policy: str) -> None:
         ({"port": "9" * 5000}, "use a number with fewer digits"),
         ({"cache_dir": ""}, "--cache-dir '': use a path that is not empty"),
         ({"cache_dir": "~nobody-of-this-name/x"}, "use a path without '~'"),
-        ({"served_name": ""}, "--served-name '': it must hold visible characters"),
-        ({"served_name": "a\x1b[31m"}, "--served-name .*no control characters"),
+        ({"served_names": [""]}, "--served-name '': it must hold visible characters"),
+        ({"served_names": ["a\x1b[31m"]}, "--served-name .*no control characters"),
         ({"model": ""}, "model '': it must hold visible characters"),
         ({"nonsense": 1}, "--nonsense 1: it is unknown"),
     ],
@@ -182,7 +182,7 @@ def test_a_key_that_no_client_can_send_is_refused_and_not_repeated(name: str, ke
     assert repr(key)[1:-1] not in str(refused.value) or not key
 
 
-@pytest.mark.parametrize("name", ["host", "model", "served_name"])
+@pytest.mark.parametrize("name", ["host", "model"])
 def test_an_empty_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{option_name(name)} '': it must hold visible characters"):
         serve_config({name: ""}, {})

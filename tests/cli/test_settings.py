@@ -48,12 +48,12 @@ def test_options_go_before_variables_and_these_before_the_file(tmp_path: Path) -
     file = written(tmp_path, "port: 1\nhost: file\nserved-name: file\nblock_size: 8\n")
     settings = read_settings({"port": 3}, {"EMBERKV_PORT": "2", "EMBERKV_HOST": "variable"}, file)
     config = settings.config
-    assert (config.port, config.host, config.served_name, config.block_size) == (3, "variable", "file", 8)
+    assert (config.port, config.host, config.served_names, config.block_size) == (3, "variable", ("file",), 8)
     assert config.dtype == "auto"
     assert settings.sources == {
         "port": "--port",
         "host": "EMBERKV_HOST",
-        "served_name": f"{file}: served-name",
+        "served_names": f"{file}: served-name",
         "block_size": f"{file}: block_size",
     }
 

@@ -151,4 +151,6 @@ def test_a_request_that_is_refused_after_it_was_taken_has_the_refusals_status(mo
     refused = client.post("/v1/chat/completions", {**CHAT, "stream": stream})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
     assert refused.json()["error"]["code"] == "too_many_requests"
-    assert client.post("/v1/messages", {**MESSAGE, "stream": stream}).json()["error"]["type"] == "rate_limit_error"
+    claude = client.post("/v1/messages", {**MESSAGE, "stream": stream})
+    assert (claude.status_code, claude.headers["retry-after"]) == (529, "3")
+    assert claude.json()["error"]["type"] == "overloaded_error"

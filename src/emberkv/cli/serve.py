@@ -124,6 +124,7 @@ def serve(
     host: options.Host = None,
     port: options.Port = None,
     served_name: options.ServedName = None,
+    strict_names: options.StrictNames = None,
     chat_template: options.ChatTemplate = None,
     generation_config: options.GenerationConfig = None,
     cache_ram: options.CacheRam = None,
@@ -191,6 +192,7 @@ def serve(
     for name in ("config", "print_config"):
         del given[name]
     given["api_keys"] = given.pop("api_key") or None
+    given["served_names"] = given.pop("served_name") or None
     given["gateways"] = given.pop("gateway") or None
     given["cors_origins"] = given.pop("cors_origin") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None

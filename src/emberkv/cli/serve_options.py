@@ -27,7 +27,20 @@ Port = Annotated[
     int | None, typer.Option(rich_help_panel=SERVER, help="Port to listen on; 0 takes a free one. (default: 8080)")
 ]
 ServedName = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=MODEL, help="Model name in requests and answers.")
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        help="Model name in requests; repeat for more. 'claude-*' is any name that begins so.",
+    ),
+]
+StrictNames = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict-names/--any-agent-names",
+        rich_help_panel=MODEL,
+        help="Refuse coding agents' names for their vendor's models, such as claude-haiku-4-5. (default: answer them)",
+    ),
 ]
 ChatTemplate = Annotated[
     str | None,

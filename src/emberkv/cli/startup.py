@@ -21,7 +21,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy import Tenants
@@ -225,12 +225,13 @@ class Startup:
             loaded, engine, warmup = _on_a_thread_that_ends(self._load)
         self._warmup = warmup
         self._engine = engine
-        name = self._config.served_name or (DEMO_MODEL_NAME if self._config.model is None else loaded.name)
+        own_name = DEMO_MODEL_NAME if self._config.model is None else loaded.name
+        names, patterns = model_names(self._config.served_names, own_name, strict=self._config.strict_names)
+        name = names[0]
         cache = cache_service(
             engine, self._ledger_store, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
         )
         engine.loop.start()
-        names = (name,) if name == loaded.name or self._config.model is None else (name, loaded.name)
         model = ServedModel(
             names,
             int(time.time()),
@@ -255,6 +256,7 @@ class Startup:
             assembled=engine,
             fingerprint=loaded.fingerprint,
             on_overflow=self._config.on_overflow,
+            name_patterns=patterns,
         )
         self._lifecycle.loaded(model, warming=True)
         warmup.start()

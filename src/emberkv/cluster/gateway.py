@@ -24,7 +24,7 @@ from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.dashboard import dashboard_router
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel
 from emberkv.serving.server import HttpServer
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ class Gateway:
                 sampling_defaults=description.sampling_defaults,
                 headers=self._headers,
                 on_overflow=self._on_overflow,
+                name_patterns=NamePatterns(description.name_patterns),
             )
         )
         self.lifecycle.has_workers(False)

@@ -46,7 +46,7 @@ Name = Annotated[str, Meta(max_length=256)]
 class WorkerDescription(Struct, frozen=True, kw_only=True):
     """What a worker serves, and how.
 
-    epoch: of its cache's events; another one after each start. names: of the model; the first is what answers call it.
+    epoch: of its cache's events; another one after each start. names, name_patterns: of the model, see `ServedModel`.
     fingerprint: of the model's weights and config. root: of its block hashes. namespace: of its blocks' bytes.
     context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit: hits are rounded down to a multiple of so
     many tokens. exact: only blocks that are bit-equal to a cold prefill's are reused. public_prefixes: the token
@@ -71,6 +71,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     about: dict[str, str] = {}
     created: int = 0
     tokenizer: str = ""
+    name_patterns: tuple[str, ...] = ()
 
 
 class TokenizerFiles(Struct, frozen=True, kw_only=True):

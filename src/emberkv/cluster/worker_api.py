@@ -95,6 +95,7 @@ class WorkerRoutes:
             epoch=engine.scheduler.cache.pool.events.epoch,
             version=__version__,
             names=model.names,
+            name_patterns=model.name_patterns.patterns,
             fingerprint=model.fingerprint,
             root=engine.root,
             namespace=engine.namespace,

@@ -1,11 +1,13 @@
 """The state of a server: loading, warming, ready, draining or failed; its model, and the answers that are running."""
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
 from emberkv.core.hashing import PublicPrefixes
@@ -19,8 +21,9 @@ from emberkv.serving.cache.service import CacheService
 from emberkv.serving.errors import NotReadyError, UnknownModelError
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 
-COUNTED_CONTEXTS = 8
+_log = logging.getLogger(__name__)
 
+COUNTED_CONTEXTS = 8
 
 UNLOAD_SECONDS = 60.0
 """How long running answers may take to finish when the model is to be unloaded."""
@@ -59,11 +62,51 @@ class ModelHost(Protocol):
         ...
 
 
+AGENT_MODEL_NAMES = ("claude-*", "gpt-*", "chatgpt-*", "codex-*", "o1*", "o3*", "o4*")
+"""What coding agents call the models of their own vendors. They ask for these beside the model that they are set to,
+for titles and for subagents.
+"""
+MOST_LOGGED_NAMES = 100
+
+
+class NamePatterns:
+    """Further names for a model, in which ``*`` stands for any characters. The first use of each name is logged."""
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        self.patterns = tuple(patterns)
+        self._seen: set[str] = set()
+
+    def match(self, name: str) -> bool:
+        bare = without_provider(name)
+        if not any(fnmatchcase(bare, pattern) for pattern in self.patterns):
+            return False
+        if name not in self._seen and len(self._seen) < MOST_LOGGED_NAMES:
+            self._seen.add(name)
+            _log.info("requests for the model %.100r are answered by the model served here", name)
+        return True
+
+
+def without_provider(name: str) -> str:
+    """A model's name without what LiteLLM and other clients put before it: ``openai/NAME`` is NAME."""
+    provider, slash, rest = name.partition("/")
+    return rest if slash and provider in ("openai", "anthropic", "hosted_vllm") else name
+
+
+def model_names(served: Sequence[str], own_name: str, *, strict: bool) -> tuple[tuple[str, ...], NamePatterns]:
+    """The names of a model, and the patterns of further ones. served: names and patterns that an operator gave.
+
+    strict: coding agents' names for other models are not among the patterns.
+    """
+    names = [name for name in served if "*" not in name]
+    patterns = [name for name in served if "*" in name]
+    return tuple(dict.fromkeys([*names, own_name])), NamePatterns([*patterns, *(() if strict else AGENT_MODEL_NAMES)])
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model that can be served.
 
-    names: what requests may call it; the first is what answers call it.
+    names: what it is called; the first is its usual name. name_patterns: what else requests may call it.
     created: when it was loaded, in seconds since 1970. warmup: what keeps its prompts warm; None: nothing does.
     cache: what it has cached; None where that is not looked into. public: the prefixes that all tenants share.
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
@@ -87,6 +130,7 @@ class ServedModel:
     fingerprint: str = ""
     dims: ModelDims = field(default_factory=ModelDims)
     on_overflow: Literal["clip", "refuse"] = "clip"
+    name_patterns: NamePatterns = field(default_factory=NamePatterns)
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
@@ -99,7 +143,7 @@ class ServedModel:
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError for a name that is not this model's."""
-        if name not in self.names:
+        if not (name in self.names or without_provider(name) in self.names or self.name_patterns.match(name)):
             served = ", ".join(repr(known) for known in self.names)
             raise UnknownModelError(f"model is {name!r}; this server has {served}", param="model")
 

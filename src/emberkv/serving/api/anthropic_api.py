@@ -72,7 +72,7 @@ def anthropic_router(
         request, prompt, canonical = await preparer.prepare(work, await http.body(), tenant)
         context = answers.request(http, "messages", tenant, canonical, user_id=request.user_id)
         stream = answers.start([prompt], context)
-        writer = MessageWriter(context.request_id, lifecycle.model().names[0])
+        writer = MessageWriter(context.request_id, request.model)
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")

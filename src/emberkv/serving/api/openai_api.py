@@ -329,7 +329,7 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
         model = lifecycle.model()
         return {
             "request_id": context.request_id,
-            "model": model.names[0],
+            "model": request.model,
             "created": context.created,
             "tokens": model.tokenizer,
             "choices": request.choices,
