@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, TokenOutput
 from emberkv.errors import EmberError, WorkerLostError, WorkerUnreachableError
+from emberkv.serving.cache.service import CacheService
+from tests.serving.fakes import ByteTokenizer
 
 BLOCK_SIZE = 4
 
@@ -34,7 +37,7 @@ class FakeWorker:
     """A process that may be reached or not. epoch: another one after each start.
 
     dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
-    hangs: it accepts requests and sends nothing.
+    hangs: it accepts requests and sends nothing. cache: carries out operations on the cache.
     """
 
     worker_id: str
@@ -46,6 +49,7 @@ class FakeWorker:
     refuses: EmberError | None = None
     hangs: bool = False
     draining: bool = False
+    cache: CacheService | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -132,6 +136,11 @@ class FakeConnection:
 
     async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
         return {"hit_tokens": 0}
+
+    async def operate(self, operation: CacheOperation) -> dict[str, Any]:
+        self._check()
+        assert self._worker.cache is not None
+        return await operation.carry_out(self._worker.cache, ByteTokenizer())
 
     async def close(self) -> None:
         self.closed = True

@@ -28,7 +28,7 @@ class Cluster:
     """Workers by name, each on a port of its own, so that it can be started again, and a gateway that knows them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._model = model
         self._stack = ExitStack()
         self.secret_file = folder / "secret"
@@ -40,7 +40,7 @@ class Cluster:
 
     def start_worker(self, name: str, *more: str) -> Server:
         """more: options beside those that all have."""
-        folder = self._folder / name
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
         port = self.ports.setdefault(name, free_port())
         options = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "24MiB", "--drain-seconds", "30")
@@ -53,7 +53,7 @@ class Cluster:
         urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_port())}" for name in names]
         options = [part for url in urls for part in ("--worker", url)]
         options += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-        folder = self._folder / "gateway"
+        folder = self.folder / "gateway"
         folder.mkdir(exist_ok=True)
         secret = ("--cluster-secret-file", str(self.secret_file))
         port = self.ports.setdefault("gateway", free_port())
@@ -211,10 +211,51 @@ def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:
     with httpx.Client(base_url=calm.gateway.url, timeout=DEADLINE) as client:
         asked = client.post("/v1/chat/completions", json=question["openai"]).json()["usage"]["prompt_tokens"]
         found = client.post("/v1/cache/explain", json=question).json()
-        assert client.get("/v1/cache/prefixes").status_code == 404
         assert client.get("/v1/cache").json()["workers"]["a"]["total_blocks"] > 0
     assert (found["prompt_tokens"], found["hit_tokens"], found["worker"]) == (asked, asked - 1, "a")
     assert [(each["worker"], each["hit_tokens"]) for each in found["workers"]] == [("a", asked - 1)]
+
+
+def test_the_routes_of_the_cache_reach_all_workers_and_one_that_is_away_later(cluster: Cluster) -> None:
+    for name in "ab":
+        cluster.start_worker(name, "--cache-dir", str(cluster.folder / f"{name}-cache"))
+    gateway = cluster.start_gateway("a", "b", routing="round-robin")
+    for name in "ab":
+        cluster.until(name, "up")
+    with httpx.Client(base_url=gateway.url, timeout=DEADLINE) as client:
+        answers = [client.post("/v1/completions", json=COMPLETION) for _ in range(2)]
+        assert {each.headers["x-emberkv-route"].split(";")[0] for each in answers} == {"worker=a", "worker=b"}
+        for each in answers:
+            past = client.post("/v1/cache/explain", json={"response_id": each.json()["id"]}).json()
+            assert each.headers["x-emberkv-route"].startswith(f"worker={past['worker']};")
+            assert (past["prompt_tokens"], past["hit_tokens"]) == (each.json()["usage"]["prompt_tokens"], 0)
+        unknown = client.post("/v1/cache/explain", json={"response_id": "cmpl-none"})
+        assert unknown.status_code == 404
+        (listed,) = client.get("/v1/cache/prefixes", params={"by": "largest", "limit": 1}).json()["data"]
+        assert listed["workers"] == ["a", "b"]
+        prefix = {"block_hash": listed["block_hash"]}
+        pinned = client.post("/v1/cache/pin", json=prefix)
+        assert pinned.json()["retained_blocks"] == 2 * pinned.json()["blocks"]
+        assert client.post("/v1/cache/unpin", json=prefix).status_code == 200
+        new = {"openai": {**COMPLETION, "prompt": "A prompt that no worker has. " + TEXT}}
+        pinned = client.post("/v1/cache/pin", json=new)
+        assert sum(each["tokens_kept_warm"] > 0 for each in pinned.json()["workers"]) == 1
+        for name in "ab":
+            eventually(lambda name=name: cluster.workers[name].metric("emberkv_tier_blocks", tier="disk") > 0)
+        cluster.workers["b"].process.kill()
+        cluster.until("b", "down")
+        removed = client.post("/v1/cache/remove", json=prefix)
+        assert removed.status_code == 207
+        assert {each["worker"]: each["status"] for each in removed.json()["workers"]} == {"a": "done", "b": "later"}
+        assert removed.json()["blocks"]["pool"] > 0
+        cluster.start_worker("b", "--cache-dir", str(cluster.folder / "b-cache"))
+        eventually(lambda: "has made up for a removal" in gateway.log.read_text())
+        question = {"openai": COMPLETION}
+        for name in "ab":
+            found = httpx.post(f"{cluster.workers[name].url}/v1/cache/explain", json=question, timeout=DEADLINE)
+            assert found.json()["hit_tokens"] == 0
+        cleared = client.post("/v1/cache/clear", json={})
+        assert (cleared.status_code, [each["status"] for each in cleared.json()["workers"]]) == (200, ["done"] * 2)
 
 
 def test_internal_routes_need_the_secret(calm: Cluster) -> None:

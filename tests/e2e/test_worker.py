@@ -125,7 +125,7 @@ def test_what_is_wrong_with_a_request_is_the_error_that_it_was(worker: Server) -
 
 def test_without_the_secret_nothing_is_told(worker: Server) -> None:
     routes = [("GET", each) for each in ("worker", "tokenizer", "events", "snapshot", "load")]
-    for method, route in [*routes, *(("POST", each) for each in ("generate", "command", "explain"))]:
+    for method, route in [*routes, *(("POST", each) for each in ("generate", "command", "explain", "operate"))]:
         for headers in ({}, {"authorization": "Bearer another"}, {"authorization": "Basic " + SECRET}):
             response = httpx.request(method, f"{worker.url}{wire.PREFIX}/{route}", headers=headers, timeout=DEADLINE)
             assert response.status_code == 401, route
@@ -151,7 +151,7 @@ def test_another_version_and_what_is_no_worker_are_named(worker: Server) -> None
 
 def test_a_body_that_is_no_request_is_refused(worker: Server) -> None:
     headers = {"authorization": f"Bearer {SECRET}"}
-    for route in ("generate", "command", "explain"):
+    for route in ("generate", "command", "explain", "operate"):
         response = httpx.post(f"{worker.url}{wire.PREFIX}/{route}", headers=headers, content=b"\xc1", timeout=DEADLINE)
         assert response.status_code == 400
         assert wire.decode(response.content, wire.Failure).kind == "WireError"

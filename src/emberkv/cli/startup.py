@@ -229,7 +229,12 @@ class Startup:
         names, patterns = model_names(self._config.served_names, own_name, strict=self._config.strict_names)
         name = names[0]
         cache = cache_service(
-            engine, self._ledger_store, name=name, folder=self._config.cache_dir, background=self._lifecycle.background
+            engine,
+            self._ledger_store,
+            name=name,
+            folder=self._config.cache_dir,
+            background=self._lifecycle.background,
+            warmup=warmup,
         )
         engine.loop.start()
         model = ServedModel(

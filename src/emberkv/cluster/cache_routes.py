@@ -1,50 +1,76 @@
-"""The routes under /v1/cache at a gateway: what all workers have, and where a prompt would go, and why."""
+"""The routes under /v1/cache at a gateway: what all workers have, and where a prompt would go, and why.
+
+What is asked of several workers is answered as by one server, with ``workers`` besides: what each has done.
+"""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from emberkv.cluster.cache_operations import (
+    CacheOperation,
+    ExplainRequest,
+    FindPath,
+    ListPrefixes,
+    Pin,
+    Unpin,
+    on_path,
+)
 from emberkv.cluster.cluster_engine import ClusterEngine
 from emberkv.cluster.membership import Membership, Worker
 from emberkv.cluster.policies import Decision
-from emberkv.cluster.wire import LoadReport
+from emberkv.cluster.removals import MISSED, ClusterRemovals, Outcome, operate
+from emberkv.cluster.wire import LoadReport, decode_prompt
+from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import EmberError
-from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
+from emberkv.serving.api.cache_api import (
+    CacheQuestion,
+    CacheRoutes,
+    check_json,
+    listing_asked,
+    tenant_meant,
+    unknown_response,
+)
 from emberkv.serving.app import AppParts
+from emberkv.serving.cache.service import PrefixPath
 from emberkv.serving.errors import NotFoundError, NotReadyError
+from emberkv.serving.tenancy import Tenant
 
 _ANY_ANSWER = SamplingParams(max_tokens=1)
 
+PARTLY_DONE = 207
+"""The status of an answer to which not all workers have contributed."""
+
 
 class ClusterCacheRoutes(CacheRoutes):
-    """Statistics, sessions, explain and warm. What only a worker's ledger of blocks can answer (its prefixes, and pins
-    and removal by them) is asked of the worker itself.
-    """
+    """The routes of one server over all workers. Removals reach the workers that are away when they come back."""
 
     def __init__(
         self,
         parts: AppParts,
         membership: Membership,
         engine: Callable[[], ClusterEngine | None],
+        removals: ClusterRemovals,
     ) -> None:
         super().__init__(parts.lifecycle, parts.guard, parts.tenants, parts.preparer, parts.answers, parts.wall_clock)
         self._membership = membership
-        self._engine = engine
+        self._cluster_engine = engine
+        self._removals = removals
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1/cache")
-        for path, answer in (("", self.statistics), ("/sessions", self.sessions), ("/prefixes", self.elsewhere)):
+        for path, answer in (("", self.statistics), ("/sessions", self.sessions), ("/prefixes", self.prefixes)):
             router.add_api_route(path, answer, methods=["GET"])
-        for name, answer in (("explain", self.explain), ("warm", self.warm)):
-            router.add_api_route(f"/{name}", answer, methods=["POST"])
-        for name in ("pin", "unpin", "remove", "clear"):
-            router.add_api_route(f"/{name}", self.elsewhere, methods=["POST"])
+        for answer in (self.explain, self.warm, self.pin, self.unpin, self.remove, self.clear):
+            router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
         return router
 
     async def statistics(self, http: Request) -> Response:
@@ -57,32 +83,70 @@ class ClusterCacheRoutes(CacheRoutes):
         }
         return JSONResponse({"object": "cache", "workers": workers, "sessions": len(self._answers.sessions)})
 
-    async def elsewhere(self, http: Request) -> Response:
-        """For what only workers can answer."""
+    async def prefixes(self, http: Request) -> Response:
+        """The prefixes of all workers, of which each is listed once, with the workers that have it."""
         await self._guard.operator(http)
-        urls = ", ".join(worker.url for worker in self._membership.up) or "none is up"
-        raise NotFoundError(f"a gateway does not answer {http.url.path}; ask each worker ({urls})")
+        by, limit = listing_asked(http)
+        outcomes = await self._everywhere(ListPrefixes(by, limit))
+        listings = {worker.worker_id: answer["data"] for worker, answer in answers(outcomes).items()}
+        return _respond("list", {"data": merged_prefixes(listings, by)[:limit]}, outcomes)
+
+    async def pin(self, http: Request) -> Response:
+        """Pin where something of the prefix is cached; where nothing is, at the worker that it would go to."""
+        await self._guard.operator(http)
+        question, path = await self._path(http)
+        make = partial(on_path, Pin, path, seconds=question.seconds)
+        outcomes = await operate(self._membership.up, make(even_uncached=False))
+        if not any(each["retained_blocks"] for each in answers(outcomes).values()):
+            chosen, _ = self._decided(path.tokens, path.tenant, self._salt_of(path.tenant))
+            outcomes |= await operate([chosen], make(even_uncached=True))
+        done = answers(outcomes).values()
+        figures = {
+            "prefix": path.block_hashes[-1].hex(),
+            "blocks": len(path.block_hashes),
+            "retained_blocks": sum(each["retained_blocks"] for each in done),
+            "tokens_kept_warm": sum(each["tokens_kept_warm"] for each in done),
+        }
+        return _respond("cache.pinned", figures, outcomes)
+
+    async def unpin(self, http: Request) -> Response:
+        await self._guard.operator(http)
+        _, path = await self._path(http)
+        outcomes = await self._everywhere(on_path(Unpin, path))
+        return _respond("cache.unpinned", {"prefix": path.block_hashes[-1].hex()}, outcomes)
+
+    async def remove(self, http: Request) -> Response:
+        """Forget a prefix, unless others share it, and all that goes on from it, at all workers."""
+        await self._guard.operator(http)
+        _, path = await self._path(http)
+        return _removed("cache.removed", await self._removals.remove_prefix(path.block_hashes))
+
+    async def clear(self, http: Request) -> Response:
+        await self._guard.operator(http)
+        check_json(http)
+        return _removed("cache.cleared", await self._removals.remove(None))
 
     async def explain(self, http: Request) -> Response:
-        """What the worker that a prompt would go to says of it, what the others have, and why that one is chosen."""
+        """What the worker that a prompt would go to, or that has answered a request, says of it, what the others have,
+        and why that one is chosen.
+        """
         tenant = await self._guard.asker(http)
-        question = await self._question(http, "openai", "anthropic")
+        question = await self._question(http, "openai", "anthropic", "response_id")
+        if question.response_id is not None:
+            return await self._explain_past(question, tenant)
         whose = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
         prompt = await self._prompt(question, whose)
-        engine = self._engine()
-        request = GenerationRequest("", prompt.token_ids, _ANY_ANSWER, whose.salt, tenant=whose.name)
-        decided = engine.decide(request) if engine is not None else None
-        if decided is None:
-            raise NotReadyError("no worker is up; send it again later")
-        chosen, decision = decided
+        chosen, decision = self._decided(prompt.token_ids, whose.name, whose.salt)
         workers = self._membership.up
         answers = await asyncio.gather(
             *(_explained(worker, prompt.token_ids, whose.name, whose.salt) for worker in workers)
         )
         found = dict(zip(workers, answers, strict=True))
-        own = found.get(chosen)
-        if own is None or "error" in own:
-            raise NotReadyError("the worker that the prompt would go to does not answer; send it again later")
+        own = found.get(chosen, {"error": "it is not up any more"})
+        if "error" in own:
+            raise NotReadyError(
+                f"worker {chosen}, where the prompt would go, gives no explanation: {own['error']}; send it again later"
+            )
         return JSONResponse(
             {
                 **own,
@@ -92,6 +156,112 @@ class ClusterCacheRoutes(CacheRoutes):
                 "workers": [_worker_json(worker, decision, answer) for worker, answer in found.items()],
             }
         )
+
+    async def _explain_past(self, question: CacheQuestion, tenant: Tenant | None) -> Response:
+        """By the first of the request's workers that still knows it: later ones have gone on with its answer."""
+        response_id = question.response_id or ""
+        request, engine = self._remembered(response_id, tenant), self._cluster_engine()
+        request_id = request.answer_id(question.answer)
+        route = engine.route(request_id) if engine is not None else None
+        if route is None or route.decision is None:
+            raise unknown_response(response_id)
+        reasons = []
+        for name in dict.fromkeys(route.workers):
+            worker = self._membership.named(name)
+            if worker is None:
+                reasons.append(f"worker {name} is gone")
+                continue
+            (outcome,) = (await operate([worker], ExplainRequest(request_id))).values()
+            if isinstance(outcome, EmberError):
+                reasons.append(f"worker {worker}: {outcome}")
+                continue
+            chosen = {"canonical": dict(request.canonical), "worker": name, "why": route.decision.reason.value}
+            turns = {"answered_by": route.workers, "retried": route.retried, "resumed": route.resumed}
+            return JSONResponse({**outcome, **chosen, **turns})
+        message = f"response_id {response_id!r} cannot be explained any more: {'; '.join(reasons)}"
+        raise NotFoundError(message, param="response_id")
+
+    async def _listed_path(self, block_hash: BlockHash) -> PrefixPath:
+        """From the first worker that knows it."""
+        outcomes = await self._everywhere(FindPath(block_hash))
+        for found in answers(outcomes).values():
+            return PrefixPath(found["block_hashes"], decode_prompt(found["tokens"]), found["tenant"])
+        reasons = "; ".join(f"{worker}: {outcome}" for worker, outcome in outcomes.items()) or "none is there"
+        raise NotFoundError(f"prefix {block_hash.hex()!r} is known to no worker ({reasons})", param="prefix")
+
+    def _chain(self, tokens: Sequence[int], tenant: Tenant) -> TokenChain:
+        engine = self._cluster_engine()
+        if engine is None:
+            raise NotReadyError("no worker has been reached yet; send it again later")
+        return engine.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
+
+    def _decided(self, tokens: Sequence[int], tenant: str, salt: bytes) -> tuple[Worker, Decision]:
+        """Where a prompt would go. Raises NotReadyError while no worker is up."""
+        engine = self._cluster_engine()
+        request = GenerationRequest("", tokens, _ANY_ANSWER, salt, tenant=tenant)
+        decided = engine.decide(request) if engine is not None else None
+        if decided is None:
+            raise NotReadyError("no worker is up; send it again later")
+        return decided
+
+    def _salt_of(self, tenant: str) -> bytes:
+        return self._tenants.named(tenant).salt if tenant in self._tenants.names else b""
+
+    async def _everywhere(self, operation: CacheOperation) -> dict[Worker, Outcome]:
+        return await operate(self._removals.workers, operation)
+
+
+def answers(outcomes: Mapping[Worker, Outcome]) -> dict[Worker, Mapping[str, Any]]:
+    """The outcomes of the workers that have answered."""
+    return {worker: outcome for worker, outcome in outcomes.items() if not isinstance(outcome, EmberError)}
+
+
+def merged_prefixes(listings: Mapping[str, Sequence[Mapping[str, Any]]], by: str) -> list[dict[str, Any]]:
+    """Each prefix once, with the sum of its hits and the ``workers`` that have it, ordered as one server orders them.
+
+    listings: by the worker's id. by: "hottest" or "largest".
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for name, listing in listings.items():
+        for each in listing:
+            known = merged.setdefault(each["block_hash"], {**each, "hits": 0, "workers": []})
+            known["hits"] += each["hits"]
+            known["last_hit"] = max(known["last_hit"], each["last_hit"])
+            known["tiers"] = known["places"] = list(dict.fromkeys([*known["tiers"], *each["tiers"]]))
+            known["workers"].append(name)
+    if by == "largest":
+        return sorted(merged.values(), key=lambda each: -each["tokens"])
+    return sorted(merged.values(), key=lambda each: -each["hits"] * each["tokens"])
+
+
+def _respond(
+    kind: str, figures: Mapping[str, Any], outcomes: Mapping[Worker, Outcome], *, made_up_for: bool = False
+) -> Response:
+    """made_up_for: whether a worker that is away does it later."""
+    workers = [_outcome_json(worker, outcome, made_up_for) for worker, outcome in outcomes.items()]
+    is_done = all(each["status"] == "done" for each in workers)
+    return JSONResponse({"object": kind, **figures, "workers": workers}, status_code=200 if is_done else PARTLY_DONE)
+
+
+def _outcome_json(worker: Worker, outcome: Outcome, made_up_for: bool) -> dict[str, Any]:
+    named = {"worker": worker.worker_id, "url": worker.url}
+    if isinstance(outcome, EmberError):
+        status = "later" if made_up_for and isinstance(outcome, MISSED) else "failed"
+        return {**named, "status": status, "error": str(outcome)}
+    return {**named, "status": "done", **{name: value for name, value in outcome.items() if name != "data"}}
+
+
+def _removed(kind: str, outcomes: Mapping[Worker, Outcome]) -> Response:
+    blocks: Counter[str] = Counter()
+    kept: dict[str, dict[str, Any]] = {}
+    for answer in answers(outcomes).values():
+        blocks.update(answer["blocks"])
+        for tier, each in answer["kept"].items():
+            known = kept.setdefault(tier, {"count": 0, "reason": each["reason"]})
+            known["count"] += each["count"]
+    learned = sum(each["learned_prompts"] for each in answers(outcomes).values())
+    figures = {"blocks": dict(blocks), "learned_prompts": learned, "kept": kept}
+    return _respond(kind, figures, outcomes, made_up_for=True)
 
 
 async def _explained(worker: Worker, tokens: Sequence[int], tenant: str, salt: bytes) -> dict[str, Any]:

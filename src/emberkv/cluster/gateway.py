@@ -19,6 +19,7 @@ from emberkv.cluster import wire
 from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
 from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.removals import ClusterRemovals
 from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
@@ -63,6 +64,7 @@ class Gateway:
         self.membership = Membership(
             make_router(routing, rng or random.Random()), connect, on_model=self._has_model, on_change=self._changed
         )
+        self.removals = ClusterRemovals(self.membership)
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
         self.on_stop: list[Callable[[], Awaitable[None]]] = []
@@ -81,6 +83,7 @@ class Gateway:
         """End what runs and close all connections."""
         if self.engine is not None:
             await self.engine.stop()
+        await self.removals.close()
         await self.membership.close()
         for close in self.on_stop:
             await close()
@@ -88,7 +91,7 @@ class Gateway:
     def routes(self, parts: AppParts) -> APIRouter:
         """What a gateway answers beside the server's own routes."""
         router = APIRouter()
-        router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine).router())
+        router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine, self.removals).router())
         router.include_router(
             dashboard_router(parts.lifecycle, parts.guard, parts.answers.traffic, parts.wall_clock, self._workers_json)
         )

@@ -15,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from emberkv import __version__, event_wire
 from emberkv.cluster import wire, wire_commands
+from emberkv.cluster.cache_operations import decode_operation
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, EventBatch
 from emberkv.engine.assembly import AssembledEngine
-from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, RemovedBlocks
+from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, Remove, RemovedBlocks
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
 from emberkv.serving.answer_service import unless_disconnected
@@ -65,7 +66,7 @@ class WorkerRoutes:
         router = APIRouter(prefix=wire.PREFIX)
         for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.load):
             self._add(router, "GET", answer)
-        for answer in (self.generate, self.command, self.explain):
+        for answer in (self.generate, self.command, self.explain, self.operate):
             self._add(router, "POST", answer)
         return router
 
@@ -165,8 +166,12 @@ class WorkerRoutes:
         self._lifecycle.untrack(generation)
 
     async def command(self, http: Request) -> Response:
-        engine = self._served()[1]
+        model, engine = self._served()
         command = await asyncio.to_thread(wire_commands.decode_command, await http.body(), engine.root)
+        if isinstance(command, Remove) and command.tiers and model.cache is not None:
+            removal = await model.cache.remove_blocks(command.block_hashes)
+            answered = wire_commands.encode_answer(RemovedBlocks(removal.pool), removal.tiers)
+            return Response(answered, media_type=wire.MEDIA_TYPE)
         answer = await _ask(engine, command)
         removed: dict[str, Removed] = {}
         if isinstance(answer, RemovedBlocks):
@@ -183,6 +188,13 @@ class WorkerRoutes:
             raise NotFoundError("this worker keeps no account of what it has cached")
         explained = await model.cache.explain(wire.decode_prompt(asked.prompt), Tenant(asked.tenant, asked.salt))
         return _message(explanation_json(explained, model.tokenizer, now=time.time()))
+
+    async def operate(self, http: Request) -> Response:
+        operation = decode_operation(await http.body())
+        model = self._served()[0]
+        if model.cache is None:
+            raise NotFoundError("this worker keeps no account of what it has cached")
+        return _message(await operation.carry_out(model.cache, model.tokenizer))
 
     def _served(self) -> tuple[ServedModel, AssembledEngine]:
         model = self._lifecycle.model()

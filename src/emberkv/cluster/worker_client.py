@@ -11,6 +11,7 @@ import aiohttp
 
 from emberkv import errors, event_wire
 from emberkv.cluster import wire, wire_commands
+from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, TokenOutput
@@ -148,6 +149,10 @@ class WorkerClient:
         """What the prompt would hit on this worker, and why not more: as ``/v1/cache/explain`` answers it."""
         body = wire.encode(wire.Prompt(prompt=wire.encode_prompt(prompt_token_ids), salt=salt, tenant=tenant))
         return wire.decode(await self._ask("POST", "explain", body=body), dict[str, Any])
+
+    async def operate(self, operation: CacheOperation) -> dict[str, Any]:
+        """What the worker's cache service answers to an operation of `emberkv.cluster.cache_operations`."""
+        return wire.decode(await self._ask("POST", "operate", body=wire.encode(operation)), dict[str, Any])
 
     async def _ask(
         self,

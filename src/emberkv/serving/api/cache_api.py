@@ -2,10 +2,9 @@
 
 import re
 import reprlib
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from math import inf
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import AliasChoices, Field
 from starlette.exceptions import HTTPException
 
+from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import SamplingParams
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.answer_service import (
@@ -32,8 +32,8 @@ from emberkv.serving.cache.service import CacheService, Explained, PrefixPath, e
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant, Tenants
-from emberkv.serving.warmup.warmup import Warmup
 
 MAX_TOKEN_ID = 2**31 - 1
 _FORMS = ("openai", "anthropic", "response_id", "prefix")
@@ -171,12 +171,7 @@ class CacheRoutes:
 
     async def prefixes(self, http: Request) -> Response:
         await self._guard.operator(http)
-        by, limit = http.query_params.get("by", "hottest"), http.query_params.get("limit", "20")
-        if by not in ("hottest", "largest"):
-            raise RequestError(f"by is {reprlib.repr(by)}; it must be 'hottest' or 'largest'", param="by")
-        if not re.fullmatch("0*[1-9][0-9]{0,2}", limit, re.ASCII) or int(limit.lstrip("0")) > MAX_LISTED:
-            raise RequestError(f"limit is {reprlib.repr(limit)}; it must be from 1 to {MAX_LISTED}", param="limit")
-        listed = await self._cache().prefixes(by, int(limit), self._lifecycle.model().tokenizer)
+        listed = await self._cache().prefixes(*listing_asked(http), self._lifecycle.model().tokenizer)
         return JSONResponse({"object": "list", "data": listed})
 
     async def explain(self, http: Request) -> Response:
@@ -211,41 +206,39 @@ class CacheRoutes:
         """Have a prefix evicted last. For good, it is also warmed again whenever it is lost."""
         await self._guard.operator(http)
         question, path = await self._path(http)
-        retained = await self._cache().retain(path, question.seconds or inf)
-        warmup = self._warmup()
-        kept_warm = warmup.pin(path.tokens, path.tenant) if warmup is not None and question.seconds is None else 0
-        figures = {"blocks": len(path.block_hashes), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
+        figures = await self._cache().pin(path, question.seconds)
         return JSONResponse({"object": "cache.pinned", "prefix": path.block_hashes[-1].hex(), **figures})
 
     async def unpin(self, http: Request) -> Response:
         await self._guard.operator(http)
         _, path = await self._path(http)
-        await self._cache().unretain(path)
-        warmup = self._warmup()
-        if warmup is not None:
-            warmup.unpin(path.tokens, path.tenant)
+        await self._cache().unpin(path)
         return JSONResponse({"object": "cache.unpinned", "prefix": path.block_hashes[-1].hex()})
 
     async def remove(self, http: Request) -> Response:
         """Forget a prefix, unless others share it, and all that goes on from it."""
         await self._guard.operator(http)
         _, path = await self._path(http)
-        return JSONResponse({"object": "cache.removed", **asdict(await self._cache().remove(path, self._warmup()))})
+        return JSONResponse({"object": "cache.removed", **(await self._cache().remove(path)).as_json()})
 
     async def clear(self, http: Request) -> Response:
         await self._guard.operator(http)
-        _check_json(http)
-        return JSONResponse({"object": "cache.cleared", **asdict(await self._cache().clear(self._warmup()))})
+        check_json(http)
+        return JSONResponse({"object": "cache.cleared", **(await self._cache().remove_blocks(None)).as_json()})
 
     def _past(self, response_id: str, answer: int, tenant: Tenant | None) -> Explained:
-        """Another tenant's response is as unknown as one that never was."""
+        request = self._remembered(response_id, tenant)
+        explanation = self._cache().ledger_store.explained(request.answer_id(answer))
+        if explanation is None:
+            raise unknown_response(response_id)
+        return Explained(explanation, request.canonical)
+
+    def _remembered(self, response_id: str, tenant: Tenant | None) -> RequestContext:
+        """The request of a response. Another tenant's is as unknown as one that never was: NotFoundError."""
         request = self._answers.recent.get(response_id)
-        if request is not None and (tenant is None or request.tenant.name == tenant.name):
-            explanation = self._cache().ledger_store.explained(request.answer_id(answer))
-            if explanation is not None:
-                return Explained(explanation, request.canonical)
-        message = f"response_id {response_id!r} is unknown; only the last responses are remembered"
-        raise NotFoundError(message, param="response_id")
+        if request is None or (tenant is not None and request.tenant.name != tenant.name):
+            raise unknown_response(response_id)
+        return request
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
         asker = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
@@ -257,16 +250,23 @@ class CacheRoutes:
     async def _path(self, http: Request) -> tuple[CacheQuestion, PrefixPath]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
-            return question, await self._cache().path(question.prefix_hash())
+            return question, await self._listed_path(question.prefix_hash())
         tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
         prompt = await self._prompt(question, tenant)
-        chain = await self._preparer.run(partial(self._cache().chain, prompt.token_ids, tenant))
+        chain = await self._preparer.run(partial(self._chain, prompt.token_ids, tenant))
         if not chain.block_hashes:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
         return question, PrefixPath(list(chain.block_hashes), prompt.token_ids, tenant.name)
 
+    async def _listed_path(self, block_hash: BlockHash) -> PrefixPath:
+        """Raises NotFoundError for a prefix that is not known."""
+        return await self._cache().path(block_hash)
+
+    def _chain(self, tokens: Sequence[int], tenant: Tenant) -> TokenChain:
+        return self._cache().chain(tokens, tenant)
+
     async def _question(self, http: Request, *accepted: str) -> CacheQuestion:
-        _check_json(http)
+        check_json(http)
         body = await http.body()
         question = await self._preparer.run(partial(parse_body, CacheQuestion, body), len(body))
         question.check(*accepted)
@@ -282,11 +282,23 @@ class CacheRoutes:
             raise HTTPException(404)
         return cache
 
-    def _warmup(self) -> Warmup | None:
-        return self._lifecycle.model().warmup
+
+def listing_asked(http: Request) -> tuple[str, int]:
+    """By what prefixes are to be listed, and how many. Raises RequestError."""
+    by, limit = http.query_params.get("by", "hottest"), http.query_params.get("limit", "20")
+    if by not in ("hottest", "largest"):
+        raise RequestError(f"by is {reprlib.repr(by)}; it must be 'hottest' or 'largest'", param="by")
+    if not re.fullmatch("0*[1-9][0-9]{0,2}", limit, re.ASCII) or int(limit.lstrip("0")) > MAX_LISTED:
+        raise RequestError(f"limit is {reprlib.repr(limit)}; it must be from 1 to {MAX_LISTED}", param="limit")
+    return by, int(limit)
 
 
-def _check_json(http: Request) -> None:
+def unknown_response(response_id: str) -> NotFoundError:
+    message = f"response_id {response_id!r} is unknown; only the last responses are remembered"
+    return NotFoundError(message, param="response_id")
+
+
+def check_json(http: Request) -> None:
     """What a page's form can send from somebody's browser is never JSON, and so cannot act in their name."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the content-type must be application/json")

@@ -133,14 +133,26 @@ class PrefixPath:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a removal has removed. blocks: by tier. learned_prompts: prefixes that the next start does not warm.
-
-    kept: by tier, how many blocks are still stored though they are served no longer, and why.
+    """What a removal has removed. pool: blocks of the pool. tiers: the lower tiers' answers, by name. learned: prefixes
+    that the next start does not warm.
     """
 
-    blocks: Mapping[str, int]
-    learned_prompts: int
-    kept: Mapping[str, Mapping[str, int | str]]
+    pool: int
+    tiers: Mapping[str, Removed]
+    learned: Removed
+
+    def as_json(self) -> dict[str, Any]:
+        """blocks: by tier. learned_prompts: a count. kept: by tier, how many are still stored though they are served
+        no longer, and why.
+        """
+        answers = {**self.tiers, LEARNED: self.learned}
+        return {
+            "blocks": {POOL: self.pool, **{name: each.count for name, each in self.tiers.items()}},
+            "learned_prompts": self.learned.count,
+            "kept": {
+                name: {"count": each.kept, "reason": each.reason} for name, each in answers.items() if each.reason
+            },
+        }
 
 
 class CacheService:
@@ -149,7 +161,7 @@ class CacheService:
     execute: has commands carried out by the engine. chain: a prompt's blocks as its tenant's requests name them.
     tier_stats: of the tiers below the pool, by name. reuse: what caches of other sizes would find of the traffic; None:
     it is not followed. other_models: how many of a prompt's tokens are cached for each other model that is known of,
-    by its name.
+    by its name. warmup: has the pinned and the learned prompts.
     """
 
     def __init__(
@@ -161,6 +173,7 @@ class CacheService:
         tier_stats: Callable[[], Mapping[str, TierStats]] = dict,
         reuse: ReuseWatch | None = None,
         other_models: Callable[[Sequence[int], Tenant], Mapping[str, int]] = lambda _tokens, _tenant: {},
+        warmup: Warmup | None = None,
     ) -> None:
         self.ledger_store = ledger_store
         self.chain = chain
@@ -168,6 +181,7 @@ class CacheService:
         self.other_models = other_models
         self._execute = execute
         self._tier_stats = tier_stats
+        self._warmup = warmup
 
     async def statistics(self) -> dict[str, Any]:
         """Counters since the start, what each tier holds, by tenant too where shares are kept, and what an LRU pool of
@@ -254,48 +268,53 @@ class CacheService:
         tokens = decode_tokens(b"".join(entry.tokens for entry in entries))
         return PrefixPath([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "")
 
-    async def retain(self, path: PrefixPath, seconds: float = inf) -> int:
-        """Have the pool evict these blocks last, for so long; how many of them it retains."""
-        return await self._ask(Retain(path.block_hashes, seconds))
-
-    async def unretain(self, path: PrefixPath) -> None:
-        await self._ask(Unretain(path.block_hashes))
-
-    async def remove(self, path: PrefixPath, warmup: Warmup | None) -> Removal:
-        """Remove a prefix and all that goes on from it, but not what other prefixes share, from pool, tiers and learned
-        prompts. warmup: has these.
+    async def pin(self, path: PrefixPath, seconds: float | None, *, even_uncached: bool = True) -> dict[str, int]:
+        """Have the pool evict a prefix last, for so long; None: until it is unpinned, and have it warmed again whenever
+        it is lost. even_uncached: False leaves a prefix alone of which the pool has nothing.
         """
-        block_hashes = await asyncio.to_thread(self._unshared, path)
-        removal = await self._remove(block_hashes, warmup)
-        self.ledger_store.removed(block_hashes)
-        return removal
+        retained = await self._ask(Retain(path.block_hashes, inf if seconds is None else seconds))
+        kept_warm = 0
+        if self._warmup is not None and seconds is None and (retained or even_uncached):
+            kept_warm = self._warmup.pin(path.tokens, path.tenant)
+        return {"blocks": len(path.block_hashes), "retained_blocks": retained, "tokens_kept_warm": kept_warm}
 
-    def _unshared(self, path: PrefixPath) -> list[BlockHash]:
-        with self.ledger_store.reading() as ledger:
-            return unshared(ledger, path.block_hashes)
+    async def unpin(self, path: PrefixPath) -> None:
+        await self._ask(Unretain(path.block_hashes))
+        if self._warmup is not None:
+            self._warmup.unpin(path.tokens, path.tenant)
 
-    async def clear(self, warmup: Warmup | None) -> Removal:
-        """Remove everything of this model, from pool, tiers and learned prompts."""
-        removal = await self._remove(None, warmup)
-        for tier in removal.blocks:
-            if tier != POOL:
+    async def remove(self, path: PrefixPath) -> Removal:
+        """Remove a prefix and all that goes on from it, but not what other prefixes share."""
+        return await self.remove_blocks(await self.unshared(path.block_hashes))
+
+    async def unshared(self, path: Sequence[BlockHash]) -> list[BlockHash]:
+        """Of a prefix's blocks and all that go on from it, those that no other known prefix shares."""
+
+        def found() -> list[BlockHash]:
+            with self.ledger_store.reading() as ledger:
+                return unshared(ledger, path)
+
+        return await asyncio.to_thread(found)
+
+    async def remove_blocks(self, block_hashes: Collection[BlockHash] | None) -> Removal:
+        """Remove blocks, or with None everything of this model, from pool, tiers and learned prompts."""
+        removal = await self._removed(block_hashes)
+        if block_hashes is not None:
+            self.ledger_store.removed(list(block_hashes))
+        else:
+            for tier in removal.tiers:
                 self.ledger_store.cleared(tier)
         return removal
 
-    async def _remove(self, block_hashes: Collection[BlockHash] | None, warmup: Warmup | None) -> Removal:
+    async def _removed(self, block_hashes: Collection[BlockHash] | None) -> Removal:
+        warmup = self._warmup
         forgetting = asyncio.to_thread(warmup.forget, block_hashes) if warmup is not None else _nothing()
         learned = asyncio.ensure_future(forgetting)
         removed: RemovedBlocks = await self._ask(Remove(block_hashes))
         awaited = {name: asyncio.wrap_future(future) for name, future in removed.tiers.items()}
         await asyncio.wait([learned, *awaited.values()], timeout=ANSWER_SECONDS)
         results = {name: future.result() if future.done() else NO_ANSWER for name, future in awaited.items()}
-        prompts = learned.result() if learned.done() else NO_ANSWER
-        kept = {name: result for name, result in (*results.items(), (LEARNED, prompts)) if result.reason}
-        return Removal(
-            blocks={POOL: removed.pool, **{name: result.count for name, result in results.items()}},
-            learned_prompts=prompts.count,
-            kept={name: {"count": result.kept, "reason": result.reason} for name, result in kept.items()},
-        )
+        return Removal(removed.pool, results, learned.result() if learned.done() else NO_ANSWER)
 
     def _ask(self, command: Command[R]) -> Awaitable[R]:
         return asyncio.wrap_future(self._execute(command))
@@ -350,12 +369,13 @@ def cache_service(
     name: str,
     folder: Path | None = None,
     background: Background | None = None,
+    warmup: Warmup | None = None,
 ) -> CacheService:
     """The service for an engine's cache, whose updates are written into the ledger from now on. Call it before the
     engine starts.
 
     name: of the model. folder: where the model keeps blocks; its name is written there, for other models to read.
-    background: counts failures to take an update in.
+    background: counts failures to take an update in. warmup: has the pinned and the learned prompts.
     """
     loop = engine.loop
     background = background or Background()
@@ -370,7 +390,7 @@ def cache_service(
         return loop.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
 
     tier_stats = engine.tiers.stats if engine.tiers is not None else dict
-    service = CacheService(ledger_store, loop.execute, chain, tier_stats=tier_stats, reuse=reuse)
+    service = CacheService(ledger_store, loop.execute, chain, tier_stats=tier_stats, reuse=reuse, warmup=warmup)
     if folder is None or engine.tiers is None:
         return service
     own = KnownModel(name=name, root=engine.root, block_size=engine.block_size)

@@ -1,0 +1,127 @@
+"""Removals from several workers, some of which are away, over the real cache of each."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from emberkv.cluster import removals
+from emberkv.cluster.cache_routes import merged_prefixes
+from emberkv.cluster.membership import Worker
+from emberkv.cluster.removals import ClusterRemovals, Outcome
+from emberkv.engine.request import GenerationRequest, SamplingParams
+from emberkv.errors import EmberError, WorkerUnreachableError
+from emberkv.serving.tenancy import DEFAULT_TENANT
+from tests.cluster.fake_workers import FakeWorker
+from tests.cluster.test_cluster_engine import DEADLINE, cluster, on_a_loop
+from tests.serving.core_engine import CoreEngine
+
+PROMPT = list(range(1, 33))
+LONGER = [*PROMPT, *range(50, 66)]
+OTHER = [*PROMPT[:16], *range(70, 86)]
+
+
+class Workers:
+    """Workers by name, each with a cache of its own, and what is removed from all of them."""
+
+    def __init__(self, **prompts: list[list[int]]) -> None:
+        """prompts: what each worker has served."""
+        self.engines = {name: CoreEngine() for name in prompts}
+        self.fakes = {name: FakeWorker(name, cache=self.engines[name].service) for name in prompts}
+        for name, served in prompts.items():
+            for number, prompt in enumerate(served):
+                request = GenerationRequest(f"{name}-{number}", prompt, SamplingParams(max_tokens=1))
+                self.engines[name].submit(request, lambda _: None)
+
+    @asynccontextmanager
+    async def removing(self) -> AsyncIterator[ClusterRemovals]:
+        async with cluster({f"http://{name}": fake for name, fake in self.fakes.items()}) as it:
+            each = ClusterRemovals(it.membership, retry_seconds=0.01)
+            try:
+                yield each
+            finally:
+                await each.close()
+
+    def cached(self, name: str, prompt: list[int]) -> int:
+        """Tokens of full blocks."""
+        engine = self.engines[name]
+        return engine.scheduler.cache.cached_tokens(engine.chain([*prompt, 0], DEFAULT_TENANT))
+
+    def path(self, prompt: list[int]) -> list[bytes]:
+        return list(next(iter(self.engines.values())).chain(prompt, DEFAULT_TENANT).block_hashes)
+
+
+def failed(outcomes: Mapping[Worker, Outcome]) -> dict[str, EmberError]:
+    """By the worker's name."""
+    return {each.url[7:]: outcome for each, outcome in outcomes.items() if isinstance(outcome, EmberError)}
+
+
+async def until_made_up(removing: ClusterRemovals) -> None:
+    end = time.monotonic() + DEADLINE
+    while removing.missed:
+        assert time.monotonic() < end, f"not made up for in time: {removing.missed}"
+        await asyncio.sleep(0.01)
+
+
+@on_a_loop
+async def test_a_prefix_goes_everywhere_but_what_another_shares_at_any_worker_stays_everywhere() -> None:
+    workers = Workers(a=[LONGER], b=[PROMPT, OTHER], c=[])
+    async with workers.removing() as removing:
+        outcomes = await removing.remove_prefix(workers.path(PROMPT))
+    assert not failed(outcomes)
+    assert (workers.cached("a", LONGER), workers.cached("b", PROMPT)) == (16, 16)
+    assert workers.cached("b", OTHER) == len(OTHER)
+    answers = {each.worker_id: outcome for each, outcome in outcomes.items()}
+    assert [answers[name]["blocks"] for name in "abc"] == [{"pool": 8}, {"pool": 4}, {"pool": 0}]
+
+
+@on_a_loop
+async def test_a_worker_that_is_away_makes_up_for_what_it_has_missed() -> None:
+    workers = Workers(a=[PROMPT], b=[PROMPT, OTHER])
+    workers.fakes["b"].die()
+    async with workers.removing() as removing:
+        outcomes = await removing.remove_prefix(workers.path(PROMPT))
+        assert isinstance(failed(outcomes)["b"], WorkerUnreachableError)
+        assert (workers.cached("a", PROMPT), workers.cached("b", PROMPT)) == (0, len(PROMPT))
+        assert list(removing.missed) == ["http://b"]
+        workers.fakes["b"].restart()
+        await until_made_up(removing)
+        assert workers.cached("b", PROMPT) == 0
+
+
+@on_a_loop
+async def test_a_clear_that_was_missed_is_not_undone_by_a_removal() -> None:
+    workers = Workers(a=[PROMPT], b=[PROMPT, [90, 91, *PROMPT]])
+    workers.fakes["b"].die()
+    async with workers.removing() as removing:
+        assert set(failed(await removing.remove(None))) == {"b"}
+        assert set(failed(await removing.remove(workers.path(PROMPT)))) == {"b"}
+        workers.fakes["b"].restart()
+        await until_made_up(removing)
+    assert workers.engines["b"].pool.num_cached == 0
+
+
+@on_a_loop
+async def test_too_many_missed_blocks_become_all_of_them() -> None:
+    workers = Workers(a=[PROMPT], b=[PROMPT, [90, 91, *PROMPT]])
+    workers.fakes["b"].die()
+    async with workers.removing() as removing:
+        await removing.remove([number.to_bytes(32, "big") for number in range(removals.MAX_BLOCKS + 1)])
+        workers.fakes["b"].restart()
+        await until_made_up(removing)
+    assert workers.engines["b"].pool.num_cached == 0
+
+
+def test_listings_are_merged_by_prefix() -> None:
+    def listed(block_hash: str, tokens: int, hits: int, tier: str, last_hit: float) -> dict[str, object]:
+        named = {"block_hash": block_hash, "tokens": tokens, "hits": hits, "last_hit": last_hit}
+        return {**named, "tiers": [tier], "places": [tier]}
+
+    listings = {
+        "a": [listed("one", 16, 3, "pool", 5.0), listed("two", 64, 1, "pool", 2.0)],
+        "b": [listed("one", 16, 2, "disk", 9.0)],
+    }
+    one, two = merged_prefixes(listings, "hottest")
+    assert (one["block_hash"], one["hits"], one["last_hit"], one["tiers"]) == ("one", 5, 9.0, ["pool", "disk"])
+    assert (one["workers"], two["workers"]) == (["a", "b"], ["a"])
+    assert [each["block_hash"] for each in merged_prefixes(listings, "largest")] == ["two", "one"]
