@@ -11,6 +11,7 @@ USER = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": MODEL, "messages": USER}
 COMPLETION = {"model": MODEL, "prompt": "Once"}
 MESSAGE = {"model": MODEL, "messages": USER, "max_tokens": 10}
+TOOL = [{"name": "add", "input_schema": {"type": "object"}}]
 IMAGE = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
 LONG = [{"role": "user", "content": "x" * 991}]
 
@@ -102,8 +103,9 @@ def test_a_refused_prompt_takes_its_companions_with_it(client: Client, engine: F
     ("fields", "message"),
     [
         ({"messages": []}, "messages is empty; it must hold at least one message"),
-        ({"messages": IMAGE}, "messages.0.content.0 has type 'image'"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "role is 'system'; it must be 'user' or 'assistant'"),
+        ({"messages": [{"role": "user", "content": [{"type": "sculpture"}]}]}, "messages.0.content.0 has type 'sculp"),
+        ({"messages": [{"role": "user", "content": ["text"]}]}, "messages.0.content.0 has type 'str'; it must be an"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "role is 'king'; it must be one of user, assistant, system"),
         ({"messages": LONG}, "prompt is too long: 1008 tokens > 990 maximum"),
         ({"max_tokens": -1}, "max_tokens is -1: input should be greater than or equal to 0"),
         ({"max_tokens": None}, "max_tokens is None: input should be a valid integer"),
@@ -112,8 +114,15 @@ def test_a_refused_prompt_takes_its_companions_with_it(client: Client, engine: F
         ({"top_k": -2}, "top_k is -2; it must be 0 (all tokens) or more"),
         ({"stop_sequences": ["a"] * 17}, "at most 16 items"),
         ({"stop_sequences": [""]}, "at least 1 character"),
-        ({"tool_choice": {"type": "any"}, "tools": []}, "only 'auto' and 'none' are supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0 must have a name (string) and an input_schema"),
+        ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice.type is 'any', and there are no tools to call"),
+        ({"tool_choice": {"type": []}}, "tool_choice.type is []; it must be one of auto, any, tool, none"),
+        ({"tool_choice": {"type": "tool", "name": "x"}, "tools": TOOL}, "tool_choice.name is 'x'; it must be the name"),
+        ({"tools": [{"type": "custom"}]}, "tools.0 must have a name (string) and an input_schema"),
+        ({"thinking": {"type": "deep"}}, "thinking.type is 'deep'; it must be one of enabled, adaptive, disabled"),
+        ({"mcp_servers": [{"name": "files"}]}, "mcp_servers is not supported; leave it out"),
+        ({"container": "c_1"}, "container is not supported; leave it out"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema is missing"),
+        ({"output_format": {"type": "prose"}}, "output_format.type is 'prose'"),
         ({"system": 5}, "system"),
     ],
 )

@@ -71,6 +71,7 @@ def test_a_finished_request_in_json(log: Lines) -> None:
         "completion_tokens": 2,
         "cache": "hit=0;miss=46;why=new@0",
         "canonical": {},
+        "left_out": {},
     }
 
 

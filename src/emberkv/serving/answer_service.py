@@ -202,6 +202,7 @@ class TextGenerator:
 
 
 MAX_TOKENS_HEADER = "x-emberkv-max-tokens"
+LEFT_OUT_HEADER = "x-emberkv-left-out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,15 @@ def answer_budget(
 
 LARGE_BODY_BYTES = 20_000
 """From here on, parsing and tokenizing on the event loop would delay other requests noticeably."""
+
+
+def counts_header(counts: Mapping[str, int]) -> str:
+    """Counts as a header's value.
+
+    >>> counts_header({"image": 2, "web_search_20250305": 1})
+    'image=2;web_search_20250305=1'
+    """
+    return ";".join(f"{name}={count}" for name, count in counts.items())
 
 
 class RequestPreparer:
@@ -324,11 +334,12 @@ class AnswerService:
         canonical: Mapping[str, int] | None = None,
         *,
         user_id: str = "",
+        left_out: Mapping[str, int] | None = None,
     ) -> RequestContext:
         """The context of a request to ``api``, one of the names that metrics have.
 
         canonical: how many lines or tools each rule changed. user_id: names the session where no header does, see
-        `session_id`. Raises RequestError for a session id that is too long.
+        `session_id`. left_out: as in `RequestContext`. Raises RequestError for a session id that is too long.
         """
         info = request_info(http)
         return RequestContext(
@@ -340,6 +351,7 @@ class AnswerService:
             canonical=canonical or {},
             http_id=info.request_id,
             created=int(self._wall_clock()),
+            left_out=left_out or {},
         )
 
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:
@@ -378,8 +390,10 @@ class AnswerService:
     def _headers(self, stream: AnswerStream) -> dict[str, str]:
         request_id, answer, _ = stream.timed_answers[0]
         clipped = {} if stream.clipped_to is None else {MAX_TOKENS_HEADER: str(stream.clipped_to)}
+        request = self.recent.get(request_id)
+        left_out = {LEFT_OUT_HEADER: counts_header(request.left_out)} if request and request.left_out else {}
         further = self._lifecycle.model().headers(request_id)
-        return {CACHE_HEADER: str(self._summary(request_id, answer)), **clipped, **further}
+        return {CACHE_HEADER: str(self._summary(request_id, answer)), **clipped, **left_out, **further}
 
     def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
         cache = self._lifecycle.model().cache

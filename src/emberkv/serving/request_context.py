@@ -39,7 +39,7 @@ class RequestContext:
 
     request_id: the response has the same. http_id: of the HTTP request, as in ``X-Request-Id``. api: the label that
     metrics have. arrived: monotonic seconds of the app's clock. created: seconds since 1970. canonical: how many lines
-    or tools each canonical rule changed.
+    or tools each canonical rule changed. left_out: how many parts of the request are not in the prompt, by type.
     """
 
     request_id: str
@@ -50,6 +50,7 @@ class RequestContext:
     canonical: Mapping[str, int] = field(default_factory=dict)
     http_id: str = ""
     created: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def answer_id(self, index: int) -> str:
         """The request id that the engine has for one of the answers."""
@@ -177,6 +178,7 @@ def log_finished(
         "first_token_seconds": seconds and round(seconds, 4),
         "total_seconds": round(timer.total_seconds, 4),
         "canonical": dict(request.canonical),
+        "left_out": dict(request.left_out),
     }
     prompt, cached = answer.usage.prompt_tokens, answer.usage.cached_tokens
     parts = [

@@ -7,6 +7,9 @@ import httpx
 import pytest
 
 from emberkv.core.sequence import FinishReason
+from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.canonical import rules_in_force
+from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client, anthropic_error
 
@@ -16,6 +19,10 @@ PROMPT = "<user>Hi<assistant>"
 
 def send(client: Client, **fields: Any) -> httpx.Response:
     return client.post("/v1/messages", {"model": MODEL, "messages": USER, "max_tokens": 100, **fields})
+
+
+def prompt_of(engine: FakeEngine, request: int = -1) -> str:
+    return bytes(engine.submitted[request].prompt_token_ids).decode()
 
 
 def events(response: httpx.Response) -> list[Any]:
@@ -142,6 +149,105 @@ def test_tools_are_shown_as_the_template_shows_them(client: Client, engine: Fake
     assert bytes(engine.submitted[0].prompt_token_ids).decode() == (
         "<tool add><user>Hi<assistant>Adding.[add 2]<tool>3<user>So?<assistant>"
     )
+
+
+def test_system_messages_are_rendered_where_they_stand(client: Client, engine: FakeEngine) -> None:
+    late = {"role": "system", "content": [{"type": "text", "text": "Stay"}, {"type": "text", "text": "brief"}]}
+    assert send(client, system="Be kind", messages=[*USER, late]).is_success
+    assert prompt_of(engine) == "<system>Be kind<user>Hi<system>Stay\nbrief<assistant>"
+
+
+def test_what_is_left_out_is_named_in_a_header(client: Client, engine: FakeEngine) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+    tools = [{"type": "web_search_20250305", "name": "web_search"}, {"type": "bash_20250124", "name": "bash"}]
+    content = [image, {"type": "text", "text": "What is it?"}, image]
+    answer = send(client, messages=[{"role": "user", "content": content}], tools=tools)
+    assert prompt_of(engine) == "<user>[image left out]\nWhat is it?\n[image left out]<assistant>"
+    assert answer.headers["x-emberkv-left-out"] == "image=2;web_search_20250305=1;bash_20250124=1"
+    assert "x-emberkv-left-out" not in send(client).headers
+
+
+def test_tools_stay_in_the_prompt_when_none_may_be_called(client: Client, engine: FakeEngine) -> None:
+    tools = [{"name": "add", "input_schema": {"type": "object"}}]
+    for choice in ("auto", "none"):
+        assert send(client, tools=tools, tool_choice={"type": choice}).is_success
+    assert prompt_of(engine, 0) == prompt_of(engine, 1) == "<tool add>" + PROMPT
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 4000}}, "{enable_thinking=True}"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+         "{enable_thinking=True}{reasoning_effort=low}"),
+        ({"thinking": {"type": "disabled"}}, "{enable_thinking=False}"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_thinking_reaches_the_template(client: Client, engine: FakeEngine, fields: dict[str, Any], shown: str) -> None:
+    assert send(client, **fields).is_success
+    assert prompt_of(engine) == shown + PROMPT
+
+
+def test_a_schema_of_the_answer_is_a_constraint(client: Client, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}}
+    wanted = {"type": "json_schema", "schema": schema}
+    for fields in ({"output_config": {"format": wanted}}, {"output_format": wanted}):
+        assert send(client, **fields).is_success
+        constraint = engine.submitted[-1].params.constraint
+        assert constraint is not None
+        assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
+
+
+def test_batches_are_refused_by_name(client: Client) -> None:
+    for path in ("/v1/messages/batches", "/v1/messages/batches/b_1/results"):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert anthropic_error(answer)["message"].startswith("message batches are not supported")
+
+
+# What Claude Code sends at its start, as captured, with shorter texts: HEAD /, and a streamed message in whose history
+# a system message stands behind the user's.
+CLAUDE_CODE: dict[str, Any] = {
+    "model": MODEL,
+    "messages": [
+        {"role": "user", "content": [
+            {"type": "text", "text": "<system-reminder>The date is known.</system-reminder>"},
+            {"type": "text", "text": "say hi", "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+        ]},
+        {"role": "system", "content": "Skills: none."},
+    ],
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.f03; cc_entrypoint=sdk-cli;"},
+        {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+    ],
+    "tools": [{"name": "Bash", "description": "runs", "input_schema": {"type": "object", "properties": {}}}],
+    "metadata": {"user_id": '{"device_id":"d","account_uuid":"","session_id":"0f8fad5b-d9cb-469f-a165-70867728950e"}'},
+    "max_tokens": 32000,
+    "thinking": {"type": "adaptive"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+    "stream": True,
+}  # fmt: skip
+
+
+def test_claude_codes_first_requests(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    rules = rules_in_force(None, for_agents=True)
+    client = Client(create_app(lifecycle, ServingSettings(canonical=rules)))
+    assert client.request("HEAD", "/").status_code == 200
+    headers = {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "claude-code-20250219,mid-conversation-system-2026-04-07",
+        "x-claude-code-session-id": "s",
+        "authorization": "Bearer none",
+    }
+    answer = client.post("/v1/messages?beta=true", CLAUDE_CODE, headers=headers)
+    assert [event["type"] for event in events(answer)][-2:] == ["message_delta", "message_stop"]
+    assert prompt_of(engine) == (
+        "{enable_thinking=True}{reasoning_effort=high}<tool Bash><system>You are an agent."
+        "<user><system-reminder>The date is known.</system-reminder>\nsay hi<system>Skills: none.<assistant>"
+    )
+    assert engine.submitted[0].session_id == "s"
 
 
 def test_count_tokens(client: Client, engine: FakeEngine) -> None:

@@ -25,9 +25,10 @@ def anthropic_cover(**fields: Any) -> tuple[str, float] | None:
     mark = anthropic_mark(request)
     if mark is None:
         return None
-    prompt = request.prompt_text(TOKENIZER)
+    prompt = request.conversation().prompt_text(TOKENIZER)
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)
-    return prompt[: covered_tokens(TOKENIZER, prompt, ids, mark.cut.prompt_text(TOKENIZER))], mark.seconds
+    cut = mark.cut.conversation().prompt_text(TOKENIZER)
+    return prompt[: covered_tokens(TOKENIZER, prompt, ids, cut)], mark.seconds
 
 
 def chat_cover(messages: list[Any], **fields: Any) -> tuple[str, float] | None:

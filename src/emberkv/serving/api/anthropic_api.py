@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
+from emberkv.errors import RequestError
 from emberkv.serving.answer_service import (
     AnswerService,
     Prompt,
@@ -20,11 +21,11 @@ from emberkv.serving.answer_service import (
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
-from emberkv.serving.api.rendering import Applied, render_messages
+from emberkv.serving.api.rendering import RenderedPrompt, render_messages
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import anthropic_error, failure_mid_stream
+from emberkv.serving.errors import NotFoundError, anthropic_error, failure_mid_stream
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy import Tenant
 
@@ -35,21 +36,26 @@ _DELTA_HEAD = (
 
 def prepare_messages(
     body: bytes, model: ServedModel, rules: CanonicalRules | None
-) -> tuple[MessagesRequest, Prompt, Applied]:
+) -> tuple[MessagesRequest, Prompt, RenderedPrompt]:
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
     rendered = render_messages(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
+    assert rendered.conversation is not None
+    if rendered.conversation.tool_choice.mode == "required":
+        kind = (request.tool_choice or {}).get("type")
+        raise RequestError(f"tool_choice.type is {kind!r}; only 'auto' and 'none' are supported", param="tool_choice")
+    constraint = request.constraint()
     budget = answer_budget(model, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
         rendered.token_ids,
-        request.sampling(model.sampling_defaults, budget.tokens),
+        request.sampling(model.sampling_defaults, budget.tokens, constraint),
         rendered.retain_tokens,
         rendered.retain_seconds,
         silent=request.max_tokens == 0,
         is_clipped=budget.is_clipped,
     )
-    return request, prompt, rendered.canonical
+    return request, prompt, rendered
 
 
 def count_tokens(body: bytes, model: ServedModel, rules: CanonicalRules | None) -> int:
@@ -69,8 +75,10 @@ def anthropic_router(
     @router.post("/v1/messages")
     async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(prepare_messages, rules=preparer.rules)
-        request, prompt, canonical = await preparer.prepare(work, await http.body(), tenant)
-        context = answers.request(http, "messages", tenant, canonical, user_id=request.user_id)
+        request, prompt, rendered = await preparer.prepare(work, await http.body(), tenant)
+        context = answers.request(
+            http, "messages", tenant, rendered.canonical, user_id=request.user_id, left_out=rendered.left_out
+        )
         stream = answers.start([prompt], context)
         writer = MessageWriter(context.request_id, request.model)
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
@@ -79,6 +87,10 @@ def anthropic_router(
     async def count(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(count_tokens, rules=preparer.rules)
         return JSONResponse({"input_tokens": await preparer.prepare(work, await http.body(), tenant)})
+
+    @router.api_route("/v1/messages/batches{rest:path}", methods=["GET", "POST", "DELETE"], dependencies=[guard])
+    async def batches(rest: str) -> Response:
+        raise NotFoundError("message batches are not supported; send each request to /v1/messages")
 
     return router
 

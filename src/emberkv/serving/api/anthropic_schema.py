@@ -1,18 +1,25 @@
-"""Requests of the Anthropic API, and their messages as chat templates take them."""
+"""Request bodies of the Anthropic API."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from emberkv.engine.request import MAX_STOP_STRINGS, SamplingParams
-from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.engine.request import MAX_STOP_STRINGS, Constraint, SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.api.conversation import Conversation
-from emberkv.serving.api.validation import RequestBody, part_text, plain_text
+from emberkv.serving.api.anthropic_blocks import BlockReader, template_tools
+from emberkv.serving.api.conversation import Conversation, Message, ToolChoice
+from emberkv.serving.api.structured_output import constraint_of_response_format
+from emberkv.serving.api.validation import RequestBody
 
-_PASSED_OVER = ("thinking", "redacted_thinking")  # an earlier answer's thoughts are not part of the conversation
+_MODES: dict[str, Literal["auto", "none", "required"]] = {
+    "auto": "auto",
+    "any": "required",
+    "tool": "required",
+    "none": "none",
+}
+_THINKING = ("enabled", "adaptive", "disabled")
 
 
 class PromptRequest(RequestBody):
@@ -23,6 +30,9 @@ class PromptRequest(RequestBody):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
 
@@ -32,36 +42,69 @@ class PromptRequest(RequestBody):
         given = (self.metadata or {}).get("user_id")
         return given if isinstance(given, str) else ""
 
-    def prompt_text(self, tokenizer: Tokenizer) -> str:
-        """The rendered prompt. An answer that the last message begins is continued.
+    def conversation(self) -> Conversation:
+        """What an answer is wanted to. An answer that the last message begins is gone on with.
 
         Raises RequestError naming the place of what cannot be used.
         """
-        messages = self._template_messages()
+        self.refuse("mcp_servers", "container")
+        if not self.messages:
+            raise RequestError("messages is empty; it must hold at least one message", param="messages")
+        reader = BlockReader()
+        messages: list[Message] = []
+        if self.system:
+            messages.append({"role": "system", "content": reader.text(self.system, "system")})
+        messages += reader.messages(self.messages)
         begun = ""
         if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
             begun = messages.pop()["content"]
-        return Conversation(messages, self._template_tools() or (), begun=begun).prompt_text(tokenizer)
+        tools = template_tools(self.tools or (), reader.left_out)
+        return Conversation(
+            messages,
+            tools,
+            self._tool_choice(tools),
+            variables=self._template_variables(),
+            begun=begun,
+            left_out=reader.left_out,
+        )
 
-    def _template_messages(self) -> list[dict[str, Any]]:
-        if not self.messages:
-            raise RequestError("messages is empty; it must hold at least one message", param="messages")
-        plain: list[dict[str, Any]] = []
-        if self.system:
-            plain.append({"role": "system", "content": plain_text(self.system, "system")})
-        for index, message in enumerate(self.messages):
-            plain += _messages_of(message, f"messages.{index}")
-        return plain
+    def constraint(self) -> Constraint | None:
+        """What ``output_config.format``, formerly ``output_format``, asks for. Raises RequestError."""
+        nested = (self.output_config or {}).get("format")
+        if nested is not None:
+            return constraint_of_response_format(nested, "output_config.format")
+        return constraint_of_response_format(self.output_format, "output_format")
 
-    def _template_tools(self) -> list[dict[str, Any]] | None:
-        choice = (self.tool_choice or {"type": "auto"}).get("type")
-        if choice not in ("auto", "none"):
-            raise RequestError(
-                f"tool_choice.type is {choice!r}; only 'auto' and 'none' are supported", param="tool_choice"
-            )
-        if choice == "none" or not self.tools:
-            return None
-        return [_template_tool(tool, f"tools.{index}") for index, tool in enumerate(self.tools)]
+    def _tool_choice(self, tools: list[Message]) -> ToolChoice:
+        given = self.tool_choice or {"type": "auto"}
+        kind = _choice(given, "tool_choice", _MODES)
+        if kind in ("any", "tool") and not tools:
+            raise RequestError(f"tool_choice.type is {kind!r}, and there are no tools to call", param="tool_choice")
+        names: tuple[str, ...] = ()
+        if kind == "tool":
+            names = tuple(name for tool in tools if (name := tool["function"]["name"]) == given.get("name"))[:1]
+            if not names:
+                raise RequestError(
+                    f"tool_choice.name is {given.get('name')!r}; it must be the name of one of the tools",
+                    param="tool_choice",
+                )
+        return ToolChoice(_MODES[kind], names, given.get("disable_parallel_tool_use") is not True)
+
+    def _template_variables(self) -> dict[str, Any]:
+        variables: dict[str, Any] = {}
+        if self.thinking:
+            variables["enable_thinking"] = _choice(self.thinking, "thinking", _THINKING) != "disabled"
+        if isinstance(effort := (self.output_config or {}).get("effort"), str):
+            variables["reasoning_effort"] = effort
+        return variables
+
+
+def _choice(given: dict[str, Any], field: str, accepted: Collection[str]) -> str:
+    """The type of an option. Raises RequestError for one that is not accepted."""
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in accepted:
+        raise RequestError(f"{field}.type is {kind!r}; it must be one of {', '.join(accepted)}", param=field)
+    return kind
 
 
 class MessagesRequest(PromptRequest):
@@ -76,61 +119,12 @@ class MessagesRequest(PromptRequest):
         list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
     ] | None = None  # fmt: skip
 
-    def sampling(self, defaults: SamplingParams, max_tokens: int) -> SamplingParams:
+    def sampling(self, defaults: SamplingParams, max_tokens: int, constraint: Constraint | None) -> SamplingParams:
         """defaults: the model's, for fields that the request does not give.
 
         Raises RequestError when a value is out of range.
         """
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return replace(defaults, max_tokens=max(1, max_tokens), stop=tuple(self.stop_sequences or ()), **fields)
-
-
-def _messages_of(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """One API message as template messages: tool results come first, each as a message of its own."""
-    role = message.get("role")
-    if role not in ("user", "assistant"):
-        raise RequestError(f"{place}.role is {role!r}; it must be 'user' or 'assistant'", param=f"{place}.role")
-    content = message.get("content")
-    if not isinstance(content, list):
-        return [{"role": role, "content": plain_text(content, f"{place}.content")}]
-    texts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for index, block in enumerate(content):
-        at = f"{place}.content.{index}"
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "tool_use" and role == "assistant":
-            calls.append(_template_call(block, at))
-        elif kind == "tool_result" and role == "user":
-            results.append(_template_result(block, at))
-        elif kind not in _PASSED_OVER:
-            texts.append(part_text(block, at))
-    own: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
-    if calls:
-        own["tool_calls"] = calls
-    return results + ([own] if texts or calls or not results else [])
-
-
-def _template_call(block: Mapping[str, Any], place: str) -> dict[str, Any]:
-    name, arguments = block.get("name"), block.get("input")
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise RequestError(f"{place} must have a name (string) and an input (object)", param=place)
-    return {"id": block.get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _template_result(block: Mapping[str, Any], place: str) -> dict[str, Any]:
-    content = plain_text(block.get("content") or "", f"{place}.content")
-    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
-
-
-def _template_tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    name, schema = tool.get("name"), tool.get("input_schema")
-    if not isinstance(name, str) or not isinstance(schema, dict):
-        raise RequestError(
-            f"{place} must have a name (string) and an input_schema (object); tools that run on the server "
-            "are not supported",
-            param=place,
-        )
-    function = {"name": name, "description": tool.get("description") or "", "parameters": schema}
-    return {"type": "function", "function": function}
+        fields |= {"stop": tuple(self.stop_sequences or ()), "constraint": constraint}
+        return replace(defaults, max_tokens=max(1, max_tokens), **fields)

@@ -1,5 +1,7 @@
 """A conversation in the form of chat templates, which the requests of every API are turned into."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,7 +35,8 @@ class Conversation:
     tool_choice is, so that the prefix stays the same.
 
     variables: of the template, as ``{"enable_thinking": False}``. begun: text that the answer begins with, which the
-    client has given. add_generation_prompt, continue_final_message: as `Tokenizer.render_chat` takes them. ::
+    client has given. left_out: how many parts of the request are not in the prompt because this server cannot use them,
+    by type. add_generation_prompt, continue_final_message: as `Tokenizer.render_chat` takes them. ::
 
         Conversation([{"role": "user", "content": "Which lamps are lit?"}]).prompt_text(tokenizer)
     """
@@ -43,6 +46,7 @@ class Conversation:
     tool_choice: ToolChoice = ToolChoice()
     variables: Mapping[str, Any] = field(default_factory=dict)
     begun: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -59,6 +63,26 @@ class Conversation:
             variables=self.variables,
         )
         return rendered + self.begun
+
+
+_NAME = re.compile("[a-z0-9_-]{1,40}")
+_MOST_KINDS = 20
+
+
+def count_left_out(counts: Counter[str], kind: str) -> None:
+    """Count a part that is left out. kind: its type, as the client wrote it, which is counted as "other" where it would
+    not do in a header or a log.
+    """
+    counts[kind if _NAME.fullmatch(kind) and (kind in counts or len(counts) < _MOST_KINDS) else "other"] += 1
+
+
+def placeholder(kind: str) -> str:
+    """What stands in a prompt for a part that a text model cannot read.
+
+    >>> placeholder("image")
+    '[image left out]'
+    """
+    return f"[{kind.replace('_', ' ')} left out]"
 
 
 def with_result_names(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

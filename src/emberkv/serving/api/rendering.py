@@ -9,13 +9,14 @@ Of several, the one that lasts longest counts, and of these the last, since it c
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
+from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.canonical import CanonicalRules
 
@@ -71,7 +72,7 @@ def _anthropic_marks(request: PromptRequest) -> Iterator[Candidate[PromptRequest
     anyone = [{"role": "user", "content": ""}]  # templates want a message behind the system prompt
     for index, tool in enumerate(request.tools or ()):
         if seconds := _seconds(tool, f"tools.{index}"):
-            yield seconds, partial(_with_beginning, request, "tools", index, messages=anyone)
+            yield seconds, partial(_with_beginning, request, "tools", index, messages=anyone, tool_choice=None)
     if isinstance(request.system, list):
         for index, block in enumerate(request.system):
             if seconds := _seconds(block, f"system.{index}"):
@@ -213,12 +214,21 @@ def _is_text(part: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds."""
+    """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds.
+    conversation, text: of a chat, what was rendered and to what; None and "" of token ids or plain text.
+    """
 
     token_ids: Sequence[int]
     canonical: Applied = field(default_factory=dict)
     retain_tokens: int = 0
     retain_seconds: float = 0.0
+    conversation: Conversation | None = None
+    text: str = ""
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """What of the request is not in the prompt; see `Conversation`."""
+        return {} if self.conversation is None else self.conversation.left_out
 
 
 def render_messages(
@@ -226,16 +236,7 @@ def render_messages(
 ) -> RenderedPrompt:
     """An Anthropic request's prompt. Raises RequestError for what cannot be used, or has more than ``max_tokens``."""
     request, canonical = canonical_messages(request, rules)
-    text = request.prompt_text(tokenizer)
-    mark = anthropic_mark(request)
-    try:
-        cut = None if mark is None else mark.cut.prompt_text(tokenizer)
-    except RequestError:
-        cut = (
-            None  # a template may refuse half a conversation; a hint about eviction is no reason to refuse the request
-        )
-    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-    return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
+    return _rendered(request.conversation(), canonical, anthropic_mark(request), tokenizer, max_tokens)
 
 
 def render_chat(
@@ -243,19 +244,24 @@ def render_chat(
 ) -> RenderedPrompt:
     """An OpenAI chat request's prompt. Raises RequestError as `render_messages` does."""
     request, canonical = canonical_chat(request, rules)
-    text = request.conversation().prompt_text(tokenizer)
-    mark = chat_mark(request)
-    try:
-        cut = None if mark is None else mark.cut.conversation().prompt_text(tokenizer)
-    except RequestError:
-        cut = None  # as above
-    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-    return _with_mark(tokenizer, text, token_ids, canonical, cut, mark.seconds if mark else 0.0)
+    return _rendered(request.conversation(), canonical, chat_mark(request), tokenizer, max_tokens)
 
 
-def _with_mark(
-    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], canonical: Applied, cut_text: str | None, seconds: float
+def _rendered(
+    conversation: Conversation,
+    canonical: Applied,
+    mark: Mark[PromptRequest] | Mark[ChatCompletionRequest] | None,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
 ) -> RenderedPrompt:
-    if cut_text is None:
-        return RenderedPrompt(token_ids, canonical)
-    return RenderedPrompt(token_ids, canonical, covered_tokens(tokenizer, text, token_ids, cut_text), seconds)
+    text = conversation.prompt_text(tokenizer)
+    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+    rendered = RenderedPrompt(token_ids, canonical, conversation=conversation, text=text)
+    if mark is None:
+        return rendered
+    try:
+        cut = mark.cut.conversation().prompt_text(tokenizer)
+    except RequestError:  # a template may refuse half a conversation; a hint about eviction is no reason to refuse all
+        return rendered
+    covered = covered_tokens(tokenizer, text, token_ids, cut)
+    return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds)
