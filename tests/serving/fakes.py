@@ -2,7 +2,7 @@
 
 import codecs
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class ByteTokenizer:
     def description(self) -> dict[str, Any]:
         return {"tokenizer_class": "ByteTokenizer", "eos_token": None, "chat_template": "roles in brackets"}
 
-    def detokenizer(self) -> ByteDetokenizer:
+    def detokenizer(self, keep: Collection[str] = ()) -> ByteDetokenizer:
         return ByteDetokenizer()
 
     def remembering_for(self, owner: str) -> "ByteTokenizer":

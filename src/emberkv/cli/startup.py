@@ -21,7 +21,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, model_names
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, detected_format, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy import Tenants
@@ -259,6 +259,7 @@ class Startup:
                 sum(weights.nbytes for weights in loaded.model.parameters()),
             ),
             assembled=engine,
+            output_format=detected_format(loaded.tokenizer),
             fingerprint=loaded.fingerprint,
             on_overflow=self._config.on_overflow,
             name_patterns=patterns,

@@ -25,7 +25,7 @@ from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.dashboard import dashboard_router
-from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, detected_format
 from emberkv.serving.server import HttpServer
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ class Gateway:
                 headers=self._headers,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
+                output_format=detected_format(tokenizer),
             )
         )
         self.lifecycle.has_workers(False)

@@ -22,6 +22,7 @@ from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
+from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
@@ -138,7 +139,7 @@ class Prompt:
     retain_tokens: how many of them, from the first, the cache retains for ``retain_seconds``. silent: the answer is
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
     stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
-    more tokens than fit, so that its ``max_tokens`` are fewer.
+    more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
     """
 
     token_ids: Sequence[int]
@@ -148,6 +149,7 @@ class Prompt:
     silent: bool = False
     echo: Echo | None = None
     is_clipped: bool = False
+    parsing: OutputParsing | None = None
 
 
 class TextGenerator:
@@ -187,10 +189,12 @@ class TextGenerator:
                 answer = Answer(
                     index,
                     len(prompt.token_ids),
-                    self._tokenizer.detokenizer(),
+                    self._tokenizer.detokenizer(() if prompt.parsing is None else prompt.parsing.special_tokens),
                     prompt.params.stop,
                     silent=prompt.silent,
                     echo=prompt.echo,
+                    parsing=prompt.parsing,
+                    min_tokens=prompt.params.min_tokens,
                 )
                 timer = AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
                 stream.add(generation, answer, timer, self._outputs)

@@ -19,6 +19,7 @@ from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
 from emberkv.serving.errors import NotReadyError, UnknownModelError
+from emberkv.serving.parsing.formats import OutputFormat, detect_format
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class ServedModel:
     sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether ``max_tokens``
-    beyond what the context has room for is clipped to that, or refused.
+    beyond what the context has room for is clipped to that, or refused. output_format: how it writes thoughts and tool
+    calls.
     """
 
     names: tuple[str, ...]
@@ -131,6 +133,7 @@ class ServedModel:
     dims: ModelDims = field(default_factory=ModelDims)
     on_overflow: Literal["clip", "refuse"] = "clip"
     name_patterns: NamePatterns = field(default_factory=NamePatterns)
+    output_format: OutputFormat = field(default_factory=OutputFormat)
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""
@@ -146,6 +149,12 @@ class ServedModel:
         if not (name in self.names or without_provider(name) in self.names or self.name_patterns.match(name)):
             served = ", ".join(repr(known) for known in self.names)
             raise UnknownModelError(f"model is {name!r}; this server has {served}", param="model")
+
+
+def detected_format(tokenizer: Tokenizer) -> OutputFormat:
+    """How the model writes thoughts and tool calls, by its chat templates."""
+    templates = tokenizer.description["chat_template"]
+    return detect_format("\n".join(templates.values()) if isinstance(templates, Mapping) else templates)
 
 
 class RunningAnswer(Protocol):

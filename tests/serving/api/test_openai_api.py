@@ -39,6 +39,7 @@ def test_chat(client: Client, engine: FakeEngine) -> None:
             "completion_tokens": 5,
             "total_tokens": len(prompt) + 5,
             "prompt_tokens_details": {"cached_tokens": 8},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
     (request,) = engine.submitted
@@ -110,6 +111,7 @@ def test_chat_stream(client: Client, engine: FakeEngine) -> None:
         "completion_tokens": 6,
         "total_tokens": 25,
         "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -5,7 +5,7 @@ import logging
 import re
 import tempfile
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from inspect import signature
 from itertools import pairwise
@@ -107,19 +107,19 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class WindowDetokenizer:
-    """An IncrementalDetokenizer over a backend tokenizer; special tokens are left out.
+    """An IncrementalDetokenizer over a backend tokenizer.
 
     The pieces of an answer, joined, are exactly what decoding the whole answer gives. Two facts make that possible
     at a constant cost for each token. What decoding adds for a token depends on few tokens before it, so that a short
     window of ids is decoded, not the answer. And only the end of a text can still change: a sequence of bytes that is
     no character yet shows as one U+FFFD, and a run of byte-fallback tokens is decided when it ends.
 
-    special_ids: the ids that decoding skips.
+    skipped_ids: those that are left out.
     """
 
-    def __init__(self, backend: Backend, special_ids: frozenset[int]) -> None:
+    def __init__(self, backend: Backend, skipped_ids: frozenset[int]) -> None:
         self._backend = backend
-        self._special_ids = special_ids
+        self._skipped_ids = skipped_ids
         self._falls_back_to_bytes = has_byte_fallback(backend)
         self._ids: list[int] = []
         self._emitted = 0  # characters of the window's text that are out
@@ -135,7 +135,7 @@ class WindowDetokenizer:
         return piece
 
     def _push_one(self, token_id: int) -> str:
-        token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        token = None if token_id in self._skipped_ids else self._backend.id_to_token(token_id)
         if token is None:
             return ""
         self._ids.append(token_id)
@@ -155,7 +155,7 @@ class WindowDetokenizer:
         self._emitted = len(self._decode(self._ids)) - uncertain
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        text: str = self._backend.decode(ids, skip_special_tokens=False)  # those to be skipped are not in the window
         return text
 
 
@@ -364,9 +364,10 @@ class HFTokenizer:
             self._by_owner.setdefault(owner, own)
         return self._by_owner[owner]
 
-    def detokenizer(self) -> WindowDetokenizer:
-        """A fresh one, for one answer."""
-        return WindowDetokenizer(self._backend, self._special_ids)
+    def detokenizer(self, keep: Collection[str] = ()) -> WindowDetokenizer:
+        """A fresh one, for one answer. It leaves special tokens out, except those whose text is in ``keep``."""
+        kept = {self._backend.token_to_id(text) for text in keep}
+        return WindowDetokenizer(self._backend, self._special_ids - kept)
 
     def _without_repeated_start(self, ids: "array[int]", added: bool) -> "array[int]":
         """``ids`` without the tokens that the post-processor has put before a text that begins with the same ones."""

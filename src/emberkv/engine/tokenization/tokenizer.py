@@ -1,7 +1,7 @@
 """The interface of a tokenizer, and the tokens that all requests with one system prompt begin with."""
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -61,7 +61,9 @@ class Tokenizer(Protocol):
         """One token's own bytes, which need not be whole characters."""
         ...
 
-    def detokenizer(self) -> IncrementalDetokenizer: ...
+    def detokenizer(self, keep: Collection[str] = ()) -> IncrementalDetokenizer:
+        """A fresh one, for one answer. It leaves special tokens out, except those whose text is in ``keep``."""
+        ...
 
     chat_problem: str | None
     """Why the chat template is not to be used; None: it is."""

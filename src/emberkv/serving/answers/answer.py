@@ -11,6 +11,8 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
 from emberkv.errors import RequestError
+from emberkv.serving.answers.parsed_output import OutputParsing, ParsedOutput
+from emberkv.serving.parsing.events import OutputEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,15 @@ class PlacedLogprobs:
 class AnswerDelta:
     """What an answer has gained since the delta before. Each API's response writer maps it to the API's wire form.
 
-    index: of the answer among those to one HTTP request. finish_reason: set on the last delta.
+    index: of the answer among those to one HTTP request. text: as the model writes it. finish_reason: set on the last
+    delta. events: what the text means, where it is parsed; a piece of text may wait for the next ones to be understood.
     """
 
     index: int
     text: str
     logprobs: tuple[PlacedLogprobs, ...]
     finish_reason: FinishReason | None
+    events: tuple[OutputEvent, ...] = ()
 
 
 class Answer:
@@ -48,7 +52,8 @@ class Answer:
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
     string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
-    echo: what comes before the answer's own text.
+    echo: what comes before the answer's own text. parsing: how the text is parsed; None: it is not. min_tokens: within
+    so many, no stop string is looked for.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Answer:
         *,
         silent: bool = False,
         echo: Echo | None = None,
+        parsing: OutputParsing | None = None,
+        min_tokens: int = 0,
     ) -> None:
         self.index = index
         self.silent = silent
@@ -73,12 +80,28 @@ class Answer:
         self._decoded = 0  # characters out of the detokenizer
         self._passed = 0  # of these, characters given out
         self._new_text: list[str] = []
+        self._output = None if parsing is None else ParsedOutput(parsing)
+        self._min_tokens = min_tokens
         self._logprobs: deque[PlacedLogprobs] = deque()
 
     @property
     def stop_sequence(self) -> str | None:
         """The stop string that ended the answer."""
         return self._scanner.matched
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the text has ended the answer, and not the engine."""
+        return self.stop_sequence is not None or (self._output is not None and self._output.has_ended)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return 0 if self._output is None else self._output.reasoning_tokens
+
+    @property
+    def calls(self) -> int:
+        """How many tool calls the answer has begun."""
+        return 0 if self._output is None else self._output.calls
 
     def absorb(self, output: TokenOutput) -> None:
         """Take one step's tokens. Outputs after the end, as after a stop string, are ignored."""
@@ -93,9 +116,11 @@ class Answer:
             return
         for position, token_id in enumerate(output.token_ids):
             self.completion_tokens += 1
+            if self._output is not None:
+                self._output.count_token()
             self._add(self._detokenizer.push((token_id,)), output.logprobs[position : position + 1])
-            if self.stop_sequence is not None:
-                self.finish_reason = FinishReason.STOP
+            if self.ended_early:
+                self._finish(FinishReason.STOP)
                 return
         if output.finish_reason is not None:
             self._end(output)
@@ -110,32 +135,41 @@ class Answer:
 
     def _end(self, output: TokenOutput) -> None:
         self._add(self._detokenizer.flush(), ())
-        if self.stop_sequence is not None:
-            self.finish_reason = FinishReason.STOP
-            return
-        self._pass_on(self._scanner.flush())
-        self.finish_reason = output.finish_reason
+        if not self.ended_early:
+            self._pass_on(self._scanner.flush())
+        self._finish(FinishReason.STOP if self.ended_early else output.finish_reason)
         self.error = output.error
+
+    def _finish(self, reason: FinishReason | None) -> None:
+        if self._output is not None:
+            self._output.finish()
+        self.finish_reason = reason
 
     def _add(self, text: str, logprobs: tuple[TokenLogprobs, ...]) -> None:
         start = self._decoded
         self._decoded += len(text)
         self._logprobs.extend(PlacedLogprobs(start, self._decoded, token) for token in logprobs)
-        self._pass_on(self._scanner.push(text))
+        is_scanned = self.completion_tokens > self._min_tokens
+        self._pass_on(self._scanner.push(text) if is_scanned else text)
 
     def _pass_on(self, text: str) -> None:
-        if text:
-            self._passed += len(text)
-            self._new_text.append(text)
+        if not text:
+            return
+        self._passed += len(text)
+        self._new_text.append(text)
+        if self._output is not None:
+            self._output.add(text)
 
     def take(self) -> AnswerDelta | None:
-        """What is new since the last call; None if nothing is."""
+        """What is new since the last call; None if nothing is, or only text that is not understood yet."""
         logprobs = self._take_logprobs() if self._logprobs else ()
-        text = "".join(self._new_text)
-        if not (text or logprobs or self.finish_reason):
+        events = () if self._output is None else self._output.take()
+        has_news = self._new_text if self._output is None else events
+        if not (has_news or logprobs or self.finish_reason):
             return None
+        text = "".join(self._new_text)
         self._new_text.clear()
-        return AnswerDelta(self.index, text, logprobs, self.finish_reason)
+        return AnswerDelta(self.index, text, logprobs, self.finish_reason, events)
 
     def _take_logprobs(self) -> tuple[PlacedLogprobs, ...]:
         taken = []

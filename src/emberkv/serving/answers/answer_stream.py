@@ -14,6 +14,7 @@ from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.metrics import AnswerTimer
+from emberkv.serving.parsing.events import MessageBuilder, ParsedMessage
 
 
 class OutputQueue:
@@ -51,11 +52,12 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class WholeAnswer:
-    """A finished answer with all of its text."""
+    """A finished answer with all of its text. message: what the text means, where it is parsed."""
 
     answer: Answer
     text: str
     logprobs: tuple[PlacedLogprobs, ...]
+    message: ParsedMessage = field(default_factory=ParsedMessage)
 
 
 class AnswerStream:
@@ -135,7 +137,7 @@ class AnswerStream:
             slot.answer.absorb(output)
         slot.inbox.clear()
         answer = slot.answer
-        if answer.stop_sequence is not None:
+        if answer.ended_early:
             self._engine.abort(slot.request_id)
         if answer.finish_reason is FinishReason.ERROR:
             raise GenerationFailedError(f"generation failed: {answer.error}")
@@ -162,12 +164,14 @@ class AnswerStream:
         """Wait for all answers."""
         texts: list[list[str]] = [[] for _ in self._slots]
         logprobs: list[list[PlacedLogprobs]] = [[] for _ in self._slots]
+        builders = [MessageBuilder() for _ in self._slots]
         async for delta in self:
             texts[delta.index].append(delta.text)
             logprobs[delta.index].extend(delta.logprobs)
+            builders[delta.index].add(delta.events)
         return [
-            WholeAnswer(slot.answer, "".join(text), tuple(entries))
-            for slot, text, entries in zip(self._slots, texts, logprobs, strict=True)
+            WholeAnswer(slot.answer, "".join(text), tuple(entries), builder.message())
+            for slot, text, entries, builder in zip(self._slots, texts, logprobs, builders, strict=True)
         ]
 
     def close(self) -> None:

@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
+from emberkv.serving.parsing.formats import OutputFormat
 
 Message = dict[str, Any]
 
@@ -63,6 +65,18 @@ class Conversation:
             variables=self.variables,
         )
         return rendered + self.begun
+
+    def parsing(
+        self, output_format: OutputFormat, prompt_text: str, new_call_id: Callable[[], str] = openai_call_id
+    ) -> OutputParsing:
+        """How the answer is parsed that a model of ``output_format`` gives to ``prompt_text``, this rendered."""
+        return OutputParsing(
+            output_format,
+            () if self.tool_choice.mode == "none" else self.tools,
+            output_format.ends_in_reasoning(prompt_text, self.begun),
+            self.tool_choice.parallel,
+            new_call_id,
+        )
 
 
 _NAME = re.compile("[a-z0-9_-]{1,40}")

@@ -1,7 +1,7 @@
 """The OpenAI API: its routes, and its responses, whole or as a stream of chunks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -35,6 +35,15 @@ from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import failure_mid_stream, openai_error, speaks_anthropic
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.parsing.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    ContentText,
+    OutputEvent,
+    ParsedMessage,
+    ReasoningText,
+)
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import Tenant
 
@@ -90,8 +99,8 @@ class OpenAIWriter(ABC):
         """The JSON of the choice that announces an answer, where the API has one."""
 
     @abstractmethod
-    def delta_choice(self, delta: AnswerDelta) -> str:
-        """The JSON of a chunk's only choice."""
+    def delta_choices(self, delta: AnswerDelta, answer: Answer) -> Iterator[str]:
+        """The JSON of the only choice of each chunk that the delta of an answer makes."""
 
     @abstractmethod
     def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]: ...
@@ -111,8 +120,10 @@ class OpenAIWriter(ABC):
                 opening = self.opening_choice(answer.index)
                 if opening is not None:
                     yield self._chunk(opening)
+            answers = stream.answers
             async for delta in stream:
-                yield self._chunk(self.delta_choice(delta))
+                for choice in self.delta_choices(delta, answers[delta.index]):
+                    yield self._chunk(choice)
             if self._include_usage:
                 envelope = self._envelope(self.chunk_object)
                 yield sse_event({**envelope, "choices": [], "usage": self._usage(stream.answers)})
@@ -131,11 +142,13 @@ class OpenAIWriter(ABC):
         prompt = sum(answer.usage.prompt_tokens for answer in first_of_each)
         completion = sum(answer.completion_tokens for answer in answers)
         cached = sum(answer.usage.cached_tokens for answer in first_of_each)
+        reasoning = sum(answer.reasoning_tokens for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
 
@@ -145,6 +158,43 @@ def finite(logprob: float | None) -> float | None:
 
 def finish_name(reason: FinishReason | None) -> str | None:
     return None if reason is None else FINISH_REASONS[reason]
+
+
+def chat_finish(answer: Answer) -> str | None:
+    """How an answer ended, where a call that was cut off by ``max_tokens`` is no call to be made."""
+    if answer.finish_reason is FinishReason.STOP and answer.calls:
+        return "tool_calls"
+    return finish_name(answer.finish_reason)
+
+
+def chat_message(message: ParsedMessage) -> dict[str, Any]:
+    """An answer as a message. Its content is null where it has calls alone, and so are calls that it does not have."""
+    written: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+    if message.reasoning:
+        written["reasoning_content"] = message.reasoning
+    if message.calls:
+        written["content"] = message.content or None
+        written["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    return written
+
+
+def _delta_json(event: OutputEvent) -> str | None:
+    """What one event adds to the message; put together as text, because one is made for every token of every stream."""
+    match event:
+        case ContentText(text):
+            return f'{{"content":{compact_json(text)}}}'
+        case ReasoningText(text):
+            return f'{{"reasoning_content":{compact_json(text)}}}'
+        case CallBegin(index, name, call_id):
+            begun = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+            return compact_json({"tool_calls": [{"index": index, **begun}]})
+        case CallArguments(index, text):
+            return f'{{"tool_calls":[{{"index":{index},"function":{{"arguments":{compact_json(text)}}}}}]}}'
+        case CallEnd():
+            return None
 
 
 def finish_json(reason: FinishReason | None) -> str:
@@ -159,18 +209,22 @@ class ChatWriter(OpenAIWriter):
         delta = '"delta":{"role":"assistant","content":""}'
         return f'{{"index":{index},{delta},"logprobs":null,"finish_reason":null}}'
 
-    def delta_choice(self, delta: AnswerDelta) -> str:
-        content = f'{{"content":{compact_json(delta.text)}}}' if delta.text else "{}"
+    def delta_choices(self, delta: AnswerDelta, answer: Answer) -> Iterator[str]:
+        pieces = [_delta_json(event) for event in delta.events]
+        deltas = [piece for piece in pieces if piece] or ["{}"]
         logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
-        finish = finish_json(delta.finish_reason)
-        return f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}'
+        finish = "null" if delta.finish_reason is None else f'"{chat_finish(answer)}"'
+        for position, each in enumerate(deltas, 1):
+            end = finish if position == len(deltas) else "null"
+            yield f'{{"index":{delta.index},"delta":{each},"logprobs":{logprobs},"finish_reason":{end}}}'
+            logprobs = "null"
 
     def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "message": chat_message(whole.message),
             "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
-            "finish_reason": finish_name(whole.answer.finish_reason),
+            "finish_reason": chat_finish(whole.answer),
         }
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
@@ -199,9 +253,9 @@ class CompletionWriter(OpenAIWriter):
     def opening_choice(self, index: int) -> None:
         return None
 
-    def delta_choice(self, delta: AnswerDelta) -> str:
+    def delta_choices(self, delta: AnswerDelta, answer: Answer) -> Iterator[str]:
         logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
-        return (
+        yield (
             f'{{"index":{delta.index},"text":{compact_json(delta.text)},"logprobs":{logprobs},'
             f'"finish_reason":{finish_json(delta.finish_reason)}}}'
         )
@@ -271,7 +325,14 @@ def prepare_chat(
         field, wanted = "max_completion_tokens", request.max_completion_tokens
     budget = answer_budget(model, len(token_ids), wanted, field=field)
     prompts = [
-        Prompt(token_ids, each, rendered.retain_tokens, rendered.retain_seconds, is_clipped=budget.is_clipped)
+        Prompt(
+            token_ids,
+            each,
+            rendered.retain_tokens,
+            rendered.retain_seconds,
+            is_clipped=budget.is_clipped,
+            parsing=rendered.parsing(model.output_format),
+        )
         for each in request.sampling(model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs)
     ]
     return request, prompts, rendered.canonical

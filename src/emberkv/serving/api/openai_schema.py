@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from pydantic_core import from_json
@@ -183,6 +183,7 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -202,7 +203,8 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
                 f"tool_choice is {self.tool_choice!r}; only 'none' and 'auto' are supported",
                 param="tool_choice",
             )
-        return ToolChoice("none" if self.tool_choice == "none" else "auto")
+        mode: Literal["none", "auto"] = "none" if self.tool_choice == "none" else "auto"
+        return ToolChoice(mode, parallel=self.parallel_tool_calls is not False)
 
     def conversation(self) -> Conversation:
         """Raises RequestError naming the place of what cannot be used."""

@@ -15,10 +15,12 @@ from typing import Any, Generic, TypeVar
 
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
+from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.parsing.formats import OutputFormat
 
 FIELD = "cache_control"
 LIFETIMES = {"5m": 300.0, "1h": 3600.0}
@@ -229,6 +231,14 @@ class RenderedPrompt:
     def left_out(self) -> Mapping[str, int]:
         """What of the request is not in the prompt; see `Conversation`."""
         return {} if self.conversation is None else self.conversation.left_out
+
+    def parsing(
+        self, output_format: OutputFormat, new_call_id: Callable[[], str] = openai_call_id
+    ) -> OutputParsing | None:
+        """How the answer is to be parsed: `Conversation.parsing`."""
+        if self.conversation is None:
+            return None
+        return self.conversation.parsing(output_format, self.text, new_call_id)
 
 
 def render_messages(

@@ -1,0 +1,94 @@
+"""What of an answer's text are thoughts, content and tool calls, while it is generated."""
+
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from emberkv.serving.parsing.events import CallBegin, CallEnd, OutputEvent, ReasoningText
+from emberkv.serving.parsing.formats import OutputFormat, ToolSchema
+
+_ID_CHARACTERS = string.ascii_letters + string.digits
+_ID_LENGTH = 24
+_SOURCE = random.SystemRandom()
+
+
+def new_call_id(prefix: str, source: random.Random = _SOURCE) -> str:
+    """The id of a tool call: ``prefix`` and 24 letters or digits that ``source`` draws."""
+    return prefix + "".join(source.choices(_ID_CHARACTERS, k=_ID_LENGTH))
+
+
+def openai_call_id() -> str:
+    return new_call_id("call_")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParsing:
+    """How the text of one answer is parsed.
+
+    tools: those of the request that the answer may call; without any, the markup of calls is content. in_reasoning:
+    whether the prompt ends inside a thought. parallel: False ends the answer behind its first call. new_call_id: makes
+    the ids of calls to which the model gives none.
+    """
+
+    output_format: OutputFormat
+    tools: Sequence[ToolSchema] = ()
+    in_reasoning: bool = False
+    parallel: bool = True
+    new_call_id: Callable[[], str] = openai_call_id
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those that the parser reads, by their text."""
+        return self.output_format.special_tokens
+
+
+class ParsedOutput:
+    """Parses one answer as it grows.
+
+    reasoning_tokens: of the thoughts, markup included. calls: how many have begun. has_ended: the answer may have no
+    further text, as it has had the only call that it may have.
+    """
+
+    def __init__(self, parsing: OutputParsing) -> None:
+        self.reasoning_tokens = 0
+        self.calls = 0
+        self.has_ended = False
+        self._parsing = parsing
+        self._parser = parsing.output_format.parser(tools=parsing.tools, in_reasoning=parsing.in_reasoning)
+        self._events: list[OutputEvent] = []
+        self._undecided = 0  # tokens since the last event
+
+    def count_token(self) -> None:
+        """One more token, whose text may come with later ones. It belongs to whatever comes next."""
+        self._undecided += 1
+
+    def add(self, text: str) -> None:
+        """Text that the answer has gained."""
+        if not self.has_ended:
+            self._take_in(self._parser.feed(text))
+
+    def finish(self) -> None:
+        """No more text comes."""
+        if not self.has_ended:
+            self._take_in(self._parser.finish())
+
+    def take(self) -> tuple[OutputEvent, ...]:
+        """The events since the last call."""
+        taken = tuple(self._events)
+        self._events.clear()
+        return taken
+
+    def _take_in(self, events: list[OutputEvent]) -> None:
+        for event in events:
+            self._events.append(self._with_id(event) if isinstance(event, CallBegin) else event)
+            if isinstance(event, CallEnd) and not self._parsing.parallel:
+                self.has_ended = True
+                break
+        if events:
+            self.reasoning_tokens += self._undecided * isinstance(self._events[-1], ReasoningText)
+            self._undecided = 0
+
+    def _with_id(self, call: CallBegin) -> CallBegin:
+        self.calls += 1
+        return CallBegin(call.index, call.name, call.call_id or self._parsing.new_call_id())
