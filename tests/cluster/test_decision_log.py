@@ -1,5 +1,6 @@
 """Recorded decisions are made again as they were, by every policy, and what is no recording is refused by its line."""
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emberkv.cluster.decision_log import DecisionLog, read_decisions, replay
+from emberkv.cluster.decision_log import DecisionLog, read_decisions, recorder_until_full, replay
 from emberkv.cluster.policies import ReplicaState
 from emberkv.cluster.routing import ROUTER_NAMES, RoutingRequest, make_router, names
 from emberkv.core.hashing import TokenChain
@@ -80,6 +81,19 @@ def test_what_is_no_decision_is_refused(change: dict[str, Any], said: str, tmp_p
     (tmp_path / "log").write_text("\n".join([first, json.dumps({**json.loads(second), **change})]) + "\n")
     with pytest.raises(WorkloadError, match=said):
         list(read_decisions(tmp_path / "log"))
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_routing() -> None:
+    class FullFile(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    router, failures = make_router("round-robin", Random(1), names(2)), list[OSError]()
+    router.record = recorder_until_full(DecisionLog(FullFile(), "round-robin"), failures.append)
+    request = RoutingRequest(TokenChain(bytes(32), range(8), BLOCK), 8)
+    chosen = [router.decide(request, [ReplicaState(), ReplicaState()]) for _ in range(3)]
+    assert [each.replica for each in chosen if each is not None] == [0, 1, 0]
+    assert [error.strerror for error in failures] == ["No space left on device"]
 
 
 def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:

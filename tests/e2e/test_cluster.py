@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from emberkv.cluster.decision_log import read_decisions, replay
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import DEADLINE, Server, eventually, serving
 from tests.models import EOS
@@ -101,7 +102,7 @@ def calm(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory
     """One worker and a gateway, to which nothing happens."""
     with cluster_in(tmp_path_factory.mktemp("calm"), checkpoint("llama")) as it:
         it.start_worker("a")
-        it.start_gateway("a")
+        it.start_gateway("a", record_decisions=str(it.folder / "decisions"))
         it.until("a", "up")
         yield it
 
@@ -214,6 +215,13 @@ def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:
         assert client.get("/v1/cache").json()["workers"]["a"]["total_blocks"] > 0
     assert (found["prompt_tokens"], found["hit_tokens"], found["worker"]) == (asked, asked - 1, "a")
     assert [(each["worker"], each["hit_tokens"]) for each in found["workers"]] == [("a", asked - 1)]
+
+
+def test_recorded_decisions_are_made_again_as_they_were(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    assert httpx.post(f"{calm.gateway.url}/v1/completions", json=COMPLETION, timeout=DEADLINE).status_code == 200
+    found = replay(read_decisions(calm.folder / "decisions"))
+    assert found.decisions == found.same >= 1
 
 
 def test_the_routes_of_the_cache_reach_all_workers_and_one_that_is_away_later(cluster: Cluster) -> None:

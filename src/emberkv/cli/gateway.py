@@ -3,7 +3,10 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,11 +14,12 @@ from starlette.types import ASGIApp
 
 from emberkv.cli import serve_options as options
 from emberkv.cli.command import USAGE_EXIT_CODE
-from emberkv.cli.serve import connection_settings, recording, serving_settings, warn_of_keys_in_arguments
+from emberkv.cli.serve import connection_settings, new_file, recording, serving_settings, warn_of_keys_in_arguments
 from emberkv.cli.startup import print_error, set_up_logging
 from emberkv.cluster.cluster_engine import MAX_REQUESTS
+from emberkv.cluster.decision_log import DecisionLog, recorder_until_full
 from emberkv.cluster.gateway import Gateway, GatewayServer
-from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES
+from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
 from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import create_app
@@ -62,6 +66,15 @@ def gateway(
             help="Add the routes by sequence, /kv, /generate and /stats, and the coordinator's.",
         ),
     ] = False,
+    record_decisions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.LOGS,
+            help="Write a line of JSON for each routing decision, with all it was made from and no text. "
+            "'emberkv simulate --replay-decisions FILE' makes them again. An earlier file becomes FILE.1.",
+        ),
+    ] = None,
     coordinator_port: Annotated[
         int | None,
         typer.Option(
@@ -126,7 +139,8 @@ def gateway(
             kv_routes=kv_routes,
             coordinator_port=coordinator_port,
         )
-        run_gateway(settings, chosen)
+        with _recording_decisions(record_decisions, routing) as record:
+            run_gateway(settings, chosen, record)
     except EmberError as error:
         print_error(str(error))
         raise typer.Exit(USAGE_EXIT_CODE) from error
@@ -144,8 +158,21 @@ class GatewayOptions:
     coordinator_port: int | None
 
 
-def run_gateway(config: ServeConfig, options: GatewayOptions) -> None:
-    """Serve until a signal to stop. Raises EmberError when the gateway cannot start."""
+@contextmanager
+def _recording_decisions(path: Path | None, routing: str) -> Iterator[Recorder | None]:
+    """Writes routing decisions to ``path`` until the context ends, or until it cannot be written any more."""
+    if path is None:
+        yield None
+        return
+    with os.fdopen(new_file("--record-decisions", path), "wb", buffering=0) as file:  # a killed gateway loses no line
+        yield recorder_until_full(
+            DecisionLog(file, routing),
+            lambda error: _log.error("routing decisions are recorded no more: %s: %s", path, error.strerror),
+        )
+
+
+def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder | None = None) -> None:
+    """Serve until a signal to stop. record: takes each routing decision. Raises EmberError when it cannot start."""
     try:
         from emberkv.cluster.sequence_routes import (  # noqa: PLC0415 - an extra
             ByPort,
@@ -173,6 +200,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions) -> None:
         routing=options.routing,
         max_requests=options.max_requests,
         on_overflow=config.on_overflow,
+        record=record,
     )
     members = FollowedMembers(gateway.membership)
     sequences = SequenceGateway(members, gateway.check_secret)

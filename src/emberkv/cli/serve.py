@@ -48,18 +48,12 @@ def recording(
 ) -> Iterator[TraceRecorder | None]:
     """A recorder that writes to ``path`` until the context ends; None without a path.
 
-    model: what serves: a folder, a hub id or the bundled model's name. A file that is there already gets the first free
-    of the names ``path.1``, ``path.2``, and so on. Raises ConfigError where no file can be written.
+    model: what serves: a folder, a hub id or the bundled model's name. The file is made by `new_file`.
     """
     if path is None:
         yield None
         return
-    try:
-        _move_aside(path)
-        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"record_trace is {str(path)!r}, which cannot be written: {error.strerror}") from error
-    with file:
+    with os.fdopen(new_file("--record-trace", path), "w", encoding="utf-8") as file:
         file.write(Header(emberkv_trace=1, note=NOTE, model=model).model_dump_json() + "\n")
         file.flush()
 
@@ -76,12 +70,23 @@ def recording(
             recorder.close()
 
 
-def _move_aside(path: Path) -> None:
+def new_file(option: str, path: Path) -> int:
+    """The descriptor of a new file, for this user only, that ``option`` names. A file that is there already gets the
+    first free of the names ``path.1``, ``path.2``, and so on. Raises ConfigError where no file can be written.
+    """
+    try:
+        _move_aside(option, path)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{option} is {str(path)!r}, which cannot be written: {error.strerror}") from error
+
+
+def _move_aside(option: str, path: Path) -> None:
     """Raises ConfigError for what is no plain file, OSError for one that cannot be moved."""
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_file():
-        raise ConfigError(f"--record-trace {path} is no plain file; name a new file, or one of an earlier recording")
+        raise ConfigError(f"{option} {path} is no plain file; name a new file, or one of an earlier recording")
     for number in count(1):
         try:
             os.link(path, f"{path}.{number}")

@@ -7,7 +7,7 @@ not named either: the line says only which replica had the session's last reques
     replay(read_decisions(path)).same     # all of them
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from emberkv.cluster.policies import Decision, Order, Reason, ReplicaState, RoutingPolicy, RoutingView
-from emberkv.cluster.routing import make_policy
+from emberkv.cluster.routing import Recorder, make_policy
 from emberkv.errors import ConfigError, WorkloadError, reason_of
 
 VERSION = 1
@@ -101,6 +101,22 @@ class DecisionLog:
             view.home,
         )
         self._file.write(self._encoder.encode(line) + b"\n")
+
+
+def recorder_until_full(log: DecisionLog, failed: Callable[[OSError], None]) -> Recorder:
+    """Records with ``log`` until its file cannot be written, of which it tells ``failed`` once."""
+    recording: Recorder | None = log.record
+
+    def record(at: float, view: RoutingView, decision: Decision) -> None:
+        nonlocal recording
+        try:
+            if recording is not None:
+                recording(at, view, decision)
+        except OSError as error:
+            recording = None
+            failed(error)
+
+    return record
 
 
 def read_decisions(path: Path) -> Iterator[RecordedDecision]:

@@ -20,7 +20,7 @@ from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
 from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
 from emberkv.cluster.removals import ClusterRemovals
-from emberkv.cluster.routing import DEFAULT_ROUTING, make_router
+from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
@@ -59,11 +59,12 @@ class Gateway:
         max_requests: int = MAX_REQUESTS,
         on_overflow: Literal["clip", "refuse"] = "clip",
         rng: random.Random | None = None,
+        record: Recorder | None = None,
     ) -> None:
         self.lifecycle = lifecycle
-        self.membership = Membership(
-            make_router(routing, rng or random.Random()), connect, on_model=self._has_model, on_change=self._changed
-        )
+        router = make_router(routing, rng or random.Random())
+        router.record = record
+        self.membership = Membership(router, connect, on_model=self._has_model, on_change=self._changed)
         self.removals = ClusterRemovals(self.membership)
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
