@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from emberkv.cluster import wire
 from emberkv.core.feed import EventsLost
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
+from emberkv.engine.request import CacheUsage, Constraint, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 from emberkv.errors import ConfigError, EventWireError, RequestError, WireError
 
 LOGPROBS = (TokenLogprobs(7, -0.5, ((7, -0.5), (3, -1.5))),)
@@ -18,11 +18,12 @@ OUTPUTS = [
     TokenOutput("a", prompt_logprobs=(TokenLogprobs(5, None, ()), *LOGPROBS)),
     TokenOutput("a", finish_reason=FinishReason.ERROR, error="the engine failed"),
 ]
+SCHEMA = Constraint("json_schema", '{"type": "object"}', ("<tool_call>",), lenient=True)
 LOAD = wire.LoadReport(worker_id="w", epoch=b"e", sequence=3, waiting=1, load_rates={"disk": 1e9}, prefill_rate=50.0)
 
 
 def test_a_request_comes_back_as_it_was() -> None:
-    params = SamplingParams(max_tokens=3, seed=-5, stop=("end",), logit_bias={3: 1.5}, logprobs=2)
+    params = SamplingParams(max_tokens=3, seed=-5, stop=("end",), logit_bias={3: 1.5}, logprobs=2, constraint=SCHEMA)
     request = GenerationRequest("a", [1, 2, 2**31 - 1], params, b"salt", 2, "tenant", "session", 16, 60.0, answered=2)
     back = wire.decode_request(wire.encode_request(request))
     assert list(back.prompt_token_ids) == request.prompt_token_ids
@@ -60,6 +61,12 @@ def test_a_function_cannot_be_sent() -> None:
 def test_a_parameter_out_of_range_is_the_requests_error() -> None:
     data = wire.encode({"request_id": "a", "prompt": bytes(4), "params": {"temperature": 5.0}})
     with pytest.raises(RequestError, match=r"temperature is 5\.0"):
+        wire.decode_request(data)
+
+
+def test_a_constraint_of_another_kind_is_refused() -> None:
+    data = wire.encode({"request_id": "a", "prompt": bytes(4), "params": {"constraint": {"kind": "xml"}}})
+    with pytest.raises(WireError, match="kind"):
         wire.decode_request(data)
 
 

@@ -37,6 +37,8 @@ def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:
         preemptions=4,
         prefill_tokens=250,
         decode_tokens=33,
+        masks_ready=20,
+        masks_waited=2,
     )
     expected = {
         "emberkv_requests_running": 3,
@@ -51,6 +53,8 @@ def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:
         "emberkv_preemptions_total": 4,
         "emberkv_prefill_tokens_total": 250,
         "emberkv_decode_tokens_total": 33,
+        "emberkv_constraint_masks_total ready": 20,
+        "emberkv_constraint_masks_total waited_for": 2,
     }
     found = samples(client)
     assert {name: found[name] for name in expected} == expected

@@ -293,8 +293,10 @@ class Generation:
         engine.submit(request, partial(outputs.post, self._deliver))
 
     def _deliver(self, output: TokenOutput) -> None:
-        if not self._has_ended:
-            self._send(wire.encode_output(output), ends=output.finish_reason is not None)
+        if self._has_ended:
+            return
+        message = wire.encode_output(output) if output.refusal is None else wire.encode(failure(output.refusal))
+        self._send(message, ends=output.finish_reason is not None)
 
     def _send(self, message: bytes, *, ends: bool) -> None:
         self._messages.append(wire.frame(message))

@@ -14,19 +14,22 @@ from emberkv.engine.request import (
     TokenLogprobs,
     TokenOutput,
 )
+from emberkv.engine.token_masks import AnswerMasks
+from emberkv.errors import RequestError
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """A request in flight."""
+    """A request in flight. masks: of its constraint."""
 
     request: GenerationRequest
     sequence: Sequence
     state: SamplingState
     listener: OutputListener
     submitted_at: float
+    masks: AnswerMasks | None = None
     admitted_at: float | None = None
     has_output: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -85,6 +88,13 @@ class ActiveRequests:
             self._scheduler.finish(request_id, reason)
             self._send(active, finish_reason=reason, error=error)
 
+    def is_in_flight(self, active: ActiveRequest) -> bool:
+        return self._requests.get(active.request.request_id) is active
+
+    def refuse(self, active: ActiveRequest, error: RequestError) -> None:
+        """End a request that the scheduler has not got, because it cannot be accepted."""
+        self._send(active, finish_reason=FinishReason.ERROR, error=str(error), refusal=error)
+
     def fail(self, sequences: Iterable[Sequence], error: str) -> None:
         for request_id in {sequence.request_id for sequence in sequences}:
             self.end(request_id, FinishReason.ERROR, error)
@@ -110,9 +120,7 @@ class ActiveRequests:
             if found.request_id in self._requests:
                 self._requests[found.request_id].keep_prompt_logprobs(found)
         stopped = {
-            request_id
-            for request_id, token in sampled.items()
-            if token.token_id in self.sampling[request_id].end_token_ids
+            request_id for request_id, token in sampled.items() if self.sampling[request_id].ends_with(token.token_id)
         }
         tokens = {request_id: token.token_id for request_id, token in sampled.items()}
         self._scheduler.complete(plan, tokens, stopped)
@@ -139,6 +147,7 @@ class ActiveRequests:
         token: SampledToken | None = None,
         finish_reason: FinishReason | None = None,
         error: str | None = None,
+        refusal: RequestError | None = None,
     ) -> None:
         first = not active.has_output
         complete = len(active.prompt_logprobs) == active.sequence.prompt_tokens
@@ -154,6 +163,7 @@ class ActiveRequests:
                 usage=self._usage(active.sequence),
                 finish_reason=finish_reason,
                 error=error,
+                refusal=refusal,
                 prompt_logprobs=tuple(active.prompt_logprobs) if first and complete else (),
                 queue_seconds=active.admitted_at - active.submitted_at
                 if first and active.admitted_at is not None

@@ -17,6 +17,7 @@ from emberkv.engine.executor import Executor
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import ModelLimits
 from emberkv.engine.tier_link import TierLink
+from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.tiers.kinds import TierConfig, open_tiers
 from emberkv.tiers.manager import TierManager
 
@@ -88,13 +89,14 @@ def assemble_around(
     namespace: bytes,
     block_cost: BlockCost = uniform_cost,
     public_prefixes: Iterable[Sequence[int]] = (),
+    constraints: ConstraintCompiler | None = None,
     on_crash: Callable[[Exception], None] = lambda _: None,
 ) -> AssembledEngine:
     """An engine over ``executor`` whose thread is not started yet.
 
     root: of the model's block hashes. namespace: of the blocks that the executor computes, 32 bytes; it is checked
     whenever a stored block is read. block_cost: see `BlockPool`. public_prefixes: token sequences that all tenants
-    share. on_crash: see `EngineLoop`.
+    share. constraints, on_crash: see `EngineLoop`.
 
     Raises ConfigError when a setting cannot work, CacheFolderError when the disk tier's folder can be neither made nor
     read.
@@ -134,6 +136,7 @@ def assemble_around(
         tiers=link,
         control=control,
         public=public,
+        constraints=constraints,
         on_crash=on_crash,
     )
     return AssembledEngine(loop, executor, scheduler, root, namespace, public, tiers, link)

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLParserLimits
 from emberkv.engine.request import Constraint
 from emberkv.errors import RequestError, reason_of
 
-_LIMITS = LLParserLimits(
+GRAMMAR_LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,  # about 20 ms
     step_lexer_fuel=200_000,  # about 15 ms for one mask
     step_max_items=50_000,
@@ -59,7 +59,7 @@ def _fault(constraint: Constraint) -> str | None:
 
 def _message_about(grammar: str) -> str | None:
     """llguidance's reason to refuse a grammar; None where it accepts it."""
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS)
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=GRAMMAR_LIMITS)
     return messages[0] if is_error else None
 
 

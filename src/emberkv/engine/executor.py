@@ -23,6 +23,22 @@ NOT_NUMBERS = "the model's scores for the next token are not numbers"
 """The reason for which a request fails whose logits hold a NaN, or are not finite at their maximum."""
 
 
+class TokenMasks(Protocol):
+    """Which tokens may follow an answer by its constraint; `emberkv.engine.token_masks` has them."""
+
+    def allowed(self) -> NDArray[np.uint8]:
+        """As `AllowedTokens` gives them, for the token behind those of the answer so far. Raises SamplingError."""
+        ...
+
+    def append(self, token_id: int) -> None:
+        """The answer has got this token, which was allowed. Returns at once."""
+        ...
+
+    def ends_with(self, token_id: int) -> bool:
+        """Whether an allowed token says that the answer is complete."""
+        ...
+
+
 class SamplingState:
     """What an executor needs to sample one request's tokens, and the tokens of the answer so far.
 
@@ -33,6 +49,7 @@ class SamplingState:
     state when the request is preempted. Executors may keep memory of their own for a state, by weak reference.
 
     rng: draws for requests without a seed, and may be shared; a seed gives the request a generator of its own.
+    masks: of the request's constraint; `allowed` is None then.
     prompt_token_ids: without the ``answer``, which are the tokens that another engine has chosen already; the draws for
     these are passed over.
 
@@ -46,6 +63,7 @@ class SamplingState:
     __slots__ = (
         "__weakref__",
         "_allowed",
+        "_masks",
         "_rng",
         "answer",
         "changes_logits",
@@ -64,15 +82,17 @@ class SamplingState:
         *,
         answer: Sequence[int] = (),
         end_token_ids: frozenset[int] = frozenset(),
+        masks: TokenMasks | None = None,
     ) -> None:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.answer = list(answer)
         self.end_token_ids = end_token_ids
-        is_restricted = allowed is not None or len(self.answer) < params.min_tokens
+        is_restricted = allowed is not None or masks is not None or len(self.answer) < params.min_tokens
         self.changes_logits = params.has_penalties or bool(params.logit_bias) or is_restricted
         self.is_plain_greedy = params.is_greedy and params.logprobs is None and not self.changes_logits
         self._allowed = allowed
+        self._masks = masks
         self._rng = rng if params.seed is None else random.Random(params.seed % 2**64)
         if params.seed is not None and not params.is_greedy:
             for _ in self.answer:
@@ -81,10 +101,21 @@ class SamplingState:
     def append(self, token_id: int) -> None:
         """Record a token of the answer, once it is chosen."""
         self.answer.append(token_id)
+        if self._masks is not None:
+            self._masks.append(token_id)
+
+    def ends_with(self, token_id: int) -> bool:
+        """Whether this token, which was chosen, ends the answer: for any request, or because it completes a text that
+        the request's constraint asks for.
+        """
+        return token_id in self.end_token_ids or (self._masks is not None and self._masks.ends_with(token_id))
 
     def allowed_tokens(self, vocab: int) -> NDArray[np.bool_] | None:
         """``[vocab]``: whether each token may come next; None where all may. Raises SamplingError where none may."""
-        bits = self._allowed(self.answer) if self._allowed is not None else None
+        if self._masks is not None:
+            bits: NDArray[np.uint8] | None = self._masks.allowed()
+        else:
+            bits = self._allowed(self.answer) if self._allowed is not None else None
         must_go_on = len(self.answer) < self.params.min_tokens
         if bits is None and not must_go_on:
             return None

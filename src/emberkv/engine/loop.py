@@ -21,6 +21,8 @@ from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, ModelLimits, OutputListener
 from emberkv.engine.tier_link import TierLink
+from emberkv.engine.token_masks import AnswerMasks, ConstraintCompiler, MaskCounts
+from emberkv.errors import RequestError
 
 R = TypeVar("R")
 
@@ -96,7 +98,7 @@ class EngineLoop:
     since 1970, of updates. rng: draws for requests that bring no seed. on_crash: called on the engine's thread when the
     loop itself fails, not just a step; every request then ends with ABORT. tiers: what lies below the pool; the
     scheduler's own. control: carries out commands; None: one over ``scheduler`` and ``tiers``. public: which prefixes
-    all tenants share.
+    all tenants share. constraints: compiles those of requests; None: such requests are refused.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class EngineLoop:
         tiers: TierLink | None = None,
         control: CacheControl | None = None,
         public: PublicPrefixes | None = None,
+        constraints: ConstraintCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
@@ -126,6 +129,8 @@ class EngineLoop:
             clock=clock,
         )
         self._public = public
+        self._constraints = constraints
+        self._uncompiled: list[ActiveRequest] = []  # whose constraints are being compiled
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
         self._on_crash = on_crash
@@ -174,6 +179,9 @@ class EngineLoop:
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         """Queue a request; hashing the prompt's blocks happens here, on the caller's thread.
 
+        A request with a constraint waits, and others do not, until that is compiled; one that cannot be is the
+        ``refusal`` of its only output.
+
         Raises PromptTooLongError, RequestError, DuplicateRequestError or EngineStoppedError; then no output follows.
         """
         self._limits.check(request, self._scheduler.max_sequence_tokens)
@@ -188,6 +196,7 @@ class EngineLoop:
             wants_prompt_logits=request.params.prompt_logprobs is not None and not request.answered,
         )
         tokens, prompt_end = request.prompt_token_ids, len(request.prompt_token_ids) - request.answered
+        masks = self._masks(request, tokens[prompt_end:])
         state = SamplingState(
             request.params,
             tokens[:prompt_end],
@@ -195,8 +204,23 @@ class EngineLoop:
             request.allowed_tokens,
             answer=tokens[prompt_end:],
             end_token_ids=self._limits.end_token_ids(request.params),
+            masks=masks,
         )
-        self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock()))
+        self._mailbox.submit(ActiveRequest(request, sequence, state, listener, self._clock(), masks))
+        if masks is not None:
+            masks.on_ready(self._mailbox.nudge)
+
+    def _masks(self, request: GenerationRequest, answer: abc.Sequence[int]) -> AnswerMasks | None:
+        """Those of the request's constraint, which begin to be compiled; None without one."""
+        if request.params.constraint is None:
+            return None
+        if self._constraints is None:
+            raise RequestError(
+                "this engine has no tokenizer, and so no constraints; leave them out", param="constraint"
+            )
+        if request.allowed_tokens is not None:
+            raise RequestError("constraint and allowed_tokens are both given; send one of them", param="constraint")
+        return self._constraints.begin(request.params.constraint, answer)
 
     def chain(self, request: GenerationRequest) -> TokenChain:
         """The prompt under the block hashes by which the cache knows its blocks."""
@@ -251,6 +275,8 @@ class EngineLoop:
         if mail is None:
             return False
         self._accept(mail)
+        if self._uncompiled:
+            self._queue_compiled()
         self._log_tier_events()
         for command in mail.commands:
             command.execute(self._control)
@@ -279,9 +305,24 @@ class EngineLoop:
         # All are known before any is queued, so that each gets its last output even if queueing one fails.
         self._live.add(mail.arrived)
         for active in mail.arrived:
-            self._scheduler.add(active.sequence)
+            if active.masks is None:
+                self._scheduler.add(active.sequence)
+            else:
+                self._uncompiled.append(active)
         for request_id in mail.aborted:
             self._live.end(request_id, FinishReason.ABORT)
+
+    def _queue_compiled(self) -> None:
+        waiting, self._uncompiled = self._uncompiled, []
+        for active in waiting:
+            if not self._live.is_in_flight(active):
+                continue  # aborted meanwhile
+            if active.masks is not None and not active.masks.is_ready:
+                self._uncompiled.append(active)
+            elif active.masks is not None and (refusal := active.masks.refusal) is not None:
+                self._live.refuse(active, refusal)
+            else:
+                self._scheduler.add(active.sequence)
 
     def _step(self) -> None:
         began = self._clock()
@@ -328,17 +369,20 @@ class EngineLoop:
             self._scheduler.loaded(load, ())
         if self._tiers is not None:
             self._tiers.close()
+        if self._constraints is not None:
+            self._constraints.close()
         self._publish_stats()
 
     def _publish_stats(self) -> None:
         before = self._stats
-        self._stats = _engine_stats(self._scheduler, self._tiers, self._executor.pool.block_bytes)
+        counts = self._constraints.counts if self._constraints is not None else MaskCounts()
+        self._stats = _engine_stats(self._scheduler, self._tiers, self._executor.pool.block_bytes, counts)
         if self._listeners and self._stats != before:
             for listener in self._listeners:
                 listener()
 
 
-def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int) -> EngineStats:
+def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int, masks: MaskCounts) -> EngineStats:
     """All but the tiers' own counts, which any thread may read."""
     pool, stats = scheduler.cache.pool, scheduler.stats
     return EngineStats(
@@ -354,6 +398,9 @@ def _engine_stats(scheduler: Scheduler, tiers: TierLink | None, block_bytes: int
         prefix_hit_tokens=stats.hit_tokens,
         evictions=stats.evicted_blocks,
         preemptions=stats.preemptions,
+        compiled_constraints=masks.compiled,
+        masks_ready=masks.ready,
+        masks_waited=masks.waited,
         prefill_tokens=stats.prefill_tokens,
         decode_tokens=stats.decode_tokens,
         loads=len(scheduler.loads),

@@ -71,7 +71,7 @@ class SamplingParams:
     stop_token_ids: tokens that end the answer beside the model's end of sequence, and are no part of it either.
     min_tokens: before so many, the answer cannot end, unless the constraint allows nothing else.
     seed: with one, the same prompt and parameters give the same tokens whatever else is being served.
-    constraint: which texts the answer may be; it ends when the text is complete. None: any.
+    constraint: which texts the answer may be; it ends when the text is complete, even with ignore_eos. None: any.
 
     Raises RequestError naming the field when a value is out of range.
     """
@@ -245,7 +245,8 @@ class EngineStats:
 
     load_choices: admissions that looked below the pool, by what was decided (`LoadChoice`). tier_trouble: blocks lost
     between the pool and the tiers, by kind (`TierLink`). tiers: by name, fastest first, and stack: what they share;
-    empty and None without any. pool_bytes_by_owner: of cached blocks; empty without tenants.
+    empty and None without any. pool_bytes_by_owner: of cached blocks; empty without tenants. masks_ready, masks_waited:
+    of constrained answers, whether they were there when the sampler asked, or the engine's thread had to wait.
     """
 
     running: int = 0  # requests that hold blocks
@@ -261,6 +262,9 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     evictions: int = 0  # blocks
     preemptions: int = 0
+    compiled_constraints: int = 0
+    masks_ready: int = 0
+    masks_waited: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     tier_hit_tokens: Mapping[str, int] = field(default_factory=dict)  # of the hits, brought up by a load, by tier

@@ -107,9 +107,13 @@ class EngineCollector(EngineStatsCollector):
             ("emberkv_preemptions", "Requests that lost their blocks to others.", stats.preemptions),
             ("emberkv_prefill_tokens", "Prompt tokens computed.", stats.prefill_tokens),
             ("emberkv_decode_tokens", "Answer tokens computed.", stats.decode_tokens),
+            ("emberkv_compiled_constraints", "Schemas and grammars of answers compiled.", stats.compiled_constraints),
         )
         for name, text, value in counters:
             yield CounterMetricFamily(name, text, value=value)
+        masks = {"ready": stats.masks_ready, "waited_for": stats.masks_waited}
+        text = "Token masks of constrained answers, by whether they were there when the sampler asked."
+        yield labelled_counter("emberkv_constraint_masks", text, "state", masks)
 
 
 class TokenizerCollector(Collector):

@@ -354,6 +354,10 @@ class HFTokenizer:
             self._tokenizer.save_pretrained(folder)
             return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
+    def backend_json(self) -> str:
+        """The tokenizer as the tokenizers library writes it, added tokens included."""
+        return self._backend.to_str()
+
     def remembering_for(self, owner: str) -> "HFTokenizer":
         """The same tokenizer, which finds in the cache what the owner has encoded and nothing else: finding others'
         pieces would tell, by the time that encoding takes, what they have sent.

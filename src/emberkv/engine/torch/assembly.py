@@ -16,6 +16,7 @@ from emberkv.core.policies.eviction import EntryCost
 from emberkv.defaults import DEFAULT_BLOCK_SIZE, machine_cache_folder
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
 from emberkv.engine.request import ModelLimits
+from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.checkpoint import fetch_from_hub
@@ -54,6 +55,11 @@ def assemble(
         namespace=namespace_of(executor, root).digest(),
         block_cost=block_cost,
         public_prefixes=public_prefixes,
+        constraints=ConstraintCompiler(
+            loaded.tokenizer.backend_json,
+            vocab_size=loaded.geometry.vocab_size,
+            eos_token_ids=loaded.eos_token_ids,
+        ),
         on_crash=on_crash,
     )
 
