@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster.block_index import AT_ONCE, BlockIndex
+from emberkv.cluster.block_index import AT_ONCE, STRIDE, BlockIndex
 from emberkv.cluster.feed import FeedReader, ReplicaBlocks
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.feed import EventBatch, SnapshotChunk
@@ -87,6 +87,39 @@ def test_long_chains_with_blocks_missing_anywhere_are_matched_while_the_table_gr
     for path in chains:
         found = index.matches(path, REPLICAS)
         assert [found[slot] for slot in SLOTS] == [counted(held, slot, path) for slot in SLOTS]
+
+
+LONG = [number.to_bytes(4, "little") * 8 for number in Random(5).sample(range(1, 2**32), 1200)]
+"""A chain that is sampled."""
+
+
+@given(st.dictionaries(st.sampled_from(SLOTS), st.tuples(st.integers(0, 1200), st.integers(0, 1200))))
+def test_a_long_chain_without_gaps_is_matched_by_a_part_of_its_blocks(ends: dict[int, tuple[int, int]]) -> None:
+    index = BlockIndex()
+    for slot, (pool, ram) in ends.items():
+        index.add(slot, LONG[:pool])
+        index.add(slot, LONG[:ram], "ram")
+    found = index.matches(LONG, REPLICAS)
+    for slot, (pool, ram) in ends.items():
+        assert found[slot] == {tier: count for tier, count in ((POOL, pool), ("ram", ram - pool)) if count > 0}
+    assert index.probes <= len(LONG) // STRIDE + 2 + STRIDE * 2 * len(ends)
+
+
+@given(st.integers(1, 1200), st.lists(st.tuples(st.integers(0, 1199), st.integers(1, 40)), max_size=4))
+def test_a_gap_in_a_long_chain_ends_the_hit_or_is_shorter_than_the_stride(
+    length: int, gaps: list[tuple[int, int]]
+) -> None:
+    index = BlockIndex()
+    index.add(0, LONG[:length])
+    held = dict.fromkeys(range(length), True)
+    for begin, count in gaps:
+        index.remove(0, LONG[begin : begin + count])
+        held.update(dict.fromkeys(range(begin, min(length, begin + count)), False))
+    exact = next((depth for depth in range(length) if not held[depth]), length)
+    missing = [depth for depth in range(length) if not any(held.get(each) for each in range(depth, depth + STRIDE))]
+    found = index.matches(LONG, 1)[0].get(POOL, 0)
+    assert exact <= found <= (missing[0] if missing else length)
+    assert found == 0 or held[found - 1], "it ends behind a block that is there"
 
 
 def test_what_one_replica_stored_in_the_shared_tier_all_have() -> None:

@@ -1,13 +1,17 @@
 """Which replica has which blocks, in its pool and in the tiers below it, as its events tell.
 
-The index is one hash table in a numpy array: open addressing with linear probing. A row is a block: the first 8 bytes
-of its hash, and one word of 64 bits for each tier and each 64 replicas, a bit for every replica that has it. That is
-16 bytes a row while there are at most 64 replicas and no lower tier, and at most 0.6 of the rows are in use. Two blocks
-with the same first 8 bytes would be taken for one, which happens once in millions of times 10 million blocks, and costs
-no more than a request that is routed to a replica without its prefix.
+The index is a hash table in a numpy array. A row is a block: the first 8 bytes of its hash, and one word of 64 bits
+for each tier and each 64 replicas, a bit for every replica that has it. That is 16 bytes a row while there are at most
+64 replicas and no lower tier, and at most 0.6 of the rows are in use. Two blocks with the same first 8 bytes would be
+taken for one, which happens once in millions of times 10 million blocks, and costs no more than a request that is
+routed to a replica without its prefix.
 
-Nothing is assumed about the order in which blocks are evicted: a chain with a block missing in its middle ends there.
-Long prompts are looked up at once by numpy, short ones one block after the other.
+Blocks may be evicted in any order: a hit ends at the first block that is missing. A chain of at most ``WHOLE`` blocks
+is looked up block by block. A longer one is sampled: every ``STRIDE``-th block is looked up, and then each block
+between two samples that different replicas have. Where the same replicas have both samples, they are taken to have the
+blocks between them. So a gap of ``STRIDE`` blocks or more is always found, and so is one that lies beside the end of
+any replica's hit; a shorter one may be overlooked. The replica that gets the request then computes the missing block,
+and with that the gap is closed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +19,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from emberkv.cluster.block_table import ONE, BlockTable, Rows
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import BlockHash
 
@@ -26,16 +31,18 @@ TIERS = (POOL, "ram", "disk", SHARED)
 
 WORD = 64  # replicas in one word of a row
 AT_ONCE = 96  # from so many blocks on, numpy looks them up
-FIRST_ROWS = 1024
+WHOLE = 512
+"""Longer chains are sampled."""
+STRIDE = 16
+"""Blocks from one sample of a long chain to the next."""
 
 WORDS_OF_A_HASH = 4
-
-Rows = NDArray[np.uint64]
-ONE = np.uint64(1)
 
 
 class BlockIndex:
     """The blocks of many replicas, which are known by their slots.
+
+    probes: rows looked up by `matches` so far, collisions left aside.
 
     >>> index = BlockIndex()
     >>> first, second = bytes(32), bytes([1] * 32)
@@ -47,14 +54,14 @@ class BlockIndex:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[tuple[str, int], int] = {(POOL, 0): 1}  # of a tier's words; column 0 has the tags
+        self.probes = 0
+        self._words: dict[tuple[str, int], int] = {(POOL, 0): 0}  # numbers of a tier's words
         self._tiers = [POOL]
-        self._used = self._dead = 0  # rows with a tag; of these, rows without any bit
-        self._keep(np.zeros((FIRST_ROWS, 2), np.uint64))
+        self._table = BlockTable(words=1)
 
     def __len__(self) -> int:
         """Different blocks known."""
-        return self._used - self._dead
+        return len(self._table)
 
     @property
     def nbytes(self) -> int:
@@ -69,36 +76,25 @@ class BlockIndex:
             case BlockRemoved():
                 self.remove(replica, event.block_hashes, event.tier)
             case AllBlocksCleared():
-                self._clear([event.tier], replica)
+                self._table.clear(*self._place(replica, event.tier))
 
     def add(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
         """The replica has these blocks. To add a block again changes nothing."""
-        offset, bit = self._place(replica, tier)
-        for tag in _tags(block_hashes):
-            if 5 * self._used >= 3 * len(self._table):
-                self._rebuild()
-            at = self._find(tag)
-            if at < 0:
-                at = ~at
-                self._cells[at * self._width] = tag
-                self._used += 1
-            elif self._dead and not any(self._words(at)):
-                self._dead -= 1
-            self._cells[at * self._width + offset] |= bit
+        word, bit = self._place(replica, tier)
+        if len(block_hashes) < AT_ONCE:
+            self._table.add(_tags(block_hashes), word, bit)
+        else:
+            self._table.add_many(_tag_array(block_hashes), word, bit)
 
     def remove(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
         """The replica has these blocks no longer. To remove one that it has not changes nothing."""
-        offset, bit = self._place(replica, tier)
-        for tag in _tags(block_hashes):
-            at = self._find(tag)
-            if at >= 0 and self._cells[at * self._width + offset] & bit:
-                self._cells[at * self._width + offset] ^= bit
-                if not any(self._words(at)):
-                    self._delete(at)
+        self._table.remove(_tags(block_hashes), *self._place(replica, tier))
 
     def forget(self, replica: int) -> None:
         """Nothing of the replica is left in tiers of its own. Goes over the whole table."""
-        self._clear([tier for tier in self._tiers if tier != SHARED], replica)
+        for tier in self._tiers:
+            if tier != SHARED:
+                self._table.clear(*self._place(replica, tier))
 
     def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
         """For each replica of the first ``replicas`` slots, how many leading blocks it has, by tier.
@@ -114,8 +110,8 @@ class BlockIndex:
     def _holders(self, words: Sequence[int], everyone: int) -> list[int]:
         """Of one block, for each tier, the replicas that have it as the bits of one integer."""
         holders = dict.fromkeys(self._tiers, 0)
-        for (tier, group), column in self._columns.items():
-            holders[tier] |= words[column - 1] << (WORD * group)
+        for (tier, group), number in self._words.items():
+            holders[tier] |= words[number] << (WORD * group)
         if holders.get(SHARED):
             holders[SHARED] = everyone
         return list(holders.values())
@@ -123,97 +119,51 @@ class BlockIndex:
     def _look_up(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
         """How many consecutive blocks have the same words, and these."""
         if len(block_hashes) < AT_ONCE:
-            nothing = [0] * (self._width - 1)
             for tag in _tags(block_hashes):
-                at = self._find(tag)
-                yield 1, (nothing if at < 0 else self._words(at))
+                self.probes += 1
+                yield 1, self._table.words(tag)
             return
-        found = self._gather(np.maximum(np.frombuffer(b"".join(block_hashes), np.uint64)[::WORDS_OF_A_HASH], ONE))
+        depths, found = self._sampled(block_hashes)
         changes = np.flatnonzero((found[1:] != found[:-1]).any(axis=1)) + 1
-        starts = [0, *changes.tolist()]
-        for start, stop in zip(starts, [*starts[1:], len(found)], strict=True):
-            yield stop - start, found[start].tolist()
+        starts = [0, *depths[changes].tolist()]
+        words = found[np.concatenate(([0], changes))].tolist()
+        for start, stop, each in zip(starts, [*starts[1:], len(block_hashes)], words, strict=True):
+            yield stop - start, each
 
-    def _gather(self, tags: Rows) -> Rows:
-        """The words of each block; zeros for one that is not known."""
-        tag_of = self._table[:, 0]
-        at = (tags & np.uint64(self._mask)).view(np.intp)
-        there = tag_of[at]
-        wanted = np.flatnonzero((there != tags) & (there != 0))
-        while len(wanted):
-            at[wanted] = after = (at[wanted] + 1) & self._mask
-            there = tag_of[after]
-            wanted = wanted[(there != tags[wanted]) & (there != 0)]
-        found: Rows = self._table.take(at, axis=0)[:, 1:]
-        return found  # a free row has no bits
+    def _sampled(self, block_hashes: Sequence[BlockHash]) -> tuple[NDArray[np.intp], Rows]:
+        """Depths in order, and the words of the blocks there; between two, there is no change that shows in them."""
+        blocks = len(block_hashes)
+        if blocks <= WHOLE:
+            return np.arange(blocks), self._gather(block_hashes)
+        depths = np.arange(0, blocks + STRIDE - 1, STRIDE)
+        depths[-1] = blocks - 1
+        samples = self._gather([block_hashes[depth] for depth in depths.tolist()])
+        changes = np.flatnonzero((samples[1:] != samples[:-1]).any(axis=1))
+        between = (depths[changes, None] + np.arange(1, STRIDE)).ravel()
+        between = between[between < blocks - 1]
+        if not len(between):
+            return depths, samples
+        found, looked_up = np.empty((blocks, samples.shape[1]), np.uint64), np.zeros(blocks, np.bool_)
+        found[depths], looked_up[depths] = samples, True
+        found[between] = self._gather([block_hashes[depth] for depth in between.tolist()])
+        looked_up[between] = True
+        depths = np.flatnonzero(looked_up)
+        return depths, found[depths]
 
-    def _find(self, tag: int) -> int:
-        """The row with this tag, or ``~row`` of the free row where it would go."""
-        cells, width, mask = self._cells, self._width, self._mask
-        at = tag & mask
-        while (found := cells[at * width]) != tag:
-            if not found:
-                return ~at
-            at = (at + 1) & mask
-        return at
-
-    def _words(self, at: int) -> list[int]:
-        return self._cells[at * self._width + 1 : (at + 1) * self._width].tolist()
-
-    def _delete(self, at: int) -> None:
-        """Free a row, and move those behind it that are then found no longer."""
-        cells, width, mask = self._cells, self._width, self._mask
-        after = at
-        while tag := cells[(after := (after + 1) & mask) * width]:
-            if (after - tag) & mask >= (after - at) & mask:
-                cells[at * width : (at + 1) * width] = cells[after * width : (after + 1) * width]
-                at = after
-        cells[at * width : (at + 1) * width] = self._blank
-        self._used -= 1
-
-    def _clear(self, tiers: Sequence[str], replica: int) -> None:
-        """Rows without a bit that are left are taken away when the table is rebuilt."""
-        for tier in tiers:
-            offset, bit = self._place(replica, tier)
-            self._table[:, offset] &= ~np.uint64(bit)
-        self._dead = self._used - int(np.count_nonzero(self._table[:, 1:].any(axis=1)))
+    def _gather(self, block_hashes: Sequence[BlockHash]) -> Rows:
+        self.probes += len(block_hashes)
+        return self._table.gather(_tag_array(block_hashes))
 
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
-        """Column and bit of a replica in a tier; a column is added where none is free."""
+        """Word and bit of a replica in a tier; a word is added where none is free."""
         group, number = divmod(0 if tier == SHARED else replica, WORD)
-        column = self._columns.get((tier, group))
-        if column is None:
-            column = self._columns[tier, group] = self._width
+        word = self._words.get((tier, group))
+        if word is None:
+            word = self._words[tier, group] = self._table.add_word()
             if tier not in self._tiers:
                 self._tiers.append(tier)
                 self._tiers.sort(key=lambda each: TIERS.index(each) if each in TIERS else len(TIERS))
-            self._keep(np.hstack([self._table, np.zeros((len(self._table), 1), np.uint64)]))
-        return column, 1 << number
-
-    def _rebuild(self) -> None:
-        """Drop rows without a bit, and resize: at most a third of the new rows is used."""
-        kept = self._table[self._table[:, 1:].any(axis=1)]
-        rows = FIRST_ROWS
-        while rows < 3 * len(kept):
-            rows *= 2
-        table = np.zeros((rows, self._width), np.uint64)
-        tags = kept[:, 0]
-        wanted, at = np.arange(len(kept)), tags & np.uint64(rows - 1)
-        while len(wanted):
-            free = table[at, 0] == 0
-            table[at[free], 0] = tags[wanted[free]]  # of several for the same row, the last stays
-            won = table[at, 0] == tags[wanted]
-            table[at[won]] = kept[wanted[won]]
-            wanted, at = wanted[~won], (at[~won] + ONE) & np.uint64(rows - 1)
-        self._used, self._dead = len(kept), 0
-        self._keep(table)
-
-    def _keep(self, table: Rows) -> None:
-        self._table = table
-        self._width = table.shape[1]
-        self._mask = len(table) - 1
-        self._cells: memoryview[int] = table.reshape(-1).data
-        self._blank: memoryview[int] = np.zeros(self._width, np.uint64).data
+        return word, 1 << number
 
 
 class _Runs:
@@ -267,3 +217,8 @@ def _bits(bits: int) -> Iterable[int]:
 def _tags(block_hashes: Sequence[BlockHash]) -> list[int]:
     """The first 8 bytes of each hash as a number; never 0, which marks a free row."""
     return [tag or 1 for tag in memoryview(b"".join(block_hashes)).cast("Q")[::WORDS_OF_A_HASH].tolist()]
+
+
+def _tag_array(block_hashes: Sequence[BlockHash]) -> Rows:
+    """As `_tags`, as an array."""
+    return np.maximum(np.frombuffer(b"".join(block_hashes), np.uint64)[::WORDS_OF_A_HASH], ONE)

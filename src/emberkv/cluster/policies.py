@@ -310,12 +310,12 @@ class ExpectedTtft(RoutingPolicy):
         rate = state.prefill_rate or mean_rate
         if mean_rate / EQUAL_RATES <= rate <= mean_rate * EQUAL_RATES:
             rate = mean_rate
-        to_compute = max(1, view.prompt_tokens)
+        to_compute = view.prompt_tokens or 1
         above = (view.recent[slot] - mean_recent) / (mean_recent + FIRST_PROMPTS * to_compute)
-        loading, cached_tokens = {}, {}
+        loading: dict[str, float] = {}
+        cached_tokens: dict[str, int] = {}
         for tier, blocks in view.cached[slot].items():
             tokens = min(blocks * view.block_size, to_compute - 1)  # one token is always computed
-            seconds = 0.0
             if tier not in (POOL, IN_FLIGHT):
                 load_rate = state.load_rates.get(tier)
                 seconds = tokens / load_rate if load_rate else UNMEASURED_LOAD * tokens / rate
@@ -325,7 +325,9 @@ class ExpectedTtft(RoutingPolicy):
             cached_tokens[tier] = tokens
             to_compute -= tokens
         waiting, computing = state.queued_tokens / rate, to_compute / rate + state.step_seconds
-        cost = waiting + sum(loading.values()) + computing * self._weight * (1.0 + self._spread * min(1.0, above))
+        cost = waiting + computing * self._weight * (1.0 + self._spread * (above if above < 1.0 else 1.0))
+        if loading:
+            cost += sum(loading.values())
         return Estimate(slot, waiting, computing, cost, loading, cached_tokens)
 
 

@@ -1,0 +1,309 @@
+"""A hash table from blocks to bits, which grows a piece at a time.
+
+Open addressing with linear probing. A block is known by its tag, 8 bytes of its hash; 0 marks a free row. The tags and
+each word of bits are arrays of their own, so that another word costs no copying.
+
+To grow, the table allocates its next rows, and each time that blocks are added, some of the present rows are moved
+there, in order of their positions, so that no call waits for all of them. A move ends at a free row. So the blocks that
+hash to the rows moved so far are in the next rows, and all others are still in the present ones: each block has one
+place where to look for it.
+"""
+
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SLICE = 128
+"""Blocks that are added before some rows are moved; the first rows are eight times as many."""
+MOVED_ROWS = 16
+"""Rows moved for each block that is added: all are moved long before the next rows are full."""
+PAGE_ROWS = mmap.PAGESIZE // 8
+SWEPT_ROWS = 1 << 16
+WINDOW = np.arange(8)
+"""Rows that are compared at once; their tags are 64 bytes."""
+
+Rows = NDArray[np.uint64]
+Positions = NDArray[np.intp]
+ONE = np.uint64(1)
+
+
+class _Rows:
+    """Rows of one size. words: arrays of bits, of which a free row has none."""
+
+    def __init__(self, rows: int, words: int) -> None:
+        self.used = 0  # rows with a tag
+        self.mask = rows - 1
+        self._memory: list[mmap.mmap] = []
+        self.tags = self._array(rows)
+        self.words: list[Rows] = []
+        self.tag_cells: memoryview[int] = self.tags.data
+        self.word_cells: list[memoryview[int]] = []
+        for _ in range(words):
+            self.add_word()
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def add_word(self) -> None:
+        self.words.append(self._array(len(self.tags)))
+        self.word_cells.append(self.words[-1].data)
+
+    def _array(self, rows: int) -> Rows:
+        """Zeros in memory that comes in small pages, as they are written: to be given a large one can take 20 ms."""
+        memory = mmap.mmap(-1, 8 * rows, flags=mmap.MAP_PRIVATE)
+        if sys.platform == "linux":
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._memory.append(memory)
+        return np.frombuffer(memory, np.uint64)
+
+    def release(self, begin: int, end: int) -> None:
+        """Give back the memory of free rows, all of which would take long at once. Both are multiples of a page."""
+        if sys.platform == "linux" and begin < end:
+            for memory in self._memory:
+                memory.madvise(mmap.MADV_DONTNEED, 8 * begin, 8 * (end - begin))
+
+    def find(self, tag: int) -> int:
+        """The row with this tag, or ``~row`` of the free row where it would go."""
+        cells, mask = self.tag_cells, self.mask
+        at = tag & mask
+        while (found := cells[at]) != tag:
+            if not found:
+                return ~at
+            at = (at + 1) & mask
+        return at
+
+    def homes(self, tags: Rows) -> Positions:
+        """The rows where tags are looked for first."""
+        return (tags & np.uint64(self.mask)).view(np.intp)
+
+    def find_many(self, tags: Rows) -> Positions:
+        """For each tag the row with it, or the free row where it would go."""
+        at = self.homes(tags)
+        there = self.tags[at]
+        wanted = np.flatnonzero((there != tags) & (there != 0))
+        while len(wanted):
+            there = self.tags[(at[wanted, None] + WINDOW) & self.mask]
+            ends = (there == tags[wanted, None]) | (there == 0)
+            ends[:, -1] = True  # the next window begins there
+            steps = ends.argmax(axis=1)
+            at[wanted] += steps
+            wanted = wanted[steps == len(WINDOW) - 1]
+        at &= self.mask
+        return at
+
+    def first_free(self, at: int = 0) -> int:
+        """The first free row from this one on, modulo the number of rows."""
+        while self.tag_cells[at & self.mask]:
+            at += 1
+        return at
+
+    def insert(self, at: int, tag: int) -> None:
+        self.tag_cells[at] = tag
+        self.used += 1
+
+    def insert_many(self, tags: Rows, positions: Positions) -> Positions:
+        """Take in tags that differ and are not there yet; returns their rows.
+
+        positions: for each tag its home, or the free row that `find_many` found; changed into what is returned.
+        """
+        wanted = np.arange(len(tags))
+        while len(wanted):
+            at = positions[wanted]
+            free = self.tags[at] == 0
+            self.tags[at[free]] = tags[wanted[free]]  # of several for the same row, the last stays
+            wanted = wanted[self.tags[at] != tags[wanted]]
+            positions[wanted] = (positions[wanted] + 1) & self.mask
+        self.used += len(tags)
+        return positions
+
+    def is_dead(self, at: int) -> bool:
+        """Whether the row has no bits."""
+        return not any(cells[at] for cells in self.word_cells)
+
+    def dead(self, at: slice | Positions) -> NDArray[np.bool_]:
+        """As `is_dead`, of several rows."""
+        dead: NDArray[np.bool_] = self.words[0][at] == 0
+        for words in self.words[1:]:
+            dead &= words[at] == 0
+        return dead
+
+    def delete(self, at: int) -> None:
+        """Free a row, and move those behind it that are then found no longer."""
+        tags, mask = self.tag_cells, self.mask
+        after = at
+        while tag := tags[(after := (after + 1) & mask)]:
+            if (after - tag) & mask >= (after - at) & mask:
+                tags[at] = tag
+                for words in self.word_cells:
+                    words[at] = words[after]
+                at = after
+        tags[at] = 0
+        for words in self.word_cells:
+            words[at] = 0
+        self.used -= 1
+
+
+class BlockTable:
+    """Bits of blocks, in words of 64; a block without any bit is not in the table.
+
+    words: words of each block. slice_blocks: how many blocks are added before some rows are moved.
+
+    >>> table = BlockTable(words=1)
+    >>> table.add([7, 8], 0, 0b10)
+    >>> table.words(7), table.words(9), len(table)
+    ([2], [0], 2)
+    """
+
+    def __init__(self, words: int, *, slice_blocks: int = SLICE) -> None:
+        self._words = words
+        self._slice = slice_blocks
+        self._rows = _Rows(8 * slice_blocks, words)
+        self._next: _Rows | None = None  # while rows are being moved
+        self._start = 0  # a row that was free when moving began; rows are moved from there on
+        self._moved = 0  # rows that were moved
+        self._owed = 0  # rows to move at the next step
+        self._dead = 0  # rows with a tag and without bits; moving leaves them behind
+
+    def __len__(self) -> int:
+        """Blocks with a bit."""
+        return self._used - self._dead
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for rows in self._all_rows() for each in (rows.tags, *rows.words))
+
+    def add_word(self) -> int:
+        """Give each block another word of bits; returns its number."""
+        for rows in self._all_rows():
+            rows.add_word()
+        self._words += 1
+        return self._words - 1
+
+    def words(self, tag: int) -> list[int]:
+        """The bits of a block."""
+        rows = self._rows_of(tag)
+        at = rows.find(tag)
+        return [0] * self._words if at < 0 else [cells[at] for cells in rows.word_cells]
+
+    def gather(self, tags: Rows) -> Rows:
+        """The bits of many blocks, as an array of shape (blocks, words)."""
+        found = np.empty((len(tags), self._words), np.uint64)
+        for rows, chosen in self._split(tags):
+            at = rows.find_many(tags[chosen])
+            for number, words in enumerate(rows.words):
+                found[chosen, number] = words[at]
+        return found
+
+    def add(self, tags: Sequence[int], word: int, bit: int) -> None:
+        """Set a bit of blocks, one after the other."""
+        for begin in range(0, len(tags), self._slice):
+            added = tags[begin : begin + self._slice]
+            self._move_some(len(added))
+            rows, moving = self._rows, self._next is not None
+            for tag in added:
+                if moving:
+                    rows = self._rows_of(tag)
+                at = rows.find(tag)
+                if at < 0:
+                    at = ~at
+                    rows.insert(at, tag)
+                elif self._dead and rows.is_dead(at):
+                    self._dead -= 1
+                rows.word_cells[word][at] |= bit
+
+    def add_many(self, tags: Rows, word: int, bit: int) -> None:
+        """As `add`, faster for many."""
+        for begin in range(0, len(tags), self._slice):
+            added = np.sort(tags[begin : begin + self._slice])
+            added = added[np.append(True, added[1:] != added[:-1])]
+            self._move_some(len(added))
+            for rows, chosen in self._split(added):
+                mine = added[chosen]
+                at = rows.find_many(mine)
+                known = rows.tags[at] == mine
+                if self._dead:
+                    self._dead -= int(np.count_nonzero(rows.dead(at[known])))
+                at[~known] = rows.insert_many(mine[~known], at[~known])
+                rows.words[word][at] |= np.uint64(bit)
+
+    def remove(self, tags: Sequence[int], word: int, bit: int) -> None:
+        """Clear a bit of blocks, where it is set."""
+        for tag in tags:
+            rows = self._rows_of(tag)
+            at = rows.find(tag)
+            if at >= 0 and rows.word_cells[word][at] & bit:
+                rows.word_cells[word][at] ^= bit
+                if rows.is_dead(at):
+                    rows.delete(at)
+
+    def clear(self, word: int, bit: int) -> None:
+        """Clear a bit of all blocks. Goes over the whole table."""
+        live = 0
+        for rows in self._all_rows():
+            for begin in range(0, len(rows), SWEPT_ROWS):
+                part = slice(begin, begin + SWEPT_ROWS)
+                rows.words[word][part] &= ~np.uint64(bit)
+                live += int(np.count_nonzero(~rows.dead(part)))
+        self._dead = self._used - live
+
+    @property
+    def _used(self) -> int:
+        return sum(rows.used for rows in self._all_rows())
+
+    def _all_rows(self) -> tuple[_Rows, ...]:
+        return (self._rows,) if self._next is None else (self._rows, self._next)
+
+    def _rows_of(self, tag: int) -> _Rows:
+        """Where a block is, or would go."""
+        following = self._next
+        if following is None or (tag - self._start) & self._rows.mask >= self._moved:
+            return self._rows
+        return following
+
+    def _split(self, tags: Rows) -> Iterator[tuple[_Rows, slice | NDArray[np.bool_]]]:
+        """As `_rows_of`: which of the tags are in which rows."""
+        if self._next is None:
+            yield self._rows, slice(None)
+            return
+        moved = ((tags - np.uint64(self._start)) & np.uint64(self._rows.mask)) < np.uint64(self._moved)
+        yield self._next, moved
+        yield self._rows, ~moved
+
+    def _move_some(self, added: int) -> None:
+        """Begin to grow at 0.6 of the rows, and move some rows for each block that is about to be added."""
+        if self._next is None:
+            if 5 * self._rows.used < 3 * len(self._rows):
+                return
+            more = 10 * len(self) >= 3 * len(self._rows)
+            self._next = _Rows(len(self._rows) * (2 if more else 1), self._words)
+            self._start = self._rows.first_free()
+            self._moved, self._owed = 0, self._slice * MOVED_ROWS
+        self._owed += added * MOVED_ROWS
+        if self._owed >= self._slice * MOVED_ROWS:
+            self._move(self._owed)
+            self._owed = 0
+
+    def _move(self, count: int) -> None:
+        """Move at least ``count`` of the rows, and on to a free one."""
+        rows, following = self._rows, self._next
+        assert following is not None, "rows are moved to others"
+        stop = rows.first_free(self._start + min(self._moved + count, len(rows)))
+        at = np.arange(self._start + self._moved, stop) & rows.mask
+        tags, dead = rows.tags[at], rows.dead(at)
+        live = tags[~dead]
+        to = following.insert_many(live, following.homes(live))
+        for words, new_words in zip(rows.words, following.words, strict=True):
+            new_words[to] = words[at[~dead]]
+            words[at] = 0
+        rows.tags[at] = 0
+        used = int(np.count_nonzero(tags))
+        rows.used -= used
+        self._dead -= used - len(to)
+        begin = max(self._start + PAGE_ROWS - 1, self._start + self._moved) // PAGE_ROWS * PAGE_ROWS
+        rows.release(begin, min(stop, len(rows)) // PAGE_ROWS * PAGE_ROWS)
+        self._moved = stop - self._start
+        if self._moved >= len(rows):
+            self._rows, self._next = following, None

@@ -1,0 +1,63 @@
+"""The table agrees with a dictionary, at any stage of its growth."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberkv.cluster.block_table import BlockTable
+
+TAGS = [(number << 32) + home for number in range(1, 13) for home in (0, 1, 2, 7, 61, 62, 63, 127, 255)]
+"""They collide in tables of any size, and at the end of the rows."""
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "add", "add_many", "add_many", "remove", "clear", "widen"]),
+        st.lists(st.sampled_from(TAGS), max_size=24),
+        st.integers(0, 2),
+        st.integers(0, 1),
+    ),
+    max_size=24,
+)
+
+
+def array(tags: list[int]) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+    return np.array(tags, np.uint64)
+
+
+@given(CHANGES)
+def test_bits_are_those_of_a_dictionary(changes: list[tuple[str, list[int], int, int]]) -> None:
+    table, words = BlockTable(words=1, slice_blocks=2), 1
+    held: dict[tuple[int, int], int] = {}
+    for change, tags, highest, number in changes:
+        word, bit = min(highest, words - 1), 1 << number
+        match change:
+            case "add":
+                table.add(tags, word, bit)
+                held.update({(tag, word): held.get((tag, word), 0) | bit for tag in tags})
+            case "add_many":
+                table.add_many(array(tags), word, bit)
+                held.update({(tag, word): held.get((tag, word), 0) | bit for tag in tags})
+            case "remove":
+                table.remove(tags, word, bit)
+                held.update({(tag, word): held.get((tag, word), 0) & ~bit for tag in tags})
+            case "clear":
+                table.clear(word, bit)
+                held = {(tag, at): bits & ~bit if at == word else bits for (tag, at), bits in held.items()}
+            case "widen" if words < 3:
+                assert table.add_word() == words
+                words += 1
+        expected = [[held.get((tag, at), 0) for at in range(words)] for tag in TAGS]
+        assert [table.words(tag) for tag in TAGS] == expected
+        assert table.gather(array(TAGS)).tolist() == expected
+        assert len(table) == sum(any(bits) for bits in expected)
+
+
+def test_growing_moves_a_part_of_the_rows_at_a_time() -> None:
+    table = BlockTable(words=1)
+    sizes = []
+    for number in range(30_000):
+        table.add([(number << 20) + number * 7], 0, 1)
+        sizes.append(table.nbytes)
+    freed = max(at for at in range(1, len(sizes)) if sizes[at] < sizes[at - 1])
+    doubled = max(at for at in range(1, freed) if sizes[at] > sizes[at - 1])
+    assert freed - doubled > 1000, "the rows were moved while blocks were added"
+    assert [table.words((number << 20) + number * 7) for number in range(30_000)] == [[1]] * 30_000
