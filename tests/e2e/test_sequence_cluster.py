@@ -111,6 +111,18 @@ def test_a_second_generation_finds_the_first_ones_prompt_cached_at_the_same_work
     assert again[-1]["worker"] == cold["worker"]
 
 
+def test_a_generation_is_answered_by_the_worker_that_its_sequence_is_routed_to(cluster: Cluster) -> None:
+    answered = set()
+    for number in range(12):
+        named = {"seq_id": f"sequence {number}"} if number % 2 else {}
+        (start, *_), headers = cluster.generate(STORY, **named)
+        route = cluster.client.get(f"{cluster.coordinator}/kv/route/{start['seq_id']}").json()
+        answer = dict(each.split("=") for each in headers["x-emberkv-route"].split(";"))
+        assert (answer["worker"], answer["why"]) == (route["worker_id"], "sequence")
+        answered.add(answer["worker"])
+    assert answered == {"worker-0", "worker-1"}
+
+
 def test_many_generations_at_once_all_succeed(cluster: Cluster) -> None:
     kinds = [(f"Question {number}: what is a list?", 5 * (number % 3 + 1)) for number in range(12)]
     temperatures = (0.1, 0.7, 1.0)

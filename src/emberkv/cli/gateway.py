@@ -203,7 +203,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         record=record,
     )
     members = FollowedMembers(gateway.membership)
-    sequences = SequenceGateway(members, gateway.check_secret)
+    sequences = SequenceGateway(members, gateway.check_secret, best=gateway.best_worker)
     gateway.on_stop.append(sequences.close)
     with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
         bound = [bind_socket(config.host, config.port)]

@@ -5,13 +5,13 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from emberkv.cluster.membership import Membership, Worker
-from emberkv.cluster.routing import Decision, RoutingRequest
+from emberkv.cluster.routing import Decision, Reason, RoutingRequest
 from emberkv.cluster.wire import WorkerDescription, decode_prompt
 from emberkv.core.hashing import PublicPrefixes, TokenChain
 from emberkv.core.sequence import FinishReason
@@ -311,7 +311,7 @@ class ClusterEngine:
         """
         while True:
             asked = RoutingRequest(answer.chain, len(answer.chain), answer.request.session_id, self._clock())
-            found = self._membership.decide(asked, busy)
+            found = self._named(answer.request.worker, asked, busy) or self._membership.decide(asked, busy)
             if found is not None:
                 worker, decision = found
                 answer.route.workers.append(worker.worker_id)
@@ -326,6 +326,14 @@ class ClusterEngine:
             await self._wait(min(left, 1.0) if busy else left)
             if self._clock() < deadline:
                 busy.clear()  # they may have room by now
+
+    def _named(self, worker_id: str, asked: RoutingRequest, busy: Collection[Worker]) -> tuple[Worker, Decision] | None:
+        """The worker that a request names, while it can take it."""
+        worker = self._membership.named(worker_id) if worker_id else None
+        if worker is None or worker in busy:
+            return None
+        found = self._membership.choose(asked, [worker])
+        return None if found is None else (worker, replace(found[1], reason=Reason.SEQUENCE))
 
     async def _wait(self, seconds: float) -> None:
         """Until a worker's status changes, or for so long."""

@@ -21,6 +21,7 @@ from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
 from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
 from emberkv.cluster.removals import ClusterRemovals
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
+from emberkv.engine.request import GenerationRequest
 from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
@@ -114,6 +115,11 @@ class Gateway:
             return Response(status_code=204)
 
         return router
+
+    def best_worker(self, request: GenerationRequest) -> str:
+        """The id of the worker that a request would go to now; "" while there is none."""
+        decided = self.engine.decide(request) if self.engine is not None else None
+        return "" if decided is None else decided[0].worker_id
 
     async def check_secret(self, http: Request) -> None:
         """Raises UnauthorizedError for a request without the cluster's secret."""

@@ -79,6 +79,7 @@ class Reason(StrEnum):
     SESSION = "session"  # among those that cost about the least, the one that has the session
     TIE = "tie"  # among those that cost about the least, the first by consistent hashing
     ONLY = "only"  # there is one replica
+    SEQUENCE = "sequence"  # the request says which; no policy is asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A sequence belongs to a worker by consistent hashing of its id, among the worker
 """
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,17 +19,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emberkv.cluster.hash_ring import VIRTUAL_NODES, HashRing
 from emberkv.cluster.membership import Membership, WorkerStatus
+from emberkv.engine.request import GenerationRequest
 from emberkv.errors import reason_of
+from emberkv.serving.answer_service import Prompt
 from emberkv.serving.app import AppParts
 from emberkv.serving.generate_api import generate_router
 from emberkv.serving.middleware import BodyLimit
 from emberkv.serving.sequence_api import DetailRoute, parse_detailed
+from emberkv.serving.tenancy import Tenant
 
 STATS_SECONDS = 2.0
 """How long a worker may take to say what it counts."""
 
 KV_SECONDS = 5.0
 """How long a worker may take to store or find tensors."""
+
+MAX_DRAWS = 1000
+"""Of ids for a sequence that is to belong to one worker; one of n workers has about every n-th id."""
 
 _REGISTRATION_BYTES = 64 * 1024
 _HANDED_ON = ("authorization", "x-api-key", "content-type")
@@ -208,12 +215,21 @@ class _SequenceName(BaseModel):
 class SequenceGateway:
     """A gateway's routes by sequence. Belongs to one event loop.
 
-    client: has kept connections to the workers; made when it is first needed where it is None.
+    client: has kept connections to the workers; made when it is first needed where it is None. best: the id of the
+    worker that a prompt would go to, by what is cached where; "" while there is none.
     """
 
-    def __init__(self, members: Members, guard: Guard, client: aiohttp.ClientSession | None = None) -> None:
+    def __init__(
+        self,
+        members: Members,
+        guard: Guard,
+        client: aiohttp.ClientSession | None = None,
+        *,
+        best: Callable[[GenerationRequest], str] = lambda _: "",
+    ) -> None:
         self._members = members
         self._guard = guard
+        self._best = best
         self._ring = SequenceRing(members)
         self._client = client
 
@@ -241,8 +257,21 @@ class SequenceGateway:
         for path in ("/kv/put", "/kv/append", "/kv/get"):
             router.add_api_route(path, hand_on, methods=["POST"], dependencies=[Depends(parts.keys.tenant)])
         router.include_router(coordinator_router(self._members, self._guard))
-        router.include_router(generate_router(parts, names_sequences=True))
+        router.include_router(generate_router(parts, self))
         return router
+
+    def draw(self, prompt: Prompt, tenant: Tenant) -> str:
+        """See `SequencePlaces`: ids are drawn until one belongs to that worker."""
+        best = self._best(GenerationRequest("", prompt.token_ids, prompt.params, tenant.salt, tenant=tenant.name))
+        for _ in range(MAX_DRAWS):
+            seq_id = str(uuid.uuid4())
+            if self.worker(seq_id) == best:
+                break
+        return seq_id
+
+    def worker(self, seq_id: str) -> str:
+        owner = self._ring.owner(seq_id)
+        return "" if owner is None else owner.worker_id
 
     async def hand_on(self, path: str, seq_id: str, body: bytes, headers: Mapping[str, str]) -> Response:
         """The answer of the worker that a sequence belongs to."""

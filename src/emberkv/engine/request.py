@@ -159,7 +159,7 @@ class GenerationRequest:
     salts share these blocks. tenant: owns these blocks; the engine's time is shared fairly between tenants. session_id:
     groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
     how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
-    may have; None: all.
+    may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can; "": any.
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
@@ -179,6 +179,7 @@ class GenerationRequest:
     retain_seconds: float = 0.0
     allowed_tokens: AllowedTokens | None = None
     answered: int = 0
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

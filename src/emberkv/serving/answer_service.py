@@ -185,6 +185,7 @@ class TextGenerator:
                     session_id=request.session,
                     retain_tokens=prompt.retain_tokens,
                     retain_seconds=prompt.retain_seconds,
+                    worker=request.worker,
                 )
                 answer = Answer(
                     index,

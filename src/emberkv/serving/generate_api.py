@@ -8,7 +8,7 @@ A failure ends them with ``{"type": "error", "error"}``.
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -154,15 +154,29 @@ def worker_routers(store: KVTensorStore, worker_id: str) -> list[RouterFactory]:
     return [
         lambda parts: status_router(parts, store, worker_id),
         lambda parts: KVRoutes(parts, store, worker_id).router(),
-        lambda parts: generate_router(parts, names_sequences=False),
+        generate_router,
         lambda parts: model_router(parts, worker_id),
     ]
 
 
-def generate_router(parts: AppParts, *, names_sequences: bool) -> APIRouter:
-    """names_sequences: whether the server makes a ``seq_id`` where a request has none; else it must have one."""
+class SequencePlaces(Protocol):
+    """Which worker of a cluster a sequence belongs to."""
+
+    def draw(self, prompt: Prompt, tenant: Tenant) -> str:
+        """The id of a new sequence, which belongs to the worker that its prompt is best computed at."""
+        ...
+
+    def worker(self, seq_id: str) -> str:
+        """The worker's id; "" while there is none."""
+        ...
+
+
+def generate_router(parts: AppParts, places: SequencePlaces | None = None) -> APIRouter:
+    """places: draws a ``seq_id`` where a request has none, and says which worker is to answer; None: each request must
+    have one, and is answered here.
+    """
     router = APIRouter(route_class=DetailRoute)
-    kind = GenerateRequest if names_sequences else NamedGenerateRequest
+    kind = NamedGenerateRequest if places is None else GenerateRequest
 
     @router.post("/generate")
     async def generate(http: Request, tenant: Annotated[Tenant, Depends(parts.keys.tenant)]) -> Response:
@@ -171,11 +185,15 @@ def generate_router(parts: AppParts, *, names_sequences: bool) -> APIRouter:
 
         await ensure_model(parts.lifecycle)
         request, prompt = await parts.preparer.prepare(prepare, await http.body(), tenant)
-        seq_id = request.seq_id or str(uuid.uuid4())
+        if places is not None and request.seq_id is None and prompt is not None:
+            seq_id = places.draw(prompt, tenant)
+        else:
+            seq_id = request.seq_id or str(uuid.uuid4())
         writer = GenerateWriter(seq_id, request.prompt, end_token_of(parts.lifecycle.model().tokenizer))
         if prompt is None:
             return Response(writer.start() + writer.done(), media_type="text/event-stream")
-        context = replace(parts.answers.request(http, "generate", tenant), session=seq_id)
+        worker = "" if places is None else places.worker(seq_id)
+        context = replace(parts.answers.request(http, "generate", tenant), session=seq_id, worker=worker)
         stream = parts.answers.start([prompt], context)
         return await parts.answers.respond(http, stream, writer, as_events=True)
 
