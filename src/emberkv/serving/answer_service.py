@@ -24,6 +24,7 @@ from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, E
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
+from emberkv.serving.cache.volatile_lines import VolatileLines
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
@@ -140,6 +141,7 @@ class Prompt:
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
     stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
     more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
+    system: the text of its system prompt, in which volatile lines are looked for.
     """
 
     token_ids: Sequence[int]
@@ -150,6 +152,7 @@ class Prompt:
     echo: Echo | None = None
     is_clipped: bool = False
     parsing: OutputParsing | None = None
+    system: str = ""
 
 
 class TextGenerator:
@@ -301,7 +304,7 @@ _ID_PREFIXES = {
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
-    recent: the last requests. sessions, traffic, tenant_metrics: statistics of ended requests. clock: monotonic
+    recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
     the arrival of a request to the end of its answers; None: no limit.
     """
@@ -320,6 +323,7 @@ class AnswerService:
         self.recent = RecentRequests()
         self.sessions = Sessions()
         self.traffic = RecentTraffic()
+        self.volatile_lines = VolatileLines()
         self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._lifecycle = lifecycle
         self._workers = workers
@@ -367,7 +371,7 @@ class AnswerService:
         self._lifecycle.check_accepting()
         if self._generator is None:
             self._generator = self._make_generator()
-        stream = self._generator.start(prompts, request, on_close=partial(self._closed, request))
+        stream = self._generator.start(prompts, request, on_close=partial(self._closed, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
             text = f"the answer was not finished {timeout:g} s after its request, which is this server's limit"
@@ -405,7 +409,16 @@ class AnswerService:
         explanation = cache.ledger_store.explained(request_id) if cache is not None else None
         return summary_of(answer.usage, explanation)
 
-    def _closed(self, request: RequestContext, stream: AnswerStream) -> None:
+    def _observe(self, request: RequestContext, prompts: Sequence[Prompt]) -> None:
+        """Look for volatile lines in the first prompt; the others of a request are like it."""
+        model, prompt = self._lifecycle.model(), prompts[0]
+        explanation = model.cache and model.cache.ledger_store.explained(request.request_id)
+        if explanation is not None:
+            self.volatile_lines.observe(
+                request.tenant.name, prompt.token_ids, prompt.system, explanation, model.tokenizer, self._wall_clock()
+            )
+
+    def _closed(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
         self._lifecycle.untrack(stream)
         usages = [answer.usage for answer in stream.answers]
         self.sessions.count(request, usages, self._wall_clock())
@@ -414,5 +427,6 @@ class AnswerService:
             tokens = tokens_by_source(answer.usage)
             self.traffic.count(request, Turn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
             log_finished(request, request_id, answer, timer, self._summary(request_id, answer))
+        self._observe(request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()

@@ -54,6 +54,7 @@ def prepare_messages(
         rendered.retain_seconds,
         silent=request.max_tokens == 0,
         is_clipped=budget.is_clipped,
+        system=rendered.system_text,
     )
     return request, prompt, rendered
 

@@ -136,13 +136,14 @@ def cache_router(
     router = APIRouter(prefix="/v1/cache")
     for path, answer in (("", routes.statistics), ("/sessions", routes.sessions), ("/prefixes", routes.prefixes)):
         router.add_api_route(path, answer, methods=["GET"])
+    router.add_api_route("/suggestions", routes.suggestions, methods=["GET"])
     for answer in (routes.explain, routes.warm, routes.pin, routes.unpin, routes.remove, routes.clear):
         router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
     return router
 
 
 class CacheRoutes:
-    """All but explain are the operator's. A POST's body is a `CacheQuestion`."""
+    """All but explain and suggestions are the operator's. A POST's body is a `CacheQuestion`."""
 
     def __init__(
         self,
@@ -184,6 +185,12 @@ class CacheRoutes:
             explained = await self._present(question, tenant)
         tokenizer = self._lifecycle.model().tokenizer
         return JSONResponse(explanation_json(explained, tokenizer, now=self._wall_clock()))
+
+    async def suggestions(self, http: Request) -> Response:
+        """Canonical rules for volatile lines in a tenant's own prompts; the operator sees those of all tenants."""
+        tenant = await self._guard.asker(http)
+        found = self._answers.volatile_lines.suggestions(None if tenant is None else tenant.name)
+        return JSONResponse({"object": "list", "data": [each.as_json() for each in found]})
 
     async def warm(self, http: Request) -> Response:
         """Have a prompt computed now, so that the next request with it hits."""

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 from emberkv.engine.tokenization.tokenizer import Tokenizer
@@ -51,6 +52,12 @@ class Conversation:
     left_out: Mapping[str, int] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+
+    @property
+    def system_text(self) -> str:
+        """What the conversation begins with before the first message that is not the system's."""
+        leading = takewhile(lambda message: message.get("role") in ("system", "developer"), self.messages)
+        return "\n".join(content for message in leading if isinstance(content := message.get("content"), str))
 
     def prompt_text(self, tokenizer: Tokenizer) -> str:
         """The prompt, up to where the answer goes on.

@@ -332,6 +332,7 @@ def prepare_chat(
             rendered.retain_seconds,
             is_clipped=budget.is_clipped,
             parsing=rendered.parsing(model.output_format),
+            system=rendered.system_text,
         )
         for each in request.sampling(model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs)
     ]

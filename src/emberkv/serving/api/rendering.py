@@ -240,6 +240,10 @@ class RenderedPrompt:
             return None
         return self.conversation.parsing(output_format, self.text, new_call_id)
 
+    @property
+    def system_text(self) -> str:
+        return "" if self.conversation is None else self.conversation.system_text
+
 
 def render_messages(
     request: PromptRequest, tokenizer: Tokenizer, rules: CanonicalRules | None, max_tokens: int | None = None
