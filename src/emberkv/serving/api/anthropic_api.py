@@ -15,11 +15,12 @@ from emberkv.serving.answer_service import (
     Prompt,
     RequestPreparer,
     answer_budget,
-    compact_json,
     sse_event,
 )
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.answers.parsed_output import new_call_id
+from emberkv.serving.api.anthropic_content import BlockEvents, Signer, content_blocks
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_messages
 from emberkv.serving.api.validation import parse_body
@@ -28,10 +29,6 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import NotFoundError, anthropic_error, failure_mid_stream
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy import Tenant
-
-_DELTA_HEAD = (
-    'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'
-)
 
 
 def prepare_messages(
@@ -54,6 +51,7 @@ def prepare_messages(
         rendered.retain_seconds,
         silent=request.max_tokens == 0,
         is_clipped=budget.is_clipped,
+        parsing=rendered.parsing(model.output_format, partial(new_call_id, "toolu_")),
         system=rendered.system_text,
     )
     return request, prompt, rendered
@@ -81,7 +79,7 @@ def anthropic_router(
             http, "messages", tenant, rendered.canonical, user_id=request.user_id, left_out=rendered.left_out
         )
         stream = answers.start([prompt], context)
-        writer = MessageWriter(context.request_id, request.model)
+        writer = MessageWriter(context.request_id, request.model, Signer(tenant.salt))
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.post("/v1/messages/count_tokens")
@@ -132,22 +130,25 @@ def stop_reason(answer: Answer) -> str | None:
     """How an answer ended, in the API's words; None while it goes on."""
     if answer.stop_sequence is not None:
         return "stop_sequence"
+    if answer.finish_reason is FinishReason.STOP and answer.calls:
+        return "tool_use"
     return None if answer.finish_reason is None else STOP_REASONS[answer.finish_reason]
 
 
 class MessageWriter:
-    """Writes one answer in the API's wire form, whole or as events."""
+    """Writes one answer in the API's wire form, whole or as events. signer: of its thoughts."""
 
-    def __init__(self, request_id: str, model: str) -> None:
+    def __init__(self, request_id: str, model: str, signer: Signer) -> None:
         self._id = request_id
         self._model = model
+        self._signer = signer
 
     def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]:
         """The response to a request that did not ask for a stream."""
         (whole,) = answers
         return {
             **self._message(whole.answer),
-            "content": [] if whole.answer.silent else [{"type": "text", "text": whole.text}],
+            "content": [] if whole.answer.silent else content_blocks(whole.message, self._signer),
             "stop_reason": stop_reason(whole.answer),
             "stop_sequence": whole.answer.stop_sequence,
         }
@@ -158,13 +159,13 @@ class MessageWriter:
             await stream.started()
             (answer,) = stream.answers
             yield _event("message_start", message=self._message(answer))
-            if not answer.silent:
-                yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+            blocks = BlockEvents(self._signer)
             async for delta in stream:
-                if delta.text:
-                    yield f"{_DELTA_HEAD}{compact_json(delta.text)}}}}}\n\n".encode()
+                for event in blocks.of(delta.events):
+                    yield event
             if not answer.silent:
-                yield _event("content_block_stop", index=0)
+                for event in blocks.rest():
+                    yield event
             reason = {"stop_reason": stop_reason(answer), "stop_sequence": answer.stop_sequence}
             yield _event("message_delta", delta=reason, usage=usage_of(answer))
             yield _event("message_stop")

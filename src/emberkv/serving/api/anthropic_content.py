@@ -1,0 +1,130 @@
+"""The content of an answer as blocks of the Anthropic API: thoughts, text and tool calls, whole or as events."""
+
+import hmac
+from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic_core import from_json
+
+from emberkv.serving.answer_service import compact_json, sse_event
+from emberkv.serving.parsing.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    ContentText,
+    OutputEvent,
+    ParsedCall,
+    ParsedMessage,
+    ReasoningText,
+)
+
+INVALID_JSON = "INVALID_JSON"
+"""The key under which a tool's input stands that is no JSON object, as Anthropic's documentation proposes."""
+
+
+class Signer:
+    """The signature of a thought: its HMAC with the tenant's salt. The API's clients send it back with the thought; it
+    is not checked, since whatever text comes back is only rendered.
+    """
+
+    def __init__(self, salt: bytes) -> None:
+        self._key = b"emberkv-thought-1" + salt
+        self._digest = hmac.new(self._key, digestmod="sha256")
+
+    def add(self, text: str) -> None:
+        self._digest.update(text.encode(errors="replace"))
+
+    def signature(self) -> str:
+        """Of what was added since the last one."""
+        signed = b64encode(self._digest.digest()).decode()
+        self._digest = hmac.new(self._key, digestmod="sha256")
+        return signed
+
+
+def content_blocks(message: ParsedMessage, signer: Signer) -> list[dict[str, Any]]:
+    """A whole answer's blocks; a single, empty one of text where it has nothing else."""
+    blocks: list[dict[str, Any]] = []
+    if message.reasoning:
+        signer.add(message.reasoning)
+        blocks.append({"type": "thinking", "thinking": message.reasoning, "signature": signer.signature()})
+    if message.content or not (message.reasoning or message.calls):
+        blocks.append({"type": "text", "text": message.content})
+    for call in message.calls:
+        blocks.append({"type": "tool_use", "id": call.call_id, "name": call.name, "input": tool_input(call)})
+    return blocks
+
+
+def tool_input(call: ParsedCall) -> dict[str, Any]:
+    """A call's arguments as an object: as far as they go where the answer was cut off.
+
+    >>> tool_input(ParsedCall("read", '{"path": "a.py", "limit": 2', is_complete=False))
+    {'path': 'a.py', 'limit': 2}
+    """
+    try:
+        found = from_json(call.arguments, allow_partial="trailing-strings") if call.arguments else {}
+    except ValueError:  # a model may write anything; the client is to see what it was
+        found = None
+    return found if isinstance(found, dict) else {INVALID_JSON: call.arguments}
+
+
+class BlockEvents:
+    """Writes an answer's content as server-sent events, block after block, as it is understood."""
+
+    def __init__(self, signer: Signer) -> None:
+        self._signer = signer
+        self._index = -1
+        self._open = ""  # the type of the block that has begun and not ended
+
+    def of(self, events: Iterable[OutputEvent]) -> Iterator[bytes]:
+        """What the next part of the answer adds. The pieces of text are put together as text: there is one for each
+        token of every stream.
+        """
+        for event in events:
+            match event:
+                case ContentText(text):
+                    yield from self._within({"type": "text", "text": ""})
+                    yield self._delta("text_delta", "text", text)
+                case ReasoningText(text):
+                    yield from self._within({"type": "thinking", "thinking": "", "signature": ""})
+                    self._signer.add(text)
+                    yield self._delta("thinking_delta", "thinking", text)
+                case CallBegin(_, name, call_id):
+                    yield from self._end()
+                    yield from self._within({"type": "tool_use", "id": call_id, "name": name, "input": {}})
+                case CallArguments(_, text):
+                    yield self._delta("input_json_delta", "partial_json", text)
+                case CallEnd():
+                    yield from self._end()
+
+    def rest(self) -> Iterator[bytes]:
+        """The end of the last block; of an answer without any, an empty block of text."""
+        if self._index < 0:
+            yield from self._within({"type": "text", "text": ""})
+        yield from self._end()
+
+    def _within(self, block: dict[str, Any]) -> Iterator[bytes]:
+        """Begin a block, unless one of its type has begun."""
+        if self._open == block["type"]:
+            return
+        yield from self._end()
+        self._index += 1
+        self._open = block["type"]
+        yield _event("content_block_start", index=self._index, content_block=block)
+
+    def _end(self) -> Iterator[bytes]:
+        if self._open == "thinking":
+            yield self._delta("signature_delta", "signature", self._signer.signature())
+        if self._open:
+            yield _event("content_block_stop", index=self._index)
+        self._open = ""
+
+    def _delta(self, kind: str, name: str, text: str) -> bytes:
+        return (
+            f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":{self._index},'
+            f'"delta":{{"type":"{kind}","{name}":{compact_json(text)}}}}}\n\n'
+        ).encode()
+
+
+def _event(kind: str, **fields: object) -> bytes:
+    return sse_event({"type": kind, **fields}, kind)
