@@ -412,7 +412,7 @@ class AnswerService:
     def _observe(self, request: RequestContext, prompts: Sequence[Prompt]) -> None:
         """Look for volatile lines in the first prompt; the others of a request are like it."""
         model, prompt = self._lifecycle.model(), prompts[0]
-        explanation = model.cache and model.cache.ledger_store.explained(request.request_id)
+        explanation = None if model.cache is None else model.cache.ledger_store.explained(request.request_id)
         if explanation is not None:
             self.volatile_lines.observe(
                 request.tenant.name, prompt.token_ids, prompt.system, explanation, model.tokenizer, self._wall_clock()

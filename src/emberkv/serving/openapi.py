@@ -80,9 +80,16 @@ class Completion(_Answer):
     usage: Usage
 
 
-class TextBlock(_Answer):
+class ContentBlock(_Answer):
+    """type: text, thinking (with a signature) or tool_use (with id, name and input)."""
+
     type: str
-    text: str
+    text: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
 
 
 class MessageUsage(_Answer):
@@ -97,7 +104,7 @@ class Message(_Answer):
     type: str
     role: str
     model: str
-    content: list[TextBlock]
+    content: list[ContentBlock]
     stop_reason: str | None
     stop_sequence: str | None
     usage: MessageUsage

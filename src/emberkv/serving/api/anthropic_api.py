@@ -87,7 +87,12 @@ def anthropic_router(
         work = partial(count_tokens, rules=preparer.rules)
         return JSONResponse({"input_tokens": await preparer.prepare(work, await http.body(), tenant)})
 
-    @router.api_route("/v1/messages/batches{rest:path}", methods=["GET", "POST", "DELETE"], dependencies=[guard])
+    @router.api_route(
+        "/v1/messages/batches{rest:path}",
+        methods=["GET", "POST", "DELETE"],
+        dependencies=[guard],
+        include_in_schema=False,
+    )
     async def batches(rest: str) -> Response:
         raise NotFoundError("message batches are not supported; send each request to /v1/messages")
 
