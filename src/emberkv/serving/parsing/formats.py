@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from emberkv.errors import ConfigError
+from emberkv.serving.parsing import harmony, tagged_calls
 from emberkv.serving.parsing.events import (
     ContentText,
     MessageBuilder,
@@ -14,12 +15,20 @@ from emberkv.serving.parsing.events import (
     ParsedMessage,
     joined,
 )
+from emberkv.serving.parsing.harmony import HarmonyMessages
+from emberkv.serving.parsing.headed_calls import DeepSeekCalls, KimiCalls, MistralCalls
 from emberkv.serving.parsing.json_calls import ObjectCalls
+from emberkv.serving.parsing.literal_calls import GemmaCalls, PythonCalls
 from emberkv.serving.parsing.reader import GeneratorParser, Steps, TextReader
 from emberkv.serving.parsing.reasoning import ThoughtTags, WhiteSpace
+from emberkv.serving.parsing.schema_values import ParameterTypes
+from emberkv.serving.parsing.tagged_calls import TaggedCalls, TagSyntax
 
 ToolSchema = Mapping[str, Any]
 """A tool as chat templates take it: ``{"type": "function", "function": {"name", "parameters"}}``."""
+
+
+ParserSteps = Callable[[TextReader], Steps[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class ToolFormat:
     special: texts of its markup that may be special tokens, which the detokenizer must not leave out.
     """
 
-    steps: Callable[[Sequence[ToolSchema]], Callable[[TextReader], Steps[None]]]
+    steps: Callable[[ParameterTypes], ParserSteps]
     hints: tuple[tuple[str, ...], ...]
     special: tuple[str, ...] = ()
 
@@ -40,21 +49,102 @@ class ReasoningFormat:
     """How a family of models marks its thoughts. hints: as for `ToolFormat`."""
 
     tags: ThoughtTags
-    hints: tuple[tuple[str, ...], ...]
+    hints: tuple[tuple[str, ...], ...] = ()
 
 
-def _hermes(tools: Sequence[ToolSchema]) -> Callable[[TextReader], Steps[None]]:
-    return ObjectCalls(("\n<tool_call>", "<tool_call>"), ("</tool_call>",)).steps
+HARMONY = "harmony"
+_HERMES_TAGS = ("<tool_call>", "</tool_call>")
+
+
+def _objects(
+    opens: Sequence[str], closes: Sequence[str], hints: tuple[tuple[str, ...], ...], special: tuple[str, ...] = ()
+) -> ToolFormat:
+    return ToolFormat(lambda _: ObjectCalls(opens, closes).steps, hints, special or (*opens, *closes))
+
+
+def _tagged(syntax: TagSyntax, hints: tuple[tuple[str, ...], ...]) -> ToolFormat:
+    texts = (*syntax.opens, *syntax.closes, syntax.key, syntax.key_end, syntax.value_end)
+    special = tuple(text.lstrip("\n") for text in texts)
+    return ToolFormat(lambda types: TaggedCalls(syntax, types).steps, hints, special)
+
+
+def _llama_json(types: ParameterTypes) -> ParserSteps:
+    return ObjectCalls(("<|python_tag|>",), names=types.names, at_start="{").steps
+
+
+def _pythonic(types: ParameterTypes) -> ParserSteps:
+    return PythonCalls(("<|python_start|>",), ("<|python_end|>",), names=types.names, at_start="[").steps
+
+
+def _fenced_python(types: ParameterTypes) -> ParserSteps:
+    return PythonCalls(("```tool_code\n",), ("\n```", "```"), names=types.names).steps
 
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": ToolFormat(_hermes, (("<tool_call>", "arguments"),), ("<tool_call>", "</tool_call>")),
+    HARMONY: ToolFormat(
+        lambda _: HarmonyMessages(has_tools=True, reasoning=False).steps,
+        (("<|channel|>", "<|message|>"),),
+        harmony.SPECIAL_TOKENS,
+    ),
+    "deepseek-dsml": _tagged(tagged_calls.DEEPSEEK, (("｜DSML｜",),)),
+    "deepseek": ToolFormat(
+        lambda _: DeepSeekCalls().steps,
+        (("<｜tool▁calls▁begin｜>",),),
+        tuple(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")),
+    ),
+    "kimi": ToolFormat(
+        lambda _: KimiCalls().steps,
+        (("<|tool_calls_section_begin|>",),),
+        tuple(
+            f"<|tool_call{name}|>" for name in ("s_section_begin", "_begin", "_argument_begin", "_end", "s_section_end")
+        ),
+    ),
+    "minimax-m2": _tagged(tagged_calls.MINIMAX, (("<minimax:tool_call>",),)),
+    "minimax-m1": _objects(("\n<tool_calls>", "<tool_calls>"), ("</tool_calls>",), (("<tool_calls>",),)),
+    "mistral": ToolFormat(
+        lambda _: MistralCalls().steps, (("[TOOL_CALLS]",),), ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+    ),
+    "gemma": ToolFormat(
+        lambda _: GemmaCalls(("<|tool_call>",), ("<tool_call|>",), '<|"|>').steps,
+        (("<|tool_call>",),),
+        ("<|tool_call>", "<tool_call|>", '<|"|>'),
+    ),
+    "functiongemma": ToolFormat(
+        lambda _: GemmaCalls(("<start_function_call>",), ("<end_function_call>",), "<escape>").steps,
+        (("<start_function_call>",),),
+        ("<start_function_call>", "<end_function_call>", "<escape>"),
+    ),
+    "gemma-python": ToolFormat(_fenced_python, (("tool_code",),)),
+    "glm": _tagged(tagged_calls.GLM, (("<arg_key>",),)),
+    "qwen-xml": _tagged(tagged_calls.QWEN, (("<function=", "<parameter="),)),
+    "hermes": _objects(("\n<tool_call>", "<tool_call>"), ("</tool_call>",), (("<tool_call>",),), _HERMES_TAGS),
+    "granite": _objects(
+        ("<|tool_call|>", "<tool_call>", "<function_call>"),
+        ("</tool_call>",),
+        (("<|tool_call|>", "<|start_of_role|>"),),
+    ),
+    "phi4-mini": _objects(("<|tool_call|>", "functools["), ("<|/tool_call|>",), (("<|tool_call|>",), ("functools",))),
+    "pythonic": ToolFormat(
+        _pythonic, (("<|python_start|>",), ("[func_name1(",)), ("<|python_start|>", "<|python_end|>")
+    ),
+    "llama3-json": ToolFormat(_llama_json, (("<|python_tag|>",), ('"parameters": ', "ipython")), ("<|python_tag|>",)),
 }
 """By name, the particular before the general: the first whose hints a template has is its format."""
 
+_INTERRUPTS = ("<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>")
+
 REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
-    "think": ReasoningFormat(ThoughtTags(), (("<think>",), ("</think>",))),
+    HARMONY: ReasoningFormat(
+        ThoughtTags("<|channel|>analysis<|message|>", "<|end|>"), (("<|channel|>", "<|message|>"),)
+    ),
+    "mistral": ReasoningFormat(ThoughtTags("[THINK]", "[/THINK]", trimmed=""), (("[THINK]",),)),
+    "gemma": ReasoningFormat(ThoughtTags("<|channel>thought\n", "<channel|>"), (("<|channel>",),)),
+    "seed": ReasoningFormat(ThoughtTags("<seed:think>", "</seed:think>"), (("<seed:think>",),)),
+    "kimi-vl": ReasoningFormat(ThoughtTags("◁think▷", "◁/think▷"), (("◁think▷",),)),
+    "think": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS), (("<think>",), ("</think>",))),
+    "think-first": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS, begins_inside=True)),
 }
+"""By name; "think-first" is for models that never write the tag that begins a thought: only the option names it."""
 
 NONE = "none"
 
@@ -74,9 +164,11 @@ class OutputFormat:
     @property
     def special_tokens(self) -> frozenset[str]:
         """Texts of markup; where they are special tokens, the detokenizer must not leave them out."""
-        tags = [REASONING_FORMATS[self.reasoning].tags] if self.reasoning else []
+        if HARMONY in (self.tools, self.reasoning):
+            return frozenset(harmony.SPECIAL_TOKENS)
+        tags = REASONING_FORMATS[self.reasoning].tags.texts if self.reasoning else ()
         calls = TOOL_FORMATS[self.tools].special if self.tools else ()
-        return frozenset((*calls, *(text for each in tags for text in (each.begin, each.end))))
+        return frozenset((*calls, *tags))
 
     @property
     def reads_special_tokens(self) -> bool:
@@ -88,7 +180,10 @@ class OutputFormat:
         tools: those of the request; without any, call markup is content. in_reasoning: whether the prompt ends inside
         a thought (`ends_in_reasoning`).
         """
-        calls = TOOL_FORMATS[self.tools].steps(tools) if self.tools and tools else None
+        if HARMONY in (self.tools, self.reasoning):
+            messages = HarmonyMessages(has_tools=bool(self.tools and tools), reasoning=self.reasoning is not None)
+            return _AnswerParser(None, GeneratorParser(messages.steps))
+        calls = TOOL_FORMATS[self.tools].steps(ParameterTypes(tools)) if self.tools and tools else None
         tags = REASONING_FORMATS[self.reasoning].tags if self.reasoning else None
         return _AnswerParser(
             None if tags is None else GeneratorParser(partial(tags.steps, in_reasoning=in_reasoning)),
@@ -97,7 +192,7 @@ class OutputFormat:
 
     def ends_in_reasoning(self, prompt: str, begun: str = "") -> bool:
         """Whether a rendered prompt ends inside a thought. begun: its end that is the beginning of the answer."""
-        if not self.reasoning:
+        if self.reasoning in (None, HARMONY):
             return False
         tags = REASONING_FORMATS[self.reasoning].tags
         opened = prompt[: len(prompt) - len(begun)].rstrip().endswith(tags.begin.rstrip())

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd, ContentText
+from emberkv.serving.parsing.call_sections import CallSections
+from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd
 from emberkv.serving.parsing.reader import Markers, Steps, TextReader
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
@@ -157,13 +158,14 @@ _OTHER_KEYS = ("type", "index")
 _SPACE = " \t\r\n"
 
 
-class ObjectCalls:
+class ObjectCalls(CallSections):
     """Calls as objects, ``{"name": "f", "arguments": {...}}``, behind a marker: one, several, or a list of them.
 
-    opens: markers that calls follow. closes: markers that may end them. names: of tools, where no other name makes an
-    object a call; None: any name does. ids_follow: models write a call's id behind its arguments, so that these have
-    to wait for it.
+    ids_follow: models write a call's id behind its arguments, so that these have to wait for it.
     """
+
+    separators = _SPACE + ",;["
+    leftovers = _SPACE + "]}"
 
     def __init__(
         self,
@@ -171,104 +173,72 @@ class ObjectCalls:
         closes: Sequence[str] = (),
         *,
         names: Collection[str] | None = None,
+        at_start: str = "",
         ids_follow: bool = False,
     ) -> None:
-        self._opens = Markers(opens)
-        self._closes = Markers(closes)
-        self._both = Markers((*opens, *closes))
-        self._ends = Markers((*closes, *opens))
-        self._names = names
+        super().__init__(opens, closes, names=names, at_start=at_start)
         self._ids_follow = ids_follow
-        self._calls = 0
 
-    def steps(self, reader: TextReader) -> Steps[None]:
-        is_unclosed = False
-        while True:
-            marker = yield from reader.until(self._both if is_unclosed else self._opens, ContentText)
-            if not marker:
-                return
-            is_unclosed = False
-            if marker not in self._closes.texts:
-                is_unclosed = yield from self.section(reader, marker)
-
-    def section(self, reader: TextReader, marker: str) -> Steps[bool]:
-        """The calls behind ``marker``, which has been read. Returns whether the marker that closes them is to come."""
-        before = self._calls
-        reader.record()
-        while True:
-            yield from reader.skip(_SPACE + ",;[")
-            if (yield from reader.next_char()) != "{" or not (yield from self._call(reader)):
-                break
-        has_calls = self._calls > before
-        yield from reader.skip(_SPACE + "]}")
-        closed = bool((yield from reader.one_of(self._closes.texts)))
-        left = reader.recorded()
-        if not has_calls:
-            yield ContentText(marker + left)
-            return False
-        if not closed and left.strip(_SPACE + ",;[]}"):
-            yield ContentText(left)
-        return not closed
-
-    def _call(self, reader: TextReader) -> Steps[bool]:
-        """One object. Where it is no call, nothing is yielded, and the reader has a record of it."""
+    def call(self, reader: TextReader, marker: str) -> Steps[bool]:
         head = yield from self._head(reader)
         if head is None:
             return False
-        index = self._calls
-        self._calls += 1
+        index = self.next_index()
         yield CallBegin(index, head.name, head.call_id)
         if head.arguments is not None:
             yield from whole_arguments(index, head.arguments)
         else:
-            yield from stream_arguments(reader, index, self._ends)
+            yield from stream_arguments(reader, index, self.ends)
         reader.record()
         if (yield from _skip_members(reader, head.depth)):
             reader.record()
         return True
 
     def _head(self, reader: TextReader) -> Steps["_Head | None"]:
-        """An object up to the arguments that can be streamed, or all of it where these came first."""
+        """An object up to the arguments that can be streamed, or all of it where these came first; None: no call."""
         head = _Head()
-        yield from reader.literal("{")
-        while True:
+        if not (yield from reader.literal("{")):
+            return None
+        while not head.is_ready:
             key = yield from _key(reader)
-            if key == "name":
-                head.name = (yield from read_json_string(reader)) or ""
-                if not head.name or (self._names is not None and head.name not in self._names):
-                    return None
-            elif key == "function" and (yield from reader.literal("{")):
+            if key == "function" and (yield from reader.literal("{")):
                 head.depth += 1
                 continue
-            elif key in _ARGUMENT_KEYS:
-                if head.name and not self._ids_follow:
-                    return head
+            if not (yield from self._member(reader, head, key)):
+                return None
+            if not head.is_ready and not (yield from _behind_member(reader, head)):
+                return None
+        return head if head.name else None
+
+    def _member(self, reader: TextReader, head: "_Head", key: str | None) -> Steps[bool]:
+        """Read the value of ``key``; False where the object is no call."""
+        if key == "name":
+            head.name = (yield from read_json_string(reader)) or ""
+            return self.may_call(head.name)
+        if key in _ARGUMENT_KEYS:
+            head.is_ready = bool(head.name) and not self._ids_follow
+            if not head.is_ready:
                 head.arguments, is_whole = yield from read_json(reader)
-                if not is_whole:
-                    return head if head.name else None
-            elif key in _ID_KEYS:
-                head.call_id = yield from read_json_string(reader)
-            elif key not in _OTHER_KEYS or not (yield from read_json(reader))[1]:
-                return None
-            yield from reader.skip()
-            while head.depth and (yield from reader.literal("}")):
-                head.depth -= 1
-                yield from reader.skip()
-            if not head.depth:
-                head.arguments = head.arguments or "{}"
-                return head if head.name else None
-            if not (yield from reader.literal(",")):
-                return None
+                head.is_ready = not is_whole
+            return True
+        if key in _ID_KEYS:
+            head.call_id = yield from read_json_string(reader)
+            return head.call_id is not None
+        return key in _OTHER_KEYS and (yield from read_json(reader))[1]
 
 
 @dataclass(slots=True)
 class _Head:
-    """What is known of a call before its arguments are streamed. depth: brackets that are open around them."""
+    """What is known of a call before its arguments are streamed.
+
+    depth: brackets that are open around them. is_ready: the arguments are next, or were read, or are cut off.
+    """
 
     name: str = ""
     call_id: str | None = None
     arguments: str | None = None
     depth: int = 1
+    is_ready: bool = False
 
 
 def _key(reader: TextReader) -> Steps[str | None]:
@@ -280,6 +250,19 @@ def _key(reader: TextReader) -> Steps[str | None]:
         return None
     yield from reader.skip()
     return key
+
+
+def _behind_member(reader: TextReader, head: _Head) -> Steps[bool]:
+    """Read the comma or the brackets behind a member; False where something else comes."""
+    yield from reader.skip()
+    while head.depth and (yield from reader.literal("}")):
+        head.depth -= 1
+        yield from reader.skip()
+    if head.depth:
+        return (yield from reader.literal(","))
+    head.arguments = head.arguments or "{}"
+    head.is_ready = True
+    return True
 
 
 def _skip_members(reader: TextReader, depth: int) -> Steps[bool]:

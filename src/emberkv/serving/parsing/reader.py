@@ -67,6 +67,10 @@ class TextReader:
         kept, self._record = self._record or [], None
         return "".join(kept)
 
+    def read(self, length: int) -> str:
+        """Read so many characters, which have come."""
+        return self.take(self._at + length)
+
     def take(self, end: int) -> str:
         """Read what lies before ``end``, a position in the text at hand."""
         taken = self._text[self._at : end]
@@ -86,16 +90,22 @@ class TextReader:
         text, at = yield from self.at_hand()
         return text[at : at + 1]
 
-    def literal(self, text: str) -> Steps[bool]:
-        """Read ``text`` if it comes next; nothing if something else does."""
+    def comes(self, text: str) -> Steps[bool]:
+        """Whether ``text`` comes next; it is not read."""
         while True:
             there = self._text[self._at : self._at + len(text)]
             if there == text:
-                self.take(self._at + len(text))
                 return True
             if self._has_ended or not text.startswith(there):
                 return False
             yield None
+
+    def literal(self, text: str) -> Steps[bool]:
+        """Read ``text`` if it comes next; nothing if something else does."""
+        if not (yield from self.comes(text)):
+            return False
+        self.read(len(text))
+        return True
 
     def one_of(self, texts: Sequence[str]) -> Steps[str]:
         """Read the first of ``texts`` that comes next, and return it; empty where none does."""
@@ -129,7 +139,7 @@ class TextReader:
     def before(self, markers: Markers, event: Callable[[str], OutputEvent] | None) -> Steps[int]:
         """Pass text on as events up to the first of the markers, and return its length; 0 at the answer's end.
 
-        event: makes the event of a piece; None: the text is only read.
+        The marker is not read. event: makes the event of a piece; None: the text is only read.
         """
         while True:
             begin, end = markers.find(self._text, self._at)
@@ -143,10 +153,20 @@ class TextReader:
                 return end - begin
             yield None
 
+    def text_before(self, markers: Markers) -> Steps[str]:
+        """The text up to the first of the markers, once it is whole; the marker is not read."""
+        outer, self._record = self._record, []
+        yield from self.before(markers, None)
+        text = "".join(self._record)
+        self._record = outer
+        if outer is not None:
+            outer.append(text)
+        return text
+
     def until(self, markers: Markers, event: Callable[[str], OutputEvent] | None) -> Steps[str]:
         """As `before`; the marker is read, too, and returned: empty at the answer's end."""
         length = yield from self.before(markers, event)
-        return self.take(self._at + length)
+        return self.read(length)
 
 
 class GeneratorParser:

@@ -24,6 +24,11 @@ class ThoughtTags:
     interrupts: tuple[str, ...] = ()
     begins_inside: bool = False
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The tags' own texts, without the words and line breaks that some have behind them."""
+        return (self.begin.removesuffix("thought\n"), self.end)
+
     def steps(self, reader: TextReader, *, in_reasoning: bool) -> Steps[None]:
         """Yields ReasoningText, and all that is no thought as ContentText."""
         reader.record()
@@ -58,7 +63,7 @@ class WhiteSpace:
     """Drops content that is nothing but white space before, between and behind calls."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held: list[str] = []
         self._has_call = False
         self._is_blank = True
 
@@ -67,13 +72,13 @@ class WhiteSpace:
             match event:
                 case ContentText(text):
                     if self._is_blank and not text.strip():
-                        self._held += text
+                        self._held.append(text)
                         continue
                     self._is_blank = False
-                    yield ContentText(self._held + text) if self._held else event
-                    self._held = ""
+                    yield ContentText("".join((*self._held, text))) if self._held else event
+                    self._held.clear()
                 case CallBegin():
-                    self._held = ""
+                    self._held.clear()
                     self._has_call = True
                     yield event
                 case CallEnd():
@@ -85,4 +90,4 @@ class WhiteSpace:
     def rest(self) -> Iterator[OutputEvent]:
         """What was held back, at the answer's end."""
         if self._held and not self._has_call:
-            yield ContentText(self._held)
+            yield ContentText("".join(self._held))

@@ -1,0 +1,100 @@
+"""Turns argument values that a model writes as plain text into JSON, by the tool's schema."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+_TYPE_NAMES: Mapping[type, str] = {
+    dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null",
+}  # fmt: skip
+_MOST_REFERENCES = 16
+
+
+def as_json(value: object) -> str:
+    """Raises TypeError or ValueError for what JSON cannot say."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def within_string(text: str) -> str:
+    """``text`` as it stands between the quotes of a JSON string; of pieces, the results join to that of the whole."""
+    return as_json(text)[1:-1]
+
+
+class ParameterTypes:
+    """The JSON types that each tool's parameters may have, by name."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._parameters: dict[str, Mapping[str, Any]] = {}
+        for tool in tools:
+            function = tool.get("function")
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                schema = function.get("parameters")
+                self._parameters[function["name"]] = schema if isinstance(schema, Mapping) else {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tools' names."""
+        return frozenset(self._parameters)
+
+    def of(self, tool: str, parameter: str) -> frozenset[str]:
+        """Types such as "string" and "integer"; empty where the schema does not say."""
+        schema = self._parameters.get(tool, {})
+        properties = schema.get("properties")
+        if not isinstance(properties, Mapping) or parameter not in properties:
+            return frozenset()
+        return frozenset(_types(properties[parameter], schema, _MOST_REFERENCES))
+
+
+def _types(schema: object, root: Mapping[str, Any], depth: int) -> set[str]:
+    if not isinstance(schema, Mapping) or depth == 0:
+        return set()
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        return _types(_referenced(reference, root), root, depth - 1)
+    declared = schema.get("type")
+    types = {each for each in (declared if isinstance(declared, list) else [declared]) if isinstance(each, str)}
+    for key in ("anyOf", "oneOf", "allOf"):
+        for choice in schema.get(key) or ():
+            types |= _types(choice, root, depth - 1)
+    if not types:
+        values = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+        types = {_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES}
+    return types | ({"null"} if schema.get("nullable") else set())
+
+
+def _referenced(reference: str, root: Mapping[str, Any]) -> object:
+    found: object = root
+    for key in reference.removeprefix("#/").split("/"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def json_value(text: str, types: frozenset[str]) -> str:
+    """The JSON text for ``text``, which a model wrote for a parameter of these types.
+
+    What is JSON of one of the types stays as it is (Python's True, False and None are taken, too), and all else is a
+    string. Without types, what is JSON is taken for it.
+    """
+    if types == {"string"}:
+        return as_json(text)
+    stripped = text.strip()
+    candidate = _PYTHON_WORDS.get(stripped, stripped)
+    try:
+        value = json.loads(candidate, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return as_json(text)
+    return candidate if not types or _accepts(types, value) else as_json(text)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+def _accepts(types: frozenset[str], value: object) -> bool:
+    name = _TYPE_NAMES[type(value)]
+    if name == "integer":
+        return bool(types & {"integer", "number"})
+    if name == "number":
+        return "number" in types or ("integer" in types and isinstance(value, float) and value.is_integer())
+    return name in types and name != "string"

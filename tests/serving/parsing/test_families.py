@@ -1,0 +1,38 @@
+"""Each family's answers are parsed, and its template renders what was parsed as the very text again."""
+
+import pytest
+
+from emberkv.errors import ConfigError
+from emberkv.serving.parsing.formats import OutputFormat, detect_format, output_format
+from tests.serving.parsing.families import FAMILIES, Family
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@EACH_FAMILY
+def test_an_answer_is_parsed(family: Family) -> None:
+    answer = family.answer()
+    assert family.parsed(answer) == family.message(), answer
+
+
+@EACH_FAMILY
+def test_what_was_parsed_is_rendered_as_the_same_text(family: Family) -> None:
+    answer = family.answer()
+    assert family.turn_text(family.parsed(answer)) == answer
+
+
+@EACH_FAMILY
+def test_the_template_says_which_format_it_is(family: Family) -> None:
+    assert detect_format(family.template) == family.format
+
+
+def test_a_template_without_markup_has_no_format() -> None:
+    assert detect_format("{{ messages[0].content }}") == OutputFormat(None, None) == detect_format(None)
+
+
+def test_names_are_checked() -> None:
+    assert output_format("hermes", "none") == OutputFormat("hermes", None)
+    with pytest.raises(ConfigError, match="--tool-parser is 'x'; accepted are auto, none, harmony, deepseek-dsml"):
+        output_format("x", None)
+    with pytest.raises(ConfigError, match="--reasoning-parser is 'y'; accepted are auto, none, harmony, mistral"):
+        output_format(None, "y")
