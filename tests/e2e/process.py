@@ -121,11 +121,14 @@ class Server:
         """The sum of all samples of that name with these labels; 0 where there is none yet."""
         return sum(self._samples(name, labels))
 
+    def metrics_text(self) -> str:
+        """All that ``/metrics`` has now."""
+        return httpx.get(f"{self.url}/metrics", headers={"x-api-key": METRICS_KEY}, timeout=DEADLINE).text
+
     def _samples(self, name: str, labels: Mapping[str, str]) -> list[float]:
-        text = httpx.get(f"{self.url}/metrics", headers={"x-api-key": METRICS_KEY}, timeout=DEADLINE).text
         return [
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(self.metrics_text())
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         ]

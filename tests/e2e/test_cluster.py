@@ -1,17 +1,20 @@
 """Two workers and a gateway, as processes: what clients are answered, also while workers die, hang and restart."""
 
 import json
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib.resources import files
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from emberkv.cluster.decision_log import read_decisions, replay
 from tests.conftest import CheckpointFactory
@@ -204,6 +207,29 @@ def test_a_gateway_has_no_torch_and_says_how_its_workers_are(calm: Cluster) -> N
     assert calm.gateway.metric("emberkv_worker_status", worker="a", status="up") == 1
     assert calm.gateway.metric("emberkv_worker_index_exact", worker="a") == 1
     assert calm.gateway.metric("emberkv_worker_lost_requests_total", worker="a") == 0
+
+
+def test_the_grafana_dashboard_asks_for_metrics_and_labels_that_exist(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    httpx.post(f"{calm.gateway.url}/v1/completions", json=COMPLETION, timeout=DEADLINE).raise_for_status()
+    labels: dict[str, set[str]] = {}
+    for server in (calm.gateway, calm.workers["a"]):
+        for family in text_string_to_metric_families(server.metrics_text()):
+            total = f"{family.name}_total" if family.type == "counter" else family.name
+            labels.setdefault(total, set())
+            for sample in family.samples:
+                labels.setdefault(sample.name, set()).update(sample.labels)
+    dashboard = json.loads((files("emberkv") / "examples" / "grafana" / "emberkv.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(queries) >= 40
+    for query in queries:
+        for metric, matchers in re.findall(r"((?:emberkv|process)_\w+)\{([^}]*)\}", query):
+            known = labels.get(metric, labels.get(metric.removesuffix("_bucket")))
+            assert known is not None, f"{metric} of {query}"
+            asked = set(re.findall(r"(\w+)[=!]", matchers)) | {
+                name.strip() for group in re.findall(r"by \(([^)]+)\)", query) for name in group.split(",")
+            }
+            assert not known or asked - {"job", "instance", "le"} <= known, query
 
 
 def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -136,6 +136,7 @@ class ClusterEngine:
         self.retried = 0
         self.resumed = 0
         self.refused = 0
+        self.decisions: Counter[Reason] = Counter()
 
     @property
     def context_length(self) -> int:
@@ -314,6 +315,7 @@ class ClusterEngine:
             found = self._named(answer.request.worker, asked, busy) or self._membership.decide(asked, busy)
             if found is not None:
                 worker, decision = found
+                self.decisions[decision.reason] += 1
                 answer.route.workers.append(worker.worker_id)
                 answer.route.decision = decision
                 answer.route.cached = next(

@@ -273,6 +273,12 @@ class GatewayCollector(Collector):
             yield counter
         engine = self._gateway.engine
         if engine is not None:
+            decisions = CounterMetricFamily(
+                "emberkv_gateway_decisions", "Decisions of the router, by the reason of the policy.", labels=["why"]
+            )
+            for reason, count in engine.decisions.items():
+                decisions.add_metric([reason.value], count)
+            yield decisions
             yield CounterMetricFamily(
                 "emberkv_gateway_retried_requests",
                 "Requests sent to another worker before their answer had begun.",
