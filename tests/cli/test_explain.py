@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from emberkv.cli.explain import Api, question_of
 from emberkv.cli.main import app
+from emberkv.cli.suggestions import NOTHING_FOUND
+from emberkv.serving.canonical import load_rules
 
 LOST = {"tier": "ram", "how": "evicted", "seconds_ago": 7300}
 ANSWER = {
@@ -50,7 +52,12 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self._answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def _answer(self, body: Any) -> None:
         self.server.asked.append((self.path, self.headers.get("authorization"), body))
         status, answer = self.server.answer
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -206,3 +213,38 @@ def test_the_caret_stands_under_the_difference_in_any_width(server: _Server, col
 def test_all_but_one_token_is_not_100_percent(server: _Server) -> None:
     server.answer = (200, {**ANSWER, "prompt_tokens": 2034, "hit_tokens": 2033})
     assert invoke(server, "--text", "Hi").stdout.startswith("2,033 of 2,034 prompt tokens reused (99.9%)")
+
+
+def suggestion(match: str, tenant: str = "ann", tokens: int = 12_345) -> dict[str, Any]:
+    rule = {"name": "today-s-date", "match": match, "action": "move"}
+    return {"tenant": tenant, "rule": rule, "requests": 7, "tokens": 900, "tokens_a_day": tokens}
+
+
+def test_suggestions_are_printed_with_a_file_of_rules(server: _Server, tmp_path: Path) -> None:
+    server.answer = (200, {"object": "list", "data": [suggestion("Today's date: *"), suggestion("Today: *", "bob", 5)]})
+    outcome = invoke(server, "--suggest", COLUMNS="80")
+    assert (outcome.exit_code, server.asked) == (0, [("/v1/cache/suggestions", None, None)])
+    assert [line.split() for line in outcome.stdout.splitlines()[2:4]] == [
+        ["12,345", "7", "Today's", "date:", "*", "ann"],
+        ["5", "7", "Today:", "*", "bob"],
+    ]
+    path = tmp_path / "rules.yaml"
+    path.write_text(outcome.stdout[outcome.stdout.index("lines:\n") :])
+    assert [(rule.name, rule.action) for rule in load_rules(path).lines] == [
+        ("today-s-date", "move"),
+        ("today-s-date-2", "move"),
+    ]
+    assert max(map(len, outcome.stdout.splitlines())) <= 80
+
+
+def test_without_suggestions_it_says_so(server: _Server) -> None:
+    server.answer = (200, {"object": "list", "data": []})
+    assert invoke(server, "--suggest").stdout == f"{NOTHING_FOUND}\n"
+    assert json.loads(invoke(server, "--suggest", "--json").stdout) == {"object": "list", "data": []}
+
+
+def test_suggestions_are_about_all_prompts(server: _Server) -> None:
+    outcome = invoke(server, "--suggest", "--text", "Hi")
+    assert outcome.exit_code == 2
+    assert "--suggest is about all prompts" in outcome.stderr
+    assert server.asked == []

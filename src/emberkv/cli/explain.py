@@ -4,7 +4,7 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import typer
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import connection
+from emberkv.cli.suggestions import Suggestions, suggestions_view
 from emberkv.errors import EmberError, RequestError
 
 BAR_CELLS = 60
@@ -201,6 +202,7 @@ def _last_cells(text: str, cells: int) -> str:
 
 
 PATH = "/v1/cache/explain"
+SUGGESTIONS_PATH = "/v1/cache/suggestions"
 
 
 class Api(Enum):
@@ -231,28 +233,38 @@ def explain(
         str | None,
         typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
     ] = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest", help="Show what lines of prompts change all the time, and a file of canonical rules for them."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
 ) -> None:
     """Say where a prompt's tokens come from: which are cached, and why the others are not.
 
     Exits with 2 when the server cannot be reached.
     """
-    question = _question(source, text, response_id, raw, api)
-    if tenant is not None:
+    if suggest and any(given is not None for given in (source, text, response_id, tenant)):
+        raise RequestError("--suggest is about all prompts; give no file, --text, --response-id or --tenant with it")
+    question = None if suggest else _question(source, text, response_id, raw, api)
+    if question is not None and tenant is not None:
         question["tenant"] = tenant
     with httpx.Client(**connection(url, key, "--key"), timeout=60) as client:
         answer = ask(client, question)
     console = Console(markup=False, highlight=False)
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
+    elif suggest:
+        console.print(suggestions_view(_checked(answer, Suggestions).data))
     else:
-        console.print(view(_checked(answer), console.width))
+        console.print(view(_checked(answer, Answer), console.width))
 
 
-def ask(client: httpx.Client, question: dict[str, Any]) -> dict[str, Any]:
-    """Raises ExplainError when no explanation comes back."""
+def ask(client: httpx.Client, question: dict[str, Any] | None) -> dict[str, Any]:
+    """The explanation, or where there is no question, the suggestions. Raises ExplainError when none come back."""
     try:
-        response = client.post(PATH, json=question)
+        response = client.get(SUGGESTIONS_PATH) if question is None else client.post(PATH, json=question)
         answer = response.json()
     except httpx.ConnectError as error:
         raise ExplainError(
@@ -266,7 +278,8 @@ def ask(client: httpx.Client, question: dict[str, Any]) -> dict[str, Any]:
     if response.status_code != 200 or not isinstance(answer, dict):
         problem = answer.get("error") if isinstance(answer, dict) else None
         problem = problem if isinstance(problem, dict) else {}
-        hint = "; name it with --tenant" if problem.get("param") == "tenant" and "tenant" not in question else ""
+        is_nameless = problem.get("param") == "tenant" and "tenant" not in (question or {})
+        hint = "; name it with --tenant" if is_nameless else ""
         if response.status_code == httpx.codes.UNAUTHORIZED:
             hint = "; give one with --key or EMBERKV_ADMIN_KEY"
         message = problem.get("message") or response.text[:200]
@@ -320,8 +333,11 @@ def _has_anthropic_parts(request: dict[str, Any]) -> bool:
     return isinstance(tools, list) and any(isinstance(tool, dict) and "input_schema" in tool for tool in tools)
 
 
-def _checked(answer: dict[str, Any]) -> Answer:
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def _checked(answer: dict[str, Any], shape: type[Shape]) -> Shape:
     try:
-        return Answer.model_validate(answer)
+        return shape.model_validate(answer)
     except ValidationError as error:
         raise ExplainError(f"the server's answer is no explanation: {error.errors()[0]['msg']}") from error

@@ -143,7 +143,9 @@ def create_app(
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
     app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
-    app.include_router(dashboard_router(lifecycle, guard, answers.traffic, wall_clock))
+    app.include_router(
+        dashboard_router(lifecycle, guard, answers.traffic, wall_clock, volatile_lines=answers.volatile_lines)
+    )
     app.include_router(_status_router(lifecycle))
     app.include_router(_metrics_router(guard, metrics, answers))
 

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from emberkv.core.events import POOL
 from emberkv.engine.request import EngineStats
 from emberkv.serving.auth import AdminGuard
+from emberkv.serving.cache.volatile_lines import VolatileLines
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.recent_traffic import COMPUTED, RecentTraffic
 
@@ -22,9 +23,10 @@ def dashboard_router(
     traffic: RecentTraffic,
     wall_clock: Callable[[], float],
     workers: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+    volatile_lines: VolatileLines | None = None,
 ) -> APIRouter:
     """``/dashboard``, the page, and ``/v1/cache/dashboard``, its data. workers: a gateway's, as ``/v1/cluster`` lists
-    them; None of a server.
+    them; None of a server. volatile_lines: a server's, for which rules are suggested.
     """
     router = APIRouter()
     page = files("emberkv.serving").joinpath("dashboard.html").read_text(encoding="utf-8")
@@ -50,6 +52,7 @@ def dashboard_router(
             "memory": _memory(stats),
             "other_sizes": [] if reuse is None else reuse.figures(),
             "sessions": traffic.sessions(),
+            "suggestions": [] if volatile_lines is None else [each.as_json() for each in volatile_lines.suggestions()],
             "workers": [] if workers is None else workers(),
             "history": traffic.history(now),
         }

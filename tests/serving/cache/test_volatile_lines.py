@@ -46,6 +46,7 @@ def test_a_line_that_changes_is_found_and_its_rule_makes_hits() -> None:
     assert found["requests"] == 3
     assert len(RULES) * 2 - 64 <= found["tokens"] <= len(RULES + "<user>Hi<assistant>") * 2
     assert found["tokens_a_day"] == found["tokens"] // 2
+    assert server.client.get("/v1/cache/dashboard", headers=HERE).json()["suggestions"] == [found]
     rules = CanonicalRules.model_validate({"lines": [found["rule"]]})
     cured = Server(bound_to_loopback=True, canonical=rules)
     hits = [ask(cured, system(f"Today's date: 2026-11-{day:02}"))["cache_read_input_tokens"] for day in (1, 2)]
