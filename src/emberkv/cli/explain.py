@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import connection
-from emberkv.cli.suggestions import Suggestions, suggestions_view
+from emberkv.cli.suggestions import Suggestions, print_suggestions
 from emberkv.errors import EmberError, RequestError
 
 BAR_CELLS = 60
@@ -256,7 +256,7 @@ def explain(
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False, indent=1))
     elif suggest:
-        console.print(suggestions_view(_checked(answer, Suggestions).data))
+        print_suggestions(console, _checked(answer, Suggestions).data)
     else:
         console.print(view(_checked(answer, Answer), console.width))
 

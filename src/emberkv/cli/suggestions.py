@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import yaml
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -40,10 +40,18 @@ class Suggestions(BaseModel):
     data: list[Suggestion]
 
 
-def suggestions_view(found: Sequence[Suggestion]) -> RenderableType:
-    """What each line costs, and the rules as the file that --canonical takes."""
+def print_suggestions(console: Console, found: Sequence[Suggestion]) -> None:
+    """Print what each line costs, and the rules as the file that --canonical takes."""
     if not found:
-        return Text(NOTHING_FOUND)
+        console.print(NOTHING_FOUND)
+        return
+    console.print("These lines of system prompts change, and what follows them is computed again:")
+    console.print(_table(found))
+    console.print("\nA file for --canonical that moves them behind the rest:\n")
+    console.print(rules_file(found), soft_wrap=True)  # a line that is wrapped would be another pattern
+
+
+def _table(found: Sequence[Suggestion]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens a day", justify="right")
     table.add_column("requests", justify="right")
@@ -54,8 +62,7 @@ def suggestions_view(found: Sequence[Suggestion]) -> RenderableType:
     for each in found:
         tenant = [Text(each.tenant)] if several else []
         table.add_row(f"{each.tokens_a_day:,}", f"{each.requests:,}", Text(each.rule.match), *tenant)
-    head = Text("These lines of system prompts change, and what follows them is computed again:")
-    return Group(head, table, Text(f"\nA file for --canonical that moves them behind the rest:\n\n{rules_file(found)}"))
+    return table
 
 
 def rules_file(found: Sequence[Suggestion]) -> str:
