@@ -1,7 +1,7 @@
 """Workers in this process, whose answers are a function of their prompts, and which fail when they are told to."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -11,7 +11,7 @@ from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, GenerationRequest, TokenOutput
+from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, WorkerLostError, WorkerUnreachableError
 from emberkv.serving.cache.service import CacheService
 from tests.serving.fakes import ByteTokenizer
@@ -109,7 +109,9 @@ class FakeConnection:
             yield LoadReport(worker_id=worker.worker_id, epoch=worker.epoch, sequence=0, draining=worker.draining)
             await changed.wait()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(
+        self, request: GenerationRequest, on_progress: Callable[[PrefillProgress], None] = lambda _: None
+    ) -> AsyncGenerator[TokenOutput, None]:
         self._check()
         worker = self._worker
         worker.requests.append(request)
@@ -120,6 +122,7 @@ class FakeConnection:
         left = request.params.max_tokens - request.answered
         usage = CacheUsage(len(tokens), 0)
         try:
+            on_progress(PrefillProgress(len(tokens) // 2, len(tokens)))
             while worker.hangs:
                 await worker.changed.wait()
             for number in range(left):

@@ -15,7 +15,7 @@ from emberkv.cluster.routing import make_router
 from emberkv.cluster.wire import LoadReport, WorkerDescription
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
+from emberkv.engine.request import GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError, RequestError
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
@@ -364,3 +364,16 @@ async def test_a_snapshot_that_cannot_be_read_is_not_passed_over(caplog: pytest.
 
 
 async def no_model(_worker: Worker, _description: WorkerDescription) -> None: ...
+
+
+@on_a_loop
+async def test_the_progress_of_a_prompt_is_what_its_worker_says() -> None:
+    workers = {"a": FakeWorker("a", hangs=True)}
+    async with cluster(workers) as it:
+        it.submit("x")
+        assert it.engine is not None
+        assert it.engine.progress("x") is None
+        await workers["a"].asked.wait()
+        assert it.engine.progress("x") == PrefillProgress(len(PROMPT) // 2, len(PROMPT))
+        it.engine.abort("x")
+        await it.ended["x"].wait()

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from emberkv.cluster import wire
 from emberkv.core.feed import EventsLost
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, Constraint, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
+from emberkv.engine.request import (
+    CacheUsage,
+    Constraint,
+    GenerationRequest,
+    PrefillProgress,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from emberkv.errors import ConfigError, EventWireError, RequestError, WireError
 
 LOGPROBS = (TokenLogprobs(7, -0.5, ((7, -0.5), (3, -1.5))),)
@@ -35,6 +43,10 @@ def test_a_request_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_output_comes_back_as_it_was(output: TokenOutput) -> None:
     assert wire.decode_output(wire.encode_output(output), "a") == output
+
+
+def test_the_progress_of_a_prompt_comes_before_its_outputs() -> None:
+    assert wire.decode_output(wire.encode(wire.Progress(4096, 18_827)), "a") == PrefillProgress(4096, 18_827)
 
 
 def test_a_token_takes_few_bytes() -> None:

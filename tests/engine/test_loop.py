@@ -7,7 +7,7 @@ import pytest
 from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
-from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
+from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
 from tests.engine.loop_harness import (
     BLOCK,
@@ -123,6 +123,18 @@ def test_abort_at_every_point(step: int) -> None:
     assert victim.tokens == alone(VICTIM, 5)[: len(victim.tokens)]
     assert other.tokens == alone(OTHER, 8)
     assert again.tokens == alone(VICTIM, 5)
+
+
+def test_the_progress_of_a_prompt_is_known_from_its_admission_to_its_end() -> None:
+    harness = Harness()
+    seen: list[PrefillProgress | None] = []
+    harness.executor.on_step = lambda plan, number: seen.append(harness.loop.progress("a"))
+    inbox = harness.submit("a", VICTIM, new=2)
+    assert harness.loop.progress("a") is None
+    with running(harness):
+        assert inbox.reason is FinishReason.LENGTH
+        assert harness.loop.progress("a") is None
+    assert seen == [PrefillProgress(16, 20), PrefillProgress(20, 20), PrefillProgress(20, 20)]
 
 
 def test_abort_before_the_first_step() -> None:

@@ -16,7 +16,14 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.core.sequence import Sequence as Served
 from emberkv.engine.commands import CacheControl, Command
-from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.engine.request import (
+    CacheUsage,
+    EngineStats,
+    GenerationRequest,
+    OutputListener,
+    PrefillProgress,
+    TokenOutput,
+)
 from emberkv.errors import RequestError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import CacheService
@@ -101,6 +108,9 @@ class CoreEngine:
         self.ledger_store.apply(events)
 
     def abort(self, request_id: str) -> None:
+        return None
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
         return None
 
     def stats(self) -> EngineStats:

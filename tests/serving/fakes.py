@@ -12,6 +12,7 @@ from emberkv.engine.request import (
     EngineStats,
     GenerationRequest,
     OutputListener,
+    PrefillProgress,
     TokenLogprobs,
     TokenOutput,
 )
@@ -159,6 +160,7 @@ class FakeEngine:
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
         self.figures = EngineStats()
+        self.is_full = False
         self.submitted: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self._running: dict[str, _Running] = {}
@@ -185,6 +187,14 @@ class FakeEngine:
                 self._running[request_id].aborted = True
                 self.aborted.append(request_id)
                 self._change.notify_all()
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        """None while ``is_full``: then no request is admitted."""
+        running = self._running.get(request_id)
+        if running is None or self.is_full:
+            return None
+        prompt = len(running.request.prompt_token_ids)
+        return PrefillProgress(prompt if running.said else prompt // 2, prompt)
 
     def stats(self) -> EngineStats:
         return self.figures

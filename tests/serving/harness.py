@@ -71,10 +71,21 @@ def serving(
         assert not thread.is_alive()
 
 
+def sse_blocks(response: httpx.Response) -> list[str]:
+    """The events of a stream as text, without comments."""
+    return [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
+
+
+def sse_comments(response: httpx.Response) -> dict[str, str]:
+    """The comments of a stream's form ``: name: value``."""
+    lines = [line for line in response.text.splitlines() if line.startswith(": ")]
+    return dict(line.removeprefix(": ").split(": ", 1) for line in lines)
+
+
 def openai_events(response: httpx.Response) -> list[Any]:
     """The JSON of a stream's events, whose last must be [DONE]."""
     assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    lines = [line.removeprefix("data: ") for line in sse_blocks(response)]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
 

@@ -1,14 +1,16 @@
 """``--request-timeout``: an answer that takes longer ends with its API's error, and its request leaves the engine."""
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from emberkv.serving.app import ServingSettings
+from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, eventually, serving
+from tests.serving.harness import MODEL, eventually, serving, sse_blocks
 
 USER = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -36,14 +38,26 @@ def test_a_whole_answer_becomes_a_504(lifecycle: Lifecycle, engine: FakeEngine, 
 
 
 @pytest.mark.parametrize("path", BODIES)
-@pytest.mark.parametrize("pause_after", [0, 3], ids=["in-prefill", "in-decode"])
-def test_a_stream_ends_with_an_error(lifecycle: Lifecycle, engine: FakeEngine, path: str, pause_after: int) -> None:
-    engine.script = Script("Hello", pause_after=pause_after)
+def test_a_stream_that_has_not_begun_becomes_a_504(lifecycle: Lifecycle, engine: FakeEngine, path: str) -> None:
+    engine.script = Script("Hello", pause_after=0)
+    engine.is_full = True
     with serving(lifecycle, ENDLESS) as server:
         response = httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=60)
         eventually(lambda: engine.running == 0)
+    assert response.status_code == 504
+    assert error_name(path) in response.text
+    assert lifecycle.running == 0
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_ends_with_an_error(lifecycle: Lifecycle, engine: FakeEngine, path: str) -> None:
+    engine.script = Script("Hello", pause_after=3)
+    early = StreamTimes(headers=0.0, admission_check=0.0)
+    with serving(lifecycle, replace(ENDLESS, stream_times=early)) as server:
+        response = httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=60)
+        eventually(lambda: engine.running == 0)
     assert response.status_code == 200
-    assert error_name(path) in response.text.split("\n\n")[-2 if path == "/v1/messages" else -3]
+    assert error_name(path) in sse_blocks(response)[-1 if path == "/v1/messages" else -2]
     assert lifecycle.running == 0
 
 

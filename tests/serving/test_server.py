@@ -20,7 +20,7 @@ from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import eventually, serving
+from tests.serving.harness import eventually, serving, sse_blocks
 
 ROOT = Path(__file__).parents[2]
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}],"stream":true}'
@@ -78,7 +78,7 @@ def test_sixteen_streams_at_once(server: HttpServer, engine: FakeEngine) -> None
         body = {"model": "tiny", "stream": True, "max_tokens": 200}
         responses = list(pool.map(lambda index: ask(json={**body, "prompt": f"{index}"}), range(16)))
     for response in responses:
-        *chunks, done, _ = response.text.split("\n\n")
+        *chunks, done = sse_blocks(response)
         assert done == "data: [DONE]"
         texts = [json.loads(chunk.removeprefix("data: "))["choices"][0]["text"] for chunk in chunks]
         assert "".join(texts) == "Hello " * 20

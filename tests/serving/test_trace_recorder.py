@@ -7,7 +7,14 @@ import pytest
 
 from emberkv.core.hashing import PublicPrefixes
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import EngineStats, GenerationRequest, OutputListener, SamplingParams, TokenOutput
+from emberkv.engine.request import (
+    EngineStats,
+    GenerationRequest,
+    OutputListener,
+    PrefillProgress,
+    SamplingParams,
+    TokenOutput,
+)
 from emberkv.errors import EngineStoppedError
 from emberkv.serving.background import BackgroundWork
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
@@ -33,6 +40,9 @@ class HandEngine:
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        return PrefillProgress(1, 2) if request_id in self.listeners else None
 
     def stats(self) -> EngineStats:
         return EngineStats(running=7)

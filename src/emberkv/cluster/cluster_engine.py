@@ -16,7 +16,14 @@ from emberkv.cluster.wire import WorkerDescription, decode_prompt
 from emberkv.core.hashing import PublicPrefixes, TokenChain
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.recent_chains import RecentChains
-from emberkv.engine.request import CacheUsage, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.engine.request import (
+    CacheUsage,
+    EngineStats,
+    GenerationRequest,
+    OutputListener,
+    PrefillProgress,
+    TokenOutput,
+)
 from emberkv.errors import (
     ClusterError,
     DuplicateRequestError,
@@ -72,6 +79,7 @@ class _Answer:
     route: Route
     tokens: list[int] = field(default_factory=list)
     usage: CacheUsage | None = None
+    progress: PrefillProgress | None = None
     has_begun: bool = False
     has_ended: bool = False
 
@@ -86,12 +94,19 @@ class _Answer:
             answered=len(self.tokens),
         )
 
+    def computed(self, progress: PrefillProgress) -> None:
+        """So far has a worker computed the prompt."""
+        self.progress = progress
+
     def hand_on(self, output: TokenOutput) -> None:
         """Give an output to the listener. Of a worker that goes on with an answer, its account of the prompt is left
         out: to it, the tokens before are a prompt.
         """
         if self.route.resumed:
             output = replace(output, usage=self.usage, queue_seconds=None, prompt_logprobs=())
+        if not self.has_begun:
+            prompt_tokens = len(self.request.prompt_token_ids)
+            self.progress = PrefillProgress(prompt_tokens, prompt_tokens)
         self.usage = output.usage or self.usage
         self.tokens += output.token_ids
         self.has_begun = True
@@ -129,6 +144,7 @@ class ClusterEngine:
         self._chains = RecentChains(model.block_size)
         self.public = PublicPrefixes([decode_prompt(each) for each in model.public_prefixes], model.block_size)
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._answers: dict[str, _Answer] = {}
         self._routes: OrderedDict[str, Route] = OrderedDict()
         self._is_stopped = False
         self._prompt_tokens = 0
@@ -192,6 +208,7 @@ class ClusterEngine:
         task = asyncio.get_running_loop().create_task(self._carry_out(answer))
         task.add_done_callback(partial(self._ended, answer))
         self._running[request.request_id] = task
+        self._answers[request.request_id] = answer
 
     def abort(self, request_id: str) -> None:
         task = self._running.get(request_id)
@@ -205,6 +222,11 @@ class ClusterEngine:
             task.cancel()
         while self._running:
             await asyncio.wait(self._running.values())
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        """As the request's worker last said it."""
+        answer = self._answers.get(request_id)
+        return None if answer is None else answer.progress
 
     def stats(self) -> EngineStats:
         """The sums of what the workers last reported; the counters are of this gateway's requests."""
@@ -227,7 +249,7 @@ class ClusterEngine:
     def _ended(self, answer: _Answer, task: asyncio.Task[None]) -> None:
         """Give the listener its last output, however the request has ended, and even if it was aborted at once."""
         request_id = answer.request.request_id
-        del self._running[request_id]
+        del self._running[request_id], self._answers[request_id]
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
             answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ABORT))
@@ -291,7 +313,7 @@ class ClusterEngine:
         computed = len(answer.chain) + len(answer.tokens) - sum(answer.route.cached.values())
         worker.sent(request_id, computed, self._clock())
         try:
-            async with aclosing(worker.connection.generate(answer.rest())) as outputs:
+            async with aclosing(worker.connection.generate(answer.rest(), answer.computed)) as outputs:
                 async for output in outputs:
                     if output.finish_reason is FinishReason.ABORT:
                         raise EngineStoppedError(f"worker {worker} stopped before the answer was finished")

@@ -20,7 +20,14 @@ from emberkv import event_wire
 from emberkv.core.feed import FeedMessage
 from emberkv.core.hashing import TOKEN_BYTES, encode_tokens, token_array
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
+from emberkv.engine.request import (
+    CacheUsage,
+    GenerationRequest,
+    PrefillProgress,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
 from emberkv.errors import ConfigError, WireError, reason_of
 
 VERSION = 1
@@ -160,6 +167,13 @@ class _Output(Struct, frozen=True, array_like=True, tag="output"):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+class Progress(Struct, frozen=True, array_like=True, tag="progress"):
+    """How far a prompt is computed; see `PrefillProgress`. Sent in place of a heartbeat, before the first output."""
+
+    computed_tokens: Count
+    prompt_tokens: Count
+
+
 class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The prompt that a question is about, and whose it is."""
 
@@ -170,7 +184,7 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _generates = msgspec.msgpack.Decoder(_Generate)
-_outputs = msgspec.msgpack.Decoder(_Output | Failure)
+_outputs = msgspec.msgpack.Decoder(_Output | Failure | Progress)
 _events = msgspec.msgpack.Decoder(CacheMessage | LoadReport)
 
 
@@ -269,11 +283,13 @@ def encode_output(output: TokenOutput) -> bytes:
     )
 
 
-def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure:
+def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure | PrefillProgress:
     """One message of an answer. Raises WireError."""
     found = decode_with(_outputs, data)
     if isinstance(found, Failure):
         return found
+    if isinstance(found, Progress):
+        return PrefillProgress(found.computed_tokens, found.prompt_tokens)
     return TokenOutput(
         request_id,
         found.token_ids,

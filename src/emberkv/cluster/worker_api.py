@@ -21,12 +21,12 @@ from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.commands import Command, ReadEvents, ReadLoad, ReadSnapshot, Remove, RemovedBlocks
 from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
 from emberkv.errors import ConfigError, EmberError, EngineStoppedError, RequestError, WireError
-from emberkv.serving.answer_service import unless_disconnected
 from emberkv.serving.answers.answer_stream import OutputQueue
 from emberkv.serving.app import RouterFactory
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.cache.service import ANSWER_SECONDS, NO_ANSWER, explanation_json
 from emberkv.serving.errors import NotFoundError, NotReadyError, TooManyRequestsError, failure_of
+from emberkv.serving.event_stream import unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.tenancy import Tenant
 from emberkv.tiers.base import Removed
@@ -290,9 +290,11 @@ class Generation:
         self._messages: list[bytes] = []
         self._has_message = asyncio.Event()
         self._has_ended = False
+        self._has_output = False
         engine.submit(request, partial(outputs.post, self._deliver))
 
     def _deliver(self, output: TokenOutput) -> None:
+        self._has_output = True
         if self._has_ended:
             return
         message = wire.encode_output(output) if output.refusal is None else wire.encode(failure(output.refusal))
@@ -322,7 +324,14 @@ class Generation:
                 async with asyncio.timeout(wire.HEARTBEAT_SECONDS):
                     await self._has_message.wait()
             except TimeoutError:
-                yield wire.HEARTBEAT
+                yield self._sign_of_life()
+
+    def _sign_of_life(self) -> bytes:
+        """How far the prompt is computed, until the first output."""
+        progress = None if self._has_output else self._engine.progress(self._request_id)
+        if progress is None:
+            return wire.HEARTBEAT
+        return wire.frame(wire.encode(wire.Progress(progress.computed_tokens, progress.prompt_tokens)))
 
     def close(self) -> None:
         if not self._has_ended:

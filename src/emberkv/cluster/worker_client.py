@@ -1,7 +1,7 @@
 """Asks a worker: one method for each of its internal routes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,7 +14,7 @@ from emberkv.cluster import wire, wire_commands
 from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
-from emberkv.engine.request import GenerationRequest, TokenOutput
+from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.serving import errors as serving_errors
 from emberkv.serving.errors import UnauthorizedError
 
@@ -115,9 +115,11 @@ class WorkerClient:
             async for data in messages:
                 yield wire.decode_event(data)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(
+        self, request: GenerationRequest, on_progress: Callable[[PrefillProgress], None] = lambda _: None
+    ) -> AsyncGenerator[TokenOutput, None]:
         """The outputs of one request, of which the last has a ``finish_reason``. To close the generator before that
-        aborts the request.
+        aborts the request. on_progress: is called with how far the prompt is computed, now and then before the first.
 
         WorkerLostError, WorkerTimeoutError and EngineStoppedError may come after some outputs: the answer can be gone
         on with elsewhere, by ``answered``. After the last output they mean nothing.
@@ -129,6 +131,9 @@ class WorkerClient:
                 output = wire.decode_output(data, request.request_id)
                 if isinstance(output, wire.Failure):
                     raise refusal(output)
+                if isinstance(output, PrefillProgress):
+                    on_progress(output)
+                    continue
                 has_ended = output.finish_reason is not None
                 yield output
         if not has_ended:

@@ -11,6 +11,7 @@ from emberkv.engine.request import (
     CacheUsage,
     GenerationRequest,
     OutputListener,
+    PrefillProgress,
     TokenLogprobs,
     TokenOutput,
 )
@@ -38,6 +39,14 @@ class ActiveRequest:
     def queue_seconds(self) -> float | None:
         """From submission to the first admission; None before that."""
         return None if self.admitted_at is None else self.admitted_at - self.submitted_at
+
+    @property
+    def progress(self) -> PrefillProgress | None:
+        """None before the first admission. May be read from any thread: it is made of numbers that are replaced."""
+        if self.admitted_at is None:
+            return None
+        prompt_tokens = self.sequence.prompt_tokens
+        return PrefillProgress(min(self.sequence.num_computed, prompt_tokens), prompt_tokens)
 
     def keep_prompt_logprobs(self, found: PromptLogprobs) -> None:
         """Of the tokens that are not known yet: a preempted sequence is computed again."""

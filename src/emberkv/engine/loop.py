@@ -19,7 +19,7 @@ from emberkv.engine.commands import CacheControl, Command
 from emberkv.engine.executor import Executor, SamplingState
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.recent_chains import RecentChains
-from emberkv.engine.request import EngineStats, GenerationRequest, ModelLimits, OutputListener
+from emberkv.engine.request import EngineStats, GenerationRequest, ModelLimits, OutputListener, PrefillProgress
 from emberkv.engine.tier_link import TierLink
 from emberkv.engine.token_masks import AnswerMasks, ConstraintCompiler, MaskCounts
 from emberkv.errors import RequestError
@@ -239,6 +239,10 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> None:
         self._mailbox.abort(request_id)
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        active = self._mailbox.find(request_id)
+        return None if active is None else active.progress
 
     def execute(self, command: Command[R]) -> "Future[R]":
         """Have ``command`` carried out on the engine's thread, between two steps. The future raises what it raises, and

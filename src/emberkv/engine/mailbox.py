@@ -62,7 +62,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._mail = Mail()
-        self._ids: set[str] = set()
+        self._active: dict[str, ActiveRequest] = {}
         self._stopping = False
         self._nudged = False
 
@@ -72,15 +72,15 @@ class Mailbox:
         with self._changed:
             if self._stopping:
                 raise EngineStoppedError("the engine is stopping; no request can begin")
-            if request_id in self._ids:
+            if request_id in self._active:
                 raise DuplicateRequestError(f"request id {request_id!r} is in flight already")
-            self._ids.add(request_id)
+            self._active[request_id] = active
             self._mail.arrived.append(active)
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:
         with self._changed:
-            if request_id in self._ids:
+            if request_id in self._active:
                 self._mail.aborted.append(request_id)
                 self._changed.notify()
 
@@ -97,7 +97,12 @@ class Mailbox:
     def forget(self, request_id: str) -> None:
         """The request has ended, and its id may be used again."""
         with self._changed:
-            self._ids.discard(request_id)
+            self._active.pop(request_id, None)
+
+    def find(self, request_id: str) -> ActiveRequest | None:
+        """The request in flight of this id, which changes on the engine's thread."""
+        with self._changed:
+            return self._active.get(request_id)
 
     def nudge(self) -> None:
         """End the wait that `collect` is in, or else the next one."""

@@ -234,6 +234,16 @@ class TokenOutput:
     refusal: EmberError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far the prompt of an admitted request is computed. computed_tokens: cached ones included, and those of the
+    step that is being computed. prompt_tokens: all.
+    """
+
+    computed_tokens: int
+    prompt_tokens: int
+
+
 OutputListener = Callable[[TokenOutput], None]
 """Called on the engine's thread for each output of one request; it must return at once. One that raises is logged, its
 request ends, and it is called no more.
@@ -304,6 +314,10 @@ class Engine(Protocol):
 
     def abort(self, request_id: str) -> None:
         """End a request; its listener gets FinishReason.ABORT. Unknown and finished ids are ignored."""
+        ...
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        """How far a request's prompt is computed; None before it is admitted, and for an id that is not in flight."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -5,17 +5,14 @@ sends them whole or as server-sent events, and accounts for each request once it
 """
 
 import asyncio
-import json
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from emberkv.engine.request import Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
@@ -27,6 +24,7 @@ from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import VolatileLines
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
+from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
@@ -39,98 +37,10 @@ MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others 
 T = TypeVar("T")
 
 
-class ResponseWriter(Protocol):
+class ResponseWriter(EventWriter, Protocol):
     """Writes the answers to one request in an API's wire form: as server-sent events, or as one JSON object."""
 
-    def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]: ...
-
     def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]: ...
-
-
-def sse_event(data: object, name: str | None = None) -> bytes:
-    """One event whose data is a JSON object."""
-    prefix = f"event: {name}\n" if name else ""
-    return f"{prefix}data: {compact_json(data)}\n\n".encode()
-
-
-def compact_json(data: object) -> str:
-    return json.dumps(data, separators=(",", ":"))
-
-
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Await ``work``. If the client goes first, cancel it, wait until it has cleaned up, and return None."""
-    task = asyncio.create_task(work)
-    watch = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.wait((task, watch))
-    return None if task.cancelled() else task.result()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Sends events as they are made. However it ends, the answers behind the events are closed.
-
-    headers: called once the first answer has begun, from which on its cache usage is known.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, answers: AnswerStream, events: AsyncGenerator[bytes, None], headers: Callable[[], dict[str, str]]
-    ) -> None:
-        # not Response.__init__, which would give the stream the length of an empty body
-        self._answers = answers
-        self._events = events
-        self._late_headers = headers
-        self.status_code = 200
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._answers:
-            await unless_disconnected(receive, self._send_all(send))
-
-    async def _send_all(self, send: Send) -> None:
-        late = self._late_headers() if await self._answers.started() else {}
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **late})
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def respond(
-    request: Request,
-    stream: AnswerStream,
-    writer: ResponseWriter,
-    headers: Callable[[], dict[str, str]],
-    workers: WorkerPool,
-    *,
-    as_events: bool,
-) -> Response:
-    """Send events, or wait for all answers and write them whole. headers: called once they can be known.
-
-    workers: write the answers with many log-probabilities.
-    """
-    if as_events:
-        return EventStream(stream, writer.events(stream), headers)
-    async with stream:
-        answers = await unless_disconnected(request.receive, stream.collect())
-    if answers is None:
-        return Response(status_code=CLIENT_GONE)
-    if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
-        whole = await workers.run(partial(writer.whole, answers))
-    else:
-        whole = writer.whole(answers)
-    return JSONResponse(whole, headers=headers())
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +229,7 @@ class AnswerService:
         wall_clock: Callable[[], float],
         recorder: TraceRecorder | None = None,
         request_timeout: float | None = None,
+        stream_times: StreamTimes | None = None,
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
@@ -332,6 +243,7 @@ class AnswerService:
         self._wall_clock = wall_clock
         self._recorder = recorder
         self._request_timeout = request_timeout
+        self._stream_times = stream_times or StreamTimes()
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
@@ -383,10 +295,31 @@ class AnswerService:
         return stream
 
     async def respond(
-        self, http: Request, stream: AnswerStream, writer: ResponseWriter, *, as_events: bool
+        self,
+        http: Request,
+        stream: AnswerStream,
+        writer: ResponseWriter,
+        *,
+        as_events: bool,
+        has_late_headers: bool = False,
     ) -> Response:
-        """Send the answers in the API's wire form, with the header that says what was cached."""
-        return await respond(http, stream, writer, partial(self._headers, stream), self._workers, as_events=as_events)
+        """Send the answers in the API's wire form, and what was cached: in a header, or in comments of the events.
+
+        has_late_headers: see `EventStream`.
+        """
+        headers = self._headers(stream)
+        if as_events:
+            account, times = partial(self._account, stream), self._stream_times
+            return EventStream(stream, writer, headers, account, times, has_late_headers=has_late_headers)
+        async with stream:
+            answers = await unless_disconnected(http.receive, stream.collect())
+        if answers is None:
+            return Response(status_code=CLIENT_GONE)
+        if sum(len(answer.logprobs) for answer in answers) > MANY_LOGPROBS:
+            whole = await self._workers.run(partial(writer.whole, answers))
+        else:
+            whole = writer.whole(answers)
+        return JSONResponse(whole, headers={**headers, **self._account(stream)})
 
     def _forget_generator(self) -> None:
         self._generator = None
@@ -397,12 +330,17 @@ class AnswerService:
         return TextGenerator(engine, model.tokenizer, metrics=self._metrics, clock=self._clock)
 
     def _headers(self, stream: AnswerStream) -> dict[str, str]:
-        request_id, answer, _ = stream.timed_answers[0]
+        """What is known of a request from the beginning."""
+        request = self.recent.get(stream.timed_answers[0][0])
         clipped = {} if stream.clipped_to is None else {MAX_TOKENS_HEADER: str(stream.clipped_to)}
-        request = self.recent.get(request_id)
         left_out = {LEFT_OUT_HEADER: counts_header(request.left_out)} if request and request.left_out else {}
+        return {**clipped, **left_out}
+
+    def _account(self, stream: AnswerStream) -> dict[str, str]:
+        """What the cache had of the first prompt, and what else is known of a request that has been answered."""
+        request_id, answer, _ = stream.timed_answers[0]
         further = self._lifecycle.model().headers(request_id)
-        return {CACHE_HEADER: str(self._summary(request_id, answer)), **clipped, **left_out, **further}
+        return {CACHE_HEADER: str(self._summary(request_id, answer)), **further}
 
     def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
         cache = self._lifecycle.model().cache

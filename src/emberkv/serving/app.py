@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from emberkv import __version__
 from emberkv.errors import EmberError
-from emberkv.serving.answer_service import AnswerService, RequestPreparer
+from emberkv.serving.answer_service import MAX_TOKENS_HEADER, AnswerService, RequestPreparer
 from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
@@ -27,6 +27,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.docs_page import docs_page
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
+from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import (
     BuildCollector,
@@ -53,6 +54,7 @@ class ServingSettings:
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
+    stream_times: of streams' headers and pings; None: the usual ones.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ class ServingSettings:
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""
     request_timeout: float | None = None
+    stream_times: StreamTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ def create_app(
         wall_clock=wall_clock,
         recorder=settings.recorder,
         request_timeout=settings.request_timeout,
+        stream_times=settings.stream_times,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)
@@ -199,7 +203,7 @@ def _add_middleware(
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=[CACHE_HEADER, *REQUEST_ID_HEADERS],
+            expose_headers=[CACHE_HEADER, MAX_TOKENS_HEADER, *REQUEST_ID_HEADERS],
         )
     # the last one added is the first to see a request
     app.add_middleware(RequestScope, metrics=metrics, clock=clock, root_path=settings.root_path)

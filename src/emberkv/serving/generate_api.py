@@ -16,14 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import SamplingParams
+from emberkv.engine.request import PrefillProgress, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, RequestError
-from emberkv.serving.answer_service import Prompt, answer_budget, sse_event
+from emberkv.serving.answer_service import Prompt, answer_budget
 from emberkv.serving.answers.answer import AnswerDelta
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.app import AppParts, RouterFactory
 from emberkv.serving.errors import failure_mid_stream
+from emberkv.serving.event_stream import ping_comment, sse_event
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
@@ -113,6 +114,9 @@ class GenerateWriter:
             return
         yield self.done()
 
+    def ping(self, progress: PrefillProgress | None) -> bytes:
+        return ping_comment(progress)
+
     def _tokens_of(self, delta: AnswerDelta) -> list[bytes]:
         self._text += delta.text
         ends = [placed.end for placed in delta.logprobs]
@@ -195,7 +199,7 @@ def generate_router(parts: AppParts, places: SequencePlaces | None = None) -> AP
         worker = "" if places is None else places.worker(seq_id)
         context = replace(parts.answers.request(http, "generate", tenant), session=seq_id, worker=worker)
         stream = parts.answers.start([prompt], context)
-        return await parts.answers.respond(http, stream, writer, as_events=True)
+        return await parts.answers.respond(http, stream, writer, as_events=True, has_late_headers=True)
 
     return router
 

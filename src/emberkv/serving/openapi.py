@@ -221,7 +221,9 @@ def _answer(path: str) -> Json:
         answer["content"] = _json(ANSWERS[path])
     if path in _STREAMED:
         answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-        headers[CACHE_HEADER] = "Where the prompt's tokens came from, as in hit=512;pool=512;miss=2;why=partial@512."
+        headers[CACHE_HEADER] = (
+            "Where the prompt's tokens came from, as in hit=512;pool=512;miss=2. Streams: a comment."
+        )
     answer["headers"] = {
         name: {"description": text, "schema": {"type": "string"}} for name, text in sorted(headers.items())
     }

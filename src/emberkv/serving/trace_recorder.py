@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 from emberkv.core.hashing import TOKEN_BYTES, PublicPrefixes, encode_tokens, token_array
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import Engine, EngineStats, GenerationRequest, OutputListener, TokenOutput
+from emberkv.engine.request import (
+    Engine,
+    EngineStats,
+    GenerationRequest,
+    OutputListener,
+    PrefillProgress,
+    TokenOutput,
+)
 from emberkv.serving.background import BackgroundWork
 
 KEY_BYTES = 32
@@ -354,6 +361,9 @@ class _RecordingEngine:
 
     def abort(self, request_id: str) -> None:
         self._engine.abort(request_id)
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        return self._engine.progress(request_id)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -16,7 +16,7 @@ from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
-from tests.serving.harness import MODEL, Client
+from tests.serving.harness import MODEL, Client, sse_comments
 
 places = st.dictionaries(st.sampled_from(["pool", "ram", "disk", "tier-2"]), st.integers(1, 10**9), max_size=4)
 
@@ -61,7 +61,8 @@ def header(client: Client, path: str, text: str, **fields: Any) -> str:
     body |= {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     response = client.post(path, body)
     assert response.status_code == 200, response.text
-    return response.headers[CACHE_HEADER]
+    assert (CACHE_HEADER in response.headers) is not fields.get("stream", False)
+    return response.headers.get(CACHE_HEADER) or sse_comments(response)[CACHE_HEADER]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/completions"])

@@ -11,7 +11,7 @@ from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import rules_in_force
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, Client, anthropic_error
+from tests.serving.harness import MODEL, Client, anthropic_error, sse_blocks
 
 USER = [{"role": "user", "content": "Hi"}]
 PROMPT = "<user>Hi<assistant>"
@@ -29,7 +29,7 @@ def events(response: httpx.Response) -> list[Any]:
     """The JSON of a stream's events; each must be named after its type."""
     assert response.headers["content-type"].startswith("text/event-stream")
     parsed = []
-    for block in response.text.split("\n\n")[:-1]:
+    for block in sse_blocks(response):
         name, data = block.split("\n")
         parsed.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {parsed[-1]['type']}"

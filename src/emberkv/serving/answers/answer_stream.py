@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import Engine, GenerationRequest, TokenOutput
+from emberkv.engine.request import Engine, GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.errors import GenerationFailedError
@@ -60,13 +60,24 @@ class WholeAnswer:
     message: ParsedMessage = field(default_factory=ParsedMessage)
 
 
+def _raise_failure(output: TokenOutput) -> None:
+    """Raises what an answer's last output says it failed by."""
+    if output.refusal is not None:
+        raise output.refusal
+    if output.finish_reason is FinishReason.ERROR:
+        raise GenerationFailedError(f"generation failed: {output.error}")
+    if output.finish_reason is FinishReason.ABORT:
+        raise EngineStoppedError("the engine stopped before the answer was finished")
+
+
 class AnswerStream:
     """The answers to one HTTP request. Iterate once, inside ``async with``, which aborts what is unfinished.
 
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
     the engine fails, and the error that the stream is interrupted with.
 
-    clipped_to: the answers' ``max_tokens``, where the request asked for more than fit.
+    clipped_to: the answers' ``max_tokens``, where the request asked for more than fit. has_ended: whether all answers
+    have come to their ends, so that their usage is final.
     """
 
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
@@ -79,6 +90,7 @@ class AnswerStream:
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
         self.clipped_to: int | None = None
+        self.has_ended = False
 
     @property
     def timed_answers(self) -> list[tuple[str, Answer, AnswerTimer]]:
@@ -108,6 +120,10 @@ class AnswerStream:
         self._interruption = error
         self._has_output.set()
 
+    def _raise_interruption(self) -> None:
+        if self._interruption is not None:
+            raise self._interruption
+
     def interrupt_after(self, seconds: float, error: EmberError) -> None:
         """Have `interrupt` called once ``seconds`` have passed, unless the stream is closed before."""
         self._deadline = asyncio.get_running_loop().call_later(seconds, self.interrupt, error)
@@ -117,8 +133,7 @@ class AnswerStream:
 
     async def __anext__(self) -> AnswerDelta:
         while True:
-            if self._interruption is not None:
-                raise self._interruption
+            self._raise_interruption()
             while self._due:
                 delta = self._absorb(self._due.popleft())
                 if delta is not None:
@@ -135,30 +150,40 @@ class AnswerStream:
             if output.refusal is not None:
                 raise output.refusal
             slot.answer.absorb(output)
+        last = slot.inbox[-1]
         slot.inbox.clear()
         answer = slot.answer
         if answer.ended_early:
             self._engine.abort(slot.request_id)
-        if answer.finish_reason is FinishReason.ERROR:
-            raise GenerationFailedError(f"generation failed: {answer.error}")
-        if answer.finish_reason is FinishReason.ABORT:
-            raise EngineStoppedError("the engine stopped before the answer was finished")
+        if answer.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            _raise_failure(last)
+        if answer.finish_reason is not None:
+            self.has_ended = all(each.answer.finish_reason is not None for each in self._slots)
         return answer.take()
 
-    async def started(self) -> bool:
-        """Wait for the first output, from which on the first answer's cache usage is known; False if none comes.
+    async def started(self, within: float | None = None) -> bool:
+        """Wait for the first output, from which on the first answer's cache usage is known, for ``within`` seconds;
+        None: for as long as it takes. Returns whether it has come.
 
-        Raises the refusal of a request that was not accepted.
+        Raises what iterating would raise, where that comes before any token.
         """
         first = self._slots[0]
-        while not (first.inbox or first.answer.finish_reason or self._interruption):
-            self._has_output.clear()
-            await self._has_output.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while not (first.inbox or first.answer.finish_reason or self._interruption):
+                    self._has_output.clear()
+                    await self._has_output.wait()
+        self._raise_interruption()
         if first.inbox:
-            if first.inbox[0].refusal is not None:
-                raise first.inbox[0].refusal
-            first.answer.usage = first.inbox[0].usage or first.answer.usage
+            output = first.inbox[0]
+            if not output.token_ids:
+                _raise_failure(output)
+            first.answer.usage = output.usage or first.answer.usage
         return bool(first.inbox or first.answer.finish_reason)
+
+    def progress(self) -> PrefillProgress | None:
+        """How far the first answer's prompt is computed; None before it is admitted, and once the answer has ended."""
+        return self._engine.progress(self._slots[0].request_id)
 
     async def collect(self) -> list[WholeAnswer]:
         """Wait for all answers."""

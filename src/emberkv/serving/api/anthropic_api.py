@@ -1,6 +1,7 @@
 """The Anthropic API's routes: messages and their token count."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -9,14 +10,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import PrefillProgress
 from emberkv.errors import RequestError
-from emberkv.serving.answer_service import (
-    AnswerService,
-    Prompt,
-    RequestPreparer,
-    answer_budget,
-    sse_event,
-)
+from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer, answer_budget
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.answers.parsed_output import new_call_id
@@ -27,6 +23,7 @@ from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import NotFoundError, anthropic_error, failure_mid_stream
+from emberkv.serving.event_stream import sse_event
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.tenancy import Tenant
 
@@ -176,6 +173,10 @@ class MessageWriter:
             yield _event("message_stop")
         except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
             yield sse_event(anthropic_error(failure_mid_stream(error)), "error")
+
+    def ping(self, progress: PrefillProgress | None) -> bytes:
+        """The API's own event, with how far the prompt is computed."""
+        return _event("ping", **({} if progress is None else {"prefill": asdict(progress)}))
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         return {

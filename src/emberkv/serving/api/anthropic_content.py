@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from emberkv.serving.answer_service import compact_json, sse_event
+from emberkv.serving.event_stream import compact_json, sse_event
 from emberkv.serving.parsing.events import (
     CallArguments,
     CallBegin,

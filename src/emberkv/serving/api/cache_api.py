@@ -15,14 +15,7 @@ from starlette.exceptions import HTTPException
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import SamplingParams
 from emberkv.errors import ConfigError, RequestError
-from emberkv.serving.answer_service import (
-    AnswerService,
-    Prompt,
-    RequestPreparer,
-    answer_budget,
-    compact_json,
-    unless_disconnected,
-)
+from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer, answer_budget
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages
@@ -31,6 +24,7 @@ from emberkv.serving.auth import AdminGuard
 from emberkv.serving.cache.service import CacheService, Explained, PrefixPath, explanation_json
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
+from emberkv.serving.event_stream import compact_json, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant, Tenants

@@ -9,16 +9,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import TokenLogprobs
+from emberkv.engine.request import PrefillProgress, TokenLogprobs
 from emberkv.errors import RequestError
-from emberkv.serving.answer_service import (
-    AnswerService,
-    Prompt,
-    RequestPreparer,
-    answer_budget,
-    compact_json,
-    sse_event,
-)
+from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer, answer_budget
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs, echo_of
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.anthropic_api import anthropic_card
@@ -34,6 +27,7 @@ from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import failure_mid_stream, openai_error, speaks_anthropic
+from emberkv.serving.event_stream import compact_json, ping_comment, sse_event
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.events import (
     CallArguments,
@@ -130,6 +124,10 @@ class OpenAIWriter(ABC):
         except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
             yield sse_event(openai_error(failure_mid_stream(error)))
         yield DONE
+
+    def ping(self, progress: PrefillProgress | None) -> bytes:
+        """A comment, as the API has no event for it."""
+        return ping_comment(progress)
 
     def _chunk(self, choice: str) -> bytes:
         return f"{self._chunk_head}{choice}{self._chunk_tail}".encode()

@@ -1,0 +1,148 @@
+"""Bytes of streams: headers at admission, pings while there is nothing to send, and the cache's account at the end."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from emberkv.core.sequence import FinishReason
+from emberkv.serving.app import ServingSettings
+from emberkv.serving.event_stream import StreamTimes
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.server import HttpServer
+from tests.serving.fakes import FakeEngine, Script
+from tests.serving.harness import DEADLINE, MODEL, Client, eventually, serving
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT, MESSAGES, COMPLETIONS = "/v1/chat/completions", "/v1/messages", "/v1/completions"
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"model": MODEL, "messages": USER, "stream": True, "stream_options": {"include_usage": True}},
+    MESSAGES: {"model": MODEL, "messages": USER, "max_tokens": 50, "stream": True},
+    COMPLETIONS: {"model": MODEL, "prompt": "Once", "stream": True},
+}
+QUICK = StreamTimes(headers=3600.0, admission_check=0.01, ping=0.02)
+PINGS = {
+    CHAT: ": ping: computed=9;prompt=19",
+    COMPLETIONS: ": ping: computed=2;prompt=5",
+    MESSAGES: 'data: {"type":"ping","prefill":{"computed_tokens":9,"prompt_tokens":19}}',
+}
+
+
+@pytest.fixture
+def paused(lifecycle: Lifecycle, engine: FakeEngine) -> Iterator[HttpServer]:
+    """A server that pings often, whose engine computes a prompt until ``engine.resume``."""
+    engine.script = Script("Hello", pause_after=0, cached=8)
+    with serving(lifecycle, ServingSettings(stream_times=QUICK)) as server:
+        yield server
+
+
+@contextmanager
+def streamed(server: HttpServer, path: str) -> Iterator[tuple[httpx.Response, Iterator[str]]]:
+    with httpx.stream("POST", server.url + path, json=BODIES[path], timeout=DEADLINE) as response:
+        yield response, response.iter_lines()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_while_the_prompt_is_computed_pings_say_how_far(paused: HttpServer, engine: FakeEngine, path: str) -> None:
+    with streamed(paused, path) as (response, lines):
+        assert response.status_code == 200
+        seen = [next(line for line in lines if line == PINGS[path]) for _ in range(3)]
+        assert len(seen) == 3
+        engine.resume()
+        rest = list(lines)
+    account = rest.index(": x-emberkv-cache: hit=8;pool=8;miss=" + ("11" if path != COMPLETIONS else "-3"))
+    assert account < len(rest) - 2, "a client may stop reading at the last event"
+
+
+def test_an_answer_that_pauses_is_pinged(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=2)
+    with serving(lifecycle, ServingSettings(stream_times=QUICK)) as server, streamed(server, CHAT) as (_, lines):
+        assert next(line for line in lines if line == ": ping: computed=19;prompt=19")
+        engine.resume()
+        assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_a_request_that_waits_gets_no_headers(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=0)
+    engine.is_full = True
+    with serving(lifecycle, ServingSettings(stream_times=QUICK)) as server, ThreadPoolExecutor() as pool:
+        asked = pool.submit(httpx.post, server.url + CHAT, json=BODIES[CHAT], timeout=DEADLINE)
+        eventually(lambda: engine.running == 1)
+        server.stop()
+        lifecycle.interrupt_answers()
+        refused = asked.result()
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "stopped"
+
+
+def test_headers_do_not_wait_for_ever(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=0)
+    engine.is_full = True
+    times = StreamTimes(headers=0.02, admission_check=0.01, ping=0.02)
+    with serving(lifecycle, ServingSettings(stream_times=times)) as server, streamed(server, CHAT) as (response, lines):
+        assert response.status_code == 200
+        assert next(line for line in lines if line.startswith(": ping"))
+        engine.is_full = False
+        engine.resume()
+        assert list(lines)[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_failure_before_the_first_token_has_its_status(client: Client, engine: FakeEngine, path: str) -> None:
+    engine.script = Script("", finish=FinishReason.ERROR, error="it broke")
+    failed = client.post(path, BODIES[path])
+    assert failed.status_code == 500
+    assert failed.json()["error"]["message"] == "generation failed: it broke"
+
+
+def test_sdks_pass_over_pings_and_the_account(paused: HttpServer, engine: FakeEngine) -> None:
+    gpt = openai.OpenAI(api_key="x", base_url=f"{paused.url}/v1", timeout=DEADLINE, max_retries=0)
+    claude = anthropic.Anthropic(api_key="x", base_url=paused.url, timeout=DEADLINE, max_retries=0)
+    timer = threading.Timer(0.1, engine.resume)
+    with gpt.chat.completions.create(**BODIES[CHAT]) as chunks:
+        timer.start()
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "Hello"
+    engine.script = Script("Hello", pause_after=0)
+    with claude.messages.stream(model=MODEL, max_tokens=50, messages=[{"role": "user", "content": "Hi"}]) as events:
+        engine.resume()
+        assert events.get_final_text() == "Hello"
+
+
+def test_a_whole_answer_has_the_account_in_a_header(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", cached=8)
+    whole = client.post(CHAT, {**BODIES[CHAT], "stream": False})
+    assert whole.headers["x-emberkv-cache"] == "hit=8;pool=8;miss=11"
+    assert "x-emberkv-cache" not in client.post(CHAT, BODIES[CHAT]).headers
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_head_is_answered(client: Client, path: str) -> None:
+    answer = asyncio.run(_head(client, path))
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
+async def _head(client: Client, path: str) -> httpx.Response:
+    transport = httpx.ASGITransport(client.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as asking:
+        return await asking.head(path)
+
+
+def test_pings_of_anthropic_are_events_of_that_name(paused: HttpServer, engine: FakeEngine) -> None:
+    with streamed(paused, MESSAGES) as (_, lines):
+        assert next(line for line in lines if line == "event: ping")
+        engine.resume()
+        kinds = [json.loads(line.removeprefix("data: "))["type"] for line in lines if line.startswith("data: ")]
+    assert [kind for kind in dict.fromkeys(kinds) if kind != "ping"] == [
+        "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
+        "message_stop",
+    ]  # fmt: skip
