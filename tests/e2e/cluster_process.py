@@ -1,0 +1,83 @@
+"""Workers and gateways as processes, for tests of what becomes of requests to them."""
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.e2e.process import DEADLINE, Server, eventually, serving
+
+SECRET = "the-secret-of-these-tests"
+TEXT = "the lamps along the street are lit at six and go out at dawn. " * 10
+
+
+class Cluster:
+    """Workers by name, each on a port of its own, so that it can be started again, and a gateway that knows them: the
+    one that was started last, where there are several.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self._model = model
+        self._stack = ExitStack()
+        self.secret_file = folder / "secret"
+        self.secret_file.write_text(SECRET)
+        self.secret_file.chmod(0o600)
+        self.ports: dict[str, int] = {}
+        self.workers: dict[str, Server] = {}
+        self.gateway: Server | None = None
+
+    def start_worker(self, name: str, *more: str) -> Server:
+        """more: options beside those that all have."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        port = self.ports.setdefault(name, free_port())
+        options = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "24MiB", "--drain-seconds", "30")
+        internal = ("--worker-id", name, "--cluster-secret-file", str(self.secret_file))
+        server = self._stack.enter_context(serving(folder, str(self._model), *options, *internal, *more, port=port))
+        self.workers[name] = server
+        return server
+
+    def start_gateway(self, *names: str, called: str = "gateway", **settings: str) -> Server:
+        """names: of the workers that it is given. settings: its options by their names."""
+        urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_port())}" for name in names]
+        options = [part for url in urls for part in ("--worker", url)]
+        options += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+        folder = self.folder / called
+        folder.mkdir(exist_ok=True)
+        secret = ("--cluster-secret-file", str(self.secret_file))
+        port = self.ports.setdefault(called, free_port())
+        self.gateway = self._stack.enter_context(serving(folder, *options, *secret, command="gateway", port=port))
+        return self.gateway
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What the gateway says of a worker."""
+        assert self.gateway is not None
+        listed = httpx.get(f"{self.gateway.url}/v1/cluster", timeout=DEADLINE).json()["workers"]
+        url = f"http://127.0.0.1:{self.ports[name]}"
+        return next((each for each in listed if each["url"] == url), {"status": "unknown"})
+
+    def until(self, name: str, status: str) -> None:
+        eventually(lambda: self.status(name)["status"] == status)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextmanager
+def cluster_in(folder: Path, model: Path) -> Iterator[Cluster]:
+    it = Cluster(folder, model)
+    try:
+        yield it
+    finally:
+        it.close()
