@@ -7,7 +7,7 @@ import json
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -16,14 +16,16 @@ from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
 from emberkv.engine.request import Constraint, GenerationRequest, ModelLimits, SamplingParams
-from emberkv.engine.token_masks import MAX_COMPILED, ConstraintCompiler
+from emberkv.engine.token_masks import MAX_COMPILED, ConstraintCompiler, GrammarTokenizer
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.errors import EngineStoppedError, RequestError
+from emberkv.serving.cache.service import text_of as text_of_tokens
 from tests.engine.loop_harness import Inbox
 from tests.engine.tiny_executor import TinyExecutor
-from tests.models import VOCAB_SIZE, byte_level_bpe
+from tests.models import VOCAB_SIZE, tiny_tokenizer
 
 BLOCK, CHUNK, CONTEXT, EOS = 4, 8, 200, 2
-TOKENIZER = byte_level_bpe()
+TOKENIZER = HFTokenizer(tiny_tokenizer())
 
 SCHEMA = {
     "type": "object",
@@ -40,8 +42,8 @@ OBJECT = Constraint("json_schema", json.dumps(SCHEMA))
 DIGITS = Constraint("regex", "[0-9]{8}")
 
 
-def compiler(tokenizer_json: Callable[[], str] = TOKENIZER.to_str) -> ConstraintCompiler:
-    return ConstraintCompiler(tokenizer_json, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS}))
+def compiler(tokenizer: GrammarTokenizer = TOKENIZER) -> ConstraintCompiler:
+    return ConstraintCompiler(tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS}))
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def answer_alone(constraint: Constraint = OBJECT, **params: object) -> Inbox:
 
 
 def text_of(inbox: Inbox) -> str:
-    return str(TOKENIZER.decode(inbox.tokens))
+    return text_of_tokens(TOKENIZER, inbox.tokens)
 
 
 def assert_same(ours: Inbox, theirs: Inbox) -> None:
@@ -134,8 +136,10 @@ def test_a_complete_answer_ends_even_with_ignore_eos() -> None:
 def test_special_tokens_are_excluded_but_for_markers() -> None:
     free, likely = 'start: "<" /(.|\\n){30}/', {1: 100.0}
     assert 1 not in answer_alone(Constraint("lark", free), logit_bias=likely).tokens
+    assert 1 not in answer_alone(Constraint("lark", 'start: "<|im_start|>" /[a-z]/'), logit_bias=likely).tokens
     quoted = Constraint("lark", 'start: "<|im_start|>" /[a-z]/', markers=("<|im_start|>",))
-    assert answer_alone(quoted, logit_bias=likely).tokens[0] == 1
+    answer = answer_alone(quoted, logit_bias=likely)
+    assert (answer.tokens[0], answer.reason) == (1, FinishReason.STOP)
 
 
 def test_a_hit_and_other_requests_change_no_bit() -> None:
@@ -211,17 +215,18 @@ def test_no_more_constraints_are_kept_than_the_bound() -> None:
     constraints.close()
 
 
-class SlowTokenizer:
-    """Gives the tokenizer once it is told to."""
+class SlowTokenizer(HFTokenizer):
+    """Answers once it may."""
 
     def __init__(self) -> None:
+        super().__init__(tiny_tokenizer())
         self.asked = threading.Event()
         self.may_give = threading.Event()
 
-    def __call__(self) -> str:
+    def backend_json(self) -> str:
         self.asked.set()
         assert self.may_give.wait(60)
-        return str(TOKENIZER.to_str())
+        return super().backend_json()
 
 
 def test_others_are_served_while_a_constraint_is_compiled() -> None:

@@ -3,12 +3,14 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from emberkv.engine.constraints import GRAMMAR_LIMITS, grammar_of
@@ -23,8 +25,53 @@ _COMPILE_THREADS = 2
 _MASK_THREADS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """tokens: the bytes of each. special: the ids of special tokens by text. unused: ids without a token.
+
+    eos: the tokens that complete an answer.
+    """
+
+    tokens: list[bytes]
+    special: dict[str, int]
+    unused: list[int]
+    eos: list[int]
+
+
 _Compiled = tuple[LLMatcher, frozenset[int]]
 """A matcher at the beginning of an answer, to be copied, and the tokens that complete an answer."""
+
+
+class GrammarTokenizer(Protocol):
+    """What of a tokenizer is needed to follow grammars."""
+
+    def backend_json(self) -> str:
+        """The tokenizer as the tokenizers library writes it."""
+        ...
+
+    def text_encoder(self, markers: Collection[str]) -> Callable[[str], Sequence[int]]:
+        """Encodes text of which nothing is a special token but ``markers``, as it is encoded within a longer text."""
+        ...
+
+
+class _Encoder(TokenizerWrapper):
+    """A tokenizer as llguidance takes it: what bytes each token is, which are special, and how text is encoded.
+
+    llguidance takes all added tokens that look like tags for special ones if it reads them from the tokenizer itself.
+    """
+
+    def __init__(
+        self, tokens: Sequence[bytes], special: Sequence[int], eos: int, encode: Callable[[str], Sequence[int]]
+    ) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special
+        self.eos_token_id = eos
+        self.bos_token_id = None
+        self.is_tokenizer_wrapper = True
+        self._encode = encode
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._encode(text))
 
 
 @dataclass(slots=True)
@@ -114,16 +161,15 @@ class AnswerMasks:
 class ConstraintCompiler:
     """Makes the masks of answers for one model. All methods may be called from any thread and return at once.
 
-    tokenizer_json: gives the tokenizer as the tokenizers library writes it; called once there is a constraint.
-    vocab_size: of the model's logits. eos_token_ids: end an answer whose text is complete; without any, a token that
-    the tokenizer names does.
+    tokenizer: read once there is a constraint. vocab_size: of the model's logits. eos_token_ids: end an answer whose
+    text is complete; without any, a token that the tokenizer names does.
     """
 
     def __init__(
-        self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_token_ids: frozenset[int] = frozenset()
+        self, tokenizer: GrammarTokenizer, *, vocab_size: int, eos_token_ids: frozenset[int] = frozenset()
     ) -> None:
         self.counts = MaskCounts()
-        self._tokenizer_json = tokenizer_json
+        self._source = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._compiling = ThreadPoolExecutor(_COMPILE_THREADS, "emberkv-compile")
@@ -185,26 +231,35 @@ class ConstraintCompiler:
         return matcher, frozenset(tokenizer.eos_tokens)
 
     def _tokenizer(self, markers: Sequence[str]) -> LLTokenizer:
-        """In which the special tokens that are ``markers`` are tokens of text, which a grammar's texts match.
+        """In which the special tokens that are ``markers`` are text, which the texts of a grammar match.
 
         Raises RequestError for a tokenizer of a kind that llguidance does not know.
         """
-        described = json.loads(self._tokenizer_json())
-        special = [token for token in described["added_tokens"] if token["special"]]
-        shown = frozenset(token["content"] for token in special if token["content"] in markers)
-        if shown in self._tokenizers:
-            self._tokenizers.move_to_end(shown)
-            return self._tokenizers[shown]
-        for token in special:
-            token["special"] = token["content"] not in shown
-        ids = [token["id"] for token in described["added_tokens"]]
-        size = max(self._vocab_size, len(described["model"]["vocab"]), max(ids, default=0) + 1)
-        eos = sorted(self._eos_token_ids) or None
+        vocabulary = self._vocabulary
+        special, ends = vocabulary.special, vocabulary.eos
+        shown = frozenset(text for text in markers if special.get(text, ends[0]) not in ends)
+        if shown not in self._tokenizers:
+            hidden = [*vocabulary.unused, *(each for text, each in special.items() if text not in shown)]
+            encoder = _Encoder(vocabulary.tokens, hidden, ends[0], self._source.text_encoder(shown))
+            self._tokenizers[shown] = LLTokenizer(encoder, n_vocab=len(vocabulary.tokens), eos_token=vocabulary.eos)
+            if len(self._tokenizers) > _MAX_TOKENIZERS:
+                self._tokenizers.popitem(last=False)
+        self._tokenizers.move_to_end(shown)
+        return self._tokenizers[shown]
+
+    @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        described = json.loads(self._source.backend_json())
+        added = {token["id"]: token for token in described["added_tokens"]}
+        known = len(described["model"]["vocab"])
+        size = max(self._vocab_size, known, max(added, default=0) + 1)
         try:
-            made = LLTokenizer(json.dumps(described), n_vocab=size, eos_token=eos)
+            read = LLTokenizer(json.dumps(described), n_vocab=size, eos_token=sorted(self._eos_token_ids) or None)
         except (ValueError, RuntimeError) as error:
             raise RequestError(f"answers of this model cannot be constrained: {reason_of(error)}") from error
-        self._tokenizers[shown] = made
-        if len(self._tokenizers) > _MAX_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return made
+        return _Vocabulary(
+            [read.decode_bytes([token_id]) for token_id in range(size)],
+            {token["content"]: token_id for token_id, token in added.items() if token["special"]},
+            [token_id for token_id in range(known, size) if token_id not in added],
+            read.eos_tokens,
+        )

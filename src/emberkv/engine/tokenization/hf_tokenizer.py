@@ -358,6 +358,22 @@ class HFTokenizer:
         """The tokenizer as the tokenizers library writes it, added tokens included."""
         return self._backend.to_str()
 
+    def text_encoder(self, markers: Collection[str]) -> Callable[[str], Sequence[int]]:
+        """Encodes text of which nothing is a special token but ``markers``, as it is encoded within a longer text."""
+        described = json.loads(self._backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = token["special"] and token["content"] not in markers
+        backend = Backend.from_str(json.dumps(described))
+        backend.encode_special_tokens = True
+        before = "\x02"  # because some tokenizers treat the beginning of a text differently
+        skipped = len(backend.encode(before, add_special_tokens=False).ids)
+
+        def encode(text: str) -> Sequence[int]:
+            ids: list[int] = backend.encode(before + text, add_special_tokens=False).ids
+            return ids[skipped:]
+
+        return encode
+
     def remembering_for(self, owner: str) -> "HFTokenizer":
         """The same tokenizer, which finds in the cache what the owner has encoded and nothing else: finding others'
         pieces would tell, by the time that encoding takes, what they have sent.

@@ -56,9 +56,7 @@ def assemble(
         block_cost=block_cost,
         public_prefixes=public_prefixes,
         constraints=ConstraintCompiler(
-            loaded.tokenizer.backend_json,
-            vocab_size=loaded.geometry.vocab_size,
-            eos_token_ids=loaded.eos_token_ids,
+            loaded.tokenizer, vocab_size=loaded.geometry.vocab_size, eos_token_ids=loaded.eos_token_ids
         ),
         on_crash=on_crash,
     )
