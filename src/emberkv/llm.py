@@ -29,7 +29,7 @@ from emberkv.engine.torch.assembly import assemble, load_configured
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.answers.answer import Answer
-from emberkv.serving.api.openai_schema import template_messages
+from emberkv.serving.api.openai_messages import template_messages
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service, text_of
 from emberkv.serving.engine_setup import cache_sizes, engine_config, model_options, tier_config

@@ -12,7 +12,7 @@ CHAT = {"model": MODEL, "messages": USER}
 COMPLETION = {"model": MODEL, "prompt": "Once"}
 MESSAGE = {"model": MODEL, "messages": USER, "max_tokens": 10}
 TOOL = [{"name": "add", "input_schema": {"type": "object"}}]
-IMAGE = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
+SCULPTURE = [{"role": "user", "content": [{"type": "sculpture"}]}]
 LONG = [{"role": "user", "content": "x" * 991}]
 
 
@@ -23,7 +23,7 @@ LONG = [{"role": "user", "content": "x" * 991}]
         ({"messages": None}, "messages", "messages is None: input should be a valid"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "'king'; it must be one of 'system'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "must be a string or a list of text parts"),
-        ({"messages": IMAGE}, "messages[0].content[0]", "type 'image'; this server reads text"),
+        ({"messages": SCULPTURE}, "messages[0].content[0]", "type 'sculpture'; this server reads text"),
         ({"messages": [{"role": "user", "content": "offend the template"}]}, "messages", "the chat template rejects"),
         (
             {"messages": LONG},
@@ -45,16 +45,27 @@ LONG = [{"role": "user", "content": "x" * 991}]
         ({"frequency_penalty": -3}, "frequency_penalty", "it must be from -2 to 2"),
         ({"seed": 2**64}, "seed", "it must be a 64-bit integer"),
         ({"seed": 2**63, "n": 2}, "seed", "seed is 9223372036854775808; it must be a 64-bit integer"),
-        ({"stop": [""]}, "stop", "non-empty strings"),
         ({"stop": 5}, "stop", "input should be a valid string"),
         ({"n": 0}, "n", "n is 0; it must be from 1 to 64"),
         ({"n": 65}, "n", "n is 65; it must be from 1 to 64"),
         ({"best_of": 2}, "best_of", "best_of is 2; it is not supported"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "input should be less than or equal to 20"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs is not true"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only 'text' is supported"),
-        ({"tool_choice": "required"}, "tool_choice", "only 'none' and 'auto' are supported"),
-        ({"logit_bias": {"5": 100}}, "logit_bias", "logit_bias is not supported"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            "must be 'text', 'json_object' or 'json_schema'",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "is 'required', and there are no tools to call"),
+        ({"tool_choice": "some"}, "tool_choice", "is 'some'; it must be 'none', 'auto', 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "names 'x', which is not"),
+        ({"tools": [{"type": "function"}]}, "tools[0]", "tools[0] must have function.name (string)"),
+        ({"logit_bias": {"five": 100}}, "logit_bias", "logit_bias has 'five'; it must have token ids"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias is 101.0; it must be from -100 to 100"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids from 0 on"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "min_tokens is 5; it must be at most max_tokens, 4"),
+        ({"max_tokens": 4.5}, "max_tokens", "max_tokens is 4.5: input should be a valid integer"),
+        ({"modalities": ["text", "audio"]}, "modalities", "modalities has 'audio'"),
     ],
 )
 def test_chat_refuses(

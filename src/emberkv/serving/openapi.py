@@ -28,17 +28,36 @@ class CachedTokens(_Answer):
     cached_tokens: int
 
 
+class ReasoningTokens(_Answer):
+    reasoning_tokens: int
+
+
 class Usage(_Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
+
+
+class CalledFunction(_Answer):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Answer):
+    id: str
+    type: str
+    function: CalledFunction
 
 
 class AssistantMessage(_Answer):
     role: str
-    content: str
+    content: str | None
     refusal: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(_Answer):

@@ -1,11 +1,13 @@
 """Chat completions and models: values of answers, streams and usage."""
 
+import json
 from typing import Any
 
 import httpx
 import pytest
 
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import Constraint
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client, openai_error, openai_events
 
@@ -280,3 +282,35 @@ def test_a_chats_logprobs_have_bytes_where_the_text_is_broken(client: Client, en
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
     content = client.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
     assert [(each["token"], each["bytes"]) for each in content] == [("\ufffd", [0xC3]), ("\ufffd", [0xBC])]
+
+
+def test_further_sampling_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None:
+    given = {"logit_bias": {"5": -100}, "stop_token_ids": [7], "min_tokens": 2, "top_k": -1, "stop": ["", "x"]}
+    assert chat(client, **given, max_tokens=4.0).status_code == 200
+    params = engine.submitted[-1].params
+    assert (params.logit_bias, params.stop_token_ids, params.min_tokens) == ({5: -100.0}, (7,), 2)
+    assert (params.top_k, params.stop, params.max_tokens) == (0, ("x",), 4)
+
+
+def test_a_stop_string_counts_from_the_least_tokens_on(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script("a.b.c.d")
+    body = chat(client, stop=".", min_tokens=3).json()
+    assert body["choices"][0]["message"]["content"] == "a.b"
+
+
+def test_a_response_format_is_a_constraint(client: Client, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+    assert chat(client, response_format=asked).status_code == 200
+    assert client.post("/v1/completions", {"model": MODEL, "prompt": "Hi", "guided_regex": "[ab]+"}).status_code == 200
+    chatted, completed = (request.params.constraint for request in engine.submitted)
+    assert chatted is not None
+    assert (chatted.kind, json.loads(chatted.text)) == ("json_schema", schema)
+    assert completed == Constraint("regex", "[ab]+")
+
+
+def test_what_is_left_out_is_named_in_a_header(client: Client) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:"}}
+    response = chat(client, messages=[{"role": "user", "content": [part, part]}], verbosity="low", user="me")
+    assert response.headers["x-emberkv-left-out"] == "image_url=2;verbosity=1"
+    assert "x-emberkv-left-out" not in chat(client).headers

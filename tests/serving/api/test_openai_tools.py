@@ -136,3 +136,16 @@ def test_the_sdk_assembles_streamed_calls(lifecycle: Lifecycle, engine: FakeEngi
         ("weather", json.loads(ARGUMENTS)),
         ("time", {}),
     ]
+
+
+def test_the_former_form_of_calls(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script(f"{CALL}\n{OTHER_CALL}")
+    functions = [tool["function"] for tool in TOOLS]
+    expected = {"name": "weather", "arguments": ARGUMENTS}
+    answer = choice(client, tools=None, functions=functions, function_call="auto")
+    assert answer["message"] == {"role": "assistant", "content": None, "refusal": None, "function_call": expected}
+    assert answer["finish_reason"] == "function_call"
+    pieces, finish = deltas(client, tools=None, functions=functions)
+    assert finish == "function_call"
+    assert pieces[0]["function_call"] == {"name": "weather", "arguments": ""}
+    assert "".join(piece["function_call"]["arguments"] for piece in pieces) == ARGUMENTS

@@ -1,12 +1,14 @@
 """cache_control: which part of a prompt a mark covers, for how long, and what is no mark."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
-from emberkv.serving.api.openai_schema import ChatCompletionRequest, template_messages, without_marks
+from emberkv.serving.api.openai_messages import template_tools
+from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import anthropic_mark, chat_mark, covered_tokens
 from tests.serving.fakes import ByteTokenizer
 
@@ -38,7 +40,7 @@ def chat_cover(messages: list[Any], **fields: Any) -> tuple[str, float] | None:
         return None
 
     def render(each: ChatCompletionRequest) -> str:
-        return TOKENIZER.render_chat(template_messages(each.messages), tools=without_marks(each.tools or ()))
+        return each.conversation().prompt_text(TOKENIZER)
 
     prompt = render(request)
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)
@@ -82,7 +84,7 @@ def test_openai_messages_parts_and_tools() -> None:
     assert chat_cover([user]) == ("<user>one", 300.0)
     tool = {"type": "function", "function": {"name": "a"}, "cache_control": SHORT}
     assert chat_cover([{"role": "user", "content": "Hi"}], tools=[tool]) == ("<tool a><user>Hi<assistant>", 300.0)
-    assert without_marks([tool]) == [{"type": "function", "function": {"name": "a"}}]
+    assert template_tools([tool], Counter()) == [{"type": "function", "function": {"name": "a"}}]
 
 
 def test_without_a_mark_nothing_is_retained() -> None:

@@ -1,6 +1,7 @@
 """The OpenAI API: its routes, and its responses, whole or as a stream of chunks."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Protocol
@@ -22,7 +23,7 @@ from emberkv.serving.api.openai_schema import (
     CompletionRequest,
     OpenAIRequest,
 )
-from emberkv.serving.api.rendering import Applied, render_chat
+from emberkv.serving.api.rendering import RenderedPrompt, render_chat
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
@@ -158,43 +159,6 @@ def finish_name(reason: FinishReason | None) -> str | None:
     return None if reason is None else FINISH_REASONS[reason]
 
 
-def chat_finish(answer: Answer) -> str | None:
-    """How an answer ended, where a call that was cut off by ``max_tokens`` is no call to be made."""
-    if answer.finish_reason is FinishReason.STOP and answer.calls:
-        return "tool_calls"
-    return finish_name(answer.finish_reason)
-
-
-def chat_message(message: ParsedMessage) -> dict[str, Any]:
-    """An answer as a message. Its content is null where it has calls alone, and so are calls that it does not have."""
-    written: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
-    if message.reasoning:
-        written["reasoning_content"] = message.reasoning
-    if message.calls:
-        written["content"] = message.content or None
-        written["tool_calls"] = [
-            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.calls
-        ]
-    return written
-
-
-def _delta_json(event: OutputEvent) -> str | None:
-    """What one event adds to the message; put together as text, because one is made for every token of every stream."""
-    match event:
-        case ContentText(text):
-            return f'{{"content":{compact_json(text)}}}'
-        case ReasoningText(text):
-            return f'{{"reasoning_content":{compact_json(text)}}}'
-        case CallBegin(index, name, call_id):
-            begun = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
-            return compact_json({"tool_calls": [{"index": index, **begun}]})
-        case CallArguments(index, text):
-            return f'{{"tool_calls":[{{"index":{index},"function":{{"arguments":{compact_json(text)}}}}}]}}'
-        case CallEnd():
-            return None
-
-
 def finish_json(reason: FinishReason | None) -> str:
     return "null" if reason is None else f'"{FINISH_REASONS[reason]}"'
 
@@ -202,16 +166,17 @@ def finish_json(reason: FinishReason | None) -> str:
 class ChatWriter(OpenAIWriter):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    finish_with_calls: ClassVar[str] = "tool_calls"
 
     def opening_choice(self, index: int) -> str:
         delta = '"delta":{"role":"assistant","content":""}'
         return f'{{"index":{index},{delta},"logprobs":null,"finish_reason":null}}'
 
     def delta_choices(self, delta: AnswerDelta, answer: Answer) -> Iterator[str]:
-        pieces = [_delta_json(event) for event in delta.events]
+        pieces = [self.piece(event) for event in delta.events]
         deltas = [piece for piece in pieces if piece] or ["{}"]
         logprobs = compact_json(self._logprobs(delta.logprobs)) if delta.logprobs else "null"
-        finish = "null" if delta.finish_reason is None else f'"{chat_finish(answer)}"'
+        finish = "null" if delta.finish_reason is None else f'"{self._finish(answer)}"'
         for position, each in enumerate(deltas, 1):
             end = finish if position == len(deltas) else "null"
             yield f'{{"index":{delta.index},"delta":{each},"logprobs":{logprobs},"finish_reason":{end}}}'
@@ -220,10 +185,43 @@ class ChatWriter(OpenAIWriter):
     def whole_choice(self, index: int, whole: WholeAnswer) -> dict[str, Any]:
         return {
             "index": index,
-            "message": chat_message(whole.message),
+            "message": self.message(whole.message),
             "logprobs": self._logprobs(whole.logprobs) if whole.logprobs else None,
-            "finish_reason": chat_finish(whole.answer),
+            "finish_reason": self._finish(whole.answer),
         }
+
+    def message(self, message: ParsedMessage) -> dict[str, Any]:
+        """An answer as a message. Its content is null where it has nothing but calls."""
+        written: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+        if message.reasoning:
+            written["reasoning_content"] = message.reasoning
+        if message.calls:
+            written["content"] = message.content or None
+            written["tool_calls"] = [
+                {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.calls
+            ]
+        return written
+
+    def piece(self, event: OutputEvent) -> str | None:
+        """What one event adds to the message, as JSON. It is put together as text, for speed."""
+        match event:
+            case ContentText(text):
+                return f'{{"content":{compact_json(text)}}}'
+            case ReasoningText(text):
+                return f'{{"reasoning_content":{compact_json(text)}}}'
+            case CallBegin(index, name, call_id):
+                begun = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+                return compact_json({"tool_calls": [{"index": index, **begun}]})
+            case CallArguments(index, text):
+                return f'{{"tool_calls":[{{"index":{index},"function":{{"arguments":{compact_json(text)}}}}}]}}'
+            case CallEnd():
+                return None
+
+    def _finish(self, answer: Answer) -> str | None:
+        """How an answer ended. A call that ``max_tokens`` has cut off is none to be made."""
+        has_calls = answer.finish_reason is FinishReason.STOP and answer.calls
+        return self.finish_with_calls if has_calls else finish_name(answer.finish_reason)
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
         return {
@@ -242,6 +240,26 @@ class ChatWriter(OpenAIWriter):
             "logprob": finite(logprob),
             "bytes": list(self.tokens.token_bytes(token_id)),
         }
+
+
+class FunctionCallWriter(ChatWriter):
+    """Writes answers to requests in the former form, with ``functions``: an answer has one call at most."""
+
+    finish_with_calls = "function_call"
+
+    def message(self, message: ParsedMessage) -> dict[str, Any]:
+        written = super().message(message)
+        for call in written.pop("tool_calls", ()):
+            written["function_call"] = call["function"]
+        return written
+
+    def piece(self, event: OutputEvent) -> str | None:
+        match event:
+            case CallBegin(_, name, _):
+                return compact_json({"function_call": {"name": name, "arguments": ""}})
+            case CallArguments(_, text):
+                return compact_json({"function_call": {"arguments": text}})
+        return super().piece(event)
 
 
 class CompletionWriter(OpenAIWriter):
@@ -306,7 +324,7 @@ class CompletionWriter(OpenAIWriter):
 
 def prepare_chat(
     body: bytes, model: ServedModel, rules: CanonicalRules | None
-) -> tuple[ChatCompletionRequest, list[Prompt], Applied]:
+) -> tuple[ChatCompletionRequest, list[Prompt], RenderedPrompt]:
     """Check, render and tokenize a chat request. Without max_tokens, an answer may fill the context.
 
     Raises RequestError.
@@ -315,16 +333,20 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
+    constraint = request.constraint()
     rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
-    token_ids = rendered.token_ids
+    _check_choice(rendered)
     if request.max_completion_tokens is None:
         field, wanted = "max_tokens", request.max_tokens
     else:
         field, wanted = "max_completion_tokens", request.max_completion_tokens
-    budget = answer_budget(model, len(token_ids), wanted, field=field)
+    budget = answer_budget(model, len(rendered.token_ids), wanted, field=field)
+    choices = request.sampling(
+        model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs, constraint=constraint
+    )
     prompts = [
         Prompt(
-            token_ids,
+            rendered.token_ids,
             each,
             rendered.retain_tokens,
             rendered.retain_seconds,
@@ -332,9 +354,17 @@ def prepare_chat(
             parsing=rendered.parsing(model.output_format),
             system=rendered.system_text,
         )
-        for each in request.sampling(model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs)
+        for each in choices
     ]
-    return request, prompts, rendered.canonical
+    return request, prompts, rendered
+
+
+def _check_choice(rendered: RenderedPrompt) -> None:
+    choice = rendered.conversation.tool_choice if rendered.conversation is not None else None
+    if choice is not None and (choice.mode == "required" or choice.names):
+        raise RequestError(
+            "tool_choice asks for a call, which is not supported; use 'auto' or 'none'", param="tool_choice"
+        )
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionRequest, list[Prompt]]:
@@ -342,6 +372,7 @@ def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionReque
     request = parse_body(CompletionRequest, body)
     model.check_name(request.model)
     request.check()
+    constraint = request.constraint()
     prompts = []
     for given in request.prompts():
         token_ids = _completion_tokens(given, model)
@@ -353,6 +384,7 @@ def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionReque
             max_tokens=1 if silent else most,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
+            constraint=constraint,
         )
         echo = echo_of(given, token_ids, model.tokenizer) if request.echo else None
         prompts += [
@@ -399,16 +431,28 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
     @router.post("/v1/chat/completions")
     async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(prepare_chat, rules=preparer.rules)
-        request, prompts, canonical = await preparer.prepare(work, await http.body(), tenant)
-        context = answers.request(http, "chat_completions", tenant.salted(request.cache_salt), canonical)
+        request, prompts, rendered = await preparer.prepare(work, await http.body(), tenant)
+        salted = tenant.salted(request.cache_salt)
+        context = answers.request(
+            http,
+            "chat_completions",
+            salted,
+            rendered.canonical,
+            user_id=request.session,
+            left_out=rendered.left_out,
+        )
         stream = answers.start(prompts, context)
-        writer = ChatWriter(**writer_arguments(request, context))
+        kind = FunctionCallWriter if request.wants_function_call else ChatWriter
+        writer = kind(**writer_arguments(request, context))
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.post("/v1/completions")
     async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         request, prompts = await preparer.prepare(prepare_completion, await http.body(), tenant)
-        context = answers.request(http, "completions", tenant.salted(request.cache_salt))
+        left_out: Counter[str] = Counter()
+        request.count_unknown(left_out)
+        salted = tenant.salted(request.cache_salt)
+        context = answers.request(http, "completions", salted, user_id=request.session, left_out=left_out)
         stream = answers.start(prompts, context)
         writer = CompletionWriter(**writer_arguments(request, context))
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))

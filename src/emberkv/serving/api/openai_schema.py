@@ -1,18 +1,22 @@
-"""Requests of the OpenAI API: their fields, which are refused, and their messages as chat templates take them."""
+"""Requests of the OpenAI API: their fields, and which of these are refused or left out."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field
-from pydantic_core import from_json
+from pydantic import BaseModel, Field, model_validator
 
-from emberkv.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from emberkv.engine.request import MAX_TOP_LOGPROBS, Constraint, SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.api.conversation import Conversation, ToolChoice
-from emberkv.serving.api.validation import RequestBody, plain_text
+from emberkv.serving.api.conversation import Conversation, count_left_out
+from emberkv.serving.api.openai_messages import MessageReader, template_tools, tool_choice_of
+from emberkv.serving.api.structured_output import STRUCTURED_FIELDS, constraint_of_body
+from emberkv.serving.api.validation import Integer, RequestBody
+from emberkv.validation import shown
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 MAX_SALT = 256
 MAX_ANSWERS = 64  # prompts times n, in one HTTP request
@@ -27,26 +31,36 @@ _UNSUPPORTED = (
     "chat_template",
     "documents",
     "echo",
-    "function_call",
-    "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
     "include_stop_str_in_output",
-    "logit_bias",
-    "min_tokens",
     "prompt_embeds",
     "prompt_logprobs",
     "return_token_ids",
     "return_tokens_as_token_ids",
-    "stop_token_ids",
-    "structured_outputs",
     "suffix",
     "truncate_prompt_tokens",
     "use_beam_search",
     "web_search_options",
 )
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+        *STRUCTURED_FIELDS,
+    }
+)
+"""Fields that no class here names and that change no answer of a text server, or are looked at elsewhere."""
 
 
 class StreamOptions(BaseModel):
@@ -59,20 +73,25 @@ class OpenAIRequest(RequestBody):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
-    best_of: int | None = None
+    n: Integer | None = None
+    best_of: Integer | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
-    top_k: int | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: list[Integer] | None = None
+    min_tokens: Integer | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
     @property
@@ -96,11 +115,25 @@ class OpenAIRequest(RequestBody):
                 f"best_of is {self.best_of}; it is not supported: leave it out, or make it n ({self.choices})",
                 param="best_of",
             )
-        format_type = (self.response_format or {"type": "text"}).get("type")
-        if format_type != "text":
+        if self.max_tokens and self.min_tokens and self.min_tokens > self.max_tokens:
             raise RequestError(
-                f"response_format.type is {format_type!r}; only 'text' is supported", param="response_format"
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}", param="min_tokens"
             )
+
+    @property
+    def session(self) -> str:
+        """What names the client's session, where no header does."""
+        return self.prompt_cache_key or self.user or ""
+
+    def constraint(self) -> Constraint | None:
+        """What ``response_format``, or one of vLLM's fields, asks for. Raises RequestError for what cannot be done."""
+        return constraint_of_body({**(self.model_extra or {}), "response_format": self.response_format})
+
+    def count_unknown(self, left_out: Counter[str]) -> None:
+        """Count the fields that this server does not know, and so leaves out."""
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name not in _WITHOUT_EFFECT:
+                count_left_out(left_out, name)
 
     def sampling(
         self,
@@ -109,6 +142,7 @@ class OpenAIRequest(RequestBody):
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> list[SamplingParams]:
         """The parameters of each choice for one prompt; with a seed, choice i gets ``seed + i``, as a 64-bit integer.
 
@@ -117,20 +151,39 @@ class OpenAIRequest(RequestBody):
         Raises RequestError when a value is out of range.
         """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        top_k = 0 if self.top_k == -1 else self.top_k  # as vLLM writes that all tokens are kept
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": self.top_k,
+            "top_k": top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         fields |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-        first = replace(defaults, max_tokens=max_tokens, stop=stop, seed=self.seed, **fields)
+        first = replace(
+            defaults,
+            max_tokens=max_tokens,
+            stop=tuple(filter(None, stop)),
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=self._biases(),
+            constraint=constraint,
+            **fields,
+        )
         return [replace(first, seed=_nth_seed(first.seed, choice)) for choice in range(self.choices)]
+
+    def _biases(self) -> dict[int, float]:
+        biases = {}
+        for name, bias in (self.logit_bias or {}).items():
+            if not _TOKEN_ID.fullmatch(name):
+                raise RequestError(f"logit_bias has {shown(name)}; it must have token ids", param="logit_bias")
+            biases[int(name)] = bias
+        return biases
 
 
 def _nth_seed(seed: int | None, choice: int) -> int | None:
@@ -149,12 +202,17 @@ class TemplateOptions(RequestBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
 
     def conversation_of(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[dict[str, Any]],
-        tool_choice: ToolChoice,
+        tools: Sequence[Mapping[str, Any]],
+        tool_choice: object = None,
+        *,
+        parallel: bool = True,
     ) -> Conversation:
         """Messages and tools of the request with its options. Raises RequestError naming what cannot be used."""
         continued = bool(self.continue_final_message)
@@ -163,27 +221,61 @@ class TemplateOptions(RequestBody):
                 "continue_final_message and add_generation_prompt are both true; one of them must not be",
                 param="continue_final_message",
             )
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        reader = MessageReader()
+        read = reader.messages(messages)
+        functions = template_tools(tools, reader.left_out)
         return Conversation(
-            template_messages(messages),
-            without_marks(tools),
-            tool_choice,
-            {**effort, **(self.chat_template_kwargs or {})},
+            read,
+            functions,
+            tool_choice_of(tool_choice, functions, parallel=parallel),
+            self._variables(),
+            left_out=reader.left_out,
             add_generation_prompt=not continued if self.add_generation_prompt is None else self.add_generation_prompt,
             continue_final_message=continued,
         )
+
+    def _variables(self) -> dict[str, Any]:
+        """Of the template. ``chat_template_kwargs`` come before the names that vendors have for the same."""
+        variables: dict[str, Any] = {}
+        effort = self.reasoning_effort or (self.reasoning or {}).get("effort")
+        if isinstance(effort, str):
+            variables["reasoning_effort"] = effort
+        switch = (self.thinking or {}).get("type")
+        if self.enable_thinking is not None:
+            variables["enable_thinking"] = self.enable_thinking
+        elif effort == "none" or switch == "disabled":
+            variables["enable_thinking"] = False
+        elif switch == "enabled":
+            variables["enable_thinking"] = True
+        return {**variables, **(self.chat_template_kwargs or {})}
 
 
 class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
     """The body of POST /v1/chat/completions. Messages are checked as they are rendered."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _functions_are_tools(self) -> Self:
+        """The former fields for tools become the present ones."""
+        if self.functions and not self.tools:
+            self.tools = [{"type": "function", "function": function} for function in self.functions]
+        return self
+
+    def check(self) -> None:
+        """Raises RequestError for what is not supported."""
+        super().check()
+        if "audio" in (self.modalities or ()):
+            raise RequestError("modalities has 'audio'; it must be ['text']", param="modalities")
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -196,26 +288,30 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def chosen_tools(self) -> ToolChoice:
-        """Which tools the answer may call. Raises RequestError for 'required' and named tools."""
-        if self.tool_choice not in (None, "none", "auto"):
-            raise RequestError(
-                f"tool_choice is {self.tool_choice!r}; only 'none' and 'auto' are supported",
-                param="tool_choice",
-            )
-        mode: Literal["none", "auto"] = "none" if self.tool_choice == "none" else "auto"
-        return ToolChoice(mode, parallel=self.parallel_tool_calls is not False)
+    def wants_function_call(self) -> bool:
+        """Whether the request is in the former form, in which an answer has one ``function_call``."""
+        return bool(self.functions)
 
     def conversation(self) -> Conversation:
         """Raises RequestError naming the place of what cannot be used."""
-        return self.conversation_of(self.messages, self.tools or (), self.chosen_tools)
+        former = self.function_call
+        choice = {"type": "function", "function": former} if isinstance(former, dict) else former
+        conversation = self.conversation_of(
+            self.messages,
+            self.tools or (),
+            choice if self.tool_choice is None else self.tool_choice,
+            parallel=self.parallel_tool_calls is not False and not self.wants_function_call,
+        )
+        left_out = Counter(conversation.left_out)
+        self.count_unknown(left_out)
+        return replace(conversation, left_out=left_out)
 
 
 class CompletionRequest(OpenAIRequest):
     """The body of POST /v1/completions."""
 
     prompt: Any
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -241,56 +337,3 @@ class CompletionRequest(OpenAIRequest):
 
 def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-
-
-def without_marks(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools as the template is to show them: a mark that says how long to retain the prefix is no part of one."""
-    return [{key: value for key, value in tool.items() if key != "cache_control"} for tool in tools]
-
-
-def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is a string, for ``Tokenizer.render_chat``.
-
-    Text parts are joined by line breaks; "developer" is shown as "system"; a tool call's arguments become an
-    object, as templates expect. Raises RequestError naming the place of what cannot be used.
-    """
-    if not messages:
-        raise RequestError("messages is empty; it must hold at least one message", param="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        accepted = ", ".join(repr(known) for known in _ROLES)
-        raise RequestError(f"{place}.role is {role!r}; it must be one of {accepted}", param=f"{place}.role")
-    calls = message.get("tool_calls")
-    plain: dict[str, Any] = {"role": _ROLES[role]}
-    if message.get("content") is None and role == "assistant" and calls:
-        plain["content"] = ""
-    else:
-        plain["content"] = plain_text(message.get("content"), f"{place}.content")
-    if calls:
-        if not isinstance(calls, list):
-            raise RequestError(f"{place}.tool_calls must be a list", param=f"{place}.tool_calls")
-        plain["tool_calls"] = [_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    for name in ("name", "tool_call_id"):
-        if isinstance(message.get(name), str):
-            plain[name] = message[name]
-    return plain
-
-
-def _call(call: object, place: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RequestError(f"{place} must be an object with function.name and function.arguments", param=place)
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = from_json(arguments or "{}")
-        except ValueError as error:
-            raise RequestError(
-                f"{place}.function.arguments is not valid JSON: {error}", param=f"{place}.function.arguments"
-            ) from error
-    plain_function = {"name": function["name"], "arguments": arguments}
-    return {"id": call.get("id"), "type": "function", "function": plain_function}

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.answer_service import RequestPreparer
-from emberkv.serving.api.conversation import ToolChoice
 from emberkv.serving.api.openai_schema import TemplateOptions
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.auth import ApiKeys
@@ -49,7 +48,7 @@ def tokenize(body: bytes, model: ServedModel) -> dict[str, Any]:
     if request.prompt is not None:
         text, special = request.prompt, request.add_special_tokens is not False
     else:
-        conversation = request.conversation_of(request.messages or [], request.tools or (), ToolChoice())
+        conversation = request.conversation_of(request.messages or [], request.tools or ())
         text = conversation.prompt_text(model.tokenizer)
         special = bool(request.add_special_tokens)
     token_ids = list(model.tokenizer.encode(text, add_special_tokens=special, max_tokens=model.countable_tokens))

@@ -2,12 +2,20 @@
 
 import reprlib
 from codecs import BOM_UTF8
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from emberkv.errors import RequestError
+
+
+def _as_integer(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_as_integer)]
+"""An integer, or a number with a fraction of 0, as languages without integers write them."""
 
 
 class RequestBody(BaseModel):
