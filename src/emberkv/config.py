@@ -151,6 +151,8 @@ class ModelSettings(_Settings):
     served_names: what requests may call the model, beside the model's own name; "*" stands for any characters.
     strict_names: requests with the names that coding agents use for their own vendor's models are refused, too.
     chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
+    tool_parser, reasoning_parser: the formats of the model's tool calls and thoughts; "auto": as its chat template
+    shows; "none": these stay in the answer's text.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
     "torch": torch's own operations; "auto": C++ where it can be.
@@ -162,6 +164,8 @@ class ModelSettings(_Settings):
     served_names: tuple[NotEmpty, ...] = ()
     strict_names: bool = False
     chat_template: NotEmpty | None = None
+    tool_parser: NotEmpty = "auto"
+    reasoning_parser: NotEmpty = "auto"
     generation_config: Literal["auto", "ignore"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"

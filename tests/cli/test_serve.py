@@ -55,6 +55,8 @@ def test_help_names_every_setting() -> None:
     [
         (["--api-key", ""], {}, "--api-key: the key is empty"),
         (["--api-key", " k "], {}, "--api-key: the key begins or ends with a blank"),
+        (["--tool-parser", "x"], {}, "--tool-parser is 'x'; accepted are auto, none, harmony"),
+        ([], {"EMBERKV_REASONING_PARSER": "y"}, "--reasoning-parser is 'y'; accepted are auto, none, harmony"),
         (["--admin-key", ""], {}, "--admin-key: the key is empty"),
         (["--api-key-file", "none.txt"], {}, "--api-key-file none.txt cannot be read: No such file"),
         (["--api-key-file", "empty.txt"], {}, "--api-key-file empty.txt holds no key"),

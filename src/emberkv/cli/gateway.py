@@ -24,6 +24,7 @@ from emberkv.config import ServeConfig
 from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.server import bind_socket
 from emberkv.serving.tenancy import declare_tenants, server_keys
 from emberkv.settings import ENV_PREFIX, read_settings
@@ -90,6 +91,8 @@ def gateway(
     max_connections: options.MaxConnections = None,
     drain_seconds: options.DrainSeconds = None,
     on_overflow: options.OnOverflow = None,
+    tool_parser: options.ToolParser = None,
+    reasoning_parser: options.ReasoningParser = None,
     admin_key: options.AdminKey = None,
     admin_key_file: options.AdminKeyFile = None,
     metrics_key: options.MetricsKey = None,
@@ -116,7 +119,8 @@ def gateway(
         "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
         "record_trace": record_trace,
         "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
-        "on_overflow": on_overflow, "log_level": log_level, "log_format": log_format,
+        "on_overflow": on_overflow, "tool_parser": tool_parser, "reasoning_parser": reasoning_parser,
+        "log_level": log_level, "log_format": log_format,
         "cluster_secret_file": cluster_secret_file,
     }  # fmt: skip
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
@@ -173,6 +177,7 @@ def _recording_decisions(path: Path | None, routing: str) -> Iterator[Recorder |
 
 def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder | None = None) -> None:
     """Serve until a signal to stop. record: takes each routing decision. Raises EmberError when it cannot start."""
+    chosen_format(None, config.tool_parser, config.reasoning_parser)  # refuses unknown names
     try:
         from emberkv.cluster.sequence_routes import (  # noqa: PLC0415 - an extra
             ByPort,
@@ -200,6 +205,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         routing=options.routing,
         max_requests=options.max_requests,
         on_overflow=config.on_overflow,
+        parsers=(config.tool_parser, config.reasoning_parser),
         record=record,
     )
     members = FollowedMembers(gateway.membership)

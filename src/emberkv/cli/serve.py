@@ -30,6 +30,7 @@ from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, server_keys
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
@@ -131,6 +132,8 @@ def serve(
     served_name: options.ServedName = None,
     strict_names: options.StrictNames = None,
     chat_template: options.ChatTemplate = None,
+    tool_parser: options.ToolParser = None,
+    reasoning_parser: options.ReasoningParser = None,
     generation_config: options.GenerationConfig = None,
     cache_ram: options.CacheRam = None,
     cache_dir: options.CacheDir = None,
@@ -236,6 +239,7 @@ def sequence_routers(config: ClusterSettings, worker_id: str) -> list[RouterFact
 
 def run_server(config: ServeConfig) -> None:
     """Serve until a signal to stop. Raises EmberError when the server cannot start."""
+    chosen_format(None, config.tool_parser, config.reasoning_parser)  # refuses unknown names before the model is loaded
     lifecycle = Lifecycle()
     keys = server_keys(config)
     tenants = declare_tenants(config, keys.api, os.environ)

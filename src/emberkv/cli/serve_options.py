@@ -50,6 +50,22 @@ ChatTemplate = Annotated[
         help="One of the model's chat templates, or a file. (default: its own)",
     ),
 ]
+ToolParser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|NAME",
+        rich_help_panel=MODEL,
+        help="Format in which the model writes tool calls, such as hermes. (default: as its chat template shows)",
+    ),
+]
+ReasoningParser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|NAME",
+        rich_help_panel=MODEL,
+        help="Format in which the model writes thoughts, such as think. (default: as its chat template shows)",
+    ),
+]
 GenerationConfig = Annotated[
     str | None,
     typer.Option(

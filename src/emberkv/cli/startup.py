@@ -21,7 +21,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, detected_format, model_names
+from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, chosen_output_format, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
 from emberkv.serving.tenancy import Tenants
@@ -96,6 +96,7 @@ def print_summary(
         "model": f"{name} ({loaded.dtypes}, {loaded.device})",
         "context": context_line(loaded.geometry, tokens),
         "KV pool": f"{mib:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
+        "parsers": str(chosen_output_format(loaded.tokenizer, config.tool_parser, config.reasoning_parser)),
         "kernels": engine.executor.description,
         "prefix cache": f"{cache}, eviction {config.eviction}, prefill chunks of {config.prefill_chunk}",
         "tiers": _tiers_line(config),
@@ -259,7 +260,9 @@ class Startup:
                 sum(weights.nbytes for weights in loaded.model.parameters()),
             ),
             assembled=engine,
-            output_format=detected_format(loaded.tokenizer),
+            output_format=chosen_output_format(
+                loaded.tokenizer, self._config.tool_parser, self._config.reasoning_parser
+            ),
             fingerprint=loaded.fingerprint,
             on_overflow=self._config.on_overflow,
             name_patterns=patterns,

@@ -26,7 +26,8 @@ from emberkv.errors import RequestError, WireError
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.dashboard import dashboard_router
-from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, detected_format
+from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, chosen_output_format
+from emberkv.serving.parsing.formats import AUTO
 from emberkv.serving.server import HttpServer
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Gateway:
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
     secret: what workers register with. routing: a policy's name. max_requests: more at once are refused.
-    on_overflow: of the `ServedModel`. on_stop: what else is closed at the end.
+    on_overflow: of the `ServedModel`. parsers: names of formats, as --tool-parser and --reasoning-parser
+    give them. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -59,6 +61,7 @@ class Gateway:
         routing: str = DEFAULT_ROUTING,
         max_requests: int = MAX_REQUESTS,
         on_overflow: Literal["clip", "refuse"] = "clip",
+        parsers: tuple[str, str] = (AUTO, AUTO),
         rng: random.Random | None = None,
         record: Recorder | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class Gateway:
         self._workers = workers
         self._max_requests = max_requests
         self._on_overflow = on_overflow
+        self._parsers = parsers
 
     async def start(self) -> None:
         """Begin to follow the workers."""
@@ -180,7 +184,7 @@ class Gateway:
                 headers=self._headers,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
-                output_format=detected_format(tokenizer),
+                output_format=chosen_output_format(tokenizer, *self._parsers),
             )
         )
         self.lifecycle.has_workers(False)

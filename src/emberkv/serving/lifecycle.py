@@ -19,7 +19,7 @@ from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
 from emberkv.serving.errors import NotReadyError, UnknownModelError
-from emberkv.serving.parsing.formats import OutputFormat, detect_format
+from emberkv.serving.parsing.formats import OutputFormat, chosen_format
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 
 _log = logging.getLogger(__name__)
@@ -151,10 +151,14 @@ class ServedModel:
             raise UnknownModelError(f"model is {name!r}; this server has {served}", param="model")
 
 
-def detected_format(tokenizer: Tokenizer) -> OutputFormat:
-    """How the model writes thoughts and tool calls, by its chat templates."""
+def chosen_output_format(tokenizer: Tokenizer, tool_parser: str, reasoning_parser: str) -> OutputFormat:
+    """How the model writes thoughts and tool calls: the formats of these names, "auto" being by its chat templates.
+
+    Raises ConfigError for an unknown name.
+    """
     templates = tokenizer.description["chat_template"]
-    return detect_format("\n".join(templates.values()) if isinstance(templates, Mapping) else templates)
+    text = "\n".join(templates.values()) if isinstance(templates, Mapping) else templates
+    return chosen_format(text, tool_parser, reasoning_parser)
 
 
 class RunningAnswer(Protocol):

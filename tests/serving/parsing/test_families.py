@@ -3,7 +3,7 @@
 import pytest
 
 from emberkv.errors import ConfigError
-from emberkv.serving.parsing.formats import OutputFormat, detect_format, output_format
+from emberkv.serving.parsing.formats import OutputFormat, chosen_format, detect_format, output_format
 from tests.serving.parsing.families import FAMILIES, Family
 
 EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -28,6 +28,14 @@ def test_the_template_says_which_format_it_is(family: Family) -> None:
 
 def test_a_template_without_markup_has_no_format() -> None:
     assert detect_format("{{ messages[0].content }}") == OutputFormat(None, None) == detect_format(None)
+
+
+def test_names_override_what_the_template_shows() -> None:
+    template = FAMILIES["Qwen3"].template
+    assert chosen_format(template) == OutputFormat("hermes", "think")
+    assert chosen_format(template, tools="qwen-xml") == OutputFormat("qwen-xml", "think")
+    assert chosen_format(template, tools="none", reasoning="think-first") == OutputFormat(None, "think-first")
+    assert str(chosen_format(template, reasoning="none")) == "tool calls: hermes, thoughts: none"
 
 
 def test_names_are_checked() -> None:

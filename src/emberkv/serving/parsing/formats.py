@@ -146,7 +146,7 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
 }
 """By name; "think-first" is for models that never write the tag that begins a thought: only the option names it."""
 
-NONE = "none"
+AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,10 @@ class OutputFormat:
 
     tools: str | None = None
     reasoning: str | None = None
+
+    def __str__(self) -> str:
+        """As at the start of a server: ``tool calls: hermes, thoughts: none``."""
+        return f"tool calls: {self.tools or NONE}, thoughts: {self.reasoning or NONE}"
 
     @property
     def special_tokens(self) -> frozenset[str]:
@@ -249,6 +253,17 @@ def output_format(tools: str | None, reasoning: str | None) -> OutputFormat:
     """
     return OutputFormat(
         _known(tools, TOOL_FORMATS, "--tool-parser"), _known(reasoning, REASONING_FORMATS, "--reasoning-parser")
+    )
+
+
+def chosen_format(chat_template: str | None, tools: str = AUTO, reasoning: str = AUTO) -> OutputFormat:
+    """The format of these names; "auto": the one that the chat template shows.
+
+    Raises ConfigError for an unknown name.
+    """
+    detected = detect_format(chat_template)
+    return output_format(
+        detected.tools if tools == AUTO else tools, detected.reasoning if reasoning == AUTO else reasoning
     )
 
 
