@@ -15,6 +15,7 @@ from emberkv.cli.explain import Api, question_of
 from emberkv.cli.main import app
 from emberkv.cli.suggestions import NOTHING_FOUND
 from emberkv.serving.canonical import Wildcard, load_rules
+from tests.serving.parsing.families import FAMILIES
 
 LOST = {"tier": "ram", "how": "evicted", "seconds_ago": 7300}
 ANSWER = {
@@ -250,3 +251,24 @@ def test_suggestions_are_about_all_prompts(server: _Server) -> None:
     assert outcome.exit_code == 2
     assert "--suggest is about all prompts" in outcome.stderr
     assert server.asked == []
+
+
+def test_a_template_is_explained_without_a_server(tmp_path: Path) -> None:
+    template = tmp_path / "family.jinja"
+    template.write_text(FAMILIES["MiniMax-M2"].template, encoding="utf-8")
+    result = CliRunner().invoke(app, ["explain", "--template", str(template)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "tool calls: minimax-m2, thoughts: think" in result.stdout
+    assert all(cell_len(line) <= 80 for line in result.stdout.splitlines() if str(tmp_path) not in line)
+    (question,) = [line for line in result.stdout.splitlines() if line.startswith("next question")]
+    assert question.split()[2] == "all"
+    assert question.endswith("to answer 1")
+    as_json = CliRunner().invoke(app, ["explain", "--template", str(template), "--json"], catch_exceptions=False)
+    said = json.loads(as_json.stdout)
+    assert (said["unit"], said["with_thoughts"]["question"]["differs_in"]) == ("characters", "answer 1")
+
+
+def test_a_template_stands_alone(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["explain", "--template", "m", "--text", "Hi"], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert "--template stands alone" in result.stderr

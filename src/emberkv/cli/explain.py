@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import connection
+from emberkv.cli.explain_template import explain_template
 from emberkv.cli.suggestions import Suggestions, print_suggestions
 from emberkv.errors import EmberError, RequestError
 
@@ -225,6 +226,13 @@ def explain(
     api: Annotated[
         Api | None, typer.Option(help="The API of the request's JSON; default: inferred from its fields.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|FILE",
+            help="Say instead what this model's chat template, or the one in a file, lets each next turn reuse.",
+        ),
+    ] = None,
     tenant: Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")] = None,
     url: Annotated[
         str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")
@@ -245,6 +253,13 @@ def explain(
 
     Exits with 2 when the server cannot be reached.
     """
+    if template is not None:
+        if suggest or any(given is not None for given in (source, text, response_id, tenant)):
+            raise RequestError(
+                "--template stands alone: give no file, --text, --response-id, --tenant or --suggest with it"
+            )
+        explain_template(template, as_json=as_json)
+        return
     if suggest and any(given is not None for given in (source, text, response_id, tenant)):
         raise RequestError("--suggest is about all prompts; give no file, --text, --response-id or --tenant with it")
     question = None if suggest else _question(source, text, response_id, raw, api)

@@ -24,6 +24,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, chosen_output_format, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
+from emberkv.serving.template_study import agent_warnings
 from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.warm_prompt import configured_prompts, public_tokens, standard_prompts
 from emberkv.serving.warmup.warmup import Warmup, make_warmup
@@ -267,6 +268,10 @@ class Startup:
             on_overflow=self._config.on_overflow,
             name_patterns=patterns,
         )
+        for warning in agent_warnings(
+            loaded.tokenizer, engine.loop.max_prompt_tokens, reasons=model.output_format.reasoning is not None
+        ):
+            _log.warning("%s", warning)
         self._lifecycle.loaded(model, warming=True)
         warmup.start()
         return loaded, engine, warmup, name

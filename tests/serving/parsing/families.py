@@ -46,8 +46,9 @@ class Family:
 
     tools, reasoning: the formats that are to be found. turn, end: around an assistant's turn. thought: how the template
     writes one; keeps: "all" thoughts, or those since the last "user" message. call: how it writes a call, between
-    calls_begin and calls_end. generation: what it puts behind ``turn`` where an answer begins. no_thought: what it puts
-    there in a turn without a thought. ids: those of the calls, where the model writes them.
+    calls_begin and calls_end. generation: what it puts behind ``turn`` where an answer begins. no_thought: what it
+    writes in a turn since that message which has no thought; always_thought: not in the last turn only. ids: those of
+    the calls, where the model writes them.
     """
 
     tools: str
@@ -58,6 +59,7 @@ class Family:
     thought: str = ""
     keeps: str = "user"
     no_thought: str = ""
+    always_thought: bool = True
     content: str = "{{ message.content or '' }}"
     calls_begin: str = ""
     calls_end: str = ""
@@ -71,9 +73,8 @@ class Family:
         is_kept = "" if self.keeps == "all" else " and loop.index0 > ns.last"
         thought = f"{{%- if message.reasoning_content{is_kept} %}}{self.thought}{{% endif %}}" if self.thought else ""
         if self.no_thought:
-            thought = thought.replace(
-                "{% endif %}", "{% elif loop.index0 > ns.last %}" + self.no_thought + "{% endif %}"
-            )
+            when = f"loop.index0 > ns.last and (loop.last or {str(self.always_thought).lower()})"
+            thought = thought.replace("{% endif %}", f"{{% elif {when} %}}{self.no_thought}{{% endif %}}")
         tools = "<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n"
         text = (
             "{%- set ns = namespace(last=-1) %}{%- for message in messages %}"
@@ -199,7 +200,10 @@ def _gemma_call(begin: str, end: str, quote: str) -> str:
 
 FAMILIES: Mapping[str, Family] = {
     "Qwen2.5": Family("hermes", _HERMES_CALL),
-    "Qwen3": Family("hermes", _HERMES_CALL, reasoning="think", thought=_THINK),
+    "Qwen3": Family(
+        "hermes", _HERMES_CALL, reasoning="think", thought=_THINK,
+        no_thought="<think>\n\n</think>\n\n", always_thought=False,
+    ),
     "Qwen3-Coder": Family("qwen-xml", _QWEN_CALL),
     "Qwen3.5": Family(
         "qwen-xml", _QWEN_CALL, reasoning="think", thought=_THINK, turn="<|im_start|>assistant\n",

@@ -219,6 +219,19 @@ def load_model(
     )
 
 
+def load_tokenizer(
+    name_or_path: str, chat_template: str | None = None, *, fetch: Fetch = fetch_from_hub
+) -> HFTokenizer:
+    """A model's tokenizer without the model. chat_template: as for `load_model`.
+
+    Raises ModelNotFoundError, CorruptModelError or UnsupportedModelError, and ConfigError for a template that is none.
+    """
+    _silence()
+    folder = find_folder(name_or_path, fetch)
+    tokenizer = _load_tokenizer(folder)
+    return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, folder, chat_template))
+
+
 def choose_device(device: str) -> torch.device:
     """The torch device that ``device`` names. Raises ConfigError when it is unknown or not here."""
     if device == "auto":
