@@ -256,7 +256,7 @@ def explain(
     if template is not None:
         if suggest or any(given is not None for given in (source, text, response_id, tenant)):
             raise RequestError(
-                "--template stands alone: give no file, --text, --response-id, --tenant or --suggest with it"
+                "--template stands alone: leave out the file, --text, --response-id, --tenant, --suggest"
             )
         explain_template(template, as_json=as_json)
         return
