@@ -127,7 +127,7 @@ def test_tools_of_anthropics_service_are_left_out() -> None:
     assert tools == [
         {
             "type": "function",
-            "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}},
+            "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}, "strict": True},
         }
     ]
     assert left_out == {"text_editor_20250728": 1, "tool_search_tool_regex_20251119": 1, "other": 1}

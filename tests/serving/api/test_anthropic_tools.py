@@ -13,7 +13,7 @@ from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.events import ParsedCall
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
-from tests.serving.harness import MODEL, Client, serving
+from tests.serving.harness import MODEL, Client, anthropic_error, serving
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 OTHER_CALL = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
@@ -135,6 +135,51 @@ def test_one_call_at_a_time(client: Client, engine: FakeEngine) -> None:
     answer = send(client, tool_choice={"type": "auto", "disable_parallel_tool_use": True}).json()
     assert [block["name"] for block in answer["content"]] == ["add"]
     assert answer["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "allowed"),
+    [
+        ({"type": "any"}, TOOLS, ("add", "time")),
+        ({"type": "tool", "name": "time"}, TOOLS, ("time",)),
+        ({"type": "auto", "disable_parallel_tool_use": True}, TOOLS, ("add", "time")),
+        ({"type": "auto"}, [{**TOOLS[0], "strict": True}], ("add",)),
+    ],
+)
+def test_demanded_and_strict_calls_are_constraints(
+    client: Client, engine: FakeEngine, choice: Any, tools: Any, allowed: tuple[str, ...]
+) -> None:
+    send(client, tool_choice=choice, tools=tools)
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert [name for name in ("add", "time") if f'"{name}' in constraint.text.replace("\\", "")] == list(allowed)
+
+
+def test_other_answers_are_free(client: Client, engine: FakeEngine) -> None:
+    for choice in ({"type": "auto"}, {"type": "none"}):
+        send(client, tool_choice=choice)
+    assert [request.params.constraint for request in engine.submitted] == [None, None]
+
+
+def test_a_schema_is_of_what_follows_the_thoughts(client: Client, engine: FakeEngine) -> None:
+    wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    send(client, output_config=wanted)
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert "think" in constraint.text
+    refused = client.post(
+        "/v1/messages",
+        {
+            "model": MODEL,
+            "max_tokens": 5,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "tools": TOOLS,
+            "tool_choice": {"type": "any"},
+            "output_config": wanted,
+        },
+    )
+    assert refused.status_code == 400
+    assert "send one of them" in anthropic_error(refused)["message"]
 
 
 def test_markup_is_text_where_no_tool_may_be_called(client: Client, engine: FakeEngine) -> None:

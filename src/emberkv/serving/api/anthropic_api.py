@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress
-from emberkv.errors import RequestError
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer, answer_budget
 from emberkv.serving.answers.answer import Answer
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
@@ -35,11 +34,7 @@ def prepare_messages(
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
     rendered = render_messages(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
-    assert rendered.conversation is not None
-    if rendered.conversation.tool_choice.mode == "required":
-        kind = (request.tool_choice or {}).get("type")
-        raise RequestError(f"tool_choice.type is {kind!r}; only 'auto' and 'none' are supported", param="tool_choice")
-    constraint = request.constraint()
+    constraint = rendered.constraint(model.output_format, request.constraint())
     budget = answer_budget(model, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
         rendered.token_ids,

@@ -152,6 +152,8 @@ def _tool(tool: Mapping[str, Any], place: str) -> Message:
     if not isinstance(name, str) or not isinstance(schema, dict):
         raise RequestError(f"{place} must have a name (string) and an input_schema (object)", param=place)
     function = {"name": name, "description": tool.get("description") or "", "parameters": schema}
+    if tool.get("strict") is True:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal
 
+from emberkv.engine.request import Constraint
 from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.errors import RequestError
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
+from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint
 from emberkv.serving.parsing.formats import OutputFormat
 
 Message = dict[str, Any]
@@ -72,6 +75,28 @@ class Conversation:
             variables=self.variables,
         )
         return rendered + self.begun
+
+    def constraint(
+        self, output_format: OutputFormat, prompt_text: str, wanted: Constraint | None = None
+    ) -> Constraint | None:
+        """Which answers the conversation allows a model of ``output_format`` to ``prompt_text``, this rendered.
+
+        wanted: what the request demands of the answer's text, which thoughts may precede.
+
+        Raises RequestError for tools that cannot be demanded of the model, and where both calls and a form of the text
+        are demanded.
+        """
+        in_reasoning = output_format.ends_in_reasoning(prompt_text, self.begun)
+        calls = call_constraint(output_format, self.tools, self.tool_choice, in_reasoning=in_reasoning)
+        if wanted is None:
+            return calls
+        if self.tool_choice.mode == "required":
+            raise RequestError(
+                "tool_choice demands a tool call, and the request demands a form of the answer's text, too; "
+                "send one of them",
+                param="tool_choice",
+            )
+        return behind_reasoning(wanted, output_format, in_reasoning=in_reasoning)
 
     def parsing(
         self, output_format: OutputFormat, prompt_text: str, new_call_id: Callable[[], str] = openai_call_id

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from emberkv.engine.request import Constraint
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
@@ -231,6 +232,12 @@ class RenderedPrompt:
     def left_out(self) -> Mapping[str, int]:
         """What of the request is not in the prompt; see `Conversation`."""
         return {} if self.conversation is None else self.conversation.left_out
+
+    def constraint(self, output_format: OutputFormat, wanted: Constraint | None = None) -> Constraint | None:
+        """Which answers are allowed: `Conversation.constraint`."""
+        if self.conversation is None:
+            return wanted
+        return self.conversation.constraint(output_format, self.text, wanted)
 
     def parsing(
         self, output_format: OutputFormat, new_call_id: Callable[[], str] = openai_call_id
