@@ -21,7 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
+from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +49,14 @@ BLOCK = 16
 WORSE = 0.02
 """How much worse than the best other policy the default one may be."""
 SYSTEM_PROMPTS = 20
+AZURE_REQUESTS = {True: 200, False: 1500}
+"""When quick, and otherwise."""
 PROMPT_BLOCKS = 6250
-PROMPTS = 300
+PROMPTS = 100
 """Different ones, of which decisions are made in turn."""
 EVENT_BLOCKS = 64
 COLD_BYTES = 1 << 28
+COLD_DECISIONS = 200
 
 BUSY_CHAT = {**CHAT, "sessions": 400, "arrivals": {"kind": "poisson", "rate": 16.0}}
 AGENTS = {
@@ -95,22 +102,19 @@ def trace(path: Path, **how: Any) -> Workload:
     return Workload(None, TraceConfig(path=path.name, **how), path.parent)
 
 
-def pooled_rows(quick: bool) -> list[Row]:
-    how = {"cache_only": True, "kv_blocks": NODE_BLOCKS}
-    clip = trace(MOONCAKE, stop=200.0) if quick else trace(MOONCAKE)
-    pooled = summary({**how, "kv_blocks": NODE_BLOCKS * REPLICAS, "replicas": 1}, clip)["blocks"]["hit_rate"]
-    found = summary({**how, "routing": DEFAULT_ROUTING}, clip)
-    name = f"Mooncake, 8 nodes, {DEFAULT_ROUTING}"
-    return [
-        Figure("Mooncake, one pool of the same size: hit rate", "", [pooled]),
-        Figure(f"{name}: hit rate", "", [found["blocks"]["hit_rate"]], 0.97 * pooled, at_least=True),
-        Figure(f"{name}: largest node's work against the mean", "", [found["imbalance"]], 1.15),
-    ]
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a policy reached on one traffic. hit_rate: of tokens. Times are in ms."""
+
+    hit_rate: float
+    mean: float
+    p90: float
+    imbalance: float
+    seconds: float
 
 
 def traffic(folder: Path, quick: bool) -> dict[str, tuple[dict[str, Any], Workload]]:
     azure = folder / "azure.jsonl"
-    azure.write_text("\n".join(azure_lines(200 if quick else 4000)) + "\n")
     chat, agents = ({**each, "sessions": 8} if quick else each for each in (BUSY_CHAT, AGENTS))
     generated = {name: parse_workload(each, folder=folder) for name, each in (("chat", chat), ("agents", agents))}
     return {
@@ -124,24 +128,68 @@ def traffic(folder: Path, quick: bool) -> dict[str, tuple[dict[str, Any], Worklo
     }
 
 
-def policy_rows(quick: bool) -> Iterator[Row]:
-    """For each traffic, each figure of the default policy against the best that any other policy reaches."""
-    with tempfile.TemporaryDirectory() as made:
-        for name, (changes, workload) in traffic(Path(made), quick).items():
-            others = ROUTER_NAMES[:2] if quick else [each for each in ROUTER_NAMES if each != DEFAULT_ROUTING]
-            found = {each: summary({**changes, "routing": each}, workload) for each in (*others, DEFAULT_ROUTING)}
-            ours = found.pop(DEFAULT_ROUTING)
-            hits = {each: of["prefix_caching"]["token_hit_rate"] for each, of in found.items()}
-            best = max(hits, key=lambda each: hits[each])
-            target = (1 - WORSE) * hits[best]
-            rate = ours["prefix_caching"]["token_hit_rate"]
-            yield Figure(f"{name}: hit rate; best other {best}", "", [rate], target, at_least=True)
-            for figure in ("mean", "p90"):
-                times = {each: of["ttft_ms"][figure] for each, of in found.items()}
-                best = min(times, key=lambda each: times[each])
-                target = (1 + WORSE) * times[best]
-                yield Figure(f"{name}: TTFT {figure}; best other {best}", "ms", [ours["ttft_ms"][figure]], target)
-            yield Figure(f"{name}: largest replica's work against the mean", "", [ours["imbalance"]])
+TRAFFIC = ("Mooncake in time", "Azure behind system prompts", "chat", "agents")
+"""The names in `traffic`."""
+
+
+def reached(folder: Path, quick: bool, name: str, policy: str) -> Reached:
+    """Replay one traffic with one policy; runs in a process of its own."""
+    began = time.monotonic()
+    changes, workload = traffic(folder, quick)[name]
+    found = summary({**changes, "routing": policy}, workload)
+    hit_rate, times = found["prefix_caching"]["token_hit_rate"], found["ttft_ms"]
+    return Reached(hit_rate, times["mean"], times["p90"], found["imbalance"], time.monotonic() - began)
+
+
+def pooled(quick: bool) -> tuple[float, float, float]:
+    """Mooncake's blocks without time: the hit rates of one pool and of eight nodes, and the nodes' imbalance."""
+    how = {"cache_only": True, "kv_blocks": NODE_BLOCKS}
+    clip = trace(MOONCAKE, stop=200.0) if quick else trace(MOONCAKE)
+    best = summary({**how, "kv_blocks": NODE_BLOCKS * REPLICAS, "replicas": 1}, clip)["blocks"]["hit_rate"]
+    found = summary({**how, "routing": DEFAULT_ROUTING}, clip)
+    return best, found["blocks"]["hit_rate"], found["imbalance"]
+
+
+def pooled_rows(best: float, hit_rate: float, imbalance: float) -> list[Row]:
+    name = f"Mooncake, 8 nodes, {DEFAULT_ROUTING}"
+    return [
+        Figure("Mooncake, one pool of the same size: hit rate", "", [best]),
+        Figure(f"{name}: hit rate", "", [hit_rate], 0.97 * best, at_least=True),
+        Figure(f"{name}: largest node's work against the mean", "", [imbalance], 1.15),
+    ]
+
+
+def policy_rows(name: str, found: dict[str, Reached]) -> Iterator[Row]:
+    """Each figure of the default policy against the best that any other policy reaches on the same traffic."""
+    ours = found[DEFAULT_ROUTING]
+    others = {policy: each for policy, each in found.items() if policy != DEFAULT_ROUTING}
+    best = max(others, key=lambda policy: others[policy].hit_rate)
+    target = (1 - WORSE) * others[best].hit_rate
+    yield Figure(f"{name}: hit rate; best other {best}", "", [ours.hit_rate], target, at_least=True)
+    for title, figure in (("mean", attrgetter("mean")), ("p90", attrgetter("p90"))):
+        best = min(others, key=lambda policy: figure(others[policy]))
+        target = (1 + WORSE) * figure(others[best])
+        yield Figure(f"{name}: TTFT {title}; best other {best}", "ms", [figure(ours)], target)
+    yield Figure(f"{name}: largest replica's work against the mean", "", [ours.imbalance])
+
+
+def trace_rows(quick: bool) -> list[Row]:
+    """All traffic with all policies, as many at a time as there are processors."""
+    policies = (*ROUTER_NAMES[:2], DEFAULT_ROUTING) if quick else ROUTER_NAMES
+    with tempfile.TemporaryDirectory() as made, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        folder = Path(made)
+        (folder / "azure.jsonl").write_text("\n".join(azure_lines(AZURE_REQUESTS[quick])) + "\n")
+        whole = pool.submit(pooled, quick)
+        runs = {
+            (name, policy): pool.submit(reached, folder, quick, name, policy) for name in TRAFFIC for policy in policies
+        }
+        rows = pooled_rows(*whole.result())
+        for name in TRAFFIC:
+            found = {policy: runs[name, policy].result() for policy in policies}
+            seconds = ", ".join(f"{policy} {each.seconds:.0f}" for policy, each in found.items())
+            print(f"{name}: seconds taken: {seconds}", file=sys.stderr, flush=True)
+            rows += policy_rows(name, found)
+        return rows
 
 
 def indexed(index: BlockIndex, blocks: int, workers: int, prompts: int) -> tuple[list[list[BlockHash]], list[float]]:
@@ -180,13 +228,14 @@ def decision_rows(blocks: int, workers: int, decisions: int) -> list[Row]:
     assert index is not None
     gc.disable()
     chains, seconds = indexed(index, blocks, workers, min(decisions, PROMPTS))
+    gc.freeze()  # a gateway does not hold the prompts' lists, which take long to go through
     gc.enable()
     states = [ReplicaState(prefill_rate=20_000.0, queued_tokens=rng.randrange(50_000)) for _ in range(workers)]
     elsewhere = np.ones(COLD_BYTES // 8)
     taken: dict[str, list[float]] = {"warm": [], "empty": []}
     index.probes, clock = 0, itertools.count()
     for caches, times in taken.items():
-        for number in range(decisions):
+        for number in range(decisions if caches == "warm" else min(decisions, COLD_DECISIONS)):
             prompt = _Prompt(chains[number % len(chains)])
             request = RoutingRequest(prompt, PROMPT_BLOCKS * BLOCK, now=10.0 * next(clock))
             if caches == "empty":
@@ -206,7 +255,7 @@ def decision_rows(blocks: int, workers: int, decisions: int) -> list[Row]:
     event = f"{title}: to index {EVENT_BLOCKS} blocks"
     return [
         *rows,
-        Figure(f"{title}: rows looked up for a decision", "", [index.probes / (2 * decisions)]),
+        Figure(f"{title}: rows looked up for a decision", "", [index.probes / sum(map(len, taken.values()))]),
         Figure(f"{title}: memory of an indexed block", "bytes", [index.nbytes / len(index)]),
         Figure(f"{event}, p50", "ms", [1e3 * statistics.median(seconds)]),
         Figure(f"{event}, most, growing included", "ms", [1e3 * max(seconds)], 2.0),
@@ -231,7 +280,7 @@ def main() -> int:
     given = parser.parse_args()
     rows: list[Row] = []
     if given.part != "decisions":
-        rows += [*pooled_rows(given.quick), *policy_rows(given.quick)]
+        rows += trace_rows(given.quick)
     if given.part != "traces":
         blocks, decisions = (20_000, 50) if given.quick else (given.index_blocks, 1000)
         rows += decision_rows(blocks, given.workers, decisions)
