@@ -186,7 +186,7 @@ async def converse(url: str, workload: Workload) -> Summary:
 
 def median_ttft(found: Summary) -> float:
     """Over all requests, of any phase."""
-    medians = [(each.p50, each.count) for each in found.ttft.values() if each is not None]
+    medians = [(each.p50, each.n) for each in found.ttft.values() if each is not None]
     return statistics.median([p50 for p50, count in medians for _ in range(count)])
 
 

@@ -72,3 +72,18 @@ def test_outages_that_are_planned_come_in_order_for_each_replica() -> None:
     planned = [Outage(1, 5.0, 1.0), Outage(0, 3.0, 1.0), Outage(1, 2.0, 1.0)]
     found = [list(each) for each in outages(planned, None, 2, Random(1))]
     assert [[each.at for each in own] for own in found] == [[3.0], [2.0, 5.0]]
+
+
+def test_gateways_take_requests_in_turn_and_each_makes_its_own_decisions() -> None:
+    ran = run(
+        [single(name, 10, 1, at=at) for at, name in enumerate("abcd")], replicas=2, routing="round-robin", gateways=2
+    )
+    assert [ran.outcomes[name].replica for name in "abcd"] == [0, 0, 1, 1]
+
+
+def test_every_gateway_knows_what_replicas_have_and_forgets_what_is_lost() -> None:
+    head = span("head", 100)
+    requests = [single(name, 101, 1, head, at=at) for at, name in enumerate("abcde")]
+    lost = [{"replica": 0, "at": 2.5, "down_for": 0.1}]
+    ran = run(requests, replicas=2, routing="longest-prefix", gateways=2, outages=lost)
+    assert [ran.cached(name) for name in "abcde"] == [(0, 101), (100, 1), (100, 1), (0, 101), (100, 1)]

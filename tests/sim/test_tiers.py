@@ -179,3 +179,14 @@ def test_exact_blocks_take_the_place_of_others() -> None:
 def test_a_tier_whose_rates_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigError, match="tier 'tape' needs read_gb_per_s and write_gb_per_s"):
         run([], tiers=[{"name": "tape", "capacity": 1000}])
+
+
+def test_a_conversation_that_moves_finds_in_a_shared_tier_what_the_lost_replica_had_computed() -> None:
+    head = span("head", 100)
+    pair = [single("a", 101, 1, head), single("b", 101, 1, head, at=2)]
+    lost = {"replicas": 2, "routing": "least-loaded", "outages": [{"replica": 0, "at": 1.0}]}
+    without, own, shared = (run(pair, **lost, tiers=each) for each in ([], [FAST], [{**FAST, "shared": True}]))
+    assert [ran.outcomes["b"].replica for ran in (without, own, shared)] == [1, 1, 1]
+    assert (without.cached("b"), own.cached("b")) == ((0, 101), (0, 101))
+    assert (shared.cached("b"), shared.outcomes["b"].tier_tokens) == ((100, 1), {"ram": 100})
+    assert shared.outcomes["b"].first_token == (2_000 + 10 * 1 + 1) * MS, "10 blocks loaded, then a token computed"

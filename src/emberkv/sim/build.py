@@ -187,18 +187,21 @@ def _blocks(config: SimulationConfig, model: ModelSpec, profile: HardwareProfile
     return blocks
 
 
-def router_of(config: SimulationConfig, rng: Random, record: Recorder | None) -> tuple[Router, int]:
-    """The router, and how many block events each replica's pool is to keep for it: none where it reads none.
+def routers_of(config: SimulationConfig, rng: Random, record: Recorder | None) -> tuple[list[Router], int]:
+    """Each gateway's router, and how many block events a replica's pool is to keep for them: none where they read none.
 
-    record: takes its decisions.
+    record: takes their decisions.
     """
-    router = make_router(config.routing, rng, names(config.replicas))
-    router.record = record
-    return router, EVENTS_KEPT if config.replicas > 1 and router.index is not None else 0
+    routers = [make_router(config.routing, rng, names(config.replicas)) for _ in range(config.gateways)]
+    for router in routers:
+        router.record = record
+    return routers, EVENTS_KEPT if config.replicas > 1 and routers[0].index is not None else 0
 
 
 def cache_of(config: SimulationConfig, machine: Machine, *, tails: bool, events_kept: int) -> PrefixCache:
-    """A fresh cache over an empty pool. tails: whether hits go on into partial blocks. events_kept: see `router_of`."""
+    """A fresh cache over an empty pool. tails: whether hits go on into partial blocks. events_kept: as in
+    `routers_of`.
+    """
     pool = BlockPool(
         machine.num_blocks,
         machine.block_size,
@@ -243,34 +246,38 @@ def lower_of(config: SimulationConfig, machine: Machine) -> list[ModelledTiers |
     ]
 
 
-def _index_tiers(config: SimulationConfig, machine: Machine, router: Router, replicas: Sequence[Replica]) -> None:
-    """Make the router's index follow the tiers below each pool, and the replicas' states have the tiers' rates."""
-    index = router.index
-    if index is None or len(replicas) == 1:
+def _index_tiers(
+    config: SimulationConfig, machine: Machine, routers: Sequence[Router], replicas: Sequence[Replica]
+) -> None:
+    """Make the routers' indexes follow the tiers below each pool, and the replicas' states have the tiers' rates."""
+    indexes = [router.index for router in routers if router.index is not None]
+    if not indexes or len(replicas) == 1:
         return
     shared = {tier.name for tier in config.tiers if tier.shared}
     for replica in replicas:
         rates = {}
         for tier in replica.lower.tiers if replica.lower is not None else ():
             name = SHARED if tier.name in shared else tier.name
-            tier.on_stored = partial(_stored, index, replica.index, name)
-            tier.on_removed = partial(_removed, index, replica.index, name)
+            tier.on_stored = partial(_stored, indexes, replica.index, name)
+            tier.on_removed = partial(_removed, indexes, replica.index, name)
             rates[name] = tier.read.bandwidth / machine.block_bytes * machine.block_size
         replica.state.load_rates = rates
 
 
-def _stored(index: BlockIndex, replica: int, tier: str, block_hash: BlockHash) -> None:
-    index.add(replica, (block_hash,), tier)
+def _stored(indexes: Sequence[BlockIndex], replica: int, tier: str, block_hash: BlockHash) -> None:
+    for index in indexes:
+        index.add(replica, (block_hash,), tier)
 
 
-def _removed(index: BlockIndex, replica: int, tier: str, block_hash: BlockHash) -> None:
-    index.remove(replica, (block_hash,), tier)
+def _removed(indexes: Sequence[BlockIndex], replica: int, tier: str, block_hash: BlockHash) -> None:
+    for index in indexes:
+        index.remove(replica, (block_hash,), tier)
 
 
 def scheduler_of(
     config: SimulationConfig, machine: Machine, lower: ModelledTiers | None, events_kept: int
 ) -> Scheduler:
-    """A fresh scheduler, cache and pool, as the server has them. events_kept: see `router_of`."""
+    """A fresh scheduler, cache and pool, as the server has them. events_kept: see `routers_of`."""
     cache = cache_of(config, machine, tails=config.hit_unit == 1, events_kept=events_kept)
     chunk = _rounded_up(config.prefill_chunk, cache.alignment)
     budget = max(chunk, config.max_step_tokens)
@@ -297,20 +304,20 @@ def build(
     record: takes routing decisions.
     """
     rng = Random(f"{config.seed}/simulation")
-    router, events_kept = router_of(config, rng, record)
+    routers, events_kept = routers_of(config, rng, record)
     clock = StepClock(machine.timer)
     replicas = [
         Replica(index, partial(scheduler_of, config, machine, lower, events_kept), clock, config.together, lower)
         for index, lower in enumerate(lower_of(config, machine))
     ]
-    _index_tiers(config, machine, router, replicas)
+    _index_tiers(config, machine, routers, replicas)
     planned = [Outage(each.replica, each.at, each.down_for) for each in config.outages]
     chance = config.random_outages
     drawn = None if chance is None else RandomOutages(chance.mean_time_up, chance.mean_time_down)
     return Simulator(
         source,
         replicas,
-        router,
+        routers,
         root_of=root_of(config, machine.block_size),
         block_size=machine.block_size,
         emit=emit,

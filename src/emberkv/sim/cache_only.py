@@ -12,7 +12,7 @@ from emberkv.cluster.policies import ReplicaState
 from emberkv.cluster.routing import Recorder, RoutingRequest
 from emberkv.core.hashing import BlockHash
 from emberkv.core.stats import CacheStats
-from emberkv.sim.build import Machine, cache_of, root_of, router_of
+from emberkv.sim.build import Machine, cache_of, root_of, routers_of
 from emberkv.sim.config import SimulationConfig
 from emberkv.sim.outcome import Outcome, Sessions, Status, cache_event
 from emberkv.sim.simulator import PROGRESS_EVERY, Progress, SimulationEnd
@@ -83,7 +83,7 @@ class Replay:
 
     def __init__(self, config: SimulationConfig, machine: Machine, record: Recorder | None = None) -> None:
         self._size = machine.block_size
-        router, events_kept = router_of(config, Random(f"{config.seed}/simulation"), record)
+        (router,), events_kept = routers_of(config, Random(f"{config.seed}/simulation"), record)
         self._caches = [cache_of(config, machine, tails=False, events_kept=events_kept) for _ in range(config.replicas)]
         self._states = [ReplicaState() for _ in self._caches]
         self._routed = RoutedReplicas(router, self._states)

@@ -130,6 +130,7 @@ class SimulationConfig(Strict):
     tensor_parallel: devices of a replica; expert_parallel, data_parallel_attention, peer_access: how they share the
     model, see `emberkv.sim.roofline.Layout`.
     model, hardware: names or files; weights, kv: number types other than the model's. rates: in place of both.
+    gateways: how many route requests, which come to them in turn.
     kv_blocks: of each replica; None: what its memory holds beside weights, activations and the runtime. memory: bytes
     of each device, if not the profile's. block_size: tokens; None: the trace's own, or 16. hit_unit: hits are rounded
     down to so many tokens, in whole blocks; None: a block; 1: not at all, so that they go on into the partial block
@@ -161,6 +162,7 @@ class SimulationConfig(Strict):
     rates: Rates | None = None
     replicas: Annotated[int, Field(ge=1, le=bounds.MOST_REPLICAS)] = 1
     routing: Routing = DEFAULT_ROUTING
+    gateways: Annotated[int, Field(ge=1, le=64)] = 1
     kv_blocks: Annotated[int, Field(ge=1, le=bounds.MOST_BLOCKS)] | None = None
     memory: Bytes | None = None
     block_size: bounds.SomeTokens | None = None
@@ -199,6 +201,8 @@ class SimulationConfig(Strict):
             raise ValueError("with rates, kv_blocks must be given: there is no model to subtract from a memory")
         if self.cache_only and (self.tiers or self.outages or self.random_outages):
             raise ValueError("cache_only knows no time, and so no tiers and no outages")
+        if self.cache_only and self.gateways > 1:
+            raise ValueError("cache_only knows one gateway; leave gateways out")
         return self
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from heapq import heappop, heappush
+from itertools import cycle
 from random import Random
 
 from emberkv.cluster.feed import RoutedReplicas
@@ -140,8 +141,10 @@ class SimulationEnd:
 
 
 class Simulator:
-    """Drives replicas behind a router with the requests of a source; every request has one outcome in the end.
+    """Drives replicas with the requests of a source; every request has one outcome in the end.
 
+    routers: one of each gateway. Requests go to the gateways in turn, as behind a load balancer; each gateway knows of
+    every replica's blocks and load at once, and of its own decisions alone.
     root_of, block_size: of the requests' chains. emit: takes each outcome as it comes. outages: of each replica, or
     several of one, in order. max_retries: how many lost replicas a request survives. request_seconds,
     request_token_seconds: from a request's arrival until a replica can have it, and for each token of its prompt.
@@ -164,7 +167,7 @@ class Simulator:
         self,
         source: Source,
         replicas: Sequence[Replica],
-        router: Router,
+        routers: Sequence[Router],
         *,
         root_of: RootOf,
         block_size: int,
@@ -180,7 +183,8 @@ class Simulator:
         self.series = Series([ReplicaSeries() for _ in replicas])
         self._source = source
         self.replicas = replicas
-        self._routed = RoutedReplicas(router, [replica.state for replica in replicas])
+        self._gateways = [RoutedReplicas(router, [replica.state for replica in replicas]) for router in routers]
+        self._turn = cycle(self._gateways)
         self._root_of, self._block_size = root_of, block_size
         self._emit = emit
         self._outages = outages
@@ -265,7 +269,7 @@ class Simulator:
         request = simulated.request
         now = self._now / NANOSECONDS
         asked = RoutingRequest(simulated.chain, request.prompt_tokens, request.session_id, now)
-        decision = self._routed.decide(asked)
+        decision = next(self._turn).decide(asked)
         if decision is None:
             self._stranded.append(simulated)
             return
@@ -293,7 +297,7 @@ class Simulator:
         for simulated in replica.add_arrivals():
             self._lose(simulated, Status.REJECTED)
         step = replica.begin(self._now)
-        self._routed.publish(replica.index, replica.pool)
+        self._publish(replica)
         if step is not None:
             self._await_end(replica, step)
         for transfer in replica.take_new_transfers():
@@ -305,8 +309,12 @@ class Simulator:
             return  # cut short meanwhile, or lost
         for simulated in replica.end_step():
             self._complete(simulated)
-        self._routed.publish(replica.index, replica.pool)
+        self._publish(replica)
         self._woken.add(replica.index)
+
+    def _publish(self, replica: Replica) -> None:
+        for gateway in self._gateways:
+            gateway.publish(replica.index, replica.pool)
 
     def _end_load(self, replica: Replica, transfer: Transfer) -> None:
         if replica.end_load(transfer):
@@ -340,7 +348,8 @@ class Simulator:
     def _fail(self, outage: Outage, outages: Iterator[Outage]) -> None:
         replica = self.replicas[outage.replica]
         lost = replica.fail(self._now)
-        self._routed.lost(replica.index)
+        for gateway in self._gateways:
+            gateway.lost(replica.index)
         for tier in replica.lower.tiers if replica.lower is not None else ():
             tier.publish_all()
         for simulated in lost:
