@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from starlette.types import ASGIApp
@@ -18,6 +19,8 @@ from emberkv.cli.serve import connection_settings, new_file, recording, serving_
 from emberkv.cli.startup import print_error, set_up_logging
 from emberkv.cluster.cluster_engine import MAX_REQUESTS
 from emberkv.cluster.decision_log import DecisionLog, recorder_until_full
+from emberkv.cluster.foreign.prompts import PromptReader, model_tokenizer
+from emberkv.cluster.foreign.worker import ForeignSpec
 from emberkv.cluster.gateway import Gateway, GatewayServer
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
@@ -26,8 +29,12 @@ from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.server import bind_socket
-from emberkv.serving.tenancy import declare_tenants, server_keys
+from emberkv.serving.tenancy import declare_tenants, read_keys, server_keys
+from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.settings import ENV_PREFIX, read_settings
+
+if TYPE_CHECKING:  # an extra
+    from emberkv.cluster.worker_client import Deadlines
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +42,29 @@ WORKER_TIMEOUT = 5.0
 
 
 def gateway(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder or hub id, whose tokenizer is for the prompts of foreign workers; others send theirs.",
+        ),
+    ] = None,
     worker: Annotated[
         list[str] | None,
         typer.Option(
             metavar="URL",
             rich_help_panel=options.CLUSTER,
             help="A worker, such as http://127.0.0.1:8081; repeat for more. Others register themselves.",
+        ),
+    ] = None,
+    foreign_worker: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL[,NAME=VALUE]",
+            rich_help_panel=options.CLUSTER,
+            help="A server that speaks the OpenAI API, such as http://127.0.0.1:8000; repeat for more. Behind a comma: "
+            "id=NAME, tokens=N (what its cache holds), ttl=SECONDS, api-key-file=FILE, and where vLLM publishes KV "
+            "events, kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
         ),
     ] = None,
     cluster_secret_file: options.ClusterSecretFile = None,
@@ -110,7 +134,8 @@ def gateway(
 ) -> None:
     """Serve the APIs of emberkv over many workers: each request goes where its first token is expected soonest.
 
-    A worker is 'emberkv serve' with the same cluster secret. The gateway needs no model files and no PyTorch.
+    A worker is 'emberkv serve' with the same cluster secret. The gateway needs no model files and no PyTorch. A foreign
+    worker is any server of the OpenAI API (vLLM, llama.cpp, emberkv): chats and completions are forwarded to it.
     """
     given = {
         "host": host, "port": port, "api_keys": api_key or None, "api_key_file": api_key_file, "tenants": tenants,
@@ -127,7 +152,8 @@ def gateway(
     try:
         settings = read_settings(given, os.environ, config).config
         set_up_logging(settings.log_format, settings.log_level)
-        if settings.cluster_secret is None and settings.cluster_secret_file is None:
+        has_secret = settings.cluster_secret is not None or settings.cluster_secret_file is not None
+        if not has_secret and (worker or not foreign_worker):
             raise ConfigError("a gateway needs the secret of its workers; give --cluster-secret-file FILE")
         for url in worker or ():
             if not re.fullmatch(r"https?://[^/\s]+/?", url):
@@ -137,6 +163,8 @@ def gateway(
         warn_of_keys_in_arguments(given)
         chosen = GatewayOptions(
             workers=tuple(worker or ()),
+            foreign=tuple(map(ForeignSpec.parse, foreign_worker or ())),
+            model=model,
             routing=routing,
             worker_timeout=worker_timeout,
             max_requests=max_requests,
@@ -152,9 +180,13 @@ def gateway(
 
 @dataclass(frozen=True, slots=True)
 class GatewayOptions:
-    """The settings that only a gateway has. coordinator_port: 0 is a free one; None: there is none."""
+    """The settings that only a gateway has. model: whose tokenizer is for foreign workers' prompts; None: they are
+    compared as text, where no worker has sent one. coordinator_port: 0 is a free one; None: there is none.
+    """
 
     workers: tuple[str, ...]
+    foreign: tuple[ForeignSpec, ...]
+    model: str | None
     routing: str
     worker_timeout: float
     max_requests: int
@@ -195,11 +227,10 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
     lifecycle = Lifecycle()
     keys = server_keys(config)
     secret = keys.cluster
-    assert secret is not None, "a gateway is not started without a secret"
     tenants = declare_tenants(config, keys.api, os.environ)
     gateway = Gateway(
         lifecycle,
-        lambda url: WorkerClient(url, secret, deadlines=deadlines),
+        lambda url: WorkerClient(url, secret or "", deadlines=deadlines),
         secret=secret,
         workers=options.workers,
         routing=options.routing,
@@ -212,6 +243,8 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
     sequences = SequenceGateway(members, gateway.check_secret, best=gateway.best_worker)
     gateway.on_stop.append(sequences.close)
     with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
+        if options.foreign:
+            _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
         bound = [bind_socket(config.host, config.port)]
         app: ASGIApp = create_app(
             lifecycle,
@@ -229,3 +262,36 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         with server.capture_signals(until_exit=True):
             server.run(bound)
         _log.info("stopped")
+
+
+def _add_foreign(
+    gateway: Gateway,
+    config: ServeConfig,
+    options: GatewayOptions,
+    deadlines: "Deadlines",
+    recorder: TraceRecorder | None,
+    *,
+    hands_on_keys: bool,
+) -> None:
+    """Have the gateway forward requests to foreign workers. hands_on_keys: clients' keys are the workers'."""
+    from emberkv.cluster.foreign.client import ForeignClient  # noqa: PLC0415 - an extra
+
+    has_tokens = options.model is not None or bool(options.workers)
+    if not has_tokens and (deaf := next((each for each in options.foreign if each.kv_events), None)):
+        raise ConfigError(
+            f"--foreign-worker {deaf.url},kv-events=...: events name tokens, so that the model's tokenizer is needed; "
+            "name the model, as in: emberkv gateway MODEL --foreign-worker ..."
+        )
+    if any(each.kv_events for each in options.foreign) and find_spec("zmq") is None:
+        raise ConfigError("kv-events needs the cluster extra (pyzmq is missing): pip install 'emberkv[cluster]'")
+    keys = {spec: read_keys("api-key-file", spec.api_key_file)[0] for spec in options.foreign if spec.api_key_file}
+    reader = PromptReader(
+        tokenizer=None if options.model is None else model_tokenizer(options.model),
+        model=options.model or "",
+        block_size=config.block_size,
+    )
+
+    def client(spec: ForeignSpec) -> ForeignClient:
+        return ForeignClient(spec.url, key=keys.get(spec), hands_on_keys=hands_on_keys, deadlines=deadlines)
+
+    gateway.add_foreign(options.foreign, client, reader, recorder)

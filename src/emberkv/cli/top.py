@@ -177,11 +177,13 @@ def _sources(interval: Interval) -> Table:
     tiers = list(interval.now.by("tier", name))
     gained = {tier: interval.gained(name, tier=tier) for tier in tiers}
     totals = interval.now.by("tier", name)
-    for sums, computed in (
-        (gained, interval.gained("emberkv_prefix_cache_query_tokens_total")),
-        (totals, interval.now.total("emberkv_prefix_cache_query_tokens_total")),
-    ):
-        sums["computed"] = max(0.0, computed - sum(sums.values()))
+    if interval.now.total("emberkv_worker_prompt_tokens_total"):
+        tiers.append("foreign")  # cached at workers that do not say in which tier
+    for sums, read in ((gained, interval.gained), (totals, interval.now.total)):
+        if "foreign" in tiers:
+            sums["foreign"] = read("emberkv_worker_cached_tokens_total")
+        asked = read("emberkv_prefix_cache_query_tokens_total") + read("emberkv_worker_prompt_tokens_total")
+        sums["computed"] = max(0.0, asked - sum(sums.values()))
     new, all_tokens = sum(gained.values()), sum(totals.values())
     for tier in (*tiers, "computed"):
         share = gained[tier] / new if new else 0.0
@@ -214,6 +216,7 @@ def _workers(interval: Interval) -> Table | None:
         return None
     table = _table("worker", "status", "index", "heard", "running", "requests", "now", numbers_from=3)
     exact = interval.now.by("worker", "emberkv_worker_index_exact")
+    foreign = interval.now.by("worker", "emberkv_worker_foreign")
     silent = interval.now.by("worker", "emberkv_worker_silent_seconds")
     running = interval.now.by("worker", "emberkv_worker_running")
     requests = interval.now.by("worker", "emberkv_worker_requests_total")
@@ -222,7 +225,7 @@ def _workers(interval: Interval) -> Table | None:
         table.add_row(
             _cut(worker, 24),
             Text(statuses[worker], "green" if statuses[worker] == "up" else "red"),
-            "exact" if exact.get(worker) else "degraded",
+            "exact" if exact.get(worker) else "approximate" if foreign.get(worker) else "degraded",
             f"{silent[worker]:.1f} s ago" if worker in silent else "-",
             f"{running.get(worker, 0):,.0f}",
             f"{requests.get(worker, 0):,.0f}",

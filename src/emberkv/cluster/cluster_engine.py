@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from urllib.parse import quote
 
 from emberkv.cluster.membership import Membership, Worker
 from emberkv.cluster.routing import Decision, Reason, RoutingRequest
@@ -56,6 +57,9 @@ MAX_ROUTES = 2000
 """Ended requests of which the route is remembered."""
 
 
+ROUTE_HEADER = "x-emberkv-route"
+
+
 @dataclass(slots=True)
 class Route:
     """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at
@@ -67,6 +71,20 @@ class Route:
     cached: Mapping[str, int] = field(default_factory=dict)
     retried: int = 0
     resumed: int = 0
+
+
+def route_header(route: Route) -> str:
+    """Which worker answers a request, and why: ``worker=b;why=least_cost;cached=96;pool=96;retried=1``.
+
+    cached: prompt tokens that the worker has by the gateway's index, and how many of them in which tier. Numbers that
+    are 0 are left out. docs/cluster.md says what else there is.
+    """
+    assert route.decision is not None, "a route that has a worker has a decision"
+    pairs: dict[str, str | int] = {"worker": quote(route.workers[-1]), "why": route.decision.reason.value}
+    if cached := sum(route.cached.values()):
+        pairs |= {"cached": cached, **{tier: tokens for tier, tokens in route.cached.items() if tokens}}
+    pairs |= {name: count for name, count in (("retried", route.retried), ("resumed", route.resumed)) if count}
+    return ";".join(f"{name}={value}" for name, value in pairs.items())
 
 
 @dataclass(slots=True)
@@ -340,9 +358,7 @@ class ClusterEngine:
                 self.decisions[decision.reason] += 1
                 answer.route.workers.append(worker.worker_id)
                 answer.route.decision = decision
-                answer.route.cached = next(
-                    (each.cached_tokens for each in decision.estimates if each.slot == decision.replica), {}
-                )
+                answer.route.cached = decision.cached_by_tier
                 return worker
             left = deadline - self._clock()
             if not answer.has_begun or left <= 0:

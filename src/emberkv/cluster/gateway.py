@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,8 +16,12 @@ from prometheus_client.registry import Collector
 
 from emberkv.cluster import wire
 from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
-from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, Route
-from emberkv.cluster.membership import Membership, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, route_header
+from emberkv.cluster.foreign.fleet import ForeignFleet
+from emberkv.cluster.foreign.prompts import PromptReader
+from emberkv.cluster.foreign.routes import ForeignRoutes
+from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
+from emberkv.cluster.membership import Membership, Replica, Worker, WorkerConnection, WorkerStatus
 from emberkv.cluster.removals import ClusterRemovals
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
 from emberkv.engine.request import GenerationRequest
@@ -29,21 +32,21 @@ from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, chosen_output_format
 from emberkv.serving.parsing.formats import AUTO
 from emberkv.serving.server import HttpServer
+from emberkv.serving.trace_recorder import TraceRecorder
 
 if TYPE_CHECKING:
+    from emberkv.cluster.foreign.client import ForeignClient
     from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 
 _log = logging.getLogger(__name__)
-
-ROUTE_HEADER = "x-emberkv-route"
 
 
 class Gateway:
     """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
-    secret: what workers register with. routing: a policy's name. max_requests: more at once are refused.
-    on_overflow: of the `ServedModel`. parsers: names of formats, as --tool-parser and --reasoning-parser
+    secret: what workers register with; None: none may. routing: a policy's name. max_requests: more at once are
+    refused. on_overflow: of the `ServedModel`. parsers: names of formats, as --tool-parser and --reasoning-parser
     give them. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
@@ -56,7 +59,7 @@ class Gateway:
         lifecycle: Lifecycle,
         connect: Callable[[str], WorkerConnection],
         *,
-        secret: str,
+        secret: str | None,
         workers: Sequence[str] = (),
         routing: str = DEFAULT_ROUTING,
         max_requests: int = MAX_REQUESTS,
@@ -73,17 +76,36 @@ class Gateway:
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
         self.on_stop: list[Callable[[], Awaitable[None]]] = []
+        self.fleet: ForeignFleet | None = None
+        self._reader: PromptReader | None = None
+        self._recorder: TraceRecorder | None = None
         self._secret = secret
         self._workers = workers
         self._max_requests = max_requests
         self._on_overflow = on_overflow
         self._parsers = parsers
 
+    def add_foreign(
+        self,
+        specs: Sequence[ForeignSpec],
+        client: "Callable[[ForeignSpec], ForeignClient]",
+        reader: PromptReader,
+        recorder: TraceRecorder | None = None,
+    ) -> None:
+        """Forward requests to these workers, too; before the app is made. recorder: of a trace.
+
+        Raises ConfigError for two workers of one id.
+        """
+        self._reader, self._recorder = reader, recorder
+        self.fleet = ForeignFleet(self.membership, specs, client, reader, own=lambda: self.membership.model)
+
     async def start(self) -> None:
         """Begin to follow the workers."""
         self.lifecycle.detail = "no worker has been reached yet"
         for url in self._workers:
             self.membership.add(url)
+        if self.fleet is not None:
+            self.fleet.start()
 
     async def stop(self) -> None:
         """End what runs and close all connections."""
@@ -91,12 +113,25 @@ class Gateway:
             await self.engine.stop()
         await self.removals.close()
         await self.membership.close()
+        if self.fleet is not None:
+            await self.fleet.stop()
         for close in self.on_stop:
             await close()
 
     def routes(self, parts: AppParts) -> APIRouter:
         """What a gateway answers beside the server's own routes."""
         router = APIRouter()
+        if self.fleet is not None and self._reader is not None:
+            foreign = ForeignRoutes(
+                parts,
+                self.membership,
+                self.fleet,
+                self._reader,
+                lambda: self.engine,
+                max_requests=self._max_requests,
+                recorder=self._recorder,
+            )
+            router.include_router(foreign.router())
         router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine, self.removals).router())
         router.include_router(
             dashboard_router(parts.lifecycle, parts.guard, parts.answers.traffic, parts.wall_clock, self._workers_json)
@@ -141,15 +176,18 @@ class Gateway:
         return registration
 
     @property
-    def _listed(self) -> Sequence[Worker]:
-        return sorted(self.membership.workers, key=lambda worker: (worker.worker_id, worker.url))
+    def workers(self) -> Sequence[Replica]:
+        """All, by id."""
+        foreign = () if self.fleet is None else self.fleet.workers
+        return sorted([*self.membership.workers, *foreign], key=lambda worker: (worker.worker_id, worker.url))
 
     def _workers_json(self) -> list[dict[str, Any]]:
-        return [self._worker_json(each) for each in self._listed]
+        return [self._worker_json(each) for each in self.workers]
 
-    def _worker_json(self, worker: Worker) -> dict[str, Any]:
+    def _worker_json(self, worker: Replica) -> dict[str, Any]:
         silent = self.membership.silent_seconds(worker)
-        report = worker.report
+        report = worker.report if isinstance(worker, Worker) else None
+        foreign = worker.as_json() if isinstance(worker, ForeignWorker) else None
         return {
             "worker_id": worker.worker_id,
             "url": worker.url,
@@ -161,10 +199,13 @@ class Gateway:
             "lost": worker.lost,
             "running": len(worker.running),
             "load": None if report is None else load_json(report),
+            "foreign": foreign,
         }
 
     def _changed(self) -> None:
-        self.lifecycle.has_workers(bool(self.membership.up))
+        models = {} if self.fleet is None else self.fleet.models
+        served = f"{', '.join(models)} by workers that take chats and completions only" if models else ""
+        self.lifecycle.has_workers(bool(self.membership.up or models), served)
 
     async def _has_model(self, worker: Worker, description: wire.WorkerDescription) -> None:
         """The first worker has said what it serves, which the gateway serves from now on."""
@@ -187,26 +228,12 @@ class Gateway:
                 output_format=chosen_output_format(tokenizer, *self._parsers),
             )
         )
-        self.lifecycle.has_workers(False)
+        self._changed()
         _log.info("the workers serve %s, as worker %s says", description.names[0], description.worker_id)
 
     def _headers(self, request_id: str) -> Mapping[str, str]:
         route = self.engine.route(request_id) if self.engine is not None else None
         return {} if route is None or route.decision is None else {ROUTE_HEADER: route_header(route)}
-
-
-def route_header(route: Route) -> str:
-    """Which worker answers a request, and why: ``worker=b;why=least_cost;cached=96;pool=96;retried=1``.
-
-    cached: prompt tokens that the worker has by the gateway's index, and how many of them in which tier. Numbers that
-    are 0 are left out. docs/cluster.md says what else there is.
-    """
-    assert route.decision is not None, "a route that has a worker has a decision"
-    pairs: dict[str, str | int] = {"worker": quote(route.workers[-1]), "why": route.decision.reason.value}
-    if cached := sum(route.cached.values()):
-        pairs |= {"cached": cached, **{tier: tokens for tier, tokens in route.cached.items() if tokens}}
-    pairs |= {name: count for name, count in (("retried", route.retried), ("resumed", route.resumed)) if count}
-    return ";".join(f"{name}={value}" for name, value in pairs.items())
 
 
 def load_tokenizer(files: wire.TokenizerFiles) -> "HFTokenizer":
@@ -232,7 +259,7 @@ class GatewayCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         # of several with one id, of which one alone is compatible, that one
-        known = sorted(self._gateway.membership.workers, key=lambda each: each.slot is not None)
+        known = sorted(self._gateway.workers, key=lambda each: each.slot is not None)
         workers = list({each.worker_id: each for each in known if each.worker_id}.values())
         status = GaugeMetricFamily(
             "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
@@ -250,12 +277,21 @@ class GatewayCollector(Collector):
         yield _by_worker(
             "emberkv_worker_cached_blocks",
             "Free blocks of the worker's pool that hold cached prefixes, as it last reported.",
-            {worker.worker_id: worker.report.cached_blocks for worker in workers if worker.report is not None},
+            {
+                worker.worker_id: worker.report.cached_blocks
+                for worker in workers
+                if isinstance(worker, Worker) and worker.report is not None
+            },
         )
         yield _by_worker(
             "emberkv_worker_index_exact",
             "1 while the gateway's index has just what the worker's pool has; 0: it is an estimate.",
             {worker.worker_id: worker.exact for worker in workers},
+        )
+        yield _by_worker(
+            "emberkv_worker_foreign",
+            "1 for a worker that is known by the OpenAI API alone.",
+            {worker.worker_id: isinstance(worker, ForeignWorker) for worker in workers},
         )
         yield _by_worker(
             "emberkv_worker_silent_seconds",
@@ -267,7 +303,14 @@ class GatewayCollector(Collector):
             "Requests of this gateway that the worker answers.",
             {worker.worker_id: len(worker.running) for worker in workers},
         )
+        foreign = [worker for worker in workers if isinstance(worker, ForeignWorker)]
         for name, text, counts in (
+            (
+                "prompt_tokens",
+                "Tokens of prompts, as foreign workers that also say how many were cached have said.",
+                {each.worker_id: each.prompt_tokens for each in foreign},
+            ),
+            ("cached_tokens", "Of these, tokens that were cached.", {e.worker_id: e.cached_tokens for e in foreign}),
             ("requests", "Requests sent to the worker.", {each.worker_id: each.requests for each in workers}),
             ("lost_requests", "Of these, requests that it did not finish.", {e.worker_id: e.lost for e in workers}),
         ):

@@ -198,6 +198,11 @@ class Membership:
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
+    def model(self) -> WorkerDescription | None:
+        """What the workers serve; None before one was reached."""
+        return self._model
+
+    @property
     def workers(self) -> Sequence[Worker]:
         return tuple(self._workers.values())
 
@@ -271,15 +276,18 @@ class Membership:
         such request, so that it does not count for those that follow.
         """
         candidates = [worker for worker in self._workers.values() if worker not in without]
-        return self.choose(request, candidates, only_asks=only_asks)
+        return self.choose(request, candidates, lambda _: not only_asks)
 
     def choose(
-        self, request: RoutingRequest, candidates: Iterable[AnyReplica], *, only_asks: bool = False
+        self,
+        request: RoutingRequest,
+        candidates: Iterable[AnyReplica],
+        counts: Callable[[AnyReplica], bool] = lambda _: True,
     ) -> tuple[AnyReplica, Decision] | None:
-        """As `decide`, among these alone."""
+        """Which of these a request goes to. counts: whether it does so now, if it is this one."""
         by_slot = {each.slot: each for each in candidates if each.slot is not None}
         states = [by_slot[slot].state() if slot in by_slot else NOT_THERE for slot in range(self.router.slots)]
-        decision = self.router.consider(request, states) if only_asks else self.router.decide(request, states)
+        decision = self.router.decide(request, states, lambda made: counts(by_slot[made.replica]))
         return None if decision is None else (by_slot[decision.replica], decision)
 
     async def changed(self) -> None:

@@ -138,6 +138,11 @@ class Decision:
     cached_tokens: int = 0
     estimates: Sequence[Estimate] = ()
 
+    @property
+    def cached_by_tier(self) -> Mapping[str, int]:
+        """Tokens that are expected in each tier of the replica chosen; empty where the policy does not ask."""
+        return next((each.cached_tokens for each in self.estimates if each.slot == self.replica), {})
+
 
 class RoutingPolicy(ABC):
     """reads_index: whether `RoutingView.cached` is wanted. follows_requests: whether what was decided before is, in

@@ -132,15 +132,23 @@ class Router:
         self._in_flight.forget(slot)
         self._sessions = OrderedDict(each for each in self._sessions.items() if each[1] != slot)
 
-    def decide(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> Decision | None:
+    def decide(
+        self,
+        request: RoutingRequest,
+        replicas: Sequence[ReplicaState],
+        counts: Callable[[Decision], bool] = lambda _: True,
+    ) -> Decision | None:
         """Where a request goes; None while no replica is up.
 
-        replicas: by slot, as many as there are slots. One of a free slot must not be up.
+        replicas: by slot, as many as there are slots. One of a free slot must not be up. counts: whether a decision is
+        recorded, and remembered for those that follow.
         """
         if not any(state.up for state in replicas):
             return None
         view = self._view(request, replicas)
         decision = self._policy.choose(view)
+        if not counts(decision):
+            return decision
         if self.record is not None:
             self.record(request.now, view, decision)
         self._next = decision.replica + 1
@@ -150,9 +158,7 @@ class Router:
 
     def consider(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> Decision | None:
         """What `decide` would decide now; nothing is remembered of it."""
-        if not any(state.up for state in replicas):
-            return None
-        return self._policy.choose(self._view(request, replicas))
+        return self.decide(request, replicas, lambda _: False)
 
     def _view(self, request: RoutingRequest, replicas: Sequence[ReplicaState]) -> RoutingView:
         block_hashes = request.chain.block_hashes

@@ -218,22 +218,7 @@ class WorkerClient:
         return self._http
 
     async def _within(self, seconds: float, answer: Awaitable[T]) -> T:
-        """What is awaited, with this module's errors."""
-        try:
-            async with asyncio.timeout(seconds):
-                return await answer
-        except aiohttp.ClientConnectorError as error:
-            raise errors.WorkerUnreachableError(f"{self.url} cannot be reached: {error.strerror}") from error
-        except aiohttp.ConnectionTimeoutError as error:
-            raise errors.WorkerUnreachableError(
-                f"{self.url} cannot be reached: no connection within {self._deadlines.connect:g} s"
-            ) from error
-        except TimeoutError as error:
-            raise errors.WorkerTimeoutError(f"{self.url} sent nothing for {seconds:g} s") from error
-        except aiohttp.ClientError as error:
-            raise errors.WorkerLostError(
-                f"the connection to {self.url} ended before the answer: {errors.reason_of(error)}"
-            ) from error
+        return await within(self.url, self._deadlines, seconds, answer)
 
     def _refused(self, status: int, data: bytes) -> errors.EmberError:
         if status == 401:
@@ -247,6 +232,28 @@ class WorkerClient:
                 f"{self.url} answered with status {status} and not as a worker does; it must be started with a "
                 "cluster secret, and be of this version"
             )
+
+
+async def within(url: str, deadlines: Deadlines, seconds: float | None, answer: Awaitable[T]) -> T:
+    """What is awaited of the server at ``url``; None: however long it takes.
+
+    Raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError where it does not come.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except aiohttp.ClientConnectorError as error:
+        raise errors.WorkerUnreachableError(f"{url} cannot be reached: {error.strerror}") from error
+    except aiohttp.ConnectionTimeoutError as error:
+        raise errors.WorkerUnreachableError(
+            f"{url} cannot be reached: no connection within {deadlines.connect:g} s"
+        ) from error
+    except TimeoutError as error:
+        raise errors.WorkerTimeoutError(f"{url} sent nothing for {seconds or 0:g} s") from error
+    except aiohttp.ClientError as error:
+        raise errors.WorkerLostError(
+            f"the connection to {url} ended before the answer: {errors.reason_of(error)}"
+        ) from error
 
 
 def refusal(failure: wire.Failure) -> errors.EmberError:

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from emberkv.engine.request import Engine, GenerationRequest, SamplingParams
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import PromptTooLongError, RequestError
 from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
@@ -28,7 +29,14 @@ from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, 
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
-from emberkv.serving.request_context import RecentRequests, RequestContext, Sessions, log_finished, session_id
+from emberkv.serving.request_context import (
+    EndedAnswer,
+    RecentRequests,
+    RequestContext,
+    Sessions,
+    log_finished,
+    session_id,
+)
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
 
@@ -290,9 +298,26 @@ class AnswerService:
             stream.interrupt_after(max(0.0, left), RequestTimeoutError(text))
         self._lifecycle.track(stream)
         self.recent.add(request)
+        self._count_changes(request)
+        return stream
+
+    def forward(self, request: RequestContext) -> AnswerTimer:
+        """Times a request that is answered elsewhere, without an engine; `forwarded` is called when it has ended."""
+        return AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
+
+    def forwarded(
+        self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
+    ) -> None:
+        """Account for a request that was answered elsewhere."""
+        self._count_changes(request)
+        timer.finished(answer.finish_reason or FinishReason.ABORT)
+        self._metrics.prompt_tokens.labels(request.api).observe(answer.usage.prompt_tokens)
+        self._count(request, [answer.usage])
+        self._count_answer(request, request.request_id, answer, timer, summary)
+
+    def _count_changes(self, request: RequestContext) -> None:
         for rule, changes in request.canonical.items():
             self._metrics.canonical_changes.labels(rule).inc(changes)
-        return stream
 
     async def respond(
         self,
@@ -358,13 +383,20 @@ class AnswerService:
 
     def _closed(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
         self._lifecycle.untrack(stream)
-        usages = [answer.usage for answer in stream.answers]
-        self.sessions.count(request, usages, self._wall_clock())
-        self.tenant_metrics.count(request.tenant.name, usages)
+        self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
-            tokens = tokens_by_source(answer.usage)
-            self.traffic.count(request, Turn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
-            log_finished(request, request_id, answer, timer, self._summary(request_id, answer))
+            self._count_answer(request, request_id, answer, timer, self._summary(request_id, answer))
         self._observe(request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()
+
+    def _count(self, request: RequestContext, usages: Sequence[CacheUsage]) -> None:
+        self.sessions.count(request, usages, self._wall_clock())
+        self.tenant_metrics.count(request.tenant.name, usages)
+
+    def _count_answer(
+        self, request: RequestContext, request_id: str, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
+    ) -> None:
+        tokens = tokens_by_source(answer.usage)
+        self.traffic.count(request, Turn(request_id, self._wall_clock(), tokens, timer.first_token_seconds))
+        log_finished(request, request_id, answer, timer, summary)

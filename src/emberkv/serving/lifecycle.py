@@ -193,20 +193,23 @@ class Lifecycle:
         if self.phase is Phase.LOADING and warming:
             self.phase, self.detail = Phase.WARMING, "the model is loaded; prompts are being warmed"
         elif self.phase is Phase.LOADING:
-            self._ready(model)
+            self._ready(model.names[0])
 
     def warmed(self) -> None:
         """Readiness waits no longer."""
         if self.phase is Phase.WARMING:
-            self._ready(self.model())
+            self._ready(self.model().names[0])
 
-    def _ready(self, model: ServedModel) -> None:
-        self.phase, self.detail = Phase.READY, f"serving {model.names[0]}"
+    def _ready(self, served: str) -> None:
+        self.phase, self.detail = Phase.READY, f"serving {served}"
 
-    def has_workers(self, is_up: bool) -> None:
-        """Whether there is anything that computes for the model, where that is elsewhere and comes and goes."""
-        if is_up and self.phase is Phase.LOADING and self._model is not None:
-            self._ready(self._model)
+    def has_workers(self, is_up: bool, served: str = "") -> None:
+        """Whether there is anything that answers, where that is elsewhere and comes and goes.
+
+        served: what it answers for, where no model is loaded here.
+        """
+        if is_up and self.phase is Phase.LOADING and (self._model is not None or served):
+            self._ready(served if self._model is None else self._model.names[0])
         elif not is_up and self.phase in (Phase.WARMING, Phase.READY):
             self.phase, self.detail = Phase.LOADING, "no worker is up"
 

@@ -10,12 +10,12 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.answers.answer import Answer, CacheSummary
+from emberkv.serving.answers.answer import CacheSummary
 from emberkv.serving.metrics import AnswerTimer
 from emberkv.serving.tenancy import Tenant
 
@@ -161,8 +161,16 @@ _SHORT_NAMES = {"chat_completions": "chat", "completions": "text"}
 _ORDINARY_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
+class EndedAnswer(Protocol):
+    """What is accounted for of an answer, wherever it was made."""
+
+    usage: CacheUsage
+    completion_tokens: int
+    finish_reason: FinishReason | None
+
+
 def log_finished(
-    request: RequestContext, request_id: str, answer: Answer, timer: AnswerTimer, summary: CacheSummary
+    request: RequestContext, request_id: str, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
 ) -> None:
     """Log one answer. All that is logged is a number, or a name that the server or its operator gave."""
     seconds = timer.first_token_seconds

@@ -157,13 +157,16 @@ class RecordedRequest:
 
 
 @dataclass(slots=True, eq=False)
-class _Taken:
-    """A request that was taken in. reason: how it ended; None while it is under way."""
+class TakenRequest:
+    """A request that was taken in. reason: how it ended; None while it is under way. unknown: tokens of the answer of
+    which no more is known than that they are.
+    """
 
     request: GenerationRequest
     arrival: float
     answer: "array[int]" = field(default_factory=lambda: token_array(()))
     reason: FinishReason | None = None
+    unknown: int = 0
     links: list[bytes] = field(default_factory=list)
     turn: Turn | None = None
     after: Follows | None = None
@@ -200,7 +203,7 @@ class TraceRecorder:
         self._messages: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._numbers = count()
         self._began: float | None = None
-        self._taken: OrderedDict[_Taken, None] = OrderedDict()
+        self._taken: OrderedDict[TakenRequest, None] = OrderedDict()
         self._book = SessionTurns()
         self._public: PublicPrefixes | None = None
         self._thread = threading.Thread(target=self._run, name="emberkv-trace", daemon=True)
@@ -216,18 +219,23 @@ class TraceRecorder:
         self._messages.put(None)
         self._thread.join()
 
-    def arrived(self, request: GenerationRequest) -> _Taken:
+    def arrived(self, request: GenerationRequest) -> TakenRequest:
         with self._lock:  # so that times and messages are in the same order
-            taken = _Taken(request, self._clock())
+            taken = TakenRequest(request, self._clock())
             self._messages.put(lambda: self._take_in(taken))
         return taken
 
-    def ended(self, taken: _Taken, reason: FinishReason) -> None:
+    def ended(self, taken: TakenRequest, reason: FinishReason) -> None:
         with self._lock:
             at = self._clock()
             self._messages.put(lambda: self._finish(taken, at, reason))
 
-    def refused(self, taken: _Taken) -> None:
+    def ended_elsewhere(self, taken: TakenRequest, reason: FinishReason, output_tokens: int) -> None:
+        """As `ended`, of an answer whose tokens are not known here."""
+        taken.unknown = output_tokens
+        self.ended(taken, reason)
+
+    def refused(self, taken: TakenRequest) -> None:
         self._messages.put(lambda: self._forget(taken))
 
     def _run(self) -> None:
@@ -252,7 +260,7 @@ class TraceRecorder:
         if ended is not None:
             raise ended
 
-    def _take_in(self, taken: _Taken) -> None:
+    def _take_in(self, taken: TakenRequest) -> None:
         request = taken.request
         try:
             tokens = token_array(request.prompt_token_ids)
@@ -278,22 +286,22 @@ class TraceRecorder:
             public = shared // self._block_size
         return self._block_hashes.links(request.salt, tokens, public)
 
-    def _finish(self, taken: _Taken, at: float, reason: FinishReason) -> None:
+    def _finish(self, taken: TakenRequest, at: float, reason: FinishReason) -> None:
         taken.reason = reason
         try:
             self._extend(taken, at)
         finally:
             self._write_ended()
 
-    def _extend(self, taken: _Taken, at: float) -> None:
+    def _extend(self, taken: TakenRequest, at: float) -> None:
         """The turn goes on to the end of its answer."""
-        if taken.turn is not None and taken.answer:
+        if taken.turn is not None and (taken.answer or taken.unknown):
             taken.turn.ended = at
             tokens = token_array(taken.request.prompt_token_ids) + taken.answer
             taken.links = self._links(taken.request, tokens)
             self._book.reached(taken.turn, len(tokens), taken.links[: len(tokens) // self._block_size])
 
-    def _forget(self, taken: _Taken) -> None:
+    def _forget(self, taken: TakenRequest) -> None:
         self._taken.pop(taken, None)  # it is not there if it could not be taken in
         self._write_ended()
 
@@ -303,15 +311,16 @@ class TraceRecorder:
             if first.reason is None:
                 return
             del self._taken[first]
-            if first.answer and first.turn is not None:
+            if (first.answer or first.unknown) and first.turn is not None:
                 recorded = self._recorded(first, first.turn)
                 try:
                     self._sink(recorded)
                 except OSError as error:
                     raise _SinkError(error.strerror or type(error).__name__) from error
 
-    def _recorded(self, taken: _Taken, turn: Turn) -> RecordedRequest:
-        prompt, answer = len(taken.request.prompt_token_ids), len(taken.answer)
+    def _recorded(self, taken: TakenRequest, turn: Turn) -> RecordedRequest:
+        prompt, known = len(taken.request.prompt_token_ids), len(taken.answer)
+        answer = known + taken.unknown
         whole = taken.reason in (FinishReason.STOP, FinishReason.LENGTH)
         return RecordedRequest(
             request=turn.request,
@@ -324,7 +333,7 @@ class TraceRecorder:
             max_output_tokens=taken.request.params.max_tokens if whole else answer,
             block_size=self._block_size,
             blocks=[block_id(link) for link in taken.links],
-            known_tokens=prompt + answer,
+            known_tokens=prompt + known,
             after=taken.after,
         )
 

@@ -465,18 +465,18 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
             return JSONResponse(
                 {"data": cards, "has_more": False, "first_id": model.names[0], "last_id": model.names[-1]}
             )
-        return JSONResponse({"object": "list", "data": [_model_card(model, name) for name in model.names]})
+        return JSONResponse({"object": "list", "data": [openai_card(model, name) for name in model.names]})
 
     @router.get("/v1/models/{name:path}", dependencies=[guard])
     async def model_card(name: str, http: Request) -> Response:
         model = lifecycle.model()
         model.check_name(name)
-        return JSONResponse((anthropic_card if speaks_anthropic(http) else _model_card)(model, name))
+        return JSONResponse((anthropic_card if speaks_anthropic(http) else openai_card)(model, name))
 
     return router
 
 
-def _model_card(model: ServedModel, name: str) -> dict[str, Any]:
+def openai_card(model: ServedModel, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

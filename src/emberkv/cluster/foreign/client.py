@@ -1,0 +1,109 @@
+"""Asks a server that speaks the OpenAI API."""
+
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from emberkv.cluster.worker_client import Deadlines, within
+from emberkv.errors import WireError
+from emberkv.serving.errors import NotReadyError
+
+T = TypeVar("T")
+
+FORWARDED = frozenset({"accept", "accept-language", "content-type", "traceparent", "tracestate", "user-agent"})
+"""Headers of requests that are handed on, beside those that begin with ``x-``."""
+
+NOT_FORWARDED = frozenset({"x-api-key", "x-real-ip"})
+
+
+class ForeignClient:
+    """Asks one server, over kept connections. Belongs to one event loop.
+
+    url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. hands_on_keys: whether clients' own keys are sent
+    where there is no ``key``.
+
+    Each method raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError where the server does not answer.
+    """
+
+    def __init__(
+        self, url: str, *, key: str | None = None, hands_on_keys: bool = False, deadlines: Deadlines | None = None
+    ) -> None:
+        self.url = url
+        self._own = {"authorization": f"Bearer {key}"} if key else {}
+        self._hands_on_keys = hands_on_keys and not key
+        self._deadlines = deadlines or Deadlines()
+        self._http: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Close all connections; what runs on them ends."""
+        if self._http is not None:
+            await self._http.close()
+
+    async def health(self) -> int:
+        """The status of ``GET /health``."""
+        async with self._response("GET", "/health", self._own, None, self._deadlines.answer) as response:
+            return response.status
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What ``GET /v1/models`` lists, as it is. Raises NotReadyError for status 503, WireError for anything else."""
+        seconds = self._deadlines.answer
+        async with self._response("GET", "/v1/models", self._own, None, seconds) as response:
+            data = await self._within(seconds, response.read())
+            if response.status == 503:
+                raise NotReadyError("it loads its model")
+            if response.status != 200:
+                raise WireError(f"{self.url}/v1/models answers with status {response.status}")
+        try:
+            return msgspec.json.decode(data, type=_Models).data
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise WireError(f"{self.url}/v1/models lists no models: {error}") from error
+
+    @asynccontextmanager
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        """The answer to a client's request, which may take as long as it does. Leaving closes its connection unless it
+        was read to its end.
+        """
+        kept = {
+            name: value
+            for name, value in headers.items()
+            if name in FORWARDED or (name.startswith("x-") and name not in NOT_FORWARDED)
+            or (self._hands_on_keys and name in ("authorization", "x-api-key"))
+        }  # fmt: skip
+        async with self._response("POST", path, {**kept, **self._own}, body, None) as response:
+            yield response
+
+    async def read(self, response: aiohttp.ClientResponse) -> bytes:
+        """More of an answer's body; empty at its end."""
+        return await self._within(None, response.content.readany())
+
+    async def read_all(self, response: aiohttp.ClientResponse) -> bytes:
+        return await self._within(None, response.read())
+
+    @asynccontextmanager
+    async def _response(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, seconds: float | None
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        sent = {"accept-encoding": "identity", **headers}
+        asked = self._session().request(method, f"{self.url}{path}", headers=sent, data=body, allow_redirects=False)
+        async with await self._within(seconds, asked) as response:
+            yield response
+
+    async def _within(self, seconds: float | None, answer: Awaitable[T]) -> T:
+        return await within(self.url, self._deadlines, seconds, answer)
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False, auto_decompress=False
+            )
+        return self._http
+
+
+class _Models(msgspec.Struct):
+    data: list[dict[str, Any]]

@@ -1,0 +1,274 @@
+"""One request at one foreign worker: it is sent on, its answer handed back as it comes, and both accounted for."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, decoded, usage_of
+from emberkv.cluster.foreign.prompts import RoutedPrompt
+from emberkv.cluster.foreign.worker import ForeignWorker, Usage
+from emberkv.core.sequence import FinishReason
+from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
+from emberkv.errors import ClusterError, EmberError, WorkerLostError
+from emberkv.serving.answer_service import AnswerService
+from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, summary_of
+from emberkv.serving.api.openai_api import DONE
+from emberkv.serving.errors import GenerationFailedError, failure_mid_stream, openai_error
+from emberkv.serving.event_stream import sse_event, unless_disconnected
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.request_context import RequestContext
+from emberkv.serving.trace_recorder import TraceRecorder
+
+if TYPE_CHECKING:  # an extra
+    import aiohttp
+
+ANY_LENGTH = 1 << 20
+"""Tokens of an answer for which its request names no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardedRequest:
+    """A client's request as it is sent on. path: of the API. data: its body. streams: it asks for events. keeps_usage:
+    it asks for the usage in these itself. max_tokens: of the answer; None: not given.
+    """
+
+    context: RequestContext
+    path: str
+    data: bytes
+    headers: Mapping[str, str]
+    prompt: RoutedPrompt
+    streams: bool
+    keeps_usage: bool
+    max_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class ForwardedAnswer:
+    """See `EndedAnswer`. response_id: what the worker called it."""
+
+    usage: CacheUsage = field(default_factory=lambda: CacheUsage(0, 0))
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    response_id: str = ""
+
+
+class Attempt:
+    """A request at one worker, from when it is sent until `end`. Belongs to the event loop.
+
+    expected: tokens of the prompt that routing expects to be cached or under way there. on_end: is called with the
+    attempt when it has ended well. recorder: of a trace; None: nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        worker: ForeignWorker,
+        request: ForwardedRequest,
+        expected: int,
+        answers: AnswerService,
+        lifecycle: Lifecycle,
+        *,
+        recorder: TraceRecorder | None,
+        on_end: Callable[["Attempt"], None],
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.worker = worker
+        self.request = request
+        self.answer = ForwardedAnswer(CacheUsage(len(request.prompt.chain), 0))
+        self._answers = answers
+        self._lifecycle = lifecycle
+        self._on_end = on_end
+        self._clock = clock
+        self._recorder = recorder
+        self._interrupted: EmberError | None = None
+        self._scope: asyncio.Timeout | None = None
+        self._timer = answers.forward(request.context)
+        self._taken = None if recorder is None else recorder.arrived(_recorded(request))
+        self._sent = worker.begin(request.context.request_id, request.prompt, expected, clock())
+        lifecycle.track(self)
+
+    def interrupt(self, error: EmberError) -> None:
+        self._interrupted = error
+        if self._scope is not None:
+            self._scope.reschedule(0)
+
+    @asynccontextmanager
+    async def waiting(self) -> AsyncGenerator[None, None]:
+        """For what waits for the worker. Raises WorkerTimeoutError when it is given up, or what `interrupt` has."""
+        try:
+            async with self.worker.waiting() as self._scope:
+                yield
+        except ClusterError as error:
+            raise self._interrupted or error from error
+        finally:
+            self._scope = None
+
+    def token(self) -> None:
+        """Some of the answer has come."""
+        if self._sent.begun_at is None:
+            self.worker.first_token(self._sent, self._clock())
+        self._timer.record(TokenOutput(self.request.context.request_id, (0,)))
+
+    def refused(self) -> None:
+        """There is no answer."""
+        self.worker.finish(self._sent, None, self._clock())
+        self._lifecycle.untrack(self)
+        if self._recorder is not None and self._taken is not None:
+            self._recorder.refused(self._taken)
+
+    def end(self, usage: Usage | None, reason: FinishReason) -> None:
+        """The answer has ended, as far as it went."""
+        self.worker.finish(self._sent, usage, self._clock())
+        self._lifecycle.untrack(self)
+        answer = self.answer
+        answer.finish_reason = reason
+        if usage is not None:
+            answer.usage = CacheUsage(usage.prompt, usage.cached or 0)
+            answer.completion_tokens = usage.completion
+        if self._recorder is not None and self._taken is not None:
+            self._recorder.ended_elsewhere(self._taken, reason, answer.completion_tokens)
+        self._answers.forwarded(self.request.context, answer, self._timer, self.summary())
+        self._on_end(self)
+
+    def summary(self) -> CacheSummary:
+        """What the worker says that it has reused, and why not more."""
+        return summary_of(self.answer.usage, self.worker.ledger.explained(self.request.context.request_id))
+
+
+def _recorded(request: ForwardedRequest) -> GenerationRequest:
+    context = request.context
+    params = SamplingParams(max_tokens=request.max_tokens or ANY_LENGTH)
+    return GenerationRequest(
+        context.request_id,
+        request.prompt.chain.slice(0, len(request.prompt.chain)),
+        params,
+        context.tenant.salt,
+        tenant=context.tenant.name,
+        session_id=context.session,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer that has begun. status: the worker's."""
+
+    status: int
+    response: Response
+
+
+async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
+    """Send the request, until its answer has begun: all of it, or the first token of a stream.
+
+    headers: further ones of the answer. Raises ClusterError where the worker does not answer: another may be asked.
+    """
+    stack = AsyncExitStack()
+    request, client = attempt.request, attempt.worker.client
+    try:
+        async with attempt.waiting():
+            response = await stack.enter_async_context(client.post(request.path, request.data, request.headers))
+            is_stream = response.status == 200 and response.content_type == "text/event-stream"
+            if not is_stream:
+                return await _whole(attempt, response, headers)
+            events, early = AnswerEvents(keeps_usage=request.keeps_usage), list[bytes]()
+            while not events.has_begun and not events.is_whole:
+                data = await client.read(response)
+                if not data:
+                    raise WorkerLostError(f"{attempt.worker} ended its answer before the first token")
+                early += events.feed(data)
+            attempt.token()
+            kept = stack.pop_all()
+        return Reply(200, RelayedStream(attempt, response, events, early, kept, headers))
+    except ClusterError:
+        attempt.worker.lost += 1
+        attempt.refused()
+        raise
+    except BaseException:
+        attempt.end(None, FinishReason.ABORT)
+        raise
+    finally:
+        await stack.aclose()
+
+
+async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: Mapping[str, str]) -> Reply:
+    """An answer in one piece, or a refusal."""
+    data = await attempt.worker.client.read_all(response)
+    answer = decoded(data)
+    usage = usage_of(answer) if response.status == 200 else None
+    if response.status != 200:
+        attempt.refused()
+    else:
+        attempt.answer.response_id = str(answer.get("id") or "") if isinstance(answer, dict) else ""
+        attempt.token()
+        attempt.end(usage, FinishReason.STOP)
+    known = usage is not None and usage.cached is not None
+    summary = {CACHE_HEADER: str(attempt.summary())} if known else {}
+    own = {**summary, **answer_headers(response.headers), **headers}
+    return Reply(response.status, Response(data, status_code=response.status, headers=own))
+
+
+class RelayedStream(Response):
+    """Sends a worker's events on as they come, from the first token. It ends with the worker's last event, or with an
+    error: part of an answer cannot be gone on with elsewhere, as nothing is known of the worker's state.
+
+    early: the events that have come already. stack: closes the connection.
+    """
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        response: "aiohttp.ClientResponse",
+        events: AnswerEvents,
+        early: Sequence[bytes],
+        stack: AsyncExitStack,
+        headers: Mapping[str, str],
+    ) -> None:
+        # not Response.__init__, which would give the stream the length of an empty body
+        self._attempt = attempt
+        self._response = response
+        self._events = events
+        self._early = early
+        self._stack = stack
+        self._reason = FinishReason.ABORT
+        self.status_code = 200
+        self.background = None
+        self.init_headers({**answer_headers(response.headers), **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        finally:
+            await self._stack.aclose()
+            self._attempt.answer.response_id = self._events.response_id
+            self._attempt.end(self._events.usage, self._reason)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._relayed()) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _relayed(self) -> AsyncGenerator[bytes, None]:
+        for event in self._early:
+            yield event
+        client, events = self._attempt.worker.client, self._events
+        try:
+            async with self._attempt.waiting():
+                while not events.is_done and (data := await client.read(self._response)):
+                    self._attempt.token()
+                    for event in events.feed(data):
+                        yield event
+            if not events.is_whole:
+                raise WorkerLostError(f"{self._attempt.worker} ended its answer within it")
+            self._reason = FinishReason.STOP
+        except EmberError as error:
+            self._reason = FinishReason.ERROR
+            self._attempt.worker.lost += 1
+            shown = GenerationFailedError(str(error)) if isinstance(error, ClusterError) else error
+            yield sse_event(openai_error(failure_mid_stream(shown)))
+            yield DONE

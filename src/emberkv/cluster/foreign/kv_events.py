@@ -1,0 +1,278 @@
+"""vLLM's KV events: their wire form, and the blocks that they tell of under the gateway's own block hashes.
+
+A batch is msgpack, an object ``{"ts", "events", "data_parallel_rank"}`` or, from older versions, an array of the same;
+so is each event, with its name as ``type`` or first element. Hashes are integers or bytes, as the server computes them
+(vLLM seeds them at its start), so that a block is known here by its tokens and its parent instead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
+from emberkv.core.hashing import TOKEN_BYTES, BlockHash, encode_tokens, hash_blocks, token_array
+from emberkv.errors import WireError, reason_of
+
+ForeignHash = int | bytes
+Publish = Callable[[Sequence[Event]], None]
+
+_TIERS = {"GPU": POOL, "CPU": "ram"}
+"""By an event's medium; others have their own name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Consecutive blocks are cached in a medium. tokens: of all of them; other_keys: what the hashes depend on beside
+    the tokens (a LoRA adapter, images, a salt), for each block that has such.
+    """
+
+    block_hashes: Sequence[ForeignHash]
+    parent: ForeignHash | None
+    tokens: Sequence[int]
+    block_size: int
+    tier: str = POOL
+    is_plain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    block_hashes: Sequence[ForeignHash]
+    tier: str = POOL
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Nothing is cached any more."""
+
+
+KvEvent = Stored | Removed | Cleared
+
+_FIELDS = {
+    "BlockStored": (
+        "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name", "extra_keys",
+        "group_idx",
+    ),
+    "BlockRemoved": ("block_hashes", "medium", "group_idx"),
+    "AllBlocksCleared": (),
+}  # fmt: skip
+"""In the order in which an array has them; what the last ones are left out of has their defaults."""
+
+
+def decode_batch(payload: bytes) -> list[KvEvent]:
+    """A batch's events, in order; those of further groups of layers and of unknown kinds are left out.
+
+    Raises WireError for what is no batch.
+    """
+    try:
+        batch = msgspec.msgpack.decode(payload)
+        events = batch["events"] if isinstance(batch, dict) else batch[1]
+        decoded = [_event(*_named(each)) for each in events]
+    except (msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+        raise WireError(f"no batch of KV events: {reason_of(error)}") from error
+    return [event for event in decoded if event is not None]
+
+
+def _named(event: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(event, dict):
+        return event["type"], event
+    return event[0], dict(zip(_FIELDS.get(event[0], ()), event[1:], strict=False))
+
+
+def _event(kind: str, fields: dict[str, Any]) -> KvEvent | None:
+    if kind == "AllBlocksCleared":
+        return Cleared()
+    if kind not in _FIELDS or fields.get("group_idx"):
+        return None
+    medium = fields.get("medium") or "GPU"
+    tier = _TIERS.get(medium, str(medium).lower())
+    if kind == "BlockRemoved":
+        return Removed(fields["block_hashes"], tier)
+    others = (fields.get("lora_id"), fields.get("lora_name"), *(fields.get("extra_keys") or ()))
+    return Stored(
+        fields["block_hashes"],
+        fields["parent_block_hash"],
+        token_array(fields["token_ids"]),
+        fields["block_size"],
+        tier,
+        is_plain=not any(others),
+    )
+
+
+@dataclass(slots=True)
+class _Block:
+    """block_hashes: ours, of the whole blocks that it consists of; none where its hash depends on more than tokens.
+    copies: by tier. A server may hold several copies of a block, and says each time that one is stored or removed.
+    """
+
+    parent: BlockHash
+    block_hashes: tuple[BlockHash, ...]
+    copies: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def last(self) -> BlockHash | None:
+        return self.block_hashes[-1] if self.block_hashes else None
+
+
+class KvBlocks:
+    """Follows one server's events. root, block_size: of the gateway's block hashes. publish: takes what has changed.
+
+    A server's block must consist of whole blocks of the gateway; where it does not, the events are of no use, as
+    ``is_unfit`` says. fault: why not all of what is there is known, until all is cleared; "" where it is.
+    """
+
+    def __init__(self, root: BlockHash, block_size: int, publish: Publish) -> None:
+        self.root = root
+        self.fault = ""
+        self.is_unfit = False
+        self._block_size = block_size
+        self._publish = publish
+        self._blocks: dict[ForeignHash, _Block] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def apply(self, events: Sequence[KvEvent]) -> None:
+        """In order. What fits nothing that is known sets `fault`, and changes nothing else."""
+        for event in events:
+            match event:
+                case Stored():
+                    self._store(event)
+                case Removed():
+                    self._remove(event)
+                case Cleared():
+                    self.clear()
+
+    def clear(self) -> None:
+        """The server has nothing cached, or is a new one."""
+        tiers = {tier for block in self._blocks.values() for tier in block.copies}
+        self._blocks.clear()
+        self.fault = ""
+        self._publish([AllBlocksCleared(tier) for tier in sorted(tiers | {POOL})])
+
+    def _store(self, event: Stored) -> None:
+        if event.block_size % self._block_size:
+            self.is_unfit = True
+            self.fault = (
+                f"its blocks have {event.block_size} tokens, which are not whole blocks of {self._block_size}; "
+                f"set EMBERKV_BLOCK_SIZE={event.block_size} for the gateway"
+            )
+            return
+        parent = self._last(event.parent)
+        tokens = event.tokens
+        if len(tokens) != event.block_size * len(event.block_hashes):
+            tokens = ()  # below the GPU, blocks may be named without their tokens
+        for number, foreign_hash in enumerate(event.block_hashes):
+            block = self._blocks.get(foreign_hash)
+            if block is None:
+                if parent is None and event.is_plain and self._is_missing(event.parent, bool(tokens)):
+                    self.fault = "an event tells of a block behind one that is not known"
+                    return
+                some = tokens[number * event.block_size : (number + 1) * event.block_size]
+                block = self._blocks[foreign_hash] = self._block(parent if event.is_plain else None, some)
+            copies = block.copies.get(event.tier, 0)
+            block.copies[event.tier] = copies + 1
+            if not copies and block.block_hashes:
+                self._stored(block, tokens[number * event.block_size : (number + 1) * event.block_size], event.tier)
+            parent = block.last
+
+    def _last(self, foreign_hash: ForeignHash | None) -> BlockHash | None:
+        """Our hash of the chain up to a block; None where there is none."""
+        if foreign_hash is None:
+            return self.root
+        block = self._blocks.get(foreign_hash)
+        return None if block is None else block.last
+
+    def _is_missing(self, parent: ForeignHash | None, has_tokens: bool) -> bool:
+        return not has_tokens or (parent is not None and parent not in self._blocks)
+
+    def _block(self, parent: BlockHash | None, tokens: Sequence[int]) -> _Block:
+        if parent is None:
+            return _Block(b"", ())
+        encoded = encode_tokens(token_array(tokens))
+        return _Block(parent, tuple(hash_blocks(parent, encoded, self._block_size)))
+
+    def _stored(self, block: _Block, tokens: Sequence[int], tier: str) -> None:
+        encoded, width = encode_tokens(token_array(tokens)), self._block_size * TOKEN_BYTES
+        parts = tuple(encoded[start : start + width] for start in range(0, len(encoded), width))
+        self._publish([BlockStored(block.block_hashes, block.parent, parts, self._block_size, tier)])
+
+    def _remove(self, event: Removed) -> None:
+        gone: list[BlockHash] = []
+        for foreign_hash in event.block_hashes:
+            block = self._blocks.get(foreign_hash)
+            if block is None or event.tier not in block.copies:
+                continue
+            block.copies[event.tier] -= 1
+            if block.copies[event.tier]:
+                continue
+            del block.copies[event.tier]
+            gone += block.block_hashes
+            if not block.copies:
+                del self._blocks[foreign_hash]
+        if gone:
+            self._publish([BlockRemoved(tuple(gone), tier=event.tier)])
+
+
+class KvSequence:
+    """Puts a server's numbered batches in order; what is missing is asked for by `missing_from`.
+
+    Batches count from 0 from the server's start, so a number that was there
+    before means that the server has started anew.
+    """
+
+    def __init__(self, blocks: KvBlocks) -> None:
+        self.blocks = blocks
+        self.next = 0
+        self._has_heard = False
+        self._later: dict[int, list[KvEvent]] = {}
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether batches come that can be used."""
+        return self._has_heard and not self.blocks.is_unfit
+
+    @property
+    def fault(self) -> str:
+        """Why what is known of the server's blocks is not exact; "" while it is."""
+        return self.blocks.fault or ("events are missing, and asked for again" if self._later else "")
+
+    @property
+    def missing_from(self) -> int | None:
+        """The number of the first batch that is missing; None where none is known to be."""
+        return self.next if self._later else None
+
+    def live(self, number: int, events: list[KvEvent]) -> None:
+        """A batch as it is published."""
+        if number < self.next:
+            self.restart()
+        self._has_heard = True
+        self._later[number] = events
+        self._catch_up()
+
+    def replayed(self, number: int, events: list[KvEvent]) -> None:
+        """A batch that is sent again."""
+        self._has_heard = True
+        if number >= self.next:
+            self._later[number] = events
+            self._catch_up()
+
+    def give_up(self) -> None:
+        """What is missing does not come any more."""
+        if self._later:
+            first = min(self._later)
+            self.next, lost = first, f"events {self.next} to {first - 1} are lost, until the server's cache is cleared"
+            self.blocks.fault = self.blocks.fault or lost
+            self._catch_up()
+
+    def restart(self) -> None:
+        """The server begins anew, with nothing cached."""
+        self.next = 0
+        self._later.clear()
+        self.blocks.clear()
+
+    def _catch_up(self) -> None:
+        while (events := self._later.pop(self.next, None)) is not None:
+            self.next += 1
+            self.blocks.apply(events)

@@ -1,0 +1,321 @@
+"""The OpenAI API at a gateway with foreign workers: each request goes where its first token is expected soonest."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from time import monotonic
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
+
+from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, Route, route_header
+from emberkv.cluster.foreign.answers import decoded
+from emberkv.cluster.foreign.fleet import ForeignFleet
+from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, ask
+from emberkv.cluster.foreign.prompts import Json, PromptReader, RoutedPrompt, canonical_body
+from emberkv.cluster.foreign.worker import ForeignWorker
+from emberkv.cluster.membership import Membership, Replica
+from emberkv.cluster.policies import Decision
+from emberkv.cluster.routing import RoutingRequest
+from emberkv.core.explaining.explanation import Explanation
+from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.errors import ClusterError, RequestError
+from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
+from emberkv.serving.api.openai_api import openai_card
+from emberkv.serving.app import AppParts
+from emberkv.serving.cache.service import Explained, explanation_json
+from emberkv.serving.errors import (
+    CLIENT_GONE,
+    NotFoundError,
+    NotReadyError,
+    TooManyRequestsError,
+    UnknownModelError,
+    speaks_anthropic,
+)
+from emberkv.serving.event_stream import compact_json, unless_disconnected
+from emberkv.serving.tenancy import Tenant
+from emberkv.serving.trace_recorder import TraceRecorder
+
+BUSY = (429, 502, 503, 504)
+"""Statuses by which a worker says that another one may be asked."""
+
+MAX_REMEMBERED = 2000
+"""Answers that can be asked about by their id."""
+
+_OTHERS = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize", "/detokenize")
+
+ELSEWHERE = "emberkv.not_forwarded"
+"""In a request's scope: the routes here have handed it on."""
+
+Own = tuple[Tokenizer, ClusterEngine]
+
+
+class ForeignRoutes(CacheRoutes):
+    """Chat, completions, models and explain. What they leave to the other routes of the app, these get as it came.
+
+    engine: of the emberkv workers, once one of them was reached. max_requests: more at once are refused. recorder: of a
+    trace. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        parts: AppParts,
+        membership: Membership,
+        fleet: ForeignFleet,
+        reader: PromptReader,
+        engine: Callable[[], ClusterEngine | None],
+        *,
+        max_requests: int = MAX_REQUESTS,
+        recorder: TraceRecorder | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        super().__init__(parts.lifecycle, parts.guard, parts.tenants, parts.preparer, parts.answers, parts.wall_clock)
+        self._membership = membership
+        self._fleet = fleet
+        self._reader = reader
+        self._engine = engine
+        self._keys = parts.keys
+        self._max_requests = max_requests
+        self._recorder = recorder
+        self._clock = clock
+        self._forwarded: OrderedDict[str, tuple[str, Tenant, RoutedPrompt, ForeignWorker]] = OrderedDict()
+
+    def router(self) -> APIRouter:
+        router = APIRouter(route_class=_ForeignRoute)
+        guard = Depends(self._keys.tenant)
+
+        @router.post("/v1/chat/completions")
+        async def chat_completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+            return await self._answer(http, tenant, "chat_completions")
+
+        @router.post("/v1/completions")
+        async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+            return await self._answer(http, tenant, "completions")
+
+        @router.get("/v1/models", dependencies=[guard])
+        async def models(http: Request) -> Response:
+            if speaks_anthropic(http):
+                return _HandedOn(b"")
+            return JSONResponse({"object": "list", "data": list(self._cards().values())})
+
+        @router.get("/v1/models/{name:path}", dependencies=[guard])
+        async def card(name: str, http: Request) -> Response:
+            cards = self._cards()
+            return JSONResponse(cards[name]) if name in cards and not speaks_anthropic(http) else _HandedOn(b"")
+
+        for path in _OTHERS:
+            router.add_api_route(path, self._other, methods=["POST"], include_in_schema=False)
+        router.add_api_route("/v1/cache/explain", self.explain, methods=["POST"])
+        return router
+
+    async def _other(self, http: Request) -> Response:
+        """What only emberkv workers answer. Raises NotFoundError where there are none."""
+        if self._lifecycle.has_model or self._membership.workers:
+            return _HandedOn(await http.body())
+        raise NotFoundError(
+            f"this gateway does not answer {http.url.path}, as all of its workers are foreign ones; use "
+            "/v1/chat/completions or /v1/completions"
+        )
+
+    async def explain(self, http: Request) -> Response:
+        """Why a prompt would miss at the foreign worker that it would go to, or why a past one did there."""
+        tenant = await self._guard.asker(http)
+        body = await http.body()
+        question = await self._question(http, "openai", "anthropic", "response_id", "prefix")
+        if question.response_id is not None and question.response_id in self._forwarded:
+            request_id, owner, prompt, worker = self._forwarded[question.response_id]
+            past = worker.ledger.explained(request_id)
+            if past is not None and (tenant is None or tenant.name == owner.name):
+                return JSONResponse(self._explained(past, prompt, worker))
+        foreign = [] if question.openai is None else self._serving(question.openai.get("model"))
+        if not foreign:
+            return _HandedOn(body)
+        assert question.openai is not None, "only then there are foreign workers for it"
+        whose = tenant if tenant is not None else tenant_meant(question, self._tenants)
+        return await self._explain(question.openai, whose.salted(question.cache_salt), foreign, body)
+
+    async def _explain(self, asked: Json, tenant: Tenant, foreign: Sequence[ForeignWorker], body: bytes) -> Response:
+        rewritten, canonical = canonical_body(asked, self._preparer.rules)
+        own = self._own(asked.get("model"))
+        prompt = await self._preparer.run(partial(self._reader.read, rewritten, tenant, own), len(body))
+        candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
+        found = self._membership.choose(self._routing(prompt, ""), candidates, lambda _: False)
+        if found is None:
+            raise NotReadyError("no worker is up; send it again later")
+        worker, decision = found
+        if not isinstance(worker, ForeignWorker):
+            return _HandedOn(body)
+        answer = self._explained(worker.explain(prompt), prompt, worker)
+        workers = [_estimate_json(each, decision) for each in candidates]
+        return JSONResponse({**answer, "canonical": dict(canonical), "why": decision.reason.value, "workers": workers})
+
+    def _explained(self, explanation: Explanation, prompt: RoutedPrompt, worker: ForeignWorker) -> dict[str, Any]:
+        answer = explanation_json(Explained(explanation), prompt.tokenizer, now=self._wall_clock())
+        if self._tenants.names:  # the worker shares what it has among all tenants, whose texts are none of the asker's
+            answer["divergence"] = answer["divergence"] and {**answer["divergence"], "expected": ""}
+        unit = "tokens" if prompt.in_tokens else "four bytes of text"
+        return {**answer, "worker": worker.worker_id, "index": worker.index, "unit": unit}
+
+    async def _answer(self, http: Request, tenant: Tenant, api: str) -> Response:
+        raw = await http.body()
+        body = await self._preparer.run(partial(decoded, raw), len(raw))
+        model = body.get("model") if isinstance(body, dict) else None
+        foreign = self._serving(model)
+        if not isinstance(body, dict) or not foreign:
+            return self._not_forwarded(model, raw)
+        self._lifecycle.check_accepting()
+        if (running := sum(len(worker.running) for worker in self._fleet.workers)) >= self._max_requests:
+            raise TooManyRequestsError(f"{running} requests are forwarded, and no more are taken; send it again later")
+        own = self._own(model)
+        work = partial(self._read, http, tenant, api, body, raw, own)
+        request = await self._preparer.run(work, len(raw))
+        candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
+        return await unless_disconnected(http.receive, self._forward(request, candidates, raw)) or Response(
+            status_code=CLIENT_GONE
+        )
+
+    def _read(
+        self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, own: Own | None
+    ) -> ForwardedRequest:
+        """The request as it is sent on: as it came, but for the operator's rules and the usage of streams."""
+        asked, canonical = canonical_body(body, self._preparer.rules)
+        options = asked.get("stream_options")
+        keeps_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        streams = asked.get("stream") is True
+        if streams and not keeps_usage and (options is None or isinstance(options, dict)):
+            asked = {**asked, "stream_options": {**(options or {}), "include_usage": True}}
+        salt = asked.get("cache_salt")
+        limits = (asked.get("max_completion_tokens"), asked.get("max_tokens"))
+        return ForwardedRequest(
+            self._answers.request(http, api, tenant.salted(salt if isinstance(salt, str) else None), canonical),
+            http.url.path,
+            raw if asked is body else compact_json(asked).encode(),
+            http.headers,
+            self._reader.read(asked, tenant, own),
+            streams,
+            keeps_usage,
+            next((limit for limit in limits if type(limit) is int and limit > 0), None),
+        )
+
+    async def _forward(self, request: ForwardedRequest, candidates: Sequence[Replica], raw: bytes) -> Response:
+        """Ask one worker after the other, until one has begun an answer."""
+        left, refusal, failure, retried = list(candidates), None, None, 0
+        while True:
+            found = self._membership.choose(
+                self._routing(request.prompt, request.context.session),
+                left,
+                lambda each: isinstance(each, ForeignWorker),
+            )
+            if found is None and refusal is not None:
+                return refusal
+            if found is None:
+                reason = "" if failure is None else f" ({failure})"
+                raise NotReadyError(f"no worker that serves the model answers{reason}; send it again later")
+            worker, decision = found
+            left.remove(worker)
+            if not isinstance(worker, ForeignWorker):
+                return _HandedOn(raw)
+            cached = decision.cached_by_tier
+            route = Route([worker.worker_id], decision, cached, retried)
+            attempt = Attempt(
+                worker,
+                request,
+                sum(cached.values()),
+                self._answers,
+                self._lifecycle,
+                recorder=self._recorder,
+                on_end=self._remember,
+            )
+            try:
+                reply = await ask(attempt, {ROUTE_HEADER: route_header(route)})
+            except ClusterError as error:
+                failure = error
+                self._fleet.suspect(worker, error)
+            else:
+                if reply.status not in BUSY:
+                    return reply.response
+                refusal = reply.response
+            retried += 1
+
+    def _remember(self, attempt: Attempt) -> None:
+        context, response_id = attempt.request.context, attempt.answer.response_id
+        if response_id:
+            self._forwarded[response_id] = (
+                context.request_id, context.tenant, attempt.request.prompt, attempt.worker
+            )  # fmt: skip
+            if len(self._forwarded) > MAX_REMEMBERED:
+                self._forwarded.popitem(last=False)
+
+    def _not_forwarded(self, model: object, raw: bytes) -> Response:
+        """For what no foreign worker serves. Raises NotReadyError or UnknownModelError where nothing else does."""
+        if self._lifecycle.has_model:
+            return _HandedOn(raw)
+        if not isinstance(decoded(raw), dict):
+            raise RequestError("the body is not valid JSON, or no object")
+        known = {name for worker in self._fleet.workers for name in worker.models}
+        if model is not None and self._fleet.up and model not in known:
+            raise UnknownModelError(
+                f"model is {model!r}; this gateway's workers have {', '.join(map(repr, sorted(known))) or 'none'}",
+                param="model",
+            )
+        raise NotReadyError("no worker that serves the model is up; send it again later")
+
+    def _serving(self, model: object) -> list[ForeignWorker]:
+        return [worker for worker in self._fleet.up if worker.serves(model)]
+
+    def _own(self, model: object) -> Own | None:
+        """The emberkv workers' tokenizer and engine, where they serve the model, too."""
+        engine = self._engine()
+        if engine is None or not self._lifecycle.has_model or not self._membership.up:
+            return None
+        served = self._lifecycle.model()
+        try:
+            served.check_name(model if isinstance(model, str) else served.names[0])
+        except UnknownModelError:
+            return None
+        return served.tokenizer, engine
+
+    def _routing(self, prompt: RoutedPrompt, session: str) -> RoutingRequest:
+        return RoutingRequest(prompt.chain, len(prompt.chain), session, self._clock())
+
+    def _cards(self) -> dict[str, dict[str, Any]]:
+        """What can be asked for, by id."""
+        model = self._lifecycle.model() if self._lifecycle.has_model else None
+        own = {} if model is None else {name: openai_card(model, name) for name in model.names}
+        return {**self._fleet.models, **own}
+
+
+def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
+    estimate = next((asdict(each) for each in decision.estimates if each.slot == worker.slot), None)
+    if estimate is not None:
+        del estimate["slot"]
+    cached = None if estimate is None else sum(estimate["cached_tokens"].values())
+    return {"worker": worker.worker_id, "index": worker.index, "hit_tokens": cached, "estimate": estimate}
+
+
+class _ForeignRoute(APIRoute):
+    """Matches no request that was handed on."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if scope.get(ELSEWHERE) else super().matches(scope)
+
+
+class _HandedOn(Response):
+    """Has the other routes of the app answer. body: the request's, which was read."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__()
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": self._body, "more_body": False}]
+
+        async def again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await scope["app"].router({**scope, ELSEWHERE: True}, again, send)

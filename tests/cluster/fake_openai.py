@@ -1,0 +1,104 @@
+"""A server that speaks the OpenAI API, whose answers are fixed, and which fails as it is told to."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+TOKENS = ["One", " two", " three"]
+
+
+@dataclass
+class FakeOpenAI:
+    """cached: tokens of the next prompts that it says were cached; None: it does not say. status: of its answers.
+    dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
+    stream ends with ``[DONE]``. held: what answers wait for. requests: bodies as they came, with their headers.
+    """
+
+    models: tuple[str, ...] = ("m",)
+    prompt_tokens: int = 100
+    cached: int | None = 0
+    status: int = 200
+    health: int = 200
+    dies_after: int | None = None
+    sends_done: bool = True
+    is_loading: bool = False
+    held: asyncio.Event | None = None
+    requests: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
+    url: str = ""
+
+    def usage(self) -> dict[str, Any]:
+        details = {} if self.cached is None else {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": len(TOKENS), **details}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["FakeOpenAI"]:
+        app = web.Application(client_max_size=2**24)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            app.router.add_post(path, self._answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
+        try:
+            yield self
+        finally:
+            if self.held is not None:
+                self.held.set()
+            await runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=self.health)
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        if self.is_loading:
+            return web.Response(status=503)
+        return web.json_response({"object": "list", "data": [{"id": name, "owned_by": "fake"} for name in self.models]})
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        self.requests.append((raw, {name.lower(): value for name, value in request.headers.items()}))
+        body = json.loads(raw)
+        if self.held is not None:
+            await self.held.wait()
+        if self.dies_after == 0:
+            assert request.transport is not None
+            request.transport.abort()
+        if self.status != 200:
+            return web.json_response({"error": {"message": "no"}}, status=self.status, headers={"retry-after": "7"})
+        if body.get("stream"):
+            return await self._stream(request, body)
+        message = {"role": "assistant", "content": "".join(TOKENS), "tool_calls": [{"id": "c", "odd": [1, None]}]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        answer = {"id": "cmpl-fake", "choices": [choice], "usage": self.usage()}
+        return web.json_response(answer, headers={"x-of-the-worker": "yes"})
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        asks_usage = (body.get("stream_options") or {}).get("include_usage")
+        nothing = {"usage": None} if asks_usage else {}
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": each} for each in TOKENS)]
+        for number, delta in enumerate(deltas):
+            if number == self.dies_after:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            ended = "stop" if number == len(deltas) - 1 else None
+            await self._send(response, {"choices": [{"index": 0, "delta": delta, "finish_reason": ended}], **nothing})
+        if asks_usage:
+            await self._send(response, {"choices": [], "usage": self.usage()})
+        if self.sends_done:
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _send(self, response: web.StreamResponse, chunk: dict[str, Any]) -> None:
+        await response.write(f"data: {json.dumps({'id': 'cmpl-fake', **chunk})}\n\n".encode())

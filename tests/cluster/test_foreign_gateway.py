@@ -1,0 +1,404 @@
+"""A gateway over servers that speak the OpenAI API only: what is forwarded, where, and what happens when one fails."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zmq.asyncio
+
+from emberkv.cluster.foreign.client import ForeignClient
+from emberkv.cluster.foreign.fleet import GIVEN_UP_AFTER, ForeignFleet
+from emberkv.cluster.foreign.prompts import PieceTokenizer, PromptReader
+from emberkv.cluster.foreign.worker import APPROXIMATE, ForeignSpec
+from emberkv.cluster.gateway import Gateway
+from emberkv.cluster.membership import WorkerStatus
+from emberkv.cluster.worker_client import Deadlines
+from emberkv.errors import ConfigError, WorkerTimeoutError
+from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.canonical import load_rules
+from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
+from tests.cluster.fake_openai import TOKENS, FakeOpenAI
+from tests.cluster.fake_workers import FakeConnection, FakeWorker
+from tests.cluster.test_kv_events import ArrayRemoved, Publisher, stored
+
+DEADLINE = 60.0
+TEXT = "The lamps along the street are lit at six and go out at dawn. " * 20
+CHAT = "/v1/chat/completions"
+
+
+def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 2 * DEADLINE))
+
+    return run
+
+
+def chat(question: str = "Which are lit?", **more: Any) -> dict[str, Any]:
+    messages = [{"role": "system", "content": TEXT}, {"role": "user", "content": question}]
+    return {"model": "m", "messages": messages, **more}
+
+
+class Served:
+    """A gateway over fake servers, and a client of it."""
+
+    def __init__(self, gateway: Gateway, client: httpx.AsyncClient, servers: list[FakeOpenAI]) -> None:
+        self.gateway = gateway
+        self.client = client
+        self.servers = servers
+
+    @property
+    def fleet(self) -> ForeignFleet:
+        assert self.gateway.fleet is not None
+        return self.gateway.fleet
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < end, "the condition did not come true in time"
+            await asyncio.sleep(0.001)
+
+    async def ask(self, body: dict[str, Any], path: str = CHAT, **headers: str) -> httpx.Response:
+        return await self.client.post(path, json=body, headers=headers)
+
+    def asked(self) -> list[int]:
+        """How many requests each server has got."""
+        return [len(server.requests) for server in self.servers]
+
+
+@asynccontextmanager
+async def served(
+    *servers: FakeOpenAI, settings: str = "", own: FakeWorker | None = None, app: ServingSettings | None = None,
+    recorder: TraceRecorder | None = None, reader: PromptReader | None = None, **limits: int,
+) -> AsyncIterator[Served]:  # fmt: skip
+    """settings: of each worker, as behind its URL. own: an emberkv worker beside them."""
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server.running())
+        specs = [
+            ForeignSpec.parse(f"{server.url},id={name}{settings}") for name, server in zip("abc", servers, strict=False)
+        ]
+        gateway = Gateway(
+            Lifecycle(), lambda _: FakeConnection(own or FakeWorker("none")), secret=None, rng=random.Random(0),
+            workers=[] if own is None else ["own"], **limits,
+        )  # fmt: skip
+        deadlines = Deadlines(connect=DEADLINE, answer=DEADLINE, silence=DEADLINE)
+        gateway.add_foreign(
+            specs,
+            lambda spec: ForeignClient(spec.url, deadlines=deadlines),
+            reader or PromptReader(block_size=16),
+            recorder,
+        )
+        assert gateway.fleet is not None
+        gateway.fleet.seconds = 0.01
+        app = app or ServingSettings(bound_to_loopback=True)
+        built = create_app(gateway.lifecycle, app, routers=[gateway.routes], collectors=[gateway.metrics])
+        transport = httpx.ASGITransport(built, raise_app_exceptions=False)
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=DEADLINE)
+        )
+        await gateway.start()
+        stack.push_async_callback(gateway.stop)
+        it = Served(gateway, client, list(servers))
+        await it.until(lambda: len(it.fleet.up) == sum(server.health == 200 for server in servers))
+        yield it
+
+
+@on_a_loop
+async def test_a_request_and_its_answer_pass_as_they_are() -> None:
+    async with served(FakeOpenAI()) as it:
+        sent = json.dumps(chat(tools=[{"type": "function", "function": {"name": "f"}}], odd_field={"a": 1}), indent=3)
+        answer = await it.client.post(CHAT, content=sent, headers={"content-type": "application/json", "x-title": "t"})
+        ((body, headers),) = it.servers[0].requests
+        assert body == sent.encode()
+        assert headers["x-title"] == "t"
+        assert answer.json()["choices"][0]["message"]["tool_calls"] == [{"id": "c", "odd": [1, None]}]
+        assert answer.headers["x-of-the-worker"] == "yes"
+        assert answer.headers["x-emberkv-route"].startswith("worker=a;why=")
+
+
+@on_a_loop
+async def test_an_error_of_the_worker_is_the_clients() -> None:
+    async with served(FakeOpenAI(status=400)) as it:
+        answer = await it.ask(chat())
+        assert (answer.status_code, answer.json()) == (400, {"error": {"message": "no"}})
+        assert it.fleet.workers[0].lost == 0
+
+
+@on_a_loop
+async def test_a_stream_is_passed_on_without_the_usage_that_only_the_gateway_asked_for() -> None:
+    async with served(FakeOpenAI(cached=48)) as it:
+        answer = await it.ask(chat(stream=True))
+        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n")[:-2]]
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == "".join(TOKENS)
+        assert not any("usage" in chunk for chunk in chunks)
+        assert json.loads(it.servers[0].requests[0][0])["stream_options"] == {"include_usage": True}
+        assert it.fleet.workers[0].cached_tokens == 48
+
+
+@on_a_loop
+async def test_a_client_that_asks_for_usage_gets_it() -> None:
+    async with served(FakeOpenAI(cached=48)) as it:
+        answer = await it.ask(chat(stream=True, stream_options={"include_usage": True}))
+        last = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))
+        assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 48}
+
+
+@on_a_loop
+async def test_an_equal_beginning_goes_to_the_same_worker_and_the_answer_says_what_was_cached() -> None:
+    async with served(FakeOpenAI(), FakeOpenAI()) as it:
+        for server in it.servers:
+            server.cached = 80
+        answers = [await it.ask(chat(f"Question {number}?")) for number in range(6)]
+        assert sorted(it.asked()) == [0, 6]
+        assert answers[-1].headers["x-emberkv-cache"].startswith("hit=80;pool=80;miss=20;")
+        route = dict(pair.split("=") for pair in answers[-1].headers["x-emberkv-route"].split(";"))
+        assert int(route["pool"]) >= len(TEXT) // 4 // 16 * 16
+        (worker,) = [each for each in it.fleet.workers if each.requests]
+        assert worker.index == APPROXIMATE
+        assert len(worker.running) == 0
+
+
+@on_a_loop
+async def test_a_worker_that_says_it_has_lost_the_prompt_is_believed() -> None:
+    async with served(FakeOpenAI(cached=90)) as it:
+        await it.ask(chat("An earlier conversation, of which much is forgotten. " * 40))
+        before = it.fleet.workers[0].as_json()["assumed_blocks"]
+        await it.ask(chat("One."))
+        it.servers[0].cached = 0
+        await it.ask(chat("Two."))
+        after = it.fleet.workers[0].as_json()["assumed_blocks"]
+        assert before > after >= len(TEXT) // 64
+
+
+@on_a_loop
+async def test_a_request_is_retried_elsewhere_when_its_worker_dies_before_the_first_token() -> None:
+    for is_stream, dies_after in ((False, 0), (True, 0), (True, 1)):
+        async with served(FakeOpenAI(dies_after=dies_after), FakeOpenAI(dies_after=dies_after)) as it:
+            it.servers[1].dies_after = None
+            answers = [
+                await it.ask(chat(f"{number}", stream=is_stream), **{"x-session-id": f"{number}"})
+                for number in range(3)
+            ]
+            assert [answer.status_code for answer in answers] == [200] * 3
+            assert all("error" not in answer.text for answer in answers)
+            retried = [answer for answer in answers if "retried=1" in answer.headers["x-emberkv-route"]]
+            assert len(retried) == len(it.servers[0].requests)
+
+
+@on_a_loop
+async def test_an_answer_that_breaks_off_ends_with_an_error() -> None:
+    async with served(FakeOpenAI(dies_after=2), FakeOpenAI(dies_after=2)) as it:
+        answer = await it.ask(chat(stream=True))
+        events = answer.text.split("\n\n")
+        assert "One" in events[1]
+        assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "generation_failed"
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert sum(worker.lost for worker in it.fleet.workers) == 1
+        assert sum(it.asked()) == 1
+
+
+@on_a_loop
+async def test_a_stream_without_done_is_whole_once_every_answer_has_its_reason_to_end() -> None:
+    async with served(FakeOpenAI(sends_done=False)) as it:
+        answer = await it.ask(chat(stream=True))
+        assert "error" not in answer.text
+        assert TOKENS[-1] in answer.text
+
+
+@on_a_loop
+async def test_a_busy_worker_is_passed_over_and_its_refusal_kept_where_all_are_busy() -> None:
+    async with served(FakeOpenAI(status=429), FakeOpenAI(status=429)) as it:
+        answer = await it.ask(chat())
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+        assert it.asked() == [1, 1]
+        it.servers[1].status = 200
+        assert (await it.ask(chat())).status_code == 200
+
+
+@on_a_loop
+async def test_a_worker_that_is_gone_is_down_and_comes_back_with_nothing_cached() -> None:
+    async with served(FakeOpenAI()) as it:
+        worker = it.fleet.workers[0]
+        await it.ask(chat())
+        assert worker.as_json()["assumed_blocks"] > 0
+        it.servers[0].health = 503
+        await it.until(lambda: worker.status is WorkerStatus.STARTING)
+        refused = await it.ask(chat())
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        it.servers[0].health = 200
+        await it.until(lambda: worker.status is WorkerStatus.UP)
+        assert worker.as_json()["assumed_blocks"] > 0
+
+
+@on_a_loop
+async def test_a_server_without_health_is_asked_for_its_models() -> None:
+    async with served(FakeOpenAI(), FakeOpenAI(models=("m", "n"))) as it:
+        it.servers[1].health = 404
+        assert [card["id"] for card in (await it.client.get("/v1/models")).json()["data"]] == ["m", "n"]
+        it.servers[1].models = ("m", "k")
+        await it.until(lambda: "k" in it.fleet.models)
+        assert (await it.ask(chat() | {"model": "k"})).status_code == 200
+        assert it.asked() == [0, 1]
+        unknown = await it.ask(chat() | {"model": "other"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await it.client.get("/ready")).json()["ready"]
+        assert (await it.client.post("/v1/messages", json=chat())).status_code == 404
+
+
+@on_a_loop
+async def test_a_session_stays_where_it_is() -> None:
+    async with served(FakeOpenAI(), FakeOpenAI()) as it:
+        for number in range(5):
+            await it.ask({"model": "m", "prompt": f"{number} short"}, "/v1/completions", **{"x-session-id": "s"})
+        assert sorted(it.asked()) == [0, 5]
+        listed = (await it.client.get("/v1/cache/sessions")).json()["data"]
+        assert [(each["session"], each["requests"], each["prompt_tokens"]) for each in listed] == [("s", 5, 500)]
+
+
+@on_a_loop
+async def test_explain_says_where_a_prompt_leaves_the_last_one_that_hit() -> None:
+    async with served(FakeOpenAI(), FakeOpenAI()) as it:
+        await it.ask(chat("Prefer simple functions. " * 20))
+        changed = chat("Prefer simple functions. " * 10 + "Avoid clever functions. " * 10)
+        found = (await it.client.post("/v1/cache/explain", json={"openai": changed})).json()
+        assert found["unit"] == "four bytes of text"
+        assert found["index"] == APPROXIMATE
+        assert "diverged" in [miss["reason"] for miss in found["misses"]]
+        assert found["divergence"]["expected"].lstrip().startswith("Prefer")
+        assert "Avoid" in found["divergence"]["found"]
+        assert found["worker"] == next(each.worker_id for each in it.fleet.workers if each.requests)
+        by_id = (await it.client.post("/v1/cache/explain", json={"response_id": "cmpl-fake"})).json()
+        assert (by_id["hit_tokens"], by_id["misses"][0]["reason"]) == (0, "new")
+
+
+@on_a_loop
+async def test_a_worker_that_publishes_its_events_is_known_exactly() -> None:
+    tokenizer = PieceTokenizer()
+    reader = PromptReader(tokenizer=tokenizer, model="m", block_size=16)
+    prompt = chat()["messages"]
+    tokens = tokenizer.encode(tokenizer.render_chat(prompt), add_special_tokens=False).tolist()
+    tokens = tokens[: len(tokens) // 32 * 32]
+    with zmq.asyncio.Context() as context:
+        publisher = Publisher(context)
+        names = list(range(len(tokens) // 32))
+        await publisher.publish(stored(names, None, tokens, size=32))
+        events = f",kv-events={publisher.endpoint},kv-replay={publisher.replay_endpoint}"
+        async with served(FakeOpenAI(), settings=events, reader=reader) as it:
+            (worker,) = it.fleet.workers
+            await it.until(lambda: worker.index == "exact")
+            answer = await it.ask(chat())
+            assert f"pool={len(tokens)}" in answer.headers["x-emberkv-route"]
+            await publisher.publish(ArrayRemoved(names[1:], "GPU"))
+            found = (await it.client.post("/v1/cache/explain", json={"openai": chat()})).json()
+            while found["hit_tokens"] != 32:
+                await asyncio.sleep(0.01)
+                found = (await it.client.post("/v1/cache/explain", json={"openai": chat()})).json()
+            assert (found["unit"], found["misses"][0]["reason"]) == ("tokens", "evicted")
+        await publisher.close()
+
+
+@on_a_loop
+async def test_more_requests_than_the_gateway_takes_are_refused() -> None:
+    async with served(FakeOpenAI(), max_requests=1) as it:
+        held = it.servers[0].held = asyncio.Event()
+        first = asyncio.create_task(it.ask(chat()))
+        await it.until(lambda: it.servers[0].requests)
+        second = await it.ask(chat())
+        assert (second.status_code, second.headers["retry-after"]) == (429, "1")
+        held.set()
+        assert (await first).status_code == 200
+
+
+@on_a_loop
+async def test_a_worker_that_hangs_is_given_up() -> None:
+    async with served(FakeOpenAI(), FakeOpenAI()) as it:
+        for server in it.servers:
+            server.held = asyncio.Event()
+        asked = asyncio.create_task(it.ask(chat()))
+        await it.until(lambda: any(server.requests for server in it.servers))
+        number = it.asked().index(1)
+        other = it.servers[1 - number].held
+        assert other is not None
+        other.set()
+        for _ in range(GIVEN_UP_AFTER):
+            it.fleet.failed(it.fleet.workers[number], WorkerTimeoutError("it answers no check"))
+        answer = await asked
+        assert answer.status_code == 200
+        assert "retried=1" in answer.headers["x-emberkv-route"]
+
+
+@on_a_loop
+async def test_an_answer_under_way_is_ended_with_an_error_when_the_gateway_stops() -> None:
+    async with served(FakeOpenAI()) as it:
+        it.servers[0].held = asyncio.Event()
+        asked = asyncio.create_task(it.ask(chat()))
+        await it.until(lambda: it.servers[0].requests)
+        await it.gateway.lifecycle.drain(0.0)
+        answer = await asked
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopped")
+
+
+@on_a_loop
+async def test_canonical_rules_change_what_is_sent(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("lines:\n  - {name: date, match: 'Today is *', action: drop}\n")
+    async with served(FakeOpenAI(), app=ServingSettings(canonical=load_rules(rules), bound_to_loopback=True)) as it:
+        body = chat("Hello", odd=[1])
+        body["messages"][0]["content"] = f"Today is Monday\n{TEXT}"
+        await it.ask(body)
+        sent = json.loads(it.servers[0].requests[0][0])
+        assert sent["messages"][0]["content"] == TEXT
+        assert sent["odd"] == [1]
+
+
+@on_a_loop
+async def test_what_is_forwarded_is_recorded() -> None:
+    recorded: list[RecordedRequest] = []
+    recorder = TraceRecorder(recorded.append, block_size=16, key=bytes(32), clock=time.monotonic)
+    async with served(FakeOpenAI(), FakeOpenAI(dies_after=0), recorder=recorder) as it:
+        for number in range(3):
+            await it.ask(chat(f"{number}", stream=True))
+    recorder.close()
+    assert [(each.output_tokens, each.known_tokens == each.prompt_tokens) for each in recorded] == [(3, True)] * 3
+    shared = len(TEXT) // 64
+    assert len({tuple(each.blocks[:shared]) for each in recorded}) == 1
+
+
+@on_a_loop
+async def test_emberkv_workers_and_foreign_ones_are_known_together() -> None:
+    async with served(FakeOpenAI()) as it:
+        (worker,) = (await it.client.get("/v1/cluster")).json()["workers"]
+        assert (worker["worker_id"], worker["status"], worker["index"]) == ("a", "up", APPROXIMATE)
+        assert worker["foreign"]["models"] == ["m"]
+        metrics = (await it.client.get("/metrics")).text
+        assert 'emberkv_worker_foreign{worker="a"} 1.0' in metrics
+        assert 'emberkv_worker_index_exact{worker="a"} 0.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("127.0.0.1:8000", "begin with a URL"),
+        ("http://h:1,kv-event=tcp://h:2", "'kv-event=tcp://h:2' is no setting"),
+        ("http://h:1,kv-events=h:2", "use an endpoint"),
+        ("http://h:1,kv-replay=tcp://h:2", "needs kv-events"),
+        ("http://h:1,tokens=0", "from 1 to"),
+        ("http://h:1,ttl=never", "number of seconds"),
+    ],
+)
+def test_a_worker_that_is_named_wrongly_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ForeignSpec.parse(text)
