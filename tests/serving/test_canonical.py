@@ -14,6 +14,8 @@ from emberkv.serving.api.anthropic_schema import MessagesRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import canonical_chat, canonical_messages
 from emberkv.serving.canonical import CanonicalRules, Wildcard, load_rules, rules_in_force
+from tests.serving.api.test_cache_explain import Server
+from tests.serving.harness import MODEL
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "canonical.yaml"
 
@@ -236,6 +238,20 @@ def test_claude_codes_billing_line_is_dropped_by_default() -> None:
     assert applied == {"claude-code-billing": 1}
     same_text, _ = canonical_messages(messages(system=BILLING.format("123") + "\nYou are an agent."), given_rules)
     assert same_text.system == "You are an agent."
+
+
+def test_sessions_that_differ_in_the_billing_line_share_their_prefix() -> None:
+    rest = "You are an agent. " * 20
+    hits = []
+    for given_rules in (None, rules_in_force(None, for_agents=True)):
+        server = Server(bound_to_loopback=True, canonical=given_rules)
+        for checksum in ("f03", "123"):
+            blocks = [{"type": "text", "text": BILLING.format(checksum)}, {"type": "text", "text": rest}]
+            body = {**messages(system=blocks).model_dump(exclude_none=True), "model": MODEL}
+            usage = server.client.post("/v1/messages", body).json()["usage"]
+        hits.append(usage["cache_read_input_tokens"])
+    assert hits[0] < len(BILLING)
+    assert hits[1] >= len(rest)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.api.anthropic_content import Signer, tool_input
@@ -112,6 +113,21 @@ def test_the_official_client_reads_the_stream_as_the_whole(lifecycle: Lifecycle,
 
     assert shown(streamed) == shown(whole)
     assert (streamed.stop_reason, streamed.usage.output_tokens) == (whole.stop_reason, len(text))
+
+
+class Title(BaseModel):
+    title: str
+
+
+def test_the_official_client_parses_an_answer_by_its_schema(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script(THOUGHT + '{"title": "Lamps"}')
+    asked: Any = {"model": MODEL, "max_tokens": 200, "messages": [{"role": "user", "content": "Hi"}]}
+    with serving(lifecycle) as server, anthropic.Anthropic(api_key="none", base_url=server.url) as official:
+        answer = official.messages.parse(**asked, output_format=Title)
+    assert answer.parsed_output == Title(title="Lamps")
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert '"title"' in constraint.text
 
 
 def test_a_call_that_is_cut_off_comes_back_as_far_as_it_goes(client: Client, engine: FakeEngine) -> None:

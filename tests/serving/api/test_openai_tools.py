@@ -106,6 +106,24 @@ def test_markup_is_text_where_no_tool_may_be_called(client: Client, engine: Fake
     assert answer["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    ("choice", "allowed"),
+    [
+        ("required", ["weather", "time"]),
+        ({"type": "function", "function": {"name": "time"}}, ["time"]),
+    ],
+)
+def test_calls_that_are_demanded_are_a_constraint(
+    client: Client, engine: FakeEngine, choice: Any, allowed: list[str]
+) -> None:
+    assert chat(client, tool_choice=choice).is_success
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert [name for name in ("weather", "time") if f'"{name}' in constraint.text.replace("\\", "")] == allowed
+    assert chat(client, tool_choice="auto").is_success
+    assert engine.submitted[-1].params.constraint is None
+
+
 def test_thoughts_are_counted(client: Client, engine: FakeEngine) -> None:
     engine.script = Script(THOUGHT + "Hello")
     usage = chat(client).json()["usage"]

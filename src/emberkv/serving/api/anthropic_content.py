@@ -83,15 +83,16 @@ class BlockEvents:
         for event in events:
             match event:
                 case ContentText(text):
-                    yield from self._within({"type": "text", "text": ""})
+                    if self._open != "text":
+                        yield from self._begin({"type": "text", "text": ""})
                     yield self._delta("text_delta", "text", text)
                 case ReasoningText(text):
-                    yield from self._within({"type": "thinking", "thinking": "", "signature": ""})
+                    if self._open != "thinking":
+                        yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
                     self._signer.add(text)
                     yield self._delta("thinking_delta", "thinking", text)
                 case CallBegin(_, name, call_id):
-                    yield from self._end()
-                    yield from self._within({"type": "tool_use", "id": call_id, "name": name, "input": {}})
+                    yield from self._begin({"type": "tool_use", "id": call_id, "name": name, "input": {}})
                 case CallArguments(_, text):
                     yield self._delta("input_json_delta", "partial_json", text)
                 case CallEnd():
@@ -100,13 +101,11 @@ class BlockEvents:
     def rest(self) -> Iterator[bytes]:
         """The end of the last block; of an answer without any, an empty block of text."""
         if self._index < 0:
-            yield from self._within({"type": "text", "text": ""})
+            yield from self._begin({"type": "text", "text": ""})
         yield from self._end()
 
-    def _within(self, block: dict[str, Any]) -> Iterator[bytes]:
-        """Begin a block, unless one of its type has begun."""
-        if self._open == block["type"]:
-            return
+    def _begin(self, block: dict[str, Any]) -> Iterator[bytes]:
+        """End the block before, and begin another."""
         yield from self._end()
         self._index += 1
         self._open = block["type"]

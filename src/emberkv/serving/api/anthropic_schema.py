@@ -52,8 +52,8 @@ class PromptRequest(RequestBody):
             raise RequestError("messages is empty; it must hold at least one message", param="messages")
         reader = BlockReader()
         messages: list[Message] = []
-        if self.system:
-            messages.append({"role": "system", "content": reader.text(self.system, "system")})
+        if system := reader.text(self.system or "", "system"):
+            messages.append({"role": "system", "content": system})
         messages += reader.messages(self.messages)
         begun = ""
         if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:

@@ -333,9 +333,9 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    constraint = request.constraint()
+    wanted_form = request.constraint()
     rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
-    _check_choice(rendered)
+    constraint = rendered.constraint(model.output_format, wanted_form)
     if request.max_completion_tokens is None:
         field, wanted = "max_tokens", request.max_tokens
     else:
@@ -357,14 +357,6 @@ def prepare_chat(
         for each in choices
     ]
     return request, prompts, rendered
-
-
-def _check_choice(rendered: RenderedPrompt) -> None:
-    choice = rendered.conversation.tool_choice if rendered.conversation is not None else None
-    if choice is not None and (choice.mode == "required" or choice.names):
-        raise RequestError(
-            "tool_choice asks for a call, which is not supported; use 'auto' or 'none'", param="tool_choice"
-        )
 
 
 def prepare_completion(body: bytes, model: ServedModel) -> tuple[CompletionRequest, list[Prompt]]:

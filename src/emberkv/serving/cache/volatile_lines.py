@@ -156,7 +156,7 @@ def _line_at(prompt: Sequence[int], position: int, system: str, tokenizer: Token
         after += tokenizer.token_text(prompt[end])
         end += 1
     value, newline, _ = after.partition("\n")
-    # the markup of a template may stand before the first line of the text, and a value that wraps a token is no line
+    # in the prompt, the markup of a chat template may stand before the first line of the system prompt
     lines = [line for line in system.split("\n") if len(line) > len(value) and (before + value).endswith(line)]
     if not newline or not lines:
         return None
