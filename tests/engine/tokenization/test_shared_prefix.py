@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.tokenizer import shared_prefix
-from emberkv.errors import RequestError
 from tests.engine.tokenization.tokenizer_kinds import TOKENIZERS
 from tests.models import CHAT_TEMPLATE, TURN_END, tiny_tokenizer
 
@@ -64,8 +63,12 @@ def test_without_a_template_it_is_plain_text(kind: str) -> None:
         assert tokenizer.encode(text, add_special_tokens=True).tolist()[: len(prefix)] == prefix
 
 
-def test_a_template_that_takes_no_system_prompt(fast_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_takes_no_system_prompt_gets_it_from_the_user(fast_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = copy.deepcopy(fast_tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE.replace("['system', 'user'", "['user'")
-    with pytest.raises(RequestError, match="unknown role system"):
-        shared_prefix(HFTokenizer(tokenizer), "Be kind.")
+    adapted = HFTokenizer(tokenizer)
+    user = adapted.render_chat([{"role": "user", "content": "Be kind.\n\nHi"}])
+    assert adapted.render_chat([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]) == user
+    prefix = shared_prefix(adapted, "Be kind.")
+    assert len(prefix) > 2
+    assert adapted.encode(user, add_special_tokens=False).tolist()[: len(prefix)] == prefix

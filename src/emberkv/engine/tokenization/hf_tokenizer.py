@@ -20,7 +20,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from emberkv.core.hashing import token_array
 from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, parts
-from emberkv.engine.tokenization.template_check import NO_TEMPLATE
+from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
+from emberkv.engine.tokenization.template_check import NO_TEMPLATE, PROBE_TOOL
 from emberkv.engine.tokenization.template_time import bound_template, template_deadline
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
 
@@ -203,6 +204,7 @@ class HFTokenizer:
         chat_problem: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._adapter = TemplateAdapter(self._render_probe)
         self.chat_problem = chat_problem if chat_problem or tokenizer.chat_template else NO_TEMPLATE
         if self.chat_problem is None:
             given = tokenizer.chat_template
@@ -283,6 +285,8 @@ class HFTokenizer:
     ) -> str:
         """See `Tokenizer.render_chat`.
 
+        Messages that the template does not take are rewritten for it (`TemplateAdapter`).
+
         Raises RequestError when the model has no template, the template rejects the messages or runs longer than
         `TEMPLATE_SECONDS`, or a variable has a name that is not the caller's to set.
         """
@@ -299,7 +303,7 @@ class HFTokenizer:
         try:
             with template_deadline():
                 rendered = self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
+                    self._adapter.adapted(messages, has_tools=bool(tools)),
                     tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -311,6 +315,12 @@ class HFTokenizer:
                 f"the model's chat template rejects these messages: {reason_of(error)}", param="messages"
             ) from error
         return str(rendered)
+
+    def _render_probe(self, messages: list[dict[str, Any]], has_tools: bool) -> str:
+        tools = [PROBE_TOOL] if has_tools else None
+        return str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens too; bytes that are no whole character show as U+FFFD.

@@ -22,7 +22,7 @@ _MOST_STEPS = 1_000_000
 _MOST_CHARACTERS = 1 << 20
 _SYSTEM = {"role": "system", "content": "You count lamps."}
 _USER = {"role": "user", "content": "Which lamps are lit?"}
-_TOOL = {
+PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "probe_the_lamps",
@@ -108,7 +108,7 @@ def _described(error: Exception) -> str:
 def ignores_tools(text: str, with_tools: str, special: Mapping[str, str]) -> bool:
     """Whether a conversation is rendered alike without tools by ``text`` and with one by ``with_tools``."""
     try:
-        return _render(with_tools, special, [_USER], [_TOOL]) == _render(text, special, [_USER])
+        return _render(with_tools, special, [_USER], [PROBE_TOOL]) == _render(text, special, [_USER])
     except Exception:  # noqa: BLE001 - it looks at the tool, and rejects it
         return False
 
