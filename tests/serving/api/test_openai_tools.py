@@ -6,12 +6,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
-from tests.serving.harness import MODEL, Client, openai_events, serving
+from tests.serving.harness import MODEL, Client, openai_error, openai_events, serving
 
 ARGUMENTS = '{"city": "Paris", "days": 2}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
@@ -167,3 +168,63 @@ def test_the_former_form_of_calls(client: Client, engine: FakeEngine) -> None:
     assert finish == "function_call"
     assert pieces[0]["function_call"] == {"name": "weather", "arguments": ""}
     assert "".join(piece["function_call"]["arguments"] for piece in pieces) == ARGUMENTS
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "time"}}},
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[1:]}}},
+        {"tools": None, "functions": [TOOLS[1]["function"]], "function_call": {"name": "time"}},
+    ],
+    ids=["required", "named", "allowed", "former"],
+)
+def test_a_call_that_is_demanded_is_a_constraint(client: Client, engine: FakeEngine, fields: dict[str, Any]) -> None:
+    engine.script = Script(OTHER_CALL)
+    assert choice(client, **fields)["finish_reason"] in ("tool_calls", "function_call")
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert ("weather" in constraint.text) == (fields.get("tool_choice") == "required")
+    assert "time" in constraint.text
+
+
+def test_a_schema_holds_for_what_follows_the_thoughts(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script(f'{THOUGHT}{{"age": 7}}')
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    message = choice(client, tools=None, response_format=asked)["message"]
+    assert (message["content"], message["reasoning_content"]) == ('{"age": 7}', "Hm.")
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert "think" in constraint.text
+
+
+def test_a_schema_that_cannot_be_compiled_is_refused_with_its_place(client: Client, engine: FakeEngine) -> None:
+    wrong = {"type": "object", "properties": {"age": {"type": "wizard"}}}
+    response = chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}})
+    error = openai_error(response)
+    assert (response.status_code, error["param"]) == (400, "response_format.json_schema.schema")
+    assert "#/properties/age" in error["message"]
+    assert engine.submitted == []
+
+
+class Person(BaseModel):
+    age: int
+
+
+def test_the_sdk_parses_structured_answers(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script('{"age": 7}')
+    with (
+        serving(lifecycle) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as gpt,
+    ):
+        answer = gpt.chat.completions.parse(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], response_format=Person
+        )
+    assert answer.choices[0].message.parsed == Person(age=7)
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert "age" in constraint.text

@@ -333,9 +333,8 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    wanted_form = request.constraint()
     rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
-    constraint = rendered.constraint(model.output_format, wanted_form)
+    constraint = rendered.constraint(model.output_format, request.constraint())
     if request.max_completion_tokens is None:
         field, wanted = "max_tokens", request.max_tokens
     else:
