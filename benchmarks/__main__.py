@@ -55,6 +55,7 @@ BENCHMARKS = (
     Benchmark("simulator", quick=("--quick",)),
     Benchmark("routing", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
+    Benchmark("constrained", quick=("--rounds", "1", "--tokens", "40")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(
         "serving_ratios",

@@ -1,5 +1,6 @@
 """The in-process engine: the answers of the plain model, counted hits, and nothing left running."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emberkv import LLM, SamplingParams
+from emberkv import LLM, Constraint, SamplingParams
 from emberkv.core.explaining.explanation import Reason
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import ConfigError, EngineStoppedError, ModelNotFoundError, PromptTooLongError, RequestError
@@ -55,6 +56,19 @@ def test_token_ids_and_a_rendered_chat_are_prompts_too(llm: LLM, folder: Path) -
     assert llm.encode(CHAT) == rendered
     assert llm.encode(rendered) == rendered
     assert llm.generate(rendered, GREEDY).text == llm.generate(CHAT, GREEDY).text
+
+
+def test_an_answer_follows_its_constraint(llm: LLM) -> None:
+    lamps = Constraint(
+        "json_schema", '{"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 2, "maxItems": 2}'
+    )
+    completion = llm.generate(CHAT, SamplingParams(max_tokens=200, seed=3, constraint=lamps))
+    assert completion.finish_reason is FinishReason.STOP
+    assert set(json.loads(completion.text)) <= {"red", "green"}
+    with pytest.raises(RequestError, match="unclosed group"):
+        llm.generate(CHAT, SamplingParams(constraint=Constraint("regex", "(a")))
+    with pytest.raises(RequestError, match="unknown special token"):
+        llm.generate(CHAT, SamplingParams(constraint=Constraint("lark", "start: <|nothing|>")))
 
 
 def test_a_batch_answers_each_prompt_as_alone_and_in_order(llm: LLM) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from emberkv.tiers.byte_cache import InMemoryKVCacheManager
 
 if TYPE_CHECKING:
-    from emberkv.engine.request import SamplingParams
+    from emberkv.engine.request import Constraint, SamplingParams
     from emberkv.engine.warmup import get_standard_system_prompt, warmup_kv_cache
     from emberkv.llm import LLM
     from emberkv.sim.planner import plan
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "Constraint",
     "InMemoryKVCacheManager",
     "SamplingParams",
     "__version__",
@@ -26,6 +27,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _ON_DEMAND = {
+    "Constraint": "emberkv.engine.request",
     "LLM": "emberkv.llm",
     "SamplingParams": "emberkv.engine.request",
     "get_standard_system_prompt": "emberkv.engine.warmup",

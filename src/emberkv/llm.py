@@ -17,6 +17,7 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine
+from emberkv.engine.constraints import check_constraint
 from emberkv.engine.request import (
     CacheUsage,
     EngineStats,
@@ -79,7 +80,8 @@ class _ClosedAtExit(ABC):
 class CompletionStream(_ClosedAtExit):
     """Pieces of an answer's text, as they become certain. Iterate once; leaving the ``with`` block aborts the request.
 
-    Iterating raises EngineStoppedError when the engine is closed first, GenerationFailedError when it fails.
+    Iterating raises EngineStoppedError when the engine is closed first, GenerationFailedError when it fails, and
+    RequestError for a constraint that the model's tokenizer cannot follow.
     """
 
     def __init__(self, llm: "LLM", request: GenerationRequest) -> None:
@@ -120,6 +122,8 @@ class CompletionStream(_ClosedAtExit):
             output = self._outputs.get()
             self._token_ids += output.token_ids
             self._logprobs += output.logprobs
+            if output.refusal is not None:
+                raise output.refusal
             answer.absorb(output)
             if answer.stop_sequence is not None:
                 self.close()
@@ -231,6 +235,8 @@ class LLM(_ClosedAtExit):
         """
         token_ids = self.encode(prompt)
         sampling = self.loaded.sampling_defaults if params is None else params
+        if sampling.constraint is not None:
+            check_constraint(sampling.constraint)
         return CompletionStream(self, GenerationRequest(uuid.uuid4().hex, token_ids, sampling))
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -99,14 +99,20 @@ class _Matched:
     ends: frozenset[int]
 
 
-def _advanced(matcher: LLMatcher, ends: frozenset[int], token_ids: Sequence[int]) -> _Matched:
-    """Raises SamplingError where the tokens do not follow, or a mask takes more work than `GRAMMAR_LIMITS` allows."""
+def advance(matcher: LLMatcher, token_ids: Sequence[int]) -> NDArray[np.uint8]:
+    """Take the tokens in; the mask behind them. Raises SamplingError where they do not follow, or where the mask takes
+    more work than `GRAMMAR_LIMITS` allows.
+    """
     if token_ids:
         matcher.consume_tokens(list(token_ids))
     mask = matcher.compute_bitmask() if not matcher.is_error() else b""
     if matcher.is_error():
         raise SamplingError(f"the constraint cannot be followed further: {reason_of(ValueError(matcher.get_error()))}")
-    return _Matched(matcher, np.frombuffer(mask, dtype=np.uint8), ends)
+    return np.frombuffer(mask, dtype=np.uint8)
+
+
+def _advanced(matcher: LLMatcher, ends: frozenset[int], token_ids: Sequence[int]) -> _Matched:
+    return _Matched(matcher, advance(matcher, token_ids), ends)
 
 
 class AnswerMasks:
@@ -198,11 +204,15 @@ class ConstraintCompiler:
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self._workers.shutdown(wait=False)
 
+    def matcher(self, constraint: Constraint) -> LLMatcher:
+        """One at the beginning of an answer, compiled on this thread. Raises RequestError where that cannot be."""
+        return self._compiled_once(constraint)[0].deep_copy()
+
     def _begin(self, constraint: Constraint, answer: Sequence[int]) -> _Matched:
-        matcher, ends = self._matcher(constraint)
+        matcher, ends = self._compiled_once(constraint)
         return _advanced(matcher.deep_copy(), ends, answer)
 
-    def _matcher(self, constraint: Constraint) -> _Compiled:
+    def _compiled_once(self, constraint: Constraint) -> _Compiled:
         """Raises RequestError for what cannot be compiled."""
         if (known := self._known(constraint)) is not None:
             return known
