@@ -319,7 +319,9 @@ class WarmupSettings(_Settings):
 
 
 class RecordSettings(_Settings):
-    """The log, and a trace of the requests.
+    """The log, and traces of the requests.
+
+    otlp_endpoint: URL of the collector that gets spans of each request by OTLP over HTTP; None: there are no spans.
 
     record_trace: a file to write, in emberkv's own trace format: times, lengths and keyed block hashes, no text.
     trace_unit: tokens that have a hash in it, a divisor of block_size; None: as many as a block has.
@@ -328,6 +330,7 @@ class RecordSettings(_Settings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     record_trace: UserPath | None = None
+    otlp_endpoint: Annotated[str, AfterValidator(_base_url)] | None = None
     trace_unit: int | None = Field(default=None, ge=1)
 
 

@@ -1,23 +1,27 @@
 """Two workers and a gateway, as processes: what clients are answered, also while workers die, hang and restart."""
 
+import gzip
 import json
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
 from emberkv.cluster.decision_log import read_decisions, replay
 from tests.conftest import CheckpointFactory
 from tests.e2e.cluster_process import TEXT, Cluster, cluster_in
-from tests.e2e.process import DEADLINE, Server, eventually
+from tests.e2e.process import DEADLINE, Server, eventually, serving
 from tests.models import EOS
 
 STREAMS = 20
@@ -161,6 +165,52 @@ def test_the_grafana_dashboard_asks_for_metrics_and_labels_that_exist(calm: Clus
                 name.strip() for group in re.findall(r"by \(([^)]+)\)", query) for name in group.split(",")
             }
             assert not known or asked - {"job", "instance", "le"} <= known, query
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, list[Any]]]:
+    """The URL of an OpenTelemetry collector, and the spans that it has been sent by OTLP over HTTP."""
+    spans: list[Any] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/traces"
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                spans.extend(span for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", spans
+    finally:
+        server.shutdown()
+        thread.join(DEADLINE)
+        server.server_close()
+
+
+def test_a_gateway_sends_spans_of_routing_and_of_the_workers_time(calm: Cluster, tmp_path: Path) -> None:
+    secret = ("--cluster-secret-file", str(calm.secret_file))
+    traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    with collector() as (url, spans):
+        options = ("--worker", calm.workers["a"].url, "--otlp-endpoint", url, *secret)
+        with serving(tmp_path, *options, command="gateway") as gateway:
+            eventually(lambda: httpx.get(f"{gateway.url}/ready", timeout=DEADLINE).status_code == 200)
+            httpx.post(
+                f"{gateway.url}/v1/completions", json=COMPLETION, headers=traced, timeout=DEADLINE
+            ).raise_for_status()
+        *stages, request = spans
+    assert [stage.name for stage in stages] == ["prepare", "route", "queue", "prefill", "decode"]
+    assert {stage.parent_span_id for stage in stages} == {request.span_id}
+    assert request.trace_id.hex() == traced["traceparent"].split("-")[1]
+    route = {each.key: each.value.string_value for each in stages[1].attributes}
+    assert route["emberkv.route"].startswith("worker=a;why=")
 
 
 def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:

@@ -124,6 +124,7 @@ def gateway(
     canonical: options.Canonical = None,
     agent_rules: options.AgentRules = None,
     record_trace: options.RecordTrace = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
     cors_origin: options.CorsOrigin = None,
     root_path: options.RootPath = None,
     tls_cert: options.TlsCert = None,
@@ -142,7 +143,7 @@ def gateway(
         "max_body": max_body, "max_connections": max_connections, "drain_seconds": drain_seconds,
         "admin_key": admin_key, "admin_key_file": admin_key_file, "metrics_key": metrics_key,
         "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
-        "record_trace": record_trace,
+        "record_trace": record_trace, "otlp_endpoint": otlp_endpoint,
         "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
         "on_overflow": on_overflow, "tool_parser": tool_parser, "reasoning_parser": reasoning_parser,
         "log_level": log_level, "log_format": log_format,
@@ -246,9 +247,10 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         if options.foreign:
             _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
         bound = [bind_socket(config.host, config.port)]
+        settings = serving_settings(config, bound[0], tenants, keys, recorder)
         app: ASGIApp = create_app(
             lifecycle,
-            serving_settings(config, bound[0], tenants, keys, recorder),
+            settings,
             routers=[*([sequences.routes] if options.kv_routes else []), gateway.routes],
             collectors=[gateway.metrics],
         )
@@ -261,6 +263,8 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         _log.info("the gateway is listening  %s", server.url)
         with server.capture_signals(until_exit=True):
             server.run(bound)
+        if settings.tracer is not None:
+            settings.tracer.close()
         _log.info("stopped")
 
 

@@ -34,6 +34,7 @@ from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.server import HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, server_keys
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
+from emberkv.serving.tracing import RequestTracer
 from emberkv.settings import ENV_PREFIX, read_settings
 from emberkv.sim.model_spec import DEMO_NAME
 from emberkv.workload.ember_trace import Header, TraceLine
@@ -173,6 +174,7 @@ def serve(
     canonical: options.Canonical = None,
     agent_rules: options.AgentRules = None,
     record_trace: options.RecordTrace = None,
+    otlp_endpoint: options.OtlpEndpoint = None,
     trace_unit: options.TraceUnit = None,
     cors_origin: options.CorsOrigin = None,
     root_path: options.RootPath = None,
@@ -254,6 +256,8 @@ def run_server(config: ServeConfig) -> None:
             startup.begin()
             server.run()
             startup.finish()
+        if settings.tracer is not None:
+            settings.tracer.close()
         _log.info("stopped")
 
 
@@ -292,6 +296,7 @@ def serving_settings(
         allowed_origins=config.cors_origins,
         root_path=config.root_path,
         request_timeout=config.request_timeout,
+        tracer=None if config.otlp_endpoint is None else RequestTracer.exporting(config.otlp_endpoint),
         bound_to_loopback=is_loopback(bound.getsockname()[0]),
         is_own_user=is_own_user,
     )

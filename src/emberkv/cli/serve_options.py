@@ -282,6 +282,14 @@ RecordTrace = Annotated[
         help="Write a trace of the requests to this file: times, no text. An earlier one becomes FILE.1.",
     ),
 ]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        rich_help_panel=LOGS,
+        help="Send OpenTelemetry spans of each request to this collector, such as http://127.0.0.1:4318.",
+    ),
+]
 TraceUnit = Annotated[
     int | None,
     typer.Option(rich_help_panel=LOGS, help="Tokens for each block id in the trace. (default: as many as a block has)"),

@@ -63,7 +63,8 @@ ROUTE_HEADER = "x-emberkv-route"
 @dataclass(slots=True)
 class Route:
     """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at
-    another worker; retried: how often it was sent to another before its answer began.
+    another worker; retried: how often it was sent to another before its answer began. seconds: from its submission to
+    the latest decision before that.
     """
 
     workers: list[str] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Route:
     cached: Mapping[str, int] = field(default_factory=dict)
     retried: int = 0
     resumed: int = 0
+    seconds: float | None = None
 
 
 def route_header(route: Route) -> str:
@@ -95,6 +97,7 @@ class _Answer:
     chain: TokenChain
     listener: OutputListener
     route: Route
+    submitted: float
     tokens: list[int] = field(default_factory=list)
     usage: CacheUsage | None = None
     progress: PrefillProgress | None = None
@@ -125,6 +128,7 @@ class _Answer:
         if not self.has_begun:
             prompt_tokens = len(self.request.prompt_token_ids)
             self.progress = PrefillProgress(prompt_tokens, prompt_tokens)
+            output = replace(output, route_seconds=self.route.seconds)
         self.usage = output.usage or self.usage
         self.tokens += output.token_ids
         self.has_begun = True
@@ -219,7 +223,7 @@ class ClusterEngine:
         params = request.params
         if params.seed is None and not params.is_greedy:
             request = replace(request, params=replace(params, seed=self._rng.getrandbits(63)))
-        answer = _Answer(request, self.chain(request), listener, Route())
+        answer = _Answer(request, self.chain(request), listener, Route(), self._clock())
         self._routes[request.request_id] = answer.route
         if len(self._routes) > self._max_requests + MAX_ROUTES:
             self._routes.popitem(last=False)
@@ -358,6 +362,8 @@ class ClusterEngine:
                 self.decisions[decision.reason] += 1
                 answer.route.workers.append(worker.worker_id)
                 answer.route.decision = decision
+                if not answer.has_begun:
+                    answer.route.seconds = self._clock() - answer.submitted
                 answer.route.cached = decision.cached_by_tier
                 return worker
             left = deadline - self._clock()

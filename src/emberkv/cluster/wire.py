@@ -165,6 +165,7 @@ class _Output(Struct, frozen=True, array_like=True, tag="output"):
     error: str | None = None
     queue_seconds: float | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    load_seconds: float = 0.0
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress"):
@@ -279,6 +280,7 @@ def encode_output(output: TokenOutput) -> bytes:
             output.error,
             output.queue_seconds,
             output.prompt_logprobs,
+            output.load_seconds,
         )
     )
 
@@ -299,6 +301,7 @@ def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure | Prefi
         found.error,
         found.queue_seconds,
         found.prompt_logprobs,
+        load_seconds=found.load_seconds,
     )
 
 

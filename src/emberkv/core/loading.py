@@ -124,7 +124,7 @@ class Load:
     """Blocks ``[start, stop)`` of ``chain`` on their way up, PENDING and held by the load itself.
 
     patience: seconds until waiting has taken as long as computing would have; None: not known. arrived: of the blocks,
-    from the first, those that became visible; set when the load has ended.
+    from the first, those that became visible; took: seconds from the start; both are set when the load has ended.
     """
 
     chain: Chain
@@ -133,6 +133,7 @@ class Load:
     blocks: list[Block]
     patience: float | None
     arrived: int = 0
+    took: float = 0.0
 
     @property
     def stop(self) -> int:

@@ -48,6 +48,11 @@ class ActiveRequest:
         prompt_tokens = self.sequence.prompt_tokens
         return PrefillProgress(min(self.sequence.num_computed, prompt_tokens), prompt_tokens)
 
+    @property
+    def load_seconds(self) -> float:
+        """That the loads took which it waited for, one after another."""
+        return sum(load.took for load in {id(wait.load): wait.load for wait in self.sequence.waits}.values())
+
     def keep_prompt_logprobs(self, found: PromptLogprobs) -> None:
         """Of the tokens that are not known yet: a preempted sequence is computed again."""
         known = self.prompt_logprobs
@@ -174,9 +179,8 @@ class ActiveRequests:
                 error=error,
                 refusal=refusal,
                 prompt_logprobs=tuple(active.prompt_logprobs) if first and complete else (),
-                queue_seconds=active.admitted_at - active.submitted_at
-                if first and active.admitted_at is not None
-                else None,
+                queue_seconds=active.queue_seconds if first else None,
+                load_seconds=active.load_seconds if first else 0.0,
             ),
         )
 

@@ -217,7 +217,9 @@ class TokenOutput:
 
     The end-of-sequence token itself is not among ``token_ids``. Exactly one output has a ``finish_reason``:
     the last. ``queue_seconds`` is set on the first output only: from submit to the first step that worked on
-    the request; so are ``prompt_logprobs``, of all prompt tokens, where they were asked for.
+    the request; so are ``prompt_logprobs``, of all prompt tokens, where they were asked for, ``load_seconds``: how much
+    of that the loads from lower tiers took that it waited for, and ``route_seconds``: from submit at a gateway to the
+    choice of a worker.
 
     ``refusal`` is set on an only output, with ERROR, by an engine that finds out after ``submit`` that a request cannot
     be accepted: the error that ``submit`` would have raised.
@@ -232,6 +234,8 @@ class TokenOutput:
     queue_seconds: float | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     refusal: EmberError | None = None
+    load_seconds: float = 0.0
+    route_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

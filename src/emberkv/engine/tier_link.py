@@ -33,10 +33,11 @@ READ_SECONDS = 5.0
 
 @dataclass(slots=True, eq=False)
 class _PendingLoad:
-    """deadline: by the clock; when it has passed, the load ends with the blocks that have come."""
+    """began, deadline: by the clock; at the deadline, the load ends with the blocks that have come."""
 
     load: Load
     onboarding: Onboarding
+    began: float
     deadline: float
 
 
@@ -143,9 +144,9 @@ class TierLink:
             self.on_ended()
 
         patience = FIRST_LOAD_SECONDS if load.patience is None else load.patience
-        deadline = self._clock() + patience
+        began = self._clock()
         onboarding = self.manager.onboard(list(load.block_hashes), load.runs, done)
-        self._pending[load] = _PendingLoad(load, onboarding, deadline)
+        self._pending[load] = _PendingLoad(load, onboarding, began, began + patience)
 
     def read(self, block_hashes: Sequence[BlockHash]) -> "Future[Records]":
         """Have blocks read that are not for the pool: those that the tiers have, up to the first that none has.
@@ -216,13 +217,15 @@ class TierLink:
         results = []
         while self._arrived:
             load, records = self._arrived.popleft()
-            if self._pending.pop(load, None) is not None:
+            if (ended := self._pending.pop(load, None)) is not None:
+                load.took = self._clock() - ended.began
                 results.append((load, self._place(load, records)))
         now = self._clock()
         for pending in [each for each in self._pending.values() if each.deadline <= now]:
             del self._pending[pending.load]
             records = self.manager.cancel(pending.onboarding)
             self._count("patience", 1)
+            pending.load.took = now - pending.began
             results.append((pending.load, self._place(pending.load, records)))
         self._end_reads(now)
         return results

@@ -39,6 +39,7 @@ from emberkv.serving.request_context import (
 )
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.tracing import RequestTracer
 
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
 
@@ -238,6 +239,7 @@ class AnswerService:
         recorder: TraceRecorder | None = None,
         request_timeout: float | None = None,
         stream_times: StreamTimes | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
@@ -252,6 +254,7 @@ class AnswerService:
         self._recorder = recorder
         self._request_timeout = request_timeout
         self._stream_times = stream_times or StreamTimes()
+        self._tracer = tracer
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
@@ -281,6 +284,7 @@ class AnswerService:
             http_id=info.request_id,
             created=int(self._wall_clock()),
             left_out=left_out or {},
+            traceparent=http.headers.get("traceparent", ""),
         )
 
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:
@@ -381,11 +385,18 @@ class AnswerService:
                 request.tenant.name, prompt.token_ids, prompt.system, explanation, model.tokenizer, self._wall_clock()
             )
 
+    def _trace(self, tracer: RequestTracer, request: RequestContext, stream: AnswerStream) -> None:
+        model = self._lifecycle.model()
+        route = {name.removeprefix("x-emberkv-"): value for name, value in model.headers(request.request_id).items()}
+        tracer.record(request, stream.timed_answers, model=model.names[0], route=route, now=self._wall_clock())
+
     def _closed(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
         self._lifecycle.untrack(stream)
         self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
             self._count_answer(request, request_id, answer, timer, self._summary(request_id, answer))
+        if self._tracer is not None:
+            self._trace(self._tracer, request, stream)
         self._observe(request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()

@@ -42,6 +42,7 @@ from emberkv.serving.middleware import BodyLimit, ContentDecoding, RequestScope,
 from emberkv.serving.openapi import openapi_document
 from emberkv.serving.tenancy import SECRET_BYTES, Tenants
 from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.tracing import RequestTracer
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ServingSettings:
     root_path: str = ""
     request_timeout: float | None = None
     stream_times: StreamTimes | None = None
+    tracer: RequestTracer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ def create_app(
         recorder=settings.recorder,
         request_timeout=settings.request_timeout,
         stream_times=settings.stream_times,
+        tracer=settings.tracer,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)

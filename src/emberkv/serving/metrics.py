@@ -422,7 +422,8 @@ class HttpMetrics:
 class AnswerTimer:
     """Times one answer, from the HTTP request's arrival on.
 
-    first_token_seconds: until its first token; None before there is one. total_seconds: until it ended.
+    submitted_seconds: until it was submitted to the engine. first_token_seconds: until its first token; None before
+    there is one. total_seconds: until it ended. For queue_seconds, load_seconds and route_seconds see `TokenOutput`.
     """
 
     def __init__(self, metrics: ServingMetrics, clock: Clock, *, api: str, arrived: float) -> None:
@@ -431,6 +432,10 @@ class AnswerTimer:
         self._api = api
         self._arrived = arrived
         self._last_token: float | None = None
+        self.submitted_seconds = clock() - arrived
+        self.queue_seconds: float | None = None
+        self.load_seconds = 0.0
+        self.route_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.total_seconds = 0.0
 
@@ -438,6 +443,8 @@ class AnswerTimer:
         """An output has reached the event loop. Tokens that come together share their gap."""
         if output.queue_seconds is not None:
             self._metrics.queue.observe(output.queue_seconds)
+            self.queue_seconds, self.load_seconds = output.queue_seconds, output.load_seconds
+            self.route_seconds = output.route_seconds
         if not output.token_ids:
             return
         now = self._clock()

@@ -40,7 +40,7 @@ class RequestContext:
     request_id: the response has the same. http_id: of the HTTP request, as in ``X-Request-Id``. api: the label that
     metrics have. arrived: monotonic seconds of the app's clock. created: seconds since 1970. canonical: how many lines
     or tools each canonical rule changed. left_out: how many parts of the request are not in the prompt, by type.
-    worker: see `GenerationRequest`.
+    worker: see `GenerationRequest`. traceparent: W3C trace context that the client sent.
     """
 
     request_id: str
@@ -53,6 +53,7 @@ class RequestContext:
     created: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""
+    traceparent: str = ""
 
     def answer_id(self, index: int) -> str:
         """The request id that the engine has for one of the answers."""
