@@ -13,7 +13,6 @@ from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
 from emberkv.errors import ConfigError, RequestError, reason_of
-from emberkv.serving.api.conversation import ToolChoice
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions
 from emberkv.serving.api.rendering import Applied, canonical_chat
 from emberkv.serving.api.validation import parse_body
@@ -176,8 +175,10 @@ def _tokens(body: Json, tokenizer: Tokenizer) -> Sequence[int] | None:
         if messages is None or tools is None:
             return None
         options = parse_body(TemplateOptions, compact_json(body).encode())
-        text = options.conversation_of(messages, tools, ToolChoice()).prompt_text(tokenizer)
-        return tokenizer.encode(text, add_special_tokens=False)
+        conversation = options.conversation_of(messages, tools)
+        if conversation.left_out:  # a worker may see more of it than text
+            return None
+        return tokenizer.encode(conversation.prompt_text(tokenizer), add_special_tokens=False)
     except RequestError:
         return None
 
