@@ -215,6 +215,7 @@ _ID_PREFIXES = {
     "messages": "msg_",
     "chat_completions": "chatcmpl-",
     "completions": "cmpl-",
+    "responses": "resp_",
     "generate": "gen-",
     "warm": "warm-",
 }

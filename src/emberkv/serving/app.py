@@ -20,6 +20,8 @@ from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
 from emberkv.serving.api.openai_api import openai_router
+from emberkv.serving.api.response_store import ResponseStore
+from emberkv.serving.api.responses_api import responses_router
 from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
 from emberkv.serving.background import WorkerPool
@@ -91,7 +93,7 @@ RouterFactory = Callable[[AppParts], APIRouter]
 
 
 _ROUTES = {
-    "openai": ["/v1/chat/completions", "/v1/completions", "/v1/models"],
+    "openai": ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models"],
     "anthropic": ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"],
     "tokenizer": ["/tokenize", "/detokenize", "/tokenizer_info"],
     "reference": ["/docs", "/openapi.json"],
@@ -148,6 +150,7 @@ def create_app(
         app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock)))
     app.include_router(openai_router(lifecycle, keys, preparer, answers))
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
+    app.include_router(responses_router(keys, preparer, answers, ResponseStore(clock=clock), clock))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
     app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
     app.include_router(

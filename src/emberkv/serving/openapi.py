@@ -15,6 +15,7 @@ from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.cache_api import CacheQuestion
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
+from emberkv.serving.api.responses_schema import ResponsesRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
 
 Json = dict[str, Any]
@@ -170,6 +171,7 @@ class AnthropicError(_Answer):
 REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": PromptRequest,
     "/tokenize": TokenizeRequest,
@@ -184,7 +186,7 @@ ANSWERS: dict[str, type[BaseModel]] = {
     "/tokenize": Tokenized,
     "/detokenize": Detokenized,
 }
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _OPEN = ("/", "/docs", "/dashboard", "/health", "/ready", "/openapi.json")
 _ERRORS = {
     400: "A field is wrong, or the prompt is too long (code context_length_exceeded).",
@@ -238,6 +240,8 @@ def _answer(path: str) -> Json:
     answer: Json = {"description": "The answer."}
     if path in ANSWERS:
         answer["content"] = _json(ANSWERS[path])
+    elif path in _STREAMED:
+        answer["content"] = {"application/json": {"schema": {"type": "object"}}}
     if path in _STREAMED:
         answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
         headers[CACHE_HEADER] = (

@@ -1,0 +1,73 @@
+"""Responses that clients ask for again, or go on from, within bounds for each tenant."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """response: as it was sent. conversation: its input items, those of the responses before it included, and its
+    output. input_items: how many of them are input. size: bytes of all. stored: monotonic seconds.
+    """
+
+    response: Mapping[str, Any]
+    conversation: Sequence[Json]
+    input_items: int
+    size: int
+    stored: float
+
+
+class ResponseStore:
+    """The last responses of each tenant: at most ``most`` of them, of ``most_bytes`` together, for ``seconds``.
+
+    A response counts with its whole conversation, so that the bound holds although conversations share items.
+    clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float],
+        most: int = 1000,
+        most_bytes: int = 64 * 2**20,
+        seconds: float = 24 * 3600.0,
+    ) -> None:
+        self._clock = clock
+        self._most = most
+        self._most_bytes = most_bytes
+        self._seconds = seconds
+        self._tenants: dict[str, OrderedDict[str, StoredResponse]] = {}
+
+    def put(self, tenant: str, response_id: str, stored: StoredResponse) -> None:
+        """Keep a response, and let go of those that were used longest ago where the bounds ask for it."""
+        kept = self._tenants.setdefault(tenant, OrderedDict())
+        kept[response_id] = stored
+        self._expire(kept)
+        size = sum(each.size for each in kept.values())
+        while kept and (len(kept) > self._most or size > self._most_bytes):
+            size -= kept.popitem(last=False)[1].size
+        if not kept:
+            del self._tenants[tenant]
+
+    def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        kept = self._tenants.get(tenant)
+        if kept is None:
+            return None
+        self._expire(kept)
+        found = kept.get(response_id)
+        if found is not None:
+            kept.move_to_end(response_id)
+        return found
+
+    def delete(self, tenant: str, response_id: str) -> bool:
+        """Whether it was there."""
+        return self._tenants.get(tenant, OrderedDict()).pop(response_id, None) is not None
+
+    def _expire(self, kept: OrderedDict[str, StoredResponse]) -> None:
+        before = self._clock() - self._seconds
+        for response_id in [each for each, stored in kept.items() if stored.stored < before]:
+            del kept[response_id]
