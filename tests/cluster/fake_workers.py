@@ -140,6 +140,9 @@ class FakeConnection:
     async def explain(self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b"") -> dict[str, Any]:
         return {"hit_tokens": 0}
 
+    async def wake(self) -> None:
+        self._check()
+
     async def operate(self, operation: CacheOperation) -> dict[str, Any]:
         self._check()
         assert self._worker.cache is not None

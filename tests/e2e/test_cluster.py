@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -387,6 +388,26 @@ def test_a_gateway_finds_workers_that_start_later_and_a_new_one_knows_what_they_
         response = httpx.post(f"{again.url}/v1/completions", json=COMPLETION, timeout=DEADLINE)
         assert response.headers["x-emberkv-route"].split(";")[0] == chosen.split(";")[0]
         assert response.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_model_on_demand_is_loaded_by_a_request_to_the_gateway_and_what_it_is_asked_is_recorded(
+    cluster: Cluster,
+) -> None:
+    trace = cluster.folder / "trace.jsonl"
+    worker = cluster.start_worker("a", "--model-on-demand", "--kv-routes", "--record-trace", str(trace))
+    gateway = cluster.start_gateway("a")
+    cluster.until("a", "idle")
+    assert httpx.get(f"{gateway.url}/ready", timeout=DEADLINE).status_code == 200
+    with ThreadPoolExecutor(2) as threads:
+        ask = partial(httpx.post, f"{gateway.url}/v1/completions", json=COMPLETION, timeout=DEADLINE)
+        answers = [each.result() for each in [threads.submit(ask), threads.submit(ask)]]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert httpx.delete(f"{worker.url}/inference/model", timeout=DEADLINE).json()["status"] == "unloaded"
+    cluster.until("a", "idle")
+    assert ask().json()["choices"] == answers[0].json()["choices"]
+    route = {"route": "/internal/v1/generate", "status": "200"}
+    eventually(lambda: worker.total("emberkv_http_requests_total", **route) == 3)
+    assert len([line for line in trace.read_text().splitlines() if "prompt_tokens" in line]) == 3
 
 
 def test_a_rolling_restart_fails_no_request(cluster: Cluster) -> None:

@@ -72,6 +72,7 @@ class Gateway:
         router = make_router(routing, rng or random.Random())
         router.record = record
         self.membership = Membership(router, connect, on_model=self._has_model, on_change=self._changed)
+        lifecycle.wake = self.membership.wake_idle
         self.removals = ClusterRemovals(self.membership)
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
@@ -205,7 +206,8 @@ class Gateway:
     def _changed(self) -> None:
         models = {} if self.fleet is None else self.fleet.models
         served = f"{', '.join(models)} by workers that take chats and completions only" if models else ""
-        self.lifecycle.has_workers(bool(self.membership.up or models), served)
+        is_idle = any(worker.status is WorkerStatus.IDLE for worker in self.membership.workers)
+        self.lifecycle.has_workers(bool(self.membership.up or models), served, is_idle=is_idle)
 
     async def _has_model(self, worker: Worker, description: wire.WorkerDescription) -> None:
         """The first worker has said what it serves, which the gateway serves from now on."""

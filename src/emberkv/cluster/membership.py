@@ -17,7 +17,7 @@ from emberkv.core.events import Event
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, RequestError, WorkerLostError, WorkerTimeoutError
-from emberkv.serving.errors import NotReadyError
+from emberkv.serving.errors import ModelNotLoadedError, NotReadyError
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class WorkerStatus(StrEnum):
     """Only a worker that is ``UP`` gets new requests."""
 
     STARTING = "starting"  # it has not said yet what it serves
+    IDLE = "idle"  # it loads its model when a request needs it
     UP = "up"
     SILENT = "silent"  # it has sent nothing within the deadline
     DRAINING = "draining"  # it finishes what it has
@@ -55,6 +56,7 @@ class WorkerConnection(Protocol):
         self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b""
     ) -> dict[str, Any]: ...
     async def operate(self, operation: CacheOperation) -> dict[str, Any]: ...
+    async def wake(self) -> None: ...
     def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]: ...
     def generate(
         self, request: GenerationRequest, on_progress: Callable[[PrefillProgress], None] = ...
@@ -195,6 +197,7 @@ class Membership:
         self._model: WorkerDescription | None = None
         self._model_lock = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._woken: set[Worker] = set()  # by `wake_idle`, and not up since
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -290,6 +293,26 @@ class Membership:
         decision = self.router.decide(request, states, lambda made: counts(by_slot[made.replica]))
         return None if decision is None else (by_slot[decision.replica], decision)
 
+    async def wake_idle(self) -> None:
+        """Where no worker is up, have those that are idle load their models, and wait until one is up or none loads."""
+        for _ in range(2):  # an answer that was on its way may call a worker idle once more
+            if self.up:
+                return
+            idle = [worker for worker in self._workers.values() if worker.status is WorkerStatus.IDLE]
+            await asyncio.gather(*map(self._wake, idle))
+            while not self.up and any(worker.status is WorkerStatus.STARTING for worker in self._woken):
+                await self.changed()
+            self._woken = {worker for worker in self._woken if worker.status is WorkerStatus.STARTING}
+
+    async def _wake(self, worker: Worker) -> None:
+        try:
+            await worker.connection.wake()
+        except EmberError as error:
+            _log.warning("worker %s does not load its model: %s", worker, error)
+        else:
+            self._woken.add(worker)
+            self.set_status(worker, WorkerStatus.STARTING, "it loads its model")
+
     async def changed(self) -> None:
         """Wait until the status of any worker changes."""
         await self._changed.wait()
@@ -334,6 +357,8 @@ class Membership:
             try:
                 if await self._meet(worker):
                     await self._listen(worker)
+            except ModelNotLoadedError as error:
+                self.set_status(worker, WorkerStatus.IDLE, str(error))
             except NotReadyError as error:
                 self.set_status(worker, WorkerStatus.STARTING, str(error))
             except WorkerTimeoutError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -33,8 +34,13 @@ from emberkv.tiers.base import Removed
 
 R = TypeVar("R")
 
+_log = logging.getLogger(__name__)
+
 MAX_REQUESTS = 1024
 """More at once are refused, so that a gateway sends them elsewhere."""
+
+WAKE_SECONDS = 0.1
+"""How long `wake` is answered after; loading, which goes on, has begun by then."""
 
 LEAST_REPORT_SECONDS = 0.05
 """Between two reports on one stream of events."""
@@ -44,18 +50,30 @@ Answer = Callable[[Request], Awaitable[Response]]
 
 def worker_routes(worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> RouterFactory:
     """What a server answers as a worker, beside its own routes; for `create_app`. secret: the cluster's."""
-    return lambda parts: WorkerRoutes(parts.lifecycle, worker_id, secret, max_requests=max_requests).router()
+    return lambda parts: WorkerRoutes(
+        parts.lifecycle, worker_id, secret, engine=parts.answers.engine, max_requests=max_requests
+    ).router()
 
 
 class WorkerRoutes:
-    """Answers about the model that ``lifecycle`` holds. It belongs to the event loop."""
+    """Answers about the model that ``lifecycle`` holds. It belongs to the event loop. engine: computes for it."""
 
-    def __init__(self, lifecycle: Lifecycle, worker_id: str, secret: str, *, max_requests: int = MAX_REQUESTS) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        worker_id: str,
+        secret: str,
+        *,
+        engine: Callable[[], Engine],
+        max_requests: int = MAX_REQUESTS,
+    ) -> None:
         self._lifecycle = lifecycle
         self._worker_id = worker_id
+        self._engine = engine
         self._secret = secret
         self._max_requests = max_requests
         self._running = 0
+        self._loading: set[asyncio.Task[None]] = set()
         self._outputs: OutputQueue | None = None
         self._watched: AssembledEngine | None = None
         self._wakes: set[asyncio.Event] = set()
@@ -66,7 +84,7 @@ class WorkerRoutes:
         router = APIRouter(prefix=wire.PREFIX)
         for answer in (self.worker, self.tokenizer, self.events, self.snapshot, self.load):
             self._add(router, "GET", answer)
-        for answer in (self.generate, self.command, self.explain, self.operate):
+        for answer in (self.generate, self.command, self.explain, self.operate, self.wake):
             self._add(router, "POST", answer)
         return router
 
@@ -155,7 +173,7 @@ class WorkerRoutes:
         loop = asyncio.get_running_loop()
         if self._outputs is None or self._outputs.loop is not loop:
             self._outputs = OutputQueue(loop)
-        generation = Generation(self._lifecycle.model().engine, request, self._outputs)
+        generation = Generation(self._engine(), request, self._outputs)
         self._running += 1
         self._lifecycle.track(generation)
         return FrameStream(generation.frames(), partial(self._ended, generation))
@@ -188,6 +206,19 @@ class WorkerRoutes:
             raise NotFoundError("this worker keeps no account of what it has cached")
         explained = await model.cache.explain(wire.decode_prompt(asked.prompt), Tenant(asked.tenant, asked.salt))
         return _message(explanation_json(explained, model.tokenizer, now=time.time()))
+
+    async def wake(self, _http: Request) -> Response:
+        """The model is being loaded, or has been."""
+        loading = asyncio.create_task(self._lifecycle.ensure_model())
+        self._loading.add(loading)
+        loading.add_done_callback(self._loaded)
+        await asyncio.wait([loading], timeout=WAKE_SECONDS)
+        return Response(status_code=204)
+
+    def _loaded(self, loading: "asyncio.Task[None]") -> None:
+        self._loading.discard(loading)
+        if not loading.cancelled() and (error := loading.exception()) is not None:
+            _log.error("the model cannot be loaded: %s", error)
 
     async def operate(self, http: Request) -> Response:
         operation = decode_operation(await http.body())

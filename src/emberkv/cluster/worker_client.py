@@ -32,6 +32,7 @@ _REFUSALS: Mapping[str, type[errors.EmberError]] = {
         errors.WireError,
         serving_errors.BodyTooLargeError,
         serving_errors.NotFoundError,
+        serving_errors.ModelNotLoadedError,
         serving_errors.NotReadyError,
         serving_errors.OverloadedError,
         serving_errors.TooManyRequestsError,
@@ -88,7 +89,9 @@ class WorkerClient:
         await self.close()
 
     async def worker(self) -> wire.WorkerDescription:
-        """What the worker serves, and how. Raises NotReadyError before its model is loaded."""
+        """What the worker serves, and how. Raises NotReadyError before its model is loaded, ModelNotLoadedError where
+        that waits for `wake`.
+        """
         return wire.decode(await self._ask("GET", "worker"), wire.WorkerDescription)
 
     async def tokenizer(self, etag: str = "") -> wire.TokenizerFiles | None:
@@ -154,6 +157,10 @@ class WorkerClient:
         """What the prompt would hit on this worker, and why not more: as ``/v1/cache/explain`` answers it."""
         body = wire.encode(wire.Prompt(prompt=wire.encode_prompt(prompt_token_ids), salt=salt, tenant=tenant))
         return wire.decode(await self._ask("POST", "explain", body=body), dict[str, Any])
+
+    async def wake(self) -> None:
+        """Have the worker begin to load its model, where it does that on demand."""
+        await self._ask("POST", "wake")
 
     async def operate(self, operation: CacheOperation) -> dict[str, Any]:
         """What the worker's cache service answers to an operation of `emberkv.cluster.cache_operations`."""

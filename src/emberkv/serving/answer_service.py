@@ -354,10 +354,14 @@ class AnswerService:
     def _forget_generator(self) -> None:
         self._generator = None
 
+    def engine(self) -> Engine:
+        """The model's, with its requests recorded where they are to be. Raises NotReadyError before it is loaded."""
+        model = self._lifecycle.model()
+        return model.engine if self._recorder is None else self._recorder.over(model.engine, model.public)
+
     def _make_generator(self) -> TextGenerator:
         model = self._lifecycle.model()
-        engine = model.engine if self._recorder is None else self._recorder.over(model.engine, model.public)
-        return TextGenerator(engine, model.tokenizer, metrics=self._metrics, clock=self._clock)
+        return TextGenerator(self.engine(), model.tokenizer, metrics=self._metrics, clock=self._clock)
 
     def _headers(self, stream: AnswerStream) -> dict[str, str]:
         """What is known of a request from the beginning."""

@@ -45,6 +45,10 @@ class NotReadyError(EmberError):
     """The model is not loaded yet, or the server is shutting down."""
 
 
+class ModelNotLoadedError(NotReadyError):
+    """The model is loaded on demand, and is not loaded now."""
+
+
 class OverloadedError(EmberError):
     """More requests wait than the server takes on. retry_after: when to send it again, in seconds, if that is known."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -18,7 +18,7 @@ from emberkv.errors import EmberError, EngineStoppedError, RequestError
 from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
-from emberkv.serving.errors import NotReadyError, UnknownModelError
+from emberkv.serving.errors import ModelNotLoadedError, NotReadyError, UnknownModelError
 from emberkv.serving.parsing.formats import OutputFormat, chosen_format
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport
 
@@ -178,6 +178,8 @@ class Lifecycle:
         self.detail = "the model is being loaded"
         self._model: ServedModel | None = None
         self._host: ModelHost | None = None
+        self.wake: Callable[[], Awaitable[None]] | None = None
+        """Has workers load their models, where they do that on demand; for a gateway."""
         self.on_unload: list[Callable[[], None]] = []
         """Are called when the model is gone, for those that keep what was made for it."""
         self._switching = asyncio.Lock()
@@ -203,14 +205,19 @@ class Lifecycle:
     def _ready(self, served: str) -> None:
         self.phase, self.detail = Phase.READY, f"serving {served}"
 
-    def has_workers(self, is_up: bool, served: str = "") -> None:
+    def has_workers(self, is_up: bool, served: str = "", *, is_idle: bool = False) -> None:
         """Whether there is anything that answers, where that is elsewhere and comes and goes.
 
-        served: what it answers for, where no model is loaded here.
+        served: what it answers for, where no model is loaded here. is_idle: whether there is something that would load
+        its model on demand.
         """
-        if is_up and self.phase is Phase.LOADING and (self._model is not None or served):
+        if self.phase not in (Phase.IDLE, Phase.LOADING, Phase.WARMING, Phase.READY):
+            return
+        if is_up and self.phase in (Phase.IDLE, Phase.LOADING) and (self._model is not None or served):
             self._ready(served if self._model is None else self._model.names[0])
-        elif not is_up and self.phase in (Phase.WARMING, Phase.READY):
+        elif not is_up and is_idle:
+            self._idle_without_model()
+        elif not is_up and self.phase is not Phase.LOADING:
             self.phase, self.detail = Phase.LOADING, "no worker is up"
 
     def failed(self, reason: str) -> None:
@@ -232,6 +239,8 @@ class Lifecycle:
         """
         if self._host is not None and (self._model is None or self.phase is Phase.UNLOADING):
             await _to_the_end(self._load(self._host))
+        elif self.wake is not None and self.phase in (Phase.IDLE, Phase.LOADING):
+            await self.wake()
 
     async def unload_model(self) -> None:
         """Let running answers finish, for `UNLOAD_SECONDS` at most, and have the model unloaded.
@@ -276,7 +285,8 @@ class Lifecycle:
     def model(self) -> ServedModel:
         """Raises NotReadyError before the model is loaded."""
         if self._model is None:
-            raise NotReadyError(f"the server cannot answer yet: {self.detail}")
+            kind = ModelNotLoadedError if self.phase is Phase.IDLE else NotReadyError
+            raise kind(f"the server cannot answer yet: {self.detail}")
         return self._model
 
     def engine_stats(self) -> EngineStats | None:
