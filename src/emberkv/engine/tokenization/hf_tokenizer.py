@@ -317,9 +317,13 @@ class HFTokenizer:
         return str(rendered)
 
     def _render_probe(self, messages: list[dict[str, Any]], has_tools: bool) -> str:
-        tools = [PROBE_TOOL] if has_tools else None
         return str(
-            self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            self._tokenizer.apply_chat_template(
+                messages,
+                tools=[dict(PROBE_TOOL)] if has_tools else None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         )
 
     def token_text(self, token_id: int) -> str:
