@@ -1,8 +1,13 @@
 """What each family's template lets the next turn reuse of what a turn has computed."""
 
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 
-from emberkv.serving.template_study import Study, study_template
+from emberkv.errors import RequestError
+from emberkv.serving.template_study import Study, agent_warnings, study_template
 from tests.serving.parsing.families import FAMILIES, Family, render
 
 KEPT = ("", "", "")
@@ -72,3 +77,46 @@ def test_a_template_that_drops_an_answers_thought_loses_the_answer() -> None:
 def test_a_template_that_leaves_out_calls() -> None:
     found = study(Family("hermes", "").template, with_thoughts=False)
     assert not found.shows_calls
+
+
+class TemplateTokenizer:
+    """What the study needs of a tokenizer: a family's template, and characters for tokens."""
+
+    chat_problem: str | None = None
+
+    def __init__(self, template: str) -> None:
+        self._template = template
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **options: Any
+    ) -> str:
+        if "refuses" in self._template and any(message["role"] == "tool" for message in messages):
+            raise RequestError("no tool results here")
+        return render(self._template, messages, add_generation_prompt=add_generation_prompt)
+
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
+        return array("i", map(ord, text))
+
+
+@pytest.mark.parametrize(
+    ("template", "context", "reasons", "warnings"),
+    [
+        (FAMILIES["Qwen2.5"].template, 20_000, False, []),
+        (FAMILIES["Qwen2.5"].template, 19_999, False, ["the context of 19,999 tokens is too small"]),
+        (FAMILIES["Qwen2.5"].template, 40_000, True, ["the chat template leaves out thoughts"]),
+        (FAMILIES["MiniMax-M2"].template, 40_000, True, [
+            "the chat template writes earlier turns with thoughts anew, and these are computed again at the next "
+            "question from answer 1 on; 'emberkv explain --template' says more"]),
+        (FAMILIES["Mistral-Nemo"].template, 40_000, False, [
+            "the chat template writes earlier turns anew, and these are computed again at the next question from "
+            "question 1 on"]),
+        ("{#- refuses #}" + FAMILIES["Qwen2.5"].template, 4_000, False, [
+            "the chat template takes no tool calls and results: no tool results here"]),
+        (Family("hermes", "").template, 4_000, False, []),
+    ],
+    ids=["none", "small context", "no thoughts", "rewritten thoughts", "moved tools", "refused results", "no tools"],
+)  # fmt: skip
+def test_what_the_start_warns_of(template: str, context: int, reasons: bool, warnings: list[str]) -> None:
+    found = agent_warnings(TemplateTokenizer(template), context, reasons=reasons)
+    assert len(found) == len(warnings)
+    assert all(message.startswith(warning) for message, warning in zip(found, warnings, strict=True)), found

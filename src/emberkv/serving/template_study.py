@@ -222,9 +222,9 @@ def agent_warnings(tokenizer: Tokenizer, context: int, *, reasons: bool) -> list
 
 def _lost(study: Study, with_thoughts: bool) -> str:
     transitions = {"the next step of a tool loop": study.worst_step, "the next question": study.question}
-    lost = (f"{name} from {each.differs_in} on" for name, each in transitions.items() if each and not each.is_whole)
+    lost = (f"at {name} from {each.differs_in} on" for name, each in transitions.items() if each and not each.is_whole)
     what = "turns with thoughts" if with_thoughts else "turns"
     return (
-        f"the chat template writes earlier {what} anew, so that nothing is reused at {' and at '.join(lost)}; "
+        f"the chat template writes earlier {what} anew, and these are computed again {' and '.join(lost)}; "
         "'emberkv explain --template' says more"
     )

@@ -1,8 +1,11 @@
 """Each family's answers are parsed, and its template renders what was parsed as the very text again."""
 
+import json
+
 import pytest
 
 from emberkv.errors import ConfigError
+from emberkv.serving.parsing.events import ParsedCall, ParsedMessage
 from emberkv.serving.parsing.formats import OutputFormat, chosen_format, detect_format, output_format
 from tests.serving.parsing.families import FAMILIES, Family
 
@@ -24,6 +27,15 @@ def test_what_was_parsed_is_rendered_as_the_same_text(family: Family) -> None:
 @EACH_FAMILY
 def test_the_template_says_which_format_it_is(family: Family) -> None:
     assert detect_format(family.template) == family.format
+
+
+def test_a_value_holds_the_tag_that_ends_values() -> None:
+    """The tag ends a value only where a parameter or the call's end follows."""
+    family = FAMILIES["Qwen3-Coder"]
+    for value in ("</parameter>", "<parameter=a>\n</parameter>\n", "\n\n</parameter> b\n"):
+        message = ParsedMessage(calls=(ParsedCall("edit", json.dumps({"path": value})),))
+        text = family.turn_text(message)
+        assert family.parsed(text) == message, text
 
 
 def test_a_template_without_markup_has_no_format() -> None:

@@ -123,7 +123,9 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         ("</tool_call>",),
         (("<|tool_call|>", "<|start_of_role|>"),),
     ),
-    "phi4-mini": _objects(("<|tool_call|>", "functools["), ("<|/tool_call|>",), (("<|tool_call|>",), ("functools",))),
+    "phi4-mini": _objects(
+        ("<|tool_call|>", "functools["), ("<|/tool_call|>",), (("<|tool_call|>",), ("functools",), ("<|tool|>",))
+    ),
     "pythonic": ToolFormat(
         _pythonic, (("<|python_start|>",), ("[func_name1(",)), ("<|python_start|>", "<|python_end|>")
     ),

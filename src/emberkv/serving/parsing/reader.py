@@ -15,6 +15,11 @@ Steps = Generator[OutputEvent | None, None, Result]
 """A part of a parser: yields events, or None to wait for text, and returns a result."""
 
 
+_MOST_SPACE = 64
+"""Characters that are looked at ahead of what is read."""
+_SPACE = re.compile(rf"\s{{0,{_MOST_SPACE}}}")
+
+
 class Markers:
     """Literal texts that are looked for together. None may begin with another one."""
 
@@ -23,6 +28,7 @@ class Markers:
         self._pattern = re.compile("|".join(map(re.escape, sorted(self.texts, key=len, reverse=True))) or r"(?!)")
         self._beginnings = frozenset(text[:length] for text in self.texts for length in range(1, len(text)))
         self._longest = max(map(len, self.texts), default=0)
+        self._first = re.compile("|".join(sorted({re.escape(text[0]) for text in self.texts})) or r"(?!)")
 
     def find(self, text: str, start: int) -> tuple[int, int]:
         """Where the first marker lies from ``start`` on: ``[begin, end)``.
@@ -31,9 +37,11 @@ class Markers:
         """
         if match := self._pattern.search(text, start):
             return match.span()
-        for length in range(min(self._longest - 1, len(text) - start), 0, -1):
-            if text[-length:] in self._beginnings:
-                return len(text) - length, len(text) - length
+        at = max(start, len(text) - self._longest + 1)
+        while match := self._first.search(text, at):
+            if text[match.start() :] in self._beginnings:
+                return match.start(), match.start()
+            at = match.end()
         return len(text), len(text)
 
 
@@ -97,6 +105,22 @@ class TextReader:
             if there == text:
                 return True
             if self._has_ended or not text.startswith(there):
+                return False
+            yield None
+
+    def comes_behind_space(self, texts: Sequence[str]) -> Steps[bool]:
+        """Whether one of ``texts``, or the answer's end, comes next behind white space; nothing is read."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            at = match.end() if match else self._at
+            if at - self._at == _MOST_SPACE:
+                return False
+            if any(self._text.startswith(text, at) for text in texts):
+                return True
+            if self._has_ended:
+                return at == len(self._text)
+            rest = self._text[at : at + _MOST_SPACE]
+            if not any(text.startswith(rest) for text in texts):
                 return False
             yield None
 

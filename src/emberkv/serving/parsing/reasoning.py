@@ -44,7 +44,8 @@ class ThoughtTags:
     def _thought(self, reader: TextReader) -> Steps[None]:
         yield from reader.skip(self.trimmed)
         ends = (self.end, *self.interrupts)
-        while (yield from reader.before(Markers((*ends, *self.trimmed)), ReasoningText)):
+        stops = Markers((*ends, *self.trimmed))
+        while (yield from reader.before(stops, ReasoningText)):
             reader.record()
             yield from reader.skip(self.trimmed)
             cut = reader.recorded()

@@ -38,8 +38,8 @@ class TagSyntax:
 
 
 QWEN = TagSyntax(
-    ("\n<tool_call>", "<tool_call>"), ("</tool_call>",), "<function=", ">", "</function>",
-    "<parameter=", ">", (("", _ANY),), "</parameter>", trims=True, bare=True,
+    ("\n<tool_call>", "<tool_call>", "<seed:tool_call>"), ("</tool_call>", "</seed:tool_call>"),
+    "<function=", ">", "</function>", "<parameter=", ">", (("", _ANY),), "</parameter>", trims=True, bare=True,
 )  # fmt: skip
 GLM = TagSyntax(
     ("\n<tool_call>", "<tool_call>"), ("</tool_call>",), "", "", "",
@@ -143,11 +143,8 @@ class TaggedCalls(CallSections):
             pieces.append(reader.recorded())
             if not length:
                 break
-            reader.record()
-            reader.read(length)
-            yield from reader.skip()
-            is_whole = not (yield from reader.next_char()) or (yield from self._comes(reader, self._behind_value))
-            tag = reader.recorded()
+            tag = reader.read(length)
+            is_whole = yield from reader.comes_behind_space(self._behind_value)
             if not is_whole:
                 pieces.append(tag)
                 if is_text:
