@@ -54,6 +54,7 @@ BENCHMARKS = (
     Benchmark("shared_tiers", quick=("--blocks", "16", "--rounds", "1")),
     Benchmark("simulator", quick=("--quick",)),
     Benchmark("routing", quick=("--quick",)),
+    Benchmark("cluster", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
     Benchmark("constrained", quick=("--rounds", "1", "--tokens", "40")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),

@@ -202,6 +202,7 @@ async def converse_through(cluster: Cluster, policy: str, urls: Sequence[str], s
         await eventually(all_up)
         found = await converse(through.url, size.conversations)
         requests = [each["requests"] for each in await workers_of(through.url)]
+    print(f"{policy}: {found.requests} requests in {found.total:.1f} s", file=sys.stderr, flush=True)
     figures[f"{policy}: TTFT"].append(median_ttft(found))
     figures[f"{policy}: total"].append(found.total)
     figures[f"{policy}: cached"].append(found.cached_share or 0.0)

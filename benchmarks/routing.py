@@ -49,7 +49,7 @@ BLOCK = 16
 WORSE = 0.02
 """How much worse than the best other policy the default one may be."""
 SYSTEM_PROMPTS = 20
-AZURE_REQUESTS = {True: 200, False: 1500}
+AZURE_REQUESTS = {True: 200, False: 1000}
 """When quick, and otherwise."""
 PROMPT_BLOCKS = 6250
 PROMPTS = 100
