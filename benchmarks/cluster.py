@@ -100,7 +100,7 @@ class Cluster:
             secret.touch(mode=0o600)
             secret.write_text(secrets.token_hex(32))
         self._secret = ("--cluster-secret-file", str(secret))
-        self.gateway = self.start_gateway(routing)
+        self.gateway = self._stack.enter_context(self.gateway_of(routing))
 
     def __enter__(self) -> "Cluster":
         return self
@@ -108,12 +108,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start_gateway(self, routing: str, *urls: str) -> lib.Running:
-        """One more gateway; urls: of workers that do not register at it."""
+    def gateway_of(self, routing: str, *urls: str) -> contextlib.AbstractContextManager[lib.Running]:
+        """A gateway. urls: of workers that do not register at it."""
         named = [part for url in urls for part in ("--worker", url)]
-        return self._stack.enter_context(self.gateway_of(routing, named))
 
-    def gateway_of(self, routing: str, named: Sequence[str]) -> contextlib.AbstractContextManager[lib.Running]:
         def argv(port: int) -> list[str]:
             return [*self._command, "gateway", "--port", str(port), "--routing", routing, *named, *self._secret]
 
@@ -192,9 +190,7 @@ def median_ttft(found: Summary) -> float:
 
 async def converse_through(cluster: Cluster, policy: str, urls: Sequence[str], size: Size, figures: Figures) -> None:
     """One run of the conversations, through a gateway of their own, so that it counts only theirs."""
-    named = [part for url in urls for part in ("--worker", url)]
-    routing = POLICIES[0] if policy == OFF else policy
-    with cluster.gateway_of(routing, named) as through:
+    with cluster.gateway_of(POLICIES[0] if policy == OFF else policy, *urls) as through:
 
         async def all_up() -> bool:
             return [each["status"] for each in await workers_of(through.url)] == ["up"] * len(urls)
