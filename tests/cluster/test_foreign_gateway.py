@@ -254,6 +254,8 @@ async def test_a_server_without_health_is_asked_for_its_models() -> None:
         assert it.asked() == [0, 1]
         unknown = await it.ask(chat() | {"model": "other"})
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await it.client.get("/v1/models/k")).json()["id"] == "k"
+        assert (await it.client.get("/v1/models/other")).status_code == 404
         assert (await it.client.get("/ready")).json()["ready"]
         assert (await it.client.post("/v1/messages", json=chat())).status_code == 404
 

@@ -99,14 +99,18 @@ class ForeignRoutes(CacheRoutes):
 
         @router.get("/v1/models", dependencies=[guard])
         async def models(http: Request) -> Response:
-            if speaks_anthropic(http):
+            if speaks_anthropic(http) and self._lifecycle.has_model:
                 return _HandedOn(b"")
             return JSONResponse({"object": "list", "data": list(self._cards().values())})
 
         @router.get("/v1/models/{name:path}", dependencies=[guard])
         async def card(name: str, http: Request) -> Response:
             cards = self._cards()
-            return JSONResponse(cards[name]) if name in cards and not speaks_anthropic(http) else _HandedOn(b"")
+            if self._lifecycle.has_model and (speaks_anthropic(http) or name not in cards):
+                return _HandedOn(b"")
+            if name not in cards:
+                raise self._unknown(name)
+            return JSONResponse(cards[name])
 
         for path in _OTHERS:
             router.add_api_route(path, self._other, methods=["POST"], include_in_schema=False)
@@ -257,13 +261,14 @@ class ForeignRoutes(CacheRoutes):
             return _HandedOn(raw)
         if not isinstance(decoded(raw), dict):
             raise RequestError("the body is not valid JSON, or no object")
-        known = {name for worker in self._fleet.workers for name in worker.models}
-        if model is not None and self._fleet.up and model not in known:
-            raise UnknownModelError(
-                f"model is {model!r}; this gateway's workers have {', '.join(map(repr, sorted(known))) or 'none'}",
-                param="model",
-            )
+        if self._fleet.up and not any(worker.serves(model) for worker in self._fleet.workers):
+            raise self._unknown(model)
         raise NotReadyError("no worker that serves the model is up; send it again later")
+
+    def _unknown(self, model: object) -> UnknownModelError:
+        known = sorted({name for worker in self._fleet.workers for name in worker.models})
+        served = ", ".join(map(repr, known)) or "none"
+        return UnknownModelError(f"model is {model!r}; this gateway's workers have {served}", param="model")
 
     def _serving(self, model: object) -> list[ForeignWorker]:
         return [worker for worker in self._fleet.up if worker.serves(model)]
