@@ -255,6 +255,7 @@ class ListenSettings(_Settings):
     request_timeout: seconds from a request's arrival to the end of its answer, which is interrupted then; None: no
     limit.
     drain_seconds: how long running answers may go on after a signal to stop.
+    max_requests: answers that are made or wait at the same time; more are refused.
     on_overflow: what is done with a ``max_tokens`` that the context has no room for behind the prompt.
     """
 
@@ -267,6 +268,7 @@ class ListenSettings(_Settings):
     max_body: Size | None = Field(default=None, gt=0)
     max_connections: int = Field(default=1024, ge=1, le=2**16)
     request_timeout: float | None = Field(default=None, gt=0, le=86_400)
+    max_requests: int = Field(default=512, ge=1, le=2**16)
     drain_seconds: float = Field(default=10.0, ge=0, le=86_400)
     on_overflow: Literal["clip", "refuse"] = "clip"
 

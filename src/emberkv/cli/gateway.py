@@ -145,8 +145,8 @@ def gateway(
         "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
         "record_trace": record_trace, "otlp_endpoint": otlp_endpoint,
         "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
-        "on_overflow": on_overflow, "tool_parser": tool_parser, "reasoning_parser": reasoning_parser,
-        "log_level": log_level, "log_format": log_format,
+        "max_requests": max_requests, "on_overflow": on_overflow, "tool_parser": tool_parser,
+        "reasoning_parser": reasoning_parser, "log_level": log_level, "log_format": log_format,
         "cluster_secret_file": cluster_secret_file,
     }  # fmt: skip
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings

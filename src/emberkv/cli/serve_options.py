@@ -297,6 +297,10 @@ TraceUnit = Annotated[
 MaxConnections = Annotated[
     int | None, typer.Option(rich_help_panel=SERVER, help="Connections at once. (default: 1024)")
 ]
+MaxRequests = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=SERVER, help="Answers that are made or wait at once; more get 429. (default: 512)"),
+]
 OnOverflow = Annotated[
     str | None,
     typer.Option(

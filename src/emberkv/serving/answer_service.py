@@ -6,6 +6,7 @@ sends them whole or as server-sent events, and accounts for each request once it
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import VolatileLines
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
+from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, TooManyRequestsError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
@@ -41,6 +42,7 @@ from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.tracing import RequestTracer
 
+MAX_REQUESTS = 512
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
 
 T = TypeVar("T")
@@ -221,12 +223,37 @@ _ID_PREFIXES = {
 }
 
 
+class InFlight:
+    """Bounds the answers that are made or wait at the same time. most: of all tenants together.
+
+    When there are as many, a tenant with less than its equal share is still served, so that one tenant's flood does not
+    shut out the others. So there may be twice as many in all, at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._by_tenant: Counter[str] = Counter()
+
+    def enter(self, tenant: str, answers: int) -> None:
+        """Raises TooManyRequestsError where there are too many; then none is counted."""
+        total = self._by_tenant.total()
+        share = self._most // len({*self._by_tenant, tenant})
+        if total and total + answers > self._most and self._by_tenant[tenant] + answers > share:
+            raise TooManyRequestsError(f"{total} answers are in flight, and no more are taken; send it again later")
+        self._by_tenant[tenant] += answers
+
+    def leave(self, tenant: str, answers: int) -> None:
+        self._by_tenant[tenant] -= answers
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
     recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
-    the arrival of a request to the end of its answers; None: no limit.
+    the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`.
     """
 
     def __init__(
@@ -240,6 +267,7 @@ class AnswerService:
         recorder: TraceRecorder | None = None,
         request_timeout: float | None = None,
         stream_times: StreamTimes | None = None,
+        max_requests: int = MAX_REQUESTS,
         tracer: RequestTracer | None = None,
     ) -> None:
         self.recent = RecentRequests()
@@ -255,6 +283,7 @@ class AnswerService:
         self._recorder = recorder
         self._request_timeout = request_timeout
         self._stream_times = stream_times or StreamTimes()
+        self._in_flight = InFlight(max_requests)
         self._tracer = tracer
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
@@ -291,11 +320,13 @@ class AnswerService:
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:
         """Start the answers to ``request``, one a prompt; a server that drains waits for them.
 
-        Raises NotReadyError unless the server takes requests, else what ``Engine.submit`` raises.
+        Raises NotReadyError unless the server takes requests, TooManyRequestsError where it has too many, else what
+        ``Engine.submit`` raises.
         """
         self._lifecycle.check_accepting()
         if self._generator is None:
             self._generator = self._make_generator()
+        self._in_flight.enter(request.tenant.name, len(prompts))  # `_closed` follows, even if no answer can be started
         stream = self._generator.start(prompts, request, on_close=partial(self._closed, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
@@ -397,6 +428,7 @@ class AnswerService:
 
     def _closed(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
         self._lifecycle.untrack(stream)
+        self._in_flight.leave(request.tenant.name, len(prompts))
         self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
             self._count_answer(request, request_id, answer, timer, self._summary(request_id, answer))

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from emberkv import __version__
 from emberkv.errors import EmberError
-from emberkv.serving.answer_service import MAX_TOKENS_HEADER, AnswerService, RequestPreparer
+from emberkv.serving.answer_service import MAX_REQUESTS, MAX_TOKENS_HEADER, AnswerService, RequestPreparer
 from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
@@ -57,7 +57,7 @@ class ServingSettings:
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
-    stream_times: of streams' headers and pings; None: the usual ones.
+    stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -73,6 +73,7 @@ class ServingSettings:
     root_path: str = ""
     request_timeout: float | None = None
     stream_times: StreamTimes | None = None
+    max_requests: int = MAX_REQUESTS
     tracer: RequestTracer | None = None
 
 
@@ -139,6 +140,7 @@ def create_app(
         recorder=settings.recorder,
         request_timeout=settings.request_timeout,
         stream_times=settings.stream_times,
+        max_requests=settings.max_requests,
         tracer=settings.tracer,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

@@ -18,6 +18,9 @@ Json = dict[str, Any]
 
 _UNSUPPORTED = ("background", "conversation", "prompt", "top_logprobs", "max_tool_calls")
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+_WITHOUT_EFFECT = ("client_metadata",)
+"""Beside what chats take without an effect. Other unknown fields are counted as left out where the chat is checked."""
+
 _ROLES = ("user", "system", "developer", "assistant")
 _DIGEST_BYTES = 16
 
@@ -111,7 +114,7 @@ class ResponsesRequest(RequestBody):
             messages.add(item, f"input[{index}]")
         tools = [tool for each in self.tools or () if (tool := _chat_tool(each, left_out)) is not None]
         fields = {
-            **(self.model_extra or {}),  # what is unknown there, too, is counted there
+            **{name: value for name, value in (self.model_extra or {}).items() if name not in _WITHOUT_EFFECT},
             "model": self.model,
             "messages": messages.messages,
             "max_completion_tokens": self.max_output_tokens,
