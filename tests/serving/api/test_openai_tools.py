@@ -176,20 +176,17 @@ SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "time"}}},
         {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[1:]}}},
         {"tools": None, "functions": [TOOLS[1]["function"]], "function_call": {"name": "time"}},
     ],
-    ids=["required", "named", "allowed", "former"],
+    ids=["allowed", "former"],
 )
-def test_a_call_that_is_demanded_is_a_constraint(client: Client, engine: FakeEngine, fields: dict[str, Any]) -> None:
+def test_further_ways_to_demand_a_call(client: Client, engine: FakeEngine, fields: dict[str, Any]) -> None:
     engine.script = Script(OTHER_CALL)
     assert choice(client, **fields)["finish_reason"] in ("tool_calls", "function_call")
     constraint = engine.submitted[-1].params.constraint
     assert constraint is not None
-    assert ("weather" in constraint.text) == (fields.get("tool_choice") == "required")
-    assert "time" in constraint.text
+    assert ("time" in constraint.text, "weather" in constraint.text) == (True, False)
 
 
 def test_a_schema_holds_for_what_follows_the_thoughts(client: Client, engine: FakeEngine) -> None:
@@ -200,6 +197,15 @@ def test_a_schema_holds_for_what_follows_the_thoughts(client: Client, engine: Fa
     constraint = engine.submitted[-1].params.constraint
     assert constraint is not None
     assert "think" in constraint.text
+
+
+def test_beside_tools_a_schema_leaves_calls_possible(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script(CALL)
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    assert choice(client, response_format=asked)["finish_reason"] == "tool_calls"
+    constraint = engine.submitted[-1].params.constraint
+    assert constraint is not None
+    assert all(text in constraint.text for text in ("weather", "age"))
 
 
 def test_a_schema_that_cannot_be_compiled_is_refused_with_its_place(client: Client, engine: FakeEngine) -> None:

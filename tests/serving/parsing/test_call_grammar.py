@@ -26,7 +26,7 @@ from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import ToolChoice
-from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint
+from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint, either
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.parsing.formats import REASONING_FORMATS, TOOL_FORMATS, OutputFormat, parse_output
 
@@ -228,3 +228,19 @@ def test_thoughts_come_before_a_constrained_answer(reasoning: str, constraint: C
 def test_a_format_without_thoughts_leaves_a_constraint_as_it_is() -> None:
     constraint = Constraint("json_object")
     assert behind_reasoning(constraint, OutputFormat("hermes", None)) is constraint
+
+
+@pytest.mark.parametrize("reasoning", ["think", None])
+def test_either_calls_or_a_form_of_the_text(reasoning: str | None) -> None:
+    output_format = OutputFormat("hermes", reasoning)
+    calls = call_constraint(output_format, TOOLS, ToolChoice("required"))
+    assert calls is not None
+    allowed = either(calls, behind_reasoning(Constraint("json_object"), output_format))
+    speaker, seen = Speaker(output_format), set()
+    for seed in range(12):
+        message = parse_output(output_format, speaker.says(allowed, seed), tools=TOOLS)
+        seen.add(bool(message.calls))
+        for call in message.calls:
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+        assert message.calls or isinstance(json.loads(message.content), dict)
+    assert seen == {True, False}

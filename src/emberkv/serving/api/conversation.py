@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from emberkv.engine.request import Constraint
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
-from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint
+from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint, either
 from emberkv.serving.parsing.formats import OutputFormat
 
 Message = dict[str, Any]
@@ -81,7 +81,8 @@ class Conversation:
     ) -> Constraint | None:
         """Which answers the conversation allows a model of ``output_format`` to ``prompt_text``, this rendered.
 
-        wanted: what the request demands of the answer's text, which thoughts may precede.
+        wanted: what the request demands of the answer's text, which thoughts may precede. With tools that may be
+        called, the answer is that, or calls.
 
         Raises RequestError for tools that cannot be demanded of the model, and where both calls and a form of the text
         are demanded.
@@ -96,7 +97,12 @@ class Conversation:
                 "send one of them",
                 param="tool_choice",
             )
-        return behind_reasoning(wanted, output_format, in_reasoning=in_reasoning)
+        form = behind_reasoning(wanted, output_format, in_reasoning=in_reasoning)
+        if not self.tools or self.tool_choice.mode == "none" or output_format.tools is None:
+            return form
+        demanded = replace(self.tool_choice, mode="required")
+        calls = call_constraint(output_format, self.tools, demanded, in_reasoning=in_reasoning)
+        return form if calls is None else either(calls, form)
 
     def parsing(
         self, output_format: OutputFormat, prompt_text: str, new_call_id: Callable[[], str] = openai_call_id

@@ -90,19 +90,33 @@ def behind_reasoning(constraint: Constraint, output_format: OutputFormat, *, in_
     if output_format.reasoning == HARMONY:
         head += f" {_quoted('<|channel|>final')} {_quoted(' <|constrain|>json')}? {_quoted('<|message|>')}"
     grammar.add("start", f"{head} answer")
+    grammar.add("answer", _rule_of(constraint))
+    markers = tuple(sorted({*constraint.markers, *output_format.special_tokens}))
+    return check_constraint(Constraint("lark", grammar.text, markers))
+
+
+def either(one: Constraint, other: Constraint) -> Constraint:
+    """The answers that one or the other allows. Raises RequestError where they cannot be compiled together."""
+    grammar = _Grammar()
+    grammar.add("start", "one | other")
+    grammar.add("one", _rule_of(one))
+    grammar.add("other", _rule_of(other))
+    return check_constraint(Constraint("lark", grammar.text, tuple(sorted({*one.markers, *other.markers}))))
+
+
+def _rule_of(constraint: Constraint) -> str:
+    """The texts that a constraint allows, as a rule of a grammar."""
     match constraint.kind:
         case "json_object":
-            grammar.add("answer", f"%json {json.dumps(_ANY_OBJECT)}")
+            return f"%json {json.dumps(_ANY_OBJECT)}"
         case "json_schema":
             schema = json.loads(constraint.text)
             options = {"x-guidance": {"lenient": constraint.lenient, **schema.get("x-guidance", {})}}
-            grammar.add("answer", f"%json {json.dumps({**schema, **options})}")
+            return f"%json {json.dumps({**schema, **options})}"
         case "regex":
-            grammar.add("answer", f"/{regex_to_lark(constraint.text)}/")
+            return f"/{regex_to_lark(constraint.text)}/"
         case "lark":
-            grammar.add("answer", f"%lark {{\n{constraint.text}\n}}")
-    markers = tuple(sorted({*constraint.markers, *output_format.special_tokens}))
-    return check_constraint(Constraint("lark", grammar.text, markers))
+            return f"%lark {{\n{constraint.text}\n}}"
 
 
 def _wanted(tools: Sequence[ToolSchema], choice: Choice) -> list[ToolSchema]:
