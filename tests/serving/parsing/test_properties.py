@@ -58,7 +58,7 @@ EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 @EACH_FAMILY
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_pieces_give_what_the_whole_gives(family: Family, data: st.DataObject) -> None:
     pieces, in_reasoning = data.draw(cut_texts(family)), data.draw(st.booleans())
@@ -90,7 +90,7 @@ def check_calls(events: list[OutputEvent]) -> None:
 
 
 @EACH_FAMILY
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_nothing_is_lost(family: Family, data: st.DataObject) -> None:
     """Each character that is put into an answer anywhere, in markup too, is found in one of the events.
@@ -135,6 +135,6 @@ def test_work_grows_with_the_length_of_the_text(family: Family) -> None:
     answer = family.answer()
     begun = answer[: answer.index("path") + 8]
     for start in ("", begun):
-        for unit in ("a", "\n", "<", "[", "{", '"', "\\", "<tool_call>{"):
+        for unit in ("\n", "<", '"', "<tool_call>{"):
             short, long = (lines_run(family, start + unit * (characters // len(unit))) for characters in (60, 240))
             assert long < 5 * short, (start, unit)

@@ -1,4 +1,8 @@
-"""gpt-oss's Harmony format: an answer is several messages, each with a header that says its channel and recipient."""
+"""gpt-oss's Harmony format: an answer is several messages, each with a header that says its channel and recipient.
+
+The `openai-harmony` library reads token ids and needs a vocabulary that it downloads, so it is neither used nor tested
+against here.
+"""
 
 import re
 from collections.abc import Callable
