@@ -399,6 +399,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.quick:
         given.rounds = 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that all it has started ends, too
     about = report.about("benchmarks.cluster", __doc__, rounds=given.rounds, parts=list(given.only))
     ensure_model(given.model)
     return report.publish(rows_of(given, QUICK if given.quick else FULL, given.only), about, given.out)
