@@ -53,7 +53,7 @@ def _fault(constraint: Constraint) -> str | None:
     message = _message_about(grammar_of(constraint))
     if message is None:
         return None
-    place = f"{_place(schema, message)}: " if isinstance(schema, dict) and not constraint.lenient else ""
+    place = f"{_place(schema, message, constraint.lenient)}: " if isinstance(schema, dict) else ""
     return reason_of(ValueError(f"{place}{_without_listing(message)}"))
 
 
@@ -69,16 +69,16 @@ def grammar_of(constraint: Constraint) -> str:
         case "json_object":
             return LLMatcher.grammar_from_json_schema('{"type": "object"}')
         case "json_schema":
-            overrides: Any = {"lenient": True} if constraint.lenient else None
-            return LLMatcher.grammar_from_json_schema(constraint.text, overrides=overrides)
+            return _schema_grammar(json.loads(constraint.text), constraint.lenient)
         case "regex":
             return LLMatcher.grammar_from_regex(constraint.text)
         case "lark":
             return LLMatcher.grammar_from_lark(constraint.text)
 
 
-def _schema_grammar(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+def _schema_grammar(schema: object, lenient: bool) -> str:
+    overrides: Any = {"lenient": True} if lenient else None
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
 
 
 def _without_listing(message: str) -> str:
@@ -86,7 +86,7 @@ def _without_listing(message: str) -> str:
     return "\n".join(line for line in message.splitlines() if "|" not in line[:8] and line.strip(" ^"))
 
 
-def _place(schema: dict[str, Any], message: str) -> str:
+def _place(schema: dict[str, Any], message: str, lenient: bool) -> str:
     """The innermost part of a JSON schema that is refused in the same words, as a JSON pointer; "#" for the whole.
 
     llguidance names the fault and not its place. Parts are tried each on its own, with the definitions of the whole.
@@ -97,7 +97,7 @@ def _place(schema: dict[str, Any], message: str) -> str:
     while parts and tries:
         pointer, part = parts.pop(0)
         tries -= 1
-        if isinstance(part, dict) and _message_about(_schema_grammar({**definitions, **part})) == message:
+        if isinstance(part, dict) and _message_about(_schema_grammar({**definitions, **part}, lenient)) == message:
             place, parts = pointer, list(_parts(part, pointer))
     return place
 
