@@ -107,6 +107,7 @@ def lasting(response: httpx.Response) -> tuple[list[Any], str]:
     events = [
         without_names(json.loads(line.removeprefix("data: ")), texts) if line.startswith("data: {") else line
         for line in response.text.splitlines()
+        if not line.startswith(":")  # comments say where the answer came from
     ]
     return [event for number, event in enumerate(events) if event not in events[:number]], "".join(texts)
 

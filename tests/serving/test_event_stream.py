@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import anthropic
@@ -23,11 +24,13 @@ from tests.serving.harness import DEADLINE, MODEL, Client, eventually, serving
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, MESSAGES, COMPLETIONS = "/v1/chat/completions", "/v1/messages", "/v1/completions"
+RESPONSES = "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"model": MODEL, "messages": USER, "stream": True, "stream_options": {"include_usage": True}},
     MESSAGES: {"model": MODEL, "messages": USER, "max_tokens": 50, "stream": True},
     COMPLETIONS: {"model": MODEL, "prompt": "Once", "stream": True},
 }
+OF_RESPONSES = {"model": MODEL, "input": "Hi", "stream": True}
 QUICK = StreamTimes(headers=3600.0, admission_check=0.01, ping=0.02)
 PINGS = {
     CHAT: ": ping: computed=9;prompt=19",
@@ -46,7 +49,7 @@ def paused(lifecycle: Lifecycle, engine: FakeEngine) -> Iterator[HttpServer]:
 
 @contextmanager
 def streamed(server: HttpServer, path: str) -> Iterator[tuple[httpx.Response, Iterator[str]]]:
-    with httpx.stream("POST", server.url + path, json=BODIES[path], timeout=DEADLINE) as response:
+    with httpx.stream("POST", server.url + path, json=BODIES.get(path, OF_RESPONSES), timeout=DEADLINE) as response:
         yield response, response.iter_lines()
 
 
@@ -146,3 +149,18 @@ def test_pings_of_anthropic_are_events_of_that_name(paused: HttpServer, engine: 
         "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
         "message_stop",
     ]  # fmt: skip
+
+
+def test_pings_of_responses_are_numbered_events(paused: HttpServer, engine: FakeEngine) -> None:
+    with streamed(paused, RESPONSES) as (_, lines):
+        events = [json.loads(line.removeprefix("data: ")) for line in islice(_data(lines), 4)]
+        engine.resume()
+        events += [json.loads(line.removeprefix("data: ")) for line in _data(lines)]
+    assert [event["type"] for event in events[:4]] == ["response.created", *["response.in_progress"] * 3]
+    assert events[3]["prefill"] == {"computed_tokens": 9, "prompt_tokens": 19}
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == "Hello"
+
+
+def _data(lines: Iterator[str]) -> Iterator[str]:
+    return (line for line in lines if line.startswith("data: "))
