@@ -124,6 +124,28 @@ async def test_requests_are_spread_and_answered() -> None:
         assert route.workers == ["b"]
 
 
+@on_a_loop
+async def test_a_full_gateway_still_takes_a_tenant_that_has_less_than_its_part() -> None:
+    async with cluster({"a": FakeWorker("a", hangs=True)}, max_requests=3, weights={"one": 2.0, "other": 1.0}) as it:
+        engine = it.engine
+        assert engine is not None
+        ended = asyncio.Event()
+
+        def submit(name: str, tenant: str) -> None:
+            params = SamplingParams(max_tokens=2, temperature=0.0)
+            engine.submit(GenerationRequest(name, PROMPT, params, tenant=tenant), lambda _: ended.set())
+
+        for number in range(3):
+            submit(f"one-{number}", "one")
+        submit("other-0", "other")
+        for tenant in ("one", "other", "unknown"):
+            with pytest.raises(TooManyRequestsError):
+                submit("refused", tenant)
+        engine.abort("other-0")
+        await ended.wait()
+        submit("other-1", "other")
+
+
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize("dies_after", [1, 4, 7])
 def test_an_answer_goes_on_at_another_worker(seed: int | None, dies_after: int) -> None:

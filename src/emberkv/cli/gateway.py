@@ -236,6 +236,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         workers=options.workers,
         routing=options.routing,
         max_requests=options.max_requests,
+        weights=tenants.all_weights,
         on_overflow=config.on_overflow,
         parsers=(config.tool_parser, config.reasoning_parser),
         record=record,

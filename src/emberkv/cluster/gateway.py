@@ -45,7 +45,8 @@ class Gateway:
     """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
-    secret: what workers register with; None: none may. routing: a policy's name. max_requests: more at once are
+    secret: what workers register with; None: none may. routing: a policy's name. weights: of all tenants
+    (`ClusterEngine`). max_requests: more at once are
     refused. on_overflow: of the `ServedModel`. parsers: names of formats, as --tool-parser and --reasoning-parser
     give them. on_stop: what else is closed at the end.
 
@@ -63,6 +64,7 @@ class Gateway:
         workers: Sequence[str] = (),
         routing: str = DEFAULT_ROUTING,
         max_requests: int = MAX_REQUESTS,
+        weights: Mapping[str, float] | None = None,
         on_overflow: Literal["clip", "refuse"] = "clip",
         parsers: tuple[str, str] = (AUTO, AUTO),
         rng: random.Random | None = None,
@@ -83,6 +85,7 @@ class Gateway:
         self._secret = secret
         self._workers = workers
         self._max_requests = max_requests
+        self._weights = weights
         self._on_overflow = on_overflow
         self._parsers = parsers
 
@@ -214,7 +217,9 @@ class Gateway:
         files = await worker.connection.tokenizer()
         assert files is not None, "without an etag the files are always sent"
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        self.engine = ClusterEngine(self.membership, description, max_requests=self._max_requests)
+        self.engine = ClusterEngine(
+            self.membership, description, max_requests=self._max_requests, weights=self._weights
+        )
         self.lifecycle.loaded(
             ServedModel(
                 description.names,

@@ -367,6 +367,11 @@ class Tenants:
         """The parts in which tenants share the engine's time; a tenant that is not here has 1."""
         return {name: entry.weight for name, entry in self._file.tenants.items()}
 
+    @property
+    def all_weights(self) -> dict[str, float]:
+        """As `weights`, of every tenant."""
+        return {**dict.fromkeys(self._tenants, 1.0), **self.weights}
+
     def shares(self, tier: str) -> dict[str, Share]:
         """Each owner's share of one of `tiers.kinds.SHARED_OUT`, public blocks included; empty without tenants."""
         if not self._tenants:
