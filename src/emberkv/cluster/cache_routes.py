@@ -138,10 +138,10 @@ class ClusterCacheRoutes(CacheRoutes):
         prompt = await self._prompt(question, whose)
         chosen, decision = self._decided(prompt.token_ids, whose.name, whose.salt)
         workers = self._membership.up
-        answers = await asyncio.gather(
+        explained = await asyncio.gather(
             *(_explained(worker, prompt.token_ids, whose.name, whose.salt) for worker in workers)
         )
-        found = dict(zip(workers, answers, strict=True))
+        found = dict(zip(workers, explained, strict=True))
         own = found.get(chosen, {"error": "it is not up any more"})
         if "error" in own:
             raise NotReadyError(
