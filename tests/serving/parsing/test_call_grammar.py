@@ -140,7 +140,7 @@ def check_calls(text: str, message: ParsedMessage) -> None:
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 2**32), parallel=st.booleans(), in_reasoning=st.booleans())
 def test_required_calls_are_valid(tools: str, seed: int, parallel: bool, in_reasoning: bool) -> None:
     output_format = format_of(tools)
@@ -153,7 +153,7 @@ def test_required_calls_are_valid(tools: str, seed: int, parallel: bool, in_reas
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 2**32), names=st.sampled_from([("search",), ("stop", "read_file")]))
 def test_only_named_tools_are_called(tools: str, seed: int, names: tuple[str, ...]) -> None:
     text, message = said(format_of(tools), seed, mode="required", names=names)
@@ -163,7 +163,7 @@ def test_only_named_tools_are_called(tools: str, seed: int, names: tuple[str, ..
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 2**32), parallel=st.booleans())
 def test_calls_in_free_text_are_valid(tools: str, seed: int, parallel: bool) -> None:
     strict = [tool(name, schema, strict=True) for name, schema in SCHEMAS.items()]
