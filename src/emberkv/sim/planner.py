@@ -290,7 +290,8 @@ class Planner:
         what = f"simulating {format_count(point.replicas, 'replica')}{lower}"
         self._on_progress(what)
         tiers = [TierConfig(name=point.tier, capacity=point.tier_bytes)] if point.tier else []
-        changes = {"replicas": point.replicas, "tiers": tiers, "stop_at": self._stop_at}
+        tiers += [tier for tier in self._config.tiers if tier.shared and tier.name != point.tier]
+        changes = {"replicas": point.replicas, "tiers": tiers, "outages": [], "stop_at": self._stop_at}
 
         def progress(done: int, now: float) -> None:
             self._on_progress(f"{what}: {done:,} of about {self._simulated_requests:,} requests")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from emberkv.errors import WorkloadError
-from emberkv.sim.config import SimulationConfig, Targets
+from emberkv.sim.config import OutageConfig, SimulationConfig, Targets, TierConfig, with_changes
 from emberkv.sim.formatting import format_size
 from emberkv.sim.plan import MAX_UTILISATION
 from emberkv.sim.planner import Planner
@@ -48,6 +48,16 @@ def test_lower_tiers_are_planned_where_they_hold_more_than_the_pools() -> None:
         assert point.tier_bytes > plan.pool_bytes
         assert point.hit_rate > bare.hit_rate
         assert point.first_token <= bare.first_token
+
+
+def test_gateways_and_a_shared_tier_are_simulated_and_outages_are_not_planned_for() -> None:
+    shared = TierConfig(name="remote", capacity=RAM, shared=True)
+    cluster = with_changes(GPU, {"gateways": 2, "tiers": [shared]})
+    lost = with_changes(cluster, {"replicas": 2, "outages": [OutageConfig(replica=1, at=1.0)]})
+    bare = Planner(chats(), lost).plan(replicas=1).set_ups[0]
+    assert bare.simulated is not None
+    assert bare.simulated.hit_rate == run_simulation(cluster, chats()).summary["prefix_caching"]["token_hit_rate"]
+    assert bare.simulated.hit_rate > run_simulation(GPU, chats()).summary["prefix_caching"]["token_hit_rate"]
 
 
 def test_only_a_few_set_ups_are_simulated_and_as_the_simulator_would() -> None:
