@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 Json = dict[str, Any]
@@ -11,7 +12,7 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
     """response: as it was sent. conversation: its input items, those of the responses before it included, and its
-    output. input_items: how many of them are input. size: bytes of all. stored: monotonic seconds.
+    output. input_items: how many of them are input. size: bytes of all, as JSON. stored: monotonic seconds.
     """
 
     response: Mapping[str, Any]
@@ -24,8 +25,8 @@ class StoredResponse:
 class ResponseStore:
     """The last responses of each tenant: at most ``most`` of them, of ``most_bytes`` together, for ``seconds``.
 
-    A response counts with its whole conversation, so that the bound holds although conversations share items.
-    clock: monotonic seconds.
+    A response counts with its whole conversation, so that the bound holds although conversations share items. It may
+    be used from any thread. clock: monotonic seconds.
     """
 
     def __init__(
@@ -41,31 +42,31 @@ class ResponseStore:
         self._most_bytes = most_bytes
         self._seconds = seconds
         self._tenants: dict[str, OrderedDict[str, StoredResponse]] = {}
+        self._changing = Lock()
 
     def put(self, tenant: str, response_id: str, stored: StoredResponse) -> None:
         """Keep a response, and let go of those that were used longest ago where the bounds ask for it."""
-        kept = self._tenants.setdefault(tenant, OrderedDict())
-        kept[response_id] = stored
-        self._expire(kept)
-        size = sum(each.size for each in kept.values())
-        while kept and (len(kept) > self._most or size > self._most_bytes):
-            size -= kept.popitem(last=False)[1].size
-        if not kept:
-            del self._tenants[tenant]
+        with self._changing:
+            kept = self._tenants.setdefault(tenant, OrderedDict())
+            kept[response_id] = stored
+            self._expire(kept)
+            size = sum(each.size for each in kept.values())
+            while kept and (len(kept) > self._most or size > self._most_bytes):
+                size -= kept.popitem(last=False)[1].size
 
     def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        kept = self._tenants.get(tenant)
-        if kept is None:
-            return None
-        self._expire(kept)
-        found = kept.get(response_id)
-        if found is not None:
-            kept.move_to_end(response_id)
-        return found
+        with self._changing:
+            kept = self._tenants.get(tenant, OrderedDict())
+            self._expire(kept)
+            found = kept.get(response_id)
+            if found is not None:
+                kept.move_to_end(response_id)
+            return found
 
     def delete(self, tenant: str, response_id: str) -> bool:
         """Whether it was there."""
-        return self._tenants.get(tenant, OrderedDict()).pop(response_id, None) is not None
+        with self._changing:
+            return self._tenants.get(tenant, OrderedDict()).pop(response_id, None) is not None
 
     def _expire(self, kept: OrderedDict[str, StoredResponse]) -> None:
         before = self._clock() - self._seconds

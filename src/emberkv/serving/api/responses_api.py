@@ -42,13 +42,14 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class PreparedResponse:
     """chat: the chat request that asks for the same. conversation: the items of the prompt, with those of earlier
-    responses. canonical, left_out: of its context.
+    responses; size: their bytes as JSON, about. canonical, left_out: of its context.
     """
 
     request: ResponsesRequest
     chat: ChatCompletionRequest
     prompt: Prompt
     conversation: Sequence[Json]
+    size: int
     canonical: Mapping[str, int]
     left_out: Mapping[str, int]
 
@@ -59,16 +60,18 @@ def prepare_response(
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(ResponsesRequest, body)
     request.check()
-    items = [*_earlier_items(request, tenant, store), *request.items()]
+    earlier = _earlier(request, tenant, store)
+    items = [*(earlier.conversation if earlier else ()), *request.items()]
+    size = len(body) + (earlier.size if earlier else 0)
     left_out: Counter[str] = Counter()
     chat, (prompt,), rendered = prepare_chat(request.chat_body(items, tenant.salt, left_out), model, rules)
     left_out.update(rendered.left_out)
-    return PreparedResponse(request, chat, prompt, items, rendered.canonical, left_out)
+    return PreparedResponse(request, chat, prompt, items, size, rendered.canonical, left_out)
 
 
-def _earlier_items(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) -> Sequence[Json]:
+def _earlier(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) -> StoredResponse | None:
     if request.previous_response_id is None:
-        return ()
+        return None
     found = store.get(tenant.name, request.previous_response_id)
     if found is None:
         raise RequestError(
@@ -76,7 +79,7 @@ def _earlier_items(request: ResponsesRequest, tenant: Tenant, store: ResponseSto
             "conversation as input",
             param="previous_response_id",
         )
-    return found.conversation
+    return found
 
 
 def responses_router(
@@ -111,7 +114,7 @@ def responses_router(
             if request.store is False:
                 return
             conversation = [*prepared.conversation, *response["output"]]
-            size = len(compact_json(conversation)) + len(compact_json(response))
+            size = prepared.size + len(compact_json(response))
             kept = StoredResponse(response, conversation, len(prepared.conversation), size, clock())
             store.put(tenant.name, response["id"], kept)
 
