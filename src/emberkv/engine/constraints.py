@@ -46,8 +46,8 @@ def _fault(constraint: Constraint) -> str | None:
     if constraint.kind == "json_schema":
         try:
             schema = json.loads(constraint.text)
-        except ValueError as error:
-            return f"it is no JSON: {reason_of(error)}"
+        except (ValueError, RecursionError) as error:
+            return f"it is no JSON that can be read: {reason_of(error)}"
         if not isinstance(schema, dict | bool):
             return f"it is {type(schema).__name__}; a JSON schema is an object"
     message = _message_about(grammar_of(constraint))
