@@ -48,6 +48,7 @@ def calm(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 12, "temperature": 0}
 COMPLETION = {"model": "tiny", "prompt": TEXT, "max_tokens": 12, "temperature": 0}
+TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
 REQUESTS: tuple[tuple[str, str, Mapping[str, Any] | None], ...] = (
     ("POST", "/v1/chat/completions", CHAT),
     ("POST", "/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}}),
@@ -63,6 +64,8 @@ REQUESTS: tuple[tuple[str, str, Mapping[str, Any] | None], ...] = (
     ("POST", "/v1/completions", {**COMPLETION, "prompt": [[5, 6, 7], [8, 9]], "presence_penalty": 1.5}),
     ("POST", "/v1/completions", {**COMPLETION, "max_tokens": 60, "guided_regex": "[a-z]{5}[0-9]{3}"}),
     ("POST", "/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}),
+    ("POST", "/v1/chat/completions", {**CHAT, "tools": [TOOL], "stop_token_ids": [7], "min_tokens": 3}),
+    ("POST", "/v1/chat/completions", {**CHAT, "tools": [TOOL], "logit_bias": {"8": 9}, "tool_choice": "none"}),
     ("POST", "/v1/completions", {**COMPLETION, "guided_json": {"type": "thing"}}),
     ("POST", "/v1/completions", {**COMPLETION, "guided_grammar": "start: <|nothing|>"}),
     ("POST", "/v1/completions", {**COMPLETION, "max_tokens": 100_000}),
