@@ -13,6 +13,7 @@ from emberkv.cli.calibrate import calibrate
 from emberkv.cli.command import App
 from emberkv.cli.explain import explain
 from emberkv.cli.gateway import gateway
+from emberkv.cli.launch import launch
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
@@ -27,6 +28,7 @@ _EXAMPLES = files("emberkv") / "examples"
 app = App(name="emberkv", help="A verified prefix KV cache for LLM inference.")
 app.command("serve")(serve)
 app.command("gateway")(gateway)
+app.command("launch")(launch)
 app.command("bench")(bench)
 app.command("calibrate")(calibrate)
 app.command("explain")(explain)
