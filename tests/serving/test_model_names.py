@@ -47,6 +47,11 @@ def test_agents_own_names_are_answered_unless_names_are_strict(served: Served, n
     assert named(served(strict=True), name, path) == 404
 
 
+def test_a_pattern_may_have_a_provider(served: Served) -> None:
+    client = served("openai/mine-*", strict=True)
+    assert [named(client, each) for each in ("openai/mine-7", "mine-7")] == ["openai/mine-7", 404]
+
+
 def test_any_name_is_a_pattern(served: Served) -> None:
     assert named(served("*", strict=True), "no such model") == "no such model"
 

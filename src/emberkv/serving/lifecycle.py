@@ -78,8 +78,8 @@ class NamePatterns:
         self._seen: set[str] = set()
 
     def match(self, name: str) -> bool:
-        bare = without_provider(name)
-        if not any(fnmatchcase(bare, pattern) for pattern in self.patterns):
+        written = (name, without_provider(name))
+        if not any(fnmatchcase(each, pattern) for each in written for pattern in self.patterns):
             return False
         if name not in self._seen and len(self._seen) < MOST_LOGGED_NAMES:
             self._seen.add(name)

@@ -11,7 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from emberkv.core.sequence import FinishReason
+from emberkv.errors import RequestError
 from emberkv.serving.api.response_store import ResponseStore, StoredResponse
+from emberkv.serving.api.responses_api import with_stored_items
 from emberkv.serving.api.responses_schema import ChatMessages, ResponsesRequest, opened_thought, sealed_thought
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
@@ -210,6 +212,17 @@ def test_a_request_as_a_chat() -> None:
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "it must be a string"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content", "must be a string or a list of parts"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", "it must be 'function' or 'allowed_tools'"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": ["x"]}}, "tool_choice", "must be a list of objects"),
+        ({"tool_choice": "required", "tools": [{"type": "web_search"}]}, "tool_choice", "no tools that are functions"),
+        ({"n": 2}, "n", "a response has one answer"),
+        ({"functions": [{"name": "f"}]}, "functions", "functions is not supported"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "is not supported"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
+        ({"input": []}, "input", "at least one"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "text.format.schema is missing"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "it must be 'text'"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input[0].content", "must be a string or a list of parts"),
+        ({"input": [{"type": "item_reference", "id": "msg_x_0"}]}, "input[0]", "is not stored"),
     ],
 )
 def test_what_cannot_be_done_is_refused(client: Client, fields: dict[str, Any], param: str, message: str) -> None:
@@ -218,6 +231,38 @@ def test_what_cannot_be_done_is_refused(client: Client, fields: dict[str, Any], 
     error = openai_error(refused)
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_a_reference_stands_for_the_stored_item_that_it_names(client: Client, engine: FakeEngine) -> None:
+    engine.script = Script(ANSWER)
+    output = send(client).json()["output"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in output]
+    result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "2"}
+    send(client, input=[{"role": "user", "content": "Hi"}, *references, result])
+    assert "<user>Hi<assistant>Let me add.[add 1]<tool>2<assistant>" in prompt_of(engine)
+    twice = client.post(PATH, {"model": MODEL, "input": [references[1], references[1]]})
+    assert (twice.status_code, openai_error(twice)["param"]) == (400, "input[1]")
+
+
+def test_a_reference_to_another_tenants_item_is_to_none() -> None:
+    store = ResponseStore(clock=lambda: 0.0)
+    item = {"type": "message", "id": "msg_ab_0"}
+    store.put("x", "resp_ab", StoredResponse({"output": [item]}, [item], 0, 10, 0.0))
+    reference = {"type": "item_reference", "id": "msg_ab_0"}
+    assert with_stored_items([reference], "x", store)[0] == [item]
+    with pytest.raises(RequestError, match="is not stored"):
+        with_stored_items([reference], "y", store)
+
+
+def test_thoughts_in_several_items_are_all_kept_and_no_text_is_no_word() -> None:
+    messages = ChatMessages(b"", Counter())
+    for item in (
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "One."}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Two."}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": None}]},
+    ):
+        messages.add(item, "input[0]")
+    assert messages.messages == [{"role": "assistant", "content": "", "reasoning_content": "One.\nTwo."}]
 
 
 def test_a_response_that_is_not_to_be_stored_is_not(client: Client) -> None:
@@ -231,6 +276,7 @@ def test_a_sealed_thought_is_opened_with_its_salt_alone() -> None:
     assert opened_thought(sealed, b"a") == "Zwei Lämpchen."
     assert opened_thought(sealed, b"b") is None
     assert opened_thought("no base64!", b"a") is None
+    assert opened_thought("é", b"a") is None
 
 
 def test_the_store_is_bounded_by_count_bytes_and_time_for_each_tenant() -> None:
@@ -252,6 +298,6 @@ def test_the_store_is_bounded_by_count_bytes_and_time_for_each_tenant() -> None:
     put("x", "d", size=95)
     assert names("x") == {"d"}
     put("x", "e", size=101)
-    assert names("x") == set()
+    assert names("x") == {"d"}
     now[0] = 61.0
     assert names("y") == set()

@@ -45,7 +45,12 @@ class ResponseStore:
         self._changing = Lock()
 
     def put(self, tenant: str, response_id: str, stored: StoredResponse) -> None:
-        """Keep a response, and let go of those that were used longest ago where the bounds ask for it."""
+        """Keep a response, and drop those that were used longest ago where the bounds ask for it.
+
+        A response that is larger than the bound is not kept, and drops no others.
+        """
+        if stored.size > self._most_bytes:
+            return
         with self._changing:
             kept = self._tenants.setdefault(tenant, OrderedDict())
             kept[response_id] = stored

@@ -61,8 +61,9 @@ def prepare_response(
     request = parse_body(ResponsesRequest, body)
     request.check()
     earlier = _earlier(request, tenant, store)
-    items = [*(earlier.conversation if earlier else ()), *request.items()]
-    size = len(body) + (earlier.size if earlier else 0)
+    given, stored_bytes = with_stored_items(request.items(), tenant.name, store)
+    items = [*(earlier.conversation if earlier else ()), *given]
+    size = len(body) + stored_bytes + (earlier.size if earlier else 0)
     left_out: Counter[str] = Counter()
     chat, (prompt,), rendered = prepare_chat(request.chat_body(items, tenant.salt, left_out), model, rules)
     left_out.update(rendered.left_out)
@@ -80,6 +81,36 @@ def _earlier(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) ->
             param="previous_response_id",
         )
     return found
+
+
+def with_stored_items(items: Sequence[Json], tenant: str, store: ResponseStore) -> tuple[list[Json], int]:
+    """The items, each ``item_reference`` replaced by the output item that it names, and the bytes of these as JSON.
+
+    Raises RequestError for an item that is not stored, or that is named twice, which would make a small request large.
+    """
+    whole: list[Json] = []
+    named: set[str] = set()
+    size = 0
+    for index, item in enumerate(items):
+        if item.get("type") == "item_reference":
+            item_id, place = str(item.get("id")), f"input[{index}]"
+            found = _stored_item(item_id, tenant, store)
+            if found is None or item_id in named:
+                problem = "is named twice" if found else "is not stored"
+                raise RequestError(f"{place} refers to {item_id[:100]!r}, which {problem}: send the item", param=place)
+            named.add(item_id)
+            size += len(compact_json(found))
+            whole.append(found)
+        else:
+            whole.append(item)
+    return whole, size
+
+
+def _stored_item(item_id: str, tenant: str, store: ResponseStore) -> Json | None:
+    """An item of a stored response's output; the items' ids are made of the response's, see `OutputItems`."""
+    stored = store.get(tenant, f"resp_{''.join(item_id.split('_')[1:2])}")
+    output = stored.response["output"] if stored else ()
+    return next((item for item in output if item["id"] == item_id), None)
 
 
 def responses_router(

@@ -2,12 +2,11 @@
 
 import hmac
 from base64 import b64decode, b64encode
-from binascii import Error as Base64Error
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import count_left_out, placeholder
@@ -16,7 +15,9 @@ from emberkv.serving.event_stream import compact_json
 
 Json = dict[str, Any]
 
-_UNSUPPORTED = ("background", "conversation", "prompt", "top_logprobs", "max_tool_calls")
+_UNSUPPORTED = (
+    "background", "conversation", "function_call", "functions", "logprobs", "max_tool_calls", "prompt", "top_logprobs",
+)  # fmt: skip
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 _WITHOUT_EFFECT = ("client_metadata",)
 """Beside what chats take without an effect. Other unknown fields are counted as left out where the chat is checked."""
@@ -40,7 +41,7 @@ def opened_thought(sealed: str, salt: bytes) -> str | None:
     """The thought in ``encrypted_content``; None where this server did not write it for this tenant."""
     try:
         data = b64decode(sealed, validate=True)
-    except Base64Error:
+    except ValueError:
         return None
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if not hmac.compare_digest(digest, _thought_digest(content, salt)):
@@ -69,7 +70,7 @@ class ResponsesRequest(RequestBody):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
     tools: list[dict[str, Any]] | None = None
@@ -90,6 +91,10 @@ class ResponsesRequest(RequestBody):
     def check(self) -> None:
         """Raises RequestError for what is not supported."""
         self.refuse(*_UNSUPPORTED)
+        if (n := (self.model_extra or {}).get("n")) not in (None, 1):
+            raise RequestError(f"n is {n!r}; a response has one answer: leave it out", param="n")
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise RequestError("include has message.output_text.logprobs, which is not supported", param="include")
         if self.truncation not in (None, "disabled"):
             raise RequestError(
                 f"truncation is {self.truncation!r}; only 'disabled' is supported, as long prompts are refused",
@@ -112,7 +117,13 @@ class ResponsesRequest(RequestBody):
             messages.add({"role": "system", "content": self.instructions}, "instructions")
         for index, item in enumerate(items):
             messages.add(item, f"input[{index}]")
+        if not messages.messages:
+            raise RequestError("input has no message; it must have at least one", param="input")
         tools = [tool for each in self.tools or () if (tool := _chat_tool(each, left_out)) is not None]
+        if not tools and self.tool_choice not in (None, "auto", "none"):
+            raise RequestError(
+                "tool_choice demands a tool call, and the request has no tools that are functions", param="tool_choice"
+            )
         fields = {
             **{name: value for name, value in (self.model_extra or {}).items() if name not in _WITHOUT_EFFECT},
             "model": self.model,
@@ -148,8 +159,10 @@ class ChatMessages:
             case "message":
                 self._add_message(item, place)
             case "reasoning":
-                if thought := self._thought(item):
-                    self._answer(("content", "tool_calls"))["reasoning_content"] = thought
+                if thought := self._thought(item, place):
+                    answer = self._answer(("content", "tool_calls"))
+                    before = answer.get("reasoning_content")
+                    answer["reasoning_content"] = f"{before}\n{thought}" if before else thought
             case "function_call" | "custom_tool_call" | "local_shell_call":
                 self._add_call(str(kind), item, place)
             case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
@@ -192,9 +205,9 @@ class ChatMessages:
             self.messages.append(last)
         return last
 
-    def _thought(self, item: Mapping[str, Any]) -> str:
-        parts = item.get("content") or item.get("summary") or ()
-        text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+    def _thought(self, item: Mapping[str, Any], place: str) -> str:
+        name = "content" if item.get("content") else "summary"
+        text = self._text(item.get(name), f"{place}.{name}")
         sealed = item.get("encrypted_content")
         opened = opened_thought(sealed, self._salt) if isinstance(sealed, str) else None
         if opened is None and not text:
@@ -212,7 +225,7 @@ class ChatMessages:
         if not isinstance(part, Mapping) or not isinstance(kind := part.get("type"), str):
             raise RequestError(f"{place} must be an object with a type", param=place)
         if kind == "refusal":
-            return str(part.get("refusal", ""))
+            return str(part.get("refusal") or "")
         if kind in _TEXT_PARTS:
             if not isinstance(part.get("text"), str):
                 raise RequestError(f"{place}.text must be a string", param=f"{place}.text")
@@ -244,7 +257,10 @@ def _chat_choice(choice: Any) -> Any:
         case "function":
             return {"type": "function", "function": {"name": choice.get("name")}}
         case "allowed_tools":
-            names = [each.get("name") for each in choice.get("tools") or () if each.get("type") == "function"]
+            allowed = choice.get("tools")
+            if not isinstance(allowed, list) or not all(isinstance(each, Mapping) for each in allowed):
+                raise RequestError("tool_choice.tools must be a list of objects", param="tool_choice")
+            names = [each.get("name") for each in allowed if each.get("type") == "function"]
             tools = [{"type": "function", "function": {"name": name}} for name in names]
             return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": tools}}
     raise RequestError(
@@ -253,7 +269,14 @@ def _chat_choice(choice: Any) -> Any:
 
 
 def _chat_format(given: Mapping[str, Any]) -> Json:
-    if given.get("type") != "json_schema":
+    kind = given.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise RequestError(
+            f"text.format.type is {kind!r}; it must be 'text', 'json_object' or 'json_schema'", param="text.format.type"
+        )
+    if kind != "json_schema":
         return dict(given)
+    if given.get("schema") is None:
+        raise RequestError("text.format.schema is missing; it is required", param="text.format.schema")
     named = ("name", "description", "schema", "strict")
     return {"type": "json_schema", "json_schema": {key: given[key] for key in named if given.get(key) is not None}}
