@@ -16,7 +16,8 @@ TOKENS = ["One", " two", " three"]
 class FakeOpenAI:
     """cached: tokens of the next prompts that it says were cached; None: it does not say. status: of its answers.
     dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
-    stream ends with ``[DONE]``. held: what answers wait for. requests: bodies as they came, with their headers.
+    stream ends with ``[DONE]``. compresses: whether the client accepts it or not. held: what answers
+    wait for. requests: bodies as they came, with their headers.
     """
 
     models: tuple[str, ...] = ("m",)
@@ -27,6 +28,7 @@ class FakeOpenAI:
     dies_after: int | None = None
     sends_done: bool = True
     is_loading: bool = False
+    compresses: bool = False
     held: asyncio.Event | None = None
     requests: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
     url: str = ""
@@ -79,7 +81,10 @@ class FakeOpenAI:
         message = {"role": "assistant", "content": "".join(TOKENS), "tool_calls": [{"id": "c", "odd": [1, None]}]}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         answer = {"id": "cmpl-fake", "choices": [choice], "usage": self.usage()}
-        return web.json_response(answer, headers={"x-of-the-worker": "yes"})
+        response = web.json_response(answer, headers={"x-of-the-worker": "yes"})
+        if self.compresses:
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})

@@ -129,6 +129,23 @@ async def test_a_request_and_its_answer_pass_as_they_are() -> None:
 
 
 @on_a_loop
+async def test_an_answer_that_is_compressed_unasked_is_still_read() -> None:
+    async with served(FakeOpenAI(compresses=True, cached=64)) as it:
+        answer = await it.ask(chat(), **{"accept-encoding": "identity"})
+        assert "content-encoding" not in answer.headers
+        assert answer.json()["choices"][0]["message"]["content"] == "".join(TOKENS)
+        assert answer.headers["x-emberkv-cache"].startswith("hit=64;")
+
+
+@on_a_loop
+async def test_a_body_that_is_nested_too_deeply_is_refused() -> None:
+    async with served(FakeOpenAI()) as it:
+        answer = await it.client.post(CHAT, content=b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+        assert answer.status_code == 400, answer.text
+        assert it.asked() == [0]
+
+
+@on_a_loop
 async def test_an_error_of_the_worker_is_the_clients() -> None:
     async with served(FakeOpenAI(status=400)) as it:
         answer = await it.ask(chat())

@@ -114,3 +114,32 @@ def test_a_stream_has_begun_with_its_first_token_and_is_whole_with_its_reason_to
     assert not events.is_whole
     list(events.feed(EVENTS[2][20:]))
     assert (events.has_begun, events.is_whole, events.is_done) == (True, True, False)
+
+
+def test_a_stream_of_several_answers_is_whole_when_all_have_ended() -> None:
+    events = AnswerEvents(keeps_usage=True)
+    list(events.feed(b'data: {"choices":[{"index":0,"text":"a"},{"index":1,"text":"b"}]}\n\n'))
+    list(events.feed(b'data: {"choices":[{"index":0,"text":"","finish_reason":"stop"}]}\n\n'))
+    assert not events.is_whole
+    list(events.feed(b'data: {"choices":[{"index":1,"text":"","finish_reason":"length"}]}\n\n'))
+    assert (events.is_whole, events.finish_reason) == (True, "length")
+
+
+def test_an_error_within_a_stream_is_passed_on_whatever_else_is_in_it() -> None:
+    events, error = AnswerEvents(keeps_usage=False), b'data: {"error":{"message":"no"},"usage":null}\n\n'
+    assert list(events.feed(error)) == [error]
+    assert (events.has_failed, events.is_whole) == (True, True)
+
+
+@pytest.mark.parametrize("choices", ["5", '"a"', "[5]", '{"a":1}'])
+def test_choices_of_another_form_pass(choices: str) -> None:
+    events, chunk = AnswerEvents(keeps_usage=False), f'data: {{"choices":{choices}}}\n\n'.encode()
+    assert list(events.feed(chunk)) == [chunk]
+    assert not events.has_begun
+
+
+def test_counts_that_are_none_are_not_believed() -> None:
+    assert usage_of({"usage": {"prompt_tokens": -5}}) is None
+    assert usage_of({"usage": {"prompt_tokens": True}}) is None
+    odd = {"prompt_tokens": 5, "completion_tokens": -1, "prompt_tokens_details": {"cached_tokens": True}}
+    assert usage_of({"usage": odd}) == Usage(5, 0, None)

@@ -130,6 +130,20 @@ def test_what_is_no_batch_is_refused(payload: bytes) -> None:
         decode_batch(payload)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"block_hashes": 5}, {"block_hashes": [[1]]}, {"parent_block_hash": [1]}, {"token_ids": [2**40, 1]},
+        {"block_size": "2"}, {"block_size": 0},
+    ],
+)  # fmt: skip
+def test_an_event_of_another_form_is_refused(field: dict[str, Any]) -> None:
+    event = {"block_hashes": [1], "parent_block_hash": None, "token_ids": [1, 2], "block_size": 2}
+    payload = msgspec.msgpack.encode({"ts": 1.0, "events": [{"type": "BlockStored", **event, **field}]})
+    with pytest.raises(WireError, match="no batch of KV events"):
+        decode_batch(payload)
+
+
 def test_blocks_are_known_by_their_tokens_whatever_the_servers_hashes_are() -> None:
     feed_, known = feed()
     feed_.live(0, decode_batch(batch(stored([901, 902], None, [1, 2, 3, 4]))))
@@ -194,6 +208,22 @@ def test_a_server_that_has_started_anew_has_nothing() -> None:
     feed_.live(0, decode_batch(batch(stored([50], None, [8, 9]))))
     assert known.has(8, 9)
     assert (known.count, feed_.fault) == (1, "")
+
+
+def test_a_batch_that_a_replay_has_brought_before_is_no_new_start() -> None:
+    batches = [decode_batch(batch(stored([each], each - 1 if each else None, [each, 1]))) for each in range(6)]
+    feed_, known = feed()
+    feed_.live(0, batches[0])
+    feed_.live(2, batches[2])
+    assert feed_.missing_from == 1
+    for number in range(1, 5):  # 3 and 4 were published, too, and wait to be received
+        feed_.replayed(number, batches[number])
+    for number in range(3, 6):
+        feed_.live(number, batches[number])
+        assert (feed_.missing_from, feed_.fault) == (None, "")
+    assert known.has(*(token for each in range(6) for token in (each, 1)))
+    feed_.live(4, decode_batch(batch(ArrayCleared())))
+    assert known.count == 0, "a number that was published before is of a new server"
 
 
 class Pool:

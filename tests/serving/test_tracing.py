@@ -86,6 +86,14 @@ def test_a_failed_answer_is_an_error(client: Client, engine: FakeEngine, exporte
     assert span.status.status_code is StatusCode.ERROR
 
 
+def test_a_request_that_the_engine_refuses_is_refused_as_without_traces(
+    client: Client, exporter: InMemorySpanExporter
+) -> None:
+    answer = client.post("/v1/completions", {"model": MODEL, "prompt": [100_000]})
+    assert answer.status_code == 400, answer.text
+    assert exporter.get_finished_spans() == ()
+
+
 def test_time_goes_to_the_stages_one_after_another() -> None:
     now = iter([1.0, 4.0, 6.0, 9.0])
     timer = AnswerTimer(ServingMetrics(lambda: None), lambda: next(now), api="messages", arrived=0.5)

@@ -432,7 +432,7 @@ class AnswerService:
         self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
             self._count_answer(request, request_id, answer, timer, self._summary(request_id, answer))
-        if self._tracer is not None:
+        if self._tracer is not None and stream.timed_answers:  # none where the engine has refused the request
             self._trace(self._tracer, request, stream)
         self._observe(request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:

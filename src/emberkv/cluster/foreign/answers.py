@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -28,7 +28,7 @@ def usage_of(answer: Any) -> Usage | None:
     ``timings`` instead.
     """
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    if not isinstance(usage, dict) or not isinstance(usage.get("prompt_tokens"), int):
+    if not isinstance(usage, dict) or not _is_count(usage.get("prompt_tokens")):
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
@@ -38,16 +38,20 @@ def usage_of(answer: Any) -> Usage | None:
     completion = usage.get("completion_tokens")
     return Usage(
         usage["prompt_tokens"],
-        completion if isinstance(completion, int) else 0,
-        min(cached, usage["prompt_tokens"]) if isinstance(cached, int) and cached >= 0 else None,
+        completion if _is_count(completion) else 0,
+        min(cached, usage["prompt_tokens"]) if _is_count(cached) else None,
     )
 
 
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
 def decoded(data: bytes) -> Any:
-    """JSON's value; None for what is none."""
+    """JSON's value; None for what is none, or nested too deeply."""
     try:
         return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -55,22 +59,26 @@ class AnswerEvents:
     """The events of one stream. They pass as they are, but for the usage if only the gateway asked for it.
 
     keeps_usage: whether the client asked for it. has_begun: a token has come. is_done: the stream's last event has
-    come. response_id: of the answer, once it is known.
+    come. has_failed: one of them is an error. finish_reason: of the answer that was the last to end; "" before any has.
+    response_id: of the answer, once it is known.
     """
 
     def __init__(self, *, keeps_usage: bool) -> None:
         self.usage: Usage | None = None
         self.has_begun = False
         self.is_done = False
+        self.has_failed = False
+        self.finish_reason = ""
         self.response_id = ""
         self._keeps_usage = keeps_usage
-        self._has_finished = False
+        self._unfinished: set[str] = set()  # the choices, by their index, that have begun and not ended
         self._rest = b""
 
     @property
     def is_whole(self) -> bool:
         """Whether the stream may end here. Some servers do not send ``[DONE]``."""
-        return self.is_done or (self._has_finished and not self._rest.strip())
+        has_ended = self.has_failed or (bool(self.finish_reason) and not self._unfinished)
+        return self.is_done or (has_ended and not self._rest.strip())
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The events that are complete with ``data``, as the client is to get them."""
@@ -90,18 +98,29 @@ class AnswerEvents:
         if not isinstance(chunk, dict):
             return event
         if chunk.get("error"):
-            self._has_finished = self.has_begun = True
+            self.has_failed = self.has_begun = True
+            return event
         self.usage = usage_of(chunk) or self.usage
         self.response_id = self.response_id or str(chunk.get("id") or "")
-        choices = [each for each in chunk.get("choices") or () if isinstance(each, dict)]
-        self._has_finished |= any(each.get("finish_reason") for each in choices)
-        self.has_begun |= self._has_finished or any(map(_has_content, choices))
+        listed = chunk.get("choices")
+        choices = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        for choice in choices:
+            self._take_choice(choice)
         if "usage" not in chunk or self._keeps_usage:
             return event
         if not choices:
             return b""
         del chunk["usage"]
         return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        index, reason = str(choice.get("index", 0)), choice.get("finish_reason")
+        if reason:
+            self.finish_reason = str(reason)
+            self._unfinished.discard(index)
+        else:
+            self._unfinished.add(index)
+        self.has_begun = self.has_begun or bool(reason) or _has_content(choice)
 
 
 def _has_content(choice: dict[str, Any]) -> bool:

@@ -99,9 +99,8 @@ class ForeignClient:
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
-            self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False, auto_decompress=False
-            )
+            connector = aiohttp.TCPConnector(limit=0)
+            self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
         return self._http
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -204,11 +204,23 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     else:
         attempt.answer.response_id = str(answer.get("id") or "") if isinstance(answer, dict) else ""
         attempt.token()
-        attempt.end(usage, FinishReason.STOP)
+        attempt.end(usage, finish_reason(_reason_of(answer)))
     known = usage is not None and usage.cached is not None
     summary = {CACHE_HEADER: str(attempt.summary())} if known else {}
     own = {**summary, **answer_headers(response.headers), **headers}
     return Reply(response.status, Response(data, status_code=response.status, headers=own))
+
+
+def finish_reason(said: object) -> FinishReason:
+    """The reason that an answer's ``finish_reason`` stands for: other ones than "length" are ends of its text."""
+    return FinishReason.LENGTH if said == "length" else FinishReason.STOP
+
+
+def _reason_of(answer: Any) -> object:
+    """The ``finish_reason`` of the last choice; None where there is none."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    last = choices[-1] if isinstance(choices, list) and choices else None
+    return last.get("finish_reason") if isinstance(last, dict) else None
 
 
 class RelayedStream(Response):
@@ -265,7 +277,7 @@ class RelayedStream(Response):
                         yield event
             if not events.is_whole:
                 raise WorkerLostError(f"{self._attempt.worker} ended its answer within it")
-            self._reason = FinishReason.STOP
+            self._reason = FinishReason.ERROR if events.has_failed else finish_reason(events.finish_reason)
         except EmberError as error:
             self._reason = FinishReason.ERROR
             self._attempt.worker.lost += 1

@@ -7,7 +7,7 @@ so is each event, with its name as ``type`` or first element. Hashes are integer
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -16,6 +16,7 @@ from emberkv.core.hashing import TOKEN_BYTES, BlockHash, encode_tokens, hash_blo
 from emberkv.errors import WireError, reason_of
 
 ForeignHash = int | bytes
+_BlockSize = Annotated[int, msgspec.Meta(ge=1)]
 Publish = Callable[[Sequence[Event]], None]
 
 _TIERS = {"GPU": POOL, "CPU": "ram"}
@@ -69,7 +70,7 @@ def decode_batch(payload: bytes) -> list[KvEvent]:
         batch = msgspec.msgpack.decode(payload)
         events = batch["events"] if isinstance(batch, dict) else batch[1]
         decoded = [_event(*_named(each)) for each in events]
-    except (msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+    except (msgspec.DecodeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise WireError(f"no batch of KV events: {reason_of(error)}") from error
     return [event for event in decoded if event is not None]
 
@@ -85,16 +86,17 @@ def _event(kind: str, fields: dict[str, Any]) -> KvEvent | None:
         return Cleared()
     if kind not in _FIELDS or fields.get("group_idx"):
         return None
-    medium = fields.get("medium") or "GPU"
-    tier = _TIERS.get(medium, str(medium).lower())
+    medium = str(fields.get("medium") or "GPU")
+    tier = _TIERS.get(medium, medium.lower())
+    block_hashes = msgspec.convert(fields["block_hashes"], list[ForeignHash])
     if kind == "BlockRemoved":
-        return Removed(fields["block_hashes"], tier)
+        return Removed(block_hashes, tier)
     others = (fields.get("lora_id"), fields.get("lora_name"), *(fields.get("extra_keys") or ()))
     return Stored(
-        fields["block_hashes"],
-        fields["parent_block_hash"],
+        block_hashes,
+        msgspec.convert(fields["parent_block_hash"], ForeignHash | None),
         token_array(fields["token_ids"]),
-        fields["block_size"],
+        msgspec.convert(fields["block_size"], _BlockSize),
         tier,
         is_plain=not any(others),
     )
@@ -218,14 +220,15 @@ class KvBlocks:
 class KvSequence:
     """Puts a server's numbered batches in order; what is missing is asked for by `missing_from`.
 
-    Batches count from 0 from the server's start, so a number that was there
-    before means that the server has started anew.
+    Batches are published with increasing numbers, from 0 at the server's start, so one that is not above the one
+    published before means that the server has started anew. A replay may have told of it before it is received here.
     """
 
     def __init__(self, blocks: KvBlocks) -> None:
         self.blocks = blocks
         self.next = 0
         self._has_heard = False
+        self._published = -1  # the number of the latest batch that was not a replay's
         self._later: dict[int, list[KvEvent]] = {}
 
     @property
@@ -245,11 +248,13 @@ class KvSequence:
 
     def live(self, number: int, events: list[KvEvent]) -> None:
         """A batch as it is published."""
-        if number < self.next:
+        if number <= self._published:
             self.restart()
+        self._published = number
         self._has_heard = True
-        self._later[number] = events
-        self._catch_up()
+        if number >= self.next:
+            self._later[number] = events
+            self._catch_up()
 
     def replayed(self, number: int, events: list[KvEvent]) -> None:
         """A batch that is sent again."""
@@ -269,6 +274,7 @@ class KvSequence:
     def restart(self) -> None:
         """The server begins anew, with nothing cached."""
         self.next = 0
+        self._published = -1
         self._later.clear()
         self.blocks.clear()
 

@@ -21,6 +21,8 @@ QUIET_SECONDS = 5.0
 REPLAY_SECONDS = 5.0
 """How long a replay may take from one message to the next."""
 
+NOT_UNDERSTOOD = "it published what is not understood"
+
 MAX_BYTES = 64 << 20
 """Of a message; larger ones end the connection."""
 
@@ -77,8 +79,9 @@ class KvSubscriber:
                 raise WireError(f"{len(frames)} frames; a topic, a number of eight bytes and a batch are expected")
             events = decode_batch(frames[2])
         except WireError as error:
-            _log.warning("%s published what is not understood: %s", self._events, error)
-            self._sequence.blocks.fault = "it published what is not understood"
+            if self._sequence.blocks.fault != NOT_UNDERSTOOD:  # logged once, as each batch may be like it
+                _log.warning("%s published what is not understood: %s", self._events, error)
+            self._sequence.blocks.fault = NOT_UNDERSTOOD
             return
         take(int.from_bytes(frames[1], "big"), events)
 
