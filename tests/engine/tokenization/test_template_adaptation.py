@@ -7,6 +7,7 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
+from emberkv.engine.tokenization.template_time import TemplateTimeoutError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 LATE = {"role": "system", "content": "Be brief."}
@@ -165,6 +166,20 @@ def test_the_prefix_stays_the_same_as_a_conversation_grows(text: str) -> None:
     whole = template.rendered(*conversation)
     for end in ends:
         assert whole.startswith(template.rendered(*conversation[:end]))
+
+
+def test_a_template_that_took_too_long_is_tried_again() -> None:
+    class SlowAtFirst(Template):
+        def _probe(self, messages: list[dict[str, Any]], has_tools: bool) -> str:
+            if not self.renders:
+                self.renders += 1
+                raise TemplateTimeoutError("it does not end within 10 s")
+            return super()._probe(messages, has_tools)
+
+    adapter = SlowAtFirst(refusing("m.role == 'tool'")).adapter
+    with pytest.raises(TemplateTimeoutError):
+        adapter.adapted(LOOP, has_tools=False)
+    assert "tool" not in {message["role"] for message in adapter.adapted(LOOP, has_tools=False)}
 
 
 def test_a_template_is_tried_once_for_each_shape() -> None:

@@ -140,7 +140,14 @@ def test_a_call_that_is_cut_off_comes_back_as_far_as_it_goes(client: Client, eng
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [("", {}), ('{"x": 1}', {"x": 1}), ("[1]", {"INVALID_JSON": "[1]"}), ("x = 1", {"INVALID_JSON": "x = 1"})],
+    [
+        ("", {}),
+        ('{"x": 1}', {"x": 1}),
+        ("[1]", {"INVALID_JSON": "[1]"}),
+        ("x = 1", {"INVALID_JSON": "x = 1"}),
+        ('{"x": 1e999}', {"INVALID_JSON": '{"x": 1e999}'}),
+        ('{"x": NaN}', {"INVALID_JSON": '{"x": NaN}'}),
+    ],
 )
 def test_the_input_is_always_an_object(arguments: str, expected: dict[str, Any]) -> None:
     assert tool_input(ParsedCall("add", arguments, is_complete=False)) == expected

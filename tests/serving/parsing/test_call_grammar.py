@@ -195,6 +195,27 @@ def test_what_cannot_be_constrained_is_refused_by_name() -> None:
     assert refused.value.param == "tools[3].function.parameters"
 
 
+@pytest.mark.parametrize("tools", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"properties": ["a"]}, r"properties is \['a'\]; it must be an object"),
+        ({"properties": {"a": {}}, "required": None}, "required as None; it must be a list"),
+        ({"properties": {"a": {"enum": 5}}}, "enum as 5; it must be a list"),
+    ],
+)
+def test_schemas_of_the_wrong_shape_are_refused(tools: str, parameters: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as refused:
+        call_constraint(OutputFormat(tools), [tool("bad", parameters)], ToolChoice("required"))
+    assert refused.value.param == "tools[0].function.parameters"
+
+
+def test_a_schema_that_is_true_allows_any_json_behind_thoughts() -> None:
+    output_format = OutputFormat(None, "think")
+    whole = behind_reasoning(Constraint("json_schema", "true"), output_format)
+    json.loads(parse_output(output_format, speaker(output_format).says(whole, 0)).content)
+
+
 def test_a_keyword_that_is_not_implemented_is_passed_over() -> None:
     odd = tool("odd", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})
     assert call_constraint(OutputFormat("hermes"), [odd], ToolChoice("required")) is not None

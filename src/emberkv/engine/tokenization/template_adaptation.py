@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emberkv.engine.tokenization.template_time import TemplateTimeoutError
+
 Message = dict[str, Any]
 Messages = list[Message]
 Render = Callable[[Messages, bool], str]
@@ -75,6 +77,8 @@ class TemplateAdapter:
     def _takes(self, messages: Messages, words: Sequence[str], has_tools: bool) -> bool:
         try:
             rendered = self._render(messages, has_tools)
+        except TemplateTimeoutError:  # it says nothing about the template: the machine may be busy
+            raise
         except Exception:  # noqa: BLE001 - whatever the template's program does: it does not take the messages
             return False
         return all(word in rendered for word in words)

@@ -1,6 +1,7 @@
 """The content of an answer as blocks of the Anthropic API: thoughts, text and tool calls, whole or as events."""
 
 import hmac
+import json
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -63,6 +64,7 @@ def tool_input(call: ParsedCall) -> dict[str, Any]:
     """
     try:
         found = from_json(call.arguments, allow_partial="trailing-strings") if call.arguments else {}
+        json.dumps(found, allow_nan=False)  # 1e999 is read as infinite, which no response can say
     except ValueError:  # a model may write anything; the client is to see what it was
         found = None
     return found if isinstance(found, dict) else {INVALID_JSON: call.arguments}

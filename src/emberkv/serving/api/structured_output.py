@@ -9,6 +9,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from emberkv.engine.constraints import check_constraint
 from emberkv.engine.request import Constraint
 from emberkv.errors import RequestError, reason_of
+from emberkv.validation import shown
 
 STRUCTURED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 """vLLM's fields, which stand beside ``response_format`` in a request's body."""
@@ -28,7 +29,7 @@ def constraint_of_response_format(given: object, param: str = "response_format")
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise RequestError(f"{param} is {given!r}; it must be an object with a type", param=param)
+        raise RequestError(f"{param} is {shown(given)}; it must be an object with a type", param=param)
     match given.get("type"):
         case "text":
             return None
@@ -42,7 +43,8 @@ def constraint_of_response_format(given: object, param: str = "response_format")
             return _json_schema(owner["schema"], f"{place}.schema")
         case other:
             raise RequestError(
-                f"{param}.type is {other!r}; it must be 'text', 'json_object' or 'json_schema'", param=f"{param}.type"
+                f"{param}.type is {shown(other)}; it must be 'text', 'json_object' or 'json_schema'",
+                param=f"{param}.type",
             )
 
 
@@ -71,7 +73,7 @@ def constraint_of_body(body: Mapping[str, Any]) -> Constraint | None:
 def _structured_outputs(given: object) -> Constraint | None:
     param = "structured_outputs"
     if not isinstance(given, Mapping):
-        raise RequestError(f"{param} is {given!r}; it must be an object", param=param)
+        raise RequestError(f"{param} is {shown(given)}; it must be an object", param=param)
     asked = {name: value for name, value in given.items() if value not in (None, False) and name not in _HARMLESS}
     unknown = next((name for name in asked if name not in _FORMATS), None)
     if unknown is not None:
@@ -92,7 +94,7 @@ def _vllm_constraint(name: str, value: object, param: str) -> Constraint:
             return _json_schema(value, param)
         case "choice":
             if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
-                raise RequestError(f"{param} is {value!r}; it must be a list of strings", param=param)
+                raise RequestError(f"{param} is {shown(value)}; it must be a list of strings", param=param)
             return check_constraint(Constraint("lark", f"start: {' | '.join(map(json.dumps, value))}"), param)
     if not isinstance(value, str):
         raise RequestError(f"{param} must be a string", param=param)

@@ -18,6 +18,7 @@ from emberkv.errors import RequestError
 from emberkv.serving.parsing.formats import HARMONY, REASONING_FORMATS, OutputFormat, ToolSchema
 from emberkv.serving.parsing.harmony import SPECIAL_TOKENS
 from emberkv.serving.parsing.schema_values import ParameterTypes
+from emberkv.validation import shown
 
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
 """How calls are written: on one line, as chat templates write them, so that they are the same when they come back."""
@@ -73,6 +74,7 @@ def call_constraint(
             "this model's chat template shows no format of tool calls that is known; name one with --tool-parser",
             param="tool_choice",
         )
+    _check_shapes(tools)
     grammar = _Grammar()
     calls = _Calls(grammar, wanted, is_required=choice.mode == "required", parallel=choice.parallel)
     answer = make(calls)
@@ -111,6 +113,8 @@ def _rule_of(constraint: Constraint) -> str:
             return f"%json {json.dumps(_ANY_OBJECT)}"
         case "json_schema":
             schema = json.loads(constraint.text)
+            if isinstance(schema, bool):  # one that allows nothing is refused where the constraint is checked
+                schema = {}
             options = {"x-guidance": {"lenient": constraint.lenient, **schema.get("x-guidance", {})}}
             return f"%json {json.dumps({**schema, **options})}"
         case "regex":
@@ -126,6 +130,21 @@ def _wanted(tools: Sequence[ToolSchema], choice: Choice) -> list[ToolSchema]:
     if unknown is not None:
         raise RequestError(f"tool_choice names {unknown!r}, which is not among the tools", param="tool_choice")
     return [known[name] for name in (choice.names or known)]
+
+
+def _check_shapes(tools: Sequence[ToolSchema]) -> None:
+    """Raises RequestError for a tool's schema with keywords of the wrong type, among those that grammars here read."""
+    for index, tool in enumerate(tools):
+        param = f"tools[{index}].function.parameters"
+        given = tool["function"].get("parameters")
+        parameters = given if isinstance(given, Mapping) else {}
+        properties = parameters.get("properties", {})
+        if not isinstance(properties, Mapping):
+            raise RequestError(f"{param}.properties is {shown(properties)}; it must be an object", param=param)
+        lists = [(parameters, "required"), *((part, "enum") for part in properties.values())]
+        for schema, keyword in lists:
+            if isinstance(schema, Mapping) and not isinstance(schema.get(keyword, []), list):
+                raise RequestError(f"{param} has {keyword} as {shown(schema[keyword])}; it must be a list", param=param)
 
 
 def _checked(constraint: Constraint, wanted: Sequence[ToolSchema], tools: Sequence[ToolSchema]) -> Constraint:

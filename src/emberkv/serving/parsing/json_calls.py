@@ -1,14 +1,16 @@
 """Tool calls whose arguments are JSON: passed on as the model writes them, character by character."""
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from pydantic_core import from_json
+
 from emberkv.serving.parsing.call_sections import CallSections
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd
 from emberkv.serving.parsing.reader import Markers, Steps, TextReader
+from emberkv.serving.parsing.schema_values import is_json_object
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _OUTSIDE = re.compile(r"[ \t\r\n:,0-9A-Za-z+.\-]*")
@@ -83,14 +85,6 @@ class JsonScanner:
         return at
 
 
-def is_json_object(text: str) -> bool:
-    """Whether ``text`` is valid JSON, of an object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 def read_json(reader: TextReader) -> Steps[tuple[str, bool]]:
     """Read one JSON value, or as much of one as there is: its text, and whether it is whole."""
     if (yield from reader.next_char()) not in ("{", "[", '"'):
@@ -106,12 +100,12 @@ def read_json(reader: TextReader) -> Steps[tuple[str, bool]]:
 
 
 def read_json_string(reader: TextReader) -> Steps[str | None]:
-    """Read a JSON string and return what it says; None where something else comes."""
+    """Read a JSON string and return what it says; None where something else comes, or half a surrogate pair."""
     if (yield from reader.next_char()) != '"':
         return None
     text, _ = yield from read_json(reader)
     try:
-        return str(json.loads(text))
+        return str(from_json(text))
     except ValueError:
         return None
 
@@ -143,7 +137,7 @@ def whole_arguments(index: int, text: str) -> Steps[None]:
     """The arguments of call ``index`` at once, and its end. Some models write the object's text as a JSON string."""
     if text.startswith('"'):
         try:
-            said = str(json.loads(text))
+            said = str(from_json(text))
         except ValueError:
             said = ""
         text = said if is_json_object(said) else text

@@ -1,6 +1,7 @@
 """Turns argument values that a model writes as plain text into JSON, by the tool's schema."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,12 +9,16 @@ _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _TYPE_NAMES: Mapping[type, str] = {
     dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null",
 }  # fmt: skip
-_MOST_REFERENCES = 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_json(value: object) -> str:
-    """Raises TypeError or ValueError for what JSON cannot say."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """The JSON text of ``value``, which can be encoded: half of a surrogate pair is escaped.
+
+    Raises TypeError or ValueError for what JSON cannot say.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def within_string(text: str) -> str:
@@ -43,24 +48,33 @@ class ParameterTypes:
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or parameter not in properties:
             return frozenset()
-        return frozenset(_types(properties[parameter], schema, _MOST_REFERENCES))
+        return frozenset(_types(properties[parameter], schema, set()))
 
 
-def _types(schema: object, root: Mapping[str, Any], depth: int) -> set[str]:
-    if not isinstance(schema, Mapping) or depth == 0:
+def _types(schema: object, root: Mapping[str, Any], followed: set[str]) -> set[str]:
+    """followed: references that have been followed. Each is followed once, however often the schema has it."""
+    if not isinstance(schema, Mapping):
         return set()
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        return _types(_referenced(reference, root), root, depth - 1)
+        if reference in followed:
+            return set()
+        followed.add(reference)
+        return _types(_referenced(reference, root), root, followed)
     declared = schema.get("type")
     types = {each for each in (declared if isinstance(declared, list) else [declared]) if isinstance(each, str)}
     for key in ("anyOf", "oneOf", "allOf"):
-        for choice in schema.get(key) or ():
-            types |= _types(choice, root, depth - 1)
+        for choice in _listed(schema, key):
+            types |= _types(choice, root, followed)
     if not types:
-        values = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+        values = [*_listed(schema, "enum"), *([schema["const"]] if "const" in schema else ())]
         types = {_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES}
     return types | ({"null"} if schema.get("nullable") else set())
+
+
+def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+    given = schema.get(key)
+    return given if isinstance(given, list) else []
 
 
 def _referenced(reference: str, root: Mapping[str, Any]) -> object:
@@ -89,6 +103,14 @@ def json_value(text: str, types: frozenset[str]) -> str:
 
 def _no_number(name: str) -> None:
     raise ValueError(name)
+
+
+def is_json_object(text: str) -> bool:
+    """Whether ``text`` is valid JSON, of an object. NaN and Infinity are none."""
+    try:
+        return isinstance(json.loads(text, parse_constant=_no_number), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _accepts(types: frozenset[str], value: object) -> bool:
