@@ -177,7 +177,8 @@ def launch(
         str | None, typer.Argument(metavar="MODEL", help="A name that the server answers to; default: its first.")
     ] = None,
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="The client's own, after --: launch codex -- exec")
+        list[str] | None,
+        typer.Argument(metavar="ARGUMENTS", help="The client's own, after --: launch codex MODEL -- exec"),
     ] = None,
     *,
     url: Annotated[
