@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.event_stream import StreamTimes
-from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import DEADLINE, MODEL, Client, eventually, serving
@@ -71,6 +72,18 @@ def test_an_answer_that_pauses_is_pinged(lifecycle: Lifecycle, engine: FakeEngin
         assert next(line for line in lines if line == ": ping: computed=19;prompt=19")
         engine.resume()
         assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_the_account_is_of_the_model_that_answered(
+    lifecycle: Lifecycle, model: ServedModel, engine: FakeEngine
+) -> None:
+    engine.script = Script("Hello", pause_after=2)
+    lifecycle.loaded(replace(model, headers=lambda _: {"x-emberkv-route": "first"}))
+    with serving(lifecycle, ServingSettings(stream_times=QUICK)) as server, streamed(server, CHAT) as (_, lines):
+        next(lines)
+        lifecycle.loaded(replace(model, headers=lambda _: {"x-emberkv-route": "second"}))
+        engine.resume()
+        assert ": x-emberkv-route: first" in list(lines)
 
 
 def test_a_request_that_waits_gets_no_headers(lifecycle: Lifecycle, engine: FakeEngine) -> None:

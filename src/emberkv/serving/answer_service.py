@@ -326,8 +326,9 @@ class AnswerService:
         self._lifecycle.check_accepting()
         if self._generator is None:
             self._generator = self._make_generator()
+        model = self._lifecycle.model()  # accounts for the answers, even if it is unloaded or replaced meanwhile
         self._in_flight.enter(request.tenant.name, len(prompts))  # `_closed` follows, even if no answer can be started
-        stream = self._generator.start(prompts, request, on_close=partial(self._closed, request, prompts))
+        stream = self._generator.start(prompts, request, on_close=partial(self._closed, model, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
             text = f"the answer was not finished {timeout:g} s after its request, which is this server's limit"
@@ -369,8 +370,9 @@ class AnswerService:
         has_late_headers: see `EventStream`.
         """
         headers = self._headers(stream)
+        account = partial(self._account, self._lifecycle.model(), stream)
         if as_events:
-            account, times = partial(self._account, stream), self._stream_times
+            times = self._stream_times
             return EventStream(stream, writer, headers, account, times, has_late_headers=has_late_headers)
         async with stream:
             answers = await unless_disconnected(http.receive, stream.collect())
@@ -380,7 +382,7 @@ class AnswerService:
             whole = await self._workers.run(partial(writer.whole, answers))
         else:
             whole = writer.whole(answers)
-        return JSONResponse(whole, headers={**headers, **self._account(stream)})
+        return JSONResponse(whole, headers={**headers, **account()})
 
     def _forget_generator(self) -> None:
         self._generator = None
@@ -401,40 +403,39 @@ class AnswerService:
         left_out = {LEFT_OUT_HEADER: counts_header(request.left_out)} if request and request.left_out else {}
         return {**clipped, **left_out}
 
-    def _account(self, stream: AnswerStream) -> dict[str, str]:
+    def _account(self, model: ServedModel, stream: AnswerStream) -> dict[str, str]:
         """What the cache had of the first prompt, and what else is known of a request that has been answered."""
         request_id, answer, _ = stream.timed_answers[0]
-        further = self._lifecycle.model().headers(request_id)
-        return {CACHE_HEADER: str(self._summary(request_id, answer)), **further}
+        return {CACHE_HEADER: str(self._summary(model, request_id, answer)), **model.headers(request_id)}
 
-    def _summary(self, request_id: str, answer: Answer) -> CacheSummary:
-        cache = self._lifecycle.model().cache
-        explanation = cache.ledger_store.explained(request_id) if cache is not None else None
+    def _summary(self, model: ServedModel, request_id: str, answer: Answer) -> CacheSummary:
+        explanation = None if model.cache is None else model.cache.ledger_store.explained(request_id)
         return summary_of(answer.usage, explanation)
 
-    def _observe(self, request: RequestContext, prompts: Sequence[Prompt]) -> None:
+    def _observe(self, model: ServedModel, request: RequestContext, prompts: Sequence[Prompt]) -> None:
         """Look for volatile lines in the first prompt; the others of a request are like it."""
-        model, prompt = self._lifecycle.model(), prompts[0]
+        prompt = prompts[0]
         explanation = None if model.cache is None else model.cache.ledger_store.explained(request.request_id)
         if explanation is not None:
             self.volatile_lines.observe(
                 request.tenant.name, prompt.token_ids, prompt.system, explanation, model.tokenizer, self._wall_clock()
             )
 
-    def _trace(self, tracer: RequestTracer, request: RequestContext, stream: AnswerStream) -> None:
-        model = self._lifecycle.model()
+    def _trace(self, tracer: RequestTracer, model: ServedModel, request: RequestContext, stream: AnswerStream) -> None:
         route = {name.removeprefix("x-emberkv-"): value for name, value in model.headers(request.request_id).items()}
         tracer.record(request, stream.timed_answers, model=model.names[0], route=route, now=self._wall_clock())
 
-    def _closed(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
+    def _closed(
+        self, model: ServedModel, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream
+    ) -> None:
         self._lifecycle.untrack(stream)
         self._in_flight.leave(request.tenant.name, len(prompts))
         self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
-            self._count_answer(request, request_id, answer, timer, self._summary(request_id, answer))
+            self._count_answer(request, request_id, answer, timer, self._summary(model, request_id, answer))
         if self._tracer is not None and stream.timed_answers:  # none where the engine has refused the request
-            self._trace(self._tracer, request, stream)
-        self._observe(request, prompts)
+            self._trace(self._tracer, model, request, stream)
+        self._observe(model, request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()
 
