@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -249,6 +249,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
             _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
         bound = [bind_socket(config.host, config.port)]
         settings = serving_settings(config, bound[0], tenants, keys, recorder)
+        settings = replace(settings, max_requests=None)  # `ClusterEngine` bounds them, by tenants' weights
         app: ASGIApp = create_app(
             lifecycle,
             settings,

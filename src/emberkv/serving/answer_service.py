@@ -224,23 +224,30 @@ _ID_PREFIXES = {
 
 
 class InFlight:
-    """Bounds the answers that are made or wait at the same time. most: of all tenants together.
+    """Bounds the answers that are made or wait at the same time. most: of all tenants together; None: they are not
+    bounded here, because the engine does it.
 
     When there are as many, a tenant with less than its equal share is still served, so that one tenant's flood does not
     shut out the others. So there may be twice as many in all, at most.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int | None) -> None:
         self._most = most
         self._by_tenant: Counter[str] = Counter()
 
     def enter(self, tenant: str, answers: int) -> None:
         """Raises TooManyRequestsError where there are too many; then none is counted."""
-        total = self._by_tenant.total()
-        share = self._most // len({*self._by_tenant, tenant})
-        if total and total + answers > self._most and self._by_tenant[tenant] + answers > share:
+        if not self._has_room(tenant, answers):
+            total = self._by_tenant.total()
             raise TooManyRequestsError(f"{total} answers are in flight, and no more are taken; send it again later")
         self._by_tenant[tenant] += answers
+
+    def _has_room(self, tenant: str, answers: int) -> bool:
+        total = self._by_tenant.total()
+        if self._most is None or not total or total + answers <= self._most:
+            return True
+        share = self._most // len({*self._by_tenant, tenant})
+        return self._by_tenant[tenant] + answers <= share
 
     def leave(self, tenant: str, answers: int) -> None:
         self._by_tenant[tenant] -= answers
@@ -267,7 +274,7 @@ class AnswerService:
         recorder: TraceRecorder | None = None,
         request_timeout: float | None = None,
         stream_times: StreamTimes | None = None,
-        max_requests: int = MAX_REQUESTS,
+        max_requests: int | None = MAX_REQUESTS,
         tracer: RequestTracer | None = None,
     ) -> None:
         self.recent = RecentRequests()

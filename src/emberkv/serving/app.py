@@ -73,7 +73,7 @@ class ServingSettings:
     root_path: str = ""
     request_timeout: float | None = None
     stream_times: StreamTimes | None = None
-    max_requests: int = MAX_REQUESTS
+    max_requests: int | None = MAX_REQUESTS
     tracer: RequestTracer | None = None
 
 
