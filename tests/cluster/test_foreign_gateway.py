@@ -414,6 +414,8 @@ async def test_emberkv_workers_and_foreign_ones_are_known_together() -> None:
         ("http://h:1,kv-event=tcp://h:2", "'kv-event=tcp://h:2' is no setting"),
         ("http://h:1,kv-events=h:2", "use an endpoint"),
         ("http://h:1,kv-replay=tcp://h:2", "needs kv-events"),
+        ("http://user:hidden@h:1", "http://...@h:1: .* api-key-file=FILE"),
+        ("http://h:99999", "[Pp]ort out of range"),
         ("http://h:1,tokens=0", "from 1 to"),
         ("http://h:1,ttl=never", "number of seconds"),
     ],

@@ -123,6 +123,8 @@ def test_a_stream_of_several_answers_is_whole_when_all_have_ended() -> None:
     assert not events.is_whole
     list(events.feed(b'data: {"choices":[{"index":1,"text":"","finish_reason":"length"}]}\n\n'))
     assert (events.is_whole, events.finish_reason) == (True, "length")
+    list(events.feed(b'data: {"choices":[{"index":1,"text":"","finish_reason":null}],"usage":{}}\n\n'))
+    assert events.is_whole, "what comes behind the reason begins no other answer"
 
 
 def test_an_error_within_a_stream_is_passed_on_whatever_else_is_in_it() -> None:

@@ -71,13 +71,14 @@ class AnswerEvents:
         self.finish_reason = ""
         self.response_id = ""
         self._keeps_usage = keeps_usage
-        self._unfinished: set[str] = set()  # the choices, by their index, that have begun and not ended
+        self._begun: set[str] = set()  # choices, by their index
+        self._ended: set[str] = set()
         self._rest = b""
 
     @property
     def is_whole(self) -> bool:
         """Whether the stream may end here. Some servers do not send ``[DONE]``."""
-        has_ended = self.has_failed or (bool(self.finish_reason) and not self._unfinished)
+        has_ended = self.has_failed or (bool(self._begun) and self._begun == self._ended)
         return self.is_done or (has_ended and not self._rest.strip())
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -115,11 +116,10 @@ class AnswerEvents:
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
         index, reason = str(choice.get("index", 0)), choice.get("finish_reason")
+        self._begun.add(index)
         if reason:
             self.finish_reason = str(reason)
-            self._unfinished.discard(index)
-        else:
-            self._unfinished.add(index)
+            self._ended.add(index)
         self.has_begun = self.has_begun or bool(reason) or _has_content(choice)
 
 

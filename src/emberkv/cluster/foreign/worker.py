@@ -64,7 +64,7 @@ class ForeignSpec:
         url = url.rstrip("/").removesuffix("/v1")
         if not re.fullmatch(r"https?://[^/\s]+(/[^\s?#]*)?", url):
             raise ConfigError(f"--foreign-worker {text!r}: begin with a URL such as http://127.0.0.1:8000")
-        given: dict[str, Any] = {"worker_id": urlsplit(url).netloc.rpartition("@")[2]}
+        given: dict[str, Any] = {"worker_id": _address(url)}
         for setting in settings:
             name, _, value = setting.partition("=")
             if name not in _SETTINGS or not value:
@@ -80,6 +80,22 @@ class ForeignSpec:
         if given.get("kv_replay") and not given.get("kv_events"):
             raise ConfigError(f"--foreign-worker {text!r}: kv-replay needs kv-events=tcp://HOST:PORT beside it")
         return cls(url, **given)
+
+
+def _address(url: str) -> str:
+    """Host and port. Raises ConfigError for a port that is none, and for a password, which logs would show."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"--foreign-worker {url!r}: {error}") from error
+    if "@" in parts.netloc:
+        address = parts.netloc.rpartition("@")[2]
+        raise ConfigError(
+            f"--foreign-worker {parts.scheme}://...@{address}: the URL has a user or a password, which logs and "
+            "/v1/cluster would show; give a key by api-key-file=FILE"
+        )
+    return parts.netloc
 
 
 def _endpoint(value: str) -> str:
