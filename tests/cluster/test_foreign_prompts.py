@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster.foreign.answers import AnswerEvents, usage_of
+from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, usage_of
 from emberkv.cluster.foreign.prompts import PieceTokenizer, PromptReader, canonical_body
 from emberkv.cluster.foreign.worker import Usage
 from emberkv.serving.cache.service import text_of
@@ -138,6 +138,15 @@ def test_choices_of_another_form_pass(choices: str) -> None:
     events, chunk = AnswerEvents(keeps_usage=False), f'data: {{"choices":{choices}}}\n\n'.encode()
     assert list(events.feed(chunk)) == [chunk]
     assert not events.has_begun
+
+
+def test_headers_are_handed_on_byte_for_byte() -> None:
+    sent = {"X-Note": "\u65e5".encode(), "X-Odd": b"\xff"}
+    as_read = {name: value.decode("utf-8", "surrogateescape") for name, value in sent.items()}
+    headers = answer_headers({**as_read, "Content-Encoding": "gzip"})
+    assert {name: value.encode("latin-1") for name, value in headers.items()} == {
+        "x-note": sent["X-Note"], "x-odd": sent["X-Odd"]
+    }  # fmt: skip
 
 
 def test_counts_that_are_none_are_not_believed() -> None:

@@ -19,8 +19,14 @@ OF_THE_CONNECTION = frozenset({
 
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """A worker's answer's headers as a client is to get them."""
-    return {name.lower(): value for name, value in headers.items() if name.lower() not in OF_THE_CONNECTION}
+    """A worker's answer's headers as a client is to get them, byte for byte: aiohttp reads them as UTF-8, and Starlette
+    writes Latin-1.
+    """
+    return {
+        name.lower(): value.encode("utf-8", "surrogateescape").decode("latin-1")
+        for name, value in headers.items()
+        if name.lower() not in OF_THE_CONNECTION
+    }
 
 
 def usage_of(answer: Any) -> Usage | None:
