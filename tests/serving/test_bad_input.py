@@ -64,6 +64,11 @@ LONG = [{"role": "user", "content": "x" * 991}]
         ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias is 101.0; it must be from -100 to 100"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids from 0 on"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "min_tokens is 5; it must be at most max_tokens, 4"),
+        (
+            {"min_tokens": 5, "max_completion_tokens": 4},
+            "min_tokens",
+            "min_tokens is 5; it must be at most max_completion_tokens, 4",
+        ),
         ({"max_tokens": 4.5}, "max_tokens", "max_tokens is 4.5: input should be a valid integer"),
         ({"modalities": ["text", "audio"]}, "modalities", "modalities has 'audio'"),
     ],

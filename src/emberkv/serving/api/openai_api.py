@@ -335,10 +335,7 @@ def prepare_chat(
     logprobs = request.wanted_logprobs
     rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
     constraint = rendered.constraint(model.output_format, request.constraint())
-    if request.max_completion_tokens is None:
-        field, wanted = "max_tokens", request.max_tokens
-    else:
-        field, wanted = "max_completion_tokens", request.max_completion_tokens
+    field, wanted = request.wanted_tokens
     budget = answer_budget(model, len(rendered.token_ids), wanted, field=field)
     choices = request.sampling(
         model.sampling_defaults, max_tokens=budget.tokens, logprobs=logprobs, constraint=constraint

@@ -115,10 +115,16 @@ class OpenAIRequest(RequestBody):
                 f"best_of is {self.best_of}; it is not supported: leave it out, or make it n ({self.choices})",
                 param="best_of",
             )
-        if self.max_tokens and self.min_tokens and self.min_tokens > self.max_tokens:
+        field, most = self.wanted_tokens
+        if most and self.min_tokens and self.min_tokens > most:
             raise RequestError(
-                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}", param="min_tokens"
+                f"min_tokens is {self.min_tokens}; it must be at most {field}, {most}", param="min_tokens"
             )
+
+    @property
+    def wanted_tokens(self) -> tuple[str, int | None]:
+        """The field that says how many tokens an answer may have, and what it says."""
+        return "max_tokens", self.max_tokens
 
     @property
     def session(self) -> str:
@@ -276,6 +282,13 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
         super().check()
         if "audio" in (self.modalities or ()):
             raise RequestError("modalities has 'audio'; it must be ['text']", param="modalities")
+
+    @property
+    def wanted_tokens(self) -> tuple[str, int | None]:
+        """As for `OpenAIRequest`; ``max_completion_tokens`` comes before its former name."""
+        if self.max_completion_tokens is None:
+            return super().wanted_tokens
+        return "max_completion_tokens", self.max_completion_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
