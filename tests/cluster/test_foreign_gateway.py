@@ -342,6 +342,23 @@ async def test_more_requests_than_the_gateway_takes_are_refused() -> None:
 
 
 @on_a_loop
+async def test_a_tenants_flood_does_not_shut_out_another() -> None:
+    app = ServingSettings(bound_to_loopback=True, api_keys=("key-of-one", "key-of-two"))
+    one, two = {"authorization": "Bearer key-of-one"}, {"authorization": "Bearer key-of-two"}
+    async with served(FakeOpenAI(), app=app, max_requests=2) as it:
+        held = it.servers[0].held = asyncio.Event()
+        flood = [asyncio.create_task(it.ask(chat(stream=True), **one)) for _ in range(2)]
+        await it.until(lambda: it.asked() == [2])
+        assert (await it.ask(chat(), **one)).status_code == 429
+        other = asyncio.create_task(it.ask(chat(), **two))
+        await it.until(lambda: other.done() or it.asked() == [3])
+        held.set()
+        assert [answer.status_code for answer in await asyncio.gather(*flood, other)] == [200] * 3
+        again = [asyncio.create_task(it.ask(chat(), **one)) for _ in range(2)]
+        assert [answer.status_code for answer in await asyncio.gather(*again)] == [200] * 2
+
+
+@on_a_loop
 async def test_a_worker_that_hangs_is_given_up() -> None:
     async with served(FakeOpenAI(), FakeOpenAI()) as it:
         for server in it.servers:

@@ -227,7 +227,7 @@ class RelayedStream(Response):
     """Sends a worker's events on as they come, from the first token. It ends with the worker's last event, or with an
     error: part of an answer cannot be gone on with elsewhere, as nothing is known of the worker's state.
 
-    early: the events that have come already. stack: closes the connection.
+    early: the events that have come already. stack: closes the connection. on_end: is called when all is over.
     """
 
     def __init__(
@@ -246,6 +246,7 @@ class RelayedStream(Response):
         self._early = early
         self._stack = stack
         self._reason = FinishReason.ABORT
+        self.on_end: Callable[[], None] = lambda: None
         self.status_code = 200
         self.background = None
         self.init_headers({**answer_headers(response.headers), **headers})
@@ -257,6 +258,7 @@ class RelayedStream(Response):
             await self._stack.aclose()
             self._attempt.answer.response_id = self._events.response_id
             self._attempt.end(self._events.usage, self._reason)
+            self.on_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

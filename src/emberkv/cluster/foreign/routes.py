@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.fleet import ForeignFleet
-from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, ask
+from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedStream, ask
 from emberkv.cluster.foreign.prompts import Json, PromptReader, RoutedPrompt, canonical_body
 from emberkv.cluster.foreign.worker import ForeignWorker
 from emberkv.cluster.membership import Membership, Replica
@@ -25,6 +25,7 @@ from emberkv.cluster.routing import RoutingRequest
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
+from emberkv.serving.answer_service import InFlight
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.openai_api import openai_card
 from emberkv.serving.app import AppParts
@@ -33,7 +34,6 @@ from emberkv.serving.errors import (
     CLIENT_GONE,
     NotFoundError,
     NotReadyError,
-    TooManyRequestsError,
     UnknownModelError,
     speaks_anthropic,
 )
@@ -58,7 +58,7 @@ Own = tuple[Tokenizer, ClusterEngine]
 class ForeignRoutes(CacheRoutes):
     """Chat, completions, models and explain. What they leave to the other routes of the app, these get as it came.
 
-    engine: of the emberkv workers, once one of them was reached. max_requests: more at once are refused. recorder: of a
+    engine: of the emberkv workers, once one of them was reached. max_requests: see `InFlight`. recorder: of a
     trace. clock: monotonic seconds.
     """
 
@@ -80,7 +80,7 @@ class ForeignRoutes(CacheRoutes):
         self._reader = reader
         self._engine = engine
         self._keys = parts.keys
-        self._max_requests = max_requests
+        self._in_flight = InFlight(max_requests)
         self._recorder = recorder
         self._clock = clock
         self._forwarded: OrderedDict[str, tuple[str, Tenant, RoutedPrompt, ForeignWorker]] = OrderedDict()
@@ -173,9 +173,24 @@ class ForeignRoutes(CacheRoutes):
         if not isinstance(body, dict) or not foreign:
             return self._not_forwarded(model, raw)
         self._lifecycle.check_accepting()
-        if (running := sum(len(worker.running) for worker in self._fleet.workers)) >= self._max_requests:
-            raise TooManyRequestsError(f"{running} requests are forwarded, and no more are taken; send it again later")
-        own = self._own(model)
+        self._in_flight.enter(tenant.name, 1)
+        leave = partial(self._in_flight.leave, tenant.name, 1)
+        try:
+            response = await self._begun(http, tenant, api, body, raw, foreign)
+        except BaseException:
+            leave()
+            raise
+        if isinstance(response, RelayedStream):
+            response.on_end = leave
+        else:
+            leave()
+        return response
+
+    async def _begun(
+        self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, foreign: Sequence[ForeignWorker]
+    ) -> Response:
+        """The answer once it has begun, by one of the ``foreign`` workers or one of the others."""
+        own = self._own(body.get("model"))
         work = partial(self._read, http, tenant, api, body, raw, own)
         request = await self._preparer.run(work, len(raw))
         candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
