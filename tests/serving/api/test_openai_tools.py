@@ -99,6 +99,18 @@ def test_a_call_that_is_cut_off_is_given_as_far_as_it_came(client: Client, engin
     assert ARGUMENTS.startswith(call["function"]["arguments"]) or call["function"]["arguments"] == ARGUMENTS
 
 
+@pytest.mark.parametrize(
+    ("text", "finish"),
+    [(CALL, "stop"), (f"{OTHER_CALL}\n{CALL}", "stop"), (f"{OTHER_CALL}\nIn Paris.", "tool_calls")],
+)
+def test_a_call_that_a_stop_string_cuts_off_is_none_to_be_made(
+    client: Client, engine: FakeEngine, text: str, finish: str
+) -> None:
+    engine.script = Script(text)
+    assert choice(client, stop="Paris")["finish_reason"] == finish
+    assert deltas(client, stop="Paris")[1] == finish
+
+
 @pytest.mark.parametrize("fields", [{"tools": None}, {"tool_choice": "none"}], ids=["no-tools", "none"])
 def test_markup_is_text_where_no_tool_may_be_called(client: Client, engine: FakeEngine, fields: dict[str, Any]) -> None:
     engine.script = Script(CALL)

@@ -103,6 +103,11 @@ class Answer:
         """How many tool calls the answer has begun."""
         return 0 if self._output is None else self._output.calls
 
+    @property
+    def is_cut_in_call(self) -> bool:
+        """Whether a stop string lies within the last tool call."""
+        return self.stop_sequence is not None and self._output is not None and not self._output.has_whole_call
+
     def absorb(self, output: TokenOutput) -> None:
         """Take one step's tokens. Outputs after the end, as after a stop string, are ignored."""
         if self.finish_reason is not None:

@@ -46,13 +46,15 @@ class OutputParsing:
 class ParsedOutput:
     """Parses one answer as it grows.
 
-    reasoning_tokens: of the thoughts, markup included. calls: how many have begun. has_ended: the answer may have no
+    reasoning_tokens: of the thoughts, markup included. calls: how many have begun. has_whole_call: whether the last one
+    that has ended is complete. has_ended: the answer may have no
     further text, as it has had the only call that it may have.
     """
 
     def __init__(self, parsing: OutputParsing) -> None:
         self.reasoning_tokens = 0
         self.calls = 0
+        self.has_whole_call = False
         self.has_ended = False
         self._parsing = parsing
         self._parser = parsing.output_format.parser(tools=parsing.tools, in_reasoning=parsing.in_reasoning)
@@ -82,9 +84,11 @@ class ParsedOutput:
     def _take_in(self, events: list[OutputEvent]) -> None:
         for event in events:
             self._events.append(self._with_id(event) if isinstance(event, CallBegin) else event)
-            if isinstance(event, CallEnd) and not self._parsing.parallel:
-                self.has_ended = True
-                break
+            if isinstance(event, CallEnd):
+                self.has_whole_call = event.is_complete
+                if not self._parsing.parallel:
+                    self.has_ended = True
+                    break
         if events:
             self.reasoning_tokens += self._undecided * isinstance(self._events[-1], ReasoningText)
             self._undecided = 0

@@ -219,8 +219,8 @@ class ChatWriter(OpenAIWriter):
                 return None
 
     def _finish(self, answer: Answer) -> str | None:
-        """How an answer ended. A call that ``max_tokens`` has cut off is none to be made."""
-        has_calls = answer.finish_reason is FinishReason.STOP and answer.calls
+        """How an answer ended. A call that ``max_tokens`` or a stop string has cut off is none to be made."""
+        has_calls = answer.finish_reason is FinishReason.STOP and answer.calls and not answer.is_cut_in_call
         return self.finish_with_calls if has_calls else finish_name(answer.finish_reason)
 
     def _logprobs(self, entries: Sequence[PlacedLogprobs]) -> dict[str, Any]:
