@@ -36,6 +36,7 @@ def test_what_can_be_compiled_is_given_back(constraint: Constraint) -> None:
             "it is no JSON that can be read: .*recursion",
         ),
         (Constraint("json_schema", "[1]"), "it is list; a JSON schema is an object"),
+        (Constraint("json_schema", '{"x-guidance": {"lenient": true}}'), "it has x-guidance, .*; leave it out"),
         (Constraint("json_schema", '{"type": "thing"}'), "#: Invalid type: thing"),
         (
             Constraint("json_schema", schema(a={"items": {"type": "thing"}})),

@@ -81,3 +81,22 @@ def test_each_name_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         f"requests for the model {name!r} are answered by the model served here" for name in ("claude-a", "claude-b")
     ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("a?-*", "a?-1", True),
+        ("a?-*", "ab-1", False),
+        ("a[bc]*", "a[bc]d", True),
+        ("a[bc]*", "ab", False),
+    ],
+)
+def test_only_the_star_is_a_wildcard(pattern: str, name: str, matches: bool) -> None:
+    assert NamePatterns([pattern]).match(name) is matches
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "openai/gpt-oss-120b"])
+def test_an_agents_pattern_does_not_answer_for_an_open_model(name: str) -> None:
+    assert not NamePatterns(["gpt-*", "claude-*"]).match(name)
+    assert NamePatterns(["gpt-*", "gpt-oss-*"]).match(name)

@@ -20,6 +20,9 @@ GRAMMAR_LIMITS = LLParserLimits(
 )
 """What a grammar may cost: units of work while it is compiled and for each mask, and memory."""
 
+GUIDANCE_OPTIONS = "x-guidance"
+"""The keyword by which llguidance takes options within a JSON schema. Requests may not set it."""
+
 _MAX_TRIES = 200
 _SUBSCHEMA = frozenset({"items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"})
 _DEFINITIONS = ("$defs", "definitions")
@@ -50,6 +53,8 @@ def _fault(constraint: Constraint) -> str | None:
             return f"it is no JSON that can be read: {reason_of(error)}"
         if not isinstance(schema, dict | bool):
             return f"it is {type(schema).__name__}; a JSON schema is an object"
+        if isinstance(schema, dict) and GUIDANCE_OPTIONS in schema:
+            return f"it has {GUIDANCE_OPTIONS}, which is not a keyword of JSON Schema; leave it out"
     message = _message_about(grammar_of(constraint))
     if message is None:
         return None

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import re
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -64,27 +65,40 @@ class ModelHost(Protocol):
 
 
 AGENT_MODEL_NAMES = ("claude-*", "gpt-*", "chatgpt-*", "codex-*", "o1*", "o3*", "o4*")
-"""What coding agents call the models of their own vendors. They ask for these beside the model that they are set to,
-for titles and for subagents.
+"""Names by which coding agents ask for their vendors' models. Agents send such names beside the configured model, for
+titles and for subagents.
 """
+OPEN_MODEL_NAMES = ("gpt-oss*",)
+"""Models that anyone can serve: a request for one of them means that model, whatever `AGENT_MODEL_NAMES` match."""
 MOST_LOGGED_NAMES = 100
 
 
 class NamePatterns:
-    """Further names for a model, in which ``*`` stands for any characters. The first use of each name is logged."""
+    """Further names for a model, in which ``*`` stands for any characters and every other character for itself.
+
+    The first use of each name is logged.
+    """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
         self.patterns = tuple(patterns)
         self._seen: set[str] = set()
 
     def match(self, name: str) -> bool:
-        written = (name, without_provider(name))
-        if not any(fnmatchcase(each, pattern) for each in written for pattern in self.patterns):
+        plain = without_provider(name)
+        patterns: Iterable[str] = self.patterns
+        if _matches_any(plain, OPEN_MODEL_NAMES):
+            patterns = [pattern for pattern in patterns if pattern not in AGENT_MODEL_NAMES]
+        if not (_matches_any(name, patterns) or _matches_any(plain, patterns)):
             return False
         if name not in self._seen and len(self._seen) < MOST_LOGGED_NAMES:
             self._seen.add(name)
             _log.info("requests for the model %.100r are answered by the model served here", name)
         return True
+
+
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
+    escaped = (re.sub(r"[?\[]", r"[\g<0>]", pattern) for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in escaped)
 
 
 def without_provider(name: str) -> str:

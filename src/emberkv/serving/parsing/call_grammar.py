@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from llguidance import regex_to_lark
 
-from emberkv.engine.constraints import check_constraint
+from emberkv.engine.constraints import GUIDANCE_OPTIONS, check_constraint
 from emberkv.engine.request import Constraint
 from emberkv.errors import RequestError
 from emberkv.serving.parsing.formats import HARMONY, REASONING_FORMATS, OutputFormat, ToolSchema
@@ -115,8 +115,7 @@ def _rule_of(constraint: Constraint) -> str:
             schema = json.loads(constraint.text)
             if isinstance(schema, bool):  # one that allows nothing is refused where the constraint is checked
                 schema = {}
-            options = {"x-guidance": {"lenient": constraint.lenient, **schema.get("x-guidance", {})}}
-            return f"%json {json.dumps({**schema, **options})}"
+            return f"%json {json.dumps({**schema, GUIDANCE_OPTIONS: {'lenient': constraint.lenient}})}"
         case "regex":
             return f"/{regex_to_lark(constraint.text)}/"
         case "lark":
@@ -195,7 +194,7 @@ class _Grammar:
         return self.add(f"r{len(self._rules)}{options}", rule)
 
     def json(self, schema: Mapping[str, Any], options: Mapping[str, object] = _JSON_OPTIONS) -> str:
-        return self.new(f"%json {json.dumps({**schema, 'x-guidance': options})}")
+        return self.new(f"%json {json.dumps({**schema, GUIDANCE_OPTIONS: options})}")
 
     def up_to(self, end: str, before: str = _ANY_TEXT) -> str:
         """Text up to the first ``end``, and that."""
