@@ -126,7 +126,7 @@ def test_the_bytes_of_a_batch() -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"\xc1", msgspec.msgpack.encode([1.5]), msgspec.msgpack.encode({"ts": 1})])
 def test_what_is_no_batch_is_refused(payload: bytes) -> None:
-    with pytest.raises(WireError, match="no batch of KV events"):
+    with pytest.raises(WireError, match="an invalid batch of KV events"):
         decode_batch(payload)
 
 
@@ -140,7 +140,7 @@ def test_what_is_no_batch_is_refused(payload: bytes) -> None:
 def test_an_event_of_another_form_is_refused(field: dict[str, Any]) -> None:
     event = {"block_hashes": [1], "parent_block_hash": None, "token_ids": [1, 2], "block_size": 2}
     payload = msgspec.msgpack.encode({"ts": 1.0, "events": [{"type": "BlockStored", **event, **field}]})
-    with pytest.raises(WireError, match="no batch of KV events"):
+    with pytest.raises(WireError, match="an invalid batch of KV events"):
         decode_batch(payload)
 
 

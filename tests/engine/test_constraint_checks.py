@@ -30,10 +30,10 @@ def test_what_can_be_compiled_is_given_back(constraint: Constraint) -> None:
 @pytest.mark.parametrize(
     ("constraint", "reason"),
     [
-        (Constraint("json_schema", '{"type": "obj'), "it is no JSON that can be read: Unterminated .* column 10"),
+        (Constraint("json_schema", '{"type": "obj'), "it is not valid JSON: Unterminated .* column 10"),
         (
             Constraint("json_schema", '{"not":' * 50_000 + "{}" + "}" * 50_000),
-            "it is no JSON that can be read: .*recursion",
+            "it is not valid JSON: .*recursion",
         ),
         (Constraint("json_schema", "[1]"), "it is list; a JSON schema is an object"),
         (Constraint("json_schema", '{"x-guidance": {"lenient": true}}'), "it has x-guidance, .*; leave it out"),

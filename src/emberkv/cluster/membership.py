@@ -311,7 +311,7 @@ class Membership:
             _log.warning("worker %s does not load its model: %s", worker, error)
         else:
             self._woken.add(worker)
-            self.set_status(worker, WorkerStatus.STARTING, "it loads its model")
+            self.set_status(worker, WorkerStatus.STARTING, "it is loading its model")
 
     async def changed(self) -> None:
         """Wait until the status of any worker changes."""

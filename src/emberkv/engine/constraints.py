@@ -1,4 +1,4 @@
-"""Constrained decoding: grammars of answers, checked here and compiled by llguidance to masks over the vocabulary."""
+"""Checks of the constraints for structured output, which llguidance compiles to masks over the vocabulary."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ GRAMMAR_LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,  # these texts may be logged, and the grammar is the client's
 )
-"""What a grammar may cost: units of work while it is compiled and for each mask, and memory."""
+"""Bounds of a grammar's work, while it is compiled and for each mask, and of its memory."""
 
 GUIDANCE_OPTIONS = "x-guidance"
 """The keyword by which llguidance takes options within a JSON schema. Requests may not set it."""
@@ -31,11 +31,11 @@ _SUBSCHEMA_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 
 
 def check_constraint(constraint: Constraint, param: str = "constraint") -> Constraint:
-    """The constraint, which can be compiled. It needs no tokenizer, so that a process without a model can check.
+    """Return the constraint if it can be compiled. This needs no tokenizer, so a process without a model can check.
 
-    param: the request's field that it comes from.
+    param: the request's field that the constraint comes from, for errors.
 
-    Raises RequestError, which says where in the schema or the grammar, for one that cannot be compiled.
+    Raises RequestError for a constraint that cannot be compiled, and names the place in the schema or the grammar.
     """
     fault = _fault(constraint)
     if fault is not None:
@@ -45,12 +45,13 @@ def check_constraint(constraint: Constraint, param: str = "constraint") -> Const
 
 @lru_cache(maxsize=64)
 def _fault(constraint: Constraint) -> str | None:
+    """Why the constraint cannot be compiled; None if it can."""
     schema: Any = None
     if constraint.kind == "json_schema":
         try:
             schema = json.loads(constraint.text)
         except (ValueError, RecursionError) as error:
-            return f"it is no JSON that can be read: {reason_of(error)}"
+            return f"it is not valid JSON: {reason_of(error)}"
         if not isinstance(schema, dict | bool):
             return f"it is {type(schema).__name__}; a JSON schema is an object"
         if isinstance(schema, dict) and GUIDANCE_OPTIONS in schema:
@@ -63,13 +64,13 @@ def _fault(constraint: Constraint) -> str | None:
 
 
 def _message_about(grammar: str) -> str | None:
-    """llguidance's reason to refuse a grammar; None where it accepts it."""
+    """llguidance's error for a grammar; None for a valid one."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=GRAMMAR_LIMITS)
     return messages[0] if is_error else None
 
 
 def grammar_of(constraint: Constraint) -> str:
-    """As llguidance's matcher takes it."""
+    """The constraint as a grammar for `LLMatcher`."""
     match constraint.kind:
         case "json_object":
             return LLMatcher.grammar_from_json_schema('{"type": "object"}')
@@ -87,14 +88,15 @@ def _schema_grammar(schema: object, lenient: bool) -> str:
 
 
 def _without_listing(message: str) -> str:
-    """llguidance's message without the lines of the grammar that it shows below it."""
+    """llguidance's message without the excerpt of the grammar below it."""
     return "\n".join(line for line in message.splitlines() if "|" not in line[:8] and line.strip(" ^"))
 
 
 def _place(schema: dict[str, Any], message: str, lenient: bool) -> str:
-    """The innermost part of a JSON schema that is refused in the same words, as a JSON pointer; "#" for the whole.
+    """The JSON pointer of the innermost subschema with the same error; "#" for the whole schema.
 
-    llguidance names the fault and not its place. Parts are tried each on its own, with the definitions of the whole.
+    llguidance reports the error without its place, so each subschema is validated on its own, with the definitions of
+    the whole schema, in at most `_MAX_TRIES` tries.
     """
     definitions = {name: schema[name] for name in _DEFINITIONS if name in schema}
     tries, place = _MAX_TRIES, "#"
@@ -108,7 +110,7 @@ def _place(schema: dict[str, Any], message: str, lenient: bool) -> str:
 
 
 def _parts(schema: dict[str, Any], pointer: str) -> Iterator[tuple[str, Any]]:
-    """The schemas directly within a schema, each with its JSON pointer."""
+    """The direct subschemas of a schema, each with its JSON pointer."""
     for key, value in sorted(schema.items(), key=lambda item: item[0] not in _DEFINITIONS):
         if key in _SUBSCHEMA and isinstance(value, dict):
             yield f"{pointer}/{key}", value

@@ -1,4 +1,4 @@
-"""The masks of constrained answers: compiled off the engine's thread, and computed while the model computes."""
+"""Token masks of constrained answers, compiled and computed on other threads than the engine's."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from emberkv.engine.request import Constraint
 from emberkv.errors import EngineStoppedError, RequestError, SamplingError, reason_of
 
 MAX_COMPILED = 64
-"""Compiled constraints that are kept for further requests; of more, the ones used least recently are dropped."""
+"""Compiled constraints that are cached for later requests; the least recently used are evicted."""
 
 _MAX_TOKENIZERS = 4
 _COMPILE_THREADS = 2
@@ -27,9 +27,10 @@ _MASK_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """tokens: the bytes of each. special: the ids of special tokens by text. unused: ids without a token.
+    """A tokenizer's vocabulary.
 
-    eos: the tokens that complete an answer.
+    tokens: the bytes of each token, by id. special: the ids of special tokens, by text. unused: ids without a token.
+    eos: ids of the tokens that end an answer.
     """
 
     tokens: list[bytes]
@@ -39,25 +40,25 @@ class _Vocabulary:
 
 
 _Compiled = tuple[LLMatcher, frozenset[int]]
-"""A matcher at the beginning of an answer, to be copied, and the tokens that complete an answer."""
+"""A matcher in its initial state, which is copied for each answer, and the ids of the tokens that end an answer."""
 
 
 class GrammarTokenizer(Protocol):
-    """What of a tokenizer is needed to follow grammars."""
+    """The part of a tokenizer that grammars need."""
 
     def backend_json(self) -> str:
-        """The tokenizer as the tokenizers library writes it."""
+        """The JSON serialization of the tokenizers library."""
         ...
 
     def text_encoder(self, markers: Collection[str]) -> Callable[[str], Sequence[int]]:
-        """Encodes text of which nothing is a special token but ``markers``, as it is encoded within a longer text."""
+        """A function that encodes text as part of a longer text. Of the special tokens, it recognizes ``markers``."""
         ...
 
 
 class _Encoder(TokenizerWrapper):
-    """A tokenizer as llguidance takes it: what bytes each token is, which are special, and how text is encoded.
+    """The tokenizer interface that llguidance expects: bytes of tokens, ids of special tokens, and encoding.
 
-    llguidance takes all added tokens that look like tags for special ones if it reads them from the tokenizer itself.
+    When llguidance reads a tokenizer itself, it treats all added tokens that look like tags as special.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class _Encoder(TokenizerWrapper):
 
 @dataclass(slots=True)
 class MaskCounts:
-    """What has been counted since the engine's start.
+    """Counts since the engine's start.
 
-    compiled: constraints. ready, waited: masks, by whether they were there when the sampler asked, or the engine's
-    thread had to wait.
+    compiled: compiled constraints. ready: masks that were computed when the sampler needed them. waited: masks that the
+    engine's thread had to wait for.
     """
 
     compiled: int = 0
@@ -89,9 +90,9 @@ class MaskCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Matched:
-    """A matcher behind the tokens of an answer.
+    """A matcher that has consumed the tokens of an answer so far.
 
-    mask: which tokens may follow, uint8 ``[ceil(vocab / 8)]``. ends: those of them that complete the answer.
+    mask: bits of the allowed next tokens, uint8 ``[ceil(vocab / 8)]``. ends: ids of the tokens that end the answer.
     """
 
     matcher: LLMatcher
@@ -100,8 +101,10 @@ class _Matched:
 
 
 def advance(matcher: LLMatcher, token_ids: Sequence[int]) -> NDArray[np.uint8]:
-    """Take the tokens in; the mask behind them. Raises SamplingError where they do not follow, or where the mask takes
-    more work than `GRAMMAR_LIMITS` allows.
+    """Consume the tokens and return the mask of the next token, uint8 ``[ceil(vocab / 8)]``.
+
+    Raises SamplingError for tokens that the grammar does not allow, and for a mask that takes more work than
+    `GRAMMAR_LIMITS` allows.
     """
     if token_ids:
         matcher.consume_tokens(list(token_ids))
@@ -116,10 +119,10 @@ def _advanced(matcher: LLMatcher, ends: frozenset[int], token_ids: Sequence[int]
 
 
 class AnswerMasks:
-    """Which tokens may follow an answer, asked for token by token. It belongs to the engine's thread.
+    """The masks of one answer, token by token. All methods are called from the engine's thread.
 
-    As soon as a token is chosen, another thread computes the mask for the one behind it, without holding Python's lock,
-    while the model computes the logits for it.
+    When a token has been sampled, a worker thread computes the next mask without the GIL, while the model computes the
+    next logits.
     """
 
     def __init__(self, begun: "Future[_Matched]", workers: ThreadPoolExecutor, counts: MaskCounts) -> None:
@@ -129,23 +132,23 @@ class AnswerMasks:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask is there; at first, whether the constraint is compiled, or could not be."""
+        """Whether the next mask is computed. Before the first token: whether compilation has succeeded or failed."""
         return self._next.done()
 
     @property
     def refusal(self) -> RequestError | None:
-        """Why the constraint could not be compiled, or does not fit an answer that has begun; once `is_ready`."""
+        """The error of compilation, or of the answer's first tokens; None if there is none. Blocks until `is_ready`."""
         error = self._next.exception()
         return None if error is None else RequestError(str(error), param="constraint")
 
     def on_ready(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called, on another thread, when `is_ready`."""
+        """Call ``call`` once `is_ready`, on a worker thread, or at once if it is."""
         self._next.add_done_callback(lambda _: call())
 
     def allowed(self) -> NDArray[np.uint8]:
-        """As `AllowedTokens` gives them, for the token behind those of the answer so far.
+        """The mask of the next token, uint8 ``[ceil(vocab / 8)]``. Blocks until it is computed.
 
-        Raises SamplingError where a mask takes more work than is allowed.
+        Raises SamplingError if the mask takes more work than `GRAMMAR_LIMITS` allows.
         """
         if self._next.done():
             self._counts.ready += 1
@@ -154,21 +157,21 @@ class AnswerMasks:
         return self._next.result().mask
 
     def append(self, token_id: int) -> None:
-        """The answer has got a token that was allowed. Returns at once."""
+        """Add an allowed token to the answer, and start computing the next mask. Returns at once."""
         before = self._next.result()
         if token_id not in before.ends:
             self._next = self._workers.submit(_advanced, before.matcher, before.ends, (token_id,))
 
     def ends_with(self, token_id: int) -> bool:
-        """Whether an allowed token says that the answer is complete."""
+        """Whether an allowed token ends the answer."""
         return token_id in self._next.result().ends
 
 
 class ConstraintCompiler:
-    """Makes the masks of answers for one model. All methods may be called from any thread and return at once.
+    """Compiles constraints for one model. Methods may be called from any thread; `begin` and `close` do not block.
 
-    tokenizer: read once there is a constraint. vocab_size: of the model's logits. eos_token_ids: end an answer whose
-    text is complete; without any, a token that the tokenizer names does.
+    tokenizer: read when the first constraint is compiled. vocab_size: of the model's logits. eos_token_ids: tokens that
+    end an answer; if empty, the tokenizer's own end token does.
     """
 
     def __init__(
@@ -180,14 +183,14 @@ class ConstraintCompiler:
         self._eos_token_ids = eos_token_ids
         self._compiling = ThreadPoolExecutor(_COMPILE_THREADS, "emberkv-compile")
         self._workers = ThreadPoolExecutor(_MASK_THREADS, "emberkv-masks")
-        self._one_at_a_time = threading.Lock()  # compiles, and has the tokenizers
+        self._one_at_a_time = threading.Lock()  # guards compilation and _tokenizers
         self._tokenizers: OrderedDict[frozenset[str], LLTokenizer] = OrderedDict()
-        self._lock = threading.Lock()  # of what follows, and never held for long
+        self._lock = threading.Lock()  # guards _compiled and _is_closed; never held during compilation
         self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
         self._is_closed = False
 
     def begin(self, constraint: Constraint, answer: Sequence[int] = ()) -> AnswerMasks:
-        """The masks of an answer that has begun with the tokens ``answer``; it is compiled on another thread.
+        """The masks of an answer, compiled on another thread. answer: tokens that the answer has already.
 
         Raises EngineStoppedError after `close`.
         """
@@ -198,14 +201,14 @@ class ConstraintCompiler:
         return AnswerMasks(begun, self._workers, self.counts)
 
     def close(self) -> None:
-        """Compile no more; answers that have begun get no further masks. Idempotent."""
+        """Stop compiling constraints and computing masks. Idempotent."""
         with self._lock:
             self._is_closed = True
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self._workers.shutdown(wait=False)
 
     def matcher(self, constraint: Constraint) -> LLMatcher:
-        """One at the beginning of an answer, compiled on this thread. Raises RequestError where that cannot be."""
+        """A matcher in its initial state, compiled on the calling thread. Raises RequestError if compilation fails."""
         return self._compiled_once(constraint)[0].deep_copy()
 
     def _begin(self, constraint: Constraint, answer: Sequence[int]) -> _Matched:
@@ -213,7 +216,7 @@ class ConstraintCompiler:
         return _advanced(matcher.deep_copy(), ends, answer)
 
     def _compiled_once(self, constraint: Constraint) -> _Compiled:
-        """Raises RequestError for what cannot be compiled."""
+        """The compiled constraint, from the cache or compiled now. Raises RequestError if compilation fails."""
         if (known := self._known(constraint)) is not None:
             return known
         with self._one_at_a_time:
@@ -241,9 +244,9 @@ class ConstraintCompiler:
         return matcher, frozenset(tokenizer.eos_tokens)
 
     def _tokenizer(self, markers: Sequence[str]) -> LLTokenizer:
-        """In which the special tokens that are ``markers`` are text, which the texts of a grammar match.
+        """A tokenizer for llguidance in which the special tokens ``markers`` are text that a grammar can match.
 
-        Raises RequestError for a tokenizer of a kind that llguidance does not know.
+        Raises RequestError for a type of tokenizer that llguidance does not support.
         """
         vocabulary = self._vocabulary
         special, ends = vocabulary.special, vocabulary.eos

@@ -17,8 +17,7 @@ from emberkv.serving.api.cache_api import CacheQuestion
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.responses_schema import ResponsesRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
-
-Json = dict[str, Any]
+from emberkv.serving.api.validation import Json
 
 
 class _Answer(BaseModel):

@@ -1,7 +1,7 @@
-"""How much of what a turn has computed the next turn's prompt begins with, by a model's chat template alone.
+"""Measures how much of each turn's tokens the next turn's prompt can reuse, as far as the chat template decides it.
 
-A made-up conversation of an agent is rendered turn by turn: a question, two steps that each call a tool, an answer, and
-a second question. What a turn computes is its prompt and its answer; the next prompt is compared with that.
+A sample conversation of an agent is rendered turn by turn: a question, two steps that each call a tool, an answer, and
+a second question. The tokens of a turn are its prompt and its answer. The next turn's prompt is compared with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from emberkv.serving.api.conversation import Conversation
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
-"""Renders messages; the flag says whether an answer is to begin behind them."""
+"""Renders messages; the flag is ``add_generation_prompt``."""
 
 AGENT_TOKENS = 20_000
-"""About what coding agents send with their first question."""
+"""Approximate tokens of a coding agent's first prompt."""
 
 TOOLS: Sequence[Mapping[str, Any]] = (
     {
@@ -38,8 +38,10 @@ TOOLS: Sequence[Mapping[str, Any]] = (
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """From one turn to the next. computed: tokens of the turn's prompt and answer. kept: of these, how many the next
-    prompt begins with. differs_in: what the first difference lies in, such as "answer 1"; empty where all is kept.
+    """From one turn to the next.
+
+    computed: tokens of the turn's prompt and answer. kept: how many of these are a prefix of the next prompt.
+    differs_in: the message with the first difference, such as "answer 1"; empty if all are kept.
     """
 
     computed: int
@@ -53,10 +55,11 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """steps: each step of the tool loop to the next. question: from the answer to the user's next question.
+    """The result for one template.
 
-    problem: why the template does not render the conversation; then there are no transitions. shows_calls,
-    shows_thoughts: whether it renders those of the answer before the last tool result.
+    steps: from each step of the tool loop to the next. question: from the answer to the user's next question. problem:
+    why the template cannot render the conversation; there are no transitions then. shows_calls, shows_thoughts: whether
+    the template renders the tool calls and the reasoning of the answer before the last tool result.
     """
 
     steps: tuple[Transition, ...] = ()
@@ -67,17 +70,17 @@ class Study:
 
     @property
     def is_stable(self) -> bool:
-        """Whether each turn begins with all that the turn before has computed."""
+        """Whether each prompt begins with all tokens of the turn before."""
         return all(each.is_whole for each in (*self.steps, self.question) if each is not None)
 
     @property
     def worst_step(self) -> Transition | None:
-        """The step after which most is lost."""
+        """The step after which the most tokens have to be computed again."""
         return max(self.steps, key=lambda each: each.computed - each.kept, default=None)
 
 
 def conversation(*, with_thoughts: bool) -> list[dict[str, Any]]:
-    """The messages of the made-up conversation, the second question last."""
+    """The messages of the sample conversation, which ends with the second question."""
 
     def call(number: int, path: str) -> dict[str, Any]:
         call_id = f"call{number:05}"  # nine letters and digits, which Mistral's templates ask for
@@ -112,13 +115,13 @@ def conversation(*, with_thoughts: bool) -> list[dict[str, Any]]:
 NAMES = (
     "system prompt", "question 1", "answer 1", "tool result 1", "answer 2", "tool result 2", "answer 3", "question 2",
 )  # fmt: skip
-"""What the messages of the conversation are called; its tools belong to the first."""
+"""The names of the conversation's messages in `Transition.differs_in`. Its tools count as part of the first."""
 
 
 def study_template(render: Render, encode: Callable[[str], Sequence[int]], *, with_thoughts: bool) -> Study:
-    """Render the conversation turn by turn and compare.
+    """Render the sample conversation turn by turn and compare.
 
-    encode: text to token ids; that of characters, ``[ord(each) for each in text]``, where only the template is known.
+    encode: text to token ids. If only the template is known, ``[ord(each) for each in text]`` compares characters.
     """
     messages = conversation(with_thoughts=with_thoughts)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -139,7 +142,7 @@ def study_template(render: Render, encode: Callable[[str], Sequence[int]], *, wi
 def _transition(
     render: Render, encode: Callable[[str], Sequence[int]], messages: Sequence[Message], index: int, rest: int
 ) -> Transition:
-    """From the turn whose answer is ``messages[index]`` to the next one. rest: characters that end each turn."""
+    """From the turn with the answer ``messages[index]`` to the next. rest: length of the template's end of a turn."""
     prompt, answered = render(messages[:index], True), render(messages[: index + 1], False)
     following = render(messages[: index + 2], True)
     answer = answered[_common(prompt, answered) : len(answered) - rest]
@@ -151,7 +154,7 @@ def _transition(
 
 
 def _place(render: Render, messages: Sequence[Message], index: int, computed: str, following: str) -> str:
-    """What the first difference lies in: the first message that, rendered with those before it, reaches behind it."""
+    """The name of the message with the first difference: the first one whose rendered end lies after it."""
     differs = _common(computed, following)
     for last in range(index):
         try:
@@ -164,7 +167,7 @@ def _place(render: Render, messages: Sequence[Message], index: int, computed: st
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The length of the longest common beginning."""
+    """The length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
@@ -173,7 +176,7 @@ def _common_end(first: str, second: str) -> int:
 
 
 def template_renderer(tokenizer: Tokenizer) -> Render:
-    """Renders messages as requests' are."""
+    """A `Render` that renders messages as a request's messages are rendered."""
 
     def render(messages: Sequence[Message], is_answered: bool) -> str:
         return Conversation(messages, TOOLS, add_generation_prompt=is_answered).prompt_text(tokenizer)
@@ -182,7 +185,7 @@ def template_renderer(tokenizer: Tokenizer) -> Render:
 
 
 def study_tokenizer(tokenizer: Tokenizer, *, with_thoughts: bool) -> Study:
-    """As `study_template`, with a model's own template and tokens."""
+    """`study_template` with a model's own template and tokens."""
 
     def encode(text: str) -> Sequence[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -191,10 +194,10 @@ def study_tokenizer(tokenizer: Tokenizer, *, with_thoughts: bool) -> Study:
 
 
 def agent_warnings(tokenizer: Tokenizer, context: int, *, reasons: bool) -> list[str]:
-    """What keeps coding agents from working well with a model, one sentence each.
+    """Warnings about a model that coding agents would not work well with, one sentence each.
 
-    context: in tokens. reasons: whether the model writes thoughts. That a template ignores tools is said where it is
-    loaded, and then no more is said here.
+    context: tokens of the model's context. reasons: whether the model writes reasoning text. A template that ignores
+    tools has its warning when it is loaded, and no further one here.
     """
     if tokenizer.chat_problem is not None:
         return []

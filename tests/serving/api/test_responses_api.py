@@ -14,7 +14,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.errors import RequestError
 from emberkv.serving.api.response_store import ResponseStore, StoredResponse
 from emberkv.serving.api.responses_api import with_stored_items
-from emberkv.serving.api.responses_schema import ChatMessages, ResponsesRequest, opened_thought, sealed_thought
+from emberkv.serving.api.responses_schema import ChatMessages, ResponsesRequest, signed_reasoning, verified_reasoning
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
@@ -158,7 +158,7 @@ def test_items_become_messages() -> None:
     for item in (
         {"role": "developer", "content": "Be brief."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
-        {"type": "reasoning", "summary": [], "encrypted_content": sealed_thought("Hm.", b"")},
+        {"type": "reasoning", "summary": [], "encrypted_content": signed_reasoning("Hm.", b"")},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
         {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
         {"type": "custom_tool_call", "call_id": "2", "name": "patch", "input": "x"},
@@ -271,12 +271,12 @@ def test_a_response_that_is_not_to_be_stored_is_not(client: Client) -> None:
     assert client.get(f"{PATH}/{gone['id']}").status_code == 404
 
 
-def test_a_sealed_thought_is_opened_with_its_salt_alone() -> None:
-    sealed = sealed_thought("Zwei Lämpchen.", b"a")
-    assert opened_thought(sealed, b"a") == "Zwei Lämpchen."
-    assert opened_thought(sealed, b"b") is None
-    assert opened_thought("no base64!", b"a") is None
-    assert opened_thought("é", b"a") is None
+def test_signed_reasoning_is_accepted_with_its_salt_alone() -> None:
+    signed = signed_reasoning("Zwei Lämpchen.", b"a")
+    assert verified_reasoning(signed, b"a") == "Zwei Lämpchen."
+    assert verified_reasoning(signed, b"b") is None
+    assert verified_reasoning("no base64!", b"a") is None
+    assert verified_reasoning("é", b"a") is None
 
 
 def test_the_store_is_bounded_by_count_bytes_and_time_for_each_tenant() -> None:

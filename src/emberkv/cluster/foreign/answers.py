@@ -1,4 +1,4 @@
-"""Reads the answer of a server that speaks the OpenAI API: its usage, where it begins, and whether it is whole."""
+"""Parses the answers of foreign workers: usage, the first token of a stream, and whether a stream is complete."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,13 @@ OF_THE_CONNECTION = frozenset({
     "connection", "content-length", "content-encoding", "date", "keep-alive", "proxy-authenticate", "server", "te",
     "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
-"""Headers of answers that say how they came, not what they are."""
+"""Response headers that belong to one connection and are not forwarded."""
 
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """A worker's answer's headers as a client is to get them, byte for byte: aiohttp reads them as UTF-8, and Starlette
-    writes Latin-1.
+    """The headers of a worker's response that are forwarded to the client, byte for byte.
+
+    aiohttp decodes headers as UTF-8, and Starlette encodes them as Latin-1.
     """
     return {
         name.lower(): value.encode("utf-8", "surrogateescape").decode("latin-1")
@@ -30,9 +31,7 @@ def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def usage_of(answer: Any) -> Usage | None:
-    """The usage in an answer's or a chunk's JSON; None where there is none. llama.cpp may say what was cached in
-    ``timings`` instead.
-    """
+    """The usage in the JSON of an answer or a chunk, or None. llama.cpp may report cached tokens in ``timings``."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict) or not _is_count(usage.get("prompt_tokens")):
         return None
@@ -54,7 +53,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def decoded(data: bytes) -> Any:
-    """JSON's value; None for what is none, or nested too deeply."""
+    """The decoded JSON; None for invalid JSON, and for JSON that is nested too deeply."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -62,11 +61,11 @@ def decoded(data: bytes) -> Any:
 
 
 class AnswerEvents:
-    """The events of one stream. They pass as they are, but for the usage if only the gateway asked for it.
+    """Parses one stream of server-sent events, which pass unchanged. Usage is removed if the client did not ask for it.
 
-    keeps_usage: whether the client asked for it. has_begun: a token has come. is_done: the stream's last event has
-    come. has_failed: one of them is an error. finish_reason: of the answer that was the last to end; "" before any has.
-    response_id: of the answer, once it is known.
+    keeps_usage: whether the client asked for usage. has_begun: whether a token has arrived. is_done: whether
+    ``[DONE]`` has arrived. has_failed: whether an event was an error. finish_reason: of the choice that ended last, ""
+    before any has ended. response_id: the answer's id, "" before it is known.
     """
 
     def __init__(self, *, keeps_usage: bool) -> None:
@@ -83,12 +82,12 @@ class AnswerEvents:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the stream may end here. Some servers do not send ``[DONE]``."""
+        """Whether the stream is complete if it ends here. Some servers do not send ``[DONE]``."""
         has_ended = self.has_failed or (bool(self._begun) and self._begun == self._ended)
         return self.is_done or (has_ended and not self._rest.strip())
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The events that are complete with ``data``, as the client is to get them."""
+        """The events that ``data`` completes, as they are sent to the client."""
         self._rest += data
         while (end := _END_OF_EVENT.search(self._rest)) is not None:
             event, self._rest = self._rest[: end.end()], self._rest[end.end() :]
@@ -130,7 +129,7 @@ class AnswerEvents:
 
 
 def _has_content(choice: dict[str, Any]) -> bool:
-    """Whether a chunk's choice has more than the announcement that an answer begins."""
+    """Whether a chunk's choice has more than the role with which an answer begins."""
     delta = choice.get("delta")
     if isinstance(delta, dict):
         return any(value for name, value in delta.items() if name != "role")

@@ -1,4 +1,4 @@
-"""What a worker that does not say what it has cached is assumed to have: what it was sent, as far as it fits."""
+"""Estimates the cached blocks of a worker without KV events: an LRU model of the prompts that were sent to it."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ DEFAULT_TOKENS = 1_000_000
 DEFAULT_TTL = 3600.0
 
 SLACK_BLOCKS = 2
-"""A worker that reuses fewer blocks than were assumed by no more than this has lost none: it counts in larger blocks,
-and always computes the last token.
+"""A worker may reuse so many blocks fewer than assumed without having evicted any: its blocks may be larger, and the
+last token of a prompt is always computed.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Of a prompt that is sent, the leading blocks that the worker is assumed to have, and when each was last used."""
+    """The leading blocks of a prompt that the worker is assumed to have, by the time of each one's last use."""
 
     used: Sequence[float]
 
@@ -28,11 +28,10 @@ class Held:
 
 
 class AssumedBlocks:
-    """Blocks in the order in which an LRU cache evicts them: the longest unused first, of one prompt the last first.
+    """Blocks in the order in which an LRU cache evicts them: least recently used first, of one prompt the last first.
 
-    publish: takes what changes, as the events that a cache would publish. max_blocks: the worker's size, as far as it
-    is known. ttl: seconds for which a block that is not used again is assumed to stay. Times are seconds of any clock
-    that does not go back.
+    publish: gets each change as the events that a cache would publish. max_blocks: the assumed capacity. ttl: seconds
+    after which an unused block is assumed to be evicted. Times are monotonic seconds.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class AssumedBlocks:
         return len(self._used)
 
     def held(self, chain: TokenChain) -> Held:
-        """What of a prompt is assumed to be there."""
+        """The leading blocks of a prompt that are assumed to be cached."""
         used = []
         for block_hash in chain.block_hashes:
             at = self._used.get(block_hash)
@@ -57,7 +56,7 @@ class AssumedBlocks:
         return Held(used)
 
     def computed(self, chain: TokenChain, now: float) -> None:
-        """The worker has computed a prompt, and so has all of its blocks."""
+        """Record that the worker has computed a prompt, so that all of its blocks are cached."""
         hashes = chain.block_hashes[: self._max_blocks]
         events: list[Event] = list(self._runs(chain, len(hashes)))
         for block_hash in reversed(hashes):
@@ -69,19 +68,21 @@ class AssumedBlocks:
         self._publish([*events, *([BlockRemoved(tuple(gone))] if gone else [])])
 
     def corrected(self, held: Held, found_blocks: int) -> int:
-        """The worker has reused ``found_blocks`` of a prompt of which ``held`` was assumed when it was sent.
+        """Correct the estimate by an answer: the worker has reused ``found_blocks``, and ``held`` had been assumed.
 
-        If it has lost a block, then it has lost, too, what was used no later. Returns how many are given up.
+        A missing block means that all blocks with no later last use are evicted, too. Returns the number of blocks that
+        are removed from the estimate.
         """
         if found_blocks + SLACK_BLOCKS >= held.blocks:
             return 0
         return self._drop_until(held.used[found_blocks])
 
     def expire(self, now: float) -> None:
-        """Give up what was not used for too long."""
+        """Remove blocks that have not been used for ``ttl`` seconds."""
         self._drop_until(now - self._ttl)
 
     def clear(self) -> None:
+        """Remove all blocks."""
         self._drop_until(float("inf"))
 
     def _drop_until(self, last: float) -> int:
@@ -97,7 +98,7 @@ class AssumedBlocks:
         return len(gone)
 
     def _runs(self, chain: TokenChain, stop: int) -> list[BlockStored]:
-        """The blocks of a prompt that are not held yet, as runs of consecutive ones."""
+        """Events for the blocks of a prompt that are new, one for each run of consecutive blocks."""
         runs: list[list[int]] = []
         for index, block_hash in enumerate(chain.block_hashes[:stop]):
             if block_hash in self._used:

@@ -1,4 +1,4 @@
-"""Asks a server that speaks the OpenAI API."""
+"""An HTTP client for one server with the OpenAI API."""
 
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import asynccontextmanager
@@ -14,18 +14,18 @@ from emberkv.serving.errors import NotReadyError
 T = TypeVar("T")
 
 FORWARDED = frozenset({"accept", "accept-language", "content-type", "traceparent", "tracestate", "user-agent"})
-"""Headers of requests that are handed on, beside those that begin with ``x-``."""
+"""Request headers that are forwarded, in addition to those that begin with ``x-``."""
 
 NOT_FORWARDED = frozenset({"x-api-key", "x-real-ip"})
 
 
 class ForeignClient:
-    """Asks one server, over kept connections. Belongs to one event loop.
+    """A client of one server, with persistent connections. All methods are called from one event loop.
 
-    url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. hands_on_keys: whether clients' own keys are sent
-    where there is no ``key``.
+    url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. hands_on_keys: whether clients' own keys are
+    forwarded if there is no ``key``.
 
-    Each method raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError where the server does not answer.
+    Each method raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError if the server does not answer.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ForeignClient:
         self._http: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        """Close all connections; what runs on them ends."""
+        """Close all connections, which ends the requests on them."""
         if self._http is not None:
             await self._http.close()
 
@@ -48,12 +48,14 @@ class ForeignClient:
             return response.status
 
     async def models(self) -> list[dict[str, Any]]:
-        """What ``GET /v1/models`` lists, as it is. Raises NotReadyError for status 503, WireError for anything else."""
+        """The model cards of ``GET /v1/models``. Raises NotReadyError for status 503, and WireError for any
+        other invalid answer.
+        """
         seconds = self._deadlines.answer
         async with self._response("GET", "/v1/models", self._own, None, seconds) as response:
             data = await self._within(seconds, response.read())
             if response.status == 503:
-                raise NotReadyError("it loads its model")
+                raise NotReadyError("it is loading its model")
             if response.status != 200:
                 raise WireError(f"{self.url}/v1/models answers with status {response.status}")
         try:
@@ -65,8 +67,8 @@ class ForeignClient:
     async def post(
         self, path: str, body: bytes, headers: Mapping[str, str]
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
-        """The answer to a client's request, which may take as long as it does. Leaving closes its connection unless it
-        was read to its end.
+        """Send a client's request, without a deadline, and yield the response. On exit, the connection is closed unless
+        the body was read to its end.
         """
         kept = {
             name: value
@@ -78,10 +80,11 @@ class ForeignClient:
             yield response
 
     async def read(self, response: aiohttp.ClientResponse) -> bytes:
-        """More of an answer's body; empty at its end."""
+        """The next bytes of a response's body; empty at its end."""
         return await self._within(None, response.content.readany())
 
     async def read_all(self, response: aiohttp.ClientResponse) -> bytes:
+        """The whole body of a response."""
         return await self._within(None, response.read())
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""The foreign workers of a gateway: which of them are up, and what they serve."""
+"""Health checks of a gateway's foreign workers, and the models that each of them serves."""
 
 import asyncio
 import logging
@@ -20,22 +20,25 @@ if TYPE_CHECKING:  # an extra
 _log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 1.0
-"""Between two looks at whether a worker is there."""
+"""Seconds between two health checks of a worker."""
 
 MODELS_SECONDS = 15.0
-"""How long what a worker serves is taken to stay the same while it is up."""
+"""Seconds after which the model list of a worker that is up is read again."""
 
 GIVEN_UP_AFTER = 3
-"""Checks in turn that a worker does not answer, until its answers under way are given up: by then it hangs."""
+"""Consecutive health checks without an answer after which a worker's running requests are aborted."""
 
 HAS_NO_HEALTH = (404, 405, 501)
+"""Statuses by which a server shows that it has no ``/health``; its model list is read instead."""
 
 
 class ForeignFleet:
-    """Follows foreign workers, and has them join the router of ``membership``. Belongs to one event loop.
+    """Checks foreign workers and registers them with the router of ``membership``. All methods run on one event loop.
 
-    client: makes the connection to a worker. reader: names the blocks of prompts. own: what the emberkv workers serve;
-    None while that is not known. clock: monotonic seconds. Raises ConfigError for two workers of one id.
+    client: makes the client of a worker. reader: has the block hashes of prompts. own: the description of the emberkv
+    workers; None while no worker has sent one. seconds: between two checks. clock: monotonic seconds.
+
+    Raises ConfigError for two workers with one id.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class ForeignFleet:
         ]
         names = [worker.worker_id for worker in self.workers]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ConfigError(f"--foreign-worker: two are called {twice!r}; give one of them another name by id=NAME")
+            raise ConfigError(
+                f"--foreign-worker: two workers have the id {twice!r}; give one of them another by id=NAME"
+            )
         self._silent: dict[ForeignWorker, int] = {}
         self._feeds: dict[ForeignWorker, KvSequence] = {}
         for worker in self.workers:
@@ -72,6 +77,7 @@ class ForeignFleet:
 
     @property
     def up(self) -> list[ForeignWorker]:
+        """The workers that are up."""
         return [worker for worker in self.workers if worker.status is WorkerStatus.UP]
 
     def _usual_step(self) -> float:
@@ -80,16 +86,16 @@ class ForeignFleet:
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
-        """All models that workers which are up serve, by id, as the first of them describes each."""
+        """The model cards of the workers that are up, by model id; of several cards for one id, the first worker's."""
         return {name: card for worker in reversed(self.up) for name, card in worker.models.items()}
 
     def start(self) -> None:
-        """Begin to follow the workers."""
+        """Start checking the workers."""
         for worker in self.workers:
             self._tasks.append(asyncio.create_task(self._follow(worker), name=f"follow {worker.url}"))
 
     def _subscribe(self, worker: ForeignWorker, sequence: KvSequence) -> None:
-        """Follow its events, now that it has a slot that they can be for."""
+        """Subscribe to the worker's KV events, which need its slot in the index."""
         from emberkv.cluster.foreign.subscriber import KvSubscriber, follow  # noqa: PLC0415 - ZeroMQ, where asked for
 
         assert worker.spec.kv_events is not None, "only these have a feed"
@@ -97,7 +103,7 @@ class ForeignFleet:
         self._tasks.append(asyncio.create_task(follow(subscriber), name=f"events of {worker.url}"))
 
     async def stop(self) -> None:
-        """Follow them no longer, and close all connections."""
+        """Stop checking the workers, and close all connections."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -105,7 +111,7 @@ class ForeignFleet:
             await worker.client.close()
 
     def suspect(self, worker: ForeignWorker, error: EmberError) -> None:
-        """A request has failed there, so that it gets no more before it answers a check."""
+        """Handle a failed request: the worker gets no further requests until a check succeeds."""
         if worker.status is WorkerStatus.UP:
             self.failed(worker, error)
 
@@ -115,13 +121,13 @@ class ForeignFleet:
                 await self._check(worker)
             except EmberError as error:
                 self.failed(worker, error)
-            except Exception:  # noqa: BLE001 - a fault in what one worker sent must not end that it is followed
+            except Exception:  # noqa: BLE001 - an invalid answer must not end a worker's checks
                 _log.exception("following worker %s failed", worker)
                 self._membership.set_status(worker, WorkerStatus.DOWN, "the gateway failed to follow it; see its log")
             await asyncio.sleep(self.seconds)
 
     async def _check(self, worker: ForeignWorker) -> None:
-        """Ask whether it is there and, now and then, what it serves."""
+        """Check the worker's health and, every `MODELS_SECONDS`, its model list."""
         status = await worker.client.health()
         if status != 200 and status not in HAS_NO_HEALTH:
             self._membership.set_status(worker, WorkerStatus.STARTING, f"its /health answers with status {status}")
@@ -144,7 +150,7 @@ class ForeignFleet:
         self._membership.set_status(worker, WorkerStatus.UP, "")
 
     def failed(self, worker: ForeignWorker, error: EmberError) -> None:
-        """A check has failed there."""
+        """Handle a failed check."""
         if isinstance(error, WorkerTimeoutError):
             self._membership.set_status(worker, WorkerStatus.SILENT, str(error))
             self._silent[worker] = self._silent.get(worker, 0) + 1
@@ -152,7 +158,7 @@ class ForeignFleet:
                 worker.give_up()
             return
         if isinstance(error, WorkerUnreachableError) and worker.status is not WorkerStatus.DOWN:
-            worker.forget()  # its process has ended, and with it what it had cached
+            worker.forget()  # its process has ended, and its cache with it
             if worker in self._feeds:
                 self._feeds[worker].restart()
         is_loading = isinstance(error, NotReadyError)
@@ -160,7 +166,7 @@ class ForeignFleet:
         self._membership.set_status(worker, status, str(error))
 
     def _name_as_requests_do(self, worker: ForeignWorker, sequence: KvSequence) -> None:
-        """Blocks have the hashes that emberkv workers give them, where such serve the same model."""
+        """Use the block hashes of the emberkv workers if these serve the same model."""
         own = self._own()
         root, block_size = self._reader.root, self._reader.block_size
         if own is not None and worker.models.keys() & set(own.names):

@@ -1,4 +1,4 @@
-"""One request at one foreign worker: it is sent on, its answer handed back as it comes, and both accounted for."""
+"""Forwards one request to one foreign worker, relays the answer, and accounts for both."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -29,13 +29,15 @@ if TYPE_CHECKING:  # an extra
     import aiohttp
 
 ANY_LENGTH = 1 << 20
-"""Tokens of an answer for which its request names no limit."""
+"""``max_tokens`` in a recorded trace for a request without a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A client's request as it is sent on. path: of the API. data: its body. streams: it asks for events. keeps_usage:
-    it asks for the usage in these itself. max_tokens: of the answer; None: not given.
+    """A client's request as it is forwarded.
+
+    path: of the API. data: the body. streams: whether it asks for a stream. keeps_usage: whether the client itself asks
+    for usage in the stream. max_tokens: the limit of the answer; None if the request has none.
     """
 
     context: RequestContext
@@ -50,7 +52,7 @@ class ForwardedRequest:
 
 @dataclass(slots=True)
 class ForwardedAnswer:
-    """See `EndedAnswer`. response_id: what the worker called it."""
+    """See `EndedAnswer`. response_id: the id that the worker gave the answer."""
 
     usage: CacheUsage = field(default_factory=lambda: CacheUsage(0, 0))
     completion_tokens: int = 0
@@ -59,10 +61,10 @@ class ForwardedAnswer:
 
 
 class Attempt:
-    """A request at one worker, from when it is sent until `end`. Belongs to the event loop.
+    """A request at one worker, from sending it until `refused` or `end`. All methods run on one event loop.
 
-    expected: tokens of the prompt that routing expects to be cached or under way there. on_end: is called with the
-    attempt when it has ended well. recorder: of a trace; None: nothing is recorded.
+    expected: tokens of the prompt that routing expects to be cached, or in flight, at the worker. on_end: called with
+    the attempt by `end`. recorder: of a trace; None if no trace is recorded.
     """
 
     def __init__(
@@ -93,13 +95,16 @@ class Attempt:
         lifecycle.track(self)
 
     def interrupt(self, error: EmberError) -> None:
+        """Abort the request: `waiting` raises ``error``."""
         self._interrupted = error
         if self._scope is not None:
             self._scope.reschedule(0)
 
     @asynccontextmanager
     async def waiting(self) -> AsyncGenerator[None, None]:
-        """For what waits for the worker. Raises WorkerTimeoutError when it is given up, or what `interrupt` has."""
+        """A context for waiting on the worker. Raises WorkerTimeoutError if the worker is given up, and the error of
+        `interrupt` after that was called.
+        """
         try:
             async with self.worker.waiting() as self._scope:
                 yield
@@ -109,20 +114,20 @@ class Attempt:
             self._scope = None
 
     def token(self) -> None:
-        """Some of the answer has come."""
+        """Record that a part of the answer has arrived."""
         if self._sent.begun_at is None:
             self.worker.first_token(self._sent, self._clock())
         self._timer.record(TokenOutput(self.request.context.request_id, (0,)))
 
     def refused(self) -> None:
-        """There is no answer."""
+        """Record that the worker gives no answer."""
         self.worker.finish(self._sent, None, self._clock())
         self._lifecycle.untrack(self)
         if self._recorder is not None and self._taken is not None:
             self._recorder.refused(self._taken)
 
     def end(self, usage: Usage | None, reason: FinishReason) -> None:
-        """The answer has ended, as far as it went."""
+        """Record the end of the answer, whether it is complete or not. usage: None if the worker did not report it."""
         self.worker.finish(self._sent, usage, self._clock())
         self._lifecycle.untrack(self)
         answer = self.answer
@@ -136,7 +141,7 @@ class Attempt:
         self._on_end(self)
 
     def summary(self) -> CacheSummary:
-        """What the worker says that it has reused, and why not more."""
+        """The cached tokens that the worker reports, and the reasons of the misses."""
         return summary_of(self.answer.usage, self.worker.ledger.explained(self.request.context.request_id))
 
 
@@ -155,16 +160,17 @@ def _recorded(request: ForwardedRequest) -> GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer that has begun. status: the worker's."""
+    """An answer that has begun. status: the HTTP status of the worker's response."""
 
     status: int
     response: Response
 
 
 async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
-    """Send the request, until its answer has begun: all of it, or the first token of a stream.
+    """Send the request and wait until the answer has begun: for all of it, or for the first token of a stream.
 
-    headers: further ones of the answer. Raises ClusterError where the worker does not answer: another may be asked.
+    headers: added to the response. Raises ClusterError if the worker does not answer; the request can then be sent to
+    another worker.
     """
     stack = AsyncExitStack()
     request, client = attempt.request, attempt.worker.client
@@ -195,7 +201,7 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
 
 
 async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: Mapping[str, str]) -> Reply:
-    """An answer in one piece, or a refusal."""
+    """The reply for an answer that is not a stream, or for an error."""
     data = await attempt.worker.client.read_all(response)
     answer = decoded(data)
     usage = usage_of(answer) if response.status == 200 else None
@@ -212,22 +218,23 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
 
 
 def finish_reason(said: object) -> FinishReason:
-    """The reason that an answer's ``finish_reason`` stands for: other ones than "length" are ends of its text."""
+    """A worker's ``finish_reason`` as emberkv's: "length", or for everything else "stop"."""
     return FinishReason.LENGTH if said == "length" else FinishReason.STOP
 
 
 def _reason_of(answer: Any) -> object:
-    """The ``finish_reason`` of the last choice; None where there is none."""
+    """The ``finish_reason`` of the last choice, or None."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     last = choices[-1] if isinstance(choices, list) and choices else None
     return last.get("finish_reason") if isinstance(last, dict) else None
 
 
 class RelayedStream(Response):
-    """Sends a worker's events on as they come, from the first token. It ends with the worker's last event, or with an
-    error: part of an answer cannot be gone on with elsewhere, as nothing is known of the worker's state.
+    """Relays a worker's events from the first token on, up to its last event or an error event.
 
-    early: the events that have come already. stack: closes the connection. on_end: is called when all is over.
+    An answer that breaks off is not resumed at another worker, as the gateway does not know its tokens.
+
+    early: the events that have arrived already. stack: closes the connection. on_end: called after the response.
     """
 
     def __init__(
@@ -278,7 +285,7 @@ class RelayedStream(Response):
                     for event in events.feed(data):
                         yield event
             if not events.is_whole:
-                raise WorkerLostError(f"{self._attempt.worker} ended its answer within it")
+                raise WorkerLostError(f"{self._attempt.worker} ended its answer before it was complete")
             self._reason = FinishReason.ERROR if events.has_failed else finish_reason(events.finish_reason)
         except EmberError as error:
             self._reason = FinishReason.ERROR

@@ -1,8 +1,8 @@
-"""vLLM's KV events: their wire form, and the blocks that they tell of under the gateway's own block hashes.
+"""vLLM's KV events: decoding, and their blocks under the gateway's own block hashes.
 
-A batch is msgpack, an object ``{"ts", "events", "data_parallel_rank"}`` or, from older versions, an array of the same;
-so is each event, with its name as ``type`` or first element. Hashes are integers or bytes, as the server computes them
-(vLLM seeds them at its start), so that a block is known here by its tokens and its parent instead.
+A batch is msgpack: an object ``{"ts", "events", "data_parallel_rank"}`` or, from older versions, an array of the same.
+Each event is also an object or an array, with its name as ``type`` or as the first element. The server's block hashes
+are integers or bytes, and vLLM seeds them at its start, so blocks are identified here by their tokens and parent.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,15 @@ _BlockSize = Annotated[int, msgspec.Meta(ge=1)]
 Publish = Callable[[Sequence[Event]], None]
 
 _TIERS = {"GPU": POOL, "CPU": "ram"}
-"""By an event's medium; others have their own name."""
+"""Tiers by an event's medium; any other medium in lower case is the tier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Consecutive blocks are cached in a medium. tokens: of all of them; other_keys: what the hashes depend on beside
-    the tokens (a LoRA adapter, images, a salt), for each block that has such.
+    """Consecutive blocks are cached in a tier.
+
+    parent: the hash of the block before them; None for the first blocks of a prompt. tokens: of all blocks, possibly
+    empty. is_plain: whether the hashes depend on tokens alone, and not on a LoRA adapter, images or a salt.
     """
 
     block_hashes: Sequence[ForeignHash]
@@ -39,13 +41,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
+    """Blocks are evicted from a tier."""
+
     block_hashes: Sequence[ForeignHash]
     tier: str = POOL
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """Nothing is cached any more."""
+    """All blocks are evicted."""
 
 
 KvEvent = Stored | Removed | Cleared
@@ -58,20 +62,20 @@ _FIELDS = {
     "BlockRemoved": ("block_hashes", "medium", "group_idx"),
     "AllBlocksCleared": (),
 }  # fmt: skip
-"""In the order in which an array has them; what the last ones are left out of has their defaults."""
+"""The fields of array-encoded events, in order. Trailing fields may be missing."""
 
 
 def decode_batch(payload: bytes) -> list[KvEvent]:
-    """A batch's events, in order; those of further groups of layers and of unknown kinds are left out.
+    """The events of a batch, in order. Events of other layer groups than the first and unknown events are left out.
 
-    Raises WireError for what is no batch.
+    Raises WireError for an invalid batch.
     """
     try:
         batch = msgspec.msgpack.decode(payload)
         events = batch["events"] if isinstance(batch, dict) else batch[1]
         decoded = [_event(*_named(each)) for each in events]
     except (msgspec.DecodeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise WireError(f"no batch of KV events: {reason_of(error)}") from error
+        raise WireError(f"an invalid batch of KV events: {reason_of(error)}") from error
     return [event for event in decoded if event is not None]
 
 
@@ -104,8 +108,10 @@ def _event(kind: str, fields: dict[str, Any]) -> KvEvent | None:
 
 @dataclass(slots=True)
 class _Block:
-    """block_hashes: ours, of the whole blocks that it consists of; none where its hash depends on more than tokens.
-    copies: by tier. A server may hold several copies of a block, and says each time that one is stored or removed.
+    """A server's block.
+
+    block_hashes: the gateway's hashes of the blocks that it consists of; empty if the server's hash depends on more
+    than tokens. copies: their number by tier. A server may hold several copies of a block, with events for each.
     """
 
     parent: BlockHash
@@ -118,10 +124,11 @@ class _Block:
 
 
 class KvBlocks:
-    """Follows one server's events. root, block_size: of the gateway's block hashes. publish: takes what has changed.
+    """The blocks of one server, by its events.
 
-    A server's block must consist of whole blocks of the gateway; where it does not, the events are of no use, as
-    ``is_unfit`` says. fault: why not all of what is there is known, until all is cleared; "" where it is.
+    root, block_size: of the gateway's block hashes. publish: gets each change as the gateway's own events. is_unfit:
+    whether the server's block size is not a multiple of the gateway's, so that its events cannot be used. fault: why
+    some of the server's blocks are not known, until the next clear; "" if all are.
     """
 
     def __init__(self, root: BlockHash, block_size: int, publish: Publish) -> None:
@@ -136,7 +143,7 @@ class KvBlocks:
         return len(self._blocks)
 
     def apply(self, events: Sequence[KvEvent]) -> None:
-        """In order. What fits nothing that is known sets `fault`, and changes nothing else."""
+        """Apply events in order. An event that refers to unknown blocks sets `fault` and changes nothing else."""
         for event in events:
             match event:
                 case Stored():
@@ -147,7 +154,7 @@ class KvBlocks:
                     self.clear()
 
     def clear(self) -> None:
-        """The server has nothing cached, or is a new one."""
+        """Remove all blocks: the server's cache was cleared, or the server has restarted."""
         tiers = {tier for block in self._blocks.values() for tier in block.copies}
         self._blocks.clear()
         self.fault = ""
@@ -169,7 +176,7 @@ class KvBlocks:
             block = self._blocks.get(foreign_hash)
             if block is None:
                 if parent is None and event.is_plain and self._is_missing(event.parent, bool(tokens)):
-                    self.fault = "an event tells of a block behind one that is not known"
+                    self.fault = "an event stores a block whose parent is unknown"
                     return
                 some = tokens[number * event.block_size : (number + 1) * event.block_size]
                 block = self._blocks[foreign_hash] = self._block(parent if event.is_plain else None, some)
@@ -180,7 +187,7 @@ class KvBlocks:
             parent = block.last
 
     def _last(self, foreign_hash: ForeignHash | None) -> BlockHash | None:
-        """Our hash of the chain up to a block; None where there is none."""
+        """The gateway's hash of the chain up to a server's block; None if it is unknown."""
         if foreign_hash is None:
             return self.root
         block = self._blocks.get(foreign_hash)
@@ -218,10 +225,10 @@ class KvBlocks:
 
 
 class KvSequence:
-    """Puts a server's numbered batches in order; what is missing is asked for by `missing_from`.
+    """Applies a server's numbered batches in order. `missing_from` says where a replay has to begin.
 
-    Batches are published with increasing numbers, from 0 at the server's start, so one that is not above the one
-    published before means that the server has started anew. A replay may have told of it before it is received here.
+    Numbers increase from 0 at the server's start, so a live batch without a higher number than the live batch before it
+    shows that the server has restarted. A batch may arrive by a replay before it arrives live.
     """
 
     def __init__(self, blocks: KvBlocks) -> None:
@@ -233,21 +240,21 @@ class KvSequence:
 
     @property
     def has_heard(self) -> bool:
-        """Whether batches come that can be used."""
+        """Whether batches have arrived and can be used."""
         return self._has_heard and not self.blocks.is_unfit
 
     @property
     def fault(self) -> str:
-        """Why what is known of the server's blocks is not exact; "" while it is."""
-        return self.blocks.fault or ("events are missing, and asked for again" if self._later else "")
+        """Why the known blocks may differ from the server's; "" while they are exact."""
+        return self.blocks.fault or ("events are missing, and a replay is requested" if self._later else "")
 
     @property
     def missing_from(self) -> int | None:
-        """The number of the first batch that is missing; None where none is known to be."""
+        """The number of the first missing batch, or None."""
         return self.next if self._later else None
 
     def live(self, number: int, events: list[KvEvent]) -> None:
-        """A batch as it is published."""
+        """Take a batch that was published now."""
         if number <= self._published:
             self.restart()
         self._published = number
@@ -257,14 +264,14 @@ class KvSequence:
             self._catch_up()
 
     def replayed(self, number: int, events: list[KvEvent]) -> None:
-        """A batch that is sent again."""
+        """Take a batch of a replay."""
         self._has_heard = True
         if number >= self.next:
             self._later[number] = events
             self._catch_up()
 
     def give_up(self) -> None:
-        """What is missing does not come any more."""
+        """Go on without the missing batches, and record them in the fault."""
         if self._later:
             first = min(self._later)
             self.next, lost = first, f"events {self.next} to {first - 1} are lost, until the server's cache is cleared"
@@ -272,7 +279,7 @@ class KvSequence:
             self._catch_up()
 
     def restart(self) -> None:
-        """The server begins anew, with nothing cached."""
+        """Reset: the server has restarted with an empty cache."""
         self.next = 0
         self._published = -1
         self._later.clear()

@@ -1,4 +1,4 @@
-"""The prompt of a request that may be forwarded, as blocks: of tokens where the tokenizer is known, else of text."""
+"""Prompts of forwarded requests as block hashes, of tokens if the tokenizer is known, else of text."""
 
 import json
 from array import array
@@ -15,12 +15,11 @@ from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokeni
 from emberkv.errors import ConfigError, RequestError, reason_of
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions
 from emberkv.serving.api.rendering import Applied, canonical_chat
-from emberkv.serving.api.validation import parse_body
+from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.event_stream import compact_json
 from emberkv.serving.tenancy import Tenant
 
-Json = dict[str, Any]
 _ANY_ANSWER = SamplingParams(max_tokens=1)
 
 
@@ -28,9 +27,9 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
 def model_tokenizer(model: str) -> Tokenizer:
-    """The tokenizer of a model folder or hub id, of which nothing else is fetched. It imports transformers, no torch.
+    """The tokenizer of a model folder or hub id. No weights are downloaded, and PyTorch is not imported.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is no tokenizer or it cannot be read.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - an extra
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - takes a second
@@ -43,7 +42,7 @@ def model_tokenizer(model: str) -> Tokenizer:
         if not folder.is_dir():
             folder = Path(snapshot_download(model, allow_patterns=list(_TOKENIZER_FILES)))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # these libraries raise whatever theirs do
+    except Exception as error:  # these libraries raise errors of many types
         raise ConfigError(
             f"MODEL is {model!r}, whose tokenizer cannot be read: {reason_of(error)}; give a folder with a "
             "tokenizer.json, or a hub id"
@@ -52,10 +51,10 @@ def model_tokenizer(model: str) -> Tokenizer:
 
 
 class PieceTokenizer:
-    """Stands for the tokenizer of a model whose own is not known: every four bytes of UTF-8 text are a token.
+    """A substitute for an unknown tokenizer: every four bytes of UTF-8 text are a token, about as in English text.
 
-    That is about what a token of English text has. A conversation is rendered as JSON, a line for each tool and each
-    message, so that equal beginnings of conversations are equal beginnings here. Nothing is said of special tokens.
+    A conversation is rendered as JSON, with a line for each tool and each message, so conversations with a common
+    prefix have a common prefix of tokens. There are no special tokens.
 
     >>> pieces = PieceTokenizer().encode("hello", add_special_tokens=False)
     >>> [PieceTokenizer().token_text(each) for each in pieces]
@@ -116,7 +115,11 @@ class _PieceDetokenizer:
 
 @dataclass(frozen=True, slots=True)
 class RoutedPrompt:
-    """tokenizer: makes text of the chain's tokens. in_tokens: they are the model's own; else, pieces of text."""
+    """A prompt as a chain of blocks.
+
+    tokenizer: decodes the chain's tokens. in_tokens: whether they are the model's own tokens and not those of
+    `PieceTokenizer`.
+    """
 
     chain: TokenChain
     tokenizer: Tokenizer
@@ -124,10 +127,11 @@ class RoutedPrompt:
 
 
 class PromptReader:
-    """Reads prompts for routing. No request is refused here: what cannot be rendered is compared as text.
+    """Converts request bodies to prompts for routing. It rejects no request: a prompt that cannot be rendered is
+    compared as text.
 
-    tokenizer: the model's, where it is known. model: its name, which the block hashes depend on. block_size: tokens of
-    a block, where no emberkv worker has one.
+    tokenizer: the model's, if it is known. model: its name, which the block hashes depend on. block_size: tokens of a
+    block, for models that no emberkv worker serves.
     """
 
     def __init__(self, *, tokenizer: Tokenizer | None = None, model: str = "", block_size: int) -> None:
@@ -140,13 +144,14 @@ class PromptReader:
 
     @property
     def knows_tokens(self) -> bool:
+        """Whether the model's tokenizer is known."""
         return self._tokenizer is not None
 
     def read(self, body: Json, tenant: Tenant, own: tuple[Tokenizer, ClusterEngine] | None = None) -> RoutedPrompt:
         """The prompt of a request's body.
 
-        own: of emberkv workers that may answer it as well, whose block hashes are then taken. Without them, prompts of
-        all tenants are compared with one another, since a foreign worker shares what it has among all of its clients.
+        own: the tokenizer and engine of emberkv workers that serve the model, too; their block hashes are used then.
+        Without them, block hashes do not depend on the tenant, as a foreign worker shares its cache among all clients.
         """
         tokenizer = own[0] if own is not None else self._tokenizer
         tokens = None if tokenizer is None else _tokens(body, tokenizer.remembering_for(tenant.name))
@@ -159,14 +164,14 @@ class PromptReader:
         return RoutedPrompt(self._chain(self._text_root, pieces, body), self._pieces, in_tokens=False)
 
     def _chain(self, root: bytes, tokens: Sequence[int], body: Json) -> TokenChain:
-        """A model's blocks, and those of a salt that its clients chose, are apart from others."""
+        """The chain of a prompt. Block hashes differ by model and by the request's ``cache_salt``."""
         salt = compact_json([str(body.get("model")), body.get("cache_salt")]).encode()
         salt = b"" if root == self.root and body.get("cache_salt") is None else salt
         return self._chains.chain(root, tokens, owner="", salt=salt, public_blocks=0, remember=True)
 
 
 def _tokens(body: Json, tokenizer: Tokenizer) -> Sequence[int] | None:
-    """None where the prompt cannot be rendered or tokenized here, of which the worker itself is to judge."""
+    """The prompt's tokens; None if it cannot be rendered or tokenized here. The worker then accepts or rejects it."""
     messages, tools = objects(body.get("messages")), objects(body.get("tools") or [])
     try:
         if "messages" not in body:
@@ -176,7 +181,7 @@ def _tokens(body: Json, tokenizer: Tokenizer) -> Sequence[int] | None:
             return None
         options = parse_body(TemplateOptions, compact_json(body).encode())
         conversation = options.conversation_of(messages, tools)
-        if conversation.left_out:  # a worker may see more of it than text
+        if conversation.left_out:  # the worker may read more than its text
             return None
         return tokenizer.encode(conversation.prompt_text(tokenizer), add_special_tokens=False)
     except RequestError:
@@ -184,7 +189,7 @@ def _tokens(body: Json, tokenizer: Tokenizer) -> Sequence[int] | None:
 
 
 def _first(prompt: object) -> str | list[int] | None:
-    """The first of the prompts that a completion request has; it alone decides where the request goes."""
+    """The first prompt of a completion request, by which the request is routed; None if it is invalid."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
@@ -205,12 +210,12 @@ def _text(body: Json, pieces: PieceTokenizer) -> str:
 
 
 def objects(value: object) -> list[Json] | None:
-    """A list of JSON objects as that; None for anything else."""
+    """The value if it is a list of JSON objects, else None."""
     return value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None
 
 
 def canonical_body(body: Json, rules: CanonicalRules | None) -> tuple[Json, Applied]:
-    """A chat request's body as the operator's rules rewrite it; all that they do not name stays as it is."""
+    """A chat request's body, rewritten by the canonical rules, and how often each rule was applied."""
     messages, tools = objects(body.get("messages")), objects(body.get("tools") or [])
     if rules is None or messages is None or tools is None:
         return body, {}

@@ -1,4 +1,4 @@
-"""The OpenAI API at a gateway with foreign workers: each request goes where its first token is expected soonest."""
+"""The OpenAI routes of a gateway with foreign workers: the routing policy chooses a worker for each request."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEn
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedStream, ask
-from emberkv.cluster.foreign.prompts import Json, PromptReader, RoutedPrompt, canonical_body
+from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body
 from emberkv.cluster.foreign.worker import ForeignWorker
 from emberkv.cluster.membership import Membership, Replica
 from emberkv.cluster.policies import Decision
@@ -28,6 +28,7 @@ from emberkv.errors import ClusterError, RequestError
 from emberkv.serving.answer_service import InFlight
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.openai_api import openai_card
+from emberkv.serving.api.validation import Json
 from emberkv.serving.app import AppParts
 from emberkv.serving.cache.service import Explained, explanation_json
 from emberkv.serving.errors import (
@@ -42,24 +43,25 @@ from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
 
 BUSY = (429, 502, 503, 504)
-"""Statuses by which a worker says that another one may be asked."""
+"""Statuses after which a request is sent to another worker."""
 
 MAX_REMEMBERED = 2000
-"""Answers that can be asked about by their id."""
+"""Recent answers that can be explained by their ``response_id``."""
 
 _OTHERS = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize", "/detokenize")
 
 ELSEWHERE = "emberkv.not_forwarded"
-"""In a request's scope: the routes here have handed it on."""
+"""The key in an ASGI scope that marks a request as passed on to the other routes."""
 
 Own = tuple[Tokenizer, ClusterEngine]
 
 
 class ForeignRoutes(CacheRoutes):
-    """Chat, completions, models and explain. What they leave to the other routes of the app, these get as it came.
+    """The routes of chats, completions, models and explain. Requests for emberkv workers are passed on, unchanged, to
+    the other routes of the app.
 
-    engine: of the emberkv workers, once one of them was reached. max_requests: see `InFlight`. recorder: of a
-    trace. clock: monotonic seconds.
+    engine: of the emberkv workers; None before one of them was reached. max_requests: see `InFlight`. recorder: of a
+    trace; None if no trace is recorded. clock: monotonic seconds.
     """
 
     def __init__(
@@ -118,16 +120,16 @@ class ForeignRoutes(CacheRoutes):
         return router
 
     async def _other(self, http: Request) -> Response:
-        """What only emberkv workers answer. Raises NotFoundError where there are none."""
+        """Pass on a route that only emberkv workers have. Raises NotFoundError if there are no such workers."""
         if self._lifecycle.has_model or self._membership.workers:
             return _HandedOn(await http.body())
         raise NotFoundError(
-            f"this gateway does not answer {http.url.path}, as all of its workers are foreign ones; use "
+            f"this gateway does not support {http.url.path}, as it has only foreign workers; use "
             "/v1/chat/completions or /v1/completions"
         )
 
     async def explain(self, http: Request) -> Response:
-        """Why a prompt would miss at the foreign worker that it would go to, or why a past one did there."""
+        """Explain the misses of a prompt at the foreign worker that would get it, or of a past request."""
         tenant = await self._guard.asker(http)
         body = await http.body()
         question = await self._question(http, "openai", "anthropic", "response_id", "prefix")
@@ -160,7 +162,7 @@ class ForeignRoutes(CacheRoutes):
 
     def _explained(self, explanation: Explanation, prompt: RoutedPrompt, worker: ForeignWorker) -> dict[str, Any]:
         answer = explanation_json(Explained(explanation), prompt.tokenizer, now=self._wall_clock())
-        if self._tenants.names:  # the worker shares what it has among all tenants, whose texts are none of the asker's
+        if self._tenants.names:  # the worker's cache has the texts of all tenants
             answer["divergence"] = answer["divergence"] and {**answer["divergence"], "expected": ""}
         unit = "tokens" if prompt.in_tokens else "four bytes of text"
         return {**answer, "worker": worker.worker_id, "index": worker.index, "unit": unit}
@@ -189,7 +191,7 @@ class ForeignRoutes(CacheRoutes):
     async def _begun(
         self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, foreign: Sequence[ForeignWorker]
     ) -> Response:
-        """The answer once it has begun, by one of the ``foreign`` workers or one of the others."""
+        """The response once it has begun, by a ``foreign`` worker or an emberkv worker."""
         own = self._own(body.get("model"))
         work = partial(self._read, http, tenant, api, body, raw, own)
         request = await self._preparer.run(work, len(raw))
@@ -201,7 +203,7 @@ class ForeignRoutes(CacheRoutes):
     def _read(
         self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, own: Own | None
     ) -> ForwardedRequest:
-        """The request as it is sent on: as it came, but for the operator's rules and the usage of streams."""
+        """The request as it is forwarded: unchanged except for canonical rules and ``include_usage`` of streams."""
         asked, canonical = canonical_body(body, self._preparer.rules)
         options = asked.get("stream_options")
         keeps_usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -222,7 +224,10 @@ class ForeignRoutes(CacheRoutes):
         )
 
     async def _forward(self, request: ForwardedRequest, candidates: Sequence[Replica], raw: bytes) -> Response:
-        """Ask one worker after the other, until one has begun an answer."""
+        """Try one worker after the other until one has begun an answer.
+
+        Raises NotReadyError if none does. If the last workers answer with a status of `BUSY`, that is the response.
+        """
         left, refusal, failure, retried = list(candidates), None, None, 0
         while True:
             found = self._membership.choose(
@@ -271,11 +276,14 @@ class ForeignRoutes(CacheRoutes):
                 self._forwarded.popitem(last=False)
 
     def _not_forwarded(self, model: object, raw: bytes) -> Response:
-        """For what no foreign worker serves. Raises NotReadyError or UnknownModelError where nothing else does."""
+        """The response for a model that no foreign worker serves: the emberkv workers' one, if there are any.
+
+        Raises RequestError for an invalid body, and else NotReadyError or UnknownModelError.
+        """
         if self._lifecycle.has_model:
             return _HandedOn(raw)
         if not isinstance(decoded(raw), dict):
-            raise RequestError("the body is not valid JSON, or no object")
+            raise RequestError("the body is not a JSON object")
         if self._fleet.up and not any(worker.serves(model) for worker in self._fleet.workers):
             raise self._unknown(model)
         raise NotReadyError("no worker that serves the model is up; send it again later")
@@ -289,7 +297,7 @@ class ForeignRoutes(CacheRoutes):
         return [worker for worker in self._fleet.up if worker.serves(model)]
 
     def _own(self, model: object) -> Own | None:
-        """The emberkv workers' tokenizer and engine, where they serve the model, too."""
+        """The tokenizer and engine of the emberkv workers if they serve the model, else None."""
         engine = self._engine()
         if engine is None or not self._lifecycle.has_model or not self._membership.up:
             return None
@@ -304,7 +312,7 @@ class ForeignRoutes(CacheRoutes):
         return RoutingRequest(prompt.chain, len(prompt.chain), session, self._clock())
 
     def _cards(self) -> dict[str, dict[str, Any]]:
-        """What can be asked for, by id."""
+        """The cards of all models that can be requested, by id."""
         model = self._lifecycle.model() if self._lifecycle.has_model else None
         own = {} if model is None else {name: openai_card(model, name) for name in model.names}
         return {**self._fleet.models, **own}
@@ -319,14 +327,14 @@ def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
 
 
 class _ForeignRoute(APIRoute):
-    """Matches no request that was handed on."""
+    """A route that matches no request that was passed on."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return (Match.NONE, {}) if scope.get(ELSEWHERE) else super().matches(scope)
 
 
 class _HandedOn(Response):
-    """Has the other routes of the app answer. body: the request's, which was read."""
+    """Passes the request on to the other routes of the app. body: the request's body, which has been read."""
 
     def __init__(self, body: bytes) -> None:
         super().__init__()

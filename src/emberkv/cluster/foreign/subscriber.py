@@ -1,4 +1,4 @@
-"""Listens to a server's KV events over ZeroMQ, and asks for those again that were missed."""
+"""Subscribes to a server's KV events over ZeroMQ, and requests replays of missing ones."""
 
 import asyncio
 import logging
@@ -13,23 +13,25 @@ from emberkv.errors import WireError
 _log = logging.getLogger(__name__)
 
 END = (-1).to_bytes(8, "big", signed=True)
-"""The number of the message that ends a replay."""
+"""The sequence number of the message that ends a replay."""
 
 QUIET_SECONDS = 5.0
-"""After so long without an event, it is asked for whether any was missed."""
+"""Seconds without an event after which a replay is requested, in case any was missed."""
 
 REPLAY_SECONDS = 5.0
-"""How long a replay may take from one message to the next."""
+"""Seconds that a replay may take from one message to the next."""
 
-NOT_UNDERSTOOD = "it published what is not understood"
+INVALID_EVENTS = "it published an invalid batch of events"
 
 MAX_BYTES = 64 << 20
-"""Of a message; larger ones end the connection."""
+"""The size limit of a message. A larger one closes the connection."""
 
 
 class KvSubscriber:
-    """Follows one server. events: the endpoint of its PUB socket. replay: of its ROUTER socket; None: it has none, and
-    then only what is published while the gateway listens is known.
+    """Subscribes to one server.
+
+    events: the endpoint of its PUB socket. replay: the endpoint of its ROUTER socket; None if it has none, and then
+    only events that are published while the gateway is connected are known. sequence: gets the batches.
     """
 
     def __init__(self, events: str, replay: str | None, sequence: KvSequence) -> None:
@@ -38,7 +40,7 @@ class KvSubscriber:
         self._sequence = sequence
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Receive events until cancelled. Raises ZMQError."""
         with zmq.asyncio.Context() as context:
             context.setsockopt(zmq.LINGER, 0)
             with context.socket(zmq.SUB) as live:
@@ -52,14 +54,14 @@ class KvSubscriber:
                     await self._ask_again(context)
 
     async def _listen(self, live: zmq.asyncio.Socket) -> None:
-        """Take in events until one is missing, or none has come for a while."""
+        """Receive events until one is missing, or none has arrived for `QUIET_SECONDS`."""
         while await live.poll(int(QUIET_SECONDS * 1000)):
             self._take(await live.recv_multipart(), self._sequence.live)
             if self._sequence.missing_from is not None:
                 return
 
     async def _ask_again(self, context: zmq.asyncio.Context) -> None:
-        """Have what may be missing sent again; what does not come then is lost."""
+        """Request a replay from the next expected batch on, and give up the batches that it does not bring."""
         if self._replay is not None:
             with context.socket(zmq.DEALER) as asking:
                 asking.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
@@ -73,24 +75,24 @@ class KvSubscriber:
         self._sequence.give_up()
 
     def _take(self, frames: list[bytes], take: Callable[..., None]) -> None:
-        """frames: a topic or nothing, a number of eight bytes, and a batch."""
+        """Decode one message and pass it to ``take``. frames: a topic, a number of eight bytes, and a batch."""
         try:
             if len(frames) != 3 or len(frames[1]) != 8:
                 raise WireError(f"{len(frames)} frames; a topic, a number of eight bytes and a batch are expected")
             events = decode_batch(frames[2])
         except WireError as error:
-            if self._sequence.blocks.fault != NOT_UNDERSTOOD:  # logged once, as each batch may be like it
-                _log.warning("%s published what is not understood: %s", self._events, error)
-            self._sequence.blocks.fault = NOT_UNDERSTOOD
+            if self._sequence.blocks.fault != INVALID_EVENTS:  # logged once, as all batches may be invalid
+                _log.warning("%s published an invalid batch of events: %s", self._events, error)
+            self._sequence.blocks.fault = INVALID_EVENTS
             return
         take(int.from_bytes(frames[1], "big"), events)
 
 
 async def follow(subscriber: KvSubscriber) -> None:
-    """Run it, again after a fault of ZeroMQ."""
+    """Run the subscriber, and restart it after errors of ZeroMQ."""
     while True:
         try:
             await subscriber.run()
         except zmq.ZMQError as error:
-            _log.warning("KV events cannot be followed, which is tried again: %s", error)
+            _log.warning("the subscription to KV events failed and is restarted: %s", error)
             await asyncio.sleep(QUIET_SECONDS)

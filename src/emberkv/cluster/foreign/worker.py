@@ -1,4 +1,4 @@
-"""A foreign worker as a gateway knows it: what it serves, what it is assumed to have cached, and how fast it is."""
+"""The gateway's state of one foreign worker: its models, its cached blocks and its measured rates."""
 
 import asyncio
 import re
@@ -27,22 +27,22 @@ if TYPE_CHECKING:  # an extra
 APPROXIMATE = "degraded: approximate"
 
 LEARNING = 0.2
-"""Weight of the latest observation in a rate."""
+"""The weight of the latest observation in the moving average of a rate."""
 
 LEAST_TOKENS = 128
-"""Prompts with fewer tokens to compute say little of the rate at which a worker computes prompts."""
+"""Prompts with fewer tokens to compute are not used to estimate a worker's prefill rate."""
 
 TEXT_SLACK = 0.1
-"""Where prompts are compared as text, cached tokens say to about this share of the prompt how much text is cached."""
+"""If prompts are compared as text, cached text is known from cached tokens up to about this share of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignSpec:
     """A foreign worker as the command line names it: ``URL[,NAME=VALUE...]``.
 
-    worker_id: what it is called; by default its address. kv_events, kv_replay: where it publishes vLLM's KV events, and
-    where it sends them again. tokens: about how many its cache holds. ttl: seconds after which an unused prompt is
-    assumed to have left it. api_key_file: the key that it asks for.
+    worker_id: by default its host and port. kv_events, kv_replay: endpoints of vLLM's KV events and of their replay.
+    tokens: the approximate capacity of its cache. ttl: seconds after which an unused prompt is assumed to be evicted.
+    api_key_file: a file with the key that it requires.
 
     >>> spec = ForeignSpec.parse("http://127.0.0.1:8000/v1,id=a,tokens=50000")
     >>> spec.url, spec.worker_id, spec.tokens
@@ -59,7 +59,7 @@ class ForeignSpec:
 
     @classmethod
     def parse(cls, text: str) -> "ForeignSpec":
-        """Raises ConfigError for what is none."""
+        """Parse the value of ``--foreign-worker``. Raises ConfigError for an invalid one."""
         url, *settings = text.split(",")
         url = url.rstrip("/").removesuffix("/v1")
         if not re.fullmatch(r"https?://[^/\s]+(/[^\s?#]*)?", url):
@@ -83,7 +83,7 @@ class ForeignSpec:
 
 
 def _address(url: str) -> str:
-    """Host and port. Raises ConfigError for a port that is none, and for a password, which logs would show."""
+    """Host and port. Raises ConfigError for an invalid port, and for a user or password, which logs would show."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -133,22 +133,22 @@ _SETTINGS = {
 
 
 class ExactFeed(Protocol):
-    """What follows a worker's own events."""
+    """A subscription to a worker's own KV events."""
 
     @property
     def has_heard(self) -> bool:
-        """Whether any came that can be used; from then on, what the worker has is what they say."""
+        """Whether usable events have arrived. From then on, they alone define the worker's cached blocks."""
 
     @property
     def fault(self) -> str:
-        """Why the index is not exact; "" while it is."""
+        """Why the index may differ from the worker's cache; "" while it is exact."""
 
 
 @dataclass(slots=True)
 class Rates:
-    """Means of what a worker's answers showed, the latest counting most; None before any did.
+    """Moving averages of a worker's rates; None before the first observation.
 
-    prefill: prompt tokens a second. step: seconds from one token to the next.
+    prefill: prompt tokens per second. step: seconds from one token to the next.
     """
 
     prefill: float | None = None
@@ -169,8 +169,10 @@ def _mean(before: float | None, now: float) -> float:
 
 @dataclass(slots=True, eq=False)
 class Sent:
-    """A request under way. held: what of its prompt was assumed to be there. found_idle: no other one was waiting there
-    for its first token.
+    """A request that was sent to a worker.
+
+    held: the blocks of its prompt that were assumed to be cached. at, begun_at: monotonic seconds of sending and of the
+    first token. found_idle: whether no other request was waiting at the worker for its first token.
     """
 
     request_id: str
@@ -183,7 +185,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """An answer's ``usage``. cached: None where the worker does not say it."""
+    """An answer's ``usage``, in tokens. cached: None if the worker does not report it."""
 
     prompt: int
     completion: int
@@ -191,11 +193,11 @@ class Usage:
 
 
 class ForeignWorker(Replica):
-    """One server that speaks the OpenAI API. Belongs to the event loop.
+    """One server with the OpenAI API. All methods are called from one event loop.
 
-    usual_step: seconds of a step at all workers like it, so that none looks faster for having been asked less.
-    models: what it serves, by id, as its ``/v1/models`` lists them. prompt_tokens, cached_tokens: of the answers that
-    said both.
+    usual_step: the mean seconds of a decode step at all foreign workers, so that a worker with fewer requests does not
+    look faster. models: the cards of its ``/v1/models``, by id. prompt_tokens, cached_tokens: sums over answers that
+    report both.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class ForeignWorker(Replica):
         return EXACT if self.status is WorkerStatus.UP else "degraded: it is not up"
 
     def state(self) -> ReplicaState:
-        """What this gateway has sent it, and the rates that its answers showed."""
+        """The load that this gateway has sent, and the measured rates."""
         return ReplicaState(
             load=sum(self._prompts.values()),
             up=self.status is WorkerStatus.UP,
@@ -242,7 +244,7 @@ class ForeignWorker(Replica):
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What is known of it beside what is known of all workers, as ``/v1/cluster`` shows it."""
+        """The fields of ``/v1/cluster`` that only foreign workers have."""
         return {
             "models": sorted(self.models),
             "assumed_blocks": len(self._assumed),
@@ -253,27 +255,27 @@ class ForeignWorker(Replica):
         }
 
     def serves(self, model: object) -> bool:
-        """Whether requests for a model may go there; those that name none, to any worker."""
+        """Whether the worker serves the model. A request without a model may go to any worker."""
         return model is None or model in self.models
 
     def publish(self, events: Sequence[Event]) -> None:
-        """The blocks that it has have changed."""
+        """Apply changes of the worker's cached blocks to the index and the ledger."""
         if self._block_index is not None and self.slot is not None:
             for event in events:
                 self._block_index.apply(self.slot, event)
         self.ledger.apply(events)
 
     def forget(self) -> None:
-        """It has restarted: nothing is assumed to be there, nor does anybody wait for what was sent before."""
+        """Handle a restart: no blocks are assumed to be cached any more."""
         self._assumed.clear()
 
     def publish_own(self, events: Sequence[Event]) -> None:
-        """The worker itself says what it has: nothing is assumed any more."""
+        """Apply the worker's own KV events, which replace all assumed blocks."""
         self._assumed.clear()
         self.publish(events)
 
     def begin(self, request_id: str, prompt: RoutedPrompt, expected: int, now: float) -> Sent:
-        """A request is sent. expected: tokens of its prompt that need not be computed for it alone."""
+        """Record that a request is sent. expected: tokens of its prompt that are expected to be cached or in flight."""
         self._assumed.expire(now)
         sent = Sent(request_id, prompt, self._assumed.held(prompt.chain), now, not self.unreported_tokens)
         length = len(prompt.chain)
@@ -283,27 +285,27 @@ class ForeignWorker(Replica):
         return sent
 
     def explain(self, prompt: RoutedPrompt) -> Explanation:
-        """Why a prompt would miss, by what is known now."""
+        """Explain the hits and misses of a prompt by the blocks that are known now."""
         outcome = self._outcome(prompt)
         with self.ledger.reading() as ledger:
             return explain(ledger, prompt.chain, outcome, hit_unit=prompt.chain.block_size)
 
     def _outcome(self, prompt: RoutedPrompt) -> Outcome:
-        """What of a prompt is known to be there: whole blocks, without the last token, which is always computed."""
+        """The cached tokens of a prompt: whole blocks, without the last token, which is always computed."""
         chain = prompt.chain
         with self.ledger.reading() as ledger:
             found = min(ledger.cached_run(chain), (len(chain) - 1) // chain.block_size) * chain.block_size
         return Outcome({POOL: found} if found > 0 else {})
 
     def first_token(self, sent: Sent, now: float) -> None:
-        """The prompt is computed."""
+        """Record that the prompt is computed."""
         sent.begun_at = now
         self.begun(sent.request_id)
         if self.feed is None or not self.feed.has_heard:
             self._assumed.computed(sent.prompt.chain, now)
 
     def finish(self, sent: Sent, usage: Usage | None, now: float) -> None:
-        """The answer has ended, however it did. usage: None where the worker did not say it."""
+        """Record the end of an answer, whether it is complete or not. usage: None if the worker did not report it."""
         self._prompts.pop(sent.request_id, None)
         self.ended(sent.request_id)
         if usage is None:
@@ -318,7 +320,7 @@ class ForeignWorker(Replica):
             self.rates.decoded(usage.completion - 1, now - sent.begun_at)
 
     def _correct(self, sent: Sent, prompt_tokens: int, cached_tokens: int) -> None:
-        """Learn from what the worker has reused of a prompt."""
+        """Correct the assumed blocks by the cached tokens that the worker reports."""
         chain = sent.prompt.chain
         here = cached_tokens * len(chain) / max(1, prompt_tokens)  # in the chain's tokens
         if not sent.prompt.in_tokens:
@@ -327,18 +329,18 @@ class ForeignWorker(Replica):
 
     @asynccontextmanager
     async def waiting(self) -> AsyncGenerator[asyncio.Timeout, None]:
-        """For what waits for an answer: `give_up`, or the scope's deadline, ends it with WorkerTimeoutError."""
+        """A context for waiting on an answer. `give_up`, or the scope's deadline, ends it with WorkerTimeoutError."""
         scope = asyncio.timeout(None)
         self._scopes.add(scope)
         try:
             async with scope:
                 yield scope
         except TimeoutError as error:
-            raise WorkerTimeoutError(f"{self} does not answer, and is given up") from error
+            raise WorkerTimeoutError(f"{self} does not answer and is given up") from error
         finally:
             self._scopes.discard(scope)
 
     def give_up(self) -> None:
-        """Nothing more is expected of the answers under way."""
+        """Abort all running requests at this worker with WorkerTimeoutError."""
         for scope in tuple(self._scopes):
             scope.reschedule(0)

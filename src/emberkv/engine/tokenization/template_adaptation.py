@@ -1,9 +1,9 @@
-"""Conversations as agents hold them, for chat templates that do not take them as they are.
+"""Rewrites agents' conversations for chat templates that cannot render them as they are.
 
-A template may refuse a call's id that it does not know, a second system message, or two user messages in a row, or it
-may leave calls out without a word. What a template needs is found by rendering a small conversation of the shape in
-question, once for each template, when the first conversation of that shape comes. So a conversation is always rendered
-in the same way, whatever comes later in it, and its prefix stays the same as it grows.
+A template may reject a tool call's id, a second system message or two user messages in a row, or it may silently drop
+tool calls. Whether a template needs a rewrite is found by rendering a small probe conversation, once for each template,
+when the first conversation of that shape arrives. The result does not depend on later messages, so the rendered prefix
+stays the same while a conversation grows.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from emberkv.engine.tokenization.template_time import TemplateTimeoutError
 Message = dict[str, Any]
 Messages = list[Message]
 Render = Callable[[Messages, bool], str]
-"""Renders messages, with or without a tool; raises any exception for what the template refuses."""
+"""Renders messages, with tools if the flag is set. Raises an exception of any type if the template rejects them."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +29,11 @@ _IDS = ("lamp00001", "lamp00002")
 
 @dataclass(frozen=True, slots=True)
 class Adaptation:
-    """One way to rewrite messages that a template does not take.
+    """A rewrite of messages that some templates cannot render.
 
-    what: the messages, for the log. is_in: whether there are such messages. probe: a conversation with such. words:
-    of the probe, which must all be in its rendering. adapt: the messages, rewritten.
+    what: names the messages in the log. is_in: whether a conversation has such messages. probe: a conversation with
+    such messages. words: parts of the probe's text, all of which a suitable template renders. adapt: returns the
+    rewritten messages.
     """
 
     what: str
@@ -50,8 +51,9 @@ class TemplateAdapter:
         self._needed: dict[tuple[str, bool], bool] = {}
 
     def adapted(self, messages: Sequence[Mapping[str, Any]], *, has_tools: bool) -> Messages:
-        """The messages as the template takes them. has_tools: they are rendered with tools, which may have a template
-        of their own.
+        """The messages, with the rewrites that the template needs.
+
+        has_tools: whether the conversation is rendered with tools, for which a model may have a separate template.
         """
         result = [dict(message) for message in messages]
         for position, adaptation in enumerate(ADAPTATIONS):
@@ -71,15 +73,15 @@ class TemplateAdapter:
                 adaptation.adapt(probe), adaptation.words, has_tools
             )
             if self._needed[key]:
-                _log.info("the chat template does not take %s; they are rewritten for it", adaptation.what)
+                _log.info("the chat template cannot render %s; they are rewritten for it", adaptation.what)
         return self._needed[key]
 
     def _takes(self, messages: Messages, words: Sequence[str], has_tools: bool) -> bool:
         try:
             rendered = self._render(messages, has_tools)
-        except TemplateTimeoutError:  # it says nothing about the template: the machine may be busy
+        except TemplateTimeoutError:  # this shows a busy machine, not a limit of the template
             raise
-        except Exception:  # noqa: BLE001 - whatever the template's program does: it does not take the messages
+        except Exception:  # noqa: BLE001 - a template's code may raise anything; each error rejects the messages
             return False
         return all(word in rendered for word in words)
 
@@ -134,7 +136,7 @@ def _calls_as_text(messages: Messages) -> Messages:
 
 
 def _short_id(call_id: object) -> str:
-    """Nine letters and digits, as they are or from a digest."""
+    """The id itself if it is nine letters and digits, else the first nine hex digits of its SHA-256."""
     text = str(call_id)
     return text if _SHORT_ID.fullmatch(text) else hashlib.sha256(text.encode(errors="replace")).hexdigest()[:9]
 
@@ -155,7 +157,7 @@ def _with_short_ids(messages: Messages) -> Messages:
 
 
 def _one_call_each(messages: Messages) -> Messages:
-    """Each call in a message of its own, followed by its result."""
+    """Split messages with several calls: each call gets a message of its own, followed by its result."""
     result: Messages = []
     at = 0
     while at < len(messages):
@@ -204,7 +206,7 @@ def _one_leading_system(messages: Messages) -> Messages:
 
 
 def _system_as_user(messages: Messages) -> Messages:
-    """System messages become a user's; those at the beginning are a part of the user message behind them."""
+    """Turn system messages into user messages. Leading ones are merged with the user message that follows them."""
     count = _leading_systems(messages)
     behind = messages[count : count + 1] if messages[count : count + 1] and messages[count]["role"] == "user" else []
     beginning = {**_merged([*messages[:count], *behind]), "role": "user"}
@@ -232,7 +234,7 @@ def _neighbours_merged(messages: Messages) -> Messages:
 
 
 def _merged(messages: Messages) -> Message:
-    """Several messages as one: the first, with the contents and the calls of all."""
+    """The messages as one: the fields of the first, with the contents and the tool calls of all."""
     merged = {**messages[0], "content": "\n\n".join(filter(None, (each["content"] for each in messages)))}
     calls = _calls(messages)
     return {**merged, "tool_calls": calls} if calls else merged
@@ -319,4 +321,4 @@ ADAPTATIONS = (
         _neighbours_merged,
     ),
 )
-"""In the order in which they are made; a probe has been through those before."""
+"""In the order in which they are applied. Each probe is first rewritten by the earlier adaptations that apply."""

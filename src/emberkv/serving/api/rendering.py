@@ -20,6 +20,7 @@ from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
+from emberkv.serving.api.validation import Json
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.parsing.formats import OutputFormat
 
@@ -27,7 +28,6 @@ FIELD = "cache_control"
 LIFETIMES = {"5m": 300.0, "1h": 3600.0}
 
 Request = TypeVar("Request", PromptRequest, ChatCompletionRequest)
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Responses that clients ask for again, or go on from, within bounds for each tenant."""
+"""Stored responses, which clients retrieve or continue by ``previous_response_id``, bounded for each tenant."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-Json = dict[str, Any]
+from emberkv.serving.api.validation import Json
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """response: as it was sent. conversation: its input items, those of the responses before it included, and its
-    output. input_items: how many of them are input. size: bytes of all, as JSON. stored: monotonic seconds.
+    """A response and the conversation up to its end.
+
+    response: the JSON that was sent. conversation: the input items, including those of earlier responses, followed by
+    the output items. input_items: how many of them are input. size: bytes of everything as JSON. stored: when, in
+    monotonic seconds.
     """
 
     response: Mapping[str, Any]
@@ -25,8 +28,8 @@ class StoredResponse:
 class ResponseStore:
     """The last responses of each tenant: at most ``most`` of them, of ``most_bytes`` together, for ``seconds``.
 
-    A response counts with its whole conversation, so that the bound holds although conversations share items. It may
-    be used from any thread. clock: monotonic seconds.
+    Each response counts with the size of its whole conversation, although conversations share items. Methods may be
+    called from any thread. clock: monotonic seconds.
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class ResponseStore:
         self._changing = Lock()
 
     def put(self, tenant: str, response_id: str, stored: StoredResponse) -> None:
-        """Keep a response, and drop those that were used longest ago where the bounds ask for it.
+        """Store a response, and evict the least recently used ones until the bounds hold.
 
-        A response that is larger than the bound is not kept, and drops no others.
+        A response that is larger than ``most_bytes`` is not stored and evicts nothing.
         """
         if stored.size > self._most_bytes:
             return
@@ -60,6 +63,7 @@ class ResponseStore:
                 size -= kept.popitem(last=False)[1].size
 
     def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        """The response, which becomes the most recently used one, or None if it is not stored."""
         with self._changing:
             kept = self._tenants.get(tenant, OrderedDict())
             self._expire(kept)
@@ -69,7 +73,7 @@ class ResponseStore:
             return found
 
     def delete(self, tenant: str, response_id: str) -> bool:
-        """Whether it was there."""
+        """Delete a response. Returns whether it was stored."""
         with self._changing:
             return self._tenants.get(tenant, OrderedDict()).pop(response_id, None) is not None
 

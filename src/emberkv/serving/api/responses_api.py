@@ -1,4 +1,4 @@
-"""The Responses API: its routes, and its responses, whole or as events."""
+"""The Responses API: its routes, and the encoding of responses, as one JSON object or as server-sent events."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.openai_api import prepare_chat
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.response_store import ResponseStore, StoredResponse
-from emberkv.serving.api.responses_schema import ResponsesRequest, sealed_thought
-from emberkv.serving.api.validation import parse_body
+from emberkv.serving.api.responses_schema import ResponsesRequest, signed_reasoning
+from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import NotFoundError, failure_mid_stream
@@ -36,13 +36,14 @@ from emberkv.serving.parsing.events import (
 )
 from emberkv.serving.tenancy import Tenant
 
-Json = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class PreparedResponse:
-    """chat: the chat request that asks for the same. conversation: the items of the prompt, with those of earlier
-    responses; size: their bytes as JSON, about. canonical, left_out: of its context.
+    """A checked and tokenized request.
+
+    chat: the equivalent chat completion request. conversation: the prompt's items, including those of earlier
+    responses; size: their approximate bytes as JSON. canonical: how often each canonical rule was applied. left_out:
+    how many parts of the request are not in the prompt, by type.
     """
 
     request: ResponsesRequest
@@ -57,7 +58,9 @@ class PreparedResponse:
 def prepare_response(
     body: bytes, model: ServedModel, rules: CanonicalRules | None, tenant: Tenant, store: ResponseStore
 ) -> PreparedResponse:
-    """Check, render and tokenize a request. Raises RequestError."""
+    """Check, render and tokenize a request. Raises RequestError for an invalid one, and for a ``previous_response_id``
+    that is not stored.
+    """
     request = parse_body(ResponsesRequest, body)
     request.check()
     earlier = _earlier(request, tenant, store)
@@ -86,7 +89,8 @@ def _earlier(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) ->
 def with_stored_items(items: Sequence[Json], tenant: str, store: ResponseStore) -> tuple[list[Json], int]:
     """The items, each ``item_reference`` replaced by the output item that it names, and the bytes of these as JSON.
 
-    Raises RequestError for an item that is not stored, or that is named twice, which would make a small request large.
+    Raises RequestError for a reference to an item that is not stored, and for two references to one item: without that
+    limit, a small request could have a prompt of any size.
     """
     whole: list[Json] = []
     named: set[str] = set()
@@ -107,7 +111,9 @@ def with_stored_items(items: Sequence[Json], tenant: str, store: ResponseStore) 
 
 
 def _stored_item(item_id: str, tenant: str, store: ResponseStore) -> Json | None:
-    """An item of a stored response's output; the items' ids are made of the response's, see `OutputItems`."""
+    """The output item with this id, or None if its response is not stored. Item ids contain the response's id, see
+    `OutputItems`.
+    """
     stored = store.get(tenant, f"resp_{''.join(item_id.split('_')[1:2])}")
     output = stored.response["output"] if stored else ()
     return next((item for item in output if item["id"] == item_id), None)
@@ -116,14 +122,16 @@ def _stored_item(item_id: str, tenant: str, store: ResponseStore) -> Json | None
 def responses_router(
     keys: ApiKeys, preparer: RequestPreparer, answers: AnswerService, store: ResponseStore, clock: Callable[[], float]
 ) -> APIRouter:
-    """The routes, open to requests with one of ``keys``. clock: the store's."""
+    """The routes under /v1/responses, for requests with one of ``keys``. clock: the store's, in monotonic seconds."""
     router = APIRouter(prefix="/v1/responses")
     guard = Depends(keys.tenant)
 
     def stored(tenant: Tenant, response_id: str) -> StoredResponse:
         found = store.get(tenant.name, response_id)
         if found is None:
-            raise NotFoundError(f"no response {response_id[:100]!r} is stored, or not any more", param="response_id")
+            raise NotFoundError(
+                f"no response {response_id[:100]!r} is stored; it may have expired", param="response_id"
+            )
         return found
 
     @router.post("")
@@ -172,7 +180,7 @@ def responses_router(
 
 
 class ResponsesWriter:
-    """Writes one answer in the API's wire form, whole or as events. keep: is given the response once it has ended."""
+    """Encodes one answer as the API's JSON, or as events. keep: called with the response's JSON when it has ended."""
 
     def __init__(
         self, response_id: str, created: int, prepared: PreparedResponse, salt: bytes, keep: Callable[[Json], None]
@@ -181,7 +189,7 @@ class ResponsesWriter:
         self._created = created
         self._prepared = prepared
         self._keep = keep
-        self._salt = salt if prepared.request.wants_sealed_thoughts else None
+        self._salt = salt if prepared.request.wants_encrypted_reasoning else None
         self._sequence = 0
 
     def whole(self, answers: list[WholeAnswer]) -> Json:
@@ -193,7 +201,7 @@ class ResponsesWriter:
         return self._ended(whole.answer, output)
 
     async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
-        """The whole sequence of events. A failure becomes the event ``response.failed``, which is then the last."""
+        """All events of the stream. A failure becomes a final ``response.failed`` event."""
         output = OutputItems(self._id, self._salt)
         (answer,) = stream.answers
         try:
@@ -206,14 +214,14 @@ class ResponsesWriter:
                 yield self._event(event)
             response = self._ended(answer, output)
             yield self._event({"type": f"response.{response['status']}", "response": response})
-        except Exception as error:  # noqa: BLE001 - the answer has begun: the client can only learn of it by an event
+        except Exception as error:  # noqa: BLE001 - the headers are sent: a failure can only be an event
             failure = failure_mid_stream(error)
             failed = {"code": failure.code or "server_error", "message": failure.message}
             response = {**self._response("failed", output.items), "error": failed}
             yield self._event({"type": "response.failed", "response": response})
 
     def ping(self, progress: PrefillProgress | None) -> bytes:
-        """The API's own event, once more, since clients that wait for events do not count comments."""
+        """Another ``response.in_progress`` event, as clients with an idle timeout do not count comments."""
         shown = {} if progress is None else {"prefill": asdict(progress)}
         in_progress = self._response("in_progress", [])
         return self._event({"type": "response.in_progress", "response": in_progress, **shown})
@@ -290,10 +298,10 @@ def events_of(message: ParsedMessage) -> Iterator[OutputEvent]:
 
 
 class OutputItems:
-    """An answer's output as items of the API, and the events that tell of them as they come.
+    """Builds an answer's output items, and the events that announce them as they are generated.
 
-    response_id: is part of the items' ids. salt: with one, thoughts have an ``encrypted_content``. items: those that
-    have begun; an item's text is in it once the item has ended.
+    response_id: part of the items' ids. salt: the tenant's; if given, reasoning items have ``encrypted_content``.
+    items: the items that have begun. An item gets its text when it ends.
     """
 
     def __init__(self, response_id: str, salt: bytes | None) -> None:
@@ -304,7 +312,7 @@ class OutputItems:
         self._is_open = False
 
     def of(self, events: Iterable[OutputEvent]) -> Iterator[Json]:
-        """What the next part of the answer adds."""
+        """The API's events for the next parsed events of the answer."""
         for event in events:
             match event:
                 case ReasoningText(text):
@@ -324,13 +332,13 @@ class OutputItems:
                     yield from self._end("completed" if is_complete else "incomplete")
 
     def rest(self, status: str) -> Iterator[Json]:
-        """The end of the last item; of an answer without any, an empty message."""
+        """The events that end the last item. An answer without items gets an empty message."""
         if not self.items:
             yield from self._within("message", "output_text")
         yield from self._end(status)
 
     def _within(self, kind: str, part: str) -> Iterator[Json]:
-        """Begin an item with one part, unless one of its kind has begun."""
+        """Begin an item of this kind with one content part, unless the open item is of this kind."""
         if self._is_open and self.items[-1]["type"] == kind:
             return
         yield from self._end("completed")
@@ -363,7 +371,7 @@ class OutputItems:
             case "reasoning":
                 item["content"] = [_part("reasoning_text", text)]
                 if self._salt is not None:
-                    item["encrypted_content"] = sealed_thought(text, self._salt)
+                    item["encrypted_content"] = signed_reasoning(text, self._salt)
                 yield self._placed("response.reasoning_text.done", content_index=0, text=text)
                 yield self._placed("response.content_part.done", content_index=0, part=item["content"][0])
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": {**item}}

@@ -1,4 +1,4 @@
-"""Requests of the Responses API, and the chat requests that they amount to."""
+"""Requests of the Responses API, and the equivalent chat completion requests."""
 
 import hmac
 from base64 import b64decode, b64encode
@@ -10,46 +10,48 @@ from pydantic import BaseModel, Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import count_left_out, placeholder
-from emberkv.serving.api.validation import RequestBody
+from emberkv.serving.api.validation import Json, RequestBody
 from emberkv.serving.event_stream import compact_json
-
-Json = dict[str, Any]
 
 _UNSUPPORTED = (
     "background", "conversation", "function_call", "functions", "logprobs", "max_tool_calls", "prompt", "top_logprobs",
 )  # fmt: skip
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 _WITHOUT_EFFECT = ("client_metadata",)
-"""Beside what chats take without an effect. Other unknown fields are counted as left out where the chat is checked."""
+"""Fields that are accepted and ignored, in addition to those that chat completions ignore. Other unknown fields are
+counted as left out when the chat request is checked.
+"""
 
 _ROLES = ("user", "system", "developer", "assistant")
 _DIGEST_BYTES = 16
 
 
-def sealed_thought(text: str, salt: bytes) -> str:
-    """A thought as ``encrypted_content``, in which clients that keep no thoughts carry it back. It is signed with the
-    tenant's salt, and not encrypted: it is the client's own conversation.
+def signed_reasoning(text: str, salt: bytes) -> str:
+    """Reasoning text as ``encrypted_content``: base64 of an HMAC with the tenant's salt, and of the text.
 
-    >>> opened_thought(sealed_thought("Two lamps.", b"salt"), b"salt")
+    Clients that do not keep reasoning text send this field back in the next request. The text is signed and not
+    encrypted, as it belongs to the client's own conversation.
+
+    >>> verified_reasoning(signed_reasoning("Two lamps.", b"salt"), b"salt")
     'Two lamps.'
     """
     content = text.encode(errors="replace")
-    return b64encode(_thought_digest(content, salt) + content).decode()
+    return b64encode(_reasoning_digest(content, salt) + content).decode()
 
 
-def opened_thought(sealed: str, salt: bytes) -> str | None:
-    """The thought in ``encrypted_content``; None where this server did not write it for this tenant."""
+def verified_reasoning(signed: str, salt: bytes) -> str | None:
+    """The reasoning text in ``encrypted_content``, or None if the signature is not that of the tenant's salt."""
     try:
-        data = b64decode(sealed, validate=True)
+        data = b64decode(signed, validate=True)
     except ValueError:
         return None
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    if not hmac.compare_digest(digest, _thought_digest(content, salt)):
+    if not hmac.compare_digest(digest, _reasoning_digest(content, salt)):
         return None
     return content.decode(errors="replace")
 
 
-def _thought_digest(content: bytes, salt: bytes) -> bytes:
+def _reasoning_digest(content: bytes, salt: bytes) -> bytes:
     return hmac.digest(b"emberkv-thought-2" + salt, content, "sha256")[:_DIGEST_BYTES]
 
 
@@ -64,7 +66,7 @@ class TextOptions(BaseModel):
 
 
 class ResponsesRequest(RequestBody):
-    """The body of POST /v1/responses. Items are checked as they become messages."""
+    """The body of POST /v1/responses. `chat_body` checks the items of ``input`` and ``tools``."""
 
     model: str
     input: str | list[dict[str, Any]]
@@ -85,7 +87,7 @@ class ResponsesRequest(RequestBody):
     truncation: str | None = None
 
     @property
-    def wants_sealed_thoughts(self) -> bool:
+    def wants_encrypted_reasoning(self) -> bool:
         return "reasoning.encrypted_content" in (self.include or ())
 
     def check(self) -> None:
@@ -108,9 +110,10 @@ class ResponsesRequest(RequestBody):
         return self.input
 
     def chat_body(self, items: Sequence[Json], salt: bytes, left_out: Counter[str]) -> bytes:
-        """The chat request that asks for the same, with ``items`` as its conversation. left_out: is added to.
+        """The body of the equivalent chat completion request, as JSON, with ``items`` as its messages.
 
-        Raises RequestError naming the item at fault.
+        salt: the tenant's, by which signed reasoning is verified. left_out: counts what has no place in a chat, by
+        type; this call adds to it. Raises RequestError naming the invalid item.
         """
         messages = ChatMessages(salt, left_out)
         if self.instructions:
@@ -142,9 +145,10 @@ class ResponsesRequest(RequestBody):
 
 
 class ChatMessages:
-    """Items of a response's input and output as the messages of a chat.
+    """Converts items of a response's input and output to chat messages.
 
-    The items of one answer (thoughts, text and calls) are one message. left_out: counts what has no place in a chat.
+    Consecutive items of one answer (reasoning, text and calls) become one assistant message. left_out: counts what has
+    no place in a chat, by type.
     """
 
     def __init__(self, salt: bytes, left_out: Counter[str]) -> None:
@@ -153,7 +157,7 @@ class ChatMessages:
         self._left_out = left_out
 
     def add(self, item: Mapping[str, Any], place: str) -> None:
-        """Raises RequestError for an item that cannot be understood."""
+        """Add an item. place: of the item in the request, for errors. Raises RequestError for an invalid item."""
         kind = item.get("type") or "message"
         match kind:
             case "message":
@@ -198,7 +202,9 @@ class ChatMessages:
         self._answer(()).setdefault("tool_calls", []).append(call)
 
     def _answer(self, ended_by: Iterable[str]) -> Json:
-        """The message of the answer that the last items belong to; a new one if it has one of ``ended_by``."""
+        """The assistant message to add to: the last message, or a new one if that has one of the fields ``ended_by``
+        or is not an assistant's.
+        """
         last = self.messages[-1] if self.messages else {}
         if last.get("role") != "assistant" or any(last.get(name) for name in ended_by):
             last = {"role": "assistant", "content": ""}
@@ -208,11 +214,11 @@ class ChatMessages:
     def _thought(self, item: Mapping[str, Any], place: str) -> str:
         name = "content" if item.get("content") else "summary"
         text = self._text(item.get(name), f"{place}.{name}")
-        sealed = item.get("encrypted_content")
-        opened = opened_thought(sealed, self._salt) if isinstance(sealed, str) else None
-        if opened is None and not text:
+        signed = item.get("encrypted_content")
+        verified = verified_reasoning(signed, self._salt) if isinstance(signed, str) else None
+        if verified is None and not text:
             count_left_out(self._left_out, "reasoning")
-        return text if opened is None else opened
+        return text if verified is None else verified
 
     def _text(self, content: object, place: str) -> str:
         if content is None or isinstance(content, str):
@@ -242,7 +248,7 @@ def _call_id(item: Mapping[str, Any], place: str) -> str:
 
 
 def _chat_tool(tool: Mapping[str, Any], left_out: Counter[str]) -> Json | None:
-    """A tool as chats have it; None for one that this server cannot offer to the model, which is counted."""
+    """A tool in the form of chat completions. A tool that is not a function is counted in left_out; then None."""
     if tool.get("type") != "function":
         count_left_out(left_out, f"tool-{tool.get('type')}")
         return None

@@ -1,4 +1,4 @@
-"""The fields of requests that ask for structured output, as constraints of the answer."""
+"""The request fields for structured output, converted to constraints of the answer."""
 
 import json
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from emberkv.errors import RequestError, reason_of
 from emberkv.validation import shown
 
 STRUCTURED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
-"""vLLM's fields, which stand beside ``response_format`` in a request's body."""
+"""vLLM's request fields for structured output, which are accepted as alternatives to ``response_format``."""
 
 _FORMATS = ("json", "regex", "choice", "grammar", "json_object")
 _HARMLESS = frozenset({"disable_any_whitespace", "disable_additional_properties", "disable_fallback"})
 
 
 def constraint_of_response_format(given: object, param: str = "response_format") -> Constraint | None:
-    """What OpenAI's ``response_format``, the Responses API's ``text.format`` or Anthropic's ``output_config.format``
-    asks for, which can be compiled; None for text.
+    """The checked constraint for OpenAI's ``response_format``, the Responses API's ``text.format`` or Anthropic's
+    ``output_config.format``; None for plain text.
 
-    The schema is ``json_schema.schema``, or stands beside ``type``. It is always enforced, ``strict`` or not.
+    The schema is read from ``json_schema.schema`` or from ``schema``. It is enforced whether or not ``strict`` is set.
 
     Raises RequestError for another type, and for a schema that cannot be compiled.
     """
@@ -49,11 +49,12 @@ def constraint_of_response_format(given: object, param: str = "response_format")
 
 
 def constraint_of_body(body: Mapping[str, Any]) -> Constraint | None:
-    """What ``response_format`` or vLLM's fields of a request ask for, which can be compiled; None for none of them.
+    """The checked constraint for ``response_format`` or one of `STRUCTURED_FIELDS`; None if the request has none.
 
-    body: the fields of the request, by name.
+    body: the request's fields by name.
 
-    Raises RequestError for more than one of them, for what is not supported, and for what cannot be compiled.
+    Raises RequestError for more than one of these fields, for an unsupported value, and for a constraint that cannot
+    be compiled.
     """
     found = {"response_format": constraint_of_response_format(body.get("response_format"))}
     for name in STRUCTURED_FIELDS:
@@ -102,12 +103,12 @@ def _vllm_constraint(name: str, value: object, param: str) -> Constraint:
         return check_constraint(Constraint("regex", value), param)
     try:
         lark = any_to_lark(value)
-    except Exception as error:  # whatever that converter meets in a client's text
+    except Exception as error:  # the converter raises various errors for invalid text
         raise RequestError(f"{param} is neither Lark nor GBNF: {reason_of(error)}", param=param) from error
     return check_constraint(Constraint("lark", lark), param)
 
 
 def _json_schema(schema: object, param: str) -> Constraint:
-    """schema: as an object, or as its JSON text."""
+    """schema: an object, or its JSON text."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
     return check_constraint(Constraint("json_schema", text), param)

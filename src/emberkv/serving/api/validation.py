@@ -2,12 +2,15 @@
 
 import reprlib
 from codecs import BOM_UTF8
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from emberkv.errors import RequestError
+
+Json = dict[str, Any]
+"""A JSON object, decoded."""
 
 
 def _as_integer(value: object) -> object:
@@ -19,7 +22,9 @@ Integer = Annotated[int, BeforeValidator(_as_integer)]
 
 
 class RequestBody(BaseModel):
-    """Base of all request bodies. Types are exact: "12" is no number. Unknown fields are kept apart."""
+    """Base of all request bodies. Types are strict: "12" is not accepted as a number. Unknown fields are in
+    ``model_extra``.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -61,7 +66,10 @@ def _describe(problem: ErrorDetails) -> str:
 
 
 def plain_text(content: object, place: str) -> str:
-    """A message's content as one string: a string, or a list of text parts joined by line breaks."""
+    """A message's content as one string: a string, or a list of text parts joined by line breaks.
+
+    Raises RequestError naming ``place`` for anything else.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
