@@ -273,7 +273,7 @@ def test_the_routes_of_the_cache_reach_all_workers_and_one_that_is_away_later(cl
         assert {each["worker"]: each["status"] for each in removed.json()["workers"]} == {"a": "done", "b": "later"}
         assert removed.json()["blocks"]["pool"] > 0
         cluster.start_worker("b", "--cache-dir", str(cluster.folder / "b-cache"))
-        eventually(lambda: "has made up for a removal" in gateway.log.read_text())
+        eventually(lambda: "has repeated the removals" in gateway.log.read_text())
         question = {"openai": COMPLETION}
         for name in "ab":
             found = httpx.post(f"{cluster.workers[name].url}/v1/cache/explain", json=question, timeout=DEADLINE)

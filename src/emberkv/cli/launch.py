@@ -1,4 +1,4 @@
-"""``emberkv launch``: start a coding agent that uses a running server, or show with which settings it would start."""
+"""``emberkv launch``: start a coding agent with a running server as its model, or print the settings for that."""
 
 import json
 import os
@@ -19,17 +19,21 @@ from emberkv.cli.command import connection, error_console
 from emberkv.errors import ConfigError, EmberError
 
 NO_KEY = "none"
-"""What clients that insist on an API key send to a server that needs none."""
+"""The API key for clients that require one, when the server does not."""
 
 LARGEST_ANSWER = 32_000
 ANSWER_SHARE = 8
-"""A client is to leave at most one token of this many of the context for an answer. Clients compact a conversation when
-what is left is less than the longest answer, and their own first prompt has some 20,000 tokens."""
+"""The context divided by this is the longest answer that a client is configured for. Clients compact a conversation
+when less than the longest answer is left, and their first prompt has about 20,000 tokens.
+"""
 
 POLL_SECONDS = 0.5
+"""Seconds between two requests to a server that is loading its model."""
 
 
 class Client(Enum):
+    """The supported coding agents."""
+
     CLAUDE = "claude"
     CODEX = "codex"
     OPENCODE = "opencode"
@@ -42,7 +46,7 @@ PACKAGES = {
     Client.OPENCODE: "opencode-ai",
     Client.QWEN: "@qwen-code/qwen-code",
 }
-"""The npm package that installs each client. A client's name is that of its program, too."""
+"""The npm package of each client. A client's program has the client's name."""
 
 
 class LaunchError(EmberError):
@@ -50,7 +54,7 @@ class LaunchError(EmberError):
 
 
 class _Card(BaseModel):
-    """A model of ``/v1/models``. max_model_len: tokens of its context."""
+    """A model card of ``/v1/models``. max_model_len: tokens of the model's context."""
 
     id: str
     max_model_len: int
@@ -73,9 +77,9 @@ Shape = TypeVar("Shape", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server that a client is to use.
+    """The server and the model that a client is configured for.
 
-    url: without ``/v1``. context_length: of the model, in tokens. key: an API key, where the server needs one.
+    url: without ``/v1``. context_length: of the model, in tokens. key: an API key; None if the server needs none.
     """
 
     url: str
@@ -85,25 +89,26 @@ class Target:
 
     @property
     def max_answer_tokens(self) -> int:
+        """The longest answer that the client is configured for, in tokens."""
         return min(LARGEST_ANSWER, self.context_length // ANSWER_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """A client's program with the arguments and the environment variables that make it use a server."""
+    """A client's program, with the arguments and environment variables that configure it for a server."""
 
     program: str
     arguments: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def as_shell(self) -> str:
-        """Lines for a POSIX shell that start the client in the same way."""
+        """The equivalent lines of a POSIX shell."""
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.variables.items()]
         return "\n".join([*lines, shlex.join([self.program, *self.arguments])])
 
 
 def invocation(client: Client, target: Target, arguments: Sequence[str] = ()) -> Invocation:
-    """How to start the client against the target; ``arguments`` are the user's own and come last."""
+    """The invocation of the client for the target. arguments: the user's own, which come last."""
     own, variables = {
         Client.CLAUDE: _claude,
         Client.CODEX: _codex,
@@ -117,7 +122,7 @@ def _claude(target: Target) -> tuple[list[str], dict[str, str]]:
     return [], {
         "ANTHROPIC_BASE_URL": target.url,
         "ANTHROPIC_AUTH_TOKEN": target.key or NO_KEY,
-        "ANTHROPIC_API_KEY": "",  # a key of the user's for Anthropic would be sent to this server
+        "ANTHROPIC_API_KEY": "",  # otherwise, the user's key for Anthropic would be sent to this server
         "ANTHROPIC_MODEL": target.model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": target.model,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": target.model,
@@ -192,9 +197,9 @@ def launch(
         bool, typer.Option("--print", help="Print the variables, with the key, and the command; start nothing.")
     ] = False,
 ) -> None:
-    """Start a coding agent on a running server: its variables are set for this run, and no file of it is changed.
+    """Start a coding agent with a running server. It is configured for this run alone: none of its files is changed.
 
-    Exits as the agent does, or with 2 when the server cannot be reached.
+    The exit status is the agent's, or 2 when the server cannot be reached.
     """
     own = list(arguments or ())
     if model is not None and model.startswith("-"):  # launch claude -- -p "..." names no model
@@ -216,14 +221,15 @@ def launch(
 
 
 def find_target(http: httpx.Client, model: str | None, key: str | None, wait: float) -> Target:
-    """The model to use, as the server knows it; without a name, the first that it lists.
+    """The target for a model's name, or for the first model that the server lists if ``model`` is None.
 
-    wait: seconds in which a server that is still loading its model must become ready.
-    Raises LaunchError where the server does not answer, and ConfigError where it has no such model.
+    wait: seconds to wait for a server that is loading its model.
+
+    Raises LaunchError if the server does not answer, and ConfigError if it has no such model.
     """
     listed = _ask(http, "/v1/models", key, wait, _Models).data
     card = next((each for each in listed if model in (None, each.id)), None)
-    if card is None:  # a name that is answered without being listed
+    if card is None:  # the server may accept names that it does not list
         card = _ask(http, f"/v1/models/{quote(str(model))}", key, wait, _Card)
     return Target(str(http.base_url).rstrip("/"), card.id, card.max_model_len, key)
 
@@ -250,7 +256,7 @@ def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: typ
 
 
 def _message(response: httpx.Response) -> str:
-    """What an error says, as far as it is an emberkv server's."""
+    """The message of an emberkv server's error, or the beginning of any other response."""
     try:
         return _Refusal.model_validate_json(response.content).error.message
     except ValidationError:

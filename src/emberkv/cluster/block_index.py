@@ -1,17 +1,17 @@
-"""Which replica has which blocks, in its pool and in the tiers below it, as its events tell.
+"""An index of the blocks that each replica has, in its pool and in the tiers below it, built from its events.
 
-The index is a hash table in a numpy array. A row is a block: the first 8 bytes of its hash, and one word of 64 bits
-for each tier and each 64 replicas, a bit for every replica that has it. That is 16 bytes a row while there are at most
-64 replicas and no lower tier, and at most 0.6 of the rows are in use. Two blocks with the same first 8 bytes would be
-taken for one, which happens once in millions of times 10 million blocks, and costs no more than a request that is
-routed to a replica without its prefix.
+The index is a hash table in numpy arrays. A row is a block: the first 8 bytes of its hash, and one 64-bit word for each
+tier and each 64 replicas, with a bit for every replica that has the block. A row takes 16 bytes while there are at most
+64 replicas and no lower tier, and at most 0.6 of the rows are in use. Two blocks with the same first 8 bytes are taken
+for one. That is rare (one index in millions, at 10 million blocks), and then a request may be routed to a replica
+without its prefix.
 
-Blocks may be evicted in any order: a hit ends at the first block that is missing. A chain of at most ``WHOLE`` blocks
+Blocks may be evicted in any order, and a hit ends at the first missing block. A chain of at most ``WHOLE`` blocks
 is looked up block by block. A longer one is sampled: every ``STRIDE``-th block is looked up, and then each block
-between two samples that different replicas have. Where the same replicas have both samples, they are taken to have the
-blocks between them. So a gap of ``STRIDE`` blocks or more is always found, and so is one that lies beside the end of
-any replica's hit; a shorter one may be overlooked. The replica that gets the request then computes the missing block,
-and with that the gap is closed.
+between two samples that are held by different replicas. If the same replicas hold both samples, they are assumed to
+hold the blocks between them. So a gap of ``STRIDE`` blocks or more is always found, and so is a gap next to the end of
+any replica's hit, but a shorter gap may be missed. The replica that gets the request then computes the missing blocks,
+which closes the gap.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,15 +24,17 @@ from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStore
 from emberkv.core.hashing import BlockHash
 
 SHARED = "shared"
-"""The name of the tier that all replicas read: what one of them stored there, all have."""
+"""The name of the tier that all replicas share: a block that one of them stored there is held by all."""
 
 TIERS = (POOL, "ram", "disk", SHARED)
-"""Fastest first; tiers of other names come behind these, in the order in which they are heard of."""
+"""Fastest first. Tiers with other names follow these, in the order in which they first appear."""
 
-WORD = 64  # replicas in one word of a row
-AT_ONCE = 96  # from so many blocks on, numpy looks them up
+WORD = 64
+"""Replicas in one word of a row."""
+AT_ONCE = 96
+"""The number of blocks from which numpy is faster than a loop."""
 WHOLE = 512
-"""Longer chains are sampled."""
+"""The largest number of blocks in a chain that is not sampled."""
 STRIDE = 16
 """Blocks from one sample of a long chain to the next."""
 
@@ -40,9 +42,9 @@ WORDS_OF_A_HASH = 4
 
 
 class BlockIndex:
-    """The blocks of many replicas, which are known by their slots.
+    """The blocks of many replicas, which are identified by their slots.
 
-    probes: rows looked up by `matches` so far, collisions left aside.
+    probes: the number of blocks that `matches` has looked up.
 
     >>> index = BlockIndex()
     >>> first, second = bytes(32), bytes([1] * 32)
@@ -60,16 +62,16 @@ class BlockIndex:
         self._table = BlockTable(words=1)
 
     def __len__(self) -> int:
-        """Different blocks known."""
+        """The number of distinct blocks."""
         return len(self._table)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the table."""
+        """Size of the table in bytes."""
         return self._table.nbytes
 
     def apply(self, replica: int, event: Event) -> None:
-        """Take in one event of a replica, in order."""
+        """Apply one event of a replica. A replica's events must be applied in order."""
         match event:
             case BlockStored():
                 self.add(replica, event.block_hashes, event.tier)
@@ -79,7 +81,7 @@ class BlockIndex:
                 self._table.clear(*self._place(replica, event.tier))
 
     def add(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
-        """The replica has these blocks. To add a block again changes nothing."""
+        """Record that the replica has these blocks. Adding a block twice has no effect."""
         word, bit = self._place(replica, tier)
         if len(block_hashes) < AT_ONCE:
             self._table.add(_tags(block_hashes), word, bit)
@@ -87,19 +89,19 @@ class BlockIndex:
             self._table.add_many(_tag_array(block_hashes), word, bit)
 
     def remove(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
-        """The replica has these blocks no longer. To remove one that it has not changes nothing."""
+        """Record that the replica no longer has these blocks. Removing an unknown block has no effect."""
         self._table.remove(_tags(block_hashes), *self._place(replica, tier))
 
     def forget(self, replica: int) -> None:
-        """Nothing of the replica is left in tiers of its own. Goes over the whole table."""
+        """Remove all blocks of the replica except those in the shared tier. Takes time linear in the table's size."""
         for tier in self._tiers:
             if tier != SHARED:
                 self._table.clear(*self._place(replica, tier))
 
     def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
-        """For each replica of the first ``replicas`` slots, how many leading blocks it has, by tier.
+        """For each of the first ``replicas`` slots, the number of leading blocks that the replica has, by tier.
 
-        A block counts for the fastest tier that has it, and blocks count up to the first that no tier has.
+        A block counts for the fastest tier that holds it. Counting stops at the first block that no tier holds.
         """
         runs = _Runs(self._tiers, replicas)
         for count, words in self._look_up(block_hashes):
@@ -108,7 +110,7 @@ class BlockIndex:
         return runs.ended()
 
     def _holders(self, words: Sequence[int], everyone: int) -> list[int]:
-        """Of one block, for each tier, the replicas that have it as the bits of one integer."""
+        """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row."""
         holders = dict.fromkeys(self._tiers, 0)
         for (tier, group), number in self._words.items():
             holders[tier] |= words[number] << (WORD * group)
@@ -117,7 +119,7 @@ class BlockIndex:
         return list(holders.values())
 
     def _look_up(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
-        """How many consecutive blocks have the same words, and these."""
+        """Runs of consecutive blocks with the same words: each run's length, and the words."""
         if len(block_hashes) < AT_ONCE:
             for tag in _tags(block_hashes):
                 self.probes += 1
@@ -131,7 +133,9 @@ class BlockIndex:
             yield stop - start, each
 
     def _sampled(self, block_hashes: Sequence[BlockHash]) -> tuple[NDArray[np.intp], Rows]:
-        """Depths in order, and the words of the blocks there; between two, there is no change that shows in them."""
+        """Depths in ascending order, and the words of the blocks there, uint64 ``[depths, words]``. The blocks between
+        two depths are taken to have the words of the first.
+        """
         blocks = len(block_hashes)
         if blocks <= WHOLE:
             return np.arange(blocks), self._gather(block_hashes)
@@ -155,7 +159,7 @@ class BlockIndex:
         return self._table.gather(_tag_array(block_hashes))
 
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
-        """Word and bit of a replica in a tier; a word is added where none is free."""
+        """The word's number and the bit of a replica in a tier. A word is added if there is none for the replica."""
         group, number = divmod(0 if tier == SHARED else replica, WORD)
         word = self._words.get((tier, group))
         if word is None:
@@ -167,7 +171,7 @@ class BlockIndex:
 
 
 class _Runs:
-    """Counts the leading blocks of each replica by tier, from groups of blocks that the same replicas have."""
+    """Counts each replica's leading blocks by tier, from runs of blocks that are held by the same replicas."""
 
     def __init__(self, tiers: Sequence[str], replicas: int) -> None:
         self.everyone = (1 << replicas) - 1
@@ -179,7 +183,10 @@ class _Runs:
         self._depth = 0
 
     def take(self, count: int, holders: Sequence[int]) -> int:
-        """The next ``count`` blocks, with their holders by tier; 0 where no replica has them."""
+        """Add the next ``count`` blocks. holders: for each tier, the replicas that have them, as bits.
+
+        Returns the replicas that have all blocks so far, as bits; 0 if there are none.
+        """
         left = self._going
         for tier, having in enumerate(holders):
             now = left & having
@@ -191,13 +198,13 @@ class _Runs:
         return self._going
 
     def ended(self) -> list[dict[str, int]]:
-        """The counts, after the last blocks."""
+        """The counts of each replica by tier, after the last call of `take`."""
         for tier in range(len(self._tiers)):
             self._change(tier, 0)
         return self._counts
 
     def _change(self, tier: int, now: int) -> None:
-        """From here on, the tier serves other replicas."""
+        """End and begin runs at the current depth. now: the replicas whose next blocks are in the tier, as bits."""
         before, name, began = self._served[tier], self._tiers[tier], self._began[tier]
         for replica in _bits(before & ~now):
             counts = self._counts[replica]
@@ -208,6 +215,7 @@ class _Runs:
 
 
 def _bits(bits: int) -> Iterable[int]:
+    """The positions of the set bits, lowest first."""
     while bits:
         lowest = bits & -bits
         yield lowest.bit_length() - 1
@@ -215,10 +223,10 @@ def _bits(bits: int) -> Iterable[int]:
 
 
 def _tags(block_hashes: Sequence[BlockHash]) -> list[int]:
-    """The first 8 bytes of each hash as a number; never 0, which marks a free row."""
+    """The first 8 bytes of each hash as an integer; 1 instead of 0, which marks a free row."""
     return [tag or 1 for tag in memoryview(b"".join(block_hashes)).cast("Q")[::WORDS_OF_A_HASH].tolist()]
 
 
 def _tag_array(block_hashes: Sequence[BlockHash]) -> Rows:
-    """As `_tags`, as an array."""
+    """`_tags` as an array, uint64 ``[blocks]``."""
     return np.maximum(np.frombuffer(b"".join(block_hashes), np.uint64)[::WORDS_OF_A_HASH], ONE)

@@ -1,12 +1,11 @@
-"""A hash table from blocks to bits, which grows a piece at a time.
+"""A hash table from blocks to bits, which is resized incrementally.
 
-Open addressing with linear probing. A block is known by its tag, 8 bytes of its hash; 0 marks a free row. The tags and
-each word of bits are arrays of their own, so that another word costs no copying.
+It uses open addressing with linear probing. A block is identified by its tag, 8 bytes of its hash; the tag 0 marks a
+free row. The tags and each word of bits are separate arrays, so adding a word copies nothing.
 
-To grow, the table allocates its next rows, and each time that blocks are added, some of the present rows are moved
-there, in order of their positions, so that no call waits for all of them. A move ends at a free row. So the blocks that
-hash to the rows moved so far are in the next rows, and all others are still in the present ones: each block has one
-place where to look for it.
+To grow, the table allocates new rows. Each call that adds blocks moves some of the old rows to them, in order of their
+positions, so no call waits for the whole move. A move ends at a free row. So the blocks that hash to the rows moved so
+far are in the new rows, and all others are in the old ones: each block has exactly one place.
 """
 
 import mmap
@@ -17,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLICE = 128
-"""Blocks that are added before some rows are moved; the first rows are eight times as many."""
+"""The number of added blocks after which some rows are moved. The table begins with eight times as many rows."""
 MOVED_ROWS = 16
-"""Rows moved for each block that is added: all are moved long before the next rows are full."""
+"""Rows moved for each added block, so that the move ends long before the new rows are full."""
 PAGE_ROWS = mmap.PAGESIZE // 8
+"""Rows in one page of memory."""
 SWEPT_ROWS = 1 << 16
+"""Rows that `BlockTable.clear` processes at once."""
 WINDOW = np.arange(8)
-"""Rows that are compared at once; their tags are 64 bytes."""
+"""Offsets of the rows that are compared at once. Their tags fill a cache line of 64 bytes."""
 
 Rows = NDArray[np.uint64]
 Positions = NDArray[np.intp]
@@ -31,7 +32,10 @@ ONE = np.uint64(1)
 
 
 class _Rows:
-    """Rows of one size. words: arrays of bits, of which a free row has none."""
+    """A fixed number of rows, a power of 2.
+
+    tags: uint64 ``[rows]``. words: arrays of bits, each uint64 ``[rows]``; a free row has no bits.
+    """
 
     def __init__(self, rows: int, words: int) -> None:
         self.used = 0  # rows with a tag
@@ -52,7 +56,7 @@ class _Rows:
         self.word_cells.append(self.words[-1].data)
 
     def _array(self, rows: int) -> Rows:
-        """Zeros in memory that comes in small pages, as they are written: to be given a large one can take 20 ms."""
+        """Zeros, uint64 ``[rows]``, in small pages that are mapped when written. Mapping a huge page can take 20 ms."""
         memory = mmap.mmap(-1, 8 * rows, flags=mmap.MAP_PRIVATE)
         if sys.platform == "linux":
             memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -60,13 +64,15 @@ class _Rows:
         return np.frombuffer(memory, np.uint64)
 
     def release(self, begin: int, end: int) -> None:
-        """Give back the memory of free rows, all of which would take long at once. Both are multiples of a page."""
+        """Return the memory of the free rows ``[begin, end)``, both multiples of `PAGE_ROWS`, to the system. Returning
+        all of it at once would take long.
+        """
         if sys.platform == "linux" and begin < end:
             for memory in self._memory:
                 memory.madvise(mmap.MADV_DONTNEED, 8 * begin, 8 * (end - begin))
 
     def find(self, tag: int) -> int:
-        """The row with this tag, or ``~row`` of the free row where it would go."""
+        """The row with this tag, or ``~row`` of the free row where it would be inserted."""
         cells, mask = self.tag_cells, self.mask
         at = tag & mask
         while (found := cells[at]) != tag:
@@ -76,11 +82,11 @@ class _Rows:
         return at
 
     def homes(self, tags: Rows) -> Positions:
-        """The rows where tags are looked for first."""
+        """The rows at which the search for tags begins."""
         return (tags & np.uint64(self.mask)).view(np.intp)
 
     def find_many(self, tags: Rows) -> Positions:
-        """For each tag the row with it, or the free row where it would go."""
+        """For each tag, the row with it, or the free row where it would be inserted."""
         at = self.homes(tags)
         there = self.tags[at]
         wanted = np.flatnonzero((there != tags) & (there != 0))
@@ -95,7 +101,7 @@ class _Rows:
         return at
 
     def first_free(self, at: int = 0) -> int:
-        """The first free row from this one on, modulo the number of rows."""
+        """The first free row from ``at`` on. The result may exceed the number of rows; then it wraps around."""
         while self.tag_cells[at & self.mask]:
             at += 1
         return at
@@ -105,9 +111,10 @@ class _Rows:
         self.used += 1
 
     def insert_many(self, tags: Rows, positions: Positions) -> Positions:
-        """Take in tags that differ and are not there yet; returns their rows.
+        """Insert distinct tags that are not in the rows yet, and return their rows.
 
-        positions: for each tag its home, or the free row that `find_many` found; changed into what is returned.
+        positions: for each tag its home, or the free row that `find_many` returned. The array is overwritten with the
+        result.
         """
         wanted = np.arange(len(tags))
         while len(wanted):
@@ -124,14 +131,14 @@ class _Rows:
         return not any(cells[at] for cells in self.word_cells)
 
     def dead(self, at: slice | Positions) -> NDArray[np.bool_]:
-        """As `is_dead`, of several rows."""
+        """`is_dead` for several rows."""
         dead: NDArray[np.bool_] = self.words[0][at] == 0
         for words in self.words[1:]:
             dead &= words[at] == 0
         return dead
 
     def delete(self, at: int) -> None:
-        """Free a row, and move those behind it that are then found no longer."""
+        """Free a row, and move later rows of its probe sequence back so that they are still found."""
         tags, mask = self.tag_cells, self.mask
         after = at
         while tag := tags[(after := (after + 1) & mask)]:
@@ -147,9 +154,9 @@ class _Rows:
 
 
 class BlockTable:
-    """Bits of blocks, in words of 64; a block without any bit is not in the table.
+    """The bits of blocks, in 64-bit words. A block without any bit is not in the table.
 
-    words: words of each block. slice_blocks: how many blocks are added before some rows are moved.
+    words: the number of words of each block. slice_blocks: the number of added blocks after which some rows are moved.
 
     >>> table = BlockTable(words=1)
     >>> table.add([7, 8], 0, 0b10)
@@ -161,35 +168,36 @@ class BlockTable:
         self._words = words
         self._slice = slice_blocks
         self._rows = _Rows(8 * slice_blocks, words)
-        self._next: _Rows | None = None  # while rows are being moved
+        self._next: _Rows | None = None  # the new rows, during a move
         self._start = 0  # a row that was free when moving began; rows are moved from there on
         self._moved = 0  # rows that were moved
         self._owed = 0  # rows to move at the next step
         self._dead = 0  # rows with a tag and without bits; moving leaves them behind
 
     def __len__(self) -> int:
-        """Blocks with a bit."""
+        """The number of blocks with at least one bit."""
         return self._used - self._dead
 
     @property
     def nbytes(self) -> int:
+        """Size of all rows in bytes."""
         return sum(each.nbytes for rows in self._all_rows() for each in (rows.tags, *rows.words))
 
     def add_word(self) -> int:
-        """Give each block another word of bits; returns its number."""
+        """Add a word to each block, and return the word's number."""
         for rows in self._all_rows():
             rows.add_word()
         self._words += 1
         return self._words - 1
 
     def words(self, tag: int) -> list[int]:
-        """The bits of a block."""
+        """The words of a block."""
         rows = self._rows_of(tag)
         at = rows.find(tag)
         return [0] * self._words if at < 0 else [cells[at] for cells in rows.word_cells]
 
     def gather(self, tags: Rows) -> Rows:
-        """The bits of many blocks, as an array of shape (blocks, words)."""
+        """The words of many blocks, uint64 ``[blocks, words]``. tags: uint64 ``[blocks]``."""
         found = np.empty((len(tags), self._words), np.uint64)
         for rows, chosen in self._split(tags):
             at = rows.find_many(tags[chosen])
@@ -198,7 +206,7 @@ class BlockTable:
         return found
 
     def add(self, tags: Sequence[int], word: int, bit: int) -> None:
-        """Set a bit of blocks, one after the other."""
+        """Set a bit of blocks. word: the word's number. bit: an integer with that bit set."""
         for begin in range(0, len(tags), self._slice):
             added = tags[begin : begin + self._slice]
             self._move_some(len(added))
@@ -215,7 +223,7 @@ class BlockTable:
                 rows.word_cells[word][at] |= bit
 
     def add_many(self, tags: Rows, word: int, bit: int) -> None:
-        """As `add`, faster for many."""
+        """`add` for many blocks, vectorized. tags: uint64 ``[blocks]``."""
         for begin in range(0, len(tags), self._slice):
             added = np.sort(tags[begin : begin + self._slice])
             added = added[np.append(True, added[1:] != added[:-1])]
@@ -230,7 +238,7 @@ class BlockTable:
                 rows.words[word][at] |= np.uint64(bit)
 
     def remove(self, tags: Sequence[int], word: int, bit: int) -> None:
-        """Clear a bit of blocks, where it is set."""
+        """Clear a bit of blocks, if it is set."""
         for tag in tags:
             rows = self._rows_of(tag)
             at = rows.find(tag)
@@ -240,7 +248,7 @@ class BlockTable:
                     rows.delete(at)
 
     def clear(self, word: int, bit: int) -> None:
-        """Clear a bit of all blocks. Goes over the whole table."""
+        """Clear a bit of all blocks. Takes time linear in the table's size."""
         live = 0
         for rows in self._all_rows():
             for begin in range(0, len(rows), SWEPT_ROWS):
@@ -257,14 +265,14 @@ class BlockTable:
         return (self._rows,) if self._next is None else (self._rows, self._next)
 
     def _rows_of(self, tag: int) -> _Rows:
-        """Where a block is, or would go."""
+        """The rows in which a block is, or would be inserted."""
         following = self._next
         if following is None or (tag - self._start) & self._rows.mask >= self._moved:
             return self._rows
         return following
 
     def _split(self, tags: Rows) -> Iterator[tuple[_Rows, slice | NDArray[np.bool_]]]:
-        """As `_rows_of`: which of the tags are in which rows."""
+        """`_rows_of` for many tags: each of the rows, with the selection of the tags in it."""
         if self._next is None:
             yield self._rows, slice(None)
             return
@@ -273,7 +281,7 @@ class BlockTable:
         yield self._rows, ~moved
 
     def _move_some(self, added: int) -> None:
-        """Begin to grow at 0.6 of the rows, and move some rows for each block that is about to be added."""
+        """Begin a move when 0.6 of the rows are in use, and move some rows for each block that will be added."""
         if self._next is None:
             if 5 * self._rows.used < 3 * len(self._rows):
                 return
@@ -287,7 +295,7 @@ class BlockTable:
             self._owed = 0
 
     def _move(self, count: int) -> None:
-        """Move at least ``count`` of the rows, and on to a free one."""
+        """Move at least ``count`` rows, up to a free one."""
         rows, following = self._rows, self._next
         assert following is not None, "rows are moved to others"
         stop = rows.first_free(self._start + min(self._moved + count, len(rows)))

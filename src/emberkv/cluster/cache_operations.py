@@ -1,9 +1,9 @@
-"""What a gateway asks of a worker's cache service: the operations behind the routes under /v1/cache, as messages.
+"""Messages by which a gateway operates a worker's cache: the operations behind the routes under /v1/cache.
 
     found = await connection.operate(FindPath(block_hash))
     await connection.operate(RemoveBlocks(None))
 
-A worker answers each with names and plain values.
+The answer to each is a map from names to plain values.
 """
 
 import time
@@ -21,10 +21,10 @@ Hashes = tuple[wire.Hash, ...]
 
 
 class CacheOperation(Struct, frozen=True):
-    """An operation as it is sent to a worker."""
+    """An operation that is sent to a worker."""
 
     async def carry_out(self, cache: CacheService, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The worker's answer."""
+        """Perform the operation at the worker, and return its answer. Raises EmberError."""
         raise NotImplementedError
 
 
@@ -117,11 +117,11 @@ _operations = msgspec.msgpack.Decoder(_AnyOperation)
 
 
 def decode_operation(data: bytes) -> CacheOperation:
-    """Raises WireError for anything else."""
+    """The operation in ``data``. Raises WireError for invalid bytes."""
     operation: CacheOperation = wire.decode_with(_operations, data)
     return operation
 
 
 def on_path(kind: type[Pin] | type[Unpin], path: PrefixPath, **fields: Any) -> CacheOperation:
-    """The operation on a path."""
+    """The operation of ``kind`` on a path. fields: the operation's further fields."""
     return kind(tuple(path.block_hashes), wire.encode_prompt(path.tokens), path.tenant, **fields)

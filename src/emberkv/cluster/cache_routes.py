@@ -1,6 +1,6 @@
-"""The routes under /v1/cache at a gateway: what all workers have, and where a prompt would go, and why.
+"""The routes under /v1/cache at a gateway: the caches of all workers, and the routing of a prompt, with its reasons.
 
-What is asked of several workers is answered as by one server, with ``workers`` besides: what each has done.
+Responses have the form of a single server's, with a field ``workers``: each worker's outcome.
 """
 
 import asyncio
@@ -47,11 +47,11 @@ from emberkv.serving.tenancy import Tenant
 _ANY_ANSWER = SamplingParams(max_tokens=1)
 
 PARTLY_DONE = 207
-"""The status of an answer to which not all workers have contributed."""
+"""The status of a response if some workers have failed."""
 
 
 class ClusterCacheRoutes(CacheRoutes):
-    """The routes of one server over all workers. Removals reach the workers that are away when they come back."""
+    """The cache routes over all workers. A worker that is down gets removals when it is up again."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ClusterCacheRoutes(CacheRoutes):
         return router
 
     async def statistics(self, http: Request) -> Response:
-        """What each worker last reported of its pool and its work."""
+        """Each worker's latest load report."""
         await self._guard.operator(http)
         workers = {
             worker.worker_id: {"status": worker.status.value, **load_json(worker.report)}
@@ -84,7 +84,7 @@ class ClusterCacheRoutes(CacheRoutes):
         return JSONResponse({"object": "cache", "workers": workers, "sessions": len(self._answers.sessions)})
 
     async def prefixes(self, http: Request) -> Response:
-        """The prefixes of all workers, of which each is listed once, with the workers that have it."""
+        """List the prefixes of all workers, each once, with the workers that have it."""
         await self._guard.operator(http)
         by, limit = listing_asked(http)
         outcomes = await self._everywhere(ListPrefixes(by, limit))
@@ -92,7 +92,7 @@ class ClusterCacheRoutes(CacheRoutes):
         return _respond("list", {"data": merged_prefixes(listings, by)[:limit]}, outcomes)
 
     async def pin(self, http: Request) -> Response:
-        """Pin where something of the prefix is cached; where nothing is, at the worker that it would go to."""
+        """Pin a prefix at the workers that have a part of it, or else at the one that it would be routed to."""
         await self._guard.operator(http)
         question, path = await self._path(http)
         make = partial(on_path, Pin, path, seconds=question.seconds)
@@ -116,7 +116,7 @@ class ClusterCacheRoutes(CacheRoutes):
         return _respond("cache.unpinned", {"prefix": path.block_hashes[-1].hex()}, outcomes)
 
     async def remove(self, http: Request) -> Response:
-        """Forget a prefix, unless others share it, and all that goes on from it, at all workers."""
+        """Remove a prefix and its continuations at all workers, except blocks that other prefixes share."""
         await self._guard.operator(http)
         _, path = await self._path(http)
         return _removed("cache.removed", await self._removals.remove_prefix(path.block_hashes))
@@ -127,8 +127,8 @@ class ClusterCacheRoutes(CacheRoutes):
         return _removed("cache.cleared", await self._removals.remove(None))
 
     async def explain(self, http: Request) -> Response:
-        """What the worker that a prompt would go to, or that has answered a request, says of it, what the others have,
-        and why that one is chosen.
+        """Explain a prompt by the worker that it would be routed to, or a past request by the worker that answered it,
+        with the other workers' hits and the reason of the choice.
         """
         tenant = await self._guard.asker(http)
         question = await self._question(http, "openai", "anthropic", "response_id")
@@ -142,7 +142,7 @@ class ClusterCacheRoutes(CacheRoutes):
             *(_explained(worker, prompt.token_ids, whose.name, whose.salt) for worker in workers)
         )
         found = dict(zip(workers, explained, strict=True))
-        own = found.get(chosen, {"error": "it is not up any more"})
+        own = found.get(chosen, {"error": "it is no longer up"})
         if "error" in own:
             raise NotReadyError(
                 f"worker {chosen}, where the prompt would go, gives no explanation: {own['error']}; send it again later"
@@ -158,7 +158,7 @@ class ClusterCacheRoutes(CacheRoutes):
         )
 
     async def _explain_past(self, question: CacheQuestion, tenant: Tenant | None) -> Response:
-        """By the first of the request's workers that still knows it: later ones have gone on with its answer."""
+        """Explain a past request by the first of its workers that still knows it. Later workers resumed its answer."""
         response_id = question.response_id or ""
         request, engine = self._remembered(response_id, tenant), self._cluster_engine()
         request_id = request.answer_id(question.answer)
@@ -182,7 +182,7 @@ class ClusterCacheRoutes(CacheRoutes):
         raise NotFoundError(message, param="response_id")
 
     async def _listed_path(self, block_hash: BlockHash) -> PrefixPath:
-        """From the first worker that knows it."""
+        """The path of a listed prefix, from the first worker that knows it. Raises NotFoundError if none does."""
         outcomes = await self._everywhere(FindPath(block_hash))
         for found in answers(outcomes).values():
             return PrefixPath(found["block_hashes"], decode_prompt(found["tokens"]), found["tenant"])
@@ -196,7 +196,7 @@ class ClusterCacheRoutes(CacheRoutes):
         return engine.chain(GenerationRequest("", tokens, _ANY_ANSWER, tenant.salt, tenant=tenant.name))
 
     def _decided(self, tokens: Sequence[int], tenant: str, salt: bytes) -> tuple[Worker, Decision]:
-        """Where a prompt would go. Raises NotReadyError while no worker is up."""
+        """The worker that a prompt would be routed to. Raises NotReadyError while no worker is up."""
         engine = self._cluster_engine()
         request = GenerationRequest("", tokens, _ANY_ANSWER, salt, tenant=tenant)
         decided = engine.decide(request) if engine is not None else None
@@ -212,14 +212,14 @@ class ClusterCacheRoutes(CacheRoutes):
 
 
 def answers(outcomes: Mapping[Worker, Outcome]) -> dict[Worker, Mapping[str, Any]]:
-    """The outcomes of the workers that have answered."""
+    """The outcomes without errors."""
     return {worker: outcome for worker, outcome in outcomes.items() if not isinstance(outcome, EmberError)}
 
 
 def merged_prefixes(listings: Mapping[str, Sequence[Mapping[str, Any]]], by: str) -> list[dict[str, Any]]:
-    """Each prefix once, with the sum of its hits and the ``workers`` that have it, ordered as one server orders them.
+    """Each prefix once, with the sum of its hits and the ``workers`` that have it, in the order of a single server.
 
-    listings: by the worker's id. by: "hottest" or "largest".
+    listings: each worker's, by its id. by: "hottest" or "largest".
     """
     merged: dict[str, dict[str, Any]] = {}
     for name, listing in listings.items():
@@ -237,7 +237,7 @@ def merged_prefixes(listings: Mapping[str, Sequence[Mapping[str, Any]]], by: str
 def _respond(
     kind: str, figures: Mapping[str, Any], outcomes: Mapping[Worker, Outcome], *, made_up_for: bool = False
 ) -> Response:
-    """made_up_for: whether a worker that is away does it later."""
+    """made_up_for: whether the operation is repeated later at workers that are not up."""
     workers = [_outcome_json(worker, outcome, made_up_for) for worker, outcome in outcomes.items()]
     is_done = all(each["status"] == "done" for each in workers)
     return JSONResponse({"object": kind, **figures, "workers": workers}, status_code=200 if is_done else PARTLY_DONE)

@@ -1,4 +1,4 @@
-"""Removals from the caches of all workers of a gateway; one that a worker has missed is made up for when it answers."""
+"""Removals from the caches of all workers of a gateway. A worker that misses one gets it again when it is up."""
 
 import asyncio
 import logging
@@ -16,23 +16,23 @@ from emberkv.serving.errors import NotReadyError
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-"""Between two attempts at a worker that has missed a removal."""
+"""Seconds between two attempts to repeat missed removals."""
 
 MAX_WORKERS = 1000
-"""Workers of which missed removals are remembered; those of the one that has missed none for longest are dropped."""
+"""Workers whose missed removals are remembered. Beyond that, the worker whose last miss is oldest is dropped."""
 
 MAX_BLOCKS = 100_000
-"""Blocks that one worker may have missed; beyond them, everything is removed there."""
+"""Missed blocks that are remembered for one worker. Beyond that, all of its blocks are removed."""
 
 MISSED = (ClusterError, EngineStoppedError, NotReadyError)
-"""Errors after which a worker may come back with what it had."""
+"""Errors after which a worker may come back with the blocks that should have been removed."""
 
 Outcome = Mapping[str, Any] | EmberError
-"""What a worker has answered, or why it has not."""
+"""A worker's answer, or the error."""
 
 
 async def operate(workers: Sequence[Worker], operation: CacheOperation) -> dict[Worker, Outcome]:
-    """Ask workers at once. One that is known not to answer is not waited for."""
+    """Send an operation to workers in parallel. A worker that is down or silent gets WorkerUnreachableError at once."""
 
     async def ask(worker: Worker) -> Outcome:
         if worker.status in (WorkerStatus.DOWN, WorkerStatus.SILENT):
@@ -46,10 +46,10 @@ async def operate(workers: Sequence[Worker], operation: CacheOperation) -> dict[
 
 
 class ClusterRemovals:
-    """Removals at all workers of ``membership``. Belongs to its event loop.
+    """Removals at all workers of ``membership``. All methods are called from its event loop.
 
-    What a worker has missed is remembered in this process alone, by the worker's id, and done when the worker is up
-    again: `missed` says of whom.
+    Missed removals are kept in this process's memory, by the worker's id, and repeated when the worker is up again.
+    retry_seconds: between two attempts.
     """
 
     def __init__(self, membership: Membership, *, retry_seconds: float = RETRY_SECONDS) -> None:
@@ -60,16 +60,19 @@ class ClusterRemovals:
 
     @property
     def missed(self) -> Collection[str]:
-        """The workers that have missed a removal, by id, or by URL where that is not known."""
+        """The workers that have missed a removal: their ids, or their URLs if the id is not known."""
         return self._missed.keys()
 
     @property
     def workers(self) -> Sequence[Worker]:
-        """The workers that have, or may have, blocks of the model."""
+        """The workers that may have blocks of the model."""
         return [each for each in self._membership.workers if each.status is not WorkerStatus.INCOMPATIBLE]
 
     async def remove_prefix(self, path: Sequence[BlockHash]) -> dict[Worker, Outcome]:
-        """Remove a prefix and all that goes on from it at any worker, but no block that another one shares at any."""
+        """Remove a prefix and its continuations at all workers, except blocks that another prefix shares at any worker.
+
+        path: the prefix's block hashes, from the first block on.
+        """
         found = await operate(self.workers, FindUnshared(tuple(path)))
         gone = set(path)
         shared = 0
@@ -81,7 +84,7 @@ class ClusterRemovals:
         return await self.remove(gone.difference(path[:shared]))
 
     async def remove(self, block_hashes: Collection[BlockHash] | None) -> dict[Worker, Outcome]:
-        """Remove blocks, or with None everything, at all workers. Outcomes of `MISSED` are made up for later."""
+        """Remove blocks at all workers; None: all blocks. After an error of `MISSED`, the removal is repeated later."""
         wanted = None if block_hashes is None else tuple(block_hashes)
         outcomes = await operate(self.workers, RemoveBlocks(wanted))
         for worker, outcome in outcomes.items():
@@ -90,8 +93,9 @@ class ClusterRemovals:
         return outcomes
 
     async def close(self) -> None:
+        """Stop repeating missed removals, and log the workers that still need one."""
         if self._missed:
-            _log.warning("removals that these workers have missed are not made up for: %s", ", ".join(self._missed))
+            _log.warning("these workers have missed removals that will not be repeated: %s", ", ".join(self._missed))
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -104,7 +108,7 @@ class ClusterRemovals:
         self._missed[name] = None if missed is not None and len(missed) > MAX_BLOCKS else missed
         if len(self._missed) > MAX_WORKERS:
             forgotten, _ = self._missed.popitem(last=False)
-            _log.warning("a removal that worker %s has missed is not made up for: too many others have", forgotten)
+            _log.warning("a removal that worker %s has missed will not be repeated: too many others have", forgotten)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._make_up(), name="missed removals")
 
@@ -124,11 +128,11 @@ class ClusterRemovals:
         except MISSED:
             self._miss(worker, wanted)
         except EmberError as error:
-            _log.warning("worker %s refuses a removal that it had missed: %s", worker, error)
+            _log.warning("worker %s refuses a repeated removal: %s", worker, error)
         else:
-            _log.info("worker %s has made up for a removal that it had missed", worker)
+            _log.info("worker %s has repeated the removals that it had missed", worker)
 
 
 def _names(worker: Worker) -> set[str]:
-    """What a removal that it has missed may be remembered by: its id may not have been known then."""
+    """The keys under which a worker's missed removals may be kept. Its id may have been unknown at that time."""
     return {worker.worker_id, worker.url}

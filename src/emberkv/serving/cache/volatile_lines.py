@@ -1,8 +1,8 @@
-"""Finds volatile lines in the misses of prompts, and suggests the canonical rules that would have made them hits.
+"""Finds volatile lines in prompts that miss, and suggests canonical rules that would turn the misses into hits.
 
-A line whose value changes from session to session is where the prompts of two sessions first differ, again and again
-behind the same words. What follows the line is compared with what followed it the time before: as many tokens as are
-the same would have been found in the cache, had the line stood behind them.
+If a line has a value that changes with each session, the prompts of different sessions first differ in that line, after
+the same words. The tokens after the line are compared with those of the prompt before. Their common prefix would have
+been a hit if the line had been placed after it.
 """
 
 import re
@@ -18,25 +18,27 @@ from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.serving.cache.service import text_of
 
 MIN_MISS = 256
-"""Tokens that a prompt must have behind its first difference to be looked at."""
+"""The fewest missed tokens after the first difference for which a prompt is analyzed."""
 MIN_REQUESTS = 3
-"""How often a line must have differed before a rule is suggested."""
+"""The fewest requests that differ in a line before a rule is suggested."""
 MAX_LINES = 256
+"""Lines that are remembered for all tenants together."""
 MAX_LINES_OF_TENANT = 16
 _WINDOW = 64  # tokens on either side of the first difference, within which the line must begin and end
 _UNIT = 32  # tokens that are compared at once
 _MAX_UNITS = 1024
 _DAY, _HOUR = 86_400.0, 3_600.0
 _VALUE = string.ascii_letters + string.digits + "._:/+-"
-"""Characters at the end of what two lines have in common that may belong to their values, as 2026-11- of a date."""
+"""Characters that are cut from the end of a line's beginning, as they may belong to its value: 2026-11- of a date."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
     """A rule for lines of the system prompt that begin with ``beginning``.
 
-    requests: how many differed there first. tokens: how many of theirs the rule would have made hits since first_seen,
-    in seconds since 1970. tokens_a_day: at this rate; what was seen within an hour counts as an hour's.
+    requests: the number of prompts that first differed in the line. tokens: how many of their tokens the rule would
+    have turned into hits. tokens_a_day: the same at the observed rate, over at least one hour. first_seen, last_seen:
+    seconds since 1970.
     """
 
     tenant: str
@@ -48,12 +50,13 @@ class Suggestion:
     last_seen: float
 
     def rule(self) -> dict[str, str]:
-        """For the ``lines`` of a file of canonical rules (--canonical). The model still reads the line, later."""
+        """An entry for ``lines`` in a file of canonical rules (--canonical). It moves the line; nothing is dropped."""
         name = re.sub("[^a-z0-9]+", "-", self.beginning.lower()).strip("-")[:40].rstrip("-")
         match = self.beginning.replace("\\", "\\\\").replace("*", "\\*") + "*"
         return {"name": name or "line", "match": match, "action": "move"}
 
     def as_json(self) -> dict[str, Any]:
+        """The suggestion as ``GET /v1/cache/suggestions`` has it."""
         return {
             "tenant": self.tenant,
             "rule": self.rule(),
@@ -67,7 +70,7 @@ class Suggestion:
 
 @dataclass(slots=True)
 class _Line:
-    """rest: what followed the line the last time, as a digest of each `_UNIT` tokens."""
+    """Counts of one line. rest: digests of the tokens after it in the latest prompt, one for each `_UNIT` tokens."""
 
     first_seen: float
     last_seen: float
@@ -77,9 +80,9 @@ class _Line:
 
 
 class VolatileLines:
-    """The lines at which prompts of each tenant first differed lately, by the line's beginning.
+    """The lines in which recent prompts of each tenant first differed, by the line's beginning.
 
-    Of a prompt's text no more than the beginnings of such lines is kept. Belongs to the event loop.
+    No other text of prompts is kept. All methods are called from the event loop.
     """
 
     def __init__(self) -> None:
@@ -94,7 +97,7 @@ class VolatileLines:
         tokenizer: Tokenizer,
         now: float,
     ) -> None:
-        """Take in a prompt that was answered. system: its system prompt. now: seconds since 1970."""
+        """Analyze a prompt that was answered. system: its system prompt. now: seconds since 1970."""
         divergence = explanation.divergence
         diverged = sum(miss.tokens for miss in explanation.misses if miss.reason is Reason.DIVERGED)
         if divergence is None or diverged < MIN_MISS or not system:
@@ -112,7 +115,7 @@ class VolatileLines:
         line.rest = rest
 
     def suggestions(self, tenant: str | None = None) -> list[Suggestion]:
-        """Of one tenant, or None: of all; the costliest first."""
+        """The suggestions for one tenant, or for all if tenant is None; most tokens per day first."""
         made = [
             Suggestion(
                 owner,
@@ -129,7 +132,7 @@ class VolatileLines:
         return sorted(made, key=lambda each: -each.tokens_a_day)
 
     def _line(self, tenant: str, beginning: str, system: str, now: float) -> _Line:
-        """The line that begins so, or with the beginning of it: two values may begin with the same words."""
+        """The line with this beginning, or with a prefix of it: values of a line may have a common prefix, too."""
         of_tenant = [key for key in self._lines if key[0] == tenant]
         for key in of_tenant:
             shorter, longer = sorted((beginning, key[1]), key=len)
@@ -146,8 +149,8 @@ class VolatileLines:
 
 
 def _line_at(prompt: Sequence[int], position: int, system: str, tokenizer: Tokenizer) -> tuple[str, int] | None:
-    """The beginning of the line of ``system`` that holds token ``position`` of a prompt, up to its value, and the first
-    token behind the line. None where there is no such line, or its beginning does not tell it from others.
+    """The line of ``system`` with token ``position`` of a prompt: its text before the value, and the position of the
+    first token after it. None if there is no such line, or if several lines begin with that text.
     """
     before = text_of(tokenizer, prompt[max(0, position - _WINDOW) : position]).rpartition("\n")[2]
     after = ""
@@ -170,7 +173,7 @@ def _begins_one_line(text: str, beginning: str) -> bool:
 
 
 def _digests(tokens: Sequence[int]) -> list[int]:
-    """A digest of each `_UNIT` tokens, which is good within this process."""
+    """Digests of each `_UNIT` tokens, valid within this process."""
     encoded = array("i", tokens[: _UNIT * _MAX_UNITS]).tobytes()
     size = 4 * _UNIT
     return [hash(encoded[at : at + size]) for at in range(0, len(encoded) - size + 1, size)]
