@@ -258,7 +258,7 @@ def test_a_template_is_explained_without_a_server(tmp_path: Path) -> None:
     template.write_text(FAMILIES["MiniMax-M2"].template, encoding="utf-8")
     result = CliRunner().invoke(app, ["explain", "--template", str(template)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "tool calls: minimax-m2, thoughts: think" in result.stdout
+    assert "tool calls: minimax-m2, reasoning: think" in result.stdout
     assert all(cell_len(line) <= 80 for line in result.stdout.splitlines() if str(tmp_path) not in line)
     (question,) = [line for line in result.stdout.splitlines() if line.startswith("next question")]
     assert question.split()[2] == "all"

@@ -134,7 +134,7 @@ def test_a_refused_prompt_takes_its_companions_with_it(client: Client, engine: F
         ({"tool_choice": {"type": []}}, "tool_choice.type is []; it must be one of auto, any, tool, none"),
         ({"tool_choice": {"type": "tool", "name": "x"}, "tools": TOOL}, "tool_choice.name is 'x'; it must be the name"),
         ({"tools": [{"type": "custom"}]}, "tools.0 must have a name (string) and an input_schema"),
-        ({"tool_choice": {"type": "any"}, "tools": TOOL}, "shows no format of tool calls that is known"),
+        ({"tool_choice": {"type": "any"}, "tools": TOOL}, "has no known format of tool calls"),
         ({"thinking": {"type": "deep"}}, "thinking.type is 'deep'; it must be one of enabled, adaptive, disabled"),
         ({"mcp_servers": [{"name": "files"}]}, "mcp_servers is not supported; leave it out"),
         ({"container": "c_1"}, "container is not supported; leave it out"),

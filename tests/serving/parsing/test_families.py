@@ -47,7 +47,7 @@ def test_names_override_what_the_template_shows() -> None:
     assert chosen_format(template) == OutputFormat("hermes", "think")
     assert chosen_format(template, tools="qwen-xml") == OutputFormat("qwen-xml", "think")
     assert chosen_format(template, tools="none", reasoning="think-first") == OutputFormat(None, "think-first")
-    assert str(chosen_format(template, reasoning="none")) == "tool calls: hermes, thoughts: none"
+    assert str(chosen_format(template, reasoning="none")) == "tool calls: hermes, reasoning: none"
 
 
 def test_names_are_checked() -> None:

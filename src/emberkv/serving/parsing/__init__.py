@@ -1,6 +1,5 @@
-"""Incremental parsers of model output: text in as it is sampled, thoughts, content and tool calls out.
+"""Streaming parsers of model output, which separate reasoning, content and tool calls.
 
-transformers' `ResponseParser` was considered: it streams text, but hands out a call only when its markup is closed,
-raises where a call is no valid JSON, and needs a response template, which few models ship. So these parsers are our
-own. They import nothing of the server.
+transformers' `ResponseParser` is not used: it emits a call only when its markup is closed, raises for a call with
+invalid JSON, and needs a response template, which few models ship. These parsers do not depend on the server.
 """

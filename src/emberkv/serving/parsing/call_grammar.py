@@ -1,7 +1,7 @@
-"""Grammars of answers in a model's own format: thoughts, and then tool calls that are valid by their tools.
+"""Grammars that constrain an answer to its model's format of reasoning and tool calls.
 
-A grammar is in llguidance's variant of Lark. What it lets a model write, the format's parser reads as calls whose
-arguments are valid by the tool's schema, as far as llguidance implements the schema's keywords.
+Grammars are in llguidance's variant of Lark. The format's parser reads each allowed text as calls whose arguments are
+valid by the tool's schema, as far as llguidance implements the schema's keywords.
 """
 
 import json
@@ -21,10 +21,10 @@ from emberkv.serving.parsing.schema_values import ParameterTypes
 from emberkv.validation import shown
 
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": True}
-"""How calls are written: on one line, as chat templates write them, so that they are the same when they come back."""
+"""JSON on one line, as chat templates render it, so that a call has the same tokens in the next prompt."""
 
 _PYTHON_OPTIONS = {**_JSON_OPTIONS, "json_allowed_escapes": 'nrt"\\'}
-"""The escapes that mean the same in JSON and in Python."""
+"""JSON with only those escapes that Python strings have, too."""
 
 _OPEN_BY = frozenset({"additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref"})
 _ANY_TEXT = "/(?s:.*)/"
@@ -32,7 +32,7 @@ _ANY_OBJECT = {"type": "object"}
 
 
 class Choice(Protocol):
-    """Which tools an answer may call; `emberkv.serving.api.conversation.ToolChoice` is one."""
+    """Which tools an answer may call; implemented by `emberkv.serving.api.conversation.ToolChoice`."""
 
     @property
     def mode(self) -> Literal["auto", "none", "required"]: ...
@@ -49,13 +49,13 @@ class Choice(Protocol):
 def call_constraint(
     output_format: OutputFormat, tools: Sequence[ToolSchema], choice: Choice, *, in_reasoning: bool = False
 ) -> Constraint | None:
-    """What an answer with these tools may be, which can be compiled; None where it may be anything.
+    """The checked constraint of an answer with these tools; None for an answer without constraint.
 
-    "required" demands calls, and nothing else but thoughts before them. With "auto", an answer is constrained only if a
-    tool has ``strict``, only some tools may be called, or only one call may be made; text stays free up to the marker
-    that begins a call. in_reasoning: whether the prompt ends inside a thought (`OutputFormat.ends_in_reasoning`).
+    With "required", the answer is reasoning followed by calls. With "auto", an answer is constrained only if a tool has
+    ``strict``, only some tools may be called, or only one call may be made; text is free up to the marker that begins a
+    call. in_reasoning: whether the prompt ends within reasoning (`OutputFormat.ends_in_reasoning`).
 
-    Raises RequestError for a name that is not among the tools, for a model without a known format of calls, and for a
+    Raises RequestError for a name that is not among the tools, for a model without a known tool call format, and for a
     tool's schema that cannot be compiled.
     """
     wanted = _wanted(tools, choice)
@@ -71,7 +71,7 @@ def call_constraint(
         if choice.mode == "auto":
             return None
         raise RequestError(
-            "this model's chat template shows no format of tool calls that is known; name one with --tool-parser",
+            "this model's chat template has no known format of tool calls; name one with --tool-parser",
             param="tool_choice",
         )
     _check_shapes(tools)
@@ -84,7 +84,7 @@ def call_constraint(
 
 
 def behind_reasoning(constraint: Constraint, output_format: OutputFormat, *, in_reasoning: bool = False) -> Constraint:
-    """The constraint, of what follows a model's thoughts; itself for a format without thoughts."""
+    """The constraint, applied to the text after reasoning. A format without reasoning leaves it unchanged."""
     if output_format.reasoning is None:
         return constraint
     grammar = _Grammar()
@@ -98,7 +98,7 @@ def behind_reasoning(constraint: Constraint, output_format: OutputFormat, *, in_
 
 
 def either(one: Constraint, other: Constraint) -> Constraint:
-    """The answers that one or the other allows. Raises RequestError where they cannot be compiled together."""
+    """A constraint that allows the answers of both. Raises RequestError if they cannot be compiled together."""
     grammar = _Grammar()
     grammar.add("start", "one | other")
     grammar.add("one", _rule_of(one))
@@ -107,13 +107,13 @@ def either(one: Constraint, other: Constraint) -> Constraint:
 
 
 def _rule_of(constraint: Constraint) -> str:
-    """The texts that a constraint allows, as a rule of a grammar."""
+    """The constraint as a rule of a grammar."""
     match constraint.kind:
         case "json_object":
             return f"%json {json.dumps(_ANY_OBJECT)}"
         case "json_schema":
             schema = json.loads(constraint.text)
-            if isinstance(schema, bool):  # one that allows nothing is refused where the constraint is checked
+            if isinstance(schema, bool):  # check_constraint has refused false, which allows nothing
                 schema = {}
             return f"%json {json.dumps({**schema, GUIDANCE_OPTIONS: {'lenient': constraint.lenient}})}"
         case "regex":
@@ -123,7 +123,7 @@ def _rule_of(constraint: Constraint) -> str:
 
 
 def _wanted(tools: Sequence[ToolSchema], choice: Choice) -> list[ToolSchema]:
-    """The tools that may be called. Raises RequestError for a name that none of them has."""
+    """The tools that may be called. Raises RequestError for the name of an unknown tool."""
     known = {tool["function"]["name"]: tool for tool in tools}
     unknown = next((name for name in choice.names if name not in known), None)
     if unknown is not None:
@@ -132,7 +132,7 @@ def _wanted(tools: Sequence[ToolSchema], choice: Choice) -> list[ToolSchema]:
 
 
 def _check_shapes(tools: Sequence[ToolSchema]) -> None:
-    """Raises RequestError for a tool's schema with keywords of the wrong type, among those that grammars here read."""
+    """Raises RequestError for a tool's schema with a value of the wrong type for a keyword that is read here."""
     for index, tool in enumerate(tools):
         param = f"tools[{index}].function.parameters"
         given = tool["function"].get("parameters")
@@ -147,7 +147,7 @@ def _check_shapes(tools: Sequence[ToolSchema]) -> None:
 
 
 def _checked(constraint: Constraint, wanted: Sequence[ToolSchema], tools: Sequence[ToolSchema]) -> Constraint:
-    """Raises RequestError, with the place of the tool whose schema is at fault."""
+    """The constraint, checked. Raises RequestError naming the tool whose schema cannot be compiled."""
     try:
         return check_constraint(constraint, "tools")
     except RequestError:
@@ -159,8 +159,8 @@ def _checked(constraint: Constraint, wanted: Sequence[ToolSchema], tools: Sequen
 
 
 def _parameters(tool: ToolSchema) -> dict[str, Any]:
-    """The schema of a call's arguments. One that lists properties is closed unless it says otherwise: a call has no
-    arguments that its tool does not know.
+    """The schema of a call's arguments. If it lists properties, it gets ``additionalProperties: false`` unless it has a
+    keyword of `_OPEN_BY`, so that a call has no unknown arguments.
     """
     given = tool["function"].get("parameters")
     schema = dict(given) if isinstance(given, Mapping) else {}
@@ -175,7 +175,7 @@ def _quoted(text: str) -> str:
 
 
 class _Grammar:
-    """Rules by name, and their text. Rules without a meaning to others get numbers."""
+    """A grammar's rules by name."""
 
     def __init__(self) -> None:
         self._rules: dict[str, str] = {}
@@ -185,24 +185,25 @@ class _Grammar:
         return "\n".join(f"{name}: {rule}" for name, rule in self._rules.items())
 
     def add(self, name: str, rule: str) -> str:
-        """Returns the name without its options, as rules refer to it."""
+        """Add a rule. Returns its name without options, by which other rules refer to it."""
         self._rules[name] = rule
         return name.partition("[")[0]
 
     def new(self, rule: str, options: str = "") -> str:
-        """A rule with a name of its own, which is returned."""
+        """Add a rule with a generated name, which is returned."""
         return self.add(f"r{len(self._rules)}{options}", rule)
 
     def json(self, schema: Mapping[str, Any], options: Mapping[str, object] = _JSON_OPTIONS) -> str:
+        """Add a rule for JSON that is valid by the schema. options: llguidance's."""
         return self.new(f"%json {json.dumps({**schema, GUIDANCE_OPTIONS: options})}")
 
     def up_to(self, end: str, before: str = _ANY_TEXT) -> str:
-        """Text up to the first ``end``, and that."""
+        """Add a rule for text up to the first ``end``, which is included."""
         return self.new(before, f"[suffix={_quoted(end)}]")
 
 
 def _thoughts(grammar: _Grammar, output_format: OutputFormat, in_reasoning: bool) -> str:
-    """What an answer may begin with: thoughts, where the model has such, and the line breaks behind them."""
+    """The rule of an answer's reasoning and the line breaks after it; empty for a format without reasoning."""
     if output_format.reasoning is None:
         return ""
     if output_format.reasoning == HARMONY:
@@ -217,7 +218,7 @@ def _thoughts(grammar: _Grammar, output_format: OutputFormat, in_reasoning: bool
 
 
 def _without(grammar: _Grammar, texts: Sequence[str]) -> str:
-    """Text that has none of ``texts`` in it."""
+    """A rule for text without any of ``texts``."""
     found = "|".join(regex_to_lark(re.escape(text)) for text in texts)
     return grammar.add("PLAIN", f"{_ANY_TEXT} & ~/(?s:.*)({found})(?s:.*)/")
 
@@ -228,9 +229,9 @@ def _harmony_text(grammar: _Grammar) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How calls are written: ``begin call (between call)* end``, each call being ``call_begin BODY call_end``.
+    """The layout of calls: ``begin call (between call)* end``, where a call is ``call_begin BODY call_end``.
 
-    body: makes the rule of a call's name and arguments.
+    body: returns the rule of a call's name and arguments.
     """
 
     body: Callable[[_Grammar, ToolSchema], str]
@@ -242,7 +243,7 @@ class _Layout:
 
 
 class _Calls:
-    """Makes the rule of an answer from the layouts of its format."""
+    """Builds the rule of an answer from the layouts of its format."""
 
     def __init__(self, grammar: _Grammar, tools: Sequence[ToolSchema], *, is_required: bool, parallel: bool) -> None:
         self.grammar = grammar
@@ -251,7 +252,7 @@ class _Calls:
         self._parallel = parallel
 
     def behind_marker(self, marker: str, *layouts: _Layout) -> str:
-        """Of a format whose calls all begin with ``marker``."""
+        """The rule for a format in which calls begin with ``marker``."""
         if self._is_required:
             return f"{_quoted(marker)} {self._any_of(layouts, marker)}"
         free = self.grammar.new(_ANY_TEXT)
@@ -260,12 +261,12 @@ class _Calls:
         return f"({calls})* {free}" if self._parallel else f"({free} | {calls})"
 
     def at_start(self, first: str, *layouts: _Layout) -> str:
-        """Of a format whose calls are all of the answer, which begins with the character ``first``."""
+        """The rule for a format in which calls are the whole answer and begin with the character ``first``."""
         calls = self._any_of(layouts, "")
         return calls if self._is_required else f"({calls} | /([^\\s\\{first}](?s:.*))?/)"
 
     def harmony(self) -> str:
-        """A message to a function, which ends the answer; with "auto", or a message to the user."""
+        """The rule for Harmony: one message to a function or, with "auto", to the user."""
         body = self._names(_named(" <|constrain|>json<|message|>"))
         call = f"{_quoted('<|channel|>commentary to=functions.')} {body}"
         if self._is_required:
@@ -291,7 +292,7 @@ class _Calls:
 
 
 def _sequence(before: str, rule: str, behind: str) -> str:
-    """``rule`` between two texts, either of which may be empty."""
+    """``rule`` between two literal texts, either of which may be empty."""
     return " ".join(([_quoted(before)] if before else []) + [rule] + ([_quoted(behind)] if behind else []))
 
 
@@ -311,7 +312,7 @@ def _object(key: str) -> Callable[[_Grammar, ToolSchema], str]:
 
 
 def _named(middle: str, before: str = "", behind: str = "") -> Callable[[_Grammar, ToolSchema], str]:
-    """A name, a text, and the arguments as JSON."""
+    """The tool's name, the text ``middle``, and the arguments as JSON."""
 
     def body(grammar: _Grammar, tool: ToolSchema) -> str:
         return _sequence(before + _name(tool) + middle, grammar.json(_parameters(tool)), behind)
@@ -320,13 +321,13 @@ def _named(middle: str, before: str = "", behind: str = "") -> Callable[[_Gramma
 
 
 def _kimi(grammar: _Grammar, tool: ToolSchema) -> str:
-    """The call's id is ``functions.name:0``."""
+    """Kimi's call, whose id is ``functions.NAME:INDEX``."""
     arguments = grammar.json(_parameters(tool))
     return f'{_quoted(f"functions.{_name(tool)}:")} /[0-9]{{1,3}}/ "<|tool_call_argument_begin|>" {arguments}'
 
 
 def _python(grammar: _Grammar, tool: ToolSchema) -> str:
-    """``f(a=1, b="x")``: values as JSON, which is Python but for true, false and null."""
+    """``f(a=1, b="x")``. Values are JSON, which equals Python except for true, false and null."""
     schema = _parameters(tool)
     items = [
         (_quoted(f"{key}=") + " " + _python_value(grammar, part), key in schema.get("required", ()))
@@ -341,8 +342,8 @@ def _python_value(grammar: _Grammar, schema: Mapping[str, Any]) -> str:
 
 
 def _separated(grammar: _Grammar, items: Sequence[tuple[str, bool]], separator: str) -> str:
-    """The items in order, of which those that are not required may be left out, with the separator between them."""
-    first = behind = '""'  # of the items that are still to come: as the first ones, and behind others
+    """The items in order, with the separator between them. Items with the flag False are optional."""
+    first = behind = '""'  # the rule of the remaining items: at the beginning, and after another item
     for item, is_required in reversed(items):
         later = behind
         behind = grammar.new(f"{_quoted(separator)} {item} {later}" + ("" if is_required else f" | {later}"))
@@ -351,7 +352,7 @@ def _separated(grammar: _Grammar, items: Sequence[tuple[str, bool]], separator: 
 
 
 def _properties(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parameters of a tool, each with its schema, which stands alone: with the definitions of the whole."""
+    """A tool's parameters, each with its schema, to which the definitions of the whole schema are added."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     for key, part in (schema.get("properties") or {}).items():
         yield key, {**shared, **(part if isinstance(part, dict) else {})}
@@ -359,7 +360,7 @@ def _properties(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Tags:
-    """Each parameter in tags: ``key NAME key_end VALUE value_end``, values of strings being plain text."""
+    """Parameters in tags, ``key NAME key_end VALUE value_end``. Strings are plain text, other values JSON."""
 
     head: str
     head_end: str
@@ -367,7 +368,6 @@ class _Tags:
     key_end: str
     value_end: str
     tail: str = ""
-    typed: bool = False  # key_end says whether the value is a string, as in DeepSeek's
 
     def __call__(self, grammar: _Grammar, tool: ToolSchema) -> str:
         schema, types = _parameters(tool), ParameterTypes([tool])
@@ -400,7 +400,7 @@ class _Tags:
 
 
 def _searched(pattern: str) -> str:
-    """The regular expression of the texts in which ``pattern`` is found, as JSON schemas mean it."""
+    """A regular expression for texts that contain a match of ``pattern``, which JSON Schema does not anchor."""
     before = "" if pattern.startswith("^") else "(?s:.*)"
     behind = "" if pattern.endswith("$") and not pattern.endswith("\\$") else "(?s:.*)"
     inner = pattern.removeprefix("^") if not before else pattern
@@ -470,4 +470,4 @@ _FORMATS: Mapping[str, Callable[[_Calls], str]] = {
     "llama3-json": lambda calls: calls.at_start("{", _Layout(_object("parameters"), between="; ")),
     HARMONY: lambda calls: calls.harmony(),
 }
-"""By the name of the format: the rule of an answer with calls."""
+"""For each format, by its name, the rule of an answer with calls."""

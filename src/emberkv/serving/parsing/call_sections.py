@@ -1,4 +1,4 @@
-"""What all formats of tool calls have in common: markers that calls follow, and content where there is no call."""
+"""The common part of the parsers of tool calls: sections of calls that follow a marker, and content around them."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,18 +7,18 @@ from emberkv.serving.parsing.reader import Markers, Steps, TextReader
 
 
 class CallSections:
-    """Parses sections of one or more calls; a format says how one call is read (`call`).
+    """Parses sections of one or more calls. A subclass parses one call (`call`).
 
-    opens: markers that calls follow. closes: markers that may end them. names: of the tools, where no other name makes
-    a call; None: any name does. at_start: the character that an answer begins with where it begins with a call without
-    a marker; empty: none does.
+    opens: markers that begin a section. closes: markers that may end it. names: the only names that make a call; None:
+    any name does. at_start: the first character of an answer that begins with a call without a marker; empty: calls
+    need a marker.
     """
 
     separators = " \t\r\n"
     """Characters between the calls of a section."""
 
     leftovers = " \t\r\n"
-    """Characters behind the calls that mean nothing."""
+    """Characters after the calls that are dropped."""
 
     def __init__(
         self,
@@ -36,19 +36,19 @@ class CallSections:
         self._calls = 0
 
     def call(self, reader: TextReader, marker: str) -> Steps[bool]:
-        """Read one call and yield its events. False where there is none: nothing was yielded, and the reader has a
-        record of what was read. Behind a call, what belongs to none is left in a new record.
+        """Read one call and yield its events. Returns False if there is no call; then no event was yielded, and the
+        reader has recorded what was read. After a call, the reader records what belongs to no call.
 
-        marker: the one that the call follows; empty for further calls of a section.
+        marker: the marker before the call; empty for further calls of a section.
         """
         raise NotImplementedError
 
     def may_call(self, name: str) -> bool:
-        """Whether a call of ``name`` is one."""
+        """Whether a tool of this name can be called."""
         return bool(name) and (self._names is None or name in self._names)
 
     def next_index(self) -> int:
-        """The index of a call that begins."""
+        """The index of the next call, which is counted."""
         self._calls += 1
         return self._calls - 1
 
@@ -68,7 +68,7 @@ class CallSections:
         return False
 
     def _section(self, reader: TextReader, marker: str) -> Steps[bool]:
-        """The calls behind ``marker``, which has been read. Returns whether the marker that closes them is to come."""
+        """Parse the calls after ``marker``, which has been read. Returns whether a closing marker is still missing."""
         before = self._calls
         reader.record()
         following = marker

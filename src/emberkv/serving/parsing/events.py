@@ -1,4 +1,4 @@
-"""What parsers make of a model's output: events as the text comes, or the message as a whole."""
+"""The results of parsers: events while the text is generated, or a whole message."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,21 +7,21 @@ from typing import Protocol, TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class ReasoningText:
-    """A piece of the model's thoughts."""
+    """A piece of the reasoning text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ContentText:
-    """A piece of the answer itself."""
+    """A piece of the answer's content."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """A tool call begins. index: its place among the answer's calls, from 0. call_id: the one that the model wrote."""
+    """A tool call begins. index: of the call in the answer, from 0. call_id: the id that the model wrote, if any."""
 
     index: int
     name: str
@@ -38,7 +38,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """A call has ended. is_complete: its arguments, joined, are a JSON object, and not cut off."""
+    """A call has ended. is_complete: whether its joined arguments are a whole JSON object."""
 
     index: int
     is_complete: bool
@@ -48,20 +48,20 @@ OutputEvent: TypeAlias = ReasoningText | ContentText | CallBegin | CallArguments
 
 
 class OutputParser(Protocol):
-    """Parses one answer. How the text is cut into pieces changes no result: only how texts are cut into events."""
+    """Parses one answer. The result does not depend on how the text is cut, apart from the pieces of text in events."""
 
     def feed(self, text: str) -> list[OutputEvent]:
-        """The events that are certain after ``text``, which follows what was fed before."""
+        """Add the next text, and return the events that are now certain."""
         ...
 
     def finish(self) -> list[OutputEvent]:
-        """The last events, once no more text comes."""
+        """End the text, and return the last events."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedCall:
-    """One tool call. arguments: JSON text, which is a JSON object where ``is_complete``."""
+    """One tool call. arguments: the text that the model wrote, a JSON object if ``is_complete``."""
 
     name: str
     arguments: str
@@ -109,13 +109,13 @@ class MessageBuilder:
                     self._calls[index].is_complete = is_complete
 
     def message(self) -> ParsedMessage:
-        """What has come so far."""
+        """The message up to the last event."""
         calls = (ParsedCall(call.name, "".join(call.arguments), call.call_id, call.is_complete) for call in self._calls)
         return ParsedMessage("".join(self._reasoning), "".join(self._content), tuple(calls))
 
 
 def joined(events: Iterable[OutputEvent]) -> list[OutputEvent]:
-    """The events with neighbouring pieces of one text as one, so that two ways to cut the same text compare equal."""
+    """The events, with adjacent pieces of the same text merged, so that results for differently cut text are equal."""
     result: list[OutputEvent] = []
     for event in events:
         last = result[-1] if result else None

@@ -1,4 +1,4 @@
-"""The formats of model output by name, the choice among them by the chat template, and their parsers."""
+"""The formats of tool calls and reasoning by name, their detection in chat templates, and their parsers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from emberkv.serving.parsing.schema_values import ParameterTypes
 from emberkv.serving.parsing.tagged_calls import TaggedCalls, TagSyntax
 
 ToolSchema = Mapping[str, Any]
-"""A tool as chat templates take it: ``{"type": "function", "function": {"name", "parameters"}}``."""
+"""A tool in the form of chat templates: ``{"type": "function", "function": {"name", "parameters"}}``."""
 
 
 ParserSteps = Callable[[TextReader], Steps[None]]
@@ -33,10 +33,10 @@ ParserSteps = Callable[[TextReader], Steps[None]]
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes tool calls.
+    """The tool call format of a family of models.
 
-    steps: makes the parser for a request's tools. hints: a template of the family has all texts of one of these.
-    special: texts of its markup that may be special tokens, which the detokenizer must not leave out.
+    steps: returns the parser for a request's tools. hints: groups of texts; a template that has all texts of one group
+    is of this family. special: markup that may be special tokens, which the detokenizer must keep.
     """
 
     steps: Callable[[ParameterTypes], ParserSteps]
@@ -46,7 +46,7 @@ class ToolFormat:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """How a family of models marks its thoughts. hints: as for `ToolFormat`."""
+    """The reasoning format of a family of models. hints: as in `ToolFormat`."""
 
     tags: ThoughtTags
     hints: tuple[tuple[str, ...], ...] = ()
@@ -131,7 +131,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     ),
     "llama3-json": ToolFormat(_llama_json, (("<|python_tag|>",), ('"parameters": ', "ipython")), ("<|python_tag|>",)),
 }
-"""By name, the particular before the general: the first whose hints a template has is its format."""
+"""By name, special formats before general ones: a template has the first format whose hints match."""
 
 _INTERRUPTS = ("<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>")
 
@@ -146,14 +146,14 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
     "think": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS), (("<think>",), ("</think>",))),
     "think-first": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS, begins_inside=True)),
 }
-"""By name; "think-first" is for models that never write the tag that begins a thought: only the option names it."""
+"""By name. "think-first" is for models that never write the opening tag. It is not detected, only chosen by option."""
 
 AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a model writes calls and thoughts. tools, reasoning: names of formats; None: no such markup is looked for.
+    """A model's formats of tool calls and reasoning, by name. None: such markup is not parsed.
 
     >>> parser = OutputFormat("hermes", "think").parser(tools=[], in_reasoning=True)
     >>> parser.feed("So.</think>Hello")
@@ -164,12 +164,12 @@ class OutputFormat:
     reasoning: str | None = None
 
     def __str__(self) -> str:
-        """As at the start of a server: ``tool calls: hermes, thoughts: none``."""
-        return f"tool calls: {self.tools or NONE}, thoughts: {self.reasoning or NONE}"
+        """The formats as a server prints them at its start: ``tool calls: hermes, reasoning: none``."""
+        return f"tool calls: {self.tools or NONE}, reasoning: {self.reasoning or NONE}"
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        """Texts of markup; where they are special tokens, the detokenizer must not leave them out."""
+        """Markup that the parser reads. If a text is a special token, the detokenizer must keep it."""
         if HARMONY in (self.tools, self.reasoning):
             return frozenset(harmony.SPECIAL_TOKENS)
         tags = REASONING_FORMATS[self.reasoning].tags.texts if self.reasoning else ()
@@ -183,8 +183,8 @@ class OutputFormat:
     def parser(self, *, tools: Sequence[ToolSchema], in_reasoning: bool) -> OutputParser:
         """A parser of one answer.
 
-        tools: those of the request; without any, call markup is content. in_reasoning: whether the prompt ends inside
-        a thought (`ends_in_reasoning`).
+        tools: the request's; if empty, the markup of calls is content. in_reasoning: whether the prompt ends within
+        reasoning (`ends_in_reasoning`).
         """
         if HARMONY in (self.tools, self.reasoning):
             messages = HarmonyMessages(has_tools=bool(self.tools and tools), reasoning=self.reasoning is not None)
@@ -197,7 +197,7 @@ class OutputFormat:
         )
 
     def ends_in_reasoning(self, prompt: str, begun: str = "") -> bool:
-        """Whether a rendered prompt ends inside a thought. begun: its end that is the beginning of the answer."""
+        """Whether a rendered prompt ends within reasoning. begun: the end of the prompt that belongs to the answer."""
         if self.reasoning in (None, HARMONY):
             return False
         tags = REASONING_FORMATS[self.reasoning].tags
@@ -207,7 +207,7 @@ class OutputFormat:
 
 
 class _AnswerParser:
-    """Thoughts first, then calls in what is left, then white space."""
+    """Parses reasoning first, then calls in the remaining content, and then trims white space."""
 
     def __init__(self, thoughts: OutputParser | None, calls: OutputParser | None) -> None:
         self._thoughts = thoughts
@@ -237,7 +237,7 @@ class _AnswerParser:
 
 
 def detect_format(chat_template: str | None) -> OutputFormat:
-    """The format of a chat template's models, by the markup that it writes; None for what is not found."""
+    """The formats of a chat template, by the markup in its text; each is None if it is not found."""
     text = chat_template or ""
     tools = (name for name, each in TOOL_FORMATS.items() if _has(text, each.hints))
     reasoning = (name for name, each in REASONING_FORMATS.items() if _has(text, each.hints))
@@ -249,9 +249,9 @@ def _has(text: str, hints: tuple[tuple[str, ...], ...]) -> bool:
 
 
 def output_format(tools: str | None, reasoning: str | None) -> OutputFormat:
-    """The format of these names; None or "none": such markup is left as content.
+    """The formats of these names. None or "none": such markup is content.
 
-    Raises ConfigError for an unknown name, which it lists the known ones for.
+    Raises ConfigError for an unknown name.
     """
     return OutputFormat(
         _known(tools, TOOL_FORMATS, "--tool-parser"), _known(reasoning, REASONING_FORMATS, "--reasoning-parser")
@@ -259,7 +259,7 @@ def output_format(tools: str | None, reasoning: str | None) -> OutputFormat:
 
 
 def chosen_format(chat_template: str | None, tools: str = AUTO, reasoning: str = AUTO) -> OutputFormat:
-    """The format of these names; "auto": the one that the chat template shows.
+    """The formats of these names. "auto": the one that is detected in the chat template.
 
     Raises ConfigError for an unknown name.
     """
@@ -280,7 +280,7 @@ def _known(name: str | None, formats: Mapping[str, object], option: str) -> str 
 def parse_output(
     output_format: OutputFormat, text: str, *, tools: Sequence[ToolSchema] = (), in_reasoning: bool = False
 ) -> ParsedMessage:
-    """A whole answer at once."""
+    """Parse a whole answer."""
     parser = output_format.parser(tools=tools, in_reasoning=in_reasoning)
     builder = MessageBuilder()
     builder.add(parser.feed(text))

@@ -1,7 +1,6 @@
-"""gpt-oss's Harmony format: an answer is several messages, each with a header that says its channel and recipient.
+"""gpt-oss's Harmony format: an answer is several messages, each with a header that names its channel and recipient.
 
-The `openai-harmony` library reads token ids and needs a vocabulary that it downloads, so it is neither used nor tested
-against here.
+The `openai-harmony` library is not used, as it parses token ids and downloads its vocabulary.
 """
 
 import re
@@ -26,10 +25,10 @@ _RECIPIENT = re.compile(r"\bto=([\w.\-]+)")
 
 
 class HarmonyMessages:
-    """Thoughts are on the channel "analysis", calls are messages to a function, and all else is content.
+    """Parses messages: reasoning is on the channel "analysis", calls are messages to a function, all else is content.
 
-    has_tools: whether calls are looked for; reasoning: whether thoughts are. What is not looked for is content, and so
-    is a message with an unknown header.
+    has_tools, reasoning: whether calls and reasoning are parsed; if not, they are content. A message with an unknown
+    header is content.
     """
 
     def __init__(self, *, has_tools: bool, reasoning: bool) -> None:
@@ -54,7 +53,7 @@ class HarmonyMessages:
         return False
 
     def _message(self, reader: TextReader) -> Steps[None]:
-        """One message and the marker that ends it."""
+        """Parse one message and the marker that ends it."""
         header = yield from reader.text_before(self._body)
         if not (yield from reader.literal(BODY)):
             yield ContentText(header)

@@ -1,4 +1,4 @@
-"""Tool calls as a name and then JSON arguments, with markers between them: Mistral, DeepSeek, Kimi."""
+"""Parsers of tool calls with a name, markers and then JSON arguments: Mistral, DeepSeek and Kimi."""
 
 import re
 
@@ -68,7 +68,7 @@ class DeepSeekCalls(CallSections):
 
 
 class KimiCalls(CallSections):
-    """``functions.name:0`` is a call's id, and says its name."""
+    """A call's id is ``functions.NAME:INDEX``, which contains its name."""
 
     begin, separator, end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 

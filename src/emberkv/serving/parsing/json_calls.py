@@ -1,4 +1,4 @@
-"""Tool calls whose arguments are JSON: passed on as the model writes them, character by character."""
+"""Parsers of tool calls with JSON arguments, which are emitted as the model writes them."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -19,7 +19,7 @@ _CLOSING = {"{": "}", "[": "]"}
 
 
 class JsonState(Enum):
-    """How far a JSON value has been read. BROKEN: what follows cannot belong to JSON."""
+    """The state of a JSON value that is being read. BROKEN: the next character is not valid JSON."""
 
     OPEN = "open"
     WHOLE = "whole"
@@ -27,7 +27,7 @@ class JsonState(Enum):
 
 
 class JsonScanner:
-    """Finds where a JSON object, list or string ends, in text that comes in pieces."""
+    """Finds the end of a JSON object, array or string in text that arrives in pieces."""
 
     def __init__(self) -> None:
         self.state = JsonState.OPEN
@@ -36,7 +36,7 @@ class JsonScanner:
         self._is_escaped = False
 
     def scan(self, text: str, at: int) -> int:
-        """Up to where ``text`` belongs to the value, from ``at`` on, which is behind what was scanned before."""
+        """Scan ``text`` from ``at`` on. Returns the position up to which it belongs to the value."""
         while at < len(text) and self.state is JsonState.OPEN:
             at = self._in_a_string(text, at) if self._in_string else self._outside(text, at)
         return at
@@ -86,7 +86,7 @@ class JsonScanner:
 
 
 def read_json(reader: TextReader) -> Steps[tuple[str, bool]]:
-    """Read one JSON value, or as much of one as there is: its text, and whether it is whole."""
+    """Read one JSON value, or as much of it as the answer has. Returns its text, and whether it is whole."""
     if (yield from reader.next_char()) not in ("{", "[", '"'):
         scalar = yield from reader.matching(_SCALAR)
         return scalar, bool(scalar)
@@ -100,7 +100,7 @@ def read_json(reader: TextReader) -> Steps[tuple[str, bool]]:
 
 
 def read_json_string(reader: TextReader) -> Steps[str | None]:
-    """Read a JSON string and return what it says; None where something else comes, or half a surrogate pair."""
+    """Read a JSON string and return its value; None for other text, and for half of a surrogate pair."""
     if (yield from reader.next_char()) != '"':
         return None
     text, _ = yield from read_json(reader)
@@ -111,10 +111,10 @@ def read_json_string(reader: TextReader) -> Steps[str | None]:
 
 
 def stream_arguments(reader: TextReader, index: int, ends: Markers) -> Steps[None]:
-    """Pass on the arguments of call ``index`` as they come, and end the call.
+    """Emit the arguments of call ``index`` as they arrive, and then its end.
 
-    Where they stop being JSON, all up to the first of ``ends`` (which is not read) is passed on as it is, so that
-    nothing is lost, and the call is not complete.
+    If they stop being valid JSON, the text up to the first of ``ends`` (which is not read) is emitted as it is, and the
+    call is incomplete.
     """
     if (yield from reader.next_char()) != "{":
         text, _ = yield from read_json(reader)
@@ -134,7 +134,7 @@ def stream_arguments(reader: TextReader, index: int, ends: Markers) -> Steps[Non
 
 
 def whole_arguments(index: int, text: str) -> Steps[None]:
-    """The arguments of call ``index`` at once, and its end. Some models write the object's text as a JSON string."""
+    """Emit the arguments of call ``index`` and its end. Some models write the object as a JSON string."""
     if text.startswith('"'):
         try:
             said = str(from_json(text))
@@ -153,9 +153,9 @@ _SPACE = " \t\r\n"
 
 
 class ObjectCalls(CallSections):
-    """Calls as objects, ``{"name": "f", "arguments": {...}}``, behind a marker: one, several, or a list of them.
+    """Parses calls as objects, ``{"name": "f", "arguments": {...}}``, after a marker: one, several, or a list of them.
 
-    ids_follow: models write a call's id behind its arguments, so that these have to wait for it.
+    ids_follow: whether a call's id comes after its arguments, which are then emitted when the id is known.
     """
 
     separators = _SPACE + ",;["
@@ -189,7 +189,7 @@ class ObjectCalls(CallSections):
         return True
 
     def _head(self, reader: TextReader) -> Steps["_Head | None"]:
-        """An object up to the arguments that can be streamed, or all of it where these came first; None: no call."""
+        """Read an object up to the arguments, or all of it if they precede the name. None if it is no call."""
         head = _Head()
         if not (yield from reader.literal("{")):
             return None
@@ -205,7 +205,7 @@ class ObjectCalls(CallSections):
         return head if head.name else None
 
     def _member(self, reader: TextReader, head: "_Head", key: str | None) -> Steps[bool]:
-        """Read the value of ``key``; False where the object is no call."""
+        """Read the value of ``key``. Returns False if the object is not a call."""
         if key == "name":
             head.name = (yield from read_json_string(reader)) or ""
             return self.may_call(head.name)
@@ -223,9 +223,10 @@ class ObjectCalls(CallSections):
 
 @dataclass(slots=True)
 class _Head:
-    """What is known of a call before its arguments are streamed.
+    """The members of a call that precede its streamed arguments.
 
-    depth: brackets that are open around them. is_ready: the arguments are next, or were read, or are cut off.
+    depth: the number of open brackets around the arguments. is_ready: whether the arguments come next, were read, or
+    are cut off.
     """
 
     name: str = ""
@@ -236,7 +237,7 @@ class _Head:
 
 
 def _key(reader: TextReader) -> Steps[str | None]:
-    """Read a member's key and its colon; None where something else comes."""
+    """Read a member's key and its colon; None if something else follows."""
     yield from reader.skip()
     key = yield from read_json_string(reader)
     yield from reader.skip()
@@ -247,7 +248,7 @@ def _key(reader: TextReader) -> Steps[str | None]:
 
 
 def _behind_member(reader: TextReader, head: _Head) -> Steps[bool]:
-    """Read the comma or the brackets behind a member; False where something else comes."""
+    """Read the comma or the brackets after a member. Returns False if something else follows."""
     yield from reader.skip()
     while head.depth and (yield from reader.literal("}")):
         head.depth -= 1
@@ -260,7 +261,7 @@ def _behind_member(reader: TextReader, head: _Head) -> Steps[bool]:
 
 
 def _skip_members(reader: TextReader, depth: int) -> Steps[bool]:
-    """Read the rest of a call's object behind its arguments; False where something else comes."""
+    """Read the rest of a call's object after its arguments. Returns False for invalid text."""
     while depth:
         yield from reader.skip()
         if (yield from reader.literal("}")):

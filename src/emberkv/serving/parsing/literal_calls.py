@@ -1,4 +1,4 @@
-"""Tool calls whose arguments are literals of other languages than JSON: Python's, and Gemma's own."""
+"""Parsers of tool calls with arguments in Python's or Gemma's syntax, which are converted to JSON."""
 
 import ast
 import re
@@ -68,7 +68,7 @@ class PythonCalls(CallSections):
 
 
 def _python_value(reader: TextReader) -> Steps[tuple[str, bool]]:
-    """Read a literal up to the comma or the bracket behind it: its text, and whether that was there."""
+    """Read a literal up to the following comma or bracket. Returns its text, and whether that delimiter was found."""
     pieces: list[str] = []
     brackets: list[str] = []
     while True:
@@ -101,7 +101,7 @@ def _python_string(reader: TextReader, quote: str) -> Steps[str]:
 
 
 def python_as_json(text: str) -> str:
-    """The JSON text of a Python literal; what is none, or is none of JSON's, as a string of its source."""
+    """The JSON text of a Python literal. Any other text, and a literal without JSON form, becomes a JSON string."""
     escaped = _ESCAPE.sub(lambda match: match[0] if match[1] in _ESCAPES else "\\" + match[0], text)
     try:
         return as_json(ast.literal_eval(escaped))
@@ -110,7 +110,7 @@ def python_as_json(text: str) -> str:
 
 
 class GemmaCalls(CallSections):
-    """``call:name{key:value}``, keys without quotes, and strings between quotes that are tokens of their own."""
+    """Parses ``call:name{key:value}``: keys have no quotes, and strings are between ``quote``, a special token."""
 
     def __init__(self, opens: Sequence[str], closes: Sequence[str], quote: str) -> None:
         super().__init__(opens, closes)
@@ -130,7 +130,7 @@ class GemmaCalls(CallSections):
         return True
 
     def _object(self, reader: TextReader, index: int) -> Steps[bool]:
-        """Passes the object on as JSON; False where it breaks off."""
+        """Emit the object as JSON. Returns False if it is cut off or invalid."""
         closing: list[str] = []
         part = "value"
         while True:
@@ -175,7 +175,7 @@ class GemmaCalls(CallSections):
         return (yield from reader.matching(_BARE)).strip()
 
     def _scalar(self, reader: TextReader, index: int) -> Steps[bool]:
-        """A string or a number, or a word such as true; False where it breaks off."""
+        """Emit a string, a number or a word such as true. Returns False if it is cut off or invalid."""
         if (yield from reader.literal(self._quote)):
             yield CallArguments(index, '"')
             yield from reader.before(self._quotes, lambda piece: CallArguments(index, within_string(piece)))

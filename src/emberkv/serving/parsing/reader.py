@@ -1,7 +1,8 @@
-"""The text of an answer as a parser reads it: with a position, and waiting where the next character has not come yet.
+"""A reader of an answer's text that waits for text that has not been generated yet.
 
-A parser is a generator. It reads through `TextReader`, yields events, and yields None where it needs more text, so that
-each format reads like a parser of a whole text. What is read is dropped at once: nothing is scanned twice.
+A parser is a generator: it reads from `TextReader`, yields events, and yields None to wait for more text. So each
+format's parser is written like a parser of a whole text. Text is dropped when it has been read, and nothing is scanned
+twice.
 """
 
 import re
@@ -16,12 +17,12 @@ Steps = Generator[OutputEvent | None, None, Result]
 
 
 _MOST_SPACE = 64
-"""Characters that are looked at ahead of what is read."""
+"""The largest lookahead, in characters."""
 _SPACE = re.compile(rf"\s{{0,{_MOST_SPACE}}}")
 
 
 class Markers:
-    """Literal texts that are looked for together. None may begin with another one."""
+    """Literal texts that are searched for together. No text may be a prefix of another."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = tuple(texts)
@@ -31,9 +32,10 @@ class Markers:
         self._first = re.compile("|".join(sorted({re.escape(text[0]) for text in self.texts})) or r"(?!)")
 
     def find(self, text: str, start: int) -> tuple[int, int]:
-        """Where the first marker lies from ``start`` on: ``[begin, end)``.
+        """The range ``[begin, end)`` of the first marker from ``start`` on.
 
-        Without one, ``begin == end`` is where a marker may begin whose rest is still to come, else the text's end.
+        If there is none, ``begin == end`` is the position of a marker's possible beginning at the end of the text, or
+        the text's end.
         """
         if match := self._pattern.search(text, start):
             return match.span()
@@ -46,10 +48,9 @@ class Markers:
 
 
 class TextReader:
-    """Reads an answer that comes in pieces.
+    """Reads an answer that arrives in pieces.
 
-    While it records (`record`), what is read is kept, so that it can still be passed on as content when it turns out to
-    be no call (`recorded`).
+    After `record`, the text that is read is kept, so that it can become content (`recorded`) if it is not a call.
     """
 
     def __init__(self) -> None:
@@ -59,28 +60,29 @@ class TextReader:
         self._record: list[str] | None = None
 
     def add(self, text: str) -> None:
+        """Add the next piece of the answer."""
         self._text = self._text[self._at :] + text
         self._at = 0
 
     def end(self) -> None:
-        """No more text will come."""
+        """End the answer."""
         self._has_ended = True
 
     def record(self) -> None:
-        """Keep what is read from here on."""
+        """Start recording, with an empty record."""
         self._record = []
 
     def recorded(self) -> str:
-        """What was read since `record`; it is no longer kept."""
+        """The text that was read since `record`. Recording stops."""
         kept, self._record = self._record or [], None
         return "".join(kept)
 
     def read(self, length: int) -> str:
-        """Read so many characters, which have come."""
+        """Read ``length`` characters, which must be available."""
         return self.take(self._at + length)
 
     def take(self, end: int) -> str:
-        """Read what lies before ``end``, a position in the text at hand."""
+        """Read up to ``end``, a position in the text of `at_hand`."""
         taken = self._text[self._at : end]
         self._at = end
         if self._record is not None:
@@ -88,18 +90,18 @@ class TextReader:
         return taken
 
     def at_hand(self) -> Steps[tuple[str, int]]:
-        """The text that has come and the position in it, waiting while there is none; at the answer's end, no text."""
+        """The available text and the position in it. Waits for text unless the answer has ended."""
         while self._at == len(self._text) and not self._has_ended:
             yield None
         return self._text, self._at
 
     def next_char(self) -> Steps[str]:
-        """The next character, which is not read; empty at the answer's end."""
+        """The next character, without reading it; empty at the answer's end."""
         text, at = yield from self.at_hand()
         return text[at : at + 1]
 
     def comes(self, text: str) -> Steps[bool]:
-        """Whether ``text`` comes next; it is not read."""
+        """Whether ``text`` is next, without reading it."""
         while True:
             there = self._text[self._at : self._at + len(text)]
             if there == text:
@@ -109,7 +111,7 @@ class TextReader:
             yield None
 
     def comes_behind_space(self, texts: Sequence[str]) -> Steps[bool]:
-        """Whether one of ``texts``, or the answer's end, comes next behind white space; nothing is read."""
+        """Whether white space and then one of ``texts``, or the answer's end, is next, without reading it."""
         while True:
             match = _SPACE.match(self._text, self._at)
             at = match.end() if match else self._at
@@ -125,14 +127,14 @@ class TextReader:
             yield None
 
     def literal(self, text: str) -> Steps[bool]:
-        """Read ``text`` if it comes next; nothing if something else does."""
+        """Read ``text`` if it is next. Returns whether it was."""
         if not (yield from self.comes(text)):
             return False
         self.read(len(text))
         return True
 
     def one_of(self, texts: Sequence[str]) -> Steps[str]:
-        """Read the first of ``texts`` that comes next, and return it; empty where none does."""
+        """Read the first of ``texts`` that is next, and return it; empty if none is."""
         for text in texts:
             if (yield from self.literal(text)):
                 return text
@@ -161,9 +163,9 @@ class TextReader:
                 return "".join(pieces)
 
     def before(self, markers: Markers, event: Callable[[str], OutputEvent] | None) -> Steps[int]:
-        """Pass text on as events up to the first of the markers, and return its length; 0 at the answer's end.
+        """Read text up to the first marker, and return the marker's length; 0 at the answer's end.
 
-        The marker is not read. event: makes the event of a piece; None: the text is only read.
+        The marker is not read. event: makes an event of each piece of text; None: no events are emitted.
         """
         while True:
             begin, end = markers.find(self._text, self._at)
@@ -178,7 +180,7 @@ class TextReader:
             yield None
 
     def text_before(self, markers: Markers) -> Steps[str]:
-        """The text up to the first of the markers, once it is whole; the marker is not read."""
+        """Read and return the text up to the first marker, which is not read."""
         outer, self._record = self._record, []
         yield from self.before(markers, None)
         text = "".join(self._record)
@@ -188,7 +190,7 @@ class TextReader:
         return text
 
     def until(self, markers: Markers, event: Callable[[str], OutputEvent] | None) -> Steps[str]:
-        """As `before`; the marker is read, too, and returned: empty at the answer's end."""
+        """Like `before`, but the marker is read and returned; empty at the answer's end."""
         length = yield from self.before(markers, event)
         return self.read(length)
 

@@ -1,4 +1,4 @@
-"""Splits thoughts from the rest of an answer, and tidies the white space where they and calls end."""
+"""Separates reasoning from the rest of an answer, and trims white space around reasoning and calls."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ _NOTHING = Markers(())
 
 @dataclass(frozen=True, slots=True)
 class ThoughtTags:
-    """How a family of models marks its thoughts, which come first in an answer.
+    """The tags around reasoning, which comes first in an answer.
 
-    trimmed: characters that templates cut from both ends of a thought and from the beginning of what follows.
-    interrupts: markers that end a thought as well, and belong to what follows. begins_inside: whether an answer begins
-    inside a thought even where the prompt does not say so.
+    trimmed: characters that templates strip from both ends of reasoning and from the beginning of the content.
+    interrupts: markers that end reasoning, too, and belong to the content. begins_inside: whether every answer begins
+    within reasoning, whatever the prompt ends with.
     """
 
     begin: str = "<think>"
@@ -26,11 +26,11 @@ class ThoughtTags:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The tags' own texts, without the words and line breaks that some have behind them."""
+        """The tags, without the word and line break that belong to the opening tag of some formats."""
         return (self.begin.removesuffix("thought\n"), self.end)
 
     def steps(self, reader: TextReader, *, in_reasoning: bool) -> Steps[None]:
-        """Yields ReasoningText, and all that is no thought as ContentText."""
+        """Yield reasoning as ReasoningText, and all other text as ContentText."""
         reader.record()
         yield from reader.skip()
         has_tag = yield from reader.literal(self.begin)
@@ -61,7 +61,7 @@ class ThoughtTags:
 
 
 class WhiteSpace:
-    """Drops content that is nothing but white space before, between and behind calls."""
+    """Drops content that is only white space before, between and after calls."""
 
     def __init__(self) -> None:
         self._held: list[str] = []
@@ -89,6 +89,6 @@ class WhiteSpace:
                     yield event
 
     def rest(self) -> Iterator[OutputEvent]:
-        """What was held back, at the answer's end."""
+        """The white space that was held back, at the answer's end, if the answer has no call."""
         if self._held and not self._has_call:
             yield ContentText("".join(self._held))

@@ -1,4 +1,4 @@
-"""Turns argument values that a model writes as plain text into JSON, by the tool's schema."""
+"""Converts argument values in plain text to JSON, by the tool's schema."""
 
 import json
 import re
@@ -13,21 +13,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_json(value: object) -> str:
-    """The JSON text of ``value``, which can be encoded: half of a surrogate pair is escaped.
+    """The JSON text of ``value``. Lone surrogates are escaped, so that the text can be encoded as UTF-8.
 
-    Raises TypeError or ValueError for what JSON cannot say.
+    Raises TypeError or ValueError for a value without JSON form.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def within_string(text: str) -> str:
-    """``text`` as it stands between the quotes of a JSON string; of pieces, the results join to that of the whole."""
+    """``text`` as it is written between the quotes of a JSON string. Results of consecutive pieces can be joined."""
     return as_json(text)[1:-1]
 
 
 class ParameterTypes:
-    """The JSON types that each tool's parameters may have, by name."""
+    """The JSON types of each tool's parameters."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._parameters: dict[str, Mapping[str, Any]] = {}
@@ -43,7 +43,7 @@ class ParameterTypes:
         return frozenset(self._parameters)
 
     def of(self, tool: str, parameter: str) -> frozenset[str]:
-        """Types such as "string" and "integer"; empty where the schema does not say."""
+        """The parameter's types, such as "string" and "integer"; empty if the schema has none."""
         schema = self._parameters.get(tool, {})
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or parameter not in properties:
@@ -52,7 +52,7 @@ class ParameterTypes:
 
 
 def _types(schema: object, root: Mapping[str, Any], followed: set[str]) -> set[str]:
-    """followed: references that have been followed. Each is followed once, however often the schema has it."""
+    """The types that a schema allows. followed: the references followed so far; each is followed once."""
     if not isinstance(schema, Mapping):
         return set()
     reference = schema.get("$ref")
@@ -85,10 +85,10 @@ def _referenced(reference: str, root: Mapping[str, Any]) -> object:
 
 
 def json_value(text: str, types: frozenset[str]) -> str:
-    """The JSON text for ``text``, which a model wrote for a parameter of these types.
+    """The JSON text of a parameter's value. text: as the model wrote it. types: the parameter's.
 
-    What is JSON of one of the types stays as it is (Python's True, False and None are taken, too), and all else is a
-    string. Without types, what is JSON is taken for it.
+    JSON of one of the types is kept (Python's True, False and None are converted), and any other text becomes a string.
+    If ``types`` is empty, any JSON is kept.
     """
     if types == {"string"}:
         return as_json(text)
@@ -106,7 +106,7 @@ def _no_number(name: str) -> None:
 
 
 def is_json_object(text: str) -> bool:
-    """Whether ``text`` is valid JSON, of an object. NaN and Infinity are none."""
+    """Whether ``text`` is a valid JSON object. NaN and Infinity are invalid."""
     try:
         return isinstance(json.loads(text, parse_constant=_no_number), dict)
     except (ValueError, RecursionError):

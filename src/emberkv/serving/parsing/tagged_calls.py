@@ -1,4 +1,4 @@
-"""Tool calls as tags: one for the call, one for each argument, whose value is plain text of the schema's type."""
+"""Parsers of tool calls in tags, with one tag for the call and one for each argument, whose value is plain text."""
 
 import re
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ _TEXT = frozenset({"string"})
 
 @dataclass(frozen=True, slots=True)
 class TagSyntax:
-    """How a family writes ``opens CALL NAME call_head (KEY-TAG VALUE value_end)* call_end closes``.
+    """The syntax ``opens call NAME call_head (key KEY key_end value VALUE value_end)* call_end closes``.
 
-    call, call_head: around a call's name, which ``name`` matches. call_end: empty where only a section's end ends a
-    call. key, key_end: around a parameter's name. value: alternatives between that and the value, with the types that
-    they say it has (none: those of the schema). trims: one line break at both ends of a value is not part of it.
-    bare: a call may come without ``opens``.
+    name: a regular expression for the call's name. call_end: empty if only ``closes`` ends a call. value: alternative
+    texts before a value, each with the types that it declares (none: those of the schema). trims: whether one line
+    break at each end of a value is not part of it. bare: whether a call may come without ``opens``.
     """
 
     opens: tuple[str, ...]
@@ -58,7 +57,7 @@ DEEPSEEK = TagSyntax(
 
 
 class TaggedCalls(CallSections):
-    """Calls of one `TagSyntax`."""
+    """Parses calls of one `TagSyntax`."""
 
     def __init__(self, syntax: TagSyntax, types: ParameterTypes) -> None:
         bare = ("\n" + syntax.call, syntax.call) if syntax.bare else ()
@@ -111,7 +110,7 @@ class TaggedCalls(CallSections):
         yield CallEnd(index, is_complete)
 
     def _parameter(self, reader: TextReader) -> Steps[str | None]:
-        """A parameter's name, up to where its value's tag begins."""
+        """Read a parameter's name up to its value's tag; None if no parameter follows."""
         if not (yield from reader.literal(self._syntax.key)):
             return None
         key = yield from reader.matching(self._key)
@@ -124,9 +123,9 @@ class TaggedCalls(CallSections):
         return _ANY
 
     def _value(self, reader: TextReader, index: int, types: frozenset[str]) -> Steps[None]:
-        """Passes a string on as it comes, and all else once it is whole.
+        """Emit a string as it arrives, and any other value when it is whole.
 
-        The end's tag counts only where a parameter or the call's end follows: else it is a part of the value.
+        A closing tag ends the value only if a parameter or the call's end follows; otherwise it is part of the value.
         """
         if self._syntax.trims:
             yield from reader.literal("\n")
