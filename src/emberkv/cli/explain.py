@@ -230,7 +230,7 @@ def explain(
         str | None,
         typer.Option(
             metavar="MODEL|FILE",
-            help="Say instead what this model's chat template, or the one in a file, lets each next turn reuse.",
+            help="Show instead what the next turn can reuse with this model's chat template, or the one in a file.",
         ),
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")] = None,
@@ -244,7 +244,8 @@ def explain(
     suggest: Annotated[
         bool,
         typer.Option(
-            "--suggest", help="Show what lines of prompts change all the time, and a file of canonical rules for them."
+            "--suggest",
+            help="Show lines of prompts that change with each session, and a file of canonical rules for them.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,

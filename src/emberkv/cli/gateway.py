@@ -46,7 +46,7 @@ def gateway(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A folder or hub id, whose tokenizer is for the prompts of foreign workers; others send theirs.",
+            help="A folder or hub id, whose tokenizer is used for prompts of foreign workers. emberkv workers send theirs.",
         ),
     ] = None,
     worker: Annotated[
@@ -62,9 +62,9 @@ def gateway(
         typer.Option(
             metavar="URL[,NAME=VALUE]",
             rich_help_panel=options.CLUSTER,
-            help="A server that speaks the OpenAI API, such as http://127.0.0.1:8000; repeat for more. Behind a comma: "
-            "id=NAME, tokens=N (what its cache holds), ttl=SECONDS, api-key-file=FILE, and where vLLM publishes KV "
-            "events, kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
+            help="A server with the OpenAI API, such as http://127.0.0.1:8000; repeat for more. After it, separated by commas: "
+            "id=NAME, tokens=N (capacity of its cache), ttl=SECONDS, api-key-file=FILE, and for vLLM's KV events "
+            "kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
         ),
     ] = None,
     cluster_secret_file: options.ClusterSecretFile = None,
@@ -96,8 +96,8 @@ def gateway(
         typer.Option(
             metavar="FILE",
             rich_help_panel=options.LOGS,
-            help="Write a line of JSON for each routing decision, with all it was made from and no text. "
-            "'emberkv simulate --replay-decisions FILE' makes them again. An earlier file becomes FILE.1.",
+            help="Write a line of JSON for each routing decision, with all of its inputs and no text. "
+            "'emberkv simulate --replay-decisions FILE' repeats them. An earlier file becomes FILE.1.",
         ),
     ] = None,
     coordinator_port: Annotated[

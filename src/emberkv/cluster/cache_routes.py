@@ -24,7 +24,7 @@ from emberkv.cluster.cache_operations import (
     on_path,
 )
 from emberkv.cluster.cluster_engine import ClusterEngine
-from emberkv.cluster.membership import Membership, Worker
+from emberkv.cluster.membership import Membership, Replica, Worker
 from emberkv.cluster.policies import Decision
 from emberkv.cluster.removals import MISSED, ClusterRemovals, Outcome, operate
 from emberkv.cluster.wire import LoadReport, decode_prompt
@@ -271,17 +271,22 @@ async def _explained(worker: Worker, tokens: Sequence[int], tenant: str, salt: b
         return {"error": str(error)}
 
 
-def _worker_json(worker: Worker, decision: Decision, answer: dict[str, Any]) -> dict[str, Any]:
+def estimate_json(worker: Replica, decision: Decision) -> dict[str, Any] | None:
+    """The decision's estimate for a worker, without its slot; None if the decision has none."""
     estimate = next((asdict(each) for each in decision.estimates if each.slot == worker.slot), None)
     if estimate is not None:
         del estimate["slot"]
+    return estimate
+
+
+def _worker_json(worker: Worker, decision: Decision, answer: dict[str, Any]) -> dict[str, Any]:
     return {
         "worker": worker.worker_id,
         "index": "exact" if worker.exact else "degraded",
         "hit_tokens": answer.get("hit_tokens"),
         "hit_tokens_by_place": answer.get("hit_tokens_by_place"),
         "error": answer.get("error"),
-        "estimate": estimate,
+        "estimate": estimate_json(worker, decision),
     }
 
 

@@ -104,7 +104,7 @@ class DecisionLog:
 
 
 def recorder_until_full(log: DecisionLog, failed: Callable[[OSError], None]) -> Recorder:
-    """Records with ``log`` until its file cannot be written, of which it tells ``failed`` once."""
+    """Records with ``log`` until its file cannot be written, and then calls ``failed`` once with the error."""
     recording: Recorder | None = log.record
 
     def record(at: float, view: RoutingView, decision: Decision) -> None:

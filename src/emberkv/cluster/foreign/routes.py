@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from time import monotonic
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
+from emberkv.cluster.cache_routes import estimate_json
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.fleet import ForeignFleet
@@ -319,9 +319,7 @@ class ForeignRoutes(CacheRoutes):
 
 
 def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
-    estimate = next((asdict(each) for each in decision.estimates if each.slot == worker.slot), None)
-    if estimate is not None:
-        del estimate["slot"]
+    estimate = estimate_json(worker, decision)
     cached = None if estimate is None else sum(estimate["cached_tokens"].values())
     return {"worker": worker.worker_id, "index": worker.index, "hit_tokens": cached, "estimate": estimate}
 

@@ -1,4 +1,4 @@
-"""What of an answer's text are thoughts, content and tool calls, while it is generated."""
+"""Parses an answer into reasoning, content and tool calls while it is generated."""
 
 import random
 import string
@@ -46,9 +46,8 @@ class OutputParsing:
 class ParsedOutput:
     """Parses one answer as it grows.
 
-    reasoning_tokens: of the thoughts, markup included. calls: how many have begun. has_whole_call: whether the last one
-    that has ended is complete. has_ended: the answer may have no
-    further text, as it has had the only call that it may have.
+    reasoning_tokens: tokens of the reasoning, markup included. calls: how many have begun. has_whole_call: whether the
+    last call that has ended is complete. has_ended: whether the answer has had its only allowed call, and ends there.
     """
 
     def __init__(self, parsing: OutputParsing) -> None:
@@ -62,16 +61,16 @@ class ParsedOutput:
         self._undecided = 0  # tokens since the last event
 
     def count_token(self) -> None:
-        """One more token, whose text may come with later ones. It belongs to whatever comes next."""
+        """Count a token. Its text may arrive with later tokens, so it belongs to the next event."""
         self._undecided += 1
 
     def add(self, text: str) -> None:
-        """Text that the answer has gained."""
+        """Parse the next text of the answer."""
         if not self.has_ended:
             self._take_in(self._parser.feed(text))
 
     def finish(self) -> None:
-        """No more text comes."""
+        """End the text."""
         if not self.has_ended:
             self._take_in(self._parser.finish())
 

@@ -1,4 +1,4 @@
-"""Messages of the Anthropic API as chat templates take them: their blocks become text, thoughts, calls and results."""
+"""Converts messages of the Anthropic API to those of chat templates, with text, reasoning, calls and results."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,29 +7,30 @@ from typing import Any
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import Message, count_left_out, placeholder
+from emberkv.serving.api.validation import string_field
 
 Block = Mapping[str, Any]
 
 _ROLES = ("user", "assistant", "system")
 _LEFT_OUT = frozenset({"image", "document", "container_upload", "server_tool_use", "mcp_tool_use", "redacted_thinking"})
 _RESULT_OF_SERVER = "_tool_result"
-"""How the types of blocks end that hold what a tool on Anthropic's servers has answered."""
+"""The suffix of the types of blocks with results of tools on Anthropic's servers."""
 
 
 @dataclass(slots=True)
 class BlockReader:
-    """Reads messages into those of a chat template, where they stand.
+    """Converts messages to those of a chat template.
 
-    left_out: how many blocks of each type a text model cannot read. Each is a short text in the prompt instead, so that
-    a picture in the history does not end a conversation.
+    left_out: counts of the blocks that a text model cannot read, by type. Each is replaced by a short text, so that an
+    image in the history does not end a conversation.
 
-    All methods raise RequestError naming the place of what cannot be used.
+    All methods raise RequestError naming the place of an invalid value.
     """
 
     left_out: Counter[str] = field(default_factory=Counter)
 
     def messages(self, given: Iterable[Mapping[str, Any]]) -> list[Message]:
-        """The messages of a request, with the place of each as ``messages.INDEX``."""
+        """Convert a request's messages. Errors name the place of each as ``messages.INDEX``."""
         return [message for index, each in enumerate(given) for message in self._read(each, f"messages.{index}")]
 
     def text(self, content: object, place: str) -> str:
@@ -65,7 +66,7 @@ class BlockReader:
         return [*results, own] if texts or not results else results
 
     def _answer(self, blocks: Sequence[object], place: str) -> Message:
-        """An assistant's message. Its texts are joined as they were cut: without a separator."""
+        """An assistant's message. Its texts are joined without a separator, as the API splits one text into blocks."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[Message] = []
@@ -74,7 +75,7 @@ class BlockReader:
                 case {"type": "tool_use"}:
                     calls.append(_call(block, at))
                 case {"type": "thinking"}:
-                    thoughts.append(_string(block, "thinking", at))
+                    thoughts.append(string_field(block, "thinking", at))
                 case {"type": "redacted_thinking"}:  # encrypted by another service: there is no text to stand for it
                     count_left_out(self.left_out, "redacted_thinking")
                 case _:
@@ -107,14 +108,14 @@ class BlockReader:
         return self._simple_text(block, place)
 
     def _titled(self, block: Block, parts: Sequence[object], place: str) -> str:
-        """A block that has blocks: these are texts and pictures alone, so that nothing is nested more deeply."""
+        """The text of a block with inner blocks, which can only be texts and images, so that nesting is bounded."""
         texts = [self._simple_text(part, at) for part, at in _placed(parts, place)]
         return "\n".join(filter(None, (_title(block), *texts)))
 
     def _simple_text(self, block: Block, place: str) -> str:
         kind = block.get("type")
         if kind == "text":
-            return _string(block, "text", place)
+            return string_field(block, "text", place)
         if isinstance(kind, str) and kind != "tool_result" and (kind in _LEFT_OUT or kind.endswith(_RESULT_OF_SERVER)):
             count_left_out(self.left_out, kind)
             return placeholder(kind)
@@ -131,15 +132,15 @@ def _placed(blocks: Sequence[object], place: str) -> Iterator[tuple[Block, str]]
 
 
 def template_tools(tools: Iterable[Mapping[str, Any]], left_out: Counter[str]) -> list[Message]:
-    """Tools as chat templates take them. Those that only Anthropic's service defines are counted in left_out.
+    """Tools in the form of chat templates. Tools that only Anthropic's service defines are counted in left_out.
 
-    Raises RequestError naming the place of one that cannot be used.
+    Raises RequestError naming the place of an invalid tool.
     """
     return [_tool(tool, f"tools.{at}") for at, tool in enumerate(tools) if not _is_left_out(tool, left_out)]
 
 
 def _is_left_out(tool: Mapping[str, Any], left_out: Counter[str]) -> bool:
-    """A tool with a type of its own, as web_search_20250305, has no schema that the model could be shown."""
+    """Whether the tool has a type such as web_search_20250305, and so no schema for the prompt."""
     kind = tool.get("type")
     if not isinstance(kind, str) or kind == "custom" or "input_schema" in tool:
         return False
@@ -164,13 +165,6 @@ def _call(block: Block, place: str) -> Message:
     return {"id": block.get("id"), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _string(block: Block, field_name: str, place: str) -> str:
-    value = block.get(field_name)
-    if not isinstance(value, str):
-        raise RequestError(f"{place}.{field_name} must be a string", param=f"{place}.{field_name}")
-    return value
-
-
 def _title(block: Block) -> str:
-    """What a document or a search result is called, and where it is from."""
+    """The title and the source of a document or a search result, one a line."""
     return "\n".join(value for name in ("title", "source") if isinstance(value := block.get(name), str) and value)

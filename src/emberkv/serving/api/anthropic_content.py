@@ -1,4 +1,4 @@
-"""The content of an answer as blocks of the Anthropic API: thoughts, text and tool calls, whole or as events."""
+"""Encodes an answer as content blocks of the Anthropic API (thinking, text, tool calls), whole or as events."""
 
 import hmac
 import json
@@ -21,12 +21,12 @@ from emberkv.serving.parsing.events import (
 )
 
 INVALID_JSON = "INVALID_JSON"
-"""The key under which a tool's input stands that is no JSON object, as Anthropic's documentation proposes."""
+"""The key for a tool's input that is not a JSON object, as Anthropic's documentation proposes."""
 
 
 class Signer:
-    """The signature of a thought: its HMAC with the tenant's salt. The API's clients send it back with the thought; it
-    is not checked, since whatever text comes back is only rendered.
+    """Signs thinking blocks by an HMAC with the tenant's salt. Clients send the signature back with the block. It is
+    not verified, as the text is only rendered.
     """
 
     def __init__(self, salt: bytes) -> None:
@@ -34,17 +34,18 @@ class Signer:
         self._digest = hmac.new(self._key, digestmod="sha256")
 
     def add(self, text: str) -> None:
+        """Add text to the current block."""
         self._digest.update(text.encode(errors="replace"))
 
     def signature(self) -> str:
-        """Of what was added since the last one."""
+        """The signature of the text since the last call, in base64."""
         signed = b64encode(self._digest.digest()).decode()
         self._digest = hmac.new(self._key, digestmod="sha256")
         return signed
 
 
 def content_blocks(message: ParsedMessage, signer: Signer) -> list[dict[str, Any]]:
-    """A whole answer's blocks; a single, empty one of text where it has nothing else."""
+    """A whole answer's blocks. An empty answer has one empty text block."""
     blocks: list[dict[str, Any]] = []
     if message.reasoning:
         signer.add(message.reasoning)
@@ -57,21 +58,21 @@ def content_blocks(message: ParsedMessage, signer: Signer) -> list[dict[str, Any
 
 
 def tool_input(call: ParsedCall) -> dict[str, Any]:
-    """A call's arguments as an object: as far as they go where the answer was cut off.
+    """A call's arguments as an object. If the answer was cut off, it has the arguments up to there.
 
     >>> tool_input(ParsedCall("read", '{"path": "a.py", "limit": 2', is_complete=False))
     {'path': 'a.py', 'limit': 2}
     """
     try:
         found = from_json(call.arguments, allow_partial="trailing-strings") if call.arguments else {}
-        json.dumps(found, allow_nan=False)  # 1e999 is read as infinite, which no response can say
-    except ValueError:  # a model may write anything; the client is to see what it was
+        json.dumps(found, allow_nan=False)  # 1e999 is decoded as infinity, which JSON cannot encode
+    except ValueError:  # the client gets the text that the model wrote
         found = None
     return found if isinstance(found, dict) else {INVALID_JSON: call.arguments}
 
 
 class BlockEvents:
-    """Writes an answer's content as server-sent events, block after block, as it is understood."""
+    """Encodes an answer's content as server-sent events, block by block."""
 
     def __init__(self, signer: Signer) -> None:
         self._signer = signer
@@ -79,8 +80,8 @@ class BlockEvents:
         self._open = ""  # the type of the block that has begun and not ended
 
     def of(self, events: Iterable[OutputEvent]) -> Iterator[bytes]:
-        """What the next part of the answer adds. The pieces of text are put together as text: there is one for each
-        token of every stream.
+        """The API's events for the next parsed events. Deltas are formatted without `sse_event`, for speed: there is
+        one for each token.
         """
         for event in events:
             match event:
@@ -101,7 +102,7 @@ class BlockEvents:
                     yield from self._end()
 
     def rest(self) -> Iterator[bytes]:
-        """The end of the last block; of an answer without any, an empty block of text."""
+        """The events that end the last block. An answer without blocks gets an empty text block."""
         if self._index < 0:
             yield from self._begin({"type": "text", "text": ""})
         yield from self._end()

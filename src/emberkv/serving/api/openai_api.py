@@ -219,7 +219,7 @@ class ChatWriter(OpenAIWriter):
                 return None
 
     def _finish(self, answer: Answer) -> str | None:
-        """How an answer ended. A call that ``max_tokens`` or a stop string has cut off is none to be made."""
+        """The ``finish_reason``, not "tool_calls" if ``max_tokens`` or a stop string has cut off the last call."""
         has_calls = answer.finish_reason is FinishReason.STOP and answer.calls and not answer.is_cut_in_call
         return self.finish_with_calls if has_calls else finish_name(answer.finish_reason)
 

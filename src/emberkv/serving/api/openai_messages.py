@@ -1,4 +1,4 @@
-"""Messages and tools of the OpenAI API as chat templates take them, and which tools an answer may call."""
+"""Converts messages, tools and ``tool_choice`` of the OpenAI API to those of chat templates."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from pydantic_core import from_json
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import Message, ToolChoice, count_left_out, placeholder
+from emberkv.serving.api.validation import string_field
 from emberkv.validation import shown
 
 _ROLES = {
@@ -29,7 +30,7 @@ _LEFT_OUT = {
     "video_url": "video",
     "file": "document",
 }
-"""Parts that a text model cannot read, by type, and what their placeholder calls them."""
+"""Types of parts that a text model cannot read, and the words for them in placeholders."""
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -43,18 +44,18 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 @dataclass(slots=True)
 class MessageReader:
-    """Reads messages into those of a chat template.
+    """Converts messages to those of a chat template.
 
-    left_out: how many parts of each type a text model cannot read. Each is a short text in the prompt instead, so that
-    a picture in the history does not end a conversation.
+    left_out: counts of the parts that a text model cannot read, by type. Each is replaced by a short text, so that an
+    image in the history does not end a conversation.
     """
 
     left_out: Counter[str] = field(default_factory=Counter)
     _function_ids: dict[str, str] = field(default_factory=dict)
-    """The ids that were made up for calls of the former API, by the function's name."""
+    """Generated ids of calls in the deprecated ``function_call`` form, by the function's name."""
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-        """Raises RequestError naming the place of what cannot be used."""
+        """Convert a request's messages. Raises RequestError naming the place of an invalid value."""
         if not messages:
             raise RequestError("messages is empty; it must hold at least one message", param="messages")
         return [self._message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -82,7 +83,7 @@ class MessageReader:
         return plain
 
     def _text(self, content: object, place: str, thoughts: list[str]) -> str:
-        """The text of a message, without its thoughts, which are put where they are collected."""
+        """The text of a message. Its reasoning is appended to ``thoughts``."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
@@ -94,9 +95,9 @@ class MessageReader:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if isinstance(part, dict):
             if kind in ("text", "input_text", "output_text"):
-                return _string(part, "text", place)
+                return string_field(part, "text", place)
             if kind == "refusal":
-                return _string(part, "refusal", place)
+                return string_field(part, "refusal", place)
             if kind == "thinking":
                 thoughts.append(_thinking(part, place))
                 return None
@@ -133,7 +134,7 @@ def _call(call: object, place: str) -> Message:
 
 
 def _arguments(function: Mapping[str, Any], place: str) -> dict[str, Any] | str:
-    """As an object. What the model wrote that is none stays as it is: clients send it back with the error it made."""
+    """The arguments as an object, or the text if it is no JSON object: agents send a model's invalid calls back."""
     given = function.get("arguments")
     if given is None or isinstance(given, dict):
         return given or {}
@@ -147,27 +148,19 @@ def _arguments(function: Mapping[str, Any], place: str) -> dict[str, Any] | str:
     return parsed if isinstance(parsed, dict) else given
 
 
-def _string(part: Mapping[str, Any], name: str, place: str) -> str:
-    text = part.get(name)
-    if not isinstance(text, str):
-        raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
-    return text
-
-
 def _thinking(part: Mapping[str, Any], place: str) -> str:
-    """A thought as a text, or as a list of text parts."""
+    """The text of a thinking part, which is a string or a list of text parts."""
     thinking = part.get("thinking")
     if not isinstance(thinking, list):
-        return _string(part, "thinking", place)
-    return "\n".join(_string(each, "text", place) for each in thinking if isinstance(each, dict))
+        return string_field(part, "thinking", place)
+    return "\n".join(string_field(each, "text", place) for each in thinking if isinstance(each, dict))
 
 
 def template_tools(tools: Iterable[Mapping[str, Any]], left_out: Counter[str]) -> list[Message]:
-    """Tools as the template is to show them; those that are no functions are counted in left_out.
+    """Tools in the form of chat templates, without ``cache_control``. Tools that are not functions are counted in
+    left_out.
 
-    A mark that says how long to retain the prefix is no part of a tool.
-
-    Raises RequestError naming the place of one that cannot be used.
+    Raises RequestError naming the place of an invalid tool.
     """
     functions = []
     for index, tool in enumerate(tools):
@@ -182,9 +175,9 @@ def template_tools(tools: Iterable[Mapping[str, Any]], left_out: Counter[str]) -
 
 
 def tool_choice_of(given: object, tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> ToolChoice:
-    """Which of the tools, in the template's form, ``tool_choice`` lets an answer call.
+    """The `ToolChoice` of a request's ``tool_choice``. tools: in the form of chat templates.
 
-    Raises RequestError for another form, and for tools that are not there.
+    Raises RequestError for an invalid form, and for the name of an unknown tool.
     """
     match given:
         case None | "auto":

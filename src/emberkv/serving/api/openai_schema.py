@@ -136,7 +136,7 @@ class OpenAIRequest(RequestBody):
         return constraint_of_body({**(self.model_extra or {}), "response_format": self.response_format})
 
     def count_unknown(self, left_out: Counter[str]) -> None:
-        """Count the fields that this server does not know, and so leaves out."""
+        """Count the unknown fields, which are ignored."""
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in _WITHOUT_EFFECT:
                 count_left_out(left_out, name)
@@ -272,7 +272,7 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
 
     @model_validator(mode="after")
     def _functions_are_tools(self) -> Self:
-        """The former fields for tools become the present ones."""
+        """Convert the deprecated fields for tools to the current ones."""
         if self.functions and not self.tools:
             self.tools = [{"type": "function", "function": function} for function in self.functions]
         return self
@@ -302,7 +302,7 @@ class ChatCompletionRequest(TemplateOptions, OpenAIRequest):
 
     @property
     def wants_function_call(self) -> bool:
-        """Whether the request is in the former form, in which an answer has one ``function_call``."""
+        """Whether the request has the deprecated ``functions``, so that an answer has at most one ``function_call``."""
         return bool(self.functions)
 
     def conversation(self) -> Conversation:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import count_left_out, placeholder
-from emberkv.serving.api.validation import Json, RequestBody
+from emberkv.serving.api.validation import Json, RequestBody, string_field
 from emberkv.serving.event_stream import compact_json
 
 _UNSUPPORTED = (
@@ -233,9 +233,7 @@ class ChatMessages:
         if kind == "refusal":
             return str(part.get("refusal") or "")
         if kind in _TEXT_PARTS:
-            if not isinstance(part.get("text"), str):
-                raise RequestError(f"{place}.text must be a string", param=f"{place}.text")
-            return str(part["text"])
+            return string_field(part, "text", place)
         count_left_out(self._left_out, kind)
         return placeholder(kind.removeprefix("input_"))
 

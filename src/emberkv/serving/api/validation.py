@@ -2,6 +2,7 @@
 
 import reprlib
 from codecs import BOM_UTF8
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -65,6 +66,14 @@ def _describe(problem: ErrorDetails) -> str:
     return f"{path or 'the body'} is {given}: {accepted[:1].lower()}{accepted[1:]}"
 
 
+def string_field(fields: Mapping[str, Any], name: str, place: str) -> str:
+    """The string in ``fields[name]``. place: of ``fields`` in the request. Raises RequestError if it is no string."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
+    return value
+
+
 def plain_text(content: object, place: str) -> str:
     """A message's content as one string: a string, or a list of text parts joined by line breaks.
 
@@ -82,7 +91,4 @@ def part_text(part: object, place: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind != "text":
         raise RequestError(f"{place} has type {kind!r}; this server reads text, so it must be 'text'", param=place)
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RequestError(f"{place}.text must be a string", param=f"{place}.text")
-    return text
+    return string_field(part, "text", place)
