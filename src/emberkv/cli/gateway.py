@@ -46,7 +46,7 @@ def gateway(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A folder or hub id, whose tokenizer is used for prompts of foreign workers. emberkv workers send theirs.",
+            help="A folder or hub id, whose tokenizer is used for foreign workers. emberkv workers send theirs.",
         ),
     ] = None,
     worker: Annotated[
@@ -62,7 +62,7 @@ def gateway(
         typer.Option(
             metavar="URL[,NAME=VALUE]",
             rich_help_panel=options.CLUSTER,
-            help="A server with the OpenAI API, such as http://127.0.0.1:8000; repeat for more. After it, separated by commas: "
+            help="A server with the OpenAI API, such as http://127.0.0.1:8000; repeat for more. With commas between: "
             "id=NAME, tokens=N (capacity of its cache), ttl=SECONDS, api-key-file=FILE, and for vLLM's KV events "
             "kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
         ),
