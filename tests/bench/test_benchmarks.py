@@ -53,12 +53,12 @@ def answered(*, cached: int) -> list[Event]:
     return [(0.5, piece("one", finish="length")), (0.0, usage(100, 1, cached)), (0.0, "[DONE]")]
 
 
-@pytest.mark.parametrize(("hit", "cached"), [(0, False), (80, True)])
+@pytest.mark.parametrize(("hit", "cached"), [(0, False), (4, False), (80, True)])
 def test_a_first_token_is_timed_when_the_cache_did_what_it_should(hit: int, cached: bool) -> None:
     assert ttft(answered(cached=hit), cached=cached) == 0.5
 
 
-@pytest.mark.parametrize(("hit", "cached", "wanted"), [(1, False, "needs none"), (79, True, "needs at least 80%")])
+@pytest.mark.parametrize(("hit", "cached", "wanted"), [(5, False, "needs at most 4"), (79, True, "needs at least 80%")])
 def test_a_measurement_of_something_else_is_refused(hit: int, cached: bool, wanted: str) -> None:
     with pytest.raises(RuntimeError, match=f"{hit} of 100 prompt tokens were cached; .*{wanted}"):
         ttft(answered(cached=hit), cached=cached)

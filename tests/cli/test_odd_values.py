@@ -22,6 +22,7 @@ ENDED = {
     ("bench",): ["--url", "http://127.0.0.1:1"],
     ("calibrate",): ["--output", f"{NOWHERE}/profile.yaml"],
     ("explain",): ["--url", "http://127.0.0.1:1", "--text", "Hi"],
+    ("launch",): ["claude", "--url", "http://127.0.0.1:1"],
     ("simulate",): [NOWHERE],
     ("plan",): [NOWHERE],
     ("examples",): ["nothing"],

@@ -9,8 +9,8 @@ import httpx
 import yaml
 
 from tests.conftest import CheckpointFactory
+from tests.e2e.cluster_process import free_port
 from tests.e2e.process import DEADLINE, eventually, serving
-from tests.e2e.test_cluster import free_port
 from tests.tiers.redis_process import RedisProcess, needs_server
 
 FOLDER = Path(__file__).parents[2] / "examples" / "kubernetes"

@@ -165,7 +165,7 @@ class _Output(Struct, frozen=True, array_like=True, tag="output"):
     error: str | None = None
     queue_seconds: float | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    load_seconds: float = 0.0
+    load_seconds: float | None = None
 
 
 class Progress(Struct, frozen=True, array_like=True, tag="progress"):
@@ -280,7 +280,7 @@ def encode_output(output: TokenOutput) -> bytes:
             output.error,
             output.queue_seconds,
             output.prompt_logprobs,
-            output.load_seconds,
+            output.load_seconds or None,
         )
     )
 
@@ -301,7 +301,7 @@ def decode_output(data: bytes, request_id: str) -> TokenOutput | Failure | Prefi
         found.error,
         found.queue_seconds,
         found.prompt_logprobs,
-        load_seconds=found.load_seconds,
+        load_seconds=found.load_seconds or 0.0,
     )
 
 
