@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
-from emberkv.engine.constraints import check_constraint
+from emberkv.engine.constraints import check_constraint, grammar_of
 from emberkv.engine.request import MAX_CONSTRAINT_BYTES, Constraint
 from emberkv.errors import RequestError
 
@@ -25,6 +26,26 @@ def schema(**properties: object) -> str:
 )
 def test_what_can_be_compiled_is_given_back(constraint: Constraint) -> None:
     assert check_constraint(constraint) is constraint
+
+
+@pytest.mark.parametrize("constraint", [Constraint("json_object"), Constraint("json_schema", schema(a={}))])
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [
+        ('{"a":[1,{"b":2}]}', True),
+        ('{"a": [1, {"b": 2}]}', True),
+        (json.dumps({"a": [1, {"b": 2}]}, indent=4), True),
+        (json.dumps({"a": [1, {"b": 2}]}, indent="\t"), True),
+        ('{"a":  1}', False),
+        ('{\n\n"a":1}', False),
+    ],
+)
+def test_json_may_be_compact_or_indented_and_has_no_white_space_beyond(
+    constraint: Constraint, text: str, is_allowed: bool
+) -> None:
+    matcher = LLMatcher(LLTokenizer("byte"), grammar_of(constraint))
+    data = list(text.encode())
+    assert (matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()) == is_allowed
 
 
 @pytest.mark.parametrize(

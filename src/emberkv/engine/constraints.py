@@ -23,6 +23,11 @@ GRAMMAR_LIMITS = LLParserLimits(
 GUIDANCE_OPTIONS = "x-guidance"
 """The keyword by which llguidance takes options within a JSON schema. Requests may not set it."""
 
+JSON_WHITESPACE = r" ?|\n[ \t]{0,32}"
+"""Between two tokens of JSON: what compact and indented texts have. Without a bound, a weak model may fill its answer
+with white space.
+"""
+
 _MAX_TRIES = 200
 _SUBSCHEMA = frozenset({"items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"})
 _DEFINITIONS = ("$defs", "definitions")
@@ -73,7 +78,7 @@ def grammar_of(constraint: Constraint) -> str:
     """The constraint as a grammar for `LLMatcher`."""
     match constraint.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+            return _schema_grammar({"type": "object"}, lenient=False)
         case "json_schema":
             return _schema_grammar(json.loads(constraint.text), constraint.lenient)
         case "regex":
@@ -83,7 +88,7 @@ def grammar_of(constraint: Constraint) -> str:
 
 
 def _schema_grammar(schema: object, lenient: bool) -> str:
-    overrides: Any = {"lenient": True} if lenient else None
+    overrides: Any = {"whitespace_pattern": JSON_WHITESPACE, **({"lenient": True} if lenient else {})}
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
 
 
