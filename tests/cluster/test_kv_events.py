@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberkv.cluster.foreign.kv_events import Cleared, KvBlocks, KvSequence, Removed, Stored, decode_batch
-from emberkv.cluster.foreign.subscriber import END, KvSubscriber
+from emberkv.cluster.foreign.subscriber import END, FAILED, KvSubscriber, follow
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.errors import WireError
@@ -349,6 +349,28 @@ async def test_a_subscriber_knows_what_was_published_before_it_and_what_it_misse
         follower.cancel()
         await asyncio.gather(follower, return_exceptions=True)
         await server.close()
+
+
+class Failing(KvSubscriber):
+    """Fails once, in a way that is not ZeroMQ's."""
+
+    runs = 0
+
+    async def run(self) -> None:
+        self.runs += 1
+        if self.runs == 1:
+            raise RuntimeError("an unforeseen event")
+        await asyncio.Event().wait()
+
+
+@on_a_loop
+async def test_a_subscription_that_fails_is_restarted_and_its_blocks_are_not_exact_any_more() -> None:
+    sequence, _ = feed()
+    subscriber = Failing("tcp://127.0.0.1:1", None, sequence)
+    task = asyncio.create_task(follow(subscriber, pause=0.0))
+    await until(lambda: subscriber.runs == 2)
+    assert sequence.fault == FAILED
+    task.cancel()
 
 
 @on_a_loop

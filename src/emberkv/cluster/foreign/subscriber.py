@@ -22,6 +22,7 @@ REPLAY_SECONDS = 5.0
 """Seconds that a replay may take from one message to the next."""
 
 INVALID_EVENTS = "it published an invalid batch of events"
+FAILED = "the subscription to its events failed, and some may not have been applied; the log of the gateway says why"
 
 MAX_BYTES = 64 << 20
 """The size limit of a message. A larger one closes the connection."""
@@ -60,6 +61,10 @@ class KvSubscriber:
             if self._sequence.missing_from is not None:
                 return
 
+    def failed(self) -> None:
+        """Record that batches may not have been applied."""
+        self._sequence.blocks.fault = FAILED
+
     async def _ask_again(self, context: zmq.asyncio.Context) -> None:
         """Request a replay from the next expected batch on, and give up the batches that it does not bring."""
         if self._replay is not None:
@@ -88,11 +93,17 @@ class KvSubscriber:
         take(int.from_bytes(frames[1], "big"), events)
 
 
-async def follow(subscriber: KvSubscriber) -> None:
-    """Run the subscriber, and restart it after errors of ZeroMQ."""
+async def follow(subscriber: KvSubscriber, pause: float = QUIET_SECONDS) -> None:
+    """Run the subscriber, and restart it ``pause`` seconds after an error.
+
+    After an error that is not ZeroMQ's, the index counts as degraded.
+    """
     while True:
         try:
             await subscriber.run()
         except zmq.ZMQError as error:
             _log.warning("the subscription to KV events failed and is restarted: %s", error)
-            await asyncio.sleep(QUIET_SECONDS)
+        except Exception:  # noqa: BLE001 - logged; a subscription that ends would leave the index exact and out of date
+            _log.exception("the subscription to KV events failed and is restarted")
+            subscriber.failed()
+        await asyncio.sleep(pause)
