@@ -268,13 +268,13 @@ class GatewayCollector(Collector):
         # of several with one id, of which one alone is compatible, that one
         known = sorted(self._gateway.workers, key=lambda each: each.slot is not None)
         workers = list({each.worker_id: each for each in known if each.worker_id}.values())
-        status = GaugeMetricFamily(
-            "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
-        )
-        for worker in workers:
-            for each in WorkerStatus:
-                status.add_metric([worker.worker_id, each.value], worker.status is each)
-        yield status
+        yield _statuses(workers)
+        yield from self._gauges(workers)
+        yield from _counters(workers)
+        if self._gateway.engine is not None:
+            yield from _outcomes(self._gateway.engine)
+
+    def _gauges(self, workers: Sequence[Replica]) -> Iterator[Metric]:
         membership = self._gateway.membership
         yield _by_worker(
             "emberkv_worker_up",
@@ -310,44 +310,59 @@ class GatewayCollector(Collector):
             "Requests of this gateway that the worker answers.",
             {worker.worker_id: len(worker.running) for worker in workers},
         )
-        foreign = [worker for worker in workers if isinstance(worker, ForeignWorker)]
-        for name, text, counts in (
-            (
-                "prompt_tokens",
-                "Tokens of prompts, as foreign workers that also say how many were cached have said.",
-                {each.worker_id: each.prompt_tokens for each in foreign},
-            ),
-            ("cached_tokens", "Of these, tokens that were cached.", {e.worker_id: e.cached_tokens for e in foreign}),
-            ("requests", "Requests sent to the worker.", {each.worker_id: each.requests for each in workers}),
-            ("lost_requests", "Of these, requests that it did not finish.", {e.worker_id: e.lost for e in workers}),
-        ):
-            counter = CounterMetricFamily(f"emberkv_worker_{name}", text, labels=["worker"])
-            for worker_id, count in counts.items():
-                counter.add_metric([worker_id], count)
-            yield counter
-        engine = self._gateway.engine
-        if engine is not None:
-            decisions = CounterMetricFamily(
-                "emberkv_gateway_decisions", "Decisions of the router, by the reason of the policy.", labels=["why"]
-            )
-            for reason, count in engine.decisions.items():
-                decisions.add_metric([reason.value], count)
-            yield decisions
-            yield CounterMetricFamily(
-                "emberkv_gateway_retried_requests",
-                "Requests sent to another worker before their answer had begun.",
-                value=engine.retried,
-            )
-            yield CounterMetricFamily(
-                "emberkv_gateway_resumed_answers",
-                "Times that an answer went on at another worker.",
-                value=engine.resumed,
-            )
-            yield CounterMetricFamily(
-                "emberkv_gateway_refused_requests",
-                "Requests refused because the gateway or all workers had too many, or no worker was up.",
-                value=engine.refused,
-            )
+
+
+def _statuses(workers: Sequence[Replica]) -> Metric:
+    status = GaugeMetricFamily(
+        "emberkv_worker_status", "1 for the status that a worker has, else 0.", labels=["worker", "status"]
+    )
+    for worker in workers:
+        for each in WorkerStatus:
+            status.add_metric([worker.worker_id, each.value], worker.status is each)
+    return status
+
+
+def _counters(workers: Sequence[Replica]) -> Iterator[Metric]:
+    foreign = [worker for worker in workers if isinstance(worker, ForeignWorker)]
+    for name, text, counts in (
+        (
+            "prompt_tokens",
+            "Tokens of prompts, as foreign workers that also say how many were cached have said.",
+            {each.worker_id: each.prompt_tokens for each in foreign},
+        ),
+        ("cached_tokens", "Of these, tokens that were cached.", {e.worker_id: e.cached_tokens for e in foreign}),
+        ("requests", "Requests sent to the worker.", {each.worker_id: each.requests for each in workers}),
+        ("lost_requests", "Of these, requests that it did not finish.", {e.worker_id: e.lost for e in workers}),
+    ):
+        counter = CounterMetricFamily(f"emberkv_worker_{name}", text, labels=["worker"])
+        for worker_id, count in counts.items():
+            counter.add_metric([worker_id], count)
+        yield counter
+
+
+def _outcomes(engine: ClusterEngine) -> Iterator[Metric]:
+    """What the router decided, and what became of requests whose worker failed."""
+    decisions = CounterMetricFamily(
+        "emberkv_gateway_decisions", "Decisions of the router, by the reason of the policy.", labels=["why"]
+    )
+    for reason, count in engine.decisions.items():
+        decisions.add_metric([reason.value], count)
+    yield decisions
+    yield CounterMetricFamily(
+        "emberkv_gateway_retried_requests",
+        "Requests sent to another worker before their answer had begun.",
+        value=engine.retried,
+    )
+    yield CounterMetricFamily(
+        "emberkv_gateway_resumed_answers",
+        "Times that an answer went on at another worker.",
+        value=engine.resumed,
+    )
+    yield CounterMetricFamily(
+        "emberkv_gateway_refused_requests",
+        "Requests refused because the gateway or all workers had too many, or no worker was up.",
+        value=engine.refused,
+    )
 
 
 def _by_worker(name: str, text: str, values: Mapping[str, float]) -> Metric:
