@@ -256,7 +256,7 @@ class ListenSettings(_Settings):
     limit.
     drain_seconds: how long running answers may go on after a signal to stop.
     max_requests: answers that are made or wait at the same time; more are refused.
-    on_overflow: what is done with a ``max_tokens`` that the context has no room for behind the prompt.
+    on_overflow: what is done with a ``max_tokens`` that, with the prompt, exceeds the context.
     """
 
     host: NotEmpty = "127.0.0.1"

@@ -306,7 +306,7 @@ OnOverflow = Annotated[
     typer.Option(
         metavar="clip|refuse",
         rich_help_panel=SERVER,
-        help="What is done with a max_tokens beyond what the context has room for. (default: clip)",
+        help="A max_tokens that exceeds the rest of the context is clipped to it, or refused. (default: clip)",
     ),
 ]
 CorsOrigin = Annotated[

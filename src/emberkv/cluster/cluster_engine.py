@@ -383,7 +383,7 @@ class ClusterEngine:
                 raise self._none_left(busy)
             await self._wait(min(left, 1.0) if busy else left)
             if self._clock() < deadline:
-                busy.clear()  # they may have room by now
+                busy.clear()  # they may accept requests again
 
     def _named(self, worker_id: str, asked: RoutingRequest, busy: Collection[Worker]) -> tuple[Worker, Decision] | None:
         """The worker that a request names, while it can take it."""

@@ -305,7 +305,7 @@ class Engine(Protocol):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt that is accepted; it leaves room for at least one token of answer."""
+        """The longest prompt that is accepted; with it, the context holds at least one token of answer."""
         ...
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
@@ -363,17 +363,18 @@ class ModelLimits:
                 f"and max_tokens, {request.params.max_tokens}",
                 param="answered",
             )
-        room = min(self.context_length, pool_tokens)
+        limit = min(self.context_length, pool_tokens)
         given = len(prompt) - request.answered
         total = given + request.params.max_tokens
-        if total > room:
-            source = "the model's context" if room == self.context_length else "the KV pool"
+        if total > limit:
+            source = "the model's context" if limit == self.context_length else "the KV pool"
             raise PromptTooLongError(
-                f"{given} prompt tokens and {request.params.max_tokens} to generate are {total}; {source} holds {room}",
-                param="prompt" if given >= room else "max_tokens",
+                f"{given} prompt tokens and {request.params.max_tokens} to generate are {total}; "
+                f"{source} holds {limit}",
+                param="prompt" if given >= limit else "max_tokens",
                 prompt_tokens=given,
-                wanted=None if given >= room else request.params.max_tokens,
-                limit=room,
+                wanted=None if given >= limit else request.params.max_tokens,
+                limit=limit,
             )
 
     def _in_vocabulary(self, prompt: Sequence[int]) -> bool:

@@ -159,14 +159,14 @@ def answer_budget(
             prompt_tokens=prompt_tokens,
             limit=engine.max_prompt_tokens,
         )
-    room = engine.context_length - prompt_tokens
-    if wanted is None or wanted <= room:
-        return AnswerBudget(room if wanted is None else wanted)
+    remaining = engine.context_length - prompt_tokens
+    if wanted is None or wanted <= remaining:
+        return AnswerBudget(remaining if wanted is None else wanted)
     if model.on_overflow == "clip":
-        return AnswerBudget(room, is_clipped=True)
+        return AnswerBudget(remaining, is_clipped=True)
     raise PromptTooLongError(
         f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of {engine.context_length} tokens "
-        f"has room for at most {room}",
+        f"has at most {remaining} left",
         param=field,
         prompt_tokens=prompt_tokens,
         wanted=wanted,

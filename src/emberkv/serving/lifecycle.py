@@ -127,9 +127,9 @@ class ServedModel:
     about: how it is computed, as short words by name ("dtype": "bfloat16"), for metrics.
     sampling_defaults: the model's, for what requests do not set. dims: its size, for those who ask what is loaded.
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
-    its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether ``max_tokens``
-    beyond what the context has room for is clipped to that, or refused. output_format: how it writes thoughts and tool
-    calls.
+    its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
+    that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
+    reasoning and tool calls.
     """
 
     names: tuple[str, ...]

@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         """The prompt text of a conversation, by the model's chat template.
 
         It ends where the answer begins; without ``add_generation_prompt`` behind the last message, and with
-        ``continue_final_message`` within that, to be gone on with. variables: further ones for the template.
+        ``continue_final_message`` within that, to be continued. variables: further ones for the template.
 
         Raises RequestError when the model has no template or the template rejects the messages.
         """

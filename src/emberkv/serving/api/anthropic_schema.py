@@ -43,7 +43,7 @@ class PromptRequest(RequestBody):
         return given if isinstance(given, str) else ""
 
     def conversation(self) -> Conversation:
-        """What an answer is wanted to. An answer that the last message begins is gone on with.
+        """The conversation that is to be answered. If the last message is the assistant's, the answer continues it.
 
         Raises RequestError naming the place of what cannot be used.
         """

@@ -32,7 +32,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What an answer is wanted to, as transformers' chat templates take it.
+    """The conversation that is to be answered, in the form that transformers' chat templates take.
 
     messages: each with ``role`` and ``content`` (text); an assistant's may have ``reasoning_content`` (text) and
     ``tool_calls``, of which each is ``{"id", "type": "function", "function": {"name", "arguments": dict}}``, or text
