@@ -55,8 +55,12 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
     raise RequestError(message, param=None if field is None else str(field))
 
 
+_ALTERNATIVES = frozenset({"str", "list[str]", "list[dict[str,any]]"})
+"""pydantic's names for the types that a field may have, which it puts in the path of the value at fault."""
+
+
 def _describe(problem: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) for part in problem["loc"] if part not in _ALTERNATIVES)
     accepted = problem["msg"]
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {accepted.removeprefix('Invalid JSON: ')}"
