@@ -1,19 +1,24 @@
 """What tests need of this machine: compiled kernels and hashes of weight files kept from run to run, free ports."""
 
+import random
 import socket
 from pathlib import Path
 
 MACHINE_CACHE = Path(__file__).parents[1] / "build" / "machine"
 
+_random = random.SystemRandom()  # test processes with equal seeds would choose the same ports
 
-def free_ports(count: int) -> int:
-    """The first of so many neighbouring ports that are free now."""
+
+def free_ports(count: int = 1) -> int:
+    """The first of so many neighbouring ports that are free now, for servers that start later.
+
+    All are below the range from which the kernel gives ports to outgoing connections and to ``bind`` with port 0
+    (32768 and above on Linux): otherwise another test's connection could take one before its server starts.
+    """
     while True:
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-        if port + count <= 65536 and all(_is_free(port + at) for at in range(count)):
-            return port
+        first = _random.randrange(10_000, 32_000)
+        if all(map(_is_free, range(first, first + count))):
+            return first
 
 
 def _is_free(port: int) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from emberkv import __version__
 from emberkv.cli.main import app
 from emberkv.serving.server import bind_socket
 from tests.conftest import CheckpointFactory
-from tests.machine import MACHINE_CACHE
+from tests.machine import MACHINE_CACHE, free_ports
 from tests.models import CONTEXT
 
 Serve = Callable[..., str]
@@ -161,9 +160,7 @@ def test_brackets_in_a_message_are_printed_as_they_are(refusal: Serve, tmp_path:
 
 
 def test_the_port_is_free_again_after_a_refusal(tmp_path: Path) -> None:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports()
     result = run("serve", str(tmp_path), "--port", str(port))
     assert result.exit_code == 2
     with closing(bind_socket("127.0.0.1", port)):

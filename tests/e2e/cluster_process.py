@@ -1,6 +1,5 @@
 """Workers and gateways as processes, for tests of what becomes of requests to them."""
 
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.machine import free_ports
 
 SECRET = "the-secret-of-these-tests"
 TEXT = "the lamps along the street are lit at six and go out at dawn. " * 10
@@ -34,7 +34,7 @@ class Cluster:
         """more: options beside those that all have."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        port = self.ports.setdefault(name, free_port())
+        port = self.ports.setdefault(name, free_ports())
         options = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "24MiB", "--drain-seconds", "30")
         internal = ("--worker-id", name, "--cluster-secret-file", str(self.secret_file))
         server = self._stack.enter_context(serving(folder, str(self._model), *options, *internal, *more, port=port))
@@ -43,13 +43,13 @@ class Cluster:
 
     def start_gateway(self, *names: str, called: str = "gateway", **settings: str) -> Server:
         """names: of the workers that it is given. settings: its options by their names."""
-        urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_port())}" for name in names]
+        urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_ports())}" for name in names]
         options = [part for url in urls for part in ("--worker", url)]
         options += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
         folder = self.folder / called
         folder.mkdir(exist_ok=True)
         secret = ("--cluster-secret-file", str(self.secret_file))
-        port = self.ports.setdefault(called, free_port())
+        port = self.ports.setdefault(called, free_ports())
         self.gateway = self._stack.enter_context(serving(folder, *options, *secret, command="gateway", port=port))
         return self.gateway
 
@@ -65,13 +65,6 @@ class Cluster:
 
     def close(self) -> None:
         self._stack.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @contextmanager

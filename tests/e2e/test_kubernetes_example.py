@@ -9,8 +9,8 @@ import httpx
 import yaml
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.cluster_process import free_port
 from tests.e2e.process import DEADLINE, eventually, serving
+from tests.machine import free_ports
 from tests.tiers.redis_process import RedisProcess, needs_server
 
 FOLDER = Path(__file__).parents[2] / "examples" / "kubernetes"
@@ -75,7 +75,7 @@ def test_a_worker_and_a_gateway_run_with_these_arguments(checkpoint: CheckpointF
     keys.mkdir()
     for name, key in KEYS.items():
         (keys / name).write_text(key)
-    worker_port = free_port()
+    worker_port = free_ports()
     common = {"0.0.0.0": "127.0.0.1", "/etc/emberkv": str(keys)}
     url = f"http://127.0.0.1:{worker_port}"
     with ExitStack() as stack:

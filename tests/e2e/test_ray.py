@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from emberkv.cluster.placement import free_port
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import DEADLINE, clean_environment, eventually
+from tests.machine import free_ports
 
 PROMPT = "zebra " * 40
 START_SECONDS = 600.0
@@ -50,7 +50,7 @@ class Cluster:
 def cluster(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory, long: bool) -> Iterator[Cluster]:
     if not long:
         pytest.skip("starts Ray and workers: --long")
-    made = Cluster(tmp_path_factory.mktemp("home"), free_port("127.0.0.1"))
+    made = Cluster(tmp_path_factory.mktemp("home"), free_ports())
     made.command(
         "up", str(checkpoint("llama")), "--workers", "2", "--port", str(made.port), "--",
         "--served-name", "tiny", "--no-warmup",
