@@ -12,6 +12,7 @@
 #include "calls.hpp"
 #include "layout.hpp"
 #include "softmax.hpp"
+#include "team.hpp"
 
 namespace emberkv {
 
@@ -226,21 +227,25 @@ template <class Arithmetic>
 thread_local typename Worker<Arithmetic>::Buffers Worker<Arithmetic>::buffers_;
 
 template <class Arithmetic>
-void attend(const AttentionCall& call) {
-#pragma omp parallel num_threads(call.threads)
-    {
-        Worker<Arithmetic> worker(call);
+void attend_by_team(const AttentionCall& call) {
+    Worker<Arithmetic> worker(call);
 #pragma omp for schedule(static)
-        for (int row = 0; row < call.rows; row++) worker.store_new(row);
+    for (int row = 0; row < call.rows; row++) worker.store_new(row);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < call.num_tasks * call.kv_heads; unit++)
-            worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
+    for (int64_t unit = 0; unit < call.num_tasks * call.kv_heads; unit++)
+        worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
 #pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < int64_t(call.rows) * call.heads; unit++) {
-            const int row = int(unit / call.heads);
-            if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
-        }
+    for (int64_t unit = 0; unit < int64_t(call.rows) * call.heads; unit++) {
+        const int row = int(unit / call.heads);
+        if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
     }
+}
+
+void attend_by_team(const AttentionCall& call) {
+#if defined(__AVX512BF16__)
+    if (call.type == BF16) return attend_by_team<Bf16Pairs>(call);
+#endif
+    attend_by_team<SinglePrecision>(call);
 }
 
 }  // namespace emberkv
@@ -248,8 +253,6 @@ void attend(const AttentionCall& call) {
 EMBERKV_EXPORT int32_t emberkv_span() { return emberkv::SPAN; }
 
 EMBERKV_EXPORT void emberkv_attend(const AttentionCall* call) {
-#if defined(__AVX512BF16__)
-    if (call->type == emberkv::BF16) return emberkv::attend<emberkv::Bf16Pairs>(*call);
-#endif
-    emberkv::attend<emberkv::SinglePrecision>(*call);
+#pragma omp parallel num_threads(call->threads)
+    emberkv::attend_by_team(*call);
 }

@@ -3,6 +3,7 @@
 // Weights are `Packed`: COLUMNS outputs side by side, unit after unit of the inputs.
 
 #include "calls.hpp"
+#include "team.hpp"
 #include "vectors.hpp"
 
 namespace emberkv {
@@ -44,13 +45,28 @@ void linear_unit(const LinearCall& call, int64_t group, int first, int rows) {
     }
 }
 
-template <class Arithmetic>
-void linear(const LinearCall& call) {
-    const int64_t groups = (call.out_features + COLUMNS - 1) / COLUMNS, batches = (call.rows + BATCH - 1) / BATCH;
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (int64_t unit = 0; unit < groups * batches; unit++) {
-        const int first = int(unit % batches) * BATCH;
-        linear_unit<Arithmetic>(call, unit / batches, first, std::min(BATCH, call.rows - first));
+inline int batches_of(const LinearCall& call) { return (call.rows + BATCH - 1) / BATCH; }
+
+inline int64_t units_of(const LinearCall& call) {
+    return int64_t((call.out_features + COLUMNS - 1) / COLUMNS) * batches_of(call);
+}
+
+inline void compute_unit(const LinearCall& call, int64_t unit) {
+    const int batches = batches_of(call), first = int(unit % batches) * BATCH;
+    const int rows = std::min(BATCH, call.rows - first);
+    if (call.type == BF16) return linear_unit<Bf16Pairs>(call, unit / batches, first, rows);
+    linear_unit<SinglePrecision>(call, unit / batches, first, rows);
+}
+
+void linear_by_team(const LinearCall* calls, int count) {
+    int64_t total = 0;
+    for (int i = 0; i < count; i++) total += units_of(calls[i]);
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < total; unit++) {
+        const LinearCall* call = calls;
+        int64_t rest = unit;
+        for (; rest >= units_of(*call); call++) rest -= units_of(*call);
+        compute_unit(*call, rest);
     }
 }
 
@@ -61,6 +77,6 @@ EMBERKV_EXPORT int32_t emberkv_columns() { return emberkv::COLUMNS; }
 EMBERKV_EXPORT int32_t emberkv_lanes() { return emberkv::LANES; }
 
 EMBERKV_EXPORT void emberkv_linear(const LinearCall* call) {
-    if (call->type == emberkv::BF16) return emberkv::linear<emberkv::Bf16Pairs>(*call);
-    emberkv::linear<emberkv::SinglePrecision>(*call);
+#pragma omp parallel num_threads(call->threads)
+    emberkv::linear_by_team(call, 1);
 }

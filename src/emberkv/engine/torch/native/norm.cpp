@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "calls.hpp"
+#include "team.hpp"
 #include "vectors.hpp"
 
 namespace emberkv {
@@ -32,10 +33,15 @@ inline void norm_row(const NormCall& call, int row) {
     }
 }
 
+void rms_norm_by_team(const NormCall& call) {
+#pragma omp for schedule(static)
+    for (int row = 0; row < call.rows; row++) norm_row(call, row);
+}
+
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_rms_norm(const NormCall* call) {
     const int threads = call->rows >= 8 ? call->threads : 1;  // a few rows are done before another thread has woken
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int row = 0; row < call->rows; row++) emberkv::norm_row(*call, row);
+#pragma omp parallel num_threads(threads)
+    emberkv::rms_norm_by_team(*call);
 }
