@@ -12,7 +12,7 @@ from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
 from emberkv.errors import RequestError
 from emberkv.serving.answers.parsed_output import OutputParsing, ParsedOutput
-from emberkv.serving.parsing.events import OutputEvent
+from emberkv.serving.parsing.events import OutputEvent, ParsedMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,11 @@ class Answer:
     def calls(self) -> int:
         """How many tool calls the answer has begun."""
         return 0 if self._output is None else self._output.calls
+
+    @property
+    def message(self) -> ParsedMessage:
+        """What the text so far means; empty where it is not parsed."""
+        return ParsedMessage() if self._output is None else self._output.message
 
     @property
     def is_cut_in_call(self) -> bool:

@@ -14,7 +14,7 @@ from emberkv.errors import EmberError, EngineStoppedError
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.metrics import AnswerTimer
-from emberkv.serving.parsing.events import MessageBuilder, ParsedMessage
+from emberkv.serving.parsing.events import ParsedMessage
 
 
 class OutputQueue:
@@ -189,14 +189,12 @@ class AnswerStream:
         """Wait for all answers."""
         texts: list[list[str]] = [[] for _ in self._slots]
         logprobs: list[list[PlacedLogprobs]] = [[] for _ in self._slots]
-        builders = [MessageBuilder() for _ in self._slots]
         async for delta in self:
             texts[delta.index].append(delta.text)
             logprobs[delta.index].extend(delta.logprobs)
-            builders[delta.index].add(delta.events)
         return [
-            WholeAnswer(slot.answer, "".join(text), tuple(entries), builder.message())
-            for slot, text, entries, builder in zip(self._slots, texts, logprobs, builders, strict=True)
+            WholeAnswer(slot.answer, "".join(text), tuple(entries), slot.answer.message)
+            for slot, text, entries in zip(self._slots, texts, logprobs, strict=True)
         ]
 
     def close(self) -> None:

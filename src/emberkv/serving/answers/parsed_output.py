@@ -5,7 +5,14 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from emberkv.serving.parsing.events import CallBegin, CallEnd, OutputEvent, ReasoningText
+from emberkv.serving.parsing.events import (
+    CallBegin,
+    CallEnd,
+    MessageBuilder,
+    OutputEvent,
+    ParsedMessage,
+    ReasoningText,
+)
 from emberkv.serving.parsing.formats import OutputFormat, ToolSchema
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
@@ -58,6 +65,7 @@ class ParsedOutput:
         self._parsing = parsing
         self._parser = parsing.output_format.parser(tools=parsing.tools, in_reasoning=parsing.in_reasoning)
         self._events: list[OutputEvent] = []
+        self._message = MessageBuilder()
         self._undecided = 0  # tokens since the last event
 
     def count_token(self) -> None:
@@ -74,6 +82,11 @@ class ParsedOutput:
         if not self.has_ended:
             self._take_in(self._parser.finish())
 
+    @property
+    def message(self) -> ParsedMessage:
+        """All events so far, as a message."""
+        return self._message.message()
+
     def take(self) -> tuple[OutputEvent, ...]:
         """The events since the last call."""
         taken = tuple(self._events)
@@ -82,7 +95,9 @@ class ParsedOutput:
 
     def _take_in(self, events: list[OutputEvent]) -> None:
         for event in events:
-            self._events.append(self._with_id(event) if isinstance(event, CallBegin) else event)
+            known = self._with_id(event) if isinstance(event, CallBegin) else event
+            self._events.append(known)
+            self._message.add((known,))
             if isinstance(event, CallEnd):
                 self.has_whole_call = event.is_complete
                 if not self._parsing.parallel:
