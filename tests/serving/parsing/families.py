@@ -291,4 +291,29 @@ FAMILIES: Mapping[str, Family] = {
         "granite", _LIST + _JSON_CALL, calls_begin="<|tool_call|>[", calls_end="]",
         turn="<|start_of_role|>assistant<|end_of_role|>", end="<|end_of_text|>\n",
     ),
+    "Command-A": Family(
+        "cohere",
+        "{%- if not loop.first %},{% endif %}\n    "
+        '{"tool_call_id": "{{ loop.index0 }}", "tool_name": "{{ call.name }}", "parameters": ' + _ARGUMENTS + "}",
+        calls_begin="<|START_ACTION|>[", calls_end="\n]<|END_ACTION|>", says_with_call=False,
+        reasoning="cohere", thought="<|START_THINKING|>{{ message.reasoning_content }}<|END_THINKING|>",
+        turn="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", end="<|END_OF_TURN_TOKEN|>",
+    ),
+    "Nemotron-Nano-2": Family(
+        "nemotron", _LIST + _JSON_CALL, calls_begin="<TOOLCALL>[", calls_end="]</TOOLCALL>",
+        reasoning="think", thought=_THINK, turn="<SPECIAL_11>Assistant\n", end="<SPECIAL_12>",
+    ),
+    "LFM2": Family(
+        "lfm2", _PYTHON_CALL, calls_begin="<|tool_call_start|>[", calls_end="]<|tool_call_end|>",
+    ),
+    "Functionary-v3.1": Family(
+        "function-tag", "<function={{ call.name }}>" + _ARGUMENTS + "</function>",
+        turn="<|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eom_id|>",
+    ),
+    "Granite-3.2": Family(
+        "granite", _LIST + _JSON_CALL, calls_begin="<|tool_call|>[", calls_end="]",
+        reasoning="granite",
+        thought="Here is my thought process:\n{{ message.reasoning_content }}\n\nHere is my response:\n",
+        turn="<|start_of_role|>assistant<|end_of_role|>", end="<|end_of_text|>\n",
+    ),
 }  # fmt: skip

@@ -42,6 +42,11 @@ def test_a_template_without_markup_has_no_format() -> None:
     assert detect_format("{{ messages[0].content }}") == OutputFormat(None, None) == detect_format(None)
 
 
+def test_a_template_of_a_format_that_is_not_parsed_has_none() -> None:
+    """MiniMax M3's tags look like Hermes' behind its separators, and hold no JSON."""
+    assert detect_format("]<]minimax[>[<tool_call>{{ call }}]<]minimax[>[</tool_call>") == OutputFormat(None, None)
+
+
 def test_names_override_what_the_template_shows() -> None:
     template = FAMILIES["Qwen3"].template
     assert chosen_format(template) == OutputFormat("hermes", "think")

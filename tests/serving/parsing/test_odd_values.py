@@ -7,7 +7,7 @@ import pytest
 
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.parsing.formats import OutputFormat, parse_output
-from emberkv.serving.parsing.schema_values import ParameterTypes
+from emberkv.serving.parsing.schema_values import ParameterTypes, json_value
 
 
 def tool(schema: object) -> dict[str, Any]:
@@ -52,3 +52,17 @@ def test_each_reference_of_a_schema_is_followed_once() -> None:
 @pytest.mark.parametrize("schema", [{"anyOf": 5}, {"enum": 5}, {"allOf": None}, {"type": {}}])
 def test_a_schema_that_says_nothing_gives_no_types(schema: object) -> None:
     assert ParameterTypes([tool(schema)]).of("f", "a") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "wanted"),
+    [
+        ("{'x': True, 'y': [None]}", {"object"}, '{"x": true, "y": [null]}'),
+        ("['a', 1]", {"array", "null"}, '["a", 1]'),
+        ("{'x': True}", {"string"}, "\"{'x': True}\""),
+        ("{'x': f()}", {"object"}, "\"{'x': f()}\""),
+        ("{1, 2}", {"array"}, '"{1, 2}"'),
+    ],
+)
+def test_python_collections_become_json_where_the_schema_wants_one(text: str, types: set[str], wanted: str) -> None:
+    assert json_value(text, frozenset(types)) == wanted

@@ -326,6 +326,12 @@ def _kimi(grammar: _Grammar, tool: ToolSchema) -> str:
     return f'{_quoted(f"functions.{_name(tool)}:")} /[0-9]{{1,3}}/ "<|tool_call_argument_begin|>" {arguments}'
 
 
+def _cohere(grammar: _Grammar, tool: ToolSchema) -> str:
+    """Cohere's call, which has a number within its turn."""
+    middle = f'", "tool_name": {json.dumps(_name(tool))}, "parameters": '
+    return f'"{{\\"tool_call_id\\": \\"" /[0-9]{{1,2}}/ {_quoted(middle)} {grammar.json(_parameters(tool))} "}}"'
+
+
 def _python(grammar: _Grammar, tool: ToolSchema) -> str:
     """``f(a=1, b="x")``. Values are JSON, which equals Python except for true, false and null."""
     schema = _parameters(tool)
@@ -455,6 +461,18 @@ _FORMATS: Mapping[str, Callable[[_Calls], str]] = {
     ),
     "phi4-mini": lambda calls: calls.behind_marker(
         "<|tool_call|>", _Layout(_OBJECT, "<|tool_call|>[", between=", ", end="]<|/tool_call|>")
+    ),
+    "cohere": lambda calls: calls.behind_marker(
+        "<|START_ACTION|>", _Layout(_cohere, "<|START_ACTION|>[\n    ", between=",\n    ", end="\n]<|END_ACTION|>")
+    ),
+    "nemotron": lambda calls: calls.behind_marker(
+        "<TOOLCALL>", _Layout(_OBJECT, "<TOOLCALL>[", between=", ", end="]</TOOLCALL>")
+    ),
+    "lfm2": lambda calls: calls.behind_marker(
+        "<|tool_call_start|>", _Layout(_python, "<|tool_call_start|>[", between=", ", end="]<|tool_call_end|>")
+    ),
+    "function-tag": lambda calls: calls.behind_marker(
+        "<function=", _Layout(_named(">"), call_begin="<function=", call_end="</function>", between="\n")
     ),
     "gemma": lambda calls: calls.behind_marker(
         "<|tool_call>", _Layout(_named(""), call_begin="<|tool_call>call:", call_end="<tool_call|>")

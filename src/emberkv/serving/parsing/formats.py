@@ -16,7 +16,7 @@ from emberkv.serving.parsing.events import (
     joined,
 )
 from emberkv.serving.parsing.harmony import HarmonyMessages
-from emberkv.serving.parsing.headed_calls import DeepSeekCalls, KimiCalls, MistralCalls
+from emberkv.serving.parsing.headed_calls import DeepSeekCalls, FunctionTagCalls, KimiCalls, MistralCalls
 from emberkv.serving.parsing.json_calls import ObjectCalls
 from emberkv.serving.parsing.literal_calls import GemmaCalls, PythonCalls
 from emberkv.serving.parsing.reader import GeneratorParser, Steps, TextReader
@@ -76,6 +76,10 @@ def _pythonic(types: ParameterTypes) -> ParserSteps:
     return PythonCalls(("<|python_start|>",), ("<|python_end|>",), names=types.names, at_start="[").steps
 
 
+def _lfm2(types: ParameterTypes) -> ParserSteps:
+    return PythonCalls(("<|tool_call_start|>",), ("<|tool_call_end|>",), names=types.names).steps
+
+
 def _fenced_python(types: ParameterTypes) -> ParserSteps:
     return PythonCalls(("```tool_code\n",), ("\n```", "```"), names=types.names).steps
 
@@ -115,8 +119,12 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         ("<start_function_call>", "<end_function_call>", "<escape>"),
     ),
     "gemma-python": ToolFormat(_fenced_python, (("tool_code",),)),
+    "cohere": _objects(("<|START_ACTION|>",), ("<|END_ACTION|>",), (("<|START_ACTION|>",),)),
+    "nemotron": _objects(("<TOOLCALL>",), ("</TOOLCALL>",), (("<TOOLCALL>",),)),
+    "lfm2": ToolFormat(_lfm2, (("<|tool_call_start|>",),), ("<|tool_call_start|>", "<|tool_call_end|>")),
     "glm": _tagged(tagged_calls.GLM, (("<arg_key>",),)),
     "qwen-xml": _tagged(tagged_calls.QWEN, (("<function=", "<parameter="),)),
+    "function-tag": ToolFormat(lambda _: FunctionTagCalls().steps, (("<function=", "</function>"),)),
     "hermes": _objects(("\n<tool_call>", "<tool_call>"), ("</tool_call>",), (("<tool_call>",),), _HERMES_TAGS),
     "granite": _objects(
         ("<|tool_call|>", "<tool_call>", "<function_call>"),
@@ -133,6 +141,9 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
 }
 """By name, special formats before general ones: a template has the first format whose hints match."""
 
+_UNPARSED = ("]<]minimax[>[",)
+"""Markup of formats that are not parsed, and whose templates have the hints of others, too."""
+
 _INTERRUPTS = ("<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>")
 
 REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
@@ -142,6 +153,12 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
     "mistral": ReasoningFormat(ThoughtTags("[THINK]", "[/THINK]", trimmed=""), (("[THINK]",),)),
     "gemma": ReasoningFormat(ThoughtTags("<|channel>thought\n", "<channel|>"), (("<|channel>",),)),
     "seed": ReasoningFormat(ThoughtTags("<seed:think>", "</seed:think>"), (("<seed:think>",),)),
+    "cohere": ReasoningFormat(
+        ThoughtTags("<|START_THINKING|>", "<|END_THINKING|>"), (("<|START_THINKING|>", "<|END_THINKING|>"),)
+    ),
+    "granite": ReasoningFormat(
+        ThoughtTags("Here is my thought process:", "Here is my response:"), (("Here is my thought process:",),)
+    ),
     "kimi-vl": ReasoningFormat(ThoughtTags("◁think▷", "◁/think▷"), (("◁think▷",),)),
     "think": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS), (("<think>",), ("</think>",))),
     "think-first": ReasoningFormat(ThoughtTags(interrupts=_INTERRUPTS, begins_inside=True)),
@@ -239,6 +256,8 @@ class _AnswerParser:
 def detect_format(chat_template: str | None) -> OutputFormat:
     """The formats of a chat template, by the markup in its text; each is None if it is not found."""
     text = chat_template or ""
+    if any(markup in text for markup in _UNPARSED):
+        return OutputFormat(None, None)
     tools = (name for name, each in TOOL_FORMATS.items() if _has(text, each.hints))
     reasoning = (name for name, each in REASONING_FORMATS.items() if _has(text, each.hints))
     return OutputFormat(next(tools, None), next(reasoning, None))

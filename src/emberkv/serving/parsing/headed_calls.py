@@ -1,4 +1,4 @@
-"""Parsers of tool calls with a name, markers and then JSON arguments: Mistral, DeepSeek and Kimi."""
+"""Parsers of tool calls with a name, markers and then JSON arguments: Mistral, DeepSeek, Kimi and function tags."""
 
 import re
 
@@ -87,6 +87,33 @@ class KimiCalls(CallSections):
         yield from reader.skip()
         index = self.next_index()
         yield CallBegin(index, name, call_id)
+        yield from stream_arguments(reader, index, self.ends)
+        reader.record()
+        yield from reader.skip()
+        if (yield from reader.literal(self.end)):
+            reader.record()
+        return True
+
+
+class FunctionTagCalls(CallSections):
+    """``<function=NAME>{...}</function>`` (Llama 3.1's custom functions, Functionary v3.1)."""
+
+    end = "</function>"
+
+    def __init__(self) -> None:
+        super().__init__(("<function=",), (self.end,))
+
+    def call(self, reader: TextReader, marker: str) -> Steps[bool]:
+        if not marker:
+            return False
+        name = yield from reader.matching(_NAME)
+        if not name or not (yield from reader.literal(">")):
+            return False
+        yield from reader.skip()
+        if not (yield from reader.comes("{")):
+            return False
+        index = self.next_index()
+        yield CallBegin(index, name, None)
         yield from stream_arguments(reader, index, self.ends)
         reader.record()
         yield from reader.skip()

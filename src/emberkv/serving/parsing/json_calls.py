@@ -146,9 +146,10 @@ def whole_arguments(index: int, text: str) -> Steps[None]:
     yield CallEnd(index, is_json_object(text))
 
 
+_NAME_KEYS = ("name", "tool_name")
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _ID_KEYS = ("id", "call_id")
-_OTHER_KEYS = ("type", "index")
+_OTHER_KEYS = ("type", "index", "tool_call_id")  # tool_call_id: Cohere's, which counts within one turn
 _SPACE = " \t\r\n"
 
 
@@ -206,7 +207,7 @@ class ObjectCalls(CallSections):
 
     def _member(self, reader: TextReader, head: "_Head", key: str | None) -> Steps[bool]:
         """Read the value of ``key``. Returns False if the object is not a call."""
-        if key == "name":
+        if key in _NAME_KEYS:
             head.name = (yield from read_json_string(reader)) or ""
             return self.may_call(head.name)
         if key in _ARGUMENT_KEYS:

@@ -1,5 +1,6 @@
 """Converts argument values in plain text to JSON, by the tool's schema."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -87,8 +88,9 @@ def _referenced(reference: str, root: Mapping[str, Any]) -> object:
 def json_value(text: str, types: frozenset[str]) -> str:
     """The JSON text of a parameter's value. text: as the model wrote it. types: the parameter's.
 
-    JSON of one of the types is kept (Python's True, False and None are converted), and any other text becomes a string.
-    If ``types`` is empty, any JSON is kept.
+    JSON of one of the types is kept, and Python's True, False, None, dicts and lists are converted: templates that
+    render values by ``str`` teach them to their models. Any other text becomes a string. If ``types`` is empty, any
+    JSON is kept.
     """
     if types == {"string"}:
         return as_json(text)
@@ -97,8 +99,18 @@ def json_value(text: str, types: frozenset[str]) -> str:
     try:
         value = json.loads(candidate, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        return as_json(text)
+        return (_python_collection(stripped) if types & {"object", "array"} else None) or as_json(text)
     return candidate if not types or _accepts(types, value) else as_json(text)
+
+
+def _python_collection(text: str) -> str | None:
+    """The JSON text of a Python dict or list; None for anything else."""
+    if not text.startswith(("{", "[")):
+        return None
+    try:
+        return as_json(ast.literal_eval(text))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _no_number(name: str) -> None:
