@@ -44,7 +44,9 @@ def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = keys[seen, head // groups] @ queries[at, head] * call.scale
             if call.softcap is not None:
                 scores = torch.tanh(scores / call.softcap) * call.softcap
-            out[at, head] = torch.softmax(scores, 0) @ values[seen, head // groups]
+            sink = scores.new_empty(0) if call.sinks is None else call.sinks[head : head + 1].double()
+            weights = torch.softmax(torch.cat([scores, sink]), 0)[: len(scores)]
+            out[at, head] = weights @ values[seen, head // groups]
     return out
 
 
@@ -170,6 +172,25 @@ def test_decode_over_shared_prefixes(dtype: torch.dtype, window: int | None, sof
     shared = [group for groups, _ in step._layouts.values() for group in groups]
     members = [group.members.tolist() for group in shared]
     assert members == ([[0, 1, 2], [3, 4]] if window != 7 and softcap is None else [])
+
+
+SINKS = torch.tensor([-40.0, -1.0, 2.5, 30.0])
+"""From one that weighs nothing to one that takes almost all of its head's weight."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_take_part_in_the_softmax(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    """In prefill, in a decode of one sequence, and in decodes over prefixes that are shared or not."""
+    call = LayerCall(0, 0.4, window, softcap, SINKS)
+    pool = empty_pool(4, 2, dtype)
+    members = family(pool, [24, 16], [[1, 4, 13], [2, 30]], dtype)
+    whole = members[-1]
+    close(whole.prefill(pool, call, [16, len(whole)]), whole.expected(call), dtype)
+    for sequences in ([whole], members):
+        _, ours, theirs = decode(sequences, pool, call, min_shared=16)
+        close(ours, theirs, dtype)
 
 
 def test_decode_reads_a_shared_prefix_for_all_members_at_once() -> None:

@@ -114,6 +114,20 @@ def test_it_is_attention(
     close(cut(pool, kernels, call, whole, [1, 40, 300]), written_out(call, whole.q, whole.k, whole.v))
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_take_part_in_the_softmax(
+    kernels: Kernels, dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    """From one that weighs nothing to one that takes almost all of its head's weight."""
+    call = LayerCall(1, 0.25, window, softcap, torch.tensor([-40.0, -1.0, 2.5, 30.0]))
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, kernels.span + 70)
+    at_once = cut(pool, kernels, call, whole, [])
+    close(at_once, written_out(call, whole.q, whole.k, whole.v))
+    assert torch.equal(cut(pool, kernels, call, whole, [1, 300, kernels.span + 69]), at_once)
+
+
 def stored(pool: KVPool, block_id: int) -> tuple[Tensor, Tensor]:
     """A block's keys and values, ``[block_size, kv_heads, dim]``, as in layout.hpp."""
     heads, dim, size = pool.geometry.num_kv_heads, pool.geometry.head_dim, pool.block_size

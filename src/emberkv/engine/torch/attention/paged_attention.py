@@ -114,12 +114,17 @@ ATTENTION_NAME = "emberkv_paged"
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What one layer asks for. window: a query sees the ``window`` latest keys, its own included; None: all."""
+    """What one layer asks for.
+
+    window: a query sees the ``window`` latest keys, its own included; None: all. sinks: fp32 ``[heads]``, for each head a
+    score that has a weight in the softmax and no value (gpt-oss).
+    """
 
     layer: int
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +197,13 @@ def _paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: ``[1, heads, tokens, dim]`` in, ``[1, tokens, heads, dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap)
+    sinks = None if s_aux is None else s_aux.float().contiguous()
+    call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap, sinks)
     out = _current_step.get().attend(
         call,
         query.squeeze(0).transpose(0, 1),

@@ -29,12 +29,13 @@ def tile_attention(
     masked: Tensor,
     *,
     softcap: float | None,
+    sinks: Tensor | None = None,
     scratch: Scratch,
 ) -> Tensor:
     """Attention of one tile: queries ``[tokens, heads, dim]``, keys and values ``[kv_heads, keys, dim]``.
 
     masked: bool ``[tokens or more, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
-    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2). sinks: as in `LayerCall`.
 
     Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
     Plain matrix products are used because they run at full speed in bf16 on CPUs, where the fused kernel does not.
@@ -48,15 +49,18 @@ def tile_attention(
     heads_per_pass = max(1, min(kv_heads, SCORES_PER_PASS // (groups * tokens * length)))
     for first in range(0, kv_heads, heads_per_pass):
         some = range(first, min(first + heads_per_pass, kv_heads))
-        scores = scratch.take((len(some), groups * tokens, length), queries.dtype)
+        columns = scratch.take((len(some), groups * tokens, length + (sinks is not None)), queries.dtype)
+        scores = columns[..., :length]
         # Head by head: a batched product would copy keys that are a slice of a longer sequence's.
         for head, head_scores in zip(some, scores, strict=True):
             torch.mm(folded[head], keys[head].t(), out=head_scores)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        seen = scores.view(-1, groups, tokens, length)[..., length - masked.shape[1] :]
-        seen.masked_fill_(masked[:tokens], float("-inf"))
-        torch.softmax(scores, dim=-1, out=scores)
+        by_head = columns.view(-1, groups, tokens, columns.shape[-1])
+        by_head[..., length - masked.shape[1] : length].masked_fill_(masked[:tokens], float("-inf"))
+        if sinks is not None:
+            by_head[..., length] = sinks.view(kv_heads, groups, 1)[some.start : some.stop]
+        torch.softmax(columns, dim=-1, out=columns)
         for head, head_scores in zip(some, scores, strict=True):
             torch.mm(head_scores, values[head], out=out[head])
     return out.view(heads, tokens, dim).transpose(0, 1)
@@ -92,18 +96,38 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
     return torch.lerp(second[0].float(), first[0].float(), weight)
 
 
+def with_sinks(partial: tuple[Tensor, Tensor], sinks: Tensor) -> Tensor:
+    """The attention over all keys, of shapes as in `partial_attention`, once ``sinks`` take their part of the softmax.
+
+    A sink of score s leaves the keys, whose weights sum to exp(lse), a share of exp(lse) / (exp(lse) + exp(s)).
+    """
+    return partial[0] * torch.sigmoid(partial[1] - sinks.view(1, -1, 1)).unsqueeze(-1)
+
+
 def masked_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    visible: Tensor,
+    *,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention under a boolean mask ``[batch, 1, 1, keys]``, on any device; shapes as in `partial_attention`."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]
         )
     groups = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    scores = torch.tanh(queries @ keys.transpose(-1, -2) * (scale / softcap)) * softcap
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1, dtype=torch.float32)
+    scores = queries @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, float("-inf")).float()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[2]]
     return weights.to(queries.dtype) @ values
 
 
@@ -152,6 +176,7 @@ class PrefillStep(AttentionStep):
                 call.scale,
                 tile.masked,
                 softcap=call.softcap,
+                sinks=call.sinks,
                 scratch=self._pool.scores,
             )
             for tile in tiles
@@ -250,7 +275,7 @@ class DecodeStep(AttentionStep):
         q = queries.unsqueeze(2)
         if not mergeable:
             return self._attend_masked(call, q, buckets)
-        if len(buckets) == 1 and not shared:
+        if len(buckets) == 1 and not shared and call.sinks is None:
             return self._attend_bucket(call, q, buckets[0])[0].squeeze(2)
         out = torch.empty_like(q, dtype=torch.float32)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -258,6 +283,8 @@ class DecodeStep(AttentionStep):
             out[bucket.members], lse[bucket.members] = self._cast(self._attend_bucket(call, q[bucket.members], bucket))
         for group in shared:
             self._merge_shared(call, q, group, out, lse)
+        if call.sinks is not None:
+            out = with_sinks((out, lse), call.sinks)
         return out.to(queries.dtype).squeeze(2)
 
     @staticmethod
@@ -287,13 +314,20 @@ class DecodeStep(AttentionStep):
         common, common_lse = common.squeeze(0).transpose(0, 1).unsqueeze(2), common_lse.squeeze(0).t().unsqueeze(2)
         own = (out[group.members], lse[group.members])
         out[group.members] = merge((common, common_lse), own)
+        lse[group.members] = torch.logaddexp(common_lse, own[1])
 
     def _attend_masked(self, call: LayerCall, q: Tensor, buckets: list[_Bucket]) -> Tensor:
         out = torch.empty_like(q)
         for bucket in buckets:
             keys, values = self._bucket_kv(call, bucket)
             out[bucket.members] = masked_attention(
-                q[bucket.members], keys, values, call.scale, bucket.visible, call.softcap
+                q[bucket.members],
+                keys,
+                values,
+                call.scale,
+                bucket.visible,
+                softcap=call.softcap,
+                sinks=call.sinks,
             )
         return out.squeeze(2)
 

@@ -67,7 +67,7 @@ SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _HARMLESS_ARGUMENTS = frozenset(
     {
         "dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache",
-        "output_attentions", "output_hidden_states", "output_router_logits",
+        "output_attentions", "output_hidden_states", "output_router_logits", "s_aux",
     }
 )  # fmt: skip
 """What a layer may hand to its attention function; anything else could change the result unseen."""
@@ -80,11 +80,13 @@ class LayerGeometry:
     sliding_window: tokens that a query sees, itself included; None sees all before it.
     softcap: attention scores are ``softcap * tanh(score / softcap)``; None leaves them alone.
     scaling: factor of the query-key product.
+    sinks: whether each head has a further score, which has a weight in the softmax and no value.
     """
 
     sliding_window: int | None
     softcap: float | None
     scaling: float
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +324,6 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
 
 def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     unknown = sorted(call.arguments.keys() - _HARMLESS_ARGUMENTS)
-    if "s_aux" in unknown:
-        raise _refuse(config, "its attention has sinks")
     if unknown:
         raise _refuse(config, f"its attention takes {', '.join(unknown)}")
     if call.has_mask or not call.is_causal:
@@ -334,7 +334,10 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     if window is not None and not (isinstance(window, int) and window > 0):
         raise _refuse(config, f"layer {call.layer_idx} has a sliding window of {window} tokens")
     scaling = call.arguments.get("scaling", call.query_shape[-1] ** -0.5)
-    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling))
+    sinks = call.arguments.get("s_aux")
+    if sinks is not None and sinks.shape != call.query_shape[1:2]:
+        raise _refuse(config, f"layer {call.layer_idx} has sinks of shape {list(sinks.shape)}, not one a head")
+    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None)
 
 
 def _says_sliding(config: PretrainedConfig, layer: int) -> bool:

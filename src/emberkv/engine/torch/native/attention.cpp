@@ -170,7 +170,7 @@ private:
     }
 
     void finish(int row, int head, const Softmax& whole, float* sums) const {
-        const float factor = 1.0f / whole.sum;
+        const float factor = normalizer(whole, call_.sinks ? call_.sinks + head : nullptr);
         for (int d = 0; d < dims_; d += LANES) store(sums + d, load<Floats>(sums + d) * factor);
         char* to = static_cast<char*>(call_.out) + (int64_t(row) * call_.heads + head) * call_.dim * element_;
         narrow(sums, type_, call_.dim, to);

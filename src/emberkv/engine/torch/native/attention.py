@@ -125,6 +125,7 @@ class NativeStep(AttentionStep):
         native.out = out.data_ptr()
         native.pool = storage.data_ptr() + call.layer * storage.stride(1) * storage.element_size()
         native.scale, native.softcap, native.window = call.scale, call.softcap or 0.0, window or 0
+        native.sinks = None if call.sinks is None else call.sinks.data_ptr()
         native.tasks, native.num_tasks = plan.tasks.ctypes.data, len(plan.tasks)
         native.row_ids, native.partial_of = plan.row_ids.ctypes.data, plan.partial_of.ctypes.data
         native.partials = self._partials(plan.num_partials).data_ptr()

@@ -37,6 +37,7 @@ struct AttentionCall {
     char* pool;  // this layer's keys in block 0
     int64_t block_bytes, value_bytes;
     int32_t rows, heads, kv_heads, dim, block_size, type;
+    const float* sinks;    // per head: a score without a value that the softmax counts too; null: none
     float scale, softcap;  // softcap 0: none
     int32_t window;        // 0: none
     int32_t threads;

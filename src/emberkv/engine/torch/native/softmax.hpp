@@ -49,6 +49,14 @@ Softmax softmax(float* scores, int keys, int begin, int end, float scale, float 
     return {maximum, total(sums)};
 }
 
+// What a row's weighted values are multiplied by, once all its spans are folded together: one over the sum of the
+// weights. sink: a score that has a weight in that sum, and no value; null: none.
+inline float normalizer(const Softmax& whole, const float* sink) {
+    if (!sink) return 1.0f / whole.sum;
+    const float difference = *sink * LOG2_E - whole.maximum, smaller = exp2_of(-std::fabs(difference));
+    return difference > 0 ? smaller / (whole.sum * smaller + 1.0f) : 1.0f / (whole.sum + smaller);
+}
+
 // Adds a span's weighted values to those of the spans before it, both relative to their own maxima.
 inline void fold(
     Softmax& whole, float* values, const Softmax& span, const float* more, int dim
