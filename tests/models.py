@@ -43,6 +43,7 @@ _WIDE = {
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _GPT2_LIKE = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT,
               "tie_word_embeddings": False}  # fmt: skip
+_SOME_EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -60,6 +61,11 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Architectures that must be served, by transformers' model type."""
 
+ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {**_WIDE, **_SOME_EXPERTS, "sliding_window": 40},
+}
+"""Further architectures that must be served; of these, `tests/engine/torch/test_architectures.py` tests each."""
+
 REFUSED: dict[str, dict[str, Any]] = {
     "mamba": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2},
     "jamba": {**_WIDE, **_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
@@ -69,7 +75,6 @@ REFUSED: dict[str, dict[str, Any]] = {
                    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
                    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32},
     "llama4_text": {**_WIDE, **_EXPERTS, "intermediate_size_mlp": 64},
-    "gpt_oss": {**_WIDE, **_EXPERTS},
     "gemma3n_text": {**_WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 64,
                      "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,
@@ -116,11 +121,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(arch: str, folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
-    """Write a random model of a SUPPORTED or REFUSED architecture to ``folder`` as safetensors.
+    """Write a random model of a SUPPORTED, ALSO_SUPPORTED or REFUSED architecture to ``folder`` as safetensors.
 
     The same arch, dtype and seed give the same weights, wide enough that greedy answers vary.
     """
-    settings = {**_ENDS, **(SUPPORTED | REFUSED)[arch]}
+    settings = {**_ENDS, **(SUPPORTED | ALSO_SUPPORTED | REFUSED)[arch]}
     config = AutoConfig.for_model(arch, **settings)
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):

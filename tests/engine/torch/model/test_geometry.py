@@ -21,7 +21,6 @@ REASONS = {
     "bamba": "bamba .*'linear_attention'",
     "qwen3_next": "qwen3_next .*'linear_attention'",
     "llama4_text": "'chunked_attention'",
-    "gpt_oss": "sinks",
     "gemma3n_text": "2 of its layers share the KV",
     "deepseek_v3": "multi-head latent attention",
     "bloom": "BloomAttention does not go through",

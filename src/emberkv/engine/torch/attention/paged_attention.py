@@ -116,8 +116,8 @@ ATTENTION_NAME = "emberkv_paged"
 class LayerCall:
     """What one layer asks for.
 
-    window: a query sees the ``window`` latest keys, its own included; None: all. sinks: fp32 ``[heads]``, for each head a
-    score that has a weight in the softmax and no value (gpt-oss).
+    window: a query sees the ``window`` latest keys, its own included; None: all. sinks: fp32 ``[heads]``, of each head
+    a score that has a weight in the softmax and no value (gpt-oss).
     """
 
     layer: int
