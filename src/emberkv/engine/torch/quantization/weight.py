@@ -1,0 +1,183 @@
+"""The format of quantised weights: integer codes in groups along the input, each with a scale and maybe an offset."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emberkv.errors import ConfigError, UnsupportedModelError
+
+Bits = Literal[4, 8]
+
+GROUPS = (16, 32, 64, 128)
+"""Sizes of a group that the kernels compute with, in inputs. A larger one is cut into these."""
+
+DEFAULT_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """The weight of a linear layer, ``[out, in]``, in integer codes: ``value = scale * code + offset``.
+
+    codes: 8 bits: int8 ``[out, in]``. 4 bits: uint8 ``[out, in / 2]``, two codes of -8 to 7 in a byte, each as
+    ``code + 8``; the low half is that of the even input. `pack_nibbles` makes them.
+    scales: float32 ``[out, in / group]``. offsets: the same shape, in the unit of the values; None where all are zero.
+    group: inputs that share a scale, a multiple of 16.
+
+    What is held without loss beyond the rounding of scale and offset to float32:
+
+    | source | bits | group | codes | scale and offset |
+    |---|---|---|---|---|
+    | GGUF Q8_0 | 8 | 32 | as stored | d |
+    | GGUF Q4_0 | 4 | 32 | q - 8 | d |
+    | GGUF Q4_1 | 4 | 32 | q - 8 | d, m + 8 d |
+    | GGUF Q4_K | 4 | 32 | q - 8 | d sc, 8 d sc - dmin m |
+    | GGUF Q5_K | 8 | 32 | q - 16 | d sc, 16 d sc - dmin m |
+    | GGUF Q6_K | 8 | 16 | q - 32 | d sc |
+    | GPTQ, AWQ and compressed-tensors, 4 bits with zero point z | 4 | as stored | q - 8 | s, s (8 - z) |
+    | the same, 8 bits with zero point z | 8 | as stored | q - 128 | s, s (128 - z) |
+    | MLX, 4 bits | 4 | as stored | q - 8 | scale, bias + 8 scale |
+    | MLX, 8 bits | 8 | as stored | q - 128 | scale, bias + 128 scale |
+    | MXFP4 | 8 | 32 | twice the value, -12 to 12 | 2^(e - 1) |
+
+    A scale for a whole output channel is a group of ``in`` inputs. FP8 has no such form: its values are not equally
+    spaced, and `quantise` rounds them to 8 bits, at most 1/254 of a group's largest value off.
+
+    Raises UnsupportedModelError for shapes, types or groups that do not fit together.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    group: int
+    bits: Bits
+
+    def __post_init__(self) -> None:
+        codes, groups = tuple(self.codes.shape), tuple(self.scales.shape)
+        kind = torch.int8 if self.bits == 8 else torch.uint8
+        if self.codes.dtype is not kind or self.scales.dtype is not torch.float32:
+            raise UnsupportedModelError(
+                f"a weight of {self.bits} bits has codes of {self.codes.dtype} and scales of {self.scales.dtype}; "
+                f"they must be {kind} and torch.float32"
+            )
+        if self.group % GROUPS[0] or (self.out_features, self.in_features) != (groups[0], groups[1] * self.group):
+            raise UnsupportedModelError(
+                f"codes of shape {list(codes)} at {self.bits} bits, scales of shape {list(groups)} and groups of "
+                f"{self.group} inputs do not fit together; a group must be a multiple of {GROUPS[0]} inputs"
+            )
+        if self.offsets is not None and (
+            self.offsets.shape != self.scales.shape or self.offsets.dtype != torch.float32
+        ):
+            raise UnsupportedModelError(
+                f"offsets of shape {list(self.offsets.shape)} and type {self.offsets.dtype} do not fit scales of shape "
+                f"{list(groups)}; they must be of the same shape, in torch.float32"
+            )
+
+    @property
+    def out_features(self) -> int:
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.codes.shape[1]) * (1 if self.bits == 8 else 2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``, as of the plain weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        """Of codes, scales and offsets, as they are held here."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.offsets) if tensor is not None)
+
+    def signed_codes(self) -> Tensor:
+        """int8 ``[out, in]``, from -128 to 127, or from -8 to 7 in 4 bits."""
+        return self.codes if self.bits == 8 else unpack_nibbles(self.codes)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``[out, in]``: ``scale * code + offset``, computed in float32 and then rounded to ``dtype``."""
+        values = self.signed_codes().float().view(self.out_features, -1, self.group)
+        values.mul_(self.scales[..., None])
+        if self.offsets is not None:
+            values.add_(self.offsets[..., None])
+        return values.view(self.out_features, self.in_features).to(dtype)
+
+    def with_group(self, group: int) -> "QuantizedWeight":
+        """The same values in smaller groups, of which each repeats its scale. Raises ConfigError unless they fit."""
+        if group == self.group:
+            return self
+        if self.group % group:
+            raise ConfigError(f"groups of {self.group} inputs cannot be cut into groups of {group}")
+        times = self.group // group
+        offsets = None if self.offsets is None else self.offsets.repeat_interleave(times, dim=1)
+        return QuantizedWeight(self.codes, self.scales.repeat_interleave(times, dim=1), offsets, group, self.bits)
+
+    def rows(self, start: int, stop: int) -> "QuantizedWeight":
+        """Of the outputs from ``start`` to before ``stop``, which share their memory with this one's."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return QuantizedWeight(self.codes[start:stop], self.scales[start:stop], offsets, self.group, self.bits)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 ``[out, in / 2]`` of codes from -8 to 7, ``[out, in]``."""
+    shifted = (codes + 8).to(torch.uint8)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """int8 ``[out, in]``: the inverse of `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1).to(torch.int8) - 8
+
+
+def can_quantise(shape: tuple[int, ...], group: int = DEFAULT_GROUP) -> bool:
+    """Whether a weight of this shape can be cut into groups."""
+    return len(shape) == 2 and shape[1] % group == 0
+
+
+@torch.no_grad()
+def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP) -> QuantizedWeight:
+    """Round a plain weight ``[out, in]``, of any floating-point type, to ``bits``.
+
+    8 bits: a group's largest magnitude is code 127, so that no value is off by more than 1/254 of it. 4 bits: in each
+    group from its least to its largest value in 15 steps, or with -8 for the value of the largest magnitude and no
+    offset: whichever has the smaller squared error over the whole weight.
+
+    Raises ConfigError for a shape that cannot be cut into groups, or values that are not finite.
+
+    >>> weight = quantise(torch.tensor([[1.0, -0.5] * 16]), 8)
+    >>> weight.codes[0, :2].tolist()
+    [127, -64]
+    """
+    if not can_quantise(tuple(weight.shape), group):
+        raise ConfigError(f"a weight of shape {list(weight.shape)} cannot be quantised in groups of {group} inputs")
+    values = weight.detach().float().reshape(weight.shape[0], -1, group)
+    if not bool(torch.isfinite(values).all()):
+        raise ConfigError("the weights hold values that are not finite, which cannot be quantised")
+    if bits == 8:
+        return _rounded(values, values.abs().amax(dim=-1) / 127, None, bits)
+    candidates = (_symmetric(values), _with_offset(values))
+    errors = [float((each.dequantised().view_as(values) - values).square().sum()) for each in candidates]
+    return candidates[0] if errors[0] <= errors[1] else candidates[1]
+
+
+def _symmetric(values: Tensor) -> QuantizedWeight:
+    largest = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))[..., 0]
+    return _rounded(values, largest / -8, None, 4)
+
+
+def _with_offset(values: Tensor) -> QuantizedWeight:
+    least, most = values.amin(dim=-1), values.amax(dim=-1)
+    scales = (most - least) / 15
+    return _rounded(values, scales, least + 8 * scales, 4)
+
+
+def _rounded(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: Bits) -> QuantizedWeight:
+    """values: ``[out, groups, group]``. Each to its nearest code; zeros where a scale is too small for any."""
+    inverse = torch.where(scales.abs() > torch.finfo(torch.float32).tiny, 1 / scales, 0)
+    above = values if offsets is None else values - offsets[..., None]
+    most = 2 ** (bits - 1) - 1
+    codes = (above * inverse[..., None]).round_().clamp_(-most - 1, most).to(torch.int8)
+    codes = codes.view(values.shape[0], -1)
+    return QuantizedWeight(codes if bits == 8 else pack_nibbles(codes), scales, offsets, values.shape[-1], bits)
