@@ -152,7 +152,7 @@ def create_app(
         app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock)))
     app.include_router(openai_router(lifecycle, keys, preparer, answers))
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
-    app.include_router(responses_router(keys, preparer, answers, ResponseStore(clock=clock), clock))
+    app.include_router(responses_router(keys, preparer, answers, ResponseStore(clock=clock)))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
     app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
     app.include_router(

@@ -104,7 +104,7 @@ def test_the_official_client_streams_and_goes_on(gpt: openai.OpenAI, engine: Fak
     assert second.output_text == "Two."
     assert "<user>Hi<assistant>Let me add.[add 1]<tool>2<assistant>" in prompt_of(engine)
     assert gpt.responses.retrieve(second.id).output_text == "Two."
-    assert [item.type for item in gpt.responses.input_items.list(second.id)] == [
+    assert [item.type for item in gpt.responses.input_items.list(second.id, order="asc", limit=2)] == [
         "message", "reasoning", "message", "function_call", "function_call_output",
     ]  # fmt: skip
     gpt.responses.delete(second.id)
@@ -247,7 +247,7 @@ def test_a_reference_stands_for_the_stored_item_that_it_names(client: Client, en
 def test_a_reference_to_another_tenants_item_is_to_none() -> None:
     store = ResponseStore(clock=lambda: 0.0)
     item = {"type": "message", "id": "msg_ab_0"}
-    store.put("x", "resp_ab", StoredResponse({"output": [item]}, [item], 0, 10, 0.0))
+    store.put("x", "resp_ab", StoredResponse({"output": [item]}, [item], 0, 10))
     reference = {"type": "item_reference", "id": "msg_ab_0"}
     assert with_stored_items([reference], "x", store)[0] == [item]
     with pytest.raises(RequestError, match="is not stored"):
@@ -281,10 +281,10 @@ def test_signed_reasoning_is_accepted_with_its_salt_alone() -> None:
 
 def test_the_store_is_bounded_by_count_bytes_and_time_for_each_tenant() -> None:
     now = [0.0]
-    store = ResponseStore(clock=lambda: now[0], most=2, most_bytes=100, seconds=60.0)
+    store = ResponseStore(clock=lambda: now[0], most=2, most_bytes=100, total_bytes=120, seconds=60.0)
 
     def put(tenant: str, name: str, size: int = 10) -> None:
-        store.put(tenant, name, StoredResponse({}, (), 0, size, now[0]))
+        store.put(tenant, name, StoredResponse({}, (), 0, size))
 
     def names(tenant: str) -> set[str]:
         return {name for name in "abcdef" if store.get(tenant, name)}
@@ -299,5 +299,20 @@ def test_the_store_is_bounded_by_count_bytes_and_time_for_each_tenant() -> None:
     assert names("x") == {"d"}
     put("x", "e", size=101)
     assert names("x") == {"d"}
+    put("y", "b", size=25)
+    assert (names("x"), names("y")) == ({"d"}, {"b"})
     now[0] = 61.0
     assert names("y") == set()
+
+
+def test_input_items_come_in_pages(client: Client) -> None:
+    given = [{"role": "user", "content": str(number)} for number in range(3)]
+    path = f"{PATH}/{send(client, input=given).json()['id']}/input_items"
+    newest = client.get(path, params={"limit": 2}).json()
+    assert ([item["content"] for item in newest["data"]], newest["has_more"]) == (["2", "1"], True)
+    rest = client.get(path, params={"limit": 2, "after": newest["last_id"]}).json()
+    assert ([item["content"] for item in rest["data"]], rest["has_more"]) == (["0"], False)
+    unknown = client.get(path, params={"after": "item_9"})
+    assert (unknown.status_code, openai_error(unknown)["param"]) == (400, "after")
+    nothing = client.get(path, params={"limit": 0})
+    assert (nothing.status_code, openai_error(nothing)["param"]) == (400, "limit")

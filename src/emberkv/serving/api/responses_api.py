@@ -18,8 +18,8 @@ from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
 from emberkv.serving.api.openai_api import prepare_chat
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.response_store import ResponseStore, StoredResponse
-from emberkv.serving.api.responses_schema import ResponsesRequest, signed_reasoning
-from emberkv.serving.api.validation import Json, parse_body
+from emberkv.serving.api.responses_schema import PageQuery, ResponsesRequest, signed_reasoning
+from emberkv.serving.api.validation import Json, parse_body, parse_query
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import NotFoundError, failure_mid_stream
@@ -119,10 +119,34 @@ def _stored_item(item_id: str, tenant: str, store: ResponseStore) -> Json | None
     return next((item for item in output if item["id"] == item_id), None)
 
 
+def _page_of(found: StoredResponse, query: PageQuery) -> Json:
+    """A page of the input items. Items that came without an id are numbered.
+
+    Raises RequestError if there is no item with the id ``query.after``.
+    """
+    items = [{"id": f"item_{at}", **item} for at, item in enumerate(found.conversation[: found.input_items])]
+    if query.order == "desc":
+        items.reverse()
+    begin = 0
+    if query.after is not None:
+        ids = [item["id"] for item in items]
+        if query.after not in ids:
+            raise RequestError(f"after is {query.after[:100]!r}, which is not the id of an input item", param="after")
+        begin = ids.index(query.after) + 1
+    page = items[begin : begin + query.limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": begin + query.limit < len(items),
+    }
+
+
 def responses_router(
-    keys: ApiKeys, preparer: RequestPreparer, answers: AnswerService, store: ResponseStore, clock: Callable[[], float]
+    keys: ApiKeys, preparer: RequestPreparer, answers: AnswerService, store: ResponseStore
 ) -> APIRouter:
-    """The routes under /v1/responses, for requests with one of ``keys``. clock: the store's, in monotonic seconds."""
+    """The routes under /v1/responses, for requests with one of ``keys``."""
     router = APIRouter(prefix="/v1/responses")
     guard = Depends(keys.tenant)
 
@@ -154,7 +178,7 @@ def responses_router(
                 return
             conversation = [*prepared.conversation, *response["output"]]
             size = prepared.size + len(compact_json(response))
-            kept = StoredResponse(response, conversation, len(prepared.conversation), size, clock())
+            kept = StoredResponse(response, conversation, len(prepared.conversation), size)
             store.put(tenant.name, response["id"], kept)
 
         writer = ResponsesWriter(context.request_id, context.created, prepared, tenant.salt, keep)
@@ -165,10 +189,9 @@ def responses_router(
         return JSONResponse(stored(tenant, response_id).response)
 
     @router.get("/{response_id}/input_items")
-    async def input_items(response_id: str, tenant: Annotated[Tenant, guard]) -> Response:
+    async def input_items(http: Request, response_id: str, tenant: Annotated[Tenant, guard]) -> Response:
         found = stored(tenant, response_id)
-        items = list(found.conversation[: found.input_items])
-        return JSONResponse({"object": "list", "data": items, "has_more": False})
+        return JSONResponse(_page_of(found, parse_query(PageQuery, http.query_params)))
 
     @router.delete("/{response_id}")
     async def delete(response_id: str, tenant: Annotated[Tenant, guard]) -> Response:

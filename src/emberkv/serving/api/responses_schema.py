@@ -4,7 +4,7 @@ import hmac
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -53,6 +53,14 @@ def verified_reasoning(signed: str, salt: bytes) -> str | None:
 
 def _reasoning_digest(content: bytes, salt: bytes) -> bytes:
     return hmac.digest(b"emberkv-thought-2" + salt, content, "sha256")[:_DIGEST_BYTES]
+
+
+class PageQuery(BaseModel):
+    """Which of a response's input items are returned. after: the id of the last item of the page before."""
+
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = None
+    order: Literal["asc", "desc"] = "desc"
 
 
 class Reasoning(BaseModel):

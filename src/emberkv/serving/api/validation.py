@@ -48,11 +48,26 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
+        raise _refusal(error) from None
+
+
+Query = TypeVar("Query", bound=BaseModel)
+
+
+def parse_query(kind: type[Query], parameters: Mapping[str, str]) -> Query:
+    """As `parse_body`, of a URL's query."""
+    try:
+        return kind.model_validate(dict(parameters))
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    problems = error.errors(include_url=False, include_context=False)
     field = problems[0]["loc"][0] if problems[0]["loc"] else None
     same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     message = "; ".join(_describe(problem) for problem in same_field[:3])
-    raise RequestError(message, param=None if field is None else str(field))
+    return RequestError(message, param=None if field is None else str(field))
 
 
 _ALTERNATIVES = frozenset({"str", "list[str]", "list[dict[str,any]]"})
