@@ -17,6 +17,7 @@ from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError, RequestError
+from emberkv.serving.admission import InFlight
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
 
@@ -126,7 +127,7 @@ async def test_requests_are_spread_and_answered() -> None:
 
 @on_a_loop
 async def test_a_full_gateway_still_takes_a_tenant_that_has_less_than_its_part() -> None:
-    async with cluster({"a": FakeWorker("a", hangs=True)}, max_requests=3, weights={"one": 2.0, "other": 1.0}) as it:
+    async with cluster({"a": FakeWorker("a", hangs=True)}, in_flight=InFlight(3, {"one": 2.0, "other": 1.0})) as it:
         engine = it.engine
         assert engine is not None
         ended = asyncio.Event()
@@ -272,7 +273,7 @@ async def test_an_aborted_request_is_aborted_at_its_worker() -> None:
 @on_a_loop
 async def test_more_requests_than_are_taken_are_refused() -> None:
     workers = {"a": FakeWorker("a", hangs=True)}
-    async with cluster(workers, max_requests=1) as it:
+    async with cluster(workers, in_flight=InFlight(1)) as it:
         it.submit("x")
         with pytest.raises(DuplicateRequestError):
             it.submit("x")

@@ -25,6 +25,7 @@ from emberkv.errors import ConfigError, WorkerTimeoutError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import load_rules
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.tenancy import KeySource, LimitsEntry, TenantEntry, Tenants, TenantsFile, key_digest
 from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
 from tests.cluster.fake_openai import TOKENS, FakeOpenAI
 from tests.cluster.fake_workers import FakeConnection, FakeWorker
@@ -356,6 +357,26 @@ async def test_a_tenants_flood_does_not_shut_out_another() -> None:
         assert [answer.status_code for answer in await asyncio.gather(*flood, other)] == [200] * 3
         again = [asyncio.create_task(it.ask(chat(), **one)) for _ in range(2)]
         assert [answer.status_code for answer in await asyncio.gather(*again)] == [200] * 2
+
+
+@on_a_loop
+async def test_a_tenants_limits_hold_for_forwarded_requests_and_count_what_the_worker_says() -> None:
+    keys = {name: KeySource(sha256=key_digest(name).hex()) for name in ("one", "two")}
+    limits = {"one": LimitsEntry(tokens_per_minute=20, concurrency=1), "two": LimitsEntry()}
+    file = TenantsFile(tenants={name: TenantEntry(keys=[keys[name]], limits=limits[name]) for name in keys})
+    app = ServingSettings(bound_to_loopback=True, tenants=Tenants(file=file, secret=b"secret"))
+    async with served(FakeOpenAI(), app=app) as it:
+        held = it.servers[0].held = asyncio.Event()
+        first = asyncio.create_task(it.ask(chat(), **{"x-api-key": "one"}))
+        await it.until(lambda: it.asked() == [1])
+        refused = await it.ask(chat(), **{"x-api-key": "one"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        held.set()
+        assert (await first).status_code == 200
+        refused = await it.ask(chat(), **{"x-api-key": "one"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "tokens")
+        assert (await it.ask(chat(), **{"x-api-key": "two"})).status_code == 200
+        assert it.asked() == [2]
 
 
 @on_a_loop

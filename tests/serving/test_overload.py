@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from emberkv.serving.answer_service import InFlight
+from emberkv.serving.admission import InFlight
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.errors import TooManyRequestsError
 from emberkv.serving.lifecycle import Lifecycle

@@ -6,6 +6,7 @@ import pytest
 
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
+from emberkv.serving.admission import RateLimits
 from emberkv.serving.tenancy import key_digest, read_tenants
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tenants.yaml"
@@ -16,6 +17,7 @@ tenants:
     keys: [{{sha256: {DIGEST.upper()}}}, {{env: ACME_KEY}}]
     pool: {{floor: 1GiB, quota: 2GiB}}
     disk: {{quota: 1000}}
+    limits: {{requests_per_minute: 60, concurrency: 2}}
   globex:
     keys: [{{env: GLOBEX_KEY}}]
 public:
@@ -42,6 +44,8 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert file.shares("pool") == {"acme": Share(2**30, 2**31), "globex": Share(), "public": Share()}
     assert file.shares("ram") == {"acme": Share(), "globex": Share(), "public": Share(2**20)}
     assert file.shares("disk")["acme"] == Share(0, 1000)
+    limits = {name: entry.limits.limits() for name, entry in file.tenants.items()}
+    assert limits == {"acme": RateLimits(60, None, 2), "globex": RateLimits()}
     assert [source.digest({"ACME_KEY": "mellon"}) for source in file.tenants["acme"].keys] == [
         key_digest("sesame"),
         key_digest("mellon"),

@@ -83,6 +83,15 @@ def gateway(
         int,
         typer.Option(rich_help_panel=options.CLUSTER, min=1, help="Requests at once; more get status 429."),
     ] = MAX_REQUESTS,
+    gateway_count: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=options.CLUSTER,
+            min=1,
+            metavar="N",
+            help="How many gateways share the load evenly; each enforces 1/N of each tenant's limits.",
+        ),
+    ] = 1,
     kv_routes: Annotated[
         bool,
         typer.Option(
@@ -169,6 +178,7 @@ def gateway(
             routing=routing,
             worker_timeout=worker_timeout,
             max_requests=max_requests,
+            gateway_count=gateway_count,
             kv_routes=kv_routes,
             coordinator_port=coordinator_port,
         )
@@ -191,6 +201,7 @@ class GatewayOptions:
     routing: str
     worker_timeout: float
     max_requests: int
+    gateway_count: int
     kv_routes: bool
     coordinator_port: int | None
 
@@ -249,7 +260,8 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
             _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
         bound = [bind_socket(config.host, config.port)]
         settings = serving_settings(config, bound[0], tenants, keys, recorder)
-        settings = replace(settings, max_requests=None)  # `ClusterEngine` bounds them, by tenants' weights
+        # the gateway bounds what is in flight, by tenants' weights
+        settings = replace(settings, max_requests=None, gateways=options.gateway_count)
         app: ASGIApp = create_app(
             lifecycle,
             settings,

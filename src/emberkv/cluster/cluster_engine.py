@@ -33,6 +33,7 @@ from emberkv.errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
+from emberkv.serving.admission import InFlight
 from emberkv.serving.errors import (
     GenerationFailedError,
     NotReadyError,
@@ -143,9 +144,8 @@ class ClusterEngine:
     behind the tokens that were handed on (`GenerationRequest.answered`), so that the whole is what one worker would
     have given; for that, requests without a seed get one here.
 
-    rng: draws these seeds. max_requests: more at once are refused, except those of a tenant that has less than its
-    part of so many, by the ``weights`` of all tenants, so that others cannot keep it out. resume_seconds: how long an
-    answer that has begun waits for a worker. clock: monotonic seconds.
+    rng: draws these seeds. in_flight: bounds how many requests there are at once. resume_seconds: how long an answer
+    that has begun waits for a worker. clock: monotonic seconds.
     """
 
     def __init__(
@@ -154,17 +154,14 @@ class ClusterEngine:
         model: WorkerDescription,
         *,
         rng: random.Random | None = None,
-        max_requests: int = MAX_REQUESTS,
-        weights: Mapping[str, float] | None = None,
+        in_flight: InFlight | None = None,
         resume_seconds: float = RESUME_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._membership = membership
         self._model = model
         self._rng = rng if rng is not None else random.Random()
-        self._max_requests = max_requests
-        self._weights = weights or {}
-        self._by_tenant: Counter[str] = Counter()
+        self._in_flight = in_flight if in_flight is not None else InFlight(MAX_REQUESTS)
         self._resume_seconds = resume_seconds
         self._clock = clock
         self._chains = RecentChains(model.block_size)
@@ -219,29 +216,22 @@ class ClusterEngine:
             raise EngineStoppedError("the gateway has stopped")
         if request.request_id in self._running:
             raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
-        if not self._has_room(request.tenant):
+        try:
+            self._in_flight.enter(request.tenant, 1)
+        except TooManyRequestsError:
             self.refused += 1
-            raise TooManyRequestsError(
-                f"{len(self._running)} requests are in flight, and no more are taken; send it again later"
-            )
+            raise
         params = request.params
         if params.seed is None and not params.is_greedy:
             request = replace(request, params=replace(params, seed=self._rng.getrandbits(63)))
         answer = _Answer(request, self.chain(request), listener, Route(), self._clock())
         self._routes[request.request_id] = answer.route
-        if len(self._routes) > self._max_requests + MAX_ROUTES:
+        if len(self._routes) > len(self._running) + MAX_ROUTES:
             self._routes.popitem(last=False)
         task = asyncio.get_running_loop().create_task(self._carry_out(answer))
         task.add_done_callback(partial(self._ended, answer))
         self._running[request.request_id] = task
-        self._by_tenant[request.tenant] += 1
         self._answers[request.request_id] = answer
-
-    def _has_room(self, tenant: str) -> bool:
-        if len(self._running) < self._max_requests:
-            return True
-        total = sum(self._weights.values())
-        return self._by_tenant[tenant] * total < self._max_requests * self._weights.get(tenant, 0.0)
 
     def abort(self, request_id: str) -> None:
         task = self._running.get(request_id)
@@ -283,7 +273,7 @@ class ClusterEngine:
         """Give the listener its last output, however the request has ended, and even if it was aborted at once."""
         request_id = answer.request.request_id
         del self._running[request_id], self._answers[request_id]
-        self._by_tenant -= Counter([answer.request.tenant])
+        self._in_flight.leave(answer.request.tenant, 1)
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
             answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ABORT))

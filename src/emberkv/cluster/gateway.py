@@ -26,6 +26,7 @@ from emberkv.cluster.removals import ClusterRemovals
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import RequestError, WireError
+from emberkv.serving.admission import InFlight
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.dashboard import dashboard_router
@@ -45,10 +46,9 @@ class Gateway:
     """The parts of a gateway. Its coroutines, and all that they make, belong to the server's event loop.
 
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
-    secret: what workers register with; None: none may. routing: a policy's name. weights: of all tenants
-    (`ClusterEngine`). max_requests: more at once are
-    refused. on_overflow: of the `ServedModel`. parsers: names of formats, as --tool-parser and --reasoning-parser
-    give them. on_stop: what else is closed at the end.
+    secret: what workers register with; None: none may. routing: a policy's name. max_requests, weights: bound what is
+    in flight, forwarded requests included (`InFlight`). on_overflow: of the `ServedModel`. parsers: names of formats,
+    as --tool-parser and --reasoning-parser give them. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -84,8 +84,7 @@ class Gateway:
         self._recorder: TraceRecorder | None = None
         self._secret = secret
         self._workers = workers
-        self._max_requests = max_requests
-        self._weights = weights
+        self._in_flight = InFlight(max_requests, weights)
         self._on_overflow = on_overflow
         self._parsers = parsers
 
@@ -132,7 +131,7 @@ class Gateway:
                 self.fleet,
                 self._reader,
                 lambda: self.engine,
-                max_requests=self._max_requests,
+                in_flight=self._in_flight,
                 recorder=self._recorder,
             )
             router.include_router(foreign.router())
@@ -217,9 +216,7 @@ class Gateway:
         files = await worker.connection.tokenizer()
         assert files is not None, "without an etag the files are always sent"
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        self.engine = ClusterEngine(
-            self.membership, description, max_requests=self._max_requests, weights=self._weights
-        )
+        self.engine = ClusterEngine(self.membership, description, in_flight=self._in_flight)
         self.lifecycle.loaded(
             ServedModel(
                 description.names,

@@ -6,7 +6,6 @@ sends them whole or as server-sent events, and accounts for each request once it
 
 import asyncio
 import uuid
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +17,15 @@ from starlette.responses import JSONResponse, Response
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.errors import PromptTooLongError, RequestError
+from emberkv.errors import EmberError, PromptTooLongError, RequestError
+from emberkv.serving.admission import InFlight, RateLimits, TenantLimits
 from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import VolatileLines
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, TooManyRequestsError, request_info
+from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
@@ -223,44 +223,13 @@ _ID_PREFIXES = {
 }
 
 
-class InFlight:
-    """Bounds the answers that are made or wait at the same time. most: of all tenants together; None: they are not
-    bounded here, because the engine does it.
-
-    When there are as many, a tenant with less than its equal share is still served, so that one tenant's flood does not
-    shut out the others. So there may be twice as many in all, at most.
-    """
-
-    def __init__(self, most: int | None) -> None:
-        self._most = most
-        self._by_tenant: Counter[str] = Counter()
-
-    def enter(self, tenant: str, answers: int) -> None:
-        """Raises TooManyRequestsError where there are too many; then none is counted."""
-        if not self._has_room(tenant, answers):
-            total = self._by_tenant.total()
-            raise TooManyRequestsError(f"{total} answers are in flight, and no more are taken; send it again later")
-        self._by_tenant[tenant] += answers
-
-    def _has_room(self, tenant: str, answers: int) -> bool:
-        total = self._by_tenant.total()
-        if self._most is None or not total or total + answers <= self._most:
-            return True
-        share = self._most // len({*self._by_tenant, tenant})
-        return self._by_tenant[tenant] + answers <= share
-
-    def leave(self, tenant: str, answers: int) -> None:
-        self._by_tenant[tenant] -= answers
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
-
-
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
     recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
-    the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`.
+    the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`. limits: of each
+    tenant, by name.
     """
 
     def __init__(
@@ -275,6 +244,7 @@ class AnswerService:
         request_timeout: float | None = None,
         stream_times: StreamTimes | None = None,
         max_requests: int | None = MAX_REQUESTS,
+        limits: Mapping[str, RateLimits] | None = None,
         tracer: RequestTracer | None = None,
     ) -> None:
         self.recent = RecentRequests()
@@ -291,6 +261,7 @@ class AnswerService:
         self._request_timeout = request_timeout
         self._stream_times = stream_times or StreamTimes()
         self._in_flight = InFlight(max_requests)
+        self.limits = TenantLimits(limits or {}, clock, self.tenant_metrics.limited)
         self._tracer = tracer
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
@@ -327,14 +298,14 @@ class AnswerService:
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:
         """Start the answers to ``request``, one a prompt; a server that drains waits for them.
 
-        Raises NotReadyError unless the server takes requests, TooManyRequestsError where it has too many, else what
-        ``Engine.submit`` raises.
+        Raises NotReadyError unless the server takes requests, TooManyRequestsError where it has too many,
+        RateLimitedError where the tenant has, else what ``Engine.submit`` raises.
         """
         self._lifecycle.check_accepting()
         if self._generator is None:
             self._generator = self._make_generator()
         model = self._lifecycle.model()  # accounts for the answers, even if it is unloaded or replaced meanwhile
-        self._in_flight.enter(request.tenant.name, len(prompts))  # `_closed` follows, even if no answer can be started
+        self._enter(request.tenant.name, prompts)  # `_closed` follows, even if no answer can be started
         stream = self._generator.start(prompts, request, on_close=partial(self._closed, model, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
@@ -344,6 +315,15 @@ class AnswerService:
         self.recent.add(request)
         self._count_changes(request)
         return stream
+
+    def _enter(self, tenant: str, prompts: Sequence[Prompt]) -> None:
+        self.limits.enter(tenant, len(prompts))
+        try:
+            self._in_flight.enter(tenant, len(prompts))
+        except EmberError:
+            self.limits.leave(tenant, len(prompts))
+            raise
+        self.limits.count(tenant, sum(len(prompt.token_ids) for prompt in prompts))
 
     def forward(self, request: RequestContext) -> AnswerTimer:
         """Times a request that is answered elsewhere, without an engine; `forwarded` is called when it has ended."""
@@ -437,6 +417,8 @@ class AnswerService:
     ) -> None:
         self._lifecycle.untrack(stream)
         self._in_flight.leave(request.tenant.name, len(prompts))
+        self.limits.leave(request.tenant.name, len(prompts))
+        self.limits.count(request.tenant.name, sum(answer.completion_tokens for answer in stream.answers))
         self._count(request, [answer.usage for answer in stream.answers])
         for request_id, answer, timer in stream.timed_answers:
             self._count_answer(request, request_id, answer, timer, self._summary(model, request_id, answer))

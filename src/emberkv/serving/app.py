@@ -57,7 +57,8 @@ class ServingSettings:
     metrics_key, bound_to_loopback and is_own_user see `AdminGuard`. allowed_origins: of web pages that may use the API
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
-    stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`.
+    stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`. gateways: how many
+    share the load evenly; each enforces its part of the tenants' rate limits.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class ServingSettings:
     request_timeout: float | None = None
     stream_times: StreamTimes | None = None
     max_requests: int | None = MAX_REQUESTS
+    gateways: int = 1
     tracer: RequestTracer | None = None
 
 
@@ -141,6 +143,7 @@ def create_app(
         request_timeout=settings.request_timeout,
         stream_times=settings.stream_times,
         max_requests=settings.max_requests,
+        limits={name: limits.part(settings.gateways) for name, limits in tenants.rate_limits.items()},
         tracer=settings.tracer,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

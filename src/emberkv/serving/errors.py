@@ -61,6 +61,14 @@ class TooManyRequestsError(OverloadedError):
     """As many requests as are taken are being answered; fewer at a time would be accepted."""
 
 
+class RateLimitedError(OverloadedError):
+    """The tenant has used up its own allowance, whatever others use. kind: "requests" or "tokens"."""
+
+    def __init__(self, message: str, *, kind: str, retry_after: float) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.kind = kind
+
+
 class GenerationFailedError(EmberError):
     """The engine failed while it worked on a request."""
 
@@ -73,7 +81,8 @@ class RequestTimeoutError(EmberError):
 class Failure:
     """A failure as an HTTP status and a message, which each API puts into its own error body.
 
-    overflow: a prompt that is too long, which each API words as its clients expect it.
+    overflow: a prompt that is too long, which each API words as its clients expect it. limited: "requests" or "tokens"
+    where the tenant has reached its limit of these; "" where it has not.
     """
 
     status: int
@@ -82,6 +91,7 @@ class Failure:
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     overflow: PromptTooLongError | None = None
+    limited: str = ""
 
 
 _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
@@ -95,6 +105,7 @@ _KINDS: tuple[tuple[type[EmberError], int, str | None], ...] = (
     (RequestError, 400, None),
     (NotReadyError, 503, "not_ready"),
     (EngineStoppedError, 503, "stopped"),
+    (RateLimitedError, 429, "rate_limit_exceeded"),
     (TooManyRequestsError, 429, "too_many_requests"),
     (OverloadedError, 429, "overloaded"),
     (GenerationFailedError, 500, "generation_failed"),
@@ -132,7 +143,8 @@ def failure_of(error: Exception) -> Failure:
             if isinstance(error, OverloadedError) and error.retry_after is not None:
                 headers = {"retry-after": str(max(1, ceil(error.retry_after)))}
             overflow = error if isinstance(error, PromptTooLongError) else None
-            return Failure(status, str(error), code, param, headers, overflow)
+            limited = error.kind if isinstance(error, RateLimitedError) else ""
+            return Failure(status, str(error), code, param, headers, overflow, limited)
     return Failure(500, "an internal error occurred; the server's log has the details", "internal_error")
 
 
@@ -145,21 +157,21 @@ def failure_mid_stream(error: Exception) -> Failure:
 
 
 def openai_error(failure: Failure) -> dict[str, Any]:
-    kind = "server_error" if failure.status >= 500 else "invalid_request_error"
+    kind = failure.limited or ("server_error" if failure.status >= 500 else "invalid_request_error")
     message = _openai_overflow(failure.overflow) if failure.overflow else failure.message
     return {"error": {"message": message, "type": kind, "param": failure.param, "code": failure.code}}
 
 
 def anthropic_error(failure: Failure) -> dict[str, Any]:
     default = "api_error" if failure.status >= 500 else "invalid_request_error"
-    kind = _ANTHROPIC_TYPES.get(anthropic_status(failure), default)
+    kind = "rate_limit_error" if failure.limited else _ANTHROPIC_TYPES.get(anthropic_status(failure), default)
     message = _anthropic_overflow(failure.overflow) if failure.overflow else failure.message
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def anthropic_status(failure: Failure) -> int:
     """The HTTP status by which the API's clients know what to do."""
-    return _ANTHROPIC_STATUS.get(failure.status, failure.status)
+    return failure.status if failure.limited else _ANTHROPIC_STATUS.get(failure.status, failure.status)
 
 
 def _openai_overflow(error: PromptTooLongError) -> str:

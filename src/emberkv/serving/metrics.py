@@ -471,9 +471,14 @@ class TenantMetrics:
         self._requests = self._counter("requests", "Requests that were answered, or broken off.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of their prompts.")
         self._hit_tokens = self._counter("hit_tokens", "Of these, tokens reused from the cache.")
+        self._limited = self._counter("limited_requests", "Requests refused because a limit was reached.", "limit")
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"emberkv_tenant_{name}", text, labelnames=("tenant",), registry=self._registry)
+    def _counter(self, name: str, text: str, *more: str) -> Counter:
+        return Counter(f"emberkv_tenant_{name}", text, labelnames=("tenant", *more), registry=self._registry)
+
+    def limited(self, tenant: str, limit: str) -> None:
+        """A request was refused. limit: "requests", "tokens" or "concurrency"."""
+        self._limited.labels(tenant, limit).inc()
 
     def count(self, tenant: str, usages: Sequence[CacheUsage]) -> None:
         """One more request and its prompts."""

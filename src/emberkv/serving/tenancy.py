@@ -18,6 +18,7 @@ from emberkv.core.hashing import PUBLIC_OWNER
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
 from emberkv.files import drafted, open_own_file, remove_leftovers
+from emberkv.serving.admission import RateLimits
 from emberkv.validation import Strict, describe
 from emberkv.yaml_files import read_yaml
 
@@ -92,11 +93,25 @@ class Shares(Strict):
     remote: TierShare = TierShare()
 
 
+class LimitsEntry(Strict):
+    """A tenant's limits; without one, it may use as much as there is. See `RateLimits`."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    concurrency: int | None = Field(default=None, ge=1)
+
+    def limits(self) -> RateLimits:
+        return RateLimits(self.requests_per_minute, self.tokens_per_minute, self.concurrency)
+
+
 class TenantEntry(Shares):
-    """weight: the tenant's part of the engine's time while others want it too, beside the weights of the others."""
+    """weight: the tenant's part of the engine's time while others want it too, beside the weights of the others.
+    limits: of its rates and its concurrency.
+    """
 
     keys: list[KeySource] = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    limits: LimitsEntry = LimitsEntry()
 
 
 class PublicPrompt(Strict):
@@ -366,6 +381,11 @@ class Tenants:
     def weights(self) -> dict[str, float]:
         """The parts in which tenants share the engine's time; a tenant that is not here has 1."""
         return {name: entry.weight for name, entry in self._file.tenants.items()}
+
+    @property
+    def rate_limits(self) -> dict[str, RateLimits]:
+        """By the names of tenants; one that is not here has none."""
+        return {name: entry.limits.limits() for name, entry in self._file.tenants.items()}
 
     @property
     def all_weights(self) -> dict[str, float]:

@@ -137,6 +137,9 @@ class Attempt:
             answer.completion_tokens = usage.completion
         if self._recorder is not None and self._taken is not None:
             self._recorder.ended_elsewhere(self._taken, reason, answer.completion_tokens)
+        counted = len(self.request.prompt.chain)  # when the request was accepted, before its tokens were known
+        tokens = answer.usage.prompt_tokens + answer.completion_tokens - counted
+        self._answers.limits.count(self.request.context.tenant.name, tokens)
         self._answers.forwarded(self.request.context, answer, self._timer, self.summary())
         self._on_end(self)
 

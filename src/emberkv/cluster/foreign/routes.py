@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.cache_routes import estimate_json
-from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, Route, route_header
+from emberkv.cluster.cluster_engine import ROUTE_HEADER, ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedStream, ask
@@ -25,7 +25,7 @@ from emberkv.cluster.routing import RoutingRequest
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
-from emberkv.serving.answer_service import InFlight
+from emberkv.serving.admission import InFlight, TenantLimits
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.openai_api import openai_card
 from emberkv.serving.api.validation import Json
@@ -60,8 +60,8 @@ class ForeignRoutes(CacheRoutes):
     """The routes of chats, completions, models and explain. Requests for emberkv workers are passed on, unchanged, to
     the other routes of the app.
 
-    engine: of the emberkv workers; None before one of them was reached. max_requests: see `InFlight`. recorder: of a
-    trace; None if no trace is recorded. clock: monotonic seconds.
+    engine: of the emberkv workers; None before one of them was reached. in_flight: bounds how many requests there are
+    at once, with those of the engine. recorder: of a trace; None if no trace is recorded. clock: monotonic seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ForeignRoutes(CacheRoutes):
         reader: PromptReader,
         engine: Callable[[], ClusterEngine | None],
         *,
-        max_requests: int = MAX_REQUESTS,
+        in_flight: InFlight,
         recorder: TraceRecorder | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -82,7 +82,7 @@ class ForeignRoutes(CacheRoutes):
         self._reader = reader
         self._engine = engine
         self._keys = parts.keys
-        self._in_flight = InFlight(max_requests)
+        self._in_flight = in_flight
         self._recorder = recorder
         self._clock = clock
         self._forwarded: OrderedDict[str, tuple[str, Tenant, RoutedPrompt, ForeignWorker]] = OrderedDict()
@@ -175,30 +175,35 @@ class ForeignRoutes(CacheRoutes):
         if not isinstance(body, dict) or not foreign:
             return self._not_forwarded(model, raw)
         self._lifecycle.check_accepting()
-        self._in_flight.enter(tenant.name, 1)
-        leave = partial(self._in_flight.leave, tenant.name, 1)
+        accepted = _Accepted(tenant.name, self._in_flight, self._answers.limits)
         try:
-            response = await self._begun(http, tenant, api, body, raw, foreign)
+            response = await self._begun(http, tenant, api, body, raw, foreign, accepted)
         except BaseException:
-            leave()
+            accepted.leave()
             raise
         if isinstance(response, RelayedStream):
-            response.on_end = leave
+            response.on_end = accepted.leave
         else:
-            leave()
+            accepted.leave()
         return response
 
     async def _begun(
-        self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, foreign: Sequence[ForeignWorker]
+        self,
+        http: Request,
+        tenant: Tenant,
+        api: str,
+        body: Json,
+        raw: bytes,
+        foreign: Sequence[ForeignWorker],
+        accepted: "_Accepted",
     ) -> Response:
         """The response once it has begun, by a ``foreign`` worker or an emberkv worker."""
         own = self._own(body.get("model"))
         work = partial(self._read, http, tenant, api, body, raw, own)
         request = await self._preparer.run(work, len(raw))
         candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
-        return await unless_disconnected(http.receive, self._forward(request, candidates, raw)) or Response(
-            status_code=CLIENT_GONE
-        )
+        begun = await unless_disconnected(http.receive, self._forward(request, candidates, raw, accepted))
+        return begun or Response(status_code=CLIENT_GONE)
 
     def _read(
         self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, own: Own | None
@@ -223,10 +228,13 @@ class ForeignRoutes(CacheRoutes):
             next((limit for limit in limits if type(limit) is int and limit > 0), None),
         )
 
-    async def _forward(self, request: ForwardedRequest, candidates: Sequence[Replica], raw: bytes) -> Response:
+    async def _forward(
+        self, request: ForwardedRequest, candidates: Sequence[Replica], raw: bytes, accepted: "_Accepted"
+    ) -> Response:
         """Try one worker after the other until one has begun an answer.
 
-        Raises NotReadyError if none does. If the last workers answer with a status of `BUSY`, that is the response.
+        If the last workers answer with a status of `BUSY`, that is the response. Raises RateLimitedError if the tenant
+        has reached a limit, and NotReadyError if no worker begins an answer.
         """
         left, refusal, failure, retried = list(candidates), None, None, 0
         while True:
@@ -244,6 +252,7 @@ class ForeignRoutes(CacheRoutes):
             left.remove(worker)
             if not isinstance(worker, ForeignWorker):
                 return _HandedOn(raw)
+            accepted.count(len(request.prompt.chain))
             cached = decision.cached_by_tier
             route = Route([worker.worker_id], decision, cached, retried)
             attempt = Attempt(
@@ -316,6 +325,32 @@ class ForeignRoutes(CacheRoutes):
         model = self._lifecycle.model() if self._lifecycle.has_model else None
         own = {} if model is None else {name: openai_card(model, name) for name in model.names}
         return {**self._fleet.models, **own}
+
+
+class _Accepted:
+    """What a request counts as, from its arrival until `leave`. Raises TooManyRequestsError if there are too many."""
+
+    def __init__(self, tenant: str, in_flight: InFlight, limits: TenantLimits) -> None:
+        self._tenant = tenant
+        self._in_flight = in_flight
+        self._limits = limits
+        self._is_counted = False
+        in_flight.enter(tenant, 1)
+
+    def count(self, tokens: int) -> None:
+        """Count the request once against its tenant's limits, as one that a foreign worker gets; those of emberkv's
+        workers are counted where these are asked. Raises RateLimitedError.
+        """
+        if not self._is_counted:
+            self._limits.enter(self._tenant)
+            self._limits.count(self._tenant, tokens)
+            self._is_counted = True
+
+    def leave(self) -> None:
+        """The request has ended."""
+        self._in_flight.leave(self._tenant, 1)
+        if self._is_counted:
+            self._limits.leave(self._tenant)
 
 
 def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
