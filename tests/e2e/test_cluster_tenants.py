@@ -1,4 +1,4 @@
-"""Tenants of a cluster: quotas and floors hold over two workers and in the tier that they share; limits at the gateway."""
+"""Tenants of a cluster: quotas and floors hold over two workers and in their shared tier; limits at the gateway."""
 
 from collections.abc import Iterator
 from pathlib import Path
