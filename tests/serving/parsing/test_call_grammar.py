@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.constraints import check_constraint
+from emberkv.engine.constraints import check_constraint, grammar_of
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import Constraint, SamplingParams
 from emberkv.engine.token_masks import ConstraintCompiler
@@ -265,3 +266,27 @@ def test_either_calls_or_a_form_of_the_text(reasoning: str | None) -> None:
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
         assert message.calls or isinstance(json.loads(message.content), dict)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "is_allowed"),
+    [
+        ("^a|b$", "ax", True),
+        ("^a|b$", "xb", True),
+        ("^a|b$", "xa", False),
+        ("^(a|b)$", "ax", False),
+        ("^[|]$|c", "|", True),
+        ("^[|]$|c", "||", False),
+        (r"^\|$", "|", True),
+        (r"^\|$", "x|", False),
+    ],
+)
+def test_an_anchor_in_a_pattern_belongs_to_its_alternative_alone(pattern: str, value: str, is_allowed: bool) -> None:
+    search = tool("search", {"properties": {"query": {"type": "string", "pattern": pattern}}, "required": ["query"]})
+    constraint = call_constraint(OutputFormat("qwen-xml"), [search], ToolChoice("required"))
+    assert constraint is not None
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, grammar_of(constraint))
+    call = f"<tool_call>\n<function=search>\n<parameter=query>\n{value}\n</parameter>\n</function>\n</tool_call>"
+    tokens = tokenizer.tokenize_str(call)
+    assert (matcher.try_consume_tokens(tokens) == len(tokens)) is is_allowed

@@ -405,12 +405,32 @@ class _Tags:
         return grammar.up_to(self.value_end, f"/(?s:.{{{least},{most}}})/" if least or most != "" else _ANY_TEXT)
 
 
+_PATTERN_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+"""An escape, a class of characters, or one other character of a regular expression."""
+
+
 def _searched(pattern: str) -> str:
     """A regular expression for texts that contain a match of ``pattern``, which JSON Schema does not anchor."""
+    return regex_to_lark("|".join(map(_anywhere, _alternatives(pattern))), "dw")
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The parts of a pattern between the bars that are in no group; an anchor belongs to its part alone."""
+    parts, depth = [""], 0
+    for piece in _PATTERN_PIECE.findall(pattern):
+        depth += (piece == "(") - (piece == ")")
+        if piece == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _anywhere(pattern: str) -> str:
     before = "" if pattern.startswith("^") else "(?s:.*)"
     behind = "" if pattern.endswith("$") and not pattern.endswith("\\$") else "(?s:.*)"
     inner = pattern.removeprefix("^") if not before else pattern
-    return regex_to_lark(f"{before}({inner[:-1] if not behind else inner}){behind}", "dw")
+    return f"{before}({inner[:-1] if not behind else inner}){behind}"
 
 
 _OBJECT = _object("arguments")
