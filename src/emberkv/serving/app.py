@@ -90,6 +90,8 @@ class AppParts:
     answers: AnswerService
     tenants: Tenants
     wall_clock: Callable[[], float]
+    responses: ResponseStore
+    stream_times: StreamTimes
 
 
 RouterFactory = Callable[[AppParts], APIRouter]
@@ -151,11 +153,14 @@ def create_app(
     for kind in (EmberError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
     app.add_exception_handler(ClientDisconnect, client_disconnected)
+    responses = ResponseStore(clock=clock)
+    times = settings.stream_times or StreamTimes()
+    parts = AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock, responses, times)
     for router in routers:
-        app.include_router(router(AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock)))
+        app.include_router(router(parts))
     app.include_router(openai_router(lifecycle, keys, preparer, answers))
     app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
-    app.include_router(responses_router(keys, preparer, answers, ResponseStore(clock=clock)))
+    app.include_router(responses_router(keys, preparer, answers, responses))
     app.include_router(tokenizer_router(lifecycle, keys, preparer))
     app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
     app.include_router(

@@ -4,6 +4,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from emberkv.core.events import POOL
 from emberkv.core.explaining.explanation import Explanation, Reason
@@ -45,6 +46,31 @@ class AnswerDelta:
     logprobs: tuple[PlacedLogprobs, ...]
     finish_reason: FinishReason | None
     events: tuple[OutputEvent, ...] = ()
+
+
+class AnswerState(Protocol):
+    """What writers of messages need of an answer, wherever it is made: see `Answer`."""
+
+    @property
+    def usage(self) -> CacheUsage: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+    @property
+    def reasoning_tokens(self) -> int: ...
+
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+    @property
+    def stop_sequence(self) -> str | None: ...
+
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def silent(self) -> bool: ...
 
 
 class Answer:

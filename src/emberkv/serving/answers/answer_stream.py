@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import Engine, GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, EngineStoppedError
-from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs
+from emberkv.serving.answers.answer import Answer, AnswerDelta, AnswerState, PlacedLogprobs
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.metrics import AnswerTimer
 from emberkv.serving.parsing.events import ParsedMessage
@@ -58,6 +58,27 @@ class WholeAnswer:
     text: str
     logprobs: tuple[PlacedLogprobs, ...]
     message: ParsedMessage = field(default_factory=ParsedMessage)
+
+
+class WholeMessage(Protocol):
+    """A finished answer that is parsed."""
+
+    @property
+    def answer(self) -> AnswerState: ...
+
+    @property
+    def message(self) -> ParsedMessage: ...
+
+
+class MessageStream(Protocol):
+    """Answers that are parsed while they are made: see `AnswerStream`."""
+
+    @property
+    def answers(self) -> Sequence[AnswerState]: ...
+
+    async def started(self) -> bool: ...
+
+    def __aiter__(self) -> AsyncIterator[AnswerDelta]: ...
 
 
 def _raise_failure(output: TokenOutput) -> None:

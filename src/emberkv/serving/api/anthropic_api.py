@@ -1,6 +1,6 @@
 """The Anthropic API's routes: messages and their token count."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer, answer_budget
-from emberkv.serving.answers.answer import Answer
-from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.answers.answer import AnswerState
+from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
 from emberkv.serving.answers.parsed_output import new_call_id
 from emberkv.serving.api.anthropic_content import BlockEvents, Signer, content_blocks
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
@@ -104,7 +104,7 @@ def anthropic_card(model: ServedModel, name: str) -> dict[str, Any]:
     }
 
 
-def usage_of(answer: Answer) -> dict[str, int]:
+def usage_of(answer: AnswerState) -> dict[str, int]:
     """The prompt's tokens in three parts that add up to all of them, and the answer's.
 
     Read: reused from the cache. Creation: computed in full blocks, which later prompts can reuse. Input: the
@@ -123,7 +123,7 @@ STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens"
 """The API's words for how an answer ends without a stop string; an aborted or failed answer ends with an error."""
 
 
-def stop_reason(answer: Answer) -> str | None:
+def stop_reason(answer: AnswerState) -> str | None:
     """How an answer ended, in the API's words; None while it goes on."""
     if answer.stop_sequence is not None:
         return "stop_sequence"
@@ -140,7 +140,7 @@ class MessageWriter:
         self._model = model
         self._signer = signer
 
-    def whole(self, answers: list[WholeAnswer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeMessage]) -> dict[str, Any]:
         """The response to a request that did not ask for a stream."""
         (whole,) = answers
         return {
@@ -150,7 +150,7 @@ class MessageWriter:
             "stop_sequence": whole.answer.stop_sequence,
         }
 
-    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+    async def events(self, stream: MessageStream) -> AsyncGenerator[bytes, None]:
         """The whole sequence of events. A failure becomes an error event, which is then the last."""
         try:
             await stream.started()
@@ -173,7 +173,7 @@ class MessageWriter:
         """The API's own event, with how far the prompt is computed."""
         return _event("ping", **({} if progress is None else {"prefill": asdict(progress)}))
 
-    def _message(self, answer: Answer) -> dict[str, Any]:
+    def _message(self, answer: AnswerState) -> dict[str, Any]:
         return {
             "id": self._id,
             "type": "message",

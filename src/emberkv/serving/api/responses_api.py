@@ -10,11 +10,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.request import PrefillProgress
+from emberkv.engine.request import PrefillProgress, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
-from emberkv.serving.answers.answer import Answer
-from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
+from emberkv.serving.answers.answer import AnswerState
+from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
 from emberkv.serving.api.openai_api import prepare_chat
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.response_store import ResponseStore, StoredResponse
@@ -38,28 +38,31 @@ from emberkv.serving.tenancy import Tenant
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedResponse:
-    """A checked and tokenized request.
+class ConvertedResponse:
+    """A checked request as a chat completion request.
 
-    chat: the equivalent chat completion request. conversation: the prompt's items, including those of earlier
-    responses; size: their approximate bytes as JSON. canonical: how often each canonical rule was applied. left_out:
-    how many parts of the request are not in the prompt, by type.
+    chat: the body of that. conversation: the prompt's items, including those of earlier responses; size: their
+    approximate bytes as JSON. left_out: how many parts of the request are not in the prompt, by type.
     """
 
     request: ResponsesRequest
-    chat: ChatCompletionRequest
-    prompt: Prompt
+    chat: bytes
     conversation: Sequence[Json]
     size: int
-    canonical: Mapping[str, int]
     left_out: Mapping[str, int]
 
+    def keep(self, store: ResponseStore, tenant: str, response: Json) -> None:
+        """Store the response with its conversation, unless the request asks not to."""
+        if self.request.store is False:
+            return
+        conversation = [*self.conversation, *response["output"]]
+        size = self.size + len(compact_json(response))
+        store.put(tenant, response["id"], StoredResponse(response, conversation, len(self.conversation), size))
 
-def prepare_response(
-    body: bytes, model: ServedModel, rules: CanonicalRules | None, tenant: Tenant, store: ResponseStore
-) -> PreparedResponse:
-    """Check, render and tokenize a request. Raises RequestError for an invalid one, and for a ``previous_response_id``
-    that is not stored.
+
+def convert_response(body: bytes, tenant: Tenant, store: ResponseStore) -> ConvertedResponse:
+    """Check a request and convert it. Raises RequestError for an invalid one, and for a ``previous_response_id`` that
+    is not stored.
     """
     request = parse_body(ResponsesRequest, body)
     request.check()
@@ -68,9 +71,31 @@ def prepare_response(
     items = [*(earlier.conversation if earlier else ()), *given]
     size = len(body) + stored_bytes + (earlier.size if earlier else 0)
     left_out: Counter[str] = Counter()
-    chat, (prompt,), rendered = prepare_chat(request.chat_body(items, tenant.salt, left_out), model, rules)
-    left_out.update(rendered.left_out)
-    return PreparedResponse(request, chat, prompt, items, size, rendered.canonical, left_out)
+    chat = request.chat_body(items, tenant.salt, left_out)
+    return ConvertedResponse(request, chat, items, size, left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedResponse:
+    """A checked and tokenized request. chat: the equivalent chat completion request. canonical: how often each
+    canonical rule was applied. left_out: how many parts of the request are not in the prompt, by type.
+    """
+
+    converted: ConvertedResponse
+    chat: ChatCompletionRequest
+    prompt: Prompt
+    canonical: Mapping[str, int]
+    left_out: Mapping[str, int]
+
+
+def prepare_response(
+    body: bytes, model: ServedModel, rules: CanonicalRules | None, tenant: Tenant, store: ResponseStore
+) -> PreparedResponse:
+    """Convert, render and tokenize a request. Raises RequestError."""
+    converted = convert_response(body, tenant, store)
+    chat, (prompt,), rendered = prepare_chat(converted.chat, model, rules)
+    left_out = Counter(converted.left_out) + Counter(rendered.left_out)
+    return PreparedResponse(converted, chat, prompt, rendered.canonical, left_out)
 
 
 def _earlier(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) -> StoredResponse | None:
@@ -162,7 +187,7 @@ def responses_router(
     async def create(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(prepare_response, rules=preparer.rules, tenant=tenant, store=store)
         prepared = await preparer.prepare(work, await http.body(), tenant)
-        request = prepared.request
+        request = prepared.converted.request
         context = answers.request(
             http,
             "responses",
@@ -173,15 +198,9 @@ def responses_router(
         )
         stream = answers.start([prepared.prompt], context)
 
-        def keep(response: Json) -> None:
-            if request.store is False:
-                return
-            conversation = [*prepared.conversation, *response["output"]]
-            size = prepared.size + len(compact_json(response))
-            kept = StoredResponse(response, conversation, len(prepared.conversation), size)
-            store.put(tenant.name, response["id"], kept)
-
-        writer = ResponsesWriter(context.request_id, context.created, prepared, tenant.salt, keep)
+        keep = partial(prepared.converted.keep, store, tenant.name)
+        params = prepared.prompt.params
+        writer = ResponsesWriter(context.request_id, context.created, request, params, tenant.salt, keep)
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
     @router.get("/{response_id}")
@@ -203,19 +222,28 @@ def responses_router(
 
 
 class ResponsesWriter:
-    """Encodes one answer as the API's JSON, or as events. keep: called with the response's JSON when it has ended."""
+    """Encodes one answer as the API's JSON, or as events. params: by which it is sampled. keep: called with the
+    response's JSON when it has ended.
+    """
 
     def __init__(
-        self, response_id: str, created: int, prepared: PreparedResponse, salt: bytes, keep: Callable[[Json], None]
+        self,
+        response_id: str,
+        created: int,
+        request: ResponsesRequest,
+        params: SamplingParams,
+        salt: bytes,
+        keep: Callable[[Json], None],
     ) -> None:
         self._id = response_id
         self._created = created
-        self._prepared = prepared
+        self._request = request
+        self._params = params
         self._keep = keep
-        self._salt = salt if prepared.request.wants_encrypted_reasoning else None
+        self._salt = salt if request.wants_encrypted_reasoning else None
         self._sequence = 0
 
-    def whole(self, answers: list[WholeAnswer]) -> Json:
+    def whole(self, answers: Sequence[WholeMessage]) -> Json:
         """The response to a request that did not ask for a stream."""
         (whole,) = answers
         output = OutputItems(self._id, self._salt)
@@ -223,7 +251,7 @@ class ResponsesWriter:
             pass
         return self._ended(whole.answer, output)
 
-    async def events(self, stream: AnswerStream) -> AsyncGenerator[bytes, None]:
+    async def events(self, stream: MessageStream) -> AsyncGenerator[bytes, None]:
         """All events of the stream. A failure becomes a final ``response.failed`` event."""
         output = OutputItems(self._id, self._salt)
         (answer,) = stream.answers
@@ -254,7 +282,7 @@ class ResponsesWriter:
         self._sequence += 1
         return sse_event(numbered, event["type"])
 
-    def _ended(self, answer: Answer, output: "OutputItems") -> Json:
+    def _ended(self, answer: AnswerState, output: "OutputItems") -> Json:
         status = _status(answer)
         for _ in output.rest(status):
             pass
@@ -264,7 +292,7 @@ class ResponsesWriter:
         return response
 
     def _response(self, status: str, output: Sequence[Json]) -> Json:
-        request = self._prepared.request
+        request = self._request
         reasoning = request.reasoning
         return {
             "id": self._id,
@@ -283,21 +311,21 @@ class ResponsesWriter:
             "previous_response_id": request.previous_response_id,
             "reasoning": {"effort": reasoning and reasoning.effort, "summary": reasoning and reasoning.summary},
             "store": request.store is not False,
-            "temperature": self._prepared.prompt.params.temperature,
+            "temperature": self._params.temperature,
             "text": {"format": (request.text and request.text.format) or {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
-            "top_p": self._prepared.prompt.params.top_p,
+            "top_p": self._params.top_p,
             "truncation": "disabled",
             "usage": None,
         }
 
 
-def _status(answer: Answer) -> str:
+def _status(answer: AnswerState) -> str:
     return "incomplete" if answer.finish_reason is FinishReason.LENGTH else "completed"
 
 
-def _usage(answer: Answer) -> Json:
+def _usage(answer: AnswerState) -> Json:
     usage = answer.usage
     return {
         "input_tokens": usage.prompt_tokens,
