@@ -64,7 +64,7 @@ class CompressedTensors(LinearLayers):
         packed = formats == {"pack-quantized"}
         if bits not in ((4, 8) if kind == "int" and packed else (8,)) or kind not in ("int", "float"):
             raise refuse(name, f"as {kind}{bits} in the format {formats.pop()}", _SERVED)
-        return cls(int(bits), max(0, int(group or 0)), bool(symmetric), packed, kind == "float")
+        return cls(int(bits or 0), max(0, int(group or 0)), bool(symmetric), packed, kind == "float")
 
     @property
     def label(self) -> str:

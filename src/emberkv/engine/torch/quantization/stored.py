@@ -91,7 +91,8 @@ def unpack(packed: Tensor, bits: int, *, dim: int) -> Tensor:
     words = packed.view(torch.int32).movedim(dim, -1).contiguous()
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     values = ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.int16)
-    return values.view(*words.shape[:-1], words.shape[-1] * per_word).movedim(-1, dim)
+    flat: Tensor = values.view(*words.shape[:-1], words.shape[-1] * per_word)
+    return flat.movedim(-1, dim)
 
 
 def from_unsigned(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> QuantizedWeight:
