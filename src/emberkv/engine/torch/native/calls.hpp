@@ -64,6 +64,7 @@ struct LinearCall {
     void* out;            // [rows, out]
     int64_t input_row;
     int32_t rows, in, out_features, type, activation, threads;  // activation: as in linear.cpp
+    int32_t bits, group, offsets;  // of quantised weights, packed as in quantized.hpp; bits is 0 for plain ones
 };
 
 struct NormCall {

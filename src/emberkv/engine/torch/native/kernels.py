@@ -150,6 +150,7 @@ class LinearCall(ctypes.Structure):
         *((name, _ADDRESS) for name in ("inputs", "weight", "bias", "out")),
         ("input_row", _LONG),
         *((name, _INT) for name in ("rows", "in_features", "out_features", "type", "activation", "threads")),
+        *((name, _INT) for name in ("bits", "group", "offsets")),
     )
 
 

@@ -12,22 +12,30 @@ from torch.nn.functional import gelu, silu
 from emberkv.engine.torch.attention.paged_attention import rows_left
 from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
+from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.packing import kernel_group, pack
+from emberkv.engine.torch.quantization.weight import QuantizedWeight
+
+Weight = Tensor | QuantizedWeight
 
 _ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""
 
 
 class NativeLinear(nn.Module):
-    """A frozen linear layer. weight: ``[out_features, in_features]``; the plain copy is not kept."""
+    """A frozen linear layer. weight: ``[out_features, in_features]``; the plain copy is not kept.
 
-    def __init__(self, kernels: Kernels, weight: Tensor, bias: Tensor | None) -> None:
+    dtype: of inputs and outputs, where the weight is quantised; else it is the weight's.
+    """
+
+    def __init__(self, kernels: Kernels, weight: Weight, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = stand_in(weight)
+        self.weight = _shape_of(weight, dtype)
         self.packed = _packed(weight, kernels.columns)
         self.bias = None if bias is None else _padded(bias.detach().float(), kernels.columns)
         self._kernels = kernels
-        self._call = _call(self)
+        self._call = _call(self, weight)
         if self.bias is not None:
             self._call.bias = self.bias.data_ptr()
 
@@ -38,12 +46,12 @@ class NativeLinear(nn.Module):
 class NativeGatedPair(nn.Module):
     """Two frozen linear layers without bias of the same shape, as ``activation(gate(x)) * up(x)``."""
 
-    def __init__(self, kernels: Kernels, gate: Tensor, up: Tensor, activation: int) -> None:
+    def __init__(self, kernels: Kernels, gate: Weight, up: Weight, activation: int) -> None:
         super().__init__()
         self.out_features, self.in_features = gate.shape
         self.packed = torch.stack([_packed(gate, kernels.columns), _packed(up, kernels.columns)], dim=1)
         self._kernels = kernels
-        self._call = _call(self)
+        self._call = _call(self, gate)
         self._call.activation = activation
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -71,12 +79,21 @@ class NativeRMSNorm(nn.Module):
         return out.view(inputs.shape)
 
 
-def _call(layer: NativeLinear | NativeGatedPair) -> LinearCall:
-    return LinearCall(
+def _call(layer: NativeLinear | NativeGatedPair, weight: Weight) -> LinearCall:
+    call = LinearCall(
         weight=layer.packed.data_ptr(),
         in_features=layer.in_features,
         out_features=layer.out_features,
         threads=torch.get_num_threads(),
+    )
+    if isinstance(weight, QuantizedWeight):
+        call.bits, call.group, call.offsets = weight.bits, kernel_group(weight), weight.offsets is not None
+    return call
+
+
+def _shape_of(weight: Weight, dtype: torch.dtype | None) -> Tensor:
+    return stand_in(
+        torch.empty((), dtype=dtype).expand(weight.shape) if isinstance(weight, QuantizedWeight) else weight
     )
 
 
@@ -93,15 +110,20 @@ def _compute(kernels: Kernels, call: LinearCall, weight: Tensor, inputs: Tensor)
 
 
 def _product(kernels: Kernels, call: LinearCall, weight: Tensor, rows: Tensor) -> Tensor:
-    call.type = type_number(rows, weight)
+    call.type = type_number(rows) if call.bits else type_number(rows, weight)
     out = torch.empty((rows.shape[0], call.out_features), dtype=rows.dtype)
     call.inputs, call.out, call.input_row, call.rows = rows.data_ptr(), out.data_ptr(), call.in_features, rows.shape[0]
     kernels.linear(call)
     return out
 
 
-def _packed(weight: Tensor, columns: int) -> Tensor:
-    """``[groups, units, columns, values of a unit]``: side by side what is multiplied at the same time."""
+def _packed(weight: Weight, columns: int) -> Tensor:
+    """``[groups, units, columns, values of a unit]``: side by side what is multiplied at the same time.
+
+    Of a quantised one ``[groups, bytes]``, as in quantized.hpp.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return pack(weight, columns)
     values = 2 if weight.dtype is torch.bfloat16 else 1
     rows = _padded(weight.detach(), columns)
     return rows.view(-1, columns, rows.shape[1] // values, values).transpose(1, 2).contiguous()
@@ -128,15 +150,25 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
                 replaced += 1
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            parts = linear_parts(child)
+            parts = _weight_and_bias(child)
             if parts is not None and _takes(parts[0]):
-                setattr(parent, name, NativeLinear(kernels, *parts))
+                dtype = child.dtype if isinstance(child, QuantizedLinear) else None
+                setattr(parent, name, NativeLinear(kernels, *parts, dtype))
                 replaced += 1
     return replaced
 
 
-def _takes(weight: Tensor) -> bool:
-    """Whether the kernels compute with such weights: fp32, or bf16 in pairs of neighbours."""
+def _weight_and_bias(module: object) -> tuple[Weight, Tensor | None] | None:
+    """Of a linear layer, plain or quantised; None for anything else."""
+    if isinstance(module, QuantizedLinear):
+        return module.quantized, module.bias
+    return linear_parts(module)
+
+
+def _takes(weight: Weight) -> bool:
+    """Whether the kernels compute with such weights: quantised, fp32, or bf16 in pairs of neighbours."""
+    if isinstance(weight, QuantizedWeight):
+        return True
     pairs = weight.dtype is torch.bfloat16 and not any(size % 2 for size in weight.shape)
     return weight.dtype is torch.float32 or pairs
 
@@ -146,10 +178,10 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     down: Any = getattr(module, "down_proj", None)
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     pair = _gate_and_up(module)
-    if linear_parts(down) is None or pair is None or activation is None:
+    if _weight_and_bias(down) is None or pair is None or activation is None:
         return None
     gate, up = pair
-    if not (_takes(gate) and gate.shape == up.shape):
+    if not (_takes(gate) and _fit(gate, up)):
         return None
     points = torch.linspace(-9, 9, 97)
     same = [
@@ -158,21 +190,33 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     if not same:
         return None
     native = nn.Sequential(NativeGatedPair(kernels, gate, up, same[0]), down)
-    return native if _alike(native, module, gate.shape[1], gate.dtype) else None
+    dtype = gate.dtype if isinstance(gate, Tensor) else down.dtype
+    return native if _alike(native, module, gate.shape[1], dtype) else None
 
 
-def _gate_and_up(module: Any) -> tuple[Tensor, Tensor] | None:
+def _fit(gate: Weight, up: Weight) -> bool:
+    """Whether they are of one shape and one form."""
+    forms = [
+        (each.bits, each.group, each.offsets is None) if isinstance(each, QuantizedWeight) else each.dtype
+        for each in (gate, up)
+    ]
+    return gate.shape == up.shape and forms[0] == forms[1]
+
+
+def _gate_and_up(module: Any) -> tuple[Weight, Weight] | None:
     both = _weight_without_bias(getattr(module, "gate_up_proj", None))
     if both is not None:
-        gate, up = both.chunk(2)
-        return gate, up
+        half = both.shape[0] // 2
+        if isinstance(both, QuantizedWeight):
+            return both.rows(0, half), both.rows(half, 2 * half)
+        return both[:half], both[half:]
     first = _weight_without_bias(getattr(module, "gate_proj", None))
     second = _weight_without_bias(getattr(module, "up_proj", None))
     return None if first is None or second is None else (first, second)
 
 
-def _weight_without_bias(layer: Any) -> Tensor | None:
-    match linear_parts(layer):
+def _weight_without_bias(layer: Any) -> Weight | None:
+    match _weight_and_bias(layer):
         case (weight, None):
             return weight
         case _:

@@ -8,14 +8,6 @@
 
 namespace emberkv {
 
-inline Floats values_at(const void* from, Type type, int64_t index) {
-    if (type == FP32) return load<Floats>(static_cast<const float*>(from) + index);
-    Floats values;
-    const uint16_t* bf16 = static_cast<const uint16_t*>(from) + index;
-    for (int lane = 0; lane < LANES; lane++) values[lane] = widened(bf16[lane]);
-    return values;
-}
-
 inline void norm_row(const NormCall& call, int row) {
     const Type type = Type(call.type);
     const int64_t first = row * call.input_row, out = int64_t(row) * call.size;

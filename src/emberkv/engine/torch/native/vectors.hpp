@@ -112,6 +112,14 @@ inline uint16_t to_bf16(float value) {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// LANES values in fp32.
+inline Floats values_at(const void* from, Type type, int64_t index) {
+    if (type == FP32) return load<Floats>(static_cast<const float*>(from) + index);
+    typedef uint16_t Narrow __attribute__((vector_size(LANES * 2)));
+    const Narrow bf16 = load<Narrow>(static_cast<const uint16_t*>(from) + index);
+    return (Floats)(__builtin_convertvector(bf16, Ints) << 16);
+}
+
 // Stores values in fp32 as ``type``.
 inline void narrow(const float* from, Type type, int count, void* to) {
     if (type == FP32) {

@@ -15,6 +15,9 @@ GROUPS = (16, 32, 64, 128)
 
 DEFAULT_GROUP = 32
 
+_SLICE = 1 << 22
+"""Values that are rounded at a time, so that a large weight is not held in fp32 several times over."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
@@ -142,7 +145,7 @@ def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP) -> Quantize
 
     8 bits: a group's largest magnitude is code 127, so that no value is off by more than 1/254 of it. 4 bits: in each
     group from its least to its largest value in 15 steps, or with -8 for the value of the largest magnitude and no
-    offset: whichever has the smaller squared error over the whole weight.
+    offset: whichever has the smaller squared error, over some of the outputs of a large weight.
 
     Raises ConfigError for a shape that cannot be cut into groups, or values that are not finite.
 
@@ -152,32 +155,48 @@ def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP) -> Quantize
     """
     if not can_quantise(tuple(weight.shape), group):
         raise ConfigError(f"a weight of shape {list(weight.shape)} cannot be quantised in groups of {group} inputs")
+    rows = max(1, _SLICE // weight.shape[1])
+    some = weight[:: -(-weight.shape[0] // rows)]
+    offsets = bits == 4 and _gain_by_offsets(_groups(some, group)) > 0
+    found = [_rounded(_groups(each, group), bits, offsets=offsets) for each in torch.split(weight, rows)]
+    return QuantizedWeight(
+        torch.cat([part.codes for part in found]),
+        torch.cat([part.scales for part in found]),
+        torch.cat([part.offsets for part in found if part.offsets is not None]) if offsets else None,
+        group,
+        bits,
+    )
+
+
+def _groups(weight: Tensor, group: int) -> Tensor:
+    """fp32 ``[out, groups, group]``. Raises ConfigError for values that are not finite."""
     values = weight.detach().float().reshape(weight.shape[0], -1, group)
     if not bool(torch.isfinite(values).all()):
         raise ConfigError("the weights hold values that are not finite, which cannot be quantised")
-    if bits == 8:
-        return _rounded(values, values.abs().amax(dim=-1) / 127, None, bits)
-    candidates = (_symmetric(values), _with_offset(values))
-    errors = [float((each.dequantised().view_as(values) - values).square().sum()) for each in candidates]
-    return candidates[0] if errors[0] <= errors[1] else candidates[1]
+    return values
 
 
-def _symmetric(values: Tensor) -> QuantizedWeight:
-    largest = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))[..., 0]
-    return _rounded(values, largest / -8, None, 4)
+def _gain_by_offsets(values: Tensor) -> float:
+    """By how much the squared error of 4 bits is smaller with offsets."""
+    without, with_them = (_rounded(values, 4, offsets=offsets).dequantised() for offsets in (False, True))
+    flat = values.flatten(1)
+    return float((without - flat).square().sum() - (with_them - flat).square().sum())
 
 
-def _with_offset(values: Tensor) -> QuantizedWeight:
-    least, most = values.amin(dim=-1), values.amax(dim=-1)
-    scales = (most - least) / 15
-    return _rounded(values, scales, least + 8 * scales, 4)
-
-
-def _rounded(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: Bits) -> QuantizedWeight:
+def _rounded(values: Tensor, bits: Bits, *, offsets: bool) -> QuantizedWeight:
     """values: ``[out, groups, group]``. Each to its nearest code; zeros where a scale is too small for any."""
+    lowest = None
+    if offsets:
+        least, most = values.amin(dim=-1), values.amax(dim=-1)
+        scales = (most - least) / 15
+        lowest = least + 8 * scales
+    elif bits == 8:
+        scales = values.abs().amax(dim=-1) / 127
+    else:
+        scales = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))[..., 0] / -8
     inverse = torch.where(scales.abs() > torch.finfo(torch.float32).tiny, 1 / scales, 0)
-    above = values if offsets is None else values - offsets[..., None]
-    most = 2 ** (bits - 1) - 1
-    codes = (above * inverse[..., None]).round_().clamp_(-most - 1, most).to(torch.int8)
+    above = values if lowest is None else values - lowest[..., None]
+    most_code = 2 ** (bits - 1) - 1
+    codes = (above * inverse[..., None]).round_().clamp_(-most_code - 1, most_code).to(torch.int8)
     codes = codes.view(values.shape[0], -1)
-    return QuantizedWeight(codes if bits == 8 else pack_nibbles(codes), scales, offsets, values.shape[-1], bits)
+    return QuantizedWeight(codes if bits == 8 else pack_nibbles(codes), scales, lowest, values.shape[-1], bits)

@@ -1,0 +1,57 @@
+"""A linear layer with a quantised weight, as a model holds it before the kernels take its place."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from emberkv.engine.torch.layers import linear_parts, stand_in
+from emberkv.engine.torch.quantization.weight import QuantizedWeight
+from emberkv.errors import UnsupportedModelError
+
+
+class QuantizedLinear(nn.Module):
+    """``inputs @ weight.T + bias`` in ``dtype``, with a weight that is dequantised anew in each call.
+
+    It is what the kernels are compared with, and what computes without them: as exact as a plain layer with the
+    dequantised weight, and slow. ``weight`` has the plain weight's shape and no values.
+    """
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.dtype = dtype
+        self.weight = stand_in(torch.empty((), dtype=dtype, device=quantized.codes.device).expand(quantized.shape))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return linear(inputs, self.quantized.dequantised(self.dtype), self.bias)
+
+
+def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
+    """Put a `QuantizedLinear` in the place of each linear layer that ``weights`` names, such as "lm_head".
+
+    A layer's own weight may be on the meta device; its bias is kept.
+
+    Raises UnsupportedModelError for a name that is no linear layer of the model, and for a weight of another shape.
+    """
+    for name, quantized in weights.items():
+        parent_name, _, own = name.rpartition(".")
+        parts = linear_parts(model.get_submodule(name))
+        if parts is None:
+            raise UnsupportedModelError(
+                f"{name} has a quantised weight and is no linear layer of {type(model).__name__}"
+            )
+        weight, bias = parts
+        if tuple(weight.shape) != quantized.shape:
+            raise UnsupportedModelError(
+                f"{name} has a quantised weight of {list(quantized.shape)}; the config makes it {list(weight.shape)}"
+            )
+        setattr(model.get_submodule(parent_name), own, QuantizedLinear(quantized, bias, dtype))
+
+
+def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
+    """All of them in the model."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
