@@ -1,0 +1,133 @@
+"""What is asked of a coding agent while it is recorded, what the model answers, and how each agent is set up."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.agents.server import MODEL
+
+TASK = "Change the greeting in greeting.txt from hello to goodbye."
+FOLLOW_UP = "Say in one sentence what you have changed."
+SAID_LAST = "The greeting in greeting.txt is goodbye now; it was hello before."
+SIDE_ANSWER = "Greeting changed"
+PROJECT = Path("/tmp/agent-project")  # noqa: S108 - agents write it into their prompts: it is the same everywhere
+FILE = "hello from the harbor\nsecond line, which stays\n"
+
+
+def call(name: str, **arguments: Any) -> str:
+    """As Qwen3 writes a tool call."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def thought(text: str) -> str:
+    return f"<think>\n{text}\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Agent:
+    """How one agent is used.
+
+    tool: a name by which its main requests are known: their prompts list this tool. steps: the model's answers to the
+    task, each with the number of tool calls in it. first, second: arguments that ask TASK and, in the same session,
+    FOLLOW_UP. ``{url}`` and ``{home}`` are filled in, in variables as well. files: what else it needs, by its path
+    below the home.
+    """
+
+    name: str
+    tool: str
+    steps: Sequence[tuple[str, int]]
+    first: Sequence[str]
+    second: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    project: Path = PROJECT
+
+    def prepare(self, url: str, home: Path) -> None:
+        (self.project / "greeting.txt").write_text(FILE)
+        for name, text in self.files.items():
+            path = home / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("{url}", url).replace("{home}", str(home)))
+
+    @property
+    def own_texts(self) -> list[str]:
+        """Texts of ours in the agent's requests."""
+        texts = [TASK, FOLLOW_UP, SAID_LAST, SIDE_ANSWER, *FILE.splitlines(), FILE.replace("hello", "goodbye")]
+        texts += ["goodbye from the harbor", "greeting.txt", str(PROJECT)]
+        return texts + THOUGHTS + SAYINGS
+
+
+THOUGHTS = ["I read the file first.", "Two commands show the rest.", "Now the edit.", "It is done."]
+SAYINGS = ["Let me look at the file.", "The file is changed."]
+
+
+class Scenario:
+    """The script of a recording; it says which exchange goes on with the session."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.answer: str | None = None
+        self.follows = False
+        self._agent = agent
+
+    def begin_request(self) -> None:
+        self.answer, self.follows = None, False
+
+    def say(self, prompt: str) -> str:
+        """The answer to a prompt of `tests.agents.server`."""
+        self.follows = f'"name": "{self._agent.tool}"' in prompt
+        self.answer = self._next(prompt) if self.follows else SIDE_ANSWER
+        return self.answer
+
+    def _next(self, prompt: str) -> str:
+        if FOLLOW_UP in prompt:
+            return thought("It is done.") + SAID_LAST
+        results = prompt.rpartition(TASK)[2].count("<|im_start|>tool\n")
+        before = 0
+        for text, calls in self._agent.steps:
+            if before == results:
+                return text
+            before += calls
+        return SAYINGS[-1]
+
+
+def _steps(look: str, commands: Sequence[str], edit: str) -> Sequence[tuple[str, int]]:
+    """Reads, then runs two commands at once, then edits, then says that it is done."""
+    return (
+        (thought(THOUGHTS[0]) + SAYINGS[0] + "\n" + look, 1),
+        (thought(THOUGHTS[1]) + "\n".join(commands), len(commands)),
+        (thought(THOUGHTS[2]) + edit, 1),
+        (thought(THOUGHTS[3]) + SAYINGS[1], 0),
+    )
+
+
+_TARGET = str(PROJECT / "greeting.txt")
+
+CLAUDE = Agent(
+    "claude-code",
+    "Read",
+    _steps(
+        call("Read", file_path=_TARGET),
+        [
+            call("Bash", command="wc -l greeting.txt", description="Count the lines"),
+            call("Bash", command="cat greeting.txt", description="Show the file"),
+        ],
+        call("Edit", file_path=_TARGET, old_string="hello", new_string="goodbye"),
+    ),
+    ("-p", TASK, "--allowedTools", "Bash,Read,Edit"),
+    ("--continue", "-p", FOLLOW_UP),
+    {
+        "ANTHROPIC_BASE_URL": "{url}",
+        "ANTHROPIC_AUTH_TOKEN": "none",
+        "ANTHROPIC_MODEL": MODEL,
+        "ANTHROPIC_DEFAULT_OPUS_MODEL": MODEL,
+        "ANTHROPIC_DEFAULT_SONNET_MODEL": MODEL,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": MODEL,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "131072",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "8192",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    },
+)
+
+AGENTS = {"claude": CLAUDE}

@@ -1,0 +1,89 @@
+"""Sessions of real coding agents, sent to the APIs again: what each request gets, and what it finds in the cache."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from emberkv.serving.app import create_app
+from emberkv.serving.parsing.events import ParsedMessage
+from emberkv.serving.parsing.formats import parse_output
+from tests.agents.replay import Replay, Reply
+from tests.agents.server import FAMILY, agent_settings, scripted_lifecycle, scripted_model
+from tests.agents.session_file import FOLDER, read_session
+from tests.serving.harness import Client
+
+STREAMS = {
+    "/v1/messages": r"message_start (content_block_start (content_block_delta )+content_block_stop )+"
+    r"message_delta message_stop ",
+    "/v1/chat/completions": r"(delta )+finish (usage )?",
+    "/v1/responses": r"response\.created response\.in_progress (response\.output_item\.added "
+    r"(response\.[a-z_.]+ )+?response\.output_item\.done )+response\.completed ",
+}
+KEEPS_THOUGHTS = replace(FAMILY, keeps="all")
+"""A template that renders earlier turns as they were, so that nothing of them is computed twice."""
+
+
+@pytest.fixture(scope="module", params=sorted(path.name for path in FOLDER.glob("*.xz")))
+def replies(request: pytest.FixtureRequest) -> Iterator[list[Reply]]:
+    """What all requests of a session get, one after the other."""
+    answers = [""]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        scripted_model(lambda prompt: answers[-1], Path(folder), KEEPS_THOUGHTS) as model,
+    ):
+        replay = Replay(Client(create_app(scripted_lifecycle(model), agent_settings())), answers.append)
+        yield [replay.send(exchange) for exchange in read_session(FOLDER / request.param).exchanges]
+
+
+def test_every_request_is_answered_as_it_was(replies: list[Reply]) -> None:
+    assert [reply.status for reply in replies] == [reply.exchange.status for reply in replies]
+    assert all(reply.status in (200, 404) for reply in replies)
+
+
+def test_streams_have_the_events_that_the_api_has_in_its_order(replies: list[Reply]) -> None:
+    streams = [reply for reply in replies if reply.events]
+    assert len(streams) >= 5
+    for reply in streams:
+        path = reply.exchange.path.partition("?")[0]
+        assert re.fullmatch(STREAMS[path], " ".join([*reply.events, ""])), reply.events
+
+
+def test_agents_get_the_thoughts_the_text_and_the_calls_that_the_model_wrote(replies: list[Reply]) -> None:
+    for reply in _session(replies):
+        meant = _meant(reply)
+        assert (reply.reasoning, reply.text) == (meant.reasoning, meant.content)
+        assert reply.calls == [(call.name, json.loads(call.arguments)) for call in meant.calls]
+
+
+def test_a_turn_finds_all_of_the_turn_before_in_the_cache(replies: list[Reply]) -> None:
+    turns = _session(replies)
+    assert turns[0].prompt_tokens > 1000
+    for before, turn in pairwise(turns):
+        if _comes_back(before, turn):
+            assert turn.cached_tokens == before.prompt_tokens + before.output_tokens
+        else:
+            assert turn.cached_tokens >= before.prompt_tokens
+
+
+def _session(replies: list[Reply]) -> list[Reply]:
+    return [reply for reply in replies if reply.exchange.follows]
+
+
+def _meant(reply: Reply) -> ParsedMessage:
+    """What the model wrote."""
+    answer = reply.exchange.answer or ""
+    tools = [{"function": {"name": name}} for name in re.findall(r'"name": "([^"]+)"', answer)]
+    return parse_output(FAMILY.format, answer, tools=tools)
+
+
+def _comes_back(before: Reply, turn: Reply) -> bool:
+    """Whether the agent sends the arguments of its calls back as the model wrote them."""
+    sent = json.dumps(turn.exchange.body)
+    forms = [(call.arguments, json.dumps(call.arguments)) for call in _meant(before).calls]
+    return all(any(form in sent for form in each) for each in forms)
