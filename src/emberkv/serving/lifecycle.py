@@ -129,7 +129,8 @@ class ServedModel:
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
-    reasoning and tool calls.
+    reasoning and tool calls. rewrites_turns: whether the user's next question makes its chat template render earlier
+    turns in another way.
     """
 
     names: tuple[str, ...]
@@ -148,6 +149,7 @@ class ServedModel:
     on_overflow: Literal["clip", "refuse"] = "clip"
     name_patterns: NamePatterns = field(default_factory=NamePatterns)
     output_format: OutputFormat = field(default_factory=OutputFormat)
+    rewrites_turns: bool = False
 
     def seen_by(self, tenant: str) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it."""

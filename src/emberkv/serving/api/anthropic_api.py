@@ -45,6 +45,7 @@ def prepare_messages(
         is_clipped=budget.is_clipped,
         parsing=rendered.parsing(model.output_format, partial(new_call_id, "toolu_")),
         system=rendered.system_text,
+        next_prompt=rendered.next_prompt,
     )
     return request, prompt, rendered
 

@@ -349,6 +349,7 @@ def prepare_chat(
             is_clipped=budget.is_clipped,
             parsing=rendered.parsing(model.output_format),
             system=rendered.system_text,
+            next_prompt=rendered.next_prompt,
         )
         for each in choices
     ]

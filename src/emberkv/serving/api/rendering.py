@@ -19,6 +19,7 @@ from emberkv.errors import RequestError
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
+from emberkv.serving.api.next_prompt import NextPrompt, next_prompt
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.validation import Json
 from emberkv.serving.canonical import CanonicalRules
@@ -246,6 +247,11 @@ class RenderedPrompt:
         if self.conversation is None:
             return None
         return self.conversation.parsing(output_format, self.text, new_call_id)
+
+    @property
+    def next_prompt(self) -> NextPrompt | None:
+        """Renders what the prompt of the user's next message begins with; None where none is expected."""
+        return None if self.conversation is None else next_prompt(self.conversation)
 
     @property
     def system_text(self) -> str:
