@@ -101,6 +101,7 @@ class Speaker:
             logits = 3 * torch.randn(1, self.vocab, generator=generator)
             logits[0, self._markers] += min(number / 3, 15)
             logits[0, self._ends] += min(number / 3, 15)
+            logits[0, EOS] += max(0, number - MOST_TOKENS // 2)
             (sampled,) = self._sampler.sample(logits, [state])
             assert isinstance(sampled, SampledToken), sampled
             if state.ends_with(sampled.token_id):

@@ -184,6 +184,9 @@ class _Grammar:
     def text(self) -> str:
         return "\n".join(f"{name}: {rule}" for name, rule in self._rules.items())
 
+    def __len__(self) -> int:
+        return len(self._rules)
+
     def add(self, name: str, rule: str) -> str:
         """Add a rule. Returns its name without options, by which other rules refer to it."""
         self._rules[name] = rule
@@ -219,8 +222,12 @@ def _thoughts(grammar: _Grammar, output_format: OutputFormat, in_reasoning: bool
 
 def _without(grammar: _Grammar, texts: Sequence[str]) -> str:
     """A rule for text without any of ``texts``."""
-    found = "|".join(regex_to_lark(re.escape(text)) for text in texts)
-    return grammar.add("PLAIN", f"{_ANY_TEXT} & ~/(?s:.*)({found})(?s:.*)/")
+    return grammar.add("PLAIN", f"{_ANY_TEXT} & ~{_containing(texts)}")
+
+
+def _containing(texts: Sequence[str]) -> str:
+    """A regular expression for text with any of ``texts``."""
+    return f"/(?s:.*)({'|'.join(regex_to_lark(re.escape(text)) for text in texts)})(?s:.*)/"
 
 
 def _harmony_text(grammar: _Grammar) -> str:
@@ -400,7 +407,9 @@ class _Tags:
 
     def _string(self, grammar: _Grammar, schema: Mapping[str, Any]) -> str:
         if isinstance(schema.get("pattern"), str):
-            return f"{grammar.new('/' + _searched(schema['pattern']) + '/')} {_quoted(self.value_end)}"
+            # Without the end tag: a value that does not match yet would go on behind it.
+            value = f"/{_searched(schema['pattern'])}/ & ~{_containing([self.value_end])}"
+            return grammar.up_to(self.value_end, grammar.add(f"VALUE{len(grammar)}", value))
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         return grammar.up_to(self.value_end, f"/(?s:.{{{least},{most}}})/" if least or most != "" else _ANY_TEXT)
 
