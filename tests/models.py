@@ -63,6 +63,21 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 
 ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_WIDE, **_SOME_EXPERTS, "sliding_window": 40},
+    "mixtral": {**_WIDE, **_SOME_EXPERTS},
+    "qwen3_moe": {**_WIDE, **_SOME_EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen2_moe": {**_WIDE, **_SOME_EXPERTS, "shared_expert_intermediate_size": 32},
+    "glm4_moe": {
+        **_WIDE,
+        **_SOME_EXPERTS,
+        "n_routed_experts": 6,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+    },
+    "olmoe": {**_WIDE, **_SOME_EXPERTS},
+    "granitemoe": {**_WIDE, **_SOME_EXPERTS},
 }
 """Further architectures that must be served; of these, `tests/engine/torch/test_architectures.py` tests each."""
 

@@ -16,6 +16,7 @@ from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.engine.torch.native.attention import NativeAttention
+from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.layers import replace_layers
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
@@ -114,6 +115,7 @@ class TorchEngine:
         progress("arranging the weights")
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         if self.kernels is not None:
+            replace_experts(self._model, self.kernels)
             replace_layers(self._model, self.kernels)
         pack_linears(self._model)
         if self._device.type == "cpu":

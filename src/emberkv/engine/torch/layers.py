@@ -99,12 +99,18 @@ def rows_are_independent(model: nn.Module) -> bool:
     """Whether a row's product has the same bits however many rows come with it, in each of the model's linear layers.
 
     Tries one layer of each shape, with numbers of rows around those at which kernels change. False as soon as a layer
-    is not packed.
+    is not packed, or a module has a weight of its own to multiply by, as routers and experts have.
     """
-    if any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules()):
+    if any(_multiplies(module) for module in model.modules()):
         return False
     shapes = {(m.in_features, m.out_features): m for m in model.modules() if isinstance(m, PackedLinear)}
     return all(_independent(layer) for layer in shapes.values())
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module, that is not packed, may compute a product."""
+    own = module.parameters(recurse=False)
+    return not isinstance(module, nn.Embedding) and any(parameter.ndim > 1 for parameter in own)
 
 
 def _independent(layer: PackedLinear) -> bool:

@@ -38,12 +38,10 @@ class PagedForward(Protocol):
 def is_tile_invariant(engine: PagedForward) -> bool:
     """Whether prefill gives each ``alignment`` tokens the same bits in whatever chunks it computes them.
 
-    Experts are ruled out without a trial: the number of rows that each one gets depends on the text.
+    Torch's own experts are ruled out without a trial: the number of rows that each one gets depends on the text.
     """
-    model = engine.loaded.model
-    experts = any(parameter.ndim > 2 for parameter in model.parameters())
     whole_chunks = engine.alignment == engine.prefill_chunk and engine.kernels is None
-    if whole_chunks or experts or not rows_are_independent(model):
+    if whole_chunks or not rows_are_independent(engine.loaded.model):
         return False
     # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
     cuts = {engine.prefill_chunk, engine.alignment}

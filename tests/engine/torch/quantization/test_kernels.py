@@ -60,7 +60,7 @@ def test_a_gated_pair_is_that_of_the_dequantised_weights(kernels: Kernels, bits:
 def test_a_row_has_the_same_bits_whatever_the_others_are(kernels: Kernels, bits: Bits, dtype: torch.dtype) -> None:
     """Also on several threads, and where there are so many rows that threads share them."""
     layer = NativeLinear(kernels, weight_of(bits, 32, True, 200, 128), values(200), dtype)
-    layer._call.threads = 3
+    layer.call.threads = 3
     inputs = values(400, 128, seed=3).to(dtype)
     whole = layer(inputs)
     for first, last in [(0, 1), (129, 130), (3, 5), (5, 22), (64, 128), (1, 300)]:

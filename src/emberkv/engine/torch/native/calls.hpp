@@ -60,11 +60,23 @@ struct AttentionCall {
 struct LinearCall {
     const void* inputs;   // [rows, in], rows input_row elements apart
     const void* weight;   // [groups, units of in, COLUMNS]; gated: [groups, 2, units of in, COLUMNS], the gate's first
-    const float* bias;    // [groups * COLUMNS], or null; never where gated
+    const float* bias;    // [groups * COLUMNS], or null; gated: [groups, 2, COLUMNS], the gate's first
     void* out;            // [rows, out]
     int64_t input_row;
     int32_t rows, in, out_features, type, activation, threads;  // activation: as in linear.cpp
     int32_t bits, group, offsets;  // of quantised weights, packed as in quantized.hpp; bits is 0 for plain ones
+    float slope, limit;  // of the activation CLAMPED_SWIGLU
+};
+
+// A mixture of experts: each row goes through its own few of them, whose outputs are added up by its weights.
+struct ExpertsCall {
+    const void* inputs;          // [rows, size], rows input_row elements apart
+    const int64_t* chosen;       // [rows, top_k]: experts; one that is not there adds nothing
+    const float* weights;        // [rows, top_k]
+    void* out;                   // [rows, size]
+    LinearCall *first, *second;  // [experts]: to the inner size, gated, and back; rows and addresses are filled in
+    int64_t input_row;
+    int32_t rows, top_k, experts, size, inner, type, threads;
 };
 
 struct NormCall {

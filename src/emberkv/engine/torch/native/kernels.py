@@ -151,6 +151,18 @@ class LinearCall(ctypes.Structure):
         ("input_row", _LONG),
         *((name, _INT) for name in ("rows", "in_features", "out_features", "type", "activation", "threads")),
         *((name, _INT) for name in ("bits", "group", "offsets")),
+        *((name, _FLOAT) for name in ("slope", "limit")),
+    )
+
+
+class ExpertsCall(ctypes.Structure):
+    """A mixture of experts, for some rows."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("inputs", "chosen", "weights", "out")),
+        *((name, ctypes.POINTER(LinearCall)) for name in ("first", "second")),
+        ("input_row", _LONG),
+        *((name, _INT) for name in ("rows", "top_k", "experts", "size", "inner", "type", "threads")),
     )
 
 
@@ -183,8 +195,8 @@ class Kernels:
         self.lanes = int(loaded.emberkv_lanes())
         self.columns = int(loaded.emberkv_columns())
         self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
-        self._rms_norm = loaded.emberkv_rms_norm
-        for function in (self._attend, self._linear, self._rms_norm):
+        self._rms_norm, self._experts = loaded.emberkv_rms_norm, loaded.emberkv_experts
+        for function in (self._attend, self._linear, self._rms_norm, self._experts):
             function.restype = None
 
     @classmethod
@@ -197,6 +209,9 @@ class Kernels:
 
     def linear(self, call: LinearCall) -> None:
         self._linear(ctypes.byref(call))
+
+    def experts(self, call: ExpertsCall) -> None:
+        self._experts(ctypes.byref(call))
 
     def rms_norm(self, call: NormCall) -> None:
         self._rms_norm(ctypes.byref(call))

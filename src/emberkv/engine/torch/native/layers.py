@@ -18,7 +18,7 @@ from emberkv.engine.torch.quantization.weight import QuantizedWeight
 
 Weight = Tensor | QuantizedWeight
 
-_ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
+ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""
 
 
@@ -35,27 +35,40 @@ class NativeLinear(nn.Module):
         self.packed = _packed(weight, kernels.columns)
         self.bias = None if bias is None else _padded(bias.detach().float(), kernels.columns)
         self._kernels = kernels
-        self._call = _call(self, weight)
+        self.call = _call(self, weight)
         if self.bias is not None:
-            self._call.bias = self.bias.data_ptr()
+            self.call.bias = self.bias.data_ptr()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _compute(self._kernels, self._call, self.packed, inputs)
+        return _compute(self._kernels, self.call, self.packed, inputs)
 
 
 class NativeGatedPair(nn.Module):
-    """Two frozen linear layers without bias of the same shape, as ``activation(gate(x)) * up(x)``."""
+    """Two frozen linear layers of the same shape, as ``activation(gate(x)) * up(x)``.
 
-    def __init__(self, kernels: Kernels, gate: Weight, up: Weight, activation: int) -> None:
+    activation: its number in linear.cpp. biases: of both, or None.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        gate: Weight,
+        up: Weight,
+        activation: int,
+        biases: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = gate.shape
         self.packed = torch.stack([_packed(gate, kernels.columns), _packed(up, kernels.columns)], dim=1)
         self._kernels = kernels
-        self._call = _call(self, gate)
-        self._call.activation = activation
+        self.call = _call(self, gate)
+        self.call.activation = activation
+        self.bias = None if biases is None else _side_by_side(biases, kernels.columns)
+        if self.bias is not None:
+            self.call.bias = self.bias.data_ptr()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return _compute(self._kernels, self._call, self.packed, inputs)
+        return _compute(self._kernels, self.call, self.packed, inputs)
 
 
 class NativeRMSNorm(nn.Module):
@@ -129,6 +142,11 @@ def _packed(weight: Weight, columns: int) -> Tensor:
     return rows.view(-1, columns, rows.shape[1] // values, values).transpose(1, 2).contiguous()
 
 
+def _side_by_side(biases: tuple[Tensor, Tensor], columns: int) -> Tensor:
+    """``[groups, 2, columns]``, fp32."""
+    return torch.stack([_padded(bias.detach().float(), columns).view(-1, columns) for bias in biases], dim=1)
+
+
 def _padded(tensor: Tensor, multiple: int) -> Tensor:
     """Zeros added to the first axis, up to the next multiple."""
     missing = -tensor.shape[0] % multiple
@@ -151,7 +169,7 @@ def replace_layers(model: nn.Module, kernels: Kernels) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             parts = _weight_and_bias(child)
-            if parts is not None and _takes(parts[0]):
+            if parts is not None and takes(parts[0]):
                 dtype = child.dtype if isinstance(child, QuantizedLinear) else None
                 setattr(parent, name, NativeLinear(kernels, *parts, dtype))
                 replaced += 1
@@ -165,11 +183,11 @@ def _weight_and_bias(module: object) -> tuple[Weight, Tensor | None] | None:
     return linear_parts(module)
 
 
-def _takes(weight: Weight) -> bool:
-    """Whether the kernels compute with such weights: quantised, fp32, or bf16 in pairs of neighbours."""
+def takes(weight: Weight) -> bool:
+    """Whether the kernels compute with such weights: quantised, fp32, or bf16 with an even number of inputs."""
     if isinstance(weight, QuantizedWeight):
         return True
-    pairs = weight.dtype is torch.bfloat16 and not any(size % 2 for size in weight.shape)
+    pairs = weight.dtype is torch.bfloat16 and weight.shape[-1] % 2 == 0
     return weight.dtype is torch.float32 or pairs
 
 
@@ -181,17 +199,17 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     if _weight_and_bias(down) is None or pair is None or activation is None:
         return None
     gate, up = pair
-    if not (_takes(gate) and _fit(gate, up)):
+    if not (takes(gate) and _fit(gate, up)):
         return None
     points = torch.linspace(-9, 9, 97)
     same = [
-        number for number, each in _ACTIVATIONS.items() if torch.allclose(activation(points), each(points), atol=1e-5)
+        number for number, each in ACTIVATIONS.items() if torch.allclose(activation(points), each(points), atol=1e-5)
     ]
     if not same:
         return None
     native = nn.Sequential(NativeGatedPair(kernels, gate, up, same[0]), down)
     dtype = gate.dtype if isinstance(gate, Tensor) else down.dtype
-    return native if _alike(native, module, gate.shape[1], dtype) else None
+    return native if alike(native, module, gate.shape[1], dtype) else None
 
 
 def _fit(gate: Weight, up: Weight) -> bool:
@@ -233,12 +251,14 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
     # Gemma's weights are what is added to one. In bf16 that hardly shows where they are large.
     exact, size = copy.deepcopy(module).float(), weight.numel()
     tried = [NativeRMSNorm(kernels, weight.detach().float() + offset, epsilon) for offset in (0.0, 1.0)]
-    same = (each for each in tried if _alike(each, exact, size, torch.float32))
-    return next((native for native in same if _alike(native, module, size, weight.dtype)), None)
+    same = (each for each in tried if alike(each, exact, size, torch.float32))
+    return next((native for native in same if alike(native, module, size, weight.dtype)), None)
 
 
-def _alike(ours: nn.Module, theirs: nn.Module, size: int, dtype: torch.dtype) -> bool:
-    """On rows of ordinary size and, as some layers clamp what is large, on large ones; by each column of the result."""
+def alike(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> bool:
+    """Whether both give the same, up to rounding, on ``[32, size]``.
+
+    On rows of ordinary size and, as some layers clamp what is large, on large ones; by each column of the result."""
     tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-3
     rows = torch.randn(32, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     for some in (rows, 1000 * rows):

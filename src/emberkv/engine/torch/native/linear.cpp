@@ -14,13 +14,22 @@ namespace emberkv {
 
 constexpr int BATCH = 8 * ROWS;  // input rows that take their turn with the same weights
 
-enum Activation : int32_t { NONE, SILU, GELU_TANH };
+enum Activation : int32_t { NONE, SILU, GELU_TANH, CLAMPED_SWIGLU };
 
 // x / (1 + e^-t), with t = x for SiLU and 2 sqrt(2 / pi) (x + 0.044715 x^3) for GELU in its tanh form.
 inline Floats activated(Floats x, int32_t activation) {
     const Floats t = activation == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
     const Floats e = exp2_of((t > Floats{} ? -t : t) * LOG2_E);  // e^-|t|
     return x * (t > Floats{} ? splat(1.0f) : e) / (1.0f + e);
+}
+
+// What the gate and the values of the layer beside it become together.
+inline Floats gated_by(Floats gate, Floats up, const LinearCall& call) {
+    if (call.activation != CLAMPED_SWIGLU) return activated(gate, call.activation) * up;
+    const Floats limit = splat(call.limit);
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return activated(gate * call.slope, SILU) * (1.0f / call.slope) * (up + 1.0f);
 }
 
 // sums: of the layer, or of the gate, [rows, COLUMNS] for the ``group``-th COLUMNS outputs. ups: of the layer it gates.
@@ -41,6 +50,7 @@ void multiply_plain(const LinearCall& call, int64_t group, int first, int rows, 
 inline void linear_unit(const LinearCall& call, const RoundedRows& rounded, int64_t group, int first, int rows) {
     const bool gated = call.activation != NONE;
     const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
+    const float* bias = call.bias ? call.bias + group * (gated ? 2 : 1) * COLUMNS : nullptr;
     alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
     if (call.bits) {
         const int layers = gated ? 2 : 1;
@@ -55,8 +65,12 @@ inline void linear_unit(const LinearCall& call, const RoundedRows& rounded, int6
         float* sum = sums + row * COLUMNS;
         for (int c = 0; c < COLUMNS; c += LANES) {
             Floats value = load<Floats>(sum + c);
-            if (call.bias) value += load<Floats>(call.bias + group * COLUMNS + c);
-            if (gated) value = activated(value, call.activation) * load<Floats>(ups + row * COLUMNS + c);
+            if (bias) value += load<Floats>(bias + c);
+            if (gated) {
+                Floats up = load<Floats>(ups + row * COLUMNS + c);
+                if (bias) up += load<Floats>(bias + COLUMNS + c);
+                value = gated_by(value, up, call);
+            }
             store(sum + c, value);
         }
         const int64_t at = int64_t(first + row) * call.out_features + group * COLUMNS;

@@ -1,0 +1,253 @@
+"""Mixtures of experts computed by the compiled kernels, in which no row influences another one's bits.
+
+A router gives each row its few experts and their weights, and the row's outputs are added up in that order.
+"""
+
+import copy
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+from transformers.pytorch_utils import Conv1D
+
+from emberkv.engine.torch.attention.paged_attention import rows_left
+from emberkv.engine.torch.layers import ALONE, VECTOR, BatchInvariantActivation, stand_in
+from emberkv.engine.torch.native.kernels import ExpertsCall, Kernels, LinearCall, type_number
+from emberkv.engine.torch.native.layers import ACTIVATIONS, NativeGatedPair, NativeLinear, alike, takes
+
+_CLAMPED_SWIGLU = 3
+"""Its number in linear.cpp."""
+
+
+class NativeExperts(nn.Module):
+    """Frozen experts, of each of which ``down(activation(gate(x)) * up(x))`` is computed.
+
+    pairs, downs: of each expert, gate and up, and down; all of the same shape.
+    """
+
+    def __init__(self, kernels: Kernels, pairs: list[NativeGatedPair], downs: list[NativeLinear]) -> None:
+        super().__init__()
+        self.size, self.inner = pairs[0].in_features, pairs[0].out_features
+        # Not registered as modules: there may be thousands, and none of them is called by itself.
+        self.layers = pairs, downs
+        self._kernels = kernels
+        self._first, self._second = ((LinearCall * len(some))(*(each.call for each in some)) for some in self.layers)
+        self._call = ExpertsCall(
+            first=self._first, second=self._second, experts=len(pairs), size=self.size, inner=self.inner,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[rows, size]`` of such, with ``[rows, top_k]`` experts and weights. Rows that are not wanted are zeros."""
+        left = rows_left()
+        if left is None or left.of != hidden_states.shape[0]:
+            return self._product(hidden_states, top_k_index, top_k_weights)
+        out = hidden_states.new_zeros(left.of, self.size)
+        some = (each[left.index] for each in (hidden_states, top_k_index, top_k_weights))
+        out[left.index] = self._product(*some)
+        return out
+
+    def _product(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        call = self._call
+        rows, chosen, weights = rows.contiguous(), chosen.long().contiguous(), weights.float().contiguous()
+        out = torch.empty_like(rows)
+        call.inputs, call.chosen, call.weights, call.out = (each.data_ptr() for each in (rows, chosen, weights, out))
+        call.input_row, call.rows, call.top_k, call.type = self.size, rows.shape[0], chosen.shape[1], type_number(rows)
+        self._kernels.experts(call)
+        return out
+
+
+class RowwiseWeight(Tensor):
+    """Stands in for a weight that a module's own code hands to `torch.nn.functional.linear`.
+
+    The kernels compute that product, each row by itself. A conversion to fp32, as some routers make it, keeps that.
+    """
+
+    layers: dict[torch.dtype, NativeLinear]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is linear and isinstance(args[1], cls):
+            inputs, weight = args[:2]
+            return weight.layers[inputs.dtype](inputs)
+        plain: Callable[..., Any] = super().__torch_function__  # untyped
+        result = plain(func, types, args, kwargs or {})
+        if isinstance(result, cls) and isinstance(args[0], cls):
+            result.layers = args[0].layers
+        return result
+
+
+class NativeRouter(nn.Module):
+    """A module that gives each row its experts, with its product by the kernels.
+
+    Its elementwise functions are called on whole vectors by one thread: what is left over of a vector at the end of a
+    thread's share is rounded differently, and where that is depends on the number of rows.
+    """
+
+    def __init__(self, kernels: Kernels, router: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        experts, self.size = weight.shape
+        self.router = copy.copy(router)
+        self.router._parameters = {name: each for name, each in router._parameters.items() if each is not weight}
+        stands = stand_in(weight).as_subclass(RowwiseWeight)
+        stands.layers = {dtype: _linear(kernels, weight, bias, dtype) for dtype in {weight.dtype, torch.float32}}
+        self.router.__dict__["weight"] = stands
+        self._multiple = VECTOR // gcd(VECTOR, experts)
+        self._most = max(self._multiple, ALONE // experts // self._multiple * self._multiple)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        rows = hidden_states.reshape(-1, self.size)
+        count = rows.shape[0]
+        missing = -count % self._multiple
+        if not missing and count <= self._most:
+            whole: tuple[Tensor, ...] = self.router(rows)
+            return whole
+        parts = [self.router(part) for part in torch.split(pad(rows, (0, 0, 0, missing)), self._most)]
+        return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
+
+
+class GatedSharedExpert(nn.Module):
+    """A mixture in which one expert takes every row, weighted by a sigmoid, computed batch-invariantly (Qwen2-MoE).
+
+    block: of which the parts are taken over.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.gate, self.experts = block.gate, block.experts
+        self.shared_expert, self.shared_expert_gate = block.shared_expert, block.shared_expert_gate
+        self._sigmoid = BatchInvariantActivation(nn.Sigmoid())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, chosen = self.gate(rows)
+        shared = self._sigmoid(self.shared_expert_gate(rows)) * self.shared_expert(rows)
+        out: Tensor = self.experts(rows, chosen, weights) + shared
+        return out.view(hidden_states.shape)
+
+
+def _linear(kernels: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> NativeLinear:
+    return NativeLinear(kernels, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+@torch.inference_mode()
+def replace_experts(model: nn.Module, kernels: Kernels) -> int:
+    """Put the kernels in the place of experts and routers that they can compute. Returns the number replaced.
+
+    Both are known by their parts, and by giving the same on random rows.
+    """
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            block = _gated_shared_expert(child)
+            if block is not None:
+                setattr(parent, name, block)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            native = _experts(child, kernels) or _router(child, kernels)
+            if native is not None:
+                setattr(parent, name, native)
+                replaced += 1
+    return replaced
+
+
+def _gated_shared_expert(module: Any) -> GatedSharedExpert | None:
+    parts = ("gate", "experts", "shared_expert", "shared_expert_gate")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in parts):
+        return None
+    ours, gate = GatedSharedExpert(module), module.shared_expert_gate.weight
+    same = alike(ours, lambda rows: module(rows.unsqueeze(0)).squeeze(0), gate.shape[1], gate.dtype)
+    return ours if same else None
+
+
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What transformers' `use_experts_implementation` says of a module of experts."""
+
+
+def _experts(module: Any, kernels: Kernels) -> NativeExperts | None:
+    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if gate_up is None or down is None or not gate_up.ndim == down.ndim == 3:
+        return None
+    if not all(hasattr(module, name) for name in _LAYOUT) or not module.has_gate:
+        return None
+    activation = _activation(module)
+    if activation is None:
+        return None
+    pairs, downs = [], []
+    for expert in range(gate_up.shape[0]):
+        both, back = gate_up[expert], down[expert]
+        if module.is_transposed:
+            both, back = both.t(), back.t()
+        gate, up = _split(module, both)
+        if not (takes(gate) and takes(back)):
+            return None
+        biases = _split(module, module.gate_up_proj_bias[expert]) if module.has_bias else None
+        pairs.append(NativeGatedPair(kernels, gate.contiguous(), up.contiguous(), activation, biases))
+        if activation == _CLAMPED_SWIGLU:
+            pairs[-1].call.slope, pairs[-1].call.limit = module.alpha, module.limit
+        downs.append(NativeLinear(kernels, back, module.down_proj_bias[expert] if module.has_bias else None))
+    native = NativeExperts(kernels, pairs, downs)
+    return native if _same_experts(native, module, len(pairs), gate_up.dtype) else None
+
+
+def _split(module: Any, both: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, by their rows: one after the other, or in turns."""
+    if module.is_concatenated:
+        gate, up = both.chunk(2)
+        return gate, up
+    return both[::2], both[1::2]
+
+
+def _activation(module: Any) -> int | None:
+    """The number in linear.cpp of what the module does to gate and up; None for what the kernels do not compute."""
+    points = torch.linspace(-9, 9, 49)
+    gate, up = (each.reshape(-1) for each in torch.meshgrid(points, points, indexing="ij"))
+    both = torch.cat([gate, up]) if module.is_concatenated else torch.stack([gate, up], dim=-1).reshape(-1)
+    known = {number: each(gate) * up for number, each in ACTIVATIONS.items()}
+    if hasattr(module, "alpha") and hasattr(module, "limit"):
+        clamped = gate.clamp(max=module.limit)
+        swish = clamped * torch.sigmoid(module.alpha * clamped)
+        known[_CLAMPED_SWIGLU] = swish * (up.clamp(-module.limit, module.limit) + 1)
+    expected = module._apply_gate(both)
+    return next((number for number, each in known.items() if torch.allclose(expected, each, atol=1e-4)), None)
+
+
+def _same_experts(ours: NativeExperts, theirs: nn.Module, experts: int, dtype: torch.dtype) -> bool:
+    top_k = min(2, experts)
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(32)])
+    weights = torch.rand(32, top_k, generator=generator).to(dtype)
+    return alike(lambda rows: ours(rows, chosen, weights), lambda rows: theirs(rows, chosen, weights), ours.size, dtype)
+
+
+def _router(module: Any, kernels: Kernels) -> NativeRouter | None:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    kind = type(module)
+    if not (kind.__name__.endswith(("Router", "Gate")) and kind not in (nn.Linear, Conv1D)):
+        return None
+    if weight is None or weight.ndim != 2 or not takes(weight):
+        return None
+    native = NativeRouter(kernels, module, weight, bias)
+    return native if _same_router(native, module, weight) else None
+
+
+def _same_router(ours: NativeRouter, theirs: nn.Module, weight: Tensor) -> bool:
+    """Whether both give random rows the same experts with about the same weights, where the choice is clear."""
+    rows = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    expected, got = theirs(rows), ours(rows)
+    if not isinstance(expected, tuple) or [each.shape for each in got] != [each.shape for each in expected]:
+        return False
+    same = [_same_rows(*each) for each in zip(got, expected, strict=True)]
+    return bool(torch.stack(same).all(dim=0).float().mean() > 0.8)
+
+
+def _same_rows(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of each row, whether it is the same: up to rounding, unless it holds experts."""
+    if not theirs.is_floating_point():
+        return (ours == theirs).all(dim=-1)
+    return torch.isclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2).all(dim=-1)
