@@ -184,8 +184,7 @@ class CacheSettings(_Settings):
     prefix_cache: False computes every prompt anew.
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     agent_rules: also drop lines of known agents that mean nothing to the model.
-    next_turn_tokens: how many tokens a minute are computed, while the server is idle, of what the next prompts of
-    conversations begin with, where the chat template rewrites earlier turns; 0: none.
+    answer_memory: remember answers, and put them into later prompts as they were sampled.
     """
 
     cache_ram: Size | None = Field(default=None, gt=0)
@@ -198,7 +197,7 @@ class CacheSettings(_Settings):
     prefix_cache: bool = True
     canonical: UserPath | None = None
     agent_rules: bool = True
-    next_turn_tokens: int = Field(default=60_000, ge=0, le=10**9)
+    answer_memory: bool = True
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:

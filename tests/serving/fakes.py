@@ -2,7 +2,7 @@
 
 import codecs
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from emberkv.engine.request import (
     TokenLogprobs,
     TokenOutput,
 )
+from emberkv.engine.tokenization.tokenizer import KnownTokens
 from emberkv.errors import EngineStoppedError, PromptTooLongError, RequestError
 
 BOS = 256
@@ -37,8 +38,19 @@ class ByteTokenizer:
 
     cache_bytes = 0
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        known: Sequence[KnownTokens] = (),
+    ) -> list[int]:
+        assert not known, "there are no cuts"
         return [BOS] * add_special_tokens + list(text.encode())
+
+    def cuts(self, text: str, start: int) -> Iterator[int]:
+        return iter(())
 
     def render_chat(
         self,

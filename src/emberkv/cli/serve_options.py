@@ -274,13 +274,13 @@ AgentRules = Annotated[
         "Code's billing line. (default: on)",
     ),
 ]
-NextTurnTokens = Annotated[
-    int | None,
+AnswerMemory = Annotated[
+    bool | None,
     typer.Option(
-        metavar="N",
+        "--answer-memory/--no-answer-memory",
         rich_help_panel=CACHE,
-        help="Where the chat template rewrites earlier turns: how many tokens a minute are computed, while idle, of "
-        "what the next prompts of conversations begin with; 0: none. (default: 60000)",
+        help="Remember answers, and put them into later prompts as they were sampled where clients send them back in "
+        "other words, so that the cache has them. (default: on)",
     ),
 ]
 RecordTrace = Annotated[

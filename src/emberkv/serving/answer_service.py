@@ -7,7 +7,7 @@ sends them whole or as server-sent events, and accounts for each request once it
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, PromptTooLongError, RequestError
 from emberkv.serving.admission import InFlight, RateLimits, TenantLimits
 from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
+from emberkv.serving.answers.answer_memory import AnswerMemory, AnswerRecorder
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
@@ -29,7 +30,6 @@ from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_inf
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
-from emberkv.serving.next_turns import NextTurns, RenderNext
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import (
     EndedAnswer,
@@ -63,8 +63,8 @@ class Prompt:
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
     stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
     more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
-    system: the text of its system prompt, in which volatile lines are looked for. next_prompt: renders what the prompt
-    of the user's next message will begin with; None: no such message is expected.
+    system: the text of its system prompt, in which volatile lines are looked for. history, recorder: see
+    `emberkv.serving.api.rendering.RenderedPrompt`.
     """
 
     token_ids: Sequence[int]
@@ -76,7 +76,8 @@ class Prompt:
     is_clipped: bool = False
     parsing: OutputParsing | None = None
     system: str = ""
-    next_prompt: RenderNext | None = None
+    history: Mapping[str, int] = field(default_factory=dict)
+    recorder: AnswerRecorder | None = None
 
 
 class TextGenerator:
@@ -100,6 +101,7 @@ class TextGenerator:
         if self._outputs is None or self._outputs.loop is not loop:
             self._outputs = OutputQueue(loop)
         stream = AnswerStream(self._engine, on_close)
+        stream.history = prompts[0].history
         stream.clipped_to = min((each.params.max_tokens for each in prompts if each.is_clipped), default=None)
         try:
             for index, prompt in enumerate(prompts):
@@ -123,6 +125,7 @@ class TextGenerator:
                     echo=prompt.echo,
                     parsing=prompt.parsing,
                     min_tokens=prompt.params.min_tokens,
+                    recorder=prompt.recorder,
                 )
                 timer = AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
                 stream.add(generation, answer, timer, self._outputs)
@@ -135,6 +138,8 @@ class TextGenerator:
 
 MAX_TOKENS_HEADER = "x-emberkv-max-tokens"
 LEFT_OUT_HEADER = "x-emberkv-left-out"
+HISTORY_HEADER = "x-emberkv-history"
+"""What became of the answers in the prompt's history; see `emberkv.serving.api.splicing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +198,18 @@ def counts_header(counts: Mapping[str, int]) -> str:
 class RequestPreparer:
     """Parses, renders and tokenizes the requests to the model that ``lifecycle`` holds; large ones on ``workers``.
 
-    rules: rewrite prompts before they are rendered.
+    rules: rewrite prompts before they are rendered. memory: of answers; None: they are not remembered.
     """
 
-    def __init__(self, lifecycle: Lifecycle, workers: WorkerPool, rules: CanonicalRules | None = None) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        workers: WorkerPool,
+        rules: CanonicalRules | None = None,
+        memory: AnswerMemory | None = None,
+    ) -> None:
         self.rules = rules
+        self._memory = memory
         self._lifecycle = lifecycle
         self._workers = workers
 
@@ -208,7 +220,11 @@ class RequestPreparer:
         many large requests wait.
         """
         await self._lifecycle.ensure_model()
-        return await self.run(partial(work, body, self._lifecycle.model().seen_by(tenant.name)), len(body))
+        return await self.run(partial(work, body, self.model_for(tenant.name)), len(body))
+
+    def model_for(self, tenant: str) -> ServedModel:
+        """The model as a tenant sees it. Raises NotReadyError before it is loaded."""
+        return self._lifecycle.model().seen_by(tenant, self._memory)
 
     async def run(self, work: Callable[[], T], body_bytes: int | None = None) -> T:
         """What ``work`` on a body of this size returns or raises; None: of any size. Raises OverloadedError."""
@@ -232,7 +248,7 @@ class AnswerService:
     recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
     the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`. limits: of each
-    tenant, by name. next_turn_tokens: how many tokens a minute `NextTurns` computes.
+    tenant, by name.
     """
 
     def __init__(
@@ -249,7 +265,6 @@ class AnswerService:
         max_requests: int | None = MAX_REQUESTS,
         limits: Mapping[str, RateLimits] | None = None,
         tracer: RequestTracer | None = None,
-        next_turn_tokens: int = 0,
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
@@ -267,8 +282,6 @@ class AnswerService:
         self._in_flight = InFlight(max_requests)
         self.limits = TenantLimits(limits or {}, clock, self.tenant_metrics.limited)
         self._tracer = tracer
-        self._next_turns = NextTurns(lifecycle, workers, tokens_a_minute=next_turn_tokens, clock=clock)
-        metrics.register(self._next_turns)
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
@@ -312,7 +325,6 @@ class AnswerService:
             self._generator = self._make_generator()
         model = self._lifecycle.model()  # accounts for the answers, even if it is unloaded or replaced meanwhile
         self._enter(request.tenant.name, prompts)  # `_closed` follows, even if no answer can be started
-        self._next_turns.request_arrived(request, prompts[0].next_prompt)
         stream = self._generator.start(prompts, request, on_close=partial(self._closed, model, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
@@ -321,6 +333,8 @@ class AnswerService:
         self._lifecycle.track(stream)
         self.recent.add(request)
         self._count_changes(request)
+        for outcome, answers in stream.history.items():
+            self._metrics.history_answers.labels(outcome).inc(answers)
         return stream
 
     def _enter(self, tenant: str, prompts: Sequence[Prompt]) -> None:
@@ -395,7 +409,8 @@ class AnswerService:
         request = self.recent.get(stream.timed_answers[0][0])
         clipped = {} if stream.clipped_to is None else {MAX_TOKENS_HEADER: str(stream.clipped_to)}
         left_out = {LEFT_OUT_HEADER: counts_header(request.left_out)} if request and request.left_out else {}
-        return {**clipped, **left_out}
+        history = {HISTORY_HEADER: counts_header(stream.history)} if stream.history else {}
+        return {**clipped, **left_out, **history}
 
     def _account(self, model: ServedModel, stream: AnswerStream) -> dict[str, str]:
         """What the cache had of the first prompt, and what else is known of a request that has been answered."""
@@ -434,16 +449,6 @@ class AnswerService:
         self._observe(model, request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()
-        self._compute_next_turn(request, prompts, stream)
-
-    def _compute_next_turn(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
-        (prompt, *others), answers = prompts, stream.answers
-        if answers and not others and prompt.next_prompt is not None:
-            (answer,) = answers
-            is_whole = answer.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.silent
-            if is_whole and not answer.calls:
-                self._next_turns.turn_ended(request, prompt.token_ids, answer.message, prompt.next_prompt)
-        self._next_turns.begin_if_idle()
 
     def _count(self, request: RequestContext, usages: Sequence[CacheUsage]) -> None:
         self.sessions.count(request, usages, self._wall_clock())

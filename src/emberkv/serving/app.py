@@ -17,6 +17,7 @@ from emberkv import __version__
 from emberkv.errors import EmberError
 from emberkv.serving.answer_service import MAX_REQUESTS, MAX_TOKENS_HEADER, AnswerService, RequestPreparer
 from emberkv.serving.answers.answer import CACHE_HEADER
+from emberkv.serving.answers.answer_memory import AnswerMemory
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
 from emberkv.serving.api.openai_api import openai_router
@@ -32,6 +33,7 @@ from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, erro
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle, Phase
 from emberkv.serving.metrics import (
+    AnswerMemoryCollector,
     BuildCollector,
     HttpMetrics,
     ReuseCollector,
@@ -58,8 +60,8 @@ class ServingSettings:
     (`SourceCheck`); "*" is all. root_path: the path under which a proxy serves all routes. request_timeout: seconds
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
     stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`. gateways: how many
-    share the load evenly; each enforces its part of the tenants' rate limits. next_turn_tokens: how many tokens
-    `NextTurns` computes in a minute; 0: none.
+    share the load evenly; each enforces its part of the tenants' rate limits. answer_memory: whether answers are
+    remembered, see `emberkv.serving.api.splicing`.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -78,7 +80,7 @@ class ServingSettings:
     max_requests: int | None = MAX_REQUESTS
     gateways: int = 1
     tracer: RequestTracer | None = None
-    next_turn_tokens: int = 0
+    answer_memory: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,10 @@ def create_app(
     metrics, workers = _metrics(lifecycle), WorkerPool()
     for collector in collectors:
         metrics.register(collector)
-    preparer = RequestPreparer(lifecycle, workers, settings.canonical)
+    memory = AnswerMemory() if settings.answer_memory else None
+    if memory is not None:
+        metrics.register(AnswerMemoryCollector(memory.size))
+    preparer = RequestPreparer(lifecycle, workers, settings.canonical, memory)
     answers = AnswerService(
         lifecycle,
         workers,
@@ -149,7 +154,6 @@ def create_app(
         max_requests=settings.max_requests,
         limits={name: limits.part(settings.gateways) for name, limits in tenants.rate_limits.items()},
         tracer=settings.tracer,
-        next_turn_tokens=settings.next_turn_tokens,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)

@@ -16,6 +16,7 @@ from emberkv.engine.assembly import AssembledEngine
 from emberkv.engine.request import Engine, EngineStats, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, EngineStoppedError, RequestError
+from emberkv.serving.answers.answer_memory import AnswerMemory
 from emberkv.serving.background import Background
 from emberkv.serving.cache.ledger_store import ReuseWatch
 from emberkv.serving.cache.service import CacheService
@@ -129,8 +130,7 @@ class ServedModel:
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
-    reasoning and tool calls. rewrites_turns: whether the user's next question makes its chat template render earlier
-    turns in another way.
+    reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered.
     """
 
     names: tuple[str, ...]
@@ -149,11 +149,15 @@ class ServedModel:
     on_overflow: Literal["clip", "refuse"] = "clip"
     name_patterns: NamePatterns = field(default_factory=NamePatterns)
     output_format: OutputFormat = field(default_factory=OutputFormat)
-    rewrites_turns: bool = False
+    answer_memory: AnswerMemory | None = None
 
-    def seen_by(self, tenant: str) -> "ServedModel":
-        """The model as a tenant meets it: nothing is faster because another has sent it."""
-        return replace(self, tokenizer=self.tokenizer.remembering_for(tenant))
+    def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
+        """The model as a tenant meets it: nothing is faster because another has sent it. memory: of all tenants."""
+        return replace(
+            self,
+            tokenizer=self.tokenizer.remembering_for(tenant),
+            answer_memory=None if memory is None else memory.of(tenant),
+        )
 
     @property
     def countable_tokens(self) -> int:

@@ -116,6 +116,19 @@ class EngineCollector(EngineStatsCollector):
         yield labelled_counter("emberkv_constraint_masks", text, "state", masks)
 
 
+class AnswerMemoryCollector(Collector):
+    """The size of the memory of answers. read: how many answers it has, and their bytes."""
+
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        answers, size = self._read()
+        text = "Answers that are remembered as they were sampled."
+        yield GaugeMetricFamily("emberkv_answer_memory_answers", text, value=answers)
+        yield GaugeMetricFamily("emberkv_answer_memory_bytes", "Approximate bytes of these.", value=size)
+
+
 class TokenizerCollector(Collector):
     """The memory of the tokenizer's cache, read at each collection."""
 
@@ -383,6 +396,12 @@ class ServingMetrics:
             "emberkv_canonical_changes",
             "Lines and tools of prompts that a canonical rule changed.",
             labelnames=("rule",),
+            registry=self._registry,
+        )
+        self.history_answers = Counter(
+            "emberkv_history_answers",
+            "Answers in the histories of prompts, by whether the sampled tokens were put in, or why not.",
+            labelnames=("outcome",),
             registry=self._registry,
         )
 

@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from emberkv.cluster.cluster_engine import ClusterEngine
 from emberkv.core.hashing import TOKEN_BYTES, TokenChain, root_hash
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import GenerationRequest, SamplingParams
-from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
+from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, KnownTokens, Tokenizer
 from emberkv.errors import ConfigError, RequestError, reason_of
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, TemplateOptions
 from emberkv.serving.api.rendering import Applied, canonical_chat
@@ -65,11 +65,21 @@ class PieceTokenizer:
     chat_problem: str | None = None
     description: Mapping[str, Any] = {}
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        known: Sequence[KnownTokens] = (),
+    ) -> "array[int]":
         data = text.encode("utf-8", "surrogatepass")
         pieces = array("i")
         pieces.frombytes(data + bytes(-len(data) % TOKEN_BYTES))
         return pieces
+
+    def cuts(self, text: str, start: int) -> Iterator[int]:
+        return iter(())
 
     def render_chat(
         self,

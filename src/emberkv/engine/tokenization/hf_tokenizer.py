@@ -5,7 +5,7 @@ import logging
 import re
 import tempfile
 from array import array
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from inspect import signature
 from itertools import pairwise
@@ -23,6 +23,7 @@ from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, pa
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
 from emberkv.engine.tokenization.template_check import NO_TEMPLATE, PROBE_TOOL
 from emberkv.engine.tokenization.template_time import bound_template, template_deadline
+from emberkv.engine.tokenization.tokenizer import KnownTokens
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
 
 _USUAL_BYTES = 16
@@ -240,14 +241,22 @@ class HFTokenizer:
         token_id: int | None = self._tokenizer.eos_token_id
         return token_id
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        known: Sequence[KnownTokens] = (),
+    ) -> "array[int]":
         """The ids of ``text``, in which special tokens written out count as such.
 
         add_special_tokens: put the tokens around it that the tokenizer's post-processor adds, such as BOS. A text that
         begins with those of its start gets no second ones; the first such text is logged.
 
         max_tokens: a text with more is refused, before it is encoded where its length tells, and else as soon as
-        its first pieces have more; nothing of it is remembered.
+        its first pieces have more; nothing of it is remembered. known: see `Tokenizer.encode`; a tokenizer without
+        `cuts` encodes the whole text.
 
         Raises PromptTooLongError for such a text, RequestError for one that is no valid Unicode (a lone surrogate).
         """
@@ -262,11 +271,10 @@ class HFTokenizer:
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
         ids = token_array(before)
         new: dict[str, array[int]] = {}
-        for piece in self._pieces(self._cut, text):
-            for part in parts(piece) if self._cuts_at_gaps else (piece,):
-                ids.extend(self._encode_piece(part, new))
-                if max_tokens is not None:
-                    _refuse_above(max_tokens, len(ids) - len(before))
+        for part in self._parts(self._cut, text, known):
+            ids.extend(self._encode_piece(part, new) if isinstance(part, str) else part.token_ids)
+            if max_tokens is not None:
+                _refuse_above(max_tokens, len(ids) - len(before))
         ids = self._without_repeated_start(ids, add_special_tokens)
         if max_tokens is not None:
             _refuse_above(max_tokens, len(ids))
@@ -432,6 +440,20 @@ class HFTokenizer:
         if ids is None:
             ids = new[piece] = self._encode_whole(piece, add_special_tokens=False)
         return ids
+
+    def cuts(self, text: str, start: int) -> Iterator[int]:
+        """See `Tokenizer.cuts`; none where cutting could change ids."""
+        return iter(()) if self._cut is None else (match.start() for match in self._cut.finditer(text, start))
+
+    def _parts(self, cut: re.Pattern[str], text: str, known: Sequence[KnownTokens]) -> Iterator[str | KnownTokens]:
+        """``text`` in parts that are encoded one by one, and those whose ids are known."""
+        done = 0
+        for each in (*known, None):
+            for piece in self._pieces(cut, text[done : None if each is None else each.start]):
+                yield from parts(piece) if self._cuts_at_gaps else (piece,)
+            if each is not None:
+                yield each
+                done = each.end
 
     @staticmethod
     def _pieces(cut: re.Pattern[str], text: str) -> list[str]:

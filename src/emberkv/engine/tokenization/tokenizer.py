@@ -1,7 +1,8 @@
 """The interface of a tokenizer, and the tokens that all requests with one system prompt begin with."""
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -20,6 +21,15 @@ class IncrementalDetokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class KnownTokens:
+    """The token ids of a part of a text, ``[start, end)`` in characters: not always those that encoding it gives."""
+
+    start: int
+    end: int
+    token_ids: "array[int]"
+
+
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
@@ -28,10 +38,25 @@ class Tokenizer(Protocol):
         """Memory that remembered encodings take, of all owners together."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int | None = None) -> "array[int]":
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        max_tokens: int | None = None,
+        known: Sequence[KnownTokens] = (),
+    ) -> "array[int]":
         """The text's token ids, as the core takes them (`token_array`).
 
+        known: parts that have these ids, in order; each ends at one of `cuts`.
+
         Raises PromptTooLongError for a text that is found to have more than ``max_tokens``.
+        """
+        ...
+
+    def cuts(self, text: str, start: int) -> Iterator[int]:
+        """Positions of ``text`` from ``start`` on, in order, before which any other text leaves the ids behind it the
+        same: where special tokens begin.
         """
         ...
 
@@ -102,7 +127,7 @@ def shared_prefix(tokenizer: Tokenizer, system_prompt: str) -> list[int]:
     else:
         texts = [system_prompt + opening for opening in _OPENINGS]
         sequences = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
-    return common_prefix(sequences)
+    return _common(sequences)
 
 
 def _takes_chats(tokenizer: Tokenizer) -> bool:
@@ -117,8 +142,7 @@ def _conversation(system_prompt: str, opening: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": opening}]
 
 
-def common_prefix(sequences: Sequence["array[int]"]) -> list[int]:
-    """The longest run of token ids that all of the sequences begin with."""
+def _common(sequences: Sequence["array[int]"]) -> list[int]:
     first, last = min(sequences), max(sequences)  # all others lie between them, and so begin with what both do
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return [token for token, _ in pairs]

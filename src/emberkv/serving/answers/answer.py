@@ -12,6 +12,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
 from emberkv.errors import RequestError
+from emberkv.serving.answers.answer_memory import AnswerRecorder
 from emberkv.serving.answers.parsed_output import OutputParsing, ParsedOutput
 from emberkv.serving.parsing.events import OutputEvent, ParsedMessage
 
@@ -73,13 +74,16 @@ class AnswerState(Protocol):
     def silent(self) -> bool: ...
 
 
+_WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
+
+
 class Answer:
     """Decodes one request's outputs, ends the answer at a stop string, and keeps its usage.
 
     A token's log-probabilities are given out with the text that the token begins, so that those of a stop
     string, like the stop string itself, are not. silent: no token is wanted, so the answer ends, empty, at the first.
     echo: what comes before the answer's own text. parsing: how the text is parsed; None: it is not. min_tokens: within
-    so many, no stop string is looked for.
+    so many, no stop string is looked for. recorder: remembers an answer that is parsed and that no stop string ends.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Answer:
         echo: Echo | None = None,
         parsing: OutputParsing | None = None,
         min_tokens: int = 0,
+        recorder: AnswerRecorder | None = None,
     ) -> None:
         self.index = index
         self.silent = silent
@@ -108,6 +113,9 @@ class Answer:
         self._new_text: list[str] = []
         self._output = None if parsing is None else ParsedOutput(parsing)
         self._min_tokens = min_tokens
+        self._recorder = recorder
+        self._sampled: list[int] = []
+        self._said: list[str] = []
         self._logprobs: deque[PlacedLogprobs] = deque()
 
     @property
@@ -152,6 +160,8 @@ class Answer:
             return
         for position, token_id in enumerate(output.token_ids):
             self.completion_tokens += 1
+            if self._recorder is not None:
+                self._sampled.append(token_id)
             if self._output is not None:
                 self._output.count_token()
             self._add(self._detokenizer.push((token_id,)), output.logprobs[position : position + 1])
@@ -179,6 +189,8 @@ class Answer:
     def _finish(self, reason: FinishReason | None) -> None:
         if self._output is not None:
             self._output.finish()
+            if self._recorder is not None and self.stop_sequence is None and reason in _WHOLE:
+                self._recorder.record(self._output.message, "".join(self._said), self._sampled)
         self.finish_reason = reason
 
     def _add(self, text: str, logprobs: tuple[TokenLogprobs, ...]) -> None:
@@ -193,6 +205,8 @@ class Answer:
             return
         self._passed += len(text)
         self._new_text.append(text)
+        if self._recorder is not None:
+            self._said.append(text)
         if self._output is not None:
             self._output.add(text)
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -97,8 +97,8 @@ class AnswerStream:
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
     the engine fails, and the error that the stream is interrupted with.
 
-    clipped_to: the answers' ``max_tokens``, where the request asked for more than fit. has_ended: whether all answers
-    have come to their ends, so that their usage is final.
+    clipped_to: the answers' ``max_tokens``, where the request asked for more than fit. history: see `Prompt`.
+    has_ended: whether all answers have come to their ends, so that their usage is final.
     """
 
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
@@ -111,6 +111,7 @@ class AnswerStream:
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
         self.clipped_to: int | None = None
+        self.history: Mapping[str, int] = {}
         self.has_ended = False
 
     @property

@@ -33,7 +33,7 @@ def prepare_messages(
     """Check, render and tokenize a request. Raises RequestError."""
     request = parse_body(MessagesRequest, body)
     model.check_name(request.model)
-    rendered = render_messages(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
+    rendered = render_messages(request, model, rules, model.engine.max_prompt_tokens)
     constraint = rendered.constraint(model.output_format, request.constraint())
     budget = answer_budget(model, len(rendered.token_ids), request.max_tokens)
     prompt = Prompt(
@@ -45,7 +45,8 @@ def prepare_messages(
         is_clipped=budget.is_clipped,
         parsing=rendered.parsing(model.output_format, partial(new_call_id, "toolu_")),
         system=rendered.system_text,
-        next_prompt=rendered.next_prompt,
+        history=rendered.history,
+        recorder=rendered.recorder,
     )
     return request, prompt, rendered
 
@@ -54,7 +55,7 @@ def count_tokens(body: bytes, model: ServedModel, rules: CanonicalRules | None) 
     """How many tokens a request's prompt has. Raises RequestError, also for many times what the model takes."""
     request = parse_body(PromptRequest, body)
     model.check_name(request.model)
-    return len(render_messages(request, model.tokenizer, rules, model.countable_tokens).token_ids)
+    return len(render_messages(request, model, rules, model.countable_tokens).token_ids)
 
 
 def anthropic_router(

@@ -80,7 +80,7 @@ def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: Canonica
     if question.anthropic is not None:
         request = parse_body(PromptRequest, named)
         model.check_name(request.model)
-        return _checked(render_messages(request, model.tokenizer, rules, model.countable_tokens))
+        return _checked(render_messages(request, model, rules, model.countable_tokens))
     if question.openai is not None and "prompt" in question.openai:
         completion = parse_body(CompletionRequest, named)
         model.check_name(completion.model)
@@ -90,7 +90,7 @@ def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: Canonica
         return _checked(RenderedPrompt(prompt))
     chat = parse_body(ChatCompletionRequest, named)
     model.check_name(chat.model)
-    return _checked(render_chat(chat, model.tokenizer, rules, model.countable_tokens))
+    return _checked(render_chat(chat, model, rules, model.countable_tokens))
 
 
 def _checked(rendered: RenderedPrompt) -> RenderedPrompt:
@@ -274,7 +274,7 @@ class CacheRoutes:
         return question
 
     async def _prompt(self, question: CacheQuestion, tenant: Tenant) -> RenderedPrompt:
-        model = self._lifecycle.model().seen_by(tenant.name)
+        model = self._preparer.model_for(tenant.name)
         return await self._preparer.run(partial(rendered_prompt, question, model, self._preparer.rules))
 
     def _cache(self) -> CacheService:

@@ -333,7 +333,7 @@ def prepare_chat(
     model.check_name(request.model)
     request.check()
     logprobs = request.wanted_logprobs
-    rendered = render_chat(request, model.tokenizer, rules, model.engine.max_prompt_tokens)
+    rendered = render_chat(request, model, rules, model.engine.max_prompt_tokens)
     constraint = rendered.constraint(model.output_format, request.constraint())
     field, wanted = request.wanted_tokens
     budget = answer_budget(model, len(rendered.token_ids), wanted, field=field)
@@ -349,7 +349,8 @@ def prepare_chat(
             is_clipped=budget.is_clipped,
             parsing=rendered.parsing(model.output_format),
             system=rendered.system_text,
-            next_prompt=rendered.next_prompt,
+            history=rendered.history,
+            recorder=rendered.recorder,
         )
         for each in choices
     ]

@@ -14,15 +14,17 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from emberkv.engine.request import Constraint
-from emberkv.engine.tokenization.tokenizer import Tokenizer
+from emberkv.engine.tokenization.tokenizer import KnownTokens, Tokenizer
 from emberkv.errors import RequestError
+from emberkv.serving.answers.answer_memory import AnswerRecorder
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
-from emberkv.serving.api.next_prompt import NextPrompt, next_prompt
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
+from emberkv.serving.api.splicing import SplicedPrompt, splice_answers
 from emberkv.serving.api.validation import Json
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.lifecycle import ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 
 FIELD = "cache_control"
@@ -49,11 +51,17 @@ def chat_mark(request: ChatCompletionRequest) -> Mark[ChatCompletionRequest] | N
     return _lasting_longest(_chat_marks(request))
 
 
-def covered_tokens(tokenizer: Tokenizer, text: str, token_ids: Sequence[int], cut_text: str) -> int:
-    """How many of a prompt's tokens lie within what it has in common with its cut form, both rendered."""
+def covered_tokens(
+    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], cut_text: str, known: Sequence[KnownTokens] = ()
+) -> int:
+    """How many of a prompt's tokens lie within what it has in common with its cut form, both rendered.
+
+    known: the parts of ``text`` that were not encoded.
+    """
     shorter = min(len(text), len(cut_text))
     length = bisect_left(range(shorter), True, key=lambda at: text[: at + 1] != cut_text[: at + 1])
-    common = tokenizer.encode(text[:length], add_special_tokens=False)
+    within = [each for each in known if each.end <= length]
+    common = tokenizer.encode(text[:length], add_special_tokens=False, known=within)
     pairs = zip(common, token_ids, strict=False)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(common), len(token_ids)))
 
@@ -219,7 +227,8 @@ def _is_text(part: object) -> bool:
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
     """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds.
-    conversation, text: of a chat, what was rendered and to what; None and "" of token ids or plain text.
+    conversation, text: of a chat, what was rendered and to what; None and "" of token ids or plain text. history: how
+    many answers in the conversation had each outcome of `splice_answers`. recorder: remembers the answer to the prompt.
     """
 
     token_ids: Sequence[int]
@@ -228,6 +237,8 @@ class RenderedPrompt:
     retain_seconds: float = 0.0
     conversation: Conversation | None = None
     text: str = ""
+    history: Mapping[str, int] = field(default_factory=dict)
+    recorder: AnswerRecorder | None = None
 
     @property
     def left_out(self) -> Mapping[str, int]:
@@ -249,46 +260,64 @@ class RenderedPrompt:
         return self.conversation.parsing(output_format, self.text, new_call_id)
 
     @property
-    def next_prompt(self) -> NextPrompt | None:
-        """Renders what the prompt of the user's next message begins with; None where none is expected."""
-        return None if self.conversation is None else next_prompt(self.conversation)
-
-    @property
     def system_text(self) -> str:
         return "" if self.conversation is None else self.conversation.system_text
 
 
 def render_messages(
-    request: PromptRequest, tokenizer: Tokenizer, rules: CanonicalRules | None, max_tokens: int | None = None
+    request: PromptRequest, model: ServedModel, rules: CanonicalRules | None, max_tokens: int | None = None
 ) -> RenderedPrompt:
-    """An Anthropic request's prompt. Raises RequestError for what cannot be used, or has more than ``max_tokens``."""
+    """An Anthropic request's prompt. Raises RequestError for what cannot be used, or has more than ``max_tokens``.
+
+    model: as the request's tenant sees it; earlier answers that it remembers are put in as they were sampled.
+    """
     request, canonical = canonical_messages(request, rules)
-    return _rendered(request.conversation(), canonical, anthropic_mark(request), tokenizer, max_tokens)
+    return _rendered(request.conversation(), canonical, anthropic_mark(request), model, max_tokens)
 
 
 def render_chat(
-    request: ChatCompletionRequest, tokenizer: Tokenizer, rules: CanonicalRules | None, max_tokens: int | None = None
+    request: ChatCompletionRequest, model: ServedModel, rules: CanonicalRules | None, max_tokens: int | None = None
 ) -> RenderedPrompt:
-    """An OpenAI chat request's prompt. Raises RequestError as `render_messages` does."""
+    """An OpenAI chat request's prompt. See `render_messages`."""
     request, canonical = canonical_chat(request, rules)
-    return _rendered(request.conversation(), canonical, chat_mark(request), tokenizer, max_tokens)
+    if model.answer_memory is not None and request.cache_salt is not None:
+        model = replace(model, answer_memory=model.answer_memory.of(request.cache_salt))
+    return _rendered(request.conversation(), canonical, chat_mark(request), model, max_tokens)
 
 
 def _rendered(
     conversation: Conversation,
     canonical: Applied,
     mark: Mark[PromptRequest] | Mark[ChatCompletionRequest] | None,
-    tokenizer: Tokenizer,
+    model: ServedModel,
     max_tokens: int | None,
 ) -> RenderedPrompt:
-    text = conversation.prompt_text(tokenizer)
-    token_ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
-    rendered = RenderedPrompt(token_ids, canonical, conversation=conversation, text=text)
+    spliced = _spliced(conversation, model)
+    token_ids = model.tokenizer.encode(
+        spliced.text, add_special_tokens=False, max_tokens=max_tokens, known=spliced.known
+    )
+    memory = model.answer_memory
+    rendered = RenderedPrompt(
+        token_ids,
+        canonical,
+        conversation=conversation,
+        text=spliced.text,
+        history=spliced.outcomes,
+        recorder=None if memory is None else spliced.recorder(memory, conversation, model.output_format),
+    )
     if mark is None:
         return rendered
     try:
-        cut = mark.cut.conversation().prompt_text(tokenizer)
+        cut = _spliced(mark.cut.conversation(), model).text
     except RequestError:  # a template may refuse half a conversation; a hint about eviction is no reason to refuse all
         return rendered
-    covered = covered_tokens(tokenizer, text, token_ids, cut)
+    covered = covered_tokens(model.tokenizer, spliced.text, token_ids, cut, spliced.known)
     return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds)
+
+
+def _spliced(conversation: Conversation, model: ServedModel) -> SplicedPrompt:
+    """The prompt's text, with earlier answers as they were sampled where the model remembers them."""
+    text = conversation.prompt_text(model.tokenizer)
+    if model.answer_memory is None:
+        return SplicedPrompt(text, b"")
+    return splice_answers(conversation, text, model.tokenizer, model.output_format, model.answer_memory)
