@@ -19,7 +19,7 @@ INTRODUCTION = """\
 # Python API
 
 Importing `emberkv` loads nothing heavy; each name brings what it needs when it is first used. `pip install
-'emberkv[torch]'` is needed for what computes, the plain package for the rest. Every error is a subclass of
+'.[torch]'` is needed for what computes, the plain package for the rest. Every error is a subclass of
 `emberkv.errors.EmberError`. This page is generated from the docstrings by `python -m scripts.api_page`.
 """
 

@@ -227,7 +227,9 @@ def _tensor(tensor: TensorBytes) -> "torch.Tensor":
     try:
         import torch  # noqa: PLC0415 - optional, and slow to import
     except ModuleNotFoundError as error:
-        raise TensorError("torch is not installed: pip install 'emberkv[torch]', or use library=\"numpy\"") from error
+        raise TensorError(
+            "torch is not installed: pip install '.[torch]' in emberkv's folder, or use library=\"numpy\""
+        ) from error
     if tensor.dtype == "bfloat16":
         bits = np.frombuffer(tensor.data, "<i2").astype(np.int16)
         return torch.from_numpy(bits).view(torch.bfloat16).reshape(tensor.shape)
@@ -246,7 +248,7 @@ def _as_safetensors(tensor: TensorBytes) -> bytes:
             data = save_arrays({"tensor": _array(tensor)})
     except ModuleNotFoundError as error:
         raise TensorError(
-            "safetensors is not installed: pip install 'emberkv[torch]', or use format \"raw\""
+            "safetensors is not installed: pip install '.[torch]' in emberkv's folder, or use format \"raw\""
         ) from error
     return data
 
@@ -256,7 +258,7 @@ def _from_safetensors(data: bytes) -> TensorBytes:
         import safetensors  # noqa: PLC0415 - optional
     except ModuleNotFoundError as error:
         raise TensorError(
-            "safetensors is not installed: pip install 'emberkv[torch]', or send format \"raw\""
+            "safetensors is not installed: pip install '.[torch]' in emberkv's folder, or send format \"raw\""
         ) from error
     if int.from_bytes(data[:8], "little") > _SAFETENSORS_HEAD:
         raise TensorError(f"data has a safetensors header of more than {_SAFETENSORS_HEAD} bytes; send one tensor")

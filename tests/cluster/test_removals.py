@@ -115,7 +115,7 @@ async def test_too_many_missed_blocks_become_all_of_them() -> None:
 def test_listings_are_merged_by_prefix() -> None:
     def listed(block_hash: str, tokens: int, hits: int, tier: str, last_hit: float) -> dict[str, object]:
         named = {"block_hash": block_hash, "tokens": tokens, "hits": hits, "last_hit": last_hit}
-        return {**named, "tiers": [tier], "places": [tier]}
+        return {**named, "tiers": [tier]}
 
     listings = {
         "a": [listed("one", 16, 3, "pool", 5.0), listed("two", 64, 1, "pool", 2.0)],

@@ -276,7 +276,7 @@ def _engine_bench(config: ServeConfig, progress: Callable[[str], None]) -> "Engi
         from emberkv.tiers.kinds import TierConfig  # noqa: PLC0415 - needs torch
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"measuring needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+            f"measuring needs the torch extra ({error.name} is missing): pip install '.[torch]' in emberkv's folder"
         ) from error
     settings = engine_config(config, int(config.cache_ram or DEFAULT_CACHE_BYTES), TierConfig())
     return EngineBench(model_options(config), settings, progress)

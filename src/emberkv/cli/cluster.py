@@ -44,7 +44,7 @@ Name = Annotated[str, typer.Option("--name", help="Of the cluster, where a machi
 def cluster() -> None:
     """Run workers and a gateway on Ray Serve, which places them, checks their health and starts them again.
 
-    Needs the extra "cluster": pip install "emberkv[cluster,torch]".
+    Needs the extra "cluster": pip install '.[cluster,torch]' in emberkv's folder.
     """
 
 
@@ -227,7 +227,7 @@ def _placement() -> Any:
     try:
         from emberkv.cluster import placement  # noqa: PLC0415 - Ray is an extra
     except ModuleNotFoundError as error:
-        raise PlacementError(f'{error.name} is not installed; pip install "emberkv[cluster]"') from error
+        raise PlacementError(f"{error.name} is not installed; pip install '.[cluster]' in emberkv's folder") from error
     return placement
 
 

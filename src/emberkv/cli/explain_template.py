@@ -25,7 +25,7 @@ def explain_template(source: str, *, as_json: bool) -> None:
         from emberkv.serving.lifecycle import chosen_output_format  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"--template needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+            f"--template needs the torch extra ({error.name} is missing): pip install '.[torch]' in emberkv's folder"
         ) from error
     is_file = Path(source).expanduser().is_file()
     tokenizer = load_tokenizer(str(files("emberkv") / "demo_model"), source) if is_file else load_tokenizer(source)

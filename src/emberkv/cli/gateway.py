@@ -234,7 +234,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         from emberkv.cluster.worker_client import Deadlines, WorkerClient  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"a gateway needs the cluster extra ({error.name} is missing): pip install 'emberkv[cluster]'"
+            f"a gateway needs the cluster extra ({error.name} is missing): pip install '.[cluster]' in emberkv's folder"
         ) from error
     seconds = options.worker_timeout
     deadlines = Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds)
@@ -303,7 +303,9 @@ def _add_foreign(
             "name the model, as in: emberkv gateway MODEL --foreign-worker ..."
         )
     if any(each.kv_events for each in options.foreign) and find_spec("zmq") is None:
-        raise ConfigError("kv-events needs the cluster extra (pyzmq is missing): pip install 'emberkv[cluster]'")
+        raise ConfigError(
+            "kv-events needs the cluster extra (pyzmq is missing): pip install '.[cluster]' in emberkv's folder"
+        )
     keys = {spec: read_keys("api-key-file", spec.api_key_file)[0] for spec in options.foreign if spec.api_key_file}
     reader = PromptReader(
         tokenizer=None if options.model is None else model_tokenizer(options.model),

@@ -284,7 +284,8 @@ class Startup:
                 from emberkv.serving import engine_setup  # noqa: PLC0415 - as above
             except ModuleNotFoundError as error:
                 raise ConfigError(
-                    f"serving needs the torch extra ({error.name} is missing): pip install 'emberkv[torch]'"
+                    f"serving needs the torch extra ({error.name} is missing): pip install '.[torch]' in "
+                    "emberkv's folder"
                 ) from error
             sizes = engine_setup.cache_sizes(config)
             loaded, kernels = assembly.load_configured(

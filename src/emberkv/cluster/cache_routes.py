@@ -227,7 +227,7 @@ def merged_prefixes(listings: Mapping[str, Sequence[Mapping[str, Any]]], by: str
             known = merged.setdefault(each["block_hash"], {**each, "hits": 0, "workers": []})
             known["hits"] += each["hits"]
             known["last_hit"] = max(known["last_hit"], each["last_hit"])
-            known["tiers"] = known["places"] = list(dict.fromkeys([*known["tiers"], *each["tiers"]]))
+            known["tiers"] = list(dict.fromkeys([*known["tiers"], *each["tiers"]]))
             known["workers"].append(name)
     if by == "largest":
         return sorted(merged.values(), key=lambda each: -each["tokens"])
@@ -284,7 +284,6 @@ def _worker_json(worker: Worker, decision: Decision, answer: dict[str, Any]) -> 
         "worker": worker.worker_id,
         "index": "exact" if worker.exact else "degraded",
         "hit_tokens": answer.get("hit_tokens"),
-        "hit_tokens_by_place": answer.get("hit_tokens_by_place"),
         "error": answer.get("error"),
         "estimate": estimate_json(worker, decision),
     }

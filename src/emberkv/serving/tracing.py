@@ -20,7 +20,6 @@ from emberkv.serving.request_context import RequestContext
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-EXTRA = "emberkv[otel]"
 NANOSECONDS = 1_000_000_000
 _OPERATIONS = {"completions": "text_completion", "generate": "text_completion"}
 """What the conventions call an API, by the name that metrics have; all others are chats."""
@@ -91,7 +90,8 @@ class RequestTracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - an extra
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"--otlp-endpoint needs OpenTelemetry's SDK ({error.name} is missing): pip install '{EXTRA}'"
+                f"--otlp-endpoint needs OpenTelemetry's SDK ({error.name} is missing): pip install '.[otel]' "
+                "in emberkv's folder"
             ) from error
         provider = TracerProvider(resource=Resource.create({"service.name": "emberkv"}))
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")

@@ -226,7 +226,7 @@ def test_a_pin_for_a_while_ends(server: Server) -> None:
     server.complete(LONG)
     (largest,) = look(server, "/prefixes?by=largest")["data"]
     assert ask(server, "/pin", block_hash=largest["block_hash"], seconds=60)["blocks"] == 11
-    assert ask(server, "/pin", identity=largest["identity"], seconds=60)["blocks"] == 11
+    assert ask(server, "/pin", block_hash=largest["block_hash"], seconds=60)["blocks"] == 11
     server.core.policy.expire(1059.0)
     assert server.core.policy.retained_bytes == 11
     server.core.policy.expire(1060.0)

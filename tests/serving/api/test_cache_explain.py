@@ -99,7 +99,7 @@ def test_what_was_evicted_is_told_with_place_and_time() -> None:
     server.core.now += 12
     (first, _) = server.explain(**text(LONG))["misses"][-2:]
     assert first["reason"] == "evicted"
-    assert first["lost"] == {"tier": "pool", "place": "pool", "how": "evicted", "at": 1030.0, "seconds_ago": 12.0}
+    assert first["lost"] == {"tier": "pool", "how": "evicted", "at": 1030.0, "seconds_ago": 12.0}
 
 
 def test_a_past_response(server: Server) -> None:

@@ -46,7 +46,7 @@ class CacheQuestion(RequestBody):
     openai: dict[str, Any] | None = None
     anthropic: dict[str, Any] | None = None
     response_id: str | None = None
-    prefix: str | None = Field(default=None, validation_alias=AliasChoices("prefix", "block_hash", "identity"))
+    prefix: str | None = Field(default=None, validation_alias=AliasChoices("prefix", "block_hash"))
     answer: Annotated[int, Field(ge=0)] = 0
     tenant: str | None = None
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

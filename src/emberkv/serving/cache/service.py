@@ -61,7 +61,6 @@ def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) 
         "prompt_tokens": explanation.prompt_tokens,
         "hit_tokens": explanation.hit_tokens,
         "hit_tokens_by_tier": dict(explanation.hit),
-        "hit_tokens_by_place": dict(explanation.hit),  # its former name
         "misses": [_miss_json(miss, now) for miss in explanation.misses],
         "divergence": explanation.divergence and _divergence_json(explanation.divergence, tokenizer),
         "canonical": dict(explained.canonical),
@@ -72,7 +71,6 @@ def explanation_json(explained: Explained, tokenizer: Tokenizer, *, now: float) 
 def _miss_json(miss: Miss, now: float) -> dict[str, Any]:
     lost = miss.loss and {
         "tier": miss.loss.tier,
-        "place": miss.loss.tier,  # its former name
         "how": miss.loss.kind.value,
         "at": round(miss.loss.at, 3),
         "seconds_ago": round(max(0.0, now - miss.loss.at), 3),
@@ -191,11 +189,9 @@ class CacheService:
         blocks = {"total": pool.total, "in_use": pool.in_use, "cached": pool.cached, "empty": pool.empty}
         held = {"blocks": blocks, "block_size": pool.block_size, "bytes_by_tenant": dict(pool.bytes_by_owner)}
         tiers = await asyncio.to_thread(self._tier_stats)
-        by_tier = {POOL: held, **{name: plain(stats) for name, stats in tiers.items()}}
         return {
             "counters": plain(pool.counters),
-            "tiers": by_tier,
-            "places": by_tier,  # its former name
+            "tiers": {POOL: held, **{name: plain(stats) for name, stats in tiers.items()}},
             "other_sizes": [] if self.reuse is None else self.reuse.figures(),
         }
 
@@ -251,8 +247,7 @@ class CacheService:
             tiers = list(dict.fromkeys([*each.tiers, *self.ledger_store.below(each.block_hash)]))
             figures = {name: value for name, value in asdict(each).items() if name not in ("block_hash", "tiers")}
             names = {"block_hash": each.block_hash.hex(), "tiers": tiers}
-            former = {"identity": each.block_hash.hex(), "places": tiers}
-            listed.append({**figures, **names, **former, "begins": text_of(tokenizer, tokens)})
+            listed.append({**figures, **names, "begins": text_of(tokenizer, tokens)})
         return listed
 
     async def path(self, block_hash: BlockHash) -> PrefixPath:

@@ -73,7 +73,9 @@ class BlockServer:
         try:
             import redis  # noqa: PLC0415 - an optional dependency
         except ImportError as error:
-            raise ConfigError("--remote-tier needs the package redis; run pip install 'emberkv[remote]'") from error
+            raise ConfigError(
+                "--remote-tier needs the package redis; run pip install '.[remote]' in emberkv's folder"
+            ) from error
         self._redis = redis
         self._client: Any = _client(address)
         self._space = space
