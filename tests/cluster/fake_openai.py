@@ -16,8 +16,10 @@ TOKENS = ["One", " two", " three"]
 class FakeOpenAI:
     """cached: tokens of the next prompts that it says were cached; None: it does not say. status: of its answers.
     dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
-    stream ends with ``[DONE]``. compresses: whether the client accepts it or not. held: what answers
-    wait for. requests: bodies as they came, with their headers.
+    stream ends with ``[DONE]``. deltas: of its streams, behind the role; None: one for each of `TOKENS`. message: of
+    its whole answers, beside the role. fails_early: whether the first event of a stream is an error. drops_kept: how
+    many requests on connections with a health check before them it drops. compresses: whether the client accepts it or
+    not. held: what answers wait for. requests: bodies as they came, with their headers.
     """
 
     models: tuple[str, ...] = ("m",)
@@ -29,9 +31,15 @@ class FakeOpenAI:
     sends_done: bool = True
     is_loading: bool = False
     compresses: bool = False
+    deltas: list[dict[str, Any]] | None = None
+    message: dict[str, Any] | None = None
+    reason: str = "stop"
+    fails_early: bool = False
+    drops_kept: int = 0
     held: asyncio.Event | None = None
     requests: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
     url: str = ""
+    _known: set[asyncio.BaseTransport] = field(default_factory=set)
 
     def usage(self) -> dict[str, Any]:
         details = {} if self.cached is None else {"prompt_tokens_details": {"cached_tokens": self.cached}}
@@ -57,7 +65,9 @@ class FakeOpenAI:
                 self.held.set()
             await runner.cleanup()
 
-    async def _health(self, _request: web.Request) -> web.Response:
+    async def _health(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        self._known.add(request.transport)
         return web.Response(status=self.health)
 
     async def _models(self, _request: web.Request) -> web.Response:
@@ -67,6 +77,9 @@ class FakeOpenAI:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
+        if self.drops_kept and request.transport in self._known:
+            self.drops_kept -= 1
+            request.transport.abort()
         self.requests.append((raw, {name.lower(): value for name, value in request.headers.items()}))
         body = json.loads(raw)
         if self.held is not None:
@@ -79,7 +92,8 @@ class FakeOpenAI:
         if body.get("stream"):
             return await self._stream(request, body)
         message = {"role": "assistant", "content": "".join(TOKENS), "tool_calls": [{"id": "c", "odd": [1, None]}]}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        message = message if self.message is None else {"role": "assistant", **self.message}
+        choice = {"index": 0, "message": message, "finish_reason": self.reason}
         answer = {"id": "cmpl-fake", "choices": [choice], "usage": self.usage()}
         response = web.json_response(answer, headers={"x-of-the-worker": "yes"})
         if self.compresses:
@@ -91,13 +105,17 @@ class FakeOpenAI:
         await response.prepare(request)
         asks_usage = (body.get("stream_options") or {}).get("include_usage")
         nothing = {"usage": None} if asks_usage else {}
-        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": each} for each in TOKENS)]
+        if self.fails_early:
+            await self._send(response, {"error": {"message": "out of memory", "code": 500}})
+            return response
+        parts = [{"content": each} for each in TOKENS] if self.deltas is None else self.deltas
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *parts]
         for number, delta in enumerate(deltas):
             if number == self.dies_after:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
-            ended = "stop" if number == len(deltas) - 1 else None
+            ended = self.reason if number == len(deltas) - 1 else None
             await self._send(response, {"choices": [{"index": 0, "delta": delta, "finish_reason": ended}], **nothing})
         if asks_usage:
             await self._send(response, {"choices": [], "usage": self.usage()})

@@ -24,6 +24,7 @@ from emberkv.cluster.worker_client import Deadlines
 from emberkv.errors import ConfigError, WorkerTimeoutError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import load_rules
+from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy import KeySource, LimitsEntry, TenantEntry, Tenants, TenantsFile, key_digest
 from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
@@ -213,7 +214,69 @@ async def test_a_request_is_retried_elsewhere_when_its_worker_dies_before_the_fi
             assert [answer.status_code for answer in answers] == [200] * 3
             assert all("error" not in answer.text for answer in answers)
             retried = [answer for answer in answers if "retried=1" in answer.headers["x-emberkv-route"]]
-            assert len(retried) == len(it.servers[0].requests)
+            assert len(retried) == len({sent for sent, _ in it.servers[0].requests})
+
+
+@on_a_loop
+async def test_a_stream_whose_first_event_is_an_error_is_retried_elsewhere_and_the_error_kept_where_all_fail() -> None:
+    async with served(FakeOpenAI(fails_early=True), FakeOpenAI()) as it:
+        for _ in range(4):
+            answer = await it.ask(chat(stream=True))
+            assert "three" in answer.text
+            assert "out of memory" not in answer.text
+        it.servers[1].fails_early = True
+        answer = await it.ask(chat(stream=True))
+        assert "out of memory" in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+@on_a_loop
+async def test_a_request_on_a_kept_connection_that_is_closed_is_sent_again_and_its_worker_not_blamed() -> None:
+    async with served(FakeOpenAI()) as it:
+        (worker,) = it.fleet.workers
+        it.servers[0].drops_kept = 1
+        await it.until(lambda: it.servers[0]._known)
+        assert (await it.ask(chat())).status_code == 200
+        assert (it.servers[0].drops_kept, worker.lost) == (0, 0)
+
+
+@on_a_loop
+async def test_a_stream_gets_headers_and_pings_while_no_worker_has_begun_it() -> None:
+    times = StreamTimes(headers=0.0, ping=0.0)
+    app = ServingSettings(bound_to_loopback=True, stream_times=times)
+    async with served(FakeOpenAI(), FakeOpenAI(), app=app) as it:
+        for server in it.servers:
+            server.held = asyncio.Event()
+        asked = asyncio.create_task(it.ask(chat(stream=True)))
+        await it.until(lambda: sum(it.asked()) == 1)
+        first = it.asked().index(1)
+        it.servers[first].dies_after = 0
+        for server in it.servers:
+            assert server.held is not None
+            server.held.set()
+        answer = await asked
+        assert answer.status_code == 200
+        assert ": ping: " in answer.text.partition("data:")[0]
+        assert f": x-emberkv-route: worker={'ba'[first]};" in answer.text
+        assert "three" in answer.text
+
+
+@on_a_loop
+async def test_a_late_refusal_is_the_last_event_of_the_stream() -> None:
+    app = ServingSettings(bound_to_loopback=True, stream_times=StreamTimes(headers=0.0, ping=10.0))
+    async with served(FakeOpenAI(status=503), app=app) as it:
+        answer = await it.ask(chat(stream=True))
+        assert (answer.status_code, answer.text) == (
+            200,
+            f": x-emberkv-route: {route_of(answer)}\n\n"
+            'data: {"error":{"message":"no","type":"server_error","param":null,"code":null}}\n\ndata: [DONE]\n\n',
+        )
+
+
+def route_of(answer: httpx.Response) -> str:
+    """What a late stream says of the route."""
+    line = next(line for line in answer.text.splitlines() if line.startswith(": x-emberkv-route: "))
+    return line.removeprefix(": x-emberkv-route: ")
 
 
 @on_a_loop
@@ -275,7 +338,7 @@ async def test_a_server_without_health_is_asked_for_its_models() -> None:
         assert (await it.client.get("/v1/models/k")).json()["id"] == "k"
         assert (await it.client.get("/v1/models/other")).status_code == 404
         assert (await it.client.get("/ready")).json()["ready"]
-        assert (await it.client.post("/v1/messages", json=chat())).status_code == 404
+        assert (await it.client.post("/tokenize", json=chat())).status_code == 404
 
 
 @on_a_loop

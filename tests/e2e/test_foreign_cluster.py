@@ -75,6 +75,32 @@ def test_a_stream_has_the_usage_that_its_client_asked_for(foreign: Foreign) -> N
         assert ('"prompt_tokens"' in answer.text) is has_usage
 
 
+def test_messages_and_responses_say_what_a_server_with_these_routes_says(foreign: Foreign) -> None:
+    server = next(iter(foreign.servers.values()))
+    question = [{"role": "user", "content": TEXT}]
+    asked = {"model": "tiny", "max_tokens": 8, "temperature": 0, "messages": question}
+    answers = [
+        httpx.post(f"{each.url}/v1/messages", json=asked, timeout=DEADLINE) for each in (server, foreign.gateway)
+    ]
+    direct, converted = (answer.json() for answer in answers)
+    for name in ("content", "stop_reason", "stop_sequence"):
+        assert converted[name] == direct[name]
+    assert converted["usage"]["output_tokens"] == direct["usage"]["output_tokens"]
+    assert route(answers[1])["worker"] in foreign.servers
+    with httpx.stream(
+        "POST", f"{foreign.gateway.url}/v1/messages", json={**asked, "stream": True}, timeout=DEADLINE
+    ) as stream:
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+    text = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+    assert text == direct["content"][0]["text"]
+    body = {"model": "tiny", "max_output_tokens": 8, "temperature": 0, "input": TEXT}
+    texts = [
+        httpx.post(f"{each.url}/v1/responses", json=body, timeout=DEADLINE).json()["output"][0]["content"][0]["text"]
+        for each in (server, foreign.gateway)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_explain_compares_tokens(foreign: Foreign) -> None:
     question = {"prompt": f"{TEXT}and at noon, and at noon, and at noon, and at noon.", "model": "tiny"}
     foreign.ask(prompt=f"{TEXT}not at noon, not at noon, not at noon, not at noon.")

@@ -1,7 +1,7 @@
 """Parses the answers of foreign workers: usage, the first token of a stream, and whether a stream is complete."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import msgspec
@@ -65,10 +65,10 @@ class AnswerEvents:
 
     keeps_usage: whether the client asked for usage. has_begun: whether a token has arrived. is_done: whether
     ``[DONE]`` has arrived. has_failed: whether an event was an error. finish_reason: of the choice that ended last, ""
-    before any has ended. response_id: the answer's id, "" before it is known.
+    before any has ended. response_id: the answer's id, "" before it is known. on_chunk: called with each chunk's JSON.
     """
 
-    def __init__(self, *, keeps_usage: bool) -> None:
+    def __init__(self, *, keeps_usage: bool, on_chunk: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.usage: Usage | None = None
         self.has_begun = False
         self.is_done = False
@@ -76,6 +76,7 @@ class AnswerEvents:
         self.finish_reason = ""
         self.response_id = ""
         self._keeps_usage = keeps_usage
+        self._on_chunk = on_chunk
         self._begun: set[str] = set()  # choices, by their index
         self._ended: set[str] = set()
         self._rest = b""
@@ -103,8 +104,10 @@ class AnswerEvents:
         chunk = decoded(payload) if payload else None
         if not isinstance(chunk, dict):
             return event
+        if self._on_chunk is not None:
+            self._on_chunk(chunk)
         if chunk.get("error"):
-            self.has_failed = self.has_begun = True
+            self.has_failed = True
             return event
         self.usage = usage_of(chunk) or self.usage
         self.response_id = self.response_id or str(chunk.get("id") or "")

@@ -2,13 +2,15 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 
 from emberkv.cluster.worker_client import Deadlines, within
-from emberkv.errors import WireError
+from emberkv.errors import WireError, WorkerLostError
 from emberkv.serving.errors import NotReadyError
 
 T = TypeVar("T")
@@ -21,6 +23,9 @@ NOT_FORWARDED = frozenset({"x-api-key", "x-real-ip"})
 
 class ForeignClient:
     """A client of one server, with persistent connections. All methods are called from one event loop.
+
+    A request on a connection that was kept from an earlier one is sent again once if the connection ends before the
+    response begins: servers close such connections at any time, which says nothing about the request.
 
     url: without ``/v1``. key: sent as ``Authorization: Bearer KEY``. hands_on_keys: whether clients' own keys are
     forwarded if there is no ``key``.
@@ -91,9 +96,25 @@ class ForeignClient:
     async def _response(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, seconds: float | None
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
-        sent = {"accept-encoding": "identity", **headers}
-        asked = self._session().request(method, f"{self.url}{path}", headers=sent, data=body, allow_redirects=False)
-        async with await self._within(seconds, asked) as response:
+        kept = _KeptConnection()
+
+        def asked() -> Awaitable[aiohttp.ClientResponse]:
+            return self._session().request(
+                method,
+                f"{self.url}{path}",
+                headers={"accept-encoding": "identity", **headers},
+                data=body,
+                allow_redirects=False,
+                trace_request_ctx=kept,
+            )
+
+        try:
+            begun = await self._within(seconds, asked())
+        except WorkerLostError:
+            if not kept.was_used:
+                raise
+            begun = await self._within(seconds, asked())
+        async with begun as response:
             yield response
 
     async def _within(self, seconds: float | None, answer: Awaitable[T]) -> T:
@@ -103,8 +124,25 @@ class ForeignClient:
         if self._http is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
             connector = aiohttp.TCPConnector(limit=0)
-            self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False)
+            trace = aiohttp.TraceConfig()
+            trace.on_connection_reuseconn.append(_note_kept)
+            self._http = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, trust_env=False, trace_configs=[trace]
+            )
         return self._http
+
+
+@dataclass(slots=True)
+class _KeptConnection:
+    """was_used: whether the request went out on a connection that was kept."""
+
+    was_used: bool = False
+
+
+async def _note_kept(
+    _session: aiohttp.ClientSession, context: SimpleNamespace, _params: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    context.trace_request_ctx.was_used = True
 
 
 class _Models(msgspec.Struct):

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, decoded, usage_of
+from emberkv.cluster.foreign.chat_answer import ChatAnswer, ChatStream
+from emberkv.cluster.foreign.conversion import Conversion, MessageResponseWriter
 from emberkv.cluster.foreign.prompts import RoutedPrompt
 from emberkv.cluster.foreign.worker import ForeignWorker, Usage
 from emberkv.core.sequence import FinishReason
@@ -19,7 +21,14 @@ from emberkv.errors import ClusterError, EmberError, WorkerLostError
 from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, summary_of
 from emberkv.serving.api.openai_api import DONE
-from emberkv.serving.errors import GenerationFailedError, failure_mid_stream, openai_error
+from emberkv.serving.errors import (
+    Failure,
+    GenerationFailedError,
+    anthropic_error,
+    anthropic_status,
+    failure_mid_stream,
+    openai_error,
+)
 from emberkv.serving.event_stream import sse_event, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.request_context import RequestContext
@@ -37,7 +46,8 @@ class ForwardedRequest:
     """A client's request as it is forwarded.
 
     path: of the API. data: the body. streams: whether it asks for a stream. keeps_usage: whether the client itself asks
-    for usage in the stream. max_tokens: the limit of the answer; None if the request has none.
+    for usage in the stream. max_tokens: the limit of the answer; None if the request has none. conversion: of a request
+    to another API, whose answer is converted back; None: the answer is passed on as it is.
     """
 
     context: RequestContext
@@ -48,6 +58,14 @@ class ForwardedRequest:
     streams: bool
     keeps_usage: bool
     max_tokens: int | None = None
+    conversion: Conversion | None = None
+
+    def chat_answer(self) -> ChatAnswer | None:
+        """Reads the answer that is to be converted."""
+        if self.conversion is None:
+            return None
+        known = len(self.prompt.chain) if self.prompt.in_tokens else 0
+        return ChatAnswer(known, self.conversion.stops, silent=self.conversion.silent)
 
 
 @dataclass(slots=True)
@@ -89,10 +107,18 @@ class Attempt:
         self._recorder = recorder
         self._interrupted: EmberError | None = None
         self._scope: asyncio.Timeout | None = None
+        conversion = request.conversion
+        self._writer = None if conversion is None else conversion.writer(request.context)
         self._timer = answers.forward(request.context)
         self._taken = None if recorder is None else recorder.arrived(_recorded(request))
         self._sent = worker.begin(request.context.request_id, request.prompt, expected, clock())
         lifecycle.track(self)
+
+    @property
+    def writer(self) -> MessageResponseWriter:
+        """Of an answer that is converted."""
+        assert self._writer is not None, "the request has a conversion"
+        return self._writer
 
     def interrupt(self, error: EmberError) -> None:
         """Abort the request: `waiting` raises ``error``."""
@@ -163,10 +189,14 @@ def _recorded(request: ForwardedRequest) -> GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer that has begun. status: the HTTP status of the worker's response."""
+    """What a worker answers. is_refusal: another worker may answer better."""
 
-    status: int
     response: Response
+    is_refusal: bool = False
+
+
+BUSY = (429, 502, 503, 504)
+"""Statuses after which a request is sent to another worker."""
 
 
 async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
@@ -183,15 +213,19 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
             is_stream = response.status == 200 and response.content_type == "text/event-stream"
             if not is_stream:
                 return await _whole(attempt, response, headers)
-            events, early = AnswerEvents(keeps_usage=request.keeps_usage), list[bytes]()
-            while not events.has_begun and not events.is_whole:
+            answer = request.chat_answer()
+            on_chunk = None if answer is None else answer.read_chunk
+            events, early = AnswerEvents(keeps_usage=request.keeps_usage, on_chunk=on_chunk), list[bytes]()
+            while not (events.has_begun or events.has_failed or events.is_whole):
                 data = await client.read(response)
                 if not data:
                     raise WorkerLostError(f"{attempt.worker} ended its answer before the first token")
                 early += events.feed(data)
+            if events.has_failed and not events.has_begun:
+                return _failed_early(attempt, early, answer, {**answer_headers(response.headers), **headers})
             attempt.token()
             kept = stack.pop_all()
-        return Reply(200, RelayedStream(attempt, response, events, early, kept, headers))
+        return Reply(RelayedStream(attempt, response, events, early, kept, headers, answer))
     except ClusterError:
         attempt.worker.lost += 1
         attempt.refused()
@@ -204,7 +238,7 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
 
 
 async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: Mapping[str, str]) -> Reply:
-    """The reply for an answer that is not a stream, or for an error."""
+    """The reply for an answer that is not a stream, or for an error of the worker."""
     data = await attempt.worker.client.read_all(response)
     answer = decoded(data)
     usage = usage_of(answer) if response.status == 200 else None
@@ -217,7 +251,43 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     known = usage is not None and usage.cached is not None
     summary = {CACHE_HEADER: str(attempt.summary())} if known else {}
     own = {**summary, **answer_headers(response.headers), **headers}
-    return Reply(response.status, Response(data, status_code=response.status, headers=own))
+    is_refusal = response.status in BUSY
+    if (chat := attempt.request.chat_answer()) is None:
+        return Reply(Response(data, status_code=response.status, headers=own), is_refusal)
+    if response.status == 200:
+        chat.read_whole(answer)
+        return Reply(JSONResponse(attempt.writer.whole([chat]), headers=_converted(own)))
+    return Reply(_converted_error(attempt, response.status, answer, own), is_refusal)
+
+
+def _failed_early(
+    attempt: Attempt, early: Sequence[bytes], answer: ChatAnswer | None, headers: Mapping[str, str]
+) -> Reply:
+    """The reply for a stream whose first event is an error: another worker may do better, and the client has had
+    nothing yet.
+    """
+    attempt.worker.lost += 1
+    attempt.refused()
+    if answer is None:
+        events = b"".join(early)
+        return Reply(Response(events if DONE in events else events + DONE, headers=dict(headers)), is_refusal=True)
+    return Reply(_converted_error(attempt, 502, {"error": answer.error}, headers), is_refusal=True)
+
+
+def _converted(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers of the worker's answer without its type, which the converted one has by itself."""
+    return {name: value for name, value in headers.items() if name != "content-type"}
+
+
+def _converted_error(attempt: Attempt, status: int, answer: Any, headers: Mapping[str, str]) -> Response:
+    """A worker's error in the words of the API that the client speaks."""
+    said = answer.get("error", answer) if isinstance(answer, dict) else None
+    text = said.get("message") if isinstance(said, dict) else said
+    failure = Failure(status, str(text or f"the worker answers with status {status}"))
+    own = _converted(headers)
+    if attempt.request.context.api == "messages":
+        return JSONResponse(anthropic_error(failure), anthropic_status(failure), own)
+    return JSONResponse(openai_error(failure), status, own)
 
 
 def finish_reason(said: object) -> FinishReason:
@@ -237,7 +307,8 @@ class RelayedStream(Response):
 
     An answer that breaks off is not resumed at another worker, as the gateway does not know its tokens.
 
-    early: the events that have arrived already. stack: closes the connection. on_end: called after the response.
+    early: the events that have arrived already. stack: closes the connection. chat: the answer
+    that is to be converted; None: the events are passed on as they are.
     """
 
     def __init__(
@@ -248,6 +319,7 @@ class RelayedStream(Response):
         early: Sequence[bytes],
         stack: AsyncExitStack,
         headers: Mapping[str, str],
+        chat: ChatAnswer | None = None,
     ) -> None:
         # not Response.__init__, which would give the stream the length of an empty body
         self._attempt = attempt
@@ -255,8 +327,8 @@ class RelayedStream(Response):
         self._events = events
         self._early = early
         self._stack = stack
+        self._chat = chat
         self._reason = FinishReason.ABORT
-        self.on_end: Callable[[], None] = lambda: None
         self.status_code = 200
         self.background = None
         self.init_headers({**answer_headers(response.headers), **headers})
@@ -266,18 +338,28 @@ class RelayedStream(Response):
             await unless_disconnected(receive, self._send_all(send))
         finally:
             await self._stack.aclose()
-            self._attempt.answer.response_id = self._events.response_id
+            is_converted = self._chat is not None
+            own_id = self._attempt.request.context.request_id
+            self._attempt.answer.response_id = own_id if is_converted else self._events.response_id
             self._attempt.end(self._events.usage, self._reason)
-            self.on_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._relayed()) as events:
+        async with aclosing(self._relayed() if self._chat is None else self._rewritten(self._chat)) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _relayed(self) -> AsyncGenerator[bytes, None]:
+    async def _rewritten(self, chat: ChatAnswer) -> AsyncGenerator[bytes, None]:
+        """The events of the API that the client speaks. Its writer makes an event of what the answer fails by."""
+        async with aclosing(self._read()) as relayed:
+            async for event in self._attempt.writer.events(ChatStream(chat, relayed)):
+                yield event
+        if chat.error:
+            self._reason = FinishReason.ERROR
+
+    async def _read(self) -> AsyncGenerator[bytes, None]:
+        """The worker's events. Raises EmberError where the answer does not come to its end."""
         for event in self._early:
             yield event
         client, events = self._attempt.worker.client, self._events
@@ -289,10 +371,19 @@ class RelayedStream(Response):
                         yield event
             if not events.is_whole:
                 raise WorkerLostError(f"{self._attempt.worker} ended its answer before it was complete")
-            self._reason = FinishReason.ERROR if events.has_failed else finish_reason(events.finish_reason)
-        except EmberError as error:
+        except EmberError:
             self._reason = FinishReason.ERROR
             self._attempt.worker.lost += 1
+            raise
+        self._reason = FinishReason.ERROR if events.has_failed else finish_reason(events.finish_reason)
+
+    async def _relayed(self) -> AsyncGenerator[bytes, None]:
+        """The worker's events as they are, and an error event where they break off."""
+        try:
+            async with aclosing(self._read()) as events:
+                async for event in events:
+                    yield event
+        except EmberError as error:
             shown = GenerationFailedError(str(error)) if isinstance(error, ClusterError) else error
             yield sse_event(openai_error(failure_mid_stream(shown)))
             yield DONE

@@ -15,8 +15,10 @@ from starlette.types import Message, Receive, Scope, Send
 from emberkv.cluster.cache_routes import estimate_json
 from emberkv.cluster.cluster_engine import ROUTE_HEADER, ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
+from emberkv.cluster.foreign.conversion import CHAT_PATH, convert, prompt_body
 from emberkv.cluster.foreign.fleet import ForeignFleet
-from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedStream, ask
+from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, ask
+from emberkv.cluster.foreign.late_stream import LateStream
 from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body
 from emberkv.cluster.foreign.worker import ForeignWorker
 from emberkv.cluster.membership import Membership, Replica
@@ -26,9 +28,11 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
 from emberkv.serving.admission import InFlight, TenantLimits
+from emberkv.serving.answer_service import LEFT_OUT_HEADER, counts_header
+from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.openai_api import openai_card
-from emberkv.serving.api.validation import Json
+from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.app import AppParts
 from emberkv.serving.cache.service import Explained, explanation_json
 from emberkv.serving.errors import (
@@ -42,13 +46,12 @@ from emberkv.serving.event_stream import compact_json, unless_disconnected
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
 
-BUSY = (429, 502, 503, 504)
-"""Statuses after which a request is sent to another worker."""
-
 MAX_REMEMBERED = 2000
 """Recent answers that can be explained by their ``response_id``."""
 
-_OTHERS = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize", "/detokenize")
+_OTHERS = ("/tokenize", "/detokenize")
+_CONVERTED = ("messages", "responses")
+"""APIs whose requests reach foreign workers as chat completions."""
 
 ELSEWHERE = "emberkv.not_forwarded"
 """The key in an ASGI scope that marks a request as passed on to the other routes."""
@@ -82,6 +85,8 @@ class ForeignRoutes(CacheRoutes):
         self._reader = reader
         self._engine = engine
         self._keys = parts.keys
+        self._responses = parts.responses
+        self._times = parts.stream_times
         self._in_flight = in_flight
         self._recorder = recorder
         self._clock = clock
@@ -98,6 +103,18 @@ class ForeignRoutes(CacheRoutes):
         @router.post("/v1/completions")
         async def completions(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
             return await self._answer(http, tenant, "completions")
+
+        @router.post("/v1/messages")
+        async def messages(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+            return await self._answer(http, tenant, "messages")
+
+        @router.post("/v1/responses")
+        async def responses(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+            return await self._answer(http, tenant, "responses")
+
+        @router.post("/v1/messages/count_tokens")
+        async def count_tokens(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
+            return await self._count_tokens(http, tenant)
 
         @router.get("/v1/models", dependencies=[guard])
         async def models(http: Request) -> Response:
@@ -125,8 +142,30 @@ class ForeignRoutes(CacheRoutes):
             return _HandedOn(await http.body())
         raise NotFoundError(
             f"this gateway does not support {http.url.path}, as it has only foreign workers; use "
-            "/v1/chat/completions or /v1/completions"
+            "/v1/chat/completions, /v1/completions, /v1/messages or /v1/responses"
         )
+
+    async def _count_tokens(self, http: Request, tenant: Tenant) -> Response:
+        """Count a prompt's tokens by the tokenizer that the gateway was given for foreign workers.
+
+        Raises NotFoundError if there is none.
+        """
+        raw = await http.body()
+        if self._lifecycle.has_model or self._membership.workers:
+            return _HandedOn(raw)
+
+        def count() -> int | None:
+            body, _ = prompt_body(parse_body(PromptRequest, raw))
+            prompt = self._reader.read(canonical_body(body, self._preparer.rules)[0], tenant)
+            return len(prompt.chain) if prompt.in_tokens else None
+
+        counted = await self._preparer.run(count, len(raw))
+        if counted is None:
+            raise NotFoundError(
+                "this gateway cannot count tokens, as it does not know the model's tokenizer; start it as 'emberkv "
+                "gateway MODEL --foreign-worker ...'"
+            )
+        return JSONResponse({"input_tokens": counted})
 
     async def explain(self, http: Request) -> Response:
         """Explain the misses of a prompt at the foreign worker that would get it, or of a past request."""
@@ -174,41 +213,34 @@ class ForeignRoutes(CacheRoutes):
         foreign = self._serving(model)
         if not isinstance(body, dict) or not foreign:
             return self._not_forwarded(model, raw)
+        own = self._own(model)
+        if own is not None and api in _CONVERTED:  # emberkv workers have these APIs themselves
+            return _HandedOn(raw)
         self._lifecycle.check_accepting()
         accepted = _Accepted(tenant.name, self._in_flight, self._answers.limits)
         try:
-            response = await self._begun(http, tenant, api, body, raw, foreign, accepted)
+            work = partial(self._read, http, tenant, api, body, raw, own)
+            request = await self._preparer.run(work, len(raw))
+            candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
+            begin = partial(self._forward, request, candidates, raw, accepted)
+            if request.streams:
+                return LateStream(begin, api, self._times, accepted.leave)
+            begun = await unless_disconnected(http.receive, begin())
         except BaseException:
             accepted.leave()
             raise
-        if isinstance(response, RelayedStream):
-            response.on_end = accepted.leave
-        else:
-            accepted.leave()
-        return response
-
-    async def _begun(
-        self,
-        http: Request,
-        tenant: Tenant,
-        api: str,
-        body: Json,
-        raw: bytes,
-        foreign: Sequence[ForeignWorker],
-        accepted: "_Accepted",
-    ) -> Response:
-        """The response once it has begun, by a ``foreign`` worker or an emberkv worker."""
-        own = self._own(body.get("model"))
-        work = partial(self._read, http, tenant, api, body, raw, own)
-        request = await self._preparer.run(work, len(raw))
-        candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
-        begun = await unless_disconnected(http.receive, self._forward(request, candidates, raw, accepted))
+        accepted.leave()
         return begun or Response(status_code=CLIENT_GONE)
 
     def _read(
         self, http: Request, tenant: Tenant, api: str, body: Json, raw: bytes, own: Own | None
     ) -> ForwardedRequest:
-        """The request as it is forwarded: unchanged except for canonical rules and ``include_usage`` of streams."""
+        """The request as it is forwarded: a conversion to a chat completion, or unchanged except for canonical rules
+        and ``include_usage`` of streams. Raises RequestError for one that cannot be converted.
+        """
+        conversion = convert(api, raw, tenant, self._responses) if api in _CONVERTED else None
+        if conversion is not None:
+            body = {**conversion.chat, "stream": conversion.streams}
         asked, canonical = canonical_body(body, self._preparer.rules)
         options = asked.get("stream_options")
         keeps_usage = isinstance(options, dict) and bool(options.get("include_usage"))
@@ -216,16 +248,25 @@ class ForeignRoutes(CacheRoutes):
         if streams and not keeps_usage and (options is None or isinstance(options, dict)):
             asked = {**asked, "stream_options": {**(options or {}), "include_usage": True}}
         salt = asked.get("cache_salt")
+        context = self._answers.request(
+            http,
+            api,
+            tenant.salted(salt if isinstance(salt, str) else None),
+            canonical,
+            user_id=conversion.user_id if conversion is not None else "",
+            left_out=conversion.left_out if conversion is not None else None,
+        )
         limits = (asked.get("max_completion_tokens"), asked.get("max_tokens"))
         return ForwardedRequest(
-            self._answers.request(http, api, tenant.salted(salt if isinstance(salt, str) else None), canonical),
-            http.url.path,
-            raw if asked is body else compact_json(asked).encode(),
+            context,
+            CHAT_PATH if conversion is not None else http.url.path,
+            raw if asked is body and conversion is None else compact_json(asked).encode(),
             http.headers,
             self._reader.read(asked, tenant, own),
             streams,
             keeps_usage,
             next((limit for limit in limits if type(limit) is int and limit > 0), None),
+            conversion,
         )
 
     async def _forward(
@@ -233,10 +274,12 @@ class ForeignRoutes(CacheRoutes):
     ) -> Response:
         """Try one worker after the other until one has begun an answer.
 
-        If the last workers answer with a status of `BUSY`, that is the response. Raises RateLimitedError if the tenant
-        has reached a limit, and NotReadyError if no worker begins an answer.
+        If all that are left refuse it (`Reply`), the last refusal is the response. Raises RateLimitedError if the
+        tenant has reached a limit, and NotReadyError if no worker begins an answer.
         """
         left, refusal, failure, retried = list(candidates), None, None, 0
+        kinds = request.context.left_out
+        left_out = {LEFT_OUT_HEADER: counts_header(kinds)} if kinds else {}
         while True:
             found = self._membership.choose(
                 self._routing(request.prompt, request.context.session),
@@ -251,6 +294,7 @@ class ForeignRoutes(CacheRoutes):
             worker, decision = found
             left.remove(worker)
             if not isinstance(worker, ForeignWorker):
+                accepted.leave()  # it counts again where it is handed on to
                 return _HandedOn(raw)
             accepted.count(len(request.prompt.chain))
             cached = decision.cached_by_tier
@@ -265,12 +309,12 @@ class ForeignRoutes(CacheRoutes):
                 on_end=self._remember,
             )
             try:
-                reply = await ask(attempt, {ROUTE_HEADER: route_header(route)})
+                reply = await ask(attempt, {ROUTE_HEADER: route_header(route), **left_out})
             except ClusterError as error:
                 failure = error
                 self._fleet.suspect(worker, error)
             else:
-                if reply.status not in BUSY:
+                if not reply.is_refusal:
                     return reply.response
                 refusal = reply.response
             retried += 1
@@ -334,7 +378,7 @@ class _Accepted:
         self._tenant = tenant
         self._in_flight = in_flight
         self._limits = limits
-        self._is_counted = False
+        self._is_counted = self._has_left = False
         in_flight.enter(tenant, 1)
 
     def count(self, tokens: int) -> None:
@@ -347,7 +391,10 @@ class _Accepted:
             self._is_counted = True
 
     def leave(self) -> None:
-        """The request has ended."""
+        """The request has ended. Idempotent."""
+        if self._has_left:
+            return
+        self._has_left = True
         self._in_flight.leave(self._tenant, 1)
         if self._is_counted:
             self._limits.leave(self._tenant)
