@@ -104,7 +104,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.bin"
     path.touch()
     with pytest.raises(ModelNotFoundError, match="is a file"):
         load_model(str(path))

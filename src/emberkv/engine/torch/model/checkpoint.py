@@ -29,7 +29,8 @@ WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"
 
 _LONGEST_SHOWN = 100
 _ACCEPTED = (
-    "accepted are a local folder with config.json and safetensors weights, or a hub id such as 'Qwen/Qwen3-0.6B'"
+    "accepted are a local folder with config.json and safetensors weights, a GGUF file, or a hub id such as "
+    "'Qwen/Qwen3-0.6B'"
 )
 
 Fetch = Callable[[str], Path]
@@ -94,12 +95,17 @@ _HUB_PROBLEMS: dict[type[BaseException], str] = {
 """By what the client raised; the more special kind stands first."""
 
 
-def find_folder(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
-    """The local folder of a model that is given by path or hub id.
+GGUF_SUFFIX = ".gguf"
+
+
+def find_model(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
+    """The local folder, or the GGUF file, of a model that is given by path or hub id.
 
     Raises ModelNotFoundError when there is none, or the folder has no config.json.
     """
     path = _local(name_or_path)
+    if path is not None and path.is_file() and path.suffix == GGUF_SUFFIX:
+        return path
     if path is not None and path.is_dir():
         folder = path
     elif path is not None and path.exists():
@@ -152,8 +158,10 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX_FILE).is_file():
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
         if others:
+            named = next((name for name in others if name.endswith(GGUF_SUFFIX)), None)
+            hint = "" if named is None else f", or the GGUF file itself: {folder / named}"
             raise UnsupportedModelError(
-                f"{folder} has weights in {', '.join(others)} only; accepted are safetensors files"
+                f"{folder} has weights in {', '.join(others)} only; accepted are safetensors files{hint}"
             )
         raise ModelNotFoundError(f"{folder} has no weights; it must hold {SINGLE_FILE} or {INDEX_FILE}")
     shards = read_json(folder / INDEX_FILE).get("weight_map")

@@ -29,16 +29,26 @@ def weights_fingerprint(folder: Path) -> str:
 
     Raises the errors of ``weight_files``, and OSError when a file cannot be read.
     """
+    return files_fingerprint((folder / "config.json").read_bytes(), weight_files(folder))
+
+
+def files_fingerprint(config: bytes, files: list[Path]) -> str:
+    """Hex identity of a config's bytes and of the content of files, which are named in it."""
     whole = xxhash.xxh3_128()
-    whole.update((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
+    whole.update(config)
+    for path in files:
         whole.update(f"\0{path.name}\0{_file_hash(path)}".encode())
     return whole.hexdigest()
 
 
 def file_states(folder: Path) -> list[FileState]:
     """What shows that the files of `weights_fingerprint` were written to or replaced between two calls."""
-    found = [path.stat() for path in (folder / "config.json", *weight_files(folder))]
+    return states_of([folder / "config.json", *weight_files(folder)])
+
+
+def states_of(files: list[Path]) -> list[FileState]:
+    """What shows that one of the files was written to or replaced between two calls."""
+    found = [path.stat() for path in files]
     return [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found]
 
 

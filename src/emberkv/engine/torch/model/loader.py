@@ -1,10 +1,8 @@
 """Loads a model from a folder or the hub into the memory that is free, or says precisely why it cannot be served."""
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,38 +10,17 @@ import psutil
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from emberkv.engine.request import SamplingParams
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.template_check import install_chat_template
-from emberkv.engine.torch.model.checkpoint import (
-    Fetch,
-    StoredTensors,
-    fetch_from_hub,
-    find_folder,
-    read_headers,
-    read_json,
-    weight_files,
-)
-from emberkv.engine.torch.model.fingerprint import file_states, weights_fingerprint
-from emberkv.engine.torch.model.generation_config import (
-    GenerationConfigMode,
-    end_tokens,
-    read_generation_config,
-    sampling_defaults,
-)
-from emberkv.engine.torch.model.geometry import ModelGeometry, ModelShape, inspect_model
-from emberkv.errors import ConfigError, CorruptModelError, ModelError, UnsupportedModelError, reason_of
+from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model
+from emberkv.engine.torch.model.generation_config import GenerationConfigMode, end_tokens, sampling_defaults
+from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
+from emberkv.engine.torch.model.gguf_file import GGUFSource
+from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
+from emberkv.errors import ConfigError, CorruptModelError, ModelError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -90,11 +67,6 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_BUILDING = threading.Lock()
-"""transformers sets torch's default dtype, which is one for the process, while it loads a model."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,38 +153,34 @@ def load_model(
     _silence()
     target = choose_device(device)
     progress(f"finding {name_or_path}")
-    folder = find_folder(name_or_path, fetch)
-    config = _read_config(folder)
-    if (folder / "adapter_config.json").is_file():
-        _log.warning(
-            "%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", folder
-        )
-    shape = inspect_model(config)
-    generation = read_generation_config(folder, generation_config)
-    files = weight_files(folder)
-    stored = read_headers(files)
-    _check_shapes(folder, shape, stored)
-    chosen = choose_dtype(dtype, _checkpoint_dtype(config, stored.dtype), target)
-    check_memory(folder, stored, chosen, target)
+    path = find_model(name_or_path, fetch)
+    source = open_source(path)
+    if (path / "adapter_config.json").is_file():
+        _log.warning("%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", path)
+    shape = inspect_model(source.config)
+    generation = source.generation(generation_config)
+    source.check(shape)
+    chosen = choose_dtype(dtype, source.stored_dtype(), target)
+    check_memory(path, source.num_bytes(chosen), chosen, target)
     progress("loading the tokenizer")
-    tokenizer = _load_tokenizer(folder)
-    chat_problem = install_chat_template(tokenizer, folder, chat_template)
+    tokenizer = source.tokenizer()
+    chat_problem = install_chat_template(tokenizer, path, chat_template)
     progress("identifying the weights")
-    before = file_states(folder)
-    fingerprint = weights_fingerprint(folder)
-    progress(f"loading {sum(path.stat().st_size for path in files) / 2**20:,.0f} MiB of weights")
-    model = _load_weights(folder, config, chosen, attn_implementation)
-    if file_states(folder) != before:
-        raise CorruptModelError(f"the files in {folder} changed while they were loaded; start again")
+    before = source.file_states()
+    fingerprint = source.fingerprint()
+    progress(f"loading {sum(size for _, _, size, _, _ in before) / 2**20:,.0f} MiB of weights")
+    model = source.load(chosen, attn_implementation)
+    if source.file_states() != before:
+        raise CorruptModelError(f"the files in {path} changed while they were loaded; start again")
     torch.nn.Module.to(model, target).requires_grad_(False)
     return LoadedModel(
         model=model,
         tokenizer=HFTokenizer(tokenizer, chat_problem=chat_problem),
-        name=folder.resolve().name if Path(name_or_path).expanduser() == folder else name_or_path,
-        folder=folder,
+        name=path.resolve().name.removesuffix(".gguf") if Path(name_or_path).expanduser() == path else name_or_path,
+        folder=path,
         dtypes=ModelDtypes.all_of(chosen),
         device=target,
-        eos_token_ids=_eos_token_ids(folder, config, generation, tokenizer),
+        eos_token_ids=_eos_token_ids(source, generation, tokenizer),
         fingerprint=fingerprint,
         geometry=shape.geometry,
         sampling_defaults=sampling_defaults(generation) if generation_config == "auto" else SamplingParams(),
@@ -227,9 +195,14 @@ def load_tokenizer(
     Raises ModelNotFoundError, CorruptModelError or UnsupportedModelError, and ConfigError for a template that is none.
     """
     _silence()
-    folder = find_folder(name_or_path, fetch)
-    tokenizer = _load_tokenizer(folder)
-    return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, folder, chat_template))
+    path = find_model(name_or_path, fetch)
+    tokenizer = read_tokenizer(path) if path.is_dir() else GGUFSource(path).tokenizer()
+    return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, path, chat_template))
+
+
+def open_source(path: Path) -> ModelSource:
+    """What a folder or a GGUF file, of `find_model`, holds. Raises CorruptModelError, UnsupportedModelError."""
+    return FolderSource(path) if path.is_dir() else GGUFSource(path)
 
 
 def choose_device(device: str) -> torch.device:
@@ -263,13 +236,6 @@ def choose_dtype(dtype: DTypeName, checkpoint: torch.dtype | None, device: torch
     return checkpoint
 
 
-def _checkpoint_dtype(config: PretrainedConfig, stored: str | None) -> torch.dtype | None:
-    """What the config says the weights are, else what the first of them is."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    return _STORED_DTYPES.get(stored) if stored is not None else None
-
-
 def _silence() -> None:
     """Progress is ours to show, and what transformers only warns of is an error here or of no interest."""
     quiet: Any = transformers.logging  # its functions are untyped
@@ -278,108 +244,23 @@ def _silence() -> None:
     disable_progress_bars()
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if not isinstance(model_type, str):
-        raise CorruptModelError(f"{path} names no model_type; it must be one of transformers' model types")
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"{model_type} cannot be served: this version of transformers does not know it, and code that comes "
-            "with a model is never run"
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the architecture's own code, on unchecked values
-        raise CorruptModelError(f"{path} is no usable {model_type} config: {reason_of(error)}") from error
-    return config
-
-
-def _check_shapes(folder: Path, shape: ModelShape, stored: StoredTensors) -> None:
-    """Refuse tensors that the config wants in another shape, before memory is taken for them."""
-    for name, found in stored.shapes.items():
-        wanted = shape.shapes.get(name, shape.shapes.get(f"{shape.prefix}{name}", found))
-        if wanted != found:
-            raise CorruptModelError(
-                f"the weights in {folder} do not fit its config.json: {name} is stored as {list(found)}, "
-                f"and the config makes it {list(wanted)}"
-            )
-
-
-def check_memory(folder: Path, stored: StoredTensors, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ModelError for weights that, as ``dtype``, are larger than the free memory of ``device``."""
-    needed = sum(map(prod, stored.shapes.values())) * dtype.itemsize
+def check_memory(path: Path, needed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ModelError where the weights, with ``dtype`` for those that are plain, exceed the free memory."""
     free = free_memory(device)
     if needed > free:
         raise ModelError(
-            f"the weights in {folder} take {gib(needed)} as {dtype_name(dtype)}; {gib(free)} are free on {device}"
+            f"the weights in {path} take {gib(needed)} as {dtype_name(dtype)}; {gib(free)} are free on {device}"
         )
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
-        raise CorruptModelError(f"{folder} has no tokenizer; it must hold one of {', '.join(_TOKENIZER_FILES)}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        if found == ["tokenizer.model"]:
-            raise UnsupportedModelError(
-                f"{folder} has its tokenizer as a SentencePiece model only (tokenizer.model); it must hold "
-                "tokenizer.json, which transformers' save_pretrained writes where sentencepiece is installed"
-            ) from error
-        raise CorruptModelError(f"the tokenizer in {folder} cannot be read: {reason_of(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UnsupportedModelError(
-            f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
-        )
-    return tokenizer
-
-
-def _load_weights(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str
-) -> PreTrainedModel:
-    auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
-    generation_config: Any = GenerationConfig  # untyped
-    model: PreTrainedModel
-    try:
-        with _BUILDING:
-            model, report = auto_class.from_pretrained(
-                folder,
-                config=config,
-                generation_config=generation_config(),  # so that the file is read in one place only
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # the architecture's own code, on unchecked tensors and values
-        raise CorruptModelError(f"the weights in {folder} do not fit its config.json: {reason_of(error)}") from error
-    _require_complete(folder, report)
-    return model
-
-
-def _require_complete(folder: Path, report: dict[str, Any]) -> None:
-    """Refuse what transformers would fill with random numbers after a warning."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CorruptModelError(f"the weights in {folder} lack {named}; the config needs every tensor of the model")
 
 
 def _eos_token_ids(
-    folder: Path, config: PretrainedConfig, generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
+    source: ModelSource, generation: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> frozenset[int]:
-    """The ends that generation_config.json, config.json and the tokenizer name, all of them.
+    """The ends that generation_config.json, the config and the tokenizer name, all of them.
 
     Where neither file names one, it is the architecture's own.
     """
-    stored = read_json(folder / "config.json")
-    text_config = stored.get("text_config")
-    nested = text_config.get("eos_token_id") if isinstance(text_config, dict) else None
-    named = [generation.get("eos_token_id"), stored.get("eos_token_id"), nested]
+    named = [generation.get("eos_token_id"), *source.named_ends()]
     if all(each is None for each in named):
-        named = [getattr(config.get_text_config(decoder=True), "eos_token_id", None)]
+        named = [getattr(source.config.get_text_config(decoder=True), "eos_token_id", None)]
     return end_tokens([*named, tokenizer.eos_token_id])

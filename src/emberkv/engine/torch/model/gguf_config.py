@@ -1,0 +1,168 @@
+"""A model's config from a GGUF file's metadata, for architectures of which every number that matters is understood.
+
+What could change a model's results and is not known here is refused, not ignored.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from emberkv.errors import CorruptModelError, UnsupportedModelError, reason_of
+
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+"""The type of model in transformers, by ``general.architecture``. Mistral's files call themselves llama."""
+
+ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+
+Fields = Mapping[str, Any]
+Floats = Callable[[str], Tensor]
+"""float32: a tensor of the file, by name; empty where there is none."""
+
+_NUMBERS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_UNDERSTOOD = frozenset(
+    {
+        *_NUMBERS, "vocab_size", "attention.key_length", "attention.value_length", "attention.sliding_window",
+        "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping",
+        "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
+        "rope.scaling.yarn_log_multiplier", "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
+    }
+)  # fmt: skip
+_WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
+"""By their layers: their queries are scaled by hidden size and heads, which the metadata do not say."""
+
+
+def config_of(path: Path, fields: Fields, floats: Floats) -> PretrainedConfig:
+    """The config of the model in ``path``. Raises UnsupportedModelError and CorruptModelError."""
+    name = str(fields.get("general.architecture"))
+    if name not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{path} cannot be served: its architecture is {name}; from GGUF files {', '.join(ARCHITECTURES)} are "
+            "read, and other models from safetensors folders"
+        )
+    own = {key.removeprefix(f"{name}."): value for key, value in fields.items() if key.startswith(f"{name}.")}
+    missing = [key for key in ("context_length", "block_count", "embedding_length", "attention.head_count") if
+               not isinstance(own.get(key), int)]  # fmt: skip
+    if missing:
+        raise CorruptModelError(f"{path} gives no whole number as {name}.{missing[0]}")
+    try:
+        return AutoConfig.for_model(ARCHITECTURES[name], **_settings(name, own, fields, floats))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{path} cannot be served: {error}; the model's safetensors folder would work, with --quantize int8 or int4"
+        ) from error
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise CorruptModelError(f"{path} has no usable metadata of a {name} model: {reason_of(error)}") from error
+
+
+def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[str, Any]:
+    unknown = sorted(own.keys() - _UNDERSTOOD)
+    if unknown:
+        raise UnsupportedModelError(f"its metadata have {name}.{unknown[0]}, which is not understood")
+    head_dim = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
+    if own.get("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError("its keys and values differ in length")
+    settings = {
+        **{ours: own[theirs] for theirs, ours in _NUMBERS.items() if theirs in own},
+        "head_dim": head_dim,
+        "vocab_size": own.get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": floats("output.weight").numel() == 0,
+        "rope_parameters": _rope(name, own, head_dim, floats),
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": None,
+    }
+    if own.get("attention.sliding_window"):
+        if name not in _WINDOWED:
+            raise UnsupportedModelError(f"it has a sliding window, which is not known of {name}")
+        settings["sliding_window"] = own["attention.sliding_window"]
+    if own.get("attn_logit_softcapping"):
+        settings["attn_logit_softcapping"] = own["attn_logit_softcapping"]
+    if own.get("final_logit_softcapping"):
+        settings["final_logit_softcapping"] = own["final_logit_softcapping"]
+    if name in _LARGEST_GEMMAS:
+        large = own["block_count"] == _LARGEST_GEMMAS[name]
+        settings["query_pre_attn_scalar"] = (
+            own["embedding_length"] // own["attention.head_count"] if large else head_dim
+        )
+    return settings
+
+
+def _rope(name: str, own: Fields, head_dim: int, floats: Floats) -> dict[str, Any]:
+    theta = float(own.get("rope.freq_base", 1_000_000.0 if name == "gemma3" else 10_000.0))
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    rotated = own.get("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        if name != "phi3":
+            raise UnsupportedModelError(f"{rotated} of a head's {head_dim} values are rotated")
+        parameters["partial_rotary_factor"] = rotated / head_dim
+    kind = own.get("rope.scaling.type", "none")
+    if kind in ("linear", "yarn"):
+        parameters |= {"rope_type": kind, "factor": float(own["rope.scaling.factor"])}
+        if kind == "yarn":
+            parameters["original_max_position_embeddings"] = int(own["rope.scaling.original_context_length"])
+    factors = _factors(own, floats)
+    if kind not in ("none", "linear", "yarn") and not factors:
+        raise UnsupportedModelError(f"its RoPE is scaled by {kind!r}")
+    parameters |= factors
+    if name == "gemma3":
+        local = float(own.get("rope.freq_base_swa", 10_000.0))
+        return {
+            "full_attention": parameters,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    return parameters
+
+
+def _factors(own: Fields, floats: Floats) -> dict[str, Any]:
+    """What divides each rotation's frequency: stored as a tensor, for any length (Llama 3) or for two (Phi-3)."""
+    always = floats("rope_freqs.weight").tolist()
+    short, long = floats("rope_factors_short.weight").tolist(), floats("rope_factors_long.weight").tolist()
+    if always:
+        original, factor = int(own["context_length"]), 1.0
+        short = long = always
+    elif short and long:
+        original = int(own["rope.scaling.original_context_length"])
+        factor = float(own.get("rope.scaling.attn_factor", 1.0))
+    else:
+        return {}
+    return {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": original,
+        "attention_factor": factor,
+        "factor": 1.0 if always else own["context_length"] / original,
+    }
+
+
+def q_and_k_rows(config: PretrainedConfig, name: str) -> Tensor | None:
+    """int64 ``[out]``: the row of a stored query or key weight that is each row of the model's; None: its own.
+
+    llama.cpp keeps the two halves of a head, which are rotated together, side by side in models of Llama's kind.
+    """
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    count = next((number for part, number in heads.items() if part in name), None)
+    if config.model_type != "llama" or count is None:
+        return None
+    return torch.arange(count * config.head_dim).view(count, config.head_dim // 2, 2).transpose(1, 2).reshape(-1)

@@ -1,0 +1,185 @@
+"""A GGUF file as a source of a model: its config, its tokenizer and its tensors, which stay quantised."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from emberkv.engine.torch.model.building import NamedWeight, build_model
+from emberkv.engine.torch.model.fingerprint import FileState, files_fingerprint, states_of
+from emberkv.engine.torch.model.generation_config import GenerationConfigMode
+from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
+from emberkv.engine.torch.model.gguf_config import ENDS, config_of, q_and_k_rows
+from emberkv.engine.torch.model.source import BUILDING
+from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
+from emberkv.engine.torch.quantization.stored import StoredWeight, affine_bytes
+from emberkv.engine.torch.quantization.weight import QuantizedWeight
+from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
+
+_PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
+_IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Tensors that `config_of` reads."""
+
+
+class GGUFSource:
+    """A GGUF file of one of the architectures in `gguf_config.ARCHITECTURES`.
+
+    Raises CorruptModelError for a file that is none, UnsupportedModelError naming what is not read of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except Exception as error:  # the library raises whatever numpy does on a file that is cut short
+            raise CorruptModelError(f"{path} is no whole GGUF file: {reason_of(error)}") from error
+        self._fields = {name: field.contents() for name, field in self._reader.fields.items()}
+        parts = self._fields.get("split.count", 1)
+        if parts and parts > 1:
+            raise UnsupportedModelError(
+                f"{path} is one of {parts} parts; join them with llama-gguf-split --merge, and name the file it writes"
+            )
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        odd = next((each for each in self._tensors.values() if not _is_read(each.tensor_type)), None)
+        if odd is not None:
+            raise UnsupportedModelError(
+                f"{path} cannot be served: {odd.name} is in {odd.tensor_type.name}; "
+                f"{', '.join(kind.name for kind in (*_PLAIN, *BLOCK_TYPES))} are read, such as a file in Q8_0 or Q4_K_M"
+            )
+        self.config: PretrainedConfig = config_of(path, self._fields, self._floats)
+
+    @property
+    def format(self) -> str:
+        """Such as "GGUF, Q4_K and Q6_K": the types of most matrices first."""
+        kinds = Counter(each.tensor_type.name for each in self._tensors.values() if len(each.shape) > 1)
+        return f"GGUF, {' and '.join(kind for kind, _ in kinds.most_common())}"
+
+    @property
+    def held(self) -> str | None:
+        kinds = {each.tensor_type for each in self._tensors.values()} - set(_PLAIN)
+        bits = sorted({BLOCK_TYPES[kind].bits for kind in kinds})
+        return f"{' and '.join(map(str, bits))} bits, value by value" if bits else None
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The parameter that each tensor is. Raises UnsupportedModelError for a tensor that is none."""
+        mapping = gguf.get_tensor_name_map(_architecture(self._fields), self.config.num_hidden_layers)
+        names: dict[str, str] = {}
+        for parameter in inspect_model(self.config).shapes:
+            found = mapping.get_name(parameter, try_suffixes=(".weight", ".bias"))
+            if found is not None:
+                names.setdefault(found, parameter)
+        unknown = sorted(self._tensors.keys() - names.keys() - _IN_CONFIG)
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self.path} cannot be served: {self.config.model_type} has no place for its tensor {unknown[0]}"
+            )
+        return names
+
+    def check(self, shape: ModelShape) -> None:
+        for name, tensor in self._tensors.items():
+            if name in _IN_CONFIG:
+                continue
+            found, wanted = tuple(map(int, reversed(tensor.shape))), shape.shapes[self._names[name]]
+            if found != wanted:
+                raise CorruptModelError(
+                    f"the tensors in {self.path} do not fit its metadata: {name} is stored as {list(found)}, and the "
+                    f"metadata makes it {list(wanted)}"
+                )
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        total = 0
+        for tensor in self._tensors.values():
+            if tensor.tensor_type in BLOCK_TYPES:
+                kind = BLOCK_TYPES[tensor.tensor_type]
+                in_features, *others = map(int, tensor.shape)
+                total += affine_bytes(
+                    prod(others), in_features, bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets
+                )
+            else:
+                total += prod(map(int, tensor.shape)) * dtype.itemsize
+        return total
+
+    def stored_dtype(self) -> torch.dtype | None:
+        kinds = {each.tensor_type for each in self._tensors.values() if len(each.shape) > 1}
+        return torch.float32 if kinds == {Kind.F32} else torch.bfloat16
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        auto_class: Any = AutoTokenizer  # untyped
+        try:
+            tokenizer = auto_class.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CorruptModelError(f"the tokenizer in {self.path} cannot be read: {reason_of(error)}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UnsupportedModelError(
+                f"{self.path} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
+            )
+        return tokenizer
+
+    def generation(self, mode: GenerationConfigMode) -> dict[str, Any]:
+        return {}
+
+    def named_ends(self) -> list[object]:
+        return [self._fields.get(name) for name in ENDS]
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(b"gguf", [self.path])
+
+    def file_states(self) -> list[FileState]:
+        return states_of([self.path])
+
+    def load(self, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        try:
+            with BUILDING:
+                return build_model(self.config, self._weights(), dtype, attn_implementation)
+        except EmberError:
+            raise
+        except Exception as error:  # the architecture's own code, on unchecked tensors and values
+            raise CorruptModelError(
+                f"the tensors in {self.path} do not fit its metadata: {reason_of(error)}"
+            ) from error
+
+    def _weights(self) -> Iterator[NamedWeight]:
+        gemma = self.config.model_type.startswith("gemma")
+        for name, parameter in self._names.items():
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                continue
+            rows = q_and_k_rows(self.config, name)
+            if tensor.tensor_type in BLOCK_TYPES:
+                weight = read_blocks(tensor.data, tensor.tensor_type)
+                yield parameter, StoredWeight(weight if rows is None else _reordered(weight, rows))
+            else:
+                values = self._floats(name)
+                if gemma and name.endswith("norm.weight"):
+                    values = values - 1  # the file has what is multiplied by, and the model adds one
+                yield parameter, values if rows is None else values[rows]
+
+    def _floats(self, name: str) -> torch.Tensor:
+        """float32: the values of a tensor, which is empty where the file has none."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            return torch.empty(0)
+        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def _architecture(fields: Mapping[str, Any]) -> gguf.MODEL_ARCH:
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == fields["general.architecture"])
+
+
+def _is_read(kind: Kind) -> bool:
+    return kind in _PLAIN or kind in BLOCK_TYPES
+
+
+def _reordered(weight: QuantizedWeight, rows: torch.Tensor) -> QuantizedWeight:
+    offsets = None if weight.offsets is None else weight.offsets[rows]
+    return QuantizedWeight(weight.codes[rows], weight.scales[rows], offsets, weight.group, weight.bits)

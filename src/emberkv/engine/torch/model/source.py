@@ -1,0 +1,290 @@
+"""Where a model is loaded from: what loading asks of any source, and a folder of safetensors, plain or quantised."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from emberkv.engine.torch.model.building import NamedWeight, build_model
+from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, read_json, weight_files
+from emberkv.engine.torch.model.fingerprint import FileState, file_states, weights_fingerprint
+from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
+from emberkv.engine.torch.model.geometry import ModelShape
+from emberkv.engine.torch.quantization.methods import find_method
+from emberkv.engine.torch.quantization.stored import Method
+from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
+
+BUILDING = threading.Lock()
+"""transformers sets torch's default dtype, which is one for the process, while it loads a model."""
+
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+class ModelSource(Protocol):
+    """What a model is loaded from. Each method reads what it needs and raises ModelError's kinds.
+
+    path: a folder, or a file that holds all. config: without what it says about quantisation.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def format(self) -> str:
+        """How the weights are stored, for people: "bfloat16", "GPTQ, 4 bits in groups of 128"."""
+        ...
+
+    @property
+    def held(self) -> str | None:
+        """What quantised weights are computed with; None where there are none."""
+        ...
+
+    def check(self, shape: ModelShape) -> None:
+        """Refuse tensors that the config wants in another shape, before memory is taken for them."""
+        ...
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """What the weights take in memory, with ``dtype`` for those that are not quantised."""
+        ...
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """What is best computed with, as far as config and weights say."""
+        ...
+
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+
+    def generation(self, mode: GenerationConfigMode) -> dict[str, Any]:
+        """The content of generation_config.json; see `read_generation_config`."""
+        ...
+
+    def named_ends(self) -> list[object]:
+        """What the config says that ends an answer: ids, lists of ids, or None."""
+        ...
+
+    def fingerprint(self) -> str: ...
+
+    def file_states(self) -> list[FileState]: ...
+
+    def load(self, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        """The model on the CPU, in eval mode."""
+        ...
+
+
+class FolderSource:
+    """A folder with config.json and safetensors files. method: of its quantised weights; None: they are plain."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CorruptModelError, and UnsupportedModelError for an architecture or a method that is not known."""
+        self.path = folder
+        self._raw = read_json(folder / "config.json")
+        self.config = _read_config(folder, self._raw)
+        try:
+            self.method = find_method(self._raw)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{folder} cannot be served: {error}") from error
+        if self.method is not None:
+            for attribute in ("quantization_config", "quantization"):
+                vars(self.config).pop(attribute, None)
+        self._files: list[Path] | None = None
+        self._stored: StoredTensors | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        if self._files is None:
+            self._files = weight_files(self.path)
+        return self._files
+
+    @property
+    def stored(self) -> StoredTensors:
+        if self._stored is None:
+            self._stored = read_headers(self.files)
+        return self._stored
+
+    @property
+    def format(self) -> str:
+        if self.method is not None:
+            return self.method.label
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(str(self.stored.dtype), "unknown")
+
+    @property
+    def held(self) -> str | None:
+        return None if self.method is None else self.method.held
+
+    def check(self, shape: ModelShape) -> None:
+        for name, found in self._parameters().items():
+            wanted = shape.shapes.get(name, shape.shapes.get(f"{shape.prefix}{name}", found))
+            if wanted != found:
+                raise CorruptModelError(
+                    f"the weights in {self.path} do not fit its config.json: {name} is stored as {list(found)}, "
+                    f"and the config makes it {list(wanted)}"
+                )
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        plain, quantised = self._by_layer(self.stored.shapes)
+        total = sum(prod(self.stored.shapes[name]) for name in plain) * dtype.itemsize
+        if self.method is not None:
+            for layer, parts in quantised.items():
+                *experts, out_features, in_features = self.method.shape(layer, self._shapes(parts))
+                total += prod(experts) * self.method.num_bytes(out_features, in_features)
+        return total
+
+    def stored_dtype(self) -> torch.dtype | None:
+        stated = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else None
+        if stated is None:
+            stated = _STORED_DTYPES.get(str(self.stored.dtype))
+        # Activations in float16 are slow on a CPU, and what bfloat16 rounds is little beside what 8 or 4 bits did.
+        return torch.bfloat16 if self.method is not None and stated is not torch.float32 else stated
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return read_tokenizer(self.path)
+
+    def generation(self, mode: GenerationConfigMode) -> dict[str, Any]:
+        return read_generation_config(self.path, mode)
+
+    def named_ends(self) -> list[object]:
+        text_config = self._raw.get("text_config")
+        return [
+            self._raw.get("eos_token_id"),
+            text_config.get("eos_token_id") if isinstance(text_config, dict) else None,
+        ]
+
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.path)
+
+    def file_states(self) -> list[FileState]:
+        return file_states(self.path)
+
+    def load(self, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        try:
+            with BUILDING:
+                if self.method is not None:
+                    return build_model(self.config, self.weights(self.method), dtype, attn_implementation)
+                return self._load_plain(dtype, attn_implementation)
+        except EmberError:
+            raise
+        except Exception as error:  # the architecture's own code, on unchecked tensors and values
+            raise CorruptModelError(
+                f"the weights in {self.path} do not fit its config.json: {reason_of(error)}"
+            ) from error
+
+    def _load_plain(self, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+        auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
+        generation_config: Any = GenerationConfig  # untyped
+        model: PreTrainedModel
+        model, report = auto_class.from_pretrained(
+            self.path,
+            config=self.config,
+            generation_config=generation_config(),  # so that the file is read in one place only
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        _require_complete(self.path, report)
+        return model
+
+    def weights(self, method: Method | None) -> Iterator[NamedWeight]:
+        """Each parameter in the order of the files, a layer at a time; quantised ones by ``method``."""
+        with ExitStack() as stack:
+            holders: dict[str, Any] = {}
+            for path in self.files:
+                tensors = stack.enter_context(safe_open(path, framework="pt"))
+                holders.update(dict.fromkeys(tensors.keys(), tensors))
+            plain, quantised = self._by_layer(holders)
+            for name in plain:
+                yield name, holders[name].get_tensor(name)
+            for layer, parts in quantised.items():
+                if method is not None:
+                    stored = {part: holders[name].get_tensor(name) for part, name in parts.items()}
+                    yield method.parameter(layer), method.read(layer, stored)
+
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that the files hold, as the model has it."""
+        plain, quantised = self._by_layer(self.stored.shapes)
+        found = {name: self.stored.shapes[name] for name in plain}
+        if self.method is not None:
+            for layer, parts in quantised.items():
+                found[self.method.parameter(layer)] = self.method.shape(layer, self._shapes(parts))
+        return found
+
+    def _shapes(self, parts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        return {part: self.stored.shapes[name] for part, name in parts.items()}
+
+    def _by_layer(self, names: Mapping[str, object]) -> tuple[list[str], dict[str, dict[str, str]]]:
+        """The names of plain tensors; and of each quantised layer's, by part."""
+        if self.method is None:
+            return list(names), {}
+        layers: dict[str, dict[str, str]] = {}
+        for name in names:
+            split = self.method.split(name)
+            if split is not None:
+                layers.setdefault(split[0], {})[split[1]] = name
+        quantised = {layer: parts for layer, parts in layers.items() if self.method.keys & parts.keys()}
+        taken = {name for parts in quantised.values() for name in parts.values()}
+        return [name for name in names if name not in taken], quantised
+
+
+def _read_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    path, model_type = folder / "config.json", raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CorruptModelError(f"{path} names no model_type; it must be one of transformers' model types")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{model_type} cannot be served: this version of transformers does not know it, and code that comes "
+            "with a model is never run"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the architecture's own code, on unchecked values
+        raise CorruptModelError(f"{path} is no usable {model_type} config: {reason_of(error)}") from error
+    return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a model's folder. Raises CorruptModelError, UnsupportedModelError."""
+    found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        raise CorruptModelError(f"{folder} has no tokenizer; it must hold one of {', '.join(_TOKENIZER_FILES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        if found == ["tokenizer.model"]:
+            raise UnsupportedModelError(
+                f"{folder} has its tokenizer as a SentencePiece model only (tokenizer.model); it must hold "
+                "tokenizer.json, which transformers' save_pretrained writes where sentencepiece is installed"
+            ) from error
+        raise CorruptModelError(f"the tokenizer in {folder} cannot be read: {reason_of(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModelError(
+            f"{folder} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
+        )
+    return tokenizer
+
+
+def _require_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers after a warning."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CorruptModelError(f"the weights in {folder} lack {named}; the config needs every tensor of the model")

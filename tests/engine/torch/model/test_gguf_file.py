@@ -1,0 +1,137 @@
+"""GGUF files: config, tokenizer and tensors of each architecture, and what is refused of them."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emberkv.engine.torch.model.loader import load_model, load_tokenizer
+from emberkv.errors import CorruptModelError, UnsupportedModelError
+from tests.gguf_models import write_gguf
+from tests.models import SUPPORTED, tiny_tokenizer
+
+ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+TOKENS = torch.arange(3, 83)[None]
+UNWINDOWED = {"qwen3": {"use_sliding_window": False, "sliding_window": None, "layer_types": None}}
+LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}  # fmt: skip
+
+
+def checkpoint(arch: str, folder: Path, **settings: Any) -> Path:
+    """A tiny random model in float32, of settings that a GGUF file can say."""
+    tied = {"tie_word_embeddings": True} if arch == "gemma2" else {}
+    own = {**SUPPORTED[arch], **tied, **UNWINDOWED.get(arch, {}), **settings, **ENDS}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **own))
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def logits(path: Path) -> torch.Tensor:
+    found: torch.Tensor = load_model(str(path), device="cpu").model(input_ids=TOKENS, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+def test_a_file_gives_the_model_that_it_was_written_from(tmp_path: Path, arch: str) -> None:
+    settings = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "num_hidden_layers": 6}
+    folder = checkpoint(arch, tmp_path / "plain", **(settings if arch == "gemma3_text" else {}))
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    torch.testing.assert_close(logits(path), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_tokenizer_template_and_ends_are_the_files(tmp_path: Path) -> None:
+    path = write_gguf(checkpoint("llama", tmp_path / "plain"), tmp_path / "small-one.gguf")
+    loaded, plain = load_model(str(path), device="cpu"), load_tokenizer(str(tmp_path / "plain"))
+    text = plain.render_chat([{"role": "user", "content": "Which lamps are lit?"}])
+    assert loaded.tokenizer.render_chat([{"role": "user", "content": "Which lamps are lit?"}]) == text
+    assert loaded.tokenizer.encode(text, add_special_tokens=False) == plain.encode(text, add_special_tokens=False)
+    assert load_tokenizer(str(path)).encode(text, add_special_tokens=False) == plain.encode(
+        text, add_special_tokens=False
+    )
+    assert (loaded.name, loaded.eos_token_ids) == ("small-one", {2})
+    assert loaded.context_length == 4096
+
+
+def test_the_fingerprint_is_the_files_content(tmp_path: Path) -> None:
+    folder = checkpoint("qwen2", tmp_path / "plain")
+    first = write_gguf(folder, tmp_path / "model.gguf")
+    (tmp_path / "elsewhere").mkdir()
+    same = write_gguf(folder, tmp_path / "elsewhere" / "model.gguf")
+    other = write_gguf(folder, tmp_path / "elsewhere" / "other.gguf", lambda _: Kind.Q8_0)
+    found = [load_model(str(path), device="cpu").fingerprint for path in (first, same, other)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_llama_3_frequencies_are_the_files_factors(tmp_path: Path) -> None:
+    folder = checkpoint("llama", tmp_path / "plain", **LLAMA3)
+    scaled = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
+    usual = 1.0 / 10_000.0 ** (torch.arange(0, 16, 2) / 16)
+    factors = (usual / scaled).numpy().astype(np.float32)
+    assert factors.max() > 1.5  # otherwise the test shows nothing
+    path = write_gguf(folder, tmp_path / "model.gguf", tensors={"rope_freqs.weight": factors})
+    loaded = load_model(str(path), device="cpu")
+    assert loaded.context_length == 4096
+    torch.testing.assert_close(logits(path), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_yarn_is_the_metadatas(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
+    folder = checkpoint("qwen2", tmp_path / "plain", rope_parameters=yarn)
+    path = write_gguf(
+        folder, tmp_path / "model.gguf", rope_scaling_type=gguf.RopeScalingType.YARN, rope_scaling_factor=4.0,
+        rope_scaling_orig_ctx_len=1024,
+    )  # fmt: skip
+    torch.testing.assert_close(logits(path), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
+    folder = checkpoint("qwen2", tmp_path / "plain")
+
+    def refused(message: str, **extra: Any) -> None:
+        path = write_gguf(folder, tmp_path / "model.gguf", **extra)
+        with pytest.raises(UnsupportedModelError, match=message):
+            load_model(str(path), device="cpu")
+
+    refused(r"qwen2\.logit_scale, which is not understood; .* --quantize int8", logit_scale=0.5)
+    refused("no place for its tensor blk.0.strange.weight", tensors={"blk.0.strange.weight": np.zeros(4, np.float32)})
+    refused("it has a sliding window, which is not known of qwen2", sliding_window=32)
+    refused("its RoPE is scaled by 'longrope'", rope_scaling_type=gguf.RopeScalingType.LONGROPE)
+    refused("8 of a head's 16 values are rotated", rope_dimension_count=8)
+
+
+def test_other_architectures_types_and_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mamba.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="its architecture is mamba; from GGUF files llama, qwen2"):
+        load_model(str(path))
+    folder = checkpoint("qwen2", tmp_path / "plain", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    ternary = write_gguf(folder, tmp_path / "ternary.gguf", lambda name: Kind.TQ1_0 if "ffn" in name else Kind.F32)
+    with pytest.raises(UnsupportedModelError, match=r"ffn_\w+.weight is in TQ1_0; .*such as a file in Q8_0 or Q4_K_M"):
+        load_model(str(ternary))
+    whole = write_gguf(folder, tmp_path / "cut.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptModelError, match="is no whole GGUF file"):
+        load_model(str(tmp_path / "cut.gguf"))
+
+
+def test_a_folder_with_gguf_files_alone_names_one(tmp_path: Path) -> None:
+    folder = checkpoint("qwen2", tmp_path / "plain")
+    write_gguf(folder, folder / "small.gguf")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"or the GGUF file itself: .*plain/small.gguf"):
+        load_model(str(folder))

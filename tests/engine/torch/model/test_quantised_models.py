@@ -1,0 +1,53 @@
+"""Quantised checkpoints of each source, loaded and served: their values, their logits, and hits against cold runs."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.loader import load_model
+from emberkv.engine.torch.native.kernels import Kernels
+from tests.engine.driver import BLOCK, CHUNK, Driver
+from tests.models import VOCAB_SIZE
+from tests.quantized_models import SOURCES, quantised_model
+
+
+def text(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The quantised model, and the plain one that it stands for."""
+    return quantised_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_logits_are_those_of_the_dequantised_model(written: tuple[Path, Path]) -> None:
+    quantised, plain = written
+    tokens = torch.tensor([text(random.Random(0), 60)])
+    loaded = load_model(str(quantised), device="cpu", dtype="float32")
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    with torch.inference_mode():
+        ours = loaded.model(input_ids=tokens, use_cache=False).logits
+        theirs = expected(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hit_has_the_bits_of_a_cold_run(written: tuple[Path, Path], kernels: Kernels) -> None:
+    """In the middle of a prompt, in what decode steps have computed, and among other sequences of the same step."""
+    rng = random.Random(1)
+    models = [load_model(str(written[0]), device="cpu", attn_implementation=ATTENTION_NAME) for _ in range(2)]
+    warm = Driver(models[0], kernels=kernels, max_step_tokens=96)
+    cold = Driver(models[1], kernels=kernels, prefix_cache=False)
+    assert warm.executor.batch_invariant
+    stem = text(rng, 2 * CHUNK + 3)
+    stem += warm.run_one(stem, new=20).tokens[:-1]
+    kept = [2 * CHUNK + 12, CHUNK + 5, BLOCK + 2]
+    prompts = [[*stem[:keep], (stem[keep] - 2) % (VOCAB_SIZE - 3) + 3, *text(rng, keep % 19)] for keep in kept]
+    for run, keep, prompt in zip(warm.run(*prompts, new=3), kept, prompts, strict=True):
+        alone = cold.run_one(prompt, new=3)
+        assert run.cached == keep
+        assert all(map(torch.equal, run.logits, alone.logits))

@@ -1,0 +1,124 @@
+"""Tiny random models as GGUF files, written from a checkpoint as llama.cpp's converter does."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emberkv.engine.torch.model.gguf_config import ARCHITECTURES
+
+KindOf = Callable[[str], Kind]
+"""The type that a matrix is stored in, by its name in the file."""
+
+_CONTROL, _NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+
+
+def write_gguf(
+    checkpoint: Path,
+    path: Path,
+    kind_of: KindOf = lambda _: Kind.F32,
+    tensors: Mapping[str, NDArray[np.float32]] | None = None,
+    **extra: Any,
+) -> Path:
+    """Write the model in ``checkpoint`` to ``path``. tensors: further ones. extra: further metadata, for the writer's
+    methods, as ``logit_scale`` for ``add_logit_scale``.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    config = model.config
+    name = next(ours for ours, theirs in ARCHITECTURES.items() if theirs == config.model_type)
+    writer = gguf.GGUFWriter(path, name)
+    _add_shape(writer, name, config)
+    _add_tokenizer(writer, checkpoint)
+    for field, value in extra.items():
+        getattr(writer, f"add_{field}")(value)
+    arch = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for parameter, tensor in model.state_dict().items():
+        if parameter == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stored = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        values = _as_stored(name, config, stored, tensor).numpy()
+        kind = kind_of(stored) if values.ndim > 1 else Kind.F32
+        writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+    for stored, values in (tensors or {}).items():
+        writer.add_tensor(stored, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _as_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name == "llama" and (".attn_q." in stored or ".attn_k." in stored):
+        heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
+        return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor + 1 if name.startswith("gemma") and stored.endswith("norm.weight") else tensor
+
+
+def _add_shape(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    parameters = config.rope_parameters
+    writer.add_rope_freq_base(parameters.get("full_attention", parameters)["rope_theta"])
+    if getattr(config, "sliding_window", None) and name in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    described = tokenizer.backend_tokenizer
+    vocabulary = described.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    special = {token.content for token in described.get_added_tokens_decoder().values() if token.special}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([_CONTROL if token in special else _NORMAL for token in tokens])
+    writer.add_token_merges(_merges(described))
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def _merges(described: Any) -> list[str]:
+    merges = json.loads(described.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def dequantised(checkpoint: Path, path: Path, folder: Path) -> Path:
+    """Write to ``folder`` the plain checkpoint whose matrices are the file's, by gguf's own arithmetic."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    name = next(ours for ours, theirs in ARCHITECTURES.items() if theirs == model.config.model_type)
+    arch = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for parameter, value in model.named_parameters():
+        tensor = tensors[names.get_name(parameter, try_suffixes=(".weight", ".bias"))]
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        value.data = _from_stored(name, model.config, tensor.name, values)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+def _from_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name == "llama" and (".attn_q." in stored or ".attn_k." in stored):
+        heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
+        return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor - 1 if name.startswith("gemma") and stored.endswith("norm.weight") else tensor

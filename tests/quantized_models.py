@@ -1,0 +1,125 @@
+"""Tiny random models as quantised checkpoints of each source, with the plain model that each stands for."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.engine.torch.quantization import packing
+from tests.gguf_models import dequantised, write_gguf
+from tests.models import tiny_model
+
+GROUP = 32
+
+Stored = tuple[dict[str, Tensor], Tensor]
+"""The tensors of a layer by part, and the weight that they stand for."""
+
+Quantise = Callable[[Tensor], Stored]
+
+
+def _rounded(weight: Tensor, bits: int, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unsigned codes, scales in float16, zero points, and the values ``scale * (code - zero)``."""
+    grouped = weight.float().view(weight.shape[0], -1, group)
+    least, most = grouped.amin(-1), grouped.amax(-1)
+    scales = ((most - least) / (2**bits - 1)).half()
+    zeros = (-least / scales.float()).round().clamp(0, 2**bits - 1)
+    codes = (grouped / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
+    values = (scales.float()[..., None] * (codes - zeros[..., None])).view_as(weight)
+    return codes.view_as(weight).long(), scales, zeros.long(), values
+
+
+def _gptq(weight: Tensor) -> Stored:
+    codes, scales, zeros, values = _rounded(weight, 4)
+    return packing.gptq(codes, scales, zeros, torch.arange(weight.shape[1]) // GROUP, 4, first=True), values
+
+
+def _act_order(weight: Tensor) -> Stored:
+    inputs = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
+    codes, scales, zeros, values = _rounded(weight[:, inputs], 4)
+    back = torch.argsort(inputs)
+    return packing.gptq(codes[:, back], scales, zeros, back // GROUP, 4, first=True), values[:, back]
+
+
+def _awq(weight: Tensor) -> Stored:
+    codes, scales, zeros, values = _rounded(weight, 4)
+    return packing.awq(codes, scales, zeros), values
+
+
+def _int4(weight: Tensor) -> Stored:
+    codes, scales, zeros, values = _rounded(weight, 4)
+    return packing.compressed(codes, scales, zeros, 4), values
+
+
+def _int8(weight: Tensor) -> Stored:
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    codes = (weight / scales).round()
+    return {"weight": codes.to(torch.int8), "weight_scale": scales}, codes * scales
+
+
+def _mlx(bits: int) -> Quantise:
+    def quantise(weight: Tensor) -> Stored:
+        codes, scales, zeros, values = _rounded(weight, bits)
+        return packing.mlx(codes, scales, -scales.float() * zeros, bits), values
+
+    return quantise
+
+
+def _fp8(weight: Tensor) -> Stored:
+    scales = torch.full((weight.shape[0] // GROUP, weight.shape[1] // GROUP), 0.5)
+    codes = (weight / 0.5).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scales}, codes.float() * 0.5
+
+
+def _scheme(form: str, **weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}}
+
+
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False}
+FOLDERS: dict[str, tuple[Quantise, dict[str, Any], bool]] = {
+    "gptq": (_gptq, {"quantization_config": _GPTQ}, False),
+    "gptq-act-order": (_act_order, {"quantization_config": {**_GPTQ, "desc_act": True}}, False),
+    "awq": (_awq, {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP}}, False),
+    "compressed-int4": (
+        _int4, _scheme("pack-quantized", num_bits=4, type="int", symmetric=False, group_size=GROUP), False,
+    ),
+    "compressed-int8": (_int8, _scheme("int-quantized", num_bits=8, type="int", strategy="channel"), False),
+    "mlx-4": (_mlx(4), {"quantization": {"bits": 4, "group_size": GROUP}}, True),
+    "mlx-8": (_mlx(8), {"quantization": {"bits": 8, "group_size": GROUP}}, True),
+    "fp8": (_fp8, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}}, False),
+}  # fmt: skip
+"""By source: how a weight is stored, what config.json says of it, and whether embeddings are quantised, too."""
+
+GGUF_KINDS = {"gguf-q8_0": Kind.Q8_0, "gguf-q4_0": Kind.Q4_0, "gguf-q4_1": Kind.Q4_1, "gguf-q5_1": Kind.Q5_1}
+
+SOURCES = (*FOLDERS, *GGUF_KINDS)
+
+
+def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Path, Path]:
+    """Write a tiny model as ``source`` stores it, and the plain model in float32 that it stands for; their paths."""
+    original = tiny_model(arch, folder / "original")
+    if source in GGUF_KINDS:
+        path = write_gguf(original, folder / "model.gguf", lambda _: GGUF_KINDS[source])
+        return path, dequantised(original, path, folder / "plain")
+    quantise, settings, everything = FOLDERS[source]
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in load_file(original / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if name.endswith("_proj.weight") or (everything and tensor.ndim == 2):
+            parts, plain[name] = quantise(tensor)
+            stored |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
+        else:
+            stored[name] = plain[name] = tensor
+    config = json.loads((original / "config.json").read_text())
+    for where, tensors, more in ((folder / "quantised", stored, settings), (folder / "plain", plain, {})):
+        shutil.copytree(original, where)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, where / "model.safetensors")
+        (where / "config.json").write_text(json.dumps({**config, **more}))
+    return folder / "quantised", folder / "plain"
