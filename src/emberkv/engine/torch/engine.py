@@ -15,13 +15,15 @@ from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
-from emberkv.engine.torch.native.attention import NativeAttention
+from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
+from emberkv.engine.torch.native.decoder import NativeDecoder, find_decoder
 from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.layers import replace_layers
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     check_against_plain_forward,
+    decoder_agrees,
     is_batch_invariant,
     is_tile_invariant,
     plain_logits,
@@ -125,6 +127,8 @@ class TorchEngine:
         wanted = block_size if self.kernels is not None else tile
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
         self._attention = self._make_attention()
+        self.decoder: NativeDecoder | None = None
+        self.decoder = self._find_decoder()
         progress("self-check 2 of 4: prefill whole and in pieces")
         self.one_pass = is_tile_invariant(self)
         if not self.one_pass:
@@ -137,6 +141,13 @@ class TorchEngine:
         if self.kernels is not None:
             return NativeAttention(self.pool, self.kernels)
         return TorchAttention(self.pool, self.alignment)
+
+    def _find_decoder(self) -> NativeDecoder | None:
+        """What computes a pass in one call, if it gives the bits that the model's modules give."""
+        if self.kernels is None:
+            return None
+        decoder = find_decoder(self._model, self.pool, self.kernels)
+        return decoder if decoder is not None and decoder_agrees(self, decoder) else None
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         """See `Executor.execute`."""
@@ -196,13 +207,16 @@ class TorchEngine:
             tokens += work.tokens
             positions += range(work.run.start, work.run.stop)
             keep += range(len(tokens) - work.kept, len(tokens))
+        step = self._attention.step([work.run for work in works], keep)
+        if self.decoder is not None and isinstance(step, NativeStep):
+            return self.decoder.forward(step, tokens)
         padding = rounded_rows(len(tokens)) - len(tokens) if self._packed else 0
         arguments = {
             "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
             "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
             "use_cache": False,
         }
-        with attention_step(self._attention.step([work.run for work in works], keep)):
+        with attention_step(step):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._model.base_model(**arguments)

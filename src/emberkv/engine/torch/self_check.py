@@ -13,6 +13,7 @@ from torch import Tensor
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.layers import rows_are_independent
 from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.native.decoder import NativeDecoder
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import UnsupportedModelError
 
@@ -29,6 +30,7 @@ class PagedForward(Protocol):
     kernels: Kernels | None
     prefill_chunk: int
     alignment: int
+    decoder: NativeDecoder | None
 
     def prefill(self, tokens: list[int], start: int, block_ids: list[int], *, sample: bool) -> Tensor: ...
 
@@ -87,6 +89,36 @@ def _decodes_as_it_prefills(engine: PagedForward) -> bool:
     for stop in range(length - _DECODED_TOKENS, length):
         logits = engine.decode([tokens[stop]], [stop + 1], [second])
     return torch.equal(logits, expected) and _same_blocks(engine, first, second)
+
+
+@torch.inference_mode()
+def decoder_agrees(engine: PagedForward, decoder: NativeDecoder) -> bool:
+    """Whether passes by ``decoder`` give logits and KV state the bits that the model's modules give them.
+
+    Tried as they are and with larger values, as some models clamp what is large. Leaves the engine without a decoder.
+    """
+    for factor in (1.0, 1000.0):
+        with decoder.larger_norms(factor):
+            engine.decoder = decoder
+            ours = _some_passes(engine)
+            engine.decoder = None
+            theirs = _some_passes(engine)
+        if ours is None or theirs is None or not all(map(torch.equal, ours, theirs)):
+            return False
+    return True
+
+
+def _some_passes(engine: PagedForward) -> list[Tensor] | None:
+    """Logits and blocks of a prefill, and of a step that decodes its sequence and another; None in too small a pool."""
+    length = engine.pool.block_size + 3
+    blocks = _blocks_for_two(engine, length + 1)
+    if blocks is None:
+        return None
+    first, second = blocks
+    tokens = _made_up_tokens(engine.loaded, length + 2)
+    prefilled = engine.prefill(tokens[:length], 0, first, sample=True)
+    decoded = engine.decode(tokens[length:], [length + 1, 1], [first, second])
+    return [prefilled, decoded, engine.pool.storage[first + second]]
 
 
 def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[int]] | None:

@@ -105,9 +105,51 @@ class NativeStep(AttentionStep):
             positions=self._positions.ctypes.data,
         )
 
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """``[rows]``"""
+        return self._positions
+
+    @property
+    def wanted(self) -> abc.Sequence[int]:
+        """Rows whose logits are, ascending."""
+        return self._wanted
+
+    def plans(self, windows: abc.Sequence[int | None]) -> tuple[list[AttentionCall], list[int]]:
+        """The attention of layers with these windows, but for what is a layer's own; and which of them each follows.
+
+        They point into memory of this step and of the pool, which the next step overwrites.
+        """
+        last = len(windows) - 1
+        keys = [(self._limited(window), layer == last and self._only_wanted) for layer, window in enumerate(windows)]
+        calls: dict[tuple[int | None, bool], AttentionCall] = {}
+        for window, only_wanted in dict.fromkeys(keys):
+            self._follow(self._plan(window, only_wanted=only_wanted), window)
+            calls[window, only_wanted] = AttentionCall.from_buffer_copy(self._call)
+        partials = self._partials(max(plan.num_partials for plan in self._plans.values())).data_ptr()
+        for call in calls.values():
+            call.partials = partials
+        places = {key: place for place, key in enumerate(calls)}
+        return list(calls.values()), [places[key] for key in keys]
+
+    @property
+    def _only_wanted(self) -> bool:
+        """Whether the last layer has rows that nothing is wanted of."""
+        return len(self._wanted) < self._rows
+
+    def _limited(self, window: int | None) -> int | None:
+        """None for a window that none of the sequences has reached."""
+        return window if window is not None and window < self._longest else None
+
+    def _follow(self, plan: _Plan, window: int | None) -> None:
+        native = self._call
+        native.window = window or 0
+        native.tasks, native.num_tasks = plan.tasks.ctypes.data, len(plan.tasks)
+        native.row_ids, native.partial_of = plan.row_ids.ctypes.data, plan.partial_of.ctypes.data
+
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        window = call.window if call.window is not None and call.window < self._longest else None
-        only_wanted = call.layer == self._pool.geometry.num_layers - 1 and len(self._wanted) < self._rows
+        window = self._limited(call.window)
+        only_wanted = call.layer == self._pool.geometry.num_layers - 1 and self._only_wanted
         plan = self._plan(window, only_wanted=only_wanted)
         if only_wanted:
             out = torch.zeros(queries.shape, dtype=queries.dtype)
@@ -124,10 +166,9 @@ class NativeStep(AttentionStep):
         native.value_row, native.value_head, _ = values.stride()
         native.out = out.data_ptr()
         native.pool = storage.data_ptr() + call.layer * storage.stride(1) * storage.element_size()
-        native.scale, native.softcap, native.window = call.scale, call.softcap or 0.0, window or 0
+        native.scale, native.softcap = call.scale, call.softcap or 0.0
         native.sinks = None if call.sinks is None else call.sinks.data_ptr()
-        native.tasks, native.num_tasks = plan.tasks.ctypes.data, len(plan.tasks)
-        native.row_ids, native.partial_of = plan.row_ids.ctypes.data, plan.partial_of.ctypes.data
+        self._follow(plan, window)
         native.partials = self._partials(plan.num_partials).data_ptr()
         self._kernels.attend(native)
         return out

@@ -88,4 +88,30 @@ struct NormCall {
     float epsilon;
 };
 
+// A layer of a decoder: attention, then a gated pair with a product behind it. Of the calls within, weights, biases,
+// sizes and activations are set here, and a norm without a scale is left out. The rest is set for each pass.
+struct DecoderLayer {
+    NormCall input_norm, query_norm, key_norm, after_attention, feedforward_norm, after_feedforward;
+    LinearCall query, key, value, out, gate_up, down;
+    const void *cos, *sin;  // [positions, rotary_dim], in the type of the activations
+    char* pool;             // this layer's keys in block 0
+    float scale, softcap;
+    int32_t rotary_dim;     // leading values of a head that its position rotates
+    int32_t fused;          // the query's product gives queries, keys and values
+    int32_t plan;           // which of the pass's plans its attention follows
+};
+
+// A pass of some rows through all layers. ``plans`` are attention calls without a layer's own fields.
+struct DecoderCall {
+    const DecoderLayer* layers;
+    const AttentionCall* plans;
+    NormCall norm;
+    LinearCall output;
+    void* hidden;         // [rows, hidden_size]: embedded tokens; overwritten
+    void* scratch;        // see decoder.py
+    void* logits;         // [num_kept, outputs]
+    const int32_t* kept;  // rows whose logits are wanted, ascending
+    int32_t num_layers, rows, num_kept, hidden_size, intermediate_size, heads, kv_heads, dim, type, threads;
+};
+
 }  // extern "C"

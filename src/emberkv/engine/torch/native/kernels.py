@@ -177,6 +177,42 @@ class NormCall(ctypes.Structure):
     )
 
 
+class DecoderLayer(ctypes.Structure):
+    """What a pass computes in one layer, but for what changes from pass to pass."""
+
+    _fields_ = (
+        *(
+            (name, NormCall)
+            for name in (
+                "input_norm", "query_norm", "key_norm", "after_attention", "feedforward_norm", "after_feedforward",
+            )
+        ),
+        *((name, LinearCall) for name in ("query", "key", "value", "out", "gate_up", "down")),
+        *((name, _ADDRESS) for name in ("cos", "sin", "pool")),
+        *((name, _FLOAT) for name in ("scale", "softcap")),
+        *((name, _INT) for name in ("rotary_dim", "fused", "plan")),
+    )  # fmt: skip
+
+
+class DecoderCall(ctypes.Structure):
+    """A pass of some rows through all layers of a decoder."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(DecoderLayer)),
+        ("plans", ctypes.POINTER(AttentionCall)),
+        ("norm", NormCall),
+        ("output", LinearCall),
+        *((name, _ADDRESS) for name in ("hidden", "scratch", "logits", "kept")),
+        *(
+            (name, _INT)
+            for name in (
+                "num_layers", "rows", "num_kept", "hidden_size", "intermediate_size", "heads", "kv_heads", "dim",
+                "type", "threads",
+            )
+        ),
+    )  # fmt: skip
+
+
 class Kernels:
     """The loaded library. Its functions let other Python threads run, and trust what they are given.
 
@@ -196,7 +232,8 @@ class Kernels:
         self.columns = int(loaded.emberkv_columns())
         self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
         self._rms_norm, self._experts = loaded.emberkv_rms_norm, loaded.emberkv_experts
-        for function in (self._attend, self._linear, self._rms_norm, self._experts):
+        self._decoder = loaded.emberkv_decoder
+        for function in (self._attend, self._linear, self._rms_norm, self._experts, self._decoder):
             function.restype = None
 
     @classmethod
@@ -215,6 +252,9 @@ class Kernels:
 
     def rms_norm(self, call: NormCall) -> None:
         self._rms_norm(ctypes.byref(call))
+
+    def decoder(self, call: DecoderCall) -> None:
+        self._decoder(ctypes.byref(call))
 
 
 _log = logging.getLogger(__name__)

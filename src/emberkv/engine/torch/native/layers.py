@@ -78,12 +78,12 @@ class NativeRMSNorm(nn.Module):
         super().__init__()
         self.scale = scale.contiguous()
         self._kernels = kernels
-        self._call = NormCall(
+        self.call = NormCall(
             scale=self.scale.data_ptr(), size=scale.numel(), epsilon=epsilon, threads=torch.get_num_threads()
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        call = self._call
+        call = self.call
         rows = inputs.reshape(-1, call.size).contiguous()
         out = torch.empty_like(rows)
         call.inputs, call.out, call.input_row = rows.data_ptr(), out.data_ptr(), call.size

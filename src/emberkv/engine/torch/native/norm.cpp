@@ -8,7 +8,7 @@
 
 namespace emberkv {
 
-inline void norm_row(const NormCall& call, int row) {
+void rms_norm_row(const NormCall& call, int row) {
     const Type type = Type(call.type);
     const int64_t first = row * call.input_row, out = int64_t(row) * call.size;
     Floats squares = {};
@@ -27,7 +27,7 @@ inline void norm_row(const NormCall& call, int row) {
 
 void rms_norm_by_team(const NormCall& call) {
 #pragma omp for schedule(static)
-    for (int row = 0; row < call.rows; row++) norm_row(call, row);
+    for (int row = 0; row < call.rows; row++) rms_norm_row(call, row);
 }
 
 }  // namespace emberkv

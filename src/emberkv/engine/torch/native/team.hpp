@@ -14,6 +14,9 @@ void linear_by_team(const LinearCall* calls, int count);
 
 void rms_norm_by_team(const NormCall& call);
 
+// One row, by the thread that calls it. Inputs and output may be the same.
+void rms_norm_row(const NormCall& call, int row);
+
 void attend_by_team(const AttentionCall& call);
 
 }  // namespace emberkv
