@@ -53,7 +53,7 @@ class _Layer:
         products = (*self.products, self.out, self.pair, self.down)
         wide = self.input_norm, self.feedforward_norm, self.after_attention, self.after_feedforward
         return (
-            *((each.in_features, each.out_features) for each in products),
+            *((int(each.in_features), int(each.out_features)) for each in products),
             tuple(_size(norm) for norm in wide),
             tuple(_size(norm) for norm in (self.query_norm, self.key_norm)),
         )
@@ -99,11 +99,12 @@ class NativeDecoder:
         rotations: list[_Rotation],
         norm: NativeRMSNorm,
         output: NativeLinear,
+        softcap: float | None,
     ) -> None:
-        """rotations: of each layer; layers may share one."""
+        """rotations: of each layer; some may share one. softcap: a logit becomes ``softcap * tanh(logit / softcap)``."""
         self._kernels, self._pool = kernels, pool
         self._embedding, self._layers, self._rotations = embedding, layers, rotations
-        self._norm, self._output = norm, output
+        self._norm, self._output, self._softcap = norm, output, softcap
         self._unique = list({id(each): each for each in rotations}.values())
         self._windows = [layer.sliding_window for layer in pool.geometry.layers]
         self._scratch = Scratch(pool.device)
@@ -130,7 +131,7 @@ class NativeDecoder:
         call.scratch = self._scratch.take((self._scratch_elements(len(tokens)),), hidden.dtype).data_ptr()
         call.threads = torch.get_num_threads()
         self._kernels.decoder(call)
-        return logits
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     @contextmanager
     def larger_norms(self, factor: float) -> Iterator[None]:
@@ -193,7 +194,7 @@ class NativeDecoder:
     def _scratch_elements(self, rows: int) -> int:
         """As decoder.cpp lays it out."""
         call = self._call
-        widths = 2 * call.hidden_size + 2 * (call.heads + call.kv_heads) * call.dim + call.intermediate_size
+        widths: int = 2 * call.hidden_size + 2 * (call.heads + call.kv_heads) * call.dim + call.intermediate_size
         return rows * widths + _REGIONS * _REGION
 
 
@@ -217,7 +218,8 @@ def find_decoder(model: Any, pool: KVPool, kernels: Kernels) -> NativeDecoder | 
     rotations = [tables[each] for each in types]
     if not _fits(found, rotations, pool, norm, output):
         return None
-    return NativeDecoder(kernels, pool, embedding, found, rotations, norm, output)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return NativeDecoder(kernels, pool, embedding, found, rotations, norm, output, softcap)
 
 
 def _layer_types(rotary: nn.Module, config: Any, count: int) -> list[tuple[str, ...]]:
@@ -229,13 +231,11 @@ def _layer_types(rotary: nn.Module, config: Any, count: int) -> list[tuple[str, 
 
 def _layer(module: Any) -> _Layer | None:
     """The parts of a decoder's layer; None if it has any other."""
-    attention, feedforward = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    if not isinstance(feedforward, nn.Sequential) or [type(each) for each in feedforward] != [
-        NativeGatedPair,
-        NativeLinear,
-    ]:
+    attention: Any = getattr(module, "self_attn", None)
+    feedforward: Any = getattr(module, "mlp", None)
+    if attention is None or type(feedforward) is not nn.Sequential:
         return None
-    if not isinstance(attention, nn.Module):
+    if [type(each) for each in feedforward] != [NativeGatedPair, NativeLinear]:
         return None
     fused = hasattr(attention, "qkv_proj")
     products = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
@@ -253,15 +253,15 @@ def _layer(module: Any) -> _Layer | None:
         module, {**outer, "self_attn": type(attention), "mlp": nn.Sequential}, set()
     ):
         return None
-    pair, down = feedforward
+    found: dict[str, Any] = {name: None if given is None else getattr(module, given) for name, given in norms.items()}
     return _Layer(
         products=tuple(getattr(attention, name) for name in products),
         out=attention.o_proj,
-        pair=pair,
-        down=down,
+        pair=feedforward[0],
+        down=feedforward[1],
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
-        **{name: None if given is None else getattr(module, given) for name, given in norms.items()},
+        **found,
     )
 
 
