@@ -101,7 +101,7 @@ class NativeDecoder:
         output: NativeLinear,
         softcap: float | None,
     ) -> None:
-        """rotations: of each layer; some may share one. softcap: a logit becomes ``softcap * tanh(logit / softcap)``."""
+        """rotations: of each layer; some may share one. softcap: of logits, as ``softcap * tanh(logit / softcap)``."""
         self._kernels, self._pool = kernels, pool
         self._embedding, self._layers, self._rotations = embedding, layers, rotations
         self._norm, self._output, self._softcap = norm, output, softcap
