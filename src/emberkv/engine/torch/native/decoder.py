@@ -276,15 +276,18 @@ def _has_only(module: nn.Module, kinds: dict[str, type[nn.Module]], optional: se
 def _fits(
     layers: list[_Layer], rotations: list[_Rotation], pool: KVPool, norm: NativeRMSNorm, output: NativeLinear
 ) -> bool:
-    """Whether all sizes are those that decoder.cpp takes them to be; it would write beyond its memory otherwise."""
+    """Whether sizes and types are what decoder.cpp takes them to be; it would reach beyond its memory otherwise."""
     geometry = pool.geometry
     hidden, intermediate = norm.scale.numel(), layers[0].pair.out_features
     queries, keys = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
     apart, together = ((hidden, queries), (hidden, keys), (hidden, keys)), ((hidden, queries + 2 * keys),)
     behind = ((queries, hidden), (hidden, intermediate), (intermediate, hidden))
     products = {(*apart, *behind), (*together, *behind)}
+    linears = [output, *(each for layer in layers for each in (*layer.products, layer.out, layer.pair, layer.down))]
     return (
         output.in_features == hidden
+        and all(each.call.bits or each.packed.dtype is pool.dtype for each in linears)
+        and all(rotation.cos.dtype is pool.dtype for rotation in rotations)
         and all(0 < rotation.dim <= geometry.head_dim and rotation.dim % 2 == 0 for rotation in rotations)
         and all(layer.sizes()[:-2] in products for layer in layers)
         and all(layer.sizes()[-2] in {(hidden,) * 2 + (0,) * 2, (hidden,) * 4} for layer in layers)
