@@ -312,6 +312,7 @@ class WarmupSettings(_Settings):
     number warns and becomes 60.
     warmup_system_files: system prompts to warm, one a file; without any, the one in warmup_fallback_file, which may be
     missing, else the built-in one.
+    warmup_requests: files with bodies of requests whose prompts are warmed, too.
     warmup_required: the server is not ready before these are warm, however long that takes.
     """
 
@@ -319,6 +320,7 @@ class WarmupSettings(_Settings):
     warmup_timeout: float = DEFAULT_WARMUP_SECONDS
     warmup_system_files: tuple[UserPath, ...] = ()
     warmup_fallback_file: UserPath | None = None
+    warmup_requests: tuple[UserPath, ...] = ()
     warmup_required: bool = False
 
 

@@ -18,6 +18,7 @@ from emberkv.cli.command import connection
 from emberkv.cli.explain_template import explain_template
 from emberkv.cli.suggestions import Suggestions, print_suggestions
 from emberkv.errors import EmberError, RequestError
+from emberkv.serving.api.validation import is_anthropic
 
 BAR_CELLS = 60
 LABEL_CELLS = 15
@@ -309,7 +310,7 @@ def question_of(content: str, *, raw: bool = False, api: Api | None = None) -> d
     if request is None:
         return _about_text(content, raw)
     if api is None:
-        api = Api.ANTHROPIC if "system" in request or _has_anthropic_parts(request) else Api.OPENAI
+        api = Api.ANTHROPIC if is_anthropic(request) else Api.OPENAI
     return {api.value: request}
 
 
@@ -341,12 +342,6 @@ def _json_object(content: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) and ("messages" in value or "prompt" in value) else None
-
-
-def _has_anthropic_parts(request: dict[str, Any]) -> bool:
-    """Whether tools are as Anthropic's API has them; messages alone look alike in both."""
-    tools = request.get("tools")
-    return isinstance(tools, list) and any(isinstance(tool, dict) and "input_schema" in tool for tool in tools)
 
 
 Shape = TypeVar("Shape", bound=BaseModel)

@@ -167,6 +167,7 @@ def serve(
     warmup: options.Warmup = None,
     warmup_timeout: options.WarmupTimeout = None,
     warmup_system_file: options.WarmupSystemFile = None,
+    warmup_request: options.WarmupRequest = None,
     warmup_required: options.WarmupRequired = None,
     admin_key: options.AdminKey = None,
     admin_key_file: options.AdminKeyFile = None,
@@ -208,6 +209,7 @@ def serve(
     given["gateways"] = given.pop("gateway") or None
     given["cors_origins"] = given.pop("cors_origin") or None
     given["warmup_system_files"] = given.pop("warmup_system_file") or None
+    given["warmup_requests"] = given.pop("warmup_request") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
         settings = read_settings(given, os.environ, config)

@@ -231,6 +231,15 @@ WarmupSystemFile = Annotated[
         help="System prompt to warm instead of the built-in one; repeat for more.",
     ),
 ]
+WarmupRequest = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=WARMUP,
+        help="JSON body of a request to warm, with its tools and messages, as an agent sends it: a chat completion, an "
+        "Anthropic message or a response; repeat for more.",
+    ),
+]
 WarmupRequired = Annotated[
     bool | None,
     typer.Option(

@@ -18,6 +18,7 @@ from emberkv.cli import command
 from emberkv.config import ServeConfig, TierSettings
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.errors import ConfigError
+from emberkv.serving.api.warmup_requests import read_warmup_requests, request_prompts
 from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import CanonicalRules
@@ -164,6 +165,7 @@ class Startup:
         self._tenants = tenants
         self._canonical = canonical
         self._system_prompts = configured_prompts(config)
+        self._warmup_requests = read_warmup_requests(config.warmup_requests if config.warmup else ())
         self._lifecycle = lifecycle
         self._server = server
         self._engine: AssembledEngine | None = None
@@ -295,6 +297,8 @@ class Startup:
                 shows_downloads=console.is_terminal and not console.quiet,
             )
             prompts, problems = standard_prompts(self._system_prompts, loaded.tokenizer, self._canonical)
+            of_requests, refused = request_prompts(self._warmup_requests, loaded.tokenizer, self._canonical)
+            prompts, problems = [*prompts, *of_requests], [*problems, *refused]
             public = public_tokens(self._tenants.public_prefixes, loaded.tokenizer, self._canonical)
             cache_bytes = sizes.pool_bytes(loaded)
             tiers = engine_setup.tier_config(config, {tier: self._tenants.shares(tier) for tier in SHARED_OUT})

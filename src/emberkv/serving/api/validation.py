@@ -51,6 +51,16 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
         raise _refusal(error) from None
 
 
+def is_anthropic(body: Json) -> bool:
+    """Whether a body with messages is of Anthropic's API and not OpenAI's, by its system prompt or its tools.
+
+    Without both, the two look alike and mean the same.
+    """
+    tools = body.get("tools")
+    has_tools = isinstance(tools, list) and any(isinstance(tool, dict) and "input_schema" in tool for tool in tools)
+    return has_tools or "system" in body
+
+
 Query = TypeVar("Query", bound=BaseModel)
 
 
