@@ -185,6 +185,8 @@ class CacheSettings(_Settings):
     canonical: a YAML file of rules that rewrite volatile lines of prompts.
     agent_rules: also drop lines of known agents that mean nothing to the model.
     answer_memory: remember answers, and put them into later prompts as they were sampled.
+    next_turn_tokens: how many tokens a minute are computed, while the server is idle, of what the next prompts of
+    conversations begin with, where the chat template rewrites earlier turns; 0: none.
     """
 
     cache_ram: Size | None = Field(default=None, gt=0)
@@ -198,6 +200,7 @@ class CacheSettings(_Settings):
     canonical: UserPath | None = None
     agent_rules: bool = True
     answer_memory: bool = True
+    next_turn_tokens: int = Field(default=60_000, ge=0, le=10**9)
 
     @model_validator(mode="after")
     def _chunk_fits_blocks(self) -> Self:

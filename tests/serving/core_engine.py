@@ -49,6 +49,7 @@ class CoreEngine:
         self.pool = BlockPool(blocks, BLOCK, policy=self.policy)
         self.scheduler = Scheduler(PrefixCache(self.pool, alignment=UNIT), SchedulerConfig(UNIT), lower)
         self.submitted: list[GenerationRequest] = []
+        self.answer = ANSWER
         self.now = 1000.0
         self.ledger_store = LedgerStore(Ledger(), clock=lambda: self.now)
         self._control = CacheControl(self.scheduler, lower=lower, clock=lambda: self.now)
@@ -72,7 +73,7 @@ class CoreEngine:
             raise RequestError("prompt has a token id outside the vocabulary", param="prompt")
         self.submitted.append(request)
         chain = self.chain(list(request.prompt_token_ids), Tenant(request.tenant, request.salt))
-        answer = ANSWER[: request.params.max_tokens]
+        answer = self.answer[: request.params.max_tokens]
         sequence = Served(request.request_id, chain, len(answer))
         self.scheduler.add(sequence)
         while sequence.finish_reason is None:
@@ -114,4 +115,4 @@ class CoreEngine:
         return None
 
     def stats(self) -> EngineStats:
-        return EngineStats()
+        return EngineStats(block_size=BLOCK, total_blocks=self.pool.num_blocks, free_blocks=self.pool.num_free)

@@ -292,6 +292,15 @@ AnswerMemory = Annotated[
         "other words, so that the cache has them. (default: on)",
     ),
 ]
+NextTurnTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=CACHE,
+        help="Where the chat template rewrites earlier turns: how many tokens a minute are computed, while idle, of "
+        "what the next prompts of conversations begin with; 0: none. (default: 60000)",
+    ),
+]
 RecordTrace = Annotated[
     str | None,
     typer.Option(

@@ -25,7 +25,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel, chosen_output_format, model_names
 from emberkv.serving.request_context import JsonFormatter, TextFormatter
 from emberkv.serving.server import HttpServer
-from emberkv.serving.template_study import agent_warnings
+from emberkv.serving.template_study import agent_warnings, rewrites_turns
 from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.warm_prompt import configured_prompts, public_tokens, standard_prompts
 from emberkv.serving.warmup.warmup import Warmup, make_warmup
@@ -241,6 +241,8 @@ class Startup:
             warmup=warmup,
         )
         engine.loop.start()
+        output_format = chosen_output_format(loaded.tokenizer, self._config.tool_parser, self._config.reasoning_parser)
+        reasons = output_format.reasoning is not None
         model = ServedModel(
             names,
             int(time.time()),
@@ -263,16 +265,13 @@ class Startup:
                 sum(weights.nbytes for weights in loaded.model.parameters()),
             ),
             assembled=engine,
-            output_format=chosen_output_format(
-                loaded.tokenizer, self._config.tool_parser, self._config.reasoning_parser
-            ),
+            output_format=output_format,
+            rewrites_turns=rewrites_turns(loaded.tokenizer, reasons=reasons),
             fingerprint=loaded.fingerprint,
             on_overflow=self._config.on_overflow,
             name_patterns=patterns,
         )
-        for warning in agent_warnings(
-            loaded.tokenizer, engine.loop.max_prompt_tokens, reasons=model.output_format.reasoning is not None
-        ):
+        for warning in agent_warnings(loaded.tokenizer, engine.loop.max_prompt_tokens, reasons=reasons):
             _log.warning("%s", warning)
         self._lifecycle.loaded(model, warming=True)
         warmup.start()

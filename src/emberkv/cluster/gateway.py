@@ -33,6 +33,7 @@ from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, chosen_output_format
 from emberkv.serving.parsing.formats import AUTO
 from emberkv.serving.server import HttpServer
+from emberkv.serving.template_study import rewrites_turns
 from emberkv.serving.trace_recorder import TraceRecorder
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ class Gateway:
         assert files is not None, "without an etag the files are always sent"
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
         self.engine = ClusterEngine(self.membership, description, in_flight=self._in_flight)
+        output_format = chosen_output_format(tokenizer, *self._parsers)
         self.lifecycle.loaded(
             ServedModel(
                 description.names,
@@ -229,7 +231,8 @@ class Gateway:
                 headers=self._headers,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
-                output_format=chosen_output_format(tokenizer, *self._parsers),
+                output_format=output_format,
+                rewrites_turns=rewrites_turns(tokenizer, reasons=output_format.reasoning is not None),
             )
         )
         self._changed()

@@ -30,6 +30,7 @@ from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_inf
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
+from emberkv.serving.next_turns import NextTurns, RenderNext
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import (
     EndedAnswer,
@@ -63,7 +64,7 @@ class Prompt:
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
     stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
     more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
-    system: the text of its system prompt, in which volatile lines are looked for. history, recorder: see
+    system: the text of its system prompt, in which volatile lines are looked for. history, recorder, next_prompt: see
     `emberkv.serving.api.rendering.RenderedPrompt`.
     """
 
@@ -78,6 +79,7 @@ class Prompt:
     system: str = ""
     history: Mapping[str, int] = field(default_factory=dict)
     recorder: AnswerRecorder | None = None
+    next_prompt: RenderNext | None = None
 
 
 class TextGenerator:
@@ -248,7 +250,7 @@ class AnswerService:
     recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
     the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`. limits: of each
-    tenant, by name.
+    tenant, by name. next_turn_tokens: how many tokens a minute `NextTurns` computes.
     """
 
     def __init__(
@@ -265,6 +267,7 @@ class AnswerService:
         max_requests: int | None = MAX_REQUESTS,
         limits: Mapping[str, RateLimits] | None = None,
         tracer: RequestTracer | None = None,
+        next_turn_tokens: int = 0,
     ) -> None:
         self.recent = RecentRequests()
         self.sessions = Sessions()
@@ -282,6 +285,8 @@ class AnswerService:
         self._in_flight = InFlight(max_requests)
         self.limits = TenantLimits(limits or {}, clock, self.tenant_metrics.limited)
         self._tracer = tracer
+        self._next_turns = NextTurns(lifecycle, workers, tokens_a_minute=next_turn_tokens, clock=clock)
+        metrics.register(self._next_turns)
         self._generator: TextGenerator | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
@@ -325,6 +330,7 @@ class AnswerService:
             self._generator = self._make_generator()
         model = self._lifecycle.model()  # accounts for the answers, even if it is unloaded or replaced meanwhile
         self._enter(request.tenant.name, prompts)  # `_closed` follows, even if no answer can be started
+        self._next_turns.request_arrived(request, prompts[0].next_prompt)
         stream = self._generator.start(prompts, request, on_close=partial(self._closed, model, request, prompts))
         if (timeout := self._request_timeout) is not None:
             left = request.arrived + timeout - self._clock()
@@ -449,6 +455,16 @@ class AnswerService:
         self._observe(model, request, prompts)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()
+        self._compute_next_turn(request, prompts, stream)
+
+    def _compute_next_turn(self, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream) -> None:
+        (prompt, *others), answers = prompts, stream.answers
+        if answers and not others and prompt.next_prompt is not None:
+            (answer,) = answers
+            is_whole = answer.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.silent
+            if is_whole and not answer.calls:
+                self._next_turns.turn_ended(request, prompt.token_ids, answer.message, prompt.next_prompt)
+        self._next_turns.begin_if_idle()
 
     def _count(self, request: RequestContext, usages: Sequence[CacheUsage]) -> None:
         self.sessions.count(request, usages, self._wall_clock())

@@ -61,7 +61,8 @@ class ServingSettings:
     from a request's arrival to the end of its answers, which are interrupted then; None: as long as they take.
     stream_times: of streams' headers and pings; None: the usual ones. max_requests: see `InFlight`. gateways: how many
     share the load evenly; each enforces its part of the tenants' rate limits. answer_memory: whether answers are
-    remembered, see `emberkv.serving.api.splicing`.
+    remembered, see `emberkv.serving.api.splicing`. next_turn_tokens: how many tokens `NextTurns` computes in a minute;
+    0: none.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class ServingSettings:
     gateways: int = 1
     tracer: RequestTracer | None = None
     answer_memory: bool = True
+    next_turn_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ def create_app(
         max_requests=settings.max_requests,
         limits={name: limits.part(settings.gateways) for name, limits in tenants.rate_limits.items()},
         tracer=settings.tracer,
+        next_turn_tokens=settings.next_turn_tokens,
     )
     app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)

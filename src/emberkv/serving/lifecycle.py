@@ -130,7 +130,8 @@ class ServedModel:
     headers: further headers of the answer to a request, by the request's id in the engine. assembled: the engine with
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
-    reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered.
+    reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered. rewrites_turns: whether the
+    user's next question makes its chat template render earlier turns in another way.
     """
 
     names: tuple[str, ...]
@@ -150,6 +151,7 @@ class ServedModel:
     name_patterns: NamePatterns = field(default_factory=NamePatterns)
     output_format: OutputFormat = field(default_factory=OutputFormat)
     answer_memory: AnswerMemory | None = None
+    rewrites_turns: bool = False
 
     def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it. memory: of all tenants."""

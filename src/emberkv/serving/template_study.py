@@ -193,6 +193,17 @@ def study_tokenizer(tokenizer: Tokenizer, *, with_thoughts: bool) -> Study:
     return study_template(template_renderer(tokenizer), encode, with_thoughts=with_thoughts)
 
 
+def rewrites_turns(tokenizer: Tokenizer, *, reasons: bool) -> bool:
+    """Whether the user's next question makes the chat template render earlier turns in another way.
+
+    reasons: whether the model writes reasoning text.
+    """
+    if tokenizer.chat_problem is not None:
+        return False
+    studies = (study_tokenizer(tokenizer, with_thoughts=each) for each in ((True, False) if reasons else (False,)))
+    return any(study.question is not None and not study.question.is_whole for study in studies)
+
+
 def agent_warnings(tokenizer: Tokenizer, context: int, *, reasons: bool) -> list[str]:
     """Warnings about a model that coding agents would not work well with, one sentence each.
 

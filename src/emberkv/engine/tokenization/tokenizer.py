@@ -127,7 +127,7 @@ def shared_prefix(tokenizer: Tokenizer, system_prompt: str) -> list[int]:
     else:
         texts = [system_prompt + opening for opening in _OPENINGS]
         sequences = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
-    return _common(sequences)
+    return common_prefix(sequences)
 
 
 def _takes_chats(tokenizer: Tokenizer) -> bool:
@@ -142,7 +142,8 @@ def _conversation(system_prompt: str, opening: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system_prompt}, {"role": "user", "content": opening}]
 
 
-def _common(sequences: Sequence["array[int]"]) -> list[int]:
+def common_prefix(sequences: Sequence["array[int]"]) -> list[int]:
+    """The longest run of token ids that all of the sequences begin with."""
     first, last = min(sequences), max(sequences)  # all others lie between them, and so begin with what both do
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return [token for token, _ in pairs]

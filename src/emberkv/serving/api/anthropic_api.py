@@ -47,6 +47,7 @@ def prepare_messages(
         system=rendered.system_text,
         history=rendered.history,
         recorder=rendered.recorder,
+        next_prompt=rendered.next_prompt,
     )
     return request, prompt, rendered
 

@@ -351,6 +351,7 @@ def prepare_chat(
             system=rendered.system_text,
             history=rendered.history,
             recorder=rendered.recorder,
+            next_prompt=rendered.next_prompt,
         )
         for each in choices
     ]

@@ -6,6 +6,7 @@ is accepted on messages, their text parts and tools. A mark covers the prompt fr
 Of several, the one that lasts longest counts, and of these the last, since it covers the others.
 """
 
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from emberkv.serving.answers.answer_memory import AnswerRecorder
 from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
+from emberkv.serving.api.next_prompt import NextPrompt, next_prompt
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.splicing import SplicedPrompt, splice_answers
 from emberkv.serving.api.validation import Json
@@ -229,6 +231,7 @@ class RenderedPrompt:
     """canonical: what the rules changed. retain_tokens: how many from the first are to be kept for retain_seconds.
     conversation, text: of a chat, what was rendered and to what; None and "" of token ids or plain text. history: how
     many answers in the conversation had each outcome of `splice_answers`. recorder: remembers the answer to the prompt.
+    next_prompt: what the prompt of the user's next message begins with; None where no such message is expected.
     """
 
     token_ids: Sequence[int]
@@ -239,6 +242,7 @@ class RenderedPrompt:
     text: str = ""
     history: Mapping[str, int] = field(default_factory=dict)
     recorder: AnswerRecorder | None = None
+    next_prompt: NextPrompt | None = None
 
     @property
     def left_out(self) -> Mapping[str, int]:
@@ -304,6 +308,7 @@ def _rendered(
         text=spliced.text,
         history=spliced.outcomes,
         recorder=None if memory is None else spliced.recorder(memory, conversation, model.output_format),
+        next_prompt=next_prompt(conversation, partial(_token_ids, model=model)) if model.rewrites_turns else None,
     )
     if mark is None:
         return rendered
@@ -313,6 +318,11 @@ def _rendered(
         return rendered
     covered = covered_tokens(model.tokenizer, spliced.text, token_ids, cut, spliced.known)
     return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds)
+
+
+def _token_ids(conversation: Conversation, model: ServedModel) -> "array[int]":
+    spliced = _spliced(conversation, model)
+    return model.tokenizer.encode(spliced.text, add_special_tokens=False, known=spliced.known)
 
 
 def _spliced(conversation: Conversation, model: ServedModel) -> SplicedPrompt:

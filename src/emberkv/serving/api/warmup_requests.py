@@ -1,6 +1,7 @@
 """Requests whose prompts are warmed at the start: whole bodies, as agents send them, with tools and messages."""
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from emberkv.engine.warmup import read_system_prompt
 from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
-from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages
+from emberkv.serving.api.rendering import canonical_chat, canonical_messages
 from emberkv.serving.api.response_store import ResponseStore
 from emberkv.serving.api.responses_api import convert_response
 from emberkv.serving.api.validation import Json, is_anthropic, parse_body
@@ -28,14 +29,16 @@ class WarmupRequest:
     path: Path
     body: Json
 
-    def rendered(self, tokenizer: Tokenizer, rules: CanonicalRules | None) -> RenderedPrompt:
-        """Its prompt, as the API would render it. Raises RequestError for what cannot be used."""
+    def tokens(self, tokenizer: Tokenizer, rules: CanonicalRules | None) -> "array[int]":
+        """The token ids of its prompt, as the API would render it. Raises RequestError for what cannot be used."""
         body = compact_json({**self.body, "model": "any"}).encode()
         if "input" in self.body:
             body = convert_response(body, DEFAULT_TENANT, ResponseStore(clock=lambda: 0.0)).chat
-        elif is_anthropic(self.body):
-            return render_messages(parse_body(PromptRequest, body), tokenizer, rules)
-        return render_chat(parse_body(ChatCompletionRequest, body), tokenizer, rules)
+        if "input" not in self.body and is_anthropic(self.body):
+            conversation = canonical_messages(parse_body(PromptRequest, body), rules)[0].conversation()
+        else:
+            conversation = canonical_chat(parse_body(ChatCompletionRequest, body), rules)[0].conversation()
+        return tokenizer.encode(conversation.prompt_text(tokenizer), add_special_tokens=False)
 
 
 def read_warmup_requests(paths: Iterable[Path]) -> list[WarmupRequest]:
@@ -69,7 +72,7 @@ def request_prompts(
     prompts, problems = [], []
     for request in requests:
         try:
-            prompts.append(WarmPrompt(tuple(request.rendered(tokenizer, rules).token_ids), PUBLIC_OWNER))
+            prompts.append(WarmPrompt(tuple(request.tokens(tokenizer, rules)), PUBLIC_OWNER))
         except RequestError as error:
             problems.append(f"request {request.path}: {error}")
     return list(dict.fromkeys(prompts)), problems

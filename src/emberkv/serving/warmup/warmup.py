@@ -76,7 +76,7 @@ class WarmupReport:
 
 _CLOSE_SECONDS = 5.0
 _ID_PREFIX = "warmup-"
-"""Begins the ids of the requests that warm prompts; what they reuse is not learned from."""
+"""Begins the ids of the requests that warm prompts."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Warmup:
         """What has changed in the cache: for `EngineLoop.on_update`."""
         if self._learned is not None:
             for sequence in update.admitted:
-                if not sequence.request_id.startswith(_ID_PREFIX):
+                if sequence.priority < BACKGROUND_PRIORITY:
                     self._learned.used(sequence.chain, sequence.cached_tokens)
         events = [event for event in update.events if event.tier == POOL]
         cleared = update.missed or any(isinstance(event, AllBlocksCleared) for event in events)

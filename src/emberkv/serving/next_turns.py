@@ -1,0 +1,289 @@
+"""Computes, while the server is idle, what the next prompt of each session begins with.
+
+Many chat templates rewrite earlier turns once the user asks again: they drop the thoughts. Then the next prompt differs
+from all that is cached from the first answer to the last question on, often by thousands of tokens. Everything before
+the user's next text is known when the answer ends, so it can be computed before the user has written that.
+"""
+
+import asyncio
+import contextlib
+import uuid
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import takewhile
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
+from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
+from emberkv.errors import EmberError
+from emberkv.serving.background import WorkerPool
+from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.parsing.events import ParsedMessage
+from emberkv.serving.request_context import RequestContext
+
+MOST_WAITING = 64
+"""Next prompts that wait to be computed; of more, those that have waited longest are dropped."""
+
+SHARE_OF_POOL = 4
+"""A prompt is dropped that would take more than one part in so many of the blocks that no request holds."""
+
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+
+class RenderNext(Protocol):
+    """Renders the next prompt of a conversation; `api.next_prompt.NextPrompt` is one."""
+
+    @property
+    def beginning(self) -> int:
+        """The same for all turns of the conversation, and hardly ever for another one."""
+        ...
+
+    def tokens(self, answer: ParsedMessage) -> "array[int]":
+        """Its beginning, up to the user's text. Raises RequestError for what the template refuses."""
+        ...
+
+
+Conversation = tuple[str, str, int]
+"""Tenant, session, and the beginning: side calls of a session, such as one for a title, are other conversations."""
+
+
+class Outcome(Enum):
+    """What became of a next prompt."""
+
+    COMPUTED = "computed"
+    NOTHING_TO_DO = "nothing_to_do"  # all of it was computed for the turn that has ended
+    REPLACED = "replaced"  # the next request of the conversation came before
+    QUEUE_FULL = "queue_full"
+    TOO_LONG = "too_long"  # it leaves no place in the context for a question
+    POOL_TOO_SMALL = "pool_too_small"
+    OVER_BUDGET = "over_budget"  # of tokens a minute
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A turn that has ended. prompt: its token ids. answer, render: of which ``tokens`` are made, the beginning of the
+    next prompt; these three are dropped then.
+
+    missing: how many of ``tokens`` were not computed for the turn. is_charged: they are taken from the budget.
+    request_id: of the engine, while they are computed. is_stale: the next request of the conversation has come.
+    """
+
+    request: RequestContext
+    conversation: Conversation
+    prompt: Sequence[int]
+    answer: ParsedMessage | None
+    render: RenderNext | None
+    tokens: "array[int]" = field(default_factory=lambda: array("i"))
+    missing: int = 0
+    is_charged: bool = False
+    request_id: str = ""
+    is_stale: bool = False
+    is_interrupted: bool = False
+
+    def rendered(self) -> None:
+        """Render the next prompt, and forget the text. Raises RequestError for what the template refuses."""
+        if self.render is None or self.answer is None:
+            return
+        self.tokens = self.render.tokens(self.answer)
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(self.prompt, self.tokens, strict=False))
+        self.missing = len(self.tokens) - sum(1 for _ in common)
+        self.answer = self.render = None
+        self.prompt = ()
+
+
+class NextTurns(Collector):
+    """Computes the next prompts of conversations one at a time, while no request is being answered. Belongs to the
+    event loop, and collects its own metrics.
+
+    A request that arrives ends the computation behind the step that the engine is in; what was computed stays cached,
+    and the rest follows when the server is idle again. Of each conversation the latest turn alone waits.
+
+    tokens_a_minute: the most that are computed; 0: nothing is. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, lifecycle: Lifecycle, workers: WorkerPool, *, tokens_a_minute: int, clock: Callable[[], float]
+    ) -> None:
+        self.counts: Counter[Outcome] = Counter()
+        self.computed_tokens = 0
+        self.interruptions = 0
+        self._lifecycle = lifecycle
+        self._workers = workers
+        self._budget = _Budget(tokens_a_minute, clock)
+        self._waiting: OrderedDict[Conversation, _Turn] = OrderedDict()
+        self._current: _Turn | None = None
+        self._task: asyncio.Task[None] | None = None
+        lifecycle.on_unload.append(self._waiting.clear)
+
+    def turn_ended(
+        self, request: RequestContext, prompt: Sequence[int], answer: ParsedMessage, render: RenderNext
+    ) -> None:
+        """An answer without tool calls has ended, so that the user is next. prompt: the token ids of its prompt."""
+        if not self._budget.tokens_a_minute:
+            return
+        conversation = _conversation(request, render)
+        if self._waiting.pop(conversation, None) is not None:
+            self.counts[Outcome.REPLACED] += 1
+        self._waiting[conversation] = _Turn(request, conversation, prompt, answer, render)
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.popitem(last=False)
+            self.counts[Outcome.QUEUE_FULL] += 1
+
+    def request_arrived(self, request: RequestContext, render: RenderNext | None) -> None:
+        """A request goes before all that is computed here. What waits for its conversation is of no use any more."""
+        turn = self._current
+        if not (turn or self._waiting):
+            return
+        conversation = None if render is None else _conversation(request, render)
+        if conversation is not None and self._waiting.pop(conversation, None) is not None:
+            self.counts[Outcome.REPLACED] += 1
+        if turn is not None:
+            turn.is_interrupted = True
+            turn.is_stale = turn.is_stale or turn.conversation == conversation
+            if turn.request_id:
+                self._lifecycle.model().engine.abort(turn.request_id)
+
+    def begin_if_idle(self) -> None:
+        """Go on with what waits, unless a request is being answered."""
+        if self._waiting and self._is_idle and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._compute_all())
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._lifecycle.running and self._lifecycle.phase in (Phase.WARMING, Phase.READY)
+
+    async def _compute_all(self) -> None:
+        work = self._lifecycle.background.work("next turns")
+        while self._waiting and self._is_idle:
+            conversation, turn = self._waiting.popitem(last=False)
+            outcome: Outcome | None = Outcome.FAILED
+            turn.is_interrupted = False
+            self._current = turn
+            try:
+                with work.attempt():
+                    outcome = await self._compute(turn)
+            finally:
+                self._current = None
+            if outcome is not None:
+                self.counts[outcome] += 1
+                continue
+            self.interruptions += 1
+            if turn.is_stale or conversation in self._waiting:
+                self.counts[Outcome.REPLACED] += 1
+            else:
+                self._waiting[conversation] = turn
+                self._waiting.move_to_end(conversation, last=False)
+
+    async def _compute(self, turn: _Turn) -> Outcome | None:
+        """None: a request has interrupted it."""
+        model = self._lifecycle.model()
+        try:
+            await self._workers.run(turn.rendered)
+            if (problem := self._problem(model, turn)) is not None:
+                return problem
+            output = None if turn.is_interrupted else await self._last_output(model, turn)
+        except EmberError:  # a template that refuses the next turn, a server that stops or has too much to do
+            return Outcome.FAILED
+        if output is None or output.finish_reason is FinishReason.ABORT:
+            return None
+        if output.usage is None or output.finish_reason is FinishReason.ERROR:
+            return Outcome.FAILED
+        self.computed_tokens += output.usage.computed_tokens
+        return Outcome.COMPUTED
+
+    def _problem(self, model: ServedModel, turn: _Turn) -> Outcome | None:
+        if turn.missing <= 1:  # the last token of a prompt is always computed
+            return Outcome.NOTHING_TO_DO
+        if len(turn.tokens) >= model.engine.max_prompt_tokens:
+            return Outcome.TOO_LONG
+        stats = model.engine.stats()
+        if turn.missing * SHARE_OF_POOL > stats.free_blocks * stats.block_size:
+            return Outcome.POOL_TOO_SMALL
+        if not turn.is_charged and not self._budget.take(turn.missing):
+            return Outcome.OVER_BUDGET
+        turn.is_charged = True
+        return None
+
+    async def _last_output(self, model: ServedModel, turn: _Turn) -> TokenOutput:
+        """Raises what `Engine.submit` raises."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[TokenOutput] = loop.create_future()
+
+        def end(output: TokenOutput) -> None:
+            if not ended.done():
+                ended.set_result(output)
+
+        def listen(output: TokenOutput) -> None:
+            if output.finish_reason is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits
+                    loop.call_soon_threadsafe(end, output)
+
+        request = turn.request
+        turn.request_id = f"next-turn-{uuid.uuid4().hex}"
+        generation = GenerationRequest(
+            turn.request_id,
+            turn.tokens,
+            _ONE_TOKEN,
+            request.tenant.salt,
+            priority=BACKGROUND_PRIORITY,
+            tenant=request.tenant.name,
+            session_id=request.session,
+        )
+        try:
+            model.engine.submit(generation, listen)
+            return await ended
+        finally:
+            if not ended.done():
+                model.engine.abort(turn.request_id)
+            turn.request_id = ""
+
+    def collect(self) -> Iterator[Metric]:
+        counts = CounterMetricFamily(
+            "emberkv_next_turn_prompts", "Next prompts of conversations, by what became of them.", labels=["outcome"]
+        )
+        for outcome in Outcome:
+            counts.add_metric([outcome.value], self.counts[outcome])
+        yield counts
+        yield GaugeMetricFamily(
+            "emberkv_next_turn_waiting", "Next prompts that wait until the server is idle.", value=len(self._waiting)
+        )
+        for name, text, value in (
+            (
+                "tokens",
+                "Tokens computed of next prompts, without interrupted computations.",
+                self.computed_tokens,
+            ),
+            ("interruptions", "Computations of next prompts that a request has interrupted.", self.interruptions),
+        ):
+            yield CounterMetricFamily(f"emberkv_next_turn_{name}", text, value=value)
+
+
+def _conversation(request: RequestContext, render: RenderNext) -> Conversation:
+    return request.tenant.name, request.session, render.beginning
+
+
+class _Budget:
+    """At most so many tokens a minute, and at once."""
+
+    def __init__(self, tokens_a_minute: int, clock: Callable[[], float]) -> None:
+        self.tokens_a_minute = tokens_a_minute
+        self._clock = clock
+        self._left = float(tokens_a_minute)
+        self._at = clock()
+
+    def take(self, tokens: int) -> bool:
+        """Whether there were so many left, which are taken then."""
+        now = self._clock()
+        self._left = min(self.tokens_a_minute, self._left + (now - self._at) * self.tokens_a_minute / 60)
+        self._at = now
+        if tokens > self._left:
+            return False
+        self._left -= tokens
+        return True
