@@ -78,6 +78,7 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
     },
     "olmoe": {**_WIDE, **_SOME_EXPERTS},
     "granitemoe": {**_WIDE, **_SOME_EXPERTS},
+    "stablelm": _WIDE,
 }
 """Further architectures that must be served; of these, `tests/engine/torch/test_architectures.py` tests each."""
 

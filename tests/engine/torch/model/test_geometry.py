@@ -49,7 +49,7 @@ def test_other_architectures_are_refused_by_the_name_of_what_they_have(
     ("model_type", "settings", "message"),
     [
         ("falcon", {"alibi": True}, "ALiBi"),
-        ("gemma3", {}, "multimodal"),
+        ("mllama", {}, "multimodal"),
         ("bert", {"num_hidden_layers": 1}, "layer 0 is not causal"),
         ("rwkv", {"num_hidden_layers": 1, "hidden_size": 64}, "recurrent state"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 SERVED_ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"})
@@ -172,7 +173,7 @@ class ModelShape:
 
 def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
     """The attention geometry of the model that ``config`` describes, without its weights. Raises as `inspect_model`."""
-    return inspect_model(config).geometry
+    return inspect_model(text_config(config)).geometry
 
 
 def inspect_model(config: PretrainedConfig) -> ModelShape:
@@ -238,7 +239,7 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise _refuse(config, "it is an encoder-decoder")
     if config.get_text_config() is not config:
-        raise _refuse(config, "it is multimodal, a text model inside another")
+        raise _refuse(config, "it is multimodal, and the text model inside it is not known")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refuse(config, "it has no causal language model head")
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
@@ -266,10 +267,6 @@ def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
         raise _refuse(config, f"{named} keeps recurrent state")
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         raise _refuse(config, f"{named} has convolutions over past tokens")
-    if not model._supports_attention_backend:
-        raise _refuse(config, f"{named} does not go through transformers' AttentionInterface")
-    if not getattr(config, "max_position_embeddings", None):
-        raise _refuse(config, "its config gives no context length (max_position_embeddings)")
 
 
 @contextmanager
@@ -294,6 +291,10 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
             model(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise _refuse(config, f"its forward pass cannot be traced ({reason_of(error)})") from error
+    if not calls:
+        layers = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
+        named = ", ".join(layers) or type(model).__name__
+        raise _refuse(config, f"{named} does not go through transformers' AttentionInterface")
     return calls
 
 
@@ -306,6 +307,8 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
     first = calls[0]
     if first.key_shape != first.value_shape:
         raise _refuse(config, f"its keys {first.key_shape} and values {first.value_shape} differ in shape")
+    if not getattr(config, "max_position_embeddings", None):
+        raise _refuse(config, "its config gives no context length (max_position_embeddings)")
     limit = rotation_limit(config)
     if not 0 < limit <= _LONGEST_CONTEXT:
         raise CorruptModelError(

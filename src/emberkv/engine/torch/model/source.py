@@ -25,6 +25,7 @@ from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, r
 from emberkv.engine.torch.model.fingerprint import FileState, file_states, weights_fingerprint
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
 from emberkv.engine.torch.model.geometry import ModelShape
+from emberkv.engine.torch.model.multimodal import TEXT_WEIGHTS, text_config, text_name
 from emberkv.engine.torch.quantization.methods import find_method
 from emberkv.engine.torch.quantization.stored import Method
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
@@ -96,7 +97,7 @@ class FolderSource:
         """Raises CorruptModelError, and UnsupportedModelError for an architecture or a method that is not known."""
         self.path = folder
         self._raw = read_json(folder / "config.json")
-        self.config = _read_config(folder, self._raw)
+        self.config = text_config(_read_config(folder, self._raw))
         try:
             self.method = find_method(self._raw)
         except UnsupportedModelError as error:
@@ -195,6 +196,7 @@ class FolderSource:
             config=self.config,
             generation_config=generation_config(),  # so that the file is read in one place only
             dtype=dtype,
+            key_mapping=TEXT_WEIGHTS,
             attn_implementation=attn_implementation,
             use_safetensors=True,
             local_files_only=True,
@@ -213,19 +215,19 @@ class FolderSource:
                 holders.update(dict.fromkeys(tensors.keys(), tensors))
             plain, quantised = self._by_layer(holders)
             for name in plain:
-                yield name, holders[name].get_tensor(name)
+                yield text_name(name), holders[name].get_tensor(name)
             for layer, parts in quantised.items():
                 if method is not None:
                     stored = {part: holders[name].get_tensor(name) for part, name in parts.items()}
-                    yield method.parameter(layer), method.read(layer, stored)
+                    yield text_name(method.parameter(layer)), method.read(layer, stored)
 
     def _parameters(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that the files hold, as the model has it."""
         plain, quantised = self._by_layer(self.stored.shapes)
-        found = {name: self.stored.shapes[name] for name in plain}
+        found = {text_name(name): self.stored.shapes[name] for name in plain}
         if self.method is not None:
             for layer, parts in quantised.items():
-                found[self.method.parameter(layer)] = self.method.shape(layer, self._shapes(parts))
+                found[text_name(self.method.parameter(layer))] = self.method.shape(layer, self._shapes(parts))
         return found
 
     def _shapes(self, parts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
