@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.raw.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(each) for each in exchanges], indent=1, ensure_ascii=False)
         (given.raw / f"{agent.name}.json").write_text(text)
-    replacement = Replacement(agent.own_texts)
+    replacement = Replacement([*agent.own_texts, *(each_id for each in exchanges for each_id in each.ids)])
     session = Session(agent.name, found[0], [replaced(each, replacement) for each in exchanges])
     session.write()
     for each in session.exchanges:

@@ -29,7 +29,7 @@ def thought(text: str) -> str:
 class Agent:
     """How one agent is used.
 
-    tool: a name by which its main requests are known: their prompts list this tool. steps: the model's answers to the
+    tool: of its main requests alone, which are known by that. steps: the model's answers to the
     task, each with the number of tool calls in it. first, second: arguments that ask TASK and, in the same session,
     FOLLOW_UP. ``{url}`` and ``{home}`` are filled in, in variables as well. files: what else it needs, by its path
     below the home.
@@ -130,4 +130,76 @@ CLAUDE = Agent(
     },
 )
 
-AGENTS = {"claude": CLAUDE}
+CODEX = Agent(
+    "codex",
+    "exec_command",
+    _steps(
+        call("exec_command", cmd="cat greeting.txt"),
+        [call("exec_command", cmd="wc -l greeting.txt"), call("exec_command", cmd="cat greeting.txt")],
+        call("exec_command", cmd="sed -i s/hello/goodbye/ greeting.txt"),
+    ),
+    ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", TASK),
+    ("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "resume", "--last", FOLLOW_UP),
+    files={
+        ".codex/config.toml": f"""\
+model = "{MODEL}"
+model_provider = "emberkv"
+model_context_window = 131072
+
+[model_providers.emberkv]
+name = "emberkv"
+base_url = "{{url}}/v1"
+wire_api = "responses"
+"""
+    },
+)
+
+QWEN = Agent(
+    "qwen-code",
+    "agent",
+    _steps(
+        call("read_file", file_path=_TARGET),
+        [
+            call("run_shell_command", command="wc -l greeting.txt", description="Count the lines", is_background=False),
+            call("run_shell_command", command="cat greeting.txt", description="Show the file", is_background=False),
+        ],
+        call("edit", file_path=_TARGET, old_string="hello", new_string="goodbye"),
+    ),
+    ("--auth-type", "openai", "--yolo", "-p", TASK),
+    ("--auth-type", "openai", "--yolo", "--continue", "-p", FOLLOW_UP),
+    {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": MODEL},
+)
+
+OPENCODE = Agent(
+    "opencode",
+    "read",
+    _steps(
+        call("read", filePath=_TARGET),
+        [
+            call("bash", command="wc -l greeting.txt", description="Count the lines"),
+            call("bash", command="cat greeting.txt", description="Show the file"),
+        ],
+        call("edit", filePath=_TARGET, oldString="hello", newString="goodbye"),
+    ),
+    ("run", TASK),
+    ("run", "--continue", FOLLOW_UP),
+    {"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"},
+    {
+        ".config/opencode/opencode.json": json.dumps(
+            {
+                "model": f"emberkv/{MODEL}",
+                "small_model": f"emberkv/{MODEL}",
+                "provider": {
+                    "emberkv": {
+                        "npm": "@ai-sdk/openai-compatible",
+                        "name": "emberkv",
+                        "options": {"baseURL": "{url}/v1", "apiKey": "none"},
+                        "models": {MODEL: {"name": MODEL, "limit": {"context": 131072, "output": 8192}}},
+                    }
+                },
+            }
+        )
+    },
+)
+
+AGENTS = {"claude": CLAUDE, "codex": CODEX, "qwen": QWEN, "opencode": OPENCODE}

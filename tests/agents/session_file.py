@@ -86,6 +86,7 @@ _PIECES = (
     r"x-anthropic-billing-header:[^\n]*",
     r"https?://json-schema\.org/[\w/.#-]*",
     r"</?[a-z][\w-]*>",
+    r"\b(?:call|toolu|resp|fco?|ctco?|rs|msg)_",
     r"(?P<hex>[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{16,})",
     r"(?P<digits>\d{2,})",
     r"(?P<word>[^\W\d_]+)",
@@ -96,8 +97,8 @@ class Replacement:
     """Replaces texts that are not ours by words of ours, of the same lengths and letter cases.
 
     A word depends on all of the original text before it: texts with a common beginning keep one, and texts that differ
-    do so at the same place. kept: texts of ours, which stay as they are. Short identifiers stay, too, and tags, and
-    lines of a header that servers know; long numbers and identifiers of machines and users do not.
+    do so at the same place. kept: texts and ids of ours, which stay as they are. Short identifiers stay, too, and tags,
+    and lines of a header that servers know; long numbers and identifiers of machines and users do not.
     """
 
     def __init__(self, kept: Sequence[str]) -> None:
@@ -113,7 +114,7 @@ class Replacement:
         return self.text(value) if isinstance(value, str) else value
 
     def text(self, text: str) -> str:
-        if _IDENTIFIER.fullmatch(text) and not re.search(_PIECES[3], text):
+        if _IDENTIFIER.fullmatch(text) and not re.search(_PIECES[4], text):
             return text
         seen = sha256()
 

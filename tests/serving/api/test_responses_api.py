@@ -65,7 +65,7 @@ def test_an_answer_has_a_thought_a_message_and_a_call(client: Client, engine: Fa
     assert message["content"][0]["text"] == "Let me add."
     assert (call["name"], json.loads(call["arguments"])) == ("add", {"x": 1})
     assert answer["status"] == "completed"
-    assert answer["usage"]["input_tokens_details"] == {"cached_tokens": 8}
+    assert answer["usage"]["input_tokens_details"] == {"cached_tokens": 8, "cache_write_tokens": 0}
     assert answer["usage"]["output_tokens"] == len(ANSWER)
     assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(ANSWER)
 
