@@ -271,6 +271,21 @@ async def test_an_aborted_request_is_aborted_at_its_worker() -> None:
 
 
 @on_a_loop
+async def test_a_worker_that_leaves_goes_on_to_leave_until_another_process_takes_its_place() -> None:
+    worker = FakeWorker("a")
+    async with cluster({"a": worker}) as it:
+        it.membership.deregister("a")
+        worker.change(alive=False)
+        await it.until("a", status=WorkerStatus.DOWN)
+        worker.change(alive=True)
+        await it.until("a", status=WorkerStatus.DRAINING)
+        worker.change(alive=False)
+        await it.until("a", status=WorkerStatus.DOWN)
+        worker.restart()
+        await it.until("a")
+
+
+@on_a_loop
 async def test_more_requests_than_are_taken_are_refused() -> None:
     workers = {"a": FakeWorker("a", hangs=True)}
     async with cluster(workers, in_flight=InFlight(1)) as it:

@@ -13,6 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import zmq.asyncio
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from emberkv.cluster.foreign.client import ForeignClient
 from emberkv.cluster.foreign.fleet import GIVEN_UP_AFTER, ForeignFleet
@@ -28,6 +32,7 @@ from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy import KeySource, LimitsEntry, TenantEntry, Tenants, TenantsFile, key_digest
 from emberkv.serving.trace_recorder import RecordedRequest, TraceRecorder
+from emberkv.serving.tracing import RequestTracer
 from tests.cluster.fake_openai import TOKENS, FakeOpenAI
 from tests.cluster.fake_workers import FakeConnection, FakeWorker
 from tests.cluster.test_kv_events import ArrayRemoved, Publisher, stored
@@ -403,6 +408,42 @@ async def test_more_requests_than_the_gateway_takes_are_refused() -> None:
         assert (second.status_code, second.headers["retry-after"]) == (429, "1")
         held.set()
         assert (await first).status_code == 200
+
+
+@on_a_loop
+async def test_requests_of_emberkv_workers_and_forwarded_ones_are_bounded_together() -> None:
+    async with served(FakeOpenAI(), max_requests=1) as it:
+        it.gateway.in_flight.enter("", 1)  # as the engine of the emberkv workers does
+        assert (await it.ask(chat())).status_code == 429
+        it.gateway.in_flight.leave("", 1)
+        assert (await it.ask(chat())).status_code == 200
+
+
+@on_a_loop
+async def test_a_forwarded_request_has_spans_and_its_worker_gets_the_trace() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    app = ServingSettings(bound_to_loopback=True, tracer=RequestTracer(provider))
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    async with served(FakeOpenAI(cached=96), app=app) as it:
+        await it.ask(chat(stream=True), traceparent=f"00-{trace_id}-{parent}-01")
+        *children, span = exporter.get_finished_spans()
+        assert span.context is not None
+        assert span.parent is not None
+        assert span.attributes is not None
+        assert (span.name, f"{span.parent.span_id:016x}") == ("chat m", parent)
+        assert [child.name for child in children] == ["prepare", "route", "prefill", "decode"]
+        assert children[1].attributes is not None
+        assert str(children[1].attributes["emberkv.route"]).startswith("worker=a;")
+        assert (span.attributes["emberkv.cached_tokens"], span.attributes["gen_ai.usage.output_tokens"]) == (96, 3)
+        sent = it.servers[0].requests[0][1]["traceparent"]
+        assert sent == f"00-{trace_id}-{span.context.span_id:016x}-01"
+
+        exporter.clear()
+        it.servers[0].status = 503
+        assert (await it.ask(chat())).status_code == 503
+        (failed,) = exporter.get_finished_spans()
+        assert failed.status.status_code is StatusCode.ERROR
 
 
 @on_a_loop

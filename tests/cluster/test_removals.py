@@ -4,13 +4,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
 
 from emberkv.cluster import removals
 from emberkv.cluster.cache_routes import merged_prefixes
 from emberkv.cluster.membership import Worker
 from emberkv.cluster.removals import ClusterRemovals, Outcome
 from emberkv.engine.request import GenerationRequest, SamplingParams
-from emberkv.errors import EmberError, WorkerUnreachableError
+from emberkv.errors import ConfigError, EmberError, WorkerUnreachableError
 from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.cluster.fake_workers import FakeWorker
 from tests.cluster.test_cluster_engine import DEADLINE, cluster, on_a_loop
@@ -34,9 +37,9 @@ class Workers:
                 self.engines[name].submit(request, lambda _: None)
 
     @asynccontextmanager
-    async def removing(self) -> AsyncIterator[ClusterRemovals]:
+    async def removing(self, path: Path | None = None) -> AsyncIterator[ClusterRemovals]:
         async with cluster({f"http://{name}": fake for name, fake in self.fakes.items()}) as it:
-            each = ClusterRemovals(it.membership, retry_seconds=0.01)
+            each = ClusterRemovals(it.membership, path=path, retry_seconds=0.01)
             try:
                 yield each
             finally:
@@ -87,6 +90,38 @@ async def test_a_worker_that_is_away_makes_up_for_what_it_has_missed() -> None:
         workers.fakes["b"].restart()
         await until_made_up(removing)
         assert workers.cached("b", PROMPT) == 0
+
+
+@on_a_loop
+async def test_missed_removals_are_repeated_after_a_restart_of_the_gateway(tmp_path: Path) -> None:
+    kept = tmp_path / "missed"
+    workers = Workers(a=[PROMPT], b=[PROMPT, OTHER])
+    workers.fakes["b"].die()
+    async with workers.removing(kept) as removing:
+        await removing.remove_prefix(workers.path(PROMPT))
+    workers.fakes["b"].restart()
+    async with workers.removing(kept) as removing:
+        assert list(removing.missed) == ["http://b"]
+        removing.start()
+        await until_made_up(removing)
+        assert workers.cached("b", PROMPT) == 0
+    async with workers.removing(kept) as removing:
+        assert not removing.missed
+
+
+@on_a_loop
+async def test_a_missed_clear_is_kept_and_another_file_refused(tmp_path: Path) -> None:
+    kept = tmp_path / "missed"
+    workers = Workers(a=[PROMPT], b=[PROMPT])
+    workers.fakes["b"].die()
+    async with workers.removing(kept) as removing:
+        await removing.remove(None)
+    assert kept.read_text() == '{"http://b":null}'
+    for content in ("{", '{"b":["xyz"]}', "[]"):
+        kept.write_text(content)
+        with pytest.raises(ConfigError, match="is not a file of missed removals"):
+            async with workers.removing(kept):
+                pass
 
 
 @on_a_loop

@@ -233,6 +233,25 @@ def test_explain_says_where_a_prompt_would_go(calm: Cluster) -> None:
     assert [(each["worker"], each["hit_tokens"]) for each in found["workers"]] == [("a", asked - 1)]
 
 
+def test_a_gateway_suggests_rules_for_lines_that_change_with_each_session(calm: Cluster) -> None:
+    assert calm.gateway is not None
+    gateway, asked = calm.gateway, 0
+
+    def suggested() -> list[Any]:
+        nonlocal asked
+        asked += 1
+        system = f"Session number: {asked * 7919}\n{TEXT}"
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Which lamps?"}]
+        httpx.post(f"{gateway.url}/v1/messages", json={**CHAT, "messages": messages}, timeout=DEADLINE)
+        data: list[Any] = httpx.get(f"{gateway.url}/v1/cache/suggestions", timeout=DEADLINE).json()["data"]
+        return data
+
+    eventually(suggested)
+    (found,) = suggested()
+    assert (found["rule"]["name"], found["rule"]["action"]) == ("session-number", "move")
+    assert found["rule"]["match"].startswith("Session number:")
+
+
 def test_recorded_decisions_are_made_again_as_they_were(calm: Cluster) -> None:
     assert calm.gateway is not None
     assert httpx.post(f"{calm.gateway.url}/v1/completions", json=COMPLETION, timeout=DEADLINE).status_code == 200
@@ -272,6 +291,8 @@ def test_the_routes_of_the_cache_reach_all_workers_and_one_that_is_away_later(cl
         assert removed.status_code == 207
         assert {each["worker"]: each["status"] for each in removed.json()["workers"]} == {"a": "done", "b": "later"}
         assert removed.json()["blocks"]["pool"] > 0
+        statistics = client.get("/v1/cache")
+        assert (statistics.status_code, statistics.json()["missed_removals"]) == (207, ["b"])
         cluster.start_worker("b", "--cache-dir", str(cluster.folder / "b-cache"))
         eventually(lambda: "has repeated the removals" in gateway.log.read_text())
         question = {"openai": COMPLETION}

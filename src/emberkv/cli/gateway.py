@@ -109,6 +109,14 @@ def gateway(
             "'emberkv simulate --replay-decisions FILE' repeats them. An earlier file becomes FILE.1.",
         ),
     ] = None,
+    missed_removals: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.CLUSTER,
+            help="Keep removals that a worker has missed in this file, so that they are repeated after a restart, too.",
+        ),
+    ] = None,
     coordinator_port: Annotated[
         int | None,
         typer.Option(
@@ -185,6 +193,7 @@ def gateway(
             gateway_count=gateway_count,
             kv_routes=kv_routes,
             coordinator_port=coordinator_port,
+            missed_removals=missed_removals,
         )
         with _recording_decisions(record_decisions, routing) as record:
             run_gateway(settings, chosen, record)
@@ -208,6 +217,7 @@ class GatewayOptions:
     gateway_count: int
     kv_routes: bool
     coordinator_port: int | None
+    missed_removals: Path | None
 
 
 @contextmanager
@@ -255,6 +265,7 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         on_overflow=config.on_overflow,
         parsers=(config.tool_parser, config.reasoning_parser),
         record=record,
+        missed_removals=options.missed_removals,
     )
     members = FollowedMembers(gateway.membership)
     sequences = SequenceGateway(members, gateway.check_secret, best=gateway.best_worker)

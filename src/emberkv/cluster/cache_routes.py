@@ -74,14 +74,16 @@ class ClusterCacheRoutes(CacheRoutes):
         return router
 
     async def statistics(self, http: Request) -> Response:
-        """Each worker's latest load report."""
+        """Each worker's latest load report, and the workers that have missed a removal."""
         await self._guard.operator(http)
         workers = {
             worker.worker_id: {"status": worker.status.value, **load_json(worker.report)}
             for worker in self._membership.workers
             if worker.report is not None
         }
-        return JSONResponse({"object": "cache", "workers": workers, "sessions": len(self._answers.sessions)})
+        missed = sorted(self._removals.missed)
+        figures = {"workers": workers, "sessions": len(self._answers.sessions), "missed_removals": missed}
+        return JSONResponse({"object": "cache", **figures}, status_code=PARTLY_DONE if missed else 200)
 
     async def prefixes(self, http: Request) -> Response:
         """List the prefixes of all workers, each once, with the workers that have it."""

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from emberkv.cluster import wire
+from emberkv.cluster.cache_operations import ExplainRequest
 from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
 from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, route_header
 from emberkv.cluster.foreign.fleet import ForeignFleet
@@ -22,13 +23,14 @@ from emberkv.cluster.foreign.prompts import PromptReader
 from emberkv.cluster.foreign.routes import ForeignRoutes
 from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
 from emberkv.cluster.membership import Membership, Replica, Worker, WorkerConnection, WorkerStatus
-from emberkv.cluster.removals import ClusterRemovals
+from emberkv.cluster.removals import ClusterRemovals, operate
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
 from emberkv.engine.request import GenerationRequest
-from emberkv.errors import RequestError, WireError
+from emberkv.errors import EmberError, RequestError, WireError
 from emberkv.serving.admission import InFlight
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
+from emberkv.serving.cache.volatile_lines import first_difference
 from emberkv.serving.dashboard import dashboard_router
 from emberkv.serving.lifecycle import Lifecycle, NamePatterns, ServedModel, chosen_output_format
 from emberkv.serving.parsing.formats import AUTO
@@ -49,7 +51,8 @@ class Gateway:
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
     secret: what workers register with; None: none may. routing: a policy's name. max_requests, weights: bound what is
     in flight, forwarded requests included (`InFlight`). on_overflow: of the `ServedModel`. parsers: names of formats,
-    as --tool-parser and --reasoning-parser give them. on_stop: what else is closed at the end.
+    as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. on_stop: what
+    else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -70,13 +73,14 @@ class Gateway:
         parsers: tuple[str, str] = (AUTO, AUTO),
         rng: random.Random | None = None,
         record: Recorder | None = None,
+        missed_removals: Path | None = None,
     ) -> None:
         self.lifecycle = lifecycle
         router = make_router(routing, rng or random.Random())
         router.record = record
         self.membership = Membership(router, connect, on_model=self._has_model, on_change=self._changed)
         lifecycle.wake = self.membership.wake_idle
-        self.removals = ClusterRemovals(self.membership)
+        self.removals = ClusterRemovals(self.membership, path=missed_removals)
         self.engine: ClusterEngine | None = None
         self.metrics = GatewayCollector(self)
         self.on_stop: list[Callable[[], Awaitable[None]]] = []
@@ -85,7 +89,7 @@ class Gateway:
         self._recorder: TraceRecorder | None = None
         self._secret = secret
         self._workers = workers
-        self._in_flight = InFlight(max_requests, weights)
+        self.in_flight = InFlight(max_requests, weights)
         self._on_overflow = on_overflow
         self._parsers = parsers
 
@@ -108,6 +112,7 @@ class Gateway:
         self.lifecycle.detail = "no worker has been reached yet"
         for url in self._workers:
             self.membership.add(url)
+        self.removals.start()
         if self.fleet is not None:
             self.fleet.start()
 
@@ -132,13 +137,20 @@ class Gateway:
                 self.fleet,
                 self._reader,
                 lambda: self.engine,
-                in_flight=self._in_flight,
+                in_flight=self.in_flight,
                 recorder=self._recorder,
             )
             router.include_router(foreign.router())
         router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine, self.removals).router())
         router.include_router(
-            dashboard_router(parts.lifecycle, parts.guard, parts.answers.traffic, parts.wall_clock, self._workers_json)
+            dashboard_router(
+                parts.lifecycle,
+                parts.guard,
+                parts.answers.traffic,
+                parts.wall_clock,
+                self._workers_json,
+                parts.answers.volatile_lines,
+            )
         )
 
         @router.get("/v1/cluster", dependencies=[Depends(parts.guard.operator)])
@@ -217,7 +229,7 @@ class Gateway:
         files = await worker.connection.tokenizer()
         assert files is not None, "without an etag the files are always sent"
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        self.engine = ClusterEngine(self.membership, description, in_flight=self._in_flight)
+        self.engine = ClusterEngine(self.membership, description, in_flight=self.in_flight)
         output_format = chosen_output_format(tokenizer, *self._parsers)
         self.lifecycle.loaded(
             ServedModel(
@@ -229,6 +241,7 @@ class Gateway:
                 about=description.about,
                 sampling_defaults=description.sampling_defaults,
                 headers=self._headers,
+                first_difference=self._first_difference,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
                 output_format=output_format,
@@ -237,6 +250,15 @@ class Gateway:
         )
         self._changed()
         _log.info("the workers serve %s, as worker %s says", description.names[0], description.worker_id)
+
+    async def _first_difference(self, request_id: str) -> int | None:
+        """Where a request's prompt first differed, as the worker says that has begun its answer."""
+        route = self.engine.route(request_id) if self.engine is not None else None
+        worker = None if route is None or not route.workers else self.membership.named(route.workers[0])
+        if worker is None:
+            return None
+        (outcome,) = (await operate([worker], ExplainRequest(request_id))).values()
+        return None if isinstance(outcome, EmberError) else first_difference(outcome)
 
     def _headers(self, request_id: str) -> Mapping[str, str]:
         route = self.engine.route(request_id) if self.engine is not None else None

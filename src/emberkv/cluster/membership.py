@@ -379,9 +379,11 @@ class Membership:
 
     async def _meet(self, worker: Worker) -> bool:
         """Ask what it serves; whether that is what the others serve."""
+        before = worker.description
         description = await worker.connection.worker()
         worker.heard = self._clock()
-        worker.is_leaving = False
+        if before is None or before.epoch != description.epoch:  # one that leaves goes on to leave until it has ended
+            worker.is_leaving = False
         async with self._model_lock:
             if self._model is None:
                 await self._on_model(worker, description)

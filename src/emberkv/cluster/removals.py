@@ -2,15 +2,20 @@
 
 import asyncio
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from emberkv.cluster.cache_operations import CacheOperation, FindUnshared, RemoveBlocks
 from emberkv.cluster.membership import Membership, Worker, WorkerStatus
 from emberkv.core.hashing import BlockHash
-from emberkv.errors import ClusterError, EmberError, EngineStoppedError, WorkerUnreachableError
+from emberkv.errors import ClusterError, ConfigError, EmberError, EngineStoppedError, WorkerUnreachableError
+from emberkv.files import read_own_file, remove_leftovers, replace_file
 from emberkv.serving.errors import NotReadyError
 
 _log = logging.getLogger(__name__)
@@ -48,15 +53,31 @@ async def operate(workers: Sequence[Worker], operation: CacheOperation) -> dict[
 class ClusterRemovals:
     """Removals at all workers of ``membership``. All methods are called from its event loop.
 
-    Missed removals are kept in this process's memory, by the worker's id, and repeated when the worker is up again.
-    retry_seconds: between two attempts.
+    Missed removals are kept by the worker's id, and repeated when the worker is up again. retry_seconds: between two
+    attempts. path: a file that keeps them over a restart; None: they are kept in memory alone.
+
+    Raises ConfigError for a file that cannot be read or written, or is no such file.
     """
 
-    def __init__(self, membership: Membership, *, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(
+        self, membership: Membership, *, path: Path | None = None, retry_seconds: float = RETRY_SECONDS
+    ) -> None:
         self._membership = membership
         self._retry_seconds = retry_seconds
+        self._path = path
         self._missed: OrderedDict[str, set[BlockHash] | None] = OrderedDict()  # None: all blocks
         self._task: asyncio.Task[None] | None = None
+        if path is not None:
+            try:
+                self._missed.update(_read(path))
+                self._save()
+            except OSError as error:
+                raise ConfigError(f"--missed-removals {path} cannot be used: {error.strerror}") from error
+
+    def start(self) -> None:
+        """Begin to repeat the removals that the file had; from the event loop."""
+        if self._missed:
+            self._repeat()
 
     @property
     def missed(self) -> Collection[str]:
@@ -94,7 +115,7 @@ class ClusterRemovals:
 
     async def close(self) -> None:
         """Stop repeating missed removals, and log the workers that still need one."""
-        if self._missed:
+        if self._missed and self._path is None:
             _log.warning("these workers have missed removals that will not be repeated: %s", ", ".join(self._missed))
         if self._task is not None:
             self._task.cancel()
@@ -109,6 +130,10 @@ class ClusterRemovals:
         if len(self._missed) > MAX_WORKERS:
             forgotten, _ = self._missed.popitem(last=False)
             _log.warning("a removal that worker %s has missed will not be repeated: too many others have", forgotten)
+        self._try_save()
+        self._repeat()
+
+    def _repeat(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._make_up(), name="missed removals")
 
@@ -129,8 +154,43 @@ class ClusterRemovals:
             self._miss(worker, wanted)
         except EmberError as error:
             _log.warning("worker %s refuses a repeated removal: %s", worker, error)
+            self._try_save()
         else:
             _log.info("worker %s has repeated the removals that it had missed", worker)
+            self._try_save()
+
+    def _try_save(self) -> None:
+        try:
+            self._save()
+        except OSError as error:
+            _log.error("missed removals cannot be written to %s: %s", self._path, error.strerror)
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        missed = {
+            name: None if hashes is None else sorted(each.hex() for each in hashes)
+            for name, hashes in self._missed.items()
+        }
+        replace_file(self._path, msgspec.json.encode(missed))
+
+
+def _read(path: Path) -> dict[str, set[BlockHash] | None]:
+    """The missed removals in a file; none if there is no such file."""
+    remove_leftovers(path.parent, re.escape(path.name))
+    if not path.exists():
+        return {}
+    try:
+        kept = msgspec.json.decode(read_own_file(path), type=dict[str, list[str] | None])
+        return {
+            name: None if hashes is None else {BlockHash(bytes.fromhex(each)) for each in hashes}
+            for name, hashes in kept.items()
+        }
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(
+            f"--missed-removals {path} is not a file of missed removals: {error}; delete it, and remove again what was "
+            "removed while a worker was away"
+        ) from error
 
 
 def _names(worker: Worker) -> set[str]:

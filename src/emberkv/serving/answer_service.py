@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
@@ -24,11 +25,11 @@ from emberkv.serving.answers.answer_memory import AnswerMemory, AnswerRecorder
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
 from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
-from emberkv.serving.cache.volatile_lines import VolatileLines
+from emberkv.serving.cache.volatile_lines import MIN_MISS, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import FirstDifference, Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
 from emberkv.serving.next_turns import NextTurns, RenderNext
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
@@ -43,6 +44,9 @@ from emberkv.serving.request_context import (
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.tracing import RequestTracer
+
+if TYPE_CHECKING:  # an extra
+    from opentelemetry.trace import Span
 
 MAX_REQUESTS = 512
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
@@ -244,6 +248,27 @@ _ID_PREFIXES = {
 }
 
 
+class Trace:
+    """The span of a request that is forwarded. Each must end, by `record` or by `failed`."""
+
+    def __init__(self, tracer: RequestTracer, span: "Span", model: str, wall_clock: Callable[[], float]) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._model = model
+        self._wall_clock = wall_clock
+        self.headers = tracer.headers(span)
+
+    def record(self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, route: str) -> None:
+        """End it, with the spans of what the answer's time went to. route: as ``x-emberkv-route`` says it."""
+        ended = [(request.request_id, answer, timer)]
+        now = self._wall_clock()
+        self._tracer.record(request, ended, model=self._model, route={"route": route}, now=now, span=self._span)
+
+    def failed(self) -> None:
+        """End it for a request that no worker has answered."""
+        self._tracer.failed(self._span, now=self._wall_clock())
+
+
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
@@ -288,6 +313,7 @@ class AnswerService:
         self._next_turns = NextTurns(lifecycle, workers, tokens_a_minute=next_turn_tokens, clock=clock)
         metrics.register(self._next_turns)
         self._generator: TextGenerator | None = None
+        self._observing: asyncio.Task[None] | None = None
         lifecycle.on_unload.append(self._forget_generator)
 
     def request(
@@ -355,6 +381,13 @@ class AnswerService:
     def forward(self, request: RequestContext) -> AnswerTimer:
         """Times a request that is answered elsewhere, without an engine; `forwarded` is called when it has ended."""
         return AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
+
+    def begin_trace(self, request: RequestContext, model: str) -> "Trace | None":
+        """Begin the span of a request that is forwarded; None if there is no tracer."""
+        if self._tracer is None:
+            return None
+        began = self._wall_clock() - (self._clock() - request.arrived)
+        return Trace(self._tracer, self._tracer.begin(request, model=model, began=began), model, self._wall_clock)
 
     def forwarded(
         self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
@@ -427,13 +460,42 @@ class AnswerService:
         explanation = None if model.cache is None else model.cache.ledger_store.explained(request_id)
         return summary_of(answer.usage, explanation)
 
-    def _observe(self, model: ServedModel, request: RequestContext, prompts: Sequence[Prompt]) -> None:
+    def _observe(
+        self, model: ServedModel, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream
+    ) -> None:
         """Look for volatile lines in the first prompt; the others of a request are like it."""
         prompt = prompts[0]
+        if model.first_difference is not None and stream.answers and prompt.system:
+            missed = stream.answers[0].usage.computed_tokens
+            if missed >= MIN_MISS and (self._observing is None or self._observing.done()):
+                work = self._observe_elsewhere(model, model.first_difference, request, prompt)
+                self._observing = asyncio.create_task(work, name="volatile lines")
         explanation = None if model.cache is None else model.cache.ledger_store.explained(request.request_id)
         if explanation is not None:
-            self.volatile_lines.observe(
-                request.tenant.name, prompt.token_ids, prompt.system, explanation, model.tokenizer, self._wall_clock()
+            self.observe(request, prompt.token_ids, prompt.system, explanation, model.tokenizer)
+
+    def observe(
+        self,
+        request: RequestContext,
+        prompt: Sequence[int],
+        system: str,
+        explanation: Explanation,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Look for volatile lines in a prompt that was answered."""
+        now = self._wall_clock()
+        self.volatile_lines.observe(request.tenant.name, prompt, system, explanation, tokenizer, now)
+
+    async def _observe_elsewhere(
+        self, model: ServedModel, first_difference: FirstDifference, request: RequestContext, prompt: Prompt
+    ) -> None:
+        """As `_observe`, of a request that a worker has answered. One at a time is asked about: lines that matter come
+        again.
+        """
+        position = await first_difference(request.request_id)
+        if position is not None:
+            self.volatile_lines.observe_at(
+                request.tenant.name, prompt.token_ids, prompt.system, position, model.tokenizer, self._wall_clock()
             )
 
     def _trace(self, tracer: RequestTracer, model: ServedModel, request: RequestContext, stream: AnswerStream) -> None:
@@ -452,7 +514,7 @@ class AnswerService:
             self._count_answer(request, request_id, answer, timer, self._summary(model, request_id, answer))
         if self._tracer is not None and stream.timed_answers:  # none where the engine has refused the request
             self._trace(self._tracer, model, request, stream)
-        self._observe(model, request, prompts)
+        self._observe(model, request, prompts, stream)
         if (reuse := self._lifecycle.reuse()) is not None:
             reuse.settle()
         self._compute_next_turn(request, prompts, stream)

@@ -118,6 +118,12 @@ def model_names(served: Sequence[str], own_name: str, *, strict: bool) -> tuple[
     return tuple(dict.fromkeys([*names, own_name])), NamePatterns([*patterns, *(() if strict else AGENT_MODEL_NAMES)])
 
 
+FirstDifference = Callable[[str], Awaitable[int | None]]
+"""Where the prompt of a request, by its id in the engine, first differed from what was cached; None if it did not, or
+if too little was missed for that.
+"""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model that can be served.
@@ -131,7 +137,8 @@ class ServedModel:
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
     reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered. rewrites_turns: whether the
-    user's next question makes its chat template render earlier turns in another way.
+    user's next question makes its chat template render earlier turns in another way. first_difference: of
+    requests that a worker answers; None of a model in this process.
     """
 
     names: tuple[str, ...]
@@ -152,6 +159,7 @@ class ServedModel:
     output_format: OutputFormat = field(default_factory=OutputFormat)
     answer_memory: AnswerMemory | None = None
     rewrites_turns: bool = False
+    first_difference: FirstDifference | None = None
 
     def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
         """The model as a tenant meets it: nothing is faster because another has sent it. memory: of all tenants."""

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import ConfigError
-from emberkv.serving.answers.answer import Answer
 from emberkv.serving.metrics import AnswerTimer
-from emberkv.serving.request_context import RequestContext
+from emberkv.serving.request_context import EndedAnswer, RequestContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 NANOSECONDS = 1_000_000_000
 _OPERATIONS = {"completions": "text_completion", "generate": "text_completion"}
@@ -98,28 +98,50 @@ class RequestTracer:
         provider.add_span_processor(BatchSpanProcessor(exporter))
         return cls(provider)
 
+    def begin(self, request: RequestContext, *, model: str, began: float) -> "Span":
+        """Begin the span of a request that is forwarded, before its answer is known. model: its name. began: seconds
+        since 1970.
+        """
+        parent = self._propagator.extract({"traceparent": request.traceparent})
+        return self._tracer.start_span(
+            f"{_operation(request)} {model}",
+            context=parent,
+            kind=self._api.SpanKind.SERVER,
+            start_time=_nanoseconds(began),
+        )
+
+    def headers(self, span: "Span") -> dict[str, str]:
+        """The headers by which the server that a request is forwarded to makes its spans within ``span``."""
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier, self._api.set_span_in_context(span))
+        return carrier
+
+    def failed(self, span: "Span", *, now: float) -> None:
+        """End the span of a forwarded request that was not answered. now: seconds since 1970."""
+        span.set_status(self._api.StatusCode.ERROR)
+        span.end(_nanoseconds(now))
+
     def record(
         self,
         request: RequestContext,
-        answers: Sequence[tuple[str, Answer, AnswerTimer]],
+        answers: Sequence[tuple[str, EndedAnswer, AnswerTimer]],
         *,
         model: str,
         route: Mapping[str, str],
         now: float,
+        span: "Span | None" = None,
     ) -> None:
         """Make the spans of an ended request. answers: with the ids that they have in the engine. model: its name.
-        route: attributes of the routing decision; empty where there was none. now: seconds since 1970.
+        route: attributes of the routing decision; empty where there was none. now: seconds since 1970. span: the
+        request's, if `begin` has made it.
         """
         total = max(timer.total_seconds for _, _, timer in answers)
         began = now - total
-        parent = self._propagator.extract({"traceparent": request.traceparent})
-        operation = _OPERATIONS.get(request.api, "chat")
-        span = self._tracer.start_span(
-            f"{operation} {model}", context=parent, kind=self._api.SpanKind.SERVER, start_time=_nanoseconds(began)
-        )
+        if span is None:
+            span = self.begin(request, model=model, began=began)
         span.set_attributes(
             {
-                "gen_ai.operation.name": operation,
+                "gen_ai.operation.name": _operation(request),
                 "gen_ai.provider.name": "emberkv",
                 "gen_ai.request.model": model,
                 "gen_ai.response.id": request.request_id,
@@ -151,6 +173,10 @@ class RequestTracer:
     def close(self) -> None:
         """Send what has not been sent yet."""
         self._provider.shutdown()
+
+
+def _operation(request: RequestContext) -> str:
+    return _OPERATIONS.get(request.api, "chat")
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -18,7 +18,7 @@ from emberkv.cluster.foreign.worker import ForeignWorker, Usage
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import ClusterError, EmberError, WorkerLostError
-from emberkv.serving.answer_service import AnswerService
+from emberkv.serving.answer_service import AnswerService, Trace
 from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, summary_of
 from emberkv.serving.api.openai_api import DONE
 from emberkv.serving.errors import (
@@ -47,7 +47,8 @@ class ForwardedRequest:
 
     path: of the API. data: the body. streams: whether it asks for a stream. keeps_usage: whether the client itself asks
     for usage in the stream. max_tokens: the limit of the answer; None if the request has none. conversion: of a request
-    to another API, whose answer is converted back; None: the answer is passed on as it is.
+    to another API, whose answer is converted back; None: the answer is passed on as it is. model: as
+    the client names it. system: the text of its system prompt.
     """
 
     context: RequestContext
@@ -59,6 +60,8 @@ class ForwardedRequest:
     keeps_usage: bool
     max_tokens: int | None = None
     conversion: Conversion | None = None
+    model: str = ""
+    system: str = ""
 
     def chat_answer(self) -> ChatAnswer | None:
         """Reads the answer that is to be converted."""
@@ -81,8 +84,10 @@ class ForwardedAnswer:
 class Attempt:
     """A request at one worker, from sending it until `refused` or `end`. All methods run on one event loop.
 
-    expected: tokens of the prompt that routing expects to be cached, or in flight, at the worker. on_end: called with
-    the attempt by `end`. recorder: of a trace; None if no trace is recorded.
+    expected: tokens of the prompt that routing expects to be cached, or in flight, at the worker. route: what
+    ``x-emberkv-route`` says; route_seconds: what routing took, attempts before this one included. on_end: called with
+    the attempt by `end`. recorder: of a trace; None if no trace is recorded. trace: of the request; None if there is no
+    tracer.
     """
 
     def __init__(
@@ -95,6 +100,9 @@ class Attempt:
         *,
         recorder: TraceRecorder | None,
         on_end: Callable[["Attempt"], None],
+        route: str = "",
+        route_seconds: float = 0.0,
+        trace: Trace | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.worker = worker
@@ -110,6 +118,10 @@ class Attempt:
         conversion = request.conversion
         self._writer = None if conversion is None else conversion.writer(request.context)
         self._timer = answers.forward(request.context)
+        self._timer.route_seconds = route_seconds
+        self._timer.submitted_seconds = max(0.0, self._timer.submitted_seconds - route_seconds)
+        self.route = route
+        self._trace = trace
         self._taken = None if recorder is None else recorder.arrived(_recorded(request))
         self._sent = worker.begin(request.context.request_id, request.prompt, expected, clock())
         lifecycle.track(self)
@@ -119,6 +131,11 @@ class Attempt:
         """Of an answer that is converted."""
         assert self._writer is not None, "the request has a conversion"
         return self._writer
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The client's, with the trace that the worker's spans belong to."""
+        return {**self.request.headers, **(self._trace.headers if self._trace is not None else {})}
 
     def interrupt(self, error: EmberError) -> None:
         """Abort the request: `waiting` raises ``error``."""
@@ -167,7 +184,18 @@ class Attempt:
         tokens = answer.usage.prompt_tokens + answer.completion_tokens - counted
         self._answers.limits.count(self.request.context.tenant.name, tokens)
         self._answers.forwarded(self.request.context, answer, self._timer, self.summary())
+        if self._trace is not None:
+            self._trace.record(self.request.context, answer, self._timer, self.route)
+        self._observe()
         self._on_end(self)
+
+    def _observe(self) -> None:
+        """Look for volatile lines. Text in pieces has the lines of a JSON string, which are not those of the prompt."""
+        request = self.request
+        explanation = self.worker.ledger.explained(request.context.request_id)
+        if explanation is not None and request.prompt.in_tokens and request.system:
+            tokens = request.prompt.chain.slice(0, len(request.prompt.chain))
+            self._answers.observe(request.context, tokens, request.system, explanation, request.prompt.tokenizer)
 
     def summary(self) -> CacheSummary:
         """The cached tokens that the worker reports, and the reasons of the misses."""
@@ -209,7 +237,7 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
     request, client = attempt.request, attempt.worker.client
     try:
         async with attempt.waiting():
-            response = await stack.enter_async_context(client.post(request.path, request.data, request.headers))
+            response = await stack.enter_async_context(client.post(request.path, request.data, attempt.headers))
             is_stream = response.status == 200 and response.content_type == "text/event-stream"
             if not is_stream:
                 return await _whole(attempt, response, headers)

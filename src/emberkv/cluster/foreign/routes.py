@@ -19,7 +19,7 @@ from emberkv.cluster.foreign.conversion import CHAT_PATH, convert, prompt_body
 from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, ask
 from emberkv.cluster.foreign.late_stream import LateStream
-from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body
+from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body, objects
 from emberkv.cluster.foreign.worker import ForeignWorker
 from emberkv.cluster.membership import Membership, Replica
 from emberkv.cluster.policies import Decision
@@ -28,9 +28,10 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
 from emberkv.serving.admission import InFlight, TenantLimits
-from emberkv.serving.answer_service import LEFT_OUT_HEADER, counts_header
+from emberkv.serving.answer_service import LEFT_OUT_HEADER, Trace, counts_header
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
+from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_api import openai_card
 from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.app import AppParts
@@ -267,6 +268,8 @@ class ForeignRoutes(CacheRoutes):
             keeps_usage,
             next((limit for limit in limits if type(limit) is int and limit > 0), None),
             conversion,
+            str(asked.get("model") or ""),
+            Conversation(objects(asked.get("messages")) or ()).system_text,
         )
 
     async def _forward(
@@ -277,7 +280,8 @@ class ForeignRoutes(CacheRoutes):
         If all that are left refuse it (`Reply`), the last refusal is the response. Raises RateLimitedError if the
         tenant has reached a limit, and NotReadyError if no worker begins an answer.
         """
-        left, refusal, failure, retried = list(candidates), None, None, 0
+        left, refusal, failure, retried, trace = list(candidates), None, None, 0, None
+        begun_at = self._clock()
         kinds = request.context.left_out
         left_out = {LEFT_OUT_HEADER: counts_header(kinds)} if kinds else {}
         while True:
@@ -286,6 +290,8 @@ class ForeignRoutes(CacheRoutes):
                 left,
                 lambda each: isinstance(each, ForeignWorker),
             )
+            if found is None and trace is not None:
+                trace.failed()
             if found is None and refusal is not None:
                 return refusal
             if found is None:
@@ -294,30 +300,44 @@ class ForeignRoutes(CacheRoutes):
             worker, decision = found
             left.remove(worker)
             if not isinstance(worker, ForeignWorker):
-                accepted.leave()  # it counts again where it is handed on to
+                accepted.leave()  # it counts again where it is handed on to, and is traced there
+                if trace is not None:
+                    trace.failed()
                 return _HandedOn(raw)
             accepted.count(len(request.prompt.chain))
-            cached = decision.cached_by_tier
-            route = Route([worker.worker_id], decision, cached, retried)
-            attempt = Attempt(
-                worker,
-                request,
-                sum(cached.values()),
-                self._answers,
-                self._lifecycle,
-                recorder=self._recorder,
-                on_end=self._remember,
-            )
+            if trace is None:
+                trace = self._answers.begin_trace(request.context, request.model)
+            route = Route([worker.worker_id], decision, decision.cached_by_tier, retried)
+            attempt = self._attempt(worker, request, route, self._clock() - begun_at, trace)
             try:
-                reply = await ask(attempt, {ROUTE_HEADER: route_header(route), **left_out})
+                reply = await ask(attempt, {ROUTE_HEADER: attempt.route, **left_out})
             except ClusterError as error:
                 failure = error
                 self._fleet.suspect(worker, error)
             else:
                 if not reply.is_refusal:
+                    if trace is not None and reply.response.status_code != 200:
+                        trace.failed()
                     return reply.response
                 refusal = reply.response
             retried += 1
+
+    def _attempt(
+        self, worker: ForeignWorker, request: ForwardedRequest, route: Route, seconds: float, trace: Trace | None
+    ) -> Attempt:
+        """Send the request to a worker. seconds: since routing began."""
+        return Attempt(
+            worker,
+            request,
+            sum(route.cached.values()),
+            self._answers,
+            self._lifecycle,
+            recorder=self._recorder,
+            on_end=self._remember,
+            route=route_header(route),
+            route_seconds=seconds,
+            trace=trace,
+        )
 
     def _remember(self, attempt: Attempt) -> None:
         context, response_id = attempt.request.context, attempt.answer.response_id

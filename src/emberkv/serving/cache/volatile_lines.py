@@ -9,7 +9,7 @@ import re
 import string
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,16 @@ class Suggestion:
         }
 
 
+def first_difference(explanation: Mapping[str, Any]) -> int | None:
+    """The token at which a prompt first differs, by an answer of ``/v1/cache/explain``; None if it misses fewer than
+    `MIN_MISS` tokens for that.
+    """
+    divergence = explanation["divergence"]
+    misses = explanation["misses"]
+    diverged = sum(miss["tokens"] for miss in misses if miss["reason"] == Reason.DIVERGED.value)
+    return None if divergence is None or diverged < MIN_MISS else int(divergence["token"])
+
+
 @dataclass(slots=True)
 class _Line:
     """Counts of one line. rest: digests of the tokens after it in the latest prompt, one for each `_UNIT` tokens."""
@@ -100,9 +110,14 @@ class VolatileLines:
         """Analyze a prompt that was answered. system: its system prompt. now: seconds since 1970."""
         divergence = explanation.divergence
         diverged = sum(miss.tokens for miss in explanation.misses if miss.reason is Reason.DIVERGED)
-        if divergence is None or diverged < MIN_MISS or not system:
-            return
-        found = _line_at(prompt, divergence.position, system, tokenizer)
+        if divergence is not None and diverged >= MIN_MISS and system:
+            self.observe_at(tenant, prompt, system, divergence.position, tokenizer, now)
+
+    def observe_at(
+        self, tenant: str, prompt: Sequence[int], system: str, position: int, tokenizer: Tokenizer, now: float
+    ) -> None:
+        """As `observe`, of a prompt that first differs at token ``position``, with `MIN_MISS` missed tokens or more."""
+        found = _line_at(prompt, position, system, tokenizer)
         if found is None:
             return
         beginning, end = found
