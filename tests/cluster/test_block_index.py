@@ -133,6 +133,21 @@ def test_what_one_replica_stored_in_the_shared_tier_all_have() -> None:
     assert index.matches(HASHES, 1) == [{"shared": 1}]
 
 
+def test_a_large_replica_is_forgotten_in_parts_and_another_takes_its_slot_at_once() -> None:
+    index, blocks = BlockIndex(), 200_000
+    old = [number.to_bytes(32, "little") for number in range(1, blocks + 1)]
+    new = [number.to_bytes(32, "little") for number in range(blocks + 1, 2 * blocks + 1)]
+    index.add(0, old)
+    index.forget(0)
+    assert len(index) > blocks / 2, "most of them are still to be cleared"
+    index.add(0, new[:16])
+    assert index.matches(old, 1) == [{}]
+    assert index.matches(new, 1) == [{"pool": 16}]
+    for begin in range(0, blocks, 1000):
+        index.add(0, new[begin : begin + 1000])
+    assert (len(index), index.matches(new, 1)) == (blocks, [{"pool": blocks}])
+
+
 def test_a_row_takes_sixteen_bytes_and_at_least_three_of_ten_are_used() -> None:
     rng, index = Random(1), BlockIndex()
     for slot in range(64):

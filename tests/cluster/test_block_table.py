@@ -51,6 +51,50 @@ def test_bits_are_those_of_a_dictionary(changes: list[tuple[str, list[int], int,
         assert len(table) == sum(any(bits) for bits in expected)
 
 
+SWEEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "add_many", "remove", "forget", "sweep", "clear"]),
+        st.lists(st.sampled_from(TAGS), max_size=24),
+        st.integers(0, 3),
+    ),
+    max_size=40,
+)
+
+
+@given(SWEEPS)
+def test_forgotten_bits_go_in_parts_and_no_others(changes: list[tuple[str, list[int], int]]) -> None:
+    table, column = BlockTable(words=2, slice_blocks=2), 1
+    held: dict[int, int] = {}  # the bits in use; each forgotten one is followed by the next
+    for change, tags, count in changes:
+        bit = 1 << count % 2 if count < 2 else 1 << (column + 1)
+        match change:
+            case "add":
+                table.add(tags, 1, bit)
+                held.update({tag: held.get(tag, 0) | bit for tag in tags})
+            case "add_many":
+                table.add_many(array(tags), 1, bit)
+                held.update({tag: held.get(tag, 0) | bit for tag in tags})
+            case "remove":
+                table.remove(tags, 1, bit)
+                held.update({tag: held.get(tag, 0) & ~bit for tag in tags})
+            case "clear":
+                table.clear(1, bit)
+                held = {tag: bits & ~bit for tag, bits in held.items()}
+            case "forget" if table.is_clean:
+                forgotten = 1 << (column + 1)
+                table.forget({1: forgotten})
+                held = {tag: bits & ~forgotten for tag, bits in held.items()}
+                column += 1
+            case "sweep":
+                table.sweep(8 * count)
+        used = 0b11 | 1 << (column + 1)
+        assert [table.words(tag)[1] & used for tag in TAGS] == [held.get(tag, 0) for tag in TAGS]
+    table.sweep(1 << 30)
+    assert table.is_clean
+    assert [table.words(tag) for tag in TAGS] == [[0, held.get(tag, 0)] for tag in TAGS]
+    assert len(table) == sum(map(bool, held.values()))
+
+
 def test_growing_moves_a_part_of_the_rows_at_a_time() -> None:
     table = BlockTable(words=1)
     sizes = []

@@ -14,12 +14,13 @@ any replica's hit, but a shorter gap may be missed. The replica that gets the re
 which closes the gap.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emberkv.cluster.block_table import ONE, BlockTable, Rows
+from emberkv.cluster.block_table import ONE, SWEPT_ROWS, BlockTable, Rows
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import BlockHash
 
@@ -39,6 +40,11 @@ STRIDE = 16
 """Blocks from one sample of a long chain to the next."""
 
 WORDS_OF_A_HASH = 4
+
+SWEPT_AT_ADD = 64
+"""Rows in which forgotten columns are cleared for each added block: a whole table, long before it grows."""
+MAX_FORGOTTEN = 64
+"""Forgotten columns that wait; with more, all are cleared at once, which takes time linear in the table's size."""
 
 
 class BlockIndex:
@@ -60,9 +66,13 @@ class BlockIndex:
         self._words: dict[tuple[str, int], int] = {(POOL, 0): 0}  # numbers of a tier's words
         self._tiers = [POOL]
         self._table = BlockTable(words=1)
+        self._columns: dict[int, int] = {}  # by replica; a column is a bit of each of a tier's words
+        self._clean: list[int] = []  # columns that no replica has any more, and no block
+        self._forgotten: list[int] = []  # those that blocks may still have
+        self._sweeping: list[int] = []  # of these, those that are being cleared
 
     def __len__(self) -> int:
-        """The number of distinct blocks."""
+        """The number of distinct blocks, among them some of replicas that were forgotten lately."""
         return len(self._table)
 
     @property
@@ -82,6 +92,7 @@ class BlockIndex:
 
     def add(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
         """Record that the replica has these blocks. Adding a block twice has no effect."""
+        self._sweep(len(block_hashes) * SWEPT_AT_ADD)
         word, bit = self._place(replica, tier)
         if len(block_hashes) < AT_ONCE:
             self._table.add(_tags(block_hashes), word, bit)
@@ -93,21 +104,49 @@ class BlockIndex:
         self._table.remove(_tags(block_hashes), *self._place(replica, tier))
 
     def forget(self, replica: int) -> None:
-        """Remove all blocks of the replica except those in the shared tier. Takes time linear in the table's size."""
-        for tier in self._tiers:
-            if tier != SHARED:
-                self._table.clear(*self._place(replica, tier))
+        """Remove all blocks of the replica except those in the shared tier.
+
+        The replica gets another column, and its former one is cleared in parts while blocks are added, so that a table
+        of any size keeps nobody waiting.
+        """
+        column = self._columns.pop(replica, None)
+        if column is None:
+            return
+        self._forgotten.append(column)
+        self._sweep(SWEPT_ROWS)
+        if len(self._forgotten) > MAX_FORGOTTEN:
+            self._sweep(sys.maxsize)
+
+    def _sweep(self, rows: int) -> None:
+        """Clear forgotten columns in so many rows."""
+        if not (self._sweeping or self._forgotten):
+            return
+        if not self._sweeping:
+            self._sweeping, self._forgotten = self._forgotten, []
+            bits: dict[int, int] = {}
+            for column in self._sweeping:
+                group, number = divmod(column, WORD)
+                for (tier, of_group), word in self._words.items():
+                    if of_group == group and tier != SHARED:
+                        bits[word] = bits.get(word, 0) | 1 << number
+            self._table.forget(bits)
+        self._table.sweep(rows)
+        if self._table.is_clean:
+            self._clean += self._sweeping
+            self._sweeping = []
 
     def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
         """For each of the first ``replicas`` slots, the number of leading blocks that the replica has, by tier.
 
         A block counts for the fastest tier that holds it. Counting stops at the first block that no tier holds.
         """
-        runs = _Runs(self._tiers, replicas)
+        columns = [self._column(replica) for replica in range(replicas)]
+        runs = _Runs(self._tiers, columns)
         for count, words in self._look_up(block_hashes):
             if not runs.take(count, self._holders(words, runs.everyone)):
                 break
-        return runs.ended()
+        counts = runs.ended()
+        return [counts[column] for column in columns]
 
     def _holders(self, words: Sequence[int], everyone: int) -> list[int]:
         """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row."""
@@ -158,9 +197,17 @@ class BlockIndex:
         self.probes += len(block_hashes)
         return self._table.gather(_tag_array(block_hashes))
 
+    def _column(self, replica: int) -> int:
+        """The replica's column, which is a clean one if it has had none."""
+        column = self._columns.get(replica)
+        if column is None:
+            made = len(self._columns) + len(self._clean) + len(self._forgotten) + len(self._sweeping)
+            column = self._columns[replica] = self._clean.pop() if self._clean else made
+        return column
+
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
         """The word's number and the bit of a replica in a tier. A word is added if there is none for the replica."""
-        group, number = divmod(0 if tier == SHARED else replica, WORD)
+        group, number = divmod(0 if tier == SHARED else self._column(replica), WORD)
         word = self._words.get((tier, group))
         if word is None:
             word = self._words[tier, group] = self._table.add_word()
@@ -171,15 +218,18 @@ class BlockIndex:
 
 
 class _Runs:
-    """Counts each replica's leading blocks by tier, from runs of blocks that are held by the same replicas."""
+    """Counts each replica's leading blocks by tier, from runs of blocks that are held by the same replicas. replicas:
+    the bits that stand for them.
+    """
 
-    def __init__(self, tiers: Sequence[str], replicas: int) -> None:
-        self.everyone = (1 << replicas) - 1
+    def __init__(self, tiers: Sequence[str], replicas: Sequence[int]) -> None:
+        self.everyone = sum(1 << replica for replica in replicas)
+        bits = max(replicas, default=-1) + 1
         self._tiers = tiers
-        self._counts: list[dict[str, int]] = [{} for _ in range(replicas)]
+        self._counts: list[dict[str, int]] = [{} for _ in range(bits)]
         self._going = self.everyone  # replicas without a gap so far
         self._served = [0] * len(tiers)  # by tier: replicas whose present run is in it
-        self._began = [[0] * replicas for _ in tiers]
+        self._began = [[0] * bits for _ in tiers]
         self._depth = 0
 
     def take(self, count: int, holders: Sequence[int]) -> int:
@@ -198,7 +248,7 @@ class _Runs:
         return self._going
 
     def ended(self) -> list[dict[str, int]]:
-        """The counts of each replica by tier, after the last call of `take`."""
+        """The counts of each bit's replica by tier, after the last call of `take`."""
         for tier in range(len(self._tiers)):
             self._change(tier, 0)
         return self._counts

@@ -3,6 +3,8 @@
 It uses open addressing with linear probing. A block is identified by its tag, 8 bytes of its hash; the tag 0 marks a
 free row. The tags and each word of bits are separate arrays, so adding a word copies nothing.
 
+Bits that are no longer used are cleared in parts, too (`BlockTable.forget`, `BlockTable.sweep`).
+
 To grow, the table allocates new rows. Each call that adds blocks moves some of the old rows to them, in order of their
 positions, so no call waits for the whole move. A move ends at a free row. So the blocks that hash to the rows moved so
 far are in the new rows, and all others are in the old ones: each block has exactly one place.
@@ -10,7 +12,7 @@ far are in the new rows, and all others are in the old ones: each block has exac
 
 import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ MOVED_ROWS = 16
 PAGE_ROWS = mmap.PAGESIZE // 8
 """Rows in one page of memory."""
 SWEPT_ROWS = 1 << 16
-"""Rows that `BlockTable.clear` processes at once."""
+"""Rows that `BlockTable.clear` and `BlockTable.sweep` process at once."""
 WINDOW = np.arange(8)
 """Offsets of the rows that are compared at once. Their tags fill a cache line of 64 bytes."""
 
@@ -137,15 +139,17 @@ class _Rows:
             dead &= words[at] == 0
         return dead
 
-    def delete(self, at: int) -> None:
-        """Free a row, and move later rows of its probe sequence back so that they are still found."""
+    def delete(self, at: int, stale: Mapping[int, int]) -> None:
+        """Free a row, and move later rows of its probe sequence back so that they are still found. stale: bits by word
+        that the moved rows lose, as they may get to where a sweep has been.
+        """
         tags, mask = self.tag_cells, self.mask
         after = at
         while tag := tags[(after := (after + 1) & mask)]:
             if (after - tag) & mask >= (after - at) & mask:
                 tags[at] = tag
-                for words in self.word_cells:
-                    words[at] = words[after]
+                for number, words in enumerate(self.word_cells):
+                    words[at] = words[after] & ~stale.get(number, 0)
                 at = after
         tags[at] = 0
         for words in self.word_cells:
@@ -173,9 +177,11 @@ class BlockTable:
         self._moved = 0  # rows that were moved
         self._owed = 0  # rows to move at the next step
         self._dead = 0  # rows with a tag and without bits; moving leaves them behind
+        self._stale: dict[int, int] = {}  # forgotten bits, by word
+        self._unswept: list[tuple[_Rows, int]] = []  # rows that may have them from that position on
 
     def __len__(self) -> int:
-        """The number of blocks with at least one bit."""
+        """The number of blocks with at least one bit, forgotten ones included that were not swept yet."""
         return self._used - self._dead
 
     @property
@@ -245,7 +251,7 @@ class BlockTable:
             if at >= 0 and rows.word_cells[word][at] & bit:
                 rows.word_cells[word][at] ^= bit
                 if rows.is_dead(at):
-                    rows.delete(at)
+                    rows.delete(at, self._stale)
 
     def clear(self, word: int, bit: int) -> None:
         """Clear a bit of all blocks. Takes time linear in the table's size."""
@@ -256,6 +262,41 @@ class BlockTable:
                 rows.words[word][part] &= ~np.uint64(bit)
                 live += int(np.count_nonzero(~rows.dead(part)))
         self._dead = self._used - live
+
+    def forget(self, bits: Mapping[int, int]) -> None:
+        """Begin to clear bits, by word, which must not be added again before `is_clean`. Until then, `words` and
+        `gather` may still give them. Only after an earlier call is done.
+        """
+        assert self.is_clean, "bits are forgotten one after another"
+        self._stale = dict(bits)
+        self._unswept = [(rows, 0) for rows in self._all_rows()]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no block has forgotten bits."""
+        return not self._stale
+
+    def sweep(self, count: int) -> None:
+        """Clear forgotten bits in the next ``count`` rows. Rows that are moved meanwhile lose them by that."""
+        while self._stale and count > 0:
+            rows, begin = self._unswept.pop()
+            if any(rows is each for each in self._all_rows()):
+                part = slice(begin, min(begin + count, begin + SWEPT_ROWS, len(rows)))
+                self._dead += self._strip(rows, part)
+                count -= part.stop - begin
+                if part.stop < len(rows):
+                    self._unswept.append((rows, part.stop))
+            if not self._unswept:
+                self._stale = {}
+
+    def _strip(self, rows: _Rows, at: slice | Positions) -> int:
+        """Clear forgotten bits in some rows. Returns how many have no bits any more."""
+        if not self._stale:
+            return 0
+        before = int(np.count_nonzero(rows.dead(at)))
+        for word, bits in self._stale.items():
+            rows.words[word][at] &= ~np.uint64(bits)
+        return int(np.count_nonzero(rows.dead(at))) - before
 
     @property
     def _used(self) -> int:
@@ -300,6 +341,7 @@ class BlockTable:
         assert following is not None, "rows are moved to others"
         stop = rows.first_free(self._start + min(self._moved + count, len(rows)))
         at = np.arange(self._start + self._moved, stop) & rows.mask
+        self._dead += self._strip(rows, at)
         tags, dead = rows.tags[at], rows.dead(at)
         live = tags[~dead]
         to = following.insert_many(live, following.homes(live))
