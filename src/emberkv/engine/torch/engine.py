@@ -11,6 +11,7 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.torch.attention.kv_pool import KVPool
+from emberkv.engine.torch.attention.latent import use_latents
 from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
@@ -19,6 +20,7 @@ from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
 from emberkv.engine.torch.native.decoder import NativeDecoder, find_decoder
 from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
+from emberkv.engine.torch.native.latent import replace_latents
 from emberkv.engine.torch.native.layers import replace_layers
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
@@ -115,8 +117,10 @@ class TorchEngine:
         progress("self-check 1 of 4: the model's own logits")
         self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")
+        use_latents(self._model)
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         if self.kernels is not None:
+            replace_latents(self._model, self.kernels)
             replace_experts(self._model, self.kernels)
             replace_layers(self._model, self.kernels)
         pack_linears(self._model)

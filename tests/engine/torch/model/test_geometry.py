@@ -22,7 +22,6 @@ REASONS = {
     "qwen3_next": "qwen3_next .*'linear_attention'",
     "llama4_text": "'chunked_attention'",
     "gemma3n_text": "2 of its layers share the KV",
-    "deepseek_v3": "multi-head latent attention",
     "bloom": "BloomAttention does not go through",
     "t5": "t5 .*encoder-decoder",
     "bart": "bart .*encoder-decoder",
@@ -81,3 +80,9 @@ def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: 
     finally:
         handle.remove()
     assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize("arch", ["deepseek_v2", "deepseek_v3"])
+def test_the_kv_of_latent_attention_are_latents_and_not_heads(checkpoint: CheckpointFactory, arch: str) -> None:
+    geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint(arch)))
+    assert (geometry.num_heads, geometry.num_kv_heads, geometry.head_dim) == (4, 1, 16 + 8)

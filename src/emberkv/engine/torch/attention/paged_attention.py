@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from transformers import AttentionInterface
 
+from emberkv.engine.torch.attention.latent import into_latents, out_of_latents
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -206,11 +208,11 @@ def _paged_attention(
     call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap, sinks)
     out = _current_step.get().attend(
         call,
-        query.squeeze(0).transpose(0, 1),
+        into_latents(module, query).squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
     )
-    return out.unsqueeze(0), None
+    return out_of_latents(module, out).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from emberkv.engine.torch.attention.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
@@ -146,7 +147,7 @@ def _note(
     _calls.get().append(
         _Call(
             layer_idx=int(getattr(module, "layer_idx", -1)),
-            query_shape=tuple(query.shape),
+            query_shape=tuple(into_latents(module, query).shape),
             key_shape=tuple(key.shape),
             value_shape=tuple(value.shape),
             is_causal=causal,
@@ -155,7 +156,8 @@ def _note(
         )
     )
     batch, heads, tokens, _ = query.shape
-    return query.new_empty(batch, tokens, heads, value.shape[-1]), None
+    out = query.new_empty(batch * tokens, heads, value.shape[-1])
+    return out_of_latents(module, out).view(batch, tokens, heads, -1), None
 
 
 _NOTE_TAKER = "emberkv_note_taker"
@@ -248,8 +250,6 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
     strange = sorted(rope_types(config) - SERVED_ROPE_TYPES)
     if strange:
         raise _refuse(config, f"its positions are rotated by RoPE of type {', '.join(map(repr, strange))}")
-    if getattr(config, "kv_lora_rank", None):
-        raise _refuse(config, "it has multi-head latent attention (MLA)")
     if getattr(config, "num_kv_shared_layers", 0):
         raise _refuse(config, f"{config.num_kv_shared_layers} of its layers share the KV of other layers")
     if getattr(config, "quantization", None):
@@ -284,6 +284,7 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
     The architecture's own code runs here, so any of the usual errors says that it cannot be traced.
     """
     calls: list[_Call] = []
+    use_latents(model)
     model.set_attn_implementation(_NOTE_TAKER)
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")
     try:

@@ -233,7 +233,8 @@ class Kernels:
         self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
         self._rms_norm, self._experts = loaded.emberkv_rms_norm, loaded.emberkv_experts
         self._decoder = loaded.emberkv_decoder
-        for function in (self._attend, self._linear, self._rms_norm, self._experts, self._decoder):
+        self._linears = loaded.emberkv_linears
+        for function in (self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder):
             function.restype = None
 
     @classmethod
@@ -246,6 +247,10 @@ class Kernels:
 
     def linear(self, call: LinearCall) -> None:
         self._linear(ctypes.byref(call))
+
+    def linears(self, calls: "ctypes.Array[LinearCall]") -> None:
+        """Several layers, none of which needs another's output."""
+        self._linears(calls, _INT(len(calls)))
 
     def experts(self, call: ExpertsCall) -> None:
         self._experts(ctypes.byref(call))

@@ -183,3 +183,8 @@ EMBERKV_EXPORT void emberkv_linear(const LinearCall* call) {
 #pragma omp parallel num_threads(call->threads)
     emberkv::linear_by_team(call, 1);
 }
+
+EMBERKV_EXPORT void emberkv_linears(const LinearCall* calls, int32_t count) {
+#pragma omp parallel num_threads(calls->threads)
+    emberkv::linear_by_team(calls, count);
+}
