@@ -154,6 +154,7 @@ class ModelSettings(_Settings):
     tool_parser, reasoning_parser: the formats of the model's tool calls and thoughts; "auto": as its chat template
     shows; "none": these stay in the answer's text.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
+    quantize: "int8" or "int4" rounds the weights of linear layers while a plain checkpoint is loaded.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
     "torch": torch's own operations; "auto": C++ where it can be.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
@@ -168,6 +169,7 @@ class ModelSettings(_Settings):
     reasoning_parser: NotEmpty = "auto"
     generation_config: Literal["auto", "ignore"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     machine_cache: UserPath = Field(default_factory=machine_cache_folder)

@@ -167,6 +167,7 @@ class LLM(_ClosedAtExit):
         model: str | os.PathLike[str] | None = None,
         *,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        quantize: Literal["none", "int8", "int4"] = "none",
         device: str = "auto",
         kernels: Literal["auto", "native", "torch"] = "auto",
         generation_config: Literal["auto", "ignore"] = "auto",
@@ -185,8 +186,8 @@ class LLM(_ClosedAtExit):
         progress: Progress | None = None,
     ) -> None:
         given = {
-            "model": None if model is None else os.fspath(model), "dtype": dtype, "device": device, "kernels": kernels,
-            "generation_config": generation_config,
+            "model": None if model is None else os.fspath(model), "dtype": dtype, "quantize": quantize,
+            "device": device, "kernels": kernels, "generation_config": generation_config,
             "cache_ram": cache_ram, "cache_dir": cache_dir, "cache_disk": cache_disk, "ram_tier": ram_tier,
             "eviction": eviction, "exact": exact, "prefix_cache": prefix_cache, "block_size": block_size,
             "prefill_chunk": prefill_chunk, "max_step_tokens": max_step_tokens, "max_running": max_running,

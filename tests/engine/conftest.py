@@ -30,14 +30,24 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def paged(checkpoint: CheckpointFactory) -> ModelFactory:
-    """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU for one engine, which may rebuild it."""
+    """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU for one engine, which may rebuild it.
+
+    dtype: of all values; or of weights and others, as in "int8 bfloat16".
+    """
     models: dict[tuple[str, str, int], LoadedModel] = {}
 
     def get(arch: str, dtype: str = "float32", seed: int = 0) -> LoadedModel:
         key = (arch, dtype, seed)
         if key not in models:
             folder = str(checkpoint(arch, seed=seed))
-            models[key] = load_model(folder, dtype=dtype, device="cpu", attn_implementation=ATTENTION_NAME)  # type: ignore[arg-type]  # a name, as text
+            *quantize, kind = dtype.split()
+            models[key] = load_model(
+                folder,
+                dtype=kind,  # type: ignore[arg-type]  # a name, as text
+                quantize=quantize[0] if quantize else "none",  # type: ignore[arg-type]  # a name, as text
+                device="cpu",
+                attn_implementation=ATTENTION_NAME,
+            )
         return replace(models[key], model=copy.deepcopy(models[key].model))
 
     return get

@@ -146,6 +146,7 @@ def serve(
     remote_tier_ttl: options.RemoteTierTtl = None,
     remote_tier_password_file: options.RemoteTierPasswordFile = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     device: options.Device = None,
     kernels: options.Kernels = None,
     exact: options.Exact = None,

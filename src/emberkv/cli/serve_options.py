@@ -129,6 +129,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=MODEL, help="auto, float32, bfloat16 or float16. (default: auto)"),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        help="Round a plain checkpoint's weights: none, int8 or int4. (default: none)",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=MODEL, help="auto, cpu, cuda, cuda:N or mps. (default: auto)"),

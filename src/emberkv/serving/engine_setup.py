@@ -19,6 +19,7 @@ def model_options(config: ServeConfig) -> ModelOptions:
     return ModelOptions(
         model=config.model,
         dtype=config.dtype,
+        quantize=config.quantize,
         device=config.device,
         chat_template=config.chat_template,
         generation_config=config.generation_config,

@@ -16,6 +16,7 @@ from tests.models import SUPPORTED, VOCAB_SIZE, tiny_tokenizer
 
 COMBINATIONS = [(arch, dtype) for arch in sorted(SUPPORTED) for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [("llama", "float16"), ("gemma2", "float16")]
+COMBINATIONS += [("llama", "int8 bfloat16"), ("phi3", "int4 float32")]
 
 TAILS = (1, 1, 2, BLOCK, TILE - 1, TILE, TILE + 1, 37, CHUNK - 1, CHUNK, CHUNK + 1, 100)
 
@@ -168,7 +169,7 @@ def test_with_the_kernels_a_hit_ends_at_any_token(paged: ModelFactory, kernels: 
         stem = text(rng, CHUNK + extra + BLOCK * rng.randrange(2))
         warm.run_one(stem)
         for kept in (len(stem), len(stem) - rng.randrange(1, extra + 1)):
-            other = (stem[kept - 1] - 2) % (VOCAB_SIZE - 3) + 3
+            other = (stem[min(kept, len(stem) - 1)] - 2) % (VOCAB_SIZE - 3) + 3
             prompt = [*stem[:kept], other, *text(rng, rng.randrange(1, BLOCK))]
             hit, computed = warm.run_one(prompt), cold.run_one(prompt)
             assert_equal_bits(hit, computed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from emberkv.core.block_pool import BlockCost
 from emberkv.core.hashing import root_hash
@@ -23,6 +24,8 @@ from emberkv.engine.torch.model.checkpoint import fetch_from_hub
 from emberkv.engine.torch.model.loader import LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
+from emberkv.engine.torch.quantization.linear import quantized_linears
+from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
 
@@ -99,10 +102,16 @@ def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
     Two operations per weight and token, and four per query channel and key seen: later blocks cost more.
     """
     geometry = loaded.geometry
-    linear = 2.0 * sum(parameter.numel() for parameter in loaded.model.parameters()) * block_size
+    linear = 2.0 * weight_count(loaded.model) * block_size
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
     size = float(geometry.bytes_per_token(loaded.dtypes.kv) * block_size)
     return lambda position: EntryCost(size, linear + per_key * position * block_size)
+
+
+def weight_count(model: nn.Module) -> int:
+    """Values of all weights, quantised or not. Call it before the engine replaces any layers."""
+    quantised = sum(each.in_features * each.out_features for each in quantized_linears(model))
+    return quantised + sum(parameter.numel() for parameter in model.parameters())
 
 
 DEFAULT_CONTEXTS = 8
@@ -125,6 +134,7 @@ class ModelOptions:
 
     model: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: QuantizeName = "none"
     device: str = "auto"
     chat_template: str | None = None
     generation_config: Literal["auto", "ignore"] = "auto"
@@ -176,6 +186,7 @@ def load_configured(
     loaded = load_model(
         str(files("emberkv") / "demo_model") if options.model is None else options.model,
         dtype=options.dtype,
+        quantize=options.quantize,
         device=options.device,
         attn_implementation=ATTENTION_NAME,
         chat_template=options.chat_template,

@@ -15,7 +15,7 @@ from emberkv.engine.torch.attention.latent import use_latents
 from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
-from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
+from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
 from emberkv.engine.torch.native.decoder import NativeDecoder, find_decoder
 from emberkv.engine.torch.native.experts import replace_experts
@@ -104,8 +104,8 @@ class TorchEngine:
         sampler: Sampler | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if loaded.dtypes != ModelDtypes.all_of(loaded.dtypes.kv):
-            raise UnsupportedModelError(f"{loaded.name} has {loaded.dtypes}; this engine takes one type for all three")
+        if loaded.dtypes.activations != loaded.dtypes.kv:
+            raise UnsupportedModelError(f"{loaded.name} has {loaded.dtypes}; activations and KV must be of one type")
         self.loaded = loaded
         self._progress = progress
         self._sampler = sampler if sampler is not None else Sampler()

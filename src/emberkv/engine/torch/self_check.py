@@ -15,6 +15,7 @@ from emberkv.engine.torch.layers import rows_are_independent
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.decoder import NativeDecoder
 from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.quantization.linear import quantized_linears
 from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96
@@ -43,7 +44,8 @@ def is_tile_invariant(engine: PagedForward) -> bool:
     Torch's own experts are ruled out without a trial: the number of rows that each one gets depends on the text.
     """
     whole_chunks = engine.alignment == engine.prefill_chunk and engine.kernels is None
-    if whole_chunks or not rows_are_independent(engine.loaded.model):
+    model = engine.loaded.model
+    if whole_chunks or quantized_linears(model) or not rows_are_independent(model):
         return False
     # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
     cuts = {engine.prefill_chunk, engine.alignment}

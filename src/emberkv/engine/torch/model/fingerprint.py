@@ -41,6 +41,11 @@ def files_fingerprint(config: bytes, files: list[Path]) -> str:
     return whole.hexdigest()
 
 
+def quantised_fingerprint(fingerprint: str, how: str) -> str:
+    """The fingerprint of weights that are rounded while they are loaded. how: all that says to which values."""
+    return xxhash.xxh3_128(f"{fingerprint}\0{how}".encode()).hexdigest()
+
+
 def file_states(folder: Path) -> list[FileState]:
     """What shows that the files of `weights_fingerprint` were written to or replaced between two calls."""
     return states_of([folder / "config.json", *weight_files(folder)])

@@ -20,6 +20,9 @@ from emberkv.engine.torch.model.generation_config import GenerationConfigMode, e
 from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
 from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
+from emberkv.engine.torch.quantization.linear import quantized_linears
+from emberkv.engine.torch.quantization.on_load import QuantizeName
+from emberkv.engine.torch.quantization.weight import DTYPES
 from emberkv.errors import ConfigError, CorruptModelError, ModelError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -71,9 +74,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True)
 class ModelDtypes:
-    """Which type each kind of value has. All three are equal in every model that is loaded today.
+    """Which type each kind of value has. They are equal unless weights, or keys and values, are quantised.
 
-    weights: as they are computed with, which may differ from how the files store them. activations: of what the layers
+    weights: as they are computed with, which may differ from how the files store them; int8 or int4 where the linear
+    layers' are quantised, the other weights then being of the activations' type. activations: of what the layers
     pass on, and of the logits. kv: of the keys and values in the pool and in the tiers.
     """
 
@@ -129,6 +133,7 @@ def load_model(
     *,
     dtype: DTypeName = "auto",
     device: str = "auto",
+    quantize: QuantizeName = "none",
     attn_implementation: str = "eager",
     chat_template: str | None = None,
     generation_config: GenerationConfigMode = "auto",
@@ -138,6 +143,7 @@ def load_model(
     """Load a causal language model whose state is per-token KV.
 
     dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
+    quantize: "int8" or "int4" rounds the linear layers' weights while they are loaded, the output layer's to 8 bits.
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
     attn_implementation: a name registered with transformers' AttentionInterface.
     chat_template: the name of one of the model's templates, or a file that holds one; None: the model's own. A template
@@ -154,13 +160,15 @@ def load_model(
     target = choose_device(device)
     progress(f"finding {name_or_path}")
     path = find_model(name_or_path, fetch)
-    source = open_source(path)
+    source = open_source(path, quantize)
     if (path / "adapter_config.json").is_file():
         _log.warning("%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", path)
     shape = inspect_model(source.config)
     generation = source.generation(generation_config)
     source.check(shape)
     chosen = choose_dtype(dtype, source.stored_dtype(), target)
+    if quantize != "none" and target.type != "cpu":
+        raise ConfigError(f"--quantize is {quantize} and the device is {target}; it is for the CPU")
     check_memory(path, source.num_bytes(chosen), chosen, target)
     progress("loading the tokenizer")
     tokenizer = source.tokenizer()
@@ -178,7 +186,7 @@ def load_model(
         tokenizer=HFTokenizer(tokenizer, chat_problem=chat_problem),
         name=path.resolve().name.removesuffix(".gguf") if Path(name_or_path).expanduser() == path else name_or_path,
         folder=path,
-        dtypes=ModelDtypes.all_of(chosen),
+        dtypes=ModelDtypes(_weights_dtype(model, chosen), chosen, chosen),
         device=target,
         eos_token_ids=_eos_token_ids(source, generation, tokenizer),
         fingerprint=fingerprint,
@@ -200,9 +208,23 @@ def load_tokenizer(
     return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, path, chat_template))
 
 
-def open_source(path: Path) -> ModelSource:
-    """What a folder or a GGUF file, of `find_model`, holds. Raises CorruptModelError, UnsupportedModelError."""
-    return FolderSource(path) if path.is_dir() else GGUFSource(path)
+def open_source(path: Path, quantize: QuantizeName = "none") -> ModelSource:
+    """What a folder or a GGUF file, of `find_model`, holds. quantize: see `load_model`.
+
+    Raises CorruptModelError, UnsupportedModelError, and ConfigError where weights that are quantised already would be
+    rounded again.
+    """
+    if path.is_dir():
+        return FolderSource(path, quantize)
+    if quantize != "none":
+        raise ConfigError(f"--quantize is {quantize}, which rounds plain weights; {path} is a GGUF file")
+    return GGUFSource(path)
+
+
+def _weights_dtype(model: PreTrainedModel, plain: torch.dtype) -> torch.dtype:
+    """The type of most linear layers' weights, as those of the output layer often have more bits."""
+    bits = [each.quantized.bits for each in quantized_linears(model)]
+    return DTYPES[max(set(bits), key=bits.count)] if bits else plain
 
 
 def choose_device(device: str) -> torch.device:

@@ -22,13 +22,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, read_json, weight_files
-from emberkv.engine.torch.model.fingerprint import FileState, file_states, weights_fingerprint
+from emberkv.engine.torch.model.fingerprint import FileState, file_states, quantised_fingerprint, weights_fingerprint
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
 from emberkv.engine.torch.model.geometry import ModelShape
 from emberkv.engine.torch.model.multimodal import TEXT_WEIGHTS, text_config, text_name
 from emberkv.engine.torch.quantization.methods import find_method
+from emberkv.engine.torch.quantization.on_load import IDENTITY, QuantizeName, RoundingConfig, rounded_bytes
 from emberkv.engine.torch.quantization.stored import Method
-from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
+from emberkv.errors import ConfigError, CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 BUILDING = threading.Lock()
 """transformers sets torch's default dtype, which is one for the process, while it loads a model."""
@@ -91,11 +92,16 @@ class ModelSource(Protocol):
 
 
 class FolderSource:
-    """A folder with config.json and safetensors files. method: of its quantised weights; None: they are plain."""
+    """A folder with config.json and safetensors files. method: of its quantised weights; None: they are plain.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CorruptModelError, and UnsupportedModelError for an architecture or a method that is not known."""
+    quantize: to what plain weights are rounded while they are loaded.
+    """
+
+    def __init__(self, folder: Path, quantize: QuantizeName = "none") -> None:
+        """Raises CorruptModelError, UnsupportedModelError for an architecture or a method that is not known, and
+        ConfigError where weights that are quantised already would be rounded again."""
         self.path = folder
+        self._quantize = quantize
         self._raw = read_json(folder / "config.json")
         self.config = text_config(_read_config(folder, self._raw))
         try:
@@ -103,6 +109,10 @@ class FolderSource:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{folder} cannot be served: {error}") from error
         if self.method is not None:
+            if quantize != "none":
+                raise ConfigError(
+                    f"--quantize is {quantize}, which rounds plain weights; those in {folder} are {self.method.label}"
+                )
             for attribute in ("quantization_config", "quantization"):
                 vars(self.config).pop(attribute, None)
         self._files: list[Path] | None = None
@@ -128,7 +138,9 @@ class FolderSource:
 
     @property
     def held(self) -> str | None:
-        return None if self.method is None else self.method.held
+        if self.method is None:
+            return None if self._quantize == "none" else self._quantize
+        return self.method.held
 
     def check(self, shape: ModelShape) -> None:
         for name, found in self._parameters().items():
@@ -140,6 +152,8 @@ class FolderSource:
                 )
 
     def num_bytes(self, dtype: torch.dtype) -> int:
+        if self._quantize != "none":
+            return sum(rounded_bytes(name, shape, dtype, self._quantize) for name, shape in self.stored.shapes.items())
         plain, quantised = self._by_layer(self.stored.shapes)
         total = sum(prod(self.stored.shapes[name]) for name in plain) * dtype.itemsize
         if self.method is not None:
@@ -169,7 +183,8 @@ class FolderSource:
         ]
 
     def fingerprint(self) -> str:
-        return weights_fingerprint(self.path)
+        stored = weights_fingerprint(self.path)
+        return stored if self._quantize == "none" else quantised_fingerprint(stored, f"{self._quantize}, {IDENTITY}")
 
     def file_states(self) -> list[FileState]:
         return file_states(self.path)
@@ -191,18 +206,25 @@ class FolderSource:
         auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
         generation_config: Any = GenerationConfig  # untyped
         model: PreTrainedModel
-        model, report = auto_class.from_pretrained(
-            self.path,
-            config=self.config,
-            generation_config=generation_config(),  # so that the file is read in one place only
-            dtype=dtype,
-            key_mapping=TEXT_WEIGHTS,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        rounding = None if self._quantize == "none" else RoundingConfig(self._quantize)
+        try:
+            model, report = auto_class.from_pretrained(
+                self.path,
+                config=self.config,
+                generation_config=generation_config(),  # so that the file is read in one place only
+                dtype=dtype,
+                key_mapping=TEXT_WEIGHTS,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                quantization_config=rounding,
+            )
+        except Exception as error:  # the architecture's own code
+            if rounding is not None and rounding.problem:
+                raise CorruptModelError(f"the weights in {self.path} cannot be rounded: {rounding.problem}") from error
+            raise
         _require_complete(self.path, report)
         return model
 

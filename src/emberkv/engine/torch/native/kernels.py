@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
+from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.quantization.weight import DTYPES
 from emberkv.errors import KernelsError, UnsupportedModelError, UntrustedPathError
 from emberkv.files import check_owner
 
@@ -272,7 +273,8 @@ def can_compute(loaded: LoadedModel, block_size: int) -> bool:
 
 def _on_cpu(loaded: LoadedModel) -> bool:
     dtypes = loaded.dtypes
-    return loaded.device.type == "cpu" and dtypes.kv in TYPES and dtypes == ModelDtypes.all_of(dtypes.kv)
+    weights = dtypes.weights in (dtypes.kv, *DTYPES.values())
+    return loaded.device.type == "cpu" and dtypes.kv in TYPES and dtypes.activations == dtypes.kv and weights
 
 
 def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:

@@ -190,10 +190,17 @@ void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedC
             store(c + r * COLUMNS + v * LANES, totals[r][v] * load<Floats>(columns.begin + v * LANES * 4));
 }
 
+// Rows of a product held in registers at once: as many as leave room for weights, a value and a product.
+#if defined(__AVX512F__)
+constexpr int QUANTIZED_ROWS = ROWS;
+#else
+constexpr int QUANTIZED_ROWS = 4;
+#endif
+
 template <int BITS>
 void multiply_quantized(const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, float* c) {
-    for (; count >= ROWS; count -= ROWS, first += ROWS, c += ROWS * COLUMNS)
-        multiply_few_quantized<BITS, ROWS>(rows, first, columns, c);
+    for (; count >= QUANTIZED_ROWS; count -= QUANTIZED_ROWS, first += QUANTIZED_ROWS, c += QUANTIZED_ROWS * COLUMNS)
+        multiply_few_quantized<BITS, QUANTIZED_ROWS>(rows, first, columns, c);
     switch (count) {
         case 5: return multiply_few_quantized<BITS, 5>(rows, first, columns, c);
         case 4: return multiply_few_quantized<BITS, 4>(rows, first, columns, c);

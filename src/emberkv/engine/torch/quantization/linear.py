@@ -10,6 +10,9 @@ from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.quantization.weight import QuantizedWeight
 from emberkv.errors import UnsupportedModelError
 
+_SLICE = 8192
+"""Outputs whose weights are dequantised at a time, so that a large vocabulary's are not held in full."""
+
 
 class QuantizedLinear(nn.Module):
     """``inputs @ weight.T + bias`` in ``dtype``, with a weight that is dequantised anew in each call.
@@ -27,7 +30,12 @@ class QuantizedLinear(nn.Module):
         self.weight = stand_in(torch.empty((), dtype=dtype, device=quantized.codes.device).expand(quantized.shape))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return linear(inputs, self.quantized.dequantised(self.dtype), self.bias)
+        parts = (
+            linear(inputs, self.quantized.rows(start, start + _SLICE).dequantised(self.dtype))
+            for start in range(0, self.out_features, _SLICE)
+        )
+        product = torch.cat(list(parts), dim=-1)
+        return product if self.bias is None else product + self.bias
 
 
 def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:

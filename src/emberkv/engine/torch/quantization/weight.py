@@ -15,6 +15,9 @@ GROUPS = (16, 32, 64, 128)
 
 DEFAULT_GROUP = 32
 
+DTYPES: dict[Bits, torch.dtype] = {8: torch.int8, 4: vars(torch)["int4"]}  # torch's stubs do not have the second
+"""What a model with such weights names as their type."""
+
 _SLICE = 1 << 22
 """Values that are rounded at a time, so that a large weight is not held in fp32 several times over."""
 

@@ -1,0 +1,138 @@
+"""Rounds a plain checkpoint's linear layers to 8 or 4 bits while transformers loads it, one tensor after another.
+
+It is a quantizer of transformers' own interface, so that the names and conversions of every architecture are its.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from emberkv.engine.torch.layers import linear_parts
+from emberkv.engine.torch.quantization.linear import replace_linears
+from emberkv.engine.torch.quantization.weight import (
+    DEFAULT_GROUP,
+    Bits,
+    QuantizedWeight,
+    can_quantise,
+    quantise,
+)
+from emberkv.errors import ConfigError
+
+QuantizeName = Literal["none", "int8", "int4"]
+
+_METHOD = "emberkv"
+_BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
+_OUTPUT_BITS: Bits = 8
+"""Of the output layer, whose errors are those of the scores."""
+
+IDENTITY = "groups of 32, output layer of 8 bits, 1"
+"""What, beside the number of bits, says which values a checkpoint is rounded to. It enters the block hashes."""
+
+
+@register_quantization_config(_METHOD)
+class RoundingConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` that `from_pretrained` takes. on_weight: called with each plain weight and its name
+    before it is rounded. problem: what was wrong with a weight; transformers itself says only that something was."""
+
+    def __init__(self, quantize: str, on_weight: Callable[[str, Tensor], None] = lambda *_: None) -> None:
+        self.quant_method: Any = _METHOD
+        self.bits = _BITS[quantize]
+        self.on_weight = on_weight
+        self.problem = ""
+
+
+@register_quantizer(_METHOD)
+class RoundingQuantizer(HfQuantizer):
+    """Keeps each rounded weight beside the model, whose own stays on the meta device until all are there."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: RoundingConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.config = quantization_config
+        self.rounded: dict[str, QuantizedWeight] = {}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
+        """Whether it is the weight of a linear layer that can be cut into groups."""
+        layer, _dot, own = param_name.rpartition(".")
+        parts = linear_parts(model.get_submodule(layer)) if own == "weight" else None
+        return parts is not None and can_quantise(tuple(parts[0].shape))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Round(self)
+
+    def bits_of(self, model: PreTrainedModel, layer: str) -> Bits:
+        return _OUTPUT_BITS if model.get_submodule(layer) is _output_layer(model) else self.config.bits
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        """Put the rounded weights in. An output layer that shares the embedding's gets a rounded copy of its own."""
+        output = _output_layer(model)
+        parts = None if output is None else linear_parts(output)
+        name = next((name for name, module in model.named_modules() if module is output), None)
+        if parts is not None and name is not None and name not in self.rounded and can_quantise(tuple(parts[0].shape)):
+            self.rounded[name] = quantise(parts[0], _OUTPUT_BITS)
+        replace_linears(model, self.rounded, model.dtype)
+        self.rounded = {}
+        forget: Any = self.remove_quantization_config  # untyped
+        forget(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Round(ConversionOps):
+    """What transformers calls with each weight that `RoundingQuantizer.param_needs_quantization` names."""
+
+    def __init__(self, quantizer: RoundingQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **given: Any
+    ) -> dict[str, list[Tensor]]:
+        """Nothing for transformers to put into the model: what was rounded is put in when all weights are there."""
+        model: PreTrainedModel = given["model"]
+        missing_keys: set[str] | None = given.get("missing_keys")
+        for name, found in input_dict.items():
+            weight: Tensor = found[0] if isinstance(found, list) else found
+            layer = name.removesuffix(".weight")
+            self.quantizer.config.on_weight(name, weight)
+            turned = type(model.get_submodule(layer)) is not nn.Linear  # GPT-2's are [in, out]
+            bits = self.quantizer.bits_of(model, layer)
+            try:
+                self.quantizer.rounded[layer] = quantise(weight.t() if turned else weight, bits)
+            except ConfigError as error:
+                self.quantizer.config.problem = f"{name}: {error}"
+                raise
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return {}
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Module | None:
+    untyped: Any = model
+    found: nn.Module | None = untyped.get_output_embeddings()
+    return found
+
+
+def rounded_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quantize: str) -> int:
+    """Of a stored tensor, once it is loaded. Codes have a scale and, in 4 bits, an offset for each group.
+
+    Embeddings are kept in ``dtype``.
+    """
+    values, bits = prod(shape), _BITS[quantize]
+    if not can_quantise(shape) or "embed" in name:
+        return values * dtype.itemsize
+    return values * bits // 8 + values // DEFAULT_GROUP * (4 if bits == 8 else 8)
