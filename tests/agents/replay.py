@@ -11,6 +11,7 @@ import openai.types.chat
 import openai.types.responses
 from pydantic import TypeAdapter
 
+from emberkv.serving.answer_service import HISTORY_HEADER
 from tests.agents.session_file import Exchange, ids_in
 from tests.serving.harness import Client
 
@@ -22,7 +23,8 @@ _RESPONSES: TypeAdapter[Any] = TypeAdapter(openai.types.responses.ResponseStream
 class Reply:
     """An answer as an agent gets it. events: the types of its stream's events, in order, without pings.
 
-    prompt_tokens, cached_tokens, output_tokens: by its usage. calls: name and arguments.
+    prompt_tokens, cached_tokens, output_tokens: by its usage. calls: name and arguments. history: what became of the
+    answers in the request, by outcome.
     """
 
     exchange: Exchange
@@ -35,6 +37,7 @@ class Reply:
     cached_tokens: int = 0
     output_tokens: int = 0
     stop: str | None = None
+    history: dict[str, int] = field(default_factory=dict)
 
 
 class Replay:
@@ -58,6 +61,8 @@ class Replay:
         )
         self._ids.update(_pairs(exchange.ids, ids_in(response.text)))
         reply = Reply(exchange, response.status_code)
+        if counts := response.headers.get(HISTORY_HEADER):
+            reply.history = {name: int(count) for name, count in (each.split("=") for each in counts.split(";"))}
         if response.headers.get("content-type", "").startswith("text/event-stream"):
             path = exchange.path.partition("?")[0]
             {"/v1/messages": _anthropic, "/v1/chat/completions": _chat, "/v1/responses": _responses}[path](

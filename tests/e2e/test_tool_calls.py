@@ -68,7 +68,9 @@ def test_a_required_call_is_valid_and_the_next_turn_hits_all_of_it(server: Serve
     assert choice.finish_reason == "tool_calls"
     (call,) = choice.message.tool_calls or []
     assert call.type == "function"
-    jsonschema.validate(json.loads(call.function.arguments), WHERE)
+    arguments = json.loads(call.function.arguments)
+    jsonschema.validate(arguments, WHERE)
+    call.function.arguments = json.dumps(dict(reversed(arguments.items())))  # as clients in other languages may
     messages += [
         choice.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "line 12"},
@@ -78,6 +80,8 @@ def test_a_required_call_is_valid_and_the_next_turn_hits_all_of_it(server: Serve
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens
+    assert server.metric("emberkv_history_answers_total", outcome="rewritten") == 1
+    assert server.metric("emberkv_answer_memory_answers") >= 1
     ready, waited = (server.metric("emberkv_constraint_masks_total", state=each) for each in ("ready", "waited_for"))
     assert ready + waited >= first.usage.completion_tokens
 
