@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from emberkv.core.sequence import FinishReason
+from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import rules_in_force
 from emberkv.serving.lifecycle import Lifecycle
@@ -123,6 +124,16 @@ def test_system_and_cache_control(client: Client, engine: FakeEngine, system: An
 def test_a_begun_answer_is_continued(client: Client, engine: FakeEngine) -> None:
     send(client, messages=[*USER, {"role": "assistant", "content": "Well,"}])
     assert bytes(engine.submitted[0].prompt_token_ids).decode() == PROMPT + "Well,"
+
+
+def test_a_begun_answer_keeps_its_thoughts(client: Client, engine: FakeEngine) -> None:
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    begun = {"role": "assistant", "content": [thought, {"type": "text", "text": "Well,"}]}
+    wanted = PromptRequest(model=MODEL, messages=[*USER, begun]).conversation()
+    assert wanted.messages[-1]["reasoning_content"] == "Hm."
+    assert (wanted.continue_final_message, wanted.add_generation_prompt, wanted.begun) == (True, False, "")
+    assert send(client, messages=[*USER, begun]).status_code == 200
+    assert bytes(engine.submitted[0].prompt_token_ids).decode().endswith("<assistant>Well,...")
 
 
 def test_tools_are_shown_as_the_template_shows_them(client: Client, engine: FakeEngine) -> None:

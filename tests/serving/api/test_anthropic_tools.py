@@ -98,7 +98,17 @@ def test_a_stream_has_block_after_block(client: Client, engine: FakeEngine) -> N
     assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
 
 
-@pytest.mark.parametrize("text", ["Hello", THOUGHT, f"{THOUGHT}So.\n{CALL}\n{OTHER_CALL}", CALL, f"{CALL}\nDone."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello",
+        THOUGHT,
+        f"{THOUGHT}So.\n{CALL}\n{OTHER_CALL}",
+        CALL,
+        f"{CALL}\nDone.",
+        f"So.\n{CALL}\nDone.\n{OTHER_CALL}",
+    ],
+)
 def test_the_official_client_reads_the_stream_as_the_whole(lifecycle: Lifecycle, engine: FakeEngine, text: str) -> None:
     engine.script = Script(text)
     asked: Any = {"model": MODEL, "max_tokens": 200, "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
@@ -109,7 +119,7 @@ def test_the_official_client_reads_the_stream_as_the_whole(lifecycle: Lifecycle,
     key = ("type", "text", "thinking", "signature", "name", "input")
 
     def shown(message: Any) -> list[Any]:
-        return sorted([[getattr(block, name, None) for name in key] for block in message.content], key=str)
+        return [[getattr(block, name, None) for name in key] for block in message.content]
 
     assert shown(streamed) == shown(whole)
     assert (streamed.stop_reason, streamed.usage.output_tokens) == (whole.stop_reason, len(text))

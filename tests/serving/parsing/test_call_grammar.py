@@ -270,6 +270,20 @@ def test_either_calls_or_a_form_of_the_text(reasoning: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "is_allowed"),
+    [("", True), ("Let me look.\n", True), ("\n", False), ('{"a" ', False), ("[1] ", False), ("7 ", False)],
+)
+def test_text_that_does_not_begin_like_json_may_precede_the_calls_beside_a_form(before: str, is_allowed: bool) -> None:
+    output_format = OutputFormat("hermes")
+    calls = call_constraint(output_format, TOOLS, ToolChoice("required"), prose_first=True)
+    assert calls is not None
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, grammar_of(either(calls, Constraint("json_object"))))
+    tokens = tokenizer.tokenize_str(before + '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
+    assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) is is_allowed
+
+
+@pytest.mark.parametrize(
     ("pattern", "value", "is_allowed"),
     [
         ("^a|b$", "ax", True),

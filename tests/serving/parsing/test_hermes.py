@@ -98,6 +98,14 @@ def test_a_thought_that_begins_in_the_prompt() -> None:
     assert parse_output(FORMAT, "<think>So", in_reasoning=True) == ParsedMessage("So", "")
 
 
+def test_the_parts_of_an_answer_keep_their_order() -> None:
+    call = '<tool_call>\n{"name": "read", "arguments": {}}\n</tool_call>'
+    message = parsed(f"<think>\nHm.\n</think>\n\nOne.\n{call}\nTwo.\n{call}")
+    read = ParsedCall("read", "{}")
+    assert message.parts() == (ReasoningText("Hm."), ContentText("One."), read, ContentText("\nTwo."), read)
+    assert message == ParsedMessage("Hm.", "One.\nTwo.", (read, read))
+
+
 def test_pieces_join() -> None:
     assert joined([ContentText("a"), ContentText("b"), CallArguments(0, "c"), CallArguments(1, "d")]) == [
         ContentText("ab"),

@@ -45,16 +45,18 @@ class Signer:
 
 
 def content_blocks(message: ParsedMessage, signer: Signer) -> list[dict[str, Any]]:
-    """A whole answer's blocks. An empty answer has one empty text block."""
+    """A whole answer's blocks, in the order of a stream's. An empty answer has one empty text block."""
     blocks: list[dict[str, Any]] = []
-    if message.reasoning:
-        signer.add(message.reasoning)
-        blocks.append({"type": "thinking", "thinking": message.reasoning, "signature": signer.signature()})
-    if message.content or not (message.reasoning or message.calls):
-        blocks.append({"type": "text", "text": message.content})
-    for call in message.calls:
-        blocks.append({"type": "tool_use", "id": call.call_id, "name": call.name, "input": tool_input(call)})
-    return blocks
+    for part in message.parts():
+        match part:
+            case ReasoningText(text):
+                signer.add(text)
+                blocks.append({"type": "thinking", "thinking": text, "signature": signer.signature()})
+            case ContentText(text):
+                blocks.append({"type": "text", "text": text})
+            case ParsedCall():
+                blocks.append({"type": "tool_use", "id": part.call_id, "name": part.name, "input": tool_input(part)})
+    return blocks or [{"type": "text", "text": ""}]
 
 
 def tool_input(call: ParsedCall) -> dict[str, Any]:

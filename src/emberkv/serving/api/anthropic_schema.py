@@ -55,8 +55,10 @@ class PromptRequest(RequestBody):
         if system := reader.text(self.system or "", "system"):
             messages.append({"role": "system", "content": system})
         messages += reader.messages(self.messages)
-        begun = ""
-        if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+        begun, last = "", messages[-1]
+        is_begun = last["role"] == "assistant" and "tool_calls" not in last
+        is_continued = is_begun and bool(last["content"].strip()) and "reasoning_content" in last
+        if is_begun and not is_continued:
             begun = messages.pop()["content"]
         tools = template_tools(self.tools or (), reader.left_out)
         return Conversation(
@@ -66,6 +68,8 @@ class PromptRequest(RequestBody):
             variables=self._template_variables(),
             begun=begun,
             left_out=reader.left_out,
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,  # so that the template writes its thoughts
         )
 
     def constraint(self) -> Constraint | None:

@@ -82,7 +82,7 @@ class Conversation:
         """Which answers the conversation allows a model of ``output_format`` to ``prompt_text``, this rendered.
 
         wanted: what the request demands of the answer's text, which thoughts may precede. With tools that may be
-        called, the answer is that, or calls.
+        called, the answer is that, or calls; before these, there may be text if the form is JSON.
 
         Raises RequestError for tools that cannot be demanded of the model, and where both calls and a form of the text
         are demanded.
@@ -101,7 +101,8 @@ class Conversation:
         if not self.tools or self.tool_choice.mode == "none" or output_format.tools is None:
             return form
         demanded = replace(self.tool_choice, mode="required")
-        calls = call_constraint(output_format, self.tools, demanded, in_reasoning=in_reasoning)
+        is_json = wanted.kind in ("json_schema", "json_object")
+        calls = call_constraint(output_format, self.tools, demanded, in_reasoning=in_reasoning, prose_first=is_json)
         return form if calls is None else either(calls, form)
 
     def parsing(

@@ -31,6 +31,7 @@ from emberkv.serving.parsing.events import (
     CallEnd,
     ContentText,
     OutputEvent,
+    ParsedCall,
     ParsedMessage,
     ReasoningText,
 )
@@ -338,14 +339,15 @@ def _usage(answer: AnswerState) -> Json:
 
 def events_of(message: ParsedMessage) -> Iterator[OutputEvent]:
     """The events of a whole answer."""
-    if message.reasoning:
-        yield ReasoningText(message.reasoning)
-    if message.content:
-        yield ContentText(message.content)
-    for index, call in enumerate(message.calls):
-        yield CallBegin(index, call.name, call.call_id)
-        yield CallArguments(index, call.arguments)
-        yield CallEnd(index, call.is_complete)
+    calls = 0
+    for part in message.parts():
+        if isinstance(part, ParsedCall):
+            yield CallBegin(calls, part.name, part.call_id)
+            yield CallArguments(calls, part.arguments)
+            yield CallEnd(calls, part.is_complete)
+            calls += 1
+        else:
+            yield part
 
 
 class OutputItems:

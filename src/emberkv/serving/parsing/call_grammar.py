@@ -47,13 +47,20 @@ class Choice(Protocol):
 
 
 def call_constraint(
-    output_format: OutputFormat, tools: Sequence[ToolSchema], choice: Choice, *, in_reasoning: bool = False
+    output_format: OutputFormat,
+    tools: Sequence[ToolSchema],
+    choice: Choice,
+    *,
+    in_reasoning: bool = False,
+    prose_first: bool = False,
 ) -> Constraint | None:
     """The checked constraint of an answer with these tools; None for an answer without constraint.
 
     With "required", the answer is reasoning followed by calls. With "auto", an answer is constrained only if a tool has
     ``strict``, only some tools may be called, or only one call may be made; text is free up to the marker that begins a
     call. in_reasoning: whether the prompt ends within reasoning (`OutputFormat.ends_in_reasoning`).
+
+    prose_first: whether text that does not begin like JSON may precede required calls.
 
     Raises RequestError for a name that is not among the tools, for a model without a known tool call format, and for a
     tool's schema that cannot be compiled.
@@ -76,7 +83,9 @@ def call_constraint(
         )
     _check_shapes(tools)
     grammar = _Grammar()
-    calls = _Calls(grammar, wanted, is_required=choice.mode == "required", parallel=choice.parallel)
+    calls = _Calls(
+        grammar, wanted, is_required=choice.mode == "required", parallel=choice.parallel, prose_first=prose_first
+    )
     answer = make(calls)
     grammar.add("start", f"{_thoughts(grammar, output_format, in_reasoning)} {answer}")
     markers = tuple(sorted(output_format.special_tokens))
@@ -252,20 +261,36 @@ class _Layout:
 class _Calls:
     """Builds the rule of an answer from the layouts of its format."""
 
-    def __init__(self, grammar: _Grammar, tools: Sequence[ToolSchema], *, is_required: bool, parallel: bool) -> None:
+    def __init__(
+        self,
+        grammar: _Grammar,
+        tools: Sequence[ToolSchema],
+        *,
+        is_required: bool,
+        parallel: bool,
+        prose_first: bool = False,
+    ) -> None:
         self.grammar = grammar
         self.tools = tools
         self._is_required = is_required
         self._parallel = parallel
+        self._prose_first = prose_first
 
     def behind_marker(self, marker: str, *layouts: _Layout) -> str:
         """The rule for a format in which calls begin with ``marker``."""
         if self._is_required:
-            return f"{_quoted(marker)} {self._any_of(layouts, marker)}"
+            return f"({_quoted(marker)}{self._prose(marker)}) {self._any_of(layouts, marker)}"
         free = self.grammar.new(_ANY_TEXT)
         head = self.grammar.up_to(marker)
         calls = f"{head} {self._any_of(layouts, marker)}"
         return f"({calls})* {free}" if self._parallel else f"({free} | {calls})"
+
+    def _prose(self, marker: str) -> str:
+        """The alternative to a marker alone: text that begins neither like a JSON value nor like it, and the marker."""
+        if not self._prose_first:
+            return ""
+        first = regex_to_lark(re.escape(marker[0]))
+        return " | " + self.grammar.up_to(marker, f'/[^-\\s{{\\["0-9{first}](?s:.*)/')
 
     def at_start(self, first: str, *layouts: _Layout) -> str:
         """The rule for a format in which calls are the whole answer and begin with the character ``first``."""
@@ -276,11 +301,13 @@ class _Calls:
         """The rule for Harmony: one message to a function or, with "auto", to the user."""
         body = self._names(_named(" <|constrain|>json<|message|>"))
         call = f"{_quoted('<|channel|>commentary to=functions.')} {body}"
-        if self._is_required:
+        if self._is_required and not self._prose_first:
             return call
         text = _harmony_text(self.grammar)
         message = self.grammar.up_to("<|end|><|start|>assistant", text)
         preamble = f"{_quoted('<|channel|>commentary<|message|>')} {message}"
+        if self._is_required:
+            return f"({preamble})? {call}"
         return f"({preamble})? ({call} | {_quoted('<|channel|>final<|message|>')} {text})"
 
     def _any_of(self, layouts: Sequence[_Layout], marker: str) -> str:

@@ -1,6 +1,6 @@
 """The results of parsers: events while the text is generated, or a whole message."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -71,11 +71,27 @@ class ParsedCall:
 
 @dataclass(frozen=True, slots=True)
 class ParsedMessage:
-    """A whole answer. reasoning, content: empty where there is none."""
+    """A whole answer. reasoning, content: empty where there is none.
+
+    order: its parts as the model wrote them, each text or thought whole; empty: reasoning, content and calls.
+    """
 
     reasoning: str = ""
     content: str = ""
     calls: tuple[ParsedCall, ...] = ()
+    order: tuple[ReasoningText | ContentText | ParsedCall, ...] = field(default=(), compare=False, repr=False)
+
+    def parts(self) -> "Sequence[ReasoningText | ContentText | ParsedCall]":
+        """The parts in their order.
+
+        >>> ParsedMessage("Hm.", "Let me look.").parts()
+        [ReasoningText(text='Hm.'), ContentText(text='Let me look.')]
+        """
+        if self.order:
+            return self.order
+        thought = [ReasoningText(self.reasoning)] if self.reasoning else []
+        text = [ContentText(self.content)] if self.content else []
+        return [*thought, *text, *self.calls]
 
 
 @dataclass(slots=True)
@@ -85,24 +101,34 @@ class _Call:
     arguments: list[str] = field(default_factory=list)
     is_complete: bool = False
 
+    def joined(self) -> ParsedCall:
+        return ParsedCall(self.name, "".join(self.arguments), self.call_id, self.is_complete)
+
+
+@dataclass(slots=True)
+class _Text:
+    kind: type[ReasoningText | ContentText]
+    pieces: list[str] = field(default_factory=list)
+
+    def joined(self) -> ReasoningText | ContentText:
+        return self.kind("".join(self.pieces))
+
 
 class MessageBuilder:
     """Joins the events of one answer."""
 
     def __init__(self) -> None:
-        self._reasoning: list[str] = []
-        self._content: list[str] = []
+        self._parts: list[_Text | _Call] = []
         self._calls: list[_Call] = []
 
     def add(self, events: Iterable[OutputEvent]) -> None:
         for event in events:
             match event:
-                case ReasoningText(text):
-                    self._reasoning.append(text)
-                case ContentText(text):
-                    self._content.append(text)
+                case ReasoningText(text) | ContentText(text):
+                    self._text(type(event)).append(text)
                 case CallBegin(_, name, call_id):
                     self._calls.append(_Call(name, call_id))
+                    self._parts.append(self._calls[-1])
                 case CallArguments(index, text):
                     self._calls[index].arguments.append(text)
                 case CallEnd(index, is_complete):
@@ -110,8 +136,21 @@ class MessageBuilder:
 
     def message(self) -> ParsedMessage:
         """The message up to the last event."""
-        calls = (ParsedCall(call.name, "".join(call.arguments), call.call_id, call.is_complete) for call in self._calls)
-        return ParsedMessage("".join(self._reasoning), "".join(self._content), tuple(calls))
+        order = tuple(part.joined() for part in self._parts)
+        return ParsedMessage(
+            "".join(part.text for part in order if isinstance(part, ReasoningText)),
+            "".join(part.text for part in order if isinstance(part, ContentText)),
+            tuple(part for part in order if isinstance(part, ParsedCall)),
+            order,
+        )
+
+    def _text(self, kind: type[ReasoningText | ContentText]) -> list[str]:
+        """The pieces of the last part if it is a text of this kind, else of a new one."""
+        last = self._parts[-1] if self._parts else None
+        if not isinstance(last, _Text) or last.kind is not kind:
+            last = _Text(kind)
+            self._parts.append(last)
+        return last.pieces
 
 
 def joined(events: Iterable[OutputEvent]) -> list[OutputEvent]:
