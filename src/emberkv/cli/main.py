@@ -14,6 +14,7 @@ from emberkv.cli.command import App
 from emberkv.cli.explain import explain
 from emberkv.cli.gateway import gateway
 from emberkv.cli.launch import launch
+from emberkv.cli.models import models, size
 from emberkv.cli.plan import plan
 from emberkv.cli.serve import serve
 from emberkv.cli.simulate import simulate
@@ -30,6 +31,8 @@ app.command("serve")(serve)
 app.command("gateway")(gateway)
 app.command("launch")(launch)
 app.command("bench")(bench)
+app.command("models")(models)
+app.command("size")(size)
 app.command("calibrate")(calibrate)
 app.command("explain")(explain)
 app.command("top")(top)

@@ -1,0 +1,144 @@
+"""What a model is and what it takes, read from its config and the headers of its weights, before any are loaded."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model, read_json
+from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
+from emberkv.engine.torch.model.loader import (
+    DTypeName,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    free_memory,
+    open_source,
+)
+from emberkv.engine.torch.model.source import ModelSource
+from emberkv.engine.torch.quantization.stored import affine_bytes
+from emberkv.engine.torch.quantization.weight import DEFAULT_GROUP, Bits, can_quantise
+from emberkv.errors import UnsupportedModelError
+
+RUNTIME_BYTES = 512 * 2**20
+"""What the process takes beside weights and KV pool, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """A model before it is loaded.
+
+    name: as given. architecture: transformers' type. stored_as: how its files hold the weights. refusal: why it cannot
+    be served, and what could; None: it can. free_bytes: of the memory of ``device``. Of a model that is refused, the
+    rest may be unknown: None.
+
+    parameters: how many. computed_as: the type of activations and KV, and of weights that are not quantised; held: what
+    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers. context: the most tokens of
+    a prompt and its answer; stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
+    """
+
+    name: str
+    architecture: str
+    stored_as: str
+    device: str
+    free_bytes: int
+    refusal: str | None
+    parameters: int | None = None
+    layers: int | None = None
+    computed_as: str | None = None
+    held: str | None = None
+    weight_bytes: int | None = None
+    quantised_bytes: dict[str, int] | None = None
+    kv_bytes_per_token: int | None = None
+    context: int | None = None
+    stated_context: int | None = None
+    reuse: str | None = None
+
+    @property
+    def fitting_tokens(self) -> int | None:
+        """Tokens whose KV state fits into the free memory beside the weights."""
+        if self.weight_bytes is None or not self.kv_bytes_per_token:
+            return None
+        return max(0, self.free_bytes - self.weight_bytes - RUNTIME_BYTES) // self.kv_bytes_per_token
+
+
+def describe_model(
+    name_or_path: str, *, dtype: DTypeName = "auto", device: str = "auto", fetch: Fetch = fetch_from_hub
+) -> ModelDescription:
+    """Describe a model; one that is refused, too.
+
+    Raises ModelNotFoundError, CorruptModelError, and ConfigError for a dtype or a device that cannot be used.
+    """
+    target = choose_device(device)
+    path = find_model(name_or_path, fetch)
+    free = free_memory(target)
+    try:
+        source = open_source(path)
+        shape = inspect_model(source.config)
+        source.check(shape)
+    except UnsupportedModelError as error:
+        return ModelDescription(name_or_path, _stated_architecture(path), "unknown", str(target), free, str(error))
+    chosen = choose_dtype(dtype, source.stored_dtype(), target)
+    geometry = shape.geometry
+    return ModelDescription(
+        name_or_path,
+        source.config.model_type,
+        source.format,
+        str(target),
+        free,
+        None,
+        parameters=_parameters(source.config, shape),
+        layers=geometry.num_layers,
+        computed_as=dtype_name(chosen),
+        held=source.held,
+        weight_bytes=source.num_bytes(chosen),
+        quantised_bytes=_quantised(source, shape, chosen),
+        kv_bytes_per_token=geometry.bytes_per_token(chosen),
+        context=geometry.context_length,
+        stated_context=geometry.stated_context,
+        reuse=_reuse(chosen, target),
+    )
+
+
+def _stated_architecture(path: Path) -> str:
+    if path.is_file():
+        return "a GGUF file"
+    return str(read_json(path / "config.json").get("model_type", "unknown"))
+
+
+def _parameters(config: PretrainedConfig, shape: ModelShape) -> int:
+    """All parameters; an output layer that is tied to the embedding counts once."""
+    tied = config.tie_word_embeddings and "lm_head.weight" in shape.shapes
+    total = sum(prod(each) for each in shape.shapes.values())
+    return total - (prod(shape.shapes["lm_head.weight"]) if tied else 0)
+
+
+def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> dict[str, int]:
+    """What the weights take with ``--quantize int8`` and ``int4``, by its value; {} where they are quantised already.
+
+    It rounds the linear layers; the embedding and the norms stay in ``dtype``.
+    """
+    if source.held is not None:
+        return {}
+    widths: dict[str, Bits] = {"int8": 8, "int4": 4}
+    return {name: _quantised_bytes(shape, dtype, bits) for name, bits in widths.items()}
+
+
+def _quantised_bytes(shape: ModelShape, dtype: torch.dtype, bits: Bits) -> int:
+    total = 0
+    for name, each in shape.shapes.items():
+        linear = can_quantise(each) and "embed" not in name
+        if linear:
+            own: Bits = 8 if name == "lm_head.weight" else bits
+            total += affine_bytes(*each, bits=own, group=DEFAULT_GROUP, has_offsets=own == 4)
+        else:
+            total += prod(each) * dtype.itemsize
+    return total
+
+
+def _reuse(dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return "at any token, equal to a cold run to the last bit, by the C++ kernels"
+    return "at whole tiles or prefill chunks, equal to a cold run to the last bit, as the start's self-check finds"
