@@ -220,7 +220,7 @@ class Gateway:
 
     def _changed(self) -> None:
         models = {} if self.fleet is None else self.fleet.models
-        served = f"{', '.join(models)} by workers that take chats and completions only" if models else ""
+        served = f"{', '.join(models)} by foreign workers" if models else ""
         is_idle = any(worker.status is WorkerStatus.IDLE for worker in self.membership.workers)
         self.lifecycle.has_workers(bool(self.membership.up or models), served, is_idle=is_idle)
 

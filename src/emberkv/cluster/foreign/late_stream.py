@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.foreign.answers import decoded
-from emberkv.errors import EmberError
 from emberkv.serving.api.openai_api import DONE
 from emberkv.serving.errors import Failure, anthropic_error, failure_mid_stream, openai_error
 from emberkv.serving.event_stream import StreamTimes, ping_comment, sse_comments, sse_event, unless_disconnected
@@ -50,9 +48,9 @@ class LateStream(Response):
             response = await unless_disconnected(receive, self._begun(send))
             if response is not None:
                 await response(scope, receive, _Continued(send, self._api) if self._is_late else send)
-        except (EmberError, ClientDisconnect) as error:
+        except Exception as error:
             if not self._is_late:
-                raise
+                raise  # it still gets its status
             await _send_last(send, error_event(self._api, failure_mid_stream(error)))
         finally:
             self._on_end()
