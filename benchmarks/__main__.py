@@ -56,6 +56,7 @@ BENCHMARKS = (
     Benchmark("routing", quick=("--quick",)),
     Benchmark("cluster", quick=("--quick",)),
     Benchmark("prefill", quick=("--repeats", "1", "--alignments", "1")),
+    Benchmark("quantised_quality", quick=("--tokens", "200")),
     Benchmark("constrained", quick=("--rounds", "1", "--tokens", "40")),
     Benchmark("memory", quick=("--cache-ram", "64MiB", "--requests", "400")),
     Benchmark(
