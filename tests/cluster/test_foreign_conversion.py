@@ -75,6 +75,8 @@ async def test_messages_are_asked_as_a_chat_completion() -> None:
         assert (message["usage"]["cache_read_input_tokens"], message["usage"]["input_tokens"]) == (60, 40)
         assert answer.headers["x-emberkv-route"].startswith("worker=a;")
         assert answer.headers["content-type"] == "application/json"
+        explained = await it.client.post("/v1/cache/explain", json={"response_id": message["id"]})
+        assert (explained.status_code, explained.json()["worker"]) == (200, "a")
 
 
 @on_a_loop

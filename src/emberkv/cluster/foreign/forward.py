@@ -73,7 +73,7 @@ class ForwardedRequest:
 
 @dataclass(slots=True)
 class ForwardedAnswer:
-    """See `EndedAnswer`. response_id: the id that the worker gave the answer."""
+    """See `EndedAnswer`. response_id: the id by which the client knows the answer."""
 
     usage: CacheUsage = field(default_factory=lambda: CacheUsage(0, 0))
     completion_tokens: int = 0
@@ -155,6 +155,11 @@ class Attempt:
             raise self._interrupted or error from error
         finally:
             self._scope = None
+
+    def named(self, response_id: str) -> None:
+        """Record the id by which the client knows the answer: the worker's, or of a converted answer its own."""
+        is_converted = self.request.conversion is not None
+        self.answer.response_id = self.request.context.request_id if is_converted else response_id
 
     def token(self) -> None:
         """Record that a part of the answer has arrived."""
@@ -273,7 +278,7 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     if response.status != 200:
         attempt.refused()
     else:
-        attempt.answer.response_id = str(answer.get("id") or "") if isinstance(answer, dict) else ""
+        attempt.named(str(answer.get("id") or "") if isinstance(answer, dict) else "")
         attempt.token()
         attempt.end(usage, finish_reason(_reason_of(answer)))
     known = usage is not None and usage.cached is not None
@@ -366,9 +371,7 @@ class RelayedStream(Response):
             await unless_disconnected(receive, self._send_all(send))
         finally:
             await self._stack.aclose()
-            is_converted = self._chat is not None
-            own_id = self._attempt.request.context.request_id
-            self._attempt.answer.response_id = own_id if is_converted else self._events.response_id
+            self._attempt.named(self._events.response_id)
             self._attempt.end(self._events.usage, self._reason)
 
     async def _send_all(self, send: Send) -> None:
