@@ -114,6 +114,12 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 }
 """Further architectures that must be served; of these, `tests/engine/torch/test_architectures.py` tests each."""
 
+BY_CHUNKS = frozenset[str]()
+"""Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
+
+MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Multimodal models whose text model must be served."""
+
 REFUSED: dict[str, dict[str, Any]] = {
     "mamba": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2},
     "jamba": {**_WIDE, **_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,

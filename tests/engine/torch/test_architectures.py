@@ -7,14 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from emberkv.engine.torch.native.kernels import Kernels
+from tests import architecture_table
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import ALSO_SUPPORTED, VOCAB_SIZE
+from tests.models import ALSO_SUPPORTED, BY_CHUNKS, VOCAB_SIZE
 
 DTYPES = ["float32", "bfloat16"]
-BY_CHUNKS = frozenset[str]()
-"""Those of which a hit ends at a whole prefill chunk, with the kernels as well."""
 
 
 def text(rng: random.Random, length: int) -> list[int]:
@@ -58,3 +57,9 @@ def test_logits_are_those_of_transformers(
         expected = plain(torch.tensor([prompt + run.tokens[:-1]])).logits[0, len(prompt) - 1 :]
     assert run.cached >= CHUNK
     torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_the_table_in_the_docs_is_what_is_tested() -> None:
+    assert architecture_table.DOCUMENT.read_text() == architecture_table.document(), (
+        "python -m tests.architecture_table"
+    )

@@ -12,7 +12,7 @@ from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.kernels import Kernels
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import ALSO_SUPPORTED, VOCAB_SIZE, tiny_tokenizer
+from tests.models import ALSO_SUPPORTED, MULTIMODAL, VOCAB_SIZE, tiny_tokenizer
 
 TEXT = {**ALSO_SUPPORTED["qwen3_moe"], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "sliding_window": 24}
 VISION = {
@@ -47,22 +47,10 @@ def write(model_type: str, folder: Path, **settings: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    ("model_type", "settings"),
-    [
-        ("gemma3", {}),
-        ("mistral3", {}),
-        ("llava", {}),
-        ("qwen2_5_vl", {"tie_word_embeddings": True}),
-        ("qwen3_vl", {}),
-        ("qwen3_vl_moe", {}),
-    ],
-)
-def test_its_text_is_served_as_exactly_as_any(
-    model_type: str, settings: dict[str, Any], tmp_path: Path, kernels: Kernels
-) -> None:
+@pytest.mark.parametrize("model_type", MULTIMODAL)
+def test_its_text_is_served_as_exactly_as_any(model_type: str, tmp_path: Path, kernels: Kernels) -> None:
     rng = random.Random(0)
-    whole = write(model_type, tmp_path, **settings)
+    whole = write(model_type, tmp_path, tie_word_embeddings=model_type == "qwen2_5_vl")
     loaded = load_model(str(tmp_path), dtype="float32", device="cpu", attn_implementation=ATTENTION_NAME)
     assert not any("vision" in name or "visual" in name for name, _ in loaded.model.named_parameters())
     ours = Driver(loaded, kernels=kernels)

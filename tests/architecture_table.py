@@ -1,0 +1,48 @@
+"""Writes the table of architectures in docs/models.md: `python -m tests.architecture_table`.
+
+Its rows are the models of the tests that compare hits with cold runs bit by bit, and logits with transformers' own.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
+from tests.models import ALSO_SUPPORTED, BY_CHUNKS, MULTIMODAL, SUPPORTED
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
+BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
+
+
+def table() -> str:
+    """The table in Markdown, a line an architecture."""
+    lines = ["| model type | besides plain attention | hits end at |", "|---|---|---|"]
+    for arch, settings in sorted((SUPPORTED | ALSO_SUPPORTED).items()):
+        shape = inspect_model(AutoConfig.for_model(arch, **{**settings, "pad_token_id": 0}))
+        end = "a whole prefill chunk" if arch in BY_CHUNKS else "any token"
+        lines.append(f"| `{arch}` | {', '.join(_features(shape))} | {end} |")
+    text_only = ", ".join(f"`{name}`" for name in MULTIMODAL)
+    return "\n".join([*lines, "", f"Of these multimodal types the text model is served: {text_only}.", ""])
+
+
+def _features(shape: ModelShape) -> list[str]:
+    layers = shape.geometry.layers
+    known = {
+        "sliding windows": any(layer.sliding_window for layer in layers),
+        "soft caps": any(layer.softcap for layer in layers),
+        "sinks": any(layer.sinks for layer in layers),
+        "latent KV (MLA)": any("kv_b_proj" in name for name in shape.shapes),
+        "experts": any(len(each) == 3 for each in shape.shapes.values()),
+    }
+    return [name for name, there in known.items() if there]
+
+
+def document() -> str:
+    """docs/models.md with the table as it should be."""
+    text = DOCUMENT.read_text()
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())
