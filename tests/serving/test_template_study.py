@@ -24,10 +24,31 @@ EXPECTED = {
     ("MiniMax-M2", True): REWRITTEN,
     ("Gemma-4", True): REWRITTEN,
     ("gpt-oss", True): REWRITTEN,
+    ("Command-A", True): REWRITTEN,
+    ("Nemotron-Nano-2", True): REWRITTEN,
+    ("Granite-3.2", True): REWRITTEN,
     ("Mistral-Nemo", False): ("", "", "question 1"),  # the tools move to the last question
     ("Mistral-Nemo", True): ("", "", "question 1"),
 }
 """What the two steps of the tool loop, and then the next question, differ in from what was computed; else nothing."""
+
+FIRST = {
+    ("Qwen3", False): (821, 1006, 1210),
+    ("Qwen3", True): (None, None, 821),
+    ("Qwen3.5", False): (None, None, 821),
+    ("Qwen3.5", True): (None, None, 821),
+    ("GLM-4.5", True): (None, None, 813),
+    ("DeepSeek-R1", True): (None, None, 812),
+    ("MiniMax-M2", True): (None, None, 821),
+    ("Gemma-4", True): (None, None, 812),
+    ("gpt-oss", True): (None, None, 828),
+    ("Command-A", True): (None, None, 839),
+    ("Nemotron-Nano-2", True): (None, None, 821),
+    ("Granite-3.2", True): (None, None, 840),
+    ("Mistral-Nemo", False): (None, None, 210),
+    ("Mistral-Nemo", True): (None, None, 210),
+}
+"""The first token that differs there; a token is a character here. None: all are kept."""
 
 
 def study(template: str, with_thoughts: bool) -> Study:
@@ -46,6 +67,8 @@ def test_where_the_next_turn_differs(name: str, with_thoughts: bool) -> None:
     assert question is not None
     expected = EXPECTED.get((name, with_thoughts), KEPT)
     assert (*(step.differs_in for step in found.steps), question.differs_in) == expected
+    first = tuple(None if each.is_whole else each.kept for each in (*found.steps, question))
+    assert first == FIRST.get((name, with_thoughts), (None, None, None))
     assert (question.kept == question.computed) == found.is_stable == (expected == KEPT)
     assert found.shows_calls
     assert found.shows_thoughts == (not with_thoughts or FAMILIES[name].reasoning is not None)
