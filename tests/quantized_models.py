@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.engine.torch.quantization import packing
 from tests.gguf_models import dequantised, write_gguf
@@ -98,12 +99,14 @@ FOLDERS: dict[str, tuple[Quantise, dict[str, Any], bool]] = {
 
 GGUF_KINDS = {"gguf-q8_0": Kind.Q8_0, "gguf-q4_0": Kind.Q4_0, "gguf-q4_1": Kind.Q4_1, "gguf-q5_1": Kind.Q5_1}
 
-SOURCES = (*FOLDERS, *GGUF_KINDS)
+SOURCES = (*FOLDERS, *GGUF_KINDS, "mxfp4")
 
 
 def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Path, Path]:
     """Write a tiny model as ``source`` stores it, and the plain model in float32 that it stands for; their paths."""
-    original = tiny_model(arch, folder / "original")
+    original = tiny_model("gpt_oss" if source == "mxfp4" else arch, folder / "original")
+    if source == "mxfp4":
+        return _mxfp4_model(original, folder)
     if source in GGUF_KINDS:
         path = write_gguf(original, folder / "model.gguf", lambda _: GGUF_KINDS[source])
         return path, dequantised(original, path, folder / "plain")
@@ -117,6 +120,29 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
             stored |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
         else:
             stored[name] = plain[name] = tensor
+    return _written(original, folder, stored, plain, settings)
+
+
+def _mxfp4_model(original: Path, folder: Path) -> tuple[Path, Path]:
+    """gpt-oss, of which the experts' matrices are in MXFP4."""
+    generator = torch.Generator().manual_seed(0)
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in load_file(original / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = plain[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 126, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return _written(original, folder, stored, plain, {"quantization_config": {"quant_method": "mxfp4"}})
+
+
+def _written(
+    original: Path, folder: Path, stored: dict[str, Tensor], plain: dict[str, Tensor], settings: dict[str, Any]
+) -> tuple[Path, Path]:
     config = json.loads((original / "config.json").read_text())
     for where, tensors, more in ((folder / "quantised", stored, settings), (folder / "plain", plain, {})):
         shutil.copytree(original, where)
