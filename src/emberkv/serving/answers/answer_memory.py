@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -98,8 +99,8 @@ class AnswerMemory:
 
     def of(self, owner: str) -> "AnswerMemory":
         """The same memory for an owner within this one: a tenant, or what a tenant separates by ``cache_salt``."""
-        memory = AnswerMemory.__new__(AnswerMemory)
-        memory._store, memory._owner = self._store, (*self._owner, owner)
+        memory = copy(self)
+        memory._owner = (*self._owner, owner)
         return memory
 
     def size(self) -> tuple[int, int]:
