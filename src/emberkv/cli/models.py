@@ -41,6 +41,8 @@ def models(
 ) -> None:
     """Say what a model is, what it takes and what of it is served how exactly, before any weights are loaded.
 
+    The files of a model of the hub are downloaded first, where they are not here yet.
+
     Exit code 1: it cannot be served; the output says why, and what would work.
     """
     with errors_reported() as errors:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -17,9 +18,7 @@ from emberkv.engine.torch.model.loader import (
     free_memory,
     open_source,
 )
-from emberkv.engine.torch.model.source import ModelSource
-from emberkv.engine.torch.quantization.stored import affine_bytes
-from emberkv.engine.torch.quantization.weight import DEFAULT_GROUP, Bits, can_quantise
+from emberkv.engine.torch.model.source import FolderSource, ModelSource
 from emberkv.errors import UnsupportedModelError
 
 RUNTIME_BYTES = 512 * 2**20
@@ -94,7 +93,7 @@ def describe_model(
         computed_as=dtype_name(chosen),
         held=source.held,
         weight_bytes=source.num_bytes(chosen),
-        quantised_bytes=_quantised(source, shape, chosen),
+        quantised_bytes=_quantised(source, chosen),
         kv_bytes_per_token=geometry.bytes_per_token(chosen),
         context=geometry.context_length,
         stated_context=geometry.stated_context,
@@ -115,27 +114,12 @@ def _parameters(config: PretrainedConfig, shape: ModelShape) -> int:
     return total - (prod(shape.shapes["lm_head.weight"]) if tied else 0)
 
 
-def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> dict[str, int]:
-    """What the weights take with ``--quantize int8`` and ``int4``, by its value; {} where they are quantised already.
-
-    It rounds the linear layers; the embedding and the norms stay in ``dtype``.
-    """
-    if source.held is not None:
+def _quantised(source: ModelSource, dtype: torch.dtype) -> dict[str, int]:
+    """What the weights take with ``--quantize int8`` and ``int4``, by its value; {} where it cannot be given."""
+    if source.held is not None or not source.path.is_dir():
         return {}
-    widths: dict[str, Bits] = {"int8": 8, "int4": 4}
-    return {name: _quantised_bytes(shape, dtype, bits) for name, bits in widths.items()}
-
-
-def _quantised_bytes(shape: ModelShape, dtype: torch.dtype, bits: Bits) -> int:
-    total = 0
-    for name, each in shape.shapes.items():
-        linear = can_quantise(each) and "embed" not in name
-        if linear:
-            own: Bits = 8 if name == "lm_head.weight" else bits
-            total += affine_bytes(*each, bits=own, group=DEFAULT_GROUP, has_offsets=own == 4)
-        else:
-            total += prod(each) * dtype.itemsize
-    return total
+    widths: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+    return {width: FolderSource(source.path, width).num_bytes(dtype) for width in widths}
 
 
 def _reuse(dtype: torch.dtype, device: torch.device) -> str:
