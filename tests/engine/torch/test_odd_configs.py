@@ -65,7 +65,7 @@ def test_edges_of_every_field(arch: str, data: st.DataObject, checkpoint: Checkp
         ({"num_hidden_layers": 10**9}, CorruptModelError, "gives 1000000000 layers; at most 1000 are built"),
         ({"vocab_size": 500}, CorruptModelError, r"lm_head.weight is stored as \[384, 64\], and the .* it \[500, 64\]"),
         ({"max_position_embeddings": -5}, CorruptModelError, "a context of -5 tokens; it must be from 1 to"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, UnsupportedModelError, "its weights are quantised by MLX"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, UnsupportedModelError, "bitsandbytes"),
     ],
     ids=lambda value: str(value)[:30],
 )
