@@ -105,7 +105,7 @@ def _use(agent: Agent, program: str, url: str) -> None:
         folder.mkdir(parents=True)
     agent.prepare(url, HOME)
     environment = {"HOME": str(HOME), "PATH": f"{Path(program).parent}:/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
-    for arguments in (agent.first, agent.second):
+    for arguments in (agent.setup, agent.first, agent.second):
         if arguments:
             line = [program, *(each.format(url=url, home=HOME) for each in arguments)]
             variables = {name: value.format(url=url, home=HOME) for name, value in agent.variables.items()}

@@ -29,19 +29,22 @@ def thought(text: str) -> str:
 class Agent:
     """How one agent is used.
 
-    tool: of its main requests alone, which are known by that. steps: the model's answers to the
+    tool: of its main requests alone, which are known by that; None for an agent that has no tools and takes edits from
+    the text: its second prompt has the changed file in it, and does not go on with the first. setup: arguments of a
+    command before the others. steps: the model's answers to the
     task, each with the number of tool calls in it. first, second: arguments that ask TASK and, in the same session,
     FOLLOW_UP. ``{url}`` and ``{home}`` are filled in, in variables as well. files: what else it needs, by its path
     below the home.
     """
 
     name: str
-    tool: str
+    tool: str | None
     steps: Sequence[tuple[str, int]]
     first: Sequence[str]
     second: Sequence[str]
     variables: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    setup: Sequence[str] = ()
     project: Path = PROJECT
 
     def prepare(self, url: str, home: Path) -> None:
@@ -76,7 +79,8 @@ class Scenario:
 
     def say(self, prompt: str) -> str:
         """The answer to a prompt of `tests.agents.server`."""
-        self.follows = f'"name": "{self._agent.tool}"' in prompt
+        tool = self._agent.tool
+        self.follows = FOLLOW_UP not in prompt if tool is None else f'"name": "{tool}"' in prompt
         self.answer = self._next(prompt) if self.follows else SIDE_ANSWER
         return self.answer
 
@@ -202,4 +206,49 @@ OPENCODE = Agent(
     },
 )
 
-AGENTS = {"claude": CLAUDE, "codex": CODEX, "qwen": QWEN, "opencode": OPENCODE}
+CLINE = Agent(
+    "cline",
+    "read_files",
+    _steps(
+        call("read_files", files=[{"path": _TARGET}]),
+        [call("run_commands", commands=["wc -l greeting.txt"]), call("run_commands", commands=["cat greeting.txt"])],
+        call("editor", path=_TARGET, old_text="hello", new_text="goodbye"),
+    ),
+    (TASK,),
+    (),
+    setup=("auth", "-p", "openai-compatible", "-k", "none", "-m", MODEL, "-b", "{url}/v1"),
+)
+
+_EDIT = f"""{SAYINGS[1]}
+
+greeting.txt
+```
+<<<<<<< SEARCH
+hello from the harbor
+=======
+goodbye from the harbor
+>>>>>>> REPLACE
+```
+"""
+_AIDER = (
+    *("--model", f"openai/{MODEL}", "--openai-api-base", "{url}/v1", "--openai-api-key", "none"),
+    *("--edit-format", "diff", "--yes-always", "--no-git", "--no-check-update", "--no-show-model-warnings"),
+    *("--analytics-disable", "--no-gitignore", "--no-detect-urls"),
+)
+
+AIDER = Agent(
+    "aider",
+    None,
+    ((thought(THOUGHTS[2]) + _EDIT, 0),),
+    (*_AIDER, "--message", TASK, "greeting.txt"),
+    (*_AIDER, "--restore-chat-history", "--message", FOLLOW_UP, "greeting.txt"),
+)
+
+AGENTS = {
+    "claude": CLAUDE,
+    "codex": CODEX,
+    "qwen": QWEN,
+    "opencode": OPENCODE,
+    "cline": CLINE,
+    "aider": AIDER,
+}

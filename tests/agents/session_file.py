@@ -81,7 +81,7 @@ _WORDS = {
 }  # fmt: skip
 _LONGEST = 9
 _IDENTIFIER = re.compile(r"[\w.:/$@#*+-]{1,40}")
-_OURS_BY_KEY = frozenset({"arguments", "input", "signature", "encrypted_content", "pattern"})
+_OURS_BY_KEY = frozenset({"arguments", "signature", "encrypted_content", "pattern"})
 _PIECES = (
     r"x-anthropic-billing-header:[^\n]*",
     r"https?://json-schema\.org/[\w/.#-]*",
@@ -105,12 +105,12 @@ class Replacement:
         longest_first = sorted(kept, key=len, reverse=True)
         self._pattern = re.compile("|".join([*map(re.escape, longest_first), *_PIECES]))
 
-    def of(self, value: Any, key: str = "") -> Any:
-        """A JSON value with its strings replaced. key: under which it lies."""
+    def of(self, value: Any) -> Any:
+        """A JSON value with its strings replaced, but for the arguments of calls, which the script gave."""
         if isinstance(value, dict):
-            return {name: each if name in _OURS_BY_KEY else self.of(each, name) for name, each in value.items()}
+            return {name: each if _is_given(value, name) else self.of(each) for name, each in value.items()}
         if isinstance(value, list):
-            return [self.of(each, key) for each in value]
+            return [self.of(each) for each in value]
         return self.text(value) if isinstance(value, str) else value
 
     def text(self, text: str) -> str:
@@ -127,6 +127,26 @@ class Replacement:
             return _word(match[0], seen.digest()) if match["word"] else match[0]
 
         return self._pattern.sub(replaced, text)
+
+
+def _is_given(holder: dict[str, Any], name: str) -> bool:
+    """Whether the value under a name is what the server or the script gave, or a pattern of a schema."""
+    if name == "input":
+        return holder.get("type") == "tool_use"
+    return name in _OURS_BY_KEY and isinstance(holder[name], str)
+
+
+def foreign_words(value: Any, kept: Sequence[str]) -> set[str]:
+    """The words in a JSON value's texts, of four letters or more, that `Replacement` has not put there."""
+    if isinstance(value, dict):
+        return set().union(*(foreign_words(each, kept) for name, each in value.items() if not _is_given(value, name)))
+    if isinstance(value, list):
+        return set().union(*(foreign_words(each, kept) for each in value))
+    if not isinstance(value, str) or _IDENTIFIER.fullmatch(value):
+        return set()
+    pattern = re.compile("|".join([*map(re.escape, sorted(kept, key=len, reverse=True)), *_PIECES]))
+    words = {match["word"].lower() for match in pattern.finditer(value) if match["word"]}
+    return {word for word in words if len(word) > 3 and word[:_LONGEST] not in _WORDS[min(len(word), _LONGEST)]}
 
 
 def _like_hex(text: str) -> str:

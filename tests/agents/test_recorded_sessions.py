@@ -14,8 +14,9 @@ from emberkv.serving.app import create_app
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.parsing.formats import parse_output
 from tests.agents.replay import Replay, Reply
+from tests.agents.scenario import AGENTS, Agent
 from tests.agents.server import FAMILY, agent_settings, scripted_lifecycle, scripted_model
-from tests.agents.session_file import FOLDER, read_session
+from tests.agents.session_file import FOLDER, foreign_words, read_session
 from tests.serving.harness import Client
 
 STREAMS = {
@@ -41,6 +42,13 @@ def replies(request: pytest.FixtureRequest) -> Iterator[list[Reply]]:
         yield [replay.send(exchange) for exchange in read_session(FOLDER / request.param).exchanges]
 
 
+@pytest.mark.parametrize("agent", AGENTS.values(), ids=lambda agent: agent.name)
+def test_no_words_of_the_agent_s_own_prompts_are_in_its_session(agent: Agent) -> None:
+    exchanges = read_session(FOLDER / f"{agent.name}.jsonl.xz").exchanges
+    kept = [*agent.own_texts, *(each for exchange in exchanges for each in exchange.ids)]
+    assert foreign_words([exchange.body for exchange in exchanges], kept) == set()
+
+
 def test_every_request_is_answered_as_it_was(replies: list[Reply]) -> None:
     assert [reply.status for reply in replies] == [reply.exchange.status for reply in replies]
     assert all(reply.status in (200, 404) for reply in replies)
@@ -48,7 +56,7 @@ def test_every_request_is_answered_as_it_was(replies: list[Reply]) -> None:
 
 def test_streams_have_the_events_that_the_api_has_in_its_order(replies: list[Reply]) -> None:
     streams = [reply for reply in replies if reply.events]
-    assert len(streams) >= 5
+    assert len(streams) >= 2
     for reply in streams:
         path = reply.exchange.path.partition("?")[0]
         assert re.fullmatch(STREAMS[path], " ".join([*reply.events, ""])), reply.events
@@ -63,9 +71,8 @@ def test_agents_get_the_thoughts_the_text_and_the_calls_that_the_model_wrote(rep
 
 def test_a_turn_finds_all_of_the_turn_before_in_the_cache(replies: list[Reply]) -> None:
     turns = _session(replies)
-    assert turns[0].prompt_tokens > 1000
     for before, turn in pairwise(turns):
-        assert turn.cached_tokens == before.prompt_tokens + before.output_tokens
+        assert turn.cached_tokens == before.prompt_tokens + before.output_tokens > 1000
     history = turns[-1].history  # "unknown" are answers that the agent has made up itself
     assert history.keys() <= {"same_text", "rewritten", "unknown"}
     assert history.get("same_text", 0) + history.get("rewritten", 0) == len(turns) - 1
