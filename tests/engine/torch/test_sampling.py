@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import AllowedTokens, SamplingParams
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure
 from emberkv.errors import RequestError
 
@@ -63,6 +64,27 @@ def test_temperature_zero_takes_the_first_of_the_most_likely() -> None:
     rows = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
     tokens = sample(rows, [state(temperature=0.0), state(temperature=0.0)])
     assert [(token.token_id, token.logprobs) for token in tokens] == [(1, None), (0, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [3, 64, 1024, 1030, 5000])
+def test_the_kernels_find_the_likeliest_that_torch_finds(kernels: Kernels, dtype: torch.dtype, vocab: int) -> None:
+    """Of equal ones the first; a NaN, an infinite value or nothing but -inf makes a row fail either way."""
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[1:6] = logits[1:6].round()  # with many equal ones
+    logits[6] = -torch.inf
+    logits[7, vocab // 2] = torch.inf
+    logits[8, :2] = -torch.inf
+    for row, place in enumerate((0, vocab // 2, vocab - 1, vocab * 3 // 4), start=9):
+        logits[row, place] = torch.nan
+        logits[row + 4, place] = 100.0
+        logits[row + 8] = -0.0
+        logits[row + 8, place:] = 0.0
+    asked = [state(temperature=0.0) for _ in logits]
+    expected = Sampler().sample(logits, asked)
+    assert Sampler(kernels).sample(logits, asked) == expected
+    failed = [row for row, each in enumerate(expected) if isinstance(each, SamplingFailure)]
+    assert failed == [6, 7, 9, 10, 11, 12]
 
 
 def test_temperature_one_draws_the_models_own_distribution() -> None:

@@ -108,7 +108,6 @@ class TorchEngine:
             raise UnsupportedModelError(f"{loaded.name} has {loaded.dtypes}; activations and KV must be of one type")
         self.loaded = loaded
         self._progress = progress
-        self._sampler = sampler if sampler is not None else Sampler()
         self.prefill_chunk = prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
@@ -119,6 +118,7 @@ class TorchEngine:
         progress("arranging the weights")
         use_latents(self._model)
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
+        self._sampler = sampler if sampler is not None else Sampler(self.kernels)
         if self.kernels is not None:
             replace_latents(self._model, self.kernels)
             replace_experts(self._model, self.kernels)

@@ -11,6 +11,7 @@ import torch
 
 from emberkv.engine.executor import NOT_NUMBERS, SampledToken, SamplingState
 from emberkv.engine.request import SamplingParams, TokenLogprobs
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import SamplingError
 
 _log = logging.getLogger(__name__)
@@ -26,9 +27,13 @@ class SamplingFailure:
 
 
 class Sampler:
-    """Turns logits into tokens, in the order that `SamplingState` gives."""
+    """Turns logits into tokens, in the order that `SamplingState` gives.
 
-    def __init__(self) -> None:
+    kernels: find the likeliest tokens of logits on the CPU; None leaves that to torch.
+    """
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self._kernels = kernels
         self._changes: WeakKeyDictionary[SamplingState, list[_LogitsChange]] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -37,21 +42,25 @@ class Sampler:
 
         A row that cannot be sampled gets a failure and leaves the other rows as they are.
         """
-        # Of equal logits, the first; over bf16 as it is, torch's argmax takes five times as long.
-        scores = logits.float()
-        greedy = scores.argmax(dim=-1, keepdim=True)  # the place of a NaN, where a row has one
-        usable: list[bool] = scores.gather(-1, greedy).isfinite().squeeze(-1).tolist()
-        likeliest: list[int] = greedy.squeeze(-1).tolist()
+        places, values = self._likeliest(logits)
         return [
-            self._sampled(row, state, token_id) if is_usable else SamplingFailure(NOT_NUMBERS)
-            for token_id, is_usable, row, state in zip(likeliest, usable, scores, states, strict=True)
+            self._sampled(row, state, token_id) if math.isfinite(value) else SamplingFailure(NOT_NUMBERS)
+            for token_id, value, row, state in zip(places, values, logits, states, strict=True)
         ]
+
+    def _likeliest(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """The first of each row's largest logits, or a NaN where it has one: its place and its value."""
+        if self._kernels is not None and logits.is_contiguous():
+            return self._kernels.likeliest(logits)
+        scores = logits.float()  # over bf16 as it is, torch's argmax takes five times as long
+        greedy = scores.argmax(dim=-1, keepdim=True)
+        return greedy.squeeze(-1).tolist(), scores.gather(-1, greedy).squeeze(-1).tolist()
 
     def _sampled(self, logits: torch.Tensor, state: SamplingState, likeliest: int) -> SampledToken | SamplingFailure:
         if state.is_plain_greedy:
             return SampledToken(likeliest, None)
         try:
-            return self._sample_row(logits, state)
+            return self._sample_row(logits.float(), state)
         except SamplingError as error:
             return SamplingFailure(str(error))
         except Exception as error:  # noqa: BLE001 - the request ends with it; the other requests of the step do not

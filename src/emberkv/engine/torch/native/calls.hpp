@@ -114,4 +114,11 @@ struct DecoderCall {
     int32_t num_layers, rows, num_kept, hidden_size, intermediate_size, heads, kv_heads, dim, type, threads;
 };
 
+struct LikeliestCall {
+    const void* logits;  // [rows, columns]
+    int64_t* places;     // [rows]
+    float* values;       // [rows]
+    int32_t rows, columns, type, threads;
+};
+
 }  // extern "C"

@@ -178,6 +178,15 @@ class NormCall(ctypes.Structure):
     )
 
 
+class LikeliestCall(ctypes.Structure):
+    """The largest logits of some rows."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("logits", "places", "values")),
+        *((name, _INT) for name in ("rows", "columns", "type", "threads")),
+    )
+
+
 class DecoderLayer(ctypes.Structure):
     """What a pass computes in one layer, but for what changes from pass to pass."""
 
@@ -233,9 +242,11 @@ class Kernels:
         self.columns = int(loaded.emberkv_columns())
         self._attend, self._linear = loaded.emberkv_attend, loaded.emberkv_linear
         self._rms_norm, self._experts = loaded.emberkv_rms_norm, loaded.emberkv_experts
-        self._decoder = loaded.emberkv_decoder
         self._linears = loaded.emberkv_linears
-        for function in (self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder):
+        self._decoder, self._likeliest = loaded.emberkv_decoder, loaded.emberkv_likeliest
+        for function in (
+            self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder, self._likeliest,
+        ):  # fmt: skip
             function.restype = None
 
     @classmethod
@@ -261,6 +272,24 @@ class Kernels:
 
     def decoder(self, call: DecoderCall) -> None:
         self._decoder(ctypes.byref(call))
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
+        """Of each row of ``logits`` [n, vocab], contiguous: the first place of the largest, or of a NaN; and its value.
+
+        Raises UnsupportedModelError for a type that the kernels do not take.
+        """
+        places, values = np.empty(len(logits), dtype=np.int64), np.empty(len(logits), dtype=np.float32)
+        call = LikeliestCall(
+            logits=logits.data_ptr(),
+            places=places.ctypes.data,
+            values=values.ctypes.data,
+            rows=logits.shape[0],
+            columns=logits.shape[1],
+            type=type_number(logits),
+            threads=torch.get_num_threads(),
+        )
+        self._likeliest(ctypes.byref(call))
+        return places.tolist(), values.tolist()
 
 
 _log = logging.getLogger(__name__)
