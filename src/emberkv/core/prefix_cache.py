@@ -138,9 +138,11 @@ class Lease:
         """A collision ends it for good: the hashes of all that follows belong to the other chain as well."""
         self._num_computed = num_computed
         self.context_exact = self.context_exact and exact
+        pool = self._cache.pool
+        if num_computed < (self.num_committed + 1) * pool.block_size:
+            return  # no block is full, as after most decode steps
         if self._collided or not self._cache.enabled:
             return
-        pool = self._cache.pool
         for position in range(self.num_committed, num_computed // pool.block_size):
             block = pool.commit(self.blocks[position], self._chain, position, exact=self.context_exact)
             if block.state is not BlockState.COMMITTED:
