@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,7 +18,7 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.errors import EmberError, PromptTooLongError, RequestError
+from emberkv.errors import EmberError
 from emberkv.serving.admission import InFlight, RateLimits, TenantLimits
 from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
 from emberkv.serving.answers.answer_memory import AnswerMemory, AnswerRecorder
@@ -30,7 +30,7 @@ from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.lifecycle import FirstDifference, Lifecycle, ServedModel
-from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics, TenantMetrics
+from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 from emberkv.serving.next_turns import NextTurns, RenderNext
 from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import (
@@ -42,11 +42,9 @@ from emberkv.serving.request_context import (
     session_id,
 )
 from emberkv.serving.tenancy import Tenant
+from emberkv.serving.tenant_metrics import TenantMetrics
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.serving.tracing import RequestTracer
-
-if TYPE_CHECKING:  # an extra
-    from opentelemetry.trace import Span
+from emberkv.serving.tracing import ForwardedTrace, RequestTracer
 
 MAX_REQUESTS = 512
 MANY_LOGPROBS = 2000  # from here on, writing them down would be felt by others on the event loop
@@ -148,46 +146,6 @@ HISTORY_HEADER = "x-emberkv-history"
 """What became of the answers in the prompt's history; see `emberkv.serving.api.splicing`."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerBudget:
-    """tokens: the most that an answer may have. is_clipped: the request asked for more than fits."""
-
-    tokens: int
-    is_clipped: bool = False
-
-
-def answer_budget(
-    model: ServedModel, prompt_tokens: int, wanted: int | None, *, field: str = "max_tokens"
-) -> AnswerBudget:
-    """How many tokens an answer may have: as many as are ``wanted`` by the request's ``field``, as far as they fit.
-
-    Raises PromptTooLongError for a prompt that does not fit, and where the model refuses what does not fit, for more
-    tokens than do; RequestError for a prompt that is empty.
-    """
-    engine = model.engine
-    if prompt_tokens == 0:
-        raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-    if prompt_tokens > engine.max_prompt_tokens:
-        raise PromptTooLongError(
-            f"the prompt has {prompt_tokens} tokens; at most {engine.max_prompt_tokens} are accepted",
-            prompt_tokens=prompt_tokens,
-            limit=engine.max_prompt_tokens,
-        )
-    remaining = engine.context_length - prompt_tokens
-    if wanted is None or wanted <= remaining:
-        return AnswerBudget(remaining if wanted is None else wanted)
-    if model.on_overflow == "clip":
-        return AnswerBudget(remaining, is_clipped=True)
-    raise PromptTooLongError(
-        f"{field} is {wanted}; after a prompt of {prompt_tokens} tokens, the context of {engine.context_length} tokens "
-        f"has at most {remaining} left",
-        param=field,
-        prompt_tokens=prompt_tokens,
-        wanted=wanted,
-        limit=engine.context_length,
-    )
-
-
 LARGE_BODY_BYTES = 20_000
 """From here on, parsing and tokenizing on the event loop would delay other requests noticeably."""
 
@@ -246,27 +204,6 @@ _ID_PREFIXES = {
     "generate": "gen-",
     "warm": "warm-",
 }
-
-
-class Trace:
-    """The span of a request that is forwarded. Each must end, by `record` or by `failed`."""
-
-    def __init__(self, tracer: RequestTracer, span: "Span", model: str, wall_clock: Callable[[], float]) -> None:
-        self._tracer = tracer
-        self._span = span
-        self._model = model
-        self._wall_clock = wall_clock
-        self.headers = tracer.headers(span)
-
-    def record(self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, route: str) -> None:
-        """End it, with the spans of what the answer's time went to. route: as ``x-emberkv-route`` says it."""
-        ended = [(request.request_id, answer, timer)]
-        now = self._wall_clock()
-        self._tracer.record(request, ended, model=self._model, route={"route": route}, now=now, span=self._span)
-
-    def failed(self) -> None:
-        """End it for a request that no worker has answered."""
-        self._tracer.failed(self._span, now=self._wall_clock())
 
 
 class AnswerService:
@@ -382,12 +319,13 @@ class AnswerService:
         """Times a request that is answered elsewhere, without an engine; `forwarded` is called when it has ended."""
         return AnswerTimer(self._metrics, self._clock, api=request.api, arrived=request.arrived)
 
-    def begin_trace(self, request: RequestContext, model: str) -> "Trace | None":
+    def begin_trace(self, request: RequestContext, model: str) -> ForwardedTrace | None:
         """Begin the span of a request that is forwarded; None if there is no tracer."""
         if self._tracer is None:
             return None
         began = self._wall_clock() - (self._clock() - request.arrived)
-        return Trace(self._tracer, self._tracer.begin(request, model=model, began=began), model, self._wall_clock)
+        span = self._tracer.begin(request, model=model, began=began)
+        return ForwardedTrace(self._tracer, span, model, self._wall_clock)
 
     def forwarded(
         self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary

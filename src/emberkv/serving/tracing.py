@@ -7,7 +7,7 @@ and ``decode``. No span has any text of a prompt or an answer. Spans are made on
 delays none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -173,6 +173,27 @@ class RequestTracer:
     def close(self) -> None:
         """Send what has not been sent yet."""
         self._provider.shutdown()
+
+
+class ForwardedTrace:
+    """The span of a request that is forwarded. Each must end, by `record` or by `failed`."""
+
+    def __init__(self, tracer: RequestTracer, span: "Span", model: str, wall_clock: Callable[[], float]) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._model = model
+        self._wall_clock = wall_clock
+        self.headers = tracer.headers(span)
+
+    def record(self, request: RequestContext, answer: EndedAnswer, timer: AnswerTimer, route: str) -> None:
+        """End it, with the spans of what the answer's time went to. route: as ``x-emberkv-route`` says it."""
+        ended = [(request.request_id, answer, timer)]
+        now = self._wall_clock()
+        self._tracer.record(request, ended, model=self._model, route={"route": route}, now=now, span=self._span)
+
+    def failed(self) -> None:
+        """End it for a request that no worker has answered."""
+        self._tracer.failed(self._span, now=self._wall_clock())
 
 
 def _operation(request: RequestContext) -> str:

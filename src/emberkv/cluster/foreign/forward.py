@@ -18,7 +18,7 @@ from emberkv.cluster.foreign.worker import ForeignWorker, Usage
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import ClusterError, EmberError, WorkerLostError
-from emberkv.serving.answer_service import AnswerService, Trace
+from emberkv.serving.answer_service import AnswerService
 from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, summary_of
 from emberkv.serving.api.openai_api import DONE
 from emberkv.serving.errors import (
@@ -33,6 +33,7 @@ from emberkv.serving.event_stream import sse_event, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.tracing import ForwardedTrace
 
 if TYPE_CHECKING:  # an extra
     import aiohttp
@@ -102,7 +103,7 @@ class Attempt:
         on_end: Callable[["Attempt"], None],
         route: str = "",
         route_seconds: float = 0.0,
-        trace: Trace | None = None,
+        trace: ForwardedTrace | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.worker = worker

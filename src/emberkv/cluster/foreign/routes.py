@@ -28,7 +28,7 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
 from emberkv.serving.admission import InFlight, TenantLimits
-from emberkv.serving.answer_service import LEFT_OUT_HEADER, Trace, counts_header
+from emberkv.serving.answer_service import LEFT_OUT_HEADER, counts_header
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.conversation import Conversation
@@ -46,6 +46,7 @@ from emberkv.serving.errors import (
 from emberkv.serving.event_stream import compact_json, unless_disconnected
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.trace_recorder import TraceRecorder
+from emberkv.serving.tracing import ForwardedTrace
 
 MAX_REMEMBERED = 2000
 """Recent answers that can be explained by their ``response_id``."""
@@ -323,7 +324,12 @@ class ForeignRoutes(CacheRoutes):
             retried += 1
 
     def _attempt(
-        self, worker: ForeignWorker, request: ForwardedRequest, route: Route, seconds: float, trace: Trace | None
+        self,
+        worker: ForeignWorker,
+        request: ForwardedRequest,
+        route: Route,
+        seconds: float,
+        trace: ForwardedTrace | None,
     ) -> Attempt:
         """Send the request to a worker. seconds: since routing began."""
         return Attempt(
