@@ -19,10 +19,10 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, RequestError
+from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import Prompt
 from emberkv.serving.answers.answer import AnswerDelta
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.answers.budget import answer_budget
 from emberkv.serving.app import AppParts, RouterFactory
 from emberkv.serving.errors import failure_mid_stream
 from emberkv.serving.event_stream import ping_comment, sse_event

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress
+from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
 from emberkv.serving.answers.answer import AnswerState
 from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
-from emberkv.serving.answers.budget import answer_budget
 from emberkv.serving.answers.parsed_output import new_call_id
 from emberkv.serving.api.anthropic_content import BlockEvents, Signer, content_blocks
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import SamplingParams
 from emberkv.errors import ConfigError, RequestError
+from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
-from emberkv.serving.answers.budget import answer_budget
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress, TokenLogprobs
 from emberkv.errors import RequestError
+from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs, echo_of
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
-from emberkv.serving.answers.budget import answer_budget
 from emberkv.serving.api.anthropic_api import anthropic_card
 from emberkv.serving.api.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
