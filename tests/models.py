@@ -78,6 +78,20 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
     },
     "olmoe": {**_WIDE, **_SOME_EXPERTS},
     "granitemoe": {**_WIDE, **_SOME_EXPERTS},
+    "ministral3": {
+        **_WIDE,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 32.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "stablelm": _WIDE,
     "deepseek_v3": {
         **_WIDE,

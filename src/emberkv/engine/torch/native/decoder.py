@@ -235,6 +235,9 @@ def _layer(module: Any) -> _Layer | None:
     feedforward: Any = getattr(module, "mlp", None)
     if attention is None or type(feedforward) is not nn.Sequential:
         return None
+    # Ministral 3 scales its queries by their position, from one on that no trial reaches.
+    if "position_ids" in inspect.signature(attention.forward).parameters:
+        return None
     if [type(each) for each in feedforward] != [NativeGatedPair, NativeLinear]:
         return None
     fused = hasattr(attention, "qkv_proj")
