@@ -95,6 +95,16 @@ def test_forgotten_bits_go_in_parts_and_no_others(changes: list[tuple[str, list[
     assert len(table) == sum(map(bool, held.values()))
 
 
+def test_a_block_whose_last_bits_a_removal_clears_does_not_count_after_the_sweep() -> None:
+    table = BlockTable(words=1, slice_blocks=2)
+    table.add([1], 0, 0b01)
+    table.add([17], 0, 0b10)  # its search begins at the same row
+    table.forget({0: 0b10})
+    table.remove([1], 0, 0b01)
+    table.sweep(1 << 30)
+    assert len(table) == 0
+
+
 def test_growing_moves_a_part_of_the_rows_at_a_time() -> None:
     table = BlockTable(words=1)
     sizes = []

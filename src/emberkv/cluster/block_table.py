@@ -139,22 +139,25 @@ class _Rows:
             dead &= words[at] == 0
         return dead
 
-    def delete(self, at: int, stale: Mapping[int, int]) -> None:
+    def delete(self, at: int, stale: Mapping[int, int]) -> int:
         """Free a row, and move later rows of its probe sequence back so that they are still found. stale: bits by word
-        that the moved rows lose, as they may get to where a sweep has been.
+        that the moved rows lose, as they may get to where a sweep has been. Returns how many have no bits any more.
         """
         tags, mask = self.tag_cells, self.mask
-        after = at
+        after, died = at, 0
         while tag := tags[(after := (after + 1) & mask)]:
             if (after - tag) & mask >= (after - at) & mask:
+                was_dead = bool(stale) and self.is_dead(after)
                 tags[at] = tag
                 for number, words in enumerate(self.word_cells):
                     words[at] = words[after] & ~stale.get(number, 0)
+                died += bool(stale) and not was_dead and self.is_dead(at)
                 at = after
         tags[at] = 0
         for words in self.word_cells:
             words[at] = 0
         self.used -= 1
+        return died
 
 
 class BlockTable:
@@ -251,7 +254,7 @@ class BlockTable:
             if at >= 0 and rows.word_cells[word][at] & bit:
                 rows.word_cells[word][at] ^= bit
                 if rows.is_dead(at):
-                    rows.delete(at, self._stale)
+                    self._dead += rows.delete(at, self._stale)
 
     def clear(self, word: int, bit: int) -> None:
         """Clear a bit of all blocks. Takes time linear in the table's size."""
