@@ -60,6 +60,7 @@ def test_what_the_template_or_the_api_refuses_is_a_problem() -> None:
         (None, "cannot be read"),
         ("", "is empty"),
         ("{", "is not valid JSON"),
+        pytest.param('{"messages": ' + "[" * 100_000, "is not valid JSON", id="nested too deeply"),
         ("[]", "is no request"),
         ('{"prompt": "Hi"}', "is no request"),
     ],

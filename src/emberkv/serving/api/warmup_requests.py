@@ -52,7 +52,7 @@ def read_warmup_requests(paths: Iterable[Path]) -> list[WarmupRequest]:
             body = json.loads(read_system_prompt(path))
         except ConfigError as error:
             raise ConfigError(f"--warmup-request {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for JSON that is nested too deeply
             raise ConfigError(f"--warmup-request {path} is not valid JSON: {error}") from error
         if not isinstance(body, dict) or not ("messages" in body or "input" in body):
             raise ConfigError(
