@@ -122,3 +122,19 @@ def test_a_tenant_has_so_many_answers_at_once_and_another_is_not_concerned(
         assert (first.result().status_code, other.result().status_code) == (200, 200)
         engine.script = Script("Hello")
         assert httpx.post(url, json=BODY, headers=ACME, timeout=DEADLINE).status_code == 200
+
+
+def test_a_request_that_the_server_is_too_full_for_does_not_count(lifecycle: Lifecycle, engine: FakeEngine) -> None:
+    engine.script = Script("Hello", pause_after=0)
+    settings = ServingSettings(tenants=tenants(requests_per_minute=2), max_requests=1)
+    app = create_app(lifecycle, settings, clock=Clock())
+    client = Client(app)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/v1/chat/completions", BODY, headers=ACME)
+        eventually(lambda: engine.running == 1)
+        refused = client.post("/v1/chat/completions", BODY, headers=ACME)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+        engine.resume()
+        assert first.result().status_code == 200
+    engine.script = Script("Hello")
+    assert client.post("/v1/chat/completions", BODY, headers=ACME).status_code == 200

@@ -307,11 +307,11 @@ class AnswerService:
         return stream
 
     def _enter(self, tenant: str, prompts: Sequence[Prompt]) -> None:
-        self.limits.enter(tenant, len(prompts))
+        self._in_flight.enter(tenant, len(prompts))
         try:
-            self._in_flight.enter(tenant, len(prompts))
+            self.limits.enter(tenant, len(prompts))  # last, so that what is refused does not count
         except EmberError:
-            self.limits.leave(tenant, len(prompts))
+            self._in_flight.leave(tenant, len(prompts))
             raise
         self.limits.count(tenant, sum(len(prompt.token_ids) for prompt in prompts))
 
