@@ -17,7 +17,7 @@ class FakeOpenAI:
     """cached: tokens of the next prompts that it says were cached; None: it does not say. status: of its answers.
     dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
     stream ends with ``[DONE]``. deltas: of its streams, behind the role; None: one for each of `TOKENS`. message: of
-    its whole answers, beside the role. fails_early: whether the first event of a stream is an error. drops_kept: how
+    its whole answers, beside the role. body: of its whole answers, in place of all that. fails_early: whether the first event of a stream is an error. drops_kept: how
     many requests on connections with a health check before them it drops. compresses: whether the client accepts it or
     not. held: what answers wait for. requests: bodies as they came, with their headers.
     """
@@ -33,6 +33,7 @@ class FakeOpenAI:
     compresses: bool = False
     deltas: list[dict[str, Any]] | None = None
     message: dict[str, Any] | None = None
+    body: object = None
     reason: str = "stop"
     fails_early: bool = False
     drops_kept: int = 0
@@ -91,6 +92,8 @@ class FakeOpenAI:
             return web.json_response({"error": {"message": "no"}}, status=self.status, headers={"retry-after": "7"})
         if body.get("stream"):
             return await self._stream(request, body)
+        if self.body is not None:
+            return web.json_response(self.body)
         message = {"role": "assistant", "content": "".join(TOKENS), "tool_calls": [{"id": "c", "odd": [1, None]}]}
         message = message if self.message is None else {"role": "assistant", **self.message}
         choice = {"index": 0, "message": message, "finish_reason": self.reason}
@@ -109,6 +112,9 @@ class FakeOpenAI:
             await self._send(response, {"error": {"message": "out of memory", "code": 500}})
             return response
         parts = [{"content": each} for each in TOKENS] if self.deltas is None else self.deltas
+        if self.body is not None:
+            await response.write(b"data: [DONE]\n\n")
+            return response
         deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *parts]
         for number, delta in enumerate(deltas):
             if number == self.dies_after:

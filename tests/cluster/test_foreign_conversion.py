@@ -131,6 +131,30 @@ def test_a_workers_error_is_in_the_words_of_the_api(status: int, expected: int, 
     ask()
 
 
+@pytest.mark.parametrize(
+    ("body", "streams", "says"),
+    [
+        ({"error": {"message": "out of memory"}}, False, "out of memory"),
+        ([], False, "the worker's answer has no choices"),
+        ([], True, "the worker's answer has no choices"),
+    ],
+)
+def test_an_answer_without_choices_is_retried_elsewhere_and_else_an_error(
+    body: object, streams: bool, says: str
+) -> None:
+    @on_a_loop
+    async def ask() -> None:
+        async with served(FakeOpenAI(body=body), FakeOpenAI()) as it:
+            request = {**MESSAGES, "stream": streams}
+            for _ in range(3):
+                assert "three" in (await it.ask(request, "/v1/messages")).text
+            it.servers[1].body = body
+            answer = await it.ask(request, "/v1/messages")
+            assert (answer.status_code, answer.json()["error"]["message"]) == (502, says)
+
+    ask()
+
+
 @on_a_loop
 async def test_an_invalid_request_is_refused_here() -> None:
     async with served(FakeOpenAI()) as it:

@@ -539,6 +539,16 @@ async def test_what_is_forwarded_is_recorded() -> None:
 
 
 @on_a_loop
+async def test_an_answer_that_breaks_off_counts_by_what_came_of_it() -> None:
+    recorded: list[RecordedRequest] = []
+    recorder = TraceRecorder(recorded.append, block_size=16, key=bytes(32), clock=time.monotonic)
+    async with served(FakeOpenAI(dies_after=3), recorder=recorder) as it:
+        await it.ask(chat(stream=True))
+    recorder.close()
+    assert [each.output_tokens for each in recorded] == [2]
+
+
+@on_a_loop
 async def test_emberkv_workers_and_foreign_ones_are_known_together() -> None:
     async with served(FakeOpenAI()) as it:
         (worker,) = (await it.client.get("/v1/cluster")).json()["workers"]

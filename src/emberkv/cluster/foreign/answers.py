@@ -65,7 +65,8 @@ class AnswerEvents:
 
     keeps_usage: whether the client asked for usage. has_begun: whether a token has arrived. is_done: whether
     ``[DONE]`` has arrived. has_failed: whether an event was an error. finish_reason: of the choice that ended last, ""
-    before any has ended. response_id: the answer's id, "" before it is known. on_chunk: called with each chunk's JSON.
+    before any has ended. response_id: the answer's id, "" before it is known. parts: how many chunks had a part of an
+    answer; each has one token or more. on_chunk: called with each chunk's JSON.
     """
 
     def __init__(self, *, keeps_usage: bool, on_chunk: Callable[[dict[str, Any]], None] | None = None) -> None:
@@ -75,6 +76,7 @@ class AnswerEvents:
         self.has_failed = False
         self.finish_reason = ""
         self.response_id = ""
+        self.parts = 0
         self._keeps_usage = keeps_usage
         self._on_chunk = on_chunk
         self._begun: set[str] = set()  # choices, by their index
@@ -128,7 +130,9 @@ class AnswerEvents:
         if reason:
             self.finish_reason = str(reason)
             self._ended.add(index)
-        self.has_begun = self.has_begun or bool(reason) or _has_content(choice)
+        has_content = _has_content(choice)
+        self.parts += has_content
+        self.has_begun = self.has_begun or bool(reason) or has_content
 
 
 def _has_content(choice: dict[str, Any]) -> bool:

@@ -71,7 +71,7 @@ class ChatAnswer:
 
     def read_whole(self, completion: Any) -> None:
         """Read a whole completion."""
-        for choice in _choices(completion)[:1]:
+        for choice in choices_of(completion)[:1]:
             self._read(choice, choice.get("message"))
         self._read_usage(completion)
         self.end()
@@ -81,7 +81,7 @@ class ChatAnswer:
         if error := chunk.get("error"):
             message = error.get("message") if isinstance(error, Mapping) else error
             self.error = f"the worker failed: {message}"
-        for choice in _choices(chunk):
+        for choice in choices_of(chunk):
             if choice.get("index", 0) == 0:
                 self._read(choice, choice.get("delta"))
         self._read_usage(chunk)
@@ -165,7 +165,8 @@ class ChatAnswer:
         self._builder.add((event,))
 
 
-def _choices(answer: Any) -> list[Json]:
+def choices_of(answer: Any) -> list[Json]:
+    """The choices of a completion or a chunk, whatever else it is."""
     listed = answer.get("choices") if isinstance(answer, dict) else None
     return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, decoded, usage_of
-from emberkv.cluster.foreign.chat_answer import ChatAnswer, ChatStream
+from emberkv.cluster.foreign.chat_answer import ChatAnswer, ChatStream, choices_of
 from emberkv.cluster.foreign.conversion import Conversion, MessageResponseWriter
 from emberkv.cluster.foreign.prompts import RoutedPrompt
 from emberkv.cluster.foreign.worker import ForeignWorker, Usage
@@ -175,12 +175,15 @@ class Attempt:
         if self._recorder is not None and self._taken is not None:
             self._recorder.refused(self._taken)
 
-    def end(self, usage: Usage | None, reason: FinishReason) -> None:
-        """Record the end of the answer, whether it is complete or not. usage: None if the worker did not report it."""
+    def end(self, usage: Usage | None, reason: FinishReason, parts: int = 0) -> None:
+        """Record the end of the answer, whether it is complete or not. usage: None if the worker did not report it;
+        ``parts`` then count as the answer's tokens.
+        """
         self.worker.finish(self._sent, usage, self._clock())
         self._lifecycle.untrack(self)
         answer = self.answer
         answer.finish_reason = reason
+        answer.completion_tokens = parts
         if usage is not None:
             answer.usage = CacheUsage(usage.prompt, usage.cached or 0)
             answer.completion_tokens = usage.completion
@@ -232,6 +235,8 @@ class Reply:
 BUSY = (429, 502, 503, 504)
 """Statuses after which a request is sent to another worker."""
 
+_NO_CHOICES = "the worker's answer has no choices"
+
 
 async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
     """Send the request and wait until the answer has begun: for all of it, or for the first token of a stream.
@@ -255,7 +260,7 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
                 if not data:
                     raise WorkerLostError(f"{attempt.worker} ended its answer before the first token")
                 early += events.feed(data)
-            if events.has_failed and not events.has_begun:
+            if not events.has_begun and (events.has_failed or answer is not None):
                 return _failed_early(attempt, early, answer, {**answer_headers(response.headers), **headers})
             attempt.token()
             kept = stack.pop_all()
@@ -276,7 +281,9 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     data = await attempt.worker.client.read_all(response)
     answer = decoded(data)
     usage = usage_of(answer) if response.status == 200 else None
-    if response.status != 200:
+    chat = attempt.request.chat_answer()
+    is_missing = response.status == 200 and chat is not None and not choices_of(answer)
+    if response.status != 200 or is_missing:
         attempt.refused()
     else:
         attempt.named(str(answer.get("id") or "") if isinstance(answer, dict) else "")
@@ -285,8 +292,12 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     known = usage is not None and usage.cached is not None
     summary = {CACHE_HEADER: str(attempt.summary())} if known else {}
     own = {**summary, **answer_headers(response.headers), **headers}
+    if is_missing:
+        attempt.worker.lost += 1
+        error = answer.get("error") if isinstance(answer, dict) else None
+        return Reply(_converted_error(attempt, 502, {"error": error or _NO_CHOICES}, own), is_refusal=True)
     is_refusal = response.status in BUSY
-    if (chat := attempt.request.chat_answer()) is None:
+    if chat is None:
         return Reply(Response(data, status_code=response.status, headers=own), is_refusal)
     if response.status == 200:
         chat.read_whole(answer)
@@ -297,15 +308,15 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
 def _failed_early(
     attempt: Attempt, early: Sequence[bytes], answer: ChatAnswer | None, headers: Mapping[str, str]
 ) -> Reply:
-    """The reply for a stream whose first event is an error: another worker may do better, and the client has had
-    nothing yet.
+    """The reply for a stream that is an error, or nothing where it is to be converted: another worker may do better,
+    and the client has had nothing yet.
     """
     attempt.worker.lost += 1
     attempt.refused()
     if answer is None:
         events = b"".join(early)
         return Reply(Response(events if DONE in events else events + DONE, headers=dict(headers)), is_refusal=True)
-    return Reply(_converted_error(attempt, 502, {"error": answer.error}, headers), is_refusal=True)
+    return Reply(_converted_error(attempt, 502, {"error": answer.error or _NO_CHOICES}, headers), is_refusal=True)
 
 
 def _converted(headers: Mapping[str, str]) -> dict[str, str]:
@@ -373,7 +384,7 @@ class RelayedStream(Response):
         finally:
             await self._stack.aclose()
             self._attempt.named(self._events.response_id)
-            self._attempt.end(self._events.usage, self._reason)
+            self._attempt.end(self._events.usage, self._reason, self._events.parts)
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -64,6 +64,12 @@ class LateStream(Response):
                 while not (await asyncio.wait({task}, timeout=self._times.ping))[0]:
                     await send(_part(_ping(self._api)))
             return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            if task.cancelled():
+                raise
+            return task.result()  # it was made while the client went, and releases what it holds when it is sent
         finally:
             if not task.done():
                 task.cancel()
