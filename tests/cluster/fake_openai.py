@@ -17,9 +17,10 @@ class FakeOpenAI:
     """cached: tokens of the next prompts that it says were cached; None: it does not say. status: of its answers.
     dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
     stream ends with ``[DONE]``. deltas: of its streams, behind the role; None: one for each of `TOKENS`. message: of
-    its whole answers, beside the role. body: of its whole answers, in place of all that. fails_early: whether the first event of a stream is an error. drops_kept: how
-    many requests on connections with a health check before them it drops. compresses: whether the client accepts it or
-    not. held: what answers wait for. requests: bodies as they came, with their headers.
+    its whole answers, beside the role. body: of whole answers, in place of all that; a stream is ``[DONE]`` alone then.
+    fails_early: whether the first event of a stream is an error. drops_kept: how many requests on connections with a
+    health check before them it drops. compresses: whether the client accepts it or not. held: what answers wait for.
+    requests: bodies as they came, with their headers.
     """
 
     models: tuple[str, ...] = ("m",)

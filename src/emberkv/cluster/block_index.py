@@ -106,8 +106,8 @@ class BlockIndex:
     def forget(self, replica: int) -> None:
         """Remove all blocks of the replica except those in the shared tier.
 
-        The replica gets another column, and its former one is cleared in parts while blocks are added, so that a table
-        of any size keeps nobody waiting.
+        The replica gets another column, and its former one is cleared in parts while blocks are added, so that no
+        request waits for a pass over the whole table.
         """
         column = self._columns.pop(replica, None)
         if column is None:

@@ -162,7 +162,7 @@ class ServedModel:
     first_difference: FirstDifference | None = None
 
     def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
-        """The model as a tenant meets it: nothing is faster because another has sent it. memory: of all tenants."""
+        """The model as a tenant sees it: nothing is faster because another has sent it. memory: of all tenants."""
         return replace(
             self,
             tokenizer=self.tokenizer.remembering_for(tenant),

@@ -85,7 +85,7 @@ def message_key(message: Message, before: Message) -> bytes:
 
 
 class AnswerMemory:
-    """Answers by `message_key`, for one owner, who never gets another's. Thread-safe.
+    """Answers by `message_key`, for one owner, which never gets another's. Thread-safe.
 
     All owners together have at most ``max_answers`` and ``max_bytes``; what exceeds them is taken from the owner with
     the most bytes, the least recently used first. ::
@@ -117,7 +117,7 @@ class AnswerMemory:
 
 
 @dataclass(slots=True)
-class _Shelf:
+class _TenantAnswers:
     """One tenant's answers, by owner and key, the least recently used first."""
 
     answers: "OrderedDict[tuple[tuple[str, ...], bytes], list[RememberedAnswer]]" = field(default_factory=OrderedDict)
@@ -128,7 +128,7 @@ class _Store:
     def __init__(self, max_answers: int, max_bytes: int) -> None:
         self._max_answers = max_answers
         self._max_bytes = max_bytes
-        self._shelves: dict[str, _Shelf] = {}
+        self._tenants: dict[str, _TenantAnswers] = {}
         self._lock = threading.Lock()
         self.answers = 0
         self.bytes_used = 0
@@ -137,36 +137,36 @@ class _Store:
         if answer.size > self._max_bytes:
             return
         with self._lock:
-            shelf = self._shelves.setdefault(owner[0] if owner else "", _Shelf())
-            alike = shelf.answers.setdefault((owner, key), [])
-            shelf.answers.move_to_end((owner, key))
+            held = self._tenants.setdefault(owner[0] if owner else "", _TenantAnswers())
+            alike = held.answers.setdefault((owner, key), [])
+            held.answers.move_to_end((owner, key))
             alike.insert(0, answer)
-            self._count(shelf, 1, answer.size)
+            self._count(held, 1, answer.size)
             for forgotten in alike[_MOST_ALIKE:]:
-                self._count(shelf, -1, -forgotten.size)
+                self._count(held, -1, -forgotten.size)
             del alike[_MOST_ALIKE:]
             while self.answers > self._max_answers or self.bytes_used > self._max_bytes:
                 self._forget_oldest()
 
     def find(self, owner: tuple[str, ...], key: bytes) -> Sequence[RememberedAnswer]:
         with self._lock:
-            shelf = self._shelves.get(owner[0] if owner else "")
-            if shelf is None or (owner, key) not in shelf.answers:
+            held = self._tenants.get(owner[0] if owner else "")
+            if held is None or (owner, key) not in held.answers:
                 return ()
-            shelf.answers.move_to_end((owner, key))
-            return tuple(shelf.answers[owner, key])
+            held.answers.move_to_end((owner, key))
+            return tuple(held.answers[owner, key])
 
     def _forget_oldest(self) -> None:
-        tenant, shelf = max(self._shelves.items(), key=lambda each: each[1].bytes_used)
-        _, forgotten = shelf.answers.popitem(last=False)
-        self._count(shelf, -len(forgotten), -sum(each.size for each in forgotten))
-        if not shelf.answers:
-            del self._shelves[tenant]
+        tenant, held = max(self._tenants.items(), key=lambda each: each[1].bytes_used)
+        _, forgotten = held.answers.popitem(last=False)
+        self._count(held, -len(forgotten), -sum(each.size for each in forgotten))
+        if not held.answers:
+            del self._tenants[tenant]
 
-    def _count(self, shelf: _Shelf, answers: int, size: int) -> None:
+    def _count(self, held: _TenantAnswers, answers: int, size: int) -> None:
         self.answers += answers
         self.bytes_used += size
-        shelf.bytes_used += size
+        held.bytes_used += size
 
 
 @dataclass(frozen=True, slots=True)
