@@ -112,9 +112,8 @@ class TenantLimits:
     """Enforces the limits of tenants, by name; a tenant that is not in ``limits`` has none. It belongs to one event
     loop.
 
-    A request counts once it is accepted. Its prompt is counted then, and its answer at its end, because its length is not known
-    before: a tenant may exceed its tokens by what is in flight, and waits for so much longer after
-    that.
+    A request counts once it is accepted. Its prompt is counted then, and its answer at its end, because its length is
+    not known before: a tenant may exceed its tokens by what is in flight, and waits for so much longer after that.
 
     clock: monotonic seconds. on_refused: called with the tenant and "requests", "tokens" or "concurrency".
     """
