@@ -25,10 +25,11 @@ def write_gguf(
     path: Path,
     kind_of: KindOf = lambda _: Kind.F32,
     tensors: Mapping[str, NDArray[np.float32]] | None = None,
+    changed: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> Path:
     """Write the model in ``checkpoint`` to ``path``. tensors: further ones. extra: further metadata, for the writer's
-    methods, as ``logit_scale`` for ``add_logit_scale``.
+    methods, as ``logit_scale`` for ``add_logit_scale``. changed: metadata that take the place of others; None: of none.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     config = model.config
@@ -38,6 +39,10 @@ def write_gguf(
     _add_tokenizer(writer, checkpoint)
     for field, value in extra.items():
         getattr(writer, f"add_{field}")(value)
+    for key, value in (changed or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     arch = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for parameter, tensor in model.state_dict().items():

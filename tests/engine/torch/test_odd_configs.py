@@ -63,6 +63,11 @@ def test_edges_of_every_field(arch: str, data: st.DataObject, checkpoint: Checkp
         ({"head_dim": -1}, CorruptModelError, "describes no llama model that can be built"),
         ({"hidden_act": "evil"}, CorruptModelError, "KeyError: 'evil'"),
         ({"num_hidden_layers": 10**9}, CorruptModelError, "gives 1000000000 layers; at most 1000 are built"),
+        (
+            {"model_type": "qwen2", "num_hidden_layers": 10**9},
+            CorruptModelError,
+            "gives 1000000000 layers; at most 1000",
+        ),
         ({"vocab_size": 500}, CorruptModelError, r"lm_head.weight is stored as \[384, 64\], and the .* it \[500, 64\]"),
         ({"max_position_embeddings": -5}, CorruptModelError, "a context of -5 tokens; it must be from 1 to"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, UnsupportedModelError, "bitsandbytes"),

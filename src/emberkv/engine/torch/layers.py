@@ -6,7 +6,7 @@ rows. Elementwise functions compute in vectors, and by another routine, which ro
 vector at the end of each thread's share. Where the shares end depends on the number of elements and threads.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
     if type(module) is Conv1D:
         return module.weight.t(), module.bias
     return None
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer of a model of transformers that makes the logits; None where it has none."""
+    untyped: Any = model
+    found: nn.Module | None = untyped.get_output_embeddings()
+    return found
 
 
 @torch.no_grad()

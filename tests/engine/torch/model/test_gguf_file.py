@@ -1,5 +1,6 @@
 """GGUF files: config, tokenizer and tensors of each architecture, and what is refused of them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.loader import load_model, load_tokenizer
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.gguf_models import write_gguf
@@ -135,3 +137,56 @@ def test_a_folder_with_gguf_files_alone_names_one(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModelError, match=r"or the GGUF file itself: .*plain/small.gguf"):
         load_model(str(folder))
+
+
+def test_the_tokenizer_is_the_files_whatever_lies_beside_it(tmp_path: Path) -> None:
+    path = write_gguf(checkpoint("qwen2", tmp_path / "plain"), tmp_path / "model.gguf")
+    own = load_tokenizer(str(path)).encode("Which lamps are lit?", add_special_tokens=False)
+    other = json.loads((tmp_path / "plain" / "tokenizer.json").read_text())
+    other["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<other>", "chat_template": "other"}))
+    assert load_tokenizer(str(path)).encode("Which lamps are lit?", add_special_tokens=False) == own
+
+
+def test_the_name_of_a_file_is_not_in_its_fingerprint(tmp_path: Path) -> None:
+    path = write_gguf(checkpoint("qwen2", tmp_path / "plain"), tmp_path / "model.gguf")
+    first = GGUFSource(path).fingerprint()
+    assert GGUFSource(path.rename(tmp_path / "renamed.gguf")).fingerprint() == first
+
+
+def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(checkpoint("qwen2", tmp_path / "plain"), tmp_path / "model.gguf")
+    whole, kinds = path.read_bytes(), b"tokenizer.ggml.token_type"
+    start = whole.index(kinds) + len(kinds) + 8  # after the types of the value and of its elements
+    path.write_bytes(whole[:start] + (10**15).to_bytes(8, "little") + whole[start + 8 :])
+    with pytest.raises(CorruptModelError, match=r"it ends at byte .*, before what it says that it holds"):
+        GGUFSource(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("split.count", "many", "no whole number as split.count"),
+        ("qwen2.block_count", 2**30, "gives 1073741824 layers; 1 to 1000 are built"),
+        ("qwen2.attention.head_count_kv", "two", "no usable metadata of a qwen2 model: .*num_key_value_heads"),
+        ("qwen2.attention.layer_norm_rms_epsilon", None, "no usable metadata of a qwen2 model: .*rms_epsilon"),
+        ("qwen2.attention.causal", False, "its attention is not causal"),
+        ("qwen2.rope.scaling.yarn_log_multiplier", 0.1, "yarn_log_multiplier, which is not understood with yarn"),
+        ("tokenizer.ggml.pre", "smollm", "splits text as 'smollm' does, which is not known"),
+    ],
+)
+def test_odd_metadata_are_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
+    folder = checkpoint("qwen2", tmp_path / "plain")
+    yarn = {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 64}
+    path = write_gguf(folder, tmp_path / "model.gguf", changed={key: value}, **yarn)
+    with pytest.raises((CorruptModelError, UnsupportedModelError), match=message):
+        load_tokenizer(str(path))
+
+
+def test_which_layers_slide_is_the_metadatas(tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    folder = checkpoint("gemma3_text", tmp_path / "plain", layer_types=types)
+    pattern = {"gemma3.attention.sliding_window_pattern": [True, False, False]}
+    path = write_gguf(folder, tmp_path / "model.gguf", changed=pattern)
+    assert GGUFSource(path).config.layer_types == types

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.model.description import describe_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.engine.driver import BLOCK, CHUNK, Driver
 from tests.models import VOCAB_SIZE
 from tests.quantized_models import SOURCES, quantised_model
@@ -51,3 +54,21 @@ def test_a_hit_has_the_bits_of_a_cold_run(written: tuple[Path, Path], kernels: K
         alone = cold.run_one(prompt, new=3)
         assert run.cached == keep
         assert all(map(torch.equal, run.logits, alone.logits))
+
+
+@pytest.mark.parametrize("source", ["gptq", "fp8"])
+def test_quantised_experts_are_refused_before_they_are_loaded(tmp_path: Path, source: str) -> None:
+    quantised, _ = quantised_model(source, tmp_path, "qwen3_moe")
+    described = describe_model(str(quantised), device="cpu")
+    assert described.refusal is not None
+    assert "the experts of qwen3_moe are not read; the model's plain weights would work" in described.refusal
+    with pytest.raises(UnsupportedModelError, match="the experts of qwen3_moe are not read"):
+        load_model(str(quantised), device="cpu")
+
+
+def test_a_quantised_checkpoint_that_lacks_a_layer_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    quantised, _ = quantised_model("awq", tmp_path)
+    path = quantised / "model.safetensors"
+    save_file({name: each for name, each in load_file(path).items() if "layers.1.mlp.up_proj" not in name}, path)
+    with pytest.raises(CorruptModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight; the config needs"):
+        describe_model(str(quantised), device="cpu")

@@ -212,3 +212,14 @@ def test_what_is_not_read_is_refused_by_name(make: Any, settings: dict[str, Any]
 def test_a_layer_that_lacks_a_tensor_is_refused_by_name() -> None:
     with pytest.raises(CorruptModelError, match="the layer q_proj has qweight, but no scales"):
         AWQ.of_config({"bits": 4}).read("q_proj", {"qweight": torch.zeros(8, 1, dtype=torch.int32)})
+
+
+def test_a_tensor_of_another_type_than_the_formats_is_refused() -> None:
+    scales = random_scales(OUT, IN // GROUP)
+    whole = {"num_bits": 8, "type": "int", "group_size": GROUP}
+    eight = CompressedTensors.of_config({"format": "int-quantized", "config_groups": {"all": {"weights": whole}}})
+    stored = {"weight": torch.zeros(OUT, IN), "weight_scale": scales}
+    with pytest.raises(CorruptModelError, match=r"has its weight in torch\.float32; it must be torch\.int8"):
+        eight.read("layer", stored)
+    with pytest.raises(CorruptModelError, match=r"it must be torch\.float8_e4m3fn"):
+        FP8.of_config({}).read("layer", stored)

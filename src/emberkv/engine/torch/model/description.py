@@ -1,12 +1,10 @@
 """What a model is and what it takes, read from its config and the headers of its weights, before any are loaded."""
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PretrainedConfig
 
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model, read_json
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
@@ -88,12 +86,12 @@ def describe_model(
         str(target),
         free,
         None,
-        parameters=_parameters(source.config, shape),
+        parameters=shape.num_parameters,
         layers=geometry.num_layers,
         computed_as=dtype_name(chosen),
         held=source.held,
-        weight_bytes=source.num_bytes(chosen),
-        quantised_bytes=_quantised(source, chosen),
+        weight_bytes=source.num_bytes(shape, chosen),
+        quantised_bytes=_quantised(source, shape, chosen),
         kv_bytes_per_token=geometry.bytes_per_token(chosen),
         context=geometry.context_length,
         stated_context=geometry.stated_context,
@@ -107,19 +105,12 @@ def _stated_architecture(path: Path) -> str:
     return str(read_json(path / "config.json").get("model_type", "unknown"))
 
 
-def _parameters(config: PretrainedConfig, shape: ModelShape) -> int:
-    """All parameters; an output layer that is tied to the embedding counts once."""
-    tied = config.tie_word_embeddings and "lm_head.weight" in shape.shapes
-    total = sum(prod(each) for each in shape.shapes.values())
-    return total - (prod(shape.shapes["lm_head.weight"]) if tied else 0)
-
-
-def _quantised(source: ModelSource, dtype: torch.dtype) -> dict[str, int]:
+def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> dict[str, int]:
     """What the weights take with ``--quantize int8`` and ``int4``, by its value; {} where it cannot be given."""
     if source.held is not None or not source.path.is_dir():
         return {}
     widths: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
-    return {width: FolderSource(source.path, width).num_bytes(dtype) for width in widths}
+    return {width: FolderSource(source.path, width).num_bytes(shape, dtype) for width in widths}
 
 
 def _reuse(dtype: torch.dtype, device: torch.device) -> str:

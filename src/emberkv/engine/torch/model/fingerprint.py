@@ -41,6 +41,11 @@ def files_fingerprint(config: bytes, files: list[Path]) -> str:
     return whole.hexdigest()
 
 
+def file_fingerprint(path: Path) -> str:
+    """Hex identity of a file that holds a whole model, whatever it is called."""
+    return xxhash.xxh3_128(f"file\0{_file_hash(path)}".encode()).hexdigest()
+
+
 def quantised_fingerprint(fingerprint: str, how: str) -> str:
     """The fingerprint of weights that are rounded while they are loaded. how: all that says to which values."""
     return xxhash.xxh3_128(f"{fingerprint}\0{how}".encode()).hexdigest()

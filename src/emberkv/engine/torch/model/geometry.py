@@ -5,10 +5,11 @@ function that only takes notes. What is served is then what the model really doe
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import prod
 from threading import get_ident
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.torch.attention.latent import into_latents, out_of_latents, use_latents
+from emberkv.engine.torch.layers import linear_parts, output_layer
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
@@ -61,7 +63,7 @@ def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [each for each in nested or [given] if each.get("rope_type")]
 
 
-_MOST_LAYERS = 1000
+MOST_LAYERS = 1000
 _MOST_MODULES = 50_000
 _LONGEST_CONTEXT = 2**31 - 1
 SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -166,11 +168,40 @@ AttentionInterface.register(_NOTE_TAKER, _note)
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """shapes: of each parameter and buffer of the model's state, by name, with ``prefix`` before those of its base."""
+    """shapes: of each parameter and buffer of the model's state, by name, with ``prefix`` before those of its base.
+
+    parameters: names of the state's parameters. linears: the linear layers' weights, as ``(out, in)``. output: the name
+    of the output layer's weight; tied: whether it is the embedding's.
+    """
 
     geometry: ModelGeometry
     shapes: dict[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    linears: dict[str, tuple[int, ...]]
+    output: str | None
+    tied: bool
     prefix: str
+
+    def name_of(self, stored: str) -> str | None:
+        """The name in ``shapes`` of a tensor that is stored with or without the prefix; None where there is none."""
+        return next((name for name in (stored, f"{self.prefix}{stored}") if name in self.shapes), None)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names in ``shapes`` whose values are another's."""
+        return frozenset({self.output} if self.tied and self.output is not None else ())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for name, shape in self.shapes.items() if name not in self.shared)
+
+    def num_bytes(self, dtype: torch.dtype, held: Mapping[str, int]) -> int:
+        """What the state takes in memory. held: bytes of what is not held in ``dtype``, by name."""
+        return sum(held.values()) + sum(
+            prod(shape) * dtype.itemsize
+            for name, shape in self.shapes.items()
+            if name not in held and name not in self.shared
+        )
 
 
 def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:
@@ -196,10 +227,8 @@ def inspect_model(config: PretrainedConfig) -> ModelShape:
 
 def _inspect(config: PretrainedConfig) -> ModelShape:
     _refuse_by_config(config)
-    if config.num_hidden_layers > _MOST_LAYERS:
-        raise CorruptModelError(
-            f"config.json gives {config.num_hidden_layers} layers; at most {_MOST_LAYERS} are built"
-        )
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise CorruptModelError(f"config.json gives {config.num_hidden_layers} layers; at most {MOST_LAYERS} are built")
     bare = with_fixed_rotation(config)
     vars(bare)["pad_token_id"] = None  # with one, some models look at the tokens, which have no values on this device
     bare._attn_implementation = "eager"
@@ -209,7 +238,18 @@ def _inspect(config: PretrainedConfig) -> ModelShape:
         model = model_class(bare).to(torch.bfloat16).eval()
     _refuse_by_class(config, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return ModelShape(_geometry(config, _trace(config, model)), shapes, f"{model.base_model_prefix}.")
+    modules = {f"{name}.weight": module for name, module in model.named_modules()}
+    found = {name: linear_parts(module) for name, module in modules.items()}
+    output = output_layer(model)
+    return ModelShape(
+        _geometry(config, _trace(config, model)),
+        shapes,
+        parameters=frozenset(name for name, _ in model.named_parameters()),
+        linears={name: tuple(parts[0].shape) for name, parts in found.items() if parts is not None},
+        output=next((name for name, module in modules.items() if module is output), None),
+        tied=bool(config.tie_word_embeddings),
+        prefix=f"{model.base_model_prefix}.",
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 What could change a model's results and is not known here is refused, not ignored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from emberkv.engine.torch.model.geometry import MOST_LAYERS
 from emberkv.errors import CorruptModelError, UnsupportedModelError, reason_of
 
 ARCHITECTURES: Mapping[str, str] = {
@@ -29,6 +30,7 @@ Fields = Mapping[str, Any]
 Floats = Callable[[str], Tensor]
 """float32: a tensor of the file, by name; empty where there is none."""
 
+_EPSILON = "attention.layer_norm_rms_epsilon"
 _NUMBERS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -36,24 +38,25 @@ _NUMBERS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _UNDERSTOOD = frozenset(
     {
-        *_NUMBERS, "vocab_size", "attention.key_length", "attention.value_length", "attention.sliding_window",
+        *_NUMBERS, _EPSILON, "vocab_size", "attention.key_length", "attention.value_length", "attention.sliding_window",
         "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping",
         "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
         "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.finetuned",
         "rope.scaling.yarn_log_multiplier", "attention.layer_norm_epsilon", "tensor_data_layout", "attention.causal",
     }
 )  # fmt: skip
+_RESCALED = {"attn_factor": 1.0, "yarn_log_multiplier": 0.0}
+"""Factors of the scores, with the values at which they change nothing."""
 _WINDOWED = frozenset({"gemma2", "gemma3", "phi3"})
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 """By their layers: their queries are scaled by hidden size and heads, which the metadata do not say."""
 
 
-def config_of(path: Path, fields: Fields, floats: Floats) -> PretrainedConfig:
-    """The config of the model in ``path``. Raises UnsupportedModelError and CorruptModelError."""
+def config_of(path: Path, fields: Fields, stored: Container[str], floats: Floats) -> PretrainedConfig:
+    """The config of the model in ``path``. stored: its tensors. Raises UnsupportedModelError and CorruptModelError."""
     name = str(fields.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -65,13 +68,16 @@ def config_of(path: Path, fields: Fields, floats: Floats) -> PretrainedConfig:
                not isinstance(own.get(key), int)]  # fmt: skip
     if missing:
         raise CorruptModelError(f"{path} gives no whole number as {name}.{missing[0]}")
+    if not 0 < own["block_count"] <= MOST_LAYERS:
+        raise CorruptModelError(f"{path} gives {own['block_count']} layers; 1 to {MOST_LAYERS} are built")
     try:
-        return AutoConfig.for_model(ARCHITECTURES[name], **_settings(name, own, fields, floats))
+        settings = _settings(name, own, fields, floats)
+        return AutoConfig.for_model(ARCHITECTURES[name], **settings, tie_word_embeddings="output.weight" not in stored)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{path} cannot be served: {error}; the model's safetensors folder would work, with --quantize int8 or int4"
         ) from error
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+    except Exception as error:  # the architecture's own code, on unchecked values
         raise CorruptModelError(f"{path} has no usable metadata of a {name} model: {reason_of(error)}") from error
 
 
@@ -82,11 +88,13 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
     head_dim = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
     if own.get("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError("its keys and values differ in length")
+    if own.get("attention.causal") is False:
+        raise UnsupportedModelError("its attention is not causal")
     settings = {
         **{ours: own[theirs] for theirs, ours in _NUMBERS.items() if theirs in own},
+        "rms_norm_eps": own[_EPSILON],
         "head_dim": head_dim,
         "vocab_size": own.get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": floats("output.weight").numel() == 0,
         "rope_parameters": _rope(name, own, head_dim, floats),
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
@@ -96,6 +104,8 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
         if name not in _WINDOWED:
             raise UnsupportedModelError(f"it has a sliding window, which is not known of {name}")
         settings["sliding_window"] = own["attention.sliding_window"]
+    if "attention.sliding_window_pattern" in own:
+        settings["layer_types"] = _layer_types(own)
     if own.get("attn_logit_softcapping"):
         settings["attn_logit_softcapping"] = own["attn_logit_softcapping"]
     if own.get("final_logit_softcapping"):
@@ -108,6 +118,13 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
     return settings
 
 
+def _layer_types(own: Fields) -> list[str]:
+    """By the metadata's pattern: for each layer whether it slides, or after how many the one comes that does not."""
+    pattern, layers = own["attention.sliding_window_pattern"], range(own["block_count"])
+    slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in layers]
+    return ["sliding_attention" if each else "full_attention" for each in slides]
+
+
 def _rope(name: str, own: Fields, head_dim: int, floats: Floats) -> dict[str, Any]:
     theta = float(own.get("rope.freq_base", 1_000_000.0 if name == "gemma3" else 10_000.0))
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
@@ -118,6 +135,9 @@ def _rope(name: str, own: Fields, head_dim: int, floats: Floats) -> dict[str, An
         parameters["partial_rotary_factor"] = rotated / head_dim
     kind = own.get("rope.scaling.type", "none")
     if kind in ("linear", "yarn"):
+        odd = [key for key, usual in _RESCALED.items() if own.get(f"rope.scaling.{key}", usual) != usual]
+        if odd:
+            raise UnsupportedModelError(f"its RoPE has scaling.{odd[0]}, which is not understood with {kind}")
         parameters |= {"rope_type": kind, "factor": float(own["rope.scaling.factor"])}
         if kind == "yarn":
             parameters["original_max_position_embeddings"] = int(own["rope.scaling.original_context_length"])

@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from emberkv.engine.torch.model.building import NamedWeight, build_model
-from emberkv.engine.torch.model.fingerprint import FileState, files_fingerprint, states_of
+from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
 from emberkv.engine.torch.model.gguf_config import ENDS, config_of, q_and_k_rows
@@ -28,6 +31,19 @@ _IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_f
 """Tensors that `config_of` reads."""
 
 
+_SPLITS = frozenset({"gpt-2", *GGUF_PRE_TOKENIZER_SPLITS})
+_ALONE = "model.gguf"
+
+
+class _Reader(gguf.GGUFReader):
+    """Its own takes what lies beyond the end of a file for empty, and loops over as many values as an array claims."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data):,}, before what it says that it holds")
+        return super()._get(offset, dtype, count, override_order)
+
+
 class GGUFSource:
     """A GGUF file of one of the architectures in `gguf_config.ARCHITECTURES`.
 
@@ -37,12 +53,14 @@ class GGUFSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
+            self._fields = {name: field.contents() for name, field in self._reader.fields.items()}
         except Exception as error:  # the library raises whatever numpy does on a file that is cut short
             raise CorruptModelError(f"{path} is no whole GGUF file: {reason_of(error)}") from error
-        self._fields = {name: field.contents() for name, field in self._reader.fields.items()}
-        parts = self._fields.get("split.count", 1)
-        if parts and parts > 1:
+        parts = self._fields.get("split.count")
+        if parts is not None and not isinstance(parts, int):
+            raise CorruptModelError(f"{path} gives no whole number as split.count")
+        if parts is not None and parts > 1:
             raise UnsupportedModelError(
                 f"{path} is one of {parts} parts; join them with llama-gguf-split --merge, and name the file it writes"
             )
@@ -53,7 +71,7 @@ class GGUFSource:
                 f"{path} cannot be served: {odd.name} is in {odd.tensor_type.name}; "
                 f"{', '.join(kind.name for kind in (*_PLAIN, *BLOCK_TYPES))} are read, such as a file in Q8_0 or Q4_K_M"
             )
-        self.config: PretrainedConfig = config_of(path, self._fields, self._floats)
+        self.config: PretrainedConfig = config_of(path, self._fields, self._tensors, self._floats)
 
     @property
     def format(self) -> str:
@@ -94,18 +112,16 @@ class GGUFSource:
                     f"metadata makes it {list(wanted)}"
                 )
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        total = 0
-        for tensor in self._tensors.values():
-            if tensor.tensor_type in BLOCK_TYPES:
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
+        held: dict[str, int] = {}
+        for name, tensor in self._tensors.items():
+            if tensor.tensor_type in BLOCK_TYPES and name in self._names:
                 kind = BLOCK_TYPES[tensor.tensor_type]
                 in_features, *others = map(int, tensor.shape)
-                total += affine_bytes(
+                held[self._names[name]] = affine_bytes(
                     prod(others), in_features, bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets
                 )
-            else:
-                total += prod(map(int, tensor.shape)) * dtype.itemsize
-        return total
+        return shape.num_bytes(dtype, held)
 
     def stored_dtype(self) -> torch.dtype | None:
         kinds = {each.tensor_type for each in self._tensors.values() if len(each.shape) > 1}
@@ -113,10 +129,13 @@ class GGUFSource:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         auto_class: Any = AutoTokenizer  # untyped
+        self._require_known_splits()
         try:
-            tokenizer = auto_class.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, local_files_only=True, trust_remote_code=False
-            )
+            with TemporaryDirectory() as alone:  # tokenizer files that lie beside the model would go before its own
+                Path(alone, _ALONE).symlink_to(self.path.resolve())
+                tokenizer = auto_class.from_pretrained(
+                    alone, gguf_file=_ALONE, local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CorruptModelError(f"the tokenizer in {self.path} cannot be read: {reason_of(error)}") from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -125,6 +144,15 @@ class GGUFSource:
             )
         return tokenizer
 
+    def _require_known_splits(self) -> None:
+        """How byte-level BPE splits text into words is not in the file, but named; other splits give other tokens."""
+        name = self._fields.get("tokenizer.ggml.pre", "gpt-2")
+        if self._fields.get("tokenizer.ggml.model") == "gpt2" and name not in _SPLITS:
+            raise UnsupportedModelError(
+                f"{self.path} cannot be served: its tokenizer splits text as {name!r} does, which is not known; the "
+                "model's safetensors folder would work, with --quantize int8 or int4"
+            )
+
     def generation(self, mode: GenerationConfigMode) -> dict[str, Any]:
         return {}
 
@@ -132,7 +160,7 @@ class GGUFSource:
         return [self._fields.get(name) for name in ENDS]
 
     def fingerprint(self) -> str:
-        return files_fingerprint(b"gguf", [self.path])
+        return file_fingerprint(self.path)
 
     def file_states(self) -> list[FileState]:
         return states_of([self.path])

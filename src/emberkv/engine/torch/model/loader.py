@@ -169,7 +169,7 @@ def load_model(
     chosen = choose_dtype(dtype, source.stored_dtype(), target)
     if quantize != "none" and target.type != "cpu":
         raise ConfigError(f"--quantize is {quantize} and the device is {target}; it is for the CPU")
-    check_memory(path, source.num_bytes(chosen), chosen, target)
+    check_memory(path, source.num_bytes(shape, chosen), chosen, target)
     progress("loading the tokenizer")
     tokenizer = source.tokenizer()
     chat_problem = install_chat_template(tokenizer, path, chat_template)

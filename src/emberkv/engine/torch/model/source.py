@@ -24,7 +24,7 @@ from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, read_json, weight_files
 from emberkv.engine.torch.model.fingerprint import FileState, file_states, quantised_fingerprint, weights_fingerprint
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
-from emberkv.engine.torch.model.geometry import ModelShape
+from emberkv.engine.torch.model.geometry import MOST_LAYERS, ModelShape
 from emberkv.engine.torch.model.multimodal import TEXT_WEIGHTS, text_config, text_name
 from emberkv.engine.torch.quantization.methods import find_method
 from emberkv.engine.torch.quantization.on_load import IDENTITY, QuantizeName, RoundingConfig, rounded_bytes
@@ -61,11 +61,12 @@ class ModelSource(Protocol):
         ...
 
     def check(self, shape: ModelShape) -> None:
-        """Refuse tensors that the config wants in another shape, before memory is taken for them."""
+        """Refuse tensors that the config, of which ``shape`` is, wants in another shape, and quantised weights that do
+        not make up the model, before memory is taken for them."""
         ...
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """What the weights take in memory, with ``dtype`` for those that are not quantised."""
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
+        """What the weights take in memory, with ``dtype`` for those that are not quantised. shape: see `check`."""
         ...
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -143,24 +144,44 @@ class FolderSource:
         return self.method.held
 
     def check(self, shape: ModelShape) -> None:
-        for name, found in self._parameters().items():
-            wanted = shape.shapes.get(name, shape.shapes.get(f"{shape.prefix}{name}", found))
+        parameters = self._parameters()
+        for name, found in parameters.items():
+            known = shape.name_of(name)
+            wanted = found if known is None else shape.shapes[known]
             if wanted != found:
                 raise CorruptModelError(
                     f"the weights in {self.path} do not fit its config.json: {name} is stored as {list(found)}, "
                     f"and the config makes it {list(wanted)}"
                 )
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        if self._quantize != "none":
-            return sum(rounded_bytes(name, shape, dtype, self._quantize) for name, shape in self.stored.shapes.items())
-        plain, quantised = self._by_layer(self.stored.shapes)
-        total = sum(prod(self.stored.shapes[name]) for name in plain) * dtype.itemsize
         if self.method is not None:
-            for layer, parts in quantised.items():
-                *experts, out_features, in_features = self.method.shape(layer, self._shapes(parts))
-                total += prod(experts) * self.method.num_bytes(out_features, in_features)
-        return total
+            stored = {shape.name_of(name) for name in parameters}
+            self._require_all(sorted(shape.parameters - shape.shared - stored), self.method)
+
+    def _require_all(self, missing: list[str], method: Method) -> None:
+        """Nothing converts the names of a quantised checkpoint, as transformers does those of a plain one."""
+        if any(".experts." in name for name in missing):
+            raise UnsupportedModelError(
+                f"{self.path} cannot be served: its weights are {method.label}, in which the experts of "
+                f"{self.config.model_type} are not read; the model's plain weights would work, with --quantize int8 or "
+                "int4 for all but the experts"
+            )
+        if missing:
+            raise CorruptModelError(
+                f"the weights in {self.path} lack {_some(missing)}; the config needs every tensor of the model"
+            )
+
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
+        if self._quantize != "none":
+            return shape.num_bytes(dtype, rounded_bytes(shape.linears, shape.output, self._quantize))
+        held: dict[str, int] = {}
+        if self.method is not None:
+            for layer, parts in self._by_layer(self.stored.shapes)[1].items():
+                name = shape.name_of(text_name(self.method.parameter(layer)))
+                if name is not None:
+                    *experts, out_features, in_features = self.method.shape(layer, self._shapes(parts))
+                    held[name] = prod(experts) * self.method.num_bytes(out_features, in_features)
+        return shape.num_bytes(dtype, held)
 
     def stored_dtype(self) -> torch.dtype | None:
         stated = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else None
@@ -278,6 +299,10 @@ def _read_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
             f"{model_type} cannot be served: this version of transformers does not know it, and code that comes "
             "with a model is never run"
         )
+    for each in (raw, raw.get("text_config")):
+        layers = each.get("num_hidden_layers") if isinstance(each, Mapping) else None
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # some configs make lists of that length
+            raise CorruptModelError(f"{path} gives {layers} layers; at most {MOST_LAYERS} are built")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the architecture's own code, on unchecked values
@@ -310,5 +335,10 @@ def _require_complete(folder: Path, report: dict[str, Any]) -> None:
     """Refuse what transformers would fill with random numbers after a warning."""
     missing = sorted(report["missing_keys"])
     if missing:
-        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CorruptModelError(f"the weights in {folder} lack {named}; the config needs every tensor of the model")
+        raise CorruptModelError(
+            f"the weights in {folder} lack {_some(missing)}; the config needs every tensor of the model"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

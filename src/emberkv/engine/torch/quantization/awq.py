@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.torch.quantization.stored import (
+    WORDS,
     LinearLayers,
     StoredWeight,
     affine_bytes,
@@ -60,9 +61,9 @@ class AWQ(LinearLayers):
         return affine_bytes(out_features, in_features, bits=4, group=self.group, has_offsets=True)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
-        codes = _unpacked(required(layer, stored, "qweight"))
+        codes = _unpacked(required(layer, stored, "qweight", *WORDS))
         scales = required(layer, stored, "scales").t()
-        return StoredWeight(from_unsigned(codes, scales, _unpacked(required(layer, stored, "qzeros")), 4))
+        return StoredWeight(from_unsigned(codes, scales, _unpacked(required(layer, stored, "qzeros", *WORDS)), 4))
 
 
 def _unpacked(packed: Tensor) -> Tensor:

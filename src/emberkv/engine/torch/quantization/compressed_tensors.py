@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emberkv.engine.torch.quantization.fp8 import scaled_blocks
 from emberkv.engine.torch.quantization.stored import (
+    WORDS,
     LinearLayers,
     StoredWeight,
     affine_bytes,
@@ -79,6 +81,12 @@ class CompressedTensors(LinearLayers):
     def _codes(self) -> str:
         return "weight_packed" if self.packed else "weight"
 
+    @property
+    def _types(self) -> tuple[torch.dtype, ...]:
+        if self.packed:
+            return WORDS
+        return (torch.float8_e4m3fn,) if self.is_float else (torch.int8,)
+
     def shape(self, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         out_features, stored = shapes[self._codes]
         return out_features, stored * (32 // self.bits if self.packed else 1)
@@ -89,7 +97,10 @@ class CompressedTensors(LinearLayers):
         return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight | Tensor:
-        codes, scales = required(layer, stored, self._codes), required(layer, stored, "weight_scale").float()
+        codes, scales = (
+            required(layer, stored, self._codes, *self._types),
+            required(layer, stored, "weight_scale").float(),
+        )
         if self.is_float:
             return scaled_blocks(layer, codes, scales)
         if "weight_g_idx" in stored:

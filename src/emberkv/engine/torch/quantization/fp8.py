@@ -48,7 +48,7 @@ class FP8(LinearLayers):
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> Tensor:
         scales = stored["weight_scale_inv"] if "weight_scale_inv" in stored else required(layer, stored, "weight_scale")
-        return scaled_blocks(layer, required(layer, stored, "weight"), scales.float(), self.block)
+        return scaled_blocks(layer, required(layer, stored, "weight", torch.float8_e4m3fn), scales.float(), self.block)
 
 
 def scaled_blocks(name: str, weight: Tensor, scales: Tensor, block: tuple[int, ...] = ()) -> Tensor:

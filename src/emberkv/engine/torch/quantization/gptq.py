@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.torch.quantization.stored import (
+    WORDS,
     LinearLayers,
     StoredWeight,
     affine_bytes,
@@ -70,9 +71,9 @@ class GPTQ(LinearLayers):
         return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
-        codes = unpack(required(layer, stored, "qweight"), self.bits, dim=0).t()
+        codes = unpack(required(layer, stored, "qweight", *WORDS), self.bits, dim=0).t()
         scales = required(layer, stored, "scales").t()
-        zeros = unpack(required(layer, stored, "qzeros"), self.bits, dim=1).t()[: codes.shape[0]]
+        zeros = unpack(required(layer, stored, "qzeros", *WORDS), self.bits, dim=1).t()[: codes.shape[0]]
         if self.zeros_less_one:
             zeros = (zeros + 1) & (2**self.bits - 1)
         order = _order(layer, stored.get("g_idx"), codes.shape[1], scales.shape[1])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from emberkv.engine.torch.quantization.stored import (
+    WORDS,
     LinearLayers,
     StoredWeight,
     affine_bytes,
@@ -65,7 +66,7 @@ class MLX(LinearLayers):
         return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=True)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
-        packed, scales = required(layer, stored, "weight"), required(layer, stored, "scales").float()
+        packed, scales = required(layer, stored, "weight", *WORDS), required(layer, stored, "scales").float()
         bits = self._bits(layer)
         middle = 2 ** (bits - 1)
         codes = unpack(packed, bits, dim=1) - middle

@@ -40,7 +40,7 @@ class MXFP4:
         return 2 * out_features * in_features
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> Tensor:
-        blocks, scales = required(layer, stored, "blocks"), required(layer, stored, "scales")
+        blocks, scales = (required(layer, stored, part, torch.uint8) for part in ("blocks", "scales"))
         experts = [read_mxfp4(*each).dequantised(torch.bfloat16) for each in zip(blocks, scales, strict=True)]
         return torch.stack(experts).transpose(1, 2).contiguous()
 

@@ -3,11 +3,9 @@
 It is a quantizer of transformers' own interface, so that the names and conversions of every architecture are its.
 """
 
-from collections.abc import Callable
-from math import prod
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -15,8 +13,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emberkv.engine.torch.layers import linear_parts
+from emberkv.engine.torch.layers import linear_parts, output_layer
 from emberkv.engine.torch.quantization.linear import replace_linears
+from emberkv.engine.torch.quantization.stored import affine_bytes
 from emberkv.engine.torch.quantization.weight import (
     DEFAULT_GROUP,
     Bits,
@@ -70,11 +69,11 @@ class RoundingQuantizer(HfQuantizer):
         return _Round(self)
 
     def bits_of(self, model: PreTrainedModel, layer: str) -> Bits:
-        return _OUTPUT_BITS if model.get_submodule(layer) is _output_layer(model) else self.config.bits
+        return _OUTPUT_BITS if model.get_submodule(layer) is output_layer(model) else self.config.bits
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         """Put the rounded weights in. An output layer that shares the embedding's gets a rounded copy of its own."""
-        output = _output_layer(model)
+        output = output_layer(model)
         parts = None if output is None else linear_parts(output)
         name = next((name for name, module in model.named_modules() if module is output), None)
         if parts is not None and name is not None and name not in self.rounded and can_quantise(tuple(parts[0].shape)):
@@ -121,18 +120,14 @@ class _Round(ConversionOps):
         return {}
 
 
-def _output_layer(model: PreTrainedModel) -> nn.Module | None:
-    untyped: Any = model
-    found: nn.Module | None = untyped.get_output_embeddings()
-    return found
+def rounded_bytes(linears: Mapping[str, tuple[int, ...]], output: str | None, quantize: str) -> dict[str, int]:
+    """What the weights that are rounded take, by name. In 4 bits a group has an offset, as most layers' have.
 
-
-def rounded_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quantize: str) -> int:
-    """Of a stored tensor, once it is loaded. Codes have a scale and, in 4 bits, an offset for each group.
-
-    Embeddings are kept in ``dtype``.
+    linears: ``(out, in)`` of all linear layers' weights. output: the name of the output layer's.
     """
-    values, bits = prod(shape), _BITS[quantize]
-    if not can_quantise(shape) or "embed" in name:
-        return values * dtype.itemsize
-    return values * bits // 8 + values // DEFAULT_GROUP * (4 if bits == 8 else 8)
+    found: dict[str, int] = {}
+    for name, shape in linears.items():
+        if can_quantise(shape):
+            bits = _OUTPUT_BITS if name == output else _BITS[quantize]
+            found[name] = affine_bytes(*shape, bits=bits, group=DEFAULT_GROUP, has_offsets=bits == 4)
+    return found

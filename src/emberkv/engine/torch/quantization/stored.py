@@ -85,6 +85,10 @@ class LinearLayers:
         return f"{layer}.weight"
 
 
+WORDS = (torch.int32, torch.uint32)
+"""In what packed integers are stored."""
+
+
 def unpack(packed: Tensor, bits: int, *, dim: int) -> Tensor:
     """int16: the unsigned integers that lie in 32-bit words along ``dim`` of a matrix, the lowest bits first."""
     per_word = 32 // bits
@@ -121,11 +125,16 @@ def affine_bytes(out_features: int, in_features: int, *, bits: int, group: int, 
     return out_features * (in_features * max(bits, 4) // 8 + groups * 4 * (1 + has_offsets))
 
 
-def required(name: str, stored: Mapping[str, Tensor], part: str) -> Tensor:
-    """Raises CorruptModelError where a layer lacks a tensor."""
+def required(name: str, stored: Mapping[str, Tensor], part: str, *types: torch.dtype) -> Tensor:
+    """Raises CorruptModelError where a layer lacks a tensor, or has it in none of ``types``; no types: in any."""
     if part not in stored:
         raise CorruptModelError(f"the layer {name} has {', '.join(sorted(stored))}, but no {part}")
-    return stored[part]
+    found = stored[part]
+    if types and found.dtype not in types:
+        raise CorruptModelError(
+            f"the layer {name} has its {part} in {found.dtype}; it must be {' or '.join(map(str, types))}"
+        )
+    return found
 
 
 def refuse(method: str, reason: str, would_work: str) -> UnsupportedModelError:

@@ -1,0 +1,49 @@
+"""What a source says that its weights take is what they take once they are loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from emberkv.engine.torch.model.geometry import inspect_model
+from emberkv.engine.torch.model.loader import load_model, open_source
+from emberkv.engine.torch.quantization.layers import QuantizedEmbedding
+from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.on_load import QuantizeName
+from tests.conftest import CheckpointFactory
+from tests.quantized_models import quantised_model
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Of all values, those that several layers share once."""
+    held: list[Tensor | None] = list(model.state_dict().values())
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            held += [module.quantized.codes, module.quantized.scales, module.quantized.offsets]
+            held += [module.bias] if isinstance(module, QuantizedLinear) else []
+    return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in held if each is not None}.values())
+
+
+def stated_bytes(path: Path, quantize: QuantizeName = "none") -> int:
+    source = open_source(path, quantize)
+    return source.num_bytes(inspect_model(source.config), torch.bfloat16)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gpt2", "mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_of_plain_weights_and_of_those_that_are_rounded(
+    checkpoint: CheckpointFactory, arch: str, quantize: QuantizeName
+) -> None:
+    loaded = load_model(str(checkpoint(arch)), dtype="bfloat16", device="cpu", quantize=quantize)
+    # some models keep a few buffers in float32
+    assert stated_bytes(checkpoint(arch), quantize) == pytest.approx(held_bytes(loaded.model), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "source", ["gptq", "awq", "compressed-int8", "mlx-4", "fp8", "mxfp4", "gguf-q8_0", "gguf-q4_1"]
+)
+def test_of_quantised_weights(tmp_path: Path, source: str) -> None:
+    path, _ = quantised_model(source, tmp_path)
+    loaded = load_model(str(path), dtype="bfloat16", device="cpu")
+    assert stated_bytes(path) == held_bytes(loaded.model)
