@@ -99,6 +99,18 @@ def test_scales_of_any_size_are_held(kernels: Kernels, bits: Bits) -> None:
     assert bool(((got - expected).norm(dim=0) < 1e-3 * expected.norm(dim=0)).all())
 
 
+def test_an_output_whose_weights_are_all_the_same_keeps_its_offset(kernels: Kernels) -> None:
+    """Its scales are zero, so that no factor of theirs holds it."""
+    weight = weight_of(4, 32, True, 20, 64)
+    assert weight.offsets is not None
+    weight.scales[3], weight.offsets[3] = 0.0, 0.75
+    inputs = values(5, 64, seed=1)
+    got = NativeLinear(kernels, weight, None, torch.float32)(inputs)
+    expected = inputs.double() @ weight.dequantised().double().t()
+    assert relative_error(got[:, 3], expected[:, 3]) < 1e-4
+    assert relative_error(got, expected) < 5e-5
+
+
 def test_a_packed_weight_takes_the_bytes_of_its_codes_and_scales(kernels: Kernels) -> None:
     columns = kernels.columns
     weight = weight_of(8, 32, False, 3 * columns + 1, 64)

@@ -216,7 +216,8 @@ def find_decoder(model: Any, pool: KVPool, kernels: Kernels) -> NativeDecoder | 
     limit = pool.geometry.context_length
     tables = {each: _Rotation(rotary, each, pool.dtype, limit) for each in set(types)}
     rotations = [tables[each] for each in types]
-    if not _fits(found, rotations, pool, norm, output):
+    width = embedding(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    if width != norm.scale.numel() or not _fits(found, rotations, pool, norm, output):
         return None
     softcap = getattr(model.config, "final_logit_softcapping", None)
     return NativeDecoder(kernels, pool, embedding, found, rotations, norm, output, softcap)

@@ -58,7 +58,7 @@ inline void likeliest_of_row(const LikeliestCall& call, int row) {
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_likeliest(const LikeliestCall* call) {
-    const int threads = std::min(call->threads, call->rows);
+    const int threads = std::clamp(call->rows, 1, call->threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int row = 0; row < call->rows; row++) emberkv::likeliest_of_row(*call, row);
 }

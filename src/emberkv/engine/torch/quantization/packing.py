@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from emberkv.engine.torch.quantization.weight import GROUPS, QuantizedWeight
-from emberkv.errors import UnsupportedModelError
 
 _SLICE = 4096
 """Outputs that are arranged at a time, so that a large weight is not held several times over."""
 
-_EXPONENT = 0x7F800000
-"""The bits of an fp32 value that hold its exponent."""
+_LARGEST_OFFSET = 2.0**15
+"""Of offsets in fp16, in units of their output's factor."""
 
 
 def kernel_group(weight: QuantizedWeight) -> int:
@@ -29,11 +28,9 @@ def packed_bytes(weight: QuantizedWeight, columns: int) -> int:
 def pack(weight: QuantizedWeight, columns: int) -> Tensor:
     """uint8 ``[groups of outputs, bytes]``, for ``columns`` outputs each, of which those beyond the last are zeros.
 
-    An output's scales and offsets become fp16 beside one factor for all of them, the power of two at or below its
+    An output's scales and offsets become fp16 beside one factor for all of them, the power of two at or above its
     largest scale: they lose one part in 2048 at most. Those that came from fp16 lose nothing unless those of one output
-    differ by more than 2^14.
-
-    Raises UnsupportedModelError for an offset that is more than 32,768 times its output's largest scale.
+    differ by more than 2^14. Where an offset is more than 32,768 times that power, the factor is larger.
     """
     weight = weight.with_group(kernel_group(weight))
     groups = -(-weight.out_features // columns)
@@ -47,18 +44,14 @@ def pack(weight: QuantizedWeight, columns: int) -> Tensor:
 
 
 def _packed(weight: QuantizedWeight, columns: int) -> Tensor:
-    factors = torch.exp2(torch.ceil(torch.log2(weight.scales.abs().amax(dim=1).clamp_min(2.0**-126)))).clamp_max(
-        2.0**126
-    )
+    largest = weight.scales.abs().amax(dim=1)
+    if weight.offsets is not None:
+        largest = largest.maximum(weight.offsets.abs().amax(dim=1) / _LARGEST_OFFSET)
+    factors = largest.clamp_min(2.0**-126).log2().ceil().exp2().clamp_max(2.0**126)
     codes = _steps(weight)
     parts = [_by_column(codes, columns), _by_column(_halves(weight.scales / factors[:, None]), columns)]
     if weight.offsets is not None:
-        offsets = weight.offsets / factors[:, None]
-        if bool(offsets.abs().amax() > 2**15):
-            raise UnsupportedModelError(
-                "a quantised weight has offsets far larger than its scales; serve it unquantised"
-            )
-        parts.append(_by_column(_halves(offsets), columns))
+        parts.append(_by_column(_halves(weight.offsets / factors[:, None]), columns))
     groups = torch.cat([part.flatten(2) for part in parts], dim=2).flatten(1)
     return torch.cat([_filled(factors, columns).view(-1, columns).view(torch.uint8), groups], dim=1)
 
