@@ -316,3 +316,15 @@ def test_input_items_come_in_pages(client: Client) -> None:
     assert (unknown.status_code, openai_error(unknown)["param"]) == (400, "after")
     nothing = client.get(path, params={"limit": 0})
     assert (nothing.status_code, openai_error(nothing)["param"]) == (400, "limit")
+
+
+def test_input_items_with_unusable_ids_are_numbered_so_that_all_pages_are_reached(client: Client) -> None:
+    given = [{"role": "user", "content": str(at), "id": own} for at, own in enumerate(("x", "x", None, 5))]
+    path = f"{PATH}/{send(client, input=given).json()['id']}/input_items"
+    found: list[str] = []
+    for _ in given:
+        after = {"after": found[-1]} if found else {}
+        page = client.get(path, params={"limit": 1, "order": "asc", **after}).json()
+        found.append(page["last_id"])
+    assert found == ["x", "item_1", "item_2", "item_3"]
+    assert not page["has_more"]

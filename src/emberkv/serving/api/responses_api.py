@@ -145,12 +145,22 @@ def _stored_item(item_id: str, tenant: str, store: ResponseStore) -> Json | None
     return next((item for item in output if item["id"] == item_id), None)
 
 
+def _with_ids(items: Iterable[Json]) -> list[Json]:
+    """The items, each with an id that no other has, so that every page has a next one."""
+    named: dict[str, Json] = {}
+    for at, item in enumerate(items):
+        own = item.get("id")
+        item_id = own if isinstance(own, str) and own not in named else f"item_{at}"
+        named[item_id] = {**item, "id": item_id}
+    return list(named.values())
+
+
 def _page_of(found: StoredResponse, query: PageQuery) -> Json:
-    """A page of the input items. Items that came without an id are numbered.
+    """A page of the input items. Items that came without an id of their own are numbered.
 
     Raises RequestError if there is no item with the id ``query.after``.
     """
-    items = [{"id": f"item_{at}", **item} for at, item in enumerate(found.conversation[: found.input_items])]
+    items = _with_ids(found.conversation[: found.input_items])
     if query.order == "desc":
         items.reverse()
     begin = 0
