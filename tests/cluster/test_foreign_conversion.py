@@ -156,6 +156,15 @@ def test_an_answer_without_choices_is_retried_elsewhere_and_else_an_error(
 
 
 @on_a_loop
+async def test_a_request_for_no_tokens_has_none_whatever_the_worker_gives() -> None:
+    message = {"content": "I", "tool_calls": [{"id": "c", "function": {"name": "read", "arguments": "{}"}}]}
+    async with served(FakeOpenAI(message=message)) as it:
+        answer = (await it.ask({**MESSAGES, "max_tokens": 0}, "/v1/messages")).json()
+        assert sent(it)["max_tokens"] == 1
+        assert (answer["content"], answer["stop_reason"]) == ([], "max_tokens")
+
+
+@on_a_loop
 async def test_an_invalid_request_is_refused_here() -> None:
     async with served(FakeOpenAI()) as it:
         answer = await it.ask({**MESSAGES, "messages": []}, "/v1/messages")

@@ -105,6 +105,9 @@ class ChatAnswer:
         self.reasoning_tokens = reasoning if type(reasoning) is int else 0
 
     def _read(self, choice: Json, part: Any) -> None:
+        if self.silent:  # the worker was asked for the one token that it has to give
+            self.finish_reason = FinishReason.LENGTH
+            return
         given = part if isinstance(part, dict) else {}
         reasoning = next((text for name in _REASONING if isinstance(text := given.get(name), str) and text), "")
         content = given.get("content")
