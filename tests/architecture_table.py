@@ -28,7 +28,8 @@ def table() -> str:
 def _features(shape: ModelShape) -> list[str]:
     layers = shape.geometry.layers
     known = {
-        "sliding windows": any(layer.sliding_window for layer in layers),
+        "sliding windows": any(layer.window and not layer.window.chunked for layer in layers),
+        "chunked attention": any(layer.window and layer.window.chunked for layer in layers),
         "soft caps": any(layer.softcap for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
         "latent KV (MLA)": any("kv_b_proj" in name for name in shape.shapes),

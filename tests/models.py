@@ -93,6 +93,18 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         },
     },
     "stablelm": _WIDE,
+    "llama4_text": {
+        **_WIDE,
+        **_SOME_EXPERTS,
+        "num_hidden_layers": 3,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 40,
+        "floor_scale": 16,
+        "attn_scale": 0.5,
+    },
     "deepseek_v3": {
         **_WIDE,
         "head_dim": 8,
@@ -131,7 +143,7 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 BY_CHUNKS = frozenset[str]()
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
 
-MULTIMODAL = ("gemma3", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+MULTIMODAL = ("gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 """Multimodal models whose text model must be served."""
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -142,7 +154,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_WIDE, **_EXPERTS, "layer_types": ["linear_attention", "full_attention"],
                    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
                    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32},
-    "llama4_text": {**_WIDE, **_EXPERTS, "intermediate_size_mlp": 64},
     "gemma3n_text": {**_WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 64,
                      "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,

@@ -1,4 +1,4 @@
-"""Activations whose bits depend on nothing but the element: not on its neighbours, nor on the number of threads."""
+"""Activations and rotations whose bits depend on the element alone, not on its neighbours or the number of threads."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from emberkv.engine.torch.layers import BatchInvariantActivation, wrap_activations
+from emberkv.engine.torch.layers import BatchInvariantActivation, ComplexRotation, wrap_activations, wrap_rotations
+from tests.engine.conftest import ModelFactory
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 8])
@@ -38,3 +39,20 @@ def test_every_activation_is_wrapped_once() -> None:
     assert wrap_activations(model) == 2
     assert wrap_activations(model) == 0
     assert [type(module) for module in model] == [nn.Linear, BatchInvariantActivation, nn.Sequential, nn.PReLU]
+
+
+def test_a_rotation_by_complex_numbers_rounds_alike_wherever_it_is_in_a_vector() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, rotation = (torch.randn(4099, dtype=torch.complex64, generator=generator) for _ in range(2))
+    exact = rotation.as_subclass(ComplexRotation)
+    together, alone = rows * exact, torch.cat([rows[i : i + 1] * exact[i : i + 1] for i in range(len(rows))])
+    assert type(together) is torch.Tensor
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(together, rows * rotation)
+
+
+@pytest.mark.parametrize("arch", ["deepseek_v2", "llama4_text"])
+def test_models_that_rotate_by_complex_numbers_use_them(paged: ModelFactory, arch: str) -> None:
+    model = paged(arch).model
+    assert wrap_rotations(model) == 1
+    assert type(model.model.rotary_emb(torch.empty(1, 1), torch.tensor([[3]]))) is ComplexRotation

@@ -12,9 +12,9 @@ from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.latent import use_latents
-from emberkv.engine.torch.attention.paged_attention import AttentionBackend, Run, attention_step
+from emberkv.engine.torch.attention.paged_attention import AttentionBackend, PassedPositions, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
-from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations
+from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations, wrap_rotations
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
 from emberkv.engine.torch.native.decoder import NativeDecoder, find_decoder
@@ -126,7 +126,9 @@ class TorchEngine:
         pack_linears(self._model)
         if self._device.type == "cpu":
             wrap_activations(self._model)
+            wrap_rotations(self._model)
             release_checkpoint(self._model)
+        self._asks_cache = PassedPositions.wanted_by(self._model)
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
         wanted = block_size if self.kernels is not None else tile
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
@@ -140,6 +142,13 @@ class TorchEngine:
             self._attention = self._make_attention()
         progress("self-check 3 of 4: decode against prefill")
         self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
+
+    @property
+    def _base(self) -> torch.nn.Module:
+        """The model without its output layer."""
+        model = self._model
+        base: torch.nn.Module = model.model if model.base_model is model else model.base_model
+        return base
 
     def _make_attention(self) -> AttentionBackend:
         if self.kernels is not None:
@@ -215,15 +224,18 @@ class TorchEngine:
         if self.decoder is not None and isinstance(step, NativeStep):
             return self.decoder.forward(step, tokens)
         padding = rounded_rows(len(tokens)) - len(tokens) if self._packed else 0
-        arguments = {
+        position_ids = torch.tensor([positions + [0] * padding], device=self._device)
+        arguments: dict[str, object] = {
             "input_ids": torch.tensor([tokens + [0] * padding], device=self._device),
-            "position_ids": torch.tensor([positions + [0] * padding], device=self._device),
+            "position_ids": position_ids,
             "use_cache": False,
         }
+        if self._asks_cache:
+            arguments["past_key_values"] = PassedPositions(position_ids)
         with attention_step(step):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
-                self._model.base_model(**arguments)
+                self._base(**arguments)
                 return torch.empty(
                     (0, self.loaded.geometry.vocab_size), dtype=self.loaded.dtypes.activations, device=self._device
                 )

@@ -6,6 +6,7 @@ rows. Elementwise functions compute in vectors, and by another routine, which ro
 vector at the end of each thread's share. Where the shares end depends on the number of elements and threads.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -175,3 +176,35 @@ def wrap_activations(model: nn.Module) -> int:
                 setattr(parent, name, BatchInvariantActivation(child))
                 wrapped += 1
     return wrapped
+
+
+class ComplexRotation(Tensor):
+    """Rotations as complex numbers, by which queries and keys are multiplied (DeepSeek V2, Llama 4).
+
+    torch rounds a complex product differently in what is left over of a vector; products and sums of real numbers are
+    the same everywhere.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.mul, Tensor.mul, Tensor.__mul__):
+            with torch._C.DisableTorchFunctionSubclass():
+                real, imaginary = torch.view_as_real(args[0]).unbind(-1)
+                cos, sin = torch.view_as_real(args[1].as_subclass(Tensor)).unbind(-1)
+                return torch.complex(real * cos - imaginary * sin, real * sin + imaginary * cos)
+        plain: Callable[..., Any] = super().__torch_function__  # untyped
+        return plain(func, types, args, kwargs or {})
+
+
+def wrap_rotations(model: nn.Module) -> int:
+    """Have rotary embeddings give a `ComplexRotation` where they give complex numbers. Returns how many there are."""
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    for module in found:
+        module.register_forward_hook(_as_rotation)
+    return len(found)
+
+
+def _as_rotation(_module: nn.Module, _inputs: object, out: object) -> Tensor | None:
+    return out.as_subclass(ComplexRotation) if isinstance(out, Tensor) and out.is_complex() else None

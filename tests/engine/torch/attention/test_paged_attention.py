@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import LayerCall, shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import LayerCall, Window, shared_prefixes
 from emberkv.engine.torch.attention.torch_attention import DecodeStep, PrefillStep, bucket_by_length
 from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 from emberkv.errors import ConfigError
@@ -38,7 +38,10 @@ def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     groups = queries.shape[1] // keys.shape[1]
     out = torch.empty_like(queries)
     for at in range(len(queries)):
-        first = 0 if call.window is None else max(0, at - call.window + 1)
+        first = 0
+        if call.window is not None:
+            size, chunked = call.window
+            first = at - at % size if chunked else max(0, at - size + 1)
         for head in range(queries.shape[1]):
             seen = slice(first, at + 1)
             scores = keys[seen, head // groups] @ queries[at, head] * call.scale
@@ -87,9 +90,11 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("window", [None, 1, 5, TILE, 11, 100])
+@pytest.mark.parametrize(
+    "window", [None, *map(Window, (1, 5, TILE, 11, 100)), Window(5, chunked=True), Window(11, chunked=True)]
+)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_prefill(dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, softcap: float | None) -> None:
+def test_prefill(dtype: torch.dtype, heads: int, kv_heads: int, window: Window | None, softcap: float | None) -> None:
     rng = random.Random(0)
     call = LayerCall(1, 0.4, window, softcap)
     for length, cuts in [(1, [1]), (7, [7]), (16, [16]), (29, [29]), (29, [8, 29]), (37, [16, 32, 37]), (33, [24, 33])]:
@@ -99,10 +104,10 @@ def test_prefill(dtype: torch.dtype, heads: int, kv_heads: int, window: int | No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5, 11])
+@pytest.mark.parametrize("window", [None, Window(5), Window(11), Window(5, chunked=True)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_prefill_gives_the_same_bits_however_it_is_cut(
-    dtype: torch.dtype, window: int | None, softcap: float | None
+    dtype: torch.dtype, window: Window | None, softcap: float | None
 ) -> None:
     call = LayerCall(0, 0.4, window, softcap)
     results = []
@@ -130,11 +135,11 @@ def decode(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("window", [None, 1, 5, 11, 100])
+@pytest.mark.parametrize("window", [None, *map(Window, (1, 5, 11, 100)), Window(5, chunked=True)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("lengths", [[1], [4, 5], [3, 8, 9, 41, 40, 1]], ids=str)
 def test_decode(
-    dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, softcap: float | None, lengths: list[int]
+    dtype: torch.dtype, heads: int, kv_heads: int, window: Window | None, softcap: float | None, lengths: list[int]
 ) -> None:
     pool = empty_pool(heads, kv_heads, dtype)
     block_ids = iter(scattered(random.Random(0), pool, pool.num_blocks * BLOCK))
@@ -162,16 +167,16 @@ def family(pool: KVPool, stems: list[int], tails: list[list[int]], dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 7, 1000])
+@pytest.mark.parametrize("window", [None, Window(7), Window(1000), Window(1000, chunked=True)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_decode_over_shared_prefixes(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+def test_decode_over_shared_prefixes(dtype: torch.dtype, window: Window | None, softcap: float | None) -> None:
     pool = empty_pool(4, 2, dtype)
     sequences = family(pool, [24, 16, 12], [[1, 4, 13], [2, 30], [5]], dtype)
     step, ours, theirs = decode(sequences, pool, LayerCall(0, 0.4, window, softcap), min_shared=16)
     close(ours, theirs, dtype)
     shared = [group for groups, _ in step._layouts.values() for group in groups]
     members = [group.members.tolist() for group in shared]
-    assert members == ([[0, 1, 2], [3, 4]] if window != 7 and softcap is None else [])
+    assert members == ([[0, 1, 2], [3, 4]] if window != Window(7) and softcap is None else [])
 
 
 SINKS = torch.tensor([-40.0, -1.0, 2.5, 30.0])
@@ -179,9 +184,9 @@ SINKS = torch.tensor([-40.0, -1.0, 2.5, 30.0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", [None, Window(7)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_sinks_take_part_in_the_softmax(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+def test_sinks_take_part_in_the_softmax(dtype: torch.dtype, window: Window | None, softcap: float | None) -> None:
     """In prefill, in a decode of one sequence, and in decodes over prefixes that are shared or not."""
     call = LayerCall(0, 0.4, window, softcap, SINKS)
     pool = empty_pool(4, 2, dtype)

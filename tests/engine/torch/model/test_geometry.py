@@ -20,7 +20,6 @@ REASONS = {
     "jamba": "jamba .*'linear_attention'",
     "bamba": "bamba .*'linear_attention'",
     "qwen3_next": "qwen3_next .*'linear_attention'",
-    "llama4_text": "'chunked_attention'",
     "gemma3n_text": "2 of its layers share the KV",
     "bloom": "BloomAttention does not go through",
     "t5": "t5 .*encoder-decoder",

@@ -33,7 +33,7 @@ def test_every_served_architecture_loads(checkpoint: CheckpointFactory, arch: st
     kv_heads = 4 if arch == "gpt2" else 2
     assert (geometry.num_heads, geometry.num_kv_heads, geometry.head_dim) == (4, kv_heads, 16)
     assert (geometry.vocab_size, loaded.context_length) == (VOCAB_SIZE, CONTEXT)
-    windows = tuple(layer.sliding_window for layer in geometry.layers)
+    windows = tuple(layer.window and layer.window.size for layer in geometry.layers)
     assert windows == EXPECTED_WINDOWS.get(arch, (None, None))
     assert {layer.softcap for layer in geometry.layers} == {50.0 if arch == "gemma2" else None}
     assert {layer.scaling for layer in geometry.layers} == {0.25}

@@ -18,7 +18,7 @@ TEXT = {**ALSO_SUPPORTED["qwen3_moe"], "bos_token_id": 0, "eos_token_id": 0, "pa
 VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14, "depth": 1, "num_heads": 2, "embed_dim": 32, "out_hidden_size": 64,
-    "deepstack_visual_indexes": [0],
+    "deepstack_visual_indexes": [0], "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
 }  # fmt: skip
 THREE_AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
@@ -29,7 +29,7 @@ def write(model_type: str, folder: Path, **settings: Any) -> PreTrainedModel:
     changed = {name: value for name, value in TEXT.items() if name in usual["text_config"] or name == "head_dim"}
     if "_vl" in model_type:
         changed["rope_parameters"] = THREE_AXES
-    left_out = ("layer_types", "rope_parameters", "image_token_id")
+    left_out = ("layer_types", "no_rope_layers", "moe_layers", "rope_parameters", "image_token_id")
     kept = {name: value for name, value in usual["text_config"].items() if name not in left_out}
     usual["text_config"] = kept | changed
     usual["vision_config"] |= {name: value for name, value in VISION.items() if name in usual["vision_config"]}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import LayerCall, Run
+from emberkv.engine.torch.attention.paged_attention import LayerCall, Run, Window
 from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 from emberkv.engine.torch.native.attention import NativeStep
 from emberkv.engine.torch.native.kernels import Kernels
@@ -103,10 +103,16 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 8), (4, 2, 20), (6, 1, 64), (7, 1, 80), (2, 1, 136)])
-@pytest.mark.parametrize("window", [None, 1, 5, 100, 300])
+@pytest.mark.parametrize("window", [None, *map(Window, (1, 5, 100, 300)), Window(100, chunked=True)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_it_is_attention(
-    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None
+    kernels: Kernels,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: Window | None,
+    softcap: float | None,
 ) -> None:
     call = LayerCall(1, dim**-0.5, window, softcap)
     pool = pool_of(heads, kv_heads, dim, dtype)
@@ -114,10 +120,10 @@ def test_it_is_attention(
     close(cut(pool, kernels, call, whole, [1, 40, 300]), written_out(call, whole.q, whole.k, whole.v))
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [None, Window(100), Window(100, chunked=True)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_sinks_take_part_in_the_softmax(
-    kernels: Kernels, dtype: torch.dtype, window: int | None, softcap: float | None
+    kernels: Kernels, dtype: torch.dtype, window: Window | None, softcap: float | None
 ) -> None:
     """From one that weighs nothing to one that takes almost all of its head's weight."""
     call = LayerCall(1, 0.25, window, softcap, torch.tensor([-40.0, -1.0, 2.5, 30.0]))
@@ -161,7 +167,12 @@ def test_blocks_of_any_size_give_the_same_bits(kernels: Kernels, dtype: torch.dt
 @given(st.data())
 def test_a_row_has_the_same_bits_however_a_text_is_cut(kernels: Kernels, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    call = LayerCall(1, 0.2, data.draw(st.sampled_from([None, 7, 290])), data.draw(st.sampled_from([None, 3.0])))
+    call = LayerCall(
+        1,
+        0.2,
+        data.draw(st.sampled_from([None, Window(7), Window(290), Window(290, chunked=True)])),
+        data.draw(st.sampled_from([None, 3.0])),
+    )
     length = data.draw(st.integers(2, 2 * kernels.span + 50))
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6)))
     at_once, in_pieces = pool_of(4, 2, 16, kind), pool_of(4, 2, 16, kind)
@@ -262,11 +273,11 @@ def test_queries_of_another_type_than_the_pool_are_refused(kernels: Kernels, dty
         step.attend(CALL, whole.q.double(), whole.k, whole.v)
 
 
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("window", [None, Window(100), Window(100, chunked=True)])
 @pytest.mark.parametrize("wanted", [[], [699], [0, 5, 650, 700, 701, 720]])
 @pytest.mark.parametrize("count", [1, 16])
 def test_the_last_layer_attends_for_the_wanted_rows_only(
-    kernels: Kernels, dtype: torch.dtype, threads: None, window: int | None, wanted: list[int], count: int
+    kernels: Kernels, dtype: torch.dtype, threads: None, window: Window | None, wanted: list[int], count: int
 ) -> None:
     torch.set_num_threads(count)
     last = LayerCall(1, 0.2, window, None)

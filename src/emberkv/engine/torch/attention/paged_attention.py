@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
-from transformers import AttentionInterface
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
 
 from emberkv.engine.torch.attention.latent import into_latents, out_of_latents
 
@@ -114,17 +115,37 @@ class _PrefixTree:
 ATTENTION_NAME = "emberkv_paged"
 
 
+class Window(NamedTuple):
+    """Which keys a query sees of those up to its own.
+
+    The ``size`` latest ones; or, where it is chunked, those of its own chunk of ``size`` tokens, which are cut at
+    absolute positions (Llama 4).
+    """
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: int) -> int:
+        """The first position that the query at ``position`` sees."""
+        return position // self.size * self.size if self.chunked else max(0, position - self.size + 1)
+
+
+def first_seen(position: int, window: Window | None) -> int:
+    """As `Window.first`; 0 where there is no window."""
+    return 0 if window is None else window.first(position)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCall:
     """What one layer asks for.
 
-    window: a query sees the ``window`` latest keys, its own included; None: all. sinks: fp32 ``[heads]``, of each head
-    a score that has a weight in the softmax and no value (gpt-oss).
+    window: None where a query sees all keys up to its own. sinks: fp32 ``[heads]``, of each head a score that has a
+    weight in the softmax and no value (gpt-oss).
     """
 
     layer: int
     scale: float
-    window: int | None
+    window: Window | None
     softcap: float | None
     sinks: Tensor | None = None
 
@@ -184,10 +205,43 @@ def rows_left() -> RowsLeft | None:
     return None if step is None else step.rows_left
 
 
+class PassedPositions:
+    """Stands in for transformers' cache where layers ask it which positions they compute; it keeps no state.
+
+    positions: ``[1, tokens]`` of a pass, in any order.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        self._before = positions[0] - torch.arange(positions.shape[1], device=positions.device)
+
+    @staticmethod
+    def wanted_by(model: nn.Module) -> bool:
+        """Whether a layer scales its queries by their positions, and takes these from its cache (Llama 4)."""
+        return any(getattr(module, "attn_temperature_tuning", False) for module in model.modules())
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
+        """What is to be added to each token's place in the pass, ``[tokens]``: of one sequence, the tokens before."""
+        return self._before
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
 class _AttentionLayer(Protocol):
     """What transformers' attention modules have in common."""
 
     layer_idx: int
+    config: PretrainedConfig
+
+
+def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:
+    """Of a layer that is given ``sliding_window``. Chunks are in the config alone: no layer is given them."""
+    if sliding_window:
+        return Window(sliding_window)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] == "chunked_attention":
+        return Window(config.attention_chunk_size, chunked=True)
+    return None
 
 
 def _paged_attention(
@@ -205,7 +259,8 @@ def _paged_attention(
     """transformers' attention function: ``[1, heads, tokens, dim]`` in, ``[1, tokens, heads, dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = None if s_aux is None else s_aux.float().contiguous()
-    call = LayerCall(int(module.layer_idx), scale, sliding_window, softcap, sinks)
+    layer = int(module.layer_idx)
+    call = LayerCall(layer, scale, window_of(module.config, layer, sliding_window), softcap, sinks)
     out = _current_step.get().attend(
         call,
         into_latents(module, query).squeeze(0).transpose(0, 1),

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from emberkv.engine.torch.attention.kv_pool import KVPool, Scratch
-from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, Run, shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import (
+    AttentionStep,
+    LayerCall,
+    Run,
+    Window,
+    first_seen,
+    shared_prefixes,
+)
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -161,7 +168,7 @@ class PrefillStep(AttentionStep):
         positions = torch.arange(start, self._stop, device=pool.device)
         self._write = pool.write_index(rows[positions // pool.block_size], positions % pool.block_size)
         self._rows = rows[: -(-self._stop // pool.block_size)]
-        self._views: dict[int | None, tuple[Tensor, int, list[_Tile]]] = {}
+        self._views: dict[Window | None, tuple[Tensor, int, list[_Tile]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
@@ -189,16 +196,16 @@ class PrefillStep(AttentionStep):
         missing = (self._tile if 2 * count > self._tile else self._tile // 2) - count
         return pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
 
-    def _view(self, window: int | None) -> tuple[Tensor, int, list[_Tile]]:
+    def _view(self, window: Window | None) -> tuple[Tensor, int, list[_Tile]]:
         """Under ``window``: the blocks to gather, the number of keys to make of them, and the tiles over these."""
-        if window is not None and window >= self._stop:
+        if window is not None and window.size >= self._stop:
             window = None
         if window not in self._views:
             size = self._pool.block_size
-            gathered = self._first_key(self._start, window) // size * size
+            gathered = first_seen(self._start, window) // size * size
             tiles = []
             for start in range(self._start, self._stop, self._tile):
-                first = self._first_key(start, window)
+                first = first_seen(start, window)
                 keys = rounded_keys(start + self._tile - first)
                 tiles.append(
                     _Tile(
@@ -211,17 +218,14 @@ class PrefillStep(AttentionStep):
             self._views[window] = self._pool.gather_index(self._rows[gathered // size :]), count, tiles
         return self._views[window]
 
-    @staticmethod
-    def _first_key(position: int, window: int | None) -> int:
-        return 0 if window is None else max(0, position - window + 1)
-
-    def _hidden(self, start: int, first: int, keys: int, window: int | None) -> Tensor:
+    def _hidden(self, start: int, first: int, keys: int, window: Window | None) -> Tensor:
         device = self._pool.device
         at = torch.arange(start, start + self._tile, device=device).unsqueeze(1)
         if window is None:
             return torch.arange(start, first + keys, device=device) > at
         key_at = torch.arange(first, first + keys, device=device)
-        return (key_at > at) | (key_at <= at - window)
+        seen_from = [window.first(position) for position in range(start, start + self._tile)]
+        return (key_at > at) | (key_at < torch.tensor(seen_from, device=device).unsqueeze(1))
 
 
 def rounded_keys(keys: int) -> int:
@@ -266,7 +270,7 @@ class DecodeStep(AttentionStep):
         offsets = [(n - 1) % pool.block_size for n in lengths]
         pool.clear([block_id for block_id, offset in zip(last, offsets, strict=True) if offset == 0])
         self._write = pool.write_index(pool.rows(last), torch.tensor(offsets, device=pool.device))
-        self._layouts: dict[tuple[int | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
+        self._layouts: dict[tuple[Window | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
@@ -331,15 +335,15 @@ class DecodeStep(AttentionStep):
             )
         return out.squeeze(2)
 
-    def _layout(self, window: int | None, mergeable: bool) -> tuple[list[_Shared], list[_Bucket]]:
+    def _layout(self, window: Window | None, mergeable: bool) -> tuple[list[_Shared], list[_Bucket]]:
         key = (window, mergeable)
         if key not in self._layouts:
             self._layouts[key] = self._plan(window, mergeable)
         return self._layouts[key]
 
-    def _plan(self, window: int | None, mergeable: bool) -> tuple[list[_Shared], list[_Bucket]]:
+    def _plan(self, window: Window | None, mergeable: bool) -> tuple[list[_Shared], list[_Bucket]]:
         size = self._pool.block_size
-        first_visible = [0 if window is None else max(0, n - window) for n in self._lengths]
+        first_visible = [first_seen(n - 1, window) for n in self._lengths]
         first_block = [at // size for at in first_visible]
         shared: list[_Shared] = []
         if mergeable and not any(first_visible):

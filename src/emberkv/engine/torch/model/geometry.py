@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.torch.attention.latent import into_latents, out_of_latents, use_latents
+from emberkv.engine.torch.attention.paged_attention import Window, window_of
 from emberkv.engine.torch.layers import linear_parts, output_layer
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
@@ -66,7 +67,7 @@ def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 MOST_LAYERS = 1000
 _MOST_MODULES = 50_000
 _LONGEST_CONTEXT = 2**31 - 1
-SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+SERVED_LAYER_TYPES = frozenset({"chunked_attention", "full_attention", "sliding_attention"})
 
 _HARMLESS_ARGUMENTS = frozenset(
     {
@@ -81,13 +82,13 @@ _HARMLESS_ARGUMENTS = frozenset(
 class LayerGeometry:
     """One attention layer.
 
-    sliding_window: tokens that a query sees, itself included; None sees all before it.
+    window: the keys that a query sees; None sees all before it.
     softcap: attention scores are ``softcap * tanh(score / softcap)``; None leaves them alone.
     scaling: factor of the query-key product.
     sinks: whether each head has a further score, which has a weight in the softmax and no value.
     """
 
-    sliding_window: int | None
+    window: Window | None
     softcap: float | None
     scaling: float
     sinks: bool = False
@@ -372,11 +373,13 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
         raise _refuse(config, f"its attention takes {', '.join(unknown)}")
     if call.has_mask or not call.is_causal:
         raise _refuse(config, f"the attention of layer {call.layer_idx} is not causal")
-    window = call.arguments.get("sliding_window") or None
-    if (window is not None) != _says_sliding(config, call.layer_idx):
+    sliding = call.arguments.get("sliding_window") or None
+    if (sliding is not None) != _says_sliding(config, call.layer_idx):
         raise _refuse(config, f"layer {call.layer_idx} slides by its config or in its forward pass, but not both")
-    if window is not None and not (isinstance(window, int) and window > 0):
-        raise _refuse(config, f"layer {call.layer_idx} has a sliding window of {window} tokens")
+    window = window_of(config, call.layer_idx, sliding)
+    if window is not None and not (isinstance(window.size, int) and window.size > 0):
+        kind = "chunks" if window.chunked else "a sliding window"
+        raise _refuse(config, f"layer {call.layer_idx} has {kind} of {window.size} tokens")
     scaling = call.arguments.get("scaling", call.query_shape[-1] ** -0.5)
     sinks = call.arguments.get("s_aux")
     if sinks is not None and sinks.shape != call.query_shape[1:2]:

@@ -1,6 +1,6 @@
 // Attention over a paged pool on CPU, for rows of many sequences at once.
 //
-// A row is one new token of one sequence. It sees its sequence's keys from position 0 (or from its window's begin) to
+// A row is one new token of one sequence. It sees its sequence's keys from position 0 (or from where its window or chunk begins) to
 // its own. Keys are taken in spans cut at absolute positions. Over one span a row's softmax and weighted sum are
 // computed whole; spans are folded together in order, by their log-sum-exps, as in flash attention (Dao et al. 2022,
 // arXiv:2205.14135). No operation on a row depends on which rows are computed beside it, so a row has the same bits in
@@ -87,6 +87,10 @@ public:
 
 private:
     int row_of(const Task& task, int i) const { return call_.row_ids[task.first_row + i / groups_]; }
+    int first_seen(int position) const {
+        if (call_.chunk > 0) return position / call_.chunk * call_.chunk;
+        return call_.window > 0 ? position - call_.window + 1 : 0;
+    }
     int head_of(int kv_head, int i) const { return kv_head * groups_ + i % groups_; }
 
     const char* element(const void* base, int64_t index) const {
@@ -143,8 +147,7 @@ private:
         Softmax spans[BATCH];
         for (int i = 0; i < count; i++) {
             const int position = call_.positions[row_of(task, first + i)];
-            const int first_seen = call_.window > 0 ? position - call_.window + 1 - begin : 0;
-            const int seen_from = std::clamp(first_seen, 0, columns);
+            const int seen_from = std::clamp(first_seen(position) - begin, 0, columns);
             const int seen_to = std::clamp(position + 1 - begin, 0, keys);
             float* scores = scores_ + i * SPAN;
             Unit* weights = weights_ + i * DEPTH;

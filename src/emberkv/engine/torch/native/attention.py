@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import AttentionStep, LayerCall, RowsLeft, Run, shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import (
+    AttentionStep,
+    LayerCall,
+    RowsLeft,
+    Run,
+    Window,
+    shared_prefixes,
+)
 from emberkv.engine.torch.native.kernels import TASK, AttentionCall, Kernels, type_number
 
 ROWS_PER_TASK = 64, 512
@@ -84,7 +91,7 @@ class NativeStep(AttentionStep):
         self._block_tables = np.repeat(np.array(tables, dtype=np.int32), counts)
         self._positions = np.concatenate([np.arange(run.start, run.stop, dtype=np.int32) for run in runs])
         self._longest = max(run.stop for run in runs)
-        self._plans: dict[tuple[int | None, bool], _Plan] = {}
+        self._plans: dict[tuple[Window | None, bool], _Plan] = {}
         self._threads = torch.get_num_threads()
         self._call = self._prepared()
 
@@ -115,14 +122,14 @@ class NativeStep(AttentionStep):
         """Rows whose logits are, ascending."""
         return self._wanted
 
-    def plans(self, windows: abc.Sequence[int | None]) -> tuple[list[AttentionCall], list[int]]:
+    def plans(self, windows: abc.Sequence[Window | None]) -> tuple[list[AttentionCall], list[int]]:
         """The attention of layers with these windows, but for what is a layer's own; and which of them each follows.
 
         They point into memory of this step and of the pool, which the next step overwrites.
         """
         last = len(windows) - 1
         keys = [(self._limited(window), layer == last and self._only_wanted) for layer, window in enumerate(windows)]
-        calls: dict[tuple[int | None, bool], AttentionCall] = {}
+        calls: dict[tuple[Window | None, bool], AttentionCall] = {}
         for window, only_wanted in dict.fromkeys(keys):
             self._follow(self._plan(window, only_wanted=only_wanted), window)
             calls[window, only_wanted] = AttentionCall.from_buffer_copy(self._call)
@@ -137,13 +144,14 @@ class NativeStep(AttentionStep):
         """Whether the last layer has rows that nothing is wanted of."""
         return len(self._wanted) < self._rows
 
-    def _limited(self, window: int | None) -> int | None:
+    def _limited(self, window: Window | None) -> Window | None:
         """None for a window that none of the sequences has reached."""
-        return window if window is not None and window < self._longest else None
+        return window if window is not None and window.size < self._longest else None
 
-    def _follow(self, plan: _Plan, window: int | None) -> None:
+    def _follow(self, plan: _Plan, window: Window | None) -> None:
         native = self._call
-        native.window = window or 0
+        size, chunked = (0, False) if window is None else window
+        native.window, native.chunk = (0, size) if chunked else (size, 0)
         native.tasks, native.num_tasks = plan.tasks.ctypes.data, len(plan.tasks)
         native.row_ids, native.partial_of = plan.row_ids.ctypes.data, plan.partial_of.ctypes.data
 
@@ -179,7 +187,7 @@ class NativeStep(AttentionStep):
         width = -(-geometry.head_dim // lanes) * lanes + lanes
         return self._pool.scores.take((count, geometry.num_heads, width), torch.float32)
 
-    def _plan(self, window: int | None, *, only_wanted: bool) -> _Plan:
+    def _plan(self, window: Window | None, *, only_wanted: bool) -> _Plan:
         if (window, only_wanted) not in self._plans:
             parts = list(self._wanted_parts()) if only_wanted else self._parts
             self._plans[window, only_wanted] = self._make_plan(window, parts)
@@ -194,7 +202,7 @@ class NativeStep(AttentionStep):
             position = part.run.start + row - part.first_row
             yield _Part(replace(part.run, start=position, count=1), row, part.block_table)
 
-    def _make_plan(self, window: int | None, parts: list[_Part]) -> _Plan:
+    def _make_plan(self, window: Window | None, parts: list[_Part]) -> _Plan:
         span = self._kernels.span
         tasks: list[_Task] = []
         row_ids = list(range(self._rows))
@@ -212,7 +220,7 @@ class NativeStep(AttentionStep):
             for first in range(0, run.count, tokens):
                 count = min(tokens, run.count - first)
                 stop = run.start + first + count
-                begin = shared if window is None else max(0, run.start + first - window + 1) // span
+                begin = shared if window is None else window.first(run.start + first) // span
                 tasks.append(_Task(row + first, count, table, begin, -(-stop // span), stop, not shared))
         pieces = self._threads // max(1, len(tasks) * self._pool.geometry.num_kv_heads)
         if pieces > 1 and window is None:

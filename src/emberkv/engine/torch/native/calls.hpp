@@ -39,7 +39,8 @@ struct AttentionCall {
     int32_t rows, heads, kv_heads, dim, block_size, type;
     const float* sinks;    // per head: a score without a value that the softmax counts too; null: none
     float scale, softcap;  // softcap 0: none
-    int32_t window;        // 0: none
+    int32_t window;        // a row sees so many of the latest keys; 0: no such limit
+    int32_t chunk;         // a row sees the keys of its own chunk of so many positions; 0: no such limit
     int32_t threads;
     const int64_t* block_ids;
     const int32_t* block_tables;  // per row: where its block table begins in block_ids

@@ -106,7 +106,7 @@ class NativeDecoder:
         self._embedding, self._layers, self._rotations = embedding, layers, rotations
         self._norm, self._output, self._softcap = norm, output, softcap
         self._unique = list({id(each): each for each in rotations}.values())
-        self._windows = [layer.sliding_window for layer in pool.geometry.layers]
+        self._windows = [layer.window for layer in pool.geometry.layers]
         self._scratch = Scratch(pool.device)
         self._native = (DecoderLayer * len(layers))(*(self._native_layer(i) for i in range(len(layers))))
         self._call = self._prepared()

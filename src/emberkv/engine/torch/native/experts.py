@@ -6,6 +6,7 @@ A router gives each row its few experts and their weights, and the row's outputs
 import copy
 from collections.abc import Callable
 from math import gcd
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -131,6 +132,28 @@ class GatedSharedExpert(nn.Module):
         return out.view(hidden_states.shape)
 
 
+class ScaledInputs(nn.Module):
+    """A mixture whose router's scores multiply what goes into its experts, beside one that takes every row (Llama 4).
+
+    block: of which router and shared expert are taken over. experts: the block's own ones.
+    """
+
+    def __init__(self, block: Any, experts: NativeExperts) -> None:
+        super().__init__()
+        self.router, self.shared_expert, self.experts = block.router, block.shared_expert, experts
+        self.top_k = int(block.top_k)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``[rows, size]``, and the router's logits ``[rows, experts]``."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        scores, logits = self.router(rows)  # 0 for each expert that is not chosen
+        out: Tensor = self.shared_expert(rows)
+        best, chosen = scores.topk(self.top_k, dim=-1)
+        for score, expert in zip(best.split(1, dim=-1), chosen.split(1, dim=-1), strict=True):
+            out = out + self.experts(rows * score, expert, torch.ones_like(score))
+        return out, logits
+
+
 def _linear(kernels: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> NativeLinear:
     return NativeLinear(kernels, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -144,7 +167,7 @@ def replace_experts(model: nn.Module, kernels: Kernels) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            block = _gated_shared_expert(child)
+            block = _gated_shared_expert(child) or _scaled_inputs(child, kernels)
             if block is not None:
                 setattr(parent, name, block)
     for parent in list(model.modules()):
@@ -165,16 +188,52 @@ def _gated_shared_expert(module: Any) -> GatedSharedExpert | None:
     return ours if same else None
 
 
+def _scaled_inputs(module: Any, kernels: Kernels) -> ScaledInputs | None:
+    parts = ("router", "experts", "shared_expert")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in parts) or not hasattr(module, "top_k"):
+        return None
+    weights, activation = _stacked(module.experts), getattr(module.experts, "act_fn", None)
+    if weights is None or activation is None:
+        return None
+
+    def apply_gate(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        out: Tensor = up * activation(gate)
+        return out
+
+    layout = SimpleNamespace(has_bias=False, is_transposed=True, is_concatenated=True, _apply_gate=apply_gate)
+    experts = _native_experts(layout, *weights, kernels)
+    if experts is None:
+        return None
+    ours = ScaledInputs(module, experts)
+    same = alike(lambda rows: ours(rows)[0], lambda rows: module(rows)[0], experts.size, weights[0].dtype)
+    return ours if same else None
+
+
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers' `use_experts_implementation` says of a module of experts."""
 
 
 def _experts(module: Any, kernels: Kernels) -> NativeExperts | None:
+    weights = _stacked(module)
+    if weights is None or not all(hasattr(module, name) for name in _LAYOUT) or not module.has_gate:
+        return None
+    native = _native_experts(module, *weights, kernels)
+    if native is None:
+        return None
+    return native if _same_experts(native, module, len(weights[0]), weights[0].dtype) else None
+
+
+def _stacked(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """All experts' weights to gate and up, and down, ``[experts, ...]`` each; None where a module has none."""
     gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
     if gate_up is None or down is None or not gate_up.ndim == down.ndim == 3:
         return None
-    if not all(hasattr(module, name) for name in _LAYOUT) or not module.has_gate:
-        return None
+    return gate_up, down
+
+
+def _native_experts(module: Any, gate_up: Tensor, down: Tensor, kernels: Kernels) -> NativeExperts | None:
+    """module: says how the weights are laid out; see `_LAYOUT`."""
     activation = _activation(module)
     if activation is None:
         return None
@@ -191,8 +250,7 @@ def _experts(module: Any, kernels: Kernels) -> NativeExperts | None:
         if activation == _CLAMPED_SWIGLU:
             pairs[-1].call.slope, pairs[-1].call.limit = module.alpha, module.limit
         downs.append(NativeLinear(kernels, back, module.down_proj_bias[expert] if module.has_bias else None))
-    native = NativeExperts(kernels, pairs, downs)
-    return native if _same_experts(native, module, len(pairs), gate_up.dtype) else None
+    return NativeExperts(kernels, pairs, downs)
 
 
 def _split(module: Any, both: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ class AttentionCall(ctypes.Structure):
         *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type")),
         ("sinks", _ADDRESS),
         *((name, _FLOAT) for name in ("scale", "softcap")),
-        *((name, _INT) for name in ("window", "threads")),
+        *((name, _INT) for name in ("window", "chunk", "threads")),
         *((name, _ADDRESS) for name in ("block_ids", "block_tables", "positions", "tasks")),
         ("num_tasks", _LONG),
         *((name, _ADDRESS) for name in ("row_ids", "partial_of", "partials")),
