@@ -25,12 +25,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="more rounds of the tests that kill processes, and all replays of published figures",
     )
+    parser.addoption(
+        "--clients", action="store_true", help="install the libraries of tests/clients and try them against a server"
+    )
 
 
 @pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether tests that repeat themselves do so many times."""
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def clients(request: pytest.FixtureRequest) -> bool:
+    """Whether clients' libraries are installed and tried."""
+    return bool(request.config.getoption("--clients"))
 
 
 @pytest.fixture(scope="session")
