@@ -50,10 +50,10 @@ class _Layer:
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """Inputs and outputs of each product, then of each norm; 0 for one that is missing."""
-        products = (*self.products, self.out, self.pair, self.down)
+        products: tuple[NativeLinear | NativeGatedPair, ...] = (*self.products, self.out, self.pair, self.down)
         wide = self.input_norm, self.feedforward_norm, self.after_attention, self.after_feedforward
         return (
-            *((int(each.in_features), int(each.out_features)) for each in products),
+            *((each.in_features, each.out_features) for each in products),
             tuple(_size(norm) for norm in wide),
             tuple(_size(norm) for norm in (self.query_norm, self.key_norm)),
         )
@@ -236,10 +236,11 @@ def _layer(module: Any) -> _Layer | None:
     feedforward: Any = getattr(module, "mlp", None)
     if attention is None or type(feedforward) is not nn.Sequential:
         return None
+    pair, down = feedforward if len(feedforward) == 2 else (None, None)
     # Ministral 3 scales its queries by their position, from one on that no trial reaches.
     if "position_ids" in inspect.signature(attention.forward).parameters:
         return None
-    if [type(each) for each in feedforward] != [NativeGatedPair, NativeLinear]:
+    if not isinstance(pair, NativeGatedPair) or not isinstance(down, NativeLinear):
         return None
     fused = hasattr(attention, "qkv_proj")
     products = ["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]
@@ -261,8 +262,8 @@ def _layer(module: Any) -> _Layer | None:
     return _Layer(
         products=tuple(getattr(attention, name) for name in products),
         out=attention.o_proj,
-        pair=feedforward[0],
-        down=feedforward[1],
+        pair=pair,
+        down=down,
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
         **found,
@@ -287,7 +288,9 @@ def _fits(
     apart, together = ((hidden, queries), (hidden, keys), (hidden, keys)), ((hidden, queries + 2 * keys),)
     behind = ((queries, hidden), (hidden, intermediate), (intermediate, hidden))
     products = {(*apart, *behind), (*together, *behind)}
-    linears = [output, *(each for layer in layers for each in (*layer.products, layer.out, layer.pair, layer.down))]
+    linears: list[NativeLinear | NativeGatedPair] = [output]
+    for layer in layers:
+        linears += (*layer.products, layer.out, layer.pair, layer.down)
     return (
         output.in_features == hidden
         and all(each.call.bits or each.packed.dtype is pool.dtype for each in linears)
