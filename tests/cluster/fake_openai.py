@@ -20,7 +20,7 @@ class FakeOpenAI:
     its whole answers, beside the role. body: of whole answers, in place of all that; a stream is ``[DONE]`` alone then.
     fails_early: whether the first event of a stream is an error. drops_kept: how many requests on connections with a
     health check before them it drops. compresses: whether the client accepts it or not. held: what answers wait for.
-    requests: bodies as they came, with their headers.
+    held_stream: what streams wait for behind the first token. requests: bodies as they came, with their headers.
     """
 
     models: tuple[str, ...] = ("m",)
@@ -39,6 +39,7 @@ class FakeOpenAI:
     fails_early: bool = False
     drops_kept: int = 0
     held: asyncio.Event | None = None
+    held_stream: asyncio.Event | None = None
     requests: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
     url: str = ""
     _known: set[asyncio.BaseTransport] = field(default_factory=set)
@@ -124,6 +125,8 @@ class FakeOpenAI:
                 return response
             ended = self.reason if number == len(deltas) - 1 else None
             await self._send(response, {"choices": [{"index": 0, "delta": delta, "finish_reason": ended}], **nothing})
+            if number == 1 and self.held_stream is not None:
+                await self.held_stream.wait()
         if asks_usage:
             await self._send(response, {"choices": [], "usage": self.usage()})
         if self.sends_done:

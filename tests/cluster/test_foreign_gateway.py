@@ -411,6 +411,22 @@ async def test_more_requests_than_the_gateway_takes_are_refused() -> None:
 
 
 @on_a_loop
+async def test_a_stream_that_is_not_asked_for_by_a_boolean_counts_until_its_end() -> None:
+    async with served(FakeOpenAI(), max_requests=1) as it:
+        held = it.servers[0].held_stream = asyncio.Event()
+        first = asyncio.create_task(it.ask(chat(stream=1)))
+        (worker,) = it.fleet.workers
+        await it.until(lambda: worker.running and not worker._unreported)
+        for _ in range(100):  # the answer has begun, and is now sent
+            await asyncio.sleep(0)
+        refused = await it.ask(chat())
+        held.set()
+        assert "three" in (await first).text
+        assert refused.status_code == 429
+        assert (await it.ask(chat())).status_code == 200
+
+
+@on_a_loop
 async def test_requests_of_emberkv_workers_and_forwarded_ones_are_bounded_together() -> None:
     async with served(FakeOpenAI(), max_requests=1) as it:
         it.gateway.in_flight.enter("", 1)  # as the engine of the emberkv workers does

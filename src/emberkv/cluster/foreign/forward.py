@@ -352,8 +352,8 @@ class RelayedStream(Response):
 
     An answer that breaks off is not resumed at another worker, as the gateway does not know its tokens.
 
-    early: the events that have arrived already. stack: closes the connection. chat: the answer
-    that is to be converted; None: the events are passed on as they are.
+    early: the events that have arrived already. stack: closes the connection. chat: the answer that is to be converted;
+    None: the events are passed on as they are. on_end: called after the response, in any case.
     """
 
     def __init__(
@@ -374,6 +374,7 @@ class RelayedStream(Response):
         self._stack = stack
         self._chat = chat
         self._reason = FinishReason.ABORT
+        self.on_end: Callable[[], None] = lambda: None
         self.status_code = 200
         self.background = None
         self.init_headers({**answer_headers(response.headers), **headers})
@@ -385,6 +386,7 @@ class RelayedStream(Response):
             await self._stack.aclose()
             self._attempt.named(self._events.response_id)
             self._attempt.end(self._events.usage, self._reason, self._events.parts)
+            self.on_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -17,7 +17,7 @@ from emberkv.cluster.cluster_engine import ROUTE_HEADER, ClusterEngine, Route, r
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.conversion import CHAT_PATH, convert, prompt_body
 from emberkv.cluster.foreign.fleet import ForeignFleet
-from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, ask
+from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedStream, ask
 from emberkv.cluster.foreign.late_stream import LateStream
 from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body, objects
 from emberkv.cluster.foreign.worker import ForeignWorker
@@ -231,7 +231,10 @@ class ForeignRoutes(CacheRoutes):
         except BaseException:
             accepted.leave()
             raise
-        accepted.leave()
+        if isinstance(begun, RelayedStream):  # servers also stream where "stream" is not a boolean, as 1
+            begun.on_end = accepted.leave
+        else:
+            accepted.leave()
         return begun or Response(status_code=CLIENT_GONE)
 
     def _read(
