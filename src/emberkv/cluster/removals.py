@@ -108,9 +108,7 @@ class ClusterRemovals:
         """Remove blocks at all workers; None: all blocks. After an error of `MISSED`, the removal is repeated later."""
         wanted = None if block_hashes is None else tuple(block_hashes)
         outcomes = await operate(self.workers, RemoveBlocks(wanted))
-        for worker, outcome in outcomes.items():
-            if isinstance(outcome, MISSED):
-                self._miss(worker, wanted)
+        self._miss([worker for worker, outcome in outcomes.items() if isinstance(outcome, MISSED)], wanted)
         return outcomes
 
     async def close(self) -> None:
@@ -122,16 +120,21 @@ class ClusterRemovals:
             with suppress(asyncio.CancelledError):
                 await self._task
 
-    def _miss(self, worker: Worker, block_hashes: Collection[BlockHash] | None) -> None:
-        name = worker.worker_id or worker.url
+    def _miss(self, workers: Sequence[Worker], block_hashes: Collection[BlockHash] | None) -> None:
+        """Keep a removal for workers that have missed it. The file, which has all of them, is written once."""
+        for worker in workers:
+            self._remember(worker.worker_id or worker.url, block_hashes)
+        if workers:
+            self._try_save()
+            self._repeat()
+
+    def _remember(self, name: str, block_hashes: Collection[BlockHash] | None) -> None:
         before = self._missed.pop(name, set())
         missed = None if before is None or block_hashes is None else before.union(block_hashes)
         self._missed[name] = None if missed is not None and len(missed) > MAX_BLOCKS else missed
         if len(self._missed) > MAX_WORKERS:
             forgotten, _ = self._missed.popitem(last=False)
             _log.warning("a removal that worker %s has missed will not be repeated: too many others have", forgotten)
-        self._try_save()
-        self._repeat()
 
     def _repeat(self) -> None:
         if self._task is None or self._task.done():
@@ -151,7 +154,7 @@ class ClusterRemovals:
         try:
             await worker.connection.operate(RemoveBlocks(wanted))
         except MISSED:
-            self._miss(worker, wanted)
+            self._miss([worker], wanted)
         except EmberError as error:
             _log.warning("worker %s refuses a repeated removal: %s", worker, error)
             self._try_save()
