@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from psutil import Process
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -65,6 +66,17 @@ def test_a_row_has_the_same_bits_whatever_the_others_are(kernels: Kernels, bits:
     whole = layer(inputs)
     for first, last in [(0, 1), (129, 130), (3, 5), (5, 22), (64, 128), (1, 300)]:
         assert torch.equal(layer(inputs[first:last]), whole[first:last])
+
+
+def test_rounded_rows_are_held_once_however_many_threads_share_them(kernels: Kernels) -> None:
+    layer = NativeLinear(kernels, weight_of(8, 32, False, 32, 4096), None, torch.float32)
+    layer.call.threads = 8
+    inputs = values(2000, 4096)
+    layer(inputs)
+    before = Process().memory_info().rss
+    for _ in range(40):
+        layer(inputs)
+    assert Process().memory_info().rss - before < 2 * inputs.numel() * 2
 
 
 def test_inputs_that_are_no_numbers_give_none_in_their_row_alone(kernels: Kernels) -> None:

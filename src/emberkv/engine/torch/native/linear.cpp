@@ -3,6 +3,8 @@
 // Weights are `Packed`: COLUMNS outputs side by side, unit after unit of the inputs. Quantised ones: see quantized.hpp.
 
 #include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "calls.hpp"
@@ -84,6 +86,45 @@ inline int64_t units_of(const LinearCall& call) {
     return int64_t((call.out_features + COLUMNS - 1) / COLUMNS) * batches_of(call);
 }
 
+// Memory that only grows.
+struct Memory {
+    std::unique_ptr<char[]> bytes;
+    int64_t size = 0;
+
+    char* take(int64_t needed) {
+        if (needed > size) {
+            bytes.reset(new char[size_t(needed) + 64]);
+            size = needed;
+        }
+        return begin();
+    }
+
+    char* begin() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64); }
+};
+
+// One for each team that is at work, kept for the next one. Each thread's own would be as many as there are threads.
+class IdleMemory {
+public:
+    std::unique_ptr<Memory> borrow() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (idle_.empty()) return std::make_unique<Memory>();
+        std::unique_ptr<Memory> memory = std::move(idle_.back());
+        idle_.pop_back();
+        return memory;
+    }
+
+    void give_back(std::unique_ptr<Memory> memory) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idle_.push_back(std::move(memory));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Memory>> idle_;
+};
+
+IdleMemory idle_memory;
+
 // The rows of calls with quantised weights, rounded. Calls that follow one another with the same inputs share theirs.
 class RoundedInputs {
 public:
@@ -99,14 +140,18 @@ public:
         if (bytes == 0) return;
         // A few rows are rounded by each thread for itself before all threads have met.
         const bool alone = bytes <= ALONE;
-        char* memory = nullptr;
         if (alone) {
-            memory = thread_memory.take(bytes);
+            memory_ = thread_memory.take(bytes);
         } else {
-#pragma omp single copyprivate(memory)
-            memory = thread_memory.take(bytes);
+            Memory* borrowed = nullptr;
+#pragma omp single copyprivate(borrowed)
+            {
+                borrowed = idle_memory.borrow().release();
+                borrowed->take(bytes);
+            }
+            borrowed_ = borrowed;
+            memory_ = borrowed->begin();
         }
-        memory_ = memory;
         for (int i = 0; i < count; i++) {
             if (!calls[i].bits || (i > 0 && shares(calls[i], calls[i - 1]))) continue;
             const RoundedRows rows = of(calls[i], i);
@@ -127,22 +172,15 @@ public:
         return RoundedRows::at(memory_ + places_[size_t(index)], call.rows, call.in, call.group);
     }
 
+    // By every thread of the team, once none of them reads the rows any more.
+    void give_back() const {
+        if (!borrowed_) return;
+#pragma omp single nowait
+        idle_memory.give_back(std::unique_ptr<Memory>(borrowed_));
+    }
+
 private:
     static constexpr int64_t ALONE = 1 << 16;
-
-    // Kept from call to call.
-    struct Memory {
-        std::unique_ptr<char[]> bytes;
-        int64_t size = 0;
-
-        char* take(int64_t needed) {
-            if (needed > size) {
-                bytes.reset(new char[size_t(needed) + 64]);
-                size = needed;
-            }
-            return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64);
-        }
-    };
 
     static bool shares(const LinearCall& a, const LinearCall& b) {
         return a.bits && b.bits && a.inputs == b.inputs && a.rows == b.rows && a.in == b.in && a.group == b.group &&
@@ -151,12 +189,13 @@ private:
 
     std::vector<int64_t>& places_;  // of each call's rows
     char* memory_ = nullptr;
+    Memory* borrowed_ = nullptr;
     static thread_local std::vector<int64_t> thread_places;
     static thread_local Memory thread_memory;
 };
 
 thread_local std::vector<int64_t> RoundedInputs::thread_places;
-thread_local RoundedInputs::Memory RoundedInputs::thread_memory;
+thread_local Memory RoundedInputs::thread_memory;
 
 void linear_by_team(const LinearCall* calls, int count) {
     int64_t total = 0;
@@ -171,6 +210,7 @@ void linear_by_team(const LinearCall* calls, int count) {
         const int batches = batches_of(call), first = int(rest % batches) * BATCH;
         linear_unit(call, rounded.of(call, index), rest / batches, first, std::min(BATCH, call.rows - first));
     }
+    rounded.give_back();
 }
 
 }  // namespace emberkv
