@@ -9,11 +9,12 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
+from emberkv.engine.torch.attention.paged_attention import Window
 from emberkv.engine.torch.model.geometry import inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.conftest import CheckpointFactory
-from tests.models import REFUSED
+from tests.models import ALSO_SUPPORTED, REFUSED
 
 REASONS = {
     "mamba": "mamba .*'linear_attention'",
@@ -85,3 +86,11 @@ def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: 
 def test_the_kv_of_latent_attention_are_latents_and_not_heads(checkpoint: CheckpointFactory, arch: str) -> None:
     geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint(arch)))
     assert (geometry.num_heads, geometry.num_kv_heads, geometry.head_dim) == (4, 1, 16 + 8)
+
+
+def test_layers_with_chunks_and_without_are_told_apart() -> None:
+    settings = ALSO_SUPPORTED["llama4_text"]
+    geometry = inspect_geometry(AutoConfig.for_model("llama4_text", **settings))
+    assert [layer.window for layer in geometry.layers] == [Window(40, chunked=True), None, Window(40, chunked=True)]
+    with pytest.raises(UnsupportedModelError, match="layer 0 has chunks of 0 tokens"):
+        inspect_geometry(AutoConfig.for_model("llama4_text", **settings | {"attention_chunk_size": 0}))

@@ -8,11 +8,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from emberkv.engine.torch.native.experts import GatedSharedExpert, NativeExperts, NativeRouter, replace_experts
+from emberkv.engine.torch.native.experts import (
+    GatedSharedExpert,
+    NativeExperts,
+    NativeRouter,
+    ScaledInputs,
+    replace_experts,
+)
 from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.native.layers import replace_layers
 
 SIZE, EXPERTS, TOP_K = 48, 6, 3
 ROWS = 150
@@ -127,3 +135,22 @@ def test_a_shared_expert_is_weighted_by_each_row_alone(kernels: Kernels, dtype: 
     assert isinstance(model[0], GatedSharedExpert)
     rows = rows_of(dtype).unsqueeze(0)
     close(model(rows), plain(rows))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_scores_that_multiply_the_inputs_of_experts(kernels: Kernels, dtype: torch.dtype, top_k: int) -> None:
+    """Llama 4: beside an expert for every row; each row by itself gives the same bits."""
+    settings = {"hidden_size": SIZE, "intermediate_size": 40, "num_local_experts": EXPERTS}
+    block = random(Llama4TextMoe(AutoConfig.for_model("llama4_text", num_experts_per_tok=top_k, **settings)), dtype)
+    rows = rows_of(dtype)
+    expected, logits = block(rows)
+    model = nn.Sequential(block)
+    assert replace_experts(model, kernels) == 1  # its router
+    replace_layers(model, kernels)
+    assert isinstance(model[0], ScaledInputs)
+    out, ours = model[0](rows)
+    close(ours, logits)
+    clear = (ours.topk(top_k).indices.sort().values == logits.topk(top_k).indices.sort().values).all(dim=-1)
+    assert clear.float().mean() > 0.8
+    close(out[clear], expected[clear])
+    assert all(torch.equal(model[0](rows[i : i + 1])[0], out[i : i + 1]) for i in (0, 7, ROWS - 1))
