@@ -178,7 +178,11 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> Non
 )
 def test_odd_metadata_are_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
     folder = checkpoint("qwen2", tmp_path / "plain")
-    yarn = {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 64}
+    yarn: dict[str, Any] = {
+        "rope_scaling_type": gguf.RopeScalingType.YARN,
+        "rope_scaling_factor": 4.0,
+        "rope_scaling_orig_ctx_len": 64,
+    }
     path = write_gguf(folder, tmp_path / "model.gguf", changed={key: value}, **yarn)
     with pytest.raises((CorruptModelError, UnsupportedModelError), match=message):
         load_tokenizer(str(path))
@@ -190,3 +194,10 @@ def test_which_layers_slide_is_the_metadatas(tmp_path: Path) -> None:
     pattern = {"gemma3.attention.sliding_window_pattern": [True, False, False]}
     path = write_gguf(folder, tmp_path / "model.gguf", changed=pattern)
     assert GGUFSource(path).config.layer_types == types
+
+
+def test_a_token_that_ends_a_turn_ends_an_answer_where_the_metadata_name_another(tmp_path: Path) -> None:
+    folder = checkpoint("qwen2", tmp_path / "plain")
+    text, turn = load_tokenizer(str(folder)).encode("<|endoftext|><|im_end|>", add_special_tokens=False)
+    path = write_gguf(folder, tmp_path / "model.gguf", changed={"tokenizer.ggml.eos_token_id": text})
+    assert load_model(str(path), device="cpu").eos_token_ids == {text, turn}

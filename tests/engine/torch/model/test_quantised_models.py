@@ -1,7 +1,9 @@
 """Quantised checkpoints of each source, loaded and served: their values, their logits, and hits against cold runs."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +74,33 @@ def test_a_quantised_checkpoint_that_lacks_a_layer_is_refused_before_it_is_loade
     save_file({name: each for name, each in load_file(path).items() if "layers.1.mlp.up_proj" not in name}, path)
     with pytest.raises(CorruptModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight; the config needs"):
         describe_model(str(quantised), device="cpu")
+
+
+def _changed(folder: Path, settings: dict[str, Any], part: str = "", shape: tuple[int, ...] = ()) -> Path:
+    """A GPTQ checkpoint with other settings, whose tensors called ``part`` have the first ``shape[0]`` rows alone, or
+    are flattened: ().
+    """
+    quantised, _ = quantised_model("gptq", folder)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (quantised / "config.json").write_text(json.dumps(config))
+    path = quantised / "model.safetensors"
+    cut = {name: each.flatten() if shape == () else each[: shape[0]] for name, each in load_file(path).items()
+           if part and name.endswith(part)}  # fmt: skip
+    save_file(load_file(path) | cut, path)
+    return quantised
+
+
+@pytest.mark.parametrize(
+    ("settings", "part", "shape", "message"),
+    [
+        ({"group_size": "many"}, "", (), "config.json does not say how the weights are quantised"),
+        ({}, "qweight", (), "is not stored as GPTQ, 4 bits in groups of 32: it has .*qweight"),
+        ({}, "qzeros", (1,), "zero points of .* do not fit together"),
+    ],
+)
+def test_settings_and_shapes_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], part: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(CorruptModelError, match=message):
+        load_model(str(_changed(tmp_path, settings, part, shape)), device="cpu")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from emberkv.engine.torch.model.fingerprint import model_fingerprint
 from emberkv.engine.torch.model.loader import ModelDtypes, load_model
 from emberkv.engine.torch.quantization.linear import QuantizedLinear, quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName, RoundingConfig
@@ -91,3 +92,12 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint: CheckpointFactory, 
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CorruptModelError, match=r"layers\.0\.mlp\.up_proj\.weight: .* values that are not finite"):
         load_model(str(tmp_path), device="cpu", quantize="int8")
+
+
+def test_a_rounded_model_in_memory_has_a_fingerprint_of_its_own(checkpoint: CheckpointFactory) -> None:
+    choices: list[QuantizeName] = ["none", "int8", "int4", "int4"]
+    loaded = [load_model(str(checkpoint("llama")), device="cpu", quantize=each) for each in choices]
+    plain, eight, four, again = (model_fingerprint(each.model) for each in loaded)
+    assert plain == loaded[0].fingerprint
+    assert four == again
+    assert len({plain, eight, four}) == 3

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from emberkv.engine.torch.model.checkpoint import weight_files
+from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, ReorderedLinear
+from emberkv.engine.torch.quantization.linear import QuantizedLinear
 from emberkv.errors import ModelError
 
 _CHUNK_BYTES = 4 << 20
@@ -83,7 +85,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Weights and settings are compared with the files, not believed: a model that was changed since, or whose files are
     not here or name their tensors in another way, gets a fingerprint of its own content.
     """
-    folder = _checkpoint_folder(model)
+    folder = None if _quantised_parts(model) else _checkpoint_folder(model)
     if folder is not None and _is_unchanged(model, folder):
         return weights_fingerprint(folder)
     return f"in-memory-{_content_hash(model)}"
@@ -142,9 +144,23 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _NOT_STATE}
 
 
+def _quantised_parts(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What quantised layers hold besides the parameters of the model's state."""
+    found: dict[str, Tensor | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            held = module.quantized
+            found |= {f"{name}.codes": held.codes, f"{name}.scales": held.scales, f"{name}.offsets": held.offsets}
+        if isinstance(module, QuantizedLinear):
+            found[f"{name}.bias"] = module.bias
+        if isinstance(module, ReorderedLinear):
+            found[f"{name}.order"] = module.order
+    return {name: each for name, each in found.items() if each is not None}
+
+
 def _content_hash(model: PreTrainedModel) -> str:
     whole = xxhash.xxh3_128(json.dumps(_settings(model.config), sort_keys=True, default=str).encode())
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers(), _quantised_parts(model).items()):
         whole.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()

@@ -19,7 +19,7 @@ from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
-from emberkv.engine.torch.model.gguf_config import ENDS, config_of, q_and_k_rows
+from emberkv.engine.torch.model.gguf_config import ENDS, TURN_ENDS, config_of, q_and_k_rows
 from emberkv.engine.torch.model.source import BUILDING
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
 from emberkv.engine.torch.quantization.stored import StoredWeight, affine_bytes
@@ -157,7 +157,11 @@ class GGUFSource:
         return {}
 
     def named_ends(self) -> list[object]:
-        return [self._fields.get(name) for name in ENDS]
+        tokens = self._fields.get("tokenizer.ggml.tokens")
+        turns = [
+            number for number, token in enumerate(tokens if isinstance(tokens, list) else ()) if token in TURN_ENDS
+        ]
+        return [*(self._fields.get(name) for name in ENDS), turns or None]
 
     def fingerprint(self) -> str:
         return file_fingerprint(self.path)

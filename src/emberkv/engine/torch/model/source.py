@@ -109,6 +109,10 @@ class FolderSource:
             self.method = find_method(self._raw)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{folder} cannot be served: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of unchecked values
+            raise CorruptModelError(
+                f"{folder / 'config.json'} does not say how the weights are quantised: {reason_of(error)}"
+            ) from error
         if self.method is not None:
             if quantize != "none":
                 raise ConfigError(
@@ -179,7 +183,7 @@ class FolderSource:
             for layer, parts in self._by_layer(self.stored.shapes)[1].items():
                 name = shape.name_of(text_name(self.method.parameter(layer)))
                 if name is not None:
-                    *experts, out_features, in_features = self.method.shape(layer, self._shapes(parts))
+                    *experts, out_features, in_features = self._shape(self.method, layer, parts)
                     held[name] = prod(experts) * self.method.num_bytes(out_features, in_features)
         return shape.num_bytes(dtype, held)
 
@@ -270,11 +274,18 @@ class FolderSource:
         found = {text_name(name): self.stored.shapes[name] for name in plain}
         if self.method is not None:
             for layer, parts in quantised.items():
-                found[text_name(self.method.parameter(layer))] = self.method.shape(layer, self._shapes(parts))
+                found[text_name(self.method.parameter(layer))] = self._shape(self.method, layer, parts)
         return found
 
-    def _shapes(self, parts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-        return {part: self.stored.shapes[name] for part, name in parts.items()}
+    def _shape(self, method: Method, layer: str, parts: Mapping[str, str]) -> tuple[int, ...]:
+        shapes = {part: self.stored.shapes[name] for part, name in parts.items()}
+        try:
+            return method.shape(layer, shapes)
+        except (KeyError, ValueError) as error:  # a part that is not there, or has another number of axes
+            raise CorruptModelError(
+                f"the layer {layer} in {self.path} is not stored as {method.label}: it has "
+                f"{', '.join(f'{part} {list(shape)}' for part, shape in sorted(shapes.items()))}"
+            ) from error
 
     def _by_layer(self, names: Mapping[str, object]) -> tuple[list[str], dict[str, dict[str, str]]]:
         """The names of plain tensors; and of each quantised layer's, by part."""

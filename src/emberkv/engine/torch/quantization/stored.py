@@ -103,12 +103,24 @@ def from_unsigned(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int
     """A weight of ``scale * (code - zero)``, from unsigned ``codes`` ``[out, in]`` of 2, 4 or 8 bits.
 
     scales, zeros: ``[out, in / group]``; no zeros: half of the codes' range. 2 bits are held in 4.
+
+    Raises CorruptModelError where the shapes do not fit together.
     """
+    if (zeros is not None and zeros.shape != scales.shape) or not _fit(codes, scales):
+        zero_points = "" if zeros is None else f", zero points of {list(zeros.shape)}"
+        raise CorruptModelError(
+            f"codes of shape {list(codes.shape)}, scales of {list(scales.shape)}{zero_points} do not fit together"
+        )
     middle = 2 ** (bits - 1)
     zeros = None if zeros is None or bool((zeros == middle).all()) else zeros.float()
     scales = scales.float().contiguous()
     offsets = None if zeros is None else scales * (middle - zeros)
     return from_signed(codes - middle, scales, offsets, bits)
+
+
+def _fit(codes: Tensor, scales: Tensor) -> bool:
+    groups = scales.shape[1] if scales.ndim == 2 else 0
+    return groups > 0 and codes.shape[0] == scales.shape[0] and codes.shape[1] % groups == 0
 
 
 def from_signed(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> QuantizedWeight:
