@@ -39,7 +39,8 @@ def text_name(name: str) -> str:
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the text model inside ``config``; ``config`` itself where there is none, or none that is known.
 
-    >>> text_config(AutoConfig.for_model("gemma3")).model_type
+    >>> from transformers import Gemma3Config
+    >>> text_config(Gemma3Config()).model_type
     'gemma3_text'
     """
     inner = config.get_text_config(decoder=True)
