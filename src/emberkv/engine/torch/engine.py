@@ -11,10 +11,10 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.latent import use_latents
 from emberkv.engine.torch.attention.paged_attention import AttentionBackend, PassedPositions, Run, attention_step
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations, wrap_rotations
+from emberkv.engine.torch.model.latent import use_latents
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
 from emberkv.engine.torch.native.decoder import NativeDecoder, find_decoder

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import LayerCall, Window, shared_prefixes
+from emberkv.engine.torch.attention.paged_attention import LayerCall, shared_prefixes
 from emberkv.engine.torch.attention.torch_attention import DecodeStep, PrefillStep, bucket_by_length
-from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, Window
 from emberkv.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -9,8 +9,7 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
-from emberkv.engine.torch.attention.paged_attention import Window
-from emberkv.engine.torch.model.geometry import inspect_geometry, inspect_model
+from emberkv.engine.torch.model.geometry import Window, inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.conftest import CheckpointFactory

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import LayerCall, Run, Window
-from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.attention.paged_attention import LayerCall, Run
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, Window
 from emberkv.engine.torch.native.attention import NativeStep
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import UnsupportedModelError

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from emberkv.engine.torch.attention.latent import into_latents, out_of_latents
+from emberkv.engine.torch.model.geometry import Window, window_of
+from emberkv.engine.torch.model.latent import into_latents, out_of_latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +114,6 @@ class _PrefixTree:
 
 
 ATTENTION_NAME = "emberkv_paged"
-
-
-class Window(NamedTuple):
-    """Which keys a query sees of those up to its own.
-
-    The ``size`` latest ones; or, where it is chunked, those of its own chunk of ``size`` tokens, which are cut at
-    absolute positions (Llama 4).
-    """
-
-    size: int
-    chunked: bool = False
-
-    def first(self, position: int) -> int:
-        """The first position that the query at ``position`` sees."""
-        return position // self.size * self.size if self.chunked else max(0, position - self.size + 1)
-
-
-def first_seen(position: int, window: Window | None) -> int:
-    """As `Window.first`; 0 where there is no window."""
-    return 0 if window is None else window.first(position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,16 +213,6 @@ class _AttentionLayer(Protocol):
 
     layer_idx: int
     config: PretrainedConfig
-
-
-def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:
-    """Of a layer that is given ``sliding_window``. Chunks are in the config alone: no layer is given them."""
-    if sliding_window:
-        return Window(sliding_window)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types and layer_types[layer] == "chunked_attention":
-        return Window(config.attention_chunk_size, chunked=True)
-    return None
 
 
 def _paged_attention(

@@ -17,10 +17,9 @@ from emberkv.engine.torch.attention.paged_attention import (
     AttentionStep,
     LayerCall,
     Run,
-    Window,
-    first_seen,
     shared_prefixes,
 )
+from emberkv.engine.torch.model.geometry import Window, first_seen
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -11,16 +11,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from emberkv.engine.torch.attention.latent import into_latents, out_of_latents, use_latents
-from emberkv.engine.torch.attention.paged_attention import Window, window_of
 from emberkv.engine.torch.layers import linear_parts, output_layer
+from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
@@ -76,6 +75,26 @@ _HARMLESS_ARGUMENTS = frozenset(
     }
 )  # fmt: skip
 """What a layer may hand to its attention function; anything else could change the result unseen."""
+
+
+class Window(NamedTuple):
+    """Which keys a query sees of those up to its own.
+
+    The ``size`` latest ones; or, where it is chunked, those of its own chunk of ``size`` tokens, which are cut at
+    absolute positions (Llama 4).
+    """
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: int) -> int:
+        """The first position that the query at ``position`` sees."""
+        return position // self.size * self.size if self.chunked else max(0, position - self.size + 1)
+
+
+def first_seen(position: int, window: Window | None) -> int:
+    """As `Window.first`; 0 where there is no window."""
+    return 0 if window is None else window.first(position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +404,16 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     if sinks is not None and sinks.shape != call.query_shape[1:2]:
         raise _refuse(config, f"layer {call.layer_idx} has sinks of shape {list(sinks.shape)}, not one a head")
     return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None)
+
+
+def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:
+    """Of a layer that is given ``sliding_window``. Chunks are in the config alone: no layer is given them."""
+    if sliding_window:
+        return Window(sliding_window)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] == "chunked_attention":
+        return Window(config.attention_chunk_size, chunked=True)
+    return None
 
 
 def _says_sliding(config: PretrainedConfig, layer: int) -> bool:

@@ -16,9 +16,9 @@ from emberkv.engine.torch.attention.paged_attention import (
     LayerCall,
     RowsLeft,
     Run,
-    Window,
     shared_prefixes,
 )
+from emberkv.engine.torch.model.geometry import Window
 from emberkv.engine.torch.native.kernels import TASK, AttentionCall, Kernels, type_number
 
 ROWS_PER_TASK = 64, 512

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emberkv.engine.torch.attention.latent import TorchLatentProjection
+from emberkv.engine.torch.model.latent import TorchLatentProjection
 from emberkv.engine.torch.native.kernels import Kernels, LinearCall, type_number
 from emberkv.engine.torch.native.layers import NativeLinear, takes
 

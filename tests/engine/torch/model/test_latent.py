@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emberkv.engine.torch.attention.latent import TorchLatentProjection
+from emberkv.engine.torch.model.latent import TorchLatentProjection
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.latent import NativeLatentProjection
 
