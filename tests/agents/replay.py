@@ -43,7 +43,7 @@ class Reply:
 class Replay:
     """say: is called with what the model is to answer to the next request."""
 
-    def __init__(self, client: Client, say: Callable[[str], None]) -> None:
+    def __init__(self, client: Client | httpx.Client, say: Callable[[str], None]) -> None:
         self._client = client
         self._say = say
         self._ids: dict[str, str] = {}  # of this session, by those of the recorded one

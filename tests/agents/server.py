@@ -17,6 +17,7 @@ from emberkv.serving.cache.ledger_store import LedgerStore
 from emberkv.serving.cache.service import cache_service
 from emberkv.serving.canonical import rules_in_force
 from emberkv.serving.lifecycle import Lifecycle, ServedModel, chosen_output_format, model_names
+from emberkv.serving.template_study import rewrites_turns
 from tests.scripted import ChainExecutor, ScriptedExecutor
 from tests.serving.parsing.families import FAMILIES, Family
 
@@ -74,6 +75,7 @@ def scripted_model(script: TextScript, folder: Path, family: Family = FAMILY) ->
             assembled=engine,
             output_format=chosen_output_format(tokenizer, "auto", "auto"),
             name_patterns=patterns,
+            rewrites_turns=rewrites_turns(tokenizer, reasons=True),
         )
     finally:
         engine.close()
@@ -86,6 +88,9 @@ def scripted_lifecycle(model: ServedModel) -> Lifecycle:
     return lifecycle
 
 
-def agent_settings() -> ServingSettings:
-    """Those of a server's start: agents' volatile lines are dropped."""
-    return ServingSettings(canonical=rules_in_force(None, for_agents=True))
+def agent_settings(next_turn_tokens: int = 0) -> ServingSettings:
+    """Those of a server's start: agents' volatile lines are dropped.
+
+    next_turn_tokens: how many tokens of next prompts are computed in a minute while the server is idle.
+    """
+    return ServingSettings(canonical=rules_in_force(None, for_agents=True), next_turn_tokens=next_turn_tokens)
