@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="more rounds of the tests that kill processes, and all replays of published figures",
     )
     parser.addoption(
-        "--clients", action="store_true", help="install the libraries of tests/clients and try them against a server"
+        "--clients", action="store_true", help="install the libraries and agents of tests/clients, and try them"
     )
 
 
@@ -38,7 +38,7 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def clients(request: pytest.FixtureRequest) -> bool:
-    """Whether clients' libraries are installed and tried."""
+    """Whether clients are installed and tried."""
     return bool(request.config.getoption("--clients"))
 
 

@@ -1,8 +1,9 @@
 """Sends a recorded session's requests to the APIs, and reads what comes back as the vendors' SDKs do."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import anthropic.types
@@ -60,15 +61,26 @@ class Replay:
             exchange.method, exchange.path, content=body, headers=exchange.headers, timeout=120
         )
         self._ids.update(_pairs(exchange.ids, ids_in(response.text)))
-        reply = Reply(exchange, response.status_code)
-        if counts := response.headers.get(HISTORY_HEADER):
-            reply.history = {name: int(count) for name, count in (each.split("=") for each in counts.split(";"))}
-        if response.headers.get("content-type", "").startswith("text/event-stream"):
-            path = exchange.path.partition("?")[0]
-            {"/v1/messages": _anthropic, "/v1/chat/completions": _chat, "/v1/responses": _responses}[path](
-                reply, response
-            )
-        return reply
+        return read_reply(exchange, response)
+
+
+def read_reply(exchange: Exchange, response: httpx.Response) -> Reply:
+    reply = Reply(exchange, response.status_code)
+    if counts := response.headers.get(HISTORY_HEADER):
+        reply.history = {name: int(count) for name, count in (each.split("=") for each in counts.split(";"))}
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        path = exchange.path.partition("?")[0]
+        {"/v1/messages": _anthropic, "/v1/chat/completions": _chat, "/v1/responses": _responses}[path](reply, response)
+    return reply
+
+
+def check_turns(turns: Sequence[Reply]) -> None:
+    """Each turn of a session has found all of the turn before in the cache, its answer included."""
+    for before, turn in pairwise(turns):
+        assert turn.cached_tokens == before.prompt_tokens + before.output_tokens > 1000
+    history = turns[-1].history  # "unknown" are answers that the agent has made up itself
+    assert history.keys() <= {"same_text", "rewritten", "unknown"}
+    assert history.get("same_text", 0) + history.get("rewritten", 0) == len(turns) - 1
 
 
 def _pairs(recorded: list[str], own: list[str]) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.agents.server import MODEL
 
@@ -46,6 +46,11 @@ class Agent:
     files: Mapping[str, str] = field(default_factory=dict)
     setup: Sequence[str] = ()
     project: Path = PROJECT
+
+    def at(self, project: Path) -> Self:
+        """The same agent in another folder, which the calls in the answers name, too."""
+        steps = [(text.replace(str(self.project), str(project)), calls) for text, calls in self.steps]
+        return replace(self, project=project, steps=steps)
 
     def prepare(self, url: str, home: Path) -> None:
         (self.project / "greeting.txt").write_text(FILE)

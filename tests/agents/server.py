@@ -28,6 +28,8 @@ VOCAB = 4096
 END = "<|end|>"
 FAMILY = replace(FAMILIES["Qwen3"], turn="<|assistant|>", end=END)
 """Writes calls and thoughts as Qwen3 does, and a turn between special tokens of the demonstration model's tokenizer."""
+KEEPS_THOUGHTS = replace(FAMILY, keeps="all")
+"""A template that renders earlier turns as they were, so that nothing of them is computed twice."""
 
 TextScript = Callable[[str], str]
 """From a prompt's text to its answer's."""

@@ -4,8 +4,6 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,9 @@ import pytest
 from emberkv.serving.app import create_app
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.parsing.formats import parse_output
-from tests.agents.replay import Replay, Reply
+from tests.agents.replay import Replay, Reply, check_turns
 from tests.agents.scenario import AGENTS, Agent
-from tests.agents.server import FAMILY, agent_settings, scripted_lifecycle, scripted_model
+from tests.agents.server import FAMILY, KEEPS_THOUGHTS, agent_settings, scripted_lifecycle, scripted_model
 from tests.agents.session_file import FOLDER, foreign_words, read_session
 from tests.serving.harness import Client
 
@@ -26,8 +24,6 @@ STREAMS = {
     "/v1/responses": r"response\.created response\.in_progress (response\.output_item\.added "
     r"(response\.[a-z_.]+ )+?response\.output_item\.done )+response\.completed ",
 }
-KEEPS_THOUGHTS = replace(FAMILY, keeps="all")
-"""A template that renders earlier turns as they were, so that nothing of them is computed twice."""
 
 
 @pytest.fixture(scope="module", params=sorted(path.name for path in FOLDER.glob("*.xz")))
@@ -70,12 +66,7 @@ def test_agents_get_the_thoughts_the_text_and_the_calls_that_the_model_wrote(rep
 
 
 def test_a_turn_finds_all_of_the_turn_before_in_the_cache(replies: list[Reply]) -> None:
-    turns = _session(replies)
-    for before, turn in pairwise(turns):
-        assert turn.cached_tokens == before.prompt_tokens + before.output_tokens > 1000
-    history = turns[-1].history  # "unknown" are answers that the agent has made up itself
-    assert history.keys() <= {"same_text", "rewritten", "unknown"}
-    assert history.get("same_text", 0) + history.get("rewritten", 0) == len(turns) - 1
+    check_turns(_session(replies))
 
 
 def _session(replies: list[Reply]) -> list[Reply]:

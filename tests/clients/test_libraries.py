@@ -5,20 +5,20 @@ Each program of ``programs/`` does with one library what its users do, and print
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.clients.installing import INSTALL_SECONDS, environment
 from tests.clients.server import ANSWER, weather_server
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / "build" / "clients"
 SECONDS = 300.0
-INSTALL_SECONDS = 1500.0
 RECORD = {"city": "Geneva", "degrees": 21}
+
+pytestmark = pytest.mark.timeout(INSTALL_SECONDS + SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +27,6 @@ def url(clients: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         pytest.skip("installs clients' libraries: --clients")
     with weather_server(tmp_path_factory.mktemp("server")) as url:
         yield url
-
-
-def environment(requirements: str) -> Path:
-    """The Python of the environment with these requirements, which is made where it does not exist yet."""
-    folder = ENVIRONMENTS / Path(requirements).stem
-    python, installed = folder / "bin" / "python", folder / requirements
-    wanted = (HERE / requirements).read_text()
-    if not installed.is_file() or installed.read_text() != wanted:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True, timeout=SECONDS)
-        uv = [python, "-m", "uv", "pip", "install", "-q", "-r", HERE / requirements]
-        for command in ([python, "-m", "pip", "install", "-q", "uv"], uv):
-            subprocess.run(command, check=True, timeout=INSTALL_SECONDS)
-        installed.write_text(wanted)
-    return python
 
 
 def reported(name: str, url: str, requirements: str = "requirements.txt") -> dict[str, Any]:
