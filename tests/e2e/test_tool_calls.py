@@ -1,7 +1,10 @@
-"""Tool calls of a real server. Its demonstration model has learned none, and makes them because it is constrained."""
+"""Tool calls of a real server: of the demonstration model, which has learned none and makes them because it is
+constrained, and of `tests/data/tool_model`, which has learned them and is free to answer otherwise.
+"""
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -41,6 +44,8 @@ WHERE: dict[str, Any] = {
 }
 QUESTION = {"role": "user", "content": "Where does the library write JSON? " * 12}
 TOOL: Any = {"type": "function", "function": {"name": "find", "description": "Finds a line.", "parameters": WHERE}}
+TOOL_MODEL = Path(__file__).parents[1] / "data" / "tool_model"
+GREEDY: Any = {"model": "tool_model", "max_tokens": 64, "extra_body": {"temperature": 0.0}}
 LIMITS: Any = {"model": "demo", "max_tokens": 400, "temperature": 1.0}
 
 
@@ -118,3 +123,82 @@ def test_a_schema_that_cannot_be_compiled_is_refused_at_its_place(server: Server
     error = refused.json()["error"]
     assert error["param"] == "tools[0].function.parameters"
     assert "#/properties/when: Invalid type: moment" in error["message"]
+
+
+def needs(argument: str) -> dict[str, Any]:
+    """The schema of an object with one string."""
+    return {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+
+
+WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": needs("city")}}
+TIME: Any = {"type": "function", "function": {"name": "get_time", "parameters": needs("place")}}
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the model that has learned to call tools."""
+    with serving(tmp_path_factory.mktemp("caller"), str(TOOL_MODEL), "--cache-ram", "16MiB") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chat(caller: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{caller.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE) as client:
+        yield client
+
+
+def masks(server: Server) -> float:
+    """How many tokens of answers were constrained."""
+    return server.total("emberkv_constraint_masks_total")
+
+
+def test_a_model_calls_a_tool_of_itself_and_answers_from_its_result(caller: Server, chat: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    first = chat.chat.completions.create(messages=messages, tools=[TIME, WEATHER], **GREEDY)
+    (choice,) = first.choices
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    messages += [
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "rainy"},
+    ]
+    second = chat.chat.completions.create(messages=messages, tools=[TIME, WEATHER], **GREEDY)
+    (choice,) = second.choices
+    assert (choice.finish_reason, choice.message.content) == ("stop", "It is rainy.")
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens
+    assert masks(caller) == 0
+
+
+def test_a_streamed_call_of_anthropics_api_is_answered_from_its_result(caller: Server) -> None:
+    tools: Any = [{"name": "find_river", "description": "The river of a town.", "input_schema": needs("town")}]
+    messages: list[Any] = [{"role": "user", "content": "Tell me the river in Prague."}]
+    with anthropic.Anthropic(base_url=caller.url, api_key="none", max_retries=0, timeout=DEADLINE) as claude:
+        with claude.messages.stream(messages=messages, tools=tools, **GREEDY) as stream:
+            first = stream.get_final_message()
+        (call,) = first.content
+        assert call.type == "tool_use"
+        assert (first.stop_reason, call.name, call.input) == ("tool_use", "find_river", {"town": "Prague"})
+        messages += [
+            {"role": "assistant", "content": first.content},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "Elbe"}]},
+        ]
+        second = claude.messages.create(messages=messages, tools=tools, **GREEDY)
+    (text,) = second.content
+    assert text.type == "text"
+    assert (second.stop_reason, text.text) == ("end_turn", "It is Elbe.")
+    begun = first.usage
+    prompt = begun.input_tokens + (begun.cache_creation_input_tokens or 0) + (begun.cache_read_input_tokens or 0)
+    assert (second.usage.cache_read_input_tokens or 0) >= prompt + begun.output_tokens
+    assert masks(caller) == 0
+
+
+def test_a_model_without_tools_answers_in_text(chat: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    (choice,) = chat.chat.completions.create(messages=messages, **GREEDY).choices
+    assert choice.message.tool_calls is None
+    assert (choice.finish_reason, choice.message.content) == ("stop", "I have no tool for that.")
