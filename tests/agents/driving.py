@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emberkv.serving.app import create_app
@@ -101,9 +102,17 @@ def drive(agent: Agent, program: Path, home: Path, family: Family = FAMILY) -> D
         try:
             commands = _commands(agent, program, home, server.url)
         finally:
+            _end_those_left(home)
             server.stop()
             thread.join()
     return Driven(commands, recorder.requests)
+
+
+def _end_those_left(home: Path) -> None:
+    """End what the agent's commands have left running, such as cline's hub; it is known by its home."""
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("HOME") == str(home):
+            process.kill()
 
 
 def _commands(agent: Agent, program: Path, home: Path, url: str) -> list[subprocess.CompletedProcess[str]]:
