@@ -21,32 +21,13 @@ from emberkv.serving.next_turns import MOST_WAITING, _Budget
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.template_study import rewrites_turns
 from tests.serving.core_engine import UNIT, CoreEngine
-from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
+from tests.serving.fakes import FakeEngine, Script
+from tests.serving.family_tokenizer import FamilyTokenizer
 from tests.serving.harness import MODEL, eventually, serving
-from tests.serving.parsing.families import FAMILIES, TOOLS, render
+from tests.serving.parsing.families import FAMILIES, TOOLS
 
 CALL = '<think>\nThe file says it.\n</think>\n\n<tool_call>\n{"name": "read", "arguments": {"path": "a"}}\n</tool_call>'
 SAID = "<think>\nNow I know it.\n</think>\n\nThose of Mill Lane."
-
-
-class FamilyTokenizer(ByteTokenizer):
-    """Byte tokens with a family's chat template."""
-
-    def __init__(self, family: str = "Qwen3") -> None:
-        self.template = FAMILIES[family].template
-
-    chat_problem = None
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        return render(self.template, messages, add_generation_prompt=add_generation_prompt)
 
 
 class LargeEngine(CoreEngine):
@@ -103,7 +84,7 @@ class Agent:
 
 @contextmanager
 def agent(engine: Engine, tokens: int = 100_000, *, family: str = "Qwen3") -> Iterator[Agent]:
-    tokenizer, output_format = FamilyTokenizer(family), FAMILIES[family].format
+    tokenizer, output_format = FamilyTokenizer(FAMILIES[family]), FAMILIES[family].format
     rewrites = rewrites_turns(tokenizer, reasons=True)
     lifecycle = Lifecycle()
     lifecycle.loaded(ServedModel((MODEL,), 0, engine, tokenizer, output_format=output_format, rewrites_turns=rewrites))
@@ -137,7 +118,7 @@ def replay(engine: LargeEngine, client: Agent, wait: bool) -> tuple[list[dict[st
 
 
 def prompt_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    return Conversation(messages, TOOLS).prompt_text(FamilyTokenizer())
+    return Conversation(messages, TOOLS).prompt_text(FamilyTokenizer(FAMILIES["Qwen3"]))
 
 
 def test_without_it_the_next_question_hits_up_to_the_first_answer_that_is_rewritten() -> None:
@@ -167,7 +148,7 @@ def test_nothing_is_computed_behind_a_call_or_for_a_title_or_where_nothing_is_re
         engine.answer = list(SAID.encode())
         client.ask(SYSTEM, user("Write a title"), tools=False)
         assert client.counted("emberkv_next_turn_waiting") == 0
-    assert not rewrites_turns(FamilyTokenizer("Qwen2.5"), reasons=True)
+    assert not rewrites_turns(FamilyTokenizer(FAMILIES["Qwen2.5"]), reasons=True)
     with agent(engine, family="Qwen2.5") as client:
         client.ask(SYSTEM, user("Which lamps are lit?"))
         assert client.counted("emberkv_next_turn_waiting") == 0
@@ -245,7 +226,7 @@ def test_a_budget_fills_up_again() -> None:
 @settings(max_examples=15, deadline=None)
 @given(text=st.text(min_size=1), thought=st.sampled_from(["", "Now I know it."]))
 def test_the_next_prompt_begins_so_whatever_the_user_writes(family: str, text: str, thought: str) -> None:
-    tokenizer = FamilyTokenizer(family)
+    tokenizer = FamilyTokenizer(FAMILIES[family])
     asked = [SYSTEM, user("Which lamps are lit?")]
 
     def encode(conversation: Conversation) -> "array[int]":

@@ -180,11 +180,11 @@ class BlockTable:
         self._moved = 0  # rows that were moved
         self._owed = 0  # rows to move at the next step
         self._dead = 0  # rows with a tag and without bits; moving leaves them behind
-        self._stale: dict[int, int] = {}  # forgotten bits, by word
+        self._stale: dict[int, int] = {}  # bits that are being cleared, by word
         self._unswept: list[tuple[_Rows, int]] = []  # rows that may have them from that position on
 
     def __len__(self) -> int:
-        """The number of blocks with at least one bit, forgotten ones included that were not swept yet."""
+        """The number of blocks with at least one bit. A bit that `sweep` has not yet cleared counts."""
         return self._used - self._dead
 
     @property
@@ -276,11 +276,11 @@ class BlockTable:
 
     @property
     def is_clean(self) -> bool:
-        """Whether no block has forgotten bits."""
+        """Whether all bits that `forget` was given are cleared."""
         return not self._stale
 
     def sweep(self, count: int) -> None:
-        """Clear forgotten bits in the next ``count`` rows. Rows that are moved meanwhile lose them by that."""
+        """Clear the bits that `forget` was given in the next ``count`` rows. Moving a row clears them, too."""
         while self._stale and count > 0:
             rows, begin = self._unswept.pop()
             if any(rows is each for each in self._all_rows()):
@@ -293,7 +293,7 @@ class BlockTable:
                 self._stale = {}
 
     def _strip(self, rows: _Rows, at: slice | Positions) -> int:
-        """Clear forgotten bits in some rows. Returns how many have no bits any more."""
+        """Clear the bits that `forget` was given in some rows. Returns how many rows have no bits any more."""
         if not self._stale:
             return 0
         before = int(np.count_nonzero(rows.dead(at)))

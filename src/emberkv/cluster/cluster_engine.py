@@ -58,9 +58,6 @@ MAX_ROUTES = 2000
 """Ended requests of which the route is remembered."""
 
 
-ROUTE_HEADER = "x-emberkv-route"
-
-
 @dataclass(slots=True)
 class Route:
     """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from emberkv.cluster import wire
 from emberkv.cluster.cache_operations import ExplainRequest
 from emberkv.cluster.cache_routes import ClusterCacheRoutes, load_json
-from emberkv.cluster.cluster_engine import MAX_REQUESTS, ROUTE_HEADER, ClusterEngine, route_header
+from emberkv.cluster.cluster_engine import MAX_REQUESTS, ClusterEngine, route_header
 from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.prompts import PromptReader
 from emberkv.cluster.foreign.routes import ForeignRoutes
@@ -28,6 +28,7 @@ from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import EmberError, RequestError, WireError
 from emberkv.serving.admission import InFlight
+from emberkv.serving.answer_service import ROUTE_HEADER
 from emberkv.serving.app import AppParts
 from emberkv.serving.auth import check_cluster_secret
 from emberkv.serving.cache.volatile_lines import first_difference

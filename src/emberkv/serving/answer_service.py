@@ -144,6 +144,10 @@ MAX_TOKENS_HEADER = "x-emberkv-max-tokens"
 LEFT_OUT_HEADER = "x-emberkv-left-out"
 HISTORY_HEADER = "x-emberkv-history"
 """What became of the answers in the prompt's history; see `emberkv.serving.api.splicing`."""
+ROUTE_HEADER = "x-emberkv-route"
+"""At a gateway: which worker a request was routed to, and why."""
+ANSWER_HEADERS = CACHE_HEADER, MAX_TOKENS_HEADER, LEFT_OUT_HEADER, HISTORY_HEADER, ROUTE_HEADER
+"""The headers that describe an answer. Pages of other origins may read them where CORS allows the origin."""
 
 
 LARGE_BODY_BYTES = 20_000

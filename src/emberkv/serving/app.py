@@ -15,8 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from emberkv import __version__
 from emberkv.errors import EmberError
-from emberkv.serving.answer_service import MAX_REQUESTS, MAX_TOKENS_HEADER, AnswerService, RequestPreparer
-from emberkv.serving.answers.answer import CACHE_HEADER
+from emberkv.serving.answer_service import ANSWER_HEADERS, MAX_REQUESTS, AnswerService, RequestPreparer
 from emberkv.serving.answers.answer_memory import AnswerMemory
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
@@ -229,7 +228,7 @@ def _add_middleware(
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=[CACHE_HEADER, MAX_TOKENS_HEADER, *REQUEST_ID_HEADERS],
+            expose_headers=[*ANSWER_HEADERS, *REQUEST_ID_HEADERS],
         )
     # the last one added is the first to see a request
     app.add_middleware(RequestScope, metrics=metrics, clock=clock, root_path=settings.root_path)

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,34 +17,21 @@ from emberkv.serving.answers.answer_memory import AnswerMemory, RememberedAnswer
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.splicing import SplicedPrompt, difference, splice_answers
 from emberkv.serving.parsing.events import ParsedCall, ParsedMessage
-from tests.serving.parsing.families import FAMILIES, TOOLS, Family, as_template_message, render
+from tests.serving.family_tokenizer import FamilyTokenizer
+from tests.serving.parsing.families import FAMILIES, TOOLS, Family, as_template_message
 
 MERGED = {"th": 1, "ee": 2, "an": 3, "10": 4}
 """Pairs of characters that encoding makes one token of. A model may sample the characters one by one."""
 
 
-class FamilyTokenizer:
-    """A family's template; a token for each character, or for a pair of `MERGED`."""
-
-    cache_bytes = 0
-    chat_problem: str | None = None
+class MergingTokenizer(FamilyTokenizer):
+    """A token for each character, or for a pair of `MERGED`."""
 
     def __init__(self, family: Family) -> None:
-        self._template = family.template
+        super().__init__(family)
         marks = {"<|im_start|>", "<|im_end|>", family.end.strip(), family.turn.split("\n")[0]} - {""}
         self._cut = re.compile("|".join(map(re.escape, sorted(marks))))
         self._token = re.compile("|".join([*map(re.escape, sorted(marks)), *MERGED, "(?s:.)"]))
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        return render(self._template, messages, add_generation_prompt=add_generation_prompt)
 
     def encode(
         self,
@@ -80,7 +67,7 @@ class Session:
     messages: list[dict[str, Any]] = field(default_factory=lambda: [{"role": "user", "content": "Hello there"}])
 
     def __post_init__(self) -> None:
-        self.tokenizer: Any = FamilyTokenizer(self.family)
+        self.tokenizer: Any = MergingTokenizer(self.family)
 
     def prompt(self) -> tuple[SplicedPrompt, list[int]]:
         conversation = Conversation(self.messages, TOOLS)

@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.cache_routes import estimate_json
-from emberkv.cluster.cluster_engine import ROUTE_HEADER, ClusterEngine, Route, route_header
+from emberkv.cluster.cluster_engine import ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.conversion import CHAT_PATH, convert, prompt_body
 from emberkv.cluster.foreign.fleet import ForeignFleet
@@ -28,7 +28,7 @@ from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, RequestError
 from emberkv.serving.admission import InFlight, TenantLimits
-from emberkv.serving.answer_service import LEFT_OUT_HEADER, counts_header
+from emberkv.serving.answer_service import LEFT_OUT_HEADER, ROUTE_HEADER, counts_header
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.conversation import Conversation

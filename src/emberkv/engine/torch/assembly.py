@@ -24,7 +24,7 @@ from emberkv.engine.torch.model.checkpoint import fetch_from_hub
 from emberkv.engine.torch.model.loader import LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
-from emberkv.engine.torch.quantization.linear import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of

@@ -15,7 +15,7 @@ from emberkv.engine.torch.layers import rows_are_independent
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.decoder import NativeDecoder
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.engine.torch.quantization.linear import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_linears
 from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96

@@ -5,7 +5,7 @@ import re
 from emberkv.serving.parsing.call_sections import CallSections
 from emberkv.serving.parsing.events import CallBegin
 from emberkv.serving.parsing.json_calls import ObjectCalls, stream_arguments
-from emberkv.serving.parsing.reader import Steps, TextReader
+from emberkv.serving.parsing.reader import Markers, Steps, TextReader
 
 _NAME = re.compile(r"[\w.\-/]*")
 _WORD = re.compile(r"\w*")
@@ -87,11 +87,7 @@ class KimiCalls(CallSections):
         yield from reader.skip()
         index = self.next_index()
         yield CallBegin(index, name, call_id)
-        yield from stream_arguments(reader, index, self.ends)
-        reader.record()
-        yield from reader.skip()
-        if (yield from reader.literal(self.end)):
-            reader.record()
+        yield from _closed_arguments(reader, index, self.ends, self.end)
         return True
 
 
@@ -114,9 +110,14 @@ class FunctionTagCalls(CallSections):
             return False
         index = self.next_index()
         yield CallBegin(index, name, None)
-        yield from stream_arguments(reader, index, self.ends)
-        reader.record()
-        yield from reader.skip()
-        if (yield from reader.literal(self.end)):
-            reader.record()
+        yield from _closed_arguments(reader, index, self.ends, self.end)
         return True
+
+
+def _closed_arguments(reader: TextReader, index: int, ends: Markers, end: str) -> Steps[None]:
+    """Emit the arguments of call ``index``, and read the marker ``end`` behind them if it is there."""
+    yield from stream_arguments(reader, index, ends)
+    reader.record()
+    yield from reader.skip()
+    if (yield from reader.literal(end)):
+        reader.record()

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from emberkv.engine.torch.model.geometry import inspect_model
 from emberkv.engine.torch.model.loader import load_model, open_source
-from emberkv.engine.torch.quantization.layers import QuantizedEmbedding
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from tests.conftest import CheckpointFactory
 from tests.quantized_models import quantised_model

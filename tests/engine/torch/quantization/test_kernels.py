@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear, replace_layers
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedLinear
 from emberkv.engine.torch.quantization.packing import pack, packed_bytes
 from emberkv.engine.torch.quantization.weight import Bits, QuantizedWeight, pack_nibbles, quantise
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from emberkv.engine.torch.model.fingerprint import model_fingerprint
 from emberkv.engine.torch.model.loader import ModelDtypes, load_model
-from emberkv.engine.torch.quantization.linear import QuantizedLinear, quantized_linears
+from emberkv.engine.torch.quantization.layers import QuantizedLinear, quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName, RoundingConfig
 from emberkv.engine.torch.quantization.weight import quantise
 from emberkv.errors import ConfigError, CorruptModelError

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, ReorderedLinear
-from emberkv.engine.torch.quantization.linear import QuantizedLinear, quantized_linears
+from emberkv.engine.torch.quantization.layers import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    ReorderedLinear,
+    quantized_linears,
+)
 from emberkv.engine.torch.quantization.stored import StoredWeight
 from emberkv.errors import CorruptModelError
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from emberkv.engine.torch.model.checkpoint import weight_files
-from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, ReorderedLinear
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedLinear, ReorderedLinear
 from emberkv.errors import ModelError
 
 _CHUNK_BYTES = 4 << 20

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedLinear
 
 
 class LatentProjection(Protocol):

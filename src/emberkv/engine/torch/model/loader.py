@@ -20,7 +20,7 @@ from emberkv.engine.torch.model.generation_config import GenerationConfigMode, e
 from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
 from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
-from emberkv.engine.torch.quantization.linear import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.quantization.weight import DTYPES
 from emberkv.errors import ConfigError, CorruptModelError, ModelError

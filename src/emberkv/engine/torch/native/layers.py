@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, silu
 from emberkv.engine.torch.attention.paged_attention import rows_left
 from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedLinear
 from emberkv.engine.torch.quantization.packing import kernel_group, pack
 from emberkv.engine.torch.quantization.weight import QuantizedWeight
 

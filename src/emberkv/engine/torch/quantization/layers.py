@@ -1,11 +1,41 @@
-"""Layers over quantised weights that are no plain linear layers: embeddings, and act-order's sorted inputs."""
+"""Layers with quantised weights, as a model holds them before the kernels take the place of the linear ones."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from emberkv.engine.torch.layers import stand_in
-from emberkv.engine.torch.quantization.linear import QuantizedLinear
+from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.quantization.weight import QuantizedWeight, unpack_nibbles
+from emberkv.errors import UnsupportedModelError
+
+_SLICE = 8192
+"""Outputs whose weights are dequantised at a time, so that a large vocabulary's are not held in full."""
+
+
+class QuantizedLinear(nn.Module):
+    """``inputs @ weight.T + bias`` in ``dtype``, with a weight that is dequantised anew in each call.
+
+    It is what the kernels are compared with, and what computes without them: as exact as a plain layer with the
+    dequantised weight, and slow. ``weight`` has the plain weight's shape and no values.
+    """
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.dtype = dtype
+        self.weight = stand_in(torch.empty((), dtype=dtype, device=quantized.codes.device).expand(quantized.shape))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        parts = (
+            linear(inputs, self.quantized.rows(start, start + _SLICE).dequantised(self.dtype))
+            for start in range(0, self.out_features, _SLICE)
+        )
+        product = torch.cat(list(parts), dim=-1)
+        return product if self.bias is None else product + self.bias
 
 
 class ReorderedLinear(nn.Module):
@@ -47,3 +77,30 @@ class QuantizedEmbedding(nn.Module):
             values += whole.offsets[ids][..., None]
         embedded = values.view(*tokens.shape, self.embedding_dim).to(self.dtype)
         return embedded if self.factor == 1.0 else embedded * self.factor
+
+
+def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
+    """Put a `QuantizedLinear` in the place of each linear layer that ``weights`` names, such as "lm_head".
+
+    A layer's own weight may be on the meta device; its bias is kept.
+
+    Raises UnsupportedModelError for a name that is no linear layer of the model, and for a weight of another shape.
+    """
+    for name, quantized in weights.items():
+        parent_name, _, own = name.rpartition(".")
+        parts = linear_parts(model.get_submodule(name))
+        if parts is None:
+            raise UnsupportedModelError(
+                f"{name} has a quantised weight and is no linear layer of {type(model).__name__}"
+            )
+        weight, bias = parts
+        if tuple(weight.shape) != quantized.shape:
+            raise UnsupportedModelError(
+                f"{name} has a quantised weight of {list(quantized.shape)}; the config makes it {list(weight.shape)}"
+            )
+        setattr(model.get_submodule(parent_name), own, QuantizedLinear(quantized, bias, dtype))
+
+
+def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:
+    """All of them in the model."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]

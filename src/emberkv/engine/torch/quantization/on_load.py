@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emberkv.engine.torch.layers import linear_parts, output_layer
-from emberkv.engine.torch.quantization.linear import replace_linears
+from emberkv.engine.torch.quantization.layers import replace_linears
 from emberkv.engine.torch.quantization.stored import affine_bytes
 from emberkv.engine.torch.quantization.weight import (
     DEFAULT_GROUP,
