@@ -107,11 +107,13 @@ class Tokenizer(Protocol):
         ...
 
 
-_OPENINGS = (
-    "Hello", "what is it?", "1 and 2", " leading space", "\nleading line", "\tleading tab", "(aside)", '"quoted"',
+OPENINGS = (
+    "Hello", "\nleading line", " leading space", "1 and 2", "what is it?", "\tleading tab", "(aside)", '"quoted"',
     "<b>", "# heading", "- item", "/path", "{}", "Ärger", "你好", "👋", "def f():", "...",
 )  # fmt: skip
-"""User messages whose beginnings differ in kind, because a first character may melt into the token before it."""
+"""User messages whose beginnings differ in kind, because a first character may merge with the token before it. The
+kinds that differ most come first.
+"""
 
 
 def shared_prefix(tokenizer: Tokenizer, system_prompt: str) -> list[int]:
@@ -122,17 +124,17 @@ def shared_prefix(tokenizer: Tokenizer, system_prompt: str) -> list[int]:
     conversations but no system prompt, or the prompt is no valid Unicode.
     """
     if _takes_chats(tokenizer):
-        texts = [tokenizer.render_chat(_conversation(system_prompt, opening)) for opening in _OPENINGS]
+        texts = [tokenizer.render_chat(_conversation(system_prompt, opening)) for opening in OPENINGS]
         sequences = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     else:
-        texts = [system_prompt + opening for opening in _OPENINGS]
+        texts = [system_prompt + opening for opening in OPENINGS]
         sequences = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
     return common_prefix(sequences)
 
 
 def _takes_chats(tokenizer: Tokenizer) -> bool:
     try:
-        tokenizer.render_chat([{"role": "user", "content": _OPENINGS[0]}])
+        tokenizer.render_chat([{"role": "user", "content": OPENINGS[0]}])
     except RequestError:  # no template, which serves completions only
         return False
     return True

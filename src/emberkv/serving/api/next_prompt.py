@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from emberkv.engine.tokenization.tokenizer import common_prefix
+from emberkv.engine.tokenization.tokenizer import OPENINGS, common_prefix
 from emberkv.serving.answers.answer_memory import template_message
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.parsing.events import ParsedMessage
@@ -13,8 +13,7 @@ from emberkv.serving.parsing.events import ParsedMessage
 Encode = Callable[[Conversation], "array[int]"]
 """The token ids of a conversation's prompt. Raises RequestError for one that the chat template does not take."""
 
-_OPENINGS = ("Hello", "\nleading line", " leading space", "1 and 2")
-"""User messages whose beginnings differ in kind, because a first character may melt into the token before it."""
+_TRIED = OPENINGS[:4]  # each has the whole conversation rendered and encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class NextPrompt:
         said = template_message(answer)
         assert said is not None, "it is None for broken calls alone"
         messages = [*self.conversation.messages, said]
-        following = ([*messages, {"role": "user", "content": text}] for text in _OPENINGS)
+        following = ([*messages, {"role": "user", "content": text}] for text in _TRIED)
         prompts = [self.encode(replace(self.conversation, messages=each)) for each in following]
         return array("i", common_prefix(prompts))
 
