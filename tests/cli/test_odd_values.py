@@ -26,6 +26,8 @@ ENDED = {
     ("simulate",): [NOWHERE],
     ("plan",): [NOWHERE],
     ("examples",): ["nothing"],
+    ("models",): [NOWHERE],
+    ("size",): [NOWHERE],
     ("workload", "generate"): [NOWHERE, NOWHERE],
     ("workload", "describe"): [NOWHERE],
     ("workload", "convert"): [NOWHERE, "--output", NOWHERE],

@@ -117,7 +117,7 @@ def test_sources_by_file(tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert [path.stem for path in EXAMPLES] == ["agents", "chat", "cluster", "mixed"]
+    assert [path.stem for path in EXAMPLES] == ["agents", "chat", "cluster", "mixed", "side-calls"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
