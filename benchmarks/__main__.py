@@ -1,6 +1,6 @@
 """Runs the benchmarks one after another and writes docs/benchmarks.md.
 
-    python -m benchmarks [--vllm-python VENV/bin/python] [--only NAME ...] [--quick]
+    python -m benchmarks [--vllm-python VENV/bin/python] [--llama-cpp FOLDER] [--only NAME ...] [--quick]
 
 Nothing else may run on the machine meanwhile. Results are kept in build/benchmarks, and the page is made of all that
 lie there: with --only, the others stay as they were measured before. --quick only tries whether everything runs; it
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,9 @@ class Benchmark:
         return code == 0
 
 
-VLLM = "vs_vllm"
+PEERS = {"vs_llama_cpp": "--llama-cpp", "vs_vllm": "--vllm-python"}
+"""Benchmarks that need another server, and the option that says where it is."""
+
 BENCHMARKS = (
     Benchmark("core", quick=("--repeats", "1")),
     Benchmark("ram_cache", quick=("--quick",)),
@@ -69,8 +72,9 @@ BENCHMARKS = (
     Benchmark("this_machine", quick=("--sessions", "4", "--rounds", "1")),
     Benchmark("restart", ("--rounds", "3"), quick=("--rounds", "1", "--samples", "1")),
     Benchmark("prober", quick=("--samples", "6", "--tokens", "200", "--rounds", "1")),
+    Benchmark("vs_llama_cpp", quick=("--rounds", "1", "--samples", "1")),
     Benchmark(
-        VLLM,
+        "vs_vllm",
         ("--rounds", "3", "--samples", "4"),
         quick=("--rounds", "1", "--samples", "1"),
     ),
@@ -82,26 +86,34 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vllm-python", type=Path, help=f"of vLLM's environment; without it {VLLM} is left out")
+    parser.add_argument("--vllm-python", type=Path, help="of vLLM's environment; without it vs_vllm is left out")
+    parser.add_argument("--llama-cpp", type=Path, help="of llama.cpp's programs; without it vs_llama_cpp is left out")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="one short round of each")
     given = parser.parse_args()
-    if given.only and VLLM in given.only and not given.vllm_python:
-        parser.error(f"{VLLM} needs --vllm-python")
+    for name in set(given.only or ()) & PEERS.keys() - peers(given).keys():
+        parser.error(f"{name} needs {PEERS[name]}")
     return given
 
 
-def chosen(only: list[str] | None, *, vllm: bool) -> list[Benchmark]:
-    """Those named, or all; the comparison with vLLM only where there is one."""
-    return [each for each in BENCHMARKS if each.name in (only or NAMES) and (vllm or each.name != VLLM)]
+def peers(given: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """The arguments that say where another server is, by the benchmark that compares with it."""
+    places = {name: getattr(given, option[2:].replace("-", "_")) for name, option in PEERS.items()}
+    return {name: (PEERS[name], str(place.absolute())) for name, place in places.items() if place is not None}
+
+
+def chosen(only: list[str] | None, given_peers: Collection[str]) -> list[Benchmark]:
+    """Those named, or all; a comparison with another server only where it is among ``given_peers``."""
+    possible = set(only or NAMES) - (PEERS.keys() - set(given_peers))
+    return [each for each in BENCHMARKS if each.name in possible]
 
 
 def run_all(given: argparse.Namespace, results: Path) -> bool:
     """Returns whether all succeeded."""
-    python = () if given.vllm_python is None else ("--vllm-python", str(given.vllm_python.absolute()))
+    places = peers(given)
     succeeded = [
-        benchmark.run(results / benchmark.name, python if benchmark.name == VLLM else (), quick=given.quick)
-        for benchmark in chosen(given.only, vllm=bool(python))
+        benchmark.run(results / benchmark.name, places.get(benchmark.name, ()), quick=given.quick)
+        for benchmark in chosen(given.only, places)
     ]
     return all(succeeded)
 

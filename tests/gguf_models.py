@@ -49,9 +49,9 @@ def write_gguf(
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stored = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        values = _as_stored(name, config, stored, tensor).numpy()
+        values = _as_stored(name, config, stored, tensor).contiguous()
         kind = kind_of(stored) if values.ndim > 1 else Kind.F32
-        writer.add_tensor(stored, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        writer.add_tensor(stored, _encoded(values, kind), raw_dtype=kind)
     for stored, values in (tensors or {}).items():
         writer.add_tensor(stored, values)
     writer.write_header_to_file()
@@ -59,6 +59,12 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _encoded(values: torch.Tensor, kind: Kind) -> NDArray[Any]:
+    if kind is Kind.BF16:  # which gguf rounds in NumPy, slowly
+        return values.bfloat16().view(torch.uint8).numpy()
+    return gguf.quantize(values.numpy(), kind)
 
 
 def _as_stored(name: str, config: Any, stored: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +101,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([_CONTROL if token in special else _NORMAL for token in tokens])
     writer.add_token_merges(_merges(described))
-    writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)

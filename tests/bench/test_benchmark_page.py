@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from benchmarks import report
-from benchmarks.__main__ import chosen
+from benchmarks.__main__ import PEERS, chosen
 from benchmarks.figures import Comparison, Figure, number
 from benchmarks.memory import MIB, Residence, rows, size_of
 from benchmarks.prefill import smallest_sufficient
@@ -67,11 +67,12 @@ def test_all_raw_values_are_kept(tmp_path: Path) -> None:
     assert (row["top"], row["bottom"], row["ratio"]["median"], row["met"]) == ([1.0], [2.0], 0.5, True)
 
 
-def test_vllm_is_only_compared_with_where_it_is() -> None:
-    everything = [each.name for each in chosen(None, vllm=True)]
-    assert [each.name for each in chosen(None, vllm=False)] == everything[:-1]
-    assert everything[-1] == "vs_vllm"
-    assert [each.name for each in chosen(["memory", "core"], vllm=True)] == ["core", "memory"]
+def test_other_servers_are_only_compared_with_where_they_are() -> None:
+    everything = [each.name for each in chosen(None, PEERS)]
+    assert everything[-2:] == ["vs_llama_cpp", "vs_vllm"]
+    assert [each.name for each in chosen(None, ())] == everything[:-2]
+    assert [each.name for each in chosen(None, ["vs_vllm"])] == [*everything[:-2], "vs_vllm"]
+    assert [each.name for each in chosen(["memory", "core"], PEERS)] == ["core", "memory"]
 
 
 def test_the_smallest_chunk_that_is_nearly_the_best() -> None:
