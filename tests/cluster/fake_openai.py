@@ -18,9 +18,11 @@ class FakeOpenAI:
     dies_after: events of a stream after which it drops the connection; 0 drops every request. sends_done: whether a
     stream ends with ``[DONE]``. deltas: of its streams, behind the role; None: one for each of `TOKENS`. message: of
     its whole answers, beside the role. body: of whole answers, in place of all that; a stream is ``[DONE]`` alone then.
+    streams: whether it answers requests for a stream by one. reason: of the answer's end; None: it has none.
     fails_early: whether the first event of a stream is an error. drops_kept: how many requests on connections with a
     health check before them it drops. compresses: whether the client accepts it or not. held: what answers wait for.
     held_stream: what streams wait for behind the first token. requests: bodies as they came, with their headers.
+    checks: how often it was asked for its health.
     """
 
     models: tuple[str, ...] = ("m",)
@@ -35,13 +37,15 @@ class FakeOpenAI:
     deltas: list[dict[str, Any]] | None = None
     message: dict[str, Any] | None = None
     body: object = None
-    reason: str = "stop"
+    reason: str | None = "stop"
+    streams: bool = True
     fails_early: bool = False
     drops_kept: int = 0
     held: asyncio.Event | None = None
     held_stream: asyncio.Event | None = None
     requests: list[tuple[bytes, dict[str, str]]] = field(default_factory=list)
     url: str = ""
+    checks: int = 0
     _known: set[asyncio.BaseTransport] = field(default_factory=set)
 
     def usage(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class FakeOpenAI:
 
     async def _health(self, request: web.Request) -> web.Response:
         assert request.transport is not None
+        self.checks += 1
         self._known.add(request.transport)
         return web.Response(status=self.health)
 
@@ -92,14 +97,14 @@ class FakeOpenAI:
             request.transport.abort()
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status, headers={"retry-after": "7"})
-        if body.get("stream"):
+        if body.get("stream") and self.streams:
             return await self._stream(request, body)
         if self.body is not None:
             return web.json_response(self.body)
         message = {"role": "assistant", "content": "".join(TOKENS), "tool_calls": [{"id": "c", "odd": [1, None]}]}
         message = message if self.message is None else {"role": "assistant", **self.message}
         choice = {"index": 0, "message": message, "finish_reason": self.reason}
-        answer = {"id": "cmpl-fake", "choices": [choice], "usage": self.usage()}
+        answer = {"id": "cmpl-fake", "object": "chat.completion", "choices": [choice], "usage": self.usage()}
         response = web.json_response(answer, headers={"x-of-the-worker": "yes"})
         if self.compresses:
             response.enable_compression(web.ContentCoding.gzip)

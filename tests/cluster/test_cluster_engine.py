@@ -16,7 +16,14 @@ from emberkv.cluster.wire import LoadReport, WorkerDescription
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
-from emberkv.errors import DuplicateRequestError, EmberError, EngineStoppedError, PromptTooLongError, RequestError
+from emberkv.errors import (
+    DuplicateRequestError,
+    EmberError,
+    EngineStoppedError,
+    PromptTooLongError,
+    RequestError,
+    WireError,
+)
 from emberkv.serving.admission import InFlight
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
@@ -123,6 +130,15 @@ async def test_requests_are_spread_and_answered() -> None:
         route = it.engine.route("x")
         assert route is not None
         assert route.workers == ["b"]
+
+
+@on_a_loop
+async def test_a_message_that_is_not_understood_fails_its_request_and_not_the_worker() -> None:
+    workers = {"a": FakeWorker("a", refuses=WireError("these 9 bytes are not the message expected"))}
+    async with cluster(workers) as it:
+        assert isinstance(await it.refusal("x"), GenerationFailedError)
+        assert len(workers["a"].requests) == MAX_LOSSES
+        assert it.worker("a").status is WorkerStatus.UP
 
 
 @on_a_loop

@@ -217,6 +217,55 @@ def test_calls_that_come_mixed_are_passed_on_one_after_another() -> None:
     assert (answer.calls, all(call.is_complete for call in answer.message.calls)) == (2, True)
 
 
+def test_the_name_of_a_call_may_come_after_its_id() -> None:
+    answer = ChatAnswer(0)
+    answer.read_chunk({"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "call_7"}]}}]})
+    answer.read_chunk(chunk(0, '{"a"'))
+    assert answer.take() == ()
+    answer.read_chunk(chunk(0, "", "f"))
+    answer.read_chunk(chunk(0, ": 1}", "f"))
+    answer.end()
+    assert joined(answer.take()) == [
+        CallBegin(0, "f", "call_7"), CallArguments(0, '{"a": 1}'), CallEnd(0, is_complete=True)
+    ]  # fmt: skip
+
+
+def test_a_call_without_a_number_goes_on_until_another_id() -> None:
+    def part(call_id: str, arguments: str) -> dict[str, Any]:
+        call = {"id": call_id, "function": {"name": "f", "arguments": arguments}}
+        return {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+
+    answer = ChatAnswer(0)
+    for call_id, arguments in (("1", '{"a"'), ("1", ": 1}"), ("2", "{}")):
+        answer.read_chunk(part(call_id, arguments))
+    answer.end()
+    assert [(call.name, call.arguments) for call in answer.message.calls] == [("f", '{"a": 1}'), ("f", "{}")]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_the_worker_aborted_is_an_error(streams: bool) -> None:
+    @on_a_loop
+    async def ask() -> None:
+        async with served(FakeOpenAI(reason="abort")) as it:
+            answer = await it.ask({**MESSAGES, "stream": streams}, "/v1/messages")
+            error = events(answer)[-1]["error"] if streams else answer.json()["error"]
+            assert error["message"] == "the worker ended the answer with finish_reason 'abort'"
+
+    ask()
+
+
+@on_a_loop
+async def test_a_whole_answer_becomes_the_stream_that_was_asked_for() -> None:
+    async with served(FakeOpenAI(streams=False, message={"content": "Nothing to do."})) as it:
+        found = events(await it.ask({**MESSAGES, "stream": True}, "/v1/messages"))
+        assert [event["type"] for event in found] == [
+            "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
+            "message_stop",
+        ]  # fmt: skip
+        assert found[2]["delta"]["text"] == "Nothing to do."
+        assert found[-2]["delta"]["stop_reason"] == "end_turn"
+
+
 def test_calls_without_numbers_and_text_behind_a_call() -> None:
     answer = ChatAnswer(0)
     answer.read_chunk(chunk(None, "{}", "f"))

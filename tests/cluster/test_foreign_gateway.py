@@ -297,6 +297,67 @@ async def test_an_answer_that_breaks_off_ends_with_an_error() -> None:
 
 
 @on_a_loop
+async def test_a_stream_that_is_done_without_a_reason_to_end_is_an_error() -> None:
+    async with served(FakeOpenAI(reason=None)) as it:
+        answer = await it.ask(chat(stream=True))
+        events = answer.text.split("\n\n")
+        assert TOKENS[-1] in events[3]
+        assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "generation_failed"
+        assert answer.text.count("[DONE]") == 1
+        assert it.fleet.workers[0].lost == 1
+
+
+@on_a_loop
+async def test_an_empty_stream_is_retried_elsewhere_and_else_an_error() -> None:
+    async with served(FakeOpenAI(body=[]), FakeOpenAI()) as it:
+        for _ in range(3):
+            assert "three" in (await it.ask(chat(stream=True))).text
+        it.servers[1].body = []
+        answer = await it.ask(chat(stream=True))
+        assert (answer.status_code, answer.json()["error"]["message"]) == (502, "the worker's answer has no choices")
+
+
+@on_a_loop
+async def test_a_client_that_asks_for_a_stream_gets_one_of_a_worker_that_does_not_stream() -> None:
+    calls = [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]
+    async with served(FakeOpenAI(streams=False, message={"content": "I", "tool_calls": calls}, cached=48)) as it:
+        answer = await it.ask(chat(stream=True))
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["x-emberkv-cache"].startswith("hit=48;")
+        first, done, end = answer.text.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        part = json.loads(first.removeprefix("data: "))
+        assert (part["object"], "usage" in part) == ("chat.completion.chunk", False)
+        delta = {"role": "assistant", "content": "I", "tool_calls": [{"index": 0, **calls[0]}]}
+        assert part["choices"] == [{"index": 0, "delta": delta, "finish_reason": "stop"}]
+
+
+@on_a_loop
+async def test_a_request_that_ends_its_connections_leaves_the_workers_up_and_is_given_up() -> None:
+    servers = [FakeOpenAI(dies_after=0) for _ in range(3)]
+    async with served(*servers) as it:
+        answer = await it.ask(chat())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
+        assert all(it.asked())
+        assert [worker.status for worker in it.fleet.workers] == [WorkerStatus.UP] * 3
+        for server in servers:
+            server.dies_after = None
+        assert (await it.ask(chat())).status_code == 200
+
+
+@on_a_loop
+async def test_a_worker_whose_connection_ended_is_checked_at_once() -> None:
+    async with served(FakeOpenAI(dies_after=0)) as it:
+        (worker,) = it.fleet.workers
+        it.fleet.seconds = DEADLINE * 10
+        checks = it.servers[0].checks
+        await it.until(lambda: it.servers[0].checks > checks)  # the last one that was due by itself
+        it.servers[0].health = 503
+        await it.ask(chat())
+        await it.until(lambda: worker.status is WorkerStatus.STARTING)
+
+
+@on_a_loop
 async def test_a_stream_without_done_is_whole_once_every_answer_has_its_reason_to_end() -> None:
     async with served(FakeOpenAI(sends_done=False)) as it:
         answer = await it.ask(chat(stream=True))

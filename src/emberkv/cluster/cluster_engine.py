@@ -30,6 +30,7 @@ from emberkv.errors import (
     DuplicateRequestError,
     EmberError,
     EngineStoppedError,
+    WireError,
     WorkerLostError,
     WorkerTimeoutError,
 )
@@ -311,7 +312,7 @@ class ClusterEngine:
                 if len(answer.tokens) > before:
                     losses = attempts = 0
                     deadline = self._clock() + self._resume_seconds
-                losses += isinstance(error, (WorkerLostError, WorkerTimeoutError))
+                losses += isinstance(error, (WireError, WorkerLostError, WorkerTimeoutError))
                 attempts += 1
             if losses >= MAX_LOSSES or attempts >= MAX_ATTEMPTS:
                 raise GenerationFailedError(f"{attempts} workers in turn did not finish the answer")

@@ -16,7 +16,7 @@ from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
 from emberkv.core.events import Event
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
-from emberkv.errors import EmberError, RequestError, WorkerLostError, WorkerTimeoutError
+from emberkv.errors import EmberError, RequestError, WireError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import ModelNotLoadedError, NotReadyError
 
 _log = logging.getLogger(__name__)
@@ -261,8 +261,10 @@ class Membership:
         return True
 
     def suspect(self, worker: Worker, error: EmberError) -> None:
-        """A request has failed at a worker, so that it gets no more before it reports again."""
-        if worker.status is not WorkerStatus.UP:
+        """A request has failed at a worker, so that it gets no more before it reports again; unless its message was not
+        understood, on either side, which says nothing about other requests.
+        """
+        if worker.status is not WorkerStatus.UP or isinstance(error, WireError):
             return
         match error:
             case WorkerTimeoutError():

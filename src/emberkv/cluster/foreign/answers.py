@@ -85,12 +85,15 @@ class AnswerEvents:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the stream is complete if it ends here. Some servers do not send ``[DONE]``."""
+        """Whether the stream is complete if it ends here: each answer has a ``finish_reason``, or there was an error.
+
+        Some servers do not send ``[DONE]``, and some send it after an answer that they have broken off.
+        """
         has_ended = self.has_failed or (bool(self._begun) and self._begun == self._ended)
-        return self.is_done or (has_ended and not self._rest.strip())
+        return has_ended and (self.is_done or not self._rest.strip())
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The events that ``data`` completes, as they are sent to the client."""
+        """The events that ``data`` completes, as they are sent to the client; ``[DONE]`` only of a complete stream."""
         self._rest += data
         while (end := _END_OF_EVENT.search(self._rest)) is not None:
             event, self._rest = self._rest[: end.end()], self._rest[end.end() :]
@@ -102,7 +105,7 @@ class AnswerEvents:
         payload = b"\n".join(lines)
         if payload == _DONE:
             self.is_done = True
-            return event
+            return event if self.is_whole else b""
         chunk = decoded(payload) if payload else None
         if not isinstance(chunk, dict):
             return event
@@ -133,6 +136,28 @@ class AnswerEvents:
         has_content = _has_content(choice)
         self.parts += has_content
         self.has_begun = self.has_begun or bool(reason) or has_content
+
+
+def as_stream(answer: dict[str, Any], *, keeps_usage: bool) -> bytes:
+    """The events of a whole answer, for a client that has asked for a stream: one chunk, and ``[DONE]``."""
+    choices = [_as_part(choice) for choice in answer["choices"]]
+    chunk = {**answer, "choices": choices}
+    if answer.get("object") == "chat.completion":
+        chunk["object"] = "chat.completion.chunk"
+    if not keeps_usage:
+        chunk.pop("usage", None)
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: " + _DONE + b"\n\n"
+
+
+def _as_part(choice: Any) -> Any:
+    """A whole answer's choice as that of a chunk, whose tool calls are numbered."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        return choice
+    calls = message.get("tool_calls")
+    numbered = [{"index": index, **call} for index, call in enumerate(calls)] if calls else []
+    delta = {**message, "tool_calls": numbered} if numbered else message
+    return {**{name: value for name, value in choice.items() if name != "message"}, "delta": delta}
 
 
 def _has_content(choice: dict[str, Any]) -> bool:

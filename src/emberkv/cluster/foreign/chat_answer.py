@@ -3,6 +3,7 @@ written.
 """
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from emberkv.cluster.foreign.answers import decoded, usage_of
@@ -27,6 +28,19 @@ from emberkv.serving.parsing.events import (
 _REASONING = ("reasoning_content", "reasoning")
 """Fields in which servers put the reasoning of a message or a delta."""
 
+_BROKEN_OFF = ("abort", "error")
+"""Values of ``finish_reason`` by which vLLM and SGLang end an answer that is not complete."""
+
+
+@dataclass(slots=True)
+class _GivenCall:
+    """What has arrived of a tool call. has_ended: it was passed on whole."""
+
+    name: str = ""
+    call_id: str = ""
+    arguments: list[str] = field(default_factory=list)
+    has_ended: bool = False
+
 
 class ChatAnswer:
     """The first choice of a chat completion: an `AnswerState`, and a `WholeMessage` once it has ended.
@@ -50,9 +64,8 @@ class ChatAnswer:
         self._stops = stops
         self._events: list[OutputEvent] = []
         self._builder = MessageBuilder()
-        self._arguments: dict[int, list[str]] = {}  # of calls, by the worker's index, in the order of their beginnings
-        self._heads: dict[int, tuple[str, str]] = {}
-        self._open: int | None = None
+        self._given: dict[int, _GivenCall] = {}  # by the worker's index, in the order of their beginnings
+        self._open: _GivenCall | None = None
 
     @property
     def answer(self) -> "ChatAnswer":
@@ -89,9 +102,10 @@ class ChatAnswer:
     def end(self) -> None:
         """Say that the answer has ended."""
         self._end_call()
-        for index in list(self._arguments):
-            self._begin_call(index)
-            self._end_call()
+        for call in self._given.values():
+            if not call.has_ended:
+                self._begin_call(call)
+                self._end_call()
         self.finish_reason = self.finish_reason or FinishReason.STOP
 
     def _read_usage(self, answer: Any) -> None:
@@ -121,7 +135,10 @@ class ChatAnswer:
         for call in listed if isinstance(listed, list) else ():
             if isinstance(call, dict):
                 self._read_call(call)
-        if reason := choice.get("finish_reason"):
+        reason = choice.get("finish_reason")
+        if reason in _BROKEN_OFF:
+            self.error = f"the worker ended the answer with finish_reason {reason!r}"
+        elif reason:
             self.finish_reason = FinishReason.LENGTH if reason == "length" else FinishReason.STOP
         stop = choice.get("stop_reason")  # where servers say which stop string has ended the answer
         if isinstance(stop, str) and stop in self._stops:
@@ -132,35 +149,41 @@ class ChatAnswer:
         function = function if isinstance(function, dict) else {}
         name, arguments = function.get("name"), function.get("arguments")
         index = call.get("index")
-        if type(index) is not int:  # some servers send each call whole, and do not number them
-            index = len(self._heads) if name else len(self._heads) - 1
-        if index not in self._heads:
-            self._heads[index] = (str(name or ""), str(call.get("id") or "") or openai_call_id())
-            self._arguments[index] = []
-        text = arguments if isinstance(arguments, str) else ""
-        if index not in self._arguments:
-            return  # it has ended: text or reasoning came behind it
-        if self._open is None:
-            self._begin_call(index)
-        if text:
-            self._arguments[index].append(text)
-            if index == self._open:
-                self._add(CallArguments(self.calls - 1, text))
+        if type(index) is not int:  # some servers do not number them
+            index = self._unnumbered(call.get("id"), name)
+        given = self._given.setdefault(index, _GivenCall())
+        given.name = given.name or (name if isinstance(name, str) else "")
+        given.call_id = given.call_id or str(call.get("id") or "")
+        if given.has_ended:
+            return  # text or reasoning came after it
+        if isinstance(arguments, str) and arguments:
+            given.arguments.append(arguments)
+            if given is self._open:
+                self._add(CallArguments(self.calls - 1, arguments))
+        if self._open is None and given.name:  # the name may come in a later chunk than the id
+            self._begin_call(given)
 
-    def _begin_call(self, index: int) -> None:
+    def _unnumbered(self, call_id: object, name: object) -> int:
+        """The index of a call without one: the last call's, unless its id or name shows that another call begins."""
+        last = max(self._given, default=0)
+        known = self._given.get(last, _GivenCall())
+        is_another = call_id != known.call_id if call_id and known.call_id else bool(name and known.name)
+        return last + is_another
+
+    def _begin_call(self, call: _GivenCall) -> None:
         """Begin to pass on a call, with the arguments that it has already."""
-        name, call_id = self._heads[index]
-        self._open = index
+        self._open = call
         self.calls += 1
-        self._add(CallBegin(self.calls - 1, name, call_id))
-        if known := "".join(self._arguments[index]):
+        self._add(CallBegin(self.calls - 1, call.name, call.call_id or openai_call_id()))
+        if known := "".join(call.arguments):
             self._add(CallArguments(self.calls - 1, known))
 
     def _end_call(self) -> None:
         if self._open is None:
             return
-        arguments = "".join(self._arguments.pop(self._open))
+        arguments = "".join(self._open.arguments)
         self._add(CallEnd(self.calls - 1, isinstance(decoded(arguments.encode() or b"{}"), dict)))
+        self._open.has_ended = True
         self._open = None
 
     def _add(self, event: OutputEvent) -> None:

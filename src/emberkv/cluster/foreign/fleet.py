@@ -1,6 +1,7 @@
 """Health checks of a gateway's foreign workers, and the models that each of them serves."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ class ForeignFleet:
                 f"--foreign-worker: two workers have the id {twice!r}; give one of them another by id=NAME"
             )
         self._silent: dict[ForeignWorker, int] = {}
+        self._due = {worker: asyncio.Event() for worker in self.workers}
         self._feeds: dict[ForeignWorker, KvSequence] = {}
         for worker in self.workers:
             if worker.spec.kv_events is not None:
@@ -111,9 +113,15 @@ class ForeignFleet:
             await worker.client.close()
 
     def suspect(self, worker: ForeignWorker, error: EmberError) -> None:
-        """Handle a failed request: the worker gets no further requests until a check succeeds."""
-        if worker.status is WorkerStatus.UP:
+        """Handle a failed request: a worker that cannot be reached, or is silent, gets no further requests until a
+        check succeeds. A connection that ended may be due to the request alone, so the worker is checked at once.
+        """
+        if worker.status is not WorkerStatus.UP:
+            return
+        if isinstance(error, WorkerUnreachableError | WorkerTimeoutError):
             self.failed(worker, error)
+        else:
+            self._due[worker].set()
 
     async def _follow(self, worker: ForeignWorker) -> None:
         while True:
@@ -124,7 +132,15 @@ class ForeignFleet:
             except Exception:  # noqa: BLE001 - an invalid answer must not end a worker's checks
                 _log.exception("following worker %s failed", worker)
                 self._membership.set_status(worker, WorkerStatus.DOWN, "the gateway failed to follow it; see its log")
-            await asyncio.sleep(self.seconds)
+            await self._until_due(worker)
+
+    async def _until_due(self, worker: ForeignWorker) -> None:
+        """Wait for the next check, which `suspect` may ask for."""
+        due = self._due[worker]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.seconds):
+                await due.wait()
+        due.clear()
 
     async def _check(self, worker: ForeignWorker) -> None:
         """Check the worker's health and, every `MODELS_SECONDS`, its model list."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, decoded, usage_of
+from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, as_stream, decoded, usage_of
 from emberkv.cluster.foreign.chat_answer import ChatAnswer, ChatStream, choices_of
 from emberkv.cluster.foreign.conversion import Conversion, MessageResponseWriter
 from emberkv.cluster.foreign.prompts import RoutedPrompt
@@ -235,6 +235,8 @@ class Reply:
 BUSY = (429, 502, 503, 504)
 """Statuses after which a request is sent to another worker."""
 
+EVENT_STREAM = "text/event-stream"
+
 _NO_CHOICES = "the worker's answer has no choices"
 
 
@@ -249,19 +251,19 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
     try:
         async with attempt.waiting():
             response = await stack.enter_async_context(client.post(request.path, request.data, attempt.headers))
-            is_stream = response.status == 200 and response.content_type == "text/event-stream"
+            is_stream = response.status == 200 and response.content_type == EVENT_STREAM
             if not is_stream:
                 return await _whole(attempt, response, headers)
             answer = request.chat_answer()
             on_chunk = None if answer is None else answer.read_chunk
             events, early = AnswerEvents(keeps_usage=request.keeps_usage, on_chunk=on_chunk), list[bytes]()
-            while not (events.has_begun or events.has_failed or events.is_whole):
+            while not (events.has_begun or events.has_failed or events.is_done):
                 data = await client.read(response)
                 if not data:
                     raise WorkerLostError(f"{attempt.worker} ended its answer before the first token")
                 early += events.feed(data)
-            if not events.has_begun and (events.has_failed or answer is not None):
-                return _failed_early(attempt, early, answer, {**answer_headers(response.headers), **headers})
+            if not events.has_begun:
+                return _failed_early(attempt, events, early, answer, {**answer_headers(response.headers), **headers})
             attempt.token()
             kept = stack.pop_all()
         return Reply(RelayedStream(attempt, response, events, early, kept, headers, answer))
@@ -282,8 +284,11 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     answer = decoded(data)
     usage = usage_of(answer) if response.status == 200 else None
     chat = attempt.request.chat_answer()
-    is_missing = response.status == 200 and chat is not None and not choices_of(answer)
-    if response.status != 200 or is_missing:
+    fault = ""
+    if response.status == 200 and chat is not None:
+        chat.read_whole(answer)
+        fault = chat.error or ("" if choices_of(answer) else _NO_CHOICES)
+    if response.status != 200 or fault:
         attempt.refused()
     else:
         attempt.named(str(answer.get("id") or "") if isinstance(answer, dict) else "")
@@ -292,31 +297,57 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     known = usage is not None and usage.cached is not None
     summary = {CACHE_HEADER: str(attempt.summary())} if known else {}
     own = {**summary, **answer_headers(response.headers), **headers}
-    if is_missing:
+    if fault:
         attempt.worker.lost += 1
         error = answer.get("error") if isinstance(answer, dict) else None
-        return Reply(_converted_error(attempt, 502, {"error": error or _NO_CHOICES}, own), is_refusal=True)
+        return Reply(_converted_error(attempt, 502, {"error": error or fault}, own), is_refusal=True)
+    if response.status == 200:
+        return Reply(_whole_response(attempt, data, answer, chat, own))
     is_refusal = response.status in BUSY
     if chat is None:
         return Reply(Response(data, status_code=response.status, headers=own), is_refusal)
-    if response.status == 200:
-        chat.read_whole(answer)
-        return Reply(JSONResponse(attempt.writer.whole([chat]), headers=_converted(own)))
     return Reply(_converted_error(attempt, response.status, answer, own), is_refusal)
 
 
+def _whole_response(
+    attempt: Attempt, data: bytes, answer: Any, chat: ChatAnswer | None, headers: Mapping[str, str]
+) -> Response:
+    """The response with a whole answer, which becomes a stream where the client has asked for one."""
+    streams = attempt.request.streams
+    if chat is not None and streams:
+        events = attempt.writer.events(ChatStream(chat, _no_chunks()))
+        return StreamingResponse(events, headers=_converted(headers), media_type=EVENT_STREAM)
+    if chat is not None:
+        return JSONResponse(attempt.writer.whole([chat]), headers=_converted(headers))
+    if streams and choices_of(answer):
+        events = as_stream(answer, keeps_usage=attempt.request.keeps_usage)
+        return Response(events, headers=_converted(headers), media_type=EVENT_STREAM)
+    return Response(data, headers=dict(headers))
+
+
+async def _no_chunks() -> AsyncGenerator[bytes, None]:
+    """The chunks of an answer that was read whole."""
+    for chunk in ():
+        yield chunk
+
+
 def _failed_early(
-    attempt: Attempt, early: Sequence[bytes], answer: ChatAnswer | None, headers: Mapping[str, str]
+    attempt: Attempt,
+    events: AnswerEvents,
+    early: Sequence[bytes],
+    answer: ChatAnswer | None,
+    headers: Mapping[str, str],
 ) -> Reply:
-    """The reply for a stream that is an error, or nothing where it is to be converted: another worker may do better,
-    and the client has had nothing yet.
+    """The reply for a stream that is an error or has no answer: another worker may do better, and the client has had
+    nothing yet.
     """
     attempt.worker.lost += 1
     attempt.refused()
-    if answer is None:
-        events = b"".join(early)
-        return Reply(Response(events if DONE in events else events + DONE, headers=dict(headers)), is_refusal=True)
-    return Reply(_converted_error(attempt, 502, {"error": answer.error or _NO_CHOICES}, headers), is_refusal=True)
+    if answer is None and events.has_failed:
+        sent = b"".join(early)
+        return Reply(Response(sent if DONE in sent else sent + DONE, headers=dict(headers)), is_refusal=True)
+    said = answer.error if answer is not None else ""
+    return Reply(_converted_error(attempt, 502, {"error": said or _NO_CHOICES}, headers), is_refusal=True)
 
 
 def _converted(headers: Mapping[str, str]) -> dict[str, str]:
@@ -414,7 +445,7 @@ class RelayedStream(Response):
                     self._attempt.token()
                     for event in events.feed(data):
                         yield event
-            if not events.is_whole:
+            if not events.is_whole:  # the connection ended, or [DONE] came without a finish_reason
                 raise WorkerLostError(f"{self._attempt.worker} ended its answer before it was complete")
         except EmberError:
             self._reason = FinishReason.ERROR

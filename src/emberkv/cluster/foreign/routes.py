@@ -13,7 +13,7 @@ from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.cache_routes import estimate_json
-from emberkv.cluster.cluster_engine import ClusterEngine, Route, route_header
+from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine, Route, route_header
 from emberkv.cluster.foreign.answers import decoded
 from emberkv.cluster.foreign.conversion import CHAT_PATH, convert, prompt_body
 from emberkv.cluster.foreign.fleet import ForeignFleet
@@ -26,7 +26,7 @@ from emberkv.cluster.policies import Decision
 from emberkv.cluster.routing import RoutingRequest
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
-from emberkv.errors import ClusterError, RequestError
+from emberkv.errors import ClusterError, EmberError, RequestError, WorkerLostError
 from emberkv.serving.admission import InFlight, TenantLimits
 from emberkv.serving.answer_service import LEFT_OUT_HEADER, ROUTE_HEADER, counts_header
 from emberkv.serving.api.anthropic_schema import PromptRequest
@@ -38,6 +38,7 @@ from emberkv.serving.app import AppParts
 from emberkv.serving.cache.service import Explained, explanation_json
 from emberkv.serving.errors import (
     CLIENT_GONE,
+    GenerationFailedError,
     NotFoundError,
     NotReadyError,
     UnknownModelError,
@@ -282,9 +283,10 @@ class ForeignRoutes(CacheRoutes):
         """Try one worker after the other until one has begun an answer.
 
         If all that are left refuse it (`Reply`), the last refusal is the response. Raises RateLimitedError if the
-        tenant has reached a limit, and NotReadyError if no worker begins an answer.
+        tenant has reached a limit, GenerationFailedError if it has lost `MAX_LOSSES` workers in turn, and NotReadyError
+        if no worker begins an answer.
         """
-        left, refusal, failure, retried, trace = list(candidates), None, None, 0, None
+        left, refusal, failure, retried, losses, trace = list(candidates), None, None, 0, 0, None
         begun_at = self._clock()
         kinds = request.context.left_out
         left_out = {LEFT_OUT_HEADER: counts_header(kinds)} if kinds else {}
@@ -294,13 +296,12 @@ class ForeignRoutes(CacheRoutes):
                 left,
                 lambda each: isinstance(each, ForeignWorker),
             )
-            if found is None and trace is not None:
-                trace.failed()
-            if found is None and refusal is not None:
-                return refusal
             if found is None:
-                reason = "" if failure is None else f" ({failure})"
-                raise NotReadyError(f"no worker that serves the model answers{reason}; send it again later")
+                if trace is not None:
+                    trace.failed()
+                if refusal is not None:
+                    return refusal
+                raise _no_answer(failure, losses)
             worker, decision = found
             left.remove(worker)
             if not isinstance(worker, ForeignWorker):
@@ -318,6 +319,9 @@ class ForeignRoutes(CacheRoutes):
             except ClusterError as error:
                 failure = error
                 self._fleet.suspect(worker, error)
+                losses += isinstance(error, WorkerLostError)
+                if losses >= MAX_LOSSES:  # it may be what ends their connections
+                    left.clear()
             else:
                 if not reply.is_refusal:
                     if trace is not None and reply.response.status_code != 200:
@@ -427,6 +431,14 @@ class _Accepted:
         self._in_flight.leave(self._tenant, 1)
         if self._is_counted:
             self._limits.leave(self._tenant)
+
+
+def _no_answer(failure: ClusterError | None, losses: int) -> EmberError:
+    """The error for a request that no worker has begun to answer. failure: of the last worker that was asked."""
+    if losses >= MAX_LOSSES:
+        return GenerationFailedError(f"{losses} workers in turn did not begin the answer ({failure})")
+    reason = "" if failure is None else f" ({failure})"
+    return NotReadyError(f"no worker that serves the model answers{reason}; send it again later")
 
 
 def _estimate_json(worker: Replica, decision: Decision) -> dict[str, Any]:
