@@ -320,15 +320,15 @@ def _whole_response(
     if chat is not None:
         return JSONResponse(attempt.writer.whole([chat]), headers=_converted(headers))
     if streams and choices_of(answer):
-        events = as_stream(answer, keeps_usage=attempt.request.keeps_usage)
-        return Response(events, headers=_converted(headers), media_type=EVENT_STREAM)
+        chunks = as_stream(answer, keeps_usage=attempt.request.keeps_usage)
+        return Response(chunks, headers=_converted(headers), media_type=EVENT_STREAM)
     return Response(data, headers=dict(headers))
 
 
 async def _no_chunks() -> AsyncGenerator[bytes, None]:
     """The chunks of an answer that was read whole."""
-    for chunk in ():
-        yield chunk
+    return
+    yield b""
 
 
 def _failed_early(
