@@ -16,7 +16,7 @@ from tests.serving.parsing.families import FAMILIES
 TOOL_MODEL = Path(__file__).parents[1] / "data" / "tool_model"
 BLOCK = 16
 TEMPLATE = replace(FAMILIES["Qwen2.5"], tools_late=True).template
-"""The tools stand before the user's last question: the next question has all from the first question on written anew."""
+"""The tools stand before the user's last question: the next one has all from the first question on written anew."""
 ARGUMENTS = {
     "type": "object",
     "properties": {"module": {"enum": ["json", "re"]}, "line": {"type": "integer", "maximum": 99}},

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,9 +29,7 @@ class MergingTokenizer(FamilyTokenizer):
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)
-        marks = {"<|im_start|>", "<|im_end|>", family.end.strip(), family.turn.split("\n")[0]} - {""}
-        self._cut = re.compile("|".join(map(re.escape, sorted(marks))))
-        self._token = re.compile("|".join([*map(re.escape, sorted(marks)), *MERGED, "(?s:.)"]))
+        self._token = re.compile("|".join([*map(re.escape, sorted(self.marks)), *MERGED, "(?s:.)"]))
 
     def encode(
         self,
@@ -49,9 +47,6 @@ class MergingTokenizer(FamilyTokenizer):
             done = each.end
         ids.extend(map(_token_id, self._token.findall(text[done:])))
         return ids
-
-    def cuts(self, text: str, start: int) -> Iterator[int]:
-        return (match.start() for match in self._cut.finditer(text, start))
 
 
 def _token_id(text: str) -> int:

@@ -1,11 +1,16 @@
 """The tokenizer's routes, in the shapes that vLLM's clients expect."""
 
+from typing import Any
+
 import pytest
 
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.lifecycle import Lifecycle
-from tests.serving.fakes import BOS
+from emberkv.serving.canonical import rules_in_force
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from tests.serving.fakes import BOS, FakeEngine, Script
+from tests.serving.family_tokenizer import FamilyTokenizer
 from tests.serving.harness import MODEL, Client, openai_error
+from tests.serving.parsing.families import FAMILIES, TOOLS
 
 
 def test_a_prompt(client: Client) -> None:
@@ -29,6 +34,31 @@ def test_a_conversation_is_counted_as_it_is_served(client: Client) -> None:
     assert bytes(unfinished["tokens"]) == b"<user>Hi"
 
 
+def test_a_conversation_has_the_tokens_of_the_next_request(engine: FakeEngine) -> None:
+    """An agent's volatile line is dropped from its prompt, and an answer is in it as it was sampled."""
+    family = FAMILIES["Qwen2.5"]
+    model = ServedModel((MODEL,), 0, engine, FamilyTokenizer(family), output_format=family.format)
+    lifecycle = Lifecycle()
+    lifecycle.loaded(model)
+    rules = rules_in_force(None, for_agents=True)
+    client = Client(create_app(lifecycle, ServingSettings(canonical=rules)))
+    sampled = '<tool_call>\n{"name": "read",  "arguments": {"path": "a", "force": true}}\n</tool_call>'
+    engine.script = Script(sampled)
+    billing = "x-anthropic-billing-header: cc_version=2.1.197.123; cc_entrypoint=cli;"
+    system, question = {"role": "system", "content": f"{billing}\nBe brief."}, {"role": "user", "content": "Hi"}
+    body: dict[str, Any] = {"model": MODEL, "messages": [system, question], "tools": TOOLS, "max_tokens": 200}
+    message = client.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    call["function"]["arguments"] = '{"force": true, "path": "a"}'
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "empty"}
+    body["messages"] = [system, question, message, result]
+    tokens = client.post("/tokenize", body).json()["tokens"]
+    client.post("/v1/chat/completions", body)
+    assert tokens == list(engine.submitted[-1].prompt_token_ids)
+    assert sampled.encode() in bytes(tokens)
+    assert billing.encode() not in bytes(tokens)
+
+
 def test_tokens_become_their_text_again(client: Client) -> None:
     tokens = list("Grüße".encode())
     assert client.post("/detokenize", {"model": MODEL, "tokens": tokens}).json() == {"prompt": "Grüße"}
@@ -48,6 +78,7 @@ def test_tokenizer_info(client: Client) -> None:
         ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "tool_choice": "other"}, "tool_choice"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {}, "tokens"),
     ],
