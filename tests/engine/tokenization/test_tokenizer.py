@@ -229,11 +229,20 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(text: str, monke
         tokenizer.encode(text, add_special_tokens=False, max_tokens=1000)
 
 
-def test_a_text_that_is_too_long_is_left_off_in_the_middle_and_not_remembered() -> None:
+def test_a_text_that_is_a_little_too_long_is_counted_to_its_end() -> None:
     tokenizer = wrap("split-words")
     text = "it carries what the rain gives it, " * 1000
-    with pytest.raises(PromptTooLongError, match=r"at least \d+ tokens; at most 5000 are accepted") as refused:
-        tokenizer.encode(text, add_special_tokens=False, max_tokens=5000)
+    tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    with pytest.raises(PromptTooLongError, match=f"has {tokens} tokens; at most {tokens // 2 + 1}") as refused:
+        tokenizer.encode(text, add_special_tokens=False, max_tokens=tokens // 2 + 1)
+    assert (refused.value.prompt_tokens, refused.value.limit) == (tokens, tokens // 2 + 1)
+
+
+def test_a_text_that_is_far_too_long_is_left_off_in_the_middle_and_not_remembered() -> None:
+    tokenizer = wrap("split-words")
+    text = "it carries what the rain gives it, " * 1000
+    with pytest.raises(PromptTooLongError, match=r"at least \d+ tokens; at most 2500 are accepted") as refused:
+        tokenizer.encode(text, add_special_tokens=False, max_tokens=2500)
     assert 5000 < int(str(refused.value).split()[5]) < 5600
     assert len(tokenizer.cache) == 0
     assert len(tokenizer.encode(text, add_special_tokens=False, max_tokens=10**6)) > 5000

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -117,6 +118,9 @@ _OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTED_BYTES]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTED_BYTES} | {chr(256 + n): byte for n, byte in enumerate(_OTHER_BYTES)}
 """How byte-level tokenizers write each byte of a token: as the Latin-1 character, or from U+0100 on."""
 
+COUNTED = 2
+"""The tokens of a text that is too long are counted up to so many times what is accepted."""
+
 DEFAULT_CACHE_BYTES = 64 << 20
 _SHORT_TEXT = 4096
 """Characters that are encoded while other threads wait: for fewer than these, a batch call costs more than it gives."""
@@ -191,9 +195,10 @@ class HFTokenizer:
         add_special_tokens: put the tokens around it that the tokenizer's post-processor adds, such as BOS. A text that
         begins with those of its start gets no second ones; the first such text is logged.
 
-        max_tokens: a text with more is refused, before it is encoded where its length tells, and else as soon as
-        its first pieces have more; nothing of it is remembered. known: see `Tokenizer.encode`; a tokenizer without
-        `cuts` encodes the whole text.
+        max_tokens: a text with more is refused, and nothing of it is remembered. The error has the number of its
+        tokens, by which clients shorten a conversation. Of more than `COUNTED` times ``max_tokens`` it has a lower
+        bound: such a text is not encoded to its end, or at all where its length tells. known: see `Tokenizer.encode`; a
+        tokenizer without `cuts` encodes the whole text.
 
         Raises PromptTooLongError for such a text, RequestError for one that is no valid Unicode (a lone surrogate).
         """
@@ -201,8 +206,9 @@ class HFTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not valid Unicode at character {error.start}; send valid UTF-8") from error
-        if max_tokens is not None and len(text) > max_tokens:
-            _refuse_above(max_tokens, self._bound.least_tokens(text))
+        most = sys.maxsize if max_tokens is None else max_tokens
+        if len(text) > COUNTED * most and (least := self._bound.least_tokens(text)) > COUNTED * most:
+            raise _too_long(least, most, is_whole=False)
         if self._cut is None or (add_special_tokens and self._frame is None):
             return self._without_repeated_start(self._encode_whole(text, add_special_tokens), add_special_tokens)
         before, after = self._frame if add_special_tokens and self._frame is not None else ([], [])
@@ -210,11 +216,11 @@ class HFTokenizer:
         new: dict[str, array[int]] = {}
         for part in self._parts(self._cut, text, known):
             ids.extend(self._encode_piece(part, new) if isinstance(part, str) else part.token_ids)
-            if max_tokens is not None:
-                _refuse_above(max_tokens, len(ids) - len(before))
+            if len(ids) - len(before) > COUNTED * most:
+                raise _too_long(len(ids) - len(before), most, is_whole=False)
         ids = self._without_repeated_start(ids, add_special_tokens)
-        if max_tokens is not None:
-            _refuse_above(max_tokens, len(ids))
+        if len(ids) > most:
+            raise _too_long(len(ids), most, is_whole=True)
         ids.extend(token_array(after))
         self._cache.put(self._owner, new)
         return ids
@@ -404,13 +410,11 @@ class HFTokenizer:
         return [text[start:end] for start, end in pairwise(bounds)]
 
 
-def _refuse_above(max_tokens: int, least: int) -> None:
-    if least > max_tokens:
-        raise PromptTooLongError(
-            f"the prompt has at least {least} tokens; at most {max_tokens} are accepted",
-            prompt_tokens=least,
-            limit=max_tokens,
-        )
+def _too_long(tokens: int, most: int, *, is_whole: bool) -> PromptTooLongError:
+    """is_whole: whether ``tokens`` are all of the text's."""
+    counted = f"{tokens} tokens" if is_whole else f"at least {tokens} tokens"
+    text = f"the prompt has {counted}; at most {most} are accepted"
+    return PromptTooLongError(text, prompt_tokens=tokens, limit=most)
 
 
 def _cut_pattern(backend: Backend, added: list[AddedToken]) -> re.Pattern[str] | None:
