@@ -52,6 +52,9 @@ class ByteTokenizer:
     def cuts(self, text: str, start: int) -> Iterator[int]:
         return iter(())
 
+    def template_reads(self, variable: str) -> bool:
+        return variable != "unread"
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

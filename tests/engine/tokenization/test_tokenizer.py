@@ -213,6 +213,17 @@ def test_a_template_takes_variables_but_not_the_renderers_own() -> None:
             tokenizer.render_chat(CONVERSATION, variables={name: 1})
 
 
+def test_the_variables_are_known_that_any_of_the_templates_reads() -> None:
+    fast = tiny_tokenizer()
+    fast.chat_template = {
+        "default": "{% set mood = mood | default('kind') %}{{ mood }}{{ messages[0].content }}",
+        "tool_use": "{% for tool in tools %}{% if enable_thinking is defined %}*{% endif %}{% endfor %}",
+    }
+    tokenizer = HFTokenizer(fast)
+    names = ("mood", "enable_thinking", "tool", "reasoning_effort")
+    assert [tokenizer.template_reads(name) for name in names] == [True, True, False, False]
+
+
 @settings(max_examples=300, deadline=None)
 @given(kind=st.sampled_from(sorted(KINDS)), text=texts | long_texts)
 def test_no_text_has_fewer_tokens_than_the_bound_says(kind: str, text: str) -> None:

@@ -178,6 +178,20 @@ def test_what_is_left_out_is_named_in_a_header(client: Client, engine: FakeEngin
     assert "x-emberkv-left-out" not in send(client).headers
 
 
+def test_fields_that_are_not_known_are_named_in_a_header(client: Client) -> None:
+    edits = [{"type": "clear_thinking_20251015", "keep": "all"}]
+    known = {"service_tier": "auto", "context_management": {"edits": edits}}
+    assert "x-emberkv-left-out" not in send(client, **known).headers
+    unknown = {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "speed": "fast"}
+    assert send(client, **unknown).headers["x-emberkv-left-out"] == "context_management=1;speed=1"
+
+
+def test_whole_numbers_may_have_a_fraction_of_zero(client: Client, engine: FakeEngine) -> None:
+    assert send(client, max_tokens=4.0, top_k=5.0).is_success
+    (request,) = engine.submitted
+    assert (request.params.max_tokens, request.params.top_k) == (4, 5)
+
+
 def test_tools_stay_in_the_prompt_when_none_may_be_called(client: Client, engine: FakeEngine) -> None:
     tools = [{"name": "add", "input_schema": {"type": "object"}}]
     for choice in ("auto", "none"):

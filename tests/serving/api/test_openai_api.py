@@ -314,3 +314,8 @@ def test_what_is_left_out_is_named_in_a_header(client: Client) -> None:
     response = chat(client, messages=[{"role": "user", "content": [part, part]}], verbosity="low", user="me")
     assert response.headers["x-emberkv-left-out"] == "image_url=2;verbosity=1"
     assert "x-emberkv-left-out" not in chat(client).headers
+
+
+def test_a_variable_that_the_chat_template_does_not_read_is_left_out(client: Client) -> None:
+    response = chat(client, chat_template_kwargs={"unread": 1, "mood": "kind"}, enable_thinking=False)
+    assert response.headers["x-emberkv-left-out"] == "unread=1"

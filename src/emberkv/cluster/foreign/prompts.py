@@ -81,6 +81,9 @@ class PieceTokenizer:
     def cuts(self, text: str, start: int) -> Iterator[int]:
         return iter(())
 
+    def template_reads(self, variable: str) -> bool:
+        return True
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

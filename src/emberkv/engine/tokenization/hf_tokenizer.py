@@ -23,7 +23,7 @@ from emberkv.core.hashing import token_array
 from emberkv.engine.tokenization.detokenizer import WindowDetokenizer
 from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, parts
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
-from emberkv.engine.tokenization.template_check import NO_TEMPLATE, PROBE_TOOL
+from emberkv.engine.tokenization.template_check import NO_TEMPLATE, PROBE_TOOL, template_variables
 from emberkv.engine.tokenization.template_time import bound_template, template_deadline
 from emberkv.engine.tokenization.tokenizer import KnownTokens
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
@@ -148,10 +148,12 @@ class HFTokenizer:
         self._tokenizer = tokenizer
         self._adapter = TemplateAdapter(self._render_probe)
         self.chat_problem = chat_problem if chat_problem or tokenizer.chat_template else NO_TEMPLATE
+        self._template_variables: set[str] = set()
         if self.chat_problem is None:
             given = tokenizer.chat_template
             for text in given.values() if isinstance(given, dict) else (given,):
                 bound_template(text)
+                self._template_variables |= template_variables(text)
         self._backend: Backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -224,6 +226,10 @@ class HFTokenizer:
         ids.extend(token_array(after))
         self._cache.put(self._owner, new)
         return ids
+
+    def template_reads(self, variable: str) -> bool:
+        """See `Tokenizer.template_reads`."""
+        return variable in self._template_variables
 
     def render_chat(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -103,6 +103,17 @@ def _described(error: Exception) -> str:
     reason = "it calls itself without end" if isinstance(error, RecursionError) else reason_of(error)
     line = _line(error)
     return reason if line is None else f"line {line}: {reason}"
+
+
+def template_variables(text: str) -> set[str]:
+    """The variables that a template reads. Raises what compiling it raises.
+
+    >>> template_variables("{% for message in messages %}{{ mood }}{% endfor %}") == {"messages", "mood"}
+    True
+    """
+    compiled: Any = chat_template_utils._compile_jinja_template  # untyped; it keeps what it has compiled
+    environment: Environment = compiled(text).environment
+    return meta.find_undeclared_variables(environment.parse(text))
 
 
 def ignores_tools(text: str, with_tools: str, special: Mapping[str, str]) -> bool:

@@ -60,6 +60,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def template_reads(self, variable: str) -> bool:
+        """Whether the chat template has a variable of that name, so that setting it may change a prompt."""
+        ...
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

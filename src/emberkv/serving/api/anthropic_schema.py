@@ -1,5 +1,6 @@
 """Request bodies of the Anthropic API."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -9,9 +10,12 @@ from pydantic import Field
 from emberkv.engine.request import MAX_STOP_STRINGS, Constraint, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.api.anthropic_blocks import BlockReader, template_tools
-from emberkv.serving.api.conversation import Conversation, Message, ToolChoice
+from emberkv.serving.api.conversation import Conversation, Message, ToolChoice, count_left_out
 from emberkv.serving.api.structured_output import constraint_of_response_format
-from emberkv.serving.api.validation import RequestBody
+from emberkv.serving.api.validation import Integer, RequestBody
+
+_WITHOUT_EFFECT = frozenset({"inference_geo", "service_tier"})
+"""Fields that no class here names and that change no answer of this server."""
 
 _MODES: dict[str, Literal["auto", "none", "required"]] = {
     "auto": "auto",
@@ -61,6 +65,7 @@ class PromptRequest(RequestBody):
         if is_begun and not is_continued:
             begun = messages.pop()["content"]
         tools = template_tools(self.tools or (), reader.left_out)
+        self._count_unknown(reader.left_out)
         return Conversation(
             messages,
             tools,
@@ -78,6 +83,12 @@ class PromptRequest(RequestBody):
         if nested is not None:
             return constraint_of_response_format(nested, "output_config.format")
         return constraint_of_response_format(self.output_format, "output_format")
+
+    def _count_unknown(self, left_out: Counter[str]) -> None:
+        """Count the unknown fields, which are ignored."""
+        for name, value in (self.model_extra or {}).items():
+            if value and name not in _WITHOUT_EFFECT and not (name == "context_management" and _keeps_all(value)):
+                count_left_out(left_out, name)
 
     def _tool_choice(self, tools: list[Message]) -> ToolChoice:
         given = self.tool_choice or {"type": "auto"}
@@ -111,14 +122,20 @@ def _choice(given: dict[str, Any], field: str, accepted: Collection[str]) -> str
     return kind
 
 
+def _keeps_all(context_management: object) -> bool:
+    """Whether no edit takes anything out of the conversation. Claude Code sends such an edit with each request."""
+    edits = context_management.get("edits") if isinstance(context_management, dict) else None
+    return isinstance(edits, list) and all(isinstance(edit, dict) and edit.get("keep") == "all" for edit in edits)
+
+
 class MessagesRequest(PromptRequest):
     """The body of POST /v1/messages. max_tokens: 0 computes the prompt, so that it is cached, and answers nothing."""
 
-    max_tokens: Annotated[int, Field(ge=0)]
+    max_tokens: Annotated[Integer, Field(ge=0)]
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     stop_sequences: Annotated[
         list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
     ] | None = None  # fmt: skip

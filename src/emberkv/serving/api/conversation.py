@@ -62,6 +62,19 @@ class Conversation:
         leading = takewhile(lambda message: message.get("role") in ("system", "developer"), self.messages)
         return "\n".join(content for message in leading if isinstance(content := message.get("content"), str))
 
+    def counting_unread(self, tokenizer: Tokenizer) -> "Conversation":
+        """The same, where variables that the model's chat template does not read are counted as left out.
+
+        A template that reads ``enable_thinking`` knows by it of the effort "none".
+        """
+        unread = {name for name in self.variables if not tokenizer.template_reads(name)}
+        if self.variables.get("reasoning_effort") == "none" and "enable_thinking" not in unread:
+            unread.discard("reasoning_effort")
+        left_out = Counter(self.left_out)
+        for name in sorted(unread):
+            count_left_out(left_out, name)
+        return replace(self, left_out=left_out)
+
     def prompt_text(self, tokenizer: Tokenizer) -> str:
         """The prompt, up to where the answer goes on.
 

@@ -296,6 +296,7 @@ def _rendered(
     model: ServedModel,
     max_tokens: int | None,
 ) -> RenderedPrompt:
+    conversation = conversation.counting_unread(model.tokenizer)
     spliced = _spliced(conversation, model)
     token_ids = model.tokenizer.encode(
         spliced.text, add_special_tokens=False, max_tokens=max_tokens, known=spliced.known

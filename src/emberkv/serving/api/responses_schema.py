@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from emberkv.errors import RequestError
 from emberkv.serving.api.conversation import count_left_out, placeholder
-from emberkv.serving.api.validation import Json, RequestBody, string_field
+from emberkv.serving.api.validation import Integer, Json, RequestBody, string_field
 from emberkv.serving.event_stream import compact_json
 
 _UNSUPPORTED = (
@@ -80,7 +80,7 @@ class ResponsesRequest(RequestBody):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: Integer | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
     tools: list[dict[str, Any]] | None = None
