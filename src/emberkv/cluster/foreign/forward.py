@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -315,7 +315,7 @@ def _whole_response(
     """The response with a whole answer, which becomes a stream where the client has asked for one."""
     streams = attempt.request.streams
     if chat is not None and streams:
-        events = attempt.writer.events(ChatStream(chat, _no_chunks()))
+        events = attempt.writer.events(ChatStream(chat, _NoChunks()))
         return StreamingResponse(events, headers=_converted(headers), media_type=EVENT_STREAM)
     if chat is not None:
         return JSONResponse(attempt.writer.whole([chat]), headers=_converted(headers))
@@ -325,10 +325,14 @@ def _whole_response(
     return Response(data, headers=dict(headers))
 
 
-async def _no_chunks() -> AsyncGenerator[bytes, None]:
+class _NoChunks:
     """The chunks of an answer that was read whole."""
-    return
-    yield b""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        raise StopAsyncIteration
 
 
 def _failed_early(
