@@ -95,17 +95,21 @@ def _url_prefix(text: str) -> str:
 def _server_url(text: str) -> str:
     parts = urlsplit(text)
     place = parts.path if parts.scheme == "unix" else parts.hostname
-    if parts.scheme not in ("redis", "rediss", "unix") or not place:
-        raise ValueError("use a URL such as redis://HOST:6379, rediss://HOST:6379 for TLS, or unix:///PATH")
+    if parts.scheme not in ("redis", "rediss", "unix", "mooncake") or not place:
+        raise ValueError(
+            "use a URL such as redis://HOST:6379, rediss://HOST:6379 for TLS, unix:///PATH, or mooncake://HOST:50051"
+        )
     if parts.password is not None or parts.query:
         raise ValueError(
             "use a URL without a password and without '?'; a password comes from --remote-tier-password-file or "
             "EMBERKV_REMOTE_TIER_PASSWORD"
         )
     try:
-        _ = parts.port
+        port = parts.port
     except ValueError as error:
         raise ValueError("use a port from 0 to 65535 in the URL") from error
+    if parts.scheme == "mooncake" and (not port or parts.username is not None or parts.path.strip("/")):
+        raise ValueError("use a host and a port alone for Mooncake's master, such as mooncake://HOST:50051")
     return text
 
 
@@ -222,7 +226,7 @@ class TierSettings(_Settings):
     shm_tier: bytes of host memory that the workers of one machine share; 0: none.
     remote_tier: the URL of a Redis or Valkey server for blocks, which machines share, up to ``remote_tier_bytes`` of
     them; one that is not used for ``remote_tier_ttl`` seconds expires. Its password comes from the environment or a
-    file.
+    file. Or the URL of a Mooncake store's master; ``remote_tier_bytes`` are then what this process gives to the store.
     """
 
     cache_dir: UserPath | None = None
@@ -250,6 +254,10 @@ class TierSettings(_Settings):
         given = [name for name in self.model_fields_set if name.startswith("remote_tier_") and getattr(self, name)]
         if given and self.remote_tier is None:
             raise ValueError(f"--{min(given).replace('_', '-')} is given without --remote-tier; give its URL, too")
+        others = sorted(set(given) - {"remote_tier_bytes"})
+        if others and self.remote_tier is not None and self.remote_tier.startswith("mooncake:"):
+            option = f"--{others[0].replace('_', '-')}"
+            raise ValueError(f"{option} is given with a Mooncake store, which has no such setting; leave it out")
         return self
 
 

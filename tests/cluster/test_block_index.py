@@ -148,6 +148,29 @@ def test_a_large_replica_is_forgotten_in_parts_and_another_takes_its_slot_at_onc
     assert (len(index), index.matches(new, 1)) == (blocks, [{"pool": blocks}])
 
 
+def test_a_tier_of_a_large_replica_is_cleared_in_parts() -> None:
+    index, blocks = BlockIndex(), 200_000
+    old = [number.to_bytes(32, "little") for number in range(1, blocks + 1)]
+    index.add(0, old)
+    index.add(0, old[:20], "disk")
+    index.add(1, old[:10])
+    for again in range(2):
+        index.apply(0, AllBlocksCleared())
+        assert len(index) > blocks / 4, "many of them are still to be cleared"
+        index.add(0, old[: 5 + again])
+        assert index.matches(old, 2) == [{"pool": 5 + again, "disk": 15 - again}, {"pool": 10}]
+    for begin in range(0, blocks, 1000):
+        index.add(2, old[begin : begin + 1000], "shared")
+    index.apply(2, AllBlocksCleared("shared"))
+    index.add(1, old[10:12], "shared")
+    assert index.matches(old, 3) == [{"pool": 6, "disk": 14}, {"pool": 10, "shared": 2}, {}]
+    for begin in range(0, blocks, 1000):
+        index.add(1, old[begin : begin + 1000], "disk")
+    for begin in range(0, blocks, 1000):
+        index.remove(1, old[begin : begin + 1000], "disk")
+    assert len(index) == 20
+
+
 def test_a_row_takes_sixteen_bytes_and_at_least_three_of_ten_are_used() -> None:
     rng, index = Random(1), BlockIndex()
     for slot in range(64):

@@ -40,7 +40,8 @@ def test_bits_are_those_of_a_dictionary(changes: list[tuple[str, list[int], int,
                 table.remove(tags, word, bit)
                 held.update({(tag, word): held.get((tag, word), 0) & ~bit for tag in tags})
             case "clear":
-                table.clear(word, bit)
+                table.forget({word: bit})
+                table.sweep(1 << 30)
                 held = {(tag, at): bits & ~bit if at == word else bits for (tag, at), bits in held.items()}
             case "widen" if words < 3:
                 assert table.add_word() == words
@@ -77,8 +78,9 @@ def test_forgotten_bits_go_in_parts_and_no_others(changes: list[tuple[str, list[
             case "remove":
                 table.remove(tags, 1, bit)
                 held.update({tag: held.get(tag, 0) & ~bit for tag in tags})
-            case "clear":
-                table.clear(1, bit)
+            case "clear" if table.is_clean:
+                table.forget({1: bit})
+                table.sweep(1 << 30)
                 held = {tag: bits & ~bit for tag, bits in held.items()}
             case "forget" if table.is_clean:
                 forgotten = 1 << (column + 1)

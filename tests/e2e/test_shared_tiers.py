@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import DEADLINE, Server, eventually, serving
 from tests.e2e.users import PROMPTS, Choice, ask
+from tests.tiers.mooncake_process import MooncakeMaster, needs_mooncake
 from tests.tiers.redis_process import RedisProcess
 
 SMALL_POOL = ("--cache-ram", str(48 * 12 * 1024))
@@ -71,6 +72,25 @@ def test_a_server_finds_in_redis_what_another_has_computed(
         asked_until(lambda: reused(second, "remote") > 0, second, expected)
         assert second.total("emberkv_tier_corrupt_total") == 0
     assert second.exit_code() == 0
+
+
+@needs_mooncake
+def test_a_server_finds_in_mooncake_what_another_has_computed(
+    flags: Sequence[str], expected: Sequence[Choice], tmp_path: Path
+) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+    with MooncakeMaster() as master:
+        options = (*flags, "--remote-tier", master.address.url, "--remote-tier-bytes", "64MiB")
+        with serving(tmp_path / "a", *options) as first, serving(tmp_path / "b", *options) as second:
+            for server in (first, second):
+                eventually(lambda server=server: circuit(server, "closed"))
+            assert answers(first) == expected
+            asked_until(lambda: reused(second, "remote") > 0, second, expected)
+            assert second.total("emberkv_tier_corrupt_total") == 0
+            master.kill()
+            asked_until(lambda: circuit(second, "open"), second, expected)
+        assert (first.exit_code(), second.exit_code()) == (0, 0)
 
 
 def test_answers_are_right_while_redis_hangs_is_emptied_and_dies_and_it_is_used_again(

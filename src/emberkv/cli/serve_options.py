@@ -109,12 +109,18 @@ RemoteTier = Annotated[
     typer.Option(
         metavar="URL",
         rich_help_panel=CACHE,
-        help="Redis or Valkey server that machines share blocks through: redis://HOST:6379. (default: none)",
+        help="Redis or Valkey server that machines share blocks through: redis://HOST:6379; or Mooncake's master, "
+        "mooncake://HOST:50051. (default: none)",
     ),
 ]
 RemoteTierBytes = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", rich_help_panel=CACHE, help="Limit of all blocks in --remote-tier. (default: 8GiB)"),
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=CACHE,
+        help="Limit of all blocks in --remote-tier; of a Mooncake "
+        "store, the memory that this server gives to it. (default: 8GiB)",
+    ),
 ]
 RemoteTierTtl = Annotated[
     float | None,

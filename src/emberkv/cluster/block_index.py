@@ -16,6 +16,7 @@ which closes the gap.
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,20 @@ MAX_FORGOTTEN = 64
 """Forgotten columns that wait; with more, all are cleared at once, which takes time linear in the table's size."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Forgotten:
+    """A column whose bits are to be cleared. tier: in this tier alone; None: in all but the shared one. is_in_use: the
+    column is in use in other tiers.
+    """
+
+    column: int
+    tier: str | None
+    is_in_use: bool = False
+
+    def is_in(self, tier: str) -> bool:
+        return tier == self.tier if self.tier is not None else tier != SHARED
+
+
 class BlockIndex:
     """The blocks of many replicas, which are identified by their slots.
 
@@ -67,9 +82,12 @@ class BlockIndex:
         self._tiers = [POOL]
         self._table = BlockTable(words=1)
         self._columns: dict[int, int] = {}  # by replica; a column is a bit of each of a tier's words
+        self._apart: dict[tuple[int, str], int] = {}  # of tiers that were cleared since, each a column of its own
+        self._shared_column = 0  # the only one of the shared tier, where it stands for all replicas
+        self._made = 0  # columns
         self._clean: list[int] = []  # columns that no replica has any more, and no block
-        self._forgotten: list[int] = []  # those that blocks may still have
-        self._sweeping: list[int] = []  # of these, those that are being cleared
+        self._forgotten: list[_Forgotten] = []  # bits that blocks may still have
+        self._sweeping: list[_Forgotten] = []  # of these, those that are being cleared
 
     def __len__(self) -> int:
         """The number of distinct blocks, among them some of replicas that were forgotten lately."""
@@ -88,7 +106,7 @@ class BlockIndex:
             case BlockRemoved():
                 self.remove(replica, event.block_hashes, event.tier)
             case AllBlocksCleared():
-                self._table.clear(*self._place(replica, event.tier))
+                self.clear(replica, event.tier)
 
     def add(self, replica: int, block_hashes: Sequence[BlockHash], tier: str = POOL) -> None:
         """Record that the replica has these blocks. Adding a block twice has no effect."""
@@ -112,27 +130,45 @@ class BlockIndex:
         column = self._columns.pop(replica, None)
         if column is None:
             return
-        self._forgotten.append(column)
+        forgotten = [_Forgotten(column, None)]
+        for key in [key for key in self._apart if key[0] == replica]:
+            forgotten.append(_Forgotten(self._apart.pop(key), key[1]))
+        self._forget(forgotten)
+
+    def clear(self, replica: int, tier: str) -> None:
+        """Remove the replica's blocks in one tier; in the shared tier, those of all replicas. As `forget`, in parts."""
+        if tier not in self._tiers or (tier != SHARED and replica not in self._columns):
+            return
+        before, base = self._column_in(replica, tier), 0 if tier == SHARED else self._columns[replica]
+        column = self._new_column()
+        if tier == SHARED:
+            self._shared_column = column
+        else:
+            self._apart[replica, tier] = column
+        self._forget([_Forgotten(before, tier, is_in_use=before == base)])
+
+    def _forget(self, forgotten: list["_Forgotten"]) -> None:
+        self._forgotten += forgotten
         self._sweep(SWEPT_ROWS)
         if len(self._forgotten) > MAX_FORGOTTEN:
             self._sweep(sys.maxsize)
 
     def _sweep(self, rows: int) -> None:
-        """Clear forgotten columns in so many rows."""
+        """Clear forgotten bits in so many rows."""
         if not (self._sweeping or self._forgotten):
             return
         if not self._sweeping:
             self._sweeping, self._forgotten = self._forgotten, []
             bits: dict[int, int] = {}
-            for column in self._sweeping:
-                group, number = divmod(column, WORD)
+            for each in self._sweeping:
+                group, number = divmod(each.column, WORD)
                 for (tier, of_group), word in self._words.items():
-                    if of_group == group and tier != SHARED:
+                    if of_group == group and each.is_in(tier):
                         bits[word] = bits.get(word, 0) | 1 << number
             self._table.forget(bits)
         self._table.sweep(rows)
         if self._table.is_clean:
-            self._clean += self._sweeping
+            self._clean += [each.column for each in self._sweeping if not each.is_in_use]
             self._sweeping = []
 
     def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
@@ -153,8 +189,11 @@ class BlockIndex:
         holders = dict.fromkeys(self._tiers, 0)
         for (tier, group), number in self._words.items():
             holders[tier] |= words[number] << (WORD * group)
-        if holders.get(SHARED):
-            holders[SHARED] = everyone
+        for (replica, tier), column in self._apart.items():
+            bit = 1 << self._columns[replica]
+            holders[tier] = holders[tier] & ~bit | (bit if holders[tier] >> column & 1 else 0)
+        if SHARED in holders:
+            holders[SHARED] = everyone if holders[SHARED] >> self._shared_column & 1 else 0
         return list(holders.values())
 
     def _look_up(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
@@ -201,13 +240,25 @@ class BlockIndex:
         """The replica's column, which is a clean one if it has had none."""
         column = self._columns.get(replica)
         if column is None:
-            made = len(self._columns) + len(self._clean) + len(self._forgotten) + len(self._sweeping)
-            column = self._columns[replica] = self._clean.pop() if self._clean else made
+            column = self._columns[replica] = self._new_column()
         return column
+
+    def _new_column(self) -> int:
+        if self._clean:
+            return self._clean.pop()
+        self._made += 1
+        return self._made - 1
+
+    def _column_in(self, replica: int, tier: str) -> int:
+        """The column of a replica's blocks in a tier."""
+        if tier == SHARED:
+            return self._shared_column
+        apart = self._apart.get((replica, tier))
+        return self._column(replica) if apart is None else apart
 
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
         """The word's number and the bit of a replica in a tier. A word is added if there is none for the replica."""
-        group, number = divmod(0 if tier == SHARED else self._column(replica), WORD)
+        group, number = divmod(self._column_in(replica, tier), WORD)
         word = self._words.get((tier, group))
         if word is None:
             word = self._words[tier, group] = self._table.add_word()

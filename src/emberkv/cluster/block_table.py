@@ -256,16 +256,6 @@ class BlockTable:
                 if rows.is_dead(at):
                     self._dead += rows.delete(at, self._stale)
 
-    def clear(self, word: int, bit: int) -> None:
-        """Clear a bit of all blocks. Takes time linear in the table's size."""
-        live = 0
-        for rows in self._all_rows():
-            for begin in range(0, len(rows), SWEPT_ROWS):
-                part = slice(begin, begin + SWEPT_ROWS)
-                rows.words[word][part] &= ~np.uint64(bit)
-                live += int(np.count_nonzero(~rows.dead(part)))
-        self._dead = self._used - live
-
     def forget(self, bits: Mapping[int, int]) -> None:
         """Begin to clear bits, by word, which must not be added again before `is_clean`. Until then, `words` and
         `gather` may still give them. Only after an earlier call is done.

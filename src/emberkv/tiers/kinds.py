@@ -18,6 +18,7 @@ from emberkv.tiers.base import PolicyFactory, Tier
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.remote.mooncake import SCHEME, MooncakeTier
 from emberkv.tiers.remote.server import ServerAddress
 from emberkv.tiers.remote.tier import DEFAULT_TTL_SECONDS, RemoteTier
 from emberkv.tiers.shm.tier import FOLDER, ShmTier
@@ -97,6 +98,13 @@ def _open_disk(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: 
 def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
     if spec.server is None:
         raise ConfigError("a tier of kind 'remote' has no server; give the address of the one that stores its blocks")
+    if spec.server.url.startswith(f"{SCHEME}://"):
+        if shares:
+            raise ConfigError(
+                f"tenants have floors or quotas under {spec.name!r}, which a Mooncake store does not keep; leave them "
+                "out, or use a Redis or Valkey server as --remote-tier"
+            )
+        return MooncakeTier(spec.server, spec.capacity, namespace=namespace, name=spec.name).connect()
     return RemoteTier(
         spec.server, spec.capacity, namespace=namespace, ttl_seconds=spec.ttl_seconds, shares=shares, name=spec.name
     ).connect()

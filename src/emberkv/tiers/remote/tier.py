@@ -34,7 +34,7 @@ DEFAULT_TTL_SECONDS = 86_400.0
 _STORED_AT_ONCE = 8 * 2**20
 """Bytes given to the server in one call, during which it serves no other."""
 
-_FIRST_LOOKED_UP, _MORE_LOOKED_UP = 64, 8
+FIRST_LOOKED_UP, MORE_LOOKED_UP = 64, 8
 """Blocks looked up in the first round trip, and by what factor the later ones ask for more: a query stops at a miss."""
 
 NOT_REACHED = "the server does not answer; they are removed when it does, unless this process is restarted before"
@@ -113,7 +113,7 @@ class RemoteTier(Tier):
         return LookupStatus.MISS if hidden else LookupStatus.PENDING
 
     def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
-        start, count = 0, _FIRST_LOOKED_UP
+        start, count = 0, FIRST_LOOKED_UP
         while start < len(block_hashes) and self._server.breaker.is_closed:
             wanted = block_hashes[start : start + count]
             try:
@@ -123,7 +123,7 @@ class RemoteTier(Tier):
             for at, (block_hash, described) in enumerate(zip(wanted, found, strict=True)):
                 if not described or (exact and described[:1] != b"1") or self._is_hidden(block_hash):
                     return start + at
-            start, count = start + len(wanted), count * _MORE_LOOKED_UP
+            start, count = start + len(wanted), count * MORE_LOOKED_UP
         return start
 
     def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:

@@ -1,0 +1,448 @@
+"""The remote tier in a Mooncake store: the memory of all servers that use it, which its master shares out.
+
+The master evicts by itself, when memory is nearly full. Keys are ``PREFIX:NAMESPACE:HASH:e`` for an exact block and
+``:i`` for another one. A removal leaves a marker for `MARKED_SECONDS`, ``:gone`` in place of the last part, so that a
+block that another process is just storing does not come back.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from hashlib import sha256
+from threading import Lock, Thread
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from emberkv.core.loading import LookupStatus
+from emberkv.errors import ConfigError, RemoteTierError
+from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
+from emberkv.tiers.breaker import CircuitBreaker
+from emberkv.tiers.remote.server import ANSWER_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, ServerAddress
+from emberkv.tiers.remote.tier import FIRST_LOOKED_UP, LOOKUP_SECONDS, MORE_LOOKED_UP, NOT_REACHED, REFRESH_SECONDS
+from emberkv.tiers.stats import TierStats, Troubles
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "mooncake"
+PREFIX = "emberkv:1"
+MARKED_SECONDS = 30.0
+"""How long a removed block is not stored again by any process, nor found."""
+
+SETUP_SECONDS = 10.0
+"""How long the first connection may take before the server starts without it."""
+
+BUFFER_BYTES = 128 * 2**20
+"""For what is read: memory of the client's own, beside the part that it gives to the store."""
+
+_AT_ONCE = 8
+"""Blocks read or stored in one call; the largest blocks have several MiB."""
+
+_SETTINGS = {
+    "MC_LOG_LEVEL": "ERROR",
+    "MC_RPC_TIMEOUT_MS": f"{ANSWER_SECONDS * 1000:.0f}",
+    "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+}
+"""Of Mooncake's client, which takes them from the environment alone, when it is imported."""
+
+_OK, _EXISTS, _NO_ROOM = 0, 1, -200
+_EXACT, _OTHER, _GONE = "e", "i", "gone"
+_ALL = "all"
+"""In place of a hash: the marker of `MooncakeTier.clear`."""
+
+
+class MooncakeClient:
+    """One connection to the store, with a deadline for each call and a breaker. Thread-safe.
+
+    A call that takes too long goes on in a thread of its own, and its result is dropped. address: of the master.
+    given_bytes: of this process's memory, which become part of the store. clock: seconds, for the breaker. Raises
+    ConfigError where the package is not installed.
+    """
+
+    def __init__(
+        self, address: ServerAddress, given_bytes: int, troubles: Troubles, *, clock: Callable[[], float]
+    ) -> None:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        try:
+            from mooncake.store import MooncakeDistributedStore  # noqa: PLC0415 - an optional dependency
+        except ImportError as error:
+            raise ConfigError(
+                "--remote-tier mooncake:// needs the package mooncake-transfer-engine (or -non-cuda, on machines "
+                f"without CUDA); install it by pip ({error})"
+            ) from error
+        self._new_store: Callable[[], Any] = MooncakeDistributedStore
+        self._place = urlsplit(address.url).netloc
+        self._given_bytes = given_bytes
+        self._troubles = troubles
+        self._store: Any = None
+        self._connecting: Future[Any] | None = None
+        self.breaker = CircuitBreaker(first_pause=FIRST_PAUSE, longest_pause=LONGEST_PAUSE, clock=clock)
+
+    def connect(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Connect where that is not done yet. Raises RemoteTierError; the attempt may still succeed later."""
+        if self._store is None:
+            if self._connecting is None or self._connecting.done():
+                self._connecting = _in_thread(self._connected)
+            self._guarded(partial(self._connecting.result, seconds))
+
+    def _connected(self) -> None:
+        store = self._new_store()
+        own = _own_address(self._place)
+        code = store.setup(own, "P2PHANDSHAKE", self._given_bytes, BUFFER_BYTES, "tcp", "", self._place)
+        if code != _OK:
+            raise ConnectionError(f"setup gives {code}")
+        self._store = store
+
+    def exist(self, keys: Sequence[str]) -> list[bool]:
+        """Whether there is a value for each key. Raises RemoteTierError."""
+        if not keys:
+            return []
+
+        def ask() -> list[bool]:
+            codes = self._call("batch_is_exist", list(keys))
+            if min(codes) < 0:
+                raise ConnectionError(f"the master gives {min(codes)}")
+            return [code == _EXISTS for code in codes]
+
+        return self._guarded(ask)
+
+    def get(self, keys: Sequence[str]) -> list[bytes]:
+        """The values; b"" for those that cannot be read. Raises RemoteTierError."""
+        return self._guarded(lambda: list(self._call("get_batch", list(keys)))) if keys else []
+
+    def put(self, values: dict[str, bytes]) -> bool:
+        """Store what has no value yet. False where there is no room. Raises RemoteTierError."""
+
+        def ask() -> bool:
+            code = self._call("put_batch", list(values), list(values.values()))
+            if code not in (_OK, _NO_ROOM):
+                raise ConnectionError(f"the store gives {code}")
+            return bool(code == _OK)
+
+        return self._guarded(ask)
+
+    def remove(self, keys: Sequence[str]) -> list[bool]:
+        """Whether each key had a value, which is gone now. Raises RemoteTierError."""
+        return self._guarded(lambda: [code == _OK for code in self._call("batch_remove", list(keys), True)])
+
+    def remove_like(self, pattern: str) -> int:
+        """How many values there were whose keys match a regular expression, which are gone. Raises RemoteTierError."""
+
+        def ask() -> int:
+            count = int(self._call("remove_by_regex", pattern, True))
+            if count < 0:
+                raise ConnectionError(f"the master gives {count}")
+            return count
+
+        return self._guarded(ask)
+
+    def close(self) -> None:
+        """What this process has given to the store is gone from it."""
+        store, self._store = self._store, None
+        if store is not None and self.breaker.is_closed:  # else a call may still be on its way
+            _in_thread(store.close).exception(SETUP_SECONDS)
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        if self._store is None:
+            raise ConnectionError("not connected")
+        return _in_thread(partial(getattr(self._store, method), *arguments)).result(ANSWER_SECONDS)
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        try:
+            result = call()
+        except TimeoutError as error:
+            raise self._failed("no answer in time", error) from error
+        except OSError as error:
+            raise self._failed("no connection", error) from error
+        except Exception as error:
+            raise self._failed("unusable answer", error) from error
+        self.breaker.succeeded()
+        return result
+
+    def _failed(self, kind: str, error: Exception) -> RemoteTierError:
+        self.breaker.failed()
+        self._troubles.count(kind, type(error).__name__)
+        return RemoteTierError(f"the Mooncake store of the remote tier: {kind}", kind=kind)
+
+
+class MooncakeTier(Tier):
+    """A `Tier` in the Mooncake store whose master is at ``address``, ``mooncake://HOST:PORT``.
+
+    given_bytes: of this process's memory, which the store uses for blocks of all servers.
+
+    ``removals_seen`` stays 0: see the module for what keeps a removed block from being stored again. How many blocks
+    there are is known to the master alone, so that the statistics leave it out.
+    """
+
+    refresh_seconds = REFRESH_SECONDS
+
+    def __init__(
+        self,
+        address: ServerAddress,
+        given_bytes: int,
+        *,
+        namespace: bytes,
+        name: str = "remote",
+        prefix: str = PREFIX,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._address = address
+        self._given_bytes = given_bytes
+        self._space = f"{prefix}:{sha256(namespace).hexdigest()[:32]}"
+        self._clock = clock
+        self._troubles = Troubles(logger, f"{name} tier")
+        self._client = MooncakeClient(address, given_bytes, self._troubles, clock=clock)
+        self._lock = Lock()  # what follows
+        self._skipped: Counter[str] = Counter()
+        self._unremoved: set[bytes] = set()
+        self._uncleared = False
+        self._marked: dict[str, float] = {}  # this process's markers, by key, with their ends
+
+    def connect(self) -> "MooncakeTier":
+        """Itself, connected where the master answers."""
+        try:
+            self._client.connect(SETUP_SECONDS)
+        except RemoteTierError:
+            logger.warning("%s tier: %s does not answer; it is used when it does", self.name, self._address)
+        return self
+
+    @property
+    def lookup_seconds(self) -> float | None:
+        return LOOKUP_SECONDS
+
+    def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        """Nothing is known without a round trip."""
+        return 0
+
+    def status(self, block_hash: bytes, *, exact: bool = False) -> LookupStatus:
+        hidden = not self._client.breaker.is_closed or self._is_hidden(block_hash)
+        return LookupStatus.MISS if hidden else LookupStatus.PENDING
+
+    def query(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
+        wanted = (_EXACT,) if exact else (_EXACT, _OTHER)
+        start, count = 0, FIRST_LOOKED_UP
+        while start < len(block_hashes):
+            kinds = self._kinds(block_hashes[start : start + count])
+            if (run := next((at for at, kind in enumerate(kinds) if kind not in wanted), None)) is not None:
+                return start + run
+            start, count = start + len(kinds), count * MORE_LOOKED_UP
+        return start
+
+    def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
+        kinds = self._kinds(block_hashes)
+        keys = {each: self._key(each, kind) for each, kind in zip(block_hashes, kinds, strict=True) if kind}
+        found: dict[bytes, bytes] = {}
+        try:
+            for batch in _batches(list(keys)):
+                found |= zip(batch, self._client.get([keys[each] for each in batch]), strict=True)
+        except RemoteTierError:
+            pass  # counted; the rest counts as missing
+        return [
+            _entry(each, found.get(each, b""), exact=kind == _EXACT)
+            for each, kind in zip(block_hashes, kinds, strict=True)
+        ]
+
+    def touch(self, block_hashes: Sequence[bytes]) -> None:
+        """To be asked for makes a block recent."""
+        self._kinds(block_hashes)
+
+    def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
+        count = 0
+        for batch in reversed(_batches(entries)):
+            if not self._client.breaker.is_closed:
+                self._skip("server not available", len(batch))
+                continue
+            try:
+                count += self._store(batch)
+            except RemoteTierError:
+                self._skip("server not available", len(batch))
+        return Stored(count)
+
+    def _store(self, entries: Sequence[TierEntry]) -> int:
+        """How many of these the store has now."""
+        hashes = [entry.block_hash for entry in entries]
+        kinds = self._asked(hashes)
+        lacking = {
+            self._key(entry.block_hash, _EXACT if entry.exact else _OTHER): _value(entry)
+            for entry, kind in zip(entries, kinds, strict=True)
+            if not kind or (kind == _OTHER and entry.exact)
+        }
+        if lacking and not self._client.put(lacking):
+            self._skip("no room", len(lacking))
+        now = self._asked(hashes) if lacking else kinds
+        removed = [each for each, kind in zip(hashes, now, strict=True) if kind == _GONE]
+        if removed and lacking:  # what was removed while it was being stored must not stay
+            self._client.remove(self._keys(removed))
+        self._skip("removed meanwhile", len(removed))
+        return sum(kind in (_EXACT, _OTHER) for kind in now)
+
+    def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
+        """Where the store does not answer, this process does not find them any more, and removes them when it does;
+        with ``remember`` False, it leaves them.
+        """
+        wanted = list(dict.fromkeys(block_hashes))
+        if not wanted:
+            return Removed()
+        if remember:
+            with self._lock:
+                self._unremoved.update(wanted)
+        try:
+            if self._client.breaker.is_closed:
+                return Removed(self._remove(wanted, marked=remember))
+        except RemoteTierError:
+            logger.info("%s tier: %d blocks are removed when the store answers", self.name, len(wanted))
+        return Removed(0, len(wanted), NOT_REACHED) if remember else Removed()
+
+    def _remove(self, block_hashes: Sequence[bytes], *, marked: bool) -> int:
+        if marked:
+            self._mark([self._key(each, _GONE) for each in block_hashes])
+        gone = self._client.remove(self._keys(block_hashes))
+        with self._lock:
+            self._unremoved.difference_update(block_hashes)
+        return sum(map(any, zip(gone[::2], gone[1::2], strict=True)))
+
+    def clear(self) -> Removed:
+        """As `remove`, of all blocks of this model, those that other processes have stored included."""
+        with self._lock:
+            self._uncleared = True
+        try:
+            if self._client.breaker.is_closed:
+                return Removed(self._clear())
+        except RemoteTierError:
+            logger.info("%s tier: it is cleared when the store answers", self.name)
+        return Removed(0, 0, NOT_REACHED)
+
+    def _clear(self) -> int:
+        self._mark([f"{self._space}:{_ALL}:{_GONE}"])
+        count = self._client.remove_like(f"^{self._space}:[0-9a-f]+:[{_EXACT}{_OTHER}]$")
+        with self._lock:
+            self._uncleared = False
+        return count
+
+    def refresh(self) -> None:
+        """Take markers away whose time is over. Where the store has failed, try it."""
+        if not (self._client.breaker.is_closed or self._client.breaker.begin_probe()):
+            return
+        try:
+            self._client.connect()
+            self._client.exist([self._space])
+            with self._lock:
+                left, uncleared = list(self._unremoved), self._uncleared
+                over = [key for key, end in self._marked.items() if end <= self._clock()]
+            if uncleared:
+                self._clear()
+            if left:
+                self._remove(left, marked=True)
+            if over:
+                self._client.remove(over)
+                with self._lock:
+                    self._marked = {key: end for key, end in self._marked.items() if key not in over}
+        except RemoteTierError:
+            return
+
+    def stats(self) -> TierStats:
+        with self._lock:
+            return TierStats(
+                max_bytes=self._given_bytes,
+                skipped=dict(self._skipped),
+                troubles=dict(self._troubles.counts),
+                circuit=self._client.breaker.circuit,
+            )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _mark(self, keys: Sequence[str]) -> None:
+        end = self._clock() + MARKED_SECONDS
+        with self._lock:
+            self._marked.update(dict.fromkeys(keys, end))
+        self._client.put(dict.fromkeys(keys, b"-"))
+
+    def _kinds(self, block_hashes: Sequence[bytes]) -> list[str]:
+        """`_asked`, of the blocks that this process may find; "" for all where the store does not answer."""
+        if not block_hashes or not self._client.breaker.is_closed:
+            return [""] * len(block_hashes)
+        try:
+            kinds = self._asked(block_hashes)
+        except RemoteTierError:
+            return [""] * len(block_hashes)
+        return [
+            "" if kind == _GONE or self._is_hidden(each) else kind
+            for each, kind in zip(block_hashes, kinds, strict=True)
+        ]
+
+    def _asked(self, block_hashes: Sequence[bytes]) -> list[str]:
+        """For each block `_EXACT`, `_OTHER`, `_GONE` for one that was lately removed, or "". Raises RemoteTierError."""
+        kinds = (_EXACT, _OTHER, _GONE)
+        keys = [self._key(each, kind) for each in block_hashes for kind in kinds]
+        *found, is_cleared = self._client.exist([*keys, f"{self._space}:{_ALL}:{_GONE}"])
+        return [
+            _GONE if is_cleared or gone else _EXACT if exact else _OTHER if other else ""
+            for exact, other, gone in zip(found[::3], found[1::3], found[2::3], strict=True)
+        ]
+
+    def _key(self, block_hash: bytes, kind: str) -> str:
+        return f"{self._space}:{block_hash.hex()}:{kind}"
+
+    def _keys(self, block_hashes: Sequence[bytes]) -> list[str]:
+        """Two for each block."""
+        return [self._key(each, kind) for each in block_hashes for kind in (_EXACT, _OTHER)]
+
+    def _is_hidden(self, block_hash: bytes) -> bool:
+        return self._uncleared or block_hash in self._unremoved
+
+    def _skip(self, reason: str, blocks: int) -> None:
+        if blocks:
+            with self._lock:
+                self._skipped[reason] += blocks
+
+
+def _value(entry: TierEntry) -> bytes:
+    """An entry's bytes: the length of its owner's name, the name, and the record."""
+    owner = entry.owner.encode()
+    return len(owner).to_bytes(2, "big") + owner + entry.data
+
+
+def _entry(block_hash: bytes, value: bytes, *, exact: bool) -> TierEntry | None:
+    """None for a value that cannot have been one; the record is verified by those that load it."""
+    end = 2 + int.from_bytes(value[:2], "big")
+    if len(value) <= end:
+        return None
+    try:
+        return TierEntry(block_hash, value[2:end].decode(), value[end:], exact)
+    except UnicodeDecodeError:
+        return None
+
+
+def _batches(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[begin : begin + _AT_ONCE] for begin in range(0, len(items), _AT_ONCE)]
+
+
+def _in_thread(call: Callable[[], T]) -> "Future[T]":
+    """The call's result, by a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, name="mooncake call", daemon=True).start()
+    return future
+
+
+def _own_address(place: str) -> str:
+    """This machine's address on the way to ``HOST:PORT``. Raises OSError where there is none."""
+    host, _, port = place.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # which sends nothing
+        return str(probe.getsockname()[0])

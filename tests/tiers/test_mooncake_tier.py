@@ -1,0 +1,212 @@
+"""The remote tier and a real Mooncake store, whose master is frozen, killed, restarted or absent."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emberkv.core.loading import LookupStatus
+from emberkv.core.policies.eviction import LRU
+from emberkv.core.policies.fair_shares import Share
+from emberkv.errors import ConfigError
+from emberkv.tiers.base import Removed, TierEntry
+from emberkv.tiers.breaker import Circuit
+from emberkv.tiers.kinds import TierSpec
+from emberkv.tiers.remote.mooncake import MARKED_SECONDS, MooncakeTier
+from emberkv.tiers.remote.server import LONGEST_PAUSE, ServerAddress
+from emberkv.tiers.remote.tier import NOT_REACHED
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
+from tests.tiers.harness import Clock
+from tests.tiers.mooncake_process import PATIENCE, MooncakeMaster, needs_mooncake
+
+BLOCKS = records(6)
+ENTRIES = entries(BLOCKS)
+IDS = block_hashes(BLOCKS)
+GIVEN = 32 * 2**20
+
+pytestmark = needs_mooncake
+
+
+@pytest.fixture(scope="module")
+def master() -> Iterator[MooncakeMaster]:
+    with MooncakeMaster() as made:
+        yield made
+
+
+@pytest.fixture
+def opened(master: MooncakeMaster, tmp_path: Path) -> Iterator[Callable[..., MooncakeTier]]:
+    """Makes tiers that see no other test's blocks."""
+    tiers: list[MooncakeTier] = []
+
+    def get(namespace: bytes = NAMESPACE, clock: Clock | None = None, *, given: int = GIVEN) -> MooncakeTier:
+        clock = clock or Clock()
+        tier = MooncakeTier(master.address, given, namespace=namespace, prefix=tmp_path.name, clock=clock)
+        tiers.append(tier)
+        comes_back(tier.connect(), clock)
+        return tier
+
+    yield get
+    with ThreadPoolExecutor() as threads:  # each takes about two seconds
+        list(threads.map(MooncakeTier.close, tiers))
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def comes_back(tier: MooncakeTier, clock: Clock) -> None:
+    """Probe until the store answers, with time that passes as fast as it is asked for."""
+
+    def answers() -> bool:
+        if tier.stats().circuit is not Circuit.CLOSED:
+            clock.now += LONGEST_PAUSE
+            tier.refresh()
+        return tier.stats().circuit is Circuit.CLOSED
+
+    eventually(answers)
+
+
+def test_what_one_process_stores_another_finds(opened: Callable[..., MooncakeTier]) -> None:
+    first, second = opened(), opened()
+    assert first.store(ENTRIES[:4]).count == 4
+    assert second.status(IDS[0]) is LookupStatus.PENDING
+    assert second.query(IDS) == 4
+    assert second.load(IDS[:5]) == [*ENTRIES[:4], None]
+    assert second.store(ENTRIES[:5]).count == 5
+    assert opened(OTHER).query(IDS) == 0
+
+
+def test_an_exact_block_replaces_one_that_is_not(opened: Callable[..., MooncakeTier]) -> None:
+    tier = opened()
+    (other,) = entries([replace(BLOCKS[0], exact=False)])
+    assert tier.store([other]).count == 1
+    assert (tier.query(IDS[:1]), tier.query(IDS[:1], exact=True)) == (1, 0)
+    assert tier.load(IDS[:1]) == [other]
+    assert tier.store(ENTRIES[:1]).count == 1
+    assert tier.query(IDS[:1], exact=True) == 1
+    assert tier.load(IDS[:1]) == ENTRIES[:1]
+    assert tier.store([other]).count == 1
+    assert tier.load(IDS[:1]) == ENTRIES[:1]
+    assert tier.remove(IDS[:1]) == Removed(1)
+    assert tier.query(IDS[:1]) == 0
+
+
+def test_a_long_prompt_is_looked_up_as_far_as_it_is_there(opened: Callable[..., MooncakeTier]) -> None:
+    tier = opened()
+    hashes = [number.to_bytes(32, "big") for number in range(700)]
+    assert tier.store([TierEntry(each, "someone", b"x" * 100) for each in hashes[:650]]).count == 650
+    assert tier.query(hashes) == 650
+    assert [each.owner for each in tier.load(hashes[:20]) if each is not None] == ["someone"] * 20
+
+
+def test_a_removed_block_is_not_stored_again_by_a_process_that_was_about_to(
+    opened: Callable[..., MooncakeTier],
+) -> None:
+    clock = Clock()
+    first, second = opened(clock=clock), opened()
+    first.store(ENTRIES)
+    assert first.remove(IDS[1:3]) == Removed(2)
+    assert second.query(IDS) == 1
+    assert second.load(IDS) == [ENTRIES[0], None, None, *ENTRIES[3:]]
+    assert second.store(ENTRIES[:3]).count == 1
+    assert second.stats().skipped == {"removed meanwhile": 2}
+    assert second.query(IDS) == 1
+    clock.now += MARKED_SECONDS
+    first.refresh()
+    assert second.store(ENTRIES[:3]).count == 3
+    assert second.query(IDS) == len(IDS)
+
+
+def test_a_block_whose_bytes_alone_are_at_fault_may_be_stored_again(opened: Callable[..., MooncakeTier]) -> None:
+    tier = opened()
+    tier.store(ENTRIES[:1])
+    assert tier.remove(IDS[:1], remember=False) == Removed(1)
+    assert tier.query(IDS[:1]) == 0
+    assert tier.store(ENTRIES[:1]).count == 1
+
+
+def test_clear_takes_what_all_processes_have_stored_of_this_model(opened: Callable[..., MooncakeTier]) -> None:
+    clock = Clock()
+    first, second, other = opened(clock=clock), opened(), opened(OTHER)
+    second.store(ENTRIES[:3])
+    other.store(entries(BLOCKS[:1], namespace=OTHER))
+    assert first.clear() == Removed(3)
+    assert (second.query(IDS), other.query(IDS)) == (0, 1)
+    assert second.store(ENTRIES[:3]).count == 0
+    clock.now += MARKED_SECONDS
+    first.refresh()
+    assert second.store(ENTRIES[:3]).count == 3
+
+
+def test_what_has_no_room_goes_or_is_not_stored(opened: Callable[..., MooncakeTier]) -> None:
+    tier = opened()
+    blocks = [TierEntry(number.to_bytes(32, "big"), "", bytes(2**20)) for number in range(200)]
+    stored = sum(tier.store([block]).count for block in blocks)
+    assert stored > 0
+    assert stored + tier.stats().skipped.get("no room", 0) == len(blocks)
+
+
+def test_a_frozen_master_costs_its_deadline_once_and_is_used_again(
+    master: MooncakeMaster, opened: Callable[..., MooncakeTier]
+) -> None:
+    clock = Clock()
+    tier = opened(clock=clock)
+    tier.store(ENTRIES)
+    master.send(signal.SIGSTOP)
+    try:
+        eventually(lambda: tier.query(IDS) == 0)
+        assert tier.stats().circuit is Circuit.OPEN
+        assert tier.status(IDS[0]) is LookupStatus.MISS
+        assert tier.load(IDS) == [None] * len(IDS)
+        assert tier.store(ENTRIES).count == 0
+        assert tier.stats().skipped == {"server not available": len(IDS)}
+        assert tier.remove(IDS[:1]) == Removed(0, 1, NOT_REACHED)
+    finally:
+        master.send(signal.SIGCONT)
+    comes_back(tier, clock)
+    assert tier.load(IDS[:2]) == [None, ENTRIES[1]]
+
+
+def test_a_restarted_master_has_lost_the_blocks_and_takes_them_again(
+    master: MooncakeMaster, opened: Callable[..., MooncakeTier]
+) -> None:
+    clock = Clock()
+    tier = opened(clock=clock)
+    tier.store(ENTRIES)
+    master.kill()
+    eventually(lambda: tier.query(IDS) == 0)
+    assert tier.stats().circuit is Circuit.OPEN
+    master.start()
+
+    def is_stored() -> bool:
+        comes_back(tier, clock)
+        return tier.store(ENTRIES).count == len(IDS)
+
+    eventually(is_stored)  # once the client has given its memory to the new master
+    assert tier.load(IDS) == ENTRIES
+
+
+def test_a_master_that_comes_later_is_used_then() -> None:
+    clock, late = Clock(), MooncakeMaster()
+    tier = MooncakeTier(late.address, GIVEN, namespace=NAMESPACE, clock=clock).connect()
+    assert (tier.query(IDS), tier.stats().circuit) == (0, Circuit.OPEN)
+    late.start()
+    try:
+        comes_back(tier, clock)
+        assert tier.store(ENTRIES).count == len(IDS)
+    finally:
+        tier.close()
+        late.kill()
+
+
+def test_floors_and_quotas_are_refused() -> None:
+    spec = TierSpec("remote", GIVEN, server=ServerAddress("mooncake://127.0.0.1:1"))
+    with pytest.raises(ConfigError, match="floors or quotas under 'remote'"):
+        spec.open(NAMESPACE, LRU, {"someone": Share(1)})
