@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
-from tests.models import ALSO_SUPPORTED, BY_CHUNKS, MULTIMODAL, SUPPORTED
+from tests.models import ALSO_SUPPORTED, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
@@ -18,9 +18,11 @@ def table() -> str:
     """The table in Markdown, a line an architecture."""
     lines = ["| model type | besides plain attention | hits end at |", "|---|---|---|"]
     for arch, settings in sorted((SUPPORTED | ALSO_SUPPORTED).items()):
-        shape = inspect_model(AutoConfig.for_model(arch, **{**settings, "pad_token_id": 0}))
+        shape = inspect_model(AutoConfig.for_model(model_type(arch), **{**settings, "pad_token_id": 0}))
         end = "a whole prefill chunk" if arch in BY_CHUNKS else "any token"
-        lines.append(f"| `{arch}` | {', '.join(_features(shape))} | {end} |")
+        kind, _, variant = arch.partition("-")
+        name = f"`{kind}` ({variant.replace('_', ' ')})" if variant else f"`{kind}`"
+        lines.append(f"| {name} | {', '.join(_features(shape))} | {end} |")
     text_only = ", ".join(f"`{name}`" for name in MULTIMODAL)
     return "\n".join([*lines, "", f"Of these multimodal types the text model is served: {text_only}.", ""])
 
@@ -31,6 +33,7 @@ def _features(shape: ModelShape) -> list[str]:
         "sliding windows": any(layer.window and not layer.window.chunked for layer in layers),
         "chunked attention": any(layer.window and layer.window.chunked for layer in layers),
         "soft caps": any(layer.softcap for layer in layers),
+        "ALiBi": any(layer.alibi for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
         "latent KV (MLA)": any("kv_b_proj" in name for name in shape.shapes),
         "experts": any(len(each) == 3 for each in shape.shapes.values()),

@@ -43,6 +43,7 @@ _WIDE = {
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _GPT2_LIKE = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT,
               "tie_word_embeddings": False}  # fmt: skip
+_FALCON = {name: value for name, value in _WIDE.items() if name != "head_dim"}
 _SOME_EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
 
@@ -93,6 +94,32 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         },
     },
     "stablelm": _WIDE,
+    "falcon": {**_FALCON, "multi_query": True, "alibi": False},
+    "falcon-new_decoder": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon-alibi": {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
+    "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 96, "n_layer": 2, "n_head": 6, "seq_length": CONTEXT},
+    "mpt": {"vocab_size": VOCAB_SIZE, "d_model": 96, "n_layers": 2, "n_heads": 6, "max_seq_len": CONTEXT},
+    "gptj": {**_GPT2_LIKE, "rotary_dim": 8},
+    "codegen": {**_GPT2_LIKE, "rotary_dim": 8},
+    "gpt_neo": {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 40,
+        "max_position_embeddings": 512,
+    },
+    "gpt_neox_japanese": {**_WIDE, "hidden_act": "gelu"},
+    "gpt_bigcode": {**_GPT2_LIKE, "multi_query": True},
+    "xglm": {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+    },
     "llama4_text": {
         **_WIDE,
         **_SOME_EXPERTS,
@@ -138,7 +165,10 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
 }
-"""Further architectures that must be served; of these, `tests/engine/torch/test_architectures.py` tests each."""
+"""Further architectures that must be served, and variants after a hyphen.
+
+`tests/engine/torch/test_architectures.py` tests each.
+"""
 
 BY_CHUNKS = frozenset[str]()
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
@@ -158,7 +188,6 @@ REFUSED: dict[str, dict[str, Any]] = {
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 64,
                      "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,
                      "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8},
-    "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "t5": {"vocab_size": VOCAB_SIZE, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
     "bart": {"vocab_size": VOCAB_SIZE, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
              "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
@@ -195,13 +224,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def model_type(arch: str) -> str:
+    """transformers' model type of an architecture, of which there may be variants: "falcon" of "falcon-alibi"."""
+    return arch.partition("-")[0]
+
+
 def tiny_model(arch: str, folder: Path, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
     """Write a random model of a SUPPORTED, ALSO_SUPPORTED or REFUSED architecture to ``folder`` as safetensors.
 
     The same arch, dtype and seed give the same weights, wide enough that greedy answers vary.
     """
     settings = {**_ENDS, **(SUPPORTED | ALSO_SUPPORTED | REFUSED)[arch]}
-    config = AutoConfig.for_model(arch, **settings)
+    config = AutoConfig.for_model(model_type(arch), **settings)
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

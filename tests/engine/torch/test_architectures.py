@@ -1,11 +1,13 @@
 """Each further architecture: hits against cold runs bit by bit, and logits against transformers' own."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from emberkv.engine.torch.model.attention_interface import own_implementation
 from emberkv.engine.torch.native.kernels import Kernels
 from tests import architecture_table
 from tests.conftest import CheckpointFactory
@@ -52,7 +54,9 @@ def test_logits_are_those_of_transformers(
     ours = driver(paged(arch))
     ours.run_one(prompt[:100])
     run = ours.run_one(prompt, new=8)
-    plain = AutoModelForCausalLM.from_pretrained(checkpoint(arch), attn_implementation="eager", dtype=torch.float32)
+    implementation = own_implementation(AutoConfig.from_pretrained(checkpoint(arch)))
+    auto_class: Any = AutoModelForCausalLM
+    plain = auto_class.from_pretrained(checkpoint(arch), attn_implementation=implementation, dtype=torch.float32)
     with torch.inference_mode():
         expected = plain(torch.tensor([prompt + run.tokens[:-1]])).logits[0, len(prompt) - 1 :]
     assert run.cached >= CHUNK

@@ -11,9 +11,16 @@ from emberkv.core.scheduler import PrefillChunk, StepPlan
 from emberkv.core.sequence import Sequence
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SamplingState, StepOutput
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import AttentionBackend, PassedPositions, Run, attention_step
+from emberkv.engine.torch.attention.paged_attention import (
+    ATTENTION_NAME,
+    AttentionBackend,
+    PassedPositions,
+    Run,
+    attention_step,
+)
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations, wrap_rotations
+from emberkv.engine.torch.model.attention_interface import use_interface
 from emberkv.engine.torch.model.latent import use_latents
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.attention import NativeAttention, NativeStep
@@ -116,6 +123,7 @@ class TorchEngine:
         progress("self-check 1 of 4: the model's own logits")
         self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")
+        use_interface(self._model, ATTENTION_NAME)
         use_latents(self._model)
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         self._sampler = sampler if sampler is not None else Sampler(self.kernels)

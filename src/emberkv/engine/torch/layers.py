@@ -7,7 +7,7 @@ vector at the end of each thread's share. Where the shares end depends on the nu
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,16 @@ def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
 
     A class derived from one may do something else with its weight.
     """
-    if type(module) is nn.Linear:
+    if is_linear(module):
         return module.weight, module.bias
     if type(module) is Conv1D:
         return module.weight.t(), module.bias
     return None
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether it is torch's linear layer, or Falcon's, which computes the same."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ == "FalconLinear")
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
@@ -141,6 +146,9 @@ _CLASSES = cast(
     tuple[type[nn.Module], ...], tuple({each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()})
 )
 
+_OTHER_ACTIVATIONS = frozenset({"BloomGelu", "GELU"})
+"""Names of classes that some models use without transformers' registry."""
+
 
 class BatchInvariantActivation(nn.Module):
     """An elementwise function on CPU, called so that every share is whole vectors."""
@@ -171,7 +179,9 @@ def wrap_activations(model: nn.Module) -> int:
     wrapped = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            elementwise = isinstance(child, _CLASSES) and not list(child.parameters())
+            elementwise = (isinstance(child, _CLASSES) or type(child).__name__ in _OTHER_ACTIVATIONS) and not list(
+                child.parameters()
+            )
             if elementwise and not isinstance(parent, BatchInvariantActivation):
                 setattr(parent, name, BatchInvariantActivation(child))
                 wrapped += 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.layers import rows_are_independent
+from emberkv.engine.torch.model.attention_interface import calls_interface
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.decoder import NativeDecoder
 from emberkv.engine.torch.native.kernels import Kernels
@@ -144,12 +145,9 @@ def plain_logits(loaded: LoadedModel, pool_tokens: int) -> Tensor:
     """
     model = loaded.model
     tokens = _made_up_tokens(loaded, min(_PLAIN_TOKENS, pool_tokens, loaded.context_length))
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        logits: Tensor = model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits
-    finally:
-        model.set_attn_implementation(implementation)
+    if calls_interface(model.config):
+        model.set_attn_implementation("eager")
+    logits: Tensor = model(input_ids=torch.tensor([tokens], device=loaded.device), use_cache=False).logits
     return logits[0]
 
 

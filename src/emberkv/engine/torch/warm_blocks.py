@@ -14,7 +14,6 @@ from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.defaults import DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK, machine_cache_folder
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.tokenizer import Tokenizer, shared_prefix
-from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TILE_TOKENS, TorchEngine
 from emberkv.engine.torch.model.fingerprint import model_fingerprint
 from emberkv.engine.torch.model.geometry import inspect_geometry
@@ -123,7 +122,6 @@ def structural_copy(model: PreTrainedModel) -> PreTrainedModel:
     memo |= {id(each): each.detach() for each in model.buffers()}
     copied: PreTrainedModel = copy.deepcopy(model, memo)
     copied.train(False)
-    copied.set_attn_implementation(ATTENTION_NAME)
     return copied
 
 

@@ -47,6 +47,8 @@ def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = keys[seen, head // groups] @ queries[at, head] * call.scale
             if call.softcap is not None:
                 scores = torch.tanh(scores / call.softcap) * call.softcap
+            if call.slopes is not None:
+                scores = scores + call.slopes[head] * torch.arange(first - at, 1)
             sink = scores.new_empty(0) if call.sinks is None else call.sinks[head : head + 1].double()
             weights = torch.softmax(torch.cat([scores, sink]), 0)[: len(scores)]
             out[at, head] = weights @ values[seen, head // groups]
@@ -189,6 +191,24 @@ SINKS = torch.tensor([-40.0, -1.0, 2.5, 30.0])
 def test_sinks_take_part_in_the_softmax(dtype: torch.dtype, window: Window | None, softcap: float | None) -> None:
     """In prefill, in a decode of one sequence, and in decodes over prefixes that are shared or not."""
     call = LayerCall(0, 0.4, window, softcap, SINKS)
+    pool = empty_pool(4, 2, dtype)
+    members = family(pool, [24, 16], [[1, 4, 13], [2, 30]], dtype)
+    whole = members[-1]
+    close(whole.prefill(pool, call, [16, len(whole)]), whole.expected(call), dtype)
+    for sequences in ([whole], members):
+        _, ours, theirs = decode(sequences, pool, call, min_shared=16)
+        close(ours, theirs, dtype)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 2.0**-6, 0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, Window(7)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_alibi_lowers_scores_by_distance(dtype: torch.dtype, window: Window | None, softcap: float | None) -> None:
+    """In prefill, in a decode of one sequence, and in decodes of sequences of several lengths."""
+    call = LayerCall(0, 0.4, window, softcap, slopes=SLOPES)
     pool = empty_pool(4, 2, dtype)
     members = family(pool, [24, 16], [[1, 4, 13], [2, 30]], dtype)
     whole = members[-1]

@@ -21,7 +21,6 @@ REASONS = {
     "bamba": "bamba .*'linear_attention'",
     "qwen3_next": "qwen3_next .*'linear_attention'",
     "gemma3n_text": "2 of its layers share the KV",
-    "bloom": "BloomAttention does not go through",
     "t5": "t5 .*encoder-decoder",
     "bart": "bart .*encoder-decoder",
 }
@@ -46,7 +45,9 @@ def test_other_architectures_are_refused_by_the_name_of_what_they_have(
 @pytest.mark.parametrize(
     ("model_type", "settings", "message"),
     [
-        ("falcon", {"alibi": True}, "ALiBi"),
+        ("cpmant", {}, "CpmAntAttention does not go through"),
+        ("llama", {"alibi": True}, "ALiBi"),
+        ("mpt", {"attn_config": {"qk_ln": True}}, "sets qk_ln, which transformers does not compute"),
         ("mllama", {}, "multimodal"),
         ("bert", {"num_hidden_layers": 1}, "layer 0 is not causal"),
         ("rwkv", {"num_hidden_layers": 1, "hidden_size": 64}, "recurrent state"),

@@ -16,7 +16,7 @@ from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, Wi
 from emberkv.engine.torch.native.attention import NativeStep
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import UnsupportedModelError
-from tests.engine.torch.attention.test_paged_attention import TOLERANCE
+from tests.engine.torch.attention.test_paged_attention import SLOPES, TOLERANCE
 from tests.engine.torch.attention.test_paged_attention import expected as written_out
 
 BLOCK = 16
@@ -127,6 +127,19 @@ def test_sinks_take_part_in_the_softmax(
 ) -> None:
     """From one that weighs nothing to one that takes almost all of its head's weight."""
     call = LayerCall(1, 0.25, window, softcap, torch.tensor([-40.0, -1.0, 2.5, 30.0]))
+    pool = pool_of(4, 2, 16, dtype)
+    whole = text(pool, kernels.span + 70)
+    at_once = cut(pool, kernels, call, whole, [])
+    close(at_once, written_out(call, whole.q, whole.k, whole.v))
+    assert torch.equal(cut(pool, kernels, call, whole, [1, 300, kernels.span + 69]), at_once)
+
+
+@pytest.mark.parametrize("window", [None, Window(100)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_alibi_lowers_scores_by_distance(
+    kernels: Kernels, dtype: torch.dtype, window: Window | None, softcap: float | None
+) -> None:
+    call = LayerCall(1, 0.25, window, softcap, slopes=SLOPES)
     pool = pool_of(4, 2, 16, dtype)
     whole = text(pool, kernels.span + 70)
     at_once = cut(pool, kernels, call, whole, [])

@@ -121,7 +121,8 @@ class LayerCall:
     """What one layer asks for.
 
     window: None where a query sees all keys up to its own. sinks: fp32 ``[heads]``, of each head a score that has a
-    weight in the softmax and no value (gpt-oss).
+    weight in the softmax and no value (gpt-oss). slopes: fp32 ``[heads]``, of each head what a score loses for each
+    token between query and key (ALiBi).
     """
 
     layer: int
@@ -129,6 +130,7 @@ class LayerCall:
     window: Window | None
     softcap: float | None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +227,14 @@ def _paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: ``[1, heads, tokens, dim]`` in, ``[1, tokens, heads, dim]`` out."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = None if s_aux is None else s_aux.float().contiguous()
     layer = int(module.layer_idx)
-    call = LayerCall(layer, scale, window_of(module.config, layer, sliding_window), softcap, sinks)
+    call = LayerCall(layer, scale, window_of(module.config, layer, sliding_window), softcap, sinks, alibi_slopes)
     out = _current_step.get().attend(
         call,
         into_latents(module, query).squeeze(0).transpose(0, 1),

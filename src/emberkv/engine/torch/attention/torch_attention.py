@@ -36,12 +36,15 @@ def tile_attention(
     *,
     softcap: float | None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    first_key: int = 0,
     scratch: Scratch,
 ) -> Tensor:
     """Attention of one tile: queries ``[tokens, heads, dim]``, keys and values ``[kv_heads, keys, dim]``.
 
     masked: bool ``[tokens or more, n]``, what a query must not see of the last ``n`` keys; it sees all earlier ones.
-    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2). sinks: as in `LayerCall`.
+    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2). sinks, slopes: as in `LayerCall`. first_key:
+    position of the first key, relative to the first query's.
 
     Scores are kept in the queries' dtype and the softmax is computed in fp32, like transformers' eager attention.
     Plain matrix products are used because they run at full speed in bf16 on CPUs, where the fused kernel does not.
@@ -63,6 +66,10 @@ def tile_attention(
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         by_head = columns.view(-1, groups, tokens, columns.shape[-1])
+        if slopes is not None:
+            at = torch.arange(tokens, device=queries.device).unsqueeze(1)
+            distances = torch.arange(first_key, first_key + length, device=queries.device) - at
+            by_head[..., :length] += slopes.view(kv_heads, groups, 1, 1)[some.start : some.stop] * distances
         by_head[..., length - masked.shape[1] : length].masked_fill_(masked[:tokens], float("-inf"))
         if sinks is not None:
             by_head[..., length] = sinks.view(kv_heads, groups, 1)[some.start : some.stop]
@@ -119,9 +126,13 @@ def masked_attention(
     *,
     softcap: float | None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention under a boolean mask ``[batch, 1, 1, keys]``, on any device; shapes as in `partial_attention`."""
-    if softcap is None and sinks is None:
+    """Attention under a boolean mask ``[batch, 1, 1, keys]``, on any device; shapes as in `partial_attention`.
+
+    bias: fp32 ``[batch, heads, 1, keys]``, added to the scores.
+    """
+    if softcap is None and sinks is None and bias is None:
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=visible, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]
         )
@@ -130,6 +141,8 @@ def masked_attention(
     scores = queries @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~visible, float("-inf")).float()
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
@@ -139,10 +152,14 @@ def masked_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Queries attended over together. rows: which of the chunk's tokens; keys: which of the gathered keys."""
+    """Queries attended over together. rows: which of the chunk's tokens; keys: which of the gathered keys.
+
+    first_key: position of the first of these keys, relative to the first query's.
+    """
 
     rows: slice
     keys: slice
+    first_key: int
     masked: Tensor  # bool [tile, n]: not to be seen of the last n keys
 
 
@@ -183,6 +200,8 @@ class PrefillStep(AttentionStep):
                 tile.masked,
                 softcap=call.softcap,
                 sinks=call.sinks,
+                slopes=call.slopes,
+                first_key=tile.first_key,
                 scratch=self._pool.scores,
             )
             for tile in tiles
@@ -210,6 +229,7 @@ class PrefillStep(AttentionStep):
                     _Tile(
                         slice(start - self._start, min(start + self._tile, self._stop) - self._start),
                         slice(first - gathered, first - gathered + keys),
+                        first - start,
                         self._hidden(start, first, keys, window),
                     )
                 )
@@ -248,7 +268,8 @@ class _Bucket:
     members: Tensor  # int64, indices into the batch
     index: Tensor  # gather_index, sequence after sequence
     visible: Tensor  # bool [members, 1, 1, keys]
-    bias: Tensor  # the same as an additive mask in the pool's dtype
+    mask: Tensor  # the same as an additive mask in the pool's dtype
+    distances: Tensor  # int64 [members, 1, 1, keys], each key's position less the query's
 
 
 class DecodeStep(AttentionStep):
@@ -273,7 +294,7 @@ class DecodeStep(AttentionStep):
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._pool.write(self._write[call.layer], keys, values)
-        mergeable = has_partial_kernel(queries.device) and call.softcap is None
+        mergeable = has_partial_kernel(queries.device) and call.softcap is None and call.slopes is None
         shared, buckets = self._layout(call.window, mergeable)
         q = queries.unsqueeze(2)
         if not mergeable:
@@ -296,7 +317,7 @@ class DecodeStep(AttentionStep):
 
     def _attend_bucket(self, call: LayerCall, queries: Tensor, bucket: _Bucket) -> tuple[Tensor, Tensor]:
         keys, values = self._bucket_kv(call, bucket)
-        return partial_attention(queries, keys, values, call.scale, bucket.bias)
+        return partial_attention(queries, keys, values, call.scale, bucket.mask)
 
     def _bucket_kv(self, call: LayerCall, bucket: _Bucket) -> tuple[Tensor, Tensor]:
         keys, values = self._pool.gather(bucket.index[call.layer])
@@ -331,6 +352,7 @@ class DecodeStep(AttentionStep):
                 bucket.visible,
                 softcap=call.softcap,
                 sinks=call.sinks,
+                bias=None if call.slopes is None else call.slopes.view(1, -1, 1, 1) * bucket.distances,
             )
         return out.squeeze(2)
 
@@ -365,10 +387,12 @@ class DecodeStep(AttentionStep):
         stop = torch.tensor([self._lengths[m] - first_block[m] * size for m in members], device=device)
         start = torch.tensor([first_visible[m] - first_block[m] * size for m in members], device=device)
         visible = (at < stop.unsqueeze(1)) & (at >= start.unsqueeze(1))
-        bias = torch.zeros(visible.shape, dtype=self._pool.dtype, device=device)
-        bias.masked_fill_(~visible, float("-inf"))
+        mask = torch.zeros(visible.shape, dtype=self._pool.dtype, device=device)
+        mask.masked_fill_(~visible, float("-inf"))
+        distances = at - (stop - 1).unsqueeze(1)
         index = self._pool.gather_index(self._pool.rows(padded))
-        return _Bucket(self._ids(members), index, visible[:, None, None], bias[:, None, None])
+        members_at = self._ids(members)
+        return _Bucket(members_at, index, visible[:, None, None], mask[:, None, None], distances[:, None, None])
 
     def _ids(self, members: list[int]) -> Tensor:
         return torch.tensor(members, device=self._pool.device)

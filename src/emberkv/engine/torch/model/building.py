@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from emberkv.engine.torch.layers import is_linear
 from emberkv.engine.torch.quantization.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -115,7 +116,7 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[str, nn.Module, str] | No
 
 def _quantised(module: nn.Module, value: StoredWeight, dtype: torch.dtype) -> nn.Module | None:
     """What takes the module's place; None where its weight must be plain."""
-    if type(module) is nn.Linear:
+    if is_linear(module):
         linear = QuantizedLinear(value.weight, module.bias, dtype)
         return linear if value.order is None else ReorderedLinear(linear, value.order)
     if isinstance(module, nn.Embedding) and value.order is None:

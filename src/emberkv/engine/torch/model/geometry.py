@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from emberkv.engine.torch.layers import linear_parts, output_layer
+from emberkv.engine.torch.model.attention_interface import calls_interface, use_interface
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
@@ -31,8 +32,14 @@ def rope_types(config: PretrainedConfig) -> set[str]:
     return {parameters["rope_type"] for parameters in _parameters(config)}
 
 
-def rotation_limit(config: PretrainedConfig) -> int:
-    """The most tokens, at most the model's context, for which a position's rotation depends on that position alone.
+def stated_context(config: PretrainedConfig) -> int | None:
+    """The context in tokens by the config, which MPT and BLOOM name in their own ways; None where it does not say."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def rotation_limit(config: PretrainedConfig, context: int) -> int:
+    """The most tokens, at most the model's ``context``, for which a position's rotation depends on that position alone.
 
     "longrope" and "dynamic" take other frequencies, for every position, once the longest sequence in the batch
     outgrows the length that the model was first trained for. Keys stored before that would silently be wrong after
@@ -44,7 +51,7 @@ def rotation_limit(config: PretrainedConfig) -> int:
         for parameters in _parameters(config)
         if parameters["rope_type"] == "longrope"
     ]
-    return int(min([config.max_position_embeddings, *changes]))
+    return int(min([context, *changes]))
 
 
 def with_fixed_rotation(config: PretrainedConfig) -> PretrainedConfig:
@@ -71,7 +78,7 @@ SERVED_LAYER_TYPES = frozenset({"chunked_attention", "full_attention", "sliding_
 _HARMLESS_ARGUMENTS = frozenset(
     {
         "dropout", "scaling", "sliding_window", "softcap", "is_causal", "position_ids", "use_cache",
-        "output_attentions", "output_hidden_states", "output_router_logits", "s_aux",
+        "output_attentions", "output_hidden_states", "output_router_logits", "s_aux", "alibi_slopes",
     }
 )  # fmt: skip
 """What a layer may hand to its attention function; anything else could change the result unseen."""
@@ -105,12 +112,14 @@ class LayerGeometry:
     softcap: attention scores are ``softcap * tanh(score / softcap)``; None leaves them alone.
     scaling: factor of the query-key product.
     sinks: whether each head has a further score, which has a weight in the softmax and no value.
+    alibi: whether scores lose something for each token between query and key, of each head so much.
     """
 
     window: Window | None
     softcap: float | None
     scaling: float
     sinks: bool = False
+    alibi: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +325,11 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
         raise _refuse(config, "its weights are quantised by MLX")
     if getattr(config, "quantization_config", None):
         raise _refuse(config, "its weights are quantized")
-    if getattr(config, "alibi", False):
+    if getattr(config, "alibi", False) and calls_interface(config):
         raise _refuse(config, "it has ALiBi position biases")
+    ignored = [name for name in ("qk_ln", "prefix_lm") if getattr(getattr(config, "attn_config", None), name, False)]
+    if ignored:
+        raise _refuse(config, f"its attn_config sets {' and '.join(ignored)}, which transformers does not compute")
 
 
 def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
@@ -345,7 +357,7 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
     """
     calls: list[_Call] = []
     use_latents(model)
-    model.set_attn_implementation(_NOTE_TAKER)
+    use_interface(model, _NOTE_TAKER)
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")
     try:
         with _taking_notes(calls), torch.inference_mode():
@@ -368,9 +380,10 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
     first = calls[0]
     if first.key_shape != first.value_shape:
         raise _refuse(config, f"its keys {first.key_shape} and values {first.value_shape} differ in shape")
-    if not getattr(config, "max_position_embeddings", None):
+    context = stated_context(config)
+    if not context:
         raise _refuse(config, "its config gives no context length (max_position_embeddings)")
-    limit = rotation_limit(config)
+    limit = rotation_limit(config, context)
     if not 0 < limit <= _LONGEST_CONTEXT:
         raise CorruptModelError(
             f"config.json gives a context of {limit} tokens; it must be from 1 to {_LONGEST_CONTEXT:,}"
@@ -382,7 +395,7 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
         vocab_size=config.vocab_size,
         context_length=limit,
         layers=tuple(_layer(config, call) for call in calls),
-        stated_context=int(config.max_position_embeddings),
+        stated_context=int(context),
     )
 
 
@@ -403,7 +416,8 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     sinks = call.arguments.get("s_aux")
     if sinks is not None and sinks.shape != call.query_shape[1:2]:
         raise _refuse(config, f"layer {call.layer_idx} has sinks of shape {list(sinks.shape)}, not one a head")
-    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None)
+    alibi = "alibi_slopes" in call.arguments
+    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None, alibi)
 
 
 def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:
@@ -421,4 +435,7 @@ def _says_sliding(config: PretrainedConfig, layer: int) -> bool:
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         return bool(layer_types[layer] == "sliding_attention")
+    attention_layers = getattr(config, "attention_layers", None)  # GPT-Neo's
+    if attention_layers:
+        return bool(attention_layers[layer] == "local")
     return bool(getattr(config, "sliding_window", None))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from emberkv.engine.request import SamplingParams
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.template_check import install_chat_template
+from emberkv.engine.torch.model.attention_interface import calls_interface, own_implementation
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, end_tokens, sampling_defaults
 from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
@@ -145,7 +146,8 @@ def load_model(
     dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
     quantize: "int8" or "int4" rounds the linear layers' weights while they are loaded, the output layer's to 8 bits.
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
-    attn_implementation: a name registered with transformers' AttentionInterface.
+    attn_implementation: a name registered with transformers' AttentionInterface. Models that do not call it are loaded
+    with their own, and the engine changes that.
     chat_template: the name of one of the model's templates, or a file that holds one; None: the model's own. A template
     that cannot be used is warned of, and leaves `HFTokenizer.chat_problem`.
     generation_config: "auto" takes sampling defaults from the model's generation_config.json; "ignore" does not, and
@@ -177,6 +179,8 @@ def load_model(
     before = source.file_states()
     fingerprint = source.fingerprint()
     progress(f"loading {sum(size for _, _, size, _, _ in before) / 2**20:,.0f} MiB of weights")
+    if not calls_interface(source.config):
+        attn_implementation = own_implementation(source.config)
     model = source.load(chosen, attn_implementation)
     if source.file_states() != before:
         raise CorruptModelError(f"the files in {path} changed while they were loaded; start again")

@@ -151,7 +151,9 @@ private:
             const int seen_to = std::clamp(position + 1 - begin, 0, keys);
             float* scores = scores_ + i * SPAN;
             Unit* weights = weights_ + i * DEPTH;
-            spans[i] = softmax<Arithmetic>(scores, columns, seen_from, seen_to, call_.scale, call_.softcap, weights);
+            const float slope = call_.slopes ? call_.slopes[head_of(kv_head, first + i)] : 0;
+            const Scoring scoring{call_.scale, call_.softcap, slope, position - begin};
+            spans[i] = softmax<Arithmetic>(scores, columns, seen_from, seen_to, scoring, weights);
         }
         const ByUnit<Unit> values_by_unit{value_units_, 0};
         multiply<Arithmetic>(

@@ -176,6 +176,7 @@ class NativeStep(AttentionStep):
         native.pool = storage.data_ptr() + call.layer * storage.stride(1) * storage.element_size()
         native.scale, native.softcap = call.scale, call.softcap or 0.0
         native.sinks = None if call.sinks is None else call.sinks.data_ptr()
+        native.slopes = None if call.slopes is None else call.slopes.data_ptr()
         self._follow(plan, window)
         native.partials = self._partials(plan.num_partials).data_ptr()
         self._kernels.attend(native)

@@ -38,6 +38,7 @@ struct AttentionCall {
     int64_t block_bytes, value_bytes;
     int32_t rows, heads, kv_heads, dim, block_size, type;
     const float* sinks;    // per head: a score without a value that the softmax counts too; null: none
+    const float* slopes;   // per head, of ALiBi: what a score loses for each token between query and key; null: none
     float scale, softcap;  // softcap 0: none
     int32_t window;        // a row sees so many of the latest keys; 0: no such limit
     int32_t chunk;         // a row sees the keys of its own chunk of so many positions; 0: no such limit

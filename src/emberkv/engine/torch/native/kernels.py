@@ -135,7 +135,7 @@ class AttentionCall(ctypes.Structure):
         ("pool", _ADDRESS),
         *((name, _LONG) for name in ("block_bytes", "value_bytes")),
         *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type")),
-        ("sinks", _ADDRESS),
+        *((name, _ADDRESS) for name in ("sinks", "slopes")),
         *((name, _FLOAT) for name in ("scale", "softcap")),
         *((name, _INT) for name in ("window", "chunk", "threads")),
         *((name, _ADDRESS) for name in ("block_ids", "block_tables", "positions", "tasks")),

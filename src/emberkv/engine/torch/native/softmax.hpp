@@ -23,19 +23,38 @@ struct Softmax {
     float maximum, sum;  // maximum: of score * log2(e)
 };
 
-// Makes weights 2^(score - maximum) of a row's scores over ``keys`` keys, of which it sees [begin, end).
+// What becomes of a product of query and key before the softmax.
+struct Scoring {
+    float scale, softcap;  // softcap 0: none
+    float slope;           // of ALiBi: what is taken off for each token between query and key; 0: nothing
+    int position;          // of the query, relative to the first key
+
+    bool is_product() const { return softcap <= 0 && slope == 0; }
+
+    // Scores of ``keys`` keys, a multiple of LANES, in place.
+    void apply(float* scores, int keys) const {
+        Floats distance = {};
+        for (int i = 0; i < LANES; i++) distance[i] = float(i - position);
+        for (int k = 0; k < keys; k += LANES, distance += float(LANES)) {
+            Floats score = load<Floats>(scores + k) * scale;
+            if (softcap > 0) score = capped(score, softcap);
+            store(scores + k, multiply_add(distance, splat(slope), score));
+        }
+    }
+};
+
+// Makes weights 2^(score - maximum) of a row's products over ``keys`` keys, of which it sees [begin, end).
 template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-Softmax softmax(float* scores, int keys, int begin, int end, float scale, float softcap, Unit* weights) {
+Softmax softmax(float* scores, int keys, int begin, int end, const Scoring& scoring, Unit* weights) {
     constexpr int STEP = LANES / Arithmetic::VALUES;
     if (begin >= end) {
         std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
         return {UNSEEN, 0};
     }
-    if (softcap > 0)
-        for (int k = 0; k < keys; k += LANES) store(scores + k, capped(load<Floats>(scores + k) * scale, softcap));
+    if (!scoring.is_product()) scoring.apply(scores, keys);
     std::fill(scores, scores + begin, UNSEEN);
     std::fill(scores + end, scores + keys, UNSEEN);
-    const float factor = (softcap > 0 ? 1 : scale) * LOG2_E;
+    const float factor = (scoring.is_product() ? scoring.scale : 1) * LOG2_E;
     Floats most = splat(UNSEEN);
     for (int k = 0; k < keys; k += LANES) most = larger(most, load<Floats>(scores + k));
     const float maximum = factor * largest(most);

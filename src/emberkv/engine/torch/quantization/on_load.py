@@ -6,14 +6,14 @@ It is a quantizer of transformers' own interface, so that the names and conversi
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emberkv.engine.torch.layers import linear_parts, output_layer
+from emberkv.engine.torch.layers import is_linear, linear_parts, output_layer
 from emberkv.engine.torch.quantization.layers import replace_linears
 from emberkv.engine.torch.quantization.stored import affine_bytes
 from emberkv.engine.torch.quantization.weight import (
@@ -108,7 +108,7 @@ class _Round(ConversionOps):
             weight: Tensor = found[0] if isinstance(found, list) else found
             layer = name.removesuffix(".weight")
             self.quantizer.config.on_weight(name, weight)
-            turned = type(model.get_submodule(layer)) is not nn.Linear  # GPT-2's are [in, out]
+            turned = not is_linear(model.get_submodule(layer))  # GPT-2's are [in, out]
             bits = self.quantizer.bits_of(model, layer)
             try:
                 self.quantizer.rounded[layer] = quantise(weight.t() if turned else weight, bits)
