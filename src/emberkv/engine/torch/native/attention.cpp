@@ -232,25 +232,33 @@ template <class Arithmetic>
 thread_local typename Worker<Arithmetic>::Buffers Worker<Arithmetic>::buffers_;
 
 template <class Arithmetic>
-void attend_by_team(const AttentionCall& call) {
-    Worker<Arithmetic> worker(call);
-#pragma omp for schedule(static)
-    for (int row = 0; row < call.rows; row++) worker.store_new(row);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < call.num_tasks * call.kv_heads; unit++)
-        worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < int64_t(call.rows) * call.heads; unit++) {
-        const int row = int(unit / call.heads);
-        if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
-    }
+void attend_by_team(Team& team, const AttentionCall& call) {
+    const int64_t row_values = 2 * int64_t(call.kv_heads) * call.dim;
+    team.share(call.rows, grain_of(row_values), [&](int64_t begin, int64_t end) {
+        const Worker<Arithmetic> worker(call);
+        for (int64_t row = begin; row < end; row++) worker.store_new(int(row));
+    });
+    team.share(call.num_tasks * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
+        Worker<Arithmetic> worker(call);
+        for (int64_t unit = begin; unit < end; unit++)
+            worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
+    });
+    const bool partial = std::any_of(call.partial_of, call.partial_of + call.rows, [](int64_t at) { return at >= 0; });
+    if (!partial) return;
+    team.share(int64_t(call.rows) * call.heads, grain_of(8 * call.dim), [&](int64_t begin, int64_t end) {
+        Worker<Arithmetic> worker(call);
+        for (int64_t unit = begin; unit < end; unit++) {
+            const int row = int(unit / call.heads);
+            if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
+        }
+    });
 }
 
-void attend_by_team(const AttentionCall& call) {
+void attend_by_team(Team& team, const AttentionCall& call) {
 #if defined(__AVX512BF16__)
-    if (call.type == BF16) return attend_by_team<Bf16Pairs>(call);
+    if (call.type == BF16) return attend_by_team<Bf16Pairs>(team, call);
 #endif
-    attend_by_team<SinglePrecision>(call);
+    attend_by_team<SinglePrecision>(team, call);
 }
 
 }  // namespace emberkv
@@ -258,6 +266,5 @@ void attend_by_team(const AttentionCall& call) {
 EMBERKV_EXPORT int32_t emberkv_span() { return emberkv::SPAN; }
 
 EMBERKV_EXPORT void emberkv_attend(const AttentionCall* call) {
-#pragma omp parallel num_threads(call->threads)
-    emberkv::attend_by_team(*call);
+    emberkv::attend_by_team(emberkv::Team::of_this_thread(call->threads), *call);
 }

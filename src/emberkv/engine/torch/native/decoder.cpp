@@ -1,4 +1,4 @@
-// A whole pass through a decoder of Llama's shape, in one parallel region: every layer, the last norm, the output layer.
+// A whole pass through a decoder of Llama's shape, in one call: every layer, the last norm, the output layer.
 //
 // Each operation rounds where PyTorch rounds in the model's own code, so that both give the same bits, and no row's
 // result depends on another row.
@@ -21,15 +21,15 @@ struct Bf16Value {
     static uint16_t write(float value) { return to_bf16(value); }
 };
 
-// What is computed for rows between the products. One object a thread; all of them go through the same phases, and
-// behind each is a barrier.
+// The stages of a pass, which its leader publishes to the team one after the other.
 template <class Value>
 class Pass {
     using Stored = typename Value::Stored;
 
 public:
-    explicit Pass(const DecoderCall& call)
-        : call_(call),
+    Pass(Team& team, const DecoderCall& call)
+        : team_(team),
+          call_(call),
           rows_(call.rows),
           query_size_(call.heads * call.dim),
           key_size_(call.kv_heads * call.dim),
@@ -48,7 +48,7 @@ public:
     }
 
     void run() {
-        rms_norm_by_team(norm_of(call_.layers[0].input_norm, hidden_, normed_, rows_));
+        rms_norm_by_team(team_, norm_of(call_.layers[0].input_norm, hidden_, normed_, rows_));
         for (int i = 0; i < call_.num_layers; i++) {
             const DecoderLayer& layer = call_.layers[i];
             const bool last = i + 1 == call_.num_layers;
@@ -76,7 +76,7 @@ private:
 
     void multiply(const LinearCall& layer, const Stored* inputs, Stored* out) const {
         const LinearCall call = linear_of(layer, inputs, out);
-        linear_by_team(&call, 1);
+        linear_by_team(team_, &call, 1);
     }
 
     NormCall norm_of(NormCall call, const Stored* inputs, Stored* out, int rows) const {
@@ -98,15 +98,16 @@ private:
             linear_of(layer.key, normed_, key),
             linear_of(layer.value, normed_, value),
         };
-        linear_by_team(products, layer.fused ? 1 : 3);
+        linear_by_team(team_, products, layer.fused ? 1 : 3);
         const int heads = call_.heads + call_.kv_heads;
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < int64_t(rows_) * heads; unit++) {
-            const int64_t row = unit / heads;
-            const int head = int(unit % heads), key_head = head - call_.heads;
-            if (key_head < 0) place(layer, layer.query_norm, row, projected_ + row * query_row + head * call_.dim);
-            else place(layer, layer.key_norm, row, key + row * key_row + key_head * call_.dim);
-        }
+        team_.share(int64_t(rows_) * heads, grain_of(2 * call_.dim), [&](int64_t begin, int64_t end) {
+            for (int64_t unit = begin; unit < end; unit++) {
+                const int64_t row = unit / heads;
+                const int head = int(unit % heads), key_head = head - call_.heads;
+                if (key_head < 0) place(layer, layer.query_norm, row, projected_ + row * query_row + head * call_.dim);
+                else place(layer, layer.key_norm, row, key + row * key_row + key_head * call_.dim);
+            }
+        });
         AttentionCall call = call_.plans[layer.plan];
         call.queries = projected_;
         call.keys = key;
@@ -119,7 +120,7 @@ private:
         call.pool = layer.pool;
         call.scale = layer.scale;
         call.softcap = layer.softcap;
-        attend_by_team(call);
+        attend_by_team(team_, call);
     }
 
     // One head of one row, normalized and rotated by its position, in its place.
@@ -144,7 +145,6 @@ private:
 
     // The wanted rows, ascending, move to the front; nothing is computed for the others any more.
     void keep_wanted() {
-#pragma omp single
         for (int i = 0; i < call_.num_kept; i++) {
             const int64_t row = call_.kept[i];
             std::memmove(attended_ + int64_t(i) * query_size_, attended_ + row * query_size_, query_size_ * sizeof(Stored));
@@ -158,17 +158,19 @@ private:
 
     // hidden += update, normalized before where a layer does that; and what the next product takes of it.
     void add_update(const NormCall& before, const NormCall& after) const {
-#pragma omp for schedule(static)
-        for (int row = 0; row < rows_; row++) {
-            const int64_t first = int64_t(row) * call_.hidden_size;
-            Stored *update = update_ + first, *hidden = hidden_ + first;
-            if (before.scale) rms_norm_row(norm_of(before, update, update, 1), 0);
-            for (int i = 0; i < call_.hidden_size; i++)
-                hidden[i] = Value::write(Value::read(hidden[i]) + Value::read(update[i]));
-            rms_norm_row(norm_of(after, hidden, normed_ + first, 1), 0);
-        }
+        team_.share(rows_, grain_of(2 * call_.hidden_size), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                const int64_t first = row * call_.hidden_size;
+                Stored *update = update_ + first, *hidden = hidden_ + first;
+                if (before.scale) rms_norm_row(norm_of(before, update, update, 1), 0);
+                for (int i = 0; i < call_.hidden_size; i++)
+                    hidden[i] = Value::write(Value::read(hidden[i]) + Value::read(update[i]));
+                rms_norm_row(norm_of(after, hidden, normed_ + first, 1), 0);
+            }
+        });
     }
 
+    Team& team_;
     const DecoderCall& call_;
     int rows_;  // those that are still computed
     const int query_size_, key_size_;
@@ -178,7 +180,7 @@ private:
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_decoder(const DecoderCall* call) {
-#pragma omp parallel num_threads(call->threads)
-    if (call->type == emberkv::BF16) emberkv::Pass<emberkv::Bf16Value>(*call).run();
-    else emberkv::Pass<emberkv::SinglePrecisionValue>(*call).run();
+    emberkv::Team& team = emberkv::Team::of_this_thread(call->threads);
+    if (call->type == emberkv::BF16) emberkv::Pass<emberkv::Bf16Value>(team, *call).run();
+    else emberkv::Pass<emberkv::SinglePrecisionValue>(team, *call).run();
 }

@@ -31,18 +31,15 @@ public:
             places_[pair] = is_there(call.chosen[pair]) ? next[call.chosen[pair]]++ : -1;
     }
 
-    // By all threads of a team.
-    void run() const {
-#pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pairs_; pair++) {
-            if (places_[pair] < 0) continue;
-            const char* from = static_cast<const char*>(call_.inputs) + pair / call_.top_k * call_.input_row * element_;
-            std::memcpy(gathered() + places_[pair] * row_bytes(), from, size_t(row_bytes()));
-        }
-        linear_by_team(active_.get(), count_);
-        linear_by_team(active_.get() + call_.experts, count_);
-#pragma omp for schedule(static)
-        for (int row = 0; row < call_.rows; row++) add_up(row);
+    void run(Team& team) const {
+        team.share(pairs_, grain_of(call_.size), [&](int64_t begin, int64_t end) {
+            for (int64_t pair = begin; pair < end; pair++) gather(pair);
+        });
+        linear_by_team(team, active_.get(), count_);
+        linear_by_team(team, active_.get() + call_.experts, count_);
+        team.share(call_.rows, grain_of(int64_t(call_.size) * call_.top_k), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) add_up(int(row));
+        });
     }
 
 private:
@@ -65,6 +62,12 @@ private:
         second.input_row = call_.inner;
         first.rows = second.rows = rows;
         first.type = second.type = call_.type;
+    }
+
+    void gather(int64_t pair) const {
+        if (places_[pair] < 0) return;
+        const char* from = static_cast<const char*>(call_.inputs) + pair / call_.top_k * call_.input_row * element_;
+        std::memcpy(gathered() + places_[pair] * row_bytes(), from, size_t(row_bytes()));
     }
 
     void add_up(int row) const {
@@ -99,7 +102,5 @@ private:
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_experts(const ExpertsCall* call) {
-    const emberkv::Dispatch dispatch(*call);
-#pragma omp parallel num_threads(call->threads)
-    dispatch.run();
+    emberkv::Dispatch(*call).run(emberkv::Team::of_this_thread(call->threads));
 }

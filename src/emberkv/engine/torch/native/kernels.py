@@ -23,7 +23,7 @@ from emberkv.files import check_owner
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("g++", "c++")
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC",
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-pthread", "-fPIC",
     "-fvisibility=hidden",
 )  # fmt: skip
 _PATIENCE = 300.0  # seconds for a compiler's run; a few are usual
@@ -44,7 +44,7 @@ def build(folder: Path, on_compile: Callable[[], None] = lambda: None) -> Path:
         raise KernelsError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on the PATH")
     sources = sorted(_SOURCES.glob("*.cpp"))
     known = hashlib.sha256(_predefined(compiler))
-    for part in (*_FLAGS, *(path.name for path in _openmp())):
+    for part in _FLAGS:
         known.update(f"\0{part}".encode())
     for path in (*sources, *sorted(_SOURCES.glob("*.hpp"))):
         known.update(b"\0" + path.read_bytes())
@@ -68,20 +68,12 @@ def _predefined(compiler: str) -> bytes:
     return _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull], _SOURCES)
 
 
-def _openmp() -> list[Path]:
-    """torch's own OpenMP, where it brings one: the threads of a second one would get into its way."""
-    package = Path(torch.__file__).parent
-    folders = package / "lib", package.parent / "torch.libs"
-    return sorted(path for folder in folders for path in folder.glob("libgomp*.so*"))[:1]
-
-
 def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="kernels-build-") as name:
         work = Path(name)
         _run([compiler, *_FLAGS, "-c", *map(str, sources)], work)
         objects = [f"{source.stem}.o" for source in sources]
-        openmp = list(map(str, _openmp())) or ["-fopenmp"]
-        _run([compiler, "-shared", *objects, *openmp, "-o", library.name], work)
+        _run([compiler, "-shared", "-pthread", *objects, "-o", library.name], work)
         with (work / library.name).open("rb") as made:
             os.fsync(made.fileno())  # before its name is there: a half-written library would be found for ever
         (work / library.name).replace(library)

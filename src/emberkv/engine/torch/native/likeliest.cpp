@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "calls.hpp"
+#include "team.hpp"
 #include "vectors.hpp"
 
 namespace emberkv {
@@ -58,7 +58,7 @@ inline void likeliest_of_row(const LikeliestCall& call, int row) {
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_likeliest(const LikeliestCall* call) {
-    const int threads = std::clamp(call->rows, 1, call->threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int row = 0; row < call->rows; row++) emberkv::likeliest_of_row(*call, row);
+    emberkv::Team::of_this_thread(call->threads).share(call->rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) emberkv::likeliest_of_row(*call, int(row));
+    });
 }

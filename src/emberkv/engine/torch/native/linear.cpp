@@ -3,8 +3,6 @@
 // Weights are `Packed`: COLUMNS outputs side by side, unit after unit of the inputs. Quantised ones: see quantized.hpp.
 
 #include <memory>
-#include <mutex>
-#include <utility>
 #include <vector>
 
 #include "calls.hpp"
@@ -102,115 +100,82 @@ struct Memory {
     char* begin() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64); }
 };
 
-// One for each team that is at work, kept for the next one. Each thread's own would be as many as there are threads.
-class IdleMemory {
-public:
-    std::unique_ptr<Memory> borrow() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (idle_.empty()) return std::make_unique<Memory>();
-        std::unique_ptr<Memory> memory = std::move(idle_.back());
-        idle_.pop_back();
-        return memory;
-    }
-
-    void give_back(std::unique_ptr<Memory> memory) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        idle_.push_back(std::move(memory));
-    }
-
-private:
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<Memory>> idle_;
-};
-
-IdleMemory idle_memory;
-
 // The rows of calls with quantised weights, rounded. Calls that follow one another with the same inputs share theirs.
 class RoundedInputs {
 public:
-    // By every thread of a team.
-    RoundedInputs(const LinearCall* calls, int count) : places_(thread_places) {
+    RoundedInputs(Team& team, const LinearCall* calls, int count) : calls_(calls), places_(thread_places) {
         places_.clear();
-        int64_t bytes = 0;
+        int64_t bytes = 0, rows = 0;
+        int widest = 0;
         for (int i = 0; i < count; i++) {
-            const bool same = i > 0 && shares(calls[i], calls[i - 1]);
-            places_.push_back(same ? places_.back() : bytes);
-            if (!same && calls[i].bits) bytes += RoundedRows::bytes(calls[i].rows, calls[i].in, calls[i].group);
+            places_.push_back(rows_of(i) > 0 || i == 0 ? bytes : places_.back());
+            if (rows_of(i) == 0) continue;
+            bytes += RoundedRows::bytes(calls[i].rows, calls[i].in, calls[i].group);
+            rows += rows_of(i);
+            widest = std::max(widest, calls[i].in);
         }
-        if (bytes == 0) return;
-        // A few rows are rounded by each thread for itself before all threads have met.
-        const bool alone = bytes <= ALONE;
-        if (alone) {
-            memory_ = thread_memory.take(bytes);
-        } else {
-            Memory* borrowed = nullptr;
-#pragma omp single copyprivate(borrowed)
-            {
-                borrowed = idle_memory.borrow().release();
-                borrowed->take(bytes);
+        if (rows == 0) return;
+        memory_ = thread_memory.take(bytes);
+        team.share(rows, grain_of(2 * widest), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                int index = 0;
+                int64_t rest = row;
+                for (; rest >= rows_of(index); index++) rest -= rows_of(index);
+                of(index).round(calls[index], int(rest));
             }
-            borrowed_ = borrowed;
-            memory_ = borrowed->begin();
-        }
-        for (int i = 0; i < count; i++) {
-            if (!calls[i].bits || (i > 0 && shares(calls[i], calls[i - 1]))) continue;
-            const RoundedRows rows = of(calls[i], i);
-            if (alone) {
-                for (int row = 0; row < calls[i].rows; row++) rows.round(calls[i], row);
-            } else {
-#pragma omp for schedule(static) nowait
-                for (int row = 0; row < calls[i].rows; row++) rows.round(calls[i], row);
-            }
-        }
-        if (!alone) {
-#pragma omp barrier
-        }
+        });
     }
 
-    RoundedRows of(const LinearCall& call, int index) const {
+    RoundedRows of(int index) const {
+        const LinearCall& call = calls_[index];
         if (!call.bits) return {};
         return RoundedRows::at(memory_ + places_[size_t(index)], call.rows, call.in, call.group);
     }
 
-    // By every thread of the team, once none of them reads the rows any more.
-    void give_back() const {
-        if (!borrowed_) return;
-#pragma omp single nowait
-        idle_memory.give_back(std::unique_ptr<Memory>(borrowed_));
-    }
-
 private:
-    static constexpr int64_t ALONE = 1 << 16;
+    // Those that are rounded for this call.
+    int rows_of(int index) const {
+        const LinearCall& call = calls_[index];
+        return call.bits && !(index > 0 && shares(call, calls_[index - 1])) ? call.rows : 0;
+    }
 
     static bool shares(const LinearCall& a, const LinearCall& b) {
         return a.bits && b.bits && a.inputs == b.inputs && a.rows == b.rows && a.in == b.in && a.group == b.group &&
                a.input_row == b.input_row && a.type == b.type;
     }
 
-    std::vector<int64_t>& places_;  // of each call's rows
-    char* memory_ = nullptr;
-    Memory* borrowed_ = nullptr;
+    // Of the leader, kept from call to call.
     static thread_local std::vector<int64_t> thread_places;
     static thread_local Memory thread_memory;
+
+    const LinearCall* calls_;
+    std::vector<int64_t>& places_;  // of each call's rows
+    char* memory_ = nullptr;
 };
 
 thread_local std::vector<int64_t> RoundedInputs::thread_places;
 thread_local Memory RoundedInputs::thread_memory;
 
-void linear_by_team(const LinearCall* calls, int count) {
-    int64_t total = 0;
-    for (int i = 0; i < count; i++) total += units_of(calls[i]);
-    const RoundedInputs rounded(calls, count);
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < total; unit++) {
-        int index = 0;
-        int64_t rest = unit;
-        for (; rest >= units_of(calls[index]); index++) rest -= units_of(calls[index]);
-        const LinearCall& call = calls[index];
-        const int batches = batches_of(call), first = int(rest % batches) * BATCH;
-        linear_unit(call, rounded.of(call, index), rest / batches, first, std::min(BATCH, call.rows - first));
+constexpr int64_t WEIGHTS_PER_CHUNK = 1 << 14;
+
+void linear_by_team(Team& team, const LinearCall* calls, int count) {
+    int64_t total = 0, widest = 1;
+    for (int i = 0; i < count; i++) {
+        total += units_of(calls[i]);
+        widest = std::max<int64_t>(widest, calls[i].in * (calls[i].activation == NONE ? 1 : 2));
     }
-    rounded.give_back();
+    const RoundedInputs rounded(team, calls, count);
+    const int64_t grain = std::max<int64_t>(1, WEIGHTS_PER_CHUNK / (widest * COLUMNS));
+    team.share(total, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; unit++) {
+            int index = 0;
+            int64_t rest = unit;
+            for (; rest >= units_of(calls[index]); index++) rest -= units_of(calls[index]);
+            const LinearCall& call = calls[index];
+            const int batches = batches_of(call), first = int(rest % batches) * BATCH;
+            linear_unit(call, rounded.of(index), rest / batches, first, std::min(BATCH, call.rows - first));
+        }
+    });
 }
 
 }  // namespace emberkv
@@ -220,11 +185,9 @@ EMBERKV_EXPORT int32_t emberkv_columns() { return emberkv::COLUMNS; }
 EMBERKV_EXPORT int32_t emberkv_lanes() { return emberkv::LANES; }
 
 EMBERKV_EXPORT void emberkv_linear(const LinearCall* call) {
-#pragma omp parallel num_threads(call->threads)
-    emberkv::linear_by_team(call, 1);
+    emberkv::linear_by_team(emberkv::Team::of_this_thread(call->threads), call, 1);
 }
 
 EMBERKV_EXPORT void emberkv_linears(const LinearCall* calls, int32_t count) {
-#pragma omp parallel num_threads(calls->threads)
-    emberkv::linear_by_team(calls, count);
+    emberkv::linear_by_team(emberkv::Team::of_this_thread(calls->threads), calls, count);
 }

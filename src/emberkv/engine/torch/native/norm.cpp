@@ -25,15 +25,15 @@ void rms_norm_row(const NormCall& call, int row) {
     }
 }
 
-void rms_norm_by_team(const NormCall& call) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < call.rows; row++) rms_norm_row(call, row);
+void rms_norm_by_team(Team& team, const NormCall& call) {
+    team.share(call.rows, grain_of(call.size), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) rms_norm_row(call, int(row));
+    });
 }
 
 }  // namespace emberkv
 
 EMBERKV_EXPORT void emberkv_rms_norm(const NormCall* call) {
     const int threads = call->rows >= 8 ? call->threads : 1;  // a few rows are done before another thread has woken
-#pragma omp parallel num_threads(threads)
-    emberkv::rms_norm_by_team(*call);
+    emberkv::rms_norm_by_team(emberkv::Team::of_this_thread(threads), *call);
 }
