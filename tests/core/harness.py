@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from random import Random
 
 from emberkv.core.block import Block, BlockState
@@ -32,6 +33,12 @@ def store(pool: BlockPool, tokens: TokenChain, *, exact: bool = True) -> list[Bl
     """All full blocks of a chain, computed and committed; still held."""
     blocks = pool.allocate(len(tokens.block_hashes))
     return [pool.commit(block, tokens, position, exact=exact) for position, block in enumerate(blocks)]
+
+
+@lru_cache(maxsize=1 << 16)
+def _last_hash(prefix: bytes, block_size: int) -> bytes:
+    """The hash of the block that ends a prefix, its root first; cached, as each check asks for the same prefixes."""
+    return hash_blocks(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], block_size)[-1]
 
 
 @dataclass(frozen=True)
@@ -245,8 +252,7 @@ class Harness:
     def _check_content(self, block_hash: bytes) -> None:
         block = self.pool.lookup(block_hash)
         assert block is not None
-        prefix = self._prefix_of(block, self.block_size)
-        assert hash_blocks(prefix[:ROOT_BYTES], prefix[ROOT_BYTES:], self.block_size)[-1] == block_hash
+        assert _last_hash(self._prefix_of(block, self.block_size), self.block_size) == block_hash
 
     def _check_partial(self, block: Block) -> None:
         prefix = self._prefix_of(block, len(block.tokens) // TOKEN_BYTES)

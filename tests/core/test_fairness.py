@@ -195,7 +195,7 @@ def test_what_tenants_with_endless_work_get_follows_their_weights(weights: list[
     random = Random(seed)
     names = [f"t{index}" for index in range(len(weights))]
     by_name = dict(zip(names, weights, strict=True))
-    harness = Harness(num_blocks=400, max_step_tokens=budget, weights=by_name)
+    harness = Harness(num_blocks=100, max_step_tokens=budget, weights=by_name)
     total: Counter[str] = Counter()
     added, number = dict.fromkeys(names, 0), 0
     for _ in range(120):

@@ -6,7 +6,7 @@ in which free blocks are overwritten.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from emberkv.core.block import Block, BlockState, Match
 from emberkv.core.cached_blocks import BlockCost, CachedBlocks, ChildIndex, uniform_cost
@@ -327,50 +327,44 @@ def _broken_laws(
     could evict. holders: the blocks of every live lease and load; with it, each ref count must be explained by them.
     children: the same blocks by their parents, where the pool keeps them so.
     """
-    laws = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
+    broken = [*_of_the_pool(blocks, blank, index, evictable), *_of_each_block(blocks)]
     if holders is not None:
         held = Counter(block.block_id for each in holders for block in each)
-        laws += [
-            (
-                block.ref_count == held[block.block_id],
-                f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held",
-            )
+        broken += [
+            f"block {block.block_id}: {block.ref_count} refs, {held[block.block_id]} held"
             for block in blocks
+            if block.ref_count != held[block.block_id]
         ]
-    if children is not None:
-        known = len(children) == len(index) and all(block in children for block in index.values())
-        laws.append((known, "the children of blocks and the index differ"))
-    return [what for holds, what in laws if not holds]
+    if children is not None and (len(children) != len(index) or any(each not in children for each in index.values())):
+        broken.append("the children of blocks and the index differ")
+    return broken
 
 
 def _of_the_pool(
     blocks: Sequence[Block], blank: Sequence[Block], index: Mapping[BlockHash, Block], evictable: int
-) -> list[tuple[bool, str]]:
-    free = sum(block.state is BlockState.FREE for block in blocks)
+) -> list[str]:
+    free = [block for block in blocks if block.state is BlockState.FREE]
+    free_cached = sum(block.block_hash is not None for block in free)
     cached = sum(block.block_hash is not None for block in blocks)
-    free_cached = sum(block.state is BlockState.FREE and block.block_hash is not None for block in blocks)
-    return [
-        (free == len(blank) + evictable, "free blocks and the free lists differ"),
+    laws = [
+        (len(free) == len(blank) + evictable, "free blocks and the free lists differ"),
         (free_cached == evictable, "evictable blocks and the policy differ"),
         (all(block.ref_count == 0 and block.block_hash is None for block in blank), "a blank block is in use"),
         (len({block.block_id for block in blank}) == len(blank), "a block is blank twice"),
         (all(block.block_hash == key for key, block in index.items()), "the index names a wrong block"),
         (cached == len(index), "a cached block is not indexed"),
     ]
+    return [what for holds, what in laws if not holds]
 
 
-def _of_each_block(blocks: Sequence[Block]) -> list[tuple[bool, str]]:
-    laws = []
+def _of_each_block(blocks: Sequence[Block]) -> Iterator[str]:
     for block in blocks:
-        indexed = block.block_hash is not None
-        private = block.state in (BlockState.ALLOCATED, BlockState.PENDING)
-        laws += [
-            ((block.state is BlockState.FREE) == (block.ref_count == 0), f"block {block.block_id}: holders"),
-            (block.state is not BlockState.COMMITTED or indexed, f"block {block.block_id}: not indexed"),
-            (not private or not indexed, f"block {block.block_id}: indexed"),
-            (
-                block.state is not BlockState.PENDING or block.ref_count == 1,
-                f"block {block.block_id}: pending for several",
-            ),
-        ]
-    return laws
+        state, indexed = block.state, block.block_hash is not None
+        if (state is BlockState.FREE) != (block.ref_count == 0):
+            yield f"block {block.block_id}: holders"
+        if state is BlockState.COMMITTED and not indexed:
+            yield f"block {block.block_id}: not indexed"
+        if indexed and state in (BlockState.ALLOCATED, BlockState.PENDING):
+            yield f"block {block.block_id}: indexed"
+        if state is BlockState.PENDING and block.ref_count != 1:
+            yield f"block {block.block_id}: pending for several"
