@@ -30,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole servers first: their files take longest, and one that is begun last would leave a core idle."""
+    servers = Path(__file__).parent / "e2e"
+    items.sort(key=lambda item: servers not in item.path.parents)
+
+
 @pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether tests that repeat themselves do so many times."""

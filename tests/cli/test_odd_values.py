@@ -107,8 +107,9 @@ def test_odd_models(value: str, tried: Tried) -> None:
 
 
 def test_odd_values_of_variables(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kind one: a variable's text is read as the option's is."""
     for param in COMMANDS["serve",].params:
-        for value in ODD:
+        for value in ("", " ", "-1", "nan", "9" * 5000, "\x1b[2J", "\udcff", "/nonexistent/x", "{}"):
             name = f"EMBERKV_{param.name.upper()}"
             monkeypatch.setenv(name, value)
             tried("serve", "--print-config")

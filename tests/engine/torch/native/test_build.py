@@ -1,7 +1,9 @@
 """Compiling the kernels: once for a machine, and a clear word where it fails."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -12,7 +14,8 @@ from tests.engine.conftest import ModelFactory
 from tests.machine import MACHINE_CACHE
 
 
-def test_it_compiles_once(tmp_path: Path) -> None:
+def test_it_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FLAGS", (*module._FLAGS, "-O0"))  # takes a fraction of the time
     library = build(tmp_path / "new" / "folder")
     written = library.stat().st_mtime_ns
     assert build(library.parent) == library
@@ -21,10 +24,38 @@ def test_it_compiles_once(tmp_path: Path) -> None:
     assert Kernels(library).lanes >= 4
 
 
-def test_other_flags_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build(MACHINE_CACHE)
+def test_several_that_start_together_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, folder = tmp_path / "log", tmp_path / "cache"
+    script = f"""case "$*" in
+    *" -c "*) echo compiled >> {log};;
+    *-shared*) for name; do :; done; echo linked > "$name";;
+    esac"""
+    replace_compiler(tmp_path, monkeypatch, script)
+    all_start = Barrier(3)
+    with ThreadPoolExecutor(3) as threads:
+        libraries = list(threads.map(lambda _: build(folder, on_compile=lambda: wait_at(all_start)), range(3)))
+    assert set(libraries) == set(folder.iterdir())
+    assert log.read_text() == "compiled\n"
+
+
+def wait_at(barrier: Barrier) -> None:
+    barrier.wait(60)
+
+
+class CompilesError(Exception):
+    """The library is not there yet."""
+
+
+def stop() -> None:
+    raise CompilesError
+
+
+def test_other_flags_are_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(MACHINE_CACHE)
+    build(MACHINE_CACHE, on_compile=stop)
     monkeypatch.setattr(module, "_FLAGS", (*module._FLAGS, "-O1"))
-    assert build(tmp_path).name != first.name
+    with pytest.raises(CompilesError):
+        build(MACHINE_CACHE, on_compile=stop)
 
 
 @pytest.fixture
@@ -32,7 +63,7 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-def broken_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+def replace_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     compiler = folder / "g++"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
@@ -45,7 +76,7 @@ def test_without_a_compiler_it_says_which_would_do(tmp_path: Path, no_compiler: 
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_compiler(tmp_path, monkeypatch, "echo 'unknown processor' >&2; exit 1")
+    replace_compiler(tmp_path, monkeypatch, "echo 'unknown processor' >&2; exit 1")
     with pytest.raises(KernelsError, match=r"cannot compile the C\+\+ kernels: unknown processor"):
         build(tmp_path / "cache")
 

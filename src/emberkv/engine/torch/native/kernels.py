@@ -1,6 +1,7 @@
 """The C++ kernels: compiled once for this machine's processor, loaded, and called with structures as in the sources."""
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -8,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -54,13 +56,27 @@ def build(folder: Path, on_compile: Callable[[], None] = lambda: None) -> Path:
         check_owner(folder)
         if not library.exists():
             on_compile()
-            _compile(compiler, sources, library)
+            with _one_at_a_time(folder):
+                if not library.exists():
+                    _compile(compiler, sources, library)
         check_owner(library)
     except UntrustedPathError as error:
         raise KernelsError(f"the C++ kernels are not taken from {folder} (EMBERKV_MACHINE_CACHE): {error}") from error
     except OSError as error:
         raise KernelsError(f"the C++ kernels cannot be put into {folder}: {error}") from error
     return library
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for processes that compile into the folder: replicas that start together compile once between them."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folders; there each process compiles for itself
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _predefined(compiler: str) -> bytes:
