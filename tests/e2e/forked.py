@@ -7,12 +7,12 @@ import emberkv.engine.torch.assembly  # noqa: F401 - imports torch and transform
 from emberkv.cli.main import app
 
 
-def serve(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    """Become ``emberkv serve`` with these arguments, in ``folder``, its standard error in the file ``log``."""
+def run(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+    """Become ``emberkv`` with these arguments, in ``folder``, its standard error in the file ``log``."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 2)
     os.close(output)
-    app(["serve", *arguments], prog_name="emberkv")
+    app(arguments, prog_name="emberkv")

@@ -60,9 +60,9 @@ class Process(Protocol):
 
 
 class ForkedServer:
-    """A server that begins with all modules imported. log: takes its standard error."""
+    """A server that begins with all modules imported. command: ``serve`` or ``gateway``. log: takes its stderr."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.e2e.forked"])
         inherited = dict(os.environ)
@@ -72,10 +72,10 @@ class ForkedServer:
         finally:
             os.environ.clear()
             os.environ.update(inherited)
-        from tests.e2e.forked import serve  # imports torch
+        from tests.e2e.forked import run  # imports torch
 
-        given = (list(arguments), clean_environment(), os.getcwd(), str(log))
-        self._process = context.Process(target=serve, args=given, daemon=True)
+        given = ([command, *arguments], clean_environment(), os.getcwd(), str(log))
+        self._process = context.Process(target=run, args=given, daemon=True)
         self._process.start()
 
     @property
@@ -146,19 +146,19 @@ class Server:
 def serving(
     folder: Path, *arguments: str, through: Sequence[str] = (), command: str = "serve", port: int = 0
 ) -> Iterator[Server]:
-    """A server, stopped at the end. port: 0 is a free one. through: a command that starts the rest of its line.
-    command: what emberkv is to do; all but "serve" begins in a process that has imported nothing.
+    """A server, stopped at the end. port: 0 is a free one. through: a command that starts the rest of its line, in a
+    process that has imported nothing. command: what emberkv is to do.
     """
     log = folder / "server.log"
     log.write_bytes(b"")
     process: Process
     given = [*arguments, "--port", str(port)]
-    if through or command != "serve":
+    if through:
         with log.open("wb") as stderr:
             line = [*through, *EMBERKV, command, *given]
             process = subprocess.Popen(line, stderr=stderr, env=clean_environment())
     else:
-        process = ForkedServer(given, log)
+        process = ForkedServer(command, given, log)
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:

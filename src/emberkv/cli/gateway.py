@@ -3,11 +3,12 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,11 +26,11 @@ from emberkv.cluster.gateway import Gateway, GatewayServer
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
 from emberkv.errors import ConfigError, EmberError
-from emberkv.serving.app import create_app
+from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.server import bind_socket
-from emberkv.serving.tenancy import declare_tenants, read_keys, server_keys
+from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, read_keys, server_keys
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.settings import ENV_PREFIX, read_settings
 
@@ -41,88 +42,101 @@ _log = logging.getLogger(__name__)
 WORKER_TIMEOUT = 5.0
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder or hub id, whose tokenizer is used for foreign workers. emberkv workers send theirs.",
+    ),
+]
+Worker = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL",
+        rich_help_panel=options.CLUSTER,
+        help="A worker, such as http://127.0.0.1:8081; repeat for more. Others register themselves.",
+    ),
+]
+ForeignWorker = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL[,NAME=VALUE]",
+        rich_help_panel=options.CLUSTER,
+        help="A server with the OpenAI API, such as http://127.0.0.1:8000; repeat for more. With commas between: "
+        "id=NAME, tokens=N (capacity of its cache), ttl=SECONDS, api-key-file=FILE, and for vLLM's KV events "
+        "kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
+    ),
+]
+Routing = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=options.CLUSTER, help=f"{', '.join(ROUTER_NAMES)}.")
+]
+WorkerTimeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=options.CLUSTER,
+        help="A worker that sends nothing for so long gets no requests, and its answers go on at others.",
+    ),
+]
+MaxRequests = Annotated[
+    int,
+    typer.Option(rich_help_panel=options.CLUSTER, min=1, help="Requests at once; more get status 429."),
+]
+GatewayCount = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=options.CLUSTER,
+        min=1,
+        metavar="N",
+        help="How many gateways share the load evenly; each enforces 1/N of each tenant's limits.",
+    ),
+]
+KVRoutes = Annotated[
+    bool,
+    typer.Option(
+        "--kv-routes",
+        rich_help_panel=options.CLUSTER,
+        help="Add the routes by sequence, /kv, /generate and /stats, and the coordinator's.",
+    ),
+]
+RecordDecisions = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=options.LOGS,
+        help="Write a line of JSON for each routing decision, with all of its inputs and no text. "
+        "'emberkv simulate --replay-decisions FILE' repeats them. An earlier file becomes FILE.1.",
+    ),
+]
+MissedRemovals = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=options.CLUSTER,
+        help="Keep removals that a worker has missed in this file, so that they are repeated after a restart, too.",
+    ),
+]
+CoordinatorPort = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=options.CLUSTER, min=0, max=65535, help="Answer the coordinator's routes at this port, too."
+    ),
+]
+
+
 def gateway(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder or hub id, whose tokenizer is used for foreign workers. emberkv workers send theirs.",
-        ),
-    ] = None,
-    worker: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL",
-            rich_help_panel=options.CLUSTER,
-            help="A worker, such as http://127.0.0.1:8081; repeat for more. Others register themselves.",
-        ),
-    ] = None,
-    foreign_worker: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL[,NAME=VALUE]",
-            rich_help_panel=options.CLUSTER,
-            help="A server with the OpenAI API, such as http://127.0.0.1:8000; repeat for more. With commas between: "
-            "id=NAME, tokens=N (capacity of its cache), ttl=SECONDS, api-key-file=FILE, and for vLLM's KV events "
-            "kv-events=tcp://HOST:5557 and kv-replay=tcp://HOST:5558.",
-        ),
-    ] = None,
+    model: Model = None,
+    worker: Worker = None,
+    foreign_worker: ForeignWorker = None,
     cluster_secret_file: options.ClusterSecretFile = None,
-    routing: Annotated[
-        str, typer.Option(metavar="NAME", rich_help_panel=options.CLUSTER, help=f"{', '.join(ROUTER_NAMES)}.")
-    ] = DEFAULT_ROUTING,
-    worker_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            rich_help_panel=options.CLUSTER,
-            help="A worker that sends nothing for so long gets no requests, and its answers go on at others.",
-        ),
-    ] = WORKER_TIMEOUT,
-    max_requests: Annotated[
-        int,
-        typer.Option(rich_help_panel=options.CLUSTER, min=1, help="Requests at once; more get status 429."),
-    ] = MAX_REQUESTS,
-    gateway_count: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=options.CLUSTER,
-            min=1,
-            metavar="N",
-            help="How many gateways share the load evenly; each enforces 1/N of each tenant's limits.",
-        ),
-    ] = 1,
-    kv_routes: Annotated[
-        bool,
-        typer.Option(
-            "--kv-routes",
-            rich_help_panel=options.CLUSTER,
-            help="Add the routes by sequence, /kv, /generate and /stats, and the coordinator's.",
-        ),
-    ] = False,
-    record_decisions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=options.LOGS,
-            help="Write a line of JSON for each routing decision, with all of its inputs and no text. "
-            "'emberkv simulate --replay-decisions FILE' repeats them. An earlier file becomes FILE.1.",
-        ),
-    ] = None,
-    missed_removals: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=options.CLUSTER,
-            help="Keep removals that a worker has missed in this file, so that they are repeated after a restart, too.",
-        ),
-    ] = None,
-    coordinator_port: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=options.CLUSTER, min=0, max=65535, help="Answer the coordinator's routes at this port, too."
-        ),
-    ] = None,
+    routing: Routing = DEFAULT_ROUTING,
+    worker_timeout: WorkerTimeout = WORKER_TIMEOUT,
+    max_requests: MaxRequests = MAX_REQUESTS,
+    gateway_count: GatewayCount = 1,
+    kv_routes: KVRoutes = False,
+    record_decisions: RecordDecisions = None,
+    missed_removals: MissedRemovals = None,
+    coordinator_port: CoordinatorPort = None,
     host: options.Host = None,
     port: options.Port = None,
     api_key: options.ApiKey = None,
@@ -157,32 +171,15 @@ def gateway(
     A worker is 'emberkv serve' with the same cluster secret. The gateway needs no model files and no PyTorch. A foreign
     worker is any server of the OpenAI API (vLLM, llama.cpp, emberkv): chats and completions are forwarded to it.
     """
-    given = {
-        "host": host, "port": port, "api_keys": api_key or None, "api_key_file": api_key_file, "tenants": tenants,
-        "max_body": max_body, "max_connections": max_connections, "drain_seconds": drain_seconds,
-        "admin_key": admin_key, "admin_key_file": admin_key_file, "metrics_key": metrics_key,
-        "metrics_key_file": metrics_key_file, "canonical": canonical, "agent_rules": agent_rules,
-        "answer_memory": answer_memory,
-        "next_turn_tokens": next_turn_tokens,
-        "record_trace": record_trace, "otlp_endpoint": otlp_endpoint,
-        "cors_origins": cors_origin or None, "root_path": root_path, "tls_cert": tls_cert, "tls_key": tls_key,
-        "max_requests": max_requests, "on_overflow": on_overflow, "tool_parser": tool_parser,
-        "reasoning_parser": reasoning_parser, "log_level": log_level, "log_format": log_format,
-        "cluster_secret_file": cluster_secret_file,
-    }  # fmt: skip
+    given = dict(locals())
+    for name in GATEWAY_ONLY:
+        del given[name]
+    given["api_keys"] = given.pop("api_key") or None
+    given["cors_origins"] = given.pop("cors_origin") or None
     set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
     try:
         settings = read_settings(given, os.environ, config).config
         set_up_logging(settings.log_format, settings.log_level)
-        has_secret = settings.cluster_secret is not None or settings.cluster_secret_file is not None
-        if not has_secret and (worker or not foreign_worker):
-            raise ConfigError("a gateway needs the secret of its workers; give --cluster-secret-file FILE")
-        for url in worker or ():
-            if not re.fullmatch(r"https?://[^/\s]+/?", url):
-                raise ConfigError(f"--worker {url!r}: use a URL such as http://127.0.0.1:8081")
-        if not 0.1 <= worker_timeout <= 3600:
-            raise ConfigError(f"--worker-timeout {worker_timeout}: use a number of seconds from 0.1 to 3600")
-        warn_of_keys_in_arguments(given)
         chosen = GatewayOptions(
             workers=tuple(worker or ()),
             foreign=tuple(map(ForeignSpec.parse, foreign_worker or ())),
@@ -195,11 +192,20 @@ def gateway(
             coordinator_port=coordinator_port,
             missed_removals=missed_removals,
         )
+        chosen.check(settings)
+        warn_of_keys_in_arguments(given)
         with _recording_decisions(record_decisions, routing) as record:
             run_gateway(settings, chosen, record)
     except EmberError as error:
         print_error(str(error))
         raise typer.Exit(USAGE_EXIT_CODE) from error
+
+
+GATEWAY_ONLY = (
+    "model", "worker", "foreign_worker", "routing", "worker_timeout", "gateway_count", "kv_routes", "record_decisions",
+    "missed_removals", "coordinator_port", "config",
+)  # fmt: skip
+"""Options that are no fields of `ServeConfig`, or that mean something else there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +225,24 @@ class GatewayOptions:
     coordinator_port: int | None
     missed_removals: Path | None
 
+    def deadlines(self) -> "Deadlines":
+        """Of requests to workers."""
+        from emberkv.cluster.worker_client import Deadlines  # noqa: PLC0415 - an extra
+
+        seconds = self.worker_timeout
+        return Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds)
+
+    def check(self, config: ServeConfig) -> None:
+        """Raises ConfigError for values that cannot be, alone or with the settings of any server."""
+        has_secret = config.cluster_secret is not None or config.cluster_secret_file is not None
+        if not has_secret and (self.workers or not self.foreign):
+            raise ConfigError("a gateway needs the secret of its workers; give --cluster-secret-file FILE")
+        for url in self.workers:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise ConfigError(f"--worker {url!r}: use a URL such as http://127.0.0.1:8081")
+        if not 0.1 <= self.worker_timeout <= 3600:
+            raise ConfigError(f"--worker-timeout {self.worker_timeout}: use a number of seconds from 0.1 to 3600")
+
 
 @contextmanager
 def _recording_decisions(path: Path | None, routing: str) -> Iterator[Recorder | None]:
@@ -236,28 +260,56 @@ def _recording_decisions(path: Path | None, routing: str) -> Iterator[Recorder |
 def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder | None = None) -> None:
     """Serve until a signal to stop. record: takes each routing decision. Raises EmberError when it cannot start."""
     chosen_format(None, config.tool_parser, config.reasoning_parser)  # refuses unknown names
+    _require_extra()
+    lifecycle = Lifecycle()
+    keys = server_keys(config)
+    tenants = declare_tenants(config, keys.api, os.environ)
+    deadlines = options.deadlines()
+    gateway = _gateway(lifecycle, config, options, keys, tenants, deadlines, record)
+    with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
+        if options.foreign:
+            _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
+        bound = [bind_socket(config.host, config.port)]
+        settings = serving_settings(config, bound[0], tenants, keys, recorder)
+        # the gateway bounds what is in flight, by tenants' weights
+        settings = replace(settings, max_requests=None, gateways=options.gateway_count)
+        if options.coordinator_port is not None:
+            bound.append(bind_socket(config.host, options.coordinator_port))
+        app = _app(lifecycle, settings, gateway, options, bound)
+        server = GatewayServer(app, gateway, bound[0], **connection_settings(config))
+        _log.info("the gateway is listening  %s", server.url)
+        with server.capture_signals(until_exit=True):
+            server.run(bound)
+        if settings.tracer is not None:
+            settings.tracer.close()
+        _log.info("stopped")
+
+
+def _require_extra() -> None:
     try:
-        from emberkv.cluster.sequence_routes import (  # noqa: PLC0415 - an extra
-            ByPort,
-            FollowedMembers,
-            SequenceGateway,
-            coordinator_app,
-        )
-        from emberkv.cluster.worker_client import Deadlines, WorkerClient  # noqa: PLC0415 - an extra
+        import emberkv.cluster.sequence_routes  # noqa: PLC0415 - an extra
+        import emberkv.cluster.worker_client  # noqa: F401, PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"a gateway needs the cluster extra ({error.name} is missing): pip install '.[cluster]' in emberkv's folder"
         ) from error
-    seconds = options.worker_timeout
-    deadlines = Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds)
-    lifecycle = Lifecycle()
-    keys = server_keys(config)
-    secret = keys.cluster
-    tenants = declare_tenants(config, keys.api, os.environ)
-    gateway = Gateway(
+
+
+def _gateway(
+    lifecycle: Lifecycle,
+    config: ServeConfig,
+    options: GatewayOptions,
+    keys: ServerKeys,
+    tenants: Tenants,
+    deadlines: "Deadlines",
+    record: Recorder | None,
+) -> Gateway:
+    from emberkv.cluster.worker_client import WorkerClient  # noqa: PLC0415 - an extra
+
+    return Gateway(
         lifecycle,
-        lambda url: WorkerClient(url, secret or "", deadlines=deadlines),
-        secret=secret,
+        lambda url: WorkerClient(url, keys.cluster or "", deadlines=deadlines),
+        secret=keys.cluster,
         workers=options.workers,
         routing=options.routing,
         max_requests=options.max_requests,
@@ -267,34 +319,33 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
         record=record,
         missed_removals=options.missed_removals,
     )
+
+
+def _app(
+    lifecycle: Lifecycle,
+    settings: ServingSettings,
+    gateway: Gateway,
+    options: GatewayOptions,
+    bound: Sequence[socket],
+) -> ASGIApp:
+    """The gateway's routes, and at the second of the ``bound`` sockets, where there is one, the coordinator's."""
+    from emberkv.cluster.sequence_routes import (  # noqa: PLC0415 - an extra
+        ByPort,
+        FollowedMembers,
+        SequenceGateway,
+        coordinator_app,
+    )
+
     members = FollowedMembers(gateway.membership)
     sequences = SequenceGateway(members, gateway.check_secret, best=gateway.best_worker)
     gateway.on_stop.append(sequences.close)
-    with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
-        if options.foreign:
-            _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
-        bound = [bind_socket(config.host, config.port)]
-        settings = serving_settings(config, bound[0], tenants, keys, recorder)
-        # the gateway bounds what is in flight, by tenants' weights
-        settings = replace(settings, max_requests=None, gateways=options.gateway_count)
-        app: ASGIApp = create_app(
-            lifecycle,
-            settings,
-            routers=[*([sequences.routes] if options.kv_routes else []), gateway.routes],
-            collectors=[gateway.metrics],
-        )
-        if options.coordinator_port is not None:
-            bound.append(bind_socket(config.host, options.coordinator_port))
-            port = bound[1].getsockname()[1]
-            app = ByPort(app, port, coordinator_app(members, gateway.check_secret))
-            _log.info("the coordinator's routes are at port %d", port)
-        server = GatewayServer(app, gateway, bound[0], **connection_settings(config))
-        _log.info("the gateway is listening  %s", server.url)
-        with server.capture_signals(until_exit=True):
-            server.run(bound)
-        if settings.tracer is not None:
-            settings.tracer.close()
-        _log.info("stopped")
+    by_sequence = [sequences.routes] if options.kv_routes else []
+    app = create_app(lifecycle, settings, routers=[*by_sequence, gateway.routes], collectors=[gateway.metrics])
+    if len(bound) == 1:
+        return app
+    port = bound[1].getsockname()[1]
+    _log.info("the coordinator's routes are at port %d", port)
+    return ByPort(app, port, coordinator_app(members, gateway.check_secret))
 
 
 def _add_foreign(

@@ -76,7 +76,7 @@ class Placement(BaseModel):
 
 
 class ServerProcess:
-    """One emberkv server as a child process, which stops in order when it is told to, or when this process ends.
+    """One emberkv server as a child process, which shuts down cleanly on `stop`, or when this process ends.
 
     arguments: of the ``emberkv`` command. url: where it will listen.
     """
@@ -88,7 +88,10 @@ class ServerProcess:
         )
 
     def wait_for(self, route: str, seconds: float) -> None:
-        """Until ``/health`` or ``/ready`` says yes. Raises PlacementError where the server ends, or takes longer."""
+        """Wait until ``/health`` or ``/ready`` answers 200.
+
+        Raises PlacementError where the server ends, or takes longer.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if (code := self._process.poll()) is not None:

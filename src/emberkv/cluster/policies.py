@@ -16,7 +16,7 @@ from emberkv.core.hashing import BlockHash
 from emberkv.errors import ConfigError
 
 KEY_BLOCKS = 2
-"""Leading blocks that make a request's hash key. The first alone is often a system prompt that everybody shares."""
+"""Leading blocks that make a request's hash key. The first alone is often a system prompt that all requests share."""
 
 LOAD_BOUND = 1.25
 """Most load of a replica as a multiple of the mean, where it is bounded."""

@@ -218,7 +218,7 @@ class WorkerClient:
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._deadlines.connect)
-            # as many connections as there are streams: who may begin one is decided elsewhere
+            # one connection a stream; how many streams there may be is limited before they come here
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trust_env=False, auto_decompress=False
             )
