@@ -32,7 +32,7 @@ _BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 _OUTPUT_BITS: Bits = 8
 """Of the output layer, whose errors are those of the scores."""
 
-IDENTITY = "groups of 32, output layer of 8 bits, 1"
+IDENTITY = "groups of 32, output layer of 8 bits, 2"
 """What, beside the number of bits, says which values a checkpoint is rounded to. It enters the block hashes."""
 
 
