@@ -3,8 +3,8 @@
     python -m benchmarks.quantised_quality [--tokens 1500] [--out PREFIX]
 
 Both are computed as a server computes them, by the C++ kernels and through the KV pool. Perplexity is of the beginning
-of the licence's text. The random models are small, and differ in their seed; errors are relative to the logits of the same weights in
-float32.
+of the licence's text. The random models are small and differ in their seed; errors are relative to the logits of the
+same weights in float32.
 """
 
 import math

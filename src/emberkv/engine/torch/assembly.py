@@ -24,7 +24,7 @@ from emberkv.engine.torch.model.checkpoint import fetch_from_hub
 from emberkv.engine.torch.model.loader import LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
-from emberkv.engine.torch.quantization.layers import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
@@ -110,7 +110,7 @@ def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
 
 def weight_count(model: nn.Module) -> int:
     """Values of all weights, quantised or not. Call it before the engine replaces any layers."""
-    quantised = sum(each.in_features * each.out_features for each in quantized_linears(model))
+    quantised = sum(each.in_features * each.out_features for each in quantized_weights(model))
     return quantised + sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -65,6 +65,10 @@ def stand_in(weight: Tensor) -> Tensor:
     return torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""The stacked weights of a module of experts: to gate and up, and back."""
+
+
 def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
     """Weight ``[out_features, in_features]`` and bias of a linear layer; None for anything else.
 
@@ -80,6 +84,28 @@ def linear_parts(module: object) -> tuple[Tensor, Tensor | None] | None:
 def is_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether it is torch's linear layer, or Falcon's, which computes the same."""
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ == "FalconLinear")
+
+
+_EXPERTS_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What transformers' `use_experts_implementation` says of a module of experts."""
+
+
+def is_experts(module: object) -> bool:
+    """Whether it holds the experts of a mixture, their weights stacked, and takes each one by its number."""
+    stacks = (getattr(module, name, None) for name in EXPERT_WEIGHTS)
+    return all(hasattr(module, name) for name in _EXPERTS_LAYOUT) and all(
+        each is not None and len(each.shape) == 3 for each in stacks
+    )
+
+
+def expert_shapes(module: Any) -> dict[str, tuple[int, int, int]]:
+    """Of a module that `is_experts`: its weights' ``(experts, out, in)`` by name; {} for any other."""
+    if not is_experts(module):
+        return {}
+    shapes = {name: tuple(getattr(module, name).shape) for name in EXPERT_WEIGHTS}
+    if module.is_transposed:
+        return {name: (experts, out, size) for name, (experts, size, out) in shapes.items()}
+    return {name: (experts, out, size) for name, (experts, out, size) in shapes.items()}
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

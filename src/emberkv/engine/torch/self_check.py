@@ -16,7 +16,7 @@ from emberkv.engine.torch.model.attention_interface import calls_interface
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.decoder import NativeDecoder
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.engine.torch.quantization.layers import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96
@@ -46,7 +46,7 @@ def is_tile_invariant(engine: PagedForward) -> bool:
     """
     whole_chunks = engine.alignment == engine.prefill_chunk and engine.kernels is None
     model = engine.loaded.model
-    if whole_chunks or quantized_linears(model) or not rows_are_independent(model):
+    if whole_chunks or quantized_weights(model) or not rows_are_independent(model):
         return False
     # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
     cuts = {engine.prefill_chunk, engine.alignment}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from emberkv.engine.torch.model.geometry import inspect_model
 from emberkv.engine.torch.model.loader import load_model, open_source
-from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from tests.conftest import CheckpointFactory
 from tests.quantized_models import quantised_model
@@ -21,6 +21,8 @@ def held_bytes(model: torch.nn.Module) -> int:
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             held += [module.quantized.codes, module.quantized.scales, module.quantized.offsets]
             held += [module.bias] if isinstance(module, QuantizedLinear) else []
+        if isinstance(module, QuantizedExperts):
+            held += [part for each in module.quantized for part in (each.codes, each.scales, each.offsets)]
     return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in held if each is not None}.values())
 
 

@@ -1,5 +1,6 @@
 """`--quantize`: a plain checkpoint's linear layers are rounded while it is loaded, one tensor at a time."""
 
+import random
 import weakref
 from pathlib import Path
 
@@ -8,13 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
+from emberkv.engine.torch.layers import is_experts
 from emberkv.engine.torch.model.fingerprint import model_fingerprint
 from emberkv.engine.torch.model.loader import ModelDtypes, load_model
-from emberkv.engine.torch.quantization.layers import QuantizedLinear, quantized_linears
+from emberkv.engine.torch.native.experts import NativeExperts
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.quantization.layers import QuantizedExperts, QuantizedLinear, quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName, RoundingConfig
-from emberkv.engine.torch.quantization.weight import quantise
+from emberkv.engine.torch.quantization.weight import Bits, quantise
 from emberkv.errors import ConfigError, CorruptModelError
 from tests.conftest import CheckpointFactory
+from tests.engine.driver import CHUNK, Driver
+from tests.models import VOCAB_SIZE
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
@@ -42,6 +49,45 @@ def test_each_linear_layer_is_rounded_from_what_is_stored(
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, kept[name])
     assert not hasattr(loaded.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
+def test_experts_are_rounded_one_by_one(
+    checkpoint: CheckpointFactory, arch: str, quantize: QuantizeName, bits: Bits
+) -> None:
+    folder = str(checkpoint(arch))
+    plain = load_model(folder, dtype="bfloat16", device="cpu").model
+    ours = load_model(folder, dtype="bfloat16", device="cpu", quantize=quantize).model
+    stacks = {name: each for name, each in ours.named_modules() if isinstance(each, QuantizedExperts)}
+    assert len(stacks) == 2 * sum(is_experts(module) for module in plain.modules()) >= 2
+    for name, stack in stacks.items():
+        weight = plain.get_parameter(name)
+        assert stack.shape == weight.shape
+        expected = quantise(weight[3].t() if stack.transposed else weight[3], bits)
+        assert torch.equal(stack.quantized[3].codes, expected.codes)
+        error = (stack[3].float() - weight[3].float()).norm() / weight[3].float().norm()
+        assert 0 < error < (0.01 if bits == 8 else 0.09)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
+def test_the_kernels_compute_rounded_experts_and_a_hit_has_the_bits_of_a_cold_run(
+    checkpoint: CheckpointFactory, kernels: Kernels, arch: str
+) -> None:
+    models = [
+        load_model(str(checkpoint(arch)), device="cpu", quantize="int4", attn_implementation=ATTENTION_NAME)
+        for _ in range(2)
+    ]
+    warm, cold = Driver(models[0], kernels=kernels), Driver(models[1], kernels=kernels, prefix_cache=False)
+    assert warm.executor.batch_invariant
+    experts = [each for each in models[0].model.modules() if isinstance(each, NativeExperts)]
+    assert {call.bits for each in experts for layers in each.layers for call in (one.call for one in layers)} == {4}
+    rng = random.Random(3)
+    prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(CHUNK + 20)]
+    warm.run_one(prompt[: CHUNK + 7], new=3)
+    got, expected = warm.run_one(prompt, new=3), cold.run_one(prompt, new=3)
+    assert got.cached == CHUNK + 7
+    assert all(map(torch.equal, got.logits, expected.logits))
 
 
 def test_one_plain_weight_is_held_at_a_time(checkpoint: CheckpointFactory) -> None:

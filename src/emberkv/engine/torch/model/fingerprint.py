@@ -13,7 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from emberkv.engine.torch.model.checkpoint import weight_files
-from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedLinear, ReorderedLinear
+from emberkv.engine.torch.quantization.layers import (
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    ReorderedLinear,
+)
 from emberkv.errors import ModelError
 
 _CHUNK_BYTES = 4 << 20
@@ -150,6 +155,10 @@ def _quantised_parts(model: PreTrainedModel) -> dict[str, Tensor]:
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             held = module.quantized
             found |= {f"{name}.codes": held.codes, f"{name}.scales": held.scales, f"{name}.offsets": held.offsets}
+        if isinstance(module, QuantizedExperts):
+            for number, held in enumerate(module.quantized):
+                of_one = {"codes": held.codes, "scales": held.scales, "offsets": held.offsets}
+                found |= {f"{name}.{number}.{part}": each for part, each in of_one.items()}
         if isinstance(module, QuantizedLinear):
             found[f"{name}.bias"] = module.bias
         if isinstance(module, ReorderedLinear):

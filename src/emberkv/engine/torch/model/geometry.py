@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from emberkv.engine.torch.layers import linear_parts, output_layer
+from emberkv.engine.torch.layers import expert_shapes, linear_parts, output_layer
 from emberkv.engine.torch.model.attention_interface import calls_interface, use_interface
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
@@ -199,14 +199,16 @@ AttentionInterface.register(_NOTE_TAKER, _note)
 class ModelShape:
     """shapes: of each parameter and buffer of the model's state, by name, with ``prefix`` before those of its base.
 
-    parameters: names of the state's parameters. linears: the linear layers' weights, as ``(out, in)``. output: the name
-    of the output layer's weight; tied: whether it is the embedding's.
+    parameters: names of the state's parameters. linears: the linear layers' weights, as ``(out, in)``. experts: those
+    stacked by expert, as ``(experts, out, in)``. output: the name of the output layer's weight; tied: whether it is the
+    embedding's.
     """
 
     geometry: ModelGeometry
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     linears: dict[str, tuple[int, ...]]
+    experts: dict[str, tuple[int, int, int]]
     output: str | None
     tied: bool
     prefix: str
@@ -275,6 +277,11 @@ def _inspect(config: PretrainedConfig) -> ModelShape:
         shapes,
         parameters=frozenset(name for name, _ in model.named_parameters()),
         linears={name: tuple(parts[0].shape) for name, parts in found.items() if parts is not None},
+        experts={
+            f"{name}.{own}": shape
+            for name, module in model.named_modules()
+            for own, shape in expert_shapes(module).items()
+        },
         output=next((name for name, module in modules.items() if module is output), None),
         tied=bool(config.tie_word_embeddings),
         prefix=f"{model.base_model_prefix}.",

@@ -21,7 +21,7 @@ from emberkv.engine.torch.model.generation_config import GenerationConfigMode, e
 from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
 from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
-from emberkv.engine.torch.quantization.layers import quantized_linears
+from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.quantization.weight import DTYPES
 from emberkv.errors import ConfigError, CorruptModelError, ModelError
@@ -227,7 +227,7 @@ def open_source(path: Path, quantize: QuantizeName = "none") -> ModelSource:
 
 def _weights_dtype(model: PreTrainedModel, plain: torch.dtype) -> torch.dtype:
     """The type of most linear layers' weights, as those of the output layer often have more bits."""
-    bits = [each.quantized.bits for each in quantized_linears(model)]
+    bits = [each.bits for each in quantized_weights(model)]
     return DTYPES[max(set(bits), key=bits.count)] if bits else plain
 
 

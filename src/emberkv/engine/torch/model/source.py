@@ -177,7 +177,7 @@ class FolderSource:
 
     def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
         if self._quantize != "none":
-            return shape.num_bytes(dtype, rounded_bytes(shape.linears, shape.output, self._quantize))
+            return shape.num_bytes(dtype, rounded_bytes(shape.linears, shape.experts, shape.output, self._quantize))
         held: dict[str, int] = {}
         if self.method is not None:
             for layer, parts in self._by_layer(self.stored.shapes)[1].items():

@@ -15,12 +15,23 @@ from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from emberkv.engine.torch.attention.paged_attention import rows_left
-from emberkv.engine.torch.layers import ALONE, VECTOR, BatchInvariantActivation, stand_in
+from emberkv.engine.torch.layers import (
+    ALONE,
+    EXPERT_WEIGHTS,
+    VECTOR,
+    BatchInvariantActivation,
+    is_experts,
+    stand_in,
+)
 from emberkv.engine.torch.native.kernels import ExpertsCall, Kernels, LinearCall, type_number
-from emberkv.engine.torch.native.layers import ACTIVATIONS, NativeGatedPair, NativeLinear, alike, takes
+from emberkv.engine.torch.native.layers import ACTIVATIONS, LOOSE, NativeGatedPair, NativeLinear, Weight, alike, takes
+from emberkv.engine.torch.quantization.layers import QuantizedExperts
 
 _CLAMPED_SWIGLU = 3
 """Its number in linear.cpp."""
+
+_COMPARED = 8
+"""Experts of a mixture that are compared with its own code, which dequantises each one anew."""
 
 
 class NativeExperts(nn.Module):
@@ -210,51 +221,70 @@ def _scaled_inputs(module: Any, kernels: Kernels) -> ScaledInputs | None:
     return ours if same else None
 
 
-_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""What transformers' `use_experts_implementation` says of a module of experts."""
-
-
 def _experts(module: Any, kernels: Kernels) -> NativeExperts | None:
     weights = _stacked(module)
-    if weights is None or not all(hasattr(module, name) for name in _LAYOUT) or not module.has_gate:
+    if weights is None or not is_experts(module) or not module.has_gate:
         return None
     native = _native_experts(module, *weights, kernels)
     if native is None:
         return None
-    return native if _same_experts(native, module, len(weights[0]), weights[0].dtype) else None
+    # A clamped activation leaves of large inputs only what is small, and the rounding of inputs shows in it.
+    tolerance = LOOSE if isinstance(weights[0], QuantizedExperts) else None
+    return native if _same_experts(native, module, weights[0].shape[0], weights[0].dtype, tolerance) else None
 
 
-def _stacked(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """All experts' weights to gate and up, and down, ``[experts, ...]`` each; None where a module has none."""
-    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if gate_up is None or down is None or not gate_up.ndim == down.ndim == 3:
+_Stack = Tensor | QuantizedExperts
+"""The weights of all experts, ``[experts, ...]``."""
+
+
+def _stacked(module: nn.Module) -> tuple[_Stack, _Stack] | None:
+    """All experts' weights to gate and up, and down; None where a module has none."""
+    gate_up, down = (getattr(module, name, None) for name in EXPERT_WEIGHTS)
+    if not (isinstance(gate_up, Tensor | QuantizedExperts) and isinstance(down, Tensor | QuantizedExperts)):
         return None
-    return gate_up, down
+    return (gate_up, down) if len(gate_up.shape) == len(down.shape) == 3 else None
 
 
-def _native_experts(module: Any, gate_up: Tensor, down: Tensor, kernels: Kernels) -> NativeExperts | None:
-    """module: says how the weights are laid out; see `_LAYOUT`."""
+def _of_expert(stack: _Stack, number: int, *, transposed: bool) -> Weight:
+    """``[out, in]``"""
+    if isinstance(stack, QuantizedExperts):
+        return stack.quantized[number]
+    return stack[number].t() if transposed else stack[number]
+
+
+def _native_experts(module: Any, gate_up: _Stack, down: _Stack, kernels: Kernels) -> NativeExperts | None:
+    """module: says how the weights are laid out; see `is_experts`."""
     activation = _activation(module)
     if activation is None:
         return None
     pairs, downs = [], []
     for expert in range(gate_up.shape[0]):
-        both, back = gate_up[expert], down[expert]
-        if module.is_transposed:
-            both, back = both.t(), back.t()
+        both, back = (_of_expert(stack, expert, transposed=module.is_transposed) for stack in (gate_up, down))
         gate, up = _split(module, both)
         if not (takes(gate) and takes(back)):
             return None
-        biases = _split(module, module.gate_up_proj_bias[expert]) if module.has_bias else None
-        pairs.append(NativeGatedPair(kernels, gate.contiguous(), up.contiguous(), activation, biases))
+        biases = _halves(module, module.gate_up_proj_bias[expert]) if module.has_bias else None
+        pairs.append(NativeGatedPair(kernels, gate, up, activation, biases))
         if activation == _CLAMPED_SWIGLU:
             pairs[-1].call.slope, pairs[-1].call.limit = module.alpha, module.limit
-        downs.append(NativeLinear(kernels, back, module.down_proj_bias[expert] if module.has_bias else None))
+        downs.append(
+            NativeLinear(kernels, back, module.down_proj_bias[expert] if module.has_bias else None, down.dtype)
+        )
     return NativeExperts(kernels, pairs, downs)
 
 
-def _split(module: Any, both: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up, by their rows: one after the other, or in turns."""
+def _split(module: Any, both: Weight) -> tuple[Weight, Weight]:
+    """Gate and up, by their outputs: one after the other, or in turns."""
+    if isinstance(both, Tensor):
+        gate, up = _halves(module, both)
+        return gate.contiguous(), up.contiguous()
+    size = both.out_features
+    if module.is_concatenated:
+        return both.rows(0, size // 2), both.rows(size // 2, size)
+    return both.rows(0, size, 2), both.rows(1, size, 2)
+
+
+def _halves(module: Any, both: Tensor) -> tuple[Tensor, Tensor]:
     if module.is_concatenated:
         gate, up = both.chunk(2)
         return gate, up
@@ -275,12 +305,21 @@ def _activation(module: Any) -> int | None:
     return next((number for number, each in known.items() if torch.allclose(expected, each, atol=1e-4)), None)
 
 
-def _same_experts(ours: NativeExperts, theirs: nn.Module, experts: int, dtype: torch.dtype) -> bool:
-    top_k = min(2, experts)
+def _same_experts(
+    ours: NativeExperts, theirs: nn.Module, experts: int, dtype: torch.dtype, tolerance: float | None
+) -> bool:
+    some = min(_COMPARED, experts)
+    top_k = min(2, some)
     generator = torch.Generator().manual_seed(1)
-    chosen = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(32)])
+    chosen = torch.stack([torch.randperm(some, generator=generator)[:top_k] for _ in range(32)])
     weights = torch.rand(32, top_k, generator=generator).to(dtype)
-    return alike(lambda rows: ours(rows, chosen, weights), lambda rows: theirs(rows, chosen, weights), ours.size, dtype)
+    return alike(
+        lambda rows: ours(rows, chosen, weights),
+        lambda rows: theirs(rows, chosen, weights),
+        ours.size,
+        dtype,
+        tolerance=tolerance,
+    )
 
 
 def _router(module: Any, kernels: Kernels) -> NativeRouter | None:

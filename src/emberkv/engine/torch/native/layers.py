@@ -255,11 +255,23 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
     return next((native for native in same if alike(native, module, size, weight.dtype)), None)
 
 
-def alike(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype) -> bool:
+LOOSE = 3e-2
+"""By how much, relative to its size, a result may differ whose values are rounded to bf16."""
+
+
+def alike(
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    size: int,
+    dtype: torch.dtype,
+    *,
+    tolerance: float | None = None,
+) -> bool:
     """Whether both give the same, up to rounding, on ``[32, size]``.
 
     On rows of ordinary size and, as some layers clamp what is large, on large ones; by each column of the result."""
-    tolerance = 3e-2 if dtype is torch.bfloat16 else 1e-3
+    if tolerance is None:
+        tolerance = LOOSE if dtype is torch.bfloat16 else 1e-3
     rows = torch.randn(32, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     for some in (rows, 1000 * rows):
         expected, got = theirs(some).float(), ours(some).float()

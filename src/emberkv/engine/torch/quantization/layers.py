@@ -1,6 +1,8 @@
 """Layers with quantised weights, as a model holds them before the kernels take the place of the linear ones."""
 
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,35 @@ class QuantizedEmbedding(nn.Module):
         return embedded if self.factor == 1.0 else embedded * self.factor
 
 
+class QuantizedExperts(nn.Module):
+    """The weights of a mixture's experts, dequantised one by one as the mixture's own code takes them by their number.
+
+    It stands where a parameter ``[experts, out, in]`` did; transposed: ``[experts, in, out]``.
+    """
+
+    def __init__(self, weights: list[QuantizedWeight], dtype: torch.dtype, *, transposed: bool = False) -> None:
+        super().__init__()
+        self.quantized = weights
+        self.dtype = dtype
+        self.transposed = transposed
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, columns = self.quantized[0].shape
+        return (len(self.quantized), columns, rows) if self.transposed else (len(self.quantized), rows, columns)
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        values = self.quantized[int(expert)].dequantised(self.dtype)
+        return values.t() if self.transposed else values
+
+
+def put_experts(module: Any, name: str, weights: list[QuantizedWeight], dtype: torch.dtype) -> None:
+    """Put quantised weights in the place of a stacked one, of a module that `is_experts`."""
+    module._parameters.pop(name)
+    setattr(module, name, QuantizedExperts(weights, dtype, transposed=module.is_transposed))
+    module.config._experts_implementation = "eager"  # the others multiply by the whole stack at once
+
+
 def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
     """Put a `QuantizedLinear` in the place of each linear layer that ``weights`` names, such as "lm_head".
 
@@ -99,6 +130,12 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight], dt
                 f"{name} has a quantised weight of {list(quantized.shape)}; the config makes it {list(weight.shape)}"
             )
         setattr(model.get_submodule(parent_name), own, QuantizedLinear(quantized, bias, dtype))
+
+
+def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
+    """Those of all linear layers and experts in the model."""
+    stacks = [module.quantized for module in model.modules() if isinstance(module, QuantizedExperts)]
+    return [*(each.quantized for each in quantized_linears(model)), *chain.from_iterable(stacks)]
 
 
 def quantized_linears(model: nn.Module) -> list[QuantizedLinear]:

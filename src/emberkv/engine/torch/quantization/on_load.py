@@ -1,9 +1,10 @@
-"""Rounds a plain checkpoint's linear layers to 8 or 4 bits while transformers loads it, one tensor after another.
+"""Rounds a plain checkpoint's linear layers and experts to 8 or 4 bits while transformers loads it, a tensor at a time.
 
 It is a quantizer of transformers' own interface, so that the names and conversions of every architecture are its.
 """
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from emberkv.engine.torch.layers import is_linear, linear_parts, output_layer
-from emberkv.engine.torch.quantization.layers import replace_linears
+from emberkv.engine.torch.layers import expert_shapes, is_linear, linear_parts, output_layer
+from emberkv.engine.torch.quantization.layers import put_experts, replace_linears
 from emberkv.engine.torch.quantization.stored import affine_bytes
 from emberkv.engine.torch.quantization.weight import (
     DEFAULT_GROUP,
@@ -58,18 +59,32 @@ class RoundingQuantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self.config = quantization_config
         self.rounded: dict[str, QuantizedWeight] = {}
+        self.experts: dict[str, list[QuantizedWeight]] = {}
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
-        """Whether it is the weight of a linear layer that can be cut into groups."""
+        """Whether it is the weight of a linear layer, or of experts, that can be cut into groups."""
         layer, _dot, own = param_name.rpartition(".")
-        parts = linear_parts(model.get_submodule(layer)) if own == "weight" else None
-        return parts is not None and can_quantise(tuple(parts[0].shape))
+        module = model.get_submodule(layer)
+        parts = linear_parts(module) if own == "weight" else None
+        shape = expert_shapes(module).get(own, ())[1:] if parts is None else tuple(parts[0].shape)
+        return can_quantise(shape)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Round(self)
 
     def bits_of(self, model: PreTrainedModel, layer: str) -> Bits:
         return _OUTPUT_BITS if model.get_submodule(layer) is output_layer(model) else self.config.bits
+
+    def round(self, model: PreTrainedModel, name: str, weight: Tensor) -> None:
+        """Round the weight of that name. Raises ConfigError for values that are not finite."""
+        parent = name.rpartition(".")[0]
+        module: Any = model.get_submodule(parent)
+        if weight.ndim == 3:
+            experts = (each.t() if module.is_transposed else each for each in weight)
+            self.experts[name] = [quantise(each, self.config.bits) for each in experts]
+            return
+        turned = not is_linear(module)  # GPT-2's are [in, out]
+        self.rounded[parent] = quantise(weight.t() if turned else weight, self.bits_of(model, parent))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         """Put the rounded weights in. An output layer that shares the embedding's gets a rounded copy of its own."""
@@ -79,7 +94,10 @@ class RoundingQuantizer(HfQuantizer):
         if parts is not None and name is not None and name not in self.rounded and can_quantise(tuple(parts[0].shape)):
             self.rounded[name] = quantise(parts[0], _OUTPUT_BITS)
         replace_linears(model, self.rounded, model.dtype)
-        self.rounded = {}
+        for stack, weights in self.experts.items():
+            parent, _dot, own = stack.rpartition(".")
+            put_experts(model.get_submodule(parent), own, weights, model.dtype)
+        self.rounded, self.experts = {}, {}
         forget: Any = self.remove_quantization_config  # untyped
         forget(model)
         return model
@@ -106,12 +124,9 @@ class _Round(ConversionOps):
         missing_keys: set[str] | None = given.get("missing_keys")
         for name, found in input_dict.items():
             weight: Tensor = found[0] if isinstance(found, list) else found
-            layer = name.removesuffix(".weight")
             self.quantizer.config.on_weight(name, weight)
-            turned = not is_linear(model.get_submodule(layer))  # GPT-2's are [in, out]
-            bits = self.quantizer.bits_of(model, layer)
             try:
-                self.quantizer.rounded[layer] = quantise(weight.t() if turned else weight, bits)
+                self.quantizer.round(model, name, weight)
             except ConfigError as error:
                 self.quantizer.config.problem = f"{name}: {error}"
                 raise
@@ -120,14 +135,21 @@ class _Round(ConversionOps):
         return {}
 
 
-def rounded_bytes(linears: Mapping[str, tuple[int, ...]], output: str | None, quantize: str) -> dict[str, int]:
+def rounded_bytes(
+    linears: Mapping[str, tuple[int, ...]],
+    experts: Mapping[str, tuple[int, int, int]],
+    output: str | None,
+    quantize: str,
+) -> dict[str, int]:
     """What the weights that are rounded take, by name. In 4 bits a group has an offset, as most layers' have.
 
-    linears: ``(out, in)`` of all linear layers' weights. output: the name of the output layer's.
+    linears: ``(out, in)`` of all linear layers' weights. experts: ``(experts, out, in)`` of all stacked ones. output:
+    the name of the output layer's.
     """
     found: dict[str, int] = {}
-    for name, shape in linears.items():
-        if can_quantise(shape):
+    for name, (*stacked, out_features, in_features) in {**linears, **experts}.items():
+        if can_quantise((out_features, in_features)):
             bits = _OUTPUT_BITS if name == output else _BITS[quantize]
-            found[name] = affine_bytes(*shape, bits=bits, group=DEFAULT_GROUP, has_offsets=bits == 4)
+            each = affine_bytes(out_features, in_features, bits=bits, group=DEFAULT_GROUP, has_offsets=bits == 4)
+            found[name] = prod(stacked) * each
     return found

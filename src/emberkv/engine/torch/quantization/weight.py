@@ -1,7 +1,7 @@
 """The format of quantised weights: integer codes in groups along the input, each with a scale and maybe an offset."""
 
 from dataclasses import dataclass
-from math import isfinite
+from math import gcd, isfinite
 from typing import Literal
 
 import torch
@@ -130,10 +130,28 @@ class QuantizedWeight:
         offsets = None if self.offsets is None else self.offsets.repeat_interleave(times, dim=1)
         return QuantizedWeight(self.codes, self.scales.repeat_interleave(times, dim=1), offsets, group, self.bits)
 
-    def rows(self, start: int, stop: int) -> "QuantizedWeight":
-        """Of the outputs from ``start`` to before ``stop``, which share their memory with this one's."""
-        offsets = None if self.offsets is None else self.offsets[start:stop]
-        return QuantizedWeight(self.codes[start:stop], self.scales[start:stop], offsets, self.group, self.bits)
+    def rows(self, start: int, stop: int, step: int = 1) -> "QuantizedWeight":
+        """Of each ``step``-th output from ``start`` to before ``stop``; they share their memory with this one's."""
+        some = slice(start, stop, step)
+        offsets = None if self.offsets is None else self.offsets[some]
+        return QuantizedWeight(self.codes[some], self.scales[some], offsets, self.group, self.bits)
+
+    def above(self, other: "QuantizedWeight") -> "QuantizedWeight":
+        """The outputs of both, this one's first. Raises ConfigError where bits or inputs differ."""
+        if (self.bits, self.in_features) != (other.bits, other.in_features):
+            raise ConfigError(
+                f"outputs of {self.bits} bits and {self.in_features} inputs do not go with those of {other.bits} bits "
+                f"and {other.in_features} inputs"
+            )
+        group = gcd(self.group, other.group)
+        both = self.with_group(group), other.with_group(group)
+        offsets = None
+        if any(each.offsets is not None for each in both):
+            offsets = torch.cat(
+                [torch.zeros_like(each.scales) if each.offsets is None else each.offsets for each in both]
+            )
+        codes, scales = (torch.cat(parts) for parts in ([each.codes for each in both], [each.scales for each in both]))
+        return QuantizedWeight(codes, scales, offsets, group, self.bits)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -221,7 +239,7 @@ def _fitted(values: Tensor) -> QuantizedWeight:
     the scale and offset with the least squared error, and again. llama.cpp's ``make_qkx2_quants`` searches like this.
     """
     out, groups, size = values.shape
-    columns = values.view(-1, size).t().contiguous()  # sums go along the first axis, in whole vectors
+    columns = values.reshape(-1, size).t().contiguous()  # sums go along the first axis, in whole vectors
     least, most = columns.amin(dim=0), columns.amax(dim=0)
     middle = (least + most) / 2
     columns -= middle
