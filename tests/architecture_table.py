@@ -32,6 +32,7 @@ def _features(shape: ModelShape) -> list[str]:
     known = {
         "sliding windows": any(layer.window and not layer.window.chunked for layer in layers),
         "chunked attention": any(layer.window and layer.window.chunked for layer in layers),
+        "layers that share KV": any(layer.shares is not None for layer in layers),
         "soft caps": any(layer.softcap for layer in layers),
         "ALiBi": any(layer.alibi for layer in layers),
         "sinks": any(layer.sinks for layer in layers),

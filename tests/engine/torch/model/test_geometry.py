@@ -20,7 +20,6 @@ REASONS = {
     "jamba": "jamba .*'linear_attention'",
     "bamba": "bamba .*'linear_attention'",
     "qwen3_next": "qwen3_next .*'linear_attention'",
-    "gemma3n_text": "2 of its layers share the KV",
     "t5": "t5 .*encoder-decoder",
     "bart": "bart .*encoder-decoder",
 }
@@ -86,6 +85,12 @@ def test_torch_s_default_dtype_is_left_alone_while_a_model_is_built(checkpoint: 
 def test_the_kv_of_latent_attention_are_latents_and_not_heads(checkpoint: CheckpointFactory, arch: str) -> None:
     geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint(arch)))
     assert (geometry.num_heads, geometry.num_kv_heads, geometry.head_dim) == (4, 1, 16 + 8)
+
+
+def test_layers_that_share_keys_and_values_take_no_memory_of_their_own(checkpoint: CheckpointFactory) -> None:
+    geometry = inspect_geometry(AutoConfig.from_pretrained(checkpoint("gemma3n_text")))
+    assert geometry.kv_layers() == [0, 1, 2, 1, 1, 2]
+    assert geometry.bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 16 * 2
 
 
 def test_layers_with_chunks_and_without_are_told_apart() -> None:

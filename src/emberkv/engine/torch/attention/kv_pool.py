@@ -30,13 +30,18 @@ class Scratch:
 
 
 class KVPool:
-    """KV state of type ``dtype``, laid out ``[blocks, layers, 2, block_size, kv_heads, head_dim]``.
+    """KV state of type ``dtype``, laid out ``[blocks, KV layers, 2, block_size, kv_heads, head_dim]``.
+
+    KV layers are those with keys and values of their own; ``kv_layers`` says which of them each of the model's layers
+    attends over.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply.
 
-    A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a layer is
-    ``2 * layer`` rows further, its V one more. scores: memory for attention scores, lent to one layer at a time.
+    A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a KV
+    layer is ``2 * layer`` rows further, its V one more.
+
+    scores: memory for attention scores, lent to one layer at a time.
     """
 
     def __init__(
@@ -47,14 +52,15 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
+        self.kv_layers = geometry.kv_layers()
         self.storage = torch.empty(
-            (num_blocks, geometry.num_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim),
+            (num_blocks, geometry.num_kv_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim),
             dtype=dtype,
             device=device,
         )
-        self._row_view = self.storage.view(num_blocks * geometry.num_layers * 2, -1)
-        self._token_view = self.storage.view(num_blocks * geometry.num_layers * 2 * block_size, -1)
-        self._layer_offsets = torch.arange(geometry.num_layers * 2, device=device).view(-1, 2, 1)
+        self._row_view = self.storage.view(num_blocks * geometry.num_kv_layers * 2, -1)
+        self._token_view = self.storage.view(num_blocks * geometry.num_kv_layers * 2 * block_size, -1)
+        self._layer_offsets = torch.arange(geometry.num_kv_layers * 2, device=device).view(-1, 2, 1)
         self._gathered = Scratch(device)
         self._by_head = Scratch(device)
         self.scores = Scratch(device)
@@ -131,7 +137,7 @@ class KVPool:
 
     def rows(self, block_ids: list[int]) -> Tensor:
         """Each block's first row, int64 ``[len(block_ids)]``."""
-        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_layers)
+        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_kv_layers)
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero whole blocks in which a first token is about to be written.
@@ -143,8 +149,8 @@ class KVPool:
             self.storage.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
 
     def gather_index(self, rows: Tensor) -> Tensor:
-        """The rows to copy for each layer, int64 ``[layers, 2 * rows]``: all K, then all V."""
-        return (self._layer_offsets + rows.reshape(-1)).view(self.geometry.num_layers, -1)
+        """The rows to copy for each KV layer, int64 ``[KV layers, 2 * rows]``: all K, then all V."""
+        return (self._layer_offsets + rows.reshape(-1)).view(self.geometry.num_kv_layers, -1)
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """K and V, ``[rows * block_size, kv_heads, head_dim]`` each; valid until the next gather.
@@ -168,7 +174,7 @@ class KVPool:
         return out[0], out[1]
 
     def write_index(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Where tokens go, int64 ``[layers, 2, tokens]``, for tokens at ``offsets`` within the blocks of ``rows``."""
+        """int64 ``[KV layers, 2, tokens]``: where tokens go that are at ``offsets`` within the blocks of ``rows``."""
         return (self._layer_offsets + rows) * self.block_size + offsets
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:

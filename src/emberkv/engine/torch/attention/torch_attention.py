@@ -187,10 +187,10 @@ class PrefillStep(AttentionStep):
         self._views: dict[Window | None, tuple[Tensor, int, list[_Tile]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._pool.write(self._write[call.layer], keys, values)
+        self._pool.write(self._write[self._pool.kv_layers[call.layer]], keys, values)
         index, count, tiles = self._view(call.window)
         # One copy to head-major order costs far less than products over strided keys, tile after tile.
-        all_keys, all_values = self._pool.gather_heads(index[call.layer], count)
+        all_keys, all_values = self._pool.gather_heads(index[self._pool.kv_layers[call.layer]], count)
         parts = [
             tile_attention(
                 self._filled(queries[tile.rows]),
@@ -293,7 +293,7 @@ class DecodeStep(AttentionStep):
         self._layouts: dict[tuple[Window | None, bool], tuple[list[_Shared], list[_Bucket]]] = {}
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._pool.write(self._write[call.layer], keys, values)
+        self._pool.write(self._write[self._pool.kv_layers[call.layer]], keys, values)
         mergeable = has_partial_kernel(queries.device) and call.softcap is None and call.slopes is None
         shared, buckets = self._layout(call.window, mergeable)
         q = queries.unsqueeze(2)
@@ -320,7 +320,7 @@ class DecodeStep(AttentionStep):
         return partial_attention(queries, keys, values, call.scale, bucket.mask)
 
     def _bucket_kv(self, call: LayerCall, bucket: _Bucket) -> tuple[Tensor, Tensor]:
-        keys, values = self._pool.gather(bucket.index[call.layer])
+        keys, values = self._pool.gather(bucket.index[self._pool.kv_layers[call.layer]])
         count = bucket.members.numel()
         heads, dim = keys.shape[1:]
         return (
@@ -330,7 +330,7 @@ class DecodeStep(AttentionStep):
 
     def _merge_shared(self, call: LayerCall, q: Tensor, group: _Shared, out: Tensor, lse: Tensor) -> None:
         """The members' queries against the common keys, as one long query axis of a batch of one."""
-        keys, values = self._pool.gather(group.index[call.layer])
+        keys, values = self._pool.gather(group.index[self._pool.kv_layers[call.layer]])
         together = q[group.members].squeeze(2).transpose(0, 1).contiguous().unsqueeze(0)
         common, common_lse = partial_attention(
             together, keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0), call.scale

@@ -113,6 +113,7 @@ class LayerGeometry:
     scaling: factor of the query-key product.
     sinks: whether each head has a further score, which has a weight in the softmax and no value.
     alibi: whether scores lose something for each token between query and key, of each head so much.
+    shares: the earlier layer whose keys and values this one attends over in place of own ones; None: it has its own.
     """
 
     window: Window | None
@@ -120,6 +121,7 @@ class LayerGeometry:
     scaling: float
     sinks: bool = False
     alibi: bool = False
+    shares: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,21 @@ class ModelGeometry:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with keys and values of their own."""
+        return sum(layer.shares is None for layer in self.layers)
+
+    def kv_layers(self) -> list[int]:
+        """Of each layer, which of those with keys and values of their own has the ones that it attends over."""
+        found: list[int] = []
+        for layer in self.layers:
+            found.append(len(set(found)) if layer.shares is None else found[layer.shares])
+        return found
+
     def bytes_per_token(self, kv_dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_dtype.itemsize
+        return 2 * self.num_kv_layers * self.num_kv_heads * self.head_dim * kv_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +170,8 @@ class _Call:
     query_shape: tuple[int, ...]  # (batch, heads, tokens, head_dim)
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
+    key: torch.Tensor
+    shares: int | None  # the first earlier call that was given the very same keys
     is_causal: bool
     has_mask: bool
     arguments: dict[str, Any]  # those that are set
@@ -175,12 +191,15 @@ def _note(
     """An attention function that writes down what it was given and answers with the right shape."""
     given = {name: argument for name, argument in arguments.items() if argument is not None}
     causal = bool(getattr(module, "is_causal", True)) and given.get("is_causal", True) is not False
-    _calls.get().append(
+    calls = _calls.get()
+    calls.append(
         _Call(
             layer_idx=int(getattr(module, "layer_idx", -1)),
             query_shape=tuple(into_latents(module, query).shape),
             key_shape=tuple(key.shape),
             value_shape=tuple(value.shape),
+            key=key,
+            shares=next((index for index, call in enumerate(calls) if call.key is key), None),
             is_causal=causal,
             has_mask=attention_mask is not None,
             arguments=given,
@@ -326,8 +345,6 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
     strange = sorted(rope_types(config) - SERVED_ROPE_TYPES)
     if strange:
         raise _refuse(config, f"its positions are rotated by RoPE of type {', '.join(map(repr, strange))}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise _refuse(config, f"{config.num_kv_shared_layers} of its layers share the KV of other layers")
     if getattr(config, "quantization", None):
         raise _refuse(config, "its weights are quantised by MLX")
     if getattr(config, "quantization_config", None):
@@ -424,7 +441,7 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     if sinks is not None and sinks.shape != call.query_shape[1:2]:
         raise _refuse(config, f"layer {call.layer_idx} has sinks of shape {list(sinks.shape)}, not one a head")
     alibi = "alibi_slopes" in call.arguments
-    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None, alibi)
+    return LayerGeometry(window, call.arguments.get("softcap"), float(scaling), sinks is not None, alibi, call.shares)
 
 
 def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) -> Window | None:

@@ -173,7 +173,7 @@ class NativeStep(AttentionStep):
         native.key_row, native.key_head, _ = keys.stride()
         native.value_row, native.value_head, _ = values.stride()
         native.out = out.data_ptr()
-        native.pool = storage.data_ptr() + call.layer * storage.stride(1) * storage.element_size()
+        native.pool = storage.data_ptr() + self._pool.kv_layers[call.layer] * storage.stride(1) * storage.element_size()
         native.scale, native.softcap = call.scale, call.softcap or 0.0
         native.sinks = None if call.sinks is None else call.sinks.data_ptr()
         native.slopes = None if call.slopes is None else call.slopes.data_ptr()

@@ -164,6 +164,7 @@ class NativeDecoder:
     def _native_layer(self, index: int) -> DecoderLayer:
         parts, geometry, storage = self._layers[index], self._pool.geometry.layers[index], self._pool.storage
         query, key, value = parts.products if len(parts.products) == 3 else parts.products * 3
+        kv_layer = self._pool.kv_layers[index]
         layer = DecoderLayer(
             input_norm=parts.input_norm.call,
             feedforward_norm=parts.feedforward_norm.call,
@@ -173,7 +174,7 @@ class NativeDecoder:
             out=parts.out.call,
             gate_up=parts.pair.call,
             down=parts.down.call,
-            pool=storage.data_ptr() + index * storage.stride(1) * storage.element_size(),
+            pool=storage.data_ptr() + kv_layer * storage.stride(1) * storage.element_size(),
             scale=geometry.scaling,
             softcap=geometry.softcap or 0.0,
             rotary_dim=self._rotations[index].dim,
