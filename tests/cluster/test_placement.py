@@ -1,10 +1,14 @@
 """What Ray Serve is asked for, and what its autoscaling policy answers it. Serve itself: tests/e2e/test_ray.py."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
 
 from emberkv.cluster.placement import GATEWAY, Placement, ScalingPolicy, app, serve_config
 
@@ -60,6 +64,16 @@ def test_the_configuration_file_names_the_arguments_that_differ_and_the_limits()
     (application,) = serve_config(placement, name="c", workers=2, max_workers=4)["applications"]
     assert application["args"] == {"model": "m", "secret_file": "/run/secret", "serve_options": ["--ram-tier", "1GiB"]}
     assert application["deployments"] == [{"name": GATEWAY, "user_config": {"workers": 2, "max_workers": 4}}]
+
+
+def test_serve_accepts_the_configuration_file_and_the_one_in_the_documentation() -> None:
+    written = serve_config(Placement(model="m", secret_file="/run/secret"), name="c", workers=2, max_workers=4)
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(proxy_location: .*?)```", text, re.DOTALL)
+    for config in (written, yaml.safe_load(shown)):
+        (application,) = ServeDeploySchema.model_validate(config).applications
+        assert application.import_path == "emberkv.cluster.placement:app"
+        Placement.model_validate(application.args)
 
 
 def test_an_argument_that_is_none_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The manifests of examples/kubernetes: their processes run with the very arguments, and their parts fit together."""
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_services_select_pods_and_name_their_ports() -> None:
         f"--gateway=http://emberkv-gateway-{number}.{gateways['spec']['serviceName']}:8080"
         for number in range(gateways["spec"]["replicas"])
     }
+
+
+def test_the_image_has_what_the_arguments_need() -> None:
+    """The remote tier's client is an extra of its own."""
+    assert option(container("StatefulSet", "emberkv-worker")["args"], "--remote-tier").startswith("redis://")
+    (extras,) = re.findall(r"'/src\[(.+?)\]'", (FOLDER / "Dockerfile").read_text())
+    assert extras.split(",") == ["torch", "cluster", "remote"]
 
 
 def option(given: list[str], name: str) -> str:

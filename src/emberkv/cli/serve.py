@@ -6,9 +6,11 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from socket import socket
+from threading import Thread
 from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
@@ -257,6 +259,8 @@ def run_server(config: ServeConfig) -> None:
         bound = bind_socket(config.host, config.port)
         settings = serving_settings(config, bound, tenants, keys, recorder)
         server = http_server(config, lifecycle, settings, bound, keys.cluster)
+        if config.kv_routes and config.model_on_demand:  # a gateway does not wait while the first tensor imports it
+            Thread(target=import_module, args=("torch",), name="import torch").start()
         startup = Startup(config, lifecycle, server, tenants, settings.canonical)
         with server.capture_signals(until_exit=True):
             startup.begin()

@@ -131,6 +131,13 @@ class _Registration(BaseModel):
     address: str = Field(max_length=1024, pattern=r"^https?://[^\s/]+/?$")
 
 
+class _Deregistration(BaseModel):
+    """The body of a registration, of which the id alone counts."""
+
+    worker_id: str = Field(min_length=1, max_length=128)
+    address: str = Field(max_length=1024)
+
+
 Guard = Callable[[Request], Awaitable[None]]
 """Raises for a request that may not register workers."""
 
@@ -148,7 +155,7 @@ def coordinator_router(members: Members, guard: Guard) -> APIRouter:
 
     @router.post("/deregister", dependencies=[Depends(guard)])
     async def deregister(http: Request) -> Response:
-        given = parse_detailed(_Registration, await http.body())
+        given = parse_detailed(_Deregistration, await http.body())
         if members.deregister(given.worker_id):
             return JSONResponse({"message": f"Worker {given.worker_id} deregistered."})
         return JSONResponse({"error": "worker not found"})
