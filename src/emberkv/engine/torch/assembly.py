@@ -21,7 +21,7 @@ from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.checkpoint import fetch_from_hub
-from emberkv.engine.torch.model.loader import LoadedModel, choose_device, free_memory, gib, load_model
+from emberkv.engine.torch.model.loader import KVDTypeName, LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
 from emberkv.engine.torch.quantization.layers import quantized_weights
@@ -125,7 +125,8 @@ ProgressCallback = Callable[[str], None]
 class ModelOptions:
     """Which model is loaded, and what computes it.
 
-    model: a folder or a hub id; None: the bundled demonstration model. dtype: of the weights. device: "auto", or a name
+    model: a folder or a hub id; None: the bundled demonstration model. dtype: of the weights. kv_dtype: of the KV pool;
+    "auto": the activations'. device: "auto", or a name
     that torch has. chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     kernels: what computes on a CPU: "native", "torch" or "auto" (see `find_kernels`). block_size: tokens of a KV block.
@@ -135,6 +136,7 @@ class ModelOptions:
     model: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: QuantizeName = "none"
+    kv_dtype: KVDTypeName = "auto"
     device: str = "auto"
     chat_template: str | None = None
     generation_config: Literal["auto", "ignore"] = "auto"
@@ -187,6 +189,7 @@ def load_configured(
         str(files("emberkv") / "demo_model") if options.model is None else options.model,
         dtype=options.dtype,
         quantize=options.quantize,
+        kv_dtype=options.kv_dtype,
         device=options.device,
         attn_implementation=ATTENTION_NAME,
         chat_template=options.chat_template,

@@ -111,15 +111,19 @@ class TorchEngine:
         sampler: Sampler | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if loaded.dtypes.activations != loaded.dtypes.kv:
-            raise UnsupportedModelError(f"{loaded.name} has {loaded.dtypes}; activations and KV must be of one type")
+        if loaded.dtypes.kv not in (loaded.dtypes.activations, torch.int8):
+            raise UnsupportedModelError(
+                f"{loaded.name} has {loaded.dtypes}; KV must be of the activations' type, or int8"
+            )
         self.loaded = loaded
         self._progress = progress
         self.prefill_chunk = prefill_chunk
         self._model = loaded.model
         self._device = loaded.device
         progress("allocating the KV pool")
-        self.pool = KVPool.of_bytes(loaded.geometry, loaded.dtypes.kv, cache_bytes, block_size, loaded.device)
+        self.pool = KVPool.of_bytes(
+            loaded.geometry, loaded.dtypes.kv, cache_bytes, block_size, loaded.device, loaded.dtypes.activations
+        )
         progress("self-check 1 of 4: the model's own logits")
         self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")

@@ -27,6 +27,7 @@ _OWN_SOURCES = Path(emberkv.engine.torch.__path__[0])
 _LIBRARY = "transformers."
 _MODELS = "transformers.models."
 _TORCH_LAYOUT = "layers-kv-tokens-heads-dim.1"
+_INT8_LAYOUT = "layers-kv-heads-pairs-scales.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def namespace_of(engine: TorchEngine, root: BlockHash) -> Namespace:
         weights_dtype=dtype_name(dtypes.weights),
         activations_dtype=dtype_name(dtypes.activations),
         kv_dtype=dtype_name(engine.pool.dtype),
-        layout="kernels" if kernels is not None else _TORCH_LAYOUT,
+        layout=_layout(engine),
         kernels=kernels.identity if kernels is not None else "torch",
         alignment=engine.alignment,
         batch_invariant=engine.batch_invariant,
@@ -80,6 +81,12 @@ def namespace_of(engine: TorchEngine, root: BlockHash) -> Namespace:
             (path.name, sha256(path.read_bytes()).hexdigest()) for path in forward_sources(engine.loaded.model)
         ),
     )
+
+
+def _layout(engine: TorchEngine) -> str:
+    if engine.pool.dtype is torch.int8:
+        return _INT8_LAYOUT
+    return "kernels" if engine.kernels is not None else _TORCH_LAYOUT
 
 
 def _processor(device: torch.device) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emberkv.engine.torch.attention.int8_kv import Int8Rows, check_int8_kv
 from emberkv.engine.torch.model.geometry import ModelGeometry
 from emberkv.errors import ConfigError
 
@@ -36,7 +37,11 @@ class KVPool:
     attends over.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
-    (native/layout.hpp), and what is said of these axes here does not apply.
+    (native/layout.hpp), and what is said of these axes here does not apply. In int8 these axes are one of bytes
+    (`Int8Rows`), with the kernels and without.
+
+    activations: the type of the keys and values that are written and gathered; None: ``dtype``, as anything but int8
+    needs it.
 
     A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a KV
     layer is ``2 * layer`` rows further, its V one more.
@@ -45,21 +50,30 @@ class KVPool:
     """
 
     def __init__(
-        self, geometry: ModelGeometry, dtype: torch.dtype, num_blocks: int, block_size: int, device: torch.device
+        self,
+        geometry: ModelGeometry,
+        dtype: torch.dtype,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        activations: torch.dtype | None = None,
     ) -> None:
+        """Raises ConfigError for int8 with heads or blocks of odd size."""
         self.geometry = geometry
         self.dtype = dtype
+        self.activations = dtype if activations is None else activations
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
         self.kv_layers = geometry.kv_layers()
-        self.storage = torch.empty(
-            (num_blocks, geometry.num_kv_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        row: tuple[int, ...] = (block_size, geometry.num_kv_heads, geometry.head_dim)
+        if dtype is torch.int8:
+            check_int8_kv(geometry, block_size)
+            row = (block_size * geometry.num_kv_heads * geometry.bytes_per_head(dtype),)
+        self.storage = torch.empty((num_blocks, geometry.num_kv_layers, 2, *row), dtype=dtype, device=device)
         self._row_view = self.storage.view(num_blocks * geometry.num_kv_layers * 2, -1)
-        self._token_view = self.storage.view(num_blocks * geometry.num_kv_layers * 2 * block_size, -1)
+        self._token_view = self._row_view.view(self._row_view.shape[0] * block_size, -1)
+        self._int8 = Int8Rows(self._row_view, geometry, block_size) if dtype is torch.int8 else None
         self._layer_offsets = torch.arange(geometry.num_kv_layers * 2, device=device).view(-1, 2, 1)
         self._gathered = Scratch(device)
         self._by_head = Scratch(device)
@@ -67,7 +81,13 @@ class KVPool:
 
     @classmethod
     def of_bytes(
-        cls, geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int, device: torch.device
+        cls,
+        geometry: ModelGeometry,
+        dtype: torch.dtype,
+        num_bytes: int,
+        block_size: int,
+        device: torch.device,
+        activations: torch.dtype | None = None,
     ) -> "KVPool":
         """The pool with as many blocks as fit into ``num_bytes``.
 
@@ -79,7 +99,7 @@ class KVPool:
                 f"a KV pool of {num_bytes} bytes holds no block; one block of {block_size} tokens takes {block_bytes}"
             )
         try:
-            return cls(geometry, dtype, num_bytes // block_bytes, block_size, device)
+            return cls(geometry, dtype, num_bytes // block_bytes, block_size, device, activations)
         except RuntimeError as error:  # torch's allocators say so
             raise ConfigError(
                 f"there is no memory for a KV pool of {num_bytes / 2**30:,.1f} GiB on {device}"
@@ -159,6 +179,9 @@ class KVPool:
         """
         out = self._gathered.take((index.numel(), self._row_view.shape[1]), self.dtype)
         torch.index_select(self._row_view, 0, index, out=out)
+        if self._int8 is not None:
+            of_keys, of_values = (Int8Rows(each, self.geometry, self.block_size) for each in out.chunk(2))
+            return of_keys.keys().values(self.activations), of_values.values().values(self.activations)
         keys, values = out.view(2, -1, self.geometry.num_kv_heads, self.geometry.head_dim).unbind(0)
         return keys, values
 
@@ -166,7 +189,7 @@ class KVPool:
         """K and V, ``[kv_heads, count, head_dim]`` each: what `gather` gives, cut or filled with zeros."""
         gathered = self.gather(index)
         shape = (2, self.geometry.num_kv_heads, count, self.geometry.head_dim)
-        out = self._by_head.take(shape, self.dtype)
+        out = self._by_head.take(shape, self.activations)
         for target, source in zip(out, gathered, strict=True):
             present = min(count, source.shape[0])
             target[:, :present] = source[:present].transpose(0, 1)
@@ -179,6 +202,10 @@ class KVPool:
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``[tokens, kv_heads, head_dim]`` of one layer at that layer's entry of `write_index`."""
+        if self._int8 is not None:
+            self._int8.write_keys(index[0] // self.block_size, index[0] % self.block_size, keys)
+            self._int8.write_values(index[1] // self.block_size, index[1] % self.block_size, values)
+            return
         self._token_view.index_copy_(0, index[0], keys.reshape(keys.shape[0], -1))
         self._token_view.index_copy_(0, index[1], values.reshape(values.shape[0], -1))
 

@@ -268,7 +268,7 @@ class _Bucket:
     members: Tensor  # int64, indices into the batch
     index: Tensor  # gather_index, sequence after sequence
     visible: Tensor  # bool [members, 1, 1, keys]
-    mask: Tensor  # the same as an additive mask in the pool's dtype
+    mask: Tensor  # the same as an additive mask in the activations' dtype
     distances: Tensor  # int64 [members, 1, 1, keys], each key's position less the query's
 
 
@@ -387,7 +387,7 @@ class DecodeStep(AttentionStep):
         stop = torch.tensor([self._lengths[m] - first_block[m] * size for m in members], device=device)
         start = torch.tensor([first_visible[m] - first_block[m] * size for m in members], device=device)
         visible = (at < stop.unsqueeze(1)) & (at >= start.unsqueeze(1))
-        mask = torch.zeros(visible.shape, dtype=self._pool.dtype, device=device)
+        mask = torch.zeros(visible.shape, dtype=self._pool.activations, device=device)
         mask.masked_fill_(~visible, float("-inf"))
         distances = at - (stop - 1).unsqueeze(1)
         index = self._pool.gather_index(self._pool.rows(padded))

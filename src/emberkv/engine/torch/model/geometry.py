@@ -104,6 +104,10 @@ def first_seen(position: int, window: Window | None) -> int:
     return 0 if window is None else window.first(position)
 
 
+KV_SCALE_BYTES = 2
+"""Of the scale that the int8 keys, or values, of one token and KV head have: bf16."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
     """One attention layer.
@@ -159,7 +163,11 @@ class ModelGeometry:
 
     def bytes_per_token(self, kv_dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token takes over all layers."""
-        return 2 * self.num_kv_layers * self.num_kv_heads * self.head_dim * kv_dtype.itemsize
+        return 2 * self.num_kv_layers * self.num_kv_heads * self.bytes_per_head(kv_dtype)
+
+    def bytes_per_head(self, kv_dtype: torch.dtype) -> int:
+        """Bytes of one head's key, or value, of one token: its values, and in int8 their scale."""
+        return self.head_dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0)
 
 
 @dataclass(frozen=True, slots=True)

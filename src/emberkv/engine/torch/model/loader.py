@@ -68,6 +68,7 @@ def gib(num_bytes: int) -> str:
 _log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KVDTypeName = Literal["auto", "int8"]
 Progress = Callable[[str], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -135,6 +136,7 @@ def load_model(
     dtype: DTypeName = "auto",
     device: str = "auto",
     quantize: QuantizeName = "none",
+    kv_dtype: KVDTypeName = "auto",
     attn_implementation: str = "eager",
     chat_template: str | None = None,
     generation_config: GenerationConfigMode = "auto",
@@ -145,6 +147,7 @@ def load_model(
 
     dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
     quantize: "int8" or "int4" rounds the linear layers' weights while they are loaded, the output layer's to 8 bits.
+    kv_dtype: of keys and values in the pool: "auto" keeps the activations'; "int8" rounds each head of each token.
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
     attn_implementation: a name registered with transformers' AttentionInterface. Models that do not call it are loaded
     with their own, and the engine changes that.
@@ -190,7 +193,7 @@ def load_model(
         tokenizer=HFTokenizer(tokenizer, chat_problem=chat_problem),
         name=path.resolve().name.removesuffix(".gguf") if Path(name_or_path).expanduser() == path else name_or_path,
         folder=path,
-        dtypes=ModelDtypes(_weights_dtype(model, chosen), chosen, chosen),
+        dtypes=ModelDtypes(_weights_dtype(model, chosen), chosen, torch.int8 if kv_dtype == "int8" else chosen),
         device=target,
         eos_token_ids=_eos_token_ids(source, generation, tokenizer),
         fingerprint=fingerprint,

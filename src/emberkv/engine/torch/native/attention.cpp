@@ -11,6 +11,7 @@
 
 #include "calls.hpp"
 #include "layout.hpp"
+#include "layout_int8.hpp"
 #include "softmax.hpp"
 #include "team.hpp"
 
@@ -19,9 +20,10 @@ namespace emberkv {
 constexpr int SPAN = 512;        // keys
 constexpr int BATCH = 2 * ROWS;  // query rows whose scores over a span are held at once
 
-template <class Arithmetic>
+template <class Arithmetic, class Layout>
 class Worker {
     using Unit = typename Arithmetic::Unit;
+    using Piece = typename Layout::Piece;
     static constexpr int UNITS = LANES / Arithmetic::VALUES;  // of values, for a vector of keys
 
 public:
@@ -32,7 +34,7 @@ public:
           groups_(call.heads / call.kv_heads),
           dims_(round_up(call.dim, LANES)),
           units_(call.dim / Arithmetic::VALUES),
-          layout_(call.dim, call.block_size, type_, call.value_bytes),
+          layout_(call),
           in_place_(layout_.pair == Arithmetic::VALUES && layout_.piece == LANES && dims_ == call.dim),
           key_stride_(in_place_ ? call.block_size : LANES) {}
 
@@ -130,11 +132,18 @@ private:
         const int vector = in_place_ ? 0 : first / LANES;
         Unit *keys = keys_ + vector * units_ * key_stride_, *values = values_ + vector * UNITS * dims_;
         std::memset(values, 0, size_t(UNITS) * dims_ * sizeof(Unit));
+        if constexpr (Layout::SCALED)
+            for (float* scales : {key_scales_, value_scales_}) std::fill_n(scales + first, LANES, 0.0f);
         for (int k = 0; k < count; k += layout_.piece, pieces++) {
             const int some = std::min(layout_.piece, count - k);
+            if constexpr (Layout::SCALED)
+                layout_.copy_scales(*pieces, some, key_scales_ + first + k, value_scales_ + first + k);
             layout_.copy_piece(*pieces, some, keys + k, key_stride_, values + k / Arithmetic::VALUES * dims_, dims_);
         }
-        return {reinterpret_cast<const char*>(keys), reinterpret_cast<const char*>(values)};
+        Piece copied{};
+        copied.keys = reinterpret_cast<const char*>(keys);
+        copied.values = reinterpret_cast<const char*>(values);
+        return copied;
     }
 
     void attend_span(const Task& task, int kv_head, int span, int keys, int first, int count) {
@@ -153,7 +162,8 @@ private:
             Unit* weights = weights_ + i * DEPTH;
             const float slope = call_.slopes ? call_.slopes[head_of(kv_head, first + i)] : 0;
             const Scoring scoring{call_.scale, call_.softcap, slope, position - begin};
-            spans[i] = softmax<Arithmetic>(scores, columns, seen_from, seen_to, scoring, weights);
+            const Scales scales{key_scales_, value_scales_};
+            spans[i] = softmax<Arithmetic, Layout::SCALED>(scores, columns, seen_from, seen_to, scoring, scales, weights);
         }
         const ByUnit<Unit> values_by_unit{value_units_, 0};
         multiply<Arithmetic>(
@@ -218,40 +228,47 @@ private:
     const AttentionCall& call_;
     const Type type_;
     const int element_, groups_, dims_, units_;
-    const BlockLayout layout_;
+    const Layout layout_;
     const bool in_place_;   // whether products take all but a last, half-filled vector of keys from the pool
     const int key_stride_;  // units, from one unit of a vector's keys to the next
     Unit *queries_, *keys_, *values_, *weights_;
     const Unit *key_vectors_[SPAN / LANES], *value_units_[SPAN / Arithmetic::VALUES];
     float *sums_, *scores_, *products_;
+    float key_scales_[SPAN], value_scales_[SPAN];  // of a span, where the layout has scales
     Softmax* totals_;
     static thread_local Buffers buffers_;
 };
 
-template <class Arithmetic>
-thread_local typename Worker<Arithmetic>::Buffers Worker<Arithmetic>::buffers_;
+template <class Arithmetic, class Layout>
+thread_local typename Worker<Arithmetic, Layout>::Buffers Worker<Arithmetic, Layout>::buffers_;
 
-template <class Arithmetic>
+template <class Arithmetic, class Layout>
 void attend_by_team(Team& team, const AttentionCall& call) {
     const int64_t row_values = 2 * int64_t(call.kv_heads) * call.dim;
     team.share(call.rows, grain_of(row_values), [&](int64_t begin, int64_t end) {
-        const Worker<Arithmetic> worker(call);
+        const Worker<Arithmetic, Layout> worker(call);
         for (int64_t row = begin; row < end; row++) worker.store_new(int(row));
     });
     team.share(call.num_tasks * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
-        Worker<Arithmetic> worker(call);
+        Worker<Arithmetic, Layout> worker(call);
         for (int64_t unit = begin; unit < end; unit++)
             worker.attend(call.tasks[unit / call.kv_heads], int(unit % call.kv_heads));
     });
     const bool partial = std::any_of(call.partial_of, call.partial_of + call.rows, [](int64_t at) { return at >= 0; });
     if (!partial) return;
     team.share(int64_t(call.rows) * call.heads, grain_of(8 * call.dim), [&](int64_t begin, int64_t end) {
-        Worker<Arithmetic> worker(call);
+        Worker<Arithmetic, Layout> worker(call);
         for (int64_t unit = begin; unit < end; unit++) {
             const int row = int(unit / call.heads);
             if (call.partial_of[row] >= 0) worker.fold_partials(row, int(unit % call.heads));
         }
     });
+}
+
+template <class Arithmetic>
+void attend_by_team(Team& team, const AttentionCall& call) {
+    if (call.quantised) return attend_by_team<Arithmetic, Int8Layout>(team, call);
+    attend_by_team<Arithmetic, BlockLayout>(team, call);
 }
 
 void attend_by_team(Team& team, const AttentionCall& call) {

@@ -106,6 +106,7 @@ class NativeStep(AttentionStep):
             kv_heads=geometry.num_kv_heads,
             dim=geometry.head_dim,
             block_size=self._pool.block_size,
+            quantised=self._pool.dtype is torch.int8,
             threads=self._threads,
             block_ids=self._block_ids.ctypes.data,
             block_tables=self._block_tables.ctypes.data,
@@ -167,7 +168,7 @@ class NativeStep(AttentionStep):
             out[self._rows :] = 0
         queries, keys, values = (each if each.stride(2) == 1 else each.contiguous() for each in (queries, keys, values))
         native, storage = self._call, self._pool.storage
-        native.type = type_number(queries, keys, values, storage)
+        native.type = type_number(queries, keys, values, self._pool.activations)
         native.queries, native.keys, native.values = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
         native.query_row, native.query_head, _ = queries.stride()
         native.key_row, native.key_head, _ = keys.stride()

@@ -6,7 +6,7 @@
 //   block 0  | keys  | values  | keys  | values  | ...
 //   block 1  | keys  | values  | keys  | values  | ...
 //              ^ block_bytes from the keys of one block to those of the next one, value_bytes from keys to values;
-//                within them as in layout.hpp
+//                within them as in layout.hpp or layout_int8.hpp
 //
 // Block tables of all sequences of a pass, end to end; a row's position p is in block block_ids[start + p / block_size],
 // at p % block_size, where start is block_tables[row].
@@ -37,6 +37,7 @@ struct AttentionCall {
     char* pool;  // this layer's keys in block 0
     int64_t block_bytes, value_bytes;
     int32_t rows, heads, kv_heads, dim, block_size, type;
+    int32_t quantised;     // whether the pool holds integers of 8 bits, as in layout_int8.hpp
     const float* sinks;    // per head: a score without a value that the softmax counts too; null: none
     const float* slopes;   // per head, of ALiBi: what a score loses for each token between query and key; null: none
     float scale, softcap;  // softcap 0: none

@@ -125,7 +125,7 @@ class NativeDecoder:
             layer.plan = plan
         kept = np.array(step.wanted, dtype=np.int32)
         logits = torch.empty((len(kept), self._output.out_features), dtype=hidden.dtype)
-        call.type = type_number(hidden, self._pool.storage)
+        call.type = type_number(hidden, self._pool.activations)
         call.plans, call.rows, call.num_kept = given, len(tokens), len(kept)
         call.hidden, call.logits, call.kept = hidden.data_ptr(), logits.data_ptr(), kept.ctypes.data
         call.scratch = self._scratch.take((self._scratch_elements(len(tokens)),), hidden.dtype).data_ptr()
@@ -215,7 +215,7 @@ def find_decoder(model: Any, pool: KVPool, kernels: Kernels) -> NativeDecoder | 
         return None
     types = _layer_types(rotary, model.config, len(layers))
     limit = pool.geometry.context_length
-    tables = {each: _Rotation(rotary, each, pool.dtype, limit) for each in set(types)}
+    tables = {each: _Rotation(rotary, each, pool.activations, limit) for each in set(types)}
     rotations = [tables[each] for each in types]
     width = embedding(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
     if width != norm.scale.numel() or not _fits(found, rotations, pool, norm, output):
@@ -294,8 +294,8 @@ def _fits(
         linears += (*layer.products, layer.out, layer.pair, layer.down)
     return (
         output.in_features == hidden
-        and all(each.call.bits or each.packed.dtype is pool.dtype for each in linears)
-        and all(rotation.cos.dtype is pool.dtype for rotation in rotations)
+        and all(each.call.bits or each.packed.dtype is pool.activations for each in linears)
+        and all(rotation.cos.dtype is pool.activations for rotation in rotations)
         and all(0 < rotation.dim <= geometry.head_dim and rotation.dim % 2 == 0 for rotation in rotations)
         and all(layer.sizes()[:-2] in products for layer in layers)
         and all(layer.sizes()[-2] in {(hidden,) * 2 + (0,) * 2, (hidden,) * 4} for layer in layers)

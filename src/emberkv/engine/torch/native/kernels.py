@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from emberkv.engine.torch.model.loader import LoadedModel
+from emberkv.engine.torch.model.loader import LoadedModel, dtype_name
 from emberkv.engine.torch.quantization.weight import DTYPES
 from emberkv.errors import KernelsError, UnsupportedModelError, UntrustedPathError
 from emberkv.files import check_owner
@@ -119,17 +119,17 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
-def type_number(*tensors: torch.Tensor) -> int:
+def type_number(*given: torch.Tensor | torch.dtype) -> int:
     """The type of all of these, by its number in `TYPES`.
 
     Raises UnsupportedModelError for any other and for a mixture: the kernels would read beyond the end of a tensor.
     """
-    kinds = {tensor.dtype for tensor in tensors}
-    number = TYPES.get(kinds.pop()) if len(kinds) == 1 else None
+    kinds = [each.dtype if isinstance(each, torch.Tensor) else each for each in given]
+    number = TYPES.get(kinds[0]) if len(set(kinds)) == 1 else None
     if number is None:
-        given = ", ".join(str(tensor.dtype) for tensor in tensors)
         raise UnsupportedModelError(
-            f"the C++ kernels are given {given}; they take all float32 or all bfloat16: serve with --kernels torch"
+            f"the C++ kernels are given {', '.join(map(str, kinds))}; they take all float32 or all bfloat16: serve "
+            "with --kernels torch"
         )
     return number
 
@@ -142,7 +142,7 @@ class AttentionCall(ctypes.Structure):
         *((f"{name}_{axis}", _LONG) for name in ("query", "key", "value") for axis in ("row", "head")),
         ("pool", _ADDRESS),
         *((name, _LONG) for name in ("block_bytes", "value_bytes")),
-        *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type")),
+        *((name, _INT) for name in ("rows", "heads", "kv_heads", "dim", "block_size", "type", "quantised")),
         *((name, _ADDRESS) for name in ("sinks", "slopes")),
         *((name, _FLOAT) for name in ("scale", "softcap")),
         *((name, _INT) for name in ("window", "chunk", "threads")),
@@ -310,13 +310,14 @@ def can_compute(loaded: LoadedModel, block_size: int) -> bool:
 
 def _on_cpu(loaded: LoadedModel) -> bool:
     dtypes = loaded.dtypes
-    weights = dtypes.weights in (dtypes.kv, *DTYPES.values())
-    return loaded.device.type == "cpu" and dtypes.kv in TYPES and dtypes.activations == dtypes.kv and weights
+    weights = dtypes.weights in (dtypes.activations, *DTYPES.values())
+    kv = dtypes.kv in (dtypes.activations, torch.int8)
+    return loaded.device.type == "cpu" and dtypes.activations in TYPES and kv and weights
 
 
 def _in_pairs(loaded: LoadedModel, block_size: int) -> bool:
-    """Whether values of bf16 fill the pairs in which the pool holds them, of a head's and of neighbouring tokens'."""
-    return loaded.dtypes.kv is not torch.bfloat16 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
+    """Whether bf16 and int8 fill the pairs in which the pool holds them, of a head's and of neighbouring tokens'."""
+    return loaded.dtypes.kv is torch.float32 or (block_size % 2 == 0 and loaded.geometry.head_dim % 2 == 0)
 
 
 def find_kernels(
@@ -342,8 +343,8 @@ def find_kernels(
             )
         if not _in_pairs(loaded, block_size):
             raise KernelsError(
-                f"the C++ kernels take bfloat16 in heads and blocks of even size; here heads are of "
-                f"{loaded.geometry.head_dim} and blocks of {block_size}"
+                f"the C++ kernels take KV in {dtype_name(loaded.dtypes.kv)} with heads and blocks of even size; here "
+                f"heads are of {loaded.geometry.head_dim} and blocks of {block_size}"
             )
         return Kernels.built(folder, on_compile)
     except KernelsError as error:

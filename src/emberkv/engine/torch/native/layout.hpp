@@ -12,6 +12,7 @@
 
 #include <numeric>
 
+#include "calls.hpp"
 #include "vectors.hpp"
 
 namespace emberkv {
@@ -33,23 +34,25 @@ inline float as_float(uint32_t bits) {
     return value;
 }
 
-// Neighbouring keys of one head and their values, where they lie in a block.
-struct Piece {
-    const char *keys, *values;
-};
-
 struct BlockLayout {
+    static constexpr bool SCALED = false;  // whether integers and scales are held instead of values
+
+    // Neighbouring keys of one head and their values, where they lie in a block.
+    struct Piece {
+        const char *keys, *values;
+    };
+
     int dim, block_size, pair;  // pair: 2 in bf16, for which dim and block_size are even; or 1
     int64_t head_bytes;         // from one head's keys, or values, to the next one's
     int64_t value_bytes;        // from keys to values
     int piece;                  // keys that lie together, and are of one vector
 
-    BlockLayout(int dim, int block_size, Type type, int64_t value_bytes)
-        : dim(dim),
-          block_size(block_size),
-          pair(type == FP32 ? 1 : 2),
-          head_bytes(int64_t(dim) * block_size * (type == FP32 ? 4 : 2)),
-          value_bytes(value_bytes),
+    explicit BlockLayout(const AttentionCall& call)
+        : dim(call.dim),
+          block_size(call.block_size),
+          pair(call.type == FP32 ? 1 : 2),
+          head_bytes(int64_t(dim) * block_size * (call.type == FP32 ? 4 : 2)),
+          value_bytes(call.value_bytes),
           piece(std::gcd(LANES, block_size)) {}
 
     int units() const { return dim / pair; }

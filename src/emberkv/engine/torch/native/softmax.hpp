@@ -43,14 +43,25 @@ struct Scoring {
     }
 };
 
-// Makes weights 2^(score - maximum) of a row's products over ``keys`` keys, of which it sees [begin, end).
-template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-Softmax softmax(float* scores, int keys, int begin, int end, const Scoring& scoring, Unit* weights) {
+// Where keys and values are held as integers: what each key's products, and each value's weights, are multiplied by.
+struct Scales {
+    const float *keys, *values;
+};
+
+// Makes weights 2^(score - maximum) of a row's products over ``keys`` keys, of which it sees [begin, end). scales: used
+// where SCALED.
+template <class Arithmetic, bool SCALED, class Unit = typename Arithmetic::Unit>
+Softmax softmax(
+    float* scores, int keys, int begin, int end, const Scoring& scoring, const Scales& scales, Unit* weights
+) {
     constexpr int STEP = LANES / Arithmetic::VALUES;
     if (begin >= end) {
         std::memset(weights, 0, size_t(keys / LANES) * STEP * sizeof(Unit));
         return {UNSEEN, 0};
     }
+    if constexpr (SCALED)
+        for (int k = 0; k < keys; k += LANES)
+            store(scores + k, load<Floats>(scores + k) * load<Floats>(scales.keys + k));
     if (!scoring.is_product()) scoring.apply(scores, keys);
     std::fill(scores, scores + begin, UNSEEN);
     std::fill(scores + end, scores + keys, UNSEEN);
@@ -63,7 +74,9 @@ Softmax softmax(float* scores, int keys, int begin, int end, const Scoring& scor
         const Floats exponent = multiply_add(load<Floats>(scores + k), splat(factor), splat(-maximum));
         const Floats weight = exp2_of<Arithmetic::EXP2_DEGREE>(exponent);
         sums += weight;
-        Arithmetic::put(weights + k / LANES * STEP, weight);
+        Arithmetic::put(
+            weights + k / LANES * STEP, SCALED ? weight * load<Floats>(scales.values + k) : weight
+        );
     }
     return {maximum, total(sums)};
 }
