@@ -159,6 +159,7 @@ class ModelSettings(_Settings):
     shows; "none": these stay in the answer's text.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     quantize: "int8" or "int4" rounds the weights of linear layers while a plain checkpoint is loaded.
+    kv_dtype: of keys and values; "auto": the activations'; "int8": integers, with a scale for each token and KV head.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
     "torch": torch's own operations; "auto": C++ where it can be.
     machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
@@ -174,6 +175,7 @@ class ModelSettings(_Settings):
     generation_config: Literal["auto", "ignore"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
+    kv_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     machine_cache: UserPath = Field(default_factory=machine_cache_folder)

@@ -168,6 +168,7 @@ class LLM(_ClosedAtExit):
         *,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         quantize: Literal["none", "int8", "int4"] = "none",
+        kv_dtype: Literal["auto", "int8"] = "auto",
         device: str = "auto",
         kernels: Literal["auto", "native", "torch"] = "auto",
         generation_config: Literal["auto", "ignore"] = "auto",
@@ -187,6 +188,7 @@ class LLM(_ClosedAtExit):
     ) -> None:
         given = {
             "model": None if model is None else os.fspath(model), "dtype": dtype, "quantize": quantize,
+            "kv_dtype": kv_dtype,
             "device": device, "kernels": kernels, "generation_config": generation_config,
             "cache_ram": cache_ram, "cache_dir": cache_dir, "cache_disk": cache_disk, "ram_tier": ram_tier,
             "eviction": eviction, "exact": exact, "prefix_cache": prefix_cache, "block_size": block_size,

@@ -8,9 +8,10 @@ from gguf import GGMLQuantizationType as Kind
 from typer.testing import CliRunner
 
 from emberkv.cli.main import app
+from emberkv.cli.models import with_int8_kv
 from emberkv.errors import ConfigError
 from emberkv.sim.model_spec import load_spec
-from emberkv.sim.sizing import Demand, Precision, fit, parse_tokens
+from emberkv.sim.sizing import Demand, Precision, fit, fits, parse_tokens
 from tests.conftest import CheckpointFactory
 from tests.gguf_models import write_gguf
 from tests.models import CONTEXT
@@ -29,6 +30,7 @@ def test_a_plain_model_is_described_by_its_figures(checkpoint: CheckpointFactory
     assert code == 0
     assert (found["architecture"], found["stored_as"], found["computed_as"]) == ("llama", "float32", "float32")
     assert found["kv_bytes_per_token"] == 2 * 3 * 2 * 16 * 4
+    assert found["int8_kv_bytes_per_token"] == 2 * 3 * 2 * (16 + 2)
     assert found["weight_bytes"] == found["parameters"] * 4
     assert found["quantised_bytes"]["int4"] < found["quantised_bytes"]["int8"] < found["weight_bytes"]
     assert found["context"] == CONTEXT
@@ -91,6 +93,16 @@ def test_what_fits_is_counted_in_tokens_beside_the_weights() -> None:
     assert (smaller.fits, smaller.users, smaller.context) == (False, 1, 25_000)
     nothing = fit(choice, Demand(context=30_000, users=2), 3 * GIB)
     assert (nothing.fits, nothing.users, nothing.context) == (False, 0, 0)
+
+
+def test_kv_in_8_bits_is_offered_where_it_makes_a_demand_fit() -> None:
+    wide = Precision("bf16", "bf16", weight_bytes=GIB, kv_bytes_per_token=256, options=" --dtype bfloat16")
+    (first, second) = with_int8_kv([wide], 130)
+    assert (first, second.kv, second.kv_bytes_per_token) == (wide, "int8", 130)
+    assert second.options == " --dtype bfloat16 --kv-dtype int8"
+    assert with_int8_kv([wide], None) == [wide]
+    fitting = [each.fits for each in fits([first, second], Demand(context=2**20), GIB + 200 * 2**20, 0)]
+    assert fitting == [False, True]
 
 
 def test_a_known_model_on_other_hardware() -> None:

@@ -32,7 +32,8 @@ def one_thread() -> Iterator[None]:
 def paged(checkpoint: CheckpointFactory) -> ModelFactory:
     """``paged(arch, dtype="float32", seed=0)``: a tiny model on the CPU for one engine, which may rebuild it.
 
-    dtype: of all values; or of weights and others, as in "int8 bfloat16".
+    dtype: of all values; or of weights and others, as in "int8 bfloat16". KV of another type is behind a stroke, as in
+    "bfloat16/int8".
     """
     models: dict[tuple[str, str, int], LoadedModel] = {}
 
@@ -41,9 +42,11 @@ def paged(checkpoint: CheckpointFactory) -> ModelFactory:
         if key not in models:
             folder = str(checkpoint(arch, seed=seed))
             *quantize, kind = dtype.split()
+            kind, _, kv = kind.partition("/")
             models[key] = load_model(
                 folder,
                 dtype=kind,  # type: ignore[arg-type]  # a name, as text
+                kv_dtype=kv or "auto",  # type: ignore[arg-type]  # a name, as text
                 quantize=quantize[0] if quantize else "none",  # type: ignore[arg-type]  # a name, as text
                 device="cpu",
                 attn_implementation=ATTENTION_NAME,

@@ -1,4 +1,4 @@
-"""What every executor promises: the tiny one in NumPy, and the one of PyTorch with and without the kernels."""
+"""What every executor promises: the tiny one in NumPy, and PyTorch's with and without the kernels and with int8 KV."""
 
 import math
 import random
@@ -35,18 +35,19 @@ NAN_TOKEN = 7
 """Logits after it are not numbers; no other prompt here has it."""
 
 
-@pytest.fixture(scope="module", params=["tiny", "torch", "native"])
+@pytest.fixture(scope="module", params=["tiny", "torch", "native", "native int8"])
 def executor(request: pytest.FixtureRequest, paged: ModelFactory, kernels: Kernels) -> Executor:
     """One for all tests of the module: each has a cache of its own over what the ones before left in the pool."""
     if request.param == "tiny":
         return TinyExecutor(num_blocks=NUM_BLOCKS, block_size=BLOCK, vocab=VOCAB_SIZE, nan_token=NAN_TOKEN)
-    loaded = paged("llama")
+    kind, _, kv = str(request.param).partition(" ")
+    loaded = paged("llama", f"float32/{kv}" if kv else "float32")
     made = TorchEngine(
         loaded,
         cache_bytes=NUM_BLOCKS * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv),
         block_size=BLOCK,
         prefill_chunk=CHUNK,
-        kernels=kernels if request.param == "native" else None,
+        kernels=kernels if kind == "native" else None,
         tile=2 * BLOCK,
     )
 

@@ -65,6 +65,8 @@ def test_only_linear_weights_shrink_when_quantised() -> None:
         spec.linear_parameters * 4.25 / 8 + 2 * spec.other_parameters
     )
     assert spec.with_dtypes(kv="fp8").kv_bytes_per_token == spec.kv_bytes_per_token // 2
+    known = load_spec("llama-3.1-8b")  # heads of 128
+    assert known.with_dtypes(kv="int8").kv_bytes_per_token == known.kv_bytes_per_token // 256 * 130
 
 
 @pytest.mark.parametrize(

@@ -119,13 +119,15 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
     limit = f", of {found.stated_context:,} stated" if found.stated_context and found.stated_context > context else ""
     held = "" if found.held is None else f"; held in {found.held}"
     rounded = [f"{name} {format_size(size)}" for name, size in (found.quantised_bytes or {}).items()]
+    int8 = found.int8_kv_bytes_per_token
+    int8_kv = f" ({int8:,} with --kv-dtype int8)" if int8 else ""
     return [
         *rows,
         ("parameters", f"{(found.parameters or 0) / 1e6:,.0f} million in {found.layers} layers"),
         ("stored as", f"{found.stored_as}{held}"),
         ("computed in", f"{found.computed_as} on {found.device}"),
         ("weights", format_size(weights) + (f" ({', '.join(rounded)} with --quantize)" if rounded else "")),
-        ("KV", f"{per_token:,} bytes a token; {format_size(per_token * context)} for the whole context"),
+        ("KV", f"{per_token:,} bytes a token{int8_kv}; {format_size(per_token * context)} for the whole context"),
         ("context", f"{context:,} tokens{limit}"),
         ("hits", found.reuse or ""),
         ("fits", _fitting(found)),
@@ -163,7 +165,27 @@ def _precisions(model: str, *, served_here: bool) -> tuple[list[Precision], int]
         for name in _SERVED_KINDS
         if found.quantised_bytes
     ]
-    return [own, *rounded], found.context or 0
+    return with_int8_kv([own, *rounded], found.int8_kv_bytes_per_token), found.context or 0
+
+
+def with_int8_kv(choices: list[Precision], bytes_per_token: int | None) -> list[Precision]:
+    """Each choice, and behind it the same weights with KV in int8, which takes ``bytes_per_token``; None: refused."""
+    if bytes_per_token is None:
+        return choices
+    option = " --kv-dtype int8"
+    return [
+        each
+        for own in choices
+        for each in (
+            own,
+            replace(
+                own,
+                kv="int8",
+                kv_bytes_per_token=bytes_per_token,
+                options=None if own.options is None else own.options + option,
+            ),
+        )
+    ]
 
 
 _SPEC_CHOICES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp8", "bf16"), ("int4", "bf16"), ("fp8", "fp8"), ("int4", "fp8"))
@@ -175,11 +197,13 @@ def _of_spec(spec: ModelSpec, *, served_here: bool) -> list[Precision]:
     own = Precision(spec.weights_dtype, spec.kv_dtype, spec.weight_bytes, spec.kv_bytes_per_token)
     if served_here:
         others = spec.weight_bytes - spec.linear_parameters * 2
-        return [replace(own, options=None)] + [
+        rounded = [
             Precision(name, own.kv, round(others + spec.linear_parameters * bits / 8), own.kv_bytes_per_token, None)
             for name, bits in _BITS_HERE.items()
             if spec.weights_dtype in ("bf16", "fp16")
-        ]  # fmt: skip
+        ]
+        int8_kv = spec.with_dtypes(kv="int8").kv_bytes_per_token
+        return with_int8_kv([replace(own, options=None), *rounded], int8_kv)
     found = []
     for weights, kv in _SPEC_CHOICES:
         changed = spec.with_dtypes(weights=weights, kv=kv)

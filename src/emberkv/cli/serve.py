@@ -149,6 +149,7 @@ def serve(
     remote_tier_password_file: options.RemoteTierPasswordFile = None,
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
+    kv_dtype: options.KVDtype = None,
     device: options.Device = None,
     kernels: options.Kernels = None,
     exact: options.Exact = None,

@@ -143,6 +143,14 @@ Quantize = Annotated[
         help="Round a plain checkpoint's weights: none, int8 or int4. (default: none)",
     ),
 ]
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=CACHE,
+        help="Of keys and values in the pool and the tiers: auto, or int8, which takes half the bytes. (default: auto)",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", rich_help_panel=MODEL, help="auto, cpu, cuda, cuda:N or mps. (default: auto)"),

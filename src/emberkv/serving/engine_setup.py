@@ -20,6 +20,7 @@ def model_options(config: ServeConfig) -> ModelOptions:
         model=config.model,
         dtype=config.dtype,
         quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
         device=config.device,
         chat_template=config.chat_template,
         generation_config=config.generation_config,

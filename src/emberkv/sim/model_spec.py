@@ -13,6 +13,9 @@ from emberkv.errors import ConfigError, UnsupportedModelError
 DTYPE_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
 """Bits of a parameter. 4-bit weights come with a 16-bit scale and a 16-bit zero point for each group of 128."""
 
+KV_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8}
+"""Bits of a value of the KV cache. In int8, each token has a 16-bit scale for a head's keys and one for its values."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -104,7 +107,8 @@ class ModelSpec:
     @property
     def kv_bytes_per_layer(self) -> int:
         """Bytes of one token's keys and values in one layer."""
-        return round(2 * self.kv_size * DTYPE_BITS[self.kv_dtype] / 8)
+        scale = 16 if self.kv_dtype == "int8" else 0
+        return 2 * self.kv_heads * (self.head_dim * KV_BITS[self.kv_dtype] + scale) // 8
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -113,11 +117,10 @@ class ModelSpec:
 
     def with_dtypes(self, *, weights: str | None = None, kv: str | None = None) -> "ModelSpec":
         """The same shapes in other types. Raises ConfigError naming those accepted."""
-        for given in (weights, kv):
-            if given is not None and given not in DTYPE_BITS:
-                raise ConfigError(f"dtype is {given!r}; use one of {', '.join(DTYPE_BITS)}")
-        if kv == "int4":
-            raise ConfigError("the KV dtype is 'int4'; use one of fp32, fp16, bf16, fp8")
+        if weights is not None and weights not in DTYPE_BITS:
+            raise ConfigError(f"dtype is {weights!r}; use one of {', '.join(DTYPE_BITS)}")
+        if kv is not None and kv not in KV_BITS:
+            raise ConfigError(f"the KV dtype is {kv!r}; use one of {', '.join(KV_BITS)}")
         return replace(self, weights_dtype=weights or self.weights_dtype, kv_dtype=kv or self.kv_dtype)
 
 

@@ -15,15 +15,15 @@ from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, Driver
 from tests.models import ALSO_SUPPORTED, BY_CHUNKS, VOCAB_SIZE
 
-DTYPES = ["float32", "bfloat16"]
+COMBINATIONS = [(arch, dtype) for arch in sorted(ALSO_SUPPORTED) for dtype in ("float32", "bfloat16")]
+COMBINATIONS += [(arch, "bfloat16/int8") for arch in ("gpt_oss", "llama4_text", "deepseek_v3")]
 
 
 def text(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", sorted(ALSO_SUPPORTED))
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
 def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(
     paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
 ) -> None:

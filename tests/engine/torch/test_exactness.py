@@ -17,6 +17,7 @@ from tests.models import SUPPORTED, VOCAB_SIZE, tiny_tokenizer
 COMBINATIONS = [(arch, dtype) for arch in sorted(SUPPORTED) for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [("llama", "float16"), ("gemma2", "float16")]
 COMBINATIONS += [("llama", "int8 bfloat16"), ("phi3", "int4 float32")]
+COMBINATIONS += [("mistral", "bfloat16/int8"), ("gemma2", "float32/int8")]
 
 TAILS = (1, 1, 2, BLOCK, TILE - 1, TILE, TILE + 1, 37, CHUNK - 1, CHUNK, CHUNK + 1, 100)
 
@@ -178,7 +179,7 @@ def test_with_the_kernels_a_hit_ends_at_any_token(paged: ModelFactory, kernels: 
             assert hit.cached == (kept if warm.executor.batch_invariant else kept // CHUNK * CHUNK)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16/int8"])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3"])
 def test_with_the_kernels_any_mix_of_repeats_and_divergences_is_exact(
     paged: ModelFactory, kernels: Kernels, arch: str, dtype: str

@@ -170,6 +170,15 @@ def test_engines_of_one_model_share_a_namespace(paged: ModelFactory) -> None:
     assert (first.weights_dtype, first.activations_dtype, first.kv_dtype) == ("float32",) * 3
 
 
+def test_kv_in_8_bits_has_a_namespace_of_its_own(paged: ModelFactory) -> None:
+    plain = engine(paged)
+    quantised = TorchEngine(paged("llama", "float32/int8"), cache_bytes=2**18, block_size=16, prefill_chunk=64)
+    assert namespace_of(quantised, ROOT) == replace(
+        namespace_of(plain, ROOT), kv_dtype="int8", layout="layers-kv-heads-pairs-scales.1"
+    )
+    assert quantised.pool.block_bytes * 4 > plain.pool.block_bytes > quantised.pool.block_bytes * 3
+
+
 def test_threads_and_versions_of_this_process_are_in_it(paged: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(paged)
     before = namespace_of(made, ROOT)

@@ -43,9 +43,10 @@ class RecordingSampler(Sampler):
 def engine(
     paged: ModelFactory, folder: Path | None, arch: str = "llama", *, sampler: Sampler | None = None, **change: object
 ) -> Iterator[AssembledEngine]:
+    """arch: with a type behind it, as in "llama bfloat16", where it is not float32."""
     tiers = TierConfig(configured_tiers(ram_bytes=0, folder=folder, disk_bytes=2**28))
     config = replace(CONFIG, **{"tiers": tiers, **change})  # type: ignore[arg-type]  # fields by name
-    made = assemble(paged(arch), config, sampler=sampler)
+    made = assemble(paged(*arch.split()), config, sampler=sampler)
     made.loop.start()
     try:
         yield made
@@ -74,7 +75,7 @@ def seems_slow(made: AssembledEngine) -> None:
         made.link.computed(256, 1000.0)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "mistral bfloat16/int8"])
 def test_a_restart_on_the_same_folder_hits_with_the_bits_of_a_cold_run(
     paged: ModelFactory, tmp_path: Path, arch: str
 ) -> None:

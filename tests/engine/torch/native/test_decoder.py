@@ -53,8 +53,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("arch", OF_LLAMAS_SHAPE)
+COMBINATIONS = [(arch, dtype) for arch in OF_LLAMAS_SHAPE for dtype in ("float32", "bfloat16")]
+COMBINATIONS += [("qwen3", "bfloat16/int8"), ("gemma2", "float32/int8")]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
 def test_logits_and_state_have_the_bits_of_the_modules(
     paged: ModelFactory, kernels: Kernels, threads: None, arch: str, dtype: str
 ) -> None:

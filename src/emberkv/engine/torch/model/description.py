@@ -32,8 +32,9 @@ class ModelDescription:
     rest may be unknown: None.
 
     parameters: how many. computed_as: the type of activations and KV, and of weights that are not quantised; held: what
-    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers. context: the most tokens of
-    a prompt and its answer; stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
+    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers. int8_kv_bytes_per_token:
+    with ``--kv-dtype int8``; None where that is refused. context: the most tokens of a prompt and its answer;
+    stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelDescription:
     weight_bytes: int | None = None
     quantised_bytes: dict[str, int] | None = None
     kv_bytes_per_token: int | None = None
+    int8_kv_bytes_per_token: int | None = None
     context: int | None = None
     stated_context: int | None = None
     reuse: str | None = None
@@ -93,6 +95,7 @@ def describe_model(
         weight_bytes=source.num_bytes(shape, chosen),
         quantised_bytes=_quantised(source, shape, chosen),
         kv_bytes_per_token=geometry.bytes_per_token(chosen),
+        int8_kv_bytes_per_token=None if geometry.head_dim % 2 else geometry.bytes_per_token(torch.int8),
         context=geometry.context_length,
         stated_context=geometry.stated_context,
         reuse=_reuse(chosen, target),
