@@ -343,7 +343,7 @@ def find_kernels(
             )
         if not _in_pairs(loaded, block_size):
             raise KernelsError(
-                f"the C++ kernels take KV in {dtype_name(loaded.dtypes.kv)} with heads and blocks of even size; here "
+                f"the C++ kernels take {dtype_name(loaded.dtypes.kv)} in heads and blocks of even size; here "
                 f"heads are of {loaded.geometry.head_dim} and blocks of {block_size}"
             )
         return Kernels.built(folder, on_compile)
