@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: perplexity of the demonstration model, and errors of random models' logits
+"""Weights of 8 and 4 bits and KV of 8: perplexity of the demonstration model, and errors of random models' logits
 
     python -m benchmarks.quantised_quality [--tokens 1500] [--out PREFIX]
 
@@ -35,21 +35,37 @@ TEXT = Path(__file__).parents[1] / "LICENSE"
 
 
 class Format(NamedTuple):
-    """How weights and activations are computed with."""
+    """How weights and activations are computed with, and KV is held."""
 
     dtype: Literal["float32", "bfloat16"]
     quantize: Literal["none", "int8", "int4"] = "none"
+    kv_dtype: Literal["auto", "int8"] = "auto"
+
+    @property
+    def plain(self) -> bool:
+        return self.quantize == "none" and self.kv_dtype == "auto"
 
     def __str__(self) -> str:
-        return self.dtype if self.quantize == "none" else f"{self.quantize} weights, {self.dtype} activations"
+        weights = "" if self.quantize == "none" else f"{self.quantize} weights, "
+        kv = "" if self.kv_dtype == "auto" else f", {self.kv_dtype} KV"
+        return self.dtype if self.plain else f"{weights}{self.dtype} activations{kv}"
 
 
-FORMATS = (Format("float32"), Format("bfloat16"), Format("bfloat16", "int8"), Format("bfloat16", "int4"))
+FORMATS = (
+    Format("float32"),
+    Format("bfloat16"),
+    Format("bfloat16", "int8"),
+    Format("bfloat16", "int4"),
+    Format("bfloat16", kv_dtype="int8"),
+    Format("bfloat16", "int8", "int8"),
+)
 
 
 def logits_of(model: Path, how: Format, prompt: Sequence[int] | str) -> tuple[Tensor, list[int]]:
     """fp32 ``[tokens, vocab]`` at each position of the prompt, and the prompt's tokens."""
-    options = ModelOptions(model=str(model), dtype=how.dtype, quantize=how.quantize, kernels="native")
+    options = ModelOptions(
+        model=str(model), dtype=how.dtype, quantize=how.quantize, kv_dtype=how.kv_dtype, kernels="native"
+    )
     loaded, kernels = load_configured(options, CacheSizes(), lambda _: None)
     tokens = loaded.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
     blocks = len(tokens) // BLOCK_SIZE + 2 * CHUNK // BLOCK_SIZE
@@ -87,8 +103,8 @@ def rows(tokens: int) -> list[Row]:
         logits, prompt = logits_of(demo, how, text[: tokens * 4])
         value = perplexity(logits, prompt)
         found.append(Figure(f"demo model, perplexity of {len(prompt):,} tokens: {how}", "", [value]))
-        plain = value if how.quantize == "none" else plain
-        if how.quantize != "none":
+        plain = value if how.plain else plain
+        if not how.plain:
             found.append(Figure("the same, beside bfloat16's", "%", [100 * (value / plain - 1)]))
     prompt = [(7 * i * i + 3) % 1000 + 300 for i in range(tokens // 4)]  # of ids that have an embedding
     errors: dict[Format, list[float]] = {how: [] for how in FORMATS[1:]}
