@@ -265,12 +265,14 @@ class AnswerService:
         canonical: Mapping[str, int] | None = None,
         *,
         user_id: str = "",
+        inferred_session: str = "",
         left_out: Mapping[str, int] | None = None,
     ) -> RequestContext:
         """The context of a request to ``api``, one of the names that metrics have.
 
         canonical: how many lines or tools each rule changed. user_id: names the session where no header does, see
-        `session_id`. left_out: as in `RequestContext`. Raises RequestError for a session id that is too long.
+        `session_id`. inferred_session, left_out: as in `RequestContext`. Raises RequestError for a session id that is
+        too long.
         """
         info = request_info(http)
         return RequestContext(
@@ -284,6 +286,7 @@ class AnswerService:
             created=int(self._wall_clock()),
             left_out=left_out or {},
             traceparent=http.headers.get("traceparent", ""),
+            inferred_session=inferred_session,
         )
 
     def start(self, prompts: Sequence[Prompt], request: RequestContext) -> AnswerStream:

@@ -58,8 +58,8 @@ class RecentTraffic:
             minute.times.append(turn.ttft)
         while len(self._minutes) > MINUTES:
             self._minutes.popitem(last=False)
-        if request.session:
-            key = (request.tenant.name, request.session)
+        if request.counted_session:
+            key = (request.tenant.name, request.counted_session)
             self._sessions.setdefault(key, deque(maxlen=SHOWN_TURNS)).append(turn)
             self._sessions.move_to_end(key)
             if len(self._sessions) > SHOWN_SESSIONS:

@@ -40,7 +40,8 @@ class RequestContext:
     request_id: the response has the same. http_id: of the HTTP request, as in ``X-Request-Id``. api: the label that
     metrics have. arrived: monotonic seconds of the app's clock. created: seconds since 1970. canonical: how many lines
     or tools each canonical rule changed. left_out: how many parts of the request are not in the prompt, by type.
-    worker: see `GenerationRequest`. traceparent: W3C trace context that the client sent.
+    inferred_session: what statistics call its session where ``session``, which the client gives, is "". worker: see
+    `GenerationRequest`. traceparent: W3C trace context that the client sent.
     """
 
     request_id: str
@@ -54,6 +55,12 @@ class RequestContext:
     left_out: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""
     traceparent: str = ""
+    inferred_session: str = ""
+
+    @property
+    def counted_session(self) -> str:
+        """The session in statistics; "" if the request is in none."""
+        return self.session or self.inferred_session
 
     def answer_id(self, index: int) -> str:
         """The request id that the engine has for one of the answers."""
@@ -136,9 +143,9 @@ class Sessions:
 
     def count(self, request: RequestContext, usages: Sequence[CacheUsage], now: float) -> None:
         """Count a request and the usage of its prompts; a request without a session id is not counted."""
-        if not request.session:
+        if not request.counted_session:
             return
-        key = (request.tenant.name, request.session)
+        key = (request.tenant.name, request.counted_session)
         stats = self._stats.setdefault(key, SessionStats())
         self._stats.move_to_end(key)
         stats.requests += 1

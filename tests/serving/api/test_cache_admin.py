@@ -175,6 +175,20 @@ def test_sessions_are_grouped(server: Server) -> None:
     assert {request.session_id for request in server.core.submitted} == {"", "one", "two"}
 
 
+def test_a_conversation_without_a_name_is_a_session_from_its_first_answer_or_tools_on(server: Server) -> None:
+    question, other = {"role": "user", "content": "Where?"}, {"role": "user", "content": "Who?"}
+    answer = {"role": "assistant", "content": "There."}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    for messages in ([question], [question, answer, other], [other, answer, other], [other]):
+        body = {"model": MODEL, "messages": messages, "tools": tools if messages == [question] else None}
+        assert server.client.post("/v1/chat/completions", body).status_code == 200
+    second, first = look(server, "/sessions")["data"]
+    assert (first["requests"], second["requests"]) == (2, 1)
+    assert first["session"].startswith("inferred-")
+    assert first["session"] != second["session"]
+    assert {request.session_id for request in server.core.submitted} == {""}
+
+
 def test_a_session_id_that_is_too_long(server: Server) -> None:
     body = {"model": MODEL, "prompt": "a"}
     response = server.client.post("/v1/completions", body, headers={"x-session-id": "x" * 129})

@@ -319,3 +319,9 @@ def test_what_is_left_out_is_named_in_a_header(client: Client) -> None:
 def test_a_variable_that_the_chat_template_does_not_read_is_left_out(client: Client) -> None:
     response = chat(client, chat_template_kwargs={"unread": 1, "mood": "kind"}, enable_thinking=False)
     assert response.headers["x-emberkv-left-out"] == "unread=1"
+
+
+def test_embeddings_are_refused_by_name(client: Client) -> None:
+    answer = client.post("/v1/embeddings", {"model": MODEL, "input": "Hi"})
+    assert answer.status_code == 404
+    assert openai_error(answer)["message"].startswith("embeddings are not supported")

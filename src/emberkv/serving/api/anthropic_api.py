@@ -72,7 +72,13 @@ def anthropic_router(
         work = partial(prepare_messages, rules=preparer.rules)
         request, prompt, rendered = await preparer.prepare(work, await http.body(), tenant)
         context = answers.request(
-            http, "messages", tenant, rendered.canonical, user_id=request.user_id, left_out=rendered.left_out
+            http,
+            "messages",
+            tenant,
+            rendered.canonical,
+            user_id=request.user_id,
+            inferred_session=rendered.session,
+            left_out=rendered.left_out,
         )
         stream = answers.start([prompt], context)
         writer = MessageWriter(context.request_id, request.model, Signer(tenant.salt))

@@ -62,6 +62,21 @@ class Conversation:
         leading = takewhile(lambda message: message.get("role") in ("system", "developer"), self.messages)
         return "\n".join(content for message in leading if isinstance(content := message.get("content"), str))
 
+    @property
+    def beginning(self) -> int:
+        """A hash of the messages up to the first answer, which the conversation's later turns have, too. Other
+        processes have other hashes.
+        """
+        first = takewhile(lambda message: message["role"] != "assistant", self.messages)
+        return hash(tuple((message["role"], str(message.get("content"))) for message in first))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether further turns are to be expected: there are tools or an earlier answer, unlike in a side call such as
+        one for a title.
+        """
+        return bool(self.tools) or any(message["role"] == "assistant" for message in self.messages)
+
     def counting_unread(self, tokenizer: Tokenizer) -> "Conversation":
         """The same, where variables that the model's chat template does not read are counted as left out.
 

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 from emberkv.engine.tokenization.tokenizer import OPENINGS, common_prefix
 from emberkv.serving.answers.answer_memory import template_message
@@ -25,9 +24,8 @@ class NextPrompt:
 
     @property
     def beginning(self) -> int:
-        """A hash of the conversation's messages up to the first answer, which its later turns have, too."""
-        first = takewhile(lambda message: message["role"] != "assistant", self.conversation.messages)
-        return hash(tuple((message["role"], str(message.get("content"))) for message in first))
+        """See `Conversation.beginning`."""
+        return self.conversation.beginning
 
     def tokens(self, answer: ParsedMessage) -> "array[int]":
         """The token ids up to where the text of the user's next message begins, whatever that is.
@@ -46,6 +44,5 @@ def next_prompt(conversation: Conversation, encode: Encode) -> NextPrompt | None
     """None for a conversation that hardly goes on: one without tools and earlier answers, such as a request for a
     title; and for one whose answer the client has begun.
     """
-    goes_on = bool(conversation.tools) or any(each["role"] == "assistant" for each in conversation.messages)
     is_begun = conversation.begun or conversation.continue_final_message or not conversation.add_generation_prompt
-    return NextPrompt(conversation, encode) if goes_on and not is_begun else None
+    return NextPrompt(conversation, encode) if conversation.goes_on and not is_begun else None

@@ -28,7 +28,7 @@ from emberkv.serving.api.rendering import RenderedPrompt, render_chat
 from emberkv.serving.api.validation import parse_body
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
-from emberkv.serving.errors import failure_mid_stream, openai_error, speaks_anthropic
+from emberkv.serving.errors import NotFoundError, failure_mid_stream, openai_error, speaks_anthropic
 from emberkv.serving.event_stream import compact_json, ping_comment, sse_event
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.events import (
@@ -431,6 +431,7 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
             salted,
             rendered.canonical,
             user_id=request.session,
+            inferred_session=rendered.session,
             left_out=rendered.left_out,
         )
         stream = answers.start(prompts, context)
@@ -448,6 +449,10 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
         stream = answers.start(prompts, context)
         writer = CompletionWriter(**writer_arguments(request, context))
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
+
+    @router.post("/v1/embeddings", dependencies=[guard], include_in_schema=False)
+    async def embeddings() -> Response:
+        raise NotFoundError("embeddings are not supported; send them to a server of an embedding model")
 
     @router.get("/v1/models", dependencies=[guard])
     async def models(http: Request) -> Response:

@@ -249,6 +249,15 @@ class RenderedPrompt:
         """What of the request is not in the prompt; see `Conversation`."""
         return {} if self.conversation is None else self.conversation.left_out
 
+    @property
+    def session(self) -> str:
+        """What the session is called where the client does not name it: all turns of a conversation have the same, and
+        a request that is not expected to go on has "".
+        """
+        if self.conversation is None or not self.conversation.goes_on:
+            return ""
+        return f"inferred-{self.conversation.beginning % 2**64:016x}"
+
     def constraint(self, output_format: OutputFormat, wanted: Constraint | None = None) -> Constraint | None:
         """Which answers are allowed: `Conversation.constraint`."""
         if self.conversation is None:

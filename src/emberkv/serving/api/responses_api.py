@@ -80,6 +80,7 @@ def convert_response(body: bytes, tenant: Tenant, store: ResponseStore) -> Conve
 class PreparedResponse:
     """A checked and tokenized request. chat: the equivalent chat completion request. canonical: how often each
     canonical rule was applied. left_out: how many parts of the request are not in the prompt, by type.
+    inferred_session: see `RenderedPrompt.session`.
     """
 
     converted: ConvertedResponse
@@ -87,6 +88,7 @@ class PreparedResponse:
     prompt: Prompt
     canonical: Mapping[str, int]
     left_out: Mapping[str, int]
+    inferred_session: str
 
 
 def prepare_response(
@@ -96,7 +98,7 @@ def prepare_response(
     converted = convert_response(body, tenant, store)
     chat, (prompt,), rendered = prepare_chat(converted.chat, model, rules)
     left_out = Counter(converted.left_out) + Counter(rendered.left_out)
-    return PreparedResponse(converted, chat, prompt, rendered.canonical, left_out)
+    return PreparedResponse(converted, chat, prompt, rendered.canonical, left_out, rendered.session)
 
 
 def _earlier(request: ResponsesRequest, tenant: Tenant, store: ResponseStore) -> StoredResponse | None:
@@ -205,6 +207,7 @@ def responses_router(
             tenant.salted(prepared.chat.cache_salt),
             prepared.canonical,
             user_id=prepared.chat.session,
+            inferred_session=prepared.inferred_session,
             left_out=prepared.left_out,
         )
         stream = answers.start([prepared.prompt], context)
