@@ -14,6 +14,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, TokenOutput
 from emberkv.errors import EmberError, WorkerLostError, WorkerUnreachableError
 from emberkv.serving.cache.service import CacheService
+from emberkv.serving.errors import ModelNotLoadedError
 from tests.serving.fakes import ByteTokenizer
 
 BLOCK_SIZE = 4
@@ -37,7 +38,8 @@ class FakeWorker:
     """A process that may be reached or not. epoch: another one after each start.
 
     dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
-    hangs: it accepts requests and sends nothing. cache: carries out operations on the cache.
+    hangs: it accepts requests and sends nothing. is_loaded: it has its model; without it, its events end. cache:
+    carries out operations on the cache.
     """
 
     worker_id: str
@@ -49,6 +51,7 @@ class FakeWorker:
     refuses: EmberError | None = None
     hangs: bool = False
     draining: bool = False
+    is_loaded: bool = True
     cache: CacheService | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -79,6 +82,8 @@ class FakeConnection:
     async def worker(self) -> WorkerDescription:
         self._check()
         worker = self._worker
+        if not worker.is_loaded:
+            raise ModelNotLoadedError("it loads its model on demand")
         return WorkerDescription(
             worker_id=worker.worker_id,
             epoch=worker.epoch,
@@ -102,7 +107,7 @@ class FakeConnection:
 
     async def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]:
         worker = self._worker
-        while True:
+        while worker.is_loaded:
             self._check()
             changed = worker.changed
             yield EventBatch(worker.epoch, 1, ())

@@ -142,6 +142,18 @@ async def test_a_message_that_is_not_understood_fails_its_request_and_not_the_wo
 
 
 @on_a_loop
+async def test_a_worker_that_unloads_its_model_is_idle_and_was_never_down() -> None:
+    workers = {"a": FakeWorker("a")}
+    async with cluster(workers) as it:
+        seen = [it.worker("a").status]
+        workers["a"].change(is_loaded=False)
+        while seen[-1] is not WorkerStatus.IDLE:
+            await it.membership.changed()
+            seen.append(it.worker("a").status)
+        assert seen == [WorkerStatus.UP, WorkerStatus.IDLE]
+
+
+@on_a_loop
 async def test_a_full_gateway_still_takes_a_tenant_that_has_less_than_its_part() -> None:
     async with cluster({"a": FakeWorker("a", hangs=True)}, in_flight=InFlight(3, {"one": 2.0, "other": 1.0})) as it:
         engine = it.engine

@@ -359,6 +359,10 @@ class Membership:
             try:
                 if await self._meet(worker):
                     await self._listen(worker)
+            except _EventsEndedError as error:
+                if error.has_reported:  # it may have unloaded its model, which `_meet` is told of
+                    continue
+                self.set_status(worker, WorkerStatus.DOWN, str(error))
             except ModelNotLoadedError as error:
                 self.set_status(worker, WorkerStatus.IDLE, str(error))
             except NotReadyError as error:
@@ -421,8 +425,10 @@ class Membership:
         return None
 
     async def _listen(self, worker: Worker) -> None:
-        """Take in events and reports until they end, and ask beside them for what is missing."""
-        reader = worker.reader
+        """Take in events and reports, and ask beside them for what is missing. Raises _EventsEndedError when the worker
+        ends them.
+        """
+        reader, has_reported = worker.reader, False
         assert reader is not None, "a worker is met first"
         is_missing = asyncio.Event()
         mending = asyncio.create_task(_mend(worker.connection, reader, is_missing))
@@ -435,6 +441,7 @@ class Membership:
                     worker.heard = self._clock()
                     if isinstance(message, LoadReport):
                         self._take_report(worker, message)
+                        has_reported = True
                         continue
                     reader.take(message)
                     match reader.need():
@@ -444,7 +451,7 @@ class Membership:
                             return
         finally:
             mending.cancel()
-        raise WorkerLostError(f"{worker.url} has ended its events")
+        raise _EventsEndedError(f"{worker.url} has ended its events", has_reported=has_reported)
 
     def _take_report(self, worker: Worker, report: LoadReport) -> None:
         worker.take_report(report, self._clock())
@@ -452,6 +459,14 @@ class Membership:
             self.set_status(worker, WorkerStatus.DRAINING, "it is about to stop")
         else:
             self.set_status(worker, WorkerStatus.UP, "")
+
+
+class _EventsEndedError(WorkerLostError):
+    """A worker has ended the stream of its events in order. has_reported: it has reported its load before."""
+
+    def __init__(self, message: str, *, has_reported: bool) -> None:
+        super().__init__(message)
+        self.has_reported = has_reported
 
 
 async def _close(worker: Worker) -> None:
