@@ -115,12 +115,25 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
     plain: dict[str, Tensor] = {}
     for name, tensor in load_file(original / "model.safetensors").items():
         layer = name.removesuffix(".weight")
-        if name.endswith("_proj.weight") or (everything and tensor.ndim == 2):
+        if name.endswith("_proj.weight") or ".experts." in name or (everything and tensor.ndim == 2):
             parts, plain[name] = quantise(tensor)
             stored |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
         else:
             stored[name] = plain[name] = tensor
-    return _written(original, folder, stored, plain, settings)
+    return _written(original, folder, _switched(stored) if everything else stored, plain, settings)
+
+
+def _switched(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As MLX names experts, whose weights it stacks."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in stored.items():
+        block, found, rest = name.partition(".experts.")
+        number, _, part = rest.partition(".")
+        stacks.setdefault(f"{block}.switch_mlp.{part}" if found else name, {})[int(number or 0)] = tensor
+    return {
+        name: torch.stack([by_number[each] for each in sorted(by_number)]) if ".switch_mlp." in name else by_number[0]
+        for name, by_number in stacks.items()
+    }
 
 
 def _mxfp4_model(original: Path, folder: Path) -> tuple[Path, Path]:

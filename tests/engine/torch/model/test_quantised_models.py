@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.description import describe_model
 from emberkv.engine.torch.model.loader import load_model
+from emberkv.engine.torch.native.experts import NativeExperts
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.errors import CorruptModelError, UnsupportedModelError
+from emberkv.engine.torch.quantization.layers import QuantizedExperts
+from emberkv.errors import CorruptModelError
 from tests.engine.driver import BLOCK, CHUNK, Driver
+from tests.engine.torch.model.test_loaded_bytes import held_bytes
 from tests.models import VOCAB_SIZE
 from tests.quantized_models import SOURCES, quantised_model
 
@@ -58,13 +61,62 @@ def test_a_hit_has_the_bits_of_a_cold_run(written: tuple[Path, Path], kernels: K
         assert all(map(torch.equal, run.logits, alone.logits))
 
 
-@pytest.mark.parametrize("source", ["gptq", "fp8"])
-def test_quantised_experts_are_refused_before_they_are_loaded(tmp_path: Path, source: str) -> None:
+EXPERTS = [
+    ("gptq", "qwen3_moe", 4), ("gptq", "mixtral", 4), ("awq", "glm4_moe", 4), ("compressed-int4", "qwen3_moe", 4),
+    ("compressed-int8", "mixtral", 8), ("mlx-4", "qwen3_moe", 4), ("mlx-8", "qwen3_moe", 8), ("mxfp4", "gpt_oss", 8),
+    ("fp8", "qwen3_moe", 0),
+]  # fmt: skip
+"""By source and architecture: the bits that the experts keep; 0: they are held in the type that is computed with."""
+
+
+@pytest.mark.parametrize(("source", "arch", "bits"), EXPERTS)
+def test_experts_stay_quantised_and_compute_what_the_dequantised_ones_do(
+    tmp_path: Path, kernels: Kernels, source: str, arch: str, bits: int
+) -> None:
+    quantised, plain = quantised_model(source, tmp_path, arch)
+    tokens = text(random.Random(0), CHUNK + 9)
+    loaded = load_model(str(quantised), device="cpu", dtype="float32", attn_implementation=ATTENTION_NAME)
+    stacks = [each for each in loaded.model.modules() if isinstance(each, QuantizedExperts)]
+    assert {each.bits for stack in stacks for each in stack.quantized} == ({bits} if bits else set())
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = expected(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    driver = Driver(loaded, kernels=kernels)
+    assert driver.executor.batch_invariant
+    native = [each for each in loaded.model.modules() if isinstance(each, NativeExperts)]
+    assert {layer.call.bits for each in native for layers in each.layers for layer in layers} == {bits}
+    driver.run_one(tokens[:CHUNK], new=1)
+    run = driver.run_one(tokens, new=1)
+    assert run.cached == CHUNK
+    assert (run.logits[0] - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_experts_whose_inputs_have_an_order_of_their_own_become_plain(tmp_path: Path) -> None:
+    quantised, plain = quantised_model("gptq-act-order", tmp_path, "qwen3_moe")
+    tokens = torch.tensor([text(random.Random(0), 40)])
+    loaded = load_model(str(quantised), device="cpu", dtype="float32")
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    assert loaded.model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").dtype is torch.float32
+    with torch.inference_mode():
+        ours, theirs = (each(input_ids=tokens, use_cache=False).logits for each in (loaded.model, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["gptq", "mlx-4", "mxfp4"])
+def test_what_experts_take_is_stated_before_they_are_loaded(tmp_path: Path, source: str) -> None:
     quantised, _ = quantised_model(source, tmp_path, "qwen3_moe")
-    described = describe_model(str(quantised), device="cpu")
-    assert described.refusal is not None
-    assert "the experts of qwen3_moe are not read; the model's plain weights would work" in described.refusal
-    with pytest.raises(UnsupportedModelError, match="the experts of qwen3_moe are not read"):
+    described = describe_model(str(quantised), device="cpu", dtype="bfloat16")
+    assert described.refusal is None
+    loaded = load_model(str(quantised), device="cpu", dtype="bfloat16")
+    # a quantised router becomes plain
+    assert described.weight_bytes == pytest.approx(held_bytes(loaded.model), rel=1e-2)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    quantised, _ = quantised_model("awq", tmp_path, "qwen3_moe")
+    path = quantised / "model.safetensors"
+    save_file({name: each for name, each in load_file(path).items() if "experts.3.up_proj" not in name}, path)
+    with pytest.raises(CorruptModelError, match=r"lack model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         load_model(str(quantised), device="cpu")
 
 

@@ -11,16 +11,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from emberkv.engine.torch.layers import is_linear
+from emberkv.engine.torch.model.expert_weights import ExpertStacks, expert_part, has_experts
 from emberkv.engine.torch.quantization.layers import (
     QuantizedEmbedding,
     QuantizedLinear,
     ReorderedLinear,
+    put_experts,
     quantized_linears,
 )
 from emberkv.engine.torch.quantization.stored import StoredWeight
+from emberkv.engine.torch.quantization.weight import QuantizedWeight
 from emberkv.errors import CorruptModelError
 
-NamedWeight = tuple[str, Tensor | StoredWeight]
+Weight = Tensor | StoredWeight | list[QuantizedWeight]
+"""A plain weight, one of a linear layer or an embedding, or those of all experts in a stack."""
+
+NamedWeight = tuple[str, Weight]
 """A parameter's name, with or without the prefix of the model's base, and its value."""
 
 
@@ -38,8 +44,14 @@ def build_model(
     auto_class: Any = AutoModelForCausalLM  # untyped
     with _parameters_on_meta():
         model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    experts = ExpertStacks(model, dtype)
     for name, value in weights:
-        _place(model, name, value, dtype)
+        part = expert_part(name)
+        if part is not None and has_experts(model, part):
+            if not isinstance(value, list):
+                experts.add(part, value)
+        else:
+            _place(model, name, value, dtype)
     _tie_output(model)
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     missing += [
@@ -72,13 +84,16 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _place(model: PreTrainedModel, name: str, value: Tensor | StoredWeight, dtype: torch.dtype) -> None:
+def _place(model: PreTrainedModel, name: str, value: Weight, dtype: torch.dtype) -> None:
     found = _owner(model, name) or _owner(model, f"{model.base_model_prefix}.{name}")
     if found is None:
         return
     parent_name, module, leaf = found
     if isinstance(module, QuantizedLinear) and isinstance(value, Tensor):
         module.bias = value.to(dtype).contiguous()
+        return
+    if isinstance(value, list):
+        put_experts(module, leaf, value, dtype)
         return
     wanted = tuple(getattr(module, leaf).shape)
     shape = tuple(value.shape if isinstance(value, Tensor) else value.weight.shape)

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, read_json, weight_files
+from emberkv.engine.torch.model.expert_weights import ExpertPart, expert_name, expert_part
 from emberkv.engine.torch.model.fingerprint import FileState, file_states, quantised_fingerprint, weights_fingerprint
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
 from emberkv.engine.torch.model.geometry import MOST_LAYERS, ModelShape
@@ -150,8 +151,10 @@ class FolderSource:
     def check(self, shape: ModelShape) -> None:
         parameters = self._parameters()
         for name, found in parameters.items():
-            known = shape.name_of(name)
+            known, part = _place_of(name, shape)
             wanted = found if known is None else shape.shapes[known]
+            if part is not None:
+                wanted = part.shape(wanted)
             if wanted != found:
                 raise CorruptModelError(
                     f"the weights in {self.path} do not fit its config.json: {name} is stored as {list(found)}, "
@@ -159,7 +162,7 @@ class FolderSource:
                 )
 
         if self.method is not None:
-            stored = {shape.name_of(name) for name in parameters}
+            stored = {_place_of(name, shape)[0] for name in parameters}
             self._require_all(sorted(shape.parameters - shape.shared - stored), self.method)
 
     def _require_all(self, missing: list[str], method: Method) -> None:
@@ -181,10 +184,11 @@ class FolderSource:
         held: dict[str, int] = {}
         if self.method is not None:
             for layer, parts in self._by_layer(self.stored.shapes)[1].items():
-                name = shape.name_of(text_name(self.method.parameter(layer)))
+                name, _ = _place_of(_name_in_model(self.method.parameter(layer)), shape)
                 if name is not None:
                     *experts, out_features, in_features = self._shape(self.method, layer, parts)
-                    held[name] = prod(experts) * self.method.num_bytes(out_features, in_features)
+                    size = prod(experts) * self.method.num_bytes(out_features, in_features)
+                    held[name] = held.get(name, 0) + size
         return shape.num_bytes(dtype, held)
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -262,19 +266,27 @@ class FolderSource:
                 holders.update(dict.fromkeys(tensors.keys(), tensors))
             plain, quantised = self._by_layer(holders)
             for name in plain:
-                yield text_name(name), holders[name].get_tensor(name)
+                yield _name_in_model(name), holders[name].get_tensor(name)
             for layer, parts in quantised.items():
-                if method is not None:
-                    stored = {part: holders[name].get_tensor(name) for part, name in parts.items()}
-                    yield text_name(method.parameter(layer)), method.read(layer, stored)
+                if method is None:
+                    continue
+                stored = {part: holders[name].get_tensor(name) for part, name in parts.items()}
+                name = _name_in_model(method.parameter(layer))
+                part = expert_part(name)
+                if part is None or part.number is not None:
+                    yield name, method.read(layer, stored)
+                    continue
+                for number in range(min(map(len, stored.values()))):
+                    one = {each: tensor[number] for each, tensor in stored.items()}
+                    yield expert_name(name, number), method.read(layer, one)
 
     def _parameters(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that the files hold, as the model has it."""
         plain, quantised = self._by_layer(self.stored.shapes)
-        found = {text_name(name): self.stored.shapes[name] for name in plain}
+        found = {_name_in_model(name): self.stored.shapes[name] for name in plain}
         if self.method is not None:
             for layer, parts in quantised.items():
-                found[text_name(self.method.parameter(layer))] = self._shape(self.method, layer, parts)
+                found[_name_in_model(self.method.parameter(layer))] = self._shape(self.method, layer, parts)
         return found
 
     def _shape(self, method: Method, layer: str, parts: Mapping[str, str]) -> tuple[int, ...]:
@@ -299,6 +311,20 @@ class FolderSource:
         quantised = {layer: parts for layer, parts in layers.items() if self.method.keys & parts.keys()}
         taken = {name for parts in quantised.values() for name in parts.values()}
         return [name for name in names if name not in taken], quantised
+
+
+def _name_in_model(stored: str) -> str:
+    """The name that the model's code gives a tensor of a quantised checkpoint, whose names nothing converts."""
+    return text_name(stored).replace(".block_sparse_moe.", ".mlp.")
+
+
+def _place_of(name: str, shape: ModelShape) -> tuple[str | None, ExpertPart | None]:
+    """The parameter that a stored weight is, or which part of one; None: the model has none for it."""
+    known, part = shape.name_of(name), expert_part(name)
+    if known is not None or part is None:
+        return known, None
+    known = shape.name_of(part.parameter)
+    return known, None if known is None else part
 
 
 def _read_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:

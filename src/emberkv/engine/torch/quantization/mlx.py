@@ -59,8 +59,8 @@ class MLX(LinearLayers):
         return f"{self.bits} bits, value by value"
 
     def shape(self, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        out_features, packed = shapes["weight"]
-        return out_features, packed * 32 // self._bits(layer)
+        *experts, out_features, packed = shapes["weight"]
+        return *experts, out_features, packed * 32 // self._bits(layer)
 
     def num_bytes(self, out_features: int, in_features: int) -> int:
         return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.quantization.stored import required
+from emberkv.engine.torch.quantization.stored import affine_bytes, required
 from emberkv.engine.torch.quantization.weight import QuantizedWeight
 
 _TWICE = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -22,7 +22,7 @@ class MXFP4:
     """
 
     label = "MXFP4 experts"
-    held = "16 bits, value by value"
+    held = "8 bits, value by value"
     keys = frozenset({"blocks"})
 
     def split(self, name: str) -> tuple[str, str] | None:
@@ -37,12 +37,11 @@ class MXFP4:
         return experts, groups * GROUP, out_features
 
     def num_bytes(self, out_features: int, in_features: int) -> int:
-        return 2 * out_features * in_features
+        return affine_bytes(out_features, in_features, bits=8, group=GROUP, has_offsets=False)
 
-    def read(self, layer: str, stored: Mapping[str, Tensor]) -> Tensor:
+    def read(self, layer: str, stored: Mapping[str, Tensor]) -> list[QuantizedWeight]:
         blocks, scales = (required(layer, stored, part, torch.uint8) for part in ("blocks", "scales"))
-        experts = [read_mxfp4(*each).dequantised(torch.bfloat16) for each in zip(blocks, scales, strict=True)]
-        return torch.stack(experts).transpose(1, 2).contiguous()
+        return [read_mxfp4(*each) for each in zip(blocks, scales, strict=True)]
 
 
 def read_mxfp4(blocks: Tensor, scales: Tensor) -> QuantizedWeight:

@@ -64,8 +64,8 @@ class Method(Protocol):
         """What a weight takes in memory once it is read."""
         ...
 
-    def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight | Tensor:
-        """The weight of the layer from its stored tensors, by part; a plain one is float32.
+    def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight | Tensor | list[QuantizedWeight]:
+        """The weight of the layer from its stored tensors, by part, or those of all experts; a plain one is float32.
 
         Raises CorruptModelError and UnsupportedModelError naming the layer.
         """
