@@ -77,39 +77,48 @@ def simulate(
     with errors_reported() as errors:
         check_outputs(csv=csv_file, summary=summary, report=report, record_decisions=record_decisions)
         if replay_decisions is not None:
-            if workload is not None or compare_files is not None:
-                raise ConfigError(
-                    "--replay-decisions takes no workload: the recording has all that routing decides from"
-                )
-            Console().print(tables.replayed(replay(read_decisions(replay_decisions), routing), replay_decisions.name))
-            return
-        if compare_files is not None:
+            _replay(replay_decisions, routing, alone=workload is None and compare_files is None)
+        elif compare_files is not None:
             if csv_file is not None or summary is not None or record_decisions is not None:
                 raise ConfigError(
                     "--compare writes no --csv, --summary or --record-decisions; run each set-up by itself for them"
                 )
             _write(_compare(workload, compare_files, changes, errors), None, report, errors)
             confirm_written(errors, [report])
-            return
-        if workload is None:
+        elif workload is None:
             raise ConfigError("give a workload: a trace, or a YAML file")
-        set_up, requests = open_set_up(workload)
-        config = with_changes(set_up.simulation, changes)
-        results = _carry_out(
-            config,
-            _seeded(required(requests, workload), seed),
-            errors,
-            csv_file=csv_file,
-            decisions_file=record_decisions,
-        )
-        console = Console()
-        for sentence in tables.heading(results):
-            console.print(sentence, markup=False, highlight=False)
-        console.print(tables.summary(results, workload.name))
-        for sentence in tables.warnings(results):
-            errors.print(sentence, style="yellow")
-        _write({workload.name: results}, summary, report, errors)
-        confirm_written(errors, [csv_file, record_decisions, summary, report])
+        else:
+            results = _one(workload, changes, errors, csv_file=csv_file, decisions_file=record_decisions)
+            _write({workload.name: results}, summary, report, errors)
+            confirm_written(errors, [csv_file, record_decisions, summary, report])
+
+
+def _replay(recording: Path, routing: str | None, *, alone: bool) -> None:
+    """Print what routing decides of what was recorded. alone: whether no workload was given beside it."""
+    if not alone:
+        raise ConfigError("--replay-decisions takes no workload: the recording has all that routing decides from")
+    Console().print(tables.replayed(replay(read_decisions(recording), routing), recording.name))
+
+
+def _one(
+    workload: Path, changes: dict[str, Any], errors: Console, *, csv_file: Path | None, decisions_file: Path | None
+) -> Results:
+    """Simulate one set-up, and print what came of it."""
+    set_up, requests = open_set_up(workload)
+    results = _carry_out(
+        with_changes(set_up.simulation, changes),
+        _seeded(required(requests, workload), changes["seed"]),
+        errors,
+        csv_file=csv_file,
+        decisions_file=decisions_file,
+    )
+    console = Console()
+    for sentence in tables.heading(results):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(tables.summary(results, workload.name))
+    for sentence in tables.warnings(results):
+        errors.print(sentence, style="yellow")
+    return results
 
 
 def _compare(

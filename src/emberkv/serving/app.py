@@ -126,6 +126,37 @@ def create_app(
     further routes, which take precedence over the app's own. collectors: of further metrics.
     """
     settings = settings or ServingSettings()
+    parts, metrics = _parts(lifecycle, settings, clock, wall_clock, collectors)
+    app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    _add_middleware(app, lifecycle, settings, metrics.http, keyless=not parts.tenants.by_key, clock=clock)
+    for kind in (EmberError, HTTPException, Exception):
+        app.add_exception_handler(kind, error_response)
+    app.add_exception_handler(ClientDisconnect, client_disconnected)
+    for router in routers:
+        app.include_router(router(parts))
+    keys, guard, preparer, answers = parts.keys, parts.guard, parts.preparer, parts.answers
+    app.include_router(openai_router(lifecycle, keys, preparer, answers))
+    app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
+    app.include_router(responses_router(keys, preparer, answers, parts.responses))
+    app.include_router(tokenizer_router(lifecycle, keys, preparer))
+    app.include_router(cache_router(lifecycle, guard, parts.tenants, preparer, answers, wall_clock))
+    app.include_router(
+        dashboard_router(lifecycle, guard, answers.traffic, wall_clock, volatile_lines=answers.volatile_lines)
+    )
+    app.include_router(_status_router(lifecycle))
+    app.include_router(_metrics_router(guard, metrics, answers))
+    _add_descriptions(app, settings, keys)
+    return app
+
+
+def _parts(
+    lifecycle: Lifecycle,
+    settings: ServingSettings,
+    clock: Callable[[], float],
+    wall_clock: Callable[[], float],
+    collectors: Sequence[Collector],
+) -> tuple[AppParts, ServingMetrics]:
+    """What the routes share, and the metrics that it counts in."""
     tenants = settings.tenants or Tenants(settings.api_keys, secret=os.urandom(SECRET_BYTES))
     keys = ApiKeys(tenants)
     guard = AdminGuard(
@@ -142,7 +173,6 @@ def create_app(
     memory = AnswerMemory() if settings.answer_memory else None
     if memory is not None:
         metrics.register(AnswerMemoryCollector(memory.size))
-    preparer = RequestPreparer(lifecycle, workers, settings.canonical, memory)
     answers = AnswerService(
         lifecycle,
         workers,
@@ -157,26 +187,13 @@ def create_app(
         tracer=settings.tracer,
         next_turn_tokens=settings.next_turn_tokens,
     )
-    app = FastAPI(title="emberkv", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    _add_middleware(app, lifecycle, settings, metrics.http, keyless=not tenants.by_key, clock=clock)
-    for kind in (EmberError, HTTPException, Exception):
-        app.add_exception_handler(kind, error_response)
-    app.add_exception_handler(ClientDisconnect, client_disconnected)
-    responses = ResponseStore(clock=clock)
-    times = settings.stream_times or StreamTimes()
-    parts = AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock, responses, times)
-    for router in routers:
-        app.include_router(router(parts))
-    app.include_router(openai_router(lifecycle, keys, preparer, answers))
-    app.include_router(anthropic_router(lifecycle, keys, preparer, answers))
-    app.include_router(responses_router(keys, preparer, answers, responses))
-    app.include_router(tokenizer_router(lifecycle, keys, preparer))
-    app.include_router(cache_router(lifecycle, guard, tenants, preparer, answers, wall_clock))
-    app.include_router(
-        dashboard_router(lifecycle, guard, answers.traffic, wall_clock, volatile_lines=answers.volatile_lines)
-    )
-    app.include_router(_status_router(lifecycle))
-    app.include_router(_metrics_router(guard, metrics, answers))
+    preparer = RequestPreparer(lifecycle, workers, settings.canonical, memory)
+    responses, times = ResponseStore(clock=clock), settings.stream_times or StreamTimes()
+    return AppParts(lifecycle, keys, guard, preparer, answers, tenants, wall_clock, responses, times), metrics
+
+
+def _add_descriptions(app: FastAPI, settings: ServingSettings, keys: ApiKeys) -> None:
+    """The routes that describe the others, and the version's."""
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
@@ -190,8 +207,6 @@ def create_app(
     @app.get("/version", dependencies=[Depends(keys.tenant)])
     async def version() -> Response:
         return JSONResponse({"version": __version__})
-
-    return app
 
 
 def _metrics(lifecycle: Lifecycle) -> ServingMetrics:
