@@ -17,7 +17,8 @@ HEADER = """\
 
 Written by `python -m benchmarks` from what it measured; the notes at the end are `benchmarks/notes.md`. Values are
 medians over rounds with the lowest and the highest in parentheses; a ratio is taken round by round, of figures
-measured in the same round. A target is for the ratio, and where there is none, for the figure.
+measured in the same round. A target is for the ratio, and where there is none, for the figure. Each table is
+of the code of its date; the notes say which are old.
 """
 
 
