@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
-from tests.models import ALSO_SUPPORTED, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
+from tests.models import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
@@ -19,7 +19,7 @@ def table() -> str:
     lines = ["| model type | besides plain attention | hits end at |", "|---|---|---|"]
     for arch, settings in sorted((SUPPORTED | ALSO_SUPPORTED).items()):
         shape = inspect_model(AutoConfig.for_model(model_type(arch), **{**settings, "pad_token_id": 0}))
-        end = "a whole prefill chunk" if arch in BY_CHUNKS else "any token"
+        end = "a whole prefill chunk" if arch in BY_CHUNKS else "a whole block" if arch in BY_BLOCKS else "any token"
         kind, _, variant = arch.partition("-")
         name = f"`{kind}` ({variant.replace('_', ' ')})" if variant else f"`{kind}`"
         lines.append(f"| {name} | {', '.join(_features(shape))} | {end} |")
@@ -37,7 +37,8 @@ def _features(shape: ModelShape) -> list[str]:
         "ALiBi": any(layer.alibi for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
         "latent KV (MLA)": any("kv_b_proj" in name for name in shape.shapes),
-        "experts": any(len(each) == 3 for each in shape.shapes.values()),
+        "short convolutions": bool(shape.geometry.convolutions),
+        "experts": any(len(each) == 3 and each[1] > 1 for each in shape.shapes.values()),
     }
     return [name for name, there in known.items() if there]
 

@@ -132,6 +132,11 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "attention_heads": 4,
         "max_position_embeddings": CONTEXT,
     },
+    "lfm2": {
+        **_WIDE,
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+    },
     "llama4_text": {
         **_WIDE,
         **_SOME_EXPERTS,
@@ -181,6 +186,9 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 
 `tests/engine/torch/test_architectures.py` tests each.
 """
+
+BY_BLOCKS = frozenset({"lfm2"})
+"""Those of both of which a hit ends at a whole block: they keep state beside keys and values."""
 
 BY_CHUNKS = frozenset[str]()
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""

@@ -31,6 +31,7 @@ class ScriptedExecutor:
         self.pool = executor.pool
         self.alignment = executor.alignment
         self.batch_invariant = executor.batch_invariant
+        self.hits_within_blocks = executor.hits_within_blocks
         self._executor = executor
         self._script = script
         self._answers: WeakKeyDictionary[SamplingState, Sequence[int]] = WeakKeyDictionary()

@@ -58,7 +58,7 @@ class Driver:
         max_step_tokens: int = 256,
         kernels: Kernels | None = None,
     ) -> None:
-        cache_bytes = num_blocks * BLOCK * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
+        cache_bytes = num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, BLOCK)
         self.root = root_hash(loaded.fingerprint, BLOCK)
         self.executor = TorchEngine(
             loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
@@ -66,7 +66,12 @@ class Driver:
         self.pool = BlockPool(num_blocks, BLOCK)
         alignment, batch_invariant = self.executor.alignment, self.executor.batch_invariant
         self.cache = PrefixCache(
-            self.pool, alignment=alignment, batch_invariant=batch_invariant, exact=exact, enabled=prefix_cache
+            self.pool,
+            alignment=alignment,
+            batch_invariant=batch_invariant,
+            within_blocks=self.executor.hits_within_blocks,
+            exact=exact,
+            enabled=prefix_cache,
         )
         self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
         self.least_shared = 256 if kernels is None else kernels.span
@@ -110,7 +115,7 @@ class Driver:
                 sampled[sequence.request_id] = int(row.argmax())
         for chunk in plan.prefills:
             block_ids = [block.block_id for block in chunk.sequence.held.blocks]
-            runs[chunk.sequence.request_id].kv = self.executor.pool.storage[block_ids].clone()
+            runs[chunk.sequence.request_id].kv = self.executor.pool.blocks[block_ids].clone()
         self.scheduler.complete(plan, sampled)
         self.pool.check_integrity([each.held.pinned for each in self.scheduler.running])
 

@@ -66,6 +66,7 @@ class TinyExecutor:
         self.vocab = vocab
         self.alignment = block_size
         self.batch_invariant = True
+        self.hits_within_blocks = True
         self._nan_token = nan_token
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:

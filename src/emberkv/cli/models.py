@@ -118,6 +118,8 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
     weights, per_token, context = found.weight_bytes or 0, found.kv_bytes_per_token or 0, found.context or 0
     limit = f", of {found.stated_context:,} stated" if found.stated_context and found.stated_context > context else ""
     held = "" if found.held is None else f"; held in {found.held}"
+    state = found.state_bytes_per_block
+    beside = f", with {format_size(state)} of other state in each block" if state else ""
     rounded = [f"{name} {format_size(size)}" for name, size in (found.quantised_bytes or {}).items()]
     int8 = found.int8_kv_bytes_per_token
     int8_kv = f" ({int8:,} with --kv-dtype int8)" if int8 else ""
@@ -127,7 +129,10 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
         ("stored as", f"{found.stored_as}{held}"),
         ("computed in", f"{found.computed_as} on {found.device}"),
         ("weights", format_size(weights) + (f" ({', '.join(rounded)} with --quantize)" if rounded else "")),
-        ("KV", f"{per_token:,} bytes a token{int8_kv}; {format_size(per_token * context)} for the whole context"),
+        (
+            "KV",
+            f"{per_token:,} bytes a token{int8_kv}{beside}; {format_size(per_token * context)} for the whole context",
+        ),
         ("context", f"{context:,} tokens{limit}"),
         ("hits", found.reuse or ""),
         ("fits", _fitting(found)),

@@ -174,7 +174,8 @@ class PrefixCache:
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
     wherever a run of it begins. batch_invariant: the engine is batch-invariant; decode steps give those bits, too, and
     so does any part of a unit. Where a unit is a block, a hit then ends at any token: the beginning of the next block
-    is copied from the cached block that begins with the same tokens. exact: reuse only blocks that are bit-equal to a
+    is copied from the cached block that begins with the same tokens; but not where within_blocks is False, because some
+    of a model's state is kept after a block's last token alone. exact: reuse only blocks that are bit-equal to a
     cold prefill. enabled: False finds nothing and commits nothing.
     """
 
@@ -184,6 +185,7 @@ class PrefixCache:
         *,
         alignment: int,
         batch_invariant: bool = False,
+        within_blocks: bool = True,
         exact: bool = False,
         enabled: bool = True,
     ) -> None:
@@ -194,7 +196,7 @@ class PrefixCache:
         self.batch_invariant = batch_invariant
         self.exact = exact
         self.enabled = enabled
-        self.reuses_partial_blocks = enabled and batch_invariant and alignment == pool.block_size
+        self.reuses_partial_blocks = enabled and within_blocks and batch_invariant and alignment == pool.block_size
         if self.reuses_partial_blocks:
             pool.index_children()
 

@@ -161,6 +161,7 @@ def _scheduler(
         pool,
         alignment=executor.alignment,
         batch_invariant=executor.batch_invariant,
+        within_blocks=executor.hits_within_blocks,
         exact=config.exact,
         enabled=config.prefix_cache,
     )

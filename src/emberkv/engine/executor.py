@@ -210,7 +210,8 @@ class Executor(Protocol):
 
     alignment: prefill gives tokens ``[k * alignment, (k + 1) * alignment)`` the same KV bits in whatever chunks, steps
     and batches it computes them; a multiple of the block size. batch_invariant: decode steps, and chunks that begin at
-    any token, give them the same bits as well.
+    any token, give them the same bits as well. hits_within_blocks: a sequence can be continued from the beginning of a
+    block that another one filled; False where a block holds some state after its last token alone.
 
     ::
 
@@ -239,6 +240,9 @@ class Executor(Protocol):
 
     @property
     def batch_invariant(self) -> bool: ...
+
+    @property
+    def hits_within_blocks(self) -> bool: ...
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState], /) -> StepOutput:
         """Make the plan's block copies, compute its tokens into the pool, and sample.

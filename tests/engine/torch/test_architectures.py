@@ -13,7 +13,7 @@ from tests import architecture_table
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import ALSO_SUPPORTED, BY_CHUNKS, VOCAB_SIZE
+from tests.models import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, VOCAB_SIZE
 
 COMBINATIONS = [(arch, dtype) for arch in sorted(ALSO_SUPPORTED) for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [(arch, "bfloat16/int8") for arch in ("gpt_oss", "llama4_text", "deepseek_v3")]
@@ -32,13 +32,14 @@ def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(
     warm = Driver(paged(arch, dtype), kernels=kernels, max_step_tokens=24)
     cold = Driver(paged(arch, dtype), kernels=kernels, prefix_cache=False)
     assert warm.executor.batch_invariant is (arch not in BY_CHUNKS)
+    assert warm.cache.hit_unit == (CHUNK if arch in BY_CHUNKS else BLOCK if arch in BY_BLOCKS else 1)
     stem = text(rng, 2 * CHUNK + 3)
     stem += warm.run_one(stem, new=30).tokens[:-1]
     kept = [2 * CHUNK + 25, CHUNK + 5, CHUNK - 1, BLOCK + 2]
     prompts = [[*stem[:keep], (stem[keep] - 2) % (VOCAB_SIZE - 3) + 3, *text(rng, keep % 19)] for keep in kept]
     for run, keep, prompt in zip(warm.run(*prompts, new=4), kept, prompts, strict=True):
         alone = cold.run_one(prompt, new=4)
-        assert run.cached == (keep if warm.executor.batch_invariant else keep // CHUNK * CHUNK)
+        assert run.cached == keep // warm.cache.hit_unit * warm.cache.hit_unit
         assert torch.equal(run.logits[0], alone.logits[0])
         if warm.executor.batch_invariant:
             assert all(map(torch.equal, run.logits, alone.logits))

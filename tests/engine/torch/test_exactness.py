@@ -95,7 +95,7 @@ def test_blocks_marked_exact_hold_the_bytes_of_a_cold_run(
         for position, block_hash in enumerate(chain.block_hashes):
             block = warm.pool.lookup(block_hash)
             if block is not None and block.exact:
-                assert torch.equal(warm.executor.pool.storage[block.block_id], reference[position])
+                assert torch.equal(warm.executor.pool.blocks[block.block_id], reference[position])
                 exact += 1
             inexact += block is not None and not block.exact
     assert exact > 0

@@ -104,7 +104,7 @@ def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:
     geometry = loaded.geometry
     linear = 2.0 * weight_count(loaded.model) * block_size
     per_key = 4.0 * geometry.num_layers * geometry.num_heads * geometry.head_dim * block_size
-    size = float(geometry.bytes_per_token(loaded.dtypes.kv) * block_size)
+    size = float(geometry.block_bytes(loaded.dtypes.kv, block_size))
     return lambda position: EntryCost(size, linear + per_key * position * block_size)
 
 
@@ -170,7 +170,8 @@ class CacheSizes:
         self.check(loaded.device)
         if self.pool is not None:
             return self.pool
-        useful = DEFAULT_CONTEXTS * loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
+        blocks = DEFAULT_CONTEXTS * loaded.context_length // DEFAULT_BLOCK_SIZE
+        useful = max(1, blocks) * loaded.geometry.block_bytes(loaded.dtypes.kv, DEFAULT_BLOCK_SIZE)
         return min(free_memory(loaded.device) // 4, useful)
 
 

@@ -2,6 +2,7 @@
 
 from collections import abc
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,7 @@ from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.latent import replace_latents
 from emberkv.engine.torch.native.layers import replace_layers
+from emberkv.engine.torch.recurrent import ConvolutionStep, convolution_step, use_recurrent_state
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     check_against_plain_forward,
@@ -129,6 +131,7 @@ class TorchEngine:
         progress("arranging the weights")
         use_interface(self._model, ATTENTION_NAME)
         use_latents(self._model)
+        use_recurrent_state(self._model, self.pool)
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         self._sampler = sampler if sampler is not None else Sampler(self.kernels)
         if self.kernels is not None:
@@ -244,7 +247,7 @@ class TorchEngine:
         }
         if self._asks_cache:
             arguments["past_key_values"] = PassedPositions(position_ids)
-        with attention_step(step):
+        with attention_step(step), self._convolutions(works):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._base(**arguments)
@@ -254,6 +257,17 @@ class TorchEngine:
             kept = torch.tensor(keep, dtype=torch.int64, device=self._device)
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits
+
+    def _convolutions(self, works: list[_Work]) -> AbstractContextManager[None]:
+        found = self.loaded.geometry.convolutions
+        if not found:
+            return nullcontext()
+        return convolution_step(ConvolutionStep(self.pool, [work.run for work in works], found[0].columns))
+
+    @property
+    def hits_within_blocks(self) -> bool:
+        """See `Executor`: the convolutions' state is there after a block's last token alone."""
+        return not self.loaded.geometry.convolutions
 
     @property
     def backend(self) -> str:

@@ -122,7 +122,7 @@ def _some_passes(engine: PagedForward) -> list[Tensor] | None:
     tokens = _made_up_tokens(engine.loaded, length + 2)
     prefilled = engine.prefill(tokens[:length], 0, first, sample=True)
     decoded = engine.decode(tokens[length:], [length + 1, 1], [first, second])
-    return [prefilled, decoded, engine.pool.storage[first + second]]
+    return [prefilled, decoded, engine.pool.blocks[first + second]]
 
 
 def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[int]] | None:
@@ -135,7 +135,7 @@ def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[
 
 
 def _same_blocks(engine: PagedForward, first: list[int], second: list[int]) -> bool:
-    return torch.equal(engine.pool.storage[first], engine.pool.storage[second])
+    return torch.equal(engine.pool.blocks[first], engine.pool.blocks[second])
 
 
 @torch.inference_mode()

@@ -98,7 +98,7 @@ def private_engine(model: PreTrainedModel, fingerprint: str, prompt_tokens: int)
     block_size, chunk = DEFAULT_BLOCK_SIZE, DEFAULT_PREFILL_CHUNK
     for_trial = 2 * -(-(chunk + TILE_TOKENS) // block_size)  # the engine computes something twice to find its alignment
     blocks = max(for_trial, -(-prompt_tokens // block_size))
-    cache_bytes = blocks * block_size * geometry.bytes_per_token(loaded.dtypes.kv)
+    cache_bytes = blocks * geometry.block_bytes(loaded.dtypes.kv, block_size)
     kernels = find_kernels("auto", loaded, block_size, machine_cache_folder())
     engine = TorchEngine(loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=chunk, kernels=kernels)
     engine.check_against_plain_forward()

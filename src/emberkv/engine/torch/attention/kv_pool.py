@@ -31,10 +31,14 @@ class Scratch:
 
 
 class KVPool:
-    """KV state of type ``dtype``, laid out ``[blocks, KV layers, 2, block_size, kv_heads, head_dim]``.
+    """KV state of type ``dtype``. storage: ``[blocks, KV layers, 2, block_size, kv_heads, head_dim]``.
 
     KV layers are those with keys and values of their own; ``kv_layers`` says which of them each of the model's layers
-    attends over.
+    with attention attends over.
+
+    blocks: all of each block, ``[blocks, values]``: its keys and values, and behind them, in whole rows, the state that
+    convolutions have after the last token that was computed into it. states: views of that, ``[blocks, columns,
+    channels]``, by the layer's number in the model.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply. In int8 these axes are one of bytes
@@ -70,14 +74,28 @@ class KVPool:
         if dtype is torch.int8:
             check_int8_kv(geometry, block_size)
             row = (block_size * geometry.num_kv_heads * geometry.bytes_per_head(dtype),)
-        self.storage = torch.empty((num_blocks, geometry.num_kv_layers, 2, *row), dtype=dtype, device=device)
-        self._row_view = self.storage.view(num_blocks * geometry.num_kv_layers * 2, -1)
+        self._block_rows = geometry.rows_per_block(block_size)
+        self.blocks = torch.empty((num_blocks, self._block_rows * prod(row)), dtype=dtype, device=device)
+        self._row_view = self.blocks.view(num_blocks * self._block_rows, -1)
+        kv_values = geometry.num_kv_layers * 2 * prod(row)
+        self.storage = self.blocks[:, :kv_values].view(num_blocks, geometry.num_kv_layers, 2, *row)
+        self.states = self._states(self.blocks[:, kv_values:])
         self._token_view = self._row_view.view(self._row_view.shape[0] * block_size, -1)
         self._int8 = Int8Rows(self._row_view, geometry, block_size) if dtype is torch.int8 else None
         self._layer_offsets = torch.arange(geometry.num_kv_layers * 2, device=device).view(-1, 2, 1)
         self._gathered = Scratch(device)
         self._by_head = Scratch(device)
         self.scores = Scratch(device)
+
+    def _states(self, behind: Tensor) -> dict[int, Tensor]:
+        """Of what lies ``behind`` keys and values. What is not used is zero, as equal blocks are equal bit by bit."""
+        states, first = {}, 0
+        for each in self.geometry.convolutions:
+            part = behind[:, first : first + each.values]
+            states[each.layer] = part.view(self.num_blocks, each.columns, each.channels)
+            first += each.values
+        behind[:, first:] = 0
+        return states
 
     @classmethod
     def of_bytes(
@@ -93,7 +111,7 @@ class KVPool:
 
         Raises ConfigError if none does, or the device has not so much memory.
         """
-        block_bytes = geometry.bytes_per_token(dtype) * block_size
+        block_bytes = geometry.block_bytes(dtype, block_size)
         if num_bytes < block_bytes:
             raise ConfigError(
                 f"a KV pool of {num_bytes} bytes holds no block; one block of {block_size} tokens takes {block_bytes}"
@@ -107,7 +125,7 @@ class KVPool:
 
     @property
     def num_bytes(self) -> int:
-        return self.storage.numel() * self.storage.element_size()
+        return self.blocks.numel() * self.blocks.element_size()
 
     @property
     def block_bytes(self) -> int:
@@ -122,12 +140,11 @@ class KVPool:
             return []
         rows = np.empty((len(block_ids), self.block_bytes), dtype=np.uint8)  # numpy says so when there is no memory
         copied = torch.from_numpy(rows).view(self.dtype)
-        flat = self.storage.view(self.num_blocks, -1)
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         if self.device.type == "cpu":
-            torch.index_select(flat, 0, index, out=copied)
+            torch.index_select(self.blocks, 0, index, out=copied)
         else:
-            copied.copy_(_or_memory_error(lambda: flat.index_select(0, index)))
+            copied.copy_(_or_memory_error(lambda: self.blocks.index_select(0, index)))
         return [row.data for row in rows]
 
     def read(self, block_id: int) -> bytes:
@@ -142,7 +159,7 @@ class KVPool:
         source = np.frombuffer(content, dtype=np.uint8)
         if source.size != self.block_bytes:
             raise ConfigError(f"{source.size} bytes for a block; one of this pool has {self.block_bytes}")
-        target = self.storage[block_id].view(-1).view(torch.uint8)
+        target = self.blocks[block_id].view(torch.uint8)
         if self.device.type == "cpu":
             target.numpy()[:] = source
         else:
@@ -152,12 +169,12 @@ class KVPool:
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks, each from its source to its target; no block may be in both."""
         if sources:
-            taken = self.storage.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
-            self.storage.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
+            taken = self.blocks.index_select(0, torch.tensor(sources, dtype=torch.int64, device=self.device))
+            self.blocks.index_copy_(0, torch.tensor(targets, dtype=torch.int64, device=self.device), taken)
 
     def rows(self, block_ids: list[int]) -> Tensor:
         """Each block's first row, int64 ``[len(block_ids)]``."""
-        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * (2 * self.geometry.num_kv_layers)
+        return torch.tensor(block_ids, dtype=torch.int64, device=self.device) * self._block_rows
 
     def clear(self, block_ids: list[int]) -> None:
         """Zero whole blocks in which a first token is about to be written.
@@ -166,7 +183,7 @@ class KVPool:
         another sequence left there is a NaN.
         """
         if block_ids:
-            self.storage.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
+            self.blocks.index_fill_(0, torch.tensor(block_ids, device=self.device), 0)
 
     def gather_index(self, rows: Tensor) -> Tensor:
         """The rows to copy for each KV layer, int64 ``[KV layers, 2 * rows]``: all K, then all V."""

@@ -115,11 +115,23 @@ class _PrefixTree:
 
 ATTENTION_NAME = "emberkv_paged"
 
+_PLACE = "emberkv_place"
+
+
+def place_attention(model: nn.Module, layers: Sequence[int]) -> None:
+    """Give the attention of the model's ``layers``, which not all of its layers are, their places in the pool."""
+    places = {layer: place for place, layer in enumerate(layers)}
+    for module in model.modules():
+        layer = getattr(module, "layer_idx", None)
+        if layer in places:
+            vars(module)[_PLACE] = places[layer]
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
     """What one layer asks for.
 
+    layer: its place in the pool, among the layers with attention.
     window: None where a query sees all keys up to its own. sinks: fp32 ``[heads]``, of each head a score that has a
     weight in the softmax and no value (gpt-oss). slopes: fp32 ``[heads]``, of each head what a score loses for each
     token between query and key (ALiBi).
@@ -234,7 +246,8 @@ def _paged_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     sinks = None if s_aux is None else s_aux.float().contiguous()
     layer = int(module.layer_idx)
-    call = LayerCall(layer, scale, window_of(module.config, layer, sliding_window), softcap, sinks, alibi_slopes)
+    place = vars(module).get(_PLACE, layer)
+    call = LayerCall(place, scale, window_of(module.config, layer, sliding_window), softcap, sinks, alibi_slopes)
     out = _current_step.get().attend(
         call,
         into_latents(module, query).squeeze(0).transpose(0, 1),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from emberkv.defaults import DEFAULT_BLOCK_SIZE
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model, read_json
 from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
 from emberkv.engine.torch.model.loader import (
@@ -32,8 +33,9 @@ class ModelDescription:
     rest may be unknown: None.
 
     parameters: how many. computed_as: the type of activations and KV, and of weights that are not quantised; held: what
-    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers. int8_kv_bytes_per_token:
-    with ``--kv-dtype int8``; None where that is refused. context: the most tokens of a prompt and its answer;
+    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers, with a token's share of its
+    block's other state, which is state_bytes_per_block for `DEFAULT_BLOCK_SIZE` tokens. int8_kv_bytes_per_token: with
+    ``--kv-dtype int8``; None where that is refused. context: the most tokens of a prompt and its answer;
     stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
     """
 
@@ -51,6 +53,7 @@ class ModelDescription:
     quantised_bytes: dict[str, int] | None = None
     kv_bytes_per_token: int | None = None
     int8_kv_bytes_per_token: int | None = None
+    state_bytes_per_block: int = 0
     context: int | None = None
     stated_context: int | None = None
     reuse: str | None = None
@@ -81,6 +84,7 @@ def describe_model(
         return ModelDescription(name_or_path, _stated_architecture(path), "unknown", str(target), free, str(error))
     chosen = choose_dtype(dtype, source.stored_dtype(), target)
     geometry = shape.geometry
+    block_bytes = geometry.block_bytes(chosen, DEFAULT_BLOCK_SIZE)
     return ModelDescription(
         name_or_path,
         source.config.model_type,
@@ -89,16 +93,19 @@ def describe_model(
         free,
         None,
         parameters=shape.num_parameters,
-        layers=geometry.num_layers,
+        layers=geometry.num_layers + len(geometry.convolutions),
         computed_as=dtype_name(chosen),
         held=source.held,
         weight_bytes=source.num_bytes(shape, chosen),
         quantised_bytes=_quantised(source, shape, chosen),
-        kv_bytes_per_token=geometry.bytes_per_token(chosen),
-        int8_kv_bytes_per_token=None if geometry.head_dim % 2 else geometry.bytes_per_token(torch.int8),
+        kv_bytes_per_token=-(-block_bytes // DEFAULT_BLOCK_SIZE),
+        int8_kv_bytes_per_token=(
+            None if geometry.head_dim % 2 or geometry.convolutions else geometry.bytes_per_token(torch.int8)
+        ),
+        state_bytes_per_block=block_bytes - geometry.bytes_per_token(chosen) * DEFAULT_BLOCK_SIZE,
         context=geometry.context_length,
         stated_context=geometry.stated_context,
-        reuse=_reuse(chosen, target),
+        reuse=_reuse(chosen, target, "at whole blocks" if geometry.convolutions else "at any token"),
     )
 
 
@@ -116,7 +123,7 @@ def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> di
     return {width: FolderSource(source.path, width).num_bytes(shape, dtype) for width in widths}
 
 
-def _reuse(dtype: torch.dtype, device: torch.device) -> str:
+def _reuse(dtype: torch.dtype, device: torch.device, where: str) -> str:
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        return "at any token, equal to a cold run to the last bit, by the C++ kernels"
+        return f"{where}, equal to a cold run to the last bit, by the C++ kernels"
     return "at whole tiles or prefill chunks, equal to a cold run to the last bit, as the start's self-check finds"

@@ -22,6 +22,7 @@ from emberkv.engine.torch.layers import expert_shapes, linear_parts, output_laye
 from emberkv.engine.torch.model.attention_interface import calls_interface, use_interface
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
+from emberkv.engine.torch.model.short_convolution import ConvolutionGeometry, convolutions_of
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 SERVED_ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"})
@@ -73,7 +74,7 @@ def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 MOST_LAYERS = 1000
 _MOST_MODULES = 50_000
 _LONGEST_CONTEXT = 2**31 - 1
-SERVED_LAYER_TYPES = frozenset({"chunked_attention", "full_attention", "sliding_attention"})
+SERVED_LAYER_TYPES = frozenset({"chunked_attention", "conv", "full_attention", "sliding_attention"})
 
 _HARMLESS_ARGUMENTS = frozenset(
     {
@@ -130,8 +131,10 @@ class LayerGeometry:
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """All attention layers; they have the same heads, and keys are as wide as values.
+    """All layers that keep state. Those with attention have the same heads, and keys are as wide as values.
 
+    layers: those with attention. convolutions: those with a short convolution; a block holds their state after the
+    block's last token. ends_with_attention: whether no convolution comes after the last attention.
     vocab_size: rows of the embedding, the bound of every token id that the model can take.
     context_length: the most tokens that the model was made for and whose state stays valid; see `rotation_limit`.
     stated_context: what the model's config gives as its context; 0 where it is not known.
@@ -144,9 +147,12 @@ class ModelGeometry:
     context_length: int
     layers: tuple[LayerGeometry, ...]
     stated_context: int = 0
+    convolutions: tuple[ConvolutionGeometry, ...] = ()
+    ends_with_attention: bool = True
 
     @property
     def num_layers(self) -> int:
+        """Layers with attention."""
         return len(self.layers)
 
     @property
@@ -168,6 +174,15 @@ class ModelGeometry:
     def bytes_per_head(self, kv_dtype: torch.dtype) -> int:
         """Bytes of one head's key, or value, of one token: its values, and in int8 their scale."""
         return self.head_dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0)
+
+    def rows_per_block(self, block_size: int) -> int:
+        """How many times a layer's keys of a block would fill it, the convolutions' state being rounded up to that."""
+        state = sum(each.values for each in self.convolutions)
+        return 2 * self.num_kv_layers + -(-state // (block_size * self.num_kv_heads * self.head_dim))
+
+    def block_bytes(self, kv_dtype: torch.dtype, block_size: int) -> int:
+        """Bytes of a block: keys and values of its tokens, and the state after the last one."""
+        return self.rows_per_block(block_size) * block_size * self.num_kv_heads * self.bytes_per_head(kv_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +315,7 @@ def _inspect(config: PretrainedConfig) -> ModelShape:
     found = {name: linear_parts(module) for name, module in modules.items()}
     output = output_layer(model)
     return ModelShape(
-        _geometry(config, _trace(config, model)),
+        _geometry(config, _trace(config, model), convolutions_of(model)),
         shapes,
         parameters=frozenset(name for name, _ in model.named_parameters()),
         linears={name: tuple(parts[0].shape) for name, parts in found.items() if parts is not None},
@@ -369,7 +384,8 @@ def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
     named = ", ".join(layers) or type(model).__name__
     if model._is_stateful:
         raise _refuse(config, f"{named} keeps recurrent state")
-    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+    known = sum(isinstance(module, torch.nn.Conv1d) for module in model.modules()) == len(convolutions_of(model))
+    if not known:
         raise _refuse(config, f"{named} has convolutions over past tokens")
 
 
@@ -403,10 +419,14 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
     return calls
 
 
-def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
-    if [call.layer_idx for call in calls] != list(range(config.num_hidden_layers)):
+def _geometry(
+    config: PretrainedConfig, calls: list[_Call], convolutions: tuple[ConvolutionGeometry, ...]
+) -> ModelGeometry:
+    convolved = {each.layer for each in convolutions}
+    attending = [layer for layer in range(config.num_hidden_layers) if layer not in convolved]
+    if [call.layer_idx for call in calls] != attending:
         order = ", ".join(str(call.layer_idx) for call in calls) or "none"
-        raise _refuse(config, f"its layers ({config.num_hidden_layers}) attend not once each in order but: {order}")
+        raise _refuse(config, f"its layers ({len(attending)}) attend not once each in order but: {order}")
     if len({(call.query_shape, call.key_shape, call.value_shape) for call in calls}) != 1:
         raise _refuse(config, "its layers differ in heads or head size")
     first = calls[0]
@@ -428,6 +448,8 @@ def _geometry(config: PretrainedConfig, calls: list[_Call]) -> ModelGeometry:
         context_length=limit,
         layers=tuple(_layer(config, call) for call in calls),
         stated_context=int(context),
+        convolutions=convolutions,
+        ends_with_attention=attending[-1] == config.num_hidden_layers - 1,
     )
 
 

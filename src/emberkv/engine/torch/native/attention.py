@@ -158,7 +158,9 @@ class NativeStep(AttentionStep):
 
     def attend(self, call: LayerCall, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         window = self._limited(call.window)
-        only_wanted = call.layer == self._pool.geometry.num_layers - 1 and self._only_wanted
+        geometry = self._pool.geometry
+        is_last = geometry.ends_with_attention and call.layer == geometry.num_layers - 1
+        only_wanted = is_last and self._only_wanted
         plan = self._plan(window, only_wanted=only_wanted)
         if only_wanted:
             out = torch.zeros(queries.shape, dtype=queries.dtype)
