@@ -126,8 +126,8 @@ class ModelOptions:
     """Which model is loaded, and what computes it.
 
     model: a folder or a hub id; None: the bundled demonstration model. dtype: of the weights. kv_dtype: of the KV pool;
-    "auto": the activations'. device: "auto", or a name
-    that torch has. chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
+    "auto": the activations'. device: "auto", or a name that torch has.
+    chat_template: the name of one of the model's templates, or a file with one; None: the model's own.
     generation_config: "auto" takes the model's generation_config.json as defaults of sampling; "ignore" does not.
     kernels: what computes on a CPU: "native", "torch" or "auto" (see `find_kernels`). block_size: tokens of a KV block.
     machine_cache: a folder for the compiled kernels.
