@@ -11,9 +11,8 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
-from emberkv.cli.explain import Api, question_of
+from emberkv.cli.explain import NOTHING_FOUND, Api, question_of
 from emberkv.cli.main import app
-from emberkv.cli.suggestions import NOTHING_FOUND
 from emberkv.serving.canonical import Wildcard, load_rules
 from tests.serving.parsing.families import FAMILIES
 
