@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emberkv.core.policies.eviction import (
     FIFO,
@@ -210,11 +212,22 @@ def test_greedy_dual_weighs_cost_against_size_and_ages() -> None:
     policy.admit("dear", EntryCost(size=1, cost=4))  # rank 4
     policy.admit("large", EntryCost(size=4, cost=4))  # rank 1
     policy.admit("cheap", EntryCost(size=1, cost=1.5))  # rank 1.5
-    policy.release(["dear", "large", "cheap"])
+    for key in ("dear", "large", "cheap"):
+        policy.release([key])
     assert [policy.evict(), policy.evict()] == ["large", "cheap"]  # the age is 1.5 now
     policy.admit("newer", EntryCost(size=1, cost=3))
     policy.release(["newer"])  # rank 1.5 + 3
     assert [policy.evict(), policy.evict()] == ["dear", "newer"]
+
+
+@given(costs=st.lists(st.floats(min_value=0.1, max_value=10), min_size=1, max_size=12))
+def test_greedy_dual_evicts_a_chain_from_its_end_whatever_its_blocks_cost(costs: list[float]) -> None:
+    policy: GreedyDual[int] = GreedyDual()
+    for position, cost in enumerate(costs):
+        policy.admit(position, EntryCost(cost=cost))
+    from_its_end = list(reversed(range(len(costs))))
+    policy.release(from_its_end)
+    assert drain(policy) == from_its_end
 
 
 def test_greedy_dual_multiplies_by_the_count() -> None:

@@ -33,10 +33,10 @@ def test_a_request_larger_than_the_pool_is_refused_and_displaces_nothing() -> No
 def test_a_policy_is_told_what_a_block_is_worth() -> None:
     seen = [visit_of([2, 2]), visit_of([1]), visit_of([3]), visit_of([2, 2])]
     assert replay(seen, 3, "greedy-dual").hits == 1  # all alike: the tail goes first
-    heads_are_cheap = replay(
+    later_are_dear = replay(
         seen, 3, "greedy-dual", block_cost=lambda position: EntryCost(cost=5.0 if position else 1.0)
     )
-    assert heads_are_cheap.hits == 0
+    assert later_are_dear.hits == 2  # and with them the block before, without which they are not found
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -50,7 +50,9 @@ class EvictionPolicy(ABC, Generic[K]):
 
     @abstractmethod
     def release(self, keys: Iterable[K]) -> None:
-        """Held keys that may be evicted from now on, the first listed before the others where all else is equal."""
+        """Held keys that may be evicted from now on, the first listed before the others where all else is equal. Of a
+        chain of blocks, the last one is listed first.
+        """
 
     @abstractmethod
     def evict(self) -> K:
@@ -354,6 +356,10 @@ class GreedyDual(_Ranked[K]):
 
     GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998): rank = age + count * cost / size, and the age rises to the
     rank of each evicted entry, so that what was costly once and is never used again goes in the end.
+
+    Entries that are released together rank no lower than those listed before them: without a chain's first block the
+    others cannot be found, so that it is worth what they are. By their costs alone the first blocks, whose tokens
+    attend to fewer others, would be evicted before the rest of their chain.
     """
 
     def __init__(self) -> None:
@@ -362,6 +368,12 @@ class GreedyDual(_Ranked[K]):
 
     def _rank(self, history: _History) -> float:
         return self._age + history.count * history.cost.cost / history.cost.size
+
+    def release(self, keys: Iterable[K]) -> None:
+        rank = 0.0
+        for key in keys:
+            rank = max(rank, self._rank(self._histories[key]))
+            self._ranks.place(key, (rank, self._tick()))
 
     def _on_evict(self, rank: float) -> None:
         self._age = max(self._age, rank)
