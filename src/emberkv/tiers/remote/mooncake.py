@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from threading import Lock, Thread
@@ -51,7 +52,7 @@ _SETTINGS = {
 }
 """Of Mooncake's client, which takes them from the environment alone, when it is imported."""
 
-_OK, _EXISTS, _NO_ROOM = 0, 1, -200
+_OK, _EXISTS, _NO_ROOM, _NOT_FOUND = 0, 1, -200, -704
 _EXACT, _OTHER, _GONE = "e", "i", "gone"
 _ALL = "all"
 """In place of a hash: the marker of `MooncakeTier.clear`."""
@@ -130,7 +131,14 @@ class MooncakeClient:
 
     def remove(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key had a value, which is gone now. Raises RemoteTierError."""
-        return self._guarded(lambda: [code == _OK for code in self._call("batch_remove", list(keys), True)])
+
+        def ask() -> list[bool]:
+            codes = self._call("batch_remove", list(keys), True)
+            if faults := set(codes) - {_OK, _NOT_FOUND}:
+                raise ConnectionError(f"the master gives {min(faults)}")
+            return [code == _OK for code in codes]
+
+        return self._guarded(ask)
 
     def remove_like(self, pattern: str) -> int:
         """How many values there were whose keys match a regular expression, which are gone. Raises RemoteTierError."""
@@ -147,7 +155,8 @@ class MooncakeClient:
         """What this process has given to the store is gone from it."""
         store, self._store = self._store, None
         if store is not None and self.breaker.is_closed:  # else a call may still be on its way
-            _in_thread(store.close).exception(SETUP_SECONDS)
+            with suppress(TimeoutError):
+                _in_thread(store.close).exception(SETUP_SECONDS)
 
     def _call(self, method: str, *arguments: object) -> Any:
         if self._store is None:
@@ -208,6 +217,7 @@ class MooncakeTier(Tier):
 
     def connect(self) -> "MooncakeTier":
         """Itself, connected where the master answers."""
+        logger.warning("%s tier: Mooncake listens on all addresses of this machine, without a password", self.name)
         try:
             self._client.connect(SETUP_SECONDS)
         except RemoteTierError:
@@ -302,9 +312,11 @@ class MooncakeTier(Tier):
         return Removed(0, len(wanted), NOT_REACHED) if remember else Removed()
 
     def _remove(self, block_hashes: Sequence[bytes], *, marked: bool) -> int:
-        if marked:
-            self._mark([self._key(each, _GONE) for each in block_hashes])
+        markers = [self._key(each, _GONE) for each in block_hashes] if marked else []
+        has_room = self._mark(markers)
         gone = self._client.remove(self._keys(block_hashes))
+        if not has_room:  # now there is some
+            self._mark(markers)
         with self._lock:
             self._unremoved.difference_update(block_hashes)
         return sum(map(any, zip(gone[::2], gone[1::2], strict=True)))
@@ -321,8 +333,11 @@ class MooncakeTier(Tier):
         return Removed(0, 0, NOT_REACHED)
 
     def _clear(self) -> int:
-        self._mark([f"{self._space}:{_ALL}:{_GONE}"])
+        marker = f"{self._space}:{_ALL}:{_GONE}"
+        has_room = self._mark([marker])
         count = self._client.remove_like(f"^{self._space}:[0-9a-f]+:[{_EXACT}{_OTHER}]$")
+        if not has_room:
+            self._mark([marker])
         with self._lock:
             self._uncleared = False
         return count
@@ -360,11 +375,14 @@ class MooncakeTier(Tier):
     def close(self) -> None:
         self._client.close()
 
-    def _mark(self, keys: Sequence[str]) -> None:
+    def _mark(self, keys: Sequence[str]) -> bool:
+        """Keep blocks from being stored for a while. False where there is no room for the markers."""
+        if not keys:
+            return True
         end = self._clock() + MARKED_SECONDS
         with self._lock:
             self._marked.update(dict.fromkeys(keys, end))
-        self._client.put(dict.fromkeys(keys, b"-"))
+        return self._client.put(dict.fromkeys(keys, b"-"))
 
     def _kinds(self, block_hashes: Sequence[bytes]) -> list[str]:
         """`_asked`, of the blocks that this process may find; "" for all where the store does not answer."""
