@@ -33,16 +33,8 @@ def is_short_convolution(module: Any) -> bool:
     if type(conv) is not nn.Conv1d or "ShortConv" not in type(module).__name__:
         return False
     by_channel: bool = conv.groups == conv.in_channels == conv.out_channels and conv.stride == conv.dilation == (1,)
-    return (
-        by_channel
-        and conv.kernel_size[0] > 1
-        and {name for name, _ in module.named_children()}
-        == {
-            "conv",
-            "in_proj",
-            "out_proj",
-        }
-    )
+    parts = {name for name, _ in module.named_children()}
+    return by_channel and conv.kernel_size[0] > 1 and parts == {"conv", "in_proj", "out_proj"}
 
 
 def convolutions_of(model: nn.Module) -> tuple[ConvolutionGeometry, ...]:
