@@ -23,6 +23,7 @@ _PLAIN_TOKENS = 96
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _QUANTISED_TOLERANCE = 0.2  # of KV in 8 bits: attention of another kind differs by far more than this rounding
 _DECODED_TOKENS = 3
+_LAST_POSITION = 1 << 15  # of the trials; what a model does differently from some position on begins before it
 
 
 class PagedForward(Protocol):
@@ -99,7 +100,8 @@ def _decodes_as_it_prefills(engine: PagedForward) -> bool:
 def decoder_agrees(engine: PagedForward, decoder: NativeDecoder) -> bool:
     """Whether passes by ``decoder`` give logits and KV state the bits that the model's modules give them.
 
-    Tried as they are and with larger values, as some models clamp what is large. Leaves the engine without a decoder.
+    Tried as they are and with larger values, as some models clamp what is large; at the first positions and at the last
+    ones, as some scale their queries by position. Leaves the engine without a decoder.
     """
     for factor in (1.0, 1000.0):
         with decoder.larger_norms(factor):
@@ -109,11 +111,14 @@ def decoder_agrees(engine: PagedForward, decoder: NativeDecoder) -> bool:
             theirs = _some_passes(engine)
         if ours is None or theirs is None or not all(map(torch.equal, ours, theirs)):
             return False
+    decoder.drop_positions()
     return True
 
 
 def _some_passes(engine: PagedForward) -> list[Tensor] | None:
-    """Logits and blocks of a prefill, and of a step that decodes its sequence and another; None in too small a pool."""
+    """Logits and blocks of a prefill, and of a step that decodes its sequence and another, at the first positions and
+    at the last ones; None in too small a pool.
+    """
     length = engine.pool.block_size + 3
     blocks = _blocks_for_two(engine, length + 1)
     if blocks is None:
@@ -122,7 +127,24 @@ def _some_passes(engine: PagedForward) -> list[Tensor] | None:
     tokens = _made_up_tokens(engine.loaded, length + 2)
     prefilled = engine.prefill(tokens[:length], 0, first, sample=True)
     decoded = engine.decode(tokens[length:], [length + 1, 1], [first, second])
-    return [prefilled, decoded, engine.pool.blocks[first + second]]
+    last = _passes_at_the_last_positions(engine, first[0], (first[-1], second[-1]))
+    return [prefilled, decoded, *last, engine.pool.blocks[first + second]]
+
+
+def _passes_at_the_last_positions(engine: PagedForward, filled: int, free: tuple[int, int]) -> list[Tensor]:
+    """Logits of a prefill of two tokens, and of a step that decodes behind them and half as far in another sequence.
+
+    filled: a block whose keys and values precede them, over and over, so that long sequences need no more blocks.
+    """
+    stop = min(engine.loaded.context_length, _LAST_POSITION)
+    lengths = [stop, stop // 2]
+    tables = [
+        [filled] * ((length - 1) // engine.pool.block_size) + [block]
+        for length, block in zip(lengths, free, strict=True)
+    ]
+    tokens = _made_up_tokens(engine.loaded, 4)
+    prefilled = engine.prefill(tokens[:2], stop - 3, tables[0], sample=True)
+    return [prefilled, engine.decode(tokens[2:], lengths, tables)]
 
 
 def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[int]] | None:

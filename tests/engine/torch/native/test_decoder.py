@@ -91,7 +91,17 @@ class Halving(LlamaDecoderLayer):
         return result
 
 
-@pytest.mark.parametrize("kind", [Clamping, Halving])
+class Scaling(LlamaDecoderLayer):
+    """Has the parts of a layer, and does something else with them from some position on."""
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        positions = kwargs["position_ids"]
+        assert isinstance(positions, Tensor)
+        result: Tensor = super().forward(*args, **kwargs)  # type: ignore[arg-type]  # handed on
+        return torch.where((positions > 500).unsqueeze(-1), result * 0.5, result)
+
+
+@pytest.mark.parametrize("kind", [Clamping, Halving, Scaling])
 def test_a_layer_that_only_looks_like_one_is_left_to_the_modules(
     paged: ModelFactory, kernels: Kernels, kind: type[LlamaDecoderLayer]
 ) -> None:

@@ -65,6 +65,10 @@ class _Rotation:
     def __init__(self, module: nn.Module, layer_type: tuple[str, ...], dtype: torch.dtype, limit: int) -> None:
         self._module, self._layer_type, self._limit = module, layer_type, limit
         self._like = torch.empty(1, 1, dtype=dtype)
+        self.drop()
+
+    def drop(self) -> None:
+        """Keep the first position only."""
         self.cos, self.sin = self._computed(0, 1)
 
     @property
@@ -133,6 +137,12 @@ class NativeDecoder:
         self._kernels.decoder(call)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
+    def drop_positions(self) -> None:
+        """Free the memory of the rotations of a long sequence."""
+        for rotation in self._unique:
+            rotation.drop()
+        self._point_to_rotations()
+
     @contextmanager
     def larger_norms(self, factor: float) -> Iterator[None]:
         """Within this context every norm gives so many times what it gives, here and in the model's modules."""
@@ -189,8 +199,11 @@ class NativeDecoder:
         """See that each layer's tables have so many positions."""
         moved = [rotation.cover(positions) for rotation in self._unique]
         if any(moved) or not self._native[0].cos:
-            for layer, rotation in zip(self._native, self._rotations, strict=True):
-                layer.cos, layer.sin = rotation.cos.data_ptr(), rotation.sin.data_ptr()
+            self._point_to_rotations()
+
+    def _point_to_rotations(self) -> None:
+        for layer, rotation in zip(self._native, self._rotations, strict=True):
+            layer.cos, layer.sin = rotation.cos.data_ptr(), rotation.sin.data_ptr()
 
     def _scratch_elements(self, rows: int) -> int:
         """As decoder.cpp lays it out."""
@@ -238,7 +251,7 @@ def _layer(module: Any) -> _Layer | None:
     if attention is None or type(feedforward) is not nn.Sequential:
         return None
     pair, down = feedforward if len(feedforward) == 2 else (None, None)
-    # Ministral 3 scales its queries by their position, from one on that no trial reaches.
+    # Ministral 3 scales its queries by their position, from one on that a trial may not reach.
     if "position_ids" in inspect.signature(attention.forward).parameters:
         return None
     if not isinstance(pair, NativeGatedPair) or not isinstance(down, NativeLinear):
