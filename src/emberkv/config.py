@@ -162,7 +162,9 @@ class ModelSettings(_Settings):
     kv_dtype: of keys and values; "auto": the activations'; "int8": integers, with a scale for each token and KV head.
     kernels: what computes on a CPU. "native": C++, compiled at the first start, and an error where that fails;
     "torch": torch's own operations; "auto": C++ where it can be.
-    machine_cache: a folder for the compiled kernels, which only this machine's processor can use.
+    machine_cache: a folder for what holds for this machine alone: compiled kernels, and self-checks that were passed.
+    self_check: whether the start tries out the model: "auto" unless the same weights have passed it on this machine,
+    with the same versions and settings; "always" at each start.
     model_on_demand: the model is loaded when a request first needs it.
     """
 
@@ -179,6 +181,7 @@ class ModelSettings(_Settings):
     device: str = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     machine_cache: UserPath = Field(default_factory=machine_cache_folder)
+    self_check: Literal["auto", "always"] = "auto"
     model_on_demand: bool = False
 
 

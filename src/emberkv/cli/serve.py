@@ -152,6 +152,7 @@ def serve(
     kv_dtype: options.KVDtype = None,
     device: options.Device = None,
     kernels: options.Kernels = None,
+    self_check: options.SelfCheck = None,
     exact: options.Exact = None,
     prefix_cache: options.PrefixCache = None,
     prefill_chunk: options.PrefillChunk = None,

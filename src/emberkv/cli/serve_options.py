@@ -161,6 +161,14 @@ Kernels = Annotated[
         metavar="NAME", rich_help_panel=MODEL, help="CPU kernels: auto, native (C++) or torch. (default: auto)"
     ),
 ]
+SelfCheck = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        help="Try out the model at the start: auto, unless it has passed before, or always. (default: auto)",
+    ),
+]
 Exact = Annotated[
     bool | None,
     typer.Option("--exact", rich_help_panel=CACHE, help="Reuse only KV state that is bit-equal to a cold prefill's."),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
@@ -31,7 +32,8 @@ class EngineConfig:
     block_size: tokens of a KV block. prefill_chunk: tokens computed in a prefill pass, a multiple of it.
     max_step_tokens: token budget of a step that decodes and prefills. max_running: sequences at once. eviction: a name
     of `POLICY_NAMES`. exact: only KV state that is bit-equal to a cold prefill's is reused. prefix_cache: False
-    computes every prompt anew.
+    computes every prompt anew. self_checks: a folder in which self-checks that were passed are remembered; None: each
+    start makes one.
     """
 
     cache_bytes: int
@@ -44,6 +46,7 @@ class EngineConfig:
     prefix_cache: bool = True
     tiers: TierConfig = field(default_factory=TierConfig)
     weights: Mapping[str, float] = field(default_factory=dict)
+    self_checks: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

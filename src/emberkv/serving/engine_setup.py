@@ -50,6 +50,7 @@ def engine_config(
         prefix_cache=config.prefix_cache,
         tiers=tiers,
         weights=weights or {},
+        self_checks=config.machine_cache if config.self_check == "auto" else None,
     )
 
 

@@ -24,6 +24,7 @@ from emberkv.engine.torch.model.checkpoint import fetch_from_hub
 from emberkv.engine.torch.model.loader import KVDTypeName, LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
+from emberkv.engine.torch.passed_checks import PassedChecks, check_key
 from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
 from emberkv.engine.torch.sampling import Sampler
@@ -73,7 +74,15 @@ def checked_executor(
     sampler: Sampler | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> TorchEngine:
-    """An executor whose logits are the model's own. Raises ConfigError, and UnsupportedModelError if they are not."""
+    """An executor whose logits are the model's own. Raises ConfigError, and UnsupportedModelError if they are not.
+
+    Whether they are, and which bits are equal, is found by a self-check, or was found by the same one before.
+    """
+    passed = None if config.self_checks is None else PassedChecks(config.self_checks)
+    key = "" if passed is None else _check_key(loaded, config, kernels)
+    known = None if passed is None else passed.find(key)
+    if known is not None:
+        progress("self-check: passed before, with the same weights, machine and versions")
     try:
         executor = TorchEngine(
             loaded,
@@ -83,6 +92,7 @@ def checked_executor(
             kernels=kernels,
             sampler=sampler,
             progress=progress,
+            known=known,
         )
         executor.check_against_plain_forward()
     except EmberError:
@@ -93,7 +103,19 @@ def checked_executor(
             f"{loaded.name} cannot be served: a forward pass of {type(loaded.model).__name__} fails "
             f"({reason_of(error)})"
         ) from error
+    if passed is not None and known is None:
+        passed.keep(key, executor.findings)
     return executor
+
+
+def _check_key(loaded: LoadedModel, config: EngineConfig, kernels: Kernels | None) -> str:
+    return check_key(
+        loaded,
+        kernels,
+        cache_bytes=config.cache_bytes,
+        block_size=config.block_size,
+        prefill_chunk=config.prefill_chunk,
+    )
 
 
 def recompute_cost(loaded: LoadedModel, block_size: int) -> BlockCost:

@@ -33,6 +33,7 @@ from emberkv.engine.torch.native.layers import replace_layers
 from emberkv.engine.torch.recurrent import ConvolutionStep, convolution_step, use_recurrent_state
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
+    Findings,
     check_against_plain_forward,
     decoder_agrees,
     is_batch_invariant,
@@ -90,7 +91,7 @@ class TorchEngine:
     cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. kernels: compute attention and
     most layers on CPU; None leaves them to torch. tile: tokens whose attention torch computes together, a divisor of
     prefill_chunk; the kernels need none. sampler: chooses the tokens. progress: called with a short line at the start
-    of each stage.
+    of each stage. known: what a self-check of the same engine has found before; without it the engine makes one.
 
     Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
     in whatever chunk they are computed; a hit's full blocks end at a multiple of ``alignment``. It is a block with the
@@ -112,6 +113,7 @@ class TorchEngine:
         tile: int = TILE_TOKENS,
         sampler: Sampler | None = None,
         progress: Callable[[str], None] = lambda _: None,
+        known: Findings | None = None,
     ) -> None:
         if loaded.dtypes.kv not in (loaded.dtypes.activations, torch.int8):
             raise UnsupportedModelError(
@@ -126,8 +128,10 @@ class TorchEngine:
         self.pool = KVPool.of_bytes(
             loaded.geometry, loaded.dtypes.kv, cache_bytes, block_size, loaded.device, loaded.dtypes.activations
         )
-        progress("self-check 1 of 4: the model's own logits")
-        self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
+        self._expected: Tensor | None = None
+        if known is None:
+            progress("self-check 1 of 4: the model's own logits")
+            self._expected = plain_logits(loaded, self.pool.num_blocks * block_size)
         progress("arranging the weights")
         use_interface(self._model, ATTENTION_NAME)
         use_latents(self._model)
@@ -149,14 +153,18 @@ class TorchEngine:
         self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
         self._attention = self._make_attention()
         self.decoder: NativeDecoder | None = None
-        self.decoder = self._find_decoder()
-        progress("self-check 2 of 4: prefill whole and in pieces")
-        self.one_pass = is_tile_invariant(self)
+        self.decoder = self._find_decoder(known)
+        if known is None:
+            progress("self-check 2 of 4: prefill whole and in pieces")
+        self.one_pass = is_tile_invariant(self) if known is None else known.one_pass
         if not self.one_pass:
             self.alignment = prefill_chunk
             self._attention = self._make_attention()
-        progress("self-check 3 of 4: decode against prefill")
-        self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
+        if known is not None:
+            self.batch_invariant = known.batch_invariant
+        else:
+            progress("self-check 3 of 4: decode against prefill")
+            self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
 
     @property
     def _base(self) -> torch.nn.Module:
@@ -170,12 +178,14 @@ class TorchEngine:
             return NativeAttention(self.pool, self.kernels)
         return TorchAttention(self.pool, self.alignment)
 
-    def _find_decoder(self) -> NativeDecoder | None:
+    def _find_decoder(self, known: Findings | None) -> NativeDecoder | None:
         """What computes a pass in one call, if it gives the bits that the model's modules give."""
-        if self.kernels is None:
+        if self.kernels is None or (known is not None and not known.decoder):
             return None
         decoder = find_decoder(self._model, self.pool, self.kernels)
-        return decoder if decoder is not None and decoder_agrees(self, decoder) else None
+        if decoder is None or known is not None:
+            return decoder
+        return decoder if decoder_agrees(self, decoder) else None
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         """See `Executor.execute`."""
@@ -280,8 +290,17 @@ class TorchEngine:
         reuse = "decoded KV is exact" if self.batch_invariant else "decoded KV is not exact"
         return f"C++, vectors of {self.kernels.lanes}; {reuse}"
 
+    @property
+    def findings(self) -> Findings:
+        return Findings(self.one_pass, self.batch_invariant, self.decoder is not None)
+
     def check_against_plain_forward(self) -> None:
-        """Raises UnsupportedModelError: see `self_check.check_against_plain_forward`. Uses the pool's first blocks."""
+        """Nothing where a self-check was passed before. Uses the pool's first blocks.
+
+        Raises UnsupportedModelError: see `self_check.check_against_plain_forward`.
+        """
+        if self._expected is None:
+            return
         self._progress("self-check 4 of 4: logits through the KV pool")
         check_against_plain_forward(self, self._expected)
 

@@ -20,7 +20,8 @@ from torch import nn
 import emberkv.engine.torch
 from emberkv.core.hashing import BlockHash
 from emberkv.engine.torch.engine import TorchEngine
-from emberkv.engine.torch.model.loader import dtype_name
+from emberkv.engine.torch.model.loader import LoadedModel, dtype_name
+from emberkv.engine.torch.native.kernels import Kernels
 
 _FORMAT = b"emberkv-namespace-3"
 _OWN_SOURCES = Path(emberkv.engine.torch.__path__[0])
@@ -64,29 +65,37 @@ class Namespace:
 
 def namespace_of(engine: TorchEngine, root: BlockHash) -> Namespace:
     """The namespace of what ``engine`` computes in this process, as it is set up now."""
-    kernels, dtypes, device = engine.kernels, engine.loaded.dtypes, engine.loaded.device
+    found = namespace(
+        engine.loaded, engine.kernels, root, alignment=engine.alignment, batch_invariant=engine.batch_invariant
+    )
+    return dataclasses.replace(found, kv_dtype=dtype_name(engine.pool.dtype))
+
+
+def namespace(
+    loaded: LoadedModel, kernels: Kernels | None, root: BlockHash, *, alignment: int, batch_invariant: bool
+) -> Namespace:
+    """The namespace of what this process computes. kernels: those that do compute; None where torch does."""
+    dtypes, device = loaded.dtypes, loaded.device
     return Namespace(
         root=root,
         weights_dtype=dtype_name(dtypes.weights),
         activations_dtype=dtype_name(dtypes.activations),
-        kv_dtype=dtype_name(engine.pool.dtype),
-        layout=_layout(engine),
+        kv_dtype=dtype_name(dtypes.kv),
+        layout=_layout(dtypes.kv, kernels),
         kernels=kernels.identity if kernels is not None else "torch",
-        alignment=engine.alignment,
-        batch_invariant=engine.batch_invariant,
+        alignment=alignment,
+        batch_invariant=batch_invariant,
         libraries=(torch.__version__, str(torch.version.git_version), str(transformers.__version__)),
         processor=_processor(device),
         threads=torch.get_num_threads() if device.type != "cuda" else 0,
-        sources=tuple(
-            (path.name, sha256(path.read_bytes()).hexdigest()) for path in forward_sources(engine.loaded.model)
-        ),
+        sources=tuple((path.name, sha256(path.read_bytes()).hexdigest()) for path in forward_sources(loaded.model)),
     )
 
 
-def _layout(engine: TorchEngine) -> str:
-    if engine.pool.dtype is torch.int8:
+def _layout(kv_dtype: torch.dtype, kernels: Kernels | None) -> str:
+    if kv_dtype is torch.int8:
         return _INT8_LAYOUT
-    return "kernels" if engine.kernels is not None else _TORCH_LAYOUT
+    return "kernels" if kernels is not None else _TORCH_LAYOUT
 
 
 def _processor(device: torch.device) -> tuple[str, ...]:

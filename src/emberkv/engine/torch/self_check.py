@@ -5,6 +5,7 @@ The trials compute made-up tokens into the pool's first blocks.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,6 +25,23 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _QUANTISED_TOLERANCE = 0.2  # of KV in 8 bits: attention of another kind differs by far more than this rounding
 _DECODED_TOKENS = 3
 _LAST_POSITION = 1 << 15  # of the trials; what a model does differently from some position on begins before it
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the trials of a self-check that was passed have found.
+
+    one_pass, batch_invariant: see `TorchEngine`. decoder: a `NativeDecoder` gives the bits of the model's modules.
+    """
+
+    one_pass: bool
+    batch_invariant: bool
+    decoder: bool
+
+
+def tokens_that_count(prefill_chunk: int) -> int:
+    """So many tokens of a KV pool are enough for all trials; with fewer of them, some are not made."""
+    return max(_PLAIN_TOKENS, 8 * prefill_chunk)
 
 
 class PagedForward(Protocol):

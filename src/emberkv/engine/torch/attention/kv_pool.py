@@ -227,6 +227,11 @@ class KVPool:
         self._token_view.index_copy_(0, index[1], values.reshape(values.shape[0], -1))
 
 
+def tokens_of_pool(geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int) -> int:
+    """How many tokens the blocks of `KVPool.of_bytes` have room for."""
+    return num_bytes // geometry.block_bytes(dtype, block_size) * block_size
+
+
 def _or_memory_error(copy: Callable[[], Tensor]) -> Tensor:
     try:
         return copy()
