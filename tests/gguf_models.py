@@ -17,7 +17,7 @@ from emberkv.engine.torch.model.gguf_config import ARCHITECTURES
 KindOf = Callable[[str], Kind]
 """The type that a matrix is stored in, by its name in the file."""
 
-_CONTROL, _NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+_CONTROL, _NORMAL, _ADDED = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED
 
 
 def write_gguf(
@@ -96,10 +96,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
     described = tokenizer.backend_tokenizer
     vocabulary = described.get_vocab(with_added_tokens=True)
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    special = {token.content for token in described.get_added_tokens_decoder().values() if token.special}
+    added = described.get_added_tokens_decoder().values()
+    kinds = {token.content: _CONTROL if token.special else _ADDED for token in added}
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([_CONTROL if token in special else _NORMAL for token in tokens])
+    writer.add_token_types([kinds.get(token, _NORMAL) for token in tokens])
     writer.add_token_merges(_merges(described))
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)

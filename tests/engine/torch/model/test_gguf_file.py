@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.loader import load_model, load_tokenizer
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.gguf_models import write_gguf
-from tests.models import SUPPORTED, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, EOS, SUPPORTED, TURN_END, USER_START, tiny_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 83)[None]
@@ -64,6 +67,52 @@ def test_tokenizer_template_and_ends_are_the_files(tmp_path: Path) -> None:
     )
     assert (loaded.name, loaded.eos_token_ids) == ("small-one", {2})
     assert loaded.context_length == 4096
+
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = (
+    "She'd counted 1234567 lamps, hadn't she?\n\n  def area(x):\n\treturn x*2   ",
+    '<|im_start|>user\nDON\'T <tool_call>{"a": [1, 22, 333]}</tool_call><|im_end|>\n',
+    "Straße, caf\u00e9 and cafe\u0301; 東京は2024年。🙂 e\u0301\n \r\n x",
+)
+
+
+@pytest.mark.parametrize(
+    ("pre", "split", "normalizer"),
+    [
+        ("qwen2", LLAMA3_SPLIT.replace("{1,3}", ""), normalizers.NFC()),
+        ("llama-bpe", LLAMA3_SPLIT, None),
+    ],
+)
+def test_tokens_are_those_of_the_models_own_tokenizer(
+    tmp_path: Path, pre: str, split: str, normalizer: normalizers.Normalizer | None
+) -> None:
+    """Merges reach over the borders of words, so that another way to split gives other tokens."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), ByteLevel()
+    special = [EOS, USER_START, TURN_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=382, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    own.train_from_iterator([*TEXTS, *TEXTS], trainer)
+    own.add_tokens([AddedToken(name, normalized=False) for name in ("<tool_call>", "</tool_call>")])
+    words = pre_tokenizers.Split(Regex(split), behavior="isolated")
+    own.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    if normalizer is not None:
+        own.normalizer = normalizer
+    folder = checkpoint("qwen2", tmp_path / "plain")
+    ours = PreTrainedTokenizerFast(tokenizer_object=own, bos_token=EOS, eos_token=TURN_END)
+    ours.chat_template = CHAT_TEMPLATE
+    ours.save_pretrained(folder)
+    file = write_gguf(folder, tmp_path / "model.gguf", changed={"tokenizer.ggml.pre": pre})
+    read = load_tokenizer(str(file))
+    for text in TEXTS:
+        expected = ours.encode(text, add_special_tokens=False)
+        assert list(read.encode(text, add_special_tokens=False)) == expected
 
 
 def test_the_fingerprint_is_the_files_content(tmp_path: Path) -> None:
