@@ -42,6 +42,8 @@ class Namespace:
     many compute on a CPU. sources: name and digest of every file whose code may run in a forward pass.
 
     Exactness is a property of each stored block, not of the namespace.
+    A native decoder has no field: it computes only where the start found its bits equal to those of the model's modules
+    (`self_check.decoder_agrees`).
     """
 
     root: BlockHash
