@@ -82,13 +82,13 @@ class Session:
 
 def test_a_turn_finds_all_of_the_turn_before_at_the_other_worker(cluster: Cluster) -> None:
     assert cluster.gateway is not None
-    tried = 0
+    gateway, tried = cluster.gateway, 0
 
     def is_found() -> bool:
         """Whether the second turn of a new session has; a load is left out where computing looks cheaper."""
         nonlocal tried
         tried += 1
-        session = Session(cluster.gateway)
+        session = Session(gateway)
         called = session.ask("required", role="user", content=f"Question {tried}. {TEXT}")
         before = session.total_tokens, session.worker
         session.answer_call(called)
