@@ -57,7 +57,6 @@ FORMATS = (
     Format("bfloat16", "int8"),
     Format("bfloat16", "int4"),
     Format("bfloat16", kv_dtype="int8"),
-    Format("bfloat16", "int8", "int8"),
 )
 
 
