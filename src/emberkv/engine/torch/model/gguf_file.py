@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -142,6 +143,9 @@ class GGUFSource:
             raise UnsupportedModelError(
                 f"{self.path} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
             )
+        if self._fields.get("tokenizer.ggml.pre") == "qwen2":
+            described: Any = tokenizer.backend_tokenizer  # untyped
+            described.normalizer = NFC()  # of which a GGUF file does not speak, and Qwen's own tokenizers have
         return tokenizer
 
     def _require_known_splits(self) -> None:
