@@ -88,7 +88,7 @@ class Int8Rows:
     def write_keys(self, rows: Tensor, offsets: Tensor, keys: Tensor) -> None:
         """Round ``[tokens, heads, dim]`` into ``rows``, at these ``offsets`` of tokens within them."""
         rounded = QuantisedHeads.of(keys)
-        self._keys[rows, offsets] = rounded.integers.unflatten(-1, (-1, 2))
+        self._keys[rows, offsets] = rounded.integers.view(*keys.shape[:-1], -1, 2)
         self._scales[rows, offsets] = rounded.scales
 
     def write_values(self, rows: Tensor, offsets: Tensor, values: Tensor) -> None:
