@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +280,8 @@ class Startup:
 
     def _load(self) -> "tuple[ModelOnDevice, AssembledEngine, Warmup]":
         config = self._config
+        if config.kernels != "torch":
+            _let_torch_threads_sleep()
         with stages("importing PyTorch") as stage:
             try:
                 from emberkv.engine.torch import assembly  # noqa: PLC0415 - takes seconds, which show
@@ -333,6 +336,14 @@ def made_to_stay() -> Iterator[None]:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _let_torch_threads_sleep() -> None:
+    """Have PyTorch's OpenMP threads spin for microseconds only after an operation, because the kernels' own threads then
+    need the cores. GNU's OpenMP reads this when PyTorch is imported; what the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _on_a_thread_that_ends(work: Callable[[], T]) -> T:
