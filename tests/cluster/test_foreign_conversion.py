@@ -242,6 +242,16 @@ def test_a_call_without_a_number_goes_on_until_another_id() -> None:
     assert [(call.name, call.arguments) for call in answer.message.calls] == [("f", '{"a": 1}'), ("f", "{}")]
 
 
+def test_a_call_without_a_number_goes_on_where_each_chunk_has_an_id_of_its_own() -> None:
+    answer = ChatAnswer(0)
+    for number, (name, arguments) in enumerate((("f", '{"a"'), (None, ": 1}"), ("g", "{}"))):
+        given = chunk(None, arguments, name)
+        given["choices"][0]["delta"]["tool_calls"][0]["id"] = str(number)
+        answer.read_chunk(given)
+    answer.end()
+    assert [(call.name, call.arguments) for call in answer.message.calls] == [("f", '{"a": 1}'), ("g", "{}")]
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_an_answer_that_the_worker_aborted_is_an_error(streams: bool) -> None:
     @on_a_loop

@@ -17,7 +17,7 @@ from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.kinds import TierSpec
 from emberkv.tiers.remote.mooncake import MARKED_SECONDS, MooncakeTier
-from emberkv.tiers.remote.server import LONGEST_PAUSE, ServerAddress
+from emberkv.tiers.remote.server import ANSWER_SECONDS, LONGEST_PAUSE, ServerAddress
 from emberkv.tiers.remote.tier import NOT_REACHED
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
 from tests.tiers.harness import Clock
@@ -42,9 +42,11 @@ def opened(master: MooncakeMaster, tmp_path: Path) -> Iterator[Callable[..., Moo
     """Makes tiers that see no other test's blocks."""
     tiers: list[MooncakeTier] = []
 
-    def get(namespace: bytes = NAMESPACE, clock: Clock | None = None, *, given: int = GIVEN) -> MooncakeTier:
+    def get(namespace: bytes = NAMESPACE, clock: Clock | None = None, *, answer_seconds: float = 10) -> MooncakeTier:
         clock = clock or Clock()
-        tier = MooncakeTier(master.address, given, namespace=namespace, prefix=tmp_path.name, clock=clock)
+        tier = MooncakeTier(
+            master.address, GIVEN, namespace=namespace, prefix=tmp_path.name, answer_seconds=answer_seconds, clock=clock
+        )  # fmt: skip
         tiers.append(tier)
         comes_back(tier.connect(), clock)
         return tier
@@ -145,6 +147,28 @@ def test_clear_takes_what_all_processes_have_stored_of_this_model(opened: Callab
     assert second.store(ENTRIES[:3]).count == 3
 
 
+def test_markers_of_a_process_that_has_ended_are_taken_away_by_another(opened: Callable[..., MooncakeTier]) -> None:
+    clock = Clock()
+    first, second = opened(), opened(clock=clock)
+    second.store(ENTRIES)
+    assert first.clear() == Removed(len(ENTRIES))
+    assert second.store(ENTRIES).count == 0
+    clock.now += 2 * MARKED_SECONDS
+    second.refresh()  # in place of the first one, whose clock stands still
+    assert second.store(ENTRIES).count == len(ENTRIES)
+
+
+def test_many_blocks_are_removed_and_their_markers_taken_away(opened: Callable[..., MooncakeTier]) -> None:
+    clock = Clock()
+    tier = opened(clock=clock)
+    many = [TierEntry(number.to_bytes(32, "big"), "", b"x") for number in range(1100)]
+    assert tier.store(many).count == len(many)
+    assert tier.remove([entry.block_hash for entry in many]) == Removed(len(many))
+    clock.now += MARKED_SECONDS
+    tier.refresh()
+    assert tier.store(many).count == len(many)
+
+
 def test_what_has_no_room_goes_or_is_not_stored(opened: Callable[..., MooncakeTier]) -> None:
     tier = opened()
     blocks = [TierEntry(number.to_bytes(32, "big"), "", bytes(2**20)) for number in range(200)]
@@ -157,7 +181,7 @@ def test_a_frozen_master_costs_its_deadline_once_and_is_used_again(
     master: MooncakeMaster, opened: Callable[..., MooncakeTier]
 ) -> None:
     clock = Clock()
-    tier = opened(clock=clock)
+    tier = opened(clock=clock, answer_seconds=ANSWER_SECONDS)
     tier.store(ENTRIES)
     master.send(signal.SIGSTOP)
     try:
@@ -178,7 +202,7 @@ def test_a_restarted_master_has_lost_the_blocks_and_takes_them_again(
     master: MooncakeMaster, opened: Callable[..., MooncakeTier]
 ) -> None:
     clock = Clock()
-    tier = opened(clock=clock)
+    tier = opened(clock=clock, answer_seconds=ANSWER_SECONDS)
     tier.store(ENTRIES)
     master.kill()
     eventually(lambda: tier.query(IDS) == 0)

@@ -339,8 +339,8 @@ def made_to_stay() -> Iterator[None]:
 
 
 def _let_torch_threads_sleep() -> None:
-    """Have PyTorch's OpenMP threads spin for microseconds only after an operation, because the kernels' own threads then
-    need the cores. GNU's OpenMP reads this when PyTorch is imported; what the user has set stays.
+    """Have PyTorch's OpenMP threads spin for microseconds only after an operation, when the kernels' own threads need
+    the cores. GNU's OpenMP reads this when PyTorch is imported; what the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

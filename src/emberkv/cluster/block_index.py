@@ -141,6 +141,9 @@ class BlockIndex:
             return
         before, base = self._column_in(replica, tier), 0 if tier == SHARED else self._columns[replica]
         column = self._new_column()
+        if column == before:  # it became clean in the tiers of a forgotten replica, not in this one
+            column = self._new_column()
+            self._clean.append(before)
         if tier == SHARED:
             self._shared_column = column
         else:

@@ -180,7 +180,7 @@ class EndedAnswer(Protocol):
 def log_finished(
     request: RequestContext, request_id: str, answer: EndedAnswer, timer: AnswerTimer, summary: CacheSummary
 ) -> None:
-    """Log one answer. All that is logged is a number, or a name that the server or its operator gave."""
+    """Log one answer. No text of prompts and answers is logged; names that clients give are cut to plain letters."""
     seconds = timer.first_token_seconds
     finish = answer.finish_reason or FinishReason.ABORT
     fields = {

@@ -1,13 +1,13 @@
 """Retention: a priority with an end and a cap."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.policies.eviction import LFU, LRU, EntryCost
+from emberkv.core.policies.eviction import LFU, LRU, EntryCost, GreedyDual
 from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.errors import ConfigError
 
@@ -47,6 +47,17 @@ def test_expired_keys_go_in_the_order_of_all_others() -> None:
     assert not policy.is_retained(0)
     assert policy.is_retained(1)
     assert drain(policy) == [2, 3, 0, 1]  # its end counts as a release: 0 is the most recent
+
+
+@pytest.mark.parametrize("ends", [lambda policy: policy.expire(10), lambda policy: policy.unretain(range(5))])
+def test_a_chain_goes_from_its_end_once_its_retention_has_ended(ends: Callable[[Retaining[int]], None]) -> None:
+    policy: Retaining[int] = Retaining(GreedyDual(), max_bytes=math.inf)
+    for key in range(5):
+        policy.admit(key, EntryCost(cost=1.0 + key))
+    policy.retain(range(5), until=10)
+    policy.release(reversed(range(5)))
+    ends(policy)
+    assert drain(policy) == [4, 3, 2, 1, 0]
 
 
 def test_a_later_end_holds_against_a_sooner_one() -> None:

@@ -155,7 +155,8 @@ def _as_part(choice: Any) -> Any:
     if not isinstance(message, dict):
         return choice
     calls = message.get("tool_calls")
-    numbered = [{"index": index, **call} for index, call in enumerate(calls)] if calls else []
+    objects = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    numbered = [{"index": index, **call} for index, call in enumerate(objects)]
     delta = {**message, "tool_calls": numbered} if numbered else message
     return {**{name: value for name, value in choice.items() if name != "message"}, "delta": delta}
 

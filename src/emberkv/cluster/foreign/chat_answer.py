@@ -164,11 +164,13 @@ class ChatAnswer:
             self._begin_call(given)
 
     def _unnumbered(self, call_id: object, name: object) -> int:
-        """The index of a call without one: the last call's, unless its id or name shows that another call begins."""
+        """The index of a call without one: the last call's, unless a name comes with another id, or a second one
+        without an id. Some servers give each chunk of a call an id of its own.
+        """
         last = max(self._given, default=0)
         known = self._given.get(last, _GivenCall())
-        is_another = call_id != known.call_id if call_id and known.call_id else bool(name and known.name)
-        return last + is_another
+        is_same = bool(call_id) and call_id == known.call_id
+        return last + (bool(name and known.name) and not is_same)
 
     def _begin_call(self, call: _GivenCall) -> None:
         """Begin to pass on a call, with the arguments that it has already."""

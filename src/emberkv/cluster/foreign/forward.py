@@ -288,6 +288,9 @@ async def _whole(attempt: Attempt, response: "aiohttp.ClientResponse", headers: 
     if response.status == 200 and chat is not None:
         chat.read_whole(answer)
         fault = chat.error or ("" if choices_of(answer) else _NO_CHOICES)
+    if response.status == 200 and attempt.request.streams and not fault:
+        has_ended = all(isinstance(each, dict) and each.get("finish_reason") for each in choices_of(answer))
+        fault = "" if has_ended else "the worker's answer has no finish_reason"
     if response.status != 200 or fault:
         attempt.refused()
     else:

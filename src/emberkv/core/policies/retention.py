@@ -1,6 +1,6 @@
 """Retention: entries that are to be kept until a time are evicted after all others. A priority, never a lock."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy, K, Ranking
@@ -81,19 +81,22 @@ class Retaining(EvictionPolicy[K]):
 
     def give_up_one(self) -> None:
         """End the retention that ends soonest. Raises KeyError where nothing is retained."""
-        self._end(self._retained.first()[0])
+        key, _ = self._retained.first()
+        self._retained.remove(key)
+        self._ended([key])
 
     def unretain(self, keys: Iterable[K]) -> None:
-        for key in reversed(list(keys)):
-            if key in self._retained:
-                self._end(key)
+        ended = [key for key in dict.fromkeys(reversed(list(keys))) if key in self._retained]
+        for key in ended:
+            self._retained.remove(key)
+        self._ended(ended)
 
     def expire(self, now: float) -> None:
-        while self._retained:
-            key, (until, _) = self._retained.first()
-            if until > now:
-                return
-            self._end(key)
+        ended: list[K] = []
+        while self._retained and self._retained.first()[1][0] <= now:
+            ended.append(self._retained.first()[0])
+            self._retained.remove(ended[-1])
+        self._ended(ended)
 
     def admit(self, key: K, cost: EntryCost) -> None:
         self._sizes[key] = cost.size
@@ -161,9 +164,12 @@ class Retaining(EvictionPolicy[K]):
         if key in self._released:
             self._evictable.place(key, rank)
 
-    def _end(self, key: K) -> None:
-        self._retained.remove(key)
-        self._retained_bytes -= self._sizes[key]
-        if key in self._released:
+    def _ended(self, keys: Sequence[K]) -> None:
+        """Give keys whose retention has ended back to the inner policy. keys: of a chain the last first, and together,
+        because policies order what is released at once.
+        """
+        self._retained_bytes -= sum(self._sizes[key] for key in keys)
+        released = [key for key in keys if key in self._released]
+        for key in released:
             self._evictable.remove(key)
-            self._inner.release((key,))
+        self._inner.release(released)

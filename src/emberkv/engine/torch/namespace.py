@@ -6,6 +6,7 @@ process would compute. It is checked whenever a stored block is read.
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from emberkv.engine.torch.native.kernels import Kernels
 
 _FORMAT = b"emberkv-namespace-3"
 _OWN_SOURCES = Path(emberkv.engine.torch.__path__[0])
+_LIBRARY_SETTINGS = ("DNNL_", "MKL_", "ONEDNN_")
+"""What variables begin with by which oneDNN and MKL choose their kernels and precision."""
+
 _LIBRARY = "transformers."
 _MODELS = "transformers.models."
 _TORCH_LAYOUT = "layers-kv-tokens-heads-dim.1"
@@ -105,7 +109,8 @@ def _processor(device: torch.device) -> tuple[str, ...]:
         cudnn: Any = torch.backends.cudnn  # its functions are untyped
         return (torch.cuda.get_device_name(device), str(torch.version.cuda), str(cudnn.version()))
     instructions = sorted(name for name, present in torch.cpu.get_capabilities().items() if present is True)
-    return (device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), *instructions)
+    libraries = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_LIBRARY_SETTINGS))
+    return (device.type, platform.machine(), torch.backends.cpu.get_cpu_capability(), *instructions, *libraries)
 
 
 def forward_sources(model: nn.Module) -> list[Path]:

@@ -45,11 +45,10 @@ BUFFER_BYTES = 128 * 2**20
 _AT_ONCE = 8
 """Blocks read or stored in one call; the largest blocks have several MiB."""
 
-_SETTINGS = {
-    "MC_LOG_LEVEL": "ERROR",
-    "MC_RPC_TIMEOUT_MS": f"{ANSWER_SECONDS * 1000:.0f}",
-    "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-}
+_REMOVED_AT_ONCE = 512
+"""Blocks removed in one call, which has a deadline."""
+
+_SETTINGS = {"MC_LOG_LEVEL": "ERROR", "MC_STORE_CLIENT_SETUP_RETRIES": "1"}
 """Of Mooncake's client, which takes them from the environment alone, when it is imported."""
 
 _OK, _EXISTS, _NO_ROOM, _NOT_FOUND = 0, 1, -200, -704
@@ -62,14 +61,21 @@ class MooncakeClient:
     """One connection to the store, with a deadline for each call and a breaker. Thread-safe.
 
     A call that takes too long goes on in a thread of its own, and its result is dropped. address: of the master.
-    given_bytes: of this process's memory, which become part of the store. clock: seconds, for the breaker. Raises
-    ConfigError where the package is not installed.
+    given_bytes: of this process's memory, which become part of the store. answer_seconds: the deadline of a call;
+    Mooncake's own is that of the process's first connection. clock: seconds, for the breaker. Raises ConfigError where
+    the package is not installed.
     """
 
     def __init__(
-        self, address: ServerAddress, given_bytes: int, troubles: Troubles, *, clock: Callable[[], float]
+        self,
+        address: ServerAddress,
+        given_bytes: int,
+        troubles: Troubles,
+        *,
+        answer_seconds: float,
+        clock: Callable[[], float],
     ) -> None:
-        for name, value in _SETTINGS.items():
+        for name, value in {**_SETTINGS, "MC_RPC_TIMEOUT_MS": f"{answer_seconds * 1000:.0f}"}.items():
             os.environ.setdefault(name, value)
         try:
             from mooncake.store import MooncakeDistributedStore  # noqa: PLC0415 - an optional dependency
@@ -82,16 +88,19 @@ class MooncakeClient:
         self._place = urlsplit(address.url).netloc
         self._given_bytes = given_bytes
         self._troubles = troubles
+        self._answer_seconds = answer_seconds
         self._store: Any = None
         self._connecting: Future[Any] | None = None
         self.breaker = CircuitBreaker(first_pause=FIRST_PAUSE, longest_pause=LONGEST_PAUSE, clock=clock)
 
-    def connect(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Connect where that is not done yet. Raises RemoteTierError; the attempt may still succeed later."""
+    def connect(self, seconds: float | None = None) -> None:
+        """Connect where that is not done yet, within the deadline of a call unless ``seconds`` are given. Raises
+        RemoteTierError; the attempt may still succeed later.
+        """
         if self._store is None:
             if self._connecting is None or self._connecting.done():
                 self._connecting = _in_thread(self._connected)
-            self._guarded(partial(self._connecting.result, seconds))
+            self._guarded(partial(self._connecting.result, self._answer_seconds if seconds is None else seconds))
 
     def _connected(self) -> None:
         store = self._new_store()
@@ -161,7 +170,7 @@ class MooncakeClient:
     def _call(self, method: str, *arguments: object) -> Any:
         if self._store is None:
             raise ConnectionError("not connected")
-        return _in_thread(partial(getattr(self._store, method), *arguments)).result(ANSWER_SECONDS)
+        return _in_thread(partial(getattr(self._store, method), *arguments)).result(self._answer_seconds)
 
     def _guarded(self, call: Callable[[], T]) -> T:
         try:
@@ -200,6 +209,7 @@ class MooncakeTier(Tier):
         namespace: bytes,
         name: str = "remote",
         prefix: str = PREFIX,
+        answer_seconds: float = ANSWER_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -208,12 +218,12 @@ class MooncakeTier(Tier):
         self._space = f"{prefix}:{sha256(namespace).hexdigest()[:32]}"
         self._clock = clock
         self._troubles = Troubles(logger, f"{name} tier")
-        self._client = MooncakeClient(address, given_bytes, self._troubles, clock=clock)
+        self._client = MooncakeClient(address, given_bytes, self._troubles, answer_seconds=answer_seconds, clock=clock)
         self._lock = Lock()  # what follows
         self._skipped: Counter[str] = Counter()
         self._unremoved: set[bytes] = set()
         self._uncleared = False
-        self._marked: dict[str, float] = {}  # this process's markers, by key, with their ends
+        self._marked: dict[str, float] = {}  # markers by key, with the times at which this process takes them away
 
     def connect(self) -> "MooncakeTier":
         """Itself, connected where the master answers."""
@@ -312,14 +322,17 @@ class MooncakeTier(Tier):
         return Removed(0, len(wanted), NOT_REACHED) if remember else Removed()
 
     def _remove(self, block_hashes: Sequence[bytes], *, marked: bool) -> int:
-        markers = [self._key(each, _GONE) for each in block_hashes] if marked else []
-        has_room = self._mark(markers)
-        gone = self._client.remove(self._keys(block_hashes))
-        if not has_room:  # now there is some
-            self._mark(markers)
-        with self._lock:
-            self._unremoved.difference_update(block_hashes)
-        return sum(map(any, zip(gone[::2], gone[1::2], strict=True)))
+        count = 0
+        for batch in _batches(block_hashes, _REMOVED_AT_ONCE):
+            markers = [self._key(each, _GONE) for each in batch] if marked else []
+            has_room = self._mark(markers)
+            gone = self._client.remove(self._keys(batch))
+            if not has_room:  # now there is some
+                self._mark(markers)
+            with self._lock:
+                self._unremoved.difference_update(batch)
+            count += sum(map(any, zip(gone[::2], gone[1::2], strict=True)))
+        return count
 
     def clear(self) -> Removed:
         """As `remove`, of all blocks of this model, those that other processes have stored included."""
@@ -350,16 +363,17 @@ class MooncakeTier(Tier):
             self._client.connect()
             self._client.exist([self._space])
             with self._lock:
-                left, uncleared = list(self._unremoved), self._uncleared
-                over = [key for key, end in self._marked.items() if end <= self._clock()]
+                left, uncleared, now = list(self._unremoved), self._uncleared, self._clock()
+                over = [key for key, end in self._marked.items() if end <= now]
             if uncleared:
                 self._clear()
             if left:
                 self._remove(left, marked=True)
-            if over:
-                self._client.remove(over)
+            for batch in _batches(over, _REMOVED_AT_ONCE):
+                self._client.remove(batch)
                 with self._lock:
-                    self._marked = {key: end for key, end in self._marked.items() if key not in over}
+                    for key in batch:
+                        self._marked.pop(key, None)
         except RemoteTierError:
             return
 
@@ -384,6 +398,14 @@ class MooncakeTier(Tier):
             self._marked.update(dict.fromkeys(keys, end))
         return self._client.put(dict.fromkeys(keys, b"-"))
 
+    def _note_markers(self, keys: Sequence[str]) -> None:
+        """Take these away, too, after a while: the process that left them may have ended."""
+        if keys:
+            end = self._clock() + 2 * MARKED_SECONDS
+            with self._lock:
+                for key in keys:
+                    self._marked.setdefault(key, end)
+
     def _kinds(self, block_hashes: Sequence[bytes]) -> list[str]:
         """`_asked`, of the blocks that this process may find; "" for all where the store does not answer."""
         if not block_hashes or not self._client.breaker.is_closed:
@@ -401,7 +423,10 @@ class MooncakeTier(Tier):
         """For each block `_EXACT`, `_OTHER`, `_GONE` for one that was lately removed, or "". Raises RemoteTierError."""
         kinds = (_EXACT, _OTHER, _GONE)
         keys = [self._key(each, kind) for each in block_hashes for kind in kinds]
-        *found, is_cleared = self._client.exist([*keys, f"{self._space}:{_ALL}:{_GONE}"])
+        cleared = f"{self._space}:{_ALL}:{_GONE}"
+        *found, is_cleared = self._client.exist([*keys, cleared])
+        markers = [key for key, exists in zip(keys[2::3], found[2::3], strict=True) if exists]
+        self._note_markers([*markers, cleared] if is_cleared else markers)
         return [
             _GONE if is_cleared or gone else _EXACT if exact else _OTHER if other else ""
             for exact, other, gone in zip(found[::3], found[1::3], found[2::3], strict=True)
@@ -440,8 +465,8 @@ def _entry(block_hash: bytes, value: bytes, *, exact: bool) -> TierEntry | None:
         return None
 
 
-def _batches(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[begin : begin + _AT_ONCE] for begin in range(0, len(items), _AT_ONCE)]
+def _batches(items: Sequence[T], size: int = _AT_ONCE) -> list[Sequence[T]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 def _in_thread(call: Callable[[], T]) -> "Future[T]":

@@ -4,6 +4,7 @@ A router gives each row its few experts and their weights, and the row's outputs
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from math import gcd
 from types import SimpleNamespace
@@ -326,6 +327,8 @@ def _router(module: Any, kernels: Kernels) -> NativeRouter | None:
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     kind = type(module)
     if not (kind.__name__.endswith(("Router", "Gate")) and kind not in (nn.Linear, Conv1D)):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # LFM2-MoE's takes a bias, too
         return None
     if weight is None or weight.ndim != 2 or not takes(weight):
         return None

@@ -208,7 +208,7 @@ def _gated(module: Any, kernels: Kernels) -> nn.Module | None:
     if not same:
         return None
     native = nn.Sequential(NativeGatedPair(kernels, gate, up, same[0]), down)
-    dtype = gate.dtype if isinstance(gate, Tensor) else down.dtype
+    dtype = gate.dtype if isinstance(gate, Tensor) else down.weight.dtype
     return native if alike(native, module, gate.shape[1], dtype) else None
 
 

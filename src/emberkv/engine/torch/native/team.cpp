@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sys/syscall.h>
+#include <system_error>
 #include <unistd.h>
 
 namespace emberkv {
@@ -66,7 +67,12 @@ Team& Team::of_this_thread(int threads) {
 }
 
 Team::Team(int threads) : threads_(threads), shares_(new Share[size_t(threads)]) {
-    for (int member = 1; member < threads; member++) workers_.emplace_back([this, member] { work(member); });
+    workers_.reserve(size_t(threads));
+    try {
+        for (int member = 1; member < threads; member++) workers_.emplace_back([this, member] { work(member); });
+    } catch (const std::system_error&) {
+        // The system gives no more threads. Those that are there take the others' chunks, too.
+    }
 }
 
 Team::~Team() {
