@@ -143,10 +143,15 @@ def test_the_second_turn_is_cached_and_says_where(calm: Cluster) -> None:
     assert second.headers["x-emberkv-route"].startswith("worker=a;why=")
 
 
-def test_a_gateway_has_no_torch_and_says_how_its_workers_are(calm: Cluster) -> None:
-    assert calm.gateway is not None
-    assert "libtorch" not in Path(f"/proc/{calm.gateway.process.pid}/maps").read_text()
+def test_a_gateway_has_no_torch(calm: Cluster, tmp_path: Path) -> None:
+    options = ("--worker", calm.workers["a"].url, "--cluster-secret-file", str(calm.secret_file))
+    with serving(tmp_path, *options, through=("env",), command="gateway") as gateway:
+        assert "libtorch" not in Path(f"/proc/{gateway.process.pid}/maps").read_text()
     assert "libtorch" in Path(f"/proc/{calm.workers['a'].process.pid}/maps").read_text()
+
+
+def test_a_gateway_says_how_its_workers_are(calm: Cluster) -> None:
+    assert calm.gateway is not None
     eventually(lambda: calm.status("a")["index"] == "exact")
     assert calm.gateway.metric("emberkv_worker_status", worker="a", status="up") == 1
     assert calm.gateway.metric("emberkv_worker_index_exact", worker="a") == 1
