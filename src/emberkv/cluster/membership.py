@@ -360,7 +360,7 @@ class Membership:
                 if await self._meet(worker):
                     await self._listen(worker)
             except _EventsEndedError as error:
-                if error.has_reported:  # it may have unloaded its model, which `_meet` is told of
+                if error.has_reported:  # it may have unloaded its model: `_meet` reads its new state
                     continue
                 self.set_status(worker, WorkerStatus.DOWN, str(error))
             except ModelNotLoadedError as error:

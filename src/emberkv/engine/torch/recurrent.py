@@ -1,7 +1,7 @@
 """Layers that keep state beside keys and values, over the blocks of the pool: LFM2's short convolutions.
 
 A block holds the state after the last token that was computed into it. So the state before a run of tokens lies in the
-block of the token before it, and a block that is full can be continued from, whoever computed it.
+block of the token before it, and any sequence whose prefix ends with a full block can continue from it.
 """
 
 from collections.abc import Iterator, Sequence

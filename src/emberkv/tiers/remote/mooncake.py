@@ -128,7 +128,7 @@ class MooncakeClient:
         return self._guarded(lambda: list(self._call("get_batch", list(keys)))) if keys else []
 
     def put(self, values: dict[str, bytes]) -> bool:
-        """Store what has no value yet. False where there is no room. Raises RemoteTierError."""
+        """Store the values whose keys have none yet. False if the store is out of memory. Raises RemoteTierError."""
 
         def ask() -> bool:
             code = self._call("put_batch", list(values), list(values.values()))
@@ -390,7 +390,7 @@ class MooncakeTier(Tier):
         self._client.close()
 
     def _mark(self, keys: Sequence[str]) -> bool:
-        """Keep blocks from being stored for a while. False where there is no room for the markers."""
+        """Write markers that keep blocks from being stored for a while. False if the store is out of memory."""
         if not keys:
             return True
         end = self._clock() + MARKED_SECONDS

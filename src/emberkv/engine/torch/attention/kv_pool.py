@@ -228,7 +228,7 @@ class KVPool:
 
 
 def tokens_of_pool(geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int) -> int:
-    """How many tokens the blocks of `KVPool.of_bytes` have room for."""
+    """The capacity in tokens of a pool made by `KVPool.of_bytes`."""
     return num_bytes // geometry.block_bytes(dtype, block_size) * block_size
 
 
