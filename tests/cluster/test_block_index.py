@@ -172,6 +172,17 @@ def test_a_tier_of_a_large_replica_is_cleared_in_parts() -> None:
     assert len(index) == 20
 
 
+def test_the_shared_tiers_own_column_is_not_taken_again_while_it_is_being_cleared() -> None:
+    index = BlockIndex()
+    blocks = [sha256(number.to_bytes(4, "little")).digest() for number in range(100_000)]
+    index.add(0, blocks[:10])
+    index.forget(0)  # its column, which is the shared tier's as well, becomes clean
+    index.add(1, blocks, "shared")
+    index.apply(1, AllBlocksCleared("shared"))
+    index.add(1, blocks[:2], "shared")
+    assert index.matches(blocks, 2) == [{"shared": 2}, {"shared": 2}]
+
+
 def test_a_row_takes_sixteen_bytes_and_at_least_three_of_ten_are_used() -> None:
     rng, index = Random(1), BlockIndex()
     for slot in range(64):

@@ -332,6 +332,17 @@ async def test_a_client_that_asks_for_a_stream_gets_one_of_a_worker_that_does_no
         assert part["choices"] == [{"index": 0, "delta": delta, "finish_reason": "stop"}]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_whole_answer_without_a_reason_to_end_is_not_a_complete_stream(path: str) -> None:
+    @on_a_loop
+    async def ask() -> None:
+        async with served(FakeOpenAI(streams=False, message={"content": "I"}, reason=None)) as it:
+            answer = await it.ask(chat(stream=True, max_tokens=4), path)
+            assert (answer.status_code, "has no finish_reason" in answer.text) == (502, True)
+
+    ask()
+
+
 @on_a_loop
 async def test_a_request_that_ends_its_connections_leaves_the_workers_up_and_is_given_up() -> None:
     servers = [FakeOpenAI(dies_after=0) for _ in range(3)]

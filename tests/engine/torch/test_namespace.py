@@ -188,6 +188,10 @@ def test_threads_and_versions_of_this_process_are_in_it(paged: ModelFactory, mon
         assert namespace_of(made, ROOT) == replace(before, threads=threads + 1)
     finally:
         torch.set_num_threads(threads)
+    with monkeypatch.context() as settings:
+        settings.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+        assert namespace_of(made, ROOT) != before
+    assert namespace_of(made, ROOT) == before
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     assert namespace_of(made, ROOT) == replace(before, libraries=(*before.libraries[:2], "5.99.0"))
 
