@@ -143,3 +143,28 @@ def test_quantised_layers_of_a_model_are_computed_by_the_kernels(kernels: Kernel
     assert model[0].weight.shape == (64, 96)
     assert model[0].weight.dtype is torch.bfloat16
     torch.testing.assert_close(model(inputs), expected, rtol=2e-2, atol=5e-2)
+
+
+class HalfQuantised(nn.Module):
+    """A gated layer whose last product is plain, as one of a size that groups do not divide is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (
+            QuantizedLinear(weight_of(8, 32, False, 80, 96, seed), None, torch.float32) for seed in (0, 1)
+        )
+        self.down_proj = nn.Linear(80, 96, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(rows)) * self.up_proj(rows))
+        return out
+
+
+@torch.inference_mode()
+def test_quantised_and_plain_layers_make_a_gated_pair(kernels: Kernels) -> None:
+    model, inputs = nn.Sequential(HalfQuantised()), values(5, 96, seed=2)
+    expected = model(inputs)
+    replace_layers(model, kernels)
+    assert any(isinstance(module, NativeGatedPair) for module in model.modules())
+    assert relative_error(model(inputs), expected) < 1e-4
