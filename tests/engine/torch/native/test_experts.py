@@ -126,6 +126,20 @@ def test_routers_choose_as_before_and_a_row_depends_on_itself_alone(
         assert all(map(torch.equal, ours(rows[start:stop]), (each[start:stop] for each in (logits, weights, chosen))))
 
 
+class BiasedRouter(MixtralTopKRouter):
+    """A router whose layer gives it the bias of each expert, as LFM2's mixtures do."""
+
+    def forward(self, hidden_states: Tensor, bias: Tensor) -> Any:
+        return super().forward(hidden_states + bias)
+
+
+def test_a_router_that_takes_more_than_rows_stays_as_it_is(kernels: Kernels, dtype: torch.dtype) -> None:
+    make: Any = BiasedRouter
+    model = nn.Sequential(random(make(config("mixtral")), dtype))
+    assert replace_experts(model, kernels) == 0
+    assert type(model[0]) is BiasedRouter
+
+
 def test_a_shared_expert_is_weighted_by_each_row_alone(kernels: Kernels, dtype: torch.dtype) -> None:
     settings = config("qwen2_moe", shared_expert_intermediate_size=40)
     make: Any = Qwen2MoeSparseMoeBlock
