@@ -101,8 +101,8 @@ def test_a_gateway_answers_what_its_worker_answers(
 
 
 def lasting(response: httpx.Response) -> tuple[list[Any], str]:
-    """The answer without ids and times. A stream's text counts as a whole, in whatever pieces it came: its events
-    without their text, each kind once, and the text of all.
+    """The answer without ids and times. A stream's text counts as a whole, in whatever pieces it came (also all in its
+    last event): its events that say more than text, without it, each kind once, and the text of all.
     """
     if not response.headers["content-type"].startswith("text/event-stream"):
         return [without_names(response.json())], ""
@@ -112,7 +112,16 @@ def lasting(response: httpx.Response) -> tuple[list[Any], str]:
         for line in response.text.splitlines()
         if not line.startswith(":")  # comments say where the answer came from
     ]
-    return [event for number, event in enumerate(events) if event not in events[:number]], "".join(texts)
+    kinds = [event for number, event in enumerate(events) if event not in events[:number]]
+    return [event for event in kinds if not is_text_alone(event)], "".join(texts)
+
+
+def is_text_alone(event: Any) -> bool:
+    """Whether nothing of an event is left without its text."""
+    choices = event.get("choices") if isinstance(event, dict) else None
+    return bool(choices) and not any(
+        choice.get("finish_reason") or choice.get("logprobs") or choice.get("delta") for choice in choices
+    )
 
 
 def without_names(value: Any, texts: list[str] | None = None) -> Any:
