@@ -152,8 +152,17 @@ def answering(*answers: tuple[int, Any]) -> httpx.Client:
 
 
 def test_a_server_that_loads_its_model_is_waited_for() -> None:
-    http = answering((503, {"error": {"message": "loading"}}), (200, {"data": [CARD]}))
+    asked: list[str] = []
+    loading, ready = httpx.Response(503, json={"error": {"message": "loading"}}), httpx.Response(200, json={})
+    answers = {"/v1/models": [loading, httpx.Response(200, json={"data": [CARD]})], "/ready": [loading, loading, ready]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return answers[request.url.path].pop(0)
+
+    http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
     assert find_target(http, None, None, wait=DEADLINE) == Target("http://server", "tiny", 512)
+    assert asked == ["/v1/models", "/ready", "/ready", "/ready", "/v1/models"]
 
 
 def test_without_a_wait_a_server_that_loads_is_an_error() -> None:

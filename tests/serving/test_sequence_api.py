@@ -17,6 +17,7 @@ from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel
+from emberkv.serving.sequence_api import with_detail_for_unknown_paths
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client
@@ -29,7 +30,8 @@ LAYER = 5, 12, 64
 def routed(lifecycle: Lifecycle, store: KVTensorStore | None = None, settings: ServingSettings | None = None) -> Client:
     store = store or KVTensorStore(max_bytes=2**28, max_entries=50_000)
     settings = settings or ServingSettings(admin_key="admin")
-    return Client(create_app(lifecycle, settings, routers=worker_routers(store, WORKER)))
+    app = create_app(lifecycle, settings, routers=worker_routers(store, WORKER))
+    return Client(with_detail_for_unknown_paths(app))
 
 
 @pytest.fixture
@@ -48,6 +50,15 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("\n\n")
     return [json.loads(line.removeprefix("data: ")) for line in response.text[:-2].split("\n\n")]
+
+
+def test_unknown_paths_outside_v1_have_a_detail(worker: Client) -> None:
+    unknown = worker.get("/nothing")
+    assert (unknown.status_code, unknown.json()) == (404, {"detail": "Not Found"})
+    wrong_method = worker.get("/kv/put")
+    assert (wrong_method.status_code, wrong_method.json()) == (405, {"detail": "Method Not Allowed"})
+    assert wrong_method.headers["allow"] == "POST"
+    assert worker.get("/v1/nothing").json()["error"]["message"] == "there is no /v1/nothing here"
 
 
 def test_put_tensors_come_back_equal(worker: Client) -> None:

@@ -29,6 +29,7 @@ from emberkv.errors import ConfigError, EmberError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
+from emberkv.serving.sequence_api import with_detail_for_unknown_paths
 from emberkv.serving.server import bind_socket
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, read_keys, server_keys
 from emberkv.serving.trace_recorder import TraceRecorder
@@ -341,6 +342,8 @@ def _app(
     gateway.on_stop.append(sequences.close)
     by_sequence = [sequences.routes] if options.kv_routes else []
     app = create_app(lifecycle, settings, routers=[*by_sequence, gateway.routes], collectors=[gateway.metrics])
+    if options.kv_routes:
+        with_detail_for_unknown_paths(app)
     if len(bound) == 1:
         return app
     port = bound[1].getsockname()[1]

@@ -241,7 +241,8 @@ def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: typ
         error_console().print("Waiting until the server has loaded its model.")
         while response.status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            response = _get(http, path)
+            if _get(http, "/ready").status_code != httpx.codes.SERVICE_UNAVAILABLE:  # which servers do not log
+                response = _get(http, path)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         given = "does not accept the key given" if key is not None else "needs an API key"
         raise LaunchError(f"{http.base_url} {given}; give one with --key or EMBERKV_API_KEY")

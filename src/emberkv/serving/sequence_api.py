@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from emberkv.errors import EmberError, RequestError, TensorError
 from emberkv.serving.app import AppParts
-from emberkv.serving.errors import SCOPE_KEY, failure_of, request_info
+from emberkv.serving.errors import SCOPE_KEY, error_response, failure_of, request_info
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
@@ -46,6 +46,22 @@ class DetailRoute(APIRoute):
                 )
 
         return with_detail
+
+
+async def _unknown_path(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    is_of_these = error.status_code in (404, 405) and http.method != "OPTIONS"
+    if not is_of_these or http.scope["path"].startswith("/v1/"):
+        return await error_response(http, error)
+    return JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
+
+
+def with_detail_for_unknown_paths(app: FastAPI) -> FastAPI:
+    """The app, which answers unknown paths and methods outside ``/v1`` by ``{"detail": "Not Found"}`` from now on, as
+    clients of these routes expect it.
+    """
+    app.add_exception_handler(HTTPException, _unknown_path)
+    return app
 
 
 Body = TypeVar("Body", bound=BaseModel)
