@@ -39,12 +39,18 @@ def threads() -> Iterator[None]:
 
 
 def pool_of(
-    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, num_blocks: int = 160, block_size: int = BLOCK
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    num_blocks: int = 160,
+    block_size: int = BLOCK,
+    stored_dtype: torch.dtype | None = None,
 ) -> KVPool:
     """A pool in which whatever is read before it is written gives NaN."""
     geometry = ModelGeometry(heads, kv_heads, dim, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2)
-    pool = KVPool(geometry, dtype, num_blocks, block_size, torch.device("cpu"))
-    pool.storage.fill_(float("nan"))
+    pool = KVPool(geometry, stored_dtype or dtype, num_blocks, block_size, torch.device("cpu"), dtype)
+    pool.storage.fill_(127 if stored_dtype is torch.int8 else float("nan"))
     return pool
 
 
@@ -55,7 +61,7 @@ class Text:
         generator = torch.Generator().manual_seed(seed)
         geometry = pool.geometry
         heads = geometry.num_heads, geometry.num_kv_heads, geometry.num_kv_heads
-        made = [torch.randn(n, length, geometry.head_dim, generator=generator).to(pool.dtype) for n in heads]
+        made = [torch.randn(n, length, geometry.head_dim, generator=generator).to(pool.activations) for n in heads]
         self.q, self.k, self.v = (each.transpose(0, 1) for each in made)  # as models hand them over
         self.block_ids = block_ids
 
@@ -145,6 +151,27 @@ def test_alibi_lowers_scores_by_distance(
     at_once = cut(pool, kernels, call, whole, [])
     close(at_once, written_out(call, whole.q, whole.k, whole.v))
     assert torch.equal(cut(pool, kernels, call, whole, [1, 300, kernels.span + 69]), at_once)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stored_dtype", [None, torch.int8])
+@pytest.mark.parametrize("window", [None, Window(100), Window(100, chunked=True)])
+def test_a_value_that_is_not_finite_changes_no_row_that_does_not_see_it(
+    kernels: Kernels, dtype: torch.dtype, window: Window | None, stored_dtype: torch.dtype | None, bad: float
+) -> None:
+    """Rows before it, and those whose window begins behind it: a pair of tokens shares a unit of values in bf16."""
+    call = LayerCall(1, 0.25, window, None)
+    for at, dim in ((0, 16), (300, 20), (301, 16), (kernels.span + 8, 16)):
+        sound, poisoned = (pool_of(4, 2, dim, dtype, stored_dtype=stored_dtype) for _ in range(2))
+        expected = cut(sound, kernels, call, text(sound, kernels.span + 70), [])
+        whole = text(poisoned, kernels.span + 70)
+        whole.v[at, 1, 3] = bad
+        got = cut(poisoned, kernels, call, whole, [])
+        seeing = [row for row in range(at, len(whole)) if window is None or window.first(row) <= at]
+        assert not got[seeing, 2:, 3].isfinite().any()
+        others = torch.tensor([row for row in range(len(whole)) if row not in seeing], dtype=torch.long)
+        assert torch.equal(got[others], expected[others])
+        assert torch.equal(got[:, :2], expected[:, :2])  # the other KV head's
 
 
 def stored(pool: KVPool, block_id: int) -> tuple[Tensor, Tensor]:

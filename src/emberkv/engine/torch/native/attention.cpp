@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "calls.hpp"
 #include "layout.hpp"
@@ -154,23 +155,28 @@ private:
             queries_ + first * units_, count, units_, keys_by_vector, columns, units_, scores_, SPAN
         );
         Softmax spans[BATCH];
+        int seen_from[BATCH], seen_to[BATCH];
         for (int i = 0; i < count; i++) {
             const int position = call_.positions[row_of(task, first + i)];
-            const int seen_from = std::clamp(first_seen(position) - begin, 0, columns);
-            const int seen_to = std::clamp(position + 1 - begin, 0, keys);
+            seen_from[i] = std::clamp(first_seen(position) - begin, 0, columns);
+            seen_to[i] = std::clamp(position + 1 - begin, 0, keys);
             float* scores = scores_ + i * SPAN;
             Unit* weights = weights_ + i * DEPTH;
             const float slope = call_.slopes ? call_.slopes[head_of(kv_head, first + i)] : 0;
             const Scoring scoring{call_.scale, call_.softcap, slope, position - begin};
             const Scales scales{key_scales_, value_scales_};
-            spans[i] = softmax<Arithmetic, Layout::SCALED>(scores, columns, seen_from, seen_to, scoring, scales, weights);
+            spans[i] = softmax<Arithmetic, Layout::SCALED>(
+                scores, columns, seen_from[i], seen_to[i], scoring, scales, weights
+            );
         }
         const ByUnit<Unit> values_by_unit{value_units_, 0};
         multiply<Arithmetic>(
             weights_, count, DEPTH, values_by_unit, dims_, columns / Arithmetic::VALUES, products_, dims_
         );
         for (int i = 0; i < count; i++) {
-            const float* product = products_ + i * dims_;
+            float* product = products_ + i * dims_;
+            if (spans[i].maximum != UNSEEN && has_nan(product, dims_))
+                multiply_seen(weights_ + i * DEPTH, seen_from[i], seen_to[i], columns, product);
             if (task.whole) {
                 fold(totals_[first + i], sums_ + (first + i) * dims_, spans[i], product, dims_);
                 continue;
@@ -182,6 +188,26 @@ private:
             partial[dims_] = spans[i].maximum;
             partial[dims_ + 1] = spans[i].sum;
         }
+    }
+
+    // The product of a row's weights with the values of the keys [from, to) that it sees. Those of others, which rows
+    // beside it see, have weights of zero, and zero times what is not finite is NaN.
+    void multiply_seen(Unit* weights, int from, int to, int columns, float* product) const {
+        constexpr int VALUES = Arithmetic::VALUES;
+        const std::vector<Unit> zeros(dims_);
+        const Unit* values[SPAN / VALUES];
+        std::vector<Unit> parts[2];  // copies of the units of which only a part is seen: the first, and another one
+        for (int u = 0; u < columns / VALUES; u++) {
+            const int first = std::clamp(from - u * VALUES, 0, VALUES), last = std::clamp(to - u * VALUES, 0, VALUES);
+            values[u] = first < last ? value_units_[u] : zeros.data();
+            keep_values(weights + u, 1, first, last);
+            if (first >= last || last - first == VALUES) continue;
+            std::vector<Unit>& part = parts[parts[0].empty() ? 0 : 1];
+            part.assign(value_units_[u], value_units_[u] + dims_);
+            keep_values(part.data(), dims_, first, last);
+            values[u] = part.data();
+        }
+        multiply<Arithmetic>(weights, 1, 0, ByUnit<Unit>{values, 0}, dims_, columns / VALUES, product, dims_);
     }
 
     void finish(int row, int head, const Softmax& whole, float* sums) const {

@@ -85,6 +85,24 @@ inline float total(Floats vector) {
 #endif
 }
 
+// Whether one of ``count`` values, a multiple of LANES, is NaN; it may say so of infinite ones, too.
+inline bool has_nan(const float* values, int count) {
+    Floats sums = {};
+    for (int i = 0; i < count; i += LANES) sums += load<Floats>(values + i);
+    const float sum = total(sums);
+    return sum != sum;
+}
+
+// Makes zeros of all values of units but the ``first`` to before the ``last`` of each: of 1 value in fp32, of 2 in bf16.
+inline void keep_values(float* units, int count, int first, int last) {
+    if (first >= last) std::fill_n(units, count, 0.0f);
+}
+
+inline void keep_values(uint32_t* units, int count, int first, int last) {
+    const uint32_t kept = (first <= 0 && last > 0 ? 0xffff : 0) | (first <= 1 && last > 1 ? 0xffff0000 : 0);
+    for (int i = 0; i < count; i++) units[i] &= kept;
+}
+
 // Copies without a call, as the lengths here are short.
 inline void copy(void* to, const void* from, size_t bytes) {
     char* target = static_cast<char*>(to);
