@@ -48,24 +48,34 @@ def cluster() -> None:
     """
 
 
+Model = Annotated[str | None, typer.Argument(help="A folder or a Hugging Face name, as for serve.")]
+ServeOptions = Annotated[list[str] | None, typer.Argument(help="Options of serve, after --.")]
+Workers = Annotated[int, typer.Option(min=1, help="How many workers there are at least.")]
+MaxWorkers = Annotated[
+    int | None, typer.Option(min=1, help="How many there may be under load; --workers if not given.")
+]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="The gateway's.")]
+Host = Annotated[str, typer.Option(help='Where all servers listen; "node" is each node\'s own address.')]
+Address = Annotated[str | None, typer.Option(help="Of a Ray that runs; without it, one is started here.")]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="With the cluster's secret, on every node; without it, one is made here.")
+]
+Cpus = Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")]
+Gpus = Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")]
+
+
 @app.command("up")
 def up(
-    model: Annotated[str | None, typer.Argument(help="A folder or a Hugging Face name, as for serve.")] = None,
-    serve_options: Annotated[list[str] | None, typer.Argument(help="Options of serve, after --.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="How many workers there are at least.")] = 2,
-    max_workers: Annotated[
-        int | None, typer.Option(min=1, help="How many there may be under load; --workers if not given.")
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The gateway's.")] = 8080,
-    host: Annotated[
-        str, typer.Option(help='Where all servers listen; "node" is each node\'s own address.')
-    ] = "127.0.0.1",
-    address: Annotated[str | None, typer.Option(help="Of a Ray that runs; without it, one is started here.")] = None,
-    secret_file: Annotated[
-        Path | None, typer.Option(help="With the cluster's secret, on every node; without it, one is made here.")
-    ] = None,
-    cpus: Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")] = 1.0,
-    gpus: Annotated[float, typer.Option(min=0, help="Of a worker, as Ray counts them.")] = 0.0,
+    model: Model = None,
+    serve_options: ServeOptions = None,
+    workers: Workers = 2,
+    max_workers: MaxWorkers = None,
+    port: Port = 8080,
+    host: Host = "127.0.0.1",
+    address: Address = None,
+    secret_file: SecretFile = None,
+    cpus: Cpus = 1.0,
+    gpus: Gpus = 0.0,
     name: Name = DEFAULT_NAME,
 ) -> None:
     """Start a cluster, and wait until it takes requests.
@@ -73,12 +83,7 @@ def up(
     The local Ray needs seconds to start and about 1 GB of memory.
     """
     folder = _folder(name)
-    if secret_file is not None:
-        read_own_file(secret_file)  # better refused here than by every worker
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - it is refused, not listened on
-        raise ConfigError(f"--host {host}: the gateway could not name its workers; use 'node', or an address")
-    if host == "node" and address == "auto":
-        raise ConfigError("--address auto: with --host node, give the address itself, such as 10.0.0.1:6379")
+    _check_addresses(host, address, secret_file)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_running(folder):
         raise PlacementError(
@@ -108,6 +113,16 @@ def up(
         _deploy(state, placement, folder)
         _wait_ready(state, placement.start_seconds)
     typer.echo(f"{state.url} takes requests; emberkv cluster status shows its workers.")
+
+
+def _check_addresses(host: str, address: str | None, secret_file: Path | None) -> None:
+    """Raises EmberError for a secret that others can read, and for addresses by which nodes could not be reached."""
+    if secret_file is not None:
+        read_own_file(secret_file)  # better refused here than by every worker
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - it is refused, not listened on
+        raise ConfigError(f"--host {host}: the gateway could not name its workers; use 'node', or an address")
+    if host == "node" and address == "auto":
+        raise ConfigError("--address auto: with --host node, give the address itself, such as 10.0.0.1:6379")
 
 
 @app.command("status")

@@ -218,40 +218,49 @@ class ExplainError(EmberError):
     """The server cannot be reached, or does not answer the question."""
 
 
+Source = Annotated[
+    str | None, typer.Argument(help="A file with a request's JSON or a prompt's text; - reads standard input.")
+]
+PromptText = Annotated[str | None, typer.Option(help="A prompt's text, instead of a file.")]
+ResponseId = Annotated[str | None, typer.Option(help="A past response's id, instead of a prompt.")]
+Raw = Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")]
+ApiName = Annotated[Api | None, typer.Option(help="The API of the request's JSON; default: inferred from its fields.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL|FILE",
+        help="Show instead what the next turn can reuse with this model's chat template, or the one in a file.",
+    ),
+]
+Tenant = Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")]
+ServerUrl = Annotated[str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")]
+Key = Annotated[
+    str | None,
+    typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
+]
+Suggest = Annotated[
+    bool,
+    typer.Option(
+        "--suggest",
+        help="Show lines of prompts that change with each session, and a file of canonical rules for them.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]
+
+
 def explain(
-    source: Annotated[
-        str | None, typer.Argument(help="A file with a request's JSON or a prompt's text; - reads standard input.")
-    ] = None,
+    source: Source = None,
     *,
-    text: Annotated[str | None, typer.Option(help="A prompt's text, instead of a file.")] = None,
-    response_id: Annotated[str | None, typer.Option(help="A past response's id, instead of a prompt.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")] = False,
-    api: Annotated[
-        Api | None, typer.Option(help="The API of the request's JSON; default: inferred from its fields.")
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL|FILE",
-            help="Show instead what the next turn can reuse with this model's chat template, or the one in a file.",
-        ),
-    ] = None,
-    tenant: Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")] = None,
-    url: Annotated[
-        str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")
-    ] = "http://127.0.0.1:8080",
-    key: Annotated[
-        str | None,
-        typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
-    ] = None,
-    suggest: Annotated[
-        bool,
-        typer.Option(
-            "--suggest",
-            help="Show lines of prompts that change with each session, and a file of canonical rules for them.",
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
+    text: PromptText = None,
+    response_id: ResponseId = None,
+    raw: Raw = False,
+    api: ApiName = None,
+    template: Template = None,
+    tenant: Tenant = None,
+    url: ServerUrl = "http://127.0.0.1:8080",
+    key: Key = None,
+    suggest: Suggest = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say where a prompt's tokens come from: which are cached, and why the others are not.
 

@@ -15,9 +15,16 @@ import typer
 from starlette.types import ASGIApp
 
 from emberkv.cli import serve_options as options
-from emberkv.cli.command import USAGE_EXIT_CODE
-from emberkv.cli.serve import connection_settings, new_file, recording, serving_settings, warn_of_keys_in_arguments
-from emberkv.cli.startup import print_error, set_up_logging
+from emberkv.cli.serve import (
+    connection_settings,
+    errors_end_the_server,
+    new_file,
+    recording,
+    serving_settings,
+    settings_given,
+    warn_of_keys_in_arguments,
+)
+from emberkv.cli.startup import set_up_logging
 from emberkv.cluster.cluster_engine import MAX_REQUESTS
 from emberkv.cluster.decision_log import DecisionLog, recorder_until_full
 from emberkv.cluster.foreign.prompts import PromptReader, model_tokenizer
@@ -25,7 +32,7 @@ from emberkv.cluster.foreign.worker import ForeignSpec
 from emberkv.cluster.gateway import Gateway, GatewayServer
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
-from emberkv.errors import ConfigError, EmberError
+from emberkv.errors import ConfigError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
@@ -33,7 +40,7 @@ from emberkv.serving.sequence_api import with_detail_for_unknown_paths
 from emberkv.serving.server import bind_socket
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, read_keys, server_keys
 from emberkv.serving.trace_recorder import TraceRecorder
-from emberkv.settings import ENV_PREFIX, read_settings
+from emberkv.settings import read_settings
 
 if TYPE_CHECKING:  # an extra
     from emberkv.cluster.worker_client import Deadlines
@@ -172,13 +179,10 @@ def gateway(
     A worker is 'emberkv serve' with the same cluster secret. The gateway needs no model files and no PyTorch. A foreign
     worker is any server of the OpenAI API (vLLM, llama.cpp, emberkv): chats and completions are forwarded to it.
     """
-    given = dict(locals())
+    given = settings_given(locals())
     for name in GATEWAY_ONLY:
         del given[name]
-    given["api_keys"] = given.pop("api_key") or None
-    given["cors_origins"] = given.pop("cors_origin") or None
-    set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
-    try:
+    with errors_end_the_server(log_format):
         settings = read_settings(given, os.environ, config).config
         set_up_logging(settings.log_format, settings.log_level)
         chosen = GatewayOptions(
@@ -197,9 +201,6 @@ def gateway(
         warn_of_keys_in_arguments(given)
         with _recording_decisions(record_decisions, routing) as record:
             run_gateway(settings, chosen, record)
-    except EmberError as error:
-        print_error(str(error))
-        raise typer.Exit(USAGE_EXIT_CODE) from error
 
 
 GATEWAY_ONLY = (

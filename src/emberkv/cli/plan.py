@@ -12,42 +12,49 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import check_outputs, confirm_written, errors_reported, write_text
-from emberkv.cli.simulate_tables import ListHardware, ListModels
+from emberkv.cli.simulate import BlockSize, Eviction, Hardware, ListHardware, ListModels, Model, TensorParallel
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.sim.config import SimulationConfig, with_changes
 from emberkv.sim.formatting import format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.inputs import open_set_up, required
 from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
 from emberkv.sim.planner import SIMULATED_REQUESTS, Planner
 
+WorkloadFile = Annotated[Path, typer.Argument(help="A trace, or a YAML file with a workload or a trace.")]
+Replicas = Annotated[int | None, typer.Option(min=1, help="How many; default: as few as serve.")]
+Routing = Annotated[str | None, typer.Option(help=f"Of the simulated; {', '.join(ROUTER_NAMES)}.")]
+TtftP99 = Annotated[
+    float | None, typer.Option(min=0.001, help="Milliseconds to the first token that 99% of requests must keep.")
+]
+TpotP99 = Annotated[float | None, typer.Option(min=0.001, help="Milliseconds for each further token, likewise.")]
+PricePerHour = Annotated[
+    float | None, typer.Option(min=0.0, help="Dollars for one device; default: the profile's, if it has one.")
+]
+Capture = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of what is reusable to plan for.")]
+Simulate = Annotated[bool, typer.Option(help="Whether to simulate set-ups besides the formulas.")]
+Requests = Annotated[int, typer.Option(min=1, help="How many requests, from the first, are simulated.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Writes all figures as JSON.")]
+ReportFile = Annotated[Path | None, typer.Option(help="Writes one HTML page that opens with the answer.")]
+
 
 def plan(
-    workload: Annotated[Path, typer.Argument(help="A trace, or a YAML file with a workload or a trace.")],
+    workload: WorkloadFile,
     *,
-    model: Annotated[str | None, typer.Option(help="A model's name, its config.json, or a folder with one.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="A profile's name, or its YAML file.")] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Devices of a replica.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="How many; default: as few as serve.")] = None,
-    routing: Annotated[str | None, typer.Option(help=f"Of the simulated; {', '.join(ROUTER_NAMES)}.")] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Tokens; default: the trace's own, or 16.")] = None,
-    eviction: Annotated[str | None, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")] = None,
-    ttft_p99: Annotated[
-        float | None, typer.Option(min=0.001, help="Milliseconds to the first token that 99% of requests must keep.")
-    ] = None,
-    tpot_p99: Annotated[
-        float | None, typer.Option(min=0.001, help="Milliseconds for each further token, likewise.")
-    ] = None,
-    price_per_hour: Annotated[
-        float | None, typer.Option(min=0.0, help="Dollars for one device; default: the profile's, if it has one.")
-    ] = None,
-    capture: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of what is reusable to plan for.")] = 0.9,
-    simulate: Annotated[bool, typer.Option(help="Whether to simulate set-ups besides the formulas.")] = True,
-    requests: Annotated[
-        int, typer.Option(min=1, help="How many requests, from the first, are simulated.")
-    ] = SIMULATED_REQUESTS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Writes one HTML page that opens with the answer.")] = None,
+    model: Model = None,
+    hardware: Hardware = None,
+    tensor_parallel: TensorParallel = None,
+    replicas: Replicas = None,
+    routing: Routing = None,
+    block_size: BlockSize = None,
+    eviction: Eviction = None,
+    ttft_p99: TtftP99 = None,
+    tpot_p99: TpotP99 = None,
+    price_per_hour: PricePerHour = None,
+    capture: Capture = 0.9,
+    simulate: Simulate = True,
+    requests: Requests = SIMULATED_REQUESTS,
+    json_file: JsonFile = None,
+    report: ReportFile = None,
     list_models: ListModels = False,
     list_hardware: ListHardware = False,
 ) -> None:
@@ -77,13 +84,18 @@ def plan(
             )
             found = planner.plan(replicas=replicas, simulate=simulate, price_per_hour=price_per_hour)
         _print(found, Console())
-        if json_file is not None:
-            write_text(json_file, json.dumps(as_json(found), indent=1) + "\n")
-        if report is not None:
-            from emberkv.sim.plan_report import render_plan  # noqa: PLC0415 - matplotlib loads slowly
-
-            write_text(report, render_plan(found, workload.name, made=datetime.now(UTC)))
+        _write(found, workload.name, json_file, report)
         confirm_written(errors, [json_file, report])
+
+
+def _write(found: Plan, name: str, json_file: Path | None, report: Path | None) -> None:
+    """name: the workload's, which the report's heading gives."""
+    if json_file is not None:
+        write_text(json_file, json.dumps(as_json(found), indent=1) + "\n")
+    if report is not None:
+        from emberkv.sim.plan_report import render_plan  # noqa: PLC0415 - matplotlib loads slowly
+
+        write_text(report, render_plan(found, name, made=datetime.now(UTC)))
 
 
 def _with_targets(config: SimulationConfig, **targets: float | None) -> SimulationConfig:

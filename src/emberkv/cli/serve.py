@@ -208,17 +208,9 @@ def serve(
     Every option can also be set in the environment, as EMBERKV_CACHE_RAM=4GiB, and in a configuration file (--config),
     as cache-ram: 4GiB. Options take precedence over the environment, and the environment over the file.
     """
-    given = dict(locals())
-    for name in ("config", "print_config"):
-        del given[name]
-    given["api_keys"] = given.pop("api_key") or None
-    given["served_names"] = given.pop("served_name") or None
-    given["gateways"] = given.pop("gateway") or None
-    given["cors_origins"] = given.pop("cors_origin") or None
-    given["warmup_system_files"] = given.pop("warmup_system_file") or None
-    given["warmup_requests"] = given.pop("warmup_request") or None
-    set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
-    try:
+    given = settings_given(locals())
+    print_config, config = given.pop("print_config"), given.pop("config")
+    with errors_end_the_server(log_format):
         settings = read_settings(given, os.environ, config)
         if print_config:
             typer.echo(settings.as_yaml(), nl=False)
@@ -226,6 +218,31 @@ def serve(
         set_up_logging(settings.config.log_format, settings.config.log_level)
         warn_of_keys_in_arguments(given)
         run_server(settings.config)
+
+
+def settings_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line gave, by the names of `ServeConfig`: options that may be repeated are lists there."""
+    given = dict(options)
+    for option, setting in _REPEATED.items():
+        if option in given:
+            given[setting] = given.pop(option) or None
+    return given
+
+
+_REPEATED = {
+    "api_key": "api_keys", "served_name": "served_names", "gateway": "gateways", "cors_origin": "cors_origins",
+    "warmup_system_file": "warmup_system_files", "warmup_request": "warmup_requests",
+}  # fmt: skip
+
+
+@contextmanager
+def errors_end_the_server(log_format: str | None) -> Iterator[None]:
+    """Reports an EmberError in the server's log or on the terminal, and exits. log_format: the option, before any
+    setting is read.
+    """
+    set_up_logging(log_format or os.environ.get(f"{ENV_PREFIX}LOG_FORMAT"))  # for warnings about the settings
+    try:
+        yield
     except EmberError as error:
         print_error(str(error))
         raise typer.Exit(USAGE_EXIT_CODE) from error

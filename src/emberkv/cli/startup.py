@@ -258,13 +258,7 @@ class Startup:
                 "kernels": engine.executor.backend,
             },
             loaded.sampling_defaults,
-            dims=ModelDims(
-                loaded.geometry.num_layers,
-                loaded.geometry.num_heads,
-                loaded.geometry.num_kv_heads,
-                loaded.geometry.head_dim,
-                sum(weights.nbytes for weights in loaded.model.parameters()),
-            ),
+            dims=_dims(loaded),
             assembled=engine,
             output_format=output_format,
             rewrites_turns=rewrites_turns(loaded.tokenizer, reasons=reasons),
@@ -322,6 +316,13 @@ class Startup:
             background=self._lifecycle.background,
         )
         return loaded, engine, warmup
+
+
+def _dims(loaded: "ModelOnDevice") -> ModelDims:
+    """What the model's listing says of its shape."""
+    shape = loaded.geometry
+    weight_bytes = sum(weights.nbytes for weights in loaded.model.parameters())
+    return ModelDims(shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, weight_bytes)
 
 
 @contextmanager
