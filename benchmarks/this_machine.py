@@ -46,12 +46,21 @@ TTFT_TARGET = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One request as the client or the simulation has it; times in milliseconds."""
+    """One request as the client or the simulation has it; times in milliseconds.
+
+    beside: whether another request was in flight when it was sent; the client alone knows.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     ttft: float
     end_to_end: float
+    beside: bool = False
+
+    @property
+    def decoding(self) -> float:
+        """From the first token to the end."""
+        return self.end_to_end - self.ttft
 
 
 def calibrate(command: Sequence[str], profile: Path) -> None:
@@ -95,7 +104,9 @@ def served(answers: Sequence[Sequence[Answer]]) -> list[list[Timed]]:
         assert usage is not None
         assert answer.ttft is not None
         end = answer.finished if answer.finished is not None else answer.ended
-        return Timed(usage.prompt_tokens or 0, usage.cached_tokens or 0, 1e3 * answer.ttft, 1e3 * (end - answer.sent))
+        beside = any(other.sent < answer.sent < other.ended for session in answers for other in session)
+        tokens = usage.prompt_tokens or 0, usage.cached_tokens or 0
+        return Timed(*tokens, 1e3 * answer.ttft, 1e3 * (end - answer.sent), beside)
 
     return [[timed(answer) for answer in session] for session in answers]
 
@@ -152,15 +163,16 @@ def play(command: Sequence[str], folder: Path, profile: Path, sessions: int, see
 
 def rows_of(rounds: Sequence[Round]) -> list[Row]:
     rows: list[Row] = []
-    for name, field, target in (("TTFT", "ttft", TTFT_TARGET), ("end to end", "end_to_end", None)):
-        real = [[getattr(timed, field) for timed, _ in pairs] for pairs in rounds]
-        model = [[getattr(timed, field) for _, timed in pairs] for pairs in rounds]
-        rows.append(Figure(f"{name}, mean, measured", "ms", [statistics.fmean(each) for each in real]))
-        rows.append(Figure(f"{name}, mean, simulated", "ms", [statistics.fmean(each) for each in model]))
-        errors = [abs(statistics.fmean(b) / statistics.fmean(a) - 1) for a, b in zip(real, model, strict=True)]
-        rows.append(Figure(f"{name}, mean: error", "", errors, target))
-        errors = [statistics.median(b) / statistics.median(a) - 1 for a, b in zip(real, model, strict=True)]
-        rows.append(Figure(f"{name}, median: error", "", errors))
+    alone = [[pair for pair in pairs if not pair[0].beside] for pairs in rounds]
+    beside = [[pair for pair in pairs if pair[0].beside] for pairs in rounds]
+    for name, chosen, field, target in (
+        ("TTFT", rounds, "ttft", TTFT_TARGET),
+        ("TTFT of requests sent while no other was in flight", alone, "ttft", None),
+        ("TTFT of requests sent beside others", beside, "ttft", None),
+        ("from the first token to the end", rounds, "decoding", None),
+        ("end to end", rounds, "end_to_end", None),
+    ):
+        rows += _compared(name, [pairs for pairs in chosen if pairs], field, target)
     different = [sum(real.cached_tokens != model.cached_tokens for real, model in pairs) for pairs in rounds]
     rows.append(Figure(f"requests with other cached tokens, of {len(rounds[0])}", "", different, 0))
     shares = [
@@ -168,6 +180,22 @@ def rows_of(rounds: Sequence[Round]) -> list[Row]:
     ]
     rows.append(Figure("prompt tokens cached", "", shares))
     return rows
+
+
+def _compared(name: str, rounds: Sequence[Round], field: str, target: float | None) -> list[Row]:
+    """One time of all requests, measured beside simulated; none where no round has a request."""
+    if not rounds:
+        return []
+    real = [[getattr(timed, field) for timed, _ in pairs] for pairs in rounds]
+    model = [[getattr(timed, field) for _, timed in pairs] for pairs in rounds]
+    means = [(statistics.fmean(a), statistics.fmean(b)) for a, b in zip(real, model, strict=True)]
+    medians = [statistics.median(b) / statistics.median(a) - 1 for a, b in zip(real, model, strict=True)]
+    return [
+        Figure(f"{name}, mean, measured", "ms", [a for a, _ in means]),
+        Figure(f"{name}, mean, simulated", "ms", [b for _, b in means]),
+        Figure(f"{name}, mean: error", "", [abs(b / a - 1) for a, b in means], target),
+        Figure(f"{name}, median: error", "", medians),
+    ]
 
 
 def main() -> int:

@@ -52,6 +52,25 @@ def test_decode_steps_are_told_by_streams_and_context() -> None:
     assert alone == [pytest.approx(TOKEN)] * len(STREAM_WORDS)
 
 
+def test_the_mean_of_the_rounds_after_the_first_is_a_step_s_time() -> None:
+    paces = [10 * TOKEN, 0.6 * TOKEN, 0.8 * TOKEN, 1.6 * TOKEN]
+
+    def uneven(body: dict[str, Any]) -> list[Event]:
+        if body["max_tokens"] == 1 or not paces:
+            return answer(body)
+        pace = paces.pop(0)
+        return [(pace / TOKEN * seconds, data) for seconds, data in answer(body)]
+
+    server = FakeServer(uneven)
+
+    async def measure() -> list[tuple[Work, float]]:
+        async with server.client() as client:
+            return await decode_times(client, clock=server.clock)
+
+    (work, seconds), *_ = asyncio.run(measure())
+    assert (work.sequences, seconds) == (1, pytest.approx(TOKEN))
+
+
 def test_a_request_s_time_is_what_its_steps_do_not_take() -> None:
     server, pauses = FakeServer(answer), list[float]()
     roofline = Roofline(TINY, with_overheads(step=100_000))

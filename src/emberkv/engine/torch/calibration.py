@@ -116,13 +116,14 @@ class PrefillBench:
         self._ids = (f"calibration-{number}" for number in itertools.count())
 
     def prefill(self, start: int, stop: int, *, repeats: int = 5) -> float:
-        """The median of seconds from handing in a prompt of ``stop`` tokens to its first token, ``start`` of them
-        being cached.
+        """The mean of seconds from handing in a prompt of ``stop`` tokens to its first token, ``start`` of them
+        being cached. The first of a shape takes longer, and is not counted.
         """
         beginning = self._tokens(start)
         if start:
             self._first_token(beginning + self._tokens(1))
-        return statistics.median(self._first_token(beginning + self._tokens(stop - start)) for _ in range(repeats))
+        _, *seconds = [self._first_token(beginning + self._tokens(stop - start)) for _ in range(1 + repeats)]
+        return statistics.fmean(seconds)
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocab) for _ in range(count)]
@@ -224,7 +225,9 @@ class EngineBench:
     def prefills(self, rounds: int, on_progress: ProgressCallback) -> dict[tuple[int, int], float]:
         """Seconds of prefills of the tokens ``[start, stop)``, those before being cached; the engine runs meanwhile.
 
-        The median of rounds over all: a machine's pace changes, for seconds at a time.
+        The mean of rounds over all: a machine's pace changes, for seconds at a time. Means, because they add up to the
+        mean that a simulation is to predict; times that vary have many short ones and few long ones, and a smaller
+        median.
         """
         config, loop = self._config, self._engine.loop
         budget = config.max_step_tokens if self.one_pass else config.prefill_chunk
@@ -239,7 +242,7 @@ class EngineBench:
                     found[start, stop].append(bench.prefill(start, stop))
         finally:
             loop.stop()
-        return {prefill: statistics.median(seconds) for prefill, seconds in found.items()}
+        return {prefill: statistics.fmean(seconds) for prefill, seconds in found.items()}
 
     def tier(self, tier: Tier) -> TransferTime:
         """The transfers of blocks of this engine's size to and from ``tier``."""
