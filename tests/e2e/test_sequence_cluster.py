@@ -181,6 +181,30 @@ def test_tensors_land_on_the_worker_that_the_coordinator_names(cluster: Cluster)
         assert gone.status_code == 404
 
 
+def test_keys_and_values_of_a_generation_are_under_its_sequence(cluster: Cluster) -> None:
+    events, headers = cluster.generate(STORY, seq_id="kept", max_tokens=4, temperature=0)
+    cached = dict(each.split("=") for each in headers["x-emberkv-cache"].split(";"))
+    rows = int(cached.get("hit", 0)) + int(cached["miss"]) + events[-1]["tokens_generated"] - 1
+    worker = cluster.client.get(f"{cluster.coordinator}/kv/route/kept").json()["address"]
+    shape = cluster.client.get(f"{worker}/inference/model/info").json()["model_info"]
+
+    def get(name: str, at: int) -> httpx.Response:
+        return cluster.client.post(f"{cluster.gateway}/kv/get", json={"seq_id": name, "layer": at})
+
+    for at in range(shape["num_layers"]):
+        found = get("kept", at).json()
+        assert found["seq_len"] == rows
+        keys, values = (deserialize_tensor(found[name], library="torch") for name in ("k", "v"))
+        assert keys.shape == values.shape == (rows, shape["num_kv_heads"], shape["head_dim"])
+        assert cluster.client.get(f"{worker}/kv/kept/{at}/length").json()["seq_len"] == rows
+    assert get("kept", shape["num_layers"]).status_code == 404
+    one = {name: serialize_tensor(torch.zeros(1, *keys.shape[1:], dtype=keys.dtype)) for name in ("k", "v")}
+    added = cluster.client.post(f"{cluster.gateway}/kv/append", json={"seq_id": "kept", "layer": 0, **one}).json()
+    assert added["seq_len"] == get("kept", 0).json()["seq_len"] == rows + 1
+    cluster.client.delete(f"{worker}/kv/kept")
+    assert [get("kept", at).status_code for at in range(2)] == [404, 404]
+
+
 def test_a_worker_that_stops_leaves_the_ring(cluster: Cluster) -> None:
     """It is the last test of the module, as it stops one of the workers."""
     cluster.processes["worker-1"].process.terminate()

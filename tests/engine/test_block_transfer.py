@@ -10,13 +10,13 @@ from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import MAX_BYTES, BlockTransfer, ImportedBlocks
-from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, Statistics
+from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, ReadRows, Statistics
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, RequestError
 from emberkv.tiers.codec import decode_record, encode_record
 from tests.engine.loop_harness import DEADLINE, Inbox
-from tests.engine.tiny_executor import TinyExecutor
+from tests.engine.tiny_executor import WORDS, TinyExecutor
 
 BLOCK = 4
 NAMESPACE = b"tiny"
@@ -111,6 +111,38 @@ def test_what_the_pool_lacks_is_left_out(start: Start) -> None:
     chain = prompt_chain([*PROMPT[:8], 40, 41, 42, 43])
     answers = first.loop.execute(ExportBlocks(chain.block_hashes)).result(DEADLINE)
     assert [record is not None for record in answers] == [True, True, False]
+
+
+def rows(tiny: Tiny, chain: TokenChain) -> tuple[int, bytes]:
+    """How many tokens are cached, and the values of these, page by page."""
+    pages, end = [], 0
+    while True:
+        page = tiny.loop.execute(ReadRows(chain, 0, end)).result(DEADLINE)
+        pages.append(page.values.data)
+        end += page.values.shape[0]
+        if end >= page.cached_tokens:
+            return page.cached_tokens, b"".join(pages)
+
+
+def test_rows_are_read_up_to_the_last_token_that_was_computed(start: Start) -> None:
+    whole, by_block = start(), start(max_bytes=1)
+    answers = [each.ask(PROMPT)[1] for each in (whole, by_block)]
+    assert answers[0] == answers[1]
+    chain = prompt_chain([*PROMPT, *answers[0]])
+    cached, values = rows(whole, chain)
+    assert cached == len(PROMPT) + 7, "the last token has only been chosen"
+    assert len(values) == cached * WORDS * 8
+    assert rows(by_block, chain) == (cached, values)
+    begun = prompt_chain([*PROMPT[:13], 49, 49])
+    assert rows(whole, begun) == (13, values[: 13 * WORDS * 8])
+    assert rows(whole, prompt_chain([49, 49, 49])) == (0, b"")
+
+
+def test_rows_of_a_layer_that_the_model_has_not_are_refused(start: Start) -> None:
+    tiny = start()
+    tiny.ask(PROMPT)
+    with pytest.raises(RequestError, match="layer is 1"):
+        tiny.loop.execute(ReadRows(prompt_chain(), 1)).result(DEADLINE)
 
 
 def damaged(records: list[bytes]) -> bytes:

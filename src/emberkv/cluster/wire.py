@@ -155,6 +155,7 @@ class _Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
     retain_tokens: Count = 0
     retain_seconds: float = 0.0
     answered: Count = 0
+    seq_id: str = ""
 
 
 class _Output(Struct, frozen=True, array_like=True, tag="output"):
@@ -233,6 +234,7 @@ def encode_request(request: GenerationRequest) -> bytes:
             retain_tokens=request.retain_tokens,
             retain_seconds=request.retain_seconds,
             answered=request.answered,
+            seq_id=request.seq_id,
         )
     )
 
@@ -251,6 +253,7 @@ def decode_request(data: bytes) -> GenerationRequest:
         given.retain_tokens,
         given.retain_seconds,
         answered=given.answered,
+        seq_id=given.seq_id,
     )
 
 

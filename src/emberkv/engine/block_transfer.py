@@ -11,6 +11,7 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.engine.executor import KVStorage
 from emberkv.engine.tier_link import TierLink, record_of
 from emberkv.errors import BlockError, ForeignBlockError
+from emberkv.tensors import TensorBytes
 from emberkv.tiers.codec import BlockRecord, decode_record, encode_record
 from emberkv.tiers.onboarding import Records
 
@@ -32,8 +33,22 @@ class ImportedBlocks:
     refused: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class CachedRows:
+    """A layer's keys and values of a chain's tokens, ``[tokens, kv_heads, head_dim]`` each, from the one that was asked
+    for on. cached_tokens: how many of the chain's leading tokens the pool has.
+    """
+
+    cached_tokens: int
+    keys: TensorBytes
+    values: TensorBytes
+
+
+_NO_ROWS = TensorBytes("uint8", (0,), b"")
+
+
 class BlockTransfer:
-    """Reads full blocks out of a pool and its tiers, and commits others into the pool. Belongs to the engine's thread.
+    """Reads blocks out of a pool and its tiers, and commits others into the pool. Belongs to the engine's thread.
 
     namespace: of the engine's bytes; a record of another one is refused. lower: the tiers from which blocks that the
     pool lacks are exported. max_bytes: see `MAX_BYTES`.
@@ -80,6 +95,26 @@ class BlockTransfer:
         else:
             finish([])
         return answer
+
+    def read_rows(self, chain: Chain, layer: int, start: int) -> CachedRows:
+        """Keys and values of the tokens from ``start`` on that the pool has, of as many blocks as `MAX_BYTES` allows.
+
+        Raises RequestError for a layer that the model has not.
+        """
+        size = self._pool.block_size
+        match = self._pool.match(chain, stop=len(chain.block_hashes), exact_only=self._cache.exact)
+        blocks, tokens = list(match.blocks), len(match.blocks) * size
+        child = self._cache.longest_child(chain, len(blocks), to_end=True)
+        if child is not None:
+            blocks.append(child[0])
+            tokens += child[1]
+        first = start // size
+        wanted = blocks[first : first + self._max_blocks]
+        if not wanted:
+            return CachedRows(tokens, _NO_ROWS, _NO_ROWS)
+        keys, values = self._storage.read_layer([block.block_id for block in wanted], layer)
+        rows = slice(start - first * size, max(0, min(tokens - first * size, len(wanted) * size)))
+        return CachedRows(tokens, _rows(keys, rows), _rows(values, rows))
 
     def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
         """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.
@@ -155,3 +190,9 @@ class BlockTransfer:
         finally:
             self._pool.free([*cached, *blocks])
         return count
+
+
+def _rows(tensor: TensorBytes, rows: slice) -> TensorBytes:
+    width = len(tensor.data) // tensor.shape[0]
+    data = tensor.data[rows.start * width : rows.stop * width]
+    return TensorBytes(tensor.dtype, (max(0, rows.stop - rows.start), *tensor.shape[1:]), data)

@@ -22,7 +22,7 @@ from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.loading import LowerTiers
 from emberkv.core.scheduler import Scheduler
 from emberkv.core.stats import CacheStats
-from emberkv.engine.block_transfer import BlockTransfer, ImportedBlocks
+from emberkv.engine.block_transfer import BlockTransfer, CachedRows, ImportedBlocks
 from emberkv.engine.load import EngineLoad, StepTimes, load_of
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed
@@ -149,6 +149,19 @@ class ImportBlocks(Command[ImportedBlocks]):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadRows(Command[CachedRows]):
+    """Answer: a layer's keys and values of the chain's tokens from ``start`` on, as far as the pool has them.
+
+    Of as many blocks as `block_transfer.MAX_BYTES` allows: the caller asks again for the rest. Raises RequestError for
+    a layer that the model has not.
+    """
+
+    chain: Chain
+    layer: int
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReadEvents(Command[EventBatch | EventsLost]):
     """Answer: the first events, of the pool and its tiers, after number ``after``. See `CacheFeed.events`."""
 
@@ -209,6 +222,7 @@ class CacheControl:
             ReadLoad: self._read_load,
             ExportBlocks: self._export,
             ImportBlocks: self._import,
+            ReadRows: self._read_rows,
         }
 
     def execute(self, command: Command[R]) -> "R | Future[R]":
@@ -272,6 +286,9 @@ class CacheControl:
 
     def _import(self, command: ImportBlocks) -> ImportedBlocks:
         return self._transfers().take(command.chain, command.records)
+
+    def _read_rows(self, command: ReadRows) -> CachedRows:
+        return self._transfers().read_rows(command.chain, command.layer, command.start)
 
     def _transfers(self) -> BlockTransfer:
         if self._transfer is None:

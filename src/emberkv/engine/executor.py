@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from emberkv.core.sequence import StepPlan
 from emberkv.engine.request import AllowedTokens, SamplingParams, TokenLogprobs
 from emberkv.errors import SamplingError
+from emberkv.tensors import TensorBytes
 
 NOT_NUMBERS = "the model's scores for the next token are not numbers"
 """The reason for which a request fails whose logits hold a NaN, or are not finite at their maximum."""
@@ -194,6 +195,14 @@ class KVStorage(Protocol):
         """Copies of the contents of blocks, ``block_bytes`` each; later steps do not change them.
 
         Raises MemoryError when there is no memory for the copies.
+        """
+        ...
+
+    def read_layer(self, block_ids: Sequence[int], layer: int, /) -> tuple[TensorBytes, TensorBytes]:
+        """Copies of the keys and the values that blocks hold of one of the model's layers with attention, each
+        ``[len(block_ids) * block_size, kv_heads, head_dim]``.
+
+        Raises RequestError for a layer that there is not, MemoryError when there is no memory for the copies.
         """
         ...
 

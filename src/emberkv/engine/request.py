@@ -160,6 +160,7 @@ class GenerationRequest:
     groups requests in statistics. priority: lower is served sooner, whatever the tenant. retain_tokens: of the prompt,
     how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
     may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can; "": any.
+    seq_id: of a sequence whose keys and values are asked for later, by the tenant and this id; "": of none.
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
@@ -180,6 +181,7 @@ class GenerationRequest:
     allowed_tokens: AllowedTokens | None = None
     answered: int = 0
     worker: str = ""
+    seq_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

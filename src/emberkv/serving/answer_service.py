@@ -29,6 +29,7 @@ from emberkv.serving.cache.volatile_lines import MIN_MISS, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
+from emberkv.serving.generated_sequences import GeneratedSequences
 from emberkv.serving.lifecycle import FirstDifference, Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 from emberkv.serving.next_turns import NextTurns, RenderNext
@@ -119,6 +120,7 @@ class TextGenerator:
                     retain_tokens=prompt.retain_tokens,
                     retain_seconds=prompt.retain_seconds,
                     worker=request.worker,
+                    seq_id=request.seq_id,
                 )
                 answer = Answer(
                     index,
@@ -213,7 +215,8 @@ _ID_PREFIXES = {
 class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
-    recent: the last requests. sessions, traffic, tenant_metrics, volatile_lines: of ended requests. clock: monotonic
+    recent: the last requests. generated: sequences of the model's own engine. sessions, traffic, tenant_metrics,
+    volatile_lines: of ended requests. clock: monotonic
     seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
     the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`. limits: of each
     tenant, by name. next_turn_tokens: how many tokens a minute `NextTurns` computes.
@@ -238,6 +241,7 @@ class AnswerService:
         self.recent = RecentRequests()
         self.sessions = Sessions()
         self.traffic = RecentTraffic()
+        self.generated = GeneratedSequences()
         self.volatile_lines = VolatileLines()
         self.tenant_metrics = TenantMetrics(lifecycle.engine_stats)
         self._lifecycle = lifecycle
@@ -255,7 +259,7 @@ class AnswerService:
         metrics.register(self._next_turns)
         self._generator: TextGenerator | None = None
         self._observing: asyncio.Task[None] | None = None
-        lifecycle.on_unload.append(self._forget_generator)
+        lifecycle.on_unload += [self._forget_generator, self.generated.clear]
 
     def request(
         self,
@@ -382,7 +386,8 @@ class AnswerService:
     def engine(self) -> Engine:
         """The model's, with its requests recorded where they are to be. Raises NotReadyError before it is loaded."""
         model = self._lifecycle.model()
-        return model.engine if self._recorder is None else self._recorder.over(model.engine, model.public)
+        engine = model.engine if model.assembled is None else self.generated.over(model.engine)
+        return engine if self._recorder is None else self._recorder.over(engine, model.public)
 
     def _make_generator(self) -> TextGenerator:
         model = self._lifecycle.model()

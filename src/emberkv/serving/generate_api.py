@@ -198,7 +198,7 @@ def generate_router(parts: AppParts, places: SequencePlaces | None = None) -> AP
         if prompt is None:
             return Response(writer.start() + writer.done(), media_type="text/event-stream")
         worker = "" if places is None else places.worker(seq_id)
-        context = replace(parts.answers.request(http, "generate", tenant), session=seq_id, worker=worker)
+        context = replace(parts.answers.request(http, "generate", tenant), session=seq_id, worker=worker, seq_id=seq_id)
         stream = parts.answers.start([prompt], context)
         return await parts.answers.respond(http, stream, writer, as_events=True, has_late_headers=True)
 

@@ -41,7 +41,7 @@ class RequestContext:
     metrics have. arrived: monotonic seconds of the app's clock. created: seconds since 1970. canonical: how many lines
     or tools each canonical rule changed. left_out: how many parts of the request are not in the prompt, by type.
     inferred_session: what statistics call its session where ``session``, which the client gives, is "". worker: see
-    `GenerationRequest`. traceparent: W3C trace context that the client sent.
+    `GenerationRequest`, which seq_id is of, too. traceparent: W3C trace context that the client sent.
     """
 
     request_id: str
@@ -54,6 +54,7 @@ class RequestContext:
     created: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     worker: str = ""
+    seq_id: str = ""
     traceparent: str = ""
     inferred_session: str = ""
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from emberkv.errors import EmberError, RequestError, TensorError
 from emberkv.serving.app import AppParts
 from emberkv.serving.errors import SCOPE_KEY, error_response, failure_of, request_info
-from emberkv.serving.kv_tensors import KVTensorStore
+from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
 from emberkv.serving.tenancy import Tenant
@@ -109,7 +109,9 @@ Write = Callable[[tuple[str, str], int, TensorBytes, TensorBytes], int]
 
 
 class KVRoutes:
-    """Stores KV tensors of clients, each tenant's apart from the others'. worker_id: is in each answer."""
+    """Stores KV tensors of clients, each tenant's apart from the others', and reads those of generated sequences where
+    the prefix cache has them. worker_id: is in each answer.
+    """
 
     def __init__(self, parts: AppParts, store: KVTensorStore, worker_id: str) -> None:
         self._parts = parts
@@ -122,60 +124,78 @@ class KVRoutes:
 
         @router.post("/kv/put")
         async def put(http: Request, owner: Tenant = tenant) -> Response:
-            return await self._answer(http, partial(self._write, self._store.put, owner))
+            return await self._write(http, owner, self._store.put)
 
         @router.post("/kv/append")
         async def append(http: Request, owner: Tenant = tenant) -> Response:
-            return await self._answer(http, partial(self._write, self._store.append, owner))
+            return await self._write(http, owner, self._store.append, appends=True)
 
         @router.post("/kv/get")
         async def get(http: Request, owner: Tenant = tenant) -> Response:
-            return await self._answer(http, partial(self._get, owner))
+            return await self._get(http, owner)
 
         @router.delete("/kv/{seq_id}")
         async def delete(seq_id: str, owner: Tenant = tenant) -> Response:
             self._store.delete((owner.name, seq_id))
+            self._parts.answers.generated.forget((owner.name, seq_id))
             return JSONResponse({"status": "evicted", "seq_id": seq_id, "worker_id": self._worker_id})
 
         @router.get("/kv/{seq_id}/{layer}/length")
         async def length(seq_id: str, layer: int, owner: Tenant = tenant) -> Response:
             seq_len = self._store.length((owner.name, seq_id), layer)
+            if not seq_len and (computed := await self._computed((owner.name, seq_id), layer)) is not None:
+                seq_len = computed.seq_len
             return JSONResponse({"seq_id": seq_id, "layer": layer, "seq_len": seq_len, "worker_id": self._worker_id})
 
         return router
 
-    async def _answer(self, http: Request, work: Callable[[bytes], dict[str, Any]]) -> Response:
+    async def _computed(self, sequence: tuple[str, str], layer: int) -> StoredLayer | None:
+        """What the prefix cache has of a generated sequence."""
+        lifecycle = self._parts.lifecycle
+        engine = lifecycle.model().assembled if lifecycle.has_model else None
+        return None if engine is None else await self._parts.answers.generated.read(sequence, layer, engine)
+
+    async def _write(self, http: Request, owner: Tenant, write: Write, *, appends: bool = False) -> Response:
+        """appends: rows for a generated sequence go behind a copy of what was computed."""
         body = await http.body()
-        return JSONResponse(await self._parts.preparer.run(partial(work, body), len(body)))
 
-    def _write(self, write: Write, owner: Tenant, body: bytes) -> dict[str, Any]:
-        request = parse_detailed(LayerTensors, body)
-        k, v = _tensor(request.k, "k"), _tensor(request.v, "v")
-        seq_len = write((owner.name, request.seq_id), request.layer, k, v)
-        return {
-            "status": "ok",
-            "seq_id": request.seq_id,
-            "layer": request.layer,
-            "seq_len": seq_len,
-            "tensor_shapes": {"k": k.shape, "v": v.shape},
-            "tensor_dtypes": {"k": f"torch.{k.dtype}", "v": f"torch.{v.dtype}"},
-            "worker_id": self._worker_id,
-        }
+        def parse() -> tuple[LayerTensors, TensorBytes, TensorBytes]:
+            request = parse_detailed(LayerTensors, body)
+            return request, _tensor(request.k, "k"), _tensor(request.v, "v")
 
-    def _get(self, owner: Tenant, body: bytes) -> dict[str, Any]:
-        request = parse_detailed(LayerQuestion, body)
-        found = self._store.get((owner.name, request.seq_id), request.layer)
+        request, k, v = await self._parts.preparer.run(parse, len(body))
+        sequence, layer = (owner.name, request.seq_id), request.layer
+        if appends and not self._store.length(sequence, layer):
+            computed = await self._computed(sequence, layer)
+            if computed is not None:
+                self._store.put(sequence, layer, computed.k, computed.v)
+        seq_len = await self._parts.preparer.run(partial(write, sequence, layer, k, v), len(body))
+        return JSONResponse(
+            {
+                "status": "ok",
+                "seq_id": request.seq_id,
+                "layer": layer,
+                "seq_len": seq_len,
+                "tensor_shapes": {"k": k.shape, "v": v.shape},
+                "tensor_dtypes": {"k": f"torch.{k.dtype}", "v": f"torch.{v.dtype}"},
+                "worker_id": self._worker_id,
+            }
+        )
+
+    async def _get(self, http: Request, owner: Tenant) -> Response:
+        request = parse_detailed(LayerQuestion, await http.body())
+        sequence = owner.name, request.seq_id
+        found = self._store.get(sequence, request.layer) or await self._computed(sequence, request.layer)
         if found is None:
             raise HTTPException(404, "KV entry not found")
         form: TensorFormat = request.format
-        return {
-            "seq_id": request.seq_id,
-            "layer": request.layer,
-            "seq_len": found.seq_len,
-            "k": to_json(found.k, form),
-            "v": to_json(found.v, form),
-            "worker_id": self._worker_id,
-        }
+        named = {"seq_id": request.seq_id, "layer": request.layer, "seq_len": found.seq_len}
+
+        def answer() -> Response:
+            tensors = {"k": to_json(found.k, form), "v": to_json(found.v, form)}
+            return JSONResponse({**named, **tensors, "worker_id": self._worker_id})
+
+        return await self._parts.preparer.run(answer, len(found.k.data) + len(found.v.data))
 
 
 def _tensor(value: dict[str, Any], name: str) -> TensorBytes:

@@ -137,6 +137,7 @@ class TorchEngine:
         use_latents(self._model)
         use_recurrent_state(self._model, self.pool)
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
+        self.pool.packed = self.kernels is not None
         self._sampler = sampler if sampler is not None else Sampler(self.kernels)
         if self.kernels is not None:
             replace_latents(self._model, self.kernels)

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.errors import ConfigError
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.errors import ConfigError, RequestError
+from emberkv.tensors import TensorBytes, deserialize_tensor, to_json
 from tests.engine.conftest import ModelFactory
+from tests.engine.torch.attention.test_int8_kv import CALL, Text, pool_of
 
 
 def filled(paged: ModelFactory, dtype: torch.dtype) -> KVPool:
@@ -28,6 +32,36 @@ def test_what_is_read_can_be_put_back(paged: ModelFactory, dtype: torch.dtype) -
     pool.write_block(0, contents[0])
     pool.write_block(3, bytes(contents[1]))
     assert torch.equal(pool.storage[[0, 1, 2, 3, 4]], before[[3, 1, 2, 1, 4]])
+
+
+def of_numbers(given: TensorBytes) -> torch.Tensor:
+    return deserialize_tensor(to_json(given), library="torch")
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_read_as_it_was_given(kernels: Kernels, dtype: torch.dtype, *, is_native: bool) -> None:
+    geometry = ModelGeometry(4, 2, 16, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2)
+    pool = KVPool(geometry, dtype, 64, 16, torch.device("cpu"))
+    pool.packed = is_native
+    text = Text(pool, 41)
+    text.compute(pool, kernels if is_native else None, CALL, [1, 20])
+    keys, values = map(of_numbers, pool.read_layer(text.block_ids, CALL.layer))
+    assert keys.shape == values.shape == (48, 2, 16)
+    assert torch.equal(keys[:41], text.k)
+    assert torch.equal(values[:41], text.v)
+    with pytest.raises(RequestError, match="layer is 2; the model has 2 with attention"):
+        pool.read_layer(text.block_ids, 2)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_layer_in_8_bits_is_read_as_it_was_rounded(kernels: Kernels, *, is_native: bool) -> None:
+    pool = pool_of(torch.float32)
+    pool.packed = is_native
+    text = Text(pool, 20)
+    text.compute(pool, kernels if is_native else None, CALL, [])
+    read = map(of_numbers, pool.read_layer(text.block_ids, CALL.layer))
+    assert all(torch.equal(ours[:20].double(), wanted) for ours, wanted in zip(read, text.rounded(), strict=True))
 
 
 def test_no_memory_for_the_copy_is_a_memory_error(paged: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from emberkv.engine.torch.attention.int8_kv import Int8Rows, check_int8_kv
 from emberkv.engine.torch.model.geometry import ModelGeometry
-from emberkv.errors import ConfigError
+from emberkv.errors import ConfigError, RequestError
+from emberkv.tensors import TensorBytes
 
 
 class Scratch:
@@ -50,7 +51,7 @@ class KVPool:
     A *row* is one block's K (or V) of one layer. ``rows(block_ids)`` gives each slot's first row; the K of a KV
     layer is ``2 * layer`` rows further, its V one more.
 
-    scores: memory for attention scores, lent to one layer at a time.
+    scores: memory for attention scores, lent to one layer at a time. packed: whether the kernels compute.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class KVPool:
         self._gathered = Scratch(device)
         self._by_head = Scratch(device)
         self.scores = Scratch(device)
+        self.packed = False
 
     def _states(self, behind: Tensor) -> dict[int, Tensor]:
         """Of what lies ``behind`` keys and values. What is not used is zero, as equal blocks are equal bit by bit."""
@@ -150,6 +152,28 @@ class KVPool:
     def read(self, block_id: int) -> bytes:
         """The bytes of one block."""
         return bytes(self.read_blocks([block_id])[0])
+
+    def read_layer(self, block_ids: Sequence[int], layer: int) -> tuple[TensorBytes, TensorBytes]:
+        """The keys and the values of one of the model's layers with attention, as they are attended over, each
+        ``[len(block_ids) * block_size, kv_heads, head_dim]``.
+
+        Raises RequestError for a layer that there is not, MemoryError when there is no memory for the copy.
+        """
+        if not 0 <= layer < len(self.kv_layers):
+            raise RequestError(f"layer is {layer}; the model has {len(self.kv_layers)} with attention", param="layer")
+        index = self.gather_index(self.rows(list(block_ids)))[self.kv_layers[layer]]
+        keys, values = self.gather(index)
+        if self.packed and self._int8 is None:
+            keys, values = self._unpacked(keys, values)
+        return _tensor_bytes(keys), _tensor_bytes(values)
+
+    def _unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What `gather` gives of blocks in the order of native/layout.hpp, in the usual order."""
+        heads, dim, size = self.geometry.num_kv_heads, self.geometry.head_dim, self.block_size
+        pair = 1 if self.dtype is torch.float32 else 2
+        by_unit = keys.reshape(-1, heads, dim // pair, size, pair).permute(0, 3, 1, 2, 4)
+        by_token = values.reshape(-1, heads, size // pair, dim, pair).permute(0, 2, 4, 1, 3)
+        return by_unit.reshape(keys.shape), by_token.reshape(values.shape)
 
     def write_block(self, block_id: int, content: bytes | memoryview) -> None:
         """Put back what `read_blocks` gave.
@@ -230,6 +254,11 @@ class KVPool:
 def tokens_of_pool(geometry: ModelGeometry, dtype: torch.dtype, num_bytes: int, block_size: int) -> int:
     """The capacity in tokens of a pool made by `KVPool.of_bytes`."""
     return num_bytes // geometry.block_bytes(dtype, block_size) * block_size
+
+
+def _tensor_bytes(tensor: Tensor) -> TensorBytes:
+    content = _or_memory_error(lambda: tensor.contiguous().cpu()).view(torch.uint8).numpy().tobytes()
+    return TensorBytes(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content)
 
 
 def _or_memory_error(copy: Callable[[], Tensor]) -> Tensor:
