@@ -12,9 +12,8 @@ import httpx
 from fastapi import FastAPI
 
 from emberkv.serving.app import ServingSettings, create_app
-from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.server import HttpServer, bind_socket
+from emberkv.serving.server import ConnectionLimits, HttpServer, bind_socket
 
 MODEL = "tiny"
 DEADLINE = 60.0

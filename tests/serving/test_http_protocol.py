@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from emberkv.serving.app import ServingSettings
-from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.server import HttpServer
+from emberkv.serving.server import ConnectionLimits, HttpServer
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import DEADLINE, eventually, serving
 

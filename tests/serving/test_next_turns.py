@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from emberkv.core.sequence import BACKGROUND_PRIORITY
 from emberkv.engine.request import Engine, EngineStats, GenerationRequest, OutputListener
 from emberkv.serving.api.conversation import Conversation
-from emberkv.serving.api.next_prompt import NextPrompt, next_prompt
+from emberkv.serving.api.rendering import NextPrompt, next_prompt
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.next_turns import MOST_WAITING, _Budget

@@ -1,7 +1,7 @@
 """What a dashboard shows of recent prompts."""
 
 from emberkv.engine.request import CacheUsage
-from emberkv.serving.recent_traffic import MINUTES, SHOWN_SESSIONS, SHOWN_TURNS, RecentTraffic, Turn, tokens_by_source
+from emberkv.serving.dashboard import MINUTES, SHOWN_SESSIONS, SHOWN_TURNS, RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import DEFAULT_TENANT
 

@@ -29,12 +29,11 @@ from emberkv.serving.auth import is_loopback, is_own_user
 from emberkv.serving.background import Background
 from emberkv.serving.canonical import rules_in_force
 from emberkv.serving.generate_api import worker_routers
-from emberkv.serving.http_protocol import ConnectionLimits
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
 from emberkv.serving.sequence_api import with_detail_for_unknown_paths
-from emberkv.serving.server import HttpServer, bind_socket, openable_connections
+from emberkv.serving.server import ConnectionLimits, HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, server_keys
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
 from emberkv.serving.tracing import RequestTracer

@@ -27,13 +27,13 @@ from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import MIN_MISS, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
+from emberkv.serving.dashboard import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.errors import CLIENT_GONE, RequestTimeoutError, request_info
 from emberkv.serving.event_stream import EventStream, EventWriter, StreamTimes, unless_disconnected
 from emberkv.serving.generated_sequences import GeneratedSequences
 from emberkv.serving.lifecycle import FirstDifference, Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 from emberkv.serving.next_turns import NextTurns, RenderNext
-from emberkv.serving.recent_traffic import RecentTraffic, Turn, tokens_by_source
 from emberkv.serving.request_context import (
     EndedAnswer,
     RecentRequests,

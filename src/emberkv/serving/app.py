@@ -27,7 +27,6 @@ from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.dashboard import dashboard_router
-from emberkv.serving.docs_page import docs_page
 from emberkv.serving.errors import REQUEST_ID_HEADERS, client_disconnected, error_response
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle, Phase
@@ -42,7 +41,7 @@ from emberkv.serving.metrics import (
     WarmupCollector,
 )
 from emberkv.serving.middleware import BodyLimit, ContentDecoding, RequestScope, default_max_bytes
-from emberkv.serving.openapi import openapi_document
+from emberkv.serving.openapi import docs_page, openapi_document
 from emberkv.serving.tenancy import SECRET_BYTES, Tenants
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.tracing import RequestTracer

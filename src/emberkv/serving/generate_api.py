@@ -19,7 +19,6 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress, SamplingParams
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError, RequestError
-from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import Prompt
 from emberkv.serving.answers.answer import AnswerDelta
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
@@ -27,7 +26,7 @@ from emberkv.serving.app import AppParts, RouterFactory
 from emberkv.serving.errors import failure_mid_stream
 from emberkv.serving.event_stream import ping_comment, sse_event
 from emberkv.serving.kv_tensors import KVTensorStore
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, answer_budget
 from emberkv.serving.request_context import MAX_ID_LENGTH
 from emberkv.serving.sequence_api import DetailRoute, KVRoutes, model_facts, parse_detailed, status_router
 from emberkv.serving.tenancy import Tenant

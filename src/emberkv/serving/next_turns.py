@@ -37,7 +37,7 @@ _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
 class RenderNext(Protocol):
-    """Renders the next prompt of a conversation; `api.next_prompt.NextPrompt` is one."""
+    """Renders the next prompt of a conversation; `api.rendering.NextPrompt` is one."""
 
     @property
     def beginning(self) -> int:

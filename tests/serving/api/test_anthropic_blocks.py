@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberkv.errors import RequestError
-from emberkv.serving.api.anthropic_blocks import BlockReader, template_tools
+from emberkv.serving.api.anthropic_schema import BlockReader, template_tools
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}}
 

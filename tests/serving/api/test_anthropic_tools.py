@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from emberkv.core.sequence import FinishReason
-from emberkv.serving.api.anthropic_content import Signer, tool_input
+from emberkv.serving.api.anthropic_api import Signer, tool_input
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.events import ParsedCall
 from emberkv.serving.parsing.formats import OutputFormat

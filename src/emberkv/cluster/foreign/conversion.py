@@ -12,8 +12,7 @@ from emberkv.cluster.foreign.answers import decoded
 from emberkv.engine.request import PrefillProgress, SamplingParams
 from emberkv.errors import RequestError
 from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
-from emberkv.serving.api.anthropic_api import MessageWriter
-from emberkv.serving.api.anthropic_content import Signer
+from emberkv.serving.api.anthropic_api import MessageWriter, Signer
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.response_store import ResponseStore

@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import SamplingParams
 from emberkv.errors import ConfigError, RequestError
-from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
@@ -26,7 +25,7 @@ from emberkv.serving.cache.service import CacheService, Explained, PrefixPath, e
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import CLIENT_GONE, NotFoundError
 from emberkv.serving.event_stream import compact_json, unless_disconnected
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, answer_budget
 from emberkv.serving.request_context import RequestContext
 from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant, Tenants
 

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress, TokenLogprobs
 from emberkv.errors import RequestError
-from emberkv.serving.answer_budget import answer_budget
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
 from emberkv.serving.answers.answer import Answer, AnswerDelta, PlacedLogprobs, echo_of
 from emberkv.serving.answers.answer_stream import AnswerStream, WholeAnswer
@@ -30,7 +29,7 @@ from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.errors import NotFoundError, failure_mid_stream, openai_error, speaks_anthropic
 from emberkv.serving.event_stream import compact_json, ping_comment, sse_event
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, ServedModel, answer_budget
 from emberkv.serving.parsing.events import (
     CallArguments,
     CallBegin,

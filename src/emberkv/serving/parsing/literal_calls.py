@@ -4,10 +4,9 @@ import ast
 import re
 from collections.abc import Collection, Sequence
 
-from emberkv.serving.parsing.call_sections import CallSections
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd
 from emberkv.serving.parsing.json_calls import read_json_string
-from emberkv.serving.parsing.reader import Markers, Steps, TextReader
+from emberkv.serving.parsing.reader import CallSections, Markers, Steps, TextReader
 from emberkv.serving.parsing.schema_values import as_json, json_value, within_string
 
 _NAME = re.compile(r"[\w.\-]*")

@@ -4,9 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emberkv.serving.parsing.call_sections import CallSections
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd
-from emberkv.serving.parsing.reader import Markers, Steps, TextReader
+from emberkv.serving.parsing.reader import CallSections, Markers, Steps, TextReader
 from emberkv.serving.parsing.schema_values import ParameterTypes, as_json, json_value, within_string
 
 _ANY = frozenset[str]()
