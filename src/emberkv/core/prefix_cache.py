@@ -76,7 +76,8 @@ class Lease:
 
     def missing_blocks(self, num_tokens: int) -> int:
         """How many blocks more the table needs to cover ``num_tokens``."""
-        return max(0, self._cache.pool.blocks_for(num_tokens) - len(self.blocks))
+        missing = -(-num_tokens // self._cache.pool.block_size) - len(self.blocks)
+        return missing if missing > 0 else 0
 
     def extend(self, num_tokens: int) -> None:
         """Allocate until the table covers ``num_tokens``. Raises NoFreeBlocksError, with no block allocated.

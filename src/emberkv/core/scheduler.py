@@ -13,6 +13,7 @@ come, first served.
 
 from collections import abc
 from collections.abc import Container, Iterable, Mapping
+from operator import attrgetter
 
 from emberkv.core.block import Match, MatchEnd
 from emberkv.core.fairness import Claims
@@ -34,6 +35,9 @@ from emberkv.core.waiting_queue import Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]
+
+_BY_RANK = attrgetter("priority", "order")
+"""`Sequence.rank`, without a call in Python for each running sequence of each step."""
 
 
 class Scheduler:
@@ -229,13 +233,14 @@ class Scheduler:
         )
 
     def _plan_decodes(self, plan: StepPlan) -> None:
-        for sequence in sorted(self._running, key=lambda each: each.rank):
+        for sequence in sorted(self._running, key=_BY_RANK):
             if sequence.status is not SequenceStatus.DECODING:
                 continue
-            if sequence.held.missing_blocks(len(sequence.chain)):
+            length = len(sequence.chain)
+            if sequence.held.missing_blocks(length):
                 if not self._make_room(sequence, plan):
                     continue
-                sequence.held.extend(len(sequence.chain))
+                sequence.held.extend(length)
             plan.decodes.append(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:

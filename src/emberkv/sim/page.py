@@ -1,10 +1,13 @@
 """The HTML page of a report: one file without links or scripts, in light and dark, on a phone and on paper."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+_NUMBER = re.compile(r"(over |under )?[-+$\d]")
 
 _STYLE = """
 :root {
@@ -45,7 +48,7 @@ table { border-collapse: collapse; font-size: .88rem; overflow-wrap: normal }
 caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-tbody th { font-weight: normal }
+tbody th { font-weight: normal; min-width: 5rem }
 tr.chosen th, tr.chosen td { font-weight: 600 }
 @page { margin: 14mm }
 @media print {
@@ -111,7 +114,7 @@ def table(
     columns: Sequence[str] = (),
     chosen: int | None = None,
 ) -> str:
-    """Rows of a heading and cells; cells that begin with a digit or a sign stand on the right.
+    """Rows of a heading and cells; cells that begin with a number stand on the right.
 
     columns: the head's, the first of them over the headings. chosen: the row that is put in bold.
     """
@@ -131,5 +134,5 @@ def table(
 
 
 def _cell(text: str) -> str:
-    number = text[:1].isdigit() or text[:1] in "+-$" or not text
+    number = _NUMBER.match(text) or not text
     return f"<td{' class=number' if number else ''}>{escape(text)}</td>"

@@ -172,10 +172,19 @@ def _get_this(plan: Plan) -> Iterator[str]:
         f"It is the smallest of the set-ups simulated that {goal}: {format_share(found.hit_rate)} of prompt tokens "
         f"found, mean time to first token {format_seconds(found.mean_ttft)}, p99 {format_seconds(found.p99_ttft)}."
     )
+    yield from _judged_by(plan)
     if plan.price_per_hour is None:
         yield "No price is known: --price-per-hour takes that of one device."
     yield from _rejected(found.rejected)
     yield from _others(plan, point)
+
+
+def _judged_by(plan: Plan) -> Iterator[str]:
+    """How much of the workload the simulations cover, where that is not all of it."""
+    simulated = [point.simulated for point in plan.set_ups if point.simulated is not None]
+    most = max((found.completed + found.rejected for found in simulated), default=0)
+    if 0 < most < plan.demand.requests:
+        yield f"This is judged by the first {most:,} of {plan.demand.requests:,} requests; --requests takes more."
 
 
 def _rejected(rejected: int) -> Iterator[str]:
@@ -216,6 +225,7 @@ def _nothing_serves(plan: Plan) -> Iterator[str]:
         f"No set-up tried serves this workload. The largest, {describe_set_up(plan, largest)}: "
         f"{_failing(plan, largest)}."
     )
+    yield from _judged_by(plan)
     smaller = [point for point in ran if point.tier == largest.tier and point.replicas < largest.replicas]
     if smaller and not (largest.simulated and largest.simulated.load and largest.simulated.load.grows):
         yield "More replicas did not help: look at --routing, at the longest prompts, or at faster --hardware."
@@ -270,10 +280,7 @@ def _machines(plan: Plan) -> Iterator[str]:
     yield f"The workload asks for {format_rate(rate)} requests a second, {format_rate(busiest)} at its busiest."
     fewest = min(plan.set_ups, key=lambda point: point.replicas).replicas
     most = max(plan.set_ups, key=lambda point: point.replicas).replicas
-    ran = [point.simulated for point in plan.set_ups if point.simulated is not None]
-    of = f"{max(found.completed + found.rejected for found in ran):,} of {plan.demand.requests:,}" if ran else ""
-    tried = f"; the first {of} requests were simulated" if ran else ""
     yield (
         f"From {fewest} to {most} replicas were tried, beginning with as many as have {1 - MAX_UTILISATION:.0%} of "
-        f"what they could serve to spare by formula{tried}."
+        "what they could serve to spare by formula."
     )

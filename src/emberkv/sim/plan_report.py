@@ -99,7 +99,7 @@ def _set_ups(plan: Plan) -> str:
         if point == plan.get:
             chosen = number
         rows.append((_name(point), _cells(plan, point)))
-    columns = ["replicas and tier", "hit rate", "TTFT mean", "TTFT p99", "requests a second", "an hour"]
+    columns = ["replicas and tier", "hit rate", "TTFT mean", "TTFT p99", "served a second", "an hour"]
     return page.table(rows, caption="Simulated, or by formula where p99 is missing", columns=columns, chosen=chosen)
 
 

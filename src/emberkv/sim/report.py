@@ -96,7 +96,8 @@ def _cards(run: Results) -> Iterator[tuple[str, str, str]]:
             f"of the time; {format_share(used['kv_memory'])} of KV blocks in use",
         )
     if found["slo"]:
-        yield "Service level", format_share(found["slo"]["all"]), "of requests attain it"
+        unfinished = f"; {requests['unfinished']:,} were unfinished" if requests["unfinished"] else ""
+        yield "Service level", format_share(found["slo"]["all"]), f"of requests attain it{unfinished}"
 
 
 def _comparison(runs: Mapping[str, Results]) -> str:

@@ -42,9 +42,11 @@ class EventQueue:
     >>> events = EventQueue()
     >>> events.add(20, EventKind.ARRIVAL, lambda: print("arrives"))
     >>> events.add(20, EventKind.STEP_ENDS, lambda: print("ends"))
-    >>> events.pop()(), events.next_time
+    >>> events.run_next()
     ends
-    (None, 20)
+    arrives
+    >>> events.next_time is None
+    True
     """
 
     _heap: list[tuple[int, EventKind, int, int, Action]] = field(default_factory=list)
@@ -62,8 +64,11 @@ class EventQueue:
         self._added += 1
         heappush(self._heap, (time, kind, rank, self._added, action))
 
-    def pop(self) -> Action:
-        return heappop(self._heap)[-1]
+    def run_next(self) -> None:
+        """Take all actions of the next time, with those that are added for it meanwhile."""
+        heap, now = self._heap, self._heap[0][0]
+        while heap and heap[0][0] == now:
+            heappop(heap)[-1]()
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +236,7 @@ class Simulator:
                 return
             self._now = now
             self.series.until(now, self.replicas)
-            while events.next_time == now:
-                events.pop()()
+            events.run_next()
             for index in sorted(self._woken):
                 self._start(self.replicas[index])
             self._woken.clear()

@@ -42,7 +42,7 @@ class ContentChain:
     (48, 3)
     """
 
-    __slots__ = ("_content", "_length", "_tokens", "block_hashes", "block_size", "root")
+    __slots__ = ("_content", "_end", "_length", "_tokens", "block_hashes", "block_size", "root")
 
     def __init__(
         self, root: BlockHash, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
@@ -50,6 +50,7 @@ class ContentChain:
         self.root = root
         self.block_size = block_size
         self._content = content
+        self._end = len(content)
         self._length = 0
         known = earlier.blocks_shared(root, content, length, block_size) if earlier else 0
         self.block_hashes: list[BlockHash] = earlier.block_hashes[:known] if earlier else []
@@ -100,8 +101,8 @@ class ContentChain:
     def grow(self, count: int) -> None:
         """Take the content's next ``count`` tokens. Raises IndexError past the content's end."""
         length = self._length + count
-        if length > len(self._content):
-            raise IndexError(f"the content ends at {len(self._content)} tokens; there is no further answer to take")
+        if length > self._end:
+            raise IndexError(f"the content ends at {self._end} tokens; there is no further answer to take")
         self._length = length
         known = len(self.block_hashes)
         if length // self.block_size > known:

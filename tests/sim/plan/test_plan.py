@@ -17,7 +17,7 @@ def test_it_says_what_to_get_and_why() -> None:
         "Fetching a prompt token from disk takes 40 us, slower than computing it (20 us).",
         "The workload asks for 2 requests a second, 5 at its busiest.",
         "From 2 to 3 replicas were tried, beginning with as many as have 20% of what they could serve to spare by "
-        "formula; the first 900 of 1,000 requests were simulated.",
+        "formula.",
     ]  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def test_what_to_get_comes_with_its_price_and_the_reasons() -> None:
         "Get 2 replicas on 4 x card, with 1 GiB of KV memory and 2 GiB of RAM for the cache each: $6.00 an hour.",
         "It is the smallest of the set-ups simulated that keeps time to first token p99 within 3 s: 28.0% of prompt "
         "tokens found, mean time to first token 400 ms, p99 2.5 s.",
+        "This is judged by the first 900 of 1,000 requests; --requests takes more.",
         "Not 1 replica on 2 x card, with 1 GiB of KV memory and 2 GiB of RAM for the cache: it serves 1 of 2 requests "
         "a second and the queue grows without end.",
     ]
@@ -59,5 +60,11 @@ def test_where_nothing_serves_it_says_what_fails() -> None:
     slow = replace(CHOSEN, simulated=replace(CHOSEN.simulated, missed=("ttft_ms",)))
     assert get_this(plan(get=None, set_ups=[slow])) == [
         "No set-up tried serves this workload. The largest, 2 replicas on 4 x card, with 1 GiB of KV memory and 2 GiB "
-        "of RAM for the cache each: its p99 misses the time to first token (2.5 s)."
+        "of RAM for the cache each: its p99 misses the time to first token (2.5 s).",
+        "This is judged by the first 900 of 1,000 requests; --requests takes more.",
     ]
+
+
+def test_a_plan_of_all_requests_does_not_speak_of_the_first() -> None:
+    whole = replace(PLAN.demand, requests=900)
+    assert not [sentence for sentence in get_this(plan(demand=whole)) if "judged" in sentence]
