@@ -47,6 +47,12 @@ _FALCON = {name: value for name, value in _WIDE.items() if name != "head_dim"}
 _SOME_EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
 
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 96}
+_MAMBA = {"mamba_d_state": 24, "mamba_chunk_size": 16}
+_DELTA = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+          "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 24,
+          "linear_value_head_dim": 16}  # fmt: skip
+
 SUPPORTED: dict[str, dict[str, Any]] = {
     "llama": {**_WIDE, "num_hidden_layers": 3},
     "mistral": {**_WIDE, "sliding_window": 40},
@@ -137,6 +143,24 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5,
         "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
     },
+    "bamba": {
+        **_WIDE,
+        **_MAMBA,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 2,
+    },
+    "granitemoehybrid": {
+        **_WIDE,
+        **_MAMBA,
+        **_NO_EXPERTS,
+        "num_hidden_layers": 4,
+        "mamba_n_heads": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    },
+    "qwen3_next": {**_WIDE, **_SOME_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
     "llama4_text": {
         **_WIDE,
         **_SOME_EXPERTS,
@@ -187,7 +211,7 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 `tests/engine/torch/test_architectures.py` tests each.
 """
 
-BY_BLOCKS = frozenset({"lfm2"})
+BY_BLOCKS = frozenset({"bamba", "granitemoehybrid", "lfm2", "qwen3_next"})
 """Those of both of which a hit ends at a whole block: they keep state beside keys and values."""
 
 BY_CHUNKS = frozenset[str]()
@@ -200,10 +224,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "mamba": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2},
     "jamba": {**_WIDE, **_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
               "mamba_d_state": 8},
-    "bamba": {**_WIDE, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8},
-    "qwen3_next": {**_WIDE, **_EXPERTS, "layer_types": ["linear_attention", "full_attention"],
-                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
-                   "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32},
     "t5": {"vocab_size": VOCAB_SIZE, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
     "bart": {"vocab_size": VOCAB_SIZE, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
              "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,

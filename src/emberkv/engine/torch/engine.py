@@ -30,7 +30,8 @@ from emberkv.engine.torch.native.experts import replace_experts
 from emberkv.engine.torch.native.kernels import Kernels, can_compute
 from emberkv.engine.torch.native.latent import replace_latents
 from emberkv.engine.torch.native.layers import replace_layers
-from emberkv.engine.torch.recurrent import ConvolutionStep, convolution_step, use_recurrent_state
+from emberkv.engine.torch.native.recurrence import replace_recurrences
+from emberkv.engine.torch.recurrent import use_recurrent_state
 from emberkv.engine.torch.sampling import Sampler, SamplingFailure, prompt_logprobs
 from emberkv.engine.torch.self_check import (
     Findings,
@@ -40,6 +41,7 @@ from emberkv.engine.torch.self_check import (
     is_tile_invariant,
     plain_logits,
 )
+from emberkv.engine.torch.state_step import StateStep, state_step
 from emberkv.errors import UnsupportedModelError
 
 TILE_TOKENS = 32
@@ -142,6 +144,7 @@ class TorchEngine:
         if self.kernels is not None:
             replace_latents(self._model, self.kernels)
             replace_experts(self._model, self.kernels)
+            replace_recurrences(self._model, self.kernels)
             replace_layers(self._model, self.kernels)
         pack_linears(self._model)
         if self._device.type == "cpu":
@@ -258,7 +261,7 @@ class TorchEngine:
         }
         if self._asks_cache:
             arguments["past_key_values"] = PassedPositions(position_ids)
-        with attention_step(step), self._convolutions(works):
+        with attention_step(step), self._states(works):
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._base(**arguments)
@@ -269,16 +272,15 @@ class TorchEngine:
             logits: Tensor = self._model(**arguments, logits_to_keep=kept).logits[0]
             return logits
 
-    def _convolutions(self, works: list[_Work]) -> AbstractContextManager[None]:
-        found = self.loaded.geometry.convolutions
-        if not found:
+    def _states(self, works: list[_Work]) -> AbstractContextManager[None]:
+        if not self.loaded.geometry.states:
             return nullcontext()
-        return convolution_step(ConvolutionStep(self.pool, [work.run for work in works], found[0].columns))
+        return state_step(StateStep(self.pool, [work.run for work in works]))
 
     @property
     def hits_within_blocks(self) -> bool:
-        """See `Executor`: the convolutions' state is there after a block's last token alone."""
-        return not self.loaded.geometry.convolutions
+        """See `Executor`: the state of convolutions and recurrent layers is there after a block's last token alone."""
+        return not self.loaded.geometry.states
 
     @property
     def backend(self) -> str:

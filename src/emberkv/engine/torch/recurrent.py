@@ -1,89 +1,22 @@
-"""Layers that keep state beside keys and values, over the blocks of the pool: LFM2's short convolutions.
-
-A block holds the state after the last token that was computed into it. So the state before a run of tokens lies in the
-block of the token before it, and any sequence whose prefix ends with a full block can continue from it.
+"""A model's layers with a state of fixed size, over the blocks of the pool: LFM2's short convolutions, Mamba-2's mixers
+and gated delta nets. They take the place of the model's own, whose products they keep.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
-from emberkv.engine.torch.attention.paged_attention import Run, place_attention
-from emberkv.engine.torch.model.short_convolution import is_short_convolution
-
-
-class ConvolutionStep:
-    """The convolutions of one pass over all runs' rows, one run after the other; rows after them are padding.
-
-    The runs' inputs are laid end to end, each behind the ``columns`` inputs before its first token.
-    """
-
-    def __init__(self, pool: KVPool, runs: Sequence[Run], columns: int) -> None:
-        self._pool = pool
-        self._columns = columns
-        size, device = pool.block_size, pool.device
-        first, row = 0, 0
-        self._heads: list[slice] = []  # of each run, where what is before it lies
-        before: list[int] = []  # of each run, the block with that; any, where nothing is
-        fresh: list[int] = []  # runs before which nothing is
-        rows: list[int] = []  # where each row's own input lies
-        written: list[int] = []  # blocks that get a state
-        ends: list[int] = []  # where each of these states begins
-        for index, run in enumerate(runs):
-            self._heads.append(slice(row, row + run.count))
-            row += run.count
-            before.append(run.block_ids[max(0, run.start - 1) // size])
-            fresh += [index] if run.start == 0 else []
-            rows += range(first + columns, first + columns + run.count)
-            for block in range(run.start // size, -(-run.stop // size)):
-                written.append(run.block_ids[block])
-                ends.append(first + min(run.stop, (block + 1) * size) - run.start)
-            first += columns + run.count
-        self._before = torch.tensor(before, device=device)
-        self._fresh = torch.tensor(fresh, dtype=torch.int64, device=device)
-        self._rows = torch.tensor(rows, device=device) - columns
-        self._written = torch.tensor(written, device=device)
-        self._states = torch.tensor(ends, device=device).unsqueeze(1) + torch.arange(columns, device=device)
-
-    def convolve(self, layer: int, inputs: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-        """``[rows, channels]``, of which each channel is the sum of ``taps``, fp32 ``[columns + 1, channels]``, times
-        the inputs up to the row's own. It is computed in fp32, and is zero for padding.
-
-        Products and sums are torch's own operations on single values, which round alike wherever a row lies.
-        """
-        state = self._pool.states[layer]
-        before = state[self._before]
-        before[self._fresh] = 0
-        laid = torch.cat([part for i, at in enumerate(self._heads) for part in (before[i], inputs[at])])
-        state[self._written] = laid[self._states]
-        wide = laid.float()
-        count = wide.shape[0] - self._columns
-        total = wide[:count] * taps[0]
-        for column in range(1, self._columns + 1):
-            total += wide[column : column + count] * taps[column]
-        if bias is not None:
-            total += bias
-        out = torch.zeros_like(inputs)
-        out[: self._rows.shape[0]] = total[self._rows].to(inputs.dtype)
-        return out
-
-
-_current_step: ContextVar[ConvolutionStep] = ContextVar("emberkv_convolution_step")
-
-
-@contextmanager
-def convolution_step(step: ConvolutionStep) -> Iterator[None]:
-    """Within this context, the model's convolutions work on ``step``."""
-    token = _current_step.set(step)
-    try:
-        yield
-    finally:
-        _current_step.reset(token)
+from emberkv.engine.torch.attention.paged_attention import place_attention
+from emberkv.engine.torch.model.state_layers import (
+    StateGeometry,
+    is_mamba2,
+    is_short_convolution,
+    state_of,
+)
+from emberkv.engine.torch.recurrence import Recurrence, Rule
+from emberkv.engine.torch.state_step import current_state_step
 
 
 class ShortConvolution(nn.Module):
@@ -103,9 +36,118 @@ class ShortConvolution(nn.Module):
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         """hidden_states: ``[1, rows, channels]``."""
         scale, gate, inputs = self.in_proj(hidden_states).chunk(3, dim=-1)
-        convolved = _current_step.get().convolve(self.layer, (scale * inputs)[0], self.taps, self.bias)
+        step = current_state_step().convolution(self.taps.shape[0] - 1)
+        convolved = step.convolve(self.layer, (scale * inputs)[0], self.taps, self.bias)
         out: Tensor = self.out_proj(gate * convolved)
         return out
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2's mixer of a model, over the blocks of the pool.
+
+    Falcon-H1's multiplies its inputs and what it computes of them by constants, and may go without a norm.
+    """
+
+    multipliers: Tensor | None
+
+    def __init__(self, layer: Any, state: StateGeometry) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = layer.in_proj, layer.out_proj
+        inner = state.heads * state.width
+        self._parts = [inner, state.channels, state.heads]
+        self._input_multiplier = getattr(layer, "ssm_in_multiplier", None)
+        vector = getattr(layer, "mup_vector", None)
+        self.register_buffer("multipliers", None if vector is None else vector.detach().clone())
+        normed = not isinstance(layer.norm, nn.Identity)
+        least, most = layer.time_step_limit
+        rule = Rule(
+            delta=False,
+            key_heads=layer.n_groups,
+            least_step=float(least),
+            most_step=float(most),
+            norm_size=inner // layer.n_groups if normed else 0,
+            epsilon=float(layer.norm.variance_epsilon) if normed else 0.0,
+            gated_first=not getattr(layer.norm, "norm_before_gate", False),
+        )
+        self.recurrence = Recurrence(
+            state,
+            rule,
+            layer.conv1d,
+            log_decay=layer.A_log,
+            step_bias=layer.dt_bias,
+            skip=layer.D,
+            scale=layer.norm.weight if normed else None,
+        )
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        """hidden_states: ``[1, rows, channels]``."""
+        if self._input_multiplier is not None:
+            hidden_states = hidden_states * self._input_multiplier
+        projected = self.in_proj(hidden_states)
+        if self.multipliers is not None:
+            projected = projected * self.multipliers
+        gate, mixed, steps = projected[0].split(self._parts, dim=-1)
+        out: Tensor = self.out_proj(self.recurrence(mixed, gate, steps, None).unsqueeze(0))
+        return out
+
+
+class GatedDeltaNet(nn.Module):
+    """A gated delta net of a model, over the blocks of the pool."""
+
+    def __init__(self, layer: Any, state: StateGeometry) -> None:
+        super().__init__()
+        named: dict[str, Any] = dict(layer.named_children())
+        norm, self.out_proj = (
+            (named["norm"], named["out_proj"]) if "norm" in named else (named["o_norm"], named["o_proj"])
+        )
+        self.products = nn.ModuleDict(
+            {name: child for name, child in named.items() if "proj" in name and child is not self.out_proj}
+        )
+        self._key_heads = layer.num_k_heads
+        self._state = state
+        rule = Rule(
+            delta=True,
+            key_heads=layer.num_k_heads,
+            beta_factor=2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0,
+            norm_size=state.width,
+            epsilon=float(norm.variance_epsilon),
+            gated_first=False,
+        )
+        self.recurrence = Recurrence(
+            state,
+            rule,
+            layer.conv1d,
+            log_decay=layer.A_log,
+            step_bias=layer.dt_bias,
+            skip=None,
+            scale=norm.weight.repeat(state.heads),
+        )
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        """hidden_states: ``[1, rows, channels]``."""
+        out: Tensor = self.out_proj(self.recurrence(*self._products(hidden_states[0])).unsqueeze(0))
+        return out
+
+    def _products(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the recurrence takes: ``mixed, gate, steps, betas``."""
+        by_name: dict[str, Tensor] = {name: product(rows) for name, product in self.products.items()}
+        match sorted(by_name):
+            case ["in_proj_ba", "in_proj_qkvz"]:
+                return self._by_key_head(by_name["in_proj_qkvz"], by_name["in_proj_ba"])
+            case ["in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z"]:
+                mixed, gate = by_name["in_proj_qkv"], by_name["in_proj_z"]
+                return mixed, gate, by_name["in_proj_a"], by_name["in_proj_b"]
+        mixed = torch.cat([by_name[name] for name in ("q_proj", "k_proj", "v_proj")], dim=-1)
+        return mixed, by_name["g_proj"], by_name["a_proj"], by_name["b_proj"]
+
+    def _by_key_head(self, mixed: Tensor, small: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of products whose parts lie together by key head, as Qwen3-Next's do."""
+        each, state = self._state.heads // self._key_heads, self._state
+        parts = [state.depth, state.depth, each * state.width, each * state.width]
+        query, key, value, gate = torch.split(mixed.view(len(mixed), self._key_heads, -1), parts, dim=-1)
+        betas, steps = torch.split(small.view(len(small), self._key_heads, -1), [each, each], dim=-1)
+        together = torch.cat([part.flatten(1) for part in (query, key, value)], dim=-1)
+        return together, gate.flatten(1), steps.flatten(1), betas.flatten(1)
 
 
 class GatedFeedForward(nn.Module):
@@ -123,19 +165,24 @@ class GatedFeedForward(nn.Module):
 
 def use_recurrent_state(model: nn.Module, pool: KVPool) -> int:
     """Put layers that keep their state in the pool in the place of a model's own. Returns the number of such layers."""
-    convolutions = pool.geometry.convolutions
-    if not convolutions:
+    if not pool.geometry.states:
         return 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_short_convolution(child):
-                setattr(parent, name, ShortConvolution(child))
-            elif type(child).__name__ in _FEED_FORWARDS:
-                setattr(parent, name, GatedFeedForward(child))
-    convolved = {each.layer for each in convolutions}
-    count = len(convolutions) + pool.geometry.num_layers
-    place_attention(model, [layer for layer in range(count) if layer not in convolved])
-    return len(convolutions)
+            ours = _over_blocks(child)
+            if ours is not None:
+                setattr(parent, name, ours)
+    place_attention(model, list(pool.geometry.attention_layers))
+    return len(pool.geometry.states)
+
+
+def _over_blocks(module: nn.Module) -> nn.Module | None:
+    state = state_of(module)
+    if state is None:
+        return GatedFeedForward(module) if type(module).__name__ in _FEED_FORWARDS else None
+    if is_short_convolution(module):
+        return ShortConvolution(module)
+    return Mamba2Mixer(module, state) if is_mamba2(module) else GatedDeltaNet(module, state)
 
 
 _FEED_FORWARDS = ("Lfm2MLP", "Lfm2MoeMLP")

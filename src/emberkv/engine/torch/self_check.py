@@ -175,7 +175,8 @@ def _blocks_for_two(engine: PagedForward, length: int) -> tuple[list[int], list[
 
 
 def _same_blocks(engine: PagedForward, first: list[int], second: list[int]) -> bool:
-    return torch.equal(engine.pool.blocks[first], engine.pool.blocks[second])
+    blocks = engine.pool.blocks.view(torch.uint8)  # half of a value in fp32 may be no number as a bf16
+    return torch.equal(blocks[first], blocks[second])
 
 
 @torch.inference_mode()

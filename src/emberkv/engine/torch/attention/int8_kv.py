@@ -19,8 +19,10 @@ def check_int8_kv(geometry: ModelGeometry, block_size: int) -> None:
     """Raises ConfigError where values do not fill the pairs in which a block holds them, or a block holds other state,
     which is not rounded.
     """
-    if geometry.convolutions:
-        raise ConfigError("--kv-dtype int8 does not take a model with short convolutions: use --kv-dtype auto")
+    if geometry.states:
+        raise ConfigError(
+            "--kv-dtype int8 does not take a model with short convolutions or recurrent layers: use --kv-dtype auto"
+        )
     if geometry.head_dim % 2 or block_size % 2:
         raise ConfigError(
             f"--kv-dtype int8 takes heads and blocks of even size; here heads are of {geometry.head_dim} and blocks of "

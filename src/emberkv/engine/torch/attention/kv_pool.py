@@ -38,8 +38,8 @@ class KVPool:
     with attention attends over.
 
     blocks: all of each block, ``[blocks, values]``: its keys and values, and behind them, in whole rows, the state that
-    convolutions have after the last token that was computed into it. states: views of that, ``[blocks, columns,
-    channels]``, by the layer's number in the model.
+    layers have after the last token that was computed into it. matrices and convolved: views of that, by the layer's
+    number in the model: fp32 ``[blocks, heads, depth, width]``, and ``[blocks, columns, channels]`` in ``dtype``.
 
     Where the kernels compute, they hold each block's K and V of a layer, the last three axes, in an order of their own
     (native/layout.hpp), and what is said of these axes here does not apply. In int8 these axes are one of bytes
@@ -75,12 +75,14 @@ class KVPool:
         if dtype is torch.int8:
             check_int8_kv(geometry, block_size)
             row = (block_size * geometry.num_kv_heads * geometry.bytes_per_head(dtype),)
-        self._block_rows = geometry.rows_per_block(block_size)
+        self._block_rows = geometry.rows_per_block(dtype, block_size)
         self.blocks = torch.empty((num_blocks, self._block_rows * prod(row)), dtype=dtype, device=device)
         self._row_view = self.blocks.view(num_blocks * self._block_rows, -1)
         kv_values = geometry.num_kv_layers * 2 * prod(row)
         self.storage = self.blocks[:, :kv_values].view(num_blocks, geometry.num_kv_layers, 2, *row)
-        self.states = self._states(self.blocks[:, kv_values:])
+        self.matrices: dict[int, Tensor] = {}
+        self.convolved: dict[int, Tensor] = {}
+        self._find_states(self.blocks[:, kv_values:])
         self._token_view = self._row_view.view(self._row_view.shape[0] * block_size, -1)
         self._int8 = Int8Rows(self._row_view, geometry, block_size) if dtype is torch.int8 else None
         self._layer_offsets = torch.arange(geometry.num_kv_layers * 2, device=device).view(-1, 2, 1)
@@ -89,15 +91,20 @@ class KVPool:
         self.scores = Scratch(device)
         self.packed = False
 
-    def _states(self, behind: Tensor) -> dict[int, Tensor]:
+    def _find_states(self, behind: Tensor) -> None:
         """Of what lies ``behind`` keys and values. What is not used is zero, as equal blocks are equal bit by bit."""
-        states, first = {}, 0
-        for each in self.geometry.convolutions:
-            part = behind[:, first : first + each.values]
-            states[each.layer] = part.view(self.num_blocks, each.columns, each.channels)
-            first += each.values
+        first = 0
+        for each in self.geometry.states:
+            if each.heads:
+                count = each.matrix_bytes // behind.element_size()
+                part = behind[:, first : first + count].view(torch.float32)
+                self.matrices[each.layer] = part.view(self.num_blocks, each.heads, each.depth, each.width)
+                first += count
+        for each in self.geometry.states:
+            part = behind[:, first : first + each.convolved]
+            self.convolved[each.layer] = part.view(self.num_blocks, each.columns, each.channels)
+            first += each.convolved
         behind[:, first:] = 0
-        return states
 
     @classmethod
     def of_bytes(

@@ -93,19 +93,19 @@ def describe_model(
         free,
         None,
         parameters=shape.num_parameters,
-        layers=geometry.num_layers + len(geometry.convolutions),
+        layers=len({each.layer for each in geometry.states} | set(geometry.attention_layers)),
         computed_as=dtype_name(chosen),
         held=source.held,
         weight_bytes=source.num_bytes(shape, chosen),
         quantised_bytes=_quantised(source, shape, chosen),
         kv_bytes_per_token=-(-block_bytes // DEFAULT_BLOCK_SIZE),
         int8_kv_bytes_per_token=(
-            None if geometry.head_dim % 2 or geometry.convolutions else geometry.bytes_per_token(torch.int8)
+            None if geometry.head_dim % 2 or geometry.states else geometry.bytes_per_token(torch.int8)
         ),
         state_bytes_per_block=block_bytes - geometry.bytes_per_token(chosen) * DEFAULT_BLOCK_SIZE,
         context=geometry.context_length,
         stated_context=geometry.stated_context,
-        reuse=_reuse(chosen, target, "at whole blocks" if geometry.convolutions else "at any token"),
+        reuse=_reuse(chosen, target, "at whole blocks" if geometry.states else "at any token"),
     )
 
 

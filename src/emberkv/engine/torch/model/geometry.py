@@ -18,11 +18,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from emberkv.defaults import DEFAULT_BLOCK_SIZE
 from emberkv.engine.torch.layers import expert_shapes, linear_parts, output_layer
 from emberkv.engine.torch.model.attention_interface import calls_interface, use_interface
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents, use_latents
 from emberkv.engine.torch.model.multimodal import text_config
-from emberkv.engine.torch.model.short_convolution import ConvolutionGeometry, convolutions_of
+from emberkv.engine.torch.model.state_layers import StateGeometry, state_layers
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 SERVED_ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"})
@@ -71,10 +72,15 @@ def _parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [each for each in nested or [given] if each.get("rope_type")]
 
 
+MOST_BLOCK_TOKENS = 1024
 MOST_LAYERS = 1000
 _MOST_MODULES = 50_000
 _LONGEST_CONTEXT = 2**31 - 1
-SERVED_LAYER_TYPES = frozenset({"chunked_attention", "conv", "full_attention", "sliding_attention"})
+SERVED_LAYER_TYPES = frozenset(
+    {"chunked_attention", "conv", "full_attention", "hybrid", "linear_attention", "sliding_attention"}
+)
+_FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})
+"""Of layers that neither attend nor keep a state (Nemotron-H)."""
 
 _HARMLESS_ARGUMENTS = frozenset(
     {
@@ -133,8 +139,9 @@ class LayerGeometry:
 class ModelGeometry:
     """All layers that keep state. Those with attention have the same heads, and keys are as wide as values.
 
-    layers: those with attention. convolutions: those with a short convolution; a block holds their state after the
-    block's last token. ends_with_attention: whether no convolution comes after the last attention.
+    layers: those with attention. attending: their numbers among all of the model's layers; empty where all attend.
+    states: of layers that keep a state of fixed size; a block holds it as it is after the block's last token.
+    ends_with_attention: whether no such layer comes after the last attention.
     vocab_size: rows of the embedding, the bound of every token id that the model can take.
     context_length: the most tokens that the model was made for and whose state stays valid; see `rotation_limit`.
     stated_context: what the model's config gives as its context; 0 where it is not known.
@@ -147,13 +154,19 @@ class ModelGeometry:
     context_length: int
     layers: tuple[LayerGeometry, ...]
     stated_context: int = 0
-    convolutions: tuple[ConvolutionGeometry, ...] = ()
+    states: tuple[StateGeometry, ...] = ()
     ends_with_attention: bool = True
+    attending: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
         """Layers with attention."""
         return len(self.layers)
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers, among all of the model's layers, of those with attention."""
+        return self.attending or tuple(range(len(self.layers)))
 
     @property
     def num_kv_layers(self) -> int:
@@ -175,14 +188,31 @@ class ModelGeometry:
         """Bytes of one head's key, or value, of one token: its values, and in int8 their scale."""
         return self.head_dim * kv_dtype.itemsize + (KV_SCALE_BYTES if kv_dtype is torch.int8 else 0)
 
-    def rows_per_block(self, block_size: int) -> int:
-        """How many times a layer's keys of a block would fill it, the convolutions' state being rounded up to that."""
-        state = sum(each.values for each in self.convolutions)
-        return 2 * self.num_kv_layers + -(-state // (block_size * self.num_kv_heads * self.head_dim))
+    def state_bytes(self, kv_dtype: torch.dtype) -> int:
+        """Bytes of what all layers with a state keep after a token; 0 where none does."""
+        return sum(each.matrix_bytes + each.convolved * kv_dtype.itemsize for each in self.states)
+
+    def rows_per_block(self, kv_dtype: torch.dtype, block_size: int) -> int:
+        """How many times a layer's keys of a block would fill it, the state being rounded up to that."""
+        return 2 * self.num_kv_layers + -(-self.state_bytes(kv_dtype) // self._row_bytes(kv_dtype, block_size))
 
     def block_bytes(self, kv_dtype: torch.dtype, block_size: int) -> int:
         """Bytes of a block: keys and values of its tokens, and the state after the last one."""
-        return self.rows_per_block(block_size) * block_size * self.num_kv_heads * self.bytes_per_head(kv_dtype)
+        return self.rows_per_block(kv_dtype, block_size) * self._row_bytes(kv_dtype, block_size)
+
+    def _row_bytes(self, kv_dtype: torch.dtype, block_size: int) -> int:
+        """Bytes of one layer's keys in a block."""
+        return block_size * self.num_kv_heads * self.bytes_per_head(kv_dtype)
+
+    def default_block_size(self, kv_dtype: torch.dtype) -> int:
+        """Tokens of a block unless ``--block-size`` says it.
+
+        The smallest power of two, from 16 to 1024, with which keys and values take as much of a block as the state.
+        """
+        size = DEFAULT_BLOCK_SIZE
+        while size < MOST_BLOCK_TOKENS and size * self.bytes_per_token(kv_dtype) < self.state_bytes(kv_dtype):
+            size *= 2
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +345,7 @@ def _inspect(config: PretrainedConfig) -> ModelShape:
     found = {name: linear_parts(module) for name, module in modules.items()}
     output = output_layer(model)
     return ModelShape(
-        _geometry(config, _trace(config, model), convolutions_of(model)),
+        _geometry(config, _trace(config, model), state_layers(model)),
         shapes,
         parameters=frozenset(name for name, _ in model.named_parameters()),
         linears={name: tuple(parts[0].shape) for name, parts in found.items() if parts is not None},
@@ -362,7 +392,7 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
         raise _refuse(config, "it is multimodal, and the text model inside it is not known")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refuse(config, "it has no causal language model head")
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES - _FEED_FORWARD_TYPES)
     if foreign:
         raise _refuse(config, f"it has layers of type {', '.join(map(repr, foreign))}")
     strange = sorted(rope_types(config) - SERVED_ROPE_TYPES)
@@ -382,10 +412,10 @@ def _refuse_by_config(config: PretrainedConfig) -> None:
 def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
     layers = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
     named = ", ".join(layers) or type(model).__name__
-    if model._is_stateful:
-        raise _refuse(config, f"{named} keeps recurrent state")
-    known = sum(isinstance(module, torch.nn.Conv1d) for module in model.modules()) == len(convolutions_of(model))
-    if not known:
+    states = state_layers(model)
+    if model._is_stateful and not states:
+        raise _refuse(config, f"{named} keeps recurrent state of another kind than Mamba-2 and the gated delta net")
+    if sum(isinstance(module, torch.nn.Conv1d) for module in model.modules()) != len(states):
         raise _refuse(config, f"{named} has convolutions over past tokens")
 
 
@@ -419,14 +449,14 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
     return calls
 
 
-def _geometry(
-    config: PretrainedConfig, calls: list[_Call], convolutions: tuple[ConvolutionGeometry, ...]
-) -> ModelGeometry:
-    convolved = {each.layer for each in convolutions}
-    attending = [layer for layer in range(config.num_hidden_layers) if layer not in convolved]
-    if [call.layer_idx for call in calls] != attending:
-        order = ", ".join(str(call.layer_idx) for call in calls) or "none"
-        raise _refuse(config, f"its layers ({len(attending)}) attend not once each in order but: {order}")
+def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateGeometry, ...]) -> ModelGeometry:
+    attending = [call.layer_idx for call in calls]
+    others = {each.layer for each in states} | _feed_forwards(config)
+    missing = set(range(config.num_hidden_layers)) - others - set(attending)
+    if missing or attending != sorted(set(attending)) or not set(attending) <= set(range(config.num_hidden_layers)):
+        count = config.num_hidden_layers - len(others - set(attending))
+        order = ", ".join(map(str, attending)) or "none"
+        raise _refuse(config, f"its layers ({count}) attend not once each in order but: {order}")
     if len({(call.query_shape, call.key_shape, call.value_shape) for call in calls}) != 1:
         raise _refuse(config, "its layers differ in heads or head size")
     first = calls[0]
@@ -448,9 +478,16 @@ def _geometry(
         context_length=limit,
         layers=tuple(_layer(config, call) for call in calls),
         stated_context=int(context),
-        convolutions=convolutions,
-        ends_with_attention=attending[-1] == config.num_hidden_layers - 1,
+        states=states,
+        ends_with_attention=all(each.layer < attending[-1] for each in states),
+        attending=tuple(attending) if len(attending) < config.num_hidden_layers else (),
     )
+
+
+def _feed_forwards(config: PretrainedConfig) -> set[int]:
+    """Numbers of layers that, by the config, have no part that looks at other tokens."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return {layer for layer, kind in enumerate(kinds) if kind in _FEED_FORWARD_TYPES}
 
 
 def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:

@@ -117,6 +117,34 @@ struct DecoderCall {
     int32_t num_layers, rows, num_kept, hidden_size, intermediate_size, heads, kv_heads, dim, type, threads;
 };
 
+struct StateRun {         // new tokens of one sequence
+    int32_t first_row, count;
+    int32_t start;        // the position of the first one
+    int32_t block_table;  // where the sequence's begins in block_ids
+};
+
+// A layer with a linear recurrence, for all runs of a pass. A block holds its state behind the latest of its tokens.
+struct RecurrenceCall {
+    const void *mixed, *gate, *steps, *betas;  // [rows, channels], [rows, heads * width] and twice [rows, heads]
+    int64_t mixed_row, gate_row, steps_row, betas_row;
+    void* out;                                 // [rows, heads * width]
+    const float *taps, *bias;                  // [columns + 1, channels]; [channels], or null
+    const float *log_decay, *step_bias, *skip; // [heads]; no skip: null
+    const float* scale;                        // of the norm, [heads * width]; null where norm_size is 0
+    float *convolved, *decays, *results;       // scratch: [rows, channels], [rows, 2, heads], [rows, heads * width]
+    char *convolved_states, *states;           // this layer's in block 0: [columns, channels]; fp32 [heads, depth, width]
+    int64_t block_bytes;
+    const int64_t* block_ids;
+    const StateRun* runs;
+    int32_t num_runs, block_size;
+    int32_t rows, columns, channels, heads, key_heads, depth, width;
+    int32_t queries_at, keys_at, values_at;    // where these begin among the channels
+    int32_t delta;                             // whether it is a gated delta net's
+    int32_t norm_size, gated_first;            // values that are normalised together, 0: none; after the gate or before
+    int32_t type, threads;
+    float least_step, most_step, beta_factor, epsilon;
+};
+
 struct LikeliestCall {
     const void* logits;  // [rows, columns]
     int64_t* places;     // [rows]

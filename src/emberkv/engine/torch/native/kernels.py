@@ -195,6 +195,27 @@ class LikeliestCall(ctypes.Structure):
     )
 
 
+class RecurrenceCall(ctypes.Structure):
+    """One layer with a linear recurrence, for all runs of a pass."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("mixed", "gate", "steps", "betas")),
+        *((f"{name}_row", _LONG) for name in ("mixed", "gate", "steps", "betas")),
+        *((name, _ADDRESS) for name in ("out", "taps", "bias", "log_decay", "step_bias", "skip", "scale")),
+        *((name, _ADDRESS) for name in ("convolved", "decays", "results", "convolved_states", "states")),
+        ("block_bytes", _LONG),
+        *((name, _ADDRESS) for name in ("block_ids", "runs")),
+        *(
+            (name, _INT)
+            for name in (
+                "num_runs", "block_size", "rows", "columns", "channels", "heads", "key_heads", "depth", "width",
+                "queries_at", "keys_at", "values_at", "delta", "norm_size", "gated_first", "type", "threads",
+            )
+        ),
+        *((name, _FLOAT) for name in ("least_step", "most_step", "beta_factor", "epsilon")),
+    )  # fmt: skip
+
+
 class DecoderLayer(ctypes.Structure):
     """What a pass computes in one layer, but for what changes from pass to pass."""
 
@@ -235,7 +256,8 @@ class Kernels:
     """The loaded library. Its functions let other Python threads run, and trust what they are given.
 
     identity: of the machine code; equal ones give equal bits. span: keys whose softmax is computed at once. lanes: fp32
-    values in a vector. columns: outputs of a linear layer computed side by side.
+    values in a vector. columns: outputs of a linear layer computed side by side. most_columns: earlier tokens that a
+    convolution may see.
     """
 
     def __init__(self, library: Path) -> None:
@@ -252,8 +274,10 @@ class Kernels:
         self._rms_norm, self._experts = loaded.emberkv_rms_norm, loaded.emberkv_experts
         self._linears = loaded.emberkv_linears
         self._decoder, self._likeliest = loaded.emberkv_decoder, loaded.emberkv_likeliest
+        self._recurrence, self.most_columns = loaded.emberkv_recurrence, int(loaded.emberkv_most_columns())
         for function in (
             self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder, self._likeliest,
+            self._recurrence,
         ):  # fmt: skip
             function.restype = None
 
@@ -277,6 +301,9 @@ class Kernels:
 
     def rms_norm(self, call: NormCall) -> None:
         self._rms_norm(ctypes.byref(call))
+
+    def recurrence(self, call: RecurrenceCall) -> None:
+        self._recurrence(ctypes.byref(call))
 
     def decoder(self, call: DecoderCall) -> None:
         self._decoder(ctypes.byref(call))

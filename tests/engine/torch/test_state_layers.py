@@ -1,4 +1,4 @@
-"""Short convolutions over the blocks of the pool: a row's bits, the state in blocks, and hits by whole blocks."""
+"""Layers with a state of fixed size: short convolutions row by row, and hits by whole blocks."""
 
 import random
 
@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.paged_attention import Run
 from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, inspect_geometry
-from emberkv.engine.torch.model.short_convolution import ConvolutionGeometry
-from emberkv.engine.torch.recurrent import ConvolutionStep
+from emberkv.engine.torch.model.state_layers import StateGeometry
+from emberkv.engine.torch.state_step import ConvolutionStep
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK
@@ -25,7 +25,7 @@ SIZE = 4
 
 
 def pool_for(columns: int, dtype: torch.dtype) -> KVPool:
-    convolutions = tuple(ConvolutionGeometry(layer, columns, CHANNELS) for layer in (0, 2))
+    convolutions = tuple(StateGeometry(layer, columns, CHANNELS) for layer in (0, 2))
     geometry = ModelGeometry(2, 1, 8, 64, 512, (LayerGeometry(None, None, 1.0),), 512, convolutions, False)
     return KVPool(geometry, dtype, 64, SIZE, torch.device("cpu"))
 
@@ -67,20 +67,23 @@ def test_however_sequences_are_cut_and_batched_a_row_has_the_bits_of_the_whole(
         torch.testing.assert_close(whole.float(), plain, rtol=1e-2, atol=1e-2 if dtype is torch.bfloat16 else 1e-5)
         for position in range(-(-len(text) // SIZE)):
             stop = min(len(text), (position + 1) * SIZE)
-            assert torch.equal(pool.states[2][tables[index][position]].float(), padded[stop : stop + columns])
+            assert torch.equal(pool.convolved[2][tables[index][position]].float(), padded[stop : stop + columns])
 
 
 def text(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("lfm2", "float32"), ("lfm2", "bfloat16"), ("granitemoehybrid", "bfloat16"), ("qwen3_next", "bfloat16")],
+)
 def test_hits_have_the_logits_and_the_blocks_of_a_cold_run(
-    driver: DriverFactory, paged: ModelFactory, dtype: str
+    driver: DriverFactory, paged: ModelFactory, arch: str, dtype: str
 ) -> None:
     """With the kernels and without, after evictions and among sequences that are preempted."""
     rng = random.Random(dtype)
-    warm, cold = driver(paged("lfm2", dtype), num_blocks=36), driver(paged("lfm2", dtype), prefix_cache=False)
+    warm, cold = driver(paged(arch, dtype), num_blocks=36), driver(paged(arch, dtype), prefix_cache=False)
     unit = warm.cache.hit_unit
     stem = text(rng, 3 * CHUNK)
     warm.run_one(stem)
@@ -99,7 +102,7 @@ def test_hits_have_the_logits_and_the_blocks_of_a_cold_run(
         prompt = [*stem[:130], *text(rng, 5)]
         hit, alone = warm.run_one(prompt), cold.run_one(prompt)
         whole = len(prompt) // unit * unit // BLOCK
-        assert torch.equal(hit.kv[:whole], alone.kv[:whole])
+        assert torch.equal(hit.kv[:whole].view(torch.uint8), alone.kv[:whole].view(torch.uint8))
     assert preemptions > 0
     assert warm.stats.hit_tokens > 0
     assert warm.stats.evicted_blocks > 0
@@ -107,7 +110,7 @@ def test_hits_have_the_logits_and_the_blocks_of_a_cold_run(
 
 def test_a_block_s_bytes_are_those_of_its_keys_values_and_state() -> None:
     geometry = inspect_geometry(AutoConfig.for_model("lfm2", **ALSO_SUPPORTED["lfm2"]))
-    assert [each.layer for each in geometry.convolutions] == [0, 2, 4]
+    assert [each.layer for each in geometry.states] == [0, 2, 4]
     assert not geometry.ends_with_attention
     keys_and_values, state = 2 * 2 * 2 * 16 * 16, 3 * 2 * 64
     row = 2 * 16 * 16
