@@ -38,8 +38,8 @@ class FakeWorker:
     """A process that may be reached or not. epoch: another one after each start.
 
     dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
-    hangs: it accepts requests and sends nothing. is_loaded: it has its model; without it, its events end. cache:
-    carries out operations on the cache.
+    hangs: it accepts requests and sends nothing but their progress. running: what it reports. is_loaded: it has its
+    model; without it, its events end. cache: carries out operations on the cache.
     """
 
     worker_id: str
@@ -51,6 +51,7 @@ class FakeWorker:
     refuses: EmberError | None = None
     hangs: bool = False
     draining: bool = False
+    running: int = 0
     is_loaded: bool = True
     cache: CacheService | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -111,7 +112,13 @@ class FakeConnection:
             self._check()
             changed = worker.changed
             yield EventBatch(worker.epoch, 1, ())
-            yield LoadReport(worker_id=worker.worker_id, epoch=worker.epoch, sequence=0, draining=worker.draining)
+            yield LoadReport(
+                worker_id=worker.worker_id,
+                epoch=worker.epoch,
+                sequence=0,
+                draining=worker.draining,
+                running=worker.running,
+            )
             await changed.wait()
 
     async def generate(
@@ -130,6 +137,7 @@ class FakeConnection:
             on_progress(PrefillProgress(len(tokens) // 2, len(tokens)))
             while worker.hangs:
                 await worker.changed.wait()
+                on_progress(PrefillProgress(len(tokens) // 2, len(tokens)))
             for number in range(left):
                 if number == worker.dies_after:
                     worker.die()

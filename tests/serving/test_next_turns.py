@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -16,7 +16,7 @@ from emberkv.engine.request import Engine, EngineStats, GenerationRequest, Outpu
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.rendering import NextPrompt, next_prompt
 from emberkv.serving.app import ServingSettings
-from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, Places, ServedModel
 from emberkv.serving.next_turns import MOST_WAITING, _Budget
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.template_study import rewrites_turns
@@ -83,11 +83,14 @@ class Agent:
 
 
 @contextmanager
-def agent(engine: Engine, tokens: int = 100_000, *, family: str = "Qwen3") -> Iterator[Agent]:
+def agent(
+    engine: Engine, tokens: int = 100_000, *, family: str = "Qwen3", places: Places | None = None
+) -> Iterator[Agent]:
     tokenizer, output_format = FamilyTokenizer(FAMILIES[family]), FAMILIES[family].format
     rewrites = rewrites_turns(tokenizer, reasons=True)
     lifecycle = Lifecycle()
-    lifecycle.loaded(ServedModel((MODEL,), 0, engine, tokenizer, output_format=output_format, rewrites_turns=rewrites))
+    model = ServedModel((MODEL,), 0, engine, tokenizer, output_format=output_format, rewrites_turns=rewrites)
+    lifecycle.loaded(replace(model, places=places))
     with (
         serving(lifecycle, ServingSettings(next_turn_tokens=tokens)) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
@@ -189,6 +192,50 @@ def test_the_conversations_own_next_request_ends_it(pausing: PausingEngine) -> N
         assert client.outcomes("replaced") == 1
     one, other = pausing.background
     assert len(other.prompt_token_ids) > len(one.prompt_token_ids)
+
+
+class OneWorker:
+    """The places of a gateway with one worker."""
+
+    def __init__(self) -> None:
+        self.is_idle = False
+
+    def worker_of(self, _request_id: str) -> str:
+        return "a"
+
+    def free_tokens(self, worker_id: str) -> int | None:
+        assert worker_id == "a"
+        return 100_000 if self.is_idle else None
+
+
+def test_at_a_gateway_it_waits_for_the_worker_that_has_answered(pausing: PausingEngine) -> None:
+    places = OneWorker()
+    pausing.figures = EngineStats(block_size=4, free_blocks=0)  # which is asked of the worker instead
+    with agent(pausing, places=places) as client:
+        client.ask(SYSTEM, user("Which lamps are lit?"))
+        client.ask(user("Write a title"), tools=False)
+        assert client.counted("emberkv_next_turn_waiting") == 1
+        assert not pausing.background
+        places.is_idle = True
+        eventually(lambda: pausing.background)
+        (background,) = pausing.background
+        assert background.worker == "a"
+        client.ask(user("Write a title"), tools=False)  # which goes elsewhere, for all that is known here
+        assert not pausing.aborted
+        pausing.resume()
+        eventually(lambda: client.outcomes("computed"))
+
+
+def test_at_a_gateway_the_conversations_own_next_request_ends_it(pausing: PausingEngine) -> None:
+    places = OneWorker()
+    with agent(pausing, places=places) as client:
+        question = [SYSTEM, user("Which lamps are lit?")]
+        said, _ = client.ask(*question)
+        places.is_idle = True
+        eventually(lambda: pausing.background)
+        client.ask(*question, said, user("And now?"))
+        eventually(lambda: client.outcomes("replaced"))
+        assert pausing.aborted == [pausing.background[0].request_id]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote
 
-from emberkv.cluster.membership import Membership, Worker
+from emberkv.cluster.membership import Membership, Worker, WorkerStatus
 from emberkv.cluster.routing import Decision, Reason, RoutingRequest
 from emberkv.cluster.wire import WorkerDescription, decode_prompt
 from emberkv.core.hashing import PublicPrefixes, TokenChain
-from emberkv.core.sequence import FinishReason
+from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import (
     CacheUsage,
@@ -166,6 +166,7 @@ class ClusterEngine:
         self.public = PublicPrefixes([decode_prompt(each) for each in model.public_prefixes], model.block_size)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, _Answer] = {}
+        self._background: dict[Worker, str] = {}  # which request each worker computes that must make way for others
         self._routes: OrderedDict[str, Route] = OrderedDict()
         self._is_stopped = False
         self._prompt_tokens = 0
@@ -200,6 +201,22 @@ class ClusterEngine:
             remember=True,
         )
 
+    def worker_of(self, request_id: str) -> str:
+        """The worker that has answered a request, or answers it; "" where that is not known."""
+        route = self._routes.get(request_id)
+        return route.workers[-1] if route is not None and route.workers else ""
+
+    def free_tokens(self, worker_id: str) -> int | None:
+        """What an idle worker's pool holds beside what is in use. None where the worker is not up, or has something to
+        do for this gateway or, as it last said, for others.
+        """
+        worker = self._membership.named(worker_id) if worker_id else None
+        if worker is None or worker.status is not WorkerStatus.UP or worker.running or worker in self._background:
+            return None
+        report = worker.report
+        is_idle = report is not None and not (report.running or report.waiting)
+        return report.free_blocks * self._model.block_size if report is not None and is_idle else None
+
     def decide(self, request: GenerationRequest) -> tuple[Worker, Decision] | None:
         """Where a request would go now; None while no worker is up."""
         chain = self.chain(request)
@@ -209,6 +226,9 @@ class ClusterEngine:
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         """Queue a request. Raises EngineStoppedError, DuplicateRequestError or TooManyRequestsError; what only a worker
         finds wrong with the request is the ``refusal`` of its last output.
+
+        One of `BACKGROUND_PRIORITY` that names its worker is computed there alone, unless the worker has something to
+        do; it ends with ABORT when another request goes there, and no policy is asked.
         """
         if self._is_stopped:
             raise EngineStoppedError("the gateway has stopped")
@@ -226,7 +246,9 @@ class ClusterEngine:
         self._routes[request.request_id] = answer.route
         if len(self._routes) > len(self._running) + MAX_ROUTES:
             self._routes.popitem(last=False)
-        task = asyncio.get_running_loop().create_task(self._carry_out(answer))
+        is_background = bool(request.worker) and request.priority >= BACKGROUND_PRIORITY
+        work = self._carry_out_in_background(answer) if is_background else self._carry_out(answer)
+        task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(partial(self._ended, answer))
         self._running[request.request_id] = task
         self._answers[request.request_id] = answer
@@ -293,6 +315,8 @@ class ClusterEngine:
         deadline = self._clock() + self._resume_seconds
         while True:
             worker = await self._choose(answer, busy, deadline)
+            if (background := self._background.get(worker)) is not None:
+                self.abort(background)
             before = len(answer.tokens)
             try:
                 await self._ask(worker, answer)
@@ -317,6 +341,35 @@ class ClusterEngine:
             if losses >= MAX_LOSSES or attempts >= MAX_ATTEMPTS:
                 raise GenerationFailedError(f"{attempts} workers in turn did not finish the answer")
             busy.clear()
+
+    async def _carry_out_in_background(self, answer: _Answer) -> None:
+        """Have the worker that the request names compute it, while it does nothing else.
+
+        Raises what the worker refuses the request by, or fails with.
+        """
+        request = answer.request
+        worker = self._membership.named(request.worker)
+        if worker is None or self.free_tokens(request.worker) is None:
+            raise asyncio.CancelledError("the worker has something else to do")  # as if it were aborted
+
+        def make_way(progress: PrefillProgress) -> None:
+            answer.computed(progress)
+            report = worker.report
+            if report is not None and report.running + report.waiting > 1:  # for another gateway
+                self.abort(request.request_id)
+
+        answer.route.workers.append(worker.worker_id)
+        worker.background += 1
+        self._background[worker] = request.request_id
+        try:
+            async with aclosing(worker.connection.generate(request, make_way)) as outputs:
+                async for output in outputs:
+                    answer.hand_on(output)
+        except (ClusterError, EngineStoppedError, NotReadyError) as error:
+            self._membership.suspect(worker, error)
+            raise
+        finally:
+            del self._background[worker]
 
     def _failed(self, worker: Worker, answer: _Answer, error: EmberError) -> None:
         """The worker has not finished the answer, which goes on elsewhere."""

@@ -243,6 +243,7 @@ class Gateway:
                 sampling_defaults=description.sampling_defaults,
                 headers=self._headers,
                 first_difference=self._first_difference,
+                places=self.engine,
                 on_overflow=self._on_overflow,
                 name_patterns=NamePatterns(description.name_patterns),
                 output_format=output_format,
@@ -356,6 +357,11 @@ def _counters(workers: Sequence[Replica]) -> Iterator[Metric]:
         ("cached_tokens", "Of these, tokens that were cached.", {e.worker_id: e.cached_tokens for e in foreign}),
         ("requests", "Requests sent to the worker.", {each.worker_id: each.requests for each in workers}),
         ("lost_requests", "Of these, requests that it did not finish.", {e.worker_id: e.lost for e in workers}),
+        (
+            "background_requests",
+            "Next prompts of conversations that the worker was sent while it had nothing to do.",
+            {each.worker_id: each.background for each in workers},
+        ),
     ):
         counter = CounterMetricFamily(f"emberkv_worker_{name}", text, labels=["worker"])
         for worker_id, count in counts.items():

@@ -69,7 +69,8 @@ class Replica(ABC):
 
     worker_id: "" before it is known. slot: its number in the router, once it is compatible. detail: why it is not up.
     heard: when it last sent anything, by the membership's clock; None: never. running: ids of the requests that it
-    answers for this gateway. requests, lost: how many it was sent, and of these how many it did not finish.
+    answers for this gateway. requests, lost: how many it was sent, and of these how many it did not finish. background:
+    how many more it was sent to compute while it had nothing to do.
     """
 
     def __init__(self, url: str, worker_id: str) -> None:
@@ -82,6 +83,7 @@ class Replica(ABC):
         self.running: set[str] = set()
         self.requests = 0
         self.lost = 0
+        self.background = 0
         self._unreported: dict[str, tuple[float, int]] = {}
 
     def __str__(self) -> str:

@@ -124,6 +124,20 @@ if too little was missed for that.
 """
 
 
+class Places(Protocol):
+    """The workers of a gateway, as places to compute next prompts at."""
+
+    def worker_of(self, request_id: str) -> str:
+        """The worker that has answered a request, and has its blocks; "" where that is not known."""
+        ...
+
+    def free_tokens(self, worker_id: str) -> int | None:
+        """What the pool of a worker that has nothing to do holds beside its running requests; None where the worker is
+        not up or has something to do.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model that can be served.
@@ -138,7 +152,7 @@ class ServedModel:
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
     reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered. rewrites_turns: whether the
     user's next question makes its chat template render earlier turns in another way. first_difference: of
-    requests that a worker answers; None of a model in this process.
+    requests that a worker answers; places: where their next prompts are computed; None of a model in this process.
     """
 
     names: tuple[str, ...]
@@ -160,6 +174,7 @@ class ServedModel:
     answer_memory: AnswerMemory | None = None
     rewrites_turns: bool = False
     first_difference: FirstDifference | None = None
+    places: Places | None = None
 
     def seen_by(self, tenant: str, memory: AnswerMemory | None = None) -> "ServedModel":
         """The model as a tenant sees it: nothing is faster because another has sent it. memory: of all tenants."""

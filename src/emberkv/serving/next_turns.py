@@ -1,4 +1,4 @@
-"""Computes, while the server is idle, what the next prompt of each session begins with.
+"""Computes, while the server is idle, or at a gateway the worker, what the next prompt of each session begins with.
 
 Many chat templates rewrite earlier turns once the user asks again: they drop the thoughts. Then the next prompt differs
 from all that is cached from the first answer to the last question on, often by thousands of tokens. Everything before
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import takewhile
+from math import inf
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,7 +24,7 @@ from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import EmberError
 from emberkv.serving.background import WorkerPool
-from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
+from emberkv.serving.lifecycle import Lifecycle, Phase, Places, ServedModel
 from emberkv.serving.parsing.events import ParsedMessage
 from emberkv.serving.request_context import RequestContext
 
@@ -32,6 +33,9 @@ MOST_WAITING = 64
 
 SHARE_OF_POOL = 4
 """A prompt is dropped that would take more than one part in so many of the blocks that no request holds."""
+
+POLL_SECONDS = 0.25
+"""Between two looks at whether a worker has nothing to do."""
 
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
@@ -71,7 +75,8 @@ class _Turn:
     """A turn that has ended. prompt: its token ids. answer, render: of which ``tokens`` are made, the beginning of the
     next prompt; these three are dropped then.
 
-    missing: how many of ``tokens`` were not computed for the turn. is_charged: they are taken from the budget.
+    worker: where it is computed, at a gateway. missing: how many of ``tokens`` were not computed for the turn.
+    is_charged: they are taken from the budget.
     request_id: of the engine, while they are computed. is_stale: the next request of the conversation has come.
     """
 
@@ -80,6 +85,7 @@ class _Turn:
     prompt: Sequence[int]
     answer: ParsedMessage | None
     render: RenderNext | None
+    worker: str = ""
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
     missing: int = 0
     is_charged: bool = False
@@ -103,7 +109,8 @@ class NextTurns(Collector):
     event loop, and collects its own metrics.
 
     A request that arrives ends the computation behind the step that the engine is in; what was computed stays cached,
-    and the rest follows when the server is idle again. Of each conversation the latest turn alone waits.
+    and the rest follows when the server is idle again. Of each conversation the latest turn alone waits. At a gateway
+    (`ServedModel.places`), all this is about the worker that has answered the turn, and the engine ends computations.
 
     tokens_a_minute: the most that are computed; 0: nothing is. clock: monotonic seconds.
     """
@@ -131,7 +138,9 @@ class NextTurns(Collector):
         conversation = _conversation(request, render)
         if self._waiting.pop(conversation, None) is not None:
             self.counts[Outcome.REPLACED] += 1
-        self._waiting[conversation] = _Turn(request, conversation, prompt, answer, render)
+        places = self._places
+        worker = "" if places is None else places.worker_of(request.request_id)
+        self._waiting[conversation] = _Turn(request, conversation, prompt, answer, render, worker)
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popitem(last=False)
             self.counts[Outcome.QUEUE_FULL] += 1
@@ -145,24 +154,43 @@ class NextTurns(Collector):
         if conversation is not None and self._waiting.pop(conversation, None) is not None:
             self.counts[Outcome.REPLACED] += 1
         if turn is not None:
+            is_its_next = turn.conversation == conversation
+            turn.is_stale = turn.is_stale or is_its_next
+            if self._places is not None and not is_its_next:
+                return
             turn.is_interrupted = True
-            turn.is_stale = turn.is_stale or turn.conversation == conversation
             if turn.request_id:
                 self._lifecycle.model().engine.abort(turn.request_id)
 
     def begin_if_idle(self) -> None:
-        """Go on with what waits, unless a request is being answered."""
+        """Go on with what waits, unless a request is being answered; at a gateway, by the turn's worker."""
         if self._waiting and self._is_idle and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._compute_all())
 
     @property
+    def _places(self) -> Places | None:
+        return self._lifecycle.model().places if self._lifecycle.has_model else None
+
+    @property
     def _is_idle(self) -> bool:
-        return not self._lifecycle.running and self._lifecycle.phase in (Phase.WARMING, Phase.READY)
+        is_serving = self._lifecycle.phase in (Phase.WARMING, Phase.READY)
+        return is_serving and (self._places is not None or not self._lifecycle.running)
+
+    def _next(self) -> Conversation | None:
+        """The first that waits; at a gateway, the first whose worker has nothing to do."""
+        places = self._places
+        if places is None:
+            return next(iter(self._waiting))
+        return next((name for name, turn in self._waiting.items() if places.free_tokens(turn.worker) is not None), None)
 
     async def _compute_all(self) -> None:
         work = self._lifecycle.background.work("next turns")
         while self._waiting and self._is_idle:
-            conversation, turn = self._waiting.popitem(last=False)
+            conversation = self._next()
+            if conversation is None:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
+            turn = self._waiting.pop(conversation)
             outcome: Outcome | None = Outcome.FAILED
             turn.is_interrupted = False
             self._current = turn
@@ -203,13 +231,19 @@ class NextTurns(Collector):
             return Outcome.NOTHING_TO_DO
         if len(turn.tokens) >= model.engine.max_prompt_tokens:
             return Outcome.TOO_LONG
-        stats = model.engine.stats()
-        if turn.missing * SHARE_OF_POOL > stats.free_blocks * stats.block_size:
+        if turn.missing * SHARE_OF_POOL > self._free_tokens(model, turn):
             return Outcome.POOL_TOO_SMALL
         if not turn.is_charged and not self._budget.take(turn.missing):
             return Outcome.OVER_BUDGET
         turn.is_charged = True
         return None
+
+    def _free_tokens(self, model: ServedModel, turn: _Turn) -> float:
+        if model.places is not None:
+            free = model.places.free_tokens(turn.worker)
+            return inf if free is None else free  # it is not begun then, and waits again
+        stats = model.engine.stats()
+        return stats.free_blocks * stats.block_size
 
     async def _last_output(self, model: ServedModel, turn: _Turn) -> TokenOutput:
         """Raises what `Engine.submit` raises."""
@@ -235,6 +269,7 @@ class NextTurns(Collector):
             priority=BACKGROUND_PRIORITY,
             tenant=request.tenant.name,
             session_id=request.session,
+            worker=turn.worker,
         )
         try:
             model.engine.submit(generation, listen)
@@ -252,7 +287,9 @@ class NextTurns(Collector):
             counts.add_metric([outcome.value], self.counts[outcome])
         yield counts
         yield GaugeMetricFamily(
-            "emberkv_next_turn_waiting", "Next prompts that wait until the server is idle.", value=len(self._waiting)
+            "emberkv_next_turn_waiting",
+            "Next prompts that wait until the server, or their worker, is idle.",
+            value=len(self._waiting),
         )
         for name, text, value in (
             (
