@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from emberkv.engine.request import EngineStats
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
+from emberkv.serving.metrics import MemoryCollector
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL, Client
 
@@ -21,6 +22,11 @@ def samples(client: Client) -> dict[str, float]:
         for family in text_string_to_metric_families(client.get("/metrics").text)
         for sample in family.samples
     }
+
+
+def test_the_bytes_of_weights_and_of_remembered_encodings() -> None:
+    found = {family.name: family.samples[0].value for family in MemoryCollector(lambda: 700, lambda: 30).collect()}
+    assert found == {"emberkv_weights_bytes": 700, "emberkv_tokenizer_cache_bytes": 30}
 
 
 def test_the_engines_figures(client: Client, engine: FakeEngine) -> None:

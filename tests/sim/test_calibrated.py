@@ -1,11 +1,15 @@
 """A calibrated profile takes the times that it was made of."""
 
+from pathlib import Path
+
 import pytest
 
 from emberkv.errors import ConfigError
+from emberkv.sim.build import about, machine_of
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
-from emberkv.sim.hardware import HardwareProfile, Overheads, TierRates, dump_profile, parse_profile
-from emberkv.sim.model_spec import load_spec
+from emberkv.sim.config import SimulationConfig
+from emberkv.sim.hardware import HardwareProfile, MeasuredWith, Overheads, TierRates, dump_profile, parse_profile
+from emberkv.sim.model_spec import ModelSpec, load_spec
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
 from tests.sim.flat import FLAT
@@ -28,15 +32,16 @@ def machine(**changes: object) -> HardwareProfile:
     return FLAT.model_copy(update=given | changes)
 
 
-def measured_on(hardware: HardwareProfile, works: list[Work]) -> Measurements:
-    roofline = Roofline(DEMO, hardware)
+def measured_on(hardware: HardwareProfile, works: list[Work], model: ModelSpec = DEMO) -> Measurements:
+    roofline = Roofline(model, hardware)
     linears = [
         (rows, roofline.terms_of(Work(rows, 0)).gemm + roofline.terms_of(Work(rows, 0)).logits)
         for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     ]
     steps = [(work, roofline.terms_of(work).total) for work in works]
     tiers = {"disk": TierRates(latency_us=20, read_gb_per_s=1.5, write_gb_per_s=0.5)}
-    return Measurements(linears, steps, hardware.passes, 2**34, tiers, hardware.last_layer)
+    with_types = MeasuredWith(weights=model.weights_dtype, kv=model.kv_dtype, kernels="native")
+    return Measurements(linears, steps, hardware.passes, 2**34, tiers, hardware.last_layer, with_types)
 
 
 @pytest.mark.parametrize("passes", ["one", "each"])
@@ -49,6 +54,33 @@ def test_a_machine_is_recognised_by_its_times(passes: str, last_layer: str) -> N
     unseen = measured_on(hardware, [Work(8, 8 * 300), Work(2, 3000), Work(0, 0, (Chunk(512, 576, True),))])
     assert deviation(found, DEMO, unseen) < 0.05
     assert found.overheads_us.step == pytest.approx(2000, rel=0.05)
+
+
+def test_a_machine_is_recognised_by_the_times_of_quantised_weights_and_kv() -> None:
+    model, hardware = DEMO.with_dtypes(weights="int8", kv="int8"), machine()
+    measured = measured_on(hardware, SHAPES, model)
+    found = calibrated_profile("found", "", model, measured)
+    assert deviation(found, model, measured) < 0.02
+    assert found.gemm_bandwidth * found.memory_gb_per_s == pytest.approx(0.8 * 20, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        ({"weights": "int8", "kv": "int8"}, None),
+        ({"weights": "int8"}, "found was measured with int8 weights, int8 KV and native kernels; the model has other"),
+        ({}, "found was measured with int8 weights, int8 KV and native kernels; the model has other"),
+    ],
+)
+def test_a_simulation_says_where_the_machine_was_measured_with_other_types(
+    tmp_path: Path, types: dict[str, str], said: str | None
+) -> None:
+    model = DEMO.with_dtypes(weights="int8", kv="int8")
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump_profile(calibrated_profile("found", "", model, measured_on(machine(), SHAPES, model))))
+    config = SimulationConfig(model="emberkv-demo", hardware=str(file), **types)
+    sentence = about(config, machine_of(config, 16)).measured_sentence
+    assert sentence is None if said is None else str(sentence).startswith(said)
 
 
 def test_the_profile_is_a_file_like_all_others() -> None:

@@ -35,7 +35,7 @@ from emberkv.defaults import DEFAULT_PREFILL_CHUNK
 from emberkv.errors import ConfigError, EmberError
 from emberkv.settings import serve_config
 from emberkv.sim.calibrated import Measurements, calibrated_profile, check_fit, deviation, with_request_times
-from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, TierRates, dump_profile
+from emberkv.sim.hardware import GB, MICROSECOND, HardwareProfile, MeasuredWith, TierRates, dump_profile
 from emberkv.sim.model_spec import DEMO_NAME, ModelSpec, spec_from_config
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
@@ -73,7 +73,8 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
     flags = {
         "--port": port, "--served-name": NAME, "--dtype": config.dtype, "--device": config.device,
         "--block-size": config.block_size, "--prefill-chunk": config.prefill_chunk,
-        "--cache-ram": int(config.cache_ram or 0) or None,
+        "--cache-ram": int(config.cache_ram or 0) or None, "--quantize": config.quantize,
+        "--kv-dtype": config.kv_dtype, "--kernels": config.kernels,
     }  # fmt: skip
     options = [str(part) for name, value in flags.items() if value is not None for part in (name, value)]
     command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *options, "--no-warmup"]
@@ -221,6 +222,9 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="What to call it. (default: the file's name)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="Round the weights: none, int8 or int4.")] = "none",
+    kv_dtype: Annotated[str, typer.Option(help="Of the KV pool: auto or int8.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="On a CPU: auto, native or torch.")] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens per prefill pass.")] = DEFAULT_PREFILL_CHUNK,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per KV block.")] = 16,
     tolerance: Annotated[
@@ -234,11 +238,13 @@ def calibrate(
 
     Nothing else should run meanwhile: a profile that misses the times measured by more than --tolerance is not written.
 
-    `emberkv simulate --hardware FILE` then predicts this machine.
+    `emberkv simulate --hardware FILE` then predicts this machine. The profile says with which number types and
+    kernels it was measured, and a simulation of others says so.
     """
     check_outputs(output=output)
     given = {
-        "model": model, "dtype": dtype, "device": device, "prefill_chunk": prefill_chunk, "block_size": block_size
+        "model": model, "dtype": dtype, "device": device, "quantize": quantize, "kv_dtype": kv_dtype,
+        "kernels": kernels, "prefill_chunk": prefill_chunk, "block_size": block_size,
     }  # fmt: skip
     profile = _measure(serve_config(given, {}), name or output.stem, folder or output.parent, tolerance)
     output.write_text(dump_profile(profile), encoding="utf-8")
@@ -253,7 +259,8 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
         status.update("lower tiers")
         tiers = _tier_rates(bench, Path(place))
         spec = _spec_of(config, bench)
-        about = f"{spec.name} in {spec.base_dtype} on {bench.device}"
+        with_types = MeasuredWith(weights=spec.weights_dtype, kv=spec.kv_dtype, kernels=bench.backend)
+        about = f"{spec.name} on {bench.device}: {with_types}"
         linears, memory = [(each.rows, each.seconds) for each in bench.linears], bench.memory
         passes: Literal["one", "each"] = "one" if bench.one_pass else "each"
         last_layer: Literal["all", "wanted"] = "wanted" if bench.last_layer_spares else "all"
@@ -261,7 +268,7 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
         status.update("a server's answers")
         with served(config, Path(place, "server.log")) as url:
             decodes = asyncio.run(_with_client(url, decode_times))
-            measured = Measurements(linears, [*prefills, *decodes], passes, memory, tiers, last_layer)
+            measured = Measurements(linears, [*prefills, *decodes], passes, memory, tiers, last_layer, with_types)
             profile = calibrated_profile(name, about, spec, measured)
             beside = asyncio.run(
                 _with_client(url, partial(request_times, roofline=Roofline(spec, profile), rng=Random(0)))
@@ -292,8 +299,13 @@ async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitabl
 
 
 def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
-    facts = bench.loaded.model.config.to_dict() | {"torch_dtype": str(bench.loaded.dtypes.weights)}
-    return spec_from_config(facts, DEMO_NAME if config.model is None else bench.loaded.name)
+    dtypes = bench.loaded.dtypes
+    facts = bench.loaded.model.config.to_dict() | {"torch_dtype": str(dtypes.activations)}
+    spec = spec_from_config(facts, DEMO_NAME if config.model is None else bench.loaded.name)
+    weights, kv = (
+        None if each.is_floating_point else str(each).removeprefix("torch.") for each in (dtypes.weights, dtypes.kv)
+    )
+    return spec.with_dtypes(weights=weights, kv=kv)
 
 
 def _prefills(bench: "EngineBench", status: Status) -> list[tuple[Work, float]]:

@@ -194,8 +194,8 @@ def with_int8_kv(choices: list[Precision], bytes_per_token: int | None) -> list[
 
 
 _SPEC_CHOICES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp8", "bf16"), ("int4", "bf16"), ("fp8", "fp8"), ("int4", "fp8"))
-_BITS_HERE = {"int8": 8 + 32 / 32, "int4": 4 + 64 / 32}
-"""Bits of a weight with the scale, and at 4 bits the offset, of each group of 32, in float32."""
+_BITS_HERE = {"int8": 8 + 16 / 32, "int4": 4 + 32 / 32}
+"""Bits of a weight with the scale, and at 4 bits the offset, of each group of 32, in 16 bits."""
 
 
 def _of_spec(spec: ModelSpec, *, served_here: bool) -> list[Precision]:

@@ -115,6 +115,7 @@ def _print(found: Plan, console: Console) -> None:
     for sentence in (
         f"One replica: {found.about.machine_text}, {found.about.memory_text}.",
         found.about.defaults_sentence,
+        found.about.measured_sentence,
     ):
         if sentence is not None:
             console.print(sentence, markup=False, highlight=False)

@@ -241,6 +241,8 @@ def heading(results: Results) -> Iterator[str]:
     defaults = results.about.defaults_sentence
     if defaults is not None:
         yield defaults
+    if results.about.measured_sentence is not None:
+        yield results.about.measured_sentence
     served = results.workload.served
     if served and "model" in results.about.defaults:
         yield f"The recording was served by {served}, whose shape is not known here: give --model with its config.json."

@@ -98,6 +98,7 @@ def print_summary(
     rows = {
         "model": f"{name} ({loaded.dtypes}, {loaded.device})",
         "context": context_line(loaded.geometry, tokens),
+        "weights": f"{_weight_bytes(loaded) / 2**20:,.0f} MiB in {loaded.device} memory",
         "KV pool": f"{mib:,.0f} MiB: {tokens:,} tokens in blocks of {pool.block_size}",
         "parsers": str(chosen_output_format(loaded.tokenizer, config.tool_parser, config.reasoning_parser)),
         "kernels": engine.executor.description,
@@ -321,8 +322,13 @@ class Startup:
 def _dims(loaded: "ModelOnDevice") -> ModelDims:
     """What the model's listing says of its shape."""
     shape = loaded.geometry
-    weight_bytes = sum(weights.nbytes for weights in loaded.model.parameters())
-    return ModelDims(shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, weight_bytes)
+    return ModelDims(shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim, _weight_bytes(loaded))
+
+
+def _weight_bytes(loaded: "ModelOnDevice") -> int:
+    from emberkv.engine.torch.assembly import resident_bytes  # noqa: PLC0415 - imports PyTorch, which takes seconds
+
+    return resident_bytes(loaded.model)
 
 
 @contextmanager

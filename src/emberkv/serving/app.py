@@ -34,10 +34,10 @@ from emberkv.serving.metrics import (
     AnswerMemoryCollector,
     BuildCollector,
     HttpMetrics,
+    MemoryCollector,
     ReuseCollector,
     ServingMetrics,
     TierCollector,
-    TokenizerCollector,
     WarmupCollector,
 )
 from emberkv.serving.middleware import BodyLimit, ContentDecoding, RequestScope, default_max_bytes
@@ -214,7 +214,7 @@ def _metrics(lifecycle: Lifecycle) -> ServingMetrics:
     metrics.register(BuildCollector(lifecycle.about))
     metrics.register(lifecycle.background)
     metrics.register(WarmupCollector(lifecycle.warmup_report))
-    metrics.register(TokenizerCollector(lifecycle.tokenizer_cache_bytes))
+    metrics.register(MemoryCollector(lifecycle.weight_bytes, lifecycle.tokenizer_cache_bytes))
     metrics.register(ReuseCollector(lifecycle.reuse))
     return metrics
 

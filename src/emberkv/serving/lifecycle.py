@@ -341,6 +341,9 @@ class Lifecycle:
         """The model's name and how it is computed; empty before there is one."""
         return {} if self._model is None else {"model": self._model.names[0], **self._model.about}
 
+    def weight_bytes(self) -> int:
+        return 0 if self._model is None else self._model.dims.weight_bytes
+
     def tokenizer_cache_bytes(self) -> int:
         return 0 if self._model is None else self._model.tokenizer.cache_bytes
 

@@ -129,15 +129,17 @@ class AnswerMemoryCollector(Collector):
         yield GaugeMetricFamily("emberkv_answer_memory_bytes", "Approximate bytes of these.", value=size)
 
 
-class TokenizerCollector(Collector):
-    """The memory of the tokenizer's cache, read at each collection."""
+class MemoryCollector(Collector):
+    """Bytes of the model's weights, and of the tokenizer's cache, read at each collection."""
 
-    def __init__(self, read: Callable[[], int]) -> None:
-        self._read = read
+    def __init__(self, weights: Callable[[], int], tokenizer_cache: Callable[[], int]) -> None:
+        self._weights, self._tokenizer_cache = weights, tokenizer_cache
 
     def collect(self) -> Iterator[Metric]:
+        text = "Bytes of the weights as layers hold them: packed, quantised or plain; 0 while no model is loaded."
+        yield GaugeMetricFamily("emberkv_weights_bytes", text, value=self._weights())
         text = "Bytes of remembered encodings of texts, of all tenants together."
-        yield GaugeMetricFamily("emberkv_tokenizer_cache_bytes", text, value=self._read())
+        yield GaugeMetricFamily("emberkv_tokenizer_cache_bytes", text, value=self._tokenizer_cache())
 
 
 class BuildCollector(Collector):

@@ -355,6 +355,7 @@ class About:
     kv_blocks: int
     block_size: int
     defaults: tuple[str, ...]
+    measured_with: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__} | {"defaults": list(self.defaults)}
@@ -382,6 +383,16 @@ class About:
         return f"{self.machine_text}: {format_count(self.replicas, 'replica')}{routed}{each}{self.memory_text}."
 
     @property
+    def measured_sentence(self) -> str | None:
+        """One sentence where the hardware was measured with other number types; else None."""
+        if self.measured_with is None:
+            return None
+        return (
+            f"{self.hardware} was measured with {self.measured_with}; the model has other types, so that times follow "
+            "from bytes and operations alone: calibrate with the same types, or set weights and kv."
+        )
+
+    @property
     def defaults_sentence(self) -> str | None:
         """One sentence; None where nothing was left to a default."""
         if not self.defaults:
@@ -407,4 +418,13 @@ def about(config: SimulationConfig, machine: Machine) -> About:
         kv_blocks=machine.num_blocks,
         block_size=machine.block_size,
         defaults=tuple(name for name in ("model", "hardware") if name not in chosen and model is not None),
+        measured_with=None if model is None or profile is None else _other_types(model, profile),
     )
+
+
+def _other_types(model: ModelSpec, profile: HardwareProfile) -> str | None:
+    """What a profile was measured with, where the model has other number types."""
+    with_types = profile.measured_with
+    if with_types is None or (with_types.weights, with_types.kv) == (model.weights_dtype, model.kv_dtype):
+        return None
+    return str(with_types)

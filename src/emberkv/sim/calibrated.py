@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.errors import ConfigError
-from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, Overheads, TierRates
+from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, MeasuredWith, Overheads, TierRates
 from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Work
@@ -28,7 +28,7 @@ class Measurements:
     """One machine's times for one model.
 
     linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
-    passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers.
+    passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers. with_types: what computed.
 
     >>> from emberkv.sim.model_spec import load_spec
     >>> linears, steps = [(1, 0.010), (64, 0.012)], [(Work(1, 100), 0.012), (Work(8, 800), 0.013)]
@@ -44,6 +44,7 @@ class Measurements:
     memory_bytes: int
     tiers: Mapping[str, TierRates] = field(default_factory=dict)
     last_layer: Literal["all", "wanted"] = "all"
+    with_types: MeasuredWith | None = None
 
 
 def calibrated_profile(name: str, description: str, model: ModelSpec, measured: Measurements) -> HardwareProfile:
@@ -53,8 +54,10 @@ def calibrated_profile(name: str, description: str, model: ModelSpec, measured: 
     squares of the relative errors among overheads, the bytes that decode attention reads, and the operations of prefill
     attention. The peaks are the best rates seen, as nothing else is known of the machine.
     """
-    linear = model.linear_parameters + model.vocab * model.hidden
-    weights = linear * DTYPE_BITS[model.base_dtype] / 8
+    output = model.vocab * model.hidden
+    linear = model.linear_parameters + output
+    bits = model.linear_parameters * DTYPE_BITS[model.weights_dtype] + output * DTYPE_BITS[model.base_dtype]
+    weights = bits / 8
     seconds = list(accumulate((each for _, each in measured.linears), max))
     rates = [2 * rows * linear / each for (rows, _), each in zip(measured.linears, seconds, strict=True)]
     found = _share_out(model, measured, _draft(name, model, max(rates), weights / seconds[0], measured, rates))
@@ -173,6 +176,7 @@ def _draft(
         request_us=0.0,
         request_token_us=0.0,
         tiers=dict(measured.tiers),
+        measured_with=measured.with_types,
         sources=given,
     )
 

@@ -28,6 +28,8 @@ _WIDER = {
 }
 """The types in which a number type can be computed; the first one that the device has units for is taken."""
 
+_NO_SOURCE = ("name", "description", "measured_with", "sources")
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 """[size, share of the peak that is reached there], sizes rising."""
@@ -95,6 +97,21 @@ class TierRates(Strict):
     write_gb_per_s: PositiveFloat
 
 
+class MeasuredWith(Strict):
+    """What computed while a profile was measured: number types of weights and KV, and "native" or "torch" kernels.
+
+    >>> str(MeasuredWith(weights="int8", kv="bf16", kernels="native"))
+    'int8 weights, bf16 KV and native kernels'
+    """
+
+    weights: str
+    kv: str
+    kernels: str
+
+    def __str__(self) -> str:
+        return f"{self.weights} weights, {self.kv} KV and {self.kernels} kernels"
+
+
 class HardwareProfile(Strict):
     """One device, and how its kernels fall short of its peaks.
 
@@ -107,8 +124,8 @@ class HardwareProfile(Strict):
     or the decodes are one and each prefill chunk another. last_layer: whether its attention and what follows, experts
     apart, are computed for all rows, or for those alone whose logits are wanted. runtime_gib: memory that the runtime
     itself takes. request_us, request_token_us: what a request and each token of its prompt cost beside its steps.
-    tiers: rates of the lower tiers. price_per_hour: dollars for one device with its share of the machine. sources:
-    where each of these comes from, by its name.
+    tiers: rates of the lower tiers. price_per_hour: dollars for one device with its share of the machine.
+    measured_with: of a profile that `calibrate` wrote. sources: where each of these comes from, by its name.
 
     >>> profile = load_profile("h100")
     >>> profile.name, profile.memory_gib, profile.flops("bf16") / 1e12
@@ -136,6 +153,7 @@ class HardwareProfile(Strict):
     request_token_us: NonNegativeFloat = 0.0
     tiers: dict[str, TierRates] = Field(default_factory=dict)
     price_per_hour: PositiveFloat | None = None
+    measured_with: MeasuredWith | None = None
     sources: dict[str, str]
 
     @model_validator(mode="after")
@@ -144,7 +162,7 @@ class HardwareProfile(Strict):
             raise ValueError(f"peak_tflops: {', '.join(sorted(unknown))} is not among {', '.join(_WIDER)}")
         for name, power in (("gemm_compute", 1), ("decode_attention", 1), ("prefill_attention", 2)):
             _check_points(name, getattr(self, name), power)
-        given = {name for name in self.model_fields_set if name not in ("name", "description", "sources")}
+        given = {name for name in self.model_fields_set if name not in _NO_SOURCE}
         if missing := given - set(self.sources):
             raise ValueError(f"sources does not say where {', '.join(sorted(missing))} comes from")
         return self

@@ -10,8 +10,9 @@ from typing import Any
 
 from emberkv.errors import ConfigError, UnsupportedModelError
 
-DTYPE_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "int4": 4.25}
-"""Bits of a parameter. 4-bit weights come with a 16-bit scale and a 16-bit zero point for each group of 128."""
+DTYPE_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.25}
+"""Bits of a parameter. 8-bit integers come with a 16-bit scale for each group of 32, 4-bit ones with a 16-bit scale and
+a 16-bit zero point for each group of 128."""
 
 KV_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8}
 """Bits of a value of the KV cache. In int8, each token has a 16-bit scale for a head's keys and one for its values."""
@@ -291,4 +292,6 @@ def _weights_dtype(fields: _Fields) -> str | None:
         return "int4"
     if method in ("fp8", "fbgemm_fp8") or (bits == 8 and weights.get("type") == "float"):
         return "fp8"
-    raise ConfigError(f"{fields.name}: quantised by {method!r} to {bits} bits; 4-bit weights and fp8 are known")
+    if bits == 8 or weights.get("load_in_8bit"):
+        return "int8"
+    raise ConfigError(f"{fields.name}: quantised by {method!r} to {bits} bits; 4 and 8 bits and fp8 are known")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emberkv.core.block_pool import BlockCost
 from emberkv.core.hashing import root_hash
@@ -25,10 +25,12 @@ from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.checkpoint import fetch_from_hub
 from emberkv.engine.torch.model.loader import KVDTypeName, LoadedModel, choose_device, free_memory, gib, load_model
 from emberkv.engine.torch.namespace import namespace_of
+from emberkv.engine.torch.native.experts import RowwiseWeight
 from emberkv.engine.torch.native.kernels import Kernels, find_kernels
 from emberkv.engine.torch.passed_checks import PassedChecks, check_key
 from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
+from emberkv.engine.torch.quantization.weight import QuantizedWeight
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
 
@@ -146,6 +148,34 @@ def weight_count(model: nn.Module) -> int:
     """Values of all weights, quantised or not. Call it before the engine replaces any layers."""
     quantised = sum(each.in_features * each.out_features for each in quantized_weights(model))
     return quantised + sum(parameter.numel() for parameter in model.parameters())
+
+
+_HOLDERS = (Tensor, QuantizedWeight, list, tuple)
+"""Kinds of attributes in which layers hold weights besides parameters and buffers."""
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of all weights as the model's layers hold them now: packed, quantised or plain, and what several share once."""
+    found: dict[int, int] = {}
+    waiting: list[object] = list(model.modules())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            else:  # oneDNN's, whose storage cannot be asked
+                found[id(value)] = value.nbytes
+        if isinstance(value, QuantizedWeight):
+            waiting += (value.codes, value.scales, value.offsets)
+        elif isinstance(value, RowwiseWeight):
+            waiting += value.layers.values()
+        elif isinstance(value, nn.Module):
+            waiting += (*value.parameters(recurse=False), *value.buffers(recurse=False))
+            waiting += (each for each in vars(value).values() if isinstance(each, _HOLDERS))
+        elif isinstance(value, list | tuple):
+            waiting += (each for each in value if isinstance(each, (nn.Module, *_HOLDERS)))
+    return sum(found.values())
 
 
 DEFAULT_CONTEXTS = 8

@@ -20,6 +20,7 @@ from emberkv.engine.torch.assembly import CacheSizes, ModelOptions, ProgressCall
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.layers import PackedLinear
 from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear
+from emberkv.engine.torch.quantization.layers import QuantizedLinear
 from emberkv.errors import EmberError
 from emberkv.tiers.base import Tier, TierEntry
 from emberkv.tiers.codec import BlockRecord, decode_record, encode_record
@@ -28,6 +29,8 @@ Clock = Callable[[], float]
 """Monotonic seconds."""
 
 _NAMESPACE = b"calibration"
+
+_LINEARS = (NativeLinear, NativeGatedPair, PackedLinear, QuantizedLinear, nn.Linear)
 
 LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -57,9 +60,7 @@ def device_memory(device: torch.device) -> int:
 @torch.inference_mode()
 def time_linears(model: nn.Module, *, clock: Clock = time.perf_counter, repeats: int = 7) -> list[LinearTime]:
     """The model's linear layers as they are served, each with inputs of its own width."""
-    layers = [
-        each for each in model.modules() if isinstance(each, (NativeLinear, NativeGatedPair, PackedLinear, nn.Linear))
-    ]
+    layers = [each for each in model.modules() if isinstance(each, _LINEARS)]
     kind = next(model.parameters())
     found = []
     for rows in LINEAR_ROWS:
@@ -216,6 +217,11 @@ class EngineBench:
     def one_pass(self) -> bool:
         """Whether a step is one forward pass."""
         return self._executor.one_pass
+
+    @property
+    def backend(self) -> str:
+        """ "native" or "torch": what computes attention and most layers."""
+        return self._executor.backend
 
     @property
     def last_layer_spares(self) -> bool:

@@ -33,10 +33,11 @@ class ModelDescription:
     rest may be unknown: None.
 
     parameters: how many. computed_as: the type of activations and KV, and of weights that are not quantised; held: what
-    becomes of quantised ones. weight_bytes: in memory. kv_bytes_per_token: over all layers, with a token's share of its
-    block's other state, which is state_bytes_per_block for `DEFAULT_BLOCK_SIZE` tokens. int8_kv_bytes_per_token: with
-    ``--kv-dtype int8``; None where that is refused. context: the most tokens of a prompt and its answer;
-    stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
+    becomes of quantised ones. weight_bytes: in memory, as a server's layers hold them on ``device``.
+    kv_bytes_per_token: over all layers, with a token's share of its block's other state, which is state_bytes_per_block
+    for `DEFAULT_BLOCK_SIZE` tokens. int8_kv_bytes_per_token: with ``--kv-dtype int8``; None where that is refused.
+    context: the most tokens of a prompt and its answer; stated_context: what the config states. reuse: which tokens a
+    hit can reuse, how exactly.
     """
 
     name: str
@@ -96,7 +97,7 @@ def describe_model(
         layers=len({each.layer for each in geometry.states} | set(geometry.attention_layers)),
         computed_as=dtype_name(chosen),
         held=source.held,
-        weight_bytes=source.num_bytes(shape, chosen),
+        weight_bytes=source.num_bytes(shape, chosen, packed=target.type == "cpu"),
         quantised_bytes=_quantised(source, shape, chosen),
         kv_bytes_per_token=-(-block_bytes // DEFAULT_BLOCK_SIZE),
         int8_kv_bytes_per_token=(
@@ -120,7 +121,7 @@ def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> di
     if source.held is not None or not source.path.is_dir():
         return {}
     widths: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
-    return {width: FolderSource(source.path, width).num_bytes(shape, dtype) for width in widths}
+    return {width: FolderSource(source.path, width).num_bytes(shape, dtype, packed=True) for width in widths}
 
 
 def _reuse(dtype: torch.dtype, device: torch.device, where: str) -> str:

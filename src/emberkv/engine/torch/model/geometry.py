@@ -298,13 +298,25 @@ class ModelShape:
     def num_parameters(self) -> int:
         return sum(prod(shape) for name, shape in self.shapes.items() if name not in self.shared)
 
-    def num_bytes(self, dtype: torch.dtype, held: Mapping[str, int]) -> int:
-        """What the state takes in memory. held: bytes of what is not held in ``dtype``, by name."""
+    def num_bytes(self, dtype: torch.dtype, held: Mapping[str, int], *, packed: bool = False) -> int:
+        """What the state takes in memory. held: bytes of what is not held in ``dtype``, by name.
+
+        packed: as layers hold it on a CPU, where an output layer has a copy of its own of the embedding that it shares.
+        """
+        left_out: frozenset[str] = frozenset() if packed else self.shared
         return sum(held.values()) + sum(
             prod(shape) * dtype.itemsize
             for name, shape in self.shapes.items()
-            if name not in held and name not in self.shared
+            if name not in held and name not in left_out
         )
+
+    def is_tied_embedding(self, name: str) -> bool:
+        """Whether the output layer has the values of the weight of that name."""
+        return any(name != output and self.shapes[name] == self.shapes[output] for output in self.shared)
+
+    def is_product(self, name: str) -> bool:
+        """Whether it is the weight of a linear layer or of experts, which the kernels pack."""
+        return name in self.linears or name in self.experts
 
 
 def inspect_geometry(config: PretrainedConfig) -> ModelGeometry:

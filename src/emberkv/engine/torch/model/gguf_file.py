@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,16 +113,21 @@ class GGUFSource:
                     f"metadata makes it {list(wanted)}"
                 )
 
-    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype, *, packed: bool = False) -> int:
         held: dict[str, int] = {}
         for name, tensor in self._tensors.items():
             if tensor.tensor_type in BLOCK_TYPES and name in self._names:
                 kind = BLOCK_TYPES[tensor.tensor_type]
                 in_features, *others = map(int, tensor.shape)
-                held[self._names[name]] = affine_bytes(
-                    prod(others), in_features, bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets
-                )
-        return shape.num_bytes(dtype, held)
+                size = partial(
+                    affine_bytes, prod(others), in_features,
+                    bits=kind.bits, group=kind.group, has_offsets=kind.has_offsets,
+                )  # fmt: skip
+                parameter = self._names[name]
+                held[parameter] = size(packed=packed and shape.is_product(parameter))
+                if packed and shape.output is not None and shape.is_tied_embedding(parameter):
+                    held[shape.output] = size(packed=True)
+        return shape.num_bytes(dtype, held, packed=packed)
 
     def stored_dtype(self) -> torch.dtype | None:
         kinds = {each.tensor_type for each in self._tensors.values() if len(each.shape) > 1}

@@ -66,8 +66,11 @@ class ModelSource(Protocol):
         not make up the model, before memory is taken for them."""
         ...
 
-    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
-        """What the weights take in memory, with ``dtype`` for those that are not quantised. shape: see `check`."""
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype, *, packed: bool = False) -> int:
+        """What the weights take in memory, with ``dtype`` for those that are not quantised. shape: see `check`.
+
+        packed: once the kernels have arranged them; else when they have been read.
+        """
         ...
 
     def stored_dtype(self) -> torch.dtype | None:
@@ -178,18 +181,22 @@ class FolderSource:
                 f"the weights in {self.path} lack {_some(missing)}; the config needs every tensor of the model"
             )
 
-    def num_bytes(self, shape: ModelShape, dtype: torch.dtype) -> int:
+    def num_bytes(self, shape: ModelShape, dtype: torch.dtype, *, packed: bool = False) -> int:
         if self._quantize != "none":
-            return shape.num_bytes(dtype, rounded_bytes(shape.linears, shape.experts, shape.output, self._quantize))
+            rounded = rounded_bytes(shape.linears, shape.experts, shape.output, self._quantize, packed=packed)
+            return shape.num_bytes(dtype, rounded, packed=packed)
         held: dict[str, int] = {}
         if self.method is not None:
             for layer, parts in self._by_layer(self.stored.shapes)[1].items():
                 name, _ = _place_of(_name_in_model(self.method.parameter(layer)), shape)
                 if name is not None:
                     *experts, out_features, in_features = self._shape(self.method, layer, parts)
-                    size = prod(experts) * self.method.num_bytes(out_features, in_features)
+                    as_packed = packed and shape.is_product(name)
+                    size = prod(experts) * self.method.num_bytes(out_features, in_features, packed=as_packed)
                     held[name] = held.get(name, 0) + size
-        return shape.num_bytes(dtype, held)
+                    if packed and shape.output is not None and shape.is_tied_embedding(name):
+                        held[shape.output] = self.method.num_bytes(out_features, in_features, packed=True)
+        return shape.num_bytes(dtype, held, packed=packed)
 
     def stored_dtype(self) -> torch.dtype | None:
         stated = self.config.dtype if isinstance(self.config.dtype, torch.dtype) else None

@@ -13,8 +13,8 @@ from emberkv.engine.torch.attention.paged_attention import rows_left
 from emberkv.engine.torch.layers import linear_parts, stand_in
 from emberkv.engine.torch.native.kernels import TYPES, Kernels, LinearCall, NormCall, type_number
 from emberkv.engine.torch.quantization.layers import QuantizedLinear
-from emberkv.engine.torch.quantization.packing import kernel_group, pack
-from emberkv.engine.torch.quantization.weight import QuantizedWeight
+from emberkv.engine.torch.quantization.packing import pack
+from emberkv.engine.torch.quantization.weight import QuantizedWeight, kernel_group
 
 Weight = Tensor | QuantizedWeight
 
@@ -100,7 +100,7 @@ def _call(layer: NativeLinear | NativeGatedPair, weight: Weight) -> LinearCall:
         threads=torch.get_num_threads(),
     )
     if isinstance(weight, QuantizedWeight):
-        call.bits, call.group, call.offsets = weight.bits, kernel_group(weight), weight.offsets is not None
+        call.bits, call.group, call.offsets = weight.bits, kernel_group(weight.group), weight.offsets is not None
     return call
 
 

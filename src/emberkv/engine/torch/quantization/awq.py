@@ -57,8 +57,8 @@ class AWQ(LinearLayers):
         in_features, packed = shapes["qweight"]
         return packed * 8, in_features
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
-        return affine_bytes(out_features, in_features, bits=4, group=self.group, has_offsets=True)
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
+        return affine_bytes(out_features, in_features, bits=4, group=self.group, has_offsets=True, packed=packed)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
         codes = _unpacked(required(layer, stored, "qweight", *WORDS))

@@ -91,10 +91,12 @@ class CompressedTensors(LinearLayers):
         out_features, stored = shapes[self._codes]
         return out_features, stored * (32 // self.bits if self.packed else 1)
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
         if self.is_float:
             return 2 * out_features * in_features
-        return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric)
+        return affine_bytes(
+            out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric, packed=packed
+        )
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight | Tensor:
         codes, scales = (

@@ -43,7 +43,7 @@ class FP8(LinearLayers):
     def shape(self, layer: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         return shapes["weight"]
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
         return 2 * out_features * in_features
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> Tensor:

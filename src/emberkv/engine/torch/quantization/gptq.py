@@ -67,8 +67,10 @@ class GPTQ(LinearLayers):
         packed, out_features = shapes["qweight"]
         return out_features, packed * 32 // self.bits
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
-        return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric)
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
+        return affine_bytes(
+            out_features, in_features, bits=self.bits, group=self.group, has_offsets=not self.symmetric, packed=packed
+        )
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
         codes = unpack(required(layer, stored, "qweight", *WORDS), self.bits, dim=0).t()

@@ -62,8 +62,10 @@ class MLX(LinearLayers):
         *experts, out_features, packed = shapes["weight"]
         return *experts, out_features, packed * 32 // self._bits(layer)
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
-        return affine_bytes(out_features, in_features, bits=self.bits, group=self.group, has_offsets=True)
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
+        return affine_bytes(
+            out_features, in_features, bits=self.bits, group=self.group, has_offsets=True, packed=packed
+        )
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight:
         packed, scales = required(layer, stored, "weight", *WORDS), required(layer, stored, "scales").float()

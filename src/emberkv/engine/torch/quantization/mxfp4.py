@@ -36,8 +36,8 @@ class MXFP4:
         experts, out_features, groups, _ = shapes["blocks"]
         return experts, groups * GROUP, out_features
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
-        return affine_bytes(out_features, in_features, bits=8, group=GROUP, has_offsets=False)
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
+        return affine_bytes(out_features, in_features, bits=8, group=GROUP, has_offsets=False, packed=packed)
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> list[QuantizedWeight]:
         blocks, scales = (required(layer, stored, part, torch.uint8) for part in ("blocks", "scales"))

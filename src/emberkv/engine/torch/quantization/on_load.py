@@ -140,16 +140,20 @@ def rounded_bytes(
     experts: Mapping[str, tuple[int, int, int]],
     output: str | None,
     quantize: str,
+    *,
+    packed: bool = False,
 ) -> dict[str, int]:
     """What the weights that are rounded take, by name. In 4 bits a group has an offset, as most layers' have.
 
     linears: ``(out, in)`` of all linear layers' weights. experts: ``(experts, out, in)`` of all stacked ones. output:
-    the name of the output layer's.
+    the name of the output layer's. packed: see `affine_bytes`.
     """
     found: dict[str, int] = {}
     for name, (*stacked, out_features, in_features) in {**linears, **experts}.items():
         if can_quantise((out_features, in_features)):
             bits = _OUTPUT_BITS if name == output else _BITS[quantize]
-            each = affine_bytes(out_features, in_features, bits=bits, group=DEFAULT_GROUP, has_offsets=bits == 4)
+            each = affine_bytes(
+                out_features, in_features, bits=bits, group=DEFAULT_GROUP, has_offsets=bits == 4, packed=packed
+            )
             found[name] = prod(stacked) * each
     return found

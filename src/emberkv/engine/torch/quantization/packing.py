@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.quantization.weight import GROUPS, QuantizedWeight
+from emberkv.engine.torch.quantization.weight import QuantizedWeight, kernel_group
 
 _SLICE = 4096
 """Outputs that are arranged at a time, so that a large weight is not held several times over."""
@@ -12,14 +12,9 @@ _LARGEST_OFFSET = 2.0**15
 """Of offsets in fp16, in units of their output's factor."""
 
 
-def kernel_group(weight: QuantizedWeight) -> int:
-    """The largest group that the kernels compute with and into which this weight's own can be cut."""
-    return next(size for size in reversed(GROUPS) if weight.group % size == 0)
-
-
 def packed_bytes(weight: QuantizedWeight, columns: int) -> int:
     """Of each ``columns`` outputs."""
-    group = kernel_group(weight)
+    group = kernel_group(weight.group)
     scales = columns * 2 * (1 if weight.offsets is None else 2)
     return columns * 4 + weight.in_features // group * (columns * group * weight.bits // 8 + scales)
 
@@ -32,7 +27,7 @@ def pack(weight: QuantizedWeight, columns: int) -> Tensor:
     largest scale: they lose one part in 2048 at most. Those that came from fp16 lose nothing unless those of one output
     differ by more than 2^14. Where an offset is more than 32,768 times that power, the factor is larger.
     """
-    weight = weight.with_group(kernel_group(weight))
+    weight = weight.with_group(kernel_group(weight.group))
     groups = -(-weight.out_features // columns)
     out = torch.empty(groups, packed_bytes(weight, columns), dtype=torch.uint8)
     step = max(columns, _SLICE // columns * columns)

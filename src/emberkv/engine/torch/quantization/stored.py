@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.quantization.weight import QuantizedWeight, pack_nibbles
+from emberkv.engine.torch.quantization.weight import QuantizedWeight, kernel_group, pack_nibbles
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 
 
@@ -60,8 +60,8 @@ class Method(Protocol):
         """``(out, in)`` of the layer, whose stored tensors have these shapes, by part."""
         ...
 
-    def num_bytes(self, out_features: int, in_features: int) -> int:
-        """What a weight takes in memory once it is read."""
+    def num_bytes(self, out_features: int, in_features: int, *, packed: bool = False) -> int:
+        """What a weight takes in memory once it is read. packed: once the kernels have arranged it."""
         ...
 
     def read(self, layer: str, stored: Mapping[str, Tensor]) -> StoredWeight | Tensor | list[QuantizedWeight]:
@@ -131,10 +131,18 @@ def from_signed(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int
     return QuantizedWeight(held, scales.float().contiguous(), own, group, 8 if bits == 8 else 4)
 
 
-def affine_bytes(out_features: int, in_features: int, *, bits: int, group: int, has_offsets: bool) -> int:
-    """Bytes of codes, scales and offsets of such a weight. group: 0 or less: one for a whole output."""
-    groups = in_features // group if group > 0 else 1
-    return out_features * (in_features * max(bits, 4) // 8 + groups * 4 * (1 + has_offsets))
+def affine_bytes(
+    out_features: int, in_features: int, *, bits: int, group: int, has_offsets: bool, packed: bool = False
+) -> int:
+    """Bytes of codes, scales and offsets of such a weight. group: 0 or less: one for a whole output.
+
+    packed: as the kernels hold it: scales and offsets of 16 bits, and a factor of 32 bits for each output.
+    """
+    group = group if group > 0 else in_features
+    size, factor = (2, 4) if packed else (4, 0)
+    if packed:
+        group = kernel_group(group)
+    return out_features * (in_features * max(bits, 4) // 8 + in_features // group * size * (1 + has_offsets) + factor)
 
 
 def required(name: str, stored: Mapping[str, Tensor], part: str, *types: torch.dtype) -> Tensor:

@@ -154,6 +154,15 @@ class QuantizedWeight:
         return QuantizedWeight(codes, scales, offsets, group, self.bits)
 
 
+def kernel_group(group: int) -> int:
+    """The largest group that the kernels compute with, and into which groups of ``group`` inputs can be cut.
+
+    >>> kernel_group(896), kernel_group(48)
+    (128, 16)
+    """
+    return next((size for size in reversed(GROUPS) if group % size == 0), GROUPS[0])
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 ``[out, in / 2]`` of codes from -8 to 7, ``[out, in]``."""
     shifted = (codes + 8).to(torch.uint8)
