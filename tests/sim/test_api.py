@@ -1,5 +1,6 @@
 """The simulator and the planner called from Python: the same results as the set-up's file gives."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import emberkv
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim.plan import get_this
+from emberkv.sim.run import COLLECT_AFTER
 
 CLIENT = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
 SET_UP = {
@@ -34,6 +36,22 @@ def test_a_row_for_each_request_and_the_progress_are_given(tmp_path: Path) -> No
     rows = (tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 12 == 1 + results.summary["requests"]["completed"]
     assert done == sorted(done)
+
+
+def test_the_garbage_collector_runs_less_often_until_the_simulation_ends_or_fails() -> None:
+    usual, seen = gc.get_threshold(), list[int]()
+    many = {**SET_UP, "workload": {**SET_UP["workload"], "sessions": 40}}
+
+    def see(count: int, _: float) -> None:
+        seen.append(gc.get_threshold()[0])
+        if count > 100:
+            raise OverflowError
+
+    emberkv.simulate(many, progress=see)
+    assert (seen, gc.get_threshold()) == ([COLLECT_AFTER], usual)
+    with pytest.raises(OverflowError):
+        emberkv.simulate({**many, "workload": {**many["workload"], "sessions": 80}}, progress=see)
+    assert gc.get_threshold() == usual
 
 
 def test_a_plan_says_which_set_up_to_get() -> None:

@@ -195,6 +195,11 @@ class RoutedReplicas:
         self._index = router.index if len(states) > 1 else None
         self._readers = [self._reader(replica) for replica in range(len(states))]
 
+    @property
+    def follows_pools(self) -> bool:
+        """Whether `publish` has anything to do: the router has an index, and more than one replica to choose from."""
+        return self._index is not None
+
     def decide(self, request: RoutingRequest) -> Decision | None:
         """Where a request goes; None while no replica is up."""
         if len(self._states) == 1:

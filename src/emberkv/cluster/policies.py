@@ -164,7 +164,7 @@ class RoutingPolicy(ABC):
 
 def least_loaded(view: RoutingView) -> int:
     """Of equal ones the first."""
-    return min((state.load, slot) for slot, state in enumerate(view.replicas) if state.up)[1]
+    return min([(state.load, slot) for slot, state in enumerate(view.replicas) if state.up])[1]
 
 
 class RandomChoice(RoutingPolicy):

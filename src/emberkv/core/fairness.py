@@ -40,12 +40,13 @@ class TokenCounters(Generic[K]):
 
     def serve(self, key: K, tokens: int) -> None:
         """It was ``key``'s turn, and ``tokens`` are computed for it."""
-        self._served = max(self._served, self[key])
-        self.charge(key, tokens)
+        counter = self._counters.get(key, self._served)
+        self._served = max(self._served, counter)
+        self._counters[key] = counter + tokens / self._weights.get(key, 1.0)
 
     def charge(self, key: K, tokens: int) -> None:
         """``tokens`` are computed for ``key`` outside its turns."""
-        self._counters[key] = self[key] + tokens / self.weight(key)
+        self._counters[key] = self._counters.get(key, self._served) + tokens / self._weights.get(key, 1.0)
 
 
 @dataclass(slots=True)

@@ -189,6 +189,7 @@ class Simulator:
         self._source = source
         self.replicas = replicas
         self._gateways = [RoutedReplicas(router, [replica.state for replica in replicas]) for router in routers]
+        self._followers = [gateway for gateway in self._gateways if gateway.follows_pools]
         self._turn = cycle(self._gateways)
         self._root_of, self._block_size = root_of, block_size
         self._emit = emit
@@ -317,7 +318,7 @@ class Simulator:
         self._woken.add(replica.index)
 
     def _publish(self, replica: Replica) -> None:
-        for gateway in self._gateways:
+        for gateway in self._followers:
             gateway.publish(replica.index, replica.pool)
 
     def _end_load(self, replica: Replica, transfer: Transfer) -> None:
