@@ -15,6 +15,7 @@ from emberkv.files import LEFTOVER_SECONDS, remove_leftovers, replace_file
 from emberkv.serving.cache.other_models import KnownModel, OtherModels
 from emberkv.serving.tenancy import server_secret
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
+from tests.waiting import DEADLINE
 
 KILLED = """
 import os, signal, sys
@@ -56,7 +57,7 @@ def test_what_a_killed_writer_leaves_is_gone_once_nobody_can_be_writing_it(
     tmp_path: Path, writes: str, opens: Callable[[Path], object], kept: set[str]
 ) -> None:
     command = [sys.executable, "-c", KILLED.format(writes=writes), str(tmp_path)]
-    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, timeout=DEADLINE).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     opens(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {left.name, *kept}, "another server may be writing it"

@@ -13,8 +13,8 @@ from emberkv.core.explaining.explanation import Reason
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import ConfigError, EngineStoppedError, ModelNotFoundError, PromptTooLongError, RequestError
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import eventually
 from tests.machine import MACHINE_CACHE
+from tests.waiting import eventually
 
 TEXT = "The library opens at nine and closes when the last reader has gone home. " * 3
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

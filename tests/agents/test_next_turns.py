@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.agents.replay import Replay, Reply
 from tests.agents.server import FAMILY, agent_settings, scripted_lifecycle, scripted_model
 from tests.agents.session_file import FOLDER, read_session
-from tests.serving.harness import DEADLINE, eventually, serving
+from tests.serving.harness import serving
+from tests.waiting import DEADLINE, eventually
 
 AGENTS = ["claude-code", "codex"]
 USER = "<|im_start|>user\n"

@@ -17,6 +17,7 @@ from benchmarks.serving_ratios import steady_rate, whole_rate
 from emberkv.bench.client import Answer, Usage
 from emberkv.bench.runner import WORDS
 from tests.bench.fake_server import FAKE, Event, FakeServer, piece, usage
+from tests.waiting import DEADLINE
 
 
 def python(*arguments: str) -> lib.Server:
@@ -26,9 +27,9 @@ def python(*arguments: str) -> lib.Server:
 def test_a_server_answers_while_it_is_served_and_is_gone_afterwards(tmp_path: Path) -> None:
     server = python("-m", "http.server", "--bind", "127.0.0.1", "--directory", str(tmp_path))
     with lib.serving(server, tmp_path / "log") as url:
-        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, timeout=DEADLINE).status_code == 200
     with pytest.raises(httpx.ConnectError):
-        httpx.get(url)
+        httpx.get(url, timeout=DEADLINE)
 
 
 def test_a_server_that_ends_early_is_named_with_its_log(tmp_path: Path) -> None:

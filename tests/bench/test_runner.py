@@ -7,6 +7,7 @@ import httpx
 
 from emberkv.bench.runner import Phase, Workload
 from tests.bench.fake_server import PLAIN, Event, FakeServer
+from tests.waiting import DEADLINE
 
 
 def test_each_turn_repeats_the_conversation_so_far_and_adds_the_next_question() -> None:
@@ -34,7 +35,7 @@ def test_records_come_by_session_and_turn() -> None:
 def test_as_many_conversations_as_asked_run_at_a_time_and_no_more() -> None:
     async def play() -> int:
         server = FakeServer(gate=asyncio.Barrier(3).wait)  # hangs if fewer than 3 are ever in flight
-        await asyncio.wait_for(server.run(Workload(sessions=6, turns=2, concurrency=3)), 30)
+        await asyncio.wait_for(server.run(Workload(sessions=6, turns=2, concurrency=3)), DEADLINE)
         return server.most_in_flight
 
     assert asyncio.run(play()) == 3
@@ -48,7 +49,7 @@ def test_only_the_first_request_is_cold_when_conversations_follow_each_other() -
 def test_all_requests_sent_before_the_first_text_are_cold() -> None:
     async def play() -> list[Phase]:
         server = FakeServer(gate=asyncio.Barrier(2).wait)
-        records = await asyncio.wait_for(server.run(Workload(sessions=4, turns=1, concurrency=2)), 30)
+        records = await asyncio.wait_for(server.run(Workload(sessions=4, turns=1, concurrency=2)), DEADLINE)
         return [record.phase for record in records]
 
     assert asyncio.run(play()) == [Phase.COLD, Phase.COLD, Phase.FIRST_TURN, Phase.FIRST_TURN]

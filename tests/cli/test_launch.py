@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 from emberkv.cli.launch import Client, Invocation, LaunchError, Target, find_target, invocation
 from emberkv.cli.main import app
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, EMBERKV, clean_environment, serving
+from tests.e2e.process import EMBERKV, clean_environment, serving
+from tests.waiting import DEADLINE
 
 TARGET = Target("http://127.0.0.1:8080", 'org/it\'s "big"', 40_960, "se cret")
 CARD = {"id": "tiny", "max_model_len": 512}
@@ -68,7 +69,7 @@ def test_a_client_is_started_with_its_variables_arguments_and_exit_code(url: str
 
 
 def test_print_shows_the_variables_and_starts_nothing(url: str) -> None:
-    length = httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"]
+    length = httpx.get(f"{url}/v1/models", timeout=DEADLINE).json()["data"][0]["max_model_len"]
     shown = run("qwen", "--url", f"{url}/v1/", "--print")
     assert shown.stdout.splitlines() == [
         f"export OPENAI_BASE_URL={url}/v1",

@@ -2,9 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import wraps
 from typing import Any
 
 import pytest
@@ -27,19 +26,9 @@ from emberkv.errors import (
 from emberkv.serving.admission import InFlight
 from emberkv.serving.errors import GenerationFailedError, NotReadyError, OverloadedError, TooManyRequestsError
 from tests.cluster.fake_workers import FakeConnection, FakeWorker, expected
+from tests.waiting import on_a_loop
 
-DEADLINE = 60.0
 PROMPT = [5, 6, 7, 8, 9]
-
-
-def on_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """A test that is a coroutine."""
-
-    @wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), DEADLINE))
-
-    return run
 
 
 class Cluster:

@@ -12,7 +12,8 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd, ContentText, ParsedCall, joined
 from tests.cluster.fake_openai import FakeOpenAI
-from tests.cluster.test_foreign_gateway import Served, on_a_loop, served
+from tests.cluster.test_foreign_gateway import Served, served
+from tests.waiting import on_a_loop, until
 
 TOOL = {"name": "read", "description": "", "input_schema": {"type": "object", "properties": {"path": {}}}}
 MESSAGES: dict[str, Any] = {
@@ -110,7 +111,7 @@ async def test_a_late_stream_of_messages_gets_the_apis_own_pings() -> None:
     async with served(FakeOpenAI(), app=app) as it:
         held = it.servers[0].held = asyncio.Event()
         asked = asyncio.create_task(it.ask({**MESSAGES, "stream": True}, "/v1/messages"))
-        await it.until(lambda: it.asked() == [1])
+        await until(lambda: it.asked() == [1])
         await asyncio.sleep(0.1)
         held.set()
         kinds = [event["type"] for event in events(await asked)]

@@ -1,9 +1,7 @@
 """vLLM's KV events: a gateway knows what the server has cached, or knows that it does not."""
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,8 +16,8 @@ from emberkv.cluster.foreign.subscriber import END, FAILED, KvSubscriber, follow
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.errors import WireError
+from tests.waiting import on_a_loop, until
 
-DEADLINE = 60.0
 ROOT = root_hash("m", 2)
 
 
@@ -309,23 +307,6 @@ class Publisher:
         await asyncio.gather(self._server, return_exceptions=True)
         self._live.close(0)
         self._replay.close(0)
-
-
-async def until(condition: Callable[[], object], meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        if meanwhile is not None:
-            await meanwhile()
-        await asyncio.sleep(0.01)
-
-
-def on_a_loop(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-    @wraps(test)
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), 2 * DEADLINE))
-
-    return run
 
 
 @on_a_loop

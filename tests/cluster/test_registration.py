@@ -2,16 +2,14 @@
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
 
 import httpx
 import pytest
 
 from emberkv.cluster import wire
 from emberkv.cluster.registration import Registrar
+from tests.waiting import until
 
-DEADLINE = 60.0
 WORKER = wire.Registration(worker_id="w1", url="http://127.0.0.1:8001")
 
 
@@ -31,15 +29,6 @@ class Gateways(httpx.AsyncBaseTransport):
         assert wire.decode(await request.aread(), wire.Registration) == WORKER
         self.asked[host].append(request.url.path.removeprefix(f"{wire.PREFIX}/"))
         return httpx.Response(self.status)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE
-    while True:
-        if condition():
-            return
-        assert time.monotonic() < end, "the condition did not come true in time"
-        await asyncio.sleep(0.001)
 
 
 def registrar(gateways: Gateways) -> Registrar:

@@ -1,7 +1,5 @@
 """Removals from several workers, some of which are away, over the real cache of each."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +14,9 @@ from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import ConfigError, EmberError, WorkerUnreachableError
 from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.cluster.fake_workers import FakeWorker
-from tests.cluster.test_cluster_engine import DEADLINE, cluster, on_a_loop
+from tests.cluster.test_cluster_engine import cluster
 from tests.serving.core_engine import CoreEngine
+from tests.waiting import on_a_loop, until
 
 PROMPT = list(range(1, 33))
 LONGER = [*PROMPT, *range(50, 66)]
@@ -60,10 +59,7 @@ def failed(outcomes: Mapping[Worker, Outcome]) -> dict[str, EmberError]:
 
 
 async def until_made_up(removing: ClusterRemovals) -> None:
-    end = time.monotonic() + DEADLINE
-    while removing.missed:
-        assert time.monotonic() < end, f"not made up for in time: {removing.missed}"
-        await asyncio.sleep(0.01)
+    await until(lambda: not removing.missed)
 
 
 @on_a_loop

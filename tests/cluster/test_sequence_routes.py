@@ -33,6 +33,7 @@ from emberkv.serving.server import bind_socket
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.serving.fakes import ByteTokenizer, FakeEngine
 from tests.serving.harness import MODEL, Client
+from tests.waiting import DEADLINE
 
 IDS = [f"test-seq-{number}" for number in range(5000)]
 
@@ -163,7 +164,7 @@ class Cluster:
             gateway = SequenceGateway(self.members, open_to_all, client)
             transport = httpx.ASGITransport(create_app(lifecycle, routers=[gateway.routes]))
             yield await stack.enter_async_context(
-                httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120)
+                httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE)
             )
 
 

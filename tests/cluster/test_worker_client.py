@@ -12,6 +12,7 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import EmberError, WireError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import TooManyRequestsError
+from tests.waiting import DEADLINE
 
 
 def test_answers_that_were_read_to_their_end_share_a_connection() -> None:
@@ -42,7 +43,7 @@ def test_answers_that_were_read_to_their_end_share_a_connection() -> None:
                     is_read.set()
         await runner.cleanup()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), DEADLINE))
     assert len(connections) == 1
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.machine import free_ports
+from tests.waiting import DEADLINE, eventually
 
 SECRET = "the-secret-of-these-tests"
 TEXT = "the lamps along the street are lit at six and go out at dawn. " * 10

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.forkserver import ensure_running
@@ -22,19 +22,11 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.machine import MACHINE_CACHE
+from tests.waiting import DEADLINE
 
-DEADLINE = 120.0
 METRICS_KEY = "metrics-key"
 EMBERKV = [sys.executable, "-m", "emberkv.cli.main"]
 COMMAND = [*EMBERKV, "serve"]
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Poll until the condition holds; fail at the deadline."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 def clean_environment() -> dict[str, str]:

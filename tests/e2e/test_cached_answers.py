@@ -11,8 +11,9 @@ import openai
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.models import CONTEXT, VOCAB_SIZE
+from tests.waiting import DEADLINE, eventually
 
 SHARED_TOKENS = 16
 """More than all prompts here begin with: what the chat template puts first, and "Concerning"."""

@@ -22,8 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from emberkv.cluster.decision_log import read_decisions, replay
 from tests.conftest import CheckpointFactory
 from tests.e2e.cluster_process import TEXT, Cluster, cluster_in
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.models import EOS
+from tests.waiting import DEADLINE, eventually
 
 STREAMS = 20
 LONG = 160

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from tests.e2e.cluster_process import TEXT, Cluster, cluster_in
-from tests.e2e.process import DEADLINE, Server, eventually
+from tests.e2e.process import Server
 from tests.serving.parsing.families import FAMILIES
+from tests.waiting import DEADLINE, eventually
 
 TOOL_MODEL = Path(__file__).parents[1] / "data" / "tool_model"
 BLOCK = 16

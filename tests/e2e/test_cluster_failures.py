@@ -16,8 +16,8 @@ import pytest
 
 from tests.conftest import CheckpointFactory
 from tests.e2e.cluster_process import TEXT, Cluster, cluster_in
-from tests.e2e.process import DEADLINE, eventually
 from tests.tiers.redis_process import RedisProcess
+from tests.waiting import DEADLINE, eventually
 
 SMALL_POOL = ("--cache-ram", str(96 * 12 * 1024))
 """Blocks for the prompts of one or two users: the others are to be found below."""

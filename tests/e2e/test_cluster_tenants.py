@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from emberkv.serving.tenancy import key_digest
 from tests.conftest import CheckpointFactory
 from tests.e2e.cluster_process import TEXT, Cluster, cluster_in
-from tests.e2e.process import DEADLINE, Server, eventually
+from tests.e2e.process import Server
 from tests.tiers.redis_process import RedisProcess
+from tests.waiting import DEADLINE, eventually
 
 KIB = 1024
 POOL_QUOTA, REMOTE_QUOTA, REMOTE_FLOOR, REMOTE_BYTES = 384 * KIB, 512 * KIB, 512 * KIB, 768 * KIB

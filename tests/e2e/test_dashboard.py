@@ -7,7 +7,8 @@ import httpx
 
 from tests.browser import BROWSER, needs_browser
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, serving
+from tests.e2e.process import serving
+from tests.waiting import DEADLINE
 
 PROMPT = "zebra " * 40
 

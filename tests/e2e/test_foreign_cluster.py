@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
+from tests.waiting import DEADLINE, eventually
 
 SECRET = "the-secret-of-these-tests"
 TEXT = "the lamps along the street are lit at six and go out at dawn. " * 10

@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import COMMAND, DEADLINE, clean_environment, serving
+from tests.e2e.process import COMMAND, clean_environment, serving
+from tests.waiting import DEADLINE
 
 PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles of 32, and a rest
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask, users
 from tests.tiers.disks import files_of
+from tests.waiting import DEADLINE, eventually
 
 BLOCK_BYTES = 12 * 1024
 """Keys and values of 16 tokens."""

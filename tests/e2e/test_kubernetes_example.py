@@ -10,9 +10,10 @@ import httpx
 import yaml
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, eventually, serving
+from tests.e2e.process import serving
 from tests.machine import free_ports
 from tests.tiers.redis_process import RedisProcess, needs_server
+from tests.waiting import DEADLINE, eventually
 
 FOLDER = Path(__file__).parents[2] / "examples" / "kubernetes"
 KEYS = {"cluster": "c" * 32, "secret": "s" * 32, "redis": "r" * 32, "api": "the-api-key", "admin": "the-admin-key"}

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, serving
+from tests.e2e.process import serving
+from tests.waiting import DEADLINE
 
 
 def test_a_json_log_is_json_alone(checkpoint: CheckpointFactory, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import COMMAND, DEADLINE, clean_environment, eventually, serving
+from tests.e2e.process import COMMAND, clean_environment, serving
 from tests.models import VOCAB_SIZE
+from tests.waiting import DEADLINE, eventually
 
 KEY = {"Authorization": "Bearer first"}
 

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, clean_environment, eventually
+from tests.e2e.process import clean_environment
 from tests.machine import free_ports
+from tests.waiting import DEADLINE, eventually
 
 PROMPT = "zebra " * 40
 START_SECONDS = 600.0

@@ -8,7 +8,8 @@ import pytest
 
 from emberkv.workload.ember_trace import read
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, serving
+from tests.e2e.process import serving
+from tests.waiting import DEADLINE
 
 
 @pytest.mark.parametrize("unit", [16, 1])

@@ -13,8 +13,9 @@ import torch
 
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, METRICS_KEY, Server, eventually, serving
+from tests.e2e.process import METRICS_KEY, Server, serving
 from tests.machine import free_ports
+from tests.waiting import DEADLINE, eventually
 
 SECRET = "the-secret-of-these-tests"
 STORY = "Once upon a time, in a valley between two mountains, there lived a clockmaker who never slept. " * 8

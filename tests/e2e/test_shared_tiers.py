@@ -7,10 +7,11 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask
 from tests.tiers.mooncake_process import MooncakeMaster, needs_mooncake
 from tests.tiers.redis_process import RedisProcess
+from tests.waiting import DEADLINE, eventually
 
 SMALL_POOL = ("--cache-ram", str(48 * 12 * 1024))
 """48 blocks; the prompts take 84, so that each round of them needs what lies below."""

@@ -9,6 +9,7 @@ import httpx
 from emberkv.serving.tenancy import key_digest
 from tests.conftest import CheckpointFactory
 from tests.e2e.process import Server, serving
+from tests.waiting import DEADLINE
 
 KEYS = {"acme": "acme-key", "globex": "globex-key"}
 SYSTEM = "You are careful. " + "The lamps along the street are lit at six and go out at dawn. " * 12
@@ -36,7 +37,7 @@ def ask(server: Server, tenant: str) -> Mapping[str, int]:
             "system": SYSTEM,
             "messages": [{"role": "user", "content": PRIVATE}],
         },
-        timeout=60,
+        timeout=DEADLINE,
     )
     assert response.status_code == 200, response.text
     usage: Mapping[str, int] = response.json()["usage"]
@@ -54,8 +55,8 @@ def test_tenants_over_a_restart(checkpoint: CheckpointFactory, tmp_path: Path) -
         own = ask(server, "globex")["cache_read_input_tokens"]
         assert cold["cache_read_input_tokens"] == 0
         assert 0 < public < own
-        assert httpx.post(f"{server.url}/v1/messages", json={}).status_code == 401
-        told = httpx.get(f"{server.url}/metrics/tenants", headers={"x-api-key": "admin-key"}).text
+        assert httpx.post(f"{server.url}/v1/messages", json={}, timeout=DEADLINE).status_code == 401
+        told = httpx.get(f"{server.url}/metrics/tenants", headers={"x-api-key": "admin-key"}, timeout=DEADLINE).text
         assert f'emberkv_tenant_hit_tokens_total{{tenant="globex"}} {float(public + own)}' in told
     assert stat.S_IMODE((cache / "secret").stat().st_mode) == 0o600
     with serving(tmp_path, model, *flags) as server:

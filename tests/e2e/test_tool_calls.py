@@ -13,7 +13,8 @@ import jsonschema
 import openai
 import pytest
 
-from tests.e2e.process import DEADLINE, Server, serving
+from tests.e2e.process import Server, serving
+from tests.waiting import DEADLINE
 
 TEMPLATE = """
 {{- bos_token -}}

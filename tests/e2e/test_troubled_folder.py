@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask
 from tests.tiers.disks import files_of
+from tests.waiting import DEADLINE, eventually
 
 SMALL_POOL = ("--cache-ram", str(48 * 12 * 1024))
 """48 blocks; the prompts take 84, so that each round of them needs what lies below."""

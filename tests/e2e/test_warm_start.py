@@ -9,8 +9,9 @@ import pytest
 
 from emberkv import get_standard_system_prompt
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import DEADLINE, Server, eventually, serving
+from tests.e2e.process import Server, serving
 from tests.models import CONTEXT
+from tests.waiting import DEADLINE, eventually
 
 
 def warmup(server: Server) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from emberkv.engine.commands import (
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import PromptTooLongError, RequestError, WireError, WorkerUnreachableError
 from emberkv.serving.errors import UnauthorizedError
-from tests.e2e.process import DEADLINE, Server, serving
+from tests.e2e.process import Server, serving
+from tests.waiting import DEADLINE
 
 T = TypeVar("T")
 SECRET = "a secret that only the cluster has"

@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.process import DEADLINE, Server
+from tests.e2e.process import Server
 from tests.models import VOCAB_SIZE
+from tests.waiting import DEADLINE
 
 Choice = Mapping[str, Any]
 

@@ -22,13 +22,13 @@ from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.engine.tier_link import TierLink
 from tests.engine.tiny_executor import TinyExecutor
+from tests.waiting import DEADLINE
 
 VOCAB = 50
 EOS = 1
 BLOCK = 4
 CHUNK = 8
 CONTEXT = 100
-DEADLINE = 20.0
 ROOT = root_hash("model", BLOCK)
 
 

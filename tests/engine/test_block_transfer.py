@@ -15,8 +15,9 @@ from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.errors import ConfigError, RequestError
 from emberkv.tiers.codec import decode_record, encode_record
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.engine.tiny_executor import WORDS, TinyExecutor
+from tests.waiting import DEADLINE
 
 BLOCK = 4
 NAMESPACE = b"tiny"

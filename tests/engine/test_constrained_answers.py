@@ -23,6 +23,7 @@ from emberkv.serving.cache.service import text_of as text_of_tokens
 from tests.engine.loop_harness import Inbox
 from tests.engine.tiny_executor import TinyExecutor
 from tests.models import VOCAB_SIZE, tiny_tokenizer
+from tests.waiting import DEADLINE
 
 BLOCK, CHUNK, CONTEXT, EOS = 4, 8, 200, 2
 TOKENIZER = HFTokenizer(tiny_tokenizer())
@@ -225,7 +226,7 @@ class SlowTokenizer(HFTokenizer):
 
     def backend_json(self) -> str:
         self.asked.set()
-        assert self.may_give.wait(60)
+        assert self.may_give.wait(DEADLINE)
         return super().backend_json()
 
 
@@ -233,7 +234,7 @@ def test_others_are_served_while_a_constraint_is_compiled() -> None:
     slow = SlowTokenizer()
     with serving(constraints=compiler(slow)) as engine:
         waiting = submit(engine, "waiting", PROMPT, DIGITS)
-        assert slow.asked.wait(60)
+        assert slow.asked.wait(DEADLINE)
         assert submit(engine, "other", PROMPT, None, new=5, ignore_eos=True).reason is FinishReason.LENGTH
         assert not waiting.outputs
         slow.may_give.set()

@@ -26,9 +26,10 @@ from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, RequestError
 from emberkv.tiers.kinds import TierConfig, TierSpec
 from tests.engine.conftest import ModelFactory
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.engine.tiny_executor import TinyExecutor
 from tests.models import CONTEXT, VOCAB_SIZE
+from tests.waiting import DEADLINE
 
 BLOCK = 8
 CHUNK = 32

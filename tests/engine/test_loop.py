@@ -12,7 +12,6 @@ from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooL
 from tests.engine.loop_harness import (
     BLOCK,
     CONTEXT,
-    DEADLINE,
     EOS,
     ROOT,
     VOCAB,
@@ -22,6 +21,7 @@ from tests.engine.loop_harness import (
     running,
     successor,
 )
+from tests.waiting import DEADLINE
 
 VICTIM = range(2, 22)  # 20 tokens: three chunks
 OTHER = range(30, 42)

@@ -11,8 +11,9 @@ from emberkv.engine.commands import Remove, Statistics
 from emberkv.engine.request import CacheUsage
 from emberkv.engine.tier_link import FIRST_LOAD_SECONDS
 from emberkv.tiers.memory import MemoryTier
-from tests.engine.loop_harness import DEADLINE, running
+from tests.engine.loop_harness import running
 from tests.engine.tier_harness import GatedTier, TieredHarness
+from tests.waiting import DEADLINE
 
 PROMPT = range(2, 22)  # 20 tokens, of which 4 blocks of 4 can be reused
 OTHER = range(30, 42)

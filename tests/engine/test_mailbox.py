@@ -17,7 +17,8 @@ from emberkv.engine.loop import CacheUpdate
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import EngineStoppedError
-from tests.engine.loop_harness import BLOCK, DEADLINE, Harness, Inbox, running
+from tests.engine.loop_harness import BLOCK, Harness, Inbox, running
+from tests.waiting import DEADLINE
 
 R = TypeVar("R")
 

@@ -9,8 +9,9 @@ from emberkv.engine.block_transfer import BlockTransfer
 from emberkv.engine.commands import ReadEvents, ReadSnapshot, Remove
 from emberkv.engine.tier_link import READ_SECONDS
 from emberkv.tiers.codec import decode_record
-from tests.engine.loop_harness import DEADLINE, running
+from tests.engine.loop_harness import running
 from tests.engine.tier_harness import NAMESPACE, TieredHarness
+from tests.waiting import DEADLINE
 
 PROMPT = range(2, 22)  # 20 tokens, 5 blocks of 4
 

@@ -25,7 +25,7 @@ from emberkv.tiers.codec import verified_record
 from tests.conftest import CheckpointFactory
 from tests.engine.loop_harness import Inbox
 from tests.machine import MACHINE_CACHE
-from tests.serving.harness import eventually
+from tests.waiting import DEADLINE, eventually
 
 BLOCK = 16
 
@@ -218,7 +218,7 @@ class Gate(Recorder):
 
     def set(self, key: str, value: bytes, prefix_tokens: int | None = None) -> None:
         self.reached.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(DEADLINE)
         super().set(key, value, prefix_tokens)
 
 

@@ -11,7 +11,8 @@ from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.engine.loop_harness import BLOCK, CHUNK, DEADLINE, ROOT, FakeExecutor, Harness, Inbox
+from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox
+from tests.waiting import DEADLINE
 
 NAMESPACE = b"model"
 HASH_BYTES = 32

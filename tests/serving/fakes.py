@@ -18,6 +18,7 @@ from emberkv.engine.request import (
 )
 from emberkv.engine.tokenization.tokenizer import KnownTokens
 from emberkv.errors import EngineStoppedError, PromptTooLongError, RequestError
+from tests.waiting import DEADLINE
 
 BOS = 256
 
@@ -233,7 +234,7 @@ class FakeEngine:
             for running in self._running.values():
                 running.aborted = True
             self._change.notify_all()
-        self._thread.join(10)
+        self._thread.join(DEADLINE)
 
     def _work(self) -> None:
         while True:

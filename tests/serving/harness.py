@@ -3,34 +3,25 @@
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import ConnectionLimits, HttpServer, bind_socket
+from tests.waiting import DEADLINE, eventually
 
 MODEL = "tiny"
-DEADLINE = 60.0
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Poll until the condition holds; fail at the deadline."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 class Client:
     """Asks an app without a network, one request an event loop."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:

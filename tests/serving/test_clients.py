@@ -10,7 +10,8 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, eventually, serving
+from tests.serving.harness import MODEL, serving
+from tests.waiting import DEADLINE, eventually
 
 PROMPT_TOKENS = len("<user>Hi<assistant>")
 
@@ -23,13 +24,13 @@ def guarded(lifecycle: Lifecycle) -> Iterator[HttpServer]:
 
 @pytest.fixture
 def gpt(guarded: HttpServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="sesame", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="sesame", max_retries=0, timeout=DEADLINE) as client:
         yield client
 
 
 @pytest.fixture
 def claude(guarded: HttpServer) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=guarded.url, api_key="sesame", max_retries=0, timeout=20) as client:
+    with anthropic.Anthropic(base_url=guarded.url, api_key="sesame", max_retries=0, timeout=DEADLINE) as client:
         yield client
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, Client, eventually
+from tests.serving.harness import MODEL, Client
+from tests.waiting import DEADLINE, eventually
 
 USER = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ def asking(server: HttpServer, path: str, *, stream: bool) -> Iterator[socket.so
     address = urlsplit(server.url)
     request = httpx.Request("POST", server.url + path, json={**BODIES[path], "stream": stream})
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(request.content)}\r\n\r\n"
-    with closing(socket.create_connection((address.hostname, address.port), timeout=20)) as connection:
+    with closing(socket.create_connection((address.hostname, address.port), timeout=DEADLINE)) as connection:
         connection.sendall(head.encode() + request.content)
         yield connection
 
@@ -43,9 +44,9 @@ def test_disconnect_aborts(server: HttpServer, engine: FakeEngine, path: str, st
         eventually(lambda: engine.running == requests)
     eventually(lambda: engine.running == 0)
     assert len(engine.aborted) == requests
-    metrics = httpx.get(f"{server.url}/metrics").text
     api = path.removeprefix("/v1/").replace("/", "_")
-    assert f'emberkv_requests_finished_total{{api="{api}",reason="abort"}} {requests}.0' in metrics
+    counted = f'emberkv_requests_finished_total{{api="{api}",reason="abort"}} {requests}.0'
+    eventually(lambda: counted in httpx.get(f"{server.url}/metrics", timeout=DEADLINE).text)
 
 
 def test_a_client_that_leaves_does_not_disturb_another(server: HttpServer, engine: FakeEngine) -> None:
@@ -54,7 +55,7 @@ def test_a_client_that_leaves_does_not_disturb_another(server: HttpServer, engin
         eventually(lambda: engine.running == 1)
     eventually(lambda: engine.running == 0)
     engine.script = Script("Hello")
-    response = httpx.post(f"{server.url}/v1/messages", json=BODIES["/v1/messages"])
+    response = httpx.post(f"{server.url}/v1/messages", json=BODIES["/v1/messages"], timeout=DEADLINE)
     assert response.json()["content"][0]["text"] == "Hello"
 
 

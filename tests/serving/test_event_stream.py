@@ -14,6 +14,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.core.sequence import FinishReason
 from emberkv.serving.app import ServingSettings
@@ -21,7 +22,8 @@ from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import DEADLINE, MODEL, Client, eventually, serving
+from tests.serving.harness import MODEL, Client, serving
+from tests.waiting import DEADLINE, eventually
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, MESSAGES, COMPLETIONS = "/v1/chat/completions", "/v1/messages", "/v1/completions"
@@ -117,6 +119,27 @@ def test_a_failure_before_the_first_token_has_its_status(client: Client, engine:
     failed = client.post(path, BODIES[path])
     assert failed.status_code == 500
     assert failed.json()["error"]["message"] == "generation failed: it broke"
+
+
+@pytest.mark.parametrize("finish", [FinishReason.STOP, FinishReason.ERROR])
+@pytest.mark.parametrize("path", BODIES)
+def test_an_answer_is_counted_before_the_client_can_know_of_its_end(
+    lifecycle: Lifecycle, client: Client, engine: FakeEngine, path: str, finish: FinishReason
+) -> None:
+    engine.script = Script("Hello", finish=finish, error="it broke", tokens_per_step=2)
+    counted: list[bool] = []
+
+    async def noted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            if any(end in message.get("body", b"") for end in (b"[DONE]", b"message_stop", b"it broke")):
+                counted.append(lifecycle.running == 0)
+            await send(message)
+
+        await client.app(scope, receive, note)
+
+    assert Client(noted).post(path, BODIES[path]).status_code == 200
+    assert counted
+    assert all(counted)
 
 
 def test_sdks_pass_over_pings_and_the_account(paused: HttpServer, engine: FakeEngine) -> None:

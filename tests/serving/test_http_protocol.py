@@ -14,7 +14,8 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import ConnectionLimits, HttpServer
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import DEADLINE, eventually, serving
+from tests.serving.harness import serving
+from tests.waiting import DEADLINE, eventually
 
 SHORT = ConnectionLimits(
     head_seconds=0.3, body_seconds=0.3, body_bytes_per_second=10**9, send_seconds=0.3, close_seconds=0.3
@@ -73,7 +74,7 @@ def limited(lifecycle: Lifecycle, **limits: int) -> Iterator[HttpServer]:
 def test_a_head_that_is_too_large(server: HttpServer, sent: bytes, status: int, message: str) -> None:
     answered, told = exchange(server, sent)
     assert (answered, told[: len(message)]) == (status, message)
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
 
 
 def test_a_head_at_the_limits_is_served(server: HttpServer) -> None:
@@ -97,7 +98,9 @@ def test_a_client_that_asks_nothing_is_left(lifecycle: Lifecycle, sent: bytes) -
 def test_a_slow_request_is_refused(lifecycle: Lifecycle, engine: FakeEngine, begun: bytes) -> None:
     with serving(lifecycle, limits=SHORT) as server:
         assert exchange(server, begun) == (408, "the request took too long to arrive")
-        assert httpx.post(f"{server.url}/v1/completions", content=COMPLETION).status_code == 200
+        with closing(connect(server)) as connection:
+            connection.sendall(post(COMPLETION, more="connection: close\r\n"))
+            assert everything(connection).startswith(b"HTTP/1.1 200")
     assert len(engine.submitted) == 1
 
 

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Semaphore
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ from emberkv.serving.app import create_app
 from emberkv.serving.errors import TooManyRequestsError
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, Client, eventually, serving
+from tests.serving.harness import MODEL, Client, serving
+from tests.waiting import DEADLINE, eventually
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 MESSAGE = {**CHAT, "max_tokens": 50}
@@ -68,10 +70,10 @@ def test_a_drain_refuses_new_answers_and_lets_running_ones_finish(lifecycle: Lif
     engine.script = Script("Hello", pause_after=2)
     with (
         serving(lifecycle, drain_seconds=60) as server,
-        httpx.Client(base_url=server.url, timeout=20) as client,
+        httpx.Client(base_url=server.url, timeout=DEADLINE) as client,
         ThreadPoolExecutor() as pool,
     ):
-        running = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=CHAT, timeout=20)
+        running = pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=CHAT, timeout=DEADLINE)
         eventually(lambda: engine.running == 1)
         server.stop()
         eventually(lambda: lifecycle.phase is Phase.DRAINING)
@@ -87,17 +89,24 @@ def test_a_drain_refuses_new_answers_and_lets_running_ones_finish(lifecycle: Lif
 
 def test_what_a_drain_cannot_wait_for_ends_properly(lifecycle: Lifecycle, engine: FakeEngine) -> None:
     engine.script = Script("Hello", pause_after=2)
+    begun = Semaphore(0)
     with serving(lifecycle, drain_seconds=0) as server, ThreadPoolExecutor() as pool:
+
+        def ask(path: str, body: dict[str, Any]) -> httpx.Response:
+            with httpx.stream("POST", server.url + path, json=body, timeout=DEADLINE) as response:
+                begun.release()
+                response.read()
+            return response
+
         requests = {
             "stream": ("/v1/chat/completions", {**CHAT, "stream": True}),
             "whole": ("/v1/chat/completions", CHAT),
             "events": ("/v1/messages", {**MESSAGE, "stream": True}),
         }
-        running = {
-            name: pool.submit(httpx.post, server.url + path, json=body, timeout=20)
-            for name, (path, body) in requests.items()
-        }
+        running = {name: pool.submit(ask, path, body) for name, (path, body) in requests.items()}
         eventually(lambda: engine.running == 3)
+        for _ in ("stream", "events"):
+            assert begun.acquire(timeout=DEADLINE)
         server.stop()
         responses = {name: future.result() for name, future in running.items()}
     message = "the server shut down before the answer was finished"

@@ -23,8 +23,9 @@ from emberkv.serving.template_study import rewrites_turns
 from tests.serving.core_engine import UNIT, CoreEngine
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.family_tokenizer import FamilyTokenizer
-from tests.serving.harness import MODEL, eventually, serving
+from tests.serving.harness import MODEL, serving
 from tests.serving.parsing.families import FAMILIES, TOOLS
+from tests.waiting import DEADLINE, eventually
 
 CALL = '<think>\nThe file says it.\n</think>\n\n<tool_call>\n{"name": "read", "arguments": {"path": "a"}}\n</tool_call>'
 SAID = "<think>\nNow I know it.\n</think>\n\nThose of Mill Lane."
@@ -93,7 +94,7 @@ def agent(
     lifecycle.loaded(replace(model, places=places))
     with (
         serving(lifecycle, ServingSettings(next_turn_tokens=tokens)) as server,
-        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
+        httpx.Client(base_url=server.url, timeout=DEADLINE, trust_env=False) as http,
     ):
         yield Agent(http)
 

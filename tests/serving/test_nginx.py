@@ -12,7 +12,8 @@ import pytest
 
 from emberkv.serving.server import HttpServer
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, eventually
+from tests.serving.harness import MODEL
+from tests.waiting import DEADLINE, eventually
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 pytestmark = pytest.mark.skipif(not Path(NGINX).exists(), reason="nginx is not installed")
@@ -53,12 +54,12 @@ def proxy(server: HttpServer, tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(DEADLINE)
 
 
 def test_a_stream_arrives_as_it_is_made(proxy: str, engine: FakeEngine) -> None:
     engine.script = Script("Hello", pause_after=3)
-    with httpx.stream("POST", f"{proxy}/v1/chat/completions", json=BODY, timeout=60) as response:
+    with httpx.stream("POST", f"{proxy}/v1/chat/completions", json=BODY, timeout=DEADLINE) as response:
         lines = response.iter_lines()
         begun = next(line for line in lines if '"content":"H' in line)
         assert engine.running == 1  # the engine waits, so nginx has passed on the first part of the answer
@@ -70,7 +71,7 @@ def test_a_stream_arrives_as_it_is_made(proxy: str, engine: FakeEngine) -> None:
 
 def test_a_client_that_leaves_frees_the_engine(proxy: str, engine: FakeEngine) -> None:
     engine.script = Script("Hello", pause_after=3)
-    with httpx.stream("POST", f"{proxy}/v1/chat/completions", json=BODY, timeout=60) as response:
+    with httpx.stream("POST", f"{proxy}/v1/chat/completions", json=BODY, timeout=DEADLINE) as response:
         next(response.iter_lines())
         assert engine.running == 1
     eventually(lambda: engine.running == 0)

@@ -10,7 +10,8 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.errors import TooManyRequestsError
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import DEADLINE, MODEL, eventually, serving
+from tests.serving.harness import MODEL, serving
+from tests.waiting import DEADLINE, eventually
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 

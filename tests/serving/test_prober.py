@@ -33,7 +33,8 @@ from emberkv.tiers.kinds import TierConfig, TierSpec
 from tests.conftest import CheckpointFactory
 from tests.machine import MACHINE_CACHE
 from tests.models import VOCAB_SIZE
-from tests.serving.harness import DEADLINE, MODEL, Client
+from tests.serving.harness import MODEL, Client
+from tests.waiting import DEADLINE
 
 KEYS = ("victim-key", "prober-key")
 PUBLIC_TOKENS, PRIVATE_TOKENS = 64, 160

@@ -10,7 +10,8 @@ from emberkv.serving.app import ServingSettings
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import MODEL, eventually, serving, sse_blocks
+from tests.serving.harness import MODEL, serving, sse_blocks
+from tests.waiting import DEADLINE, eventually
 
 USER = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ def error_name(path: str) -> str:
 def test_a_whole_answer_becomes_a_504(lifecycle: Lifecycle, engine: FakeEngine, path: str) -> None:
     engine.script = Script("Hello", pause_after=3)
     with serving(lifecycle, ENDLESS) as server:
-        response = httpx.post(server.url + path, json=BODIES[path], timeout=60)
+        response = httpx.post(server.url + path, json=BODIES[path], timeout=DEADLINE)
         eventually(lambda: engine.running == 0)
     assert response.status_code == 504
     assert error_name(path) in response.text
@@ -42,7 +43,7 @@ def test_a_stream_that_has_not_begun_becomes_a_504(lifecycle: Lifecycle, engine:
     engine.script = Script("Hello", pause_after=0)
     engine.is_full = True
     with serving(lifecycle, ENDLESS) as server:
-        response = httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=60)
+        response = httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=DEADLINE)
         eventually(lambda: engine.running == 0)
     assert response.status_code == 504
     assert error_name(path) in response.text
@@ -53,17 +54,23 @@ def test_a_stream_that_has_not_begun_becomes_a_504(lifecycle: Lifecycle, engine:
 def test_a_stream_ends_with_an_error(lifecycle: Lifecycle, engine: FakeEngine, path: str) -> None:
     engine.script = Script("Hello", pause_after=3)
     early = StreamTimes(headers=0.0, admission_check=0.0)
+    responses: list[httpx.Response] = []
     with serving(lifecycle, replace(ENDLESS, stream_times=early)) as server:
-        response = httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=60)
+
+        def begins() -> bool:
+            """False where the time has passed before the headers were sent."""
+            responses.append(httpx.post(server.url + path, json={**BODIES[path], "stream": True}, timeout=DEADLINE))
+            return responses[-1].status_code == 200
+
+        eventually(begins)
         eventually(lambda: engine.running == 0)
-    assert response.status_code == 200
-    assert error_name(path) in sse_blocks(response)[-1 if path == "/v1/messages" else -2]
+    assert error_name(path) in sse_blocks(responses[-1])[-1 if path == "/v1/messages" else -2]
     assert lifecycle.running == 0
 
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_answer_in_time_is_whole(lifecycle: Lifecycle, path: str) -> None:
     with serving(lifecycle, PATIENT) as server:
-        response = httpx.post(server.url + path, json=BODIES[path], timeout=60)
+        response = httpx.post(server.url + path, json=BODIES[path], timeout=DEADLINE)
     assert response.status_code == 200
     assert "Hello the" in response.text

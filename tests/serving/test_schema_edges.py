@@ -19,7 +19,8 @@ from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
-from tests.serving.harness import DEADLINE, MODEL
+from tests.serving.harness import MODEL
+from tests.waiting import DEADLINE
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": MODEL, "messages": MESSAGES, "max_tokens": 2}

@@ -21,6 +21,7 @@ from emberkv.serving.sequence_api import with_detail_for_unknown_paths
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client
+from tests.waiting import DEADLINE
 
 WORKER = "worker-0"
 OPERATOR = {"authorization": "Bearer admin"}
@@ -302,7 +303,7 @@ class Host:
         self.lifecycle.on_demand(self)
 
     def load(self) -> None:
-        self.may_load.wait(60)
+        self.may_load.wait(DEADLINE)
         if self.problem is not None:
             raise self.problem
         engine = FakeEngine()
@@ -373,7 +374,7 @@ def test_another_models_name_loads_nothing(host: Host) -> None:
 
 async def asked_together(app: FastAPI, ask: Callable[[httpx.AsyncClient, int], Any], count: int) -> list[Any]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
         return await asyncio.gather(*(ask(client, number) for number in range(count)))
 
 

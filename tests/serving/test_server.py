@@ -19,8 +19,10 @@ from emberkv.errors import ConfigError
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.server import HttpServer, bind_socket
+from tests.machine import free_ports
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import eventually, serving, sse_blocks
+from tests.serving.harness import serving, sse_blocks
+from tests.waiting import DEADLINE, eventually
 
 ROOT = Path(__file__).parents[2]
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"Hi"}],"stream":true}'
@@ -35,8 +37,9 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_a_port_is_free_again_at_once() -> None:
-    with closing(bind_socket("127.0.0.1", 0)) as first:
-        port = first.getsockname()[1]
+    port = free_ports()
+    with closing(bind_socket("127.0.0.1", port)):
+        pass
     with closing(bind_socket("127.0.0.1", port)) as second:
         assert second.getsockname()[1] == port
 
@@ -60,7 +63,7 @@ def test_a_host_that_is_no_address() -> None:
 def test_an_unexpected_exception_is_a_500_that_tells_nothing(server: HttpServer) -> None:
     # the fake template looks for an argument that this call does not have
     body = {"model": "tiny", "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE)
     assert response.status_code == 500
     assert response.json()["error"] == {
         "message": "an internal error occurred; the server's log has the details",
@@ -68,13 +71,13 @@ def test_an_unexpected_exception_is_a_500_that_tells_nothing(server: HttpServer)
         "param": None,
         "code": "internal_error",
     }
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=DEADLINE).status_code == 200
 
 
 def test_sixteen_streams_at_once(server: HttpServer, engine: FakeEngine) -> None:
     engine.script = Script("Hello " * 20)
     with ThreadPoolExecutor(16) as pool:
-        ask = partial(httpx.post, f"{server.url}/v1/completions", timeout=60)
+        ask = partial(httpx.post, f"{server.url}/v1/completions", timeout=DEADLINE)
         body = {"model": "tiny", "stream": True, "max_tokens": 200}
         responses = list(pool.map(lambda index: ask(json={**body, "prompt": f"{index}"}), range(16)))
     for response in responses:
@@ -103,7 +106,7 @@ def read_port(process: "subprocess.Popen[str]") -> int:
 def test_a_signal_ends_the_server_and_returns_to_the_caller(sent: signal.Signals) -> None:
     with signalled_server() as process:
         port = read_port(process)
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).json() == {"status": "alive"}
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=DEADLINE).json() == {"status": "alive"}
         process.send_signal(sent)
         assert process.stdout is not None
         assert process.stdout.read() == "stopping the engine\nreturned\n"
@@ -114,21 +117,22 @@ def test_a_server_that_inherits_ignored_signals_outlives_its_terminal_and_can_be
     with signalled_server(ignored="HUP TERM") as process:
         port = read_port(process)
         process.send_signal(signal.SIGHUP)
-        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=20).json()["status"] == "ready"
+        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=DEADLINE).json()["status"] == "ready"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(DEADLINE) == 0
 
 
 def test_a_second_interrupt_does_not_wait_for_answers() -> None:
     with signalled_server() as process:
         port = read_port(process)
-        with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as connection:
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)) as connection:
             connection.sendall(POST_CHAT)
             received = b""
             while b'"content":"He' not in received and b'"content":"e"' not in received:
                 received += connection.recv(65536)
             process.send_signal(signal.SIGINT)
-            while (status := httpx.get(f"http://127.0.0.1:{port}/ready", timeout=20).json()["status"]) != "draining":
+            ready = f"http://127.0.0.1:{port}/ready"
+            while (status := httpx.get(ready, timeout=DEADLINE).json()["status"]) != "draining":
                 assert status == "ready"
             process.send_signal(signal.SIGINT)
             while b"[DONE]" not in received:

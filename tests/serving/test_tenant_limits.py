@@ -14,7 +14,8 @@ from emberkv.serving.errors import RateLimitedError
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy import KeySource, LimitsEntry, TenantEntry, Tenants, TenantsFile, key_digest
 from tests.serving.fakes import FakeEngine, Script
-from tests.serving.harness import DEADLINE, MODEL, Client, eventually, serving
+from tests.serving.harness import MODEL, Client, serving
+from tests.waiting import DEADLINE, eventually
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 ACME, GLOBEX = {"x-api-key": "acme-key"}, {"x-api-key": "globex-key"}

@@ -10,8 +10,7 @@ import pytest
 
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.errors import OverloadedError
-
-DEADLINE = 20.0
+from tests.waiting import DEADLINE
 
 
 def test_results_and_errors_reach_the_caller() -> None:
@@ -77,4 +76,4 @@ async def use():
 
 asyncio.run(use())
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=DEADLINE, check=False).returncode == 0

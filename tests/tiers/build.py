@@ -9,12 +9,11 @@ from emberkv.core.loading import BlockRun
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.codec import BlockRecord, encode_record
 from emberkv.tiers.manager import TierManager
+from tests.waiting import DEADLINE
 
 NAMESPACE = b"first model".ljust(32, b".")
 OTHER = b"other model".ljust(32, b".")
 BLOCK_SIZE = 4
-PATIENCE = 20.0
-"""Seconds after which a test gives up waiting for a thread."""
 
 
 def records(count: int, *, seed: int = 0, exact: bool = True, payload_bytes: int = 200) -> list[BlockRecord]:
@@ -48,6 +47,6 @@ def fetched(
     wanted = block_hashes(blocks)
     outcome: Future[list[BlockRecord | None]] = Future()
     stack.onboard(wanted, stack.find(wanted) if runs is None else runs, outcome.set_result)
-    found = outcome.result(PATIENCE)
-    assert stack.flush(PATIENCE)
+    found = outcome.result(DEADLINE)
+    assert stack.flush(DEADLINE)
     return found

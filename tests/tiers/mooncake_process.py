@@ -11,8 +11,8 @@ import pytest
 
 from emberkv.tiers.remote.server import ServerAddress
 from tests.machine import free_ports
+from tests.waiting import DEADLINE
 
-PATIENCE = 90.0
 FOUND = find_spec("mooncake")
 
 needs_mooncake = pytest.mark.skipif(FOUND is None, reason="mooncake-transfer-engine is not installed")
@@ -44,7 +44,7 @@ class MooncakeMaster:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(DEADLINE)
 
     def __enter__(self) -> Self:
         self.start()

@@ -3,7 +3,6 @@
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,10 +11,9 @@ import pytest
 import redis
 
 from emberkv.tiers.remote.server import ServerAddress
+from tests.waiting import DEADLINE, eventually
 
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
-PATIENCE = 60.0
-"""Seconds after which a test gives up waiting for the server."""
 
 needs_server = pytest.mark.skipif(PROGRAM is None, reason="neither redis-server nor valkey-server is installed")
 
@@ -42,10 +40,7 @@ class RedisProcess:
         assert PROGRAM is not None
         command = [PROGRAM, "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self._folder)]
         self.process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
-        while not self.answers():
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
+        eventually(self.answers)
 
     def answers(self) -> bool:
         try:
@@ -58,7 +53,7 @@ class RedisProcess:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(DEADLINE)
         self.socket.unlink(missing_ok=True)
 
     def freeze(self) -> None:

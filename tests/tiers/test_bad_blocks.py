@@ -8,8 +8,9 @@ import pytest
 from emberkv.tiers.codec import MAGIC
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, records
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, fetched, records
 from tests.tiers.disks import opened, path_of
+from tests.waiting import DEADLINE
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
@@ -25,7 +26,7 @@ def tier(tmp_path: Path) -> DiskTier:
 def stack(tier: DiskTier) -> Iterator[TierManager]:
     stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=100_000)
     yield stack
-    stack.close(PATIENCE)
+    stack.close(DEADLINE)
 
 
 def newer_version(data: bytes) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 from emberkv import InMemoryKVCacheManager
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.tiers.byte_cache import MB
+from tests.waiting import DEADLINE
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ def test_reads_do_not_wait_for_a_set_and_are_counted_and_recent_all_the_same() -
     def clock() -> float:
         if threading.current_thread().name == "setting":
             evicting.set()
-            assert may_go_on.wait(20)
+            assert may_go_on.wait(DEADLINE)
         return 0.0
 
     cache = InMemoryKVCacheManager(4 / MB, clock=clock)
@@ -156,11 +157,11 @@ def test_reads_do_not_wait_for_a_set_and_are_counted_and_recent_all_the_same() -
         cache.set(key, b"")
     setting = threading.Thread(target=cache.set, args=("e", b""), name="setting")
     setting.start()
-    assert evicting.wait(20)
+    assert evicting.wait(DEADLINE)
     assert [cache.get("b") for _ in range(1000)] == [b""] * 1000
     assert cache.get("?") is None
     may_go_on.set()
-    setting.join(20)
+    setting.join(DEADLINE)
     cache.set("f", b"")
     assert [key for key in "abcdef" if cache.get_metadata(key)] == ["b", "d", "e", "f"]
     assert (cache.get_stats()["cache_hits"], cache.get_stats()["cache_misses"]) == (1000, 1)

@@ -11,8 +11,9 @@ import pytest
 
 from emberkv.tiers.base import Removed
 from emberkv.tiers.disk.tier import DiskTier
-from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of, path_of, stored
+from tests.waiting import DEADLINE
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
@@ -156,7 +157,7 @@ def hold_open(
     tier = opened(folder)
     tier.store(ENTRIES[:3])
     opened_event.set()
-    done.wait(PATIENCE)
+    done.wait(DEADLINE)
 
 
 def test_the_second_process_on_a_folder_loads_and_does_not_store(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_the_second_process_on_a_folder_loads_and_does_not_store(tmp_path: Path)
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold_open, args=(tmp_path, ready, done))
     other.start()
-    assert ready.wait(PATIENCE)
+    assert ready.wait(DEADLINE)
     tier = opened(tmp_path, 2 * SIZE)
     assert tier.read_only == "another process writes here"
     assert tier.load(IDS[:2]) == ENTRIES[:2]
@@ -173,7 +174,7 @@ def test_the_second_process_on_a_folder_loads_and_does_not_store(tmp_path: Path)
     assert tier.remove(IDS[:1]) == Removed(0, 1, "another process writes here")
     assert (tier.lookup(IDS[:1]), len(files_of(tmp_path))) == (0, 3)
     done.set()
-    other.join(PATIENCE)
+    other.join(DEADLINE)
     assert other.exitcode == 0
     assert opened(tmp_path).read_only is None
 

@@ -14,8 +14,9 @@ from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.disk.files import owner_folder
 from emberkv.tiers.manager import TierManager
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import FailingFiles, files_of, opened, others_of
+from tests.waiting import DEADLINE
 
 BLOCKS = records(7)
 IDS = block_hashes(BLOCKS)
@@ -129,7 +130,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(namespace=st.sampled_from((NAMESPACE, OTHER)), stray=st.booleans())
     def reopen(self, namespace: bytes, stray: bool) -> None:
-        self.stack.close(PATIENCE)
+        self.stack.close(DEADLINE)
         if stray:
             (self.folder / "blocks" / "tmp" / "stray").write_bytes(b"half a block")
         self.open(namespace)
@@ -156,7 +157,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
-            self.stack.close(PATIENCE)
+            self.stack.close(DEADLINE)
             shutil.rmtree(self.folder)
 
 

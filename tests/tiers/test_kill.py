@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from emberkv.tiers.disk.files import BlockFiles, scan, verify
-from tests.tiers.build import PATIENCE
 from tests.tiers.disks import files_of, others_of
 from tests.tiers.killed_process import CHAINS, QUOTA, open_stack, served_right
+from tests.waiting import DEADLINE
 
 
 def run_until_killed(folder: Path, seed: int, operations: int) -> None:
@@ -37,7 +37,7 @@ def test_kills_at_random_moments(tmp_path: Path, long: bool) -> None:
         assert others_of(tmp_path) == []
         assert stats.bytes == sum(path.stat().st_size for path in files_of(tmp_path)) <= QUOTA
         assert all(served_right(stack, number) for number in range(len(CHAINS)))
-        assert stack.close(PATIENCE)
+        assert stack.close(DEADLINE)
         stats = stack.stats()["disk"]
         assert (stats.corrupt, stats.troubles) == ({}, {})
     assert files_of(tmp_path)

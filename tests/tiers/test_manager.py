@@ -11,9 +11,10 @@ from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.tiers.base import TierEntry
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, inexact, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import files_of, opened
 from tests.tiers.tiers import LARGE, GatedTier
+from tests.waiting import DEADLINE
 
 BLOCKS = records(83)
 IDS = block_hashes(BLOCKS)
@@ -28,14 +29,14 @@ def test_a_tier_that_is_stuck_holds_up_no_other() -> None:
     manager = TierManager([fast, slow], namespace=NAMESPACE, queue_bytes=LARGE)
     slow.gate.clear()
     offloaded(manager)
-    assert slow.began.wait(PATIENCE)
+    assert slow.began.wait(DEADLINE)
     removals = manager.remove(IDS[:1])
-    removals["ram"].result(PATIENCE)
+    removals["ram"].result(DEADLINE)
     assert not removals["slow"].done()
     assert manager.find(IDS[1:]) == [BlockRun("ram", 82, None)]
     slow.gate.set()
-    assert removals["slow"].result(PATIENCE).count == 1
-    assert manager.close(PATIENCE)
+    assert removals["slow"].result(DEADLINE).count == 1
+    assert manager.close(DEADLINE)
 
 
 def test_a_tier_whose_read_was_given_up_is_not_searched_until_it_answers() -> None:
@@ -46,14 +47,14 @@ def test_a_tier_whose_read_was_given_up_is_not_searched_until_it_answers() -> No
     tier.gate.clear()
     ended = threading.Event()
     onboarding = manager.onboard(IDS, manager.find(IDS), lambda _: ended.set())
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     assert manager.cancel(onboarding) == [None] * 83
     assert manager.find(IDS) == []
     assert manager.stats()["slow"].troubles == {"stalled": 1}
     tier.gate.set()
-    assert ended.wait(PATIENCE)
+    assert ended.wait(DEADLINE)
     assert fetched(manager, BLOCKS) == BLOCKS
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)
 
 
 STUCK = """
@@ -79,7 +80,7 @@ print(manager.close(0.05))
 
 
 def test_the_process_ends_whatever_a_disk_does() -> None:
-    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert ended.stdout == "[None, None, None, None]\nFalse\n"
 
 
@@ -115,25 +116,25 @@ def test_a_refused_replacement_leaves_the_old_entry() -> None:
 def test_a_run_of_damaged_blocks_is_stored_anew_in_one_go(tmp_path: Path) -> None:
     manager = TierManager([opened(tmp_path)], namespace=NAMESPACE, queue_bytes=LARGE)
     offloaded(manager)
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     for path in files_of(tmp_path):
         path.write_bytes(b"damaged")
     received = threading.Event()
     manager.onboard(IDS, manager.find(IDS), lambda _: received.set())
-    assert received.wait(PATIENCE)
+    assert received.wait(DEADLINE)
     offloaded(manager)  # as they are computed
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     assert manager.stats()["disk"].corrupt == {"truncated": 83}
     assert fetched(manager, BLOCKS) == BLOCKS
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)
 
 
 def test_sound_blocks_behind_a_damaged_one_are_kept(tmp_path: Path) -> None:
     manager = TierManager([opened(tmp_path)], namespace=NAMESPACE, queue_bytes=LARGE)
     offloaded(manager)
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     next(path for path in files_of(tmp_path) if path.name.startswith(IDS[20].hex())).write_bytes(b"damaged")
     assert fetched(manager, BLOCKS)[:21] == [*BLOCKS[:20], None]
     assert manager.stats()["disk"].corrupt == {"truncated": 1}
     assert [len(manager.tiers_of(each)) for each in IDS] == [1] * 20 + [0] + [1] * 62
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)

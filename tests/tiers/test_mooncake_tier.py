@@ -1,7 +1,6 @@
 """The remote tier and a real Mooncake store, whose master is frozen, killed, restarted or absent."""
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +20,8 @@ from emberkv.tiers.remote.server import ANSWER_SECONDS, LONGEST_PAUSE, ServerAdd
 from emberkv.tiers.remote.tier import NOT_REACHED
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
 from tests.tiers.harness import Clock
-from tests.tiers.mooncake_process import PATIENCE, MooncakeMaster, needs_mooncake
+from tests.tiers.mooncake_process import MooncakeMaster, needs_mooncake
+from tests.waiting import eventually
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
@@ -54,13 +54,6 @@ def opened(master: MooncakeMaster, tmp_path: Path) -> Iterator[Callable[..., Moo
     yield get
     with ThreadPoolExecutor() as threads:  # each takes about two seconds
         list(threads.map(MooncakeTier.close, tiers))
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def comes_back(tier: MooncakeTier, clock: Clock) -> None:

@@ -10,9 +10,10 @@ from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import Query
 from emberkv.tiers.worker import ANSWER_SECONDS
-from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, inexact, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, inexact, records
 from tests.tiers.harness import Clock
 from tests.tiers.tiers import LARGE, RemoteTier
+from tests.waiting import DEADLINE
 
 BLOCKS = records(4)
 IDS = block_hashes(BLOCKS)
@@ -201,12 +202,12 @@ def test_the_workers_threads_answer_and_the_blocks_are_read() -> None:
     done = Event()
     remote.gate.clear()
     manager.ask(IDS, done.set)
-    assert remote.began.wait(PATIENCE)
+    assert remote.began.wait(DEADLINE)
     assert not done.is_set()
     remote.gate.set()
-    assert done.wait(PATIENCE)
+    assert done.wait(DEADLINE)
     assert fetched(manager, BLOCKS) == BLOCKS
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)
 
 
 def test_the_end_answers_what_a_stuck_tier_does_not() -> None:
@@ -215,7 +216,7 @@ def test_the_end_answers_what_a_stuck_tier_does_not() -> None:
     remote.gate.clear()
     done = Event()
     manager.ask(IDS, done.set)
-    assert remote.began.wait(PATIENCE)
+    assert remote.began.wait(DEADLINE)
     assert manager.close(0.0)
     assert done.is_set()
     remote.gate.set()

@@ -16,9 +16,11 @@ from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.remote.server import LONGEST_PAUSE, PREFIX, ServerAddress
 from emberkv.tiers.remote.tier import ENTRY_BYTES, LOOKUP_SECONDS, NOT_REACHED, RemoteTier
+from emberkv.tiers.stats import TierStats
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
 from tests.tiers.harness import Clock
-from tests.tiers.redis_process import PATIENCE, RedisProcess, needs_server
+from tests.tiers.redis_process import RedisProcess, needs_server
+from tests.waiting import DEADLINE, eventually
 
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
@@ -58,11 +60,19 @@ def opened(
 
 def comes_back(tier: RemoteTier, clock: Clock) -> None:
     """Probe until the server answers, with time that passes as fast as it is asked for."""
-    deadline = time.monotonic() + PATIENCE
-    while tier.stats().circuit is not Circuit.CLOSED:
-        assert time.monotonic() < deadline
-        clock.now += LONGEST_PAUSE
-        tier.refresh()
+
+    def answers() -> bool:
+        if tier.stats().circuit is not Circuit.CLOSED:
+            clock.now += LONGEST_PAUSE
+            tier.refresh()
+        return tier.stats().circuit is Circuit.CLOSED
+
+    eventually(answers)
+
+
+def refreshed(tier: RemoteTier) -> TierStats:
+    tier.refresh()
+    return tier.stats()
 
 
 def test_what_one_process_stores_another_finds(server: RedisProcess) -> None:
@@ -126,10 +136,7 @@ def test_floors_and_quotas_hold_over_several_writers(server: RedisProcess) -> No
 def test_a_block_that_is_not_used_for_its_time_to_live_is_gone(server: RedisProcess) -> None:
     tier = opened(server, ttl_seconds=0.05)
     tier.store(ENTRIES[:2])
-    deadline = time.monotonic() + PATIENCE
-    while tier.stats().entries:
-        assert time.monotonic() < deadline
-        tier.refresh()
+    eventually(lambda: not refreshed(tier).entries)
     assert (tier.load(IDS[:2]), tier.stats().bytes) == ([None, None], 0)
     assert server.client().keys(b"*:b:*") == []
 
@@ -175,18 +182,15 @@ def test_a_query_of_a_frozen_server_is_answered_as_a_miss_and_the_tier_used_agai
     tier = opened(server, clock=time.monotonic)
     manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
     manager.offload([OffloadedBlock(block) for block in BLOCKS])
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     server.freeze()
     done = Event()
     assert manager.ask(IDS, done.set).seconds == LOOKUP_SECONDS
-    assert done.wait(PATIENCE)
+    assert done.wait(DEADLINE)
     assert (manager.find(IDS), manager.status(IDS[0])) == ([], LookupStatus.MISS)
     server.thaw()
-    deadline = time.monotonic() + PATIENCE
-    while loaded(manager) != BLOCKS[:1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert manager.close(PATIENCE)
+    eventually(lambda: loaded(manager) == BLOCKS[:1])
+    assert manager.close(DEADLINE)
 
 
 def test_an_emptied_server_has_nothing_and_takes_blocks_again(server: RedisProcess) -> None:
@@ -222,10 +226,7 @@ def test_an_index_that_the_server_took_a_part_of_is_begun_anew(server: RedisProc
     tier = opened(server)
     tier.store(ENTRIES[:3])
     server.client().delete(b"emberkv:1:lru:")
-    deadline = time.monotonic() + PATIENCE
-    while tier.stats().entries:
-        assert time.monotonic() < deadline
-        tier.refresh()
+    eventually(lambda: not refreshed(tier).entries)
     assert (tier.stats().entries, tier.stats().bytes, tier.stats().troubles) == (0, 0, {"index lost": 1})
     assert tier.store(ENTRIES[:3]).count == 3
     assert tier.query(IDS) == 3
@@ -281,21 +282,21 @@ def test_a_damaged_record_is_refused_removed_and_stored_again(server: RedisProce
     (key,) = server.client().keys(b"*:b:*")
     server.client().set(key, damage)
     assert loaded(manager) == [None]
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     assert sum(manager.stats()["remote"].corrupt.values()) == 1
     assert tier.query(IDS) == 0
     assert tier.store(ENTRIES[:1], seen=seen).count == 1  # a good copy, made before the damaged one was found
     assert loaded(manager) == BLOCKS[:1]
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)
 
 
 def loaded(manager: TierManager) -> list[object]:
     asked, read = Event(), Event()
     found: list[object] = []
     manager.ask(IDS[:1], asked.set)
-    assert asked.wait(PATIENCE)
+    assert asked.wait(DEADLINE)
     manager.onboard(IDS[:1], manager.find(IDS[:1]), lambda records: (found.extend(records), read.set()))
-    assert read.wait(PATIENCE)
+    assert read.wait(DEADLINE)
     return found
 
 

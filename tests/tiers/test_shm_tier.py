@@ -6,8 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
@@ -22,8 +21,8 @@ from emberkv.tiers.shm.arena import Arena
 from emberkv.tiers.shm.tier import LOCKED, ShmTier
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
 from tests.tiers.killed_process import CHAINS, QUOTA, open_stack, served_right
+from tests.waiting import DEADLINE, eventually
 
-PATIENCE = 60.0
 BLOCKS = records(6)
 ENTRIES = entries(BLOCKS)
 IDS = block_hashes(BLOCKS)
@@ -33,13 +32,6 @@ LARGE = 100 * SLOT
 
 def opened(folder: Path, max_bytes: int = LARGE, *, namespace: bytes = NAMESPACE) -> ShmTier:
     return ShmTier.open(max_bytes, namespace=namespace, policy=LRU, folder=folder)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def arena_of(tier: ShmTier) -> Arena:
@@ -72,10 +64,10 @@ def test_what_another_process_stores_is_found_and_read(tmp_path: Path) -> None:
     tier = opened(tmp_path)
     manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
     with child(tmp_path, "tier.store(ENTRIES)"):
-        until(lambda: tier.lookup(IDS) == 6)  # the manager's thread takes in the changes
+        eventually(lambda: tier.lookup(IDS) == 6)  # the manager's thread takes in the changes
         assert tier.load(IDS) == ENTRIES
         assert tier.remove(IDS[:1]) == Removed(1)
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)
 
 
 def test_what_a_killed_process_has_stored_is_there_for_the_next_one(tmp_path: Path) -> None:
@@ -147,7 +139,7 @@ def test_processes_killed_at_random_moments_leave_only_sound_blocks(tmp_path: Pa
         arena_of_stack = stack.workers[1].tier
         assert isinstance(arena_of_stack, ShmTier)
         os.rename(arena_of_stack._path, tmp_path / "kept")  # so that closing it does not end it
-        assert stack.close(PATIENCE)
+        assert stack.close(DEADLINE)
         os.rename(tmp_path / "kept", arena_of_stack._path)
 
 
@@ -313,7 +305,7 @@ def test_a_damaged_record_is_refused_and_removed(tmp_path: Path) -> None:
     tier = opened(tmp_path)
     manager = TierManager([tier], namespace=NAMESPACE, queue_bytes=LARGE)
     manager.offload([OffloadedBlock(block) for block in BLOCKS])
-    assert manager.flush(PATIENCE)
+    assert manager.flush(DEADLINE)
     data = tier._path.read_bytes()
     at = data.index(ENTRIES[0].data) + 150
     with tier._path.open("r+b") as file:
@@ -321,8 +313,8 @@ def test_a_damaged_record_is_refused_and_removed(tmp_path: Path) -> None:
         file.write(b"damage")
     found: list[object] = []
     manager.onboard(IDS, manager.find(IDS), found.extend)
-    until(lambda: bool(found))
+    eventually(lambda: bool(found))
     assert found[0] is None
-    until(lambda: manager.stats()["shm"].corrupt == {"checksum": 1})
+    eventually(lambda: manager.stats()["shm"].corrupt == {"checksum": 1})
     assert tier.lookup(IDS[:1]) == 0
-    assert manager.close(PATIENCE)
+    assert manager.close(DEADLINE)

@@ -14,10 +14,11 @@ from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.worker import Check, QueuedBlock, Store
-from tests.tiers.build import NAMESPACE, OTHER, PATIENCE, block_hashes, entries, fetched, inexact, records
+from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, fetched, inexact, records
 from tests.tiers.disks import opened
 from tests.tiers.harness import Clock
 from tests.tiers.tiers import LARGE, SlowTier
+from tests.waiting import DEADLINE
 
 Make = Callable[..., TierManager]
 BLOCKS = records(20)
@@ -36,7 +37,7 @@ def make() -> Iterator[Make]:
 
     yield get
     for stack in made:
-        stack.close(PATIENCE)
+        stack.close(DEADLINE)
 
 
 def ram(name: str = "ram", max_bytes: int = LARGE) -> MemoryTier:
@@ -45,7 +46,7 @@ def ram(name: str = "ram", max_bytes: int = LARGE) -> MemoryTier:
 
 def offer(stack: TierManager, blocks: Sequence[BlockRecord], owner: str = "") -> None:
     stack.offload([OffloadedBlock(each, owner) for each in blocks])
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
 
 
 def found(stack: TierManager, blocks: Sequence[BlockRecord], *, exact: bool = False) -> list[tuple[str, int]]:
@@ -136,7 +137,7 @@ def test_blocks_of_a_slow_tier_are_put_into_the_fast_ones(make: Make) -> None:
     stack = make(*tiers)
     slow.store(entries(BLOCKS, owner="me"))
     assert fetched(stack, BLOCKS) == BLOCKS
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     assert found(stack, BLOCKS) == [("fast", 20)]
     assert fast.load(IDS) == middle.load(IDS) == entries(BLOCKS, owner="me")
     assert (stack.stats()["slow"].loads, stack.stats()["fast"].loads) == (20, 0)
@@ -145,7 +146,7 @@ def test_blocks_of_a_slow_tier_are_put_into_the_fast_ones(make: Make) -> None:
 def test_after_a_restart_blocks_come_from_disk(make: Make, tmp_path: Path) -> None:
     before = make(ram(), opened(tmp_path))
     before.offload([OffloadedBlock(each) for each in BLOCKS])
-    assert before.close(PATIENCE)
+    assert before.close(DEADLINE)
     after = make(ram(), opened(tmp_path))
     assert found(after, BLOCKS) == [("disk", 20)]
     assert fetched(after, BLOCKS) == BLOCKS
@@ -168,7 +169,7 @@ def test_bad_bytes_do_not_reach_a_faster_tier(make: Make) -> None:
     stack = make(fast, slow)
     slow.store(entries(BLOCKS[:1], namespace=OTHER))
     assert fetched(stack, BLOCKS[:1]) == [None]
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     assert fast.stats().entries == 0
 
 
@@ -176,7 +177,7 @@ def test_remove_takes_what_was_offered_before(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
     stack.offload([OffloadedBlock(each) for each in BLOCKS])
     removed = stack.remove(IDS[5:])
-    assert {name: each.result(PATIENCE) for name, each in removed.items()} == {"fast": Removed(15), "slow": Removed(15)}
+    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {"fast": Removed(15), "slow": Removed(15)}
     assert found(stack, BLOCKS) == [("fast", 5)]
 
 
@@ -184,7 +185,7 @@ def test_clear_takes_all(make: Make) -> None:
     stack = make(ram("fast"), ram("slow"))
     stack.offload([OffloadedBlock(each) for each in BLOCKS])
     cleared = stack.clear()
-    assert {name: each.result(PATIENCE) for name, each in cleared.items()} == {"fast": Removed(20), "slow": Removed(20)}
+    assert {name: each.result(DEADLINE) for name, each in cleared.items()} == {"fast": Removed(20), "slow": Removed(20)}
     assert found(stack, BLOCKS) == []
 
 
@@ -207,7 +208,7 @@ def test_what_is_stored_evicted_and_removed_is_an_event(make: Make) -> None:
         offer(stack, [block])
     stack.remove(IDS[1:2])
     stack.clear()
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     parents = [block.parent for block in BLOCKS]
     stored = [BlockStored((IDS[at],), parents[at], (), BLOCK_SIZE, "fast") for at in range(3)]
     removed = BlockRemoved((IDS[1],), evicted=False, tier="fast")
@@ -235,7 +236,7 @@ def test_a_damaged_block_that_is_found_out_is_an_event(make: Make) -> None:
     events: list[Event] = []
     stack.on_event = events.append
     assert fetched(stack, BLOCKS[:1]) == [None]
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     assert events == [BlockRemoved((IDS[0],), evicted=False, tier="ram")]
 
 
@@ -244,7 +245,7 @@ class LaterTier(MemoryTier):
 
     @property
     def lookup_seconds(self) -> float:
-        return PATIENCE
+        return DEADLINE
 
     def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:
         return 0

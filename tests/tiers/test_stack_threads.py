@@ -13,8 +13,9 @@ from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.manager import OffloadedBlock, TierManager
 from emberkv.tiers.memory import MemoryTier
 from emberkv.tiers.onboarding import PIECE_BLOCKS, Onboarding
-from tests.tiers.build import NAMESPACE, PATIENCE, block_hashes, entries, fetched, records
+from tests.tiers.build import NAMESPACE, block_hashes, entries, fetched, records
 from tests.tiers.tiers import LARGE, BrokenTier, GatedTier
+from tests.waiting import DEADLINE
 
 BLOCKS = records(40)
 OTHERS = records(4, seed=1)
@@ -33,7 +34,7 @@ def stack(tier: GatedTier) -> Iterator[TierManager]:
     stack = TierManager([tier], namespace=NAMESPACE, queue_bytes=5 * OFFER_BYTES, readers=1)
     yield stack
     tier.gate.set()
-    stack.close(PATIENCE)
+    stack.close(DEADLINE)
 
 
 def close_gate(tier: GatedTier) -> None:
@@ -50,12 +51,12 @@ def start(stack: TierManager, blocks: list[BlockRecord]) -> tuple[Onboarding, Ou
 def test_the_queue_is_bounded_and_what_does_not_fit_is_skipped(tier: GatedTier, stack: TierManager) -> None:
     close_gate(tier)
     stack.offload([OffloadedBlock(each) for each in BLOCKS[:9]])
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     stats = stack.stack_stats()
     assert (stats.offered, stats.queue_full, stats.queue_bytes) == (9, 4, 5 * OFFER_BYTES)
     assert not stack.flush(0)
     tier.gate.set()
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     assert (stack.stats()["gated"].entries, stack.stack_stats().queue_bytes) == (5, 0)
 
 
@@ -71,7 +72,7 @@ def test_a_look_up_does_not_wait_for_a_load(tier: GatedTier, stack: TierManager)
     tier.store(entries(BLOCKS))
     close_gate(tier)
     _, outcome = start(stack, BLOCKS)
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     assert [run.count for run in stack.find(IDS)] == [40]
     assert not outcome.done()
 
@@ -80,10 +81,10 @@ def test_fetches_take_turns(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries([*BLOCKS, *OTHERS]))
     close_gate(tier)
     _, long = start(stack, BLOCKS)
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     _, short = start(stack, OTHERS)
     tier.gate.set()
-    assert (long.result(PATIENCE), short.result(PATIENCE)) == (BLOCKS, OTHERS)
+    assert (long.result(DEADLINE), short.result(DEADLINE)) == (BLOCKS, OTHERS)
     assert tier.loads.index(tuple(block_hashes(OTHERS))) <= 2
     assert len(tier.loads) == 40 // PIECE_BLOCKS + 1
 
@@ -94,15 +95,15 @@ def test_one_fetch_is_read_by_all_loaders_at_once() -> None:
     class MeetingTier(MemoryTier):
         def load(self, block_hashes: Sequence[bytes]) -> list[TierEntry | None]:
             if next(loads) < meeting.parties:  # a check of the rest comes after
-                meeting.wait(PATIENCE)
+                meeting.wait(DEADLINE)
             return super().load(block_hashes)
 
     stack = TierManager([MeetingTier(LARGE)], namespace=NAMESPACE, queue_bytes=1, readers=3)
     outcome: Outcome = Future()
     stack.onboard(IDS, [BlockRun("ram", 3 * PIECE_BLOCKS, None)], outcome.set_result)
-    assert outcome.result(PATIENCE) == [None] * 40
+    assert outcome.result(DEADLINE) == [None] * 40
     assert not meeting.broken
-    stack.close(PATIENCE)
+    stack.close(DEADLINE)
 
 
 def test_nothing_is_read_beyond_a_block_that_is_missing(tier: GatedTier, stack: TierManager) -> None:
@@ -116,10 +117,10 @@ def test_a_cancelled_fetch_reads_no_further_and_tells_what_came(tier: GatedTier,
     tier.store(entries(BLOCKS))
     close_gate(tier)
     fetch, outcome = start(stack, BLOCKS)
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     fetch.cancel()
     tier.gate.set()
-    assert outcome.result(PATIENCE) == [*BLOCKS[:PIECE_BLOCKS], *[None] * (40 - PIECE_BLOCKS)]
+    assert outcome.result(DEADLINE) == [*BLOCKS[:PIECE_BLOCKS], *[None] * (40 - PIECE_BLOCKS)]
     assert len(tier.loads) == 1
 
 
@@ -134,14 +135,14 @@ def test_what_was_read_before_a_removal_is_not_stored_again_after_it() -> None:
     slow.store(entries(BLOCKS[:2]))
     close_gate(slow)
     _, outcome = start(stack, BLOCKS[:2])
-    assert slow.began.wait(PATIENCE)
+    assert slow.began.wait(DEADLINE)
     removed = stack.remove(IDS[:2])
-    assert {name: each.result(PATIENCE) for name, each in removed.items()} == {"ram": Removed(), "gated": Removed(2)}
+    assert {name: each.result(DEADLINE) for name, each in removed.items()} == {"ram": Removed(), "gated": Removed(2)}
     slow.gate.set()
-    outcome.result(PATIENCE)
-    assert stack.flush(PATIENCE)
+    outcome.result(DEADLINE)
+    assert stack.flush(DEADLINE)
     assert stack.find(IDS[:2]) == []
-    stack.close(PATIENCE)
+    stack.close(DEADLINE)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def broken() -> BrokenTier:
 def shaky(broken: BrokenTier) -> Iterator[TierManager]:
     stack = TierManager([broken], namespace=NAMESPACE, queue_bytes=LARGE)
     yield stack
-    stack.close(PATIENCE)
+    stack.close(DEADLINE)
 
 
 def test_a_store_that_raises_is_counted_and_the_next_one_goes_on(
@@ -161,10 +162,10 @@ def test_a_store_that_raises_is_counted_and_the_next_one_goes_on(
 ) -> None:
     broken.broken = {"store"}
     shaky.offload([OffloadedBlock(each) for each in BLOCKS[:3]])
-    assert shaky.flush(PATIENCE)
+    assert shaky.flush(DEADLINE)
     broken.broken = set()
     shaky.offload([OffloadedBlock(each) for each in BLOCKS[:3]])
-    assert shaky.flush(PATIENCE)
+    assert shaky.flush(DEADLINE)
     failures = shaky.stack_stats().failures["ZeroDivisionError"]
     assert 1 <= failures <= 3  # batches
     assert shaky.stack_stats().queue_bytes == 0
@@ -189,20 +190,20 @@ def test_who_fails_to_take_its_blocks_does_not_stop_the_others(broken: BrokenTie
     broken.store(entries(BLOCKS))
     shaky.onboard(IDS, shaky.find(IDS), refuse)
     assert fetched(shaky, BLOCKS) == BLOCKS
-    shaky.close(PATIENCE)
+    shaky.close(DEADLINE)
     assert shaky.stack_stats().failures == {"IndexError": 1}
 
 
 def test_close_stores_what_is_queued(tier: GatedTier, stack: TierManager) -> None:
     close_gate(tier)
     stack.offload([OffloadedBlock(each) for each in BLOCKS[:5]])
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     closing: Future[bool] = Future()
-    thread = threading.Thread(target=lambda: closing.set_result(stack.close(PATIENCE)))
+    thread = threading.Thread(target=lambda: closing.set_result(stack.close(DEADLINE)))
     thread.start()
     tier.gate.set()
-    assert closing.result(PATIENCE)
-    thread.join(PATIENCE)
+    assert closing.result(DEADLINE)
+    thread.join(DEADLINE)
     assert tier.lookup(IDS[:5]) == 5
     assert tier.closed
 
@@ -211,7 +212,7 @@ def test_close_does_not_wait_longer_than_it_was_told(tier: GatedTier, stack: Tie
     tier.store(entries(BLOCKS))
     close_gate(tier)
     _, outcome = start(stack, BLOCKS)
-    assert tier.began.wait(PATIENCE)
+    assert tier.began.wait(DEADLINE)
     stack.offload([OffloadedBlock(each) for each in OTHERS])
     assert not stack.close(0.01)
     assert outcome.result(0) == [None] * 40
@@ -220,13 +221,13 @@ def test_close_does_not_wait_longer_than_it_was_told(tier: GatedTier, stack: Tie
 
 def test_after_close_nothing_is_stored_and_a_fetch_is_told_at_once(tier: GatedTier, stack: TierManager) -> None:
     tier.store(entries(BLOCKS))
-    assert stack.close(PATIENCE)
-    assert stack.close(PATIENCE)
+    assert stack.close(DEADLINE)
+    assert stack.close(DEADLINE)
     stack.offload([OffloadedBlock(each) for each in OTHERS])
     stack.touch(IDS)
     for removal in (stack.remove(IDS), stack.clear()):
         assert removal["gated"].result(0) == Removed(reason="closed")
-    assert stack.flush(PATIENCE)
+    assert stack.flush(DEADLINE)
     assert stack.stack_stats().queue_full == len(OTHERS)
     _, outcome = start(stack, BLOCKS)
     assert outcome.result(0) == [None] * 40
@@ -239,8 +240,8 @@ def test_a_removal_cannot_be_cancelled_by_its_caller(tier: GatedTier, stack: Tie
     answer = stack.remove(IDS[:1])[tier.name]
     assert not answer.cancel()
     tier.gate.set()
-    assert answer.result(PATIENCE) == Removed(1)
-    assert stack.flush(PATIENCE)
+    assert answer.result(DEADLINE) == Removed(1)
+    assert stack.flush(DEADLINE)
 
 
 def test_close_ends_a_flush_of_what_it_drops() -> None:
@@ -251,9 +252,9 @@ def test_close_ends_a_flush_of_what_it_drops() -> None:
 
     def flush() -> None:
         waiting.set()
-        flushed.set_result(stack.flush(2 * PATIENCE))
+        flushed.set_result(stack.flush(2 * DEADLINE))
 
     threading.Thread(target=flush, daemon=True).start()
-    assert waiting.wait(PATIENCE)
+    assert waiting.wait(DEADLINE)
     assert not stack.close(0.05)
-    assert flushed.result(PATIENCE)
+    assert flushed.result(DEADLINE)

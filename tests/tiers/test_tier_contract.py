@@ -8,6 +8,7 @@ from emberkv.core.policies.eviction import FIFO
 from emberkv.tiers.base import Removed, TierEntry
 from tests.tiers.build import entries, inexact
 from tests.tiers.contract import BLOCKS, ENTRIES, IDS, MakeTier, has, put
+from tests.waiting import DEADLINE
 
 
 def test_what_is_stored_comes_back(make_tier: MakeTier) -> None:
@@ -187,7 +188,7 @@ def test_many_threads(make_tier: MakeTier) -> None:
 
     with ThreadPoolExecutor(6) as threads:
         for done in [threads.submit(work, turn) for turn in range(6)]:
-            done.result(60)
+            done.result(DEADLINE)
     stats = tier.stats()
     assert stats.entries == len(has(tier)) <= 8
     assert sum(stats.bytes_by_owner.values()) == stats.bytes

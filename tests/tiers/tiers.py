@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from emberkv.core.loading import LookupStatus
 from emberkv.tiers.base import Stored, TierEntry
 from emberkv.tiers.memory import MemoryTier
-from tests.tiers.build import PATIENCE
 from tests.tiers.harness import Clock
+from tests.waiting import DEADLINE
 
 LARGE = 10_000_000
 
@@ -41,7 +41,7 @@ class GatedTier(MemoryTier):
 
     def _pass(self) -> None:
         self.began.set()
-        assert self.gate.wait(PATIENCE)
+        assert self.gate.wait(DEADLINE)
 
 
 class BrokenTier(MemoryTier):
@@ -109,5 +109,5 @@ class RemoteTier(MemoryTier):
             raise ConnectionError("the server is gone")
         found = super().lookup(block_hashes, exact=exact)
         self.began.set()
-        assert self.gate.wait(PATIENCE)
+        assert self.gate.wait(DEADLINE)
         return found

@@ -10,9 +10,9 @@ from emberkv.core.feed import EventsLost
 from emberkv.engine.commands import ExportBlocks, ImportBlocks, ReadEvents, ReadSnapshot
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from tests.engine.conftest import ModelFactory
-from tests.engine.loop_harness import DEADLINE
 from tests.engine.torch.test_exactness import text
 from tests.engine.torch.test_restart import RecordingSampler, ask, engine, usage
+from tests.waiting import DEADLINE
 
 PROMPT = text(random.Random(1), 200)
 BLOCKS = 12  # full ones of 16

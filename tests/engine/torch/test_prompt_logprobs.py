@@ -15,8 +15,9 @@ from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.sampling import prompt_logprobs
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import ModelFactory
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.models import VOCAB_SIZE
+from tests.waiting import DEADLINE
 
 PROMPT = [(7 * i * i + 3) % VOCAB_SIZE for i in range(150)]
 """Three chunks of 64, the last one not full."""

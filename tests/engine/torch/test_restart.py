@@ -21,8 +21,9 @@ from emberkv.errors import ConfigError
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.kinds import TierConfig, TierSpec, configured_tiers
 from tests.engine.conftest import ModelFactory
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.engine.torch.test_exactness import text
+from tests.waiting import DEADLINE
 
 CONFIG = EngineConfig(cache_bytes=2**21, block_size=16, prefill_chunk=64)
 

@@ -18,8 +18,9 @@ from emberkv.errors import ConfigError
 from emberkv.tiers.kinds import TierConfig, TierSpec
 from emberkv.tiers.stats import TierStats
 from tests.engine.conftest import ModelFactory
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.engine.torch.test_exactness import text
+from tests.waiting import DEADLINE
 
 BLOCK, CHUNK = 16, 32
 POOL_BYTES = 2**20

@@ -13,6 +13,7 @@ from emberkv import __version__
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from tests.serving.harness import MODEL, Client, anthropic_error, openai_error, serving
+from tests.waiting import DEADLINE
 
 COMPLETION = {"model": MODEL, "prompt": "Hi", "max_tokens": 3}
 PAGE = "https://chat.example"
@@ -204,8 +205,10 @@ def test_an_unforeseen_exception_is_counted_and_has_its_id(lifecycle: Lifecycle)
         "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}],
     }
     with serving(lifecycle) as server:
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers={"x-request-id": "mine"})
-        metrics = httpx.get(f"{server.url}/metrics").text
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions", json=body, headers={"x-request-id": "mine"}, timeout=DEADLINE
+        )
+        metrics = httpx.get(f"{server.url}/metrics", timeout=DEADLINE).text
     assert (answer.status_code, answer.json()["request_id"], answer.headers["x-request-id"]) == (500, "mine", "mine")
     assert 'route="/v1/chat/completions",status="500"' in metrics
 

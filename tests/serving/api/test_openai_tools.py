@@ -13,6 +13,7 @@ from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client, openai_error, openai_events, serving
+from tests.waiting import DEADLINE
 
 ARGUMENTS = '{"city": "Paris", "days": 2}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
@@ -155,7 +156,7 @@ def test_the_sdk_assembles_streamed_calls(lifecycle: Lifecycle, engine: FakeEngi
     engine.script = Script(f"{THOUGHT}{CALL}\n{OTHER_CALL}")
     with (
         serving(lifecycle) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as gpt,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=DEADLINE) as gpt,
         gpt.chat.completions.stream(model=MODEL, messages=[{"role": "user", "content": "Hi"}], tools=TOOLS) as stream,
     ):
         kinds = {event.type for event in stream}
@@ -237,7 +238,7 @@ def test_the_sdk_parses_structured_answers(lifecycle: Lifecycle, engine: FakeEng
     engine.script = Script('{"age": 7}')
     with (
         serving(lifecycle) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as gpt,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=DEADLINE) as gpt,
     ):
         answer = gpt.chat.completions.parse(
             model=MODEL, messages=[{"role": "user", "content": "Hi"}], response_format=Person

@@ -18,7 +18,8 @@ from emberkv.serving.api.responses_schema import ChatMessages, ResponsesRequest,
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
-from tests.serving.harness import DEADLINE, MODEL, Client, openai_error, serving, sse_blocks, sse_comments
+from tests.serving.harness import MODEL, Client, openai_error, serving, sse_blocks, sse_comments
+from tests.waiting import DEADLINE
 
 PATH = "/v1/responses"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'

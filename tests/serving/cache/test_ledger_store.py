@@ -9,6 +9,7 @@ from emberkv.core.hashing import BlockHash
 from emberkv.serving.cache.ledger_store import COPIED_BLOCKS, LedgerStore
 from tests.core.harness import chain
 from tests.core.ledgers import stored
+from tests.waiting import DEADLINE
 
 PROMPT = chain(range(10))
 (FIRST, SECOND) = PROMPT.block_hashes
@@ -44,7 +45,7 @@ def test_a_reader_does_not_hold_up_who_brings_news() -> None:
     writer = threading.Thread(target=lambda: kept.apply([stored(PROMPT)]))
     with kept.reading() as ledger:
         writer.start()
-        writer.join(20)
+        writer.join(DEADLINE)
         assert not writer.is_alive()
         assert FIRST not in ledger
     with kept.reading() as ledger:
@@ -64,7 +65,7 @@ def test_news_of_many_threads_is_complete() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(DEADLINE)
     with kept.reading() as ledger:
         assert len(ledger) == 200
 
@@ -103,5 +104,5 @@ def test_an_explanation_that_is_there_waits_for_no_reader() -> None:
     asking = threading.Thread(target=lambda: found.append(kept.explained("a")), daemon=True)
     with kept.reading():
         asking.start()
-        asking.join(20)
+        asking.join(DEADLINE)
         assert len(found) == 1

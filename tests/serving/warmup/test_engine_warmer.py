@@ -20,7 +20,7 @@ from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 from emberkv.serving.warmup.warmup import EngineWarmer, Warmup, WarmupPhase, WarmupSettings
 from tests.engine.loop_harness import BLOCK, CHUNK, ROOT, FakeExecutor, Harness, Inbox, running
-from tests.serving.harness import eventually
+from tests.waiting import DEADLINE, eventually
 
 PROMPT = WarmPrompt(tuple(range(2, 42)))
 TENANTS = Tenants(["key a", "key b"], secret=b"s" * 32)
@@ -45,7 +45,7 @@ def warming(
     harness.loop.on_update(warmup.on_update)
     with running(harness):
         warmup.start()
-        assert warmup.first_pass_ended.wait(20)
+        assert warmup.first_pass_ended.wait(DEADLINE)
         yield warmup
         warmup.close()
 
@@ -108,7 +108,7 @@ def test_the_time_limit_holds_to_within_one_chunk_and_what_was_done_stays() -> N
 
     def stay_in_the_second_chunk(plan: StepPlan, number: int) -> None:
         if number == 1:
-            assert gate.wait(20)
+            assert gate.wait(DEADLINE)
 
     harness = Harness(FakeExecutor(on_step=stay_in_the_second_chunk))
     engine = AbortOpensGate(harness.loop, NOBODY, block_size=BLOCK)
@@ -127,7 +127,7 @@ def test_real_requests_go_first() -> None:
 
     def on_step(plan: StepPlan, number: int) -> None:
         if number == 0:
-            assert submitted.wait(20)
+            assert submitted.wait(DEADLINE)
         order.extend(chunk.sequence.request_id.partition("-")[0] for chunk in plan.prefills)
 
     harness = Harness(FakeExecutor(on_step=on_step), num_blocks=48)
@@ -138,7 +138,7 @@ def test_real_requests_go_first() -> None:
         inbox = harness.submit("real", [7] * 32, new=1)
         submitted.set()
         assert inbox.reason is FinishReason.LENGTH
-        assert warmup.first_pass_ended.wait(20)
+        assert warmup.first_pass_ended.wait(DEADLINE)
         warmup.close()
     assert order == ["warmup"] + 4 * ["real"] + 4 * ["warmup"]
 
@@ -146,7 +146,7 @@ def test_real_requests_go_first() -> None:
 def test_after_a_clear_it_is_warmed_again() -> None:
     harness = Harness()
     with warming(harness, PROMPT, rewarm_seconds=0.0) as warmup:
-        harness.loop.execute(Remove(None, tiers=False)).result(20)
+        harness.loop.execute(Remove(None, tiers=False)).result(DEADLINE)
         eventually(lambda: warmup.report().computed_tokens == 80)
         eventually(lambda: warmup.report().is_warm)
         assert ask(harness, PROMPT) == 40
@@ -193,7 +193,7 @@ def test_an_engine_that_stopped() -> None:
     warmup = Warmup(EngineWarmer(harness.loop, NOBODY, block_size=BLOCK), WarmupSettings(unit=BLOCK), [PROMPT])
     harness.loop.stop()
     warmup.start()
-    assert warmup.first_pass_ended.wait(20)
+    assert warmup.first_pass_ended.wait(DEADLINE)
     warmup.close()
     assert warmup.report().phase is WarmupPhase.FAILED
     assert "stop" in warmup.report().problems[0]

@@ -14,7 +14,7 @@ from emberkv.errors import ConfigError, EngineStoppedError, PromptTooLongError
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt, kept_hashes
 from emberkv.serving.warmup.warmup import Warmup, WarmupPhase, WarmupReport, WarmupSettings
-from tests.serving.harness import eventually
+from tests.waiting import DEADLINE, eventually
 
 BLOCK = 2
 ROOT = b"r" * 32
@@ -150,7 +150,7 @@ class Maker:
         """One whose first pass has ended."""
         warmup = self(*prompts, **arguments)  # type: ignore[arg-type]  # settings by name
         warmup.start()
-        assert warmup.first_pass_ended.wait(20)
+        assert warmup.first_pass_ended.wait(DEADLINE)
         return warmup
 
 
@@ -386,7 +386,7 @@ def test_closing_does_not_wait_for_a_prompt(make: Maker, pool: FakePool) -> None
     pool.stuck = True
     warmup = make(ONE, TWO, real_clock=True)
     warmup.start()
-    assert pool.began.wait(20)
+    assert pool.began.wait(DEADLINE)
     warmup.close()
     assert len(pool.aborted) == 1
     assert pool.computed == [ONE]

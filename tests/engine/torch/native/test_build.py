@@ -12,6 +12,7 @@ from emberkv.engine.torch.native.kernels import Kernels, build, find_kernels
 from emberkv.errors import KernelsError
 from tests.engine.conftest import ModelFactory
 from tests.machine import MACHINE_CACHE
+from tests.waiting import DEADLINE
 
 
 def test_it_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +40,7 @@ def test_several_that_start_together_compile_once(tmp_path: Path, monkeypatch: p
 
 
 def wait_at(barrier: Barrier) -> None:
-    barrier.wait(60)
+    barrier.wait(DEADLINE)
 
 
 class CompilesError(Exception):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.layers import NativeGatedPair, NativeLinear
+from tests.waiting import DEADLINE
 
-SIZE, INNER, ROWS, WAIT = 192, 320, 40, 60.0
+SIZE, INNER, ROWS = 192, 320, 40
 NAME = "emberkv-kernels"
 
 
@@ -53,7 +54,7 @@ def asleep(known: AbstractSet[str]) -> int:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + DEADLINE
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -103,6 +104,6 @@ def test_a_forked_process_has_threads_of_its_own(kernels: Kernels) -> None:
     expected = network(slice(None), 3)
     child = multiprocessing.get_context("fork").Process(target=check_in_child, args=(network, expected))
     child.start()
-    child.join(WAIT)
+    child.join(DEADLINE)
     assert child.exitcode == 0
     assert torch.equal(network(slice(None), 3), expected)
