@@ -94,6 +94,9 @@ def _raise_failure(output: TokenOutput) -> None:
 class AnswerStream:
     """The answers to one HTTP request. Iterate once, inside ``async with``, which aborts what is unfinished.
 
+    ``on_close`` is called before the iteration gives out the last part of the answers or raises: a client that has seen
+    the end of its answer finds it counted, and may ask again within its limits.
+
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
     the engine fails, and the error that the stream is interrupted with.
 
@@ -154,16 +157,22 @@ class AnswerStream:
         return self
 
     async def __anext__(self) -> AnswerDelta:
-        while True:
-            self._raise_interruption()
-            while self._due:
-                delta = self._absorb(self._due.popleft())
-                if delta is not None:
-                    return delta
-            if all(slot.answer.finish_reason for slot in self._slots):
-                raise StopAsyncIteration
-            self._has_output.clear()
-            await self._has_output.wait()
+        try:
+            while True:
+                self._raise_interruption()
+                while self._due:
+                    delta = self._absorb(self._due.popleft())
+                    if delta is not None:
+                        if self.has_ended:
+                            self.close()
+                        return delta
+                if all(slot.answer.finish_reason for slot in self._slots):
+                    raise StopAsyncIteration
+                self._has_output.clear()
+                await self._has_output.wait()
+        except BaseException:
+            self.close()
+            raise
 
     def _absorb(self, slot: _Slot) -> AnswerDelta | None:
         if not slot.inbox or slot.answer.finish_reason is not None:
