@@ -7,6 +7,7 @@ import pytest
 from emberkv.core.hashing import TokenChain
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.commands import Statistics
 from emberkv.engine.request import CacheUsage, GenerationRequest, PrefillProgress, SamplingParams, TokenOutput
 from emberkv.errors import DuplicateRequestError, EngineStoppedError, PromptTooLongError, RequestError
 from tests.engine.loop_harness import (
@@ -21,7 +22,7 @@ from tests.engine.loop_harness import (
     running,
     successor,
 )
-from tests.waiting import DEADLINE
+from tests.waiting import DEADLINE, eventually
 
 VICTIM = range(2, 22)  # 20 tokens: three chunks
 OTHER = range(30, 42)
@@ -288,6 +289,14 @@ def test_stop_ends_every_request_and_takes_no_more() -> None:
     harness.check_idle()
 
 
+def is_stopping(harness: Harness) -> bool:
+    try:
+        harness.loop.execute(Statistics())
+    except EngineStoppedError:
+        return True
+    return False
+
+
 def test_stop_in_the_middle_of_a_step() -> None:
     harness, inside, stopping = Harness(), threading.Event(), threading.Event()
 
@@ -302,6 +311,7 @@ def test_stop_in_the_middle_of_a_step() -> None:
     late = harness.submit("b", OTHER, new=5)
     stopper = threading.Thread(target=harness.loop.stop)
     stopper.start()
+    eventually(lambda: is_stopping(harness))
     stopping.set()
     stopper.join(DEADLINE)
     assert late.reason is FinishReason.ABORT

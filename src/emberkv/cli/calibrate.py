@@ -6,8 +6,8 @@ engine's own.
 
 import asyncio
 import os
+import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -58,6 +58,7 @@ STREAM_WORDS = (30, 300, 1200)
 STREAM_TOKENS = 40
 SYSTEM_WORDS = (0, 300, 900)
 BESIDE_TOKENS = 24
+_LISTENING = re.compile(r"listening +(http://\S+)")  # in the summary that a server prints
 
 
 @contextmanager
@@ -66,12 +67,9 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
 
     Raises EmberError, with the log's last lines, when it does not become ready.
     """
-    with socket.socket() as finder:
-        finder.bind(("127.0.0.1", 0))
-        port = finder.getsockname()[1]
     model = [] if config.model is None else [config.model]
     flags = {
-        "--port": port, "--served-name": NAME, "--dtype": config.dtype, "--device": config.device,
+        "--port": 0, "--served-name": NAME, "--dtype": config.dtype, "--device": config.device,
         "--block-size": config.block_size, "--prefill-chunk": config.prefill_chunk,
         "--cache-ram": int(config.cache_ram or 0) or None, "--quantize": config.quantize,
         "--kv-dtype": config.kv_dtype, "--kernels": config.kernels,
@@ -82,19 +80,17 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - this program
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_ready(process, url, log)
-        yield url
+        yield _ready_url(process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+def _ready_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        if _is_ready(url):
-            return
+        if (found := _LISTENING.search(log.read_text(errors="replace"))) and _is_ready(found[1]):
+            return found[1]
         try:
             process.wait(ASK_AGAIN_SECONDS)
         except subprocess.TimeoutExpired:

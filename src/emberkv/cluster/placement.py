@@ -7,7 +7,9 @@ and from there to the workers over HTTP, never through Serve's handles. Each wor
 replica or none, so that the one whose cache is worth least can be given up (`ScalingPolicy`).
 """
 
+import errno
 import logging
+import random
 import socket
 import subprocess
 import sys
@@ -276,11 +278,19 @@ def worker_name(number: int) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` on which nothing listens."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of ``host`` on which nothing listens, below those that Linux gives to outgoing connections: one of these
+    could be taken before the worker listens.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def _host(placement: Placement) -> str:

@@ -1,7 +1,8 @@
 """A warmup over the engine's own loop: what it warms, real requests hit."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from emberkv.core.policies.retention import Retaining
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.commands import Remove
-from emberkv.engine.request import GenerationRequest, SamplingParams
+from emberkv.engine.request import GenerationRequest, OutputListener, SamplingParams
 from emberkv.serving.tenancy import Tenants
 from emberkv.serving.warmup.learned_prompts import LearnedPrompts
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
@@ -35,13 +36,14 @@ def warming(
     tenants: Tenants = NOBODY,
     engine: EngineWarmer | None = None,
     learned: LearnedPrompts | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **given: object,
 ) -> Iterator[Warmup]:
     """Over the harness's running loop, after the first pass."""
     unit = harness.scheduler.cache.hit_unit
     settings = WarmupSettings(unit=unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
-    warmup = Warmup(engine, settings, prompts, learned=learned)
+    warmup = Warmup(engine, settings, prompts, learned=learned, clock=clock)
     harness.loop.on_update(warmup.on_update)
     with running(harness):
         warmup.start()
@@ -94,9 +96,14 @@ def test_tenants_find_their_own_prompts_and_public_ones() -> None:
 
 
 class AbortOpensGate(EngineWarmer):
-    """Lets the engine go on only when the warmup gives up."""
+    """Begins to wait for a prompt once ``begun`` is set. Lets the engine go on only when the warmup gives up."""
 
+    begun: threading.Event
     gate: threading.Event
+
+    def compute(self, prompt: WarmPrompt, request_id: str, listener: OutputListener) -> None:
+        super().compute(prompt, request_id, listener)
+        assert self.begun.wait(DEADLINE)
 
     def abort(self, request_id: str) -> None:
         super().abort(request_id)
@@ -104,16 +111,17 @@ class AbortOpensGate(EngineWarmer):
 
 
 def test_the_time_limit_holds_to_within_one_chunk_and_what_was_done_stays() -> None:
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
 
     def stay_in_the_second_chunk(plan: StepPlan, number: int) -> None:
         if number == 1:
+            begun.set()
             assert gate.wait(DEADLINE)
 
     harness = Harness(FakeExecutor(on_step=stay_in_the_second_chunk))
     engine = AbortOpensGate(harness.loop, NOBODY, block_size=BLOCK)
-    engine.gate = gate
-    with warming(harness, PROMPT, engine=engine, timeout=0.05, rewarm_seconds=1000.0) as warmup:
+    engine.begun, engine.gate = begun, gate
+    with warming(harness, PROMPT, engine=engine, clock=lambda: 0.0, timeout=0.05, rewarm_seconds=1000.0) as warmup:
         report = warmup.report()
         assert (report.phase, report.timeouts) == (WarmupPhase.TIMED_OUT, 1)
         assert harness.executor.steps == 2

@@ -31,7 +31,7 @@ class Clock:
 
 @dataclass
 class FakePool:
-    """An engine that computes a prompt at once, unless ``stuck`` or told to end it otherwise.
+    """An engine that computes a prompt in ``seconds`` of its clock, unless ``stuck`` or told to end it otherwise.
 
     computed: the prompts it was asked for, in order. blocks_done: of a stuck prompt, those that are cached by then.
     """
@@ -95,6 +95,7 @@ class FakePool:
     def abort(self, request_id: str) -> None:
         if request_id in self.listeners:
             self.aborted.append(request_id)
+            self.clock.now += self.seconds
             self.listeners.pop(request_id)(TokenOutput(request_id, finish_reason=FinishReason.ABORT))
 
     def lose(self, prompt: WarmPrompt, blocks: int) -> list[bytes]:
@@ -130,10 +131,8 @@ class Maker:
         *prompts: WarmPrompt,
         learned: LearnedPrompts | None = None,
         problems: tuple[str, ...] = (),
-        real_clock: bool = False,
         **settings: object,
     ) -> Warmup:
-        clock = {} if real_clock else {"clock": self.pool.clock}
         warmup = Warmup(
             self.pool,
             WarmupSettings(**settings),  # type: ignore[arg-type]  # fields by name
@@ -141,7 +140,7 @@ class Maker:
             problems=problems,
             learned=learned,
             on_ready=lambda: self.ready.append(warmup.report().phase),
-            **clock,
+            clock=self.pool.clock,
         )
         self.made.append(warmup)
         return warmup
@@ -219,7 +218,7 @@ def test_a_pin_ends_by_its_full_blocks_alone(make: Maker, pool: FakePool) -> Non
 
 def test_the_time_is_up_while_a_prompt_is_computed(make: Maker, pool: FakePool) -> None:
     pool.stuck, pool.blocks_done = True, 3
-    report = make.run(ONE, TWO, timeout=0.05, real_clock=True, rewarm_seconds=1000.0).report()
+    report = make.run(ONE, TWO, timeout=0.05, rewarm_seconds=1000.0).report()
     assert pool.computed == [ONE]
     assert len(pool.aborted) == 1
     assert (report.phase, report.warm_prompts, report.tokens, report.computed_tokens) == (
@@ -384,7 +383,7 @@ def test_the_thread_wakes_when_something_was_lost(make: Maker, pool: FakePool) -
 
 def test_closing_does_not_wait_for_a_prompt(make: Maker, pool: FakePool) -> None:
     pool.stuck = True
-    warmup = make(ONE, TWO, real_clock=True)
+    warmup = make(ONE, TWO)
     warmup.start()
     assert pool.began.wait(DEADLINE)
     warmup.close()
