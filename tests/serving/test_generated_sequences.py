@@ -12,8 +12,9 @@ from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParam
 from emberkv.errors import RequestError
 from emberkv.serving.generated_sequences import GeneratedSequences
 from emberkv.serving.kv_tensors import StoredLayer
-from tests.engine.loop_harness import DEADLINE, Inbox
+from tests.engine.loop_harness import Inbox
 from tests.engine.tiny_executor import TinyExecutor
+from tests.waiting import DEADLINE
 
 BLOCK = 4
 PROMPT = [*range(3, 33)]
