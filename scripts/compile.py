@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src"
 PACKAGES = ("core", "workload")
 HOT = {
-    "cluster": ("feed", "hash_ring", "in_flight", "policies", "routing"),
+    "cluster": ("feed", "hash_ring", "policies", "routing"),
     "sim": ("cache_only", "outcome", "replica", "roofline", "simulator", "summary", "tiers", "timing"),
 }
 """Of other packages, the modules that run for every request or step."""

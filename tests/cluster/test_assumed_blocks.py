@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.cluster.foreign.assumed import SLACK_BLOCKS, AssumedBlocks
+from emberkv.cluster.foreign.worker import SLACK_BLOCKS, AssumedBlocks
 from emberkv.core.events import BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import TokenChain
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from emberkv.cluster.foreign.chat_answer import ChatAnswer
+from emberkv.cluster.foreign.answers import ChatAnswer
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.event_stream import StreamTimes
 from emberkv.serving.parsing.events import CallArguments, CallBegin, CallEnd, ContentText, ParsedCall, joined

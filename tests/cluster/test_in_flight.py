@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster.in_flight import InFlight
+from emberkv.cluster.routing import InFlight
 from emberkv.core.hashing import prompt_hashes
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=40)

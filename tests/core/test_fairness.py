@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.core.fairness import TokenCounters
 from emberkv.core.policies.fair_shares import Share
 from emberkv.core.scheduler import StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.core.waiting_queue import TokenCounters
 from emberkv.errors import ConfigError
 from tests.core.harness import Harness
 

@@ -12,7 +12,7 @@ import pytest
 from emberkv.errors import CacheFolderError
 from emberkv.tiers.base import Removed
 from emberkv.tiers.disk.files import BlockFile, BlockFiles
-from emberkv.tiers.disk.journal import JournalWriter
+from emberkv.tiers.disk.index import JournalWriter
 from tests.tiers.build import OTHER, block_hashes, entries, records
 from tests.tiers.disks import files_of, opened, stored
 

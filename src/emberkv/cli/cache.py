@@ -20,7 +20,7 @@ from emberkv.errors import CacheFolderError
 from emberkv.serving.cache.other_models import model_names
 from emberkv.serving.warmup.learned_prompts import prefix_files
 from emberkv.tiers.disk.files import BLOCKS, BlockFile, BlockFiles, scan, verify
-from emberkv.tiers.disk.journal import JournalWriter
+from emberkv.tiers.disk.index import JournalWriter
 
 app = App(name="cache", help="Inspect, check and empty a folder of cached blocks.")
 

@@ -16,7 +16,6 @@ from collections.abc import Container, Iterable, Mapping
 from operator import attrgetter
 
 from emberkv.core.block import Match, MatchEnd
-from emberkv.core.fairness import Claims
 from emberkv.core.hashing import BlockHash
 from emberkv.core.loading import Load, LowerTiers, PendingLookup
 from emberkv.core.pending_loads import PendingLoads
@@ -31,7 +30,7 @@ from emberkv.core.sequence import (
     StepPlan,
 )
 from emberkv.core.stats import CacheStats
-from emberkv.core.waiting_queue import Line, WaitingQueue
+from emberkv.core.waiting_queue import Claims, Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "StepPlan"]

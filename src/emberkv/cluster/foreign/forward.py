@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any, Self
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from emberkv.cluster.foreign.answers import AnswerEvents, answer_headers, as_stream, decoded, usage_of
-from emberkv.cluster.foreign.chat_answer import ChatAnswer, ChatStream, choices_of
+from emberkv.cluster.foreign.answers import (
+    AnswerEvents,
+    ChatAnswer,
+    ChatStream,
+    answer_headers,
+    as_stream,
+    choices_of,
+    decoded,
+    usage_of,
+)
 from emberkv.cluster.foreign.conversion import Conversion, MessageResponseWriter
 from emberkv.cluster.foreign.prompts import RoutedPrompt
 from emberkv.cluster.foreign.worker import ForeignWorker, Usage

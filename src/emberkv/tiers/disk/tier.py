@@ -18,8 +18,7 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.errors import CacheFolderError, ConfigError, UntrustedPathError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.disk.files import MAX_OWNER_BYTES, BlockFile, BlockFiles, owner_folder
-from emberkv.tiers.disk.index import DiskIndex
-from emberkv.tiers.disk.journal import Change, JournalReader, JournalWriter
+from emberkv.tiers.disk.index import Change, DiskIndex, JournalReader, JournalWriter
 from emberkv.tiers.stats import TierStats, Troubles
 
 logger = logging.getLogger(__name__)
