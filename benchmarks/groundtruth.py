@@ -19,8 +19,7 @@ from typing import Any
 from benchmarks import measured_elsewhere
 from benchmarks.figures import Figure, Row
 
-from emberkv.sim.config import SimulationConfig, TraceConfig
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import SimulationConfig, TraceConfig, Workload
 from emberkv.sim.outcome import Status
 from emberkv.sim.run import run_simulation
 

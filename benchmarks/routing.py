@@ -39,8 +39,7 @@ from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.policies import ReplicaState
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, RoutingRequest, make_router, names
 from emberkv.core.hashing import BlockHash
-from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import SimulationConfig, TraceConfig, Workload, with_changes
 from emberkv.sim.run import run_simulation
 from emberkv.workload.spec import parse_workload
 

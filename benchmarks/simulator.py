@@ -22,8 +22,7 @@ from benchmarks import arguments, report
 from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.measured_elsewhere import MOONCAKE
 
-from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import SimulationConfig, TraceConfig, Workload, with_changes
 from emberkv.sim.run import run_simulation
 from emberkv.workload.spec import parse_workload
 

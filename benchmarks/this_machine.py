@@ -25,7 +25,7 @@ from benchmarks.figures import Figure, Row
 from emberkv.bench.client import Answer, Message, Target, ask
 from emberkv.bench.runner import Workload
 from emberkv.sim import config as sim_config
-from emberkv.sim.inputs import Workload as SimWorkload
+from emberkv.sim.config import Workload as SimWorkload
 from emberkv.sim.model_spec import DEMO_NAME, load_spec
 from emberkv.sim.run import run_simulation
 from emberkv.workload.ember_trace import read

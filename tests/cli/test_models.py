@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 from emberkv.cli.main import app
 from emberkv.cli.models import with_int8_kv
 from emberkv.errors import ConfigError
-from emberkv.sim.model_spec import load_spec
-from emberkv.sim.sizing import Demand, Precision, fit, fits, parse_tokens
+from emberkv.sim.model_spec import Demand, Precision, fit, fits, load_spec, parse_tokens
 from tests.conftest import CheckpointFactory
 from tests.gguf_models import write_gguf
 from tests.models import CONTEXT

@@ -9,8 +9,7 @@ from benchmarks.measured_elsewhere import MOONCAKE
 
 from emberkv.sim.build import machine_of
 from emberkv.sim.cache_only import Replay
-from emberkv.sim.config import SimulationConfig, TraceConfig, with_changes
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import SimulationConfig, TraceConfig, Workload, with_changes
 from emberkv.sim.outcome import CacheEvent, Outcome, Rows
 from emberkv.sim.run import Results, run_simulation
 from emberkv.sim.summary import summarize

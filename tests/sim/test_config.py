@@ -6,8 +6,7 @@ import pytest
 
 from emberkv.errors import ConfigError, EmberError, WorkloadError
 from emberkv.sim.build import machine_of
-from emberkv.sim.config import SimulationConfig, load_set_up, with_changes
-from emberkv.sim.inputs import open_set_up, required
+from emberkv.sim.config import SimulationConfig, load_set_up, open_set_up, required, with_changes
 from emberkv.workload.request import Request
 from emberkv.workload.source import ClosedLoopTraceSource, Source
 from tests.sim.build import config

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from emberkv.errors import EmberError
-from emberkv.sim.config import SetUp, SimulationConfig, TraceConfig
-from emberkv.sim.inputs import Workload, open_set_up
+from emberkv.sim.config import SetUp, SimulationConfig, TraceConfig, Workload, open_set_up
 from emberkv.sim.run import run_simulation
 from emberkv.workload.ember_trace import TraceLine
 from emberkv.workload.spec import GeneratedWorkload, Profile

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberkv.sim.config import Targets
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import Targets, Workload
 from emberkv.sim.outcome import CacheEvent, Outcome, Rows, Status, Turn, cache_event
 from emberkv.sim.run import Results, run_simulation
 from emberkv.sim.summary import percentile, percentiles, summarize

@@ -14,8 +14,7 @@ from emberkv.cli.command import errors_reported
 from emberkv.errors import ConfigError
 from emberkv.sim.formatting import format_count, format_size
 from emberkv.sim.hardware import GIB, load_profile
-from emberkv.sim.model_spec import ModelSpec, load_spec, model_names
-from emberkv.sim.sizing import Demand, Fit, Precision, fits, parse_tokens
+from emberkv.sim.model_spec import Demand, Fit, ModelSpec, Precision, fits, load_spec, model_names, parse_tokens
 
 if TYPE_CHECKING:
     from emberkv.engine.torch.model.description import ModelDescription

@@ -14,9 +14,8 @@ from rich.text import Text
 from emberkv.cli.command import check_outputs, confirm_written, errors_reported, write_text
 from emberkv.cli.simulate import BlockSize, Eviction, Hardware, ListHardware, ListModels, Model, TensorParallel
 from emberkv.cluster.routing import ROUTER_NAMES
-from emberkv.sim.config import SimulationConfig, with_changes
+from emberkv.sim.config import SimulationConfig, open_set_up, required, with_changes
 from emberkv.sim.formatting import format_rate, format_seconds, format_share, format_size, format_tier
-from emberkv.sim.inputs import open_set_up, required
 from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
 from emberkv.sim.planner import SIMULATED_REQUESTS, Planner
 

@@ -17,13 +17,11 @@ from emberkv.cluster.decision_log import Replayed, read_decisions, replay
 from emberkv.cluster.routing import ROUTER_NAMES
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.errors import ConfigError
-from emberkv.sim.compare import Comparison, compare, same_workload
-from emberkv.sim.config import SimulationConfig, with_changes
+from emberkv.sim.config import SimulationConfig, Workload, open_set_up, required, with_changes
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size
 from emberkv.sim.hardware import load_profile, profile_names
-from emberkv.sim.inputs import Workload, open_set_up, required
 from emberkv.sim.model_spec import load_spec, model_names
-from emberkv.sim.run import Results
+from emberkv.sim.run import Comparison, Results, compare, same_workload
 from emberkv.sim.run import run_simulation as carry_out
 from emberkv.sim.summary import rejected_sentence
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.build import Machine, about, machine_of, root_of
-from emberkv.sim.config import SimulationConfig, Targets, TierConfig, with_changes
+from emberkv.sim.config import SimulationConfig, Targets, TierConfig, Workload, WorkloadSource, opened, with_changes
 from emberkv.sim.curves import Access, Hits, LRUCurve, Optimal, SampledReplay, accesses, first_requests, replay
 from emberkv.sim.formatting import format_count, format_size, format_tier
-from emberkv.sim.inputs import Workload, WorkloadSource, opened
 from emberkv.sim.plan import MAX_UTILISATION, Plan, SetUpPoint, SimulationFigures, SizePoint
 from emberkv.sim.plan_times import Formulas, demand_of
 from emberkv.sim.run import run_simulation

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from emberkv.sim import page
-from emberkv.sim.compare import compare
 from emberkv.sim.curves import CapacityCurve, capacity_curve
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share
 from emberkv.sim.report_figures import figures_of
-from emberkv.sim.run import Results
+from emberkv.sim.run import Results, compare
 from emberkv.sim.summary import rejected_sentence
 
 _LEFT_OUT = frozenset({"set_up", "computed", "memory_over_time", "replicas"})

@@ -157,7 +157,7 @@ class Simulator:
     schedulers share their replica fairly between clients.
 
     >>> from emberkv.sim.build import build, machine_of
-    >>> from emberkv.sim.inputs import opened
+    >>> from emberkv.sim.config import opened
     >>> client = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
     >>> chat = {"sessions": 4, "seed": 1, "arrivals": {"kind": "poisson", "rate": 1.0}, "clients": [client]}
     >>> config, workload = opened({"workload": chat}, {"replicas": 2})

@@ -7,7 +7,7 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
-from emberkv.engine.tokenization.template_time import TemplateTimeoutError
+from emberkv.engine.tokenization.template_check import TemplateTimeoutError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 LATE = {"role": "system", "content": "Be brief."}

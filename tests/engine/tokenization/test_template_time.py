@@ -5,7 +5,7 @@ from math import inf
 import pytest
 from transformers.utils import chat_template_utils
 
-from emberkv.engine.tokenization.template_time import TemplateTimeoutError, bound_template, template_deadline
+from emberkv.engine.tokenization.template_check import TemplateTimeoutError, bound_template, template_deadline
 
 MESSAGES = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]]
 ORDINARY = """{%- macro shown(m) -%}{{ m.role }}: {{ m.content }}{%- endmacro -%}

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from emberkv.sim.build import About
-from emberkv.sim.config import Rates, SimulationConfig, Targets
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import Rates, SimulationConfig, Targets, Workload
 from emberkv.sim.plan import Plan, SetUpPoint, SimulationFigures, SizePoint
 from emberkv.sim.plan_times import Demand
 from emberkv.sim.summary import Load

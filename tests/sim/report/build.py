@@ -4,8 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from emberkv.sim.config import Rates, SimulationConfig
-from emberkv.sim.inputs import Workload
+from emberkv.sim.config import Rates, SimulationConfig, Workload
 from emberkv.sim.run import Results, run_simulation
 from tests.workload.build import workload
 

@@ -23,8 +23,13 @@ from emberkv.core.hashing import token_array
 from emberkv.engine.tokenization.detokenizer import WindowDetokenizer
 from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, parts
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
-from emberkv.engine.tokenization.template_check import NO_TEMPLATE, PROBE_TOOL, template_variables
-from emberkv.engine.tokenization.template_time import bound_template, template_deadline
+from emberkv.engine.tokenization.template_check import (
+    NO_TEMPLATE,
+    PROBE_TOOL,
+    bound_template,
+    template_deadline,
+    template_variables,
+)
 from emberkv.engine.tokenization.tokenizer import KnownTokens
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emberkv.engine.tokenization.template_time import TemplateTimeoutError
+from emberkv.engine.tokenization.template_check import TemplateTimeoutError
 
 Message = dict[str, Any]
 Messages = list[Message]
