@@ -52,9 +52,13 @@ class Process(Protocol):
 
 
 class ForkedServer:
-    """A server that begins with all modules imported. command: ``serve`` or ``gateway``. log: takes its stderr."""
+    """A server that begins with all modules imported. command: ``serve`` or ``gateway``. log: takes its stderr.
+    environment: variables of its own.
+    """
 
-    def __init__(self, command: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, command: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.e2e.forked"])
         inherited = dict(os.environ)
@@ -66,7 +70,7 @@ class ForkedServer:
             os.environ.update(inherited)
         from tests.e2e.forked import run  # imports torch
 
-        given = ([command, *arguments], clean_environment(), os.getcwd(), str(log))
+        given = ([command, *arguments], clean_environment() | (environment or {}), os.getcwd(), str(log))
         self._process = context.Process(target=run, args=given, daemon=True)
         self._process.start()
 
@@ -136,10 +140,15 @@ class Server:
 
 @contextmanager
 def serving(
-    folder: Path, *arguments: str, through: Sequence[str] = (), command: str = "serve", port: int = 0
+    folder: Path,
+    *arguments: str,
+    through: Sequence[str] = (),
+    command: str = "serve",
+    port: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server, stopped at the end. port: 0 is a free one. through: a command that starts the rest of its line, in a
-    process that has imported nothing. command: what emberkv is to do.
+    process that has imported nothing. command: what emberkv is to do. environment: variables of a forked server.
     """
     log = folder / "server.log"
     log.write_bytes(b"")
@@ -150,7 +159,7 @@ def serving(
             line = [*through, *EMBERKV, command, *given]
             process = subprocess.Popen(line, stderr=stderr, env=clean_environment())
     else:
-        process = ForkedServer(command, given, log)
+        process = ForkedServer(command, given, log, environment)
     try:
         yield Server(_ready_url(process, log), process, log)
     finally:

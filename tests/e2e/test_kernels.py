@@ -1,14 +1,13 @@
 """What computes, as a user chooses it and sees it: the C++ kernels, or torch."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import COMMAND, clean_environment, serving
+from tests.e2e.process import ForkedServer, serving
 from tests.waiting import DEADLINE
 
 PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles of 32, and a rest
@@ -26,9 +25,9 @@ PROMPT = list(range(3, 93))  # five whole blocks of 16 tokens, two whole tiles o
 def test_the_summary_says_what_computes(
     checkpoint: CheckpointFactory, tmp_path: Path, given: tuple[str, ...], compiler: bool, shown: str, cached: int
 ) -> None:
-    through = () if compiler else ("env", f"PATH={tmp_path}")
     arguments = (str(checkpoint("llama")), "--cache-ram", "8MiB", *given)
-    with serving(tmp_path, *arguments, through=through) as server:
+    environment = {} if compiler else {"PATH": str(tmp_path)}
+    with serving(tmp_path, *arguments, environment=environment) as server:
         log = server.log.read_text()
         body = {"model": checkpoint("llama").name, "prompt": PROMPT, "max_tokens": 1}
         for _ in range(2):
@@ -39,9 +38,9 @@ def test_the_summary_says_what_computes(
 
 
 def test_kernels_that_are_asked_for_and_cannot_be_are_an_error(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
-    command = [*COMMAND, str(checkpoint("llama")), "--kernels", "native", "--port", "0"]
-    environ = clean_environment() | {"PATH": str(tmp_path)}
-    refused = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=DEADLINE)
-    assert refused.returncode == 2
-    assert "error: no C++ compiler: none of g++, c++ is on the PATH" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    log = tmp_path / "server.log"
+    arguments = [str(checkpoint("llama")), "--kernels", "native", "--port", "0"]
+    refused = ForkedServer("serve", arguments, log, {"PATH": str(tmp_path)})
+    assert refused.wait(DEADLINE) == 2
+    assert "error: no C++ compiler: none of g++, c++ is on the PATH" in log.read_text()
+    assert "Traceback" not in log.read_text()

@@ -5,6 +5,7 @@ What went wrong is told by counters, and none of these servers fails to stop in 
 
 import os
 import random
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,11 +100,11 @@ def test_a_read_only_folder_is_loaded_from(filled: Filled, tmp_path: Path) -> No
             path.chmod(0o700)
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="nothing here to limit what a process may write")
 def test_where_the_disk_takes_nothing_the_ram_tier_still_serves(filled: Filled, tmp_path: Path) -> None:
     """A file may have less bytes than a block needs, so that each write fails half way."""
     flags = (*filled.flags, "--cache-dir", str(tmp_path / "cache"), "--ram-tier", "4MiB", "--log-level", "warning")
-    with serving(tmp_path, *flags, through=("prlimit", "--fsize=10000")) as server:
+    with serving(tmp_path, *flags) as server:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
         assert right(server, filled.expected)
         # a load that a slow machine does not bring in time is given up, so not every one is sure to be of use
         eventually(lambda: right(server, filled.expected) and reused(server, "ram"))
