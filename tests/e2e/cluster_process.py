@@ -43,7 +43,10 @@ class Cluster:
         return server
 
     def start_gateway(self, *names: str, called: str = "gateway", **settings: str) -> Server:
-        """names: of the workers that it is given. settings: its options by their names."""
+        """names: of the workers that it is given. settings: its options by their names. A worker that a busy machine
+        holds up for seconds is not given up, unless ``worker_timeout`` says so.
+        """
+        settings = {"worker_timeout": "60", **settings}
         urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_ports())}" for name in names]
         options = [part for url in urls for part in ("--worker", url)]
         options += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]

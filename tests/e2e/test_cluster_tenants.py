@@ -83,6 +83,8 @@ def test_quotas_floors_and_limits_hold_over_all_workers(cluster: Cluster) -> Non
     workers = list(cluster.workers.values())
     assert ask(cluster, "globex", "first").status_code == 200
     eventually(lambda: max(held(worker, "remote", "globex") for worker in workers) > 0)
+    for worker in workers:
+        eventually(lambda worker=worker: worker.is_idle() and not worker.metric("emberkv_tier_queue_bytes"))
     kept = max(held(worker, "remote", "globex") for worker in workers)
     assert kept <= REMOTE_FLOOR
 

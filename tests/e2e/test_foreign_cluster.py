@@ -117,7 +117,7 @@ def test_a_killed_server_ends_its_stream_with_an_error_and_the_others_go_on(
 ) -> None:
     with ExitStack() as stack:
         foreign = Foreign(stack, tmp_path, checkpoint("llama"))
-        body = COMPLETION | {"max_tokens": 400, "stream": True, "ignore_eos": True}
+        body = COMPLETION | {"max_tokens": 4000, "stream": True, "ignore_eos": True}
         with foreign.client.stream("POST", "/v1/completions", json=body) as answer:
             owner = route(answer)["worker"]
             lines = answer.iter_lines()

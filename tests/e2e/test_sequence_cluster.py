@@ -147,8 +147,13 @@ def test_statistics_add_up_what_was_generated_and_stored(cluster: Cluster) -> No
     headers = {"authorization": f"Bearer {METRICS_KEY}"}
 
     def stats() -> dict[str, Any]:
-        found: dict[str, Any] = cluster.client.get(f"{cluster.gateway}/stats", headers=headers).json()
-        assert found["cluster_healthy"]
+        found: dict[str, Any] = {}
+
+        def all_answer() -> bool:
+            found.update(cluster.client.get(f"{cluster.gateway}/stats", headers=headers).json())
+            return bool(found["cluster_healthy"])
+
+        eventually(all_answer)
         assert all(each["prefix_cache"]["used_bytes"] <= each["prefix_cache"]["max_bytes"] for each in found["workers"])
         return found
 
