@@ -170,7 +170,7 @@ def serving(
 
 
 def _ready_url(process: Process, log: Path) -> str:
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + 2 * DEADLINE  # it may have to import torch first, and to load a model
     while not (found := re.search(r'listening(?:\s+|": ")(http://[^\s"]+)', log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, f"the server is not ready in time: {log.read_text()}"
