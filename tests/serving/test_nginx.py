@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from emberkv.serving.server import HttpServer
+from tests.machine import free_ports
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.harness import MODEL
 from tests.waiting import DEADLINE, eventually
@@ -43,8 +44,7 @@ def accepts(port: int) -> bool:
 @pytest.fixture
 def proxy(server: HttpServer, tmp_path: Path) -> Iterator[str]:
     """The URL of an nginx before the server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_ports()
     config = tmp_path / "nginx.conf"
     parts = urlsplit(server.url)
     config.write_text(CONFIG.format(folder=tmp_path, port=port, url=f"http://{parts.hostname}:{parts.port}"))
