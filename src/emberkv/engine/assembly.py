@@ -104,22 +104,12 @@ def assemble_around(
     Raises ConfigError when a setting cannot work, CacheFolderError when the disk tier's folder can be neither made nor
     read.
     """
-    unit = executor.alignment
-    if config.prefix_cache and unit >= min(limits.context_length, executor.pool.num_blocks * config.block_size):
-        _log.warning(
-            "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
-            "smaller --prefill-chunk",
-            unit,
-        )
+    if config.prefix_cache:
+        _warn_of_long_units(executor, config, limits)
     with ExitStack() as on_failure:
         tiers = None
         if config.prefix_cache:
-            tiers = open_tiers(
-                config.tiers,
-                config.eviction,
-                namespace,
-                block_bytes=executor.pool.block_bytes,
-            )
+            tiers = open_tiers(config.tiers, config.eviction, namespace, block_bytes=executor.pool.block_bytes)
         if tiers is not None:
             on_failure.callback(tiers.close, 0.0)
         scheduler, link = _scheduler(executor, config, block_cost, tiers)
@@ -143,6 +133,16 @@ def assemble_around(
         on_crash=on_crash,
     )
     return AssembledEngine(loop, executor, scheduler, root, namespace, public, tiers, link)
+
+
+def _warn_of_long_units(executor: Executor, config: EngineConfig, limits: ModelLimits) -> None:
+    unit = executor.alignment
+    if unit >= min(limits.context_length, executor.pool.num_blocks * config.block_size):
+        _log.warning(
+            "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
+            "smaller --prefill-chunk",
+            unit,
+        )
 
 
 def _scheduler(

@@ -112,9 +112,7 @@ async def warmup_kv_cache(
     if not _first(enabled, variables.enabled, True):
         return False
     seconds = _first(timeout_sec, variables.timeout, DEFAULT_WARMUP_SECONDS)
-    given = {"model": model, "tokenizer": tokenizer, "cache_manager": cache_manager}
-    if missing := [name for name, value in given.items() if value is None]:
-        _log.warning("nothing is warmed: %s missing", " and ".join(missing) + (" is" if len(missing) == 1 else " are"))
+    if _lacks_any(model=model, tokenizer=tokenizer, cache_manager=cache_manager):
         return False
     prompt = system_prompt if system_prompt is not None else prompt_or_built_in(variables.system_file)
     given_up = threading.Event()
@@ -133,6 +131,14 @@ async def warmup_kv_cache(
     if not done:
         _log.warning("the cache is not warmed in %g s; what was done stays", seconds)
     return done
+
+
+def _lacks_any(**given: Any) -> bool:
+    """Whether any of these is None, which is warned of."""
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        _log.warning("nothing is warmed: %s missing", " and ".join(missing) + (" is" if len(missing) == 1 else " are"))
+    return bool(missing)
 
 
 def _first(given: T | None, variable: T | None, default: T) -> T:

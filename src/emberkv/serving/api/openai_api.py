@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.params import Depends as Dependency
 from fastapi.responses import JSONResponse, Response
 
 from emberkv.core.sequence import FinishReason
@@ -449,6 +450,13 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
         writer = CompletionWriter(**writer_arguments(request, context))
         return await answers.respond(http, stream, writer, as_events=bool(request.stream))
 
+    _add_other_routes(router, lifecycle, guard)
+    return router
+
+
+def _add_other_routes(router: APIRouter, lifecycle: Lifecycle, guard: Dependency) -> None:
+    """The models, and embeddings, which are refused."""
+
     @router.post("/v1/embeddings", dependencies=[guard], include_in_schema=False)
     async def embeddings() -> Response:
         raise NotFoundError("embeddings are not supported; send them to a server of an embedding model")
@@ -468,8 +476,6 @@ def openai_router(lifecycle: Lifecycle, keys: ApiKeys, preparer: RequestPreparer
         model = lifecycle.model()
         model.check_name(name)
         return JSONResponse((anthropic_card if speaks_anthropic(http) else openai_card)(model, name))
-
-    return router
 
 
 def openai_card(model: ServedModel, name: str) -> dict[str, Any]:

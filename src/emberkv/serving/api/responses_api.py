@@ -188,14 +188,6 @@ def responses_router(
     router = APIRouter(prefix="/v1/responses")
     guard = Depends(keys.tenant)
 
-    def stored(tenant: Tenant, response_id: str) -> StoredResponse:
-        found = store.get(tenant.name, response_id)
-        if found is None:
-            raise NotFoundError(
-                f"no response {response_id[:100]!r} is stored; it may have expired", param="response_id"
-            )
-        return found
-
     @router.post("")
     async def create(http: Request, tenant: Annotated[Tenant, guard]) -> Response:
         work = partial(prepare_response, rules=preparer.rules, tenant=tenant, store=store)
@@ -219,20 +211,28 @@ def responses_router(
 
     @router.get("/{response_id}")
     async def retrieve(response_id: str, tenant: Annotated[Tenant, guard]) -> Response:
-        return JSONResponse(stored(tenant, response_id).response)
+        return JSONResponse(_stored(store, tenant, response_id).response)
 
     @router.get("/{response_id}/input_items")
     async def input_items(http: Request, response_id: str, tenant: Annotated[Tenant, guard]) -> Response:
-        found = stored(tenant, response_id)
+        found = _stored(store, tenant, response_id)
         return JSONResponse(_page_of(found, parse_query(PageQuery, http.query_params)))
 
     @router.delete("/{response_id}")
     async def delete(response_id: str, tenant: Annotated[Tenant, guard]) -> Response:
-        stored(tenant, response_id)
+        _stored(store, tenant, response_id)
         store.delete(tenant.name, response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     return router
+
+
+def _stored(store: ResponseStore, tenant: Tenant, response_id: str) -> StoredResponse:
+    """Raises NotFoundError."""
+    found = store.get(tenant.name, response_id)
+    if found is None:
+        raise NotFoundError(f"no response {response_id[:100]!r} is stored; it may have expired", param="response_id")
+    return found
 
 
 class ResponsesWriter:

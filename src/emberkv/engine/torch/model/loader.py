@@ -178,15 +178,7 @@ def load_model(
     progress("loading the tokenizer")
     tokenizer = source.tokenizer()
     chat_problem = install_chat_template(tokenizer, path, chat_template)
-    progress("identifying the weights")
-    before = source.file_states()
-    fingerprint = source.fingerprint()
-    progress(f"loading {sum(size for _, _, size, _, _ in before) / 2**20:,.0f} MiB of weights")
-    if not calls_interface(source.config):
-        attn_implementation = own_implementation(source.config)
-    model = source.load(chosen, attn_implementation)
-    if source.file_states() != before:
-        raise CorruptModelError(f"the files in {path} changed while they were loaded; start again")
+    model, fingerprint = _load_weights(source, path, chosen, attn_implementation, progress)
     torch.nn.Module.to(model, target).requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -200,6 +192,22 @@ def load_model(
         geometry=shape.geometry,
         sampling_defaults=sampling_defaults(generation) if generation_config == "auto" else SamplingParams(),
     )
+
+
+def _load_weights(
+    source: ModelSource, path: Path, dtype: torch.dtype, attn_implementation: str, progress: Progress
+) -> tuple[PreTrainedModel, str]:
+    """The model, and the fingerprint of its weights. Raises CorruptModelError for files that change meanwhile."""
+    progress("identifying the weights")
+    before = source.file_states()
+    fingerprint = source.fingerprint()
+    progress(f"loading {sum(size for _, _, size, _, _ in before) / 2**20:,.0f} MiB of weights")
+    if not calls_interface(source.config):
+        attn_implementation = own_implementation(source.config)
+    model = source.load(dtype, attn_implementation)
+    if source.file_states() != before:
+        raise CorruptModelError(f"the files in {path} changed while they were loaded; start again")
+    return model, fingerprint
 
 
 def load_tokenizer(
