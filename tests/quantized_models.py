@@ -113,7 +113,7 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
     quantise, settings, everything = FOLDERS[source]
     stored: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
-    for name, tensor in load_file(original / "model.safetensors").items():
+    for name, tensor in _one_by_one(load_file(original / "model.safetensors")).items():
         layer = name.removesuffix(".weight")
         if name.endswith("_proj.weight") or ".experts." in name or (everything and tensor.ndim == 2):
             parts, plain[name] = quantise(tensor)
@@ -121,6 +121,21 @@ def quantised_model(source: str, folder: Path, arch: str = "qwen2") -> tuple[Pat
         else:
             stored[name] = plain[name] = tensor
     return _written(original, folder, _switched(stored) if everything else stored, plain, settings)
+
+
+def _one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the experts that Llama 4 stacks, as ``[experts, in, out]``, as quantised checkpoints have them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, stacked, part = name.rpartition(".experts.")
+        if not stacked or tensor.ndim != 3:
+            found[name] = tensor
+            continue
+        for number, weight in enumerate(tensor):
+            rows = weight.t().contiguous()
+            halves = dict(zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True)) if "gate" in part else {part: rows}
+            found |= {f"{block}.experts.{number}.{own}.weight": each for own, each in halves.items()}
+    return found
 
 
 def _switched(stored: dict[str, Tensor]) -> dict[str, Tensor]:

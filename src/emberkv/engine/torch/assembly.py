@@ -30,9 +30,9 @@ from emberkv.engine.torch.native.kernels import Kernels, find_kernels
 from emberkv.engine.torch.passed_checks import PassedChecks, check_key
 from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
-from emberkv.engine.torch.quantization.weight import QuantizedWeight
+from emberkv.engine.torch.quantization.weight import Fit, QuantizedWeight
 from emberkv.engine.torch.sampling import Sampler
-from emberkv.errors import ConfigError, EmberError, UnsupportedModelError, reason_of
+from emberkv.errors import ConfigError, EmberError, KernelsError, UnsupportedModelError, reason_of
 
 _log = logging.getLogger(__name__)
 
@@ -250,11 +250,13 @@ def load_configured(
     Raises what `CacheSizes.check`, `load_model` and `find_kernels` raise.
     """
     sizes.check(choose_device(options.device))
+    compiling = partial(on_progress, "compiling the C++ kernels, once for this machine")
     loaded = load_model(
         str(files("emberkv") / "demo_model") if options.model is None else options.model,
         dtype=options.dtype,
         quantize=options.quantize,
         kv_dtype=options.kv_dtype,
+        fit=_native_fit(options, compiling),
         device=options.device,
         attn_implementation=ATTENTION_NAME,
         chat_template=options.chat_template,
@@ -267,6 +269,16 @@ def load_configured(
         loaded,
         options.block_size,
         options.machine_cache,
-        on_compile=lambda: on_progress("compiling the C++ kernels, once for this machine"),
+        on_compile=compiling,
     )
     return loaded, kernels
+
+
+def _native_fit(options: ModelOptions, on_compile: Callable[[], None]) -> Fit | None:
+    """What rounds weights to 4 bits by the kernels; None leaves it to torch, which gives the same in more time."""
+    if options.quantize != "int4" or options.kernels == "torch":
+        return None
+    try:
+        return Kernels.built(options.machine_cache, on_compile).fitted
+    except KernelsError:  # `find_kernels` says it, once the model is there
+        return None

@@ -156,6 +156,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
             load_model(str(path), device="cpu")
 
     refused(r"qwen2\.logit_scale, which is not understood; .* --quantize int8", logit_scale=0.5)
+    refused(r"qwen2\.expert_count, which is not understood; .* --quantize int8", expert_count=4)
     refused("no place for its tensor blk.0.strange.weight", tensors={"blk.0.strange.weight": np.zeros(4, np.float32)})
     refused("it has a sliding window, which is not known of qwen2", sliding_window=32)
     refused("its RoPE is scaled by 'longrope'", rope_scaling_type=gguf.RopeScalingType.LONGROPE)

@@ -16,7 +16,7 @@ from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.experts import NativeExperts
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.layers import QuantizedExperts
-from emberkv.errors import CorruptModelError
+from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.engine.driver import BLOCK, CHUNK, Driver
 from tests.engine.torch.model.test_loaded_bytes import held_bytes
 from tests.models import VOCAB_SIZE
@@ -110,6 +110,18 @@ def test_what_experts_take_is_stated_before_they_are_loaded(tmp_path: Path, sour
     loaded = load_model(str(quantised), device="cpu", dtype="bfloat16")
     # a quantised router becomes plain
     assert described.weight_bytes == pytest.approx(held_bytes(loaded.model), rel=1e-2)
+
+
+def test_the_experts_of_llama_4_are_refused_by_name(tmp_path: Path) -> None:
+    """Its model multiplies by the whole stack, and takes no expert by its number."""
+    quantised, _ = quantised_model("gptq", tmp_path, "llama4_text")
+    message = (
+        "weights are GPTQ, 4 bits in groups of 32, in which the experts of llama4_text are not read; the model's "
+        "plain weights would work, with --quantize int8 or int4 for all but the experts"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_model(str(quantised), device="cpu")
+    assert message in str(describe_model(str(quantised), device="cpu").refusal)
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:

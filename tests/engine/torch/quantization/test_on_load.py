@@ -17,7 +17,7 @@ from emberkv.engine.torch.native.experts import NativeExperts
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.layers import QuantizedExperts, QuantizedLinear, quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName, RoundingConfig
-from emberkv.engine.torch.quantization.weight import Bits, quantise
+from emberkv.engine.torch.quantization.weight import Bits, QuantizedWeight, quantise
 from emberkv.errors import ConfigError, CorruptModelError
 from tests.conftest import CheckpointFactory
 from tests.engine.driver import CHUNK, Driver
@@ -49,6 +49,21 @@ def test_each_linear_layer_is_rounded_from_what_is_stored(
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, kept[name])
     assert not hasattr(loaded.model.config, "quantization_config")
+
+
+def test_the_kernels_round_to_four_bits_what_torch_would(checkpoint: CheckpointFactory, kernels: Kernels) -> None:
+    folder, fitted = str(checkpoint("qwen2")), list[QuantizedWeight]()
+
+    def fit(values: Tensor) -> QuantizedWeight:
+        fitted.append(kernels.fitted(values))
+        return fitted[-1]
+
+    ours, theirs = (
+        quantized_linears(load_model(folder, device="cpu", quantize="int4", fit=each).model) for each in (fit, None)
+    )
+    assert len(fitted) > len(ours) > 4
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.quantized.dequantised(), other.quantized.dequantised())
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])

@@ -23,7 +23,7 @@ from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
 from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName
-from emberkv.engine.torch.quantization.weight import DTYPES
+from emberkv.engine.torch.quantization.weight import DTYPES, Fit
 from emberkv.errors import ConfigError, CorruptModelError, ModelError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -137,6 +137,7 @@ def load_model(
     device: str = "auto",
     quantize: QuantizeName = "none",
     kv_dtype: KVDTypeName = "auto",
+    fit: Fit | None = None,
     attn_implementation: str = "eager",
     chat_template: str | None = None,
     generation_config: GenerationConfigMode = "auto",
@@ -147,6 +148,7 @@ def load_model(
 
     dtype: "auto" keeps the checkpoint's, except that float16 becomes float32 on a CPU, which has no fast float16.
     quantize: "int8" or "int4" rounds the linear layers' weights while they are loaded, the output layer's to 8 bits.
+    fit: what finds the scales of 4 bits, in place of torch (see `quantise`).
     kv_dtype: of keys and values in the pool: "auto" keeps the activations'; "int8" rounds each head of each token.
     device: "auto" takes cuda, then mps, then cpu; otherwise a torch device such as "cuda:1".
     attn_implementation: a name registered with transformers' AttentionInterface. Models that do not call it are loaded
@@ -165,7 +167,7 @@ def load_model(
     target = choose_device(device)
     progress(f"finding {name_or_path}")
     path = find_model(name_or_path, fetch)
-    source = open_source(path, quantize)
+    source = open_source(path, quantize, fit)
     if (path / "adapter_config.json").is_file():
         _log.warning("%s holds an adapter (adapter_config.json), which is not applied: merge it into the weights", path)
     shape = inspect_model(source.config)
@@ -223,14 +225,14 @@ def load_tokenizer(
     return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, path, chat_template))
 
 
-def open_source(path: Path, quantize: QuantizeName = "none") -> ModelSource:
-    """What a folder or a GGUF file, of `find_model`, holds. quantize: see `load_model`.
+def open_source(path: Path, quantize: QuantizeName = "none", fit: Fit | None = None) -> ModelSource:
+    """What a folder or a GGUF file, of `find_model`, holds. quantize, fit: see `load_model`.
 
     Raises CorruptModelError, UnsupportedModelError, and ConfigError where weights that are quantised already would be
     rounded again.
     """
     if path.is_dir():
-        return FolderSource(path, quantize)
+        return FolderSource(path, quantize, fit)
     if quantize != "none":
         raise ConfigError(f"--quantize is {quantize}, which rounds plain weights; {path} is a GGUF file")
     return GGUFSource(path)

@@ -30,6 +30,7 @@ from emberkv.engine.torch.model.multimodal import TEXT_WEIGHTS, text_config, tex
 from emberkv.engine.torch.quantization.methods import find_method
 from emberkv.engine.torch.quantization.on_load import IDENTITY, QuantizeName, RoundingConfig, rounded_bytes
 from emberkv.engine.torch.quantization.stored import Method
+from emberkv.engine.torch.quantization.weight import Fit
 from emberkv.errors import ConfigError, CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 BUILDING = threading.Lock()
@@ -99,14 +100,15 @@ class ModelSource(Protocol):
 class FolderSource:
     """A folder with config.json and safetensors files. method: of its quantised weights; None: they are plain.
 
-    quantize: to what plain weights are rounded while they are loaded.
+    quantize: to what plain weights are rounded while they are loaded. fit: see `quantise`.
     """
 
-    def __init__(self, folder: Path, quantize: QuantizeName = "none") -> None:
+    def __init__(self, folder: Path, quantize: QuantizeName = "none", fit: Fit | None = None) -> None:
         """Raises CorruptModelError, UnsupportedModelError for an architecture or a method that is not known, and
         ConfigError where weights that are quantised already would be rounded again."""
         self.path = folder
         self._quantize = quantize
+        self._fit = fit
         self._raw = read_json(folder / "config.json")
         self.config = text_config(_read_config(folder, self._raw))
         try:
@@ -157,6 +159,8 @@ class FolderSource:
             known, part = _place_of(name, shape)
             wanted = found if known is None else shape.shapes[known]
             if part is not None:
+                if self.method is not None and known not in shape.experts:  # not stacked as other models' are
+                    raise self._experts_refused(self.method)
                 wanted = part.shape(wanted)
             if wanted != found:
                 raise CorruptModelError(
@@ -171,15 +175,18 @@ class FolderSource:
     def _require_all(self, missing: list[str], method: Method) -> None:
         """Nothing converts the names of a quantised checkpoint, as transformers does those of a plain one."""
         if any(".experts." in name for name in missing):
-            raise UnsupportedModelError(
-                f"{self.path} cannot be served: its weights are {method.label}, in which the experts of "
-                f"{self.config.model_type} are not read; the model's plain weights would work, with --quantize int8 or "
-                "int4 for all but the experts"
-            )
+            raise self._experts_refused(method)
         if missing:
             raise CorruptModelError(
                 f"the weights in {self.path} lack {_some(missing)}; the config needs every tensor of the model"
             )
+
+    def _experts_refused(self, method: Method) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.path} cannot be served: its weights are {method.label}, in which the experts of "
+            f"{self.config.model_type} are not read; the model's plain weights would work, with --quantize int8 or "
+            "int4 for all but the experts"
+        )
 
     def num_bytes(self, shape: ModelShape, dtype: torch.dtype, *, packed: bool = False) -> int:
         if self._quantize != "none":
@@ -242,7 +249,7 @@ class FolderSource:
         auto_class: Any = AutoModelForCausalLM  # typed as if it returned the model alone
         generation_config: Any = GenerationConfig  # untyped
         model: PreTrainedModel
-        rounding = None if self._quantize == "none" else RoundingConfig(self._quantize)
+        rounding = None if self._quantize == "none" else RoundingConfig(self._quantize, fit=self._fit)
         try:
             model, report = auto_class.from_pretrained(
                 self.path,

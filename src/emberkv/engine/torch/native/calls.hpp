@@ -145,6 +145,15 @@ struct RecurrenceCall {
     float least_step, most_step, beta_factor, epsilon;
 };
 
+// Groups of weights to be rounded to 4 bits.
+struct FitCall {
+    const float* values;      // [groups, size]
+    uint8_t* codes;           // [groups, size / 2]: two codes of -8 to 7 in a byte, each as code + 8
+    float *scales, *offsets;  // [groups]
+    int64_t groups;
+    int32_t size, threads;    // size: even, 128 at most
+};
+
 struct LikeliestCall {
     const void* logits;  // [rows, columns]
     int64_t* places;     // [rows]

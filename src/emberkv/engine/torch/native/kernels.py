@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from emberkv.engine.torch.model.loader import LoadedModel, dtype_name
-from emberkv.engine.torch.quantization.weight import DTYPES
+from emberkv.engine.torch.quantization.weight import DTYPES, QuantizedWeight
 from emberkv.errors import KernelsError, UnsupportedModelError, UntrustedPathError
 from emberkv.files import check_owner
 
@@ -195,6 +195,16 @@ class LikeliestCall(ctypes.Structure):
     )
 
 
+class FitCall(ctypes.Structure):
+    """Groups of weights to be rounded to 4 bits."""
+
+    _fields_ = (
+        *((name, _ADDRESS) for name in ("values", "codes", "scales", "offsets")),
+        ("groups", _LONG),
+        *((name, _INT) for name in ("size", "threads")),
+    )
+
+
 class RecurrenceCall(ctypes.Structure):
     """One layer with a linear recurrence, for all runs of a pass."""
 
@@ -275,9 +285,10 @@ class Kernels:
         self._linears = loaded.emberkv_linears
         self._decoder, self._likeliest = loaded.emberkv_decoder, loaded.emberkv_likeliest
         self._recurrence, self.most_columns = loaded.emberkv_recurrence, int(loaded.emberkv_most_columns())
+        self._fit_groups = loaded.emberkv_fit_groups
         for function in (
             self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder, self._likeliest,
-            self._recurrence,
+            self._recurrence, self._fit_groups,
         ):  # fmt: skip
             function.restype = None
 
@@ -304,6 +315,19 @@ class Kernels:
 
     def recurrence(self, call: RecurrenceCall) -> None:
         self._recurrence(ctypes.byref(call))
+
+    def fitted(self, values: torch.Tensor) -> QuantizedWeight:
+        """As `quantization.weight.fitted`, to the last bit, of ``[out, groups, size]`` in float32."""
+        out, groups, size = values.shape
+        values = values.contiguous()
+        codes = torch.empty(out, groups * size // 2, dtype=torch.uint8)
+        scales, offsets = torch.empty(out, groups), torch.empty(out, groups)
+        call = FitCall(
+            values=values.data_ptr(), codes=codes.data_ptr(), scales=scales.data_ptr(), offsets=offsets.data_ptr(),
+            groups=out * groups, size=size, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        self._fit_groups(ctypes.byref(call))
+        return QuantizedWeight(codes, scales, offsets, size, 4)
 
     def decoder(self, call: DecoderCall) -> None:
         self._decoder(ctypes.byref(call))

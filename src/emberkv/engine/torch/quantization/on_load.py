@@ -20,6 +20,7 @@ from emberkv.engine.torch.quantization.stored import affine_bytes
 from emberkv.engine.torch.quantization.weight import (
     DEFAULT_GROUP,
     Bits,
+    Fit,
     QuantizedWeight,
     can_quantise,
     quantise,
@@ -33,19 +34,25 @@ _BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 _OUTPUT_BITS: Bits = 8
 """Of the output layer, whose errors are those of the scores."""
 
-IDENTITY = "groups of 32, output layer of 8 bits, 2"
+IDENTITY = "groups of 32, output layer of 8 bits, 3"
 """What, beside the number of bits, says which values a checkpoint is rounded to. It enters the block hashes."""
 
 
 @register_quantization_config(_METHOD)
 class RoundingConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` that `from_pretrained` takes. on_weight: called with each plain weight and its name
-    before it is rounded. problem: what was wrong with a weight; transformers itself says only that something was."""
+    """The ``quantization_config`` that `from_pretrained` takes.
 
-    def __init__(self, quantize: str, on_weight: Callable[[str, Tensor], None] = lambda *_: None) -> None:
+    on_weight: called with each plain weight and its name before it is rounded. fit: see `quantise`. problem: what was
+    wrong with a weight; transformers itself says only that something was.
+    """
+
+    def __init__(
+        self, quantize: str, on_weight: Callable[[str, Tensor], None] = lambda *_: None, fit: Fit | None = None
+    ) -> None:
         self.quant_method: Any = _METHOD
         self.bits = _BITS[quantize]
         self.on_weight = on_weight
+        self.fit = fit
         self.problem = ""
 
 
@@ -81,10 +88,12 @@ class RoundingQuantizer(HfQuantizer):
         module: Any = model.get_submodule(parent)
         if weight.ndim == 3:
             experts = (each.t() if module.is_transposed else each for each in weight)
-            self.experts[name] = [quantise(each, self.config.bits) for each in experts]
+            self.experts[name] = [quantise(each, self.config.bits, fit=self.config.fit) for each in experts]
             return
         turned = not is_linear(module)  # GPT-2's are [in, out]
-        self.rounded[parent] = quantise(weight.t() if turned else weight, self.bits_of(model, parent))
+        self.rounded[parent] = quantise(
+            weight.t() if turned else weight, self.bits_of(model, parent), fit=self.config.fit
+        )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         """Put the rounded weights in. An output layer that shares the embedding's gets a rounded copy of its own."""

@@ -1,5 +1,6 @@
 """The format of quantised weights: integer codes in groups along the input, each with a scale and maybe an offset."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import Literal
@@ -154,6 +155,10 @@ class QuantizedWeight:
         return QuantizedWeight(codes, scales, offsets, group, self.bits)
 
 
+Fit = Callable[[Tensor], QuantizedWeight]
+"""Finds scale, offset and codes of each group of ``[out, groups, group]``, in 4 bits."""
+
+
 def kernel_group(group: int) -> int:
     """The largest group that the kernels compute with, and into which groups of ``group`` inputs can be cut.
 
@@ -180,12 +185,13 @@ def can_quantise(shape: tuple[int, ...], group: int = DEFAULT_GROUP) -> bool:
 
 
 @torch.no_grad()
-def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP) -> QuantizedWeight:
+def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP, *, fit: Fit | None = None) -> QuantizedWeight:
     """Round a plain weight ``[out, in]``, of any floating-point type, to ``bits``.
 
     8 bits: a group's largest magnitude is code 127, so that no value is off by more than 1/254 of it. 4 bits: with an
-    offset and the scale that `_fitted` finds for each group, or with -8 for the value of the largest magnitude and no
-    offset: whichever has the smaller squared error, over some of the outputs of a large weight.
+    offset and the scale that `fitted` finds for each group, or with -8 for the value of the largest magnitude and no
+    offset: whichever has the smaller squared error, over some of the outputs of a large weight. fit: finds the same as
+    `fitted`, in its place, faster.
 
     Raises ConfigError for a shape that cannot be cut into groups, or values that are not finite.
 
@@ -196,9 +202,13 @@ def quantise(weight: Tensor, bits: Bits, group: int = DEFAULT_GROUP) -> Quantize
     if not can_quantise(tuple(weight.shape), group):
         raise ConfigError(f"a weight of shape {list(weight.shape)} cannot be quantised in groups of {group} inputs")
     some = weight[:: -(-weight.numel() // _SAMPLE)]
-    offsets = bits == 4 and _gain_by_offsets(_groups(some, group)) > 0
+    fit = fitted if fit is None else fit
+    offsets = bits == 4 and _gain_by_offsets(_groups(some, group), fit) > 0
     rows = max(1, _SLICE // weight.shape[1])
-    found = [_rounded(_groups(each, group), bits, offsets=offsets) for each in torch.split(weight, rows)]
+    found = [
+        fit(values) if offsets else _rounded(values, bits)
+        for values in (_groups(each, group) for each in torch.split(weight, rows))
+    ]
     return QuantizedWeight(
         torch.cat([part.codes for part in found]),
         torch.cat([part.scales for part in found]),
@@ -216,17 +226,15 @@ def _groups(weight: Tensor, group: int) -> Tensor:
     return values
 
 
-def _gain_by_offsets(values: Tensor) -> float:
+def _gain_by_offsets(values: Tensor, fit: Fit) -> float:
     """By how much the squared error of 4 bits is smaller with offsets."""
-    without, with_them = (_rounded(values, 4, offsets=offsets).dequantised() for offsets in (False, True))
+    without, with_them = _rounded(values, 4).dequantised(), fit(values).dequantised()
     flat = values.flatten(1)
     return float((without - flat).square().sum() - (with_them - flat).square().sum())
 
 
-def _rounded(values: Tensor, bits: Bits, *, offsets: bool) -> QuantizedWeight:
+def _rounded(values: Tensor, bits: Bits) -> QuantizedWeight:
     """values: ``[out, groups, group]``. Each to its nearest code; zeros where a scale is too small for any."""
-    if offsets:
-        return _fitted(values)
     if bits == 8:
         scales = values.abs().amax(dim=-1) / 127
     else:
@@ -241,18 +249,27 @@ def _inverse(scales: Tensor) -> Tensor:
     return torch.where(scales.abs() > torch.finfo(torch.float32).tiny, 1 / scales, 0)
 
 
-def _fitted(values: Tensor) -> QuantizedWeight:
-    """4 bits with offsets, of ``[out, groups, group]``: a search for each group's smallest squared error.
+def _sum(columns: Tensor) -> Tensor:
+    """Along the first axis, one after the other: in the order in which the kernels add."""
+    total = columns[0].clone()
+    for each in columns[1:]:
+        total += each
+    return total
+
+
+def fitted(values: Tensor) -> QuantizedWeight:
+    """4 bits with offsets, of float32 ``[out, groups, group]``: a search for each group's smallest squared error.
 
     From some ranges, of which the narrower ones clip the outermost values, it goes to the nearest codes, from these to
     the scale and offset with the least squared error, and again. llama.cpp's ``make_qkx2_quants`` searches like this.
+    native/rounding.cpp does the same operations in the same order.
     """
     out, groups, size = values.shape
     columns = values.reshape(-1, size).t().contiguous()  # sums go along the first axis, in whole vectors
     least, most = columns.amin(dim=0), columns.amax(dim=0)
     middle = (least + most) / 2
     columns -= middle
-    total = columns.sum(dim=0)
+    total = _sum(columns)
     codes, work = torch.empty_like(columns), torch.empty_like(columns)
 
     def to_codes(scale: Tensor, offset: Tensor) -> None:
@@ -260,9 +277,9 @@ def _fitted(values: Tensor) -> QuantizedWeight:
 
     def fit() -> tuple[Tensor, Tensor, Tensor]:
         """By how much the squared error is smaller than without codes; scale; offset."""
-        mean = codes.mean(dim=0)
-        products = torch.mul(codes, columns, out=work).sum(dim=0) - mean * total
-        squares = torch.mul(codes, codes, out=work).sum(dim=0) - size * mean * mean
+        mean = _sum(codes) / size
+        products = _sum(torch.mul(codes, columns, out=work)) - mean * total
+        squares = _sum(torch.mul(codes, codes, out=work)) - size * mean * mean
         scale = torch.where(squares > 0, products / squares, 0)
         return scale * products, scale, total / size - scale * mean
 
