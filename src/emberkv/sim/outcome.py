@@ -183,7 +183,7 @@ class CsvRows:
         self._csv.writerow([*COLUMNS, *(f"{tier}_tokens" for tier in tiers)])
 
     def add(self, outcome: Outcome) -> None:
-        request = outcome.request
+        request, replica = outcome.request, outcome.replica
         self._csv.writerow([
             request.request_id, request.client_id, request.session_id, request.prompt_tokens,
             request.max_output_tokens, outcome.output_tokens, _seconds(outcome.arrival),
@@ -192,7 +192,7 @@ class CsvRows:
             _blank(tpot_ms(outcome.first_token, outcome.completion, outcome.output_tokens)),
             _blank(e2e_ms(outcome.arrival, outcome.completion)),
             str(outcome.turn is not Turn.FIRST).lower(), outcome.event.value if outcome.event else "",
-            outcome.cached_tokens, outcome.prefilled_tokens, _blank(outcome.replica), outcome.preemptions,
+            outcome.cached_tokens, outcome.prefilled_tokens, "" if replica is None else replica, outcome.preemptions,
             outcome.retries, *(outcome.tier_tokens.get(tier, 0) for tier in self._tiers),
         ])  # fmt: skip
 
