@@ -32,35 +32,69 @@ inline Floats gated_by(Floats gate, Floats up, const LinearCall& call) {
     return activated(gate * call.slope, SILU) * (1.0f / call.slope) * (up + 1.0f);
 }
 
-// sums: of the layer, or of the gate, [rows, COLUMNS] for the ``group``-th COLUMNS outputs. ups: of the layer it gates.
-template <class Arithmetic, class Unit = typename Arithmetic::Unit>
-void multiply_plain(const LinearCall& call, int64_t group, int first, int rows, float* sums, float* ups) {
-    const bool gated = call.activation != NONE;
-    const int units = call.in / Arithmetic::VALUES, element = call.type == FP32 ? 4 : 2;
-    const char* begin = static_cast<const char*>(call.inputs) + first * call.input_row * element;
-    const Unit* inputs = reinterpret_cast<const Unit*>(begin);
-    const Unit* weight = static_cast<const Unit*>(call.weight) + group * (gated ? 2 : 1) * units * COLUMNS;
-    const int stride = int(call.input_row / Arithmetic::VALUES);
-    const Packed<Unit> gate{weight, units}, up = gate.from(COLUMNS);
-    multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, gate, units, sums, COLUMNS);
-    if (gated) multiply_rows<Arithmetic, VECTORS>(inputs, rows, stride, up, units, ups, COLUMNS);
+#if defined(__AVX512BF16__)
+constexpr bool WIDENS = false;  // whether inputs in bf16 are widened to fp32 before they are multiplied
+#else
+constexpr bool WIDENS = true;
+#endif
+
+// Rows as products take them.
+struct PreparedRows {
+    RoundedRows rounded;   // where weights are quantised
+    const char* plain;     // else the first one
+    int64_t stride;        // bytes between plain ones
+};
+
+template <class Arithmetic, class Weight>
+void multiply_plain(const PreparedRows& inputs, int first, int rows, const Weight* weight, int units, float* sums) {
+    using Unit = typename Arithmetic::Unit;
+    const Unit* begin = reinterpret_cast<const Unit*>(inputs.plain + first * inputs.stride);
+    const int stride = int(inputs.stride / int64_t(sizeof(Unit)));
+    multiply_rows<Arithmetic, VECTORS>(begin, rows, stride, Packed<Weight>{weight, units}, units, sums, COLUMNS);
 }
 
-// rounded: the call's rows, where its weights are quantised.
-inline void linear_unit(const LinearCall& call, const RoundedRows& rounded, int64_t group, int first, int rows) {
-    const bool gated = call.activation != NONE;
-    const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
-    const float* bias = call.bias ? call.bias + group * (gated ? 2 : 1) * COLUMNS : nullptr;
-    alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
-    if (call.bits) {
-        const int layers = gated ? 2 : 1;
-        multiply_quantized(rounded, first, rows, QuantizedColumns(call, group * layers), sums);
-        if (gated) multiply_quantized(rounded, first, rows, QuantizedColumns(call, group * layers + 1), ups);
-    } else if (call.type == BF16) {
-        multiply_plain<Bf16Pairs>(call, group, first, rows, sums, ups);
-    } else {
-        multiply_plain<SinglePrecision>(call, group, first, rows, sums, ups);
+// Weights in bf16 are widened as well, some at a time for all rows. The same sums in the same order as `multiply_plain`'s.
+void multiply_widened(const PreparedRows& inputs, int first, int rows, const uint32_t* weight, int units, float* sums) {
+    constexpr int DEPTH = 128;  // units, whose weights stay in a core's first cache
+    alignas(64) float widened[2 * DEPTH * COLUMNS];
+    std::memset(sums, 0, size_t(rows) * COLUMNS * 4);
+    const float* begin = reinterpret_cast<const float*>(inputs.plain + first * inputs.stride);
+    for (int unit = 0; unit < units; unit += DEPTH) {
+        const int depth = std::min(DEPTH, units - unit);
+        for (int u = 0; u < depth; u++)
+            for (int c = 0; c < COLUMNS; c += LANES) {
+                const Ints pair = load<Ints>(weight + (unit + u) * COLUMNS + c);
+                store(widened + 2 * u * COLUMNS + c, pair << 16);
+                store(widened + (2 * u + 1) * COLUMNS + c, pair & int32_t(0xffff0000));
+            }
+        multiply_rows<SinglePrecision, VECTORS, true>(
+            begin + 2 * unit, rows, int(inputs.stride / 4), Packed<float>{widened, 2 * depth}, 2 * depth, sums, COLUMNS
+        );
     }
+}
+
+// sums: [rows, COLUMNS], of the ``index``-th COLUMNS outputs of the weight.
+inline void multiply(const LinearCall& call, const PreparedRows& inputs, int64_t index, int first, int rows, float* sums) {
+    constexpr int FEW_ROWS = 4;  // for which it does not pay to widen weights in advance
+    if (call.bits) return multiply_quantized(inputs.rounded, first, rows, QuantizedColumns(call, index), sums);
+    if (call.type == FP32) {
+        const float* weight = static_cast<const float*>(call.weight) + index * call.in * COLUMNS;
+        return multiply_plain<SinglePrecision>(inputs, first, rows, weight, call.in, sums);
+    }
+    const int units = call.in / 2;
+    const uint32_t* weight = static_cast<const uint32_t*>(call.weight) + index * units * COLUMNS;
+    if (WIDENS && rows > FEW_ROWS) return multiply_widened(inputs, first, rows, weight, units, sums);
+    multiply_plain<Bf16Pairs>(inputs, first, rows, weight, units, sums);
+}
+
+inline void linear_unit(const LinearCall& call, const PreparedRows& inputs, int64_t group, int first, int rows) {
+    const bool gated = call.activation != NONE;
+    const int layers = gated ? 2 : 1;
+    const int columns = int(std::min<int64_t>(COLUMNS, call.out_features - group * COLUMNS));
+    const float* bias = call.bias ? call.bias + group * layers * COLUMNS : nullptr;
+    alignas(64) float sums[BATCH * COLUMNS], ups[BATCH * COLUMNS];
+    multiply(call, inputs, group * layers, first, rows, sums);
+    if (gated) multiply(call, inputs, group * layers + 1, first, rows, ups);
     for (int row = 0; row < rows; row++) {
         float* sum = sums + row * COLUMNS;
         for (int c = 0; c < COLUMNS; c += LANES) {
@@ -100,17 +134,18 @@ struct Memory {
     char* begin() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64); }
 };
 
-// The rows of calls with quantised weights, rounded. Calls that follow one another with the same inputs share theirs.
-class RoundedInputs {
+// The rows of calls as products take them: rounded, widened, or as they are. Calls that follow one another with the same
+// inputs share theirs.
+class PreparedInputs {
 public:
-    RoundedInputs(Team& team, const LinearCall* calls, int count) : calls_(calls), places_(thread_places) {
+    PreparedInputs(Team& team, const LinearCall* calls, int count) : calls_(calls), places_(thread_places) {
         places_.clear();
         int64_t bytes = 0, rows = 0;
         int widest = 0;
         for (int i = 0; i < count; i++) {
             places_.push_back(rows_of(i) > 0 || i == 0 ? bytes : places_.back());
             if (rows_of(i) == 0) continue;
-            bytes += RoundedRows::bytes(calls[i].rows, calls[i].in, calls[i].group);
+            bytes += bytes_of(calls[i]);
             rows += rows_of(i);
             widest = std::max(widest, calls[i].in);
         }
@@ -121,27 +156,45 @@ public:
                 int index = 0;
                 int64_t rest = row;
                 for (; rest >= rows_of(index); index++) rest -= rows_of(index);
-                of(index).round(calls[index], int(rest));
+                prepare(index, int(rest));
             }
         });
     }
 
-    RoundedRows of(int index) const {
+    PreparedRows of(int index) const {
         const LinearCall& call = calls_[index];
-        if (!call.bits) return {};
-        return RoundedRows::at(memory_ + places_[size_t(index)], call.rows, call.in, call.group);
+        char* memory = memory_ + places_[size_t(index)];
+        if (call.bits) return {RoundedRows::at(memory, call.rows, call.in, call.group), nullptr, 0};
+        if (widens(call)) return {{}, memory, int64_t(call.in) * 4};
+        return {{}, static_cast<const char*>(call.inputs), call.input_row * (call.type == FP32 ? 4 : 2)};
     }
 
 private:
-    // Those that are rounded for this call.
+    static bool widens(const LinearCall& call) { return WIDENS && !call.bits && call.type == BF16; }
+
+    static int64_t bytes_of(const LinearCall& call) {
+        if (call.bits) return RoundedRows::bytes(call.rows, call.in, call.group);
+        return (int64_t(call.rows) * call.in * 4 + 63) / 64 * 64;
+    }
+
+    void prepare(int index, int row) const {
+        const LinearCall& call = calls_[index];
+        if (call.bits) return of(index).rounded.round(call, row);
+        float* to = reinterpret_cast<float*>(memory_ + places_[size_t(index)]) + int64_t(row) * call.in;
+        const uint16_t* from = static_cast<const uint16_t*>(call.inputs) + row * call.input_row;
+        for (int i = 0; i < call.in; i++) to[i] = widened(from[i]);
+    }
+
+    // Those that are prepared for this call.
     int rows_of(int index) const {
         const LinearCall& call = calls_[index];
-        return call.bits && !(index > 0 && shares(call, calls_[index - 1])) ? call.rows : 0;
+        const bool prepared = call.bits || widens(call);
+        return prepared && !(index > 0 && shares(call, calls_[index - 1])) ? call.rows : 0;
     }
 
     static bool shares(const LinearCall& a, const LinearCall& b) {
-        return a.bits && b.bits && a.inputs == b.inputs && a.rows == b.rows && a.in == b.in && a.group == b.group &&
-               a.input_row == b.input_row && a.type == b.type;
+        return (a.bits > 0) == (b.bits > 0) && a.inputs == b.inputs && a.rows == b.rows && a.in == b.in &&
+               a.group == b.group && a.input_row == b.input_row && a.type == b.type;
     }
 
     // Of the leader, kept from call to call.
@@ -153,8 +206,8 @@ private:
     char* memory_ = nullptr;
 };
 
-thread_local std::vector<int64_t> RoundedInputs::thread_places;
-thread_local Memory RoundedInputs::thread_memory;
+thread_local std::vector<int64_t> PreparedInputs::thread_places;
+thread_local Memory PreparedInputs::thread_memory;
 
 constexpr int64_t WEIGHTS_PER_CHUNK = 1 << 14;
 
@@ -164,7 +217,7 @@ void linear_by_team(Team& team, const LinearCall* calls, int count) {
         total += units_of(calls[i]);
         widest = std::max<int64_t>(widest, calls[i].in * (calls[i].activation == NONE ? 1 : 2));
     }
-    const RoundedInputs rounded(team, calls, count);
+    const PreparedInputs inputs(team, calls, count);
     const int64_t grain = std::max<int64_t>(1, WEIGHTS_PER_CHUNK / (widest * COLUMNS));
     team.share(total, grain, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++) {
@@ -173,7 +226,7 @@ void linear_by_team(Team& team, const LinearCall* calls, int count) {
             for (; rest >= units_of(calls[index]); index++) rest -= units_of(calls[index]);
             const LinearCall& call = calls[index];
             const int batches = batches_of(call), first = int(rest % batches) * BATCH;
-            linear_unit(call, rounded.of(index), rest / batches, first, std::min(BATCH, call.rows - first));
+            linear_unit(call, inputs.of(index), rest / batches, first, std::min(BATCH, call.rows - first));
         }
     });
 }

@@ -38,6 +38,16 @@ inline Ints add_pair_products(Ints sum, Ints a, Ints b) {
 #endif
 }
 
+inline Ints splat(int32_t value) { return Ints{} + value; }
+
+// Keeps a compiler from loading it again for each of its uses, of which the processor can do fewer than products.
+inline Ints in_register(Ints vector) {
+#if defined(__AVX2__)
+    asm("" : "+x"(vector));
+#endif
+    return vector;
+}
+
 // LANES values of fp16.
 inline Floats half_values(const char* from) {
 #if defined(__AVX512F__)
@@ -60,36 +70,58 @@ inline Floats half_values(const char* from) {
 }
 
 inline int32_t total_of(Ints vector) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i all = (__m256i)vector;
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+#endif
     int32_t sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
     return sum;
 }
 
-// Rows of values in 16 bits. codes: [rows, in]. scales, and sums of a group's values: [rows, in / group].
+// Rows of a product whose sums over a group are held in registers at once: as many as leave room for weights, a value and
+// a product.
+#if defined(__AVX512F__)
+constexpr int QUANTIZED_ROWS = ROWS;
+#else
+constexpr int QUANTIZED_ROWS = 4;
+#endif
+
+// Rows of values in 16 bits. scales, and sums of a group's values: [rows, in / group]. codes: [rows / together, in / 2,
+// together, 2], so that rows which are multiplied together are read from one place.
 struct RoundedRows {
     int16_t* codes;
     float* scales;
     int32_t* sums;
-    int in, group;
+    int in, group, together;
 
     int groups() const { return in / group; }
 
-    static int64_t bytes(int64_t rows, int in, int group) { return round_up(rows * (in * 2 + in / group * 8)); }
+    // The pairs of a row, and with it those of the rows beside it, ``together`` apart from each other.
+    int32_t* pairs_of(int row) const {
+        return reinterpret_cast<int32_t*>(codes) + int64_t(row / together) * together * (in / 2) + row % together;
+    }
+
+    static int64_t bytes(int64_t rows, int in, int group) {
+        return round_up(rows_held(rows) * in * 2 + rows * (in / group * 8));
+    }
 
     static RoundedRows at(char* memory, int64_t rows, int in, int group) {
-        char* scales = memory + rows * in * 2;
+        char* scales = memory + rows_held(rows) * in * 2;
         char* sums = scales + rows * (in / group) * 4;
         return {
             reinterpret_cast<int16_t*>(memory), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums), in,
-            group
+            group, int(std::min<int64_t>(rows, QUANTIZED_ROWS))
         };
     }
 
     // A group with a value that is not finite gets a scale that is none either, and so does what is computed from it.
     void round(const LinearCall& call, int row) const {
         const int64_t begin = row * call.input_row;
-        int16_t* to = codes + int64_t(row) * in;
-        for (int g = 0; g < groups(); g++, to += group) {
+        int32_t* to = pairs_of(row);
+        for (int g = 0; g < groups(); g++) {
             Floats most = {}, poison = {};
             for (int i = 0; i < group; i += LANES) {
                 const Floats value = values_at(call.inputs, Type(call.type), begin + g * group + i);
@@ -104,7 +136,9 @@ struct RoundedRows {
                 const Floats nearest = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
                 const Ints code = (Ints)(value * inverse + nearest) - (Ints)nearest;
                 sum += code;
-                emberkv::store(to + i, __builtin_convertvector(code, HalfShorts));
+                int32_t pairs[LANES / 2];
+                emberkv::store(pairs, __builtin_convertvector(code, HalfShorts));
+                for (int pair = 0; pair < LANES / 2; pair++, to += together) *to = pairs[pair];
             }
             const int64_t at = int64_t(row) * groups() + g;
             scales[at] = largest_value * (1.0f / LARGEST_CODE) + total(poison);
@@ -114,6 +148,9 @@ struct RoundedRows {
 
 private:
     static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+    static int64_t rows_held(int64_t rows) {
+        return rows < QUANTIZED_ROWS ? rows : (rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS * QUANTIZED_ROWS;
+    }
 };
 
 // The pairs of inputs that a step's 4 bytes hold, in 16 bits; of 4 bits as code + 8.
@@ -122,6 +159,12 @@ inline Ints pair_of(Ints step, int pair) {
     if (BITS == 4) return (step >> (4 * pair)) & 0x000f000f;
     const Shorts bytes = (Shorts)step;
     return pair == 0 ? (Ints)(bytes << 8 >> 8) : (Ints)(bytes >> 8);
+}
+
+template <int BITS>
+inline Ints signed_pair_of(Ints step, int pair) {
+    if (BITS == 8) return pair_of<8>(step, pair);
+    return (Ints)((Shorts)pair_of<4>(step, pair) - int16_t(8));
 }
 
 struct QuantizedColumns {
@@ -143,24 +186,24 @@ struct QuantizedColumns {
 template <int BITS, int R>
 void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedColumns& columns, float* c) {
     constexpr int PAIRS = BITS == 4 ? 4 : 2;
-    const int steps = columns.group / (2 * PAIRS), stride = rows.in / 2;  // in pairs
-    const int32_t* values = reinterpret_cast<const int32_t*>(rows.codes) + int64_t(first) * stride;
+    const int steps = columns.group / (2 * PAIRS), together = rows.together;
+    const int32_t* values = rows.pairs_of(first);
     const int64_t of_first = int64_t(first) * columns.groups;
     const char* at = columns.begin + COLUMNS * 4;
     Floats totals[R][VECTORS] = {};
-    for (int g = 0; g < columns.groups; g++, at += columns.group_bytes(), values += columns.group / 2) {
+    for (int g = 0; g < columns.groups; g++, at += columns.group_bytes()) {
         Ints sums[R][VECTORS] = {};
         for (int step = 0; step < steps; step++) {
             const char* codes = at + step * COLUMNS * 4;
 #pragma GCC unroll 4
-            for (int pair = 0; pair < PAIRS; pair++) {
+            for (int pair = 0; pair < PAIRS; pair++, values += together) {
                 Ints weights[VECTORS];
 #pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; v++)
                     weights[v] = pair_of<BITS>(load<Ints>(codes + v * LANES * 4), pair);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
-                    const Ints value = Ints{} + values[r * stride + step * PAIRS + pair];
+                    const Ints value = splat(values[r]);
 #pragma GCC unroll 8
                     for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pair_products(sums[r][v], weights[v], value);
                 }
@@ -190,24 +233,129 @@ void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedC
             store(c + r * COLUMNS + v * LANES, totals[r][v] * load<Floats>(columns.begin + v * LANES * 4));
 }
 
-// Rows of a product held in registers at once: as many as leave room for weights, a value and a product.
-#if defined(__AVX512F__)
-constexpr int QUANTIZED_ROWS = ROWS;
-#else
-constexpr int QUANTIZED_ROWS = 4;
-#endif
+// Some groups of a weight's COLUMNS outputs, unpacked once for many rows: pairs of codes in 16 bits, and scales and offsets
+// in fp32. It is small enough to stay in a core's first cache.
+class UnpackedGroups {
+public:
+    // As many groups, from ``g`` on, as there is room for.
+    template <int BITS>
+    void unpack(const QuantizedColumns& columns, int g) {
+        constexpr int PAIRS = BITS == 4 ? 4 : 2;
+        const int steps = columns.group / (2 * PAIRS);
+        first_ = g;
+        count_ = std::min(columns.groups - g, DEPTH / columns.group);
+        pairs_ = columns.group / 2;
+        offsets_ = columns.offsets;
+        Ints* to = codes_;
+        for (int i = 0; i < count_; i++) {
+            const char* at = columns.begin + COLUMNS * 4 + (g + i) * columns.group_bytes();
+            const char* scales = at + columns.code_bytes();
+            for (int step = 0; step < steps; step++, at += COLUMNS * 4, to += PAIRS * VECTORS)
+                for (int v = 0; v < VECTORS; v++) {
+                    const Ints packed = load<Ints>(at + v * LANES * 4);
+                    for (int pair = 0; pair < PAIRS; pair++) to[pair * VECTORS + v] = signed_pair_of<BITS>(packed, pair);
+                }
+            for (int v = 0; v < VECTORS; v++) {
+                scale_of_[i * VECTORS + v] = half_values(scales + v * LANES * 2);
+                if (offsets_) offset_of_[i * VECTORS + v] = half_values(scales + (COLUMNS + v * LANES) * 2);
+            }
+        }
+    }
+
+    int end() const { return first_ + count_; }
+
+    // Has the cache load a share of the memory behind these groups, from ``begin`` to ``end`` of ``whole``.
+    void prefetch_next(const QuantizedColumns& columns, int begin, int end, int whole) const {
+        const int64_t bytes = count_ * columns.group_bytes();
+        const char* next = columns.begin + COLUMNS * 4 + (first_ + count_) * columns.group_bytes();
+        for (int64_t at = bytes * begin / whole / 64 * 64; at < bytes * end / whole; at += 64)
+            __builtin_prefetch(next + at, 0, 2);
+    }
+
+    // Adds these groups' products with ``count`` rows from ``first`` on, at most QUANTIZED_ROWS, to c[r][column].
+    void multiply(const RoundedRows& rows, int first, int count, float* c) const {
+        switch (count) {
+            case 6: return multiply_rows<6>(rows, first, c);
+            case 5: return multiply_rows<5>(rows, first, c);
+            case 4: return multiply_rows<4>(rows, first, c);
+            case 3: return multiply_rows<3>(rows, first, c);
+            case 2: return multiply_rows<2>(rows, first, c);
+            case 1: return multiply_rows<1>(rows, first, c);
+        }
+    }
+
+private:
+    static constexpr int DEPTH = 512;  // inputs, a multiple of any group
+
+    // A function of its own, because a compiler that has other values to keep as well runs out of registers.
+    template <int R>
+    __attribute__((noinline)) void multiply_rows(const RoundedRows& rows, int first, float* c) const {
+        const int together = rows.together;
+        const int32_t* values = rows.pairs_of(first) + int64_t(first_) * pairs_ * together;
+        const Ints* codes = codes_;
+        const int count = count_, pairs = pairs_, row_groups = rows.groups();
+        const int64_t at = int64_t(first) * row_groups + first_;
+        const float* scales = rows.scales + at;
+        const int32_t* value_sums = rows.sums + at;
+        for (int i = 0; i < count; i++) {
+            Ints sums[R][VECTORS] = {};
+            for (int pair = 0; pair < pairs; pair++, values += together, codes += VECTORS) {
+                Ints weights[VECTORS];
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; v++) weights[v] = in_register(codes[v]);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    const Ints value = splat(values[r]);
+#pragma GCC unroll 8
+                    for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pair_products(sums[r][v], weights[v], value);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const float scale = scales[r * row_groups + i];
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; v++) {
+                    float* to = c + r * COLUMNS + v * LANES;
+                    const Floats product = __builtin_convertvector(sums[r][v], Floats) * scale_of_[i * VECTORS + v];
+                    Floats total = multiply_add(product, splat(scale), load<Floats>(to));
+                    if (offsets_) {
+                        const Floats sum = splat(float(value_sums[r * row_groups + i]) * scale);
+                        total = multiply_add(offset_of_[i * VECTORS + v], sum, total);
+                    }
+                    store(to, total);
+                }
+            }
+        }
+    }
+
+    Ints codes_[DEPTH / 2 * VECTORS];
+    Floats scale_of_[DEPTH / 16 * VECTORS], offset_of_[DEPTH / 16 * VECTORS];
+    int first_, count_, pairs_;
+    bool offsets_;
+};
 
 template <int BITS>
 void multiply_quantized(const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, float* c) {
-    for (; count >= QUANTIZED_ROWS; count -= QUANTIZED_ROWS, first += QUANTIZED_ROWS, c += QUANTIZED_ROWS * COLUMNS)
-        multiply_few_quantized<BITS, QUANTIZED_ROWS>(rows, first, columns, c);
-    switch (count) {
-        case 5: return multiply_few_quantized<BITS, 5>(rows, first, columns, c);
-        case 4: return multiply_few_quantized<BITS, 4>(rows, first, columns, c);
-        case 3: return multiply_few_quantized<BITS, 3>(rows, first, columns, c);
-        case 2: return multiply_few_quantized<BITS, 2>(rows, first, columns, c);
+    switch (count) {  // for few rows it does not pay to unpack weights in advance
         case 1: return multiply_few_quantized<BITS, 1>(rows, first, columns, c);
+        case 2: return multiply_few_quantized<BITS, 2>(rows, first, columns, c);
+        case 3: return multiply_few_quantized<BITS, 3>(rows, first, columns, c);
+        case 4: return multiply_few_quantized<BITS, 4>(rows, first, columns, c);
     }
+    std::memset(c, 0, size_t(count) * COLUMNS * 4);
+    UnpackedGroups groups;
+    for (int g = 0; g < columns.groups; g = groups.end()) {
+        groups.unpack<BITS>(columns, g);
+        for (int r = 0; r < count; r += QUANTIZED_ROWS) {
+            groups.prefetch_next(columns, r, std::min(r + QUANTIZED_ROWS, count), count);
+            groups.multiply(rows, first + r, std::min(QUANTIZED_ROWS, count - r), c + r * COLUMNS);
+        }
+    }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            float* to = c + r * COLUMNS + v * LANES;
+            store(to, load<Floats>(to) * load<Floats>(columns.begin + v * LANES * 4));
+        }
 }
 
 inline void multiply_quantized(

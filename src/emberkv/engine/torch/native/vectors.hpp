@@ -30,6 +30,7 @@ constexpr float LOG2_E = 1.44269504088896340736f;
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Narrow __attribute__((vector_size(LANES * 2)));
 
 template <class Vector, class Value>
 inline Vector load(const Value* from) {
@@ -43,7 +44,16 @@ inline void store(Value* to, Vector vector) {
     std::memcpy(to, &vector, sizeof vector);
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// Not as Floats{} + value: that is an addition, which a compiler has to keep for the sake of a negative zero.
+inline Floats splat(float value) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(value);
+#else
+    return Floats{value, value, value, value};
+#endif
+}
 
 // a * b + c, rounded once where the processor can. A compiler that may join two operations does so in one place and not
 // in another, so it may not (-ffp-contract=off).
@@ -68,6 +78,11 @@ inline Floats larger(Floats a, Floats b) {
 inline float largest(Floats vector) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)vector);
+#elif defined(__AVX2__)
+    const __m256 all = (__m256)vector;
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float most = vector[0];
     for (int lane = 1; lane < LANES; lane++) most = std::max(most, vector[lane]);
@@ -78,6 +93,11 @@ inline float largest(Floats vector) {
 inline float total(Floats vector) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)vector);
+#elif defined(__AVX2__)
+    const __m256 all = (__m256)vector;
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += vector[lane];
@@ -133,9 +153,15 @@ inline uint16_t to_bf16(float value) {
 // LANES values in fp32.
 inline Floats values_at(const void* from, Type type, int64_t index) {
     if (type == FP32) return load<Floats>(static_cast<const float*>(from) + index);
-    typedef uint16_t Narrow __attribute__((vector_size(LANES * 2)));
     const Narrow bf16 = load<Narrow>(static_cast<const uint16_t*>(from) + index);
     return (Floats)(__builtin_convertvector(bf16, Ints) << 16);
+}
+
+// LANES values rounded to bf16, in the lower halves.
+inline Ints rounded_to_bf16(Floats values) {
+    typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+    const Bits bits = (Bits)values, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (Ints)(bits & 0x7fffffff) > 0x7f800000 ? Ints{} + 0x7fc0 : (Ints)nearest;
 }
 
 // Stores values in fp32 as ``type``.
@@ -147,6 +173,9 @@ inline void narrow(const float* from, Type type, int count, void* to) {
 #if defined(__AVX512BF16__)
         for (; i + LANES <= count; i += LANES)
             store(static_cast<uint16_t*>(to) + i, _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#else
+        for (; i + LANES <= count; i += LANES)
+            store(static_cast<uint16_t*>(to) + i, __builtin_convertvector(rounded_to_bf16(load<Floats>(from + i)), Narrow));
 #endif
         for (; i < count; i++) static_cast<uint16_t*>(to)[i] = to_bf16(from[i]);
     }
@@ -174,18 +203,19 @@ struct Bf16Pairs {
     static void put(Unit* to, Floats values) { store(to, _mm512_cvtneps_pbh((__m512)values)); }
 };
 #else
-// For processors without an instruction that multiplies bf16: both values of a unit are widened to fp32, which is
-// exact, and added one after the other.
+// For processors without an instruction that multiplies bf16: values are widened to fp32, which is exact, and both of a
+// unit are added one after the other. The first factor's are widened before.
 struct Bf16Pairs {
-    using Unit = uint32_t;
+    struct Unit {
+        float first, second;
+    };
     static constexpr int VALUES = 2;
-    static Floats add_product(Floats sum, Unit a, const Unit* b) {
-        const Ints left = Ints{} + int32_t(a), right = load<Ints>(b);
-        sum = multiply_add(first_of(left), first_of(right), sum);
-        return multiply_add(second_of(left), second_of(right), sum);
+    static Floats add_product(Floats sum, const Unit& a, const uint32_t* b) {
+        const Ints units = load<Ints>(b);
+        sum = multiply_add(splat(a.first), first_of(units), sum);
+        return multiply_add(splat(a.second), second_of(units), sum);
     }
 
-private:
     static Floats first_of(Ints units) { return (Floats)(units << 16); }
     static Floats second_of(Ints units) { return (Floats)(units & int32_t(0xffff0000)); }
 };
@@ -221,10 +251,17 @@ struct ByUnit {
     ByUnit from(int more) const { return {units, column + more}; }
 };
 
-// c[r][v] = sum over u of a[r][u] * b[u][v], for R rows and V vectors of columns.
-template <class Arithmetic, int R, int V, class Factor, class Unit = typename Arithmetic::Unit>
+// c[r][v] = sum over u of a[r][u] * b[u][v], for R rows and V vectors of columns. CONTINUED: is added to what c holds, unit
+// after unit, as if those before had been of the same sum.
+template <class Arithmetic, int R, int V, bool CONTINUED = false, class Factor, class Unit = typename Arithmetic::Unit>
 void multiply_few(const Unit* a, int a_stride, Factor b, int depth, float* c, int c_stride) {
     Floats sums[R][V] = {};
+    if (CONTINUED) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) sums[r][v] = load<Floats>(c + r * c_stride + v * LANES);
+    }
     for (int u = 0; u < depth; u++)
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
@@ -236,16 +273,16 @@ void multiply_few(const Unit* a, int a_stride, Factor b, int depth, float* c, in
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
-template <class Arithmetic, int V, class Factor, class Unit = typename Arithmetic::Unit>
+template <class Arithmetic, int V, bool CONTINUED = false, class Factor, class Unit = typename Arithmetic::Unit>
 void multiply_rows(const Unit* a, int rows, int a_stride, Factor b, int depth, float* c, int c_stride) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride)
-        multiply_few<Arithmetic, ROWS, V>(a, a_stride, b, depth, c, c_stride);
+        multiply_few<Arithmetic, ROWS, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
     switch (rows) {
-        case 5: return multiply_few<Arithmetic, 5, V>(a, a_stride, b, depth, c, c_stride);
-        case 4: return multiply_few<Arithmetic, 4, V>(a, a_stride, b, depth, c, c_stride);
-        case 3: return multiply_few<Arithmetic, 3, V>(a, a_stride, b, depth, c, c_stride);
-        case 2: return multiply_few<Arithmetic, 2, V>(a, a_stride, b, depth, c, c_stride);
-        case 1: return multiply_few<Arithmetic, 1, V>(a, a_stride, b, depth, c, c_stride);
+        case 5: return multiply_few<Arithmetic, 5, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
+        case 4: return multiply_few<Arithmetic, 4, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
+        case 3: return multiply_few<Arithmetic, 3, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
+        case 2: return multiply_few<Arithmetic, 2, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
+        case 1: return multiply_few<Arithmetic, 1, V, CONTINUED>(a, a_stride, b, depth, c, c_stride);
     }
 }
 
