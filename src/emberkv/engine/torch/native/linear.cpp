@@ -67,9 +67,15 @@ void multiply_widened(const PreparedRows& inputs, int first, int rows, const uin
                 store(widened + 2 * u * COLUMNS + c, pair << 16);
                 store(widened + (2 * u + 1) * COLUMNS + c, pair & int32_t(0xffff0000));
             }
-        multiply_rows<SinglePrecision, VECTORS, true>(
-            begin + 2 * unit, rows, int(inputs.stride / 4), Packed<float>{widened, 2 * depth}, 2 * depth, sums, COLUMNS
-        );
+        const int stride = int(inputs.stride / 4);
+        const Packed<float> factor{widened, 2 * depth};
+        for (int r = 0; r < rows; r += ROWS) {
+            const int some = std::min(ROWS, rows - r);
+            prefetch_share(weight + (unit + depth) * COLUMNS, depth * COLUMNS * 4, r, r + some, rows);
+            multiply_rows<SinglePrecision, VECTORS, true>(
+                begin + int64_t(r) * stride + 2 * unit, some, stride, factor, 2 * depth, sums + r * COLUMNS, COLUMNS
+            );
+        }
     }
 }
 

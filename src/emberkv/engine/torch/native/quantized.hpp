@@ -180,6 +180,7 @@ struct QuantizedColumns {
     int64_t code_bytes() const { return int64_t(COLUMNS) * group * bits / 8; }
     int64_t group_bytes() const { return code_bytes() + COLUMNS * 2 * (offsets ? 2 : 1); }
     int64_t bytes() const { return COLUMNS * 4 + groups * group_bytes(); }
+    const char* group_at(int g) const { return begin + COLUMNS * 4 + g * group_bytes(); }
 };
 
 // c[r][column] of R rows from ``first`` on.
@@ -189,7 +190,7 @@ void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedC
     const int steps = columns.group / (2 * PAIRS), together = rows.together;
     const int32_t* values = rows.pairs_of(first);
     const int64_t of_first = int64_t(first) * columns.groups;
-    const char* at = columns.begin + COLUMNS * 4;
+    const char* at = columns.group_at(0);
     Floats totals[R][VECTORS] = {};
     for (int g = 0; g < columns.groups; g++, at += columns.group_bytes()) {
         Ints sums[R][VECTORS] = {};
@@ -248,7 +249,7 @@ public:
         offsets_ = columns.offsets;
         Ints* to = codes_;
         for (int i = 0; i < count_; i++) {
-            const char* at = columns.begin + COLUMNS * 4 + (g + i) * columns.group_bytes();
+            const char* at = columns.group_at(g + i);
             const char* scales = at + columns.code_bytes();
             for (int step = 0; step < steps; step++, at += COLUMNS * 4, to += PAIRS * VECTORS)
                 for (int v = 0; v < VECTORS; v++) {
@@ -263,14 +264,6 @@ public:
     }
 
     int end() const { return first_ + count_; }
-
-    // Has the cache load a share of the memory behind these groups, from ``begin`` to ``end`` of ``whole``.
-    void prefetch_next(const QuantizedColumns& columns, int begin, int end, int whole) const {
-        const int64_t bytes = count_ * columns.group_bytes();
-        const char* next = columns.begin + COLUMNS * 4 + (first_ + count_) * columns.group_bytes();
-        for (int64_t at = bytes * begin / whole / 64 * 64; at < bytes * end / whole; at += 64)
-            __builtin_prefetch(next + at, 0, 2);
-    }
 
     // Adds these groups' products with ``count`` rows from ``first`` on, at most QUANTIZED_ROWS, to c[r][column].
     void multiply(const RoundedRows& rows, int first, int count, float* c) const {
@@ -346,9 +339,12 @@ void multiply_quantized(const RoundedRows& rows, int first, int count, const Qua
     UnpackedGroups groups;
     for (int g = 0; g < columns.groups; g = groups.end()) {
         groups.unpack<BITS>(columns, g);
+        const char* next = columns.group_at(groups.end());
+        const int64_t bytes = next - columns.group_at(g);
         for (int r = 0; r < count; r += QUANTIZED_ROWS) {
-            groups.prefetch_next(columns, r, std::min(r + QUANTIZED_ROWS, count), count);
-            groups.multiply(rows, first + r, std::min(QUANTIZED_ROWS, count - r), c + r * COLUMNS);
+            const int some = std::min(QUANTIZED_ROWS, count - r);
+            prefetch_share(next, bytes, r, r + some, count);
+            groups.multiply(rows, first + r, some, c + r * COLUMNS);
         }
     }
     for (int r = 0; r < count; r++)

@@ -132,6 +132,13 @@ inline void copy(void* to, const void* from, size_t bytes) {
     if (bytes) std::memcpy(target, source, bytes);
 }
 
+// Has the cache load a share of so many bytes, from ``begin`` to ``end`` of ``whole``, while others are computed with.
+inline void prefetch_share(const void* from, int64_t bytes, int begin, int end, int whole) {
+    const char* first = static_cast<const char*>(from);
+    for (int64_t at = bytes * begin / whole / 64 * 64; at < bytes * end / whole; at += 64)
+        __builtin_prefetch(first + at, 0, 2);
+}
+
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 enum Type : int32_t { FP32, BF16 };
