@@ -106,6 +106,21 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
     assert lines[16] == "Canonical rules changed the prompt: date (2)."
 
 
+def test_at_a_gateway_the_workers_are_compared(server: _Server) -> None:
+    estimate = {"waiting": 0.25, "computing": 1.5, "cost": 4.0, "loading": {"disk": 0.75}}
+    workers = [
+        {"worker": "a", "hit_tokens": 200, "estimate": {**estimate, "cached_tokens": {"pool": 160, "disk": 32}}},
+        {"worker": "b", "hit_tokens": None, "error": "no answer", "estimate": {**estimate, "cached_tokens": {}}},
+        {"worker": "c", "hit_tokens": 0, "estimate": None},
+    ]
+    server.answer = 200, {**ANSWER, "worker": "a", "why": "least_cost", "workers": workers}
+    lines = [line.split() for line in invoke(server, "--text", "Hi").stdout.splitlines()]
+    assert lines[-5][:2] == ["Worker", "a"]
+    assert lines[-3] == ["a", "200", "0.25", "s", "0.75", "s", "1.5", "s", "4", "s", "pool", "160,", "disk", "32"]
+    assert lines[-2] == ["b", "?", "0.25", "s", "0.75", "s", "1.5", "s", "4", "s", "no", "answer"]
+    assert lines[-1] == ["c", "0"]
+
+
 @pytest.mark.parametrize("how", ["removed", "cleared"])
 def test_what_the_operator_did_is_said_to_be_that(server: _Server, how: str) -> None:
     misses = [{"reason": how, "start": 200, "tokens": 200, "lost": {"tier": "pool", "how": how, "seconds_ago": 5}}]

@@ -20,8 +20,9 @@ class Cluster:
     one that was started last, where there are several.
     """
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
+        self._environment = environment
         self._model = model
         self._stack = ExitStack()
         self.secret_file = folder / "secret"
@@ -38,7 +39,8 @@ class Cluster:
         port = self.ports.setdefault(name, free_ports())
         options = ("--served-name", "tiny", "--no-warmup", "--cache-ram", "24MiB", "--drain-seconds", "30")
         internal = ("--worker-id", name, "--cluster-secret-file", str(self.secret_file))
-        server = self._stack.enter_context(serving(folder, str(self._model), *options, *internal, *more, port=port))
+        given = (str(self._model), *options, *internal, *more)
+        server = self._stack.enter_context(serving(folder, *given, port=port, environment=self._environment))
         self.workers[name] = server
         return server
 
@@ -54,7 +56,9 @@ class Cluster:
         folder.mkdir(exist_ok=True)
         secret = ("--cluster-secret-file", str(self.secret_file))
         port = self.ports.setdefault(called, free_ports())
-        self.gateway = self._stack.enter_context(serving(folder, *options, *secret, command="gateway", port=port))
+        self.gateway = self._stack.enter_context(
+            serving(folder, *options, *secret, command="gateway", port=port, environment=self._environment)
+        )
         return self.gateway
 
     def status(self, name: str) -> Mapping[str, Any]:
@@ -72,8 +76,9 @@ class Cluster:
 
 
 @contextmanager
-def cluster_in(folder: Path, model: Path) -> Iterator[Cluster]:
-    it = Cluster(folder, model)
+def cluster_in(folder: Path, model: Path, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """environment: variables of all processes."""
+    it = Cluster(folder, model, environment or {})
     try:
         yield it
     finally:

@@ -54,6 +54,21 @@ _MEANINGS = {
 }
 
 
+_WHY = {
+    "least_cost": "its first token is expected soonest, and its cost is the least",
+    "session": "it costs as little as any, and has the session",
+    "tie": "it costs as little as any, and is first by consistent hashing",
+    "only": "there is no other",
+    "sequence": "the request names it",
+    "random": "drawn at random",
+    "turn": "it is its turn",
+    "least_loaded": "it has least to do",
+    "hash": "by consistent hashing",
+    "hash_next": "by consistent hashing, as the first one is down or too busy",
+    "longest_prefix": "it has most of the prompt",
+}
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -85,8 +100,27 @@ class Elsewhere(_Part):
     model: str | None = None
 
 
+class Estimate(_Part):
+    """Seconds; see "Routing" in docs/cluster.md. cached_tokens: by tier, as the gateway knows it."""
+
+    waiting: float
+    computing: float
+    cost: float
+    loading: dict[str, float]
+    cached_tokens: dict[str, int]
+
+
+class Candidate(_Part):
+    """A worker that the prompt could go to. estimate: None where the routing policy makes none."""
+
+    worker: str
+    hit_tokens: int | None = None
+    error: str | None = None
+    estimate: Estimate | None = None
+
+
 class Answer(_Part):
-    """The server's answer; see ``emberkv.serving.cache.service``."""
+    """The server's answer; see ``emberkv.serving.cache.service``. worker, why, workers: of a gateway."""
 
     prompt_tokens: int
     hit_tokens: int
@@ -95,6 +129,9 @@ class Answer(_Part):
     divergence: Divergence | None = None
     canonical: dict[str, int] = {}
     elsewhere: list[Elsewhere] = []
+    worker: str | None = None
+    why: str | None = None
+    workers: list[Candidate] = []
 
 
 def view(answer: Answer, columns: int) -> RenderableType:
@@ -107,7 +144,40 @@ def view(answer: Answer, columns: int) -> RenderableType:
     if answer.canonical:
         changed = ", ".join(f"{name} ({count})" for name, count in answer.canonical.items())
         parts += [Text(), Text(f"Canonical rules changed the prompt: {changed}.")]
+    if answer.worker is not None:
+        parts += [Text(), *_route(answer)]
     return Group(*parts)
+
+
+def _route(answer: Answer) -> list[RenderableType]:
+    """Which worker of a gateway the prompt goes to, and what was expected of each."""
+    why = "" if answer.why is None else f" ({_WHY.get(answer.why, answer.why)})"
+    parts: list[RenderableType] = [Text(f"Worker {_on_one_line(answer.worker or '')}{why}")]
+    if answer.workers:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("worker", overflow="fold")
+        for name in ("cached", "waiting", "loading", "computing", "cost"):
+            table.add_column(name, justify="right")
+        table.add_column("known to the gateway", overflow="fold")
+        for each in answer.workers:
+            table.add_row(*_candidate(each), style="bold" if each.worker == answer.worker else "")
+        parts.append(table)
+    return parts
+
+
+def _candidate(each: Candidate) -> list[str]:
+    cached = "?" if each.hit_tokens is None else f"{each.hit_tokens:,}"
+    if each.estimate is None:
+        return [_on_one_line(each.worker), cached, "", "", "", "", _on_one_line(each.error or "")]
+    found = each.estimate
+    seconds = (found.waiting, sum(found.loading.values()), found.computing, found.cost)
+    known = ", ".join(f"{tier} {tokens:,}" for tier, tokens in found.cached_tokens.items())
+    return [
+        _on_one_line(each.worker),
+        cached,
+        *(f"{value:.3g} s" for value in seconds),
+        _on_one_line(each.error or known),
+    ]
 
 
 def _headline(answer: Answer) -> Text:
