@@ -57,13 +57,14 @@ class Driver:
         prefix_cache: bool = True,
         max_step_tokens: int = 256,
         kernels: Kernels | None = None,
+        block_size: int = BLOCK,
     ) -> None:
-        cache_bytes = num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, BLOCK)
-        self.root = root_hash(loaded.fingerprint, BLOCK)
+        cache_bytes = num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, block_size)
+        self.root = root_hash(loaded.fingerprint, block_size)
         self.executor = TorchEngine(
-            loaded, cache_bytes=cache_bytes, block_size=BLOCK, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
+            loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
         )
-        self.pool = BlockPool(num_blocks, BLOCK)
+        self.pool = BlockPool(num_blocks, block_size)
         alignment, batch_invariant = self.executor.alignment, self.executor.batch_invariant
         self.cache = PrefixCache(
             self.pool,
@@ -73,7 +74,7 @@ class Driver:
             exact=exact,
             enabled=prefix_cache,
         )
-        self.scheduler = Scheduler(self.cache, SchedulerConfig(CHUNK, max_step_tokens))
+        self.scheduler = Scheduler(self.cache, SchedulerConfig(self.executor.prefill_chunk, max_step_tokens))
         self.least_shared = 256 if kernels is None else kernels.span
         self.shared_decodes = 0
         self.mixed_steps = 0
@@ -84,7 +85,7 @@ class Driver:
         return self.pool.stats
 
     def chain(self, prompt: abc.Sequence[int], salt: bytes = b"") -> TokenChain:
-        return TokenChain(self.root, prompt, BLOCK, salt=salt)
+        return TokenChain(self.root, prompt, self.pool.block_size, salt=salt)
 
     def run(self, *prompts: abc.Sequence[int], new: int = 1, salt: bytes = b"") -> list[Run]:
         """Serve the prompts together until each has ``new`` tokens; nothing is left allocated."""

@@ -118,7 +118,7 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
     limit = f", of {found.stated_context:,} stated" if found.stated_context and found.stated_context > context else ""
     held = "" if found.held is None else f"; held in {found.held}"
     state = found.state_bytes_per_block
-    beside = f", with {format_size(state)} of other state in each block" if state else ""
+    beside = f", with {format_size(state)} of other state in each block of {found.block_size} tokens" if state else ""
     rounded = [f"{name} {format_size(size)}" for name, size in (found.quantised_bytes or {}).items()]
     int8 = found.int8_kv_bytes_per_token
     int8_kv = f" ({int8:,} with --kv-dtype int8)" if int8 else ""

@@ -60,8 +60,9 @@ class Scheduler:
             raise ConfigError(
                 f"max_running is {config.max_running}, max_step_tokens {config.max_step_tokens}; at least 1"
             )
-        if config.prefill_chunk < 1 or config.prefill_chunk % cache.alignment:
-            raise ConfigError(f"prefill_chunk is {config.prefill_chunk}; it must be a multiple of {cache.alignment}")
+        chunk, unit = config.prefill_chunk, cache.alignment
+        if chunk < 1 or (chunk % unit and not (cache.batch_invariant and unit % chunk == 0)):
+            raise ConfigError(f"prefill_chunk is {chunk}; it must be a multiple of {unit}")
         self._waiting = WaitingQueue(self._free_for, config.weights)
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -303,7 +304,8 @@ class Scheduler:
             if sequence.num_preemptions == 0:
                 sequence.cached_tokens += adopted
         start = sequence.num_computed
-        stop = start - start % self.cache.alignment + self.config.prefill_chunk
+        chunk = self.config.prefill_chunk
+        stop = start - start % min(self.cache.alignment, chunk) + chunk
         copy = sequence.held.copy if start % self.cache.pool.block_size else None
         return PrefillChunk(sequence, start, min(stop, len(sequence.chain)), copy)
 

@@ -92,7 +92,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment.
+    """prefill_chunk: most tokens of one prefill pass; a multiple of the cache's alignment, or a divisor of it where the
+    engine is batch-invariant.
     max_step_tokens: budget of one step, a decoding sequence costing one. max_running: admitted sequences.
     weights: the parts in which tenants share the engine while it is busy; 1 for a tenant that is not among them.
     separate_long_prompts: prompts that take more than one step do not hold up a tenant's shorter ones. Without it a

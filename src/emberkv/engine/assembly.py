@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 class EngineConfig:
     """cache_bytes: size of the KV pool. tiers: what lies below it. weights: of tenants (`SchedulerConfig`).
 
-    block_size: tokens of a KV block. prefill_chunk: tokens computed in a prefill pass, a multiple of it.
+    block_size: tokens of a KV block. grow_blocks: a model with a large state of fixed size gets larger ones.
+    prefill_chunk: tokens computed in a prefill pass, a multiple of block_size; of blocks that have grown, a part.
     max_step_tokens: token budget of a step that decodes and prefills. max_running: sequences at once. eviction: a name
     of `POLICY_NAMES`. exact: only KV state that is bit-equal to a cold prefill's is reused. prefix_cache: False
     computes every prompt anew. self_checks: a folder in which self-checks that were passed are remembered; None: each
@@ -47,6 +48,7 @@ class EngineConfig:
     tiers: TierConfig = field(default_factory=TierConfig)
     weights: Mapping[str, float] = field(default_factory=dict)
     self_checks: Path | None = None
+    grow_blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

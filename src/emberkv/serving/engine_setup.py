@@ -51,6 +51,7 @@ def engine_config(
         tiers=tiers,
         weights=weights or {},
         self_checks=config.machine_cache if config.self_check == "auto" else None,
+        grow_blocks="block_size" not in config.model_fields_set,
     )
 
 

@@ -1,6 +1,7 @@
 """Layers with a state of fixed size: short convolutions row by row, and hits by whole blocks."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,39 @@ def test_hits_have_the_logits_and_the_blocks_of_a_cold_run(
     assert preemptions > 0
     assert warm.stats.hit_tokens > 0
     assert warm.stats.evicted_blocks > 0
+
+
+@pytest.mark.parametrize("arch", ["granitemoehybrid", "qwen3_next"])
+def test_blocks_may_be_larger_than_prefill_chunks(driver: DriverFactory, paged: ModelFactory, arch: str) -> None:
+    """A prompt is computed in chunks of 64 tokens all the same where the engine is batch-invariant."""
+    size = 2 * CHUNK
+    warm = driver(paged(arch), num_blocks=16, block_size=size)
+    cold = driver(paged(arch), num_blocks=16, block_size=size, prefix_cache=False)
+    native = warm.executor.kernels is not None
+    assert warm.executor.prefill_chunk == (CHUNK if native else size)
+    assert warm.cache.hit_unit == size
+    stem = text(random.Random(arch), 2 * size + 20)
+    warm.run_one(stem)
+    prompts = [[*stem[: size + 70], 3, 5], [*stem[:size], 7], [*stem, 4]]
+    for run, prompt, cached in zip(warm.run(*prompts, new=3), prompts, (size, size, 2 * size), strict=True):
+        alone = cold.run_one(prompt, new=3)
+        assert run.cached == cached
+        assert torch.equal(run.logits[0], alone.logits[0])
+        if native:
+            assert all(map(torch.equal, run.logits, alone.logits))
+
+
+def test_blocks_are_so_large_that_state_takes_no_more_of_them_than_keys_and_values() -> None:
+    convolved = inspect_geometry(AutoConfig.for_model("lfm2", **ALSO_SUPPORTED["lfm2"]))
+    assert convolved.default_block_size(torch.float32) == 16
+    geometry = inspect_geometry(AutoConfig.for_model("bamba", **ALSO_SUPPORTED["bamba"]))
+    state = 2 * (4 * 24 * 32 * 4 + 3 * (128 + 2 * 2 * 24) * 2)
+    assert geometry.state_bytes(torch.bfloat16) == state
+    per_token = 2 * 2 * 16 * 2
+    assert geometry.default_block_size(torch.bfloat16) == 256
+    assert 128 * per_token < state < 256 * per_token
+    larger = replace(geometry, states=20 * geometry.states)
+    assert larger.default_block_size(torch.bfloat16) == 1024
 
 
 def test_a_block_s_bytes_are_those_of_its_keys_values_and_state() -> None:

@@ -4,7 +4,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -52,8 +52,12 @@ def assemble(
     public_prefixes, on_crash: see `assemble_around`, which raises what this raises, beside
     UnsupportedModelError when the paged attention does not reproduce the model's own.
     """
+    if config.grow_blocks:
+        grown = max(config.block_size, loaded.geometry.default_block_size(loaded.dtypes.kv))
+        config = replace(config, block_size=grown)
     block_cost = recompute_cost(loaded, config.block_size)  # before packing takes weights out of the parameters
     executor = checked_executor(loaded, config, kernels=kernels, sampler=sampler, progress=progress)
+    config = replace(config, prefill_chunk=executor.prefill_chunk)
     root = root_hash(loaded.fingerprint, config.block_size)
     return assemble_around(
         executor,
@@ -234,8 +238,9 @@ class CacheSizes:
         self.check(loaded.device)
         if self.pool is not None:
             return self.pool
-        blocks = DEFAULT_CONTEXTS * loaded.context_length // DEFAULT_BLOCK_SIZE
-        useful = max(1, blocks) * loaded.geometry.block_bytes(loaded.dtypes.kv, DEFAULT_BLOCK_SIZE)
+        size = loaded.geometry.default_block_size(loaded.dtypes.kv)
+        blocks = DEFAULT_CONTEXTS * loaded.context_length // size
+        useful = max(1, blocks) * loaded.geometry.block_bytes(loaded.dtypes.kv, size)
         return min(free_memory(loaded.device) // 4, useful)
 
 

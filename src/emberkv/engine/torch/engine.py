@@ -90,10 +90,11 @@ class _Work:
 class TorchEngine:
     """A loaded model over a paged KV pool: the `Executor` of PyTorch. Not thread-safe: one loop drives it.
 
-    cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass. kernels: compute attention and
-    most layers on CPU; None leaves them to torch. tile: tokens whose attention torch computes together, a divisor of
-    prefill_chunk; the kernels need none. sampler: chooses the tokens. progress: called with a short line at the start
-    of each stage. known: what a self-check of the same engine has found before; without it the engine makes one.
+    cache_bytes: size of the KV pool. prefill_chunk: most tokens of one prefill pass; unless the engine is
+    batch-invariant, it is raised to whole blocks. kernels: compute attention and most layers on CPU; None leaves them
+    to torch. tile: tokens whose attention torch computes together, a divisor of prefill_chunk; the kernels need none.
+    sampler: chooses the tokens. progress: called with a short line at the start of each stage. known: what a self-check
+    of the same engine has found before; without it the engine makes one.
 
     Prefill is *tile-invariant*: tokens ``[k * alignment, (k + 1) * alignment)`` get the same KV state, to the last bit,
     in whatever chunk they are computed; a hit's full blocks end at a multiple of ``alignment``. It is a block with the
@@ -153,8 +154,7 @@ class TorchEngine:
             release_checkpoint(self._model)
         self._asks_cache = PassedPositions.wanted_by(self._model)
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
-        wanted = block_size if self.kernels is not None else tile
-        self.alignment = wanted if prefill_chunk % wanted == 0 and wanted % block_size == 0 else prefill_chunk
+        self.alignment = self._wanted_alignment(tile)
         self._attention = self._make_attention()
         self.decoder: NativeDecoder | None = None
         self.decoder = self._find_decoder(known)
@@ -162,13 +162,24 @@ class TorchEngine:
             progress("self-check 2 of 4: prefill whole and in pieces")
         self.one_pass = is_tile_invariant(self) if known is None else known.one_pass
         if not self.one_pass:
-            self.alignment = prefill_chunk
+            self.alignment = self.prefill_chunk = max(self.prefill_chunk, block_size)
             self._attention = self._make_attention()
         if known is not None:
             self.batch_invariant = known.batch_invariant
         else:
             progress("self-check 3 of 4: decode against prefill")
             self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
+        if not self.batch_invariant:
+            self.prefill_chunk = max(self.prefill_chunk, self.alignment)
+
+    def _wanted_alignment(self, tile: int) -> int:
+        """The unit to try. A chunk that is neither whole blocks nor, with the kernels, a part of one, becomes so."""
+        block, native = self.pool.block_size, self.kernels is not None
+        if self.prefill_chunk % block and not (native and block % self.prefill_chunk == 0):
+            self.prefill_chunk = -(-self.prefill_chunk // block) * block
+        if native:
+            return block
+        return tile if self.prefill_chunk % tile == 0 and tile % block == 0 else self.prefill_chunk
 
     @property
     def _base(self) -> torch.nn.Module:

@@ -42,7 +42,7 @@ def check_key(
     tokens = tokens_of_pool(loaded.geometry, loaded.dtypes.kv, cache_bytes, block_size)
     others = [
         prefill_chunk,
-        min(tokens, tokens_that_count(prefill_chunk)),
+        min(tokens, tokens_that_count(prefill_chunk, block_size)),
         loaded.context_length,
         machine or platform.node(),
     ]

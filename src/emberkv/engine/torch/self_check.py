@@ -39,9 +39,9 @@ class Findings:
     decoder: bool
 
 
-def tokens_that_count(prefill_chunk: int) -> int:
+def tokens_that_count(prefill_chunk: int, block_size: int) -> int:
     """So many tokens of a KV pool are enough for all trials; with fewer of them, some are not made."""
-    return max(_PLAIN_TOKENS, 8 * prefill_chunk)
+    return max(_PLAIN_TOKENS, 8 * prefill_chunk, 4 * block_size)
 
 
 class PagedForward(Protocol):
@@ -69,15 +69,22 @@ def is_tile_invariant(engine: PagedForward) -> bool:
     if whole_chunks or quantized_weights(model) or not rows_are_independent(model):
         return False
     # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
-    cuts = {engine.prefill_chunk, engine.alignment}
-    tails = (1, engine.alignment // 2 + 1)
+    unit = _unit(engine)
+    cuts = {engine.prefill_chunk, unit}
+    tails = (1, unit // 2 + 1)
     return all(_same_in_pieces(engine, engine.prefill_chunk + tail, cuts) for tail in tails)
 
 
 def is_batch_invariant(engine: PagedForward) -> bool:
     """Whether decode steps, and chunks that begin within a block, give tokens the same bits as whole prefills do."""
-    within = {engine.alignment // 2 + 1, engine.alignment + 1}
-    return _decodes_as_it_prefills(engine) and _same_in_pieces(engine, engine.alignment + 3, within)
+    unit = _unit(engine)
+    within = {unit // 2 + 1, unit + 1}
+    return _decodes_as_it_prefills(engine) and _same_in_pieces(engine, unit + 3, within)
+
+
+def _unit(engine: PagedForward) -> int:
+    """Tokens that are to get the same bits in whatever chunks. A chunk may be less than a block (`TorchEngine`)."""
+    return min(engine.alignment, engine.prefill_chunk)
 
 
 @torch.inference_mode()
@@ -101,7 +108,7 @@ def _same_in_pieces(engine: PagedForward, length: int, cuts: Iterable[int]) -> b
 @torch.inference_mode()
 def _decodes_as_it_prefills(engine: PagedForward) -> bool:
     """Whether decode steps give a text's last tokens the KV state and the logits that prefill gives them."""
-    length = engine.alignment + _DECODED_TOKENS
+    length = _unit(engine) + _DECODED_TOKENS
     blocks = _blocks_for_two(engine, length)
     if blocks is None:
         return False
@@ -203,7 +210,8 @@ def check_against_plain_forward(engine: PagedForward, expected: Tensor) -> None:
     length = expected.shape[0]
     tokens = _made_up_tokens(engine.loaded, length)
     block_ids = list(range(-(-length // engine.pool.block_size)))
-    cut = max(engine.alignment, length // 2 // engine.alignment * engine.alignment)
+    unit = engine.alignment if engine.kernels is None else min(_unit(engine), _PLAIN_TOKENS // 3)
+    cut = max(unit, length // 2 // unit * unit)
     if length < cut + 2:
         paged, at = [engine.prefill(tokens, 0, block_ids, sample=True)], [length - 1]
     else:

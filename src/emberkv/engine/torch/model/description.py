@@ -34,10 +34,10 @@ class ModelDescription:
 
     parameters: how many. computed_as: the type of activations and KV, and of weights that are not quantised; held: what
     becomes of quantised ones. weight_bytes: in memory, as a server's layers hold them on ``device``.
-    kv_bytes_per_token: over all layers, with a token's share of its block's other state, which is state_bytes_per_block
-    for `DEFAULT_BLOCK_SIZE` tokens. int8_kv_bytes_per_token: with ``--kv-dtype int8``; None where that is refused.
-    context: the most tokens of a prompt and its answer; stated_context: what the config states. reuse: which tokens a
-    hit can reuse, how exactly.
+    kv_bytes_per_token: over all layers, with a token's share of its block's other state, which is
+    state_bytes_per_block. block_size: tokens of a block, unless ``--block-size`` says it. int8_kv_bytes_per_token: with
+    ``--kv-dtype int8``; None where that is refused. context: the most tokens of a prompt and its answer;
+    stated_context: what the config states. reuse: which tokens a hit can reuse, how exactly.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ModelDescription:
     kv_bytes_per_token: int | None = None
     int8_kv_bytes_per_token: int | None = None
     state_bytes_per_block: int = 0
+    block_size: int = DEFAULT_BLOCK_SIZE
     context: int | None = None
     stated_context: int | None = None
     reuse: str | None = None
@@ -85,7 +86,8 @@ def describe_model(
         return ModelDescription(name_or_path, _stated_architecture(path), "unknown", str(target), free, str(error))
     chosen = choose_dtype(dtype, source.stored_dtype(), target)
     geometry = shape.geometry
-    block_bytes = geometry.block_bytes(chosen, DEFAULT_BLOCK_SIZE)
+    block_size = geometry.default_block_size(chosen)
+    block_bytes = geometry.block_bytes(chosen, block_size)
     return ModelDescription(
         name_or_path,
         source.config.model_type,
@@ -99,11 +101,12 @@ def describe_model(
         held=source.held,
         weight_bytes=source.num_bytes(shape, chosen, packed=target.type == "cpu"),
         quantised_bytes=_quantised(source, shape, chosen),
-        kv_bytes_per_token=-(-block_bytes // DEFAULT_BLOCK_SIZE),
+        kv_bytes_per_token=-(-block_bytes // block_size),
         int8_kv_bytes_per_token=(
             None if geometry.head_dim % 2 or geometry.states else geometry.bytes_per_token(torch.int8)
         ),
-        state_bytes_per_block=block_bytes - geometry.bytes_per_token(chosen) * DEFAULT_BLOCK_SIZE,
+        state_bytes_per_block=block_bytes - geometry.bytes_per_token(chosen) * block_size,
+        block_size=block_size,
         context=geometry.context_length,
         stated_context=geometry.stated_context,
         reuse=_reuse(chosen, target, "at whole blocks" if geometry.states else "at any token"),
