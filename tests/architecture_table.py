@@ -38,8 +38,8 @@ def _features(shape: ModelShape) -> list[str]:
         "sinks": any(layer.sinks for layer in layers),
         "latent KV (MLA)": any("kv_b_proj" in name for name in shape.shapes),
         "short convolutions": any(not state.heads for state in shape.geometry.states),
-        "Mamba-2": any("mamba" in name or name.endswith("mixer.A_log") for name in shape.shapes),
-        "gated delta nets": any("linear_attn" in name for name in shape.shapes),
+        "Mamba-2": any(name.endswith(".D") for name in shape.shapes),
+        "gated delta nets": any(name.endswith("linear_attn.A_log") for name in shape.shapes),
         "experts": any(len(each) == 3 and each[1] > 1 for each in shape.shapes.values()),
     }
     return [name for name, there in known.items() if there]

@@ -161,6 +161,61 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
     },
     "qwen3_next": {**_WIDE, **_SOME_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "nemotron_h-experts": {
+        **_WIDE,
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],
+        "num_hidden_layers": 3,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 24,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "nemotron_h": {
+        **_WIDE,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 24,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "mlp_hidden_act": "relu2",
+    },
+    "falcon_h1": {
+        **_WIDE,
+        **_MAMBA,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_ssm": 128,
+        "mamba_rms_norm": False,
+        "key_multiplier": 0.5,
+    },
+    "qwen3_5_text": {**_WIDE, **_DELTA},
+    "qwen3_5_moe_text": {**_WIDE, **_SOME_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
+    "olmo_hybrid": {**_WIDE, **_DELTA, "linear_allow_neg_eigval": True},
+    "lfm2_moe": {
+        **_WIDE,
+        **_SOME_EXPERTS,
+        "num_hidden_layers": 4,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "granitemoehybrid-experts": {
+        **_WIDE,
+        **_MAMBA,
+        **_SOME_EXPERTS,
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 8,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "llama4_text": {
         **_WIDE,
         **_SOME_EXPERTS,
@@ -211,10 +266,15 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 `tests/engine/torch/test_architectures.py` tests each.
 """
 
-BY_BLOCKS = frozenset({"bamba", "granitemoehybrid", "lfm2", "qwen3_next"})
+BY_BLOCKS = frozenset(
+    {
+        "bamba", "falcon_h1", "granitemoehybrid", "granitemoehybrid-experts", "lfm2", "lfm2_moe", "nemotron_h",
+        "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    }
+)  # fmt: skip
 """Those of both of which a hit ends at a whole block: they keep state beside keys and values."""
 
-BY_CHUNKS = frozenset[str]()
+BY_CHUNKS = frozenset({"nemotron_h-experts"})
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
 
 MULTIMODAL = ("gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")

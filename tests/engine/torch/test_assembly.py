@@ -4,11 +4,14 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
+from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine, EngineConfig
 from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams
 from emberkv.engine.torch.assembly import assemble, recompute_cost
+from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, PromptTooLongError
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import Inbox
@@ -72,6 +75,29 @@ def test_settings_reach_their_places(paged: ModelFactory) -> None:
     assert (engine.scheduler.cache.exact, engine.scheduler.cache.enabled) == (True, False)
     assert engine.scheduler.cache.alignment == engine.executor.alignment
     assert engine.loop.context_length == min(CONTEXT, pool.num_blocks * 16)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("llama", 16), ("bamba", 256)])
+def test_blocks_grow_with_the_state_beside_keys_and_values(
+    paged: ModelFactory, kernels: Kernels, arch: str, size: int
+) -> None:
+    """A prefill chunk stays a part of one, and what is computed twice is hit by whole blocks."""
+    loaded = paged(arch, "bfloat16")
+    cache_bytes = 2048 // size * loaded.geometry.block_bytes(torch.bfloat16, size)
+    engine = assemble(loaded, replace(CONFIG, grow_blocks=True, cache_bytes=cache_bytes), kernels=kernels)
+    assert engine.block_size == engine.executor.pool.block_size == size
+    assert engine.root == root_hash(loaded.fingerprint, size)
+    assert engine.scheduler.config.prefill_chunk == CONFIG.prefill_chunk
+    prompt = text(random.Random(0), 600)
+    engine.loop.start()
+    first = ask(engine, prompt)
+    assert first.reason is FinishReason.LENGTH
+    second = ask(engine, prompt)
+    assert second.reason is FinishReason.LENGTH
+    engine.loop.stop()
+    assert second.tokens == first.tokens
+    hit = 512 if arch == "bamba" else 599
+    assert engine.loop.stats().prefix_hit_tokens == hit
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ from emberkv.engine.torch.attention.paged_attention import (
     attention_step,
 )
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
-from emberkv.engine.torch.layers import PackedLinear, pack_linears, release_checkpoint, wrap_activations, wrap_rotations
+from emberkv.engine.torch.layers import (
+    BatchInvariantSigmoid,
+    PackedLinear,
+    pack_linears,
+    release_checkpoint,
+    wrap_activations,
+    wrap_rotations,
+)
 from emberkv.engine.torch.model.attention_interface import use_interface
 from emberkv.engine.torch.model.latent import use_latents
 from emberkv.engine.torch.model.loader import LoadedModel
@@ -153,6 +160,7 @@ class TorchEngine:
             wrap_rotations(self._model)
             release_checkpoint(self._model)
         self._asks_cache = PassedPositions.wanted_by(self._model)
+        self._functions = BatchInvariantSigmoid() if BatchInvariantSigmoid.wanted_by(self._model) else nullcontext()
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
         self.alignment = self._wanted_alignment(tile)
         self._attention = self._make_attention()
@@ -272,7 +280,7 @@ class TorchEngine:
         }
         if self._asks_cache:
             arguments["past_key_values"] = PassedPositions(position_ids)
-        with attention_step(step), self._states(works):
+        with attention_step(step), self._states(works), self._functions:
             if not keep:
                 # Without logits to keep, the output layer is left out: for a large vocabulary it is costly.
                 self._base(**arguments)

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
@@ -212,6 +213,29 @@ def wrap_activations(model: nn.Module) -> int:
                 setattr(parent, name, BatchInvariantActivation(child))
                 wrapped += 1
     return wrapped
+
+
+class BatchInvariantSigmoid(TorchFunctionMode):
+    """Within this context, `torch.sigmoid`, which some attention calls, is a `BatchInvariantActivation`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sigmoid = BatchInvariantActivation(nn.Sigmoid())
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._sigmoid(*args) if func is torch.sigmoid else func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def wanted_by(model: nn.Module) -> bool:
+        """Whether attention multiplies its output by a gate that comes with the queries (Qwen3-Next, Qwen3.5)."""
+        return any(_has_gate(module) for module in model.modules())
+
+
+def _has_gate(module: nn.Module) -> bool:
+    queries, out = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
+    return bool(getattr(queries, "out_features", 0) == 2 * getattr(out, "in_features", -1))
 
 
 class ComplexRotation(Tensor):

@@ -113,14 +113,16 @@ class NativeRouter(nn.Module):
         self._multiple = VECTOR // gcd(VECTOR, experts)
         self._most = max(self._multiple, ALONE // experts // self._multiple * self._multiple)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """expert_bias: of LFM2's mixtures, whose layers give it to the router."""
         rows = hidden_states.reshape(-1, self.size)
+        others = () if expert_bias is None else (expert_bias,)
         count = rows.shape[0]
         missing = -count % self._multiple
         if not missing and count <= self._most:
-            whole: tuple[Tensor, ...] = self.router(rows)
+            whole: tuple[Tensor, ...] = self.router(rows, *others)
             return whole
-        parts = [self.router(part) for part in torch.split(pad(rows, (0, 0, 0, missing)), self._most)]
+        parts = [self.router(part, *others) for part in torch.split(pad(rows, (0, 0, 0, missing)), self._most)]
         return tuple(torch.cat(each)[:count] for each in zip(*parts, strict=True))
 
 
@@ -328,18 +330,22 @@ def _router(module: Any, kernels: Kernels) -> NativeRouter | None:
     kind = type(module)
     if not (kind.__name__.endswith(("Router", "Gate")) and kind not in (nn.Linear, Conv1D)):
         return None
-    if len(inspect.signature(module.forward).parameters) != 1:  # LFM2-MoE's takes a bias, too
+    others = list(inspect.signature(module.forward).parameters)[1:]
+    if others not in ([], ["expert_bias"]):
         return None
     if weight is None or weight.ndim != 2 or not takes(weight):
         return None
     native = NativeRouter(kernels, module, weight, bias)
-    return native if _same_router(native, module, weight) else None
+    given = [torch.linspace(-0.5, 0.5, weight.shape[0])] if others else []
+    return native if _same_router(native, module, weight, given) else None
 
 
-def _same_router(ours: NativeRouter, theirs: nn.Module, weight: Tensor) -> bool:
-    """Whether both give random rows the same experts with about the same weights, where the choice is clear."""
+def _same_router(ours: NativeRouter, theirs: nn.Module, weight: Tensor, given: list[Tensor]) -> bool:
+    """Whether both give random rows, and what is ``given`` beside them, the same experts with about the same weights,
+    where the choice is clear.
+    """
     rows = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    expected, got = theirs(rows), ours(rows)
+    expected, got = theirs(rows, *given), ours(rows, *given)
     if not isinstance(expected, tuple) or [each.shape for each in got] != [each.shape for each in expected]:
         return False
     same = [_same_rows(*each) for each in zip(got, expected, strict=True)]
