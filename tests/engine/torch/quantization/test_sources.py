@@ -9,13 +9,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from emberkv.engine.torch.quantization.awq import AWQ
-from emberkv.engine.torch.quantization.compressed_tensors import CompressedTensors
-from emberkv.engine.torch.quantization.fp8 import FP8
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
-from emberkv.engine.torch.quantization.gptq import GPTQ
-from emberkv.engine.torch.quantization.mlx import MLX
-from emberkv.engine.torch.quantization.mxfp4 import read_mxfp4
+from emberkv.engine.torch.quantization.methods import AWQ, FP8, GPTQ, MLX, CompressedTensors, read_mxfp4
 from emberkv.engine.torch.quantization.stored import Method, StoredWeight
 from emberkv.engine.torch.quantization.weight import QuantizedWeight
 from emberkv.errors import CorruptModelError, UnsupportedModelError
