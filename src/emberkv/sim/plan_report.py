@@ -6,8 +6,8 @@ from datetime import datetime
 from emberkv.sim import page
 from emberkv.sim.formatting import format_count, format_rate, format_seconds, format_share, format_size, format_tier
 from emberkv.sim.hardware import GIB
+from emberkv.sim.page import Axis, Line, line_plot, named_bars
 from emberkv.sim.plan import Plan, SetUpPoint, format_price, get_this, recommendation
-from emberkv.sim.plots import Axis, Line, line_plot, named_bars
 
 
 def render_plan(plan: Plan, name: str, *, made: datetime | None = None) -> str:

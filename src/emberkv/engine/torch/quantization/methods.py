@@ -229,7 +229,9 @@ _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantiz
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensors(LinearLayers):
-    """llm-compressor: integers packed along the input or one a byte, ``scale * (code - zero)`` with signed codes; or FP8 values times a scale.
+    """llm-compressor: integers packed along the input or one a byte, with signed codes, or FP8.
+
+    A value is ``scale * (code - zero)``, or the FP8 value times a scale.
 
     packed: weight_packed int32 ``[out, in * bits / 32]`` of codes above their least, zero points packed along the
     output; otherwise ``weight`` has them one by one. weight_scale ``[out, in / group]``, ``[out, 1]`` or ``[1]``. A
