@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from emberkv.cli.launch import Client, Invocation, LaunchError, Target, find_target, invocation
 from emberkv.cli.main import app
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import EMBERKV, clean_environment, serving
+from tests.e2e.process import EMBERKV, START_DEADLINE, clean_environment, serving
 from tests.waiting import DEADLINE
 
 TARGET = Target("http://127.0.0.1:8080", 'org/it\'s "big"', 40_960, "se cret")
@@ -55,7 +55,7 @@ def test_a_client_is_started_with_its_variables_arguments_and_exit_code(url: str
     ended = subprocess.run(
         [*EMBERKV, "launch", "claude", "--url", url, "--", "-p", "say 'hi'"],
         env=environment,
-        timeout=DEADLINE,
+        timeout=START_DEADLINE,
         check=False,
     )
     arguments, variables = json.loads(record.read_text())

@@ -24,6 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.machine import MACHINE_CACHE
 from tests.waiting import DEADLINE
 
+START_DEADLINE = 2 * DEADLINE
+"""Seconds for a process that may have to import torch and to load a model first."""
 METRICS_KEY = "metrics-key"
 EMBERKV = [sys.executable, "-m", "emberkv.cli.main"]
 COMMAND = [*EMBERKV, "serve"]
@@ -170,7 +172,7 @@ def serving(
 
 
 def _ready_url(process: Process, log: Path) -> str:
-    end = time.monotonic() + 2 * DEADLINE  # it may have to import torch first, and to load a model
+    end = time.monotonic() + START_DEADLINE
     while not (found := re.search(r'listening(?:\s+|": ")(http://[^\s"]+)', log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, f"the server is not ready in time: {log.read_text()}"

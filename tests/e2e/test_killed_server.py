@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import Server, serving
+from tests.e2e.process import START_DEADLINE, Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask, users
 from tests.tiers.disks import files_of
 from tests.waiting import DEADLINE, eventually
@@ -90,7 +90,7 @@ def check_server(server: Server, cache: Path, expected: Sequence[Choice]) -> boo
 def check_folder(cache: Path) -> None:
     """Each block in it is sound, and all that lies there is within the quota."""
     command = [sys.executable, "-m", "emberkv.cli.main", "cache", "verify", str(cache)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=START_DEADLINE)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert sum(path.stat().st_size for path in [*files_of(cache), *temporary_files(cache)]) <= QUOTA
 

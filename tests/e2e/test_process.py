@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
-from tests.e2e.process import COMMAND, clean_environment, serving
+from tests.e2e.process import COMMAND, START_DEADLINE, clean_environment, serving
 from tests.models import VOCAB_SIZE
 from tests.waiting import DEADLINE, eventually
 
@@ -61,7 +61,7 @@ def test_settings(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
 
         second = subprocess.run(
             [*COMMAND, "--port", str(httpx.URL(server.url).port)],
-            env=clean_environment(), capture_output=True, text=True, check=False, timeout=DEADLINE,
+            env=clean_environment(), capture_output=True, text=True, check=False, timeout=START_DEADLINE,
         )  # fmt: skip
         assert second.returncode == 2
         assert f"error: {httpx.URL(server.url).netloc.decode()} is already in use" in second.stderr
