@@ -18,9 +18,9 @@ from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.random_qwen2 import END, vocabulary
 from transformers import Qwen2Tokenizer
 
+from emberkv.engine.constraints import ConstraintCompiler, advance
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import Constraint, SamplingParams
-from emberkv.engine.token_masks import ConstraintCompiler, advance
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.torch.sampling import Sampler
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from emberkv.core.explaining.ledger import Ledger
 from emberkv.core.hashing import root_hash
 from emberkv.engine.assembly import EngineConfig, assemble_around
+from emberkv.engine.constraints import ConstraintCompiler
 from emberkv.engine.request import ModelLimits
-from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.engine.torch.model.loader import load_tokenizer
 from emberkv.serving.app import ServingSettings
 from emberkv.serving.cache.ledger_store import LedgerStore

@@ -15,8 +15,8 @@ import pytest
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
+from emberkv.engine.constraints import MAX_COMPILED, ConstraintCompiler, GrammarTokenizer
 from emberkv.engine.request import Constraint, GenerationRequest, ModelLimits, SamplingParams
-from emberkv.engine.token_masks import MAX_COMPILED, ConstraintCompiler, GrammarTokenizer
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.errors import EngineStoppedError, RequestError
 from emberkv.serving.cache.service import text_of as text_of_tokens

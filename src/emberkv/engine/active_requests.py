@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
+from emberkv.engine.constraints import AnswerMasks
 from emberkv.engine.executor import PromptLogprobs, SampledToken, SamplingState, StepOutput
 from emberkv.engine.request import (
     CacheUsage,
@@ -15,7 +16,6 @@ from emberkv.engine.request import (
     TokenLogprobs,
     TokenOutput,
 )
-from emberkv.engine.token_masks import AnswerMasks
 from emberkv.errors import RequestError
 
 _log = logging.getLogger(__name__)

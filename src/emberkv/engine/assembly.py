@@ -14,11 +14,11 @@ from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import BlockTransfer
 from emberkv.engine.commands import CacheControl
+from emberkv.engine.constraints import ConstraintCompiler
 from emberkv.engine.executor import Executor
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import ModelLimits
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.tiers.kinds import TierConfig, open_tiers
 from emberkv.tiers.manager import TierManager
 

@@ -25,7 +25,7 @@ NOT_NUMBERS = "the model's scores for the next token are not numbers"
 
 
 class TokenMasks(Protocol):
-    """Which tokens may follow an answer by its constraint; `emberkv.engine.token_masks` has them."""
+    """Which tokens may follow an answer by its constraint; `emberkv.engine.constraints` has them."""
 
     def allowed(self) -> NDArray[np.uint8]:
         """As `AllowedTokens` gives them, for the token behind those of the answer so far. Raises SamplingError."""

@@ -16,12 +16,12 @@ from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import FinishReason, Sequence
 from emberkv.engine.active_requests import ActiveRequest, ActiveRequests
 from emberkv.engine.commands import CacheControl, Command
+from emberkv.engine.constraints import AnswerMasks, ConstraintCompiler, MaskCounts
 from emberkv.engine.executor import Executor, SamplingState
 from emberkv.engine.mailbox import Mail, Mailbox
 from emberkv.engine.recent_chains import RecentChains
 from emberkv.engine.request import EngineStats, GenerationRequest, ModelLimits, OutputListener, PrefillProgress
 from emberkv.engine.tier_link import TierLink
-from emberkv.engine.token_masks import AnswerMasks, ConstraintCompiler, MaskCounts
 from emberkv.errors import RequestError
 
 R = TypeVar("R")

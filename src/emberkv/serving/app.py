@@ -20,8 +20,8 @@ from emberkv.serving.answers.answer_memory import AnswerMemory
 from emberkv.serving.api.anthropic_api import anthropic_router
 from emberkv.serving.api.cache_api import cache_router
 from emberkv.serving.api.openai_api import openai_router
-from emberkv.serving.api.response_store import ResponseStore
 from emberkv.serving.api.responses_api import responses_router
+from emberkv.serving.api.responses_schema import ResponseStore
 from emberkv.serving.api.tokenizer_api import tokenizer_router
 from emberkv.serving.auth import AdminGuard, ApiKeys, IsOwnUser, SourceCheck
 from emberkv.serving.background import WorkerPool

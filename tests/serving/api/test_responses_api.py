@@ -12,9 +12,15 @@ from pydantic import BaseModel
 
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import RequestError
-from emberkv.serving.api.response_store import ResponseStore, StoredResponse
 from emberkv.serving.api.responses_api import with_stored_items
-from emberkv.serving.api.responses_schema import ChatMessages, ResponsesRequest, signed_reasoning, verified_reasoning
+from emberkv.serving.api.responses_schema import (
+    ChatMessages,
+    ResponsesRequest,
+    ResponseStore,
+    StoredResponse,
+    signed_reasoning,
+    verified_reasoning,
+)
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
 from emberkv.serving.parsing.formats import OutputFormat
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script

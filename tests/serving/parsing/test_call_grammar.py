@@ -19,10 +19,9 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.constraints import check_constraint, grammar_of
+from emberkv.engine.constraints import ConstraintCompiler, check_constraint, grammar_of
 from emberkv.engine.executor import SampledToken, SamplingState
 from emberkv.engine.request import Constraint, SamplingParams
-from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.torch.sampling import Sampler
 from emberkv.errors import RequestError

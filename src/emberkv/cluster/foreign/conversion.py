@@ -15,8 +15,8 @@ from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
 from emberkv.serving.api.anthropic_api import MessageWriter, Signer
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.conversation import Conversation
-from emberkv.serving.api.response_store import ResponseStore
 from emberkv.serving.api.responses_api import ResponsesWriter, convert_response
+from emberkv.serving.api.responses_schema import ResponseStore
 from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.event_stream import compact_json
 from emberkv.serving.request_context import RequestContext

@@ -18,8 +18,8 @@ from emberkv.core.hashing import root_hash
 from emberkv.core.policies.eviction import EntryCost
 from emberkv.defaults import DEFAULT_BLOCK_SIZE, machine_cache_folder
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
+from emberkv.engine.constraints import ConstraintCompiler
 from emberkv.engine.request import ModelLimits
-from emberkv.engine.token_masks import ConstraintCompiler
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.checkpoint import fetch_from_hub

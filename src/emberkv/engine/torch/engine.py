@@ -149,6 +149,24 @@ class TorchEngine:
         self.kernels = kernels if kernels is not None and can_compute(loaded, block_size) else None
         self.pool.packed = self.kernels is not None
         self._sampler = sampler if sampler is not None else Sampler(self.kernels)
+        self._replace_layers()
+        self._asks_cache = PassedPositions.wanted_by(self._model)
+        self._functions = BatchInvariantSigmoid() if BatchInvariantSigmoid.wanted_by(self._model) else nullcontext()
+        self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
+        self.alignment = self._wanted_alignment(tile)
+        self._attention = self._make_attention()
+        self.decoder: NativeDecoder | None = None
+        self.decoder = self._find_decoder(known)
+        self.one_pass = self._find_one_pass(known)
+        if not self.one_pass:
+            self.alignment = self.prefill_chunk = max(self.prefill_chunk, block_size)
+            self._attention = self._make_attention()
+        self.batch_invariant = self._find_batch_invariance(known)
+        if not self.batch_invariant:
+            self.prefill_chunk = max(self.prefill_chunk, self.alignment)
+
+    def _replace_layers(self) -> None:
+        """Have the kernels compute the layers, or torch in such a way that no row's result depends on another row."""
         if self.kernels is not None:
             replace_latents(self._model, self.kernels)
             replace_experts(self._model, self.kernels)
@@ -159,26 +177,6 @@ class TorchEngine:
             wrap_activations(self._model)
             wrap_rotations(self._model)
             release_checkpoint(self._model)
-        self._asks_cache = PassedPositions.wanted_by(self._model)
-        self._functions = BatchInvariantSigmoid() if BatchInvariantSigmoid.wanted_by(self._model) else nullcontext()
-        self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
-        self.alignment = self._wanted_alignment(tile)
-        self._attention = self._make_attention()
-        self.decoder: NativeDecoder | None = None
-        self.decoder = self._find_decoder(known)
-        if known is None:
-            progress("self-check 2 of 4: prefill whole and in pieces")
-        self.one_pass = is_tile_invariant(self) if known is None else known.one_pass
-        if not self.one_pass:
-            self.alignment = self.prefill_chunk = max(self.prefill_chunk, block_size)
-            self._attention = self._make_attention()
-        if known is not None:
-            self.batch_invariant = known.batch_invariant
-        else:
-            progress("self-check 3 of 4: decode against prefill")
-            self.batch_invariant = self.kernels is not None and self.one_pass and is_batch_invariant(self)
-        if not self.batch_invariant:
-            self.prefill_chunk = max(self.prefill_chunk, self.alignment)
 
     def _wanted_alignment(self, tile: int) -> int:
         """The unit to try. A chunk that is neither whole blocks nor, with the kernels, a part of one, becomes so."""
@@ -209,6 +207,18 @@ class TorchEngine:
         if decoder is None or known is not None:
             return decoder
         return decoder if decoder_agrees(self, decoder) else None
+
+    def _find_one_pass(self, known: Findings | None) -> bool:
+        if known is not None:
+            return known.one_pass
+        self._progress("self-check 2 of 4: prefill whole and in pieces")
+        return is_tile_invariant(self)
+
+    def _find_batch_invariance(self, known: Findings | None) -> bool:
+        if known is not None:
+            return known.batch_invariant
+        self._progress("self-check 3 of 4: decode against prefill")
+        return self.kernels is not None and self.one_pass and is_batch_invariant(self)
 
     def execute(self, plan: StepPlan, sampling: Mapping[str, SamplingState]) -> StepOutput:
         """See `Executor.execute`."""

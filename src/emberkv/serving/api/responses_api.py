@@ -17,8 +17,13 @@ from emberkv.serving.answers.answer import AnswerState
 from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
 from emberkv.serving.api.openai_api import prepare_chat
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
-from emberkv.serving.api.response_store import ResponseStore, StoredResponse
-from emberkv.serving.api.responses_schema import PageQuery, ResponsesRequest, signed_reasoning
+from emberkv.serving.api.responses_schema import (
+    PageQuery,
+    ResponsesRequest,
+    ResponseStore,
+    StoredResponse,
+    signed_reasoning,
+)
 from emberkv.serving.api.validation import Json, parse_body, parse_query
 from emberkv.serving.auth import ApiKeys
 from emberkv.serving.canonical import CanonicalRules

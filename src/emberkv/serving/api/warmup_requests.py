@@ -13,8 +13,8 @@ from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import canonical_chat, canonical_messages
-from emberkv.serving.api.response_store import ResponseStore
 from emberkv.serving.api.responses_api import convert_response
+from emberkv.serving.api.responses_schema import ResponseStore
 from emberkv.serving.api.validation import Json, is_anthropic, parse_body
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.event_stream import compact_json
