@@ -46,13 +46,17 @@ class _Line(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
-        for names in (("timestamp", "arrival_time_ns"), ("hash_ids", "token_ids")):
-            given = [name for name in names if getattr(self, name) is not None]
-            if len(given) != 1:
-                raise ValueError(f"has {' and '.join(given) or 'none'} of {' and '.join(names)}; exactly one is needed")
+        if (self.timestamp is None) == (self.arrival_time_ns is None):
+            raise self._not_one_of("timestamp", "arrival_time_ns")
+        if (self.hash_ids is None) == (self.token_ids is None):
+            raise self._not_one_of("hash_ids", "token_ids")
         if self.token_ids is not None and len(self.token_ids) != self.input_length:
             raise ValueError(f"input_length is {self.input_length}, but there are {len(self.token_ids)} token_ids")
         return self
+
+    def _not_one_of(self, *names: str) -> ValueError:
+        given = [name for name in names if getattr(self, name) is not None]
+        return ValueError(f"has {' and '.join(given) or 'none'} of {' and '.join(names)}; exactly one is needed")
 
     @property
     def arrival_time(self) -> float:
