@@ -1,6 +1,8 @@
 """A model's linear layers, gated pairs of them and RMS norms, computed by the compiled kernels."""
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +20,9 @@ from emberkv.engine.torch.quantization.weight import QuantizedWeight, kernel_gro
 
 Weight = Tensor | QuantizedWeight
 
+_LARGE_PAGE = 2 << 20
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # of Linux: for pages that are touched from now on, and for those that were
+
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {1: silu, 2: partial(gelu, approximate="tanh")}
 """By their number in linear.cpp."""
 
@@ -32,7 +37,7 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = _shape_of(weight, dtype)
-        self.packed = _packed(weight, kernels.columns)
+        self.packed = in_large_pages(_packed(weight, kernels.columns))
         self.bias = None if bias is None else _padded(bias.detach().float(), kernels.columns)
         self._kernels = kernels
         self.call = _call(self, weight)
@@ -59,7 +64,7 @@ class NativeGatedPair(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = gate.shape
-        self.packed = torch.stack([_packed(gate, kernels.columns), _packed(up, kernels.columns)], dim=1)
+        self.packed = in_large_pages(torch.stack([_packed(gate, kernels.columns), _packed(up, kernels.columns)], dim=1))
         self._kernels = kernels
         self.call = _call(self, gate)
         self.call.activation = activation
@@ -140,6 +145,21 @@ def _packed(weight: Weight, columns: int) -> Tensor:
     values = 2 if weight.dtype is torch.bfloat16 else 1
     rows = _padded(weight.detach(), columns)
     return rows.view(-1, columns, rows.shape[1] // values, values).transpose(1, 2).contiguous()
+
+
+def in_large_pages(weight: Tensor) -> Tensor:
+    """The same tensor, whose memory the system is asked to hold in pages of 2 MiB, as far as it fills such pages.
+
+    A decode step reads all weights once, and with pages of 4 KiB the processor translates an address for each of these.
+    Systems that cannot do it leave the memory as it is.
+    """
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    begin = -(-weight.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+    size = (weight.data_ptr() + weight.nbytes) // _LARGE_PAGE * _LARGE_PAGE - begin
+    if advise is not None and size > 0:
+        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(size), advice)
+    return weight
 
 
 def _side_by_side(biases: tuple[Tensor, Tensor], columns: int) -> Tensor:
