@@ -59,9 +59,7 @@ def test_a_sample_keeps_the_order_and_takes_a_block_always_or_never() -> None:
     assert first.asked == sum(1 for block in seen[0].blocks[:5] if block in first.blocks)
 
 
-@pytest.mark.parametrize(
-    ("policy", "capacity", "rate"), [("lru", 6_000, 0.1393), ("lfu", 1_000, 0.0481), ("lfu", 50_000, 0.3439)]
-)
+@pytest.mark.parametrize(("policy", "capacity", "rate"), [("lru", 6_000, 0.1393), ("lfu", 50_000, 0.3439)])
 def test_the_mooncake_figures(mooncake: list[Access], policy: str, capacity: int, rate: float) -> None:
     assert round(replay(mooncake, capacity, policy).block_rate, 4) == rate
 
