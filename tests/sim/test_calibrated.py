@@ -78,7 +78,9 @@ def test_a_simulation_says_where_the_machine_was_measured_with_other_types(
     model = DEMO.with_dtypes(weights="int8", kv="int8")
     file = tmp_path / "mine.yaml"
     file.write_text(dump_profile(calibrated_profile("found", "", model, measured_on(machine(), SHAPES, model))))
-    config = SimulationConfig(model="emberkv-demo", hardware=str(file), **types)
+    config = SimulationConfig(
+        model="emberkv-demo", hardware=str(file), weights=types.get("weights"), kv=types.get("kv")
+    )
     sentence = about(config, machine_of(config, 16)).measured_sentence
     assert sentence is None if said is None else str(sentence).startswith(said)
 

@@ -22,7 +22,11 @@ from emberkv.errors import UnsupportedModelError
 
 _PLAIN_TOKENS = 96
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-_QUANTISED_TOLERANCE = 0.2  # of KV in 8 bits: attention of another kind differs by far more than this rounding
+_QUANTISED_TOLERANCE = 0.15
+"""With KV in 8 bits: twice the largest of what was measured. In float32 and bfloat16, random models of four dense
+architectures, each with four sets of weights, were off by 0.04 to 3.0%, and those of two mixtures by 0.14 to 7.2%, as a
+rounded value may send a token to other experts. With the state of two layers in one place they were off by 25 to 115%.
+"""
 _DECODED_TOKENS = 3
 _LAST_POSITION = 1 << 15  # of the trials; what a model does differently from some position on begins before it
 
