@@ -5,7 +5,7 @@ end at multiples of the cache's alignment, which divides the chunk size, or at t
 where the hit ends. A hit ends at such a multiple, too, unless no cut changes a bit; that is what makes its logits equal
 a cold run's.
 
-Chunks and admissions are shared between tenants by virtual token counters (`fairness`). A tenant's own sequences wait
+Chunks and admissions are shared between tenants by token counters (`TokenCounters`). A tenant's own sequences wait
 in two lines, which take turns in the same way: those with at most a step's tokens to compute, and the others. So a long
 prompt delays neither another tenant nor a short prompt by more than a few chunks, and within a line the order is first
 come, first served.

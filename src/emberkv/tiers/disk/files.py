@@ -1,7 +1,7 @@
 """The files of the disk tier: how its folder is laid out, and all operations on it.
 
     FOLDER/blocks/lock                              held by the one process that writes
-    FOLDER/blocks/journal                           what it has stored and removed, see `journal`
+    FOLDER/blocks/journal                           what it has stored and removed, see `index`
     FOLDER/blocks/tmp/                              files being written
     FOLDER/blocks/<namespace>/@<owner>/<block hash>.kv       a block; .near.kv where it is not exact
 
