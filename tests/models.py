@@ -277,7 +277,7 @@ BY_BLOCKS = frozenset(
 BY_CHUNKS = frozenset({"nemotron_h-experts"})
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""
 
-MULTIMODAL = ("gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+MULTIMODAL = ("gemma3", "llama4", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
 """Multimodal models whose text model must be served."""
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ VISION = {
     "patch_size": 14, "depth": 1, "num_heads": 2, "embed_dim": 32, "out_hidden_size": 64,
     "deepstack_visual_indexes": [0], "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
 }  # fmt: skip
+HYBRID = {name: value for name, value in ALSO_SUPPORTED["qwen3_5_text"].items() if "linear" in name or "layer" in name}
 THREE_AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 
@@ -31,6 +32,8 @@ def write(model_type: str, folder: Path, **settings: Any) -> PreTrainedModel:
         changed["rope_parameters"] = THREE_AXES
     left_out = ("layer_types", "no_rope_layers", "moe_layers", "rope_parameters", "image_token_id")
     kept = {name: value for name, value in usual["text_config"].items() if name not in left_out}
+    if model_type.startswith("qwen3_5"):  # its default for so few layers is none with attention
+        changed |= {**HYBRID, "rope_parameters": {**THREE_AXES, "partial_rotary_factor": 0.5}}
     usual["text_config"] = kept | changed
     usual["vision_config"] |= {name: value for name, value in VISION.items() if name in usual["vision_config"]}
     usual.pop("model_type")
@@ -57,7 +60,7 @@ def test_its_text_is_served_as_exactly_as_any(model_type: str, tmp_path: Path, k
     prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(CHUNK + BLOCK + 3)]
     cold = ours.run_one(prompt)
     warm = ours.run_one(prompt)
-    assert warm.cached == len(prompt) - 1
+    assert warm.cached == (len(prompt) - 1) // ours.cache.hit_unit * ours.cache.hit_unit
     assert torch.equal(warm.logits[0], cold.logits[0])
     with torch.inference_mode():
         untyped: Any = whole

@@ -49,7 +49,7 @@ def is_short_convolution(module: Any) -> bool:
 
 def is_mamba2(module: Any) -> bool:
     """Whether a layer is Mamba-2's mixer: one decay a head, and a product that gives gate, convolved part and steps."""
-    if not (_is_convolution_by_channel(getattr(module, "conv1d", None)) and _by_head(module, "A_log", "D", "dt_bias")):
+    if not (_has_silu_convolution(module) and _by_head(module, "A_log", "D", "dt_bias")):
         return False
     parts = {name for name, _ in module.named_children()}
     heads, width, depth = module.num_heads, module.head_dim, module.ssm_state_size
@@ -68,7 +68,7 @@ DELTA_PRODUCTS = (
 
 def is_delta_net(module: Any) -> bool:
     """Whether a layer is a gated delta net: one decay a head, and a state that keys correct."""
-    if not (_is_convolution_by_channel(getattr(module, "conv1d", None)) and _by_head(module, "A_log", "dt_bias")):
+    if not (_has_silu_convolution(module) and _by_head(module, "A_log", "dt_bias")):
         return False
     parts = {name for name, _ in module.named_children()}
     ends = ({"norm", "out_proj"}, {"o_norm", "o_proj"})
@@ -80,6 +80,10 @@ def _is_convolution_by_channel(conv: Any) -> bool:
         return False
     by_channel: bool = conv.groups == conv.in_channels == conv.out_channels and conv.stride == conv.dilation == (1,)
     return by_channel and conv.kernel_size[0] > 1
+
+
+def _has_silu_convolution(module: Any) -> bool:
+    return _is_convolution_by_channel(getattr(module, "conv1d", None)) and module.activation in ("silu", "swish")
 
 
 def _by_head(module: Any, *names: str) -> bool:
