@@ -43,7 +43,7 @@ inline Ints splat(int32_t value) { return Ints{} + value; }
 // Keeps a compiler from loading it again for each of its uses, of which the processor can do fewer than products.
 inline Ints in_register(Ints vector) {
 #if defined(__AVX2__)
-    asm("" : "+x"(vector));
+    asm("" : "+v"(vector));
 #endif
     return vector;
 }
