@@ -132,7 +132,7 @@ def simulated(trace: Path, profile: Path) -> list[list[Timed]]:
 def matched(real: Sequence[Sequence[Timed]], model: Sequence[Sequence[Timed]]) -> list[tuple[Timed, Timed]]:
     """The same requests side by side. A session is known by the lengths of its prompts."""
     by_lengths = {tuple(each.prompt_tokens for each in session): session for session in model}
-    pairs = []
+    pairs: list[tuple[Timed, Timed]] = []
     for session in real:
         found = by_lengths.pop(tuple(each.prompt_tokens for each in session))
         pairs += zip(session, found, strict=True)
