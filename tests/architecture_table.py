@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
+from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from tests.models import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.attention.paged_attention import Run
-from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry, inspect_geometry
+from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
+from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.engine.torch.model.state_layers import StateGeometry
 from emberkv.engine.torch.state_step import ConvolutionStep
 from emberkv.errors import ConfigError, UnsupportedModelError

@@ -16,7 +16,7 @@ from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
 from emberkv.engine.tokenization.tokenizer import Tokenizer, shared_prefix
 from emberkv.engine.torch.engine import TILE_TOKENS, TorchEngine
 from emberkv.engine.torch.model.fingerprint import model_fingerprint
-from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.engine.torch.model.loader import LoadedModel, ModelDtypes
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import find_kernels

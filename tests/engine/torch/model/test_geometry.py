@@ -9,7 +9,8 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig
 
-from emberkv.engine.torch.model.geometry import Window, inspect_geometry, inspect_model
+from emberkv.engine.torch.model.geometry import Window
+from emberkv.engine.torch.model.inspection import inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.conftest import CheckpointFactory

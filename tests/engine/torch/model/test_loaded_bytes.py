@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emberkv.engine.torch.model.geometry import inspect_model
+from emberkv.engine.torch.model.inspection import inspect_model
 from emberkv.engine.torch.model.loader import load_model, open_source
 from emberkv.engine.torch.quantization.layers import QuantizedEmbedding, QuantizedExperts, QuantizedLinear
 from emberkv.engine.torch.quantization.on_load import QuantizeName

@@ -8,7 +8,7 @@ import torch
 from emberkv.engine.torch.assembly import resident_bytes
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.engine import TorchEngine
-from emberkv.engine.torch.model.geometry import inspect_model
+from emberkv.engine.torch.model.inspection import inspect_model
 from emberkv.engine.torch.model.loader import load_model, open_source
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.on_load import QuantizeName

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
-from emberkv.engine.torch.model.geometry import inspect_geometry
+from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
 from tests.engine.conftest import DriverFactory

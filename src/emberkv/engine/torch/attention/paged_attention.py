@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from emberkv.engine.torch.model.geometry import Window, window_of
+from emberkv.engine.torch.model.geometry import Window
+from emberkv.engine.torch.model.inspection import window_of
 from emberkv.engine.torch.model.latent import into_latents, out_of_latents
 
 

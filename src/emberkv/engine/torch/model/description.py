@@ -8,7 +8,7 @@ import torch
 
 from emberkv.defaults import DEFAULT_BLOCK_SIZE
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model, read_json
-from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
+from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from emberkv.engine.torch.model.loader import (
     DTypeName,
     choose_device,

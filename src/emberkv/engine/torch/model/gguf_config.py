@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from emberkv.engine.torch.model.geometry import MOST_LAYERS
+from emberkv.engine.torch.model.inspection import MOST_LAYERS
 from emberkv.errors import CorruptModelError, UnsupportedModelError, reason_of
 
 ARCHITECTURES: Mapping[str, str] = {

@@ -19,8 +19,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
-from emberkv.engine.torch.model.geometry import ModelShape, inspect_model
 from emberkv.engine.torch.model.gguf_config import ENDS, TURN_ENDS, config_of, q_and_k_rows
+from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from emberkv.engine.torch.model.source import BUILDING
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
 from emberkv.engine.torch.quantization.stored import StoredWeight, affine_bytes

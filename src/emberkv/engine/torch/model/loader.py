@@ -18,8 +18,9 @@ from emberkv.engine.tokenization.template_check import install_chat_template
 from emberkv.engine.torch.model.attention_interface import calls_interface, own_implementation
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, end_tokens, sampling_defaults
-from emberkv.engine.torch.model.geometry import ModelGeometry, inspect_model
+from emberkv.engine.torch.model.geometry import ModelGeometry
 from emberkv.engine.torch.model.gguf_file import GGUFSource
+from emberkv.engine.torch.model.inspection import inspect_model
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
 from emberkv.engine.torch.quantization.layers import quantized_weights
 from emberkv.engine.torch.quantization.on_load import QuantizeName

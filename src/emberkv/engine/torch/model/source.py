@@ -25,7 +25,7 @@ from emberkv.engine.torch.model.checkpoint import StoredTensors, read_headers, r
 from emberkv.engine.torch.model.expert_weights import ExpertPart, expert_name, expert_part
 from emberkv.engine.torch.model.fingerprint import FileState, file_states, quantised_fingerprint, weights_fingerprint
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, read_generation_config
-from emberkv.engine.torch.model.geometry import MOST_LAYERS, ModelShape
+from emberkv.engine.torch.model.inspection import MOST_LAYERS, ModelShape
 from emberkv.engine.torch.model.multimodal import TEXT_WEIGHTS, text_config, text_name
 from emberkv.engine.torch.quantization.methods import find_method
 from emberkv.engine.torch.quantization.on_load import IDENTITY, QuantizeName, RoundingConfig, rounded_bytes
