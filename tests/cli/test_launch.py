@@ -152,9 +152,10 @@ def answering(*answers: tuple[int, Any]) -> httpx.Client:
     return httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
 
 
-def test_a_server_that_loads_its_model_is_waited_for() -> None:
+@pytest.mark.parametrize(("status", "body"), [(200, {"status": "ready"}), (503, {"status": "warming"})])
+def test_a_server_that_loads_its_model_is_waited_for_and_its_warm_up_is_not(status: int, body: object) -> None:
     asked: list[str] = []
-    loading, ready = httpx.Response(503, json={"error": {"message": "loading"}}), httpx.Response(200, json={})
+    loading, ready = httpx.Response(503, json={"error": {"message": "loading"}}), httpx.Response(status, json=body)
     answers = {"/v1/models": [loading, httpx.Response(200, json={"data": [CARD]})], "/ready": [loading, loading, ready]}
 
     def answer(request: httpx.Request) -> httpx.Response:

@@ -3,6 +3,7 @@
 import gc
 import json
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
@@ -10,6 +11,7 @@ import emberkv
 from emberkv.errors import ConfigError, WorkloadError
 from emberkv.sim.plan import get_this
 from emberkv.sim.run import COLLECT_AFTER
+from tests.waiting import DEADLINE
 
 CLIENT = {"name": "chat", "weight": 1, "message": 40, "output": 8, "turns": 3, "think_time": 5}
 SET_UP = {
@@ -51,6 +53,27 @@ def test_the_garbage_collector_runs_less_often_until_the_simulation_ends_or_fail
     assert (seen, gc.get_threshold()) == ([COLLECT_AFTER], usual)
     with pytest.raises(OverflowError):
         emberkv.simulate({**many, "workload": {**many["workload"], "sessions": 80}}, progress=see)
+    assert gc.get_threshold() == usual
+
+
+def test_simulations_that_overlap_leave_the_garbage_collector_as_it_was() -> None:
+    usual, inner_runs, outer_ended = gc.get_threshold(), Event(), Event()
+    many = {**SET_UP, "workload": {**SET_UP["workload"], "sessions": 40}}
+
+    def wait_for_outer(*_: object) -> None:
+        inner_runs.set()
+        assert outer_ended.wait(DEADLINE)
+
+    inner = Thread(target=lambda: emberkv.simulate(many, progress=wait_for_outer))
+
+    def overlap(*_: object) -> None:
+        inner.start()
+        assert inner_runs.wait(DEADLINE)
+
+    emberkv.simulate(many, progress=overlap)
+    assert gc.get_threshold()[0] == COLLECT_AFTER
+    outer_ended.set()
+    inner.join(DEADLINE)
     assert gc.get_threshold() == usual
 
 

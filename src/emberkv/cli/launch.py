@@ -72,6 +72,10 @@ class _Refusal(BaseModel):
     error: _Failure
 
 
+class _Ready(BaseModel):
+    status: str
+
+
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
@@ -241,7 +245,7 @@ def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: typ
         error_console().print("Waiting until the server has loaded its model.")
         while response.status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            if _get(http, "/ready").status_code != httpx.codes.SERVICE_UNAVAILABLE:  # which servers do not log
+            if _has_model(_get(http, "/ready")):  # which servers do not log
                 response = _get(http, path)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         given = "does not accept the key given" if key is not None else "needs an API key"
@@ -254,6 +258,16 @@ def _ask(http: httpx.Client, path: str, key: str | None, wait: float, shape: typ
         return shape.model_validate_json(response.content)
     except ValidationError as error:
         raise LaunchError(f"{http.base_url} is no emberkv server: {path} has {error.errors()[0]['msg']}") from error
+
+
+def _has_model(ready: httpx.Response) -> bool:
+    """Whether a server that answers so to ``/ready`` has loaded its model; its warm-up is not waited for."""
+    if ready.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+        return True
+    try:
+        return _Ready.model_validate_json(ready.content).status == "warming"
+    except ValidationError:
+        return False
 
 
 def _message(response: httpx.Response) -> str:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 from emberkv.cluster.decision_log import DecisionLog
@@ -144,7 +145,7 @@ def run_simulation(
     if workload.is_empty():
         raise WorkloadError("the workload has no requests")
     rows = Rows(tuple(tier.name for tier in config.tiers), keep_ids=keep_ids)
-    with _opened(csv_file) as file, _recording(decisions_file, config.routing) as record, _rare_collections():
+    with _opened(csv_file) as file, _recording(decisions_file, config.routing) as record, _rare_collections:
         table = None if file is None else CsvRows(file, rows.tiers)
         emit = _recorder(rows, table, nanoseconds(config.warm_up))
         if config.cache_only:
@@ -158,16 +159,32 @@ def run_simulation(
     return Results(config, workload, machine, rows, stats, ending, simulator.series, busy)
 
 
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """The garbage collector runs after `COLLECT_AFTER` objects, unless it is off or runs less often already."""
-    usual = gc.get_threshold()
-    if 0 < usual[0] < COLLECT_AFTER:
-        gc.set_threshold(COLLECT_AFTER, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
+class _RareCollections(AbstractContextManager[None]):
+    """The garbage collector, of which the process has one, runs after `COLLECT_AFTER` objects while any simulation
+    does, unless it is off or runs less often already.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._simulations = 0
+        self._usual = gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._simulations == 0:
+                self._usual = gc.get_threshold()
+                if 0 < self._usual[0] < COLLECT_AFTER:
+                    gc.set_threshold(COLLECT_AFTER, *self._usual[1:])
+            self._simulations += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._simulations -= 1
+            if self._simulations == 0:
+                gc.set_threshold(*self._usual)
+
+
+_rare_collections = _RareCollections()
 
 
 def _recorder(rows: Rows, table: CsvRows | None, warm_up: int) -> Callable[[Outcome], None]:
