@@ -1,9 +1,9 @@
 """Continuous batching: which tokens the next step computes, for which sequences.
 
 A step decodes every running sequence together, then spends what is left of its token budget on prefill chunks. Chunks
-end at multiples of the cache's alignment, which divides the chunk size, or at the prompt's end, and begin there or
-where the hit ends. A hit ends at such a multiple, too, unless no cut changes a bit; that is what makes its logits equal
-a cold run's.
+end at multiples of the cache's alignment, which divides the chunk size, or of a chunk size that divides it, or at the
+prompt's end, and begin there or where the hit ends. A hit ends at a multiple of the alignment, too, unless no cut
+changes a bit; that is what makes its logits equal a cold run's.
 
 Chunks and admissions are shared between tenants by token counters (`TokenCounters`). A tenant's own sequences wait
 in two lines, which take turns in the same way: those with at most a step's tokens to compute, and the others. So a long

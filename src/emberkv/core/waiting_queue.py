@@ -1,5 +1,5 @@
-"""The sequences that wait for admission, in lines that do not hold up one another, and whose turn it is: between
-tenants, it is the one's for whom the least was computed.
+"""The sequences that wait for admission, in lines that do not hold up one another. Between tenants, the next turn
+belongs to the tenant for whom the least was computed.
 
 Turns follow virtual token counters ("Fairness in Serving Large Language Models", Sheng et al., OSDI 2024): each tenant
 has a counter of the tokens computed for it, divided by its weight, and the lowest counter is served next. A tenant that

@@ -186,4 +186,4 @@ def _over_blocks(module: nn.Module) -> nn.Module | None:
 
 
 _FEED_FORWARDS = ("Lfm2MLP", "Lfm2MoeMLP")
-"""Those that call the activation as a function, where none can see it."""
+"""Classes that call the activation as a function, not as a module that can be replaced."""

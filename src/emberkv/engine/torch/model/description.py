@@ -109,7 +109,7 @@ def describe_model(
         block_size=block_size,
         context=geometry.context_length,
         stated_context=geometry.stated_context,
-        reuse=_reuse(chosen, target, "at whole blocks" if geometry.states else "at any token"),
+        reuse=_reuse(chosen, target, shape),
     )
 
 
@@ -127,7 +127,10 @@ def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> di
     return {width: FolderSource(source.path, width).num_bytes(shape, dtype, packed=True) for width in widths}
 
 
-def _reuse(dtype: torch.dtype, device: torch.device, where: str) -> str:
+def _reuse(dtype: torch.dtype, device: torch.device, shape: ModelShape) -> str:
+    where = "at whole blocks" if shape.geometry.states else "at any token"
+    if shape.experts:
+        where += " (at whole prefill chunks if the kernels do not compute its experts)"
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return f"{where}, equal to a cold run to the last bit, by the C++ kernels"
     return "at whole tiles or prefill chunks, equal to a cold run to the last bit, as the start's self-check finds"

@@ -55,7 +55,7 @@ void multiply_plain(const PreparedRows& inputs, int first, int rows, const Weigh
 
 // Weights in bf16 are widened as well, some at a time for all rows. The same sums in the same order as `multiply_plain`'s.
 void multiply_widened(const PreparedRows& inputs, int first, int rows, const uint32_t* weight, int units, float* sums) {
-    constexpr int DEPTH = 128;  // units, whose weights stay in a core's first cache
+    constexpr int DEPTH = 128;  // units, whose weights stay in a core's first cache (AVX2) or second (AVX-512)
     alignas(64) float widened[2 * DEPTH * COLUMNS];
     std::memset(sums, 0, size_t(rows) * COLUMNS * 4);
     const float* begin = reinterpret_cast<const float*>(inputs.plain + first * inputs.stride);
