@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.description import describe_model
-from emberkv.engine.torch.model.loader import load_model
+from emberkv.engine.torch.model.inspection import inspect_model
+from emberkv.engine.torch.model.loader import load_model, open_source
 from emberkv.engine.torch.native.experts import NativeExperts
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.layers import QuantizedExperts
@@ -105,11 +106,13 @@ def test_experts_whose_inputs_have_an_order_of_their_own_become_plain(tmp_path: 
 @pytest.mark.parametrize("source", ["gptq", "mlx-4", "mxfp4"])
 def test_what_experts_take_is_stated_before_they_are_loaded(tmp_path: Path, source: str) -> None:
     quantised, _ = quantised_model(source, tmp_path, "qwen3_moe")
-    described = describe_model(str(quantised), device="cpu", dtype="bfloat16")
-    assert described.refusal is None
+    opened = open_source(quantised)
+    shape = inspect_model(opened.config)
     loaded = load_model(str(quantised), device="cpu", dtype="bfloat16")
     # a quantised router becomes plain
-    assert described.weight_bytes == pytest.approx(held_bytes(loaded.model), rel=1e-2)
+    assert opened.num_bytes(shape, torch.bfloat16) == pytest.approx(held_bytes(loaded.model), rel=1e-2)
+    described = describe_model(str(quantised), device="cpu", dtype="bfloat16")
+    assert (described.refusal, described.weight_bytes) == (None, opened.num_bytes(shape, torch.bfloat16, packed=True))
 
 
 def test_the_experts_of_llama_4_are_refused_by_name(tmp_path: Path) -> None:

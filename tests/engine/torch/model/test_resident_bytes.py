@@ -41,7 +41,9 @@ def test_a_checkpoint_takes_what_is_stated(
     assert resident(path, kernels, quantize) == pytest.approx(stated(path, quantize), rel=0.05)
 
 
-@pytest.mark.parametrize("source", ["gptq", "mlx-4", "gguf-q8_0"])
-def test_quantised_weights_take_what_is_stated(tmp_path: Path, kernels: Kernels, source: str) -> None:
-    path, _ = quantised_model(source, tmp_path)
+@pytest.mark.parametrize(
+    ("source", "arch"), [("gptq", "qwen2"), ("mlx-4", "qwen2"), ("gguf-q8_0", "qwen2"), ("gptq", "qwen3_moe")]
+)
+def test_quantised_weights_take_what_is_stated(tmp_path: Path, kernels: Kernels, source: str, arch: str) -> None:
+    path, _ = quantised_model(source, tmp_path, arch)
     assert resident(path, kernels) == pytest.approx(stated(path), rel=0.05)
