@@ -82,9 +82,11 @@ class SetUpPoint:
 class Plan:
     """Hit rates by cache size, the set-ups that were tried, and the one to get.
 
-    about: the set-up of one replica. slo: milliseconds that 99% of the requests must keep. price_per_hour: of one
-    device, in dollars; None where it is not known. get: the set-up to get: of those that serve, the one of the fewest
-    devices, then of the least memory below; None where none serves.
+    about: the set-up of one replica. simulated_requests: how many of the workload's first requests the simulations had,
+    those of a warm-up included; 0 where none ran. stop_at: the configured one, in seconds, if it ended the simulations;
+    None: it did not. slo: milliseconds that 99% of the requests must keep. price_per_hour: of one device, in dollars;
+    None where it is not known. get: the set-up to get: of those that serve, the one of the fewest devices, then of the
+    least memory below; None where none serves.
 
     content_known: whether the workload says what prompts share. error: of all hit rates from the curve; None: exact.
     pool_bytes: of one replica. unlimited: share of prompt tokens that a cache without limit finds. wanted: the share
@@ -102,6 +104,8 @@ class Plan:
 
     about: About
     demand: Demand
+    simulated_requests: int
+    stop_at: float | None
     slo: Targets
     price_per_hour: float | None
     get: SetUpPoint | None
@@ -181,10 +185,10 @@ def _get_this(plan: Plan) -> Iterator[str]:
 
 def _judged_by(plan: Plan) -> Iterator[str]:
     """How much of the workload the simulations cover, where that is not all of it."""
-    simulated = [point.simulated for point in plan.set_ups if point.simulated is not None]
-    most = max((found.completed + found.rejected for found in simulated), default=0)
-    if 0 < most < plan.demand.requests:
-        yield f"This is judged by the first {most:,} of {plan.demand.requests:,} requests; --requests takes more."
+    if plan.simulated_requests == plan.demand.requests:
+        return
+    first = f"This is judged by the first {plan.simulated_requests:,} of {plan.demand.requests:,} requests"
+    yield f"{first}; --requests takes more." if plan.stop_at is None else f"{first}, up to stop_at, {plan.stop_at:g} s."
 
 
 def _rejected(rejected: int) -> Iterator[str]:

@@ -141,9 +141,11 @@ class Planner:
         self._content_known = any(len(request.content) for request in requests)
         self._capacities = Capacities(seen, config.eviction, self._machine)
         self._demand = demand_of(requests)
-        self._simulated_requests = min(len(requests), simulated)
         self._formulas = Formulas(self._machine, config, self._demand)
-        self._stop_at = requests[simulated].arrival_time if len(requests) > simulated else None
+        cut = requests[simulated].arrival_time if len(requests) > simulated else None
+        self._stop_at = min((end for end in (config.stop_at, cut) if end is not None), default=None)
+        in_time = sum(config.stop_at is None or each.arrival_time <= config.stop_at for each in requests)
+        self._simulated_requests = min(in_time, simulated)
 
     def plan(self, *, replicas: int | None = None, simulate: bool = True, price_per_hour: float | None = None) -> Plan:
         """replicas: by default as few as serve. simulate: whether set-ups are simulated besides the formulas.
@@ -166,6 +168,8 @@ class Planner:
         return Plan(
             about=about(self._config, self._machine),
             demand=self._demand,
+            simulated_requests=self._simulated_requests if simulate else 0,
+            stop_at=self._stop_at if self._stop_at == self._config.stop_at else None,
             slo=self._config.slo,
             price_per_hour=price_per_hour or (profile.price_per_hour if profile else None),
             get=self._choice(set_ups, simulate),

@@ -66,5 +66,11 @@ def test_where_nothing_serves_it_says_what_fails() -> None:
 
 
 def test_a_plan_of_all_requests_does_not_speak_of_the_first() -> None:
-    whole = replace(PLAN.demand, requests=900)
-    assert not [sentence for sentence in get_this(plan(demand=whole)) if "judged" in sentence]
+    assert not [sentence for sentence in get_this(plan(simulated_requests=1000)) if "judged" in sentence]
+    assert not [sentence for sentence in get_this(plan(simulated_requests=1000, stop_at=700.0)) if "judged" in sentence]
+
+
+def test_a_plan_that_the_set_up_s_own_stop_ends_does_not_ask_for_more_requests() -> None:
+    words = get_this(plan(stop_at=450.0))
+    assert "This is judged by the first 900 of 1,000 requests, up to stop_at, 450 s." in words
+    assert not [sentence for sentence in words if "--requests" in sentence]

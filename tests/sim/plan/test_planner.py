@@ -6,8 +6,9 @@ import pytest
 
 from emberkv.errors import WorkloadError
 from emberkv.sim.config import OutageConfig, SimulationConfig, Targets, TierConfig, with_changes
+from emberkv.sim.curves import first_requests
 from emberkv.sim.formatting import format_size
-from emberkv.sim.plan import MAX_UTILISATION
+from emberkv.sim.plan import MAX_UTILISATION, get_this
 from emberkv.sim.planner import Planner
 from emberkv.sim.run import run_simulation
 from tests.sim.plan.build import chats, rates
@@ -135,6 +136,29 @@ def test_where_no_number_of_replicas_keeps_the_level_none_is_named() -> None:
     plan = Planner(chats(sessions=20), rates(slo=Targets(ttft_ms=1.0))).plan()
     assert plan.get is None
     assert all(point.simulated.missed == ("ttft_ms",) for point in plan.set_ups if point.simulated)
+
+
+def test_a_warm_up_is_among_the_requests_simulated() -> None:
+    found = Planner(chats(sessions=20), rates(warm_up=4.0)).plan(replicas=2)
+    (figures,) = [point.simulated for point in found.set_ups if point.simulated]
+    assert figures.completed < found.demand.requests  # those of the warm-up are in no result
+    assert found.simulated_requests == found.demand.requests
+    assert not [sentence for sentence in get_this(found) if "judged" in sentence]
+
+
+def test_a_simulation_ends_with_the_requests_asked_for_or_at_stop_at_whichever_comes_first() -> None:
+    def ended(stop_at: float | None, requests: int) -> tuple[int, float | None, list[str]]:
+        found = Planner(chats(sessions=20), rates(stop_at=stop_at), simulated=requests).plan(replicas=2)
+        return found.simulated_requests, found.stop_at, [words for words in get_this(found) if "judged" in words]
+
+    arrivals = [request.arrival_time for request in first_requests(chats(sessions=20).source())]
+    stop_at = (arrivals[29] + arrivals[30]) / 2
+    assert ended(None, 25) == (25, None, ["This is judged by the first 25 of 60 requests; --requests takes more."])
+    assert ended(stop_at, 25) == ended(None, 25)
+    assert ended(stop_at, 45) == (
+        30, stop_at, [f"This is judged by the first 30 of 60 requests, up to stop_at, {stop_at:g} s."],
+    )  # fmt: skip
+    assert ended(stop_at, 60) == ended(stop_at, 45)
 
 
 def test_without_a_simulation_the_formulas_choose() -> None:
