@@ -29,6 +29,7 @@ _WIDER = {
 """The types in which a number type can be computed; the first one that the device has units for is taken."""
 
 _NO_SOURCE = ("name", "description", "measured_with", "sources")
+"""The fields of a profile for which ``sources`` need not say where they come from."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Points = Annotated[list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]], Field(min_length=1)]

@@ -223,11 +223,11 @@ def _opened(path: Path | None) -> AbstractContextManager[TextIO | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ComparedFigure:
     """One figure of both set-ups; None where there is none. unit: ``ms``, ``of ...`` for a share, or a count's name.
 
-    >>> line = Line("TTFT mean", "ms", left=200.0, right=150.0)
-    >>> line.change, line.cells
+    >>> figure = ComparedFigure("TTFT mean", "ms", left=200.0, right=150.0)
+    >>> figure.change, figure.cells
     (-0.25, ['200 ms', '150 ms', '-25.0%'])
     """
 
@@ -270,13 +270,13 @@ class Line:
 class Comparison:
     """Two set-ups side by side. both: how many requests completed in both; lines after the first three are over these.
 
-    >>> found = Comparison(120, [Line("preemptions", "", 0, 4)])
+    >>> found = Comparison(120, [ComparedFigure("preemptions", "", 0, 4)])
     >>> found.both, found.lines[0].label
     (120, 'preemptions')
     """
 
     both: int
-    lines: list[Line]
+    lines: list[ComparedFigure]
 
 
 def same_workload(left: Workload | None, right: Workload | None) -> Workload:
@@ -301,32 +301,36 @@ def _completed(results: Results) -> dict[str, Row]:
     return {name: row for name, row in pairs if row.status is Status.COMPLETED}
 
 
-def _totals(left: Results, right: Results) -> list[Line]:
+def _totals(left: Results, right: Results) -> list[ComparedFigure]:
     sides = [each.summary for each in (left, right)]
     return [
-        Line("completed", "requests", *(side["requests"]["completed"] for side in sides)),
-        Line("throughput", "requests a second", *(side["throughput"]["requests_per_second"] for side in sides)),
-        Line("preemptions", "", *(side["preemptions"] for side in sides)),
+        ComparedFigure("completed", "requests", *(side["requests"]["completed"] for side in sides)),
+        ComparedFigure(
+            "throughput", "requests a second", *(side["throughput"]["requests_per_second"] for side in sides)
+        ),
+        ComparedFigure("preemptions", "", *(side["preemptions"] for side in sides)),
     ]
 
 
-def _lines(left: list[Row], right: list[Row]) -> list[Line]:
+def _lines(left: list[Row], right: list[Row]) -> list[ComparedFigure]:
     """The same requests in the same order."""
     caching = [prefix_caching(rows) for rows in (left, right)]
     later = [each["conversational_token_hit_rate"] for each in caching]
     lines = [
-        Line("hit rate", "of prompt tokens", *(each["token_hit_rate"] for each in caching)),
-        Line("hit rate", "of requests", *(each["request_hit_rate"] for each in caching)),
-        Line(
+        ComparedFigure("hit rate", "of prompt tokens", *(each["token_hit_rate"] for each in caching)),
+        ComparedFigure("hit rate", "of requests", *(each["request_hit_rate"] for each in caching)),
+        ComparedFigure(
             "hit rate of later turns",
             "of their prompt tokens",
             *later,
         ),
-        Line("prefill reduction", "of prompt tokens", *(each["prefill_reduction_ratio"] for each in caching)),
-        Line("tokens prefilled", "a request", *(each["average_tokens_prefilled"] for each in caching)),
+        ComparedFigure("prefill reduction", "of prompt tokens", *(each["prefill_reduction_ratio"] for each in caching)),
+        ComparedFigure("tokens prefilled", "a request", *(each["average_tokens_prefilled"] for each in caching)),
     ]
     for title, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("end to end", "e2e_ms")):
         sides = [percentiles([getattr(row, name) for row in rows]) for rows in (left, right)]
         for figure in ("mean", "p50", "p99"):
-            lines.append(Line(f"{title} {figure}", "ms", *(None if side is None else side[figure] for side in sides)))
+            lines.append(
+                ComparedFigure(f"{title} {figure}", "ms", *(None if side is None else side[figure] for side in sides))
+            )
     return lines
