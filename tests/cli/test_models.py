@@ -1,6 +1,7 @@
 """The models and size commands: what is said of a model before it is loaded, and what fits into memory."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from emberkv.cli.main import app
 from emberkv.cli.models import with_int8_kv
 from emberkv.errors import ConfigError
-from emberkv.sim.model_spec import Demand, Precision, fit, fits, load_spec, parse_tokens
+from emberkv.sim.model_spec import ContextDemand, Precision, fit, fits, load_spec, parse_tokens
 from tests.conftest import CheckpointFactory
 from tests.gguf_models import write_gguf
 from tests.models import CONTEXT
@@ -85,12 +86,12 @@ def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
 def test_what_fits_is_counted_in_tokens_beside_the_weights() -> None:
     choice = Precision("bf16", "bf16", weight_bytes=4 * GIB, kv_bytes_per_token=GIB // 10_000)
     per_token = choice.kv_bytes_per_token
-    found = fit(choice, Demand(context=30_000, users=2, shared=10_000), 4 * GIB + 60_000 * per_token)
+    found = fit(choice, ContextDemand(context=30_000, users=2, shared=10_000), 4 * GIB + 60_000 * per_token)
     assert found.kv_bytes == 50_000 * per_token  # what is shared is kept once
     assert (found.fits, found.users, found.context) == (True, 2, 35_000)
-    smaller = fit(choice, Demand(context=30_000, users=2, shared=10_000), 4 * GIB + 40_000 * per_token)
+    smaller = fit(choice, ContextDemand(context=30_000, users=2, shared=10_000), 4 * GIB + 40_000 * per_token)
     assert (smaller.fits, smaller.users, smaller.context) == (False, 1, 25_000)
-    nothing = fit(choice, Demand(context=30_000, users=2), 3 * GIB)
+    nothing = fit(choice, ContextDemand(context=30_000, users=2), 3 * GIB)
     assert (nothing.fits, nothing.users, nothing.context) == (False, 0, 0)
 
 
@@ -100,7 +101,7 @@ def test_kv_in_8_bits_is_offered_where_it_makes_a_demand_fit() -> None:
     assert (first, second.kv, second.kv_bytes_per_token) == (wide, "int8", 130)
     assert second.options == " --dtype bfloat16 --kv-dtype int8"
     assert with_int8_kv([wide], None) == [wide]
-    fitting = [each.fits for each in fits([first, second], Demand(context=2**20), GIB + 200 * 2**20, 0)]
+    fitting = [each.fits for each in fits([first, second], ContextDemand(context=2**20), GIB + 200 * 2**20, 0)]
     assert fitting == [False, True]
 
 
@@ -114,6 +115,14 @@ def test_a_known_model_on_other_hardware() -> None:
     _, output = run(*arguments)
     assert "It fits with int4 weights and fp8 KV." in " ".join(output.split())
     assert all(len(line) <= 80 for line in output.splitlines())
+
+
+def test_a_known_model_takes_here_what_its_checkpoint_does_with_quantize() -> None:
+    _, output = run("size", "emberkv-demo", "--context", "1k", "--json")
+    sizes = {each["precision"]["weights"]: each["precision"]["weight_bytes"] for each in json.loads(output)["choices"]}
+    _, output = run("models", str(files("emberkv") / "demo_model"), "--device", "cpu", "--json")
+    held = json.loads(output)["quantised_bytes"]
+    assert held == {name: pytest.approx(sizes[name], rel=0.02) for name in ("int8", "int4")}
 
 
 def test_a_folder_on_this_machine_ends_with_a_command(checkpoint: CheckpointFactory) -> None:

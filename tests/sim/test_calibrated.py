@@ -56,8 +56,9 @@ def test_a_machine_is_recognised_by_its_times(passes: str, last_layer: str) -> N
     assert found.overheads_us.step == pytest.approx(2000, rel=0.05)
 
 
-def test_a_machine_is_recognised_by_the_times_of_quantised_weights_and_kv() -> None:
-    model, hardware = DEMO.with_dtypes(weights="int8", kv="int8"), machine()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_machine_is_recognised_by_the_times_of_quantised_weights_and_kv(weights: str) -> None:
+    model, hardware = DEMO.with_dtypes(weights=weights, kv="int8", on_load=True), machine()
     measured = measured_on(hardware, SHAPES, model)
     found = calibrated_profile("found", "", model, measured)
     assert deviation(found, model, measured) < 0.02
@@ -83,6 +84,17 @@ def test_a_simulation_says_where_the_machine_was_measured_with_other_types(
     )
     sentence = about(config, machine_of(config, 16)).measured_sentence
     assert sentence is None if said is None else str(sentence).startswith(said)
+
+
+def test_weights_on_hardware_that_was_calibrated_have_the_bytes_of_emberkv_s_own_rounding(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump_profile(calibrated_profile("found", "", DEMO, measured_on(machine(), SHAPES))))
+    here, other = (
+        machine_of(SimulationConfig(model="emberkv-demo", hardware=hardware, weights="int4"), 16).model
+        for hardware in (str(file), "h100")
+    )
+    assert here == DEMO.with_dtypes(weights="int4", on_load=True)
+    assert other == DEMO.with_dtypes(weights="int4")
 
 
 def test_the_profile_is_a_file_like_all_others() -> None:

@@ -69,6 +69,26 @@ def test_only_linear_weights_shrink_when_quantised() -> None:
     assert known.with_dtypes(kv="int8").kv_bytes_per_token == known.kv_bytes_per_token // 256 * 130
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4", 5.0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_rounded_on_load_have_groups_of_32_and_an_output_layer_of_8_bits(
+    weights: str, bits: float, tied: bool
+) -> None:
+    plain = spec_from_config(SMALL | {"tie_word_embeddings": tied}, "small")
+    spec = plain.with_dtypes(weights=weights, on_load=True)
+    output = 32 * 8
+    others = spec.other_parameters - (0 if tied else output)  # a tied embedding stays as it is beside the rounded copy
+    assert (spec.linear_bits, spec.output_bits) == (bits, 8.5)
+    assert spec.weight_bytes == round((spec.linear_parameters * bits + output * 8.5 + others * 16) / 8)
+
+
+def test_a_quantised_checkpoint_is_not_rounded_on_load() -> None:
+    stored = spec_from_config(SMALL | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "small")
+    assert stored.with_dtypes(weights="int4", on_load=True) == stored
+    assert stored.with_dtypes(weights="int8", on_load=True).output_bits == 16
+    assert not spec_from_config(SMALL, "small").with_dtypes(weights="fp8", on_load=True).rounded_on_load
+
+
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
     [

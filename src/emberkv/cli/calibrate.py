@@ -235,7 +235,7 @@ def calibrate(
     Nothing else should run meanwhile: a profile that misses the times measured by more than --tolerance is not written.
 
     `emberkv simulate --hardware FILE` then predicts this machine. The profile says with which number types and
-    kernels it was measured, and a simulation of others says so.
+    kernels it was measured, and a simulation of a model with other number types says so.
     """
     check_outputs(output=output)
     given = {
@@ -251,10 +251,10 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
     with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
         with ThreadPoolExecutor(1) as alone:  # a thread that ends; see `EngineBench`
             bench = alone.submit(_engine_bench, config, lambda line: status.update(escape(line))).result()
+        spec = _spec_of(config, bench)  # refuses what cannot be simulated, before anything else is measured
         prefills = _prefills(bench, status)
         status.update("lower tiers")
         tiers = _tier_rates(bench, Path(place))
-        spec = _spec_of(config, bench)
         with_types = MeasuredWith(weights=spec.weights_dtype, kv=spec.kv_dtype, kernels=bench.backend)
         about = f"{spec.name} on {bench.device}: {with_types}"
         linears, memory = [(each.rows, each.seconds) for each in bench.linears], bench.memory
@@ -301,7 +301,7 @@ def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
     weights, kv = (
         None if each.is_floating_point else str(each).removeprefix("torch.") for each in (dtypes.weights, dtypes.kv)
     )
-    return spec.with_dtypes(weights=weights, kv=kv)
+    return spec.with_dtypes(weights=weights, kv=kv, on_load=config.quantize != "none")
 
 
 def _prefills(bench: "EngineBench", status: Status) -> list[tuple[Work, float]]:

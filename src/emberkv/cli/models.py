@@ -14,7 +14,7 @@ from emberkv.cli.command import errors_reported
 from emberkv.errors import ConfigError
 from emberkv.sim.formatting import format_count, format_size
 from emberkv.sim.hardware import GIB, load_profile
-from emberkv.sim.model_spec import Demand, Fit, ModelSpec, Precision, fits, load_spec, model_names, parse_tokens
+from emberkv.sim.model_spec import ContextDemand, Fit, ModelSpec, Precision, fits, load_spec, model_names, parse_tokens
 
 if TYPE_CHECKING:
     from emberkv.engine.torch.model.description import ModelDescription
@@ -72,7 +72,7 @@ def size(
     The prefix that users share is kept once. What does not fit the pool still hits from --cache-dir, more slowly.
     """
     with errors_reported() as errors:
-        demand = Demand(
+        demand = ContextDemand(
             parse_tokens(context, "--context"), users, parse_tokens(shared, "--shared") if shared != "0" else 0
         )
         if hardware is None and devices > 1:
@@ -81,14 +81,14 @@ def size(
             precisions, longest = _precisions(model, served_here=hardware is None)
         memory, machine = _memory(hardware, devices)
         asked = min(demand.context, longest) if longest else demand.context
-        found = fits(precisions, Demand(asked, users, min(demand.shared, asked)), memory, longest)
+        found = fits(precisions, ContextDemand(asked, users, min(demand.shared, asked)), memory, longest)
         if as_json:
             typer.echo(json.dumps(_as_json(found, memory, longest, demand), indent=1))
             return
         console = Console(highlight=False)
         for line in _heading(model, demand, asked, memory, machine):
             console.print(line)
-        console.print(_fit_table(found, Demand(asked, users)))
+        console.print(_fit_table(found, ContextDemand(asked, users)))
         for line in _advice(model, found):
             console.print(line, soft_wrap=line.startswith("emberkv"), markup=False)
 
@@ -193,18 +193,17 @@ def with_int8_kv(choices: list[Precision], bytes_per_token: int | None) -> list[
 
 
 _SPEC_CHOICES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp8", "bf16"), ("int4", "bf16"), ("fp8", "fp8"), ("int4", "fp8"))
-_BITS_HERE = {"int8": 8 + 16 / 32, "int4": 4 + 32 / 32}
-"""Bits of a weight with the scale, and at 4 bits the offset, of each group of 32, in 16 bits."""
 
 
 def _of_spec(spec: ModelSpec, *, served_here: bool) -> list[Precision]:
     own = Precision(spec.weights_dtype, spec.kv_dtype, spec.weight_bytes, spec.kv_bytes_per_token)
     if served_here:
-        others = spec.weight_bytes - spec.linear_parameters * 2
         rounded = [
-            Precision(name, own.kv, round(others + spec.linear_parameters * bits / 8), own.kv_bytes_per_token, None)
-            for name, bits in _BITS_HERE.items()
-            if spec.weights_dtype in ("bf16", "fp16")
+            Precision(
+                name, own.kv, spec.with_dtypes(weights=name, on_load=True).weight_bytes, own.kv_bytes_per_token, None
+            )
+            for name in _SERVED_KINDS
+            if spec.weights_dtype == spec.base_dtype
         ]
         int8_kv = spec.with_dtypes(kv="int8").kv_bytes_per_token
         return with_int8_kv([replace(own, options=None), *rounded], int8_kv)
@@ -234,7 +233,7 @@ def _memory(hardware: str | None, devices: int) -> tuple[int, str]:
     return usable * devices, f"{devices} x {profile.name}"
 
 
-def _heading(model: str, demand: Demand, asked: int, memory: int, machine: str) -> list[str]:
+def _heading(model: str, demand: ContextDemand, asked: int, memory: int, machine: str) -> list[str]:
     users = format_count(demand.users, "user")
     lines = [f"{model}: {users} with {demand.context:,} tokens each, in {format_size(memory)} of {machine}"]
     if asked < demand.context:
@@ -242,7 +241,7 @@ def _heading(model: str, demand: Demand, asked: int, memory: int, machine: str) 
     return lines
 
 
-def _fit_table(found: list[Fit], demand: Demand) -> Table:
+def _fit_table(found: list[Fit], demand: ContextDemand) -> Table:
     table = Table("weights/KV")
     users, context = f"users at {demand.context:,}", f"context for {demand.users:,}"
     for heading in ("weights", "KV cache", "together", "fits", users, context):
@@ -273,7 +272,7 @@ def _advice(model: str, found: list[Fit]) -> list[str]:
     return [f"It fits {kind}:", f"emberkv serve {model}{first.precision.options} --cache-ram {pool}MiB"]
 
 
-def _as_json(found: list[Fit], memory: int, longest: int, demand: Demand) -> dict[str, Any]:
+def _as_json(found: list[Fit], memory: int, longest: int, demand: ContextDemand) -> dict[str, Any]:
     return {
         "memory_bytes": memory,
         "longest_context": longest or None,

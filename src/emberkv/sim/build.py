@@ -19,7 +19,7 @@ from emberkv.errors import ConfigError
 from emberkv.sim.config import SimulationConfig, TierConfig
 from emberkv.sim.formatting import format_count, format_size
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, HardwareProfile, load_profile
-from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec, load_spec
+from emberkv.sim.model_spec import ModelSpec, load_spec
 from emberkv.sim.outcome import Outcome
 from emberkv.sim.replica import Replica
 from emberkv.sim.roofline import Layout, Roofline
@@ -42,7 +42,7 @@ def weight_bytes(model: ModelSpec, tensor_parallel: int = 1, *, whole_attention:
     """
     if not whole_attention:
         return -(-model.weight_bytes // tensor_parallel)
-    attention = round(model.layers * model.attention_parameters * DTYPE_BITS[model.weights_dtype] / 8)
+    attention = round(model.layers * model.attention_parameters * model.linear_bits / 8)
     return attention + -(-(model.weight_bytes - attention) // tensor_parallel)
 
 
@@ -153,8 +153,9 @@ def machine_of(config: SimulationConfig, block_size: int) -> Machine:
         rates = config.rates
         timer = ConstantRates(rates.per_step, rates.per_prefill_token, rates.per_decode_token)
         return Machine(block_size, config.kv_blocks or 1, rates.kv_bytes_per_token * block_size, timer)
-    model = load_spec(config.model).with_dtypes(weights=config.weights, kv=config.kv)
     profile = load_profile(config.hardware)
+    emberkv_serves = profile.measured_with is not None  # `calibrate` measures emberkv's own server
+    model = load_spec(config.model).with_dtypes(weights=config.weights, kv=config.kv, on_load=emberkv_serves)
     if config.memory is not None:
         profile = profile.model_copy(update={"memory_gib": config.memory / GIB})
     layout = Layout(config.expert_parallel, config.data_parallel_attention, config.peer_access)

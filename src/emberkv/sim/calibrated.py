@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from emberkv.errors import ConfigError
 from emberkv.sim.hardware import GB, GIB, MICROSECOND, TERA, HardwareProfile, MeasuredWith, Overheads, TierRates
-from emberkv.sim.model_spec import DTYPE_BITS, ModelSpec
+from emberkv.sim.model_spec import ModelSpec
 from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Work
 
@@ -28,7 +28,8 @@ class Measurements:
     """One machine's times for one model.
 
     linears: (rows, seconds) of all linear layers together, rows rising from 1. steps: with the seconds of each.
-    passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers. with_types: what computed.
+    passes, last_layer: see `HardwareProfile`. tiers: rates of the lower tiers. with_types: the number types and
+    kernels that it was measured with.
 
     >>> from emberkv.sim.model_spec import load_spec
     >>> linears, steps = [(1, 0.010), (64, 0.012)], [(Work(1, 100), 0.012), (Work(8, 800), 0.013)]
@@ -56,8 +57,7 @@ def calibrated_profile(name: str, description: str, model: ModelSpec, measured: 
     """
     output = model.vocab * model.hidden
     linear = model.linear_parameters + output
-    bits = model.linear_parameters * DTYPE_BITS[model.weights_dtype] + output * DTYPE_BITS[model.base_dtype]
-    weights = bits / 8
+    weights = (model.linear_parameters * model.linear_bits + output * model.output_bits) / 8
     seconds = list(accumulate((each for _, each in measured.linears), max))
     rates = [2 * rows * linear / each for (rows, _), each in zip(measured.linears, seconds, strict=True)]
     found = _share_out(model, measured, _draft(name, model, max(rates), weights / seconds[0], measured, rates))

@@ -17,6 +17,13 @@ DTYPE_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.5,
 """Bits of a parameter. 8-bit integers come with a 16-bit scale for each group of 32, 4-bit ones with a 16-bit scale and
 a 16-bit zero point for each group of 128."""
 
+ON_LOAD_BITS = {"int8": 8 + 16 / 32, "int4": 4 + 2 * 16 / 32}
+"""Bits of a parameter that emberkv itself rounds while it loads a model (`--quantize`): each group of 32 has a 16-bit
+scale, and in 4 bits a 16-bit offset."""
+
+ON_LOAD_OUTPUT = "int8"
+"""The type to which emberkv rounds the output layer, whatever `--quantize` says."""
+
 KV_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8}
 """Bits of a value of the KV cache. In int8, each token has a 16-bit scale for a head's keys and one for its values."""
 
@@ -28,7 +35,9 @@ class ModelSpec:
     moe_layers: how many layers are mixtures of ``experts``, of which a token goes through experts_per_token and,
     always, a shared one of width shared_intermediate. window: tokens that a query sees in window_layers of the layers;
     the others see all. weights_dtype: of the layers' linear weights; embeddings, norms and routers have base_dtype, as
-    quantised checkpoints leave them. context: the most tokens that the model was made for.
+    quantised checkpoints leave them. rounded_on_load: whether emberkv rounds the linear weights itself (`--quantize`),
+    and the output layer to 8 bits, in a copy where the embedding is the same tensor. context: the most tokens that the
+    model was made for.
 
     >>> from emberkv.sim.model_spec import load_spec
     >>> spec = load_spec("llama-3.1-8b")
@@ -60,6 +69,7 @@ class ModelSpec:
     base_dtype: str = "bf16"
     weights_dtype: str = "bf16"
     kv_dtype: str = "bf16"
+    rounded_on_load: bool = False
 
     @property
     def query_size(self) -> int:
@@ -102,11 +112,22 @@ class ModelSpec:
         return self.parameters - idle
 
     @property
+    def linear_bits(self) -> float:
+        """Bits of a parameter of the layers' linear weights, its share of scales included."""
+        return (ON_LOAD_BITS if self.rounded_on_load else DTYPE_BITS)[self.weights_dtype]
+
+    @property
+    def output_bits(self) -> float:
+        """Bits of a parameter of the output layer, likewise."""
+        return ON_LOAD_BITS[ON_LOAD_OUTPUT] if self.rounded_on_load else DTYPE_BITS[self.base_dtype]
+
+    @property
     def weight_bytes(self) -> int:
-        return round(
-            (self.linear_parameters * DTYPE_BITS[self.weights_dtype]) / 8
-            + self.other_parameters * DTYPE_BITS[self.base_dtype] / 8
-        )
+        base, output = DTYPE_BITS[self.base_dtype], self.vocab * self.hidden
+        bits = self.linear_parameters * self.linear_bits + self.other_parameters * base
+        if self.rounded_on_load:
+            bits += output * (self.output_bits - (0 if self.tied else base))
+        return round(bits / 8)
 
     @property
     def kv_bytes_per_layer(self) -> int:
@@ -119,13 +140,24 @@ class ModelSpec:
         """Over all layers; a window's layers keep theirs too, as a shared prefix cache needs them."""
         return self.layers * self.kv_bytes_per_layer
 
-    def with_dtypes(self, *, weights: str | None = None, kv: str | None = None) -> "ModelSpec":
-        """The same shapes in other types. Raises ConfigError naming those accepted."""
+    def with_dtypes(self, *, weights: str | None = None, kv: str | None = None, on_load: bool = False) -> "ModelSpec":
+        """The same shapes in other types. Raises ConfigError naming those accepted.
+
+        on_load: whether emberkv serves the model: it then rounds plain weights to int8 or int4 in its own way.
+
+        >>> spec = load_spec("llama-3.1-8b")
+        >>> [spec.with_dtypes(weights="int4", on_load=each).linear_bits for each in (False, True)]
+        [4.25, 5.0]
+        """
         if weights is not None and weights not in DTYPE_BITS:
             raise ConfigError(f"dtype is {weights!r}; use one of {', '.join(DTYPE_BITS)}")
         if kv is not None and kv not in KV_BITS:
             raise ConfigError(f"the KV dtype is {kv!r}; use one of {', '.join(KV_BITS)}")
-        return replace(self, weights_dtype=weights or self.weights_dtype, kv_dtype=kv or self.kv_dtype)
+        found = replace(self, kv_dtype=kv or self.kv_dtype)
+        if weights is None or weights == self.weights_dtype:
+            return found
+        is_plain = self.weights_dtype == self.base_dtype
+        return replace(found, weights_dtype=weights, rounded_on_load=on_load and is_plain and weights in ON_LOAD_BITS)
 
 
 _TORCH_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -338,7 +370,7 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class ContextDemand:
     """What is asked for: ``users`` at the same time, each with ``context`` tokens, of which the first ``shared`` are
     the same for all (a system prompt with its tools), so that their KV state is kept once.
     """
@@ -357,7 +389,7 @@ class Demand:
     def tokens(self) -> int:
         """Tokens whose keys and values are in the pool.
 
-        >>> Demand(context=200_000, users=5, shared=20_000).tokens
+        >>> ContextDemand(context=200_000, users=5, shared=20_000).tokens
         920000
         """
         return self.shared + self.users * (self.context - self.shared)
@@ -378,11 +410,11 @@ class Fit:
     context: int
 
 
-def fit(precision: Precision, demand: Demand, memory: int, longest: int = 0) -> Fit:
+def fit(precision: Precision, demand: ContextDemand, memory: int, longest: int = 0) -> Fit:
     """Compute what fits beside the weights in ``memory`` bytes. longest: the model's own context; 0: unknown.
 
     >>> eight_bits = Precision("int8", "bfloat16", weight_bytes=8 * 2**30, kv_bytes_per_token=2**17)
-    >>> found = fit(eight_bits, Demand(context=32_768, users=4), memory=32 * 2**30)
+    >>> found = fit(eight_bits, ContextDemand(context=32_768, users=4), memory=32 * 2**30)
     >>> found.fits, found.users, found.context
     (True, 6, 49152)
     """
@@ -397,6 +429,6 @@ def fit(precision: Precision, demand: Demand, memory: int, longest: int = 0) -> 
     return Fit(precision, kv_bytes, total, total <= memory, users, min(context, longest) if longest else context)
 
 
-def fits(precisions: Iterable[Precision], demand: Demand, memory: int, longest: int = 0) -> list[Fit]:
+def fits(precisions: Iterable[Precision], demand: ContextDemand, memory: int, longest: int = 0) -> list[Fit]:
     """`fit` for each precision, in the order given: from the most precise to the smallest."""
     return [fit(each, demand, memory, longest) for each in precisions]

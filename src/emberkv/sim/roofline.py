@@ -227,7 +227,7 @@ class Roofline:
 
     def _linear(self, rows: float, inputs: float, outputs: float, copies: float = 1.0, bits: float = 0.0) -> float:
         """One product of ``rows`` by a matrix; with ``copies``, that many of them, each of other weights."""
-        weights = inputs * outputs * (bits or DTYPE_BITS[self.model.weights_dtype]) / 8
+        weights = inputs * outputs * (bits or self.model.linear_bits) / 8
         moved = copies * (weights + rows * (inputs + outputs) * self._element_bytes)
         computed = copies * 2 * rows * inputs * outputs / (self._flops * self._gemm_compute.at(rows))
         return max(moved / (self._bandwidth * self.hardware.gemm_bandwidth), computed)
@@ -258,8 +258,8 @@ class Roofline:
     def _logits(self, sampled: int) -> float:
         if not sampled:
             return 0.0
-        bits = DTYPE_BITS[self.model.base_dtype]
-        return self._linear(sampled, self.model.hidden, self.model.vocab / self.tensor_parallel, bits=bits)
+        outputs = self.model.vocab / self.tensor_parallel
+        return self._linear(sampled, self.model.hidden, outputs, bits=self.model.output_bits)
 
     def _decode_attention(self, sequences: int, context: int) -> float:
         if not sequences:
