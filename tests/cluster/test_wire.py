@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberkv.cluster import wire
+from emberkv.cluster import wire, wire_commands
 from emberkv.core.feed import EventsLost
+from emberkv.core.hashing import TokenChain
 from emberkv.core.sequence import FinishReason
+from emberkv.engine.commands import ImportBlocks
 from emberkv.engine.request import (
     CacheUsage,
     Constraint,
@@ -117,3 +119,14 @@ def test_frames_are_found_however_they_arrive(messages: list[bytes], cuts: list[
 def test_a_frame_that_is_too_long_is_refused_by_its_length() -> None:
     with pytest.raises(WireError, match="at most"):
         wire.FrameReader().feed((wire.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+
+
+def test_blocks_that_are_too_large_for_a_message_are_refused_before_they_are_sent() -> None:
+    command, answer = ImportBlocks(TokenChain(bytes(32), range(4), 4), [bytes(1000)]), [bytes(1000), None]
+    assert len(wire_commands.encode_command(command, message_bytes=2000)) > 1000
+    assert len(wire_commands.encode_answer(answer, message_bytes=2000)) > 1000
+    refused = r"at most 1,000 are sent.* smaller --block-size"
+    with pytest.raises(ConfigError, match=refused):
+        wire_commands.encode_command(command, message_bytes=1000)
+    with pytest.raises(ConfigError, match=refused):
+        wire_commands.encode_answer(answer, message_bytes=1000)

@@ -10,9 +10,11 @@ from emberkv.core.policies.eviction import LRU
 from emberkv.errors import ConfigError
 from emberkv.serving.engine_setup import tier_specs
 from emberkv.serving.tenancy import Shares
-from emberkv.tiers.kinds import SHARED_OUT, TIER_KINDS, TierSpec, configured_tiers
+from emberkv.tiers.kinds import SHARED_OUT, TIER_KINDS, TierConfig, TierSpec, configured_tiers, open_tiers
+from emberkv.tiers.manager import OffloadedBlock
 from emberkv.tiers.remote.server import ServerAddress
-from tests.tiers.build import NAMESPACE
+from tests.tiers.build import NAMESPACE, records
+from tests.waiting import DEADLINE
 
 
 def test_the_settings_of_a_server_name_its_tiers_fastest_first(tmp_path: Path) -> None:
@@ -49,6 +51,20 @@ def test_the_remote_tier_s_password_is_read_from_its_file(tmp_path: Path) -> Non
     (tmp_path / "password").write_text("")
     with pytest.raises(ConfigError, match=r"--remote-tier-password-file .* holds no key"):
         tier_specs(config)
+
+
+def test_blocks_that_are_larger_than_a_queue_are_stored(tmp_path: Path) -> None:
+    size = 2**20
+    blocks = records(4, payload_bytes=size)
+    opened = open_tiers(
+        TierConfig((TierSpec("ram", 2**23), TierSpec("disk", 2**23, tmp_path))), "lru", NAMESPACE,
+        block_bytes=size, queue_bytes=size // 2,
+    )  # fmt: skip
+    assert opened is not None
+    opened.offload([OffloadedBlock(each, "") for each in blocks])
+    assert opened.close(DEADLINE)
+    assert opened.stack_stats().queue_full == 0
+    assert {name: tier.stores for name, tier in opened.stats().items()} == {"ram": 4, "disk": 4}
 
 
 def test_an_unknown_kind_and_a_disk_without_a_folder_are_refused() -> None:

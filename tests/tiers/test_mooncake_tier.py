@@ -15,7 +15,7 @@ from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed, TierEntry
 from emberkv.tiers.breaker import Circuit
 from emberkv.tiers.kinds import TierSpec
-from emberkv.tiers.remote.mooncake import MARKED_SECONDS, MooncakeTier
+from emberkv.tiers.remote.mooncake import BUFFER_BYTES, MARKED_SECONDS, MooncakeTier
 from emberkv.tiers.remote.server import ANSWER_SECONDS, LONGEST_PAUSE, ServerAddress
 from emberkv.tiers.remote.tier import NOT_REACHED
 from tests.tiers.build import NAMESPACE, OTHER, block_hashes, entries, records
@@ -42,10 +42,18 @@ def opened(master: MooncakeMaster, tmp_path: Path) -> Iterator[Callable[..., Moo
     """Makes tiers that see no other test's blocks."""
     tiers: list[MooncakeTier] = []
 
-    def get(namespace: bytes = NAMESPACE, clock: Clock | None = None, *, answer_seconds: float = 10) -> MooncakeTier:
+    def get(
+        namespace: bytes = NAMESPACE,
+        clock: Clock | None = None,
+        *,
+        answer_seconds: float = 10,
+        block_bytes: int = 0,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> MooncakeTier:
         clock = clock or Clock()
         tier = MooncakeTier(
-            master.address, GIVEN, namespace=namespace, prefix=tmp_path.name, answer_seconds=answer_seconds, clock=clock
+            master.address, GIVEN, namespace=namespace, prefix=tmp_path.name, answer_seconds=answer_seconds,
+            clock=clock, block_bytes=block_bytes, buffer_bytes=buffer_bytes,
         )  # fmt: skip
         tiers.append(tier)
         comes_back(tier.connect(), clock)
@@ -66,6 +74,17 @@ def comes_back(tier: MooncakeTier, clock: Clock) -> None:
         return tier.stats().circuit is Circuit.CLOSED
 
     eventually(answers)
+
+
+def test_blocks_that_are_larger_than_the_buffer_s_share_are_stored_and_loaded(
+    opened: Callable[..., MooncakeTier],
+) -> None:
+    size = 3 * 2**20
+    blocks = records(4, payload_bytes=size)
+    first, second = (opened(block_bytes=size, buffer_bytes=2**20) for _ in range(2))
+    assert first.store(entries(blocks)).count == 4
+    assert second.load(block_hashes(blocks)) == entries(blocks)
+    assert second.stats().troubles == {}
 
 
 def test_what_one_process_stores_another_finds(opened: Callable[..., MooncakeTier]) -> None:

@@ -110,8 +110,8 @@ _ANSWERS: Mapping[type[Command[Any]], Any] = {
 }
 
 
-def encode_command(command: Command[Any]) -> bytes:
-    """Raises ConfigError for a command that is not sent to workers."""
+def encode_command(command: Command[Any], *, message_bytes: int = wire.MAX_MESSAGE_BYTES) -> bytes:
+    """Raises ConfigError for a command that is not sent to workers, or is larger than the receiver accepts."""
     message: _AnyMessage
     match command:
         case Retain():
@@ -134,7 +134,7 @@ def encode_command(command: Command[Any]) -> bytes:
             message = _Import(_sent(command.chain), tuple(command.records))
         case _:
             raise ConfigError(f"{type(command).__name__} is not sent to workers; ask by its route")
-    return wire.encode(message)
+    return _bounded(wire.encode(message), message_bytes)
 
 
 def decode_command(data: bytes, root: BlockHash) -> Command[Any]:
@@ -165,11 +165,25 @@ def decode_command(data: bytes, root: BlockHash) -> Command[Any]:
     return command
 
 
-def encode_answer(answer: Any, removed: Mapping[str, Removed] | None = None) -> bytes:
-    """removed: what `RemovedBlocks.tiers` have answered."""
+def encode_answer(
+    answer: Any, removed: Mapping[str, Removed] | None = None, *, message_bytes: int = wire.MAX_MESSAGE_BYTES
+) -> bytes:
+    """removed: what `RemovedBlocks.tiers` have answered. Raises ConfigError for an answer that is larger than the
+    caller accepts.
+    """
     if isinstance(answer, RemovedBlocks):
         return wire.encode(_Removed(answer.pool, dict(removed or {})))
-    return wire.encode(answer)
+    return _bounded(wire.encode(answer), message_bytes)
+
+
+def _bounded(message: bytes, message_bytes: int) -> bytes:
+    """The message, which only records of large blocks make too long."""
+    if len(message) > message_bytes:
+        raise ConfigError(
+            f"a message of {len(message):,} bytes; at most {message_bytes:,} are sent, and blocks of fewer tokens "
+            "take less: give the workers a smaller --block-size"
+        )
+    return message
 
 
 def decode_answer(data: bytes, command: Command[R]) -> R:

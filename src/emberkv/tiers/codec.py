@@ -19,6 +19,8 @@ Payload = bytes | memoryview
 VERSION = 1
 MAGIC = b"\x89EMBERKV"
 HASH_BYTES = 32
+MOST_BESIDE = 2**18
+"""Bytes of a stored block beside its state, at most: header, namespace, checksum, owner, and 32,768 tokens."""
 
 _HEADER = struct.Struct("<8sHBBIIQ32s32s")
 """Magic, version, flags, namespace's size, position, tokens' size, payload's size, block hash, parent."""

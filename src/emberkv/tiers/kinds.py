@@ -15,6 +15,7 @@ from emberkv.core.policies.fair_shares import FairShares, Share, check_floors
 from emberkv.core.policies.retention import Retaining, RetentionBudget
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import PolicyFactory, Tier
+from emberkv.tiers.codec import MOST_BESIDE
 from emberkv.tiers.disk.tier import DiskTier
 from emberkv.tiers.manager import TierManager
 from emberkv.tiers.memory import MemoryTier
@@ -69,11 +70,20 @@ class TierSpec:
         where = "of memory" if place is None else f"in {place}"
         return f"{ByteSize(self.capacity).human_readable()} {where}"
 
-    def open(self, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share] | None = None) -> Tier:
+    def open(
+        self,
+        namespace: bytes,
+        policy: PolicyFactory,
+        shares: Mapping[str, Share] | None = None,
+        *,
+        block_bytes: int = 0,
+    ) -> Tier:
         """policy: the order of eviction, with the owners' shares in it. shares: the same ones, for a kind that has an
-        order of its own. Raises ConfigError for a size that cannot work, and CacheFolderError.
+        order of its own. block_bytes: of a block of the model, for a kind that has a buffer for blocks.
+
+        Raises ConfigError for a size that cannot work, and CacheFolderError.
         """
-        return TIER_KINDS[self.kind].open(self, namespace, policy, shares or {})
+        return TIER_KINDS[self.kind].open(self, namespace, policy, shares or {}, block_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +92,26 @@ class TierKind:
 
     option: str
     shared: bool
-    open: Callable[[TierSpec, bytes, PolicyFactory, Mapping[str, Share]], Tier]
+    open: Callable[[TierSpec, bytes, PolicyFactory, Mapping[str, Share], int], Tier]
 
 
-def _open_ram(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+def _open_ram(
+    spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share], block_bytes: int
+) -> Tier:
     return MemoryTier(spec.capacity, policy=policy, name=spec.name)
 
 
-def _open_disk(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+def _open_disk(
+    spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share], block_bytes: int
+) -> Tier:
     if spec.folder is None:
         raise ConfigError("a tier of kind 'disk' has no folder; give the folder in which it stores its blocks")
     return DiskTier.open(spec.folder, spec.capacity, namespace=namespace, policy=policy, name=spec.name)
 
 
-def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+def _open_remote(
+    spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share], block_bytes: int
+) -> Tier:
     if spec.server is None:
         raise ConfigError("a tier of kind 'remote' has no server; give the address of the one that stores its blocks")
     if spec.server.url.startswith(f"{SCHEME}://"):
@@ -104,13 +120,17 @@ def _open_remote(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares
                 f"tenants have floors or quotas under {spec.name!r}, which a Mooncake store does not keep; leave them "
                 "out, or use a Redis or Valkey server as --remote-tier"
             )
-        return MooncakeTier(spec.server, spec.capacity, namespace=namespace, name=spec.name).connect()
+        return MooncakeTier(
+            spec.server, spec.capacity, namespace=namespace, name=spec.name, block_bytes=block_bytes
+        ).connect()
     return RemoteTier(
         spec.server, spec.capacity, namespace=namespace, ttl_seconds=spec.ttl_seconds, shares=shares, name=spec.name
     ).connect()
 
 
-def _open_shm(spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share]) -> Tier:
+def _open_shm(
+    spec: TierSpec, namespace: bytes, policy: PolicyFactory, shares: Mapping[str, Share], block_bytes: int
+) -> Tier:
     return ShmTier.open(spec.capacity, namespace=namespace, policy=policy, name=spec.name, folder=spec.folder or FOLDER)
 
 
@@ -148,7 +168,10 @@ def configured_tiers(
 
 
 QUEUE_BYTES = 256 * 2**20
-"""Of the blocks that wait to be stored in one tier."""
+"""Of the blocks that wait to be stored in one tier; more where `QUEUED_BLOCKS` take more."""
+
+QUEUED_BLOCKS = 4
+"""Blocks, however large, that a tier's queue has room for. Those of a hybrid model may have hundreds of MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +213,12 @@ def open_tiers(
     namespace: bytes,
     *,
     block_bytes: int,
+    queue_bytes: int = QUEUE_BYTES,
 ) -> TierManager | None:
     """The tiers that the configuration names, or None.
 
-    block_bytes: of a block of the model, which a tier must have room for. Raises ConfigError for a size that cannot
-    work here, and CacheFolderError.
+    block_bytes: of a block of the model, which a tier must have room for. queue_bytes: see `QUEUE_BYTES`. Raises
+    ConfigError for a size that cannot work here, and CacheFolderError.
     """
     for tier in config.tiers:
         if tier.capacity < block_bytes:
@@ -204,7 +228,13 @@ def open_tiers(
     if not config.tiers:
         return None
     tiers = [
-        tier.open(namespace, config.tier_policy(tier, eviction), config.shares.get(tier.name, {}))
+        tier.open(
+            namespace,
+            config.tier_policy(tier, eviction),
+            config.shares.get(tier.name, {}),
+            block_bytes=block_bytes,
+        )
         for tier in config.tiers
     ]
-    return TierManager(tiers, namespace=namespace, queue_bytes=QUEUE_BYTES)
+    room = max(queue_bytes, QUEUED_BLOCKS * (block_bytes + MOST_BESIDE))
+    return TierManager(tiers, namespace=namespace, queue_bytes=room)

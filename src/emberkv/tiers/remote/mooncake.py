@@ -23,6 +23,7 @@ from emberkv.core.loading import LookupStatus
 from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
 from emberkv.tiers.breaker import CircuitBreaker
+from emberkv.tiers.codec import MOST_BESIDE
 from emberkv.tiers.remote.server import ANSWER_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, ServerAddress
 from emberkv.tiers.remote.tier import FIRST_LOOKED_UP, LOOKUP_SECONDS, MORE_LOOKED_UP, NOT_REACHED, REFRESH_SECONDS
 from emberkv.tiers.stats import TierStats, Troubles
@@ -40,10 +41,14 @@ SETUP_SECONDS = 10.0
 """How long the first connection may take before the server starts without it."""
 
 BUFFER_BYTES = 128 * 2**20
-"""For what is read: memory of the client's own, beside the part that it gives to the store."""
+"""For what is read or stored: memory of the client's own, beside the part that it gives to the store. More where a
+block for each thread of the tier's worker takes more."""
+
+_THREADS = 3
+"""That use the buffer at the same time: one stores, and two read."""
 
 _AT_ONCE = 8
-"""Blocks read or stored in one call; the largest blocks have several MiB."""
+"""Blocks read or stored in one call at most."""
 
 _REMOVED_AT_ONCE = 512
 """Blocks removed in one call, which has a deadline."""
@@ -61,9 +66,9 @@ class MooncakeClient:
     """One connection to the store, with a deadline for each call and a breaker. Thread-safe.
 
     A call that takes too long goes on in a thread of its own, and its result is dropped. address: of the master.
-    given_bytes: of this process's memory, which become part of the store. answer_seconds: the deadline of a call;
-    Mooncake's own is that of the process's first connection. clock: seconds, for the breaker. Raises ConfigError where
-    the package is not installed.
+    given_bytes: of this process's memory, which become part of the store. buffer_bytes: see `BUFFER_BYTES`.
+    answer_seconds: the deadline of a call; Mooncake's own is that of the process's first connection. clock: seconds,
+    for the breaker. Raises ConfigError where the package is not installed.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class MooncakeClient:
         given_bytes: int,
         troubles: Troubles,
         *,
+        buffer_bytes: int,
         answer_seconds: float,
         clock: Callable[[], float],
     ) -> None:
@@ -87,6 +93,7 @@ class MooncakeClient:
         self._new_store: Callable[[], Any] = MooncakeDistributedStore
         self._place = urlsplit(address.url).netloc
         self._given_bytes = given_bytes
+        self._buffer_bytes = buffer_bytes
         self._troubles = troubles
         self._answer_seconds = answer_seconds
         self._store: Any = None
@@ -105,7 +112,7 @@ class MooncakeClient:
     def _connected(self) -> None:
         store = self._new_store()
         own = _own_address(self._place)
-        code = store.setup(own, "P2PHANDSHAKE", self._given_bytes, BUFFER_BYTES, "tcp", "", self._place)
+        code = store.setup(own, "P2PHANDSHAKE", self._given_bytes, self._buffer_bytes, "tcp", "", self._place)
         if code != _OK:
             raise ConnectionError(f"setup gives {code}")
         self._store = store
@@ -193,7 +200,8 @@ class MooncakeClient:
 class MooncakeTier(Tier):
     """A `Tier` in the Mooncake store whose master is at ``address``, ``mooncake://HOST:PORT``.
 
-    given_bytes: of this process's memory, which the store uses for blocks of all servers.
+    given_bytes: of this process's memory, which the store uses for blocks of all servers. block_bytes: of a block of
+    the model. buffer_bytes: see `BUFFER_BYTES`.
 
     ``removals_seen`` stays 0: see the module for what keeps a removed block from being stored again. How many blocks
     there are is known to the master alone, so that the statistics leave it out.
@@ -209,6 +217,8 @@ class MooncakeTier(Tier):
         namespace: bytes,
         name: str = "remote",
         prefix: str = PREFIX,
+        block_bytes: int = 0,
+        buffer_bytes: int = BUFFER_BYTES,
         answer_seconds: float = ANSWER_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -218,7 +228,16 @@ class MooncakeTier(Tier):
         self._space = f"{prefix}:{sha256(namespace).hexdigest()[:32]}"
         self._clock = clock
         self._troubles = Troubles(logger, f"{name} tier")
-        self._client = MooncakeClient(address, given_bytes, self._troubles, answer_seconds=answer_seconds, clock=clock)
+        of_a_thread = max(buffer_bytes // _THREADS, block_bytes + MOST_BESIDE)
+        self._at_once = min(_AT_ONCE, of_a_thread // (block_bytes + MOST_BESIDE))
+        self._client = MooncakeClient(
+            address,
+            given_bytes,
+            self._troubles,
+            buffer_bytes=_THREADS * of_a_thread,
+            answer_seconds=answer_seconds,
+            clock=clock,
+        )
         self._lock = Lock()  # what follows
         self._skipped: Counter[str] = Counter()
         self._unremoved: set[bytes] = set()
@@ -261,7 +280,7 @@ class MooncakeTier(Tier):
         keys = {each: self._key(each, kind) for each, kind in zip(block_hashes, kinds, strict=True) if kind}
         found: dict[bytes, bytes] = {}
         try:
-            for batch in _batches(list(keys)):
+            for batch in _batches(list(keys), self._at_once):
                 found |= zip(batch, self._client.get([keys[each] for each in batch]), strict=True)
         except RemoteTierError:
             pass  # counted; the rest counts as missing
@@ -276,7 +295,7 @@ class MooncakeTier(Tier):
 
     def store(self, entries: Sequence[TierEntry], *, seen: int | None = None) -> Stored:
         count = 0
-        for batch in reversed(_batches(entries)):
+        for batch in reversed(_batches(entries, self._at_once)):
             if not self._client.breaker.is_closed:
                 self._skip("server not available", len(batch))
                 continue
@@ -465,7 +484,7 @@ def _entry(block_hash: bytes, value: bytes, *, exact: bool) -> TierEntry | None:
         return None
 
 
-def _batches(items: Sequence[T], size: int = _AT_ONCE) -> list[Sequence[T]]:
+def _batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
