@@ -197,6 +197,13 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
         "mamba_rms_norm": False,
         "key_multiplier": 0.5,
     },
+    "qwen3_next-equal_heads": {
+        **_WIDE,
+        **_SOME_EXPERTS,
+        **_DELTA,
+        "linear_num_key_heads": 4,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3_5_text": {**_WIDE, **_DELTA},
     "qwen3_5_moe_text": {**_WIDE, **_SOME_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
     "olmo_hybrid": {**_WIDE, **_DELTA, "linear_allow_neg_eigval": True},
@@ -269,7 +276,7 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
 BY_BLOCKS = frozenset(
     {
         "bamba", "falcon_h1", "granitemoehybrid", "granitemoehybrid-experts", "lfm2", "lfm2_moe", "nemotron_h",
-        "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+        "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen3_next-equal_heads",
     }
 )  # fmt: skip
 """Those of both of which a hit ends at a whole block: they keep state beside keys and values."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.native.recurrence import NativeRecurrence
 from emberkv.engine.torch.recurrence import Recurrence, Rule
 from emberkv.engine.torch.state_step import StateStep, state_step
+from emberkv.errors import UnsupportedModelError
 
 SIZE, BLOCKS = 4, 12
 LAYER = 1
@@ -136,6 +138,22 @@ def test_however_sequences_are_cut_and_batched_a_row_has_the_bits_of_the_whole(
         for states in ("matrices", "convolved"):
             cut, uncut = (getattr(each, states)[LAYER] for each in (pool, whole))
             assert torch.equal(cut[table(index)[:filled]], uncut[:filled])
+
+
+def test_what_the_kernels_would_read_wrong_is_refused(kernels: Kernels) -> None:
+    plain = KINDS[3].recurrence()
+    layer, rows = NativeRecurrence(kernels, plain), Text.random(plain.state, 5, torch.bfloat16, 0).rows(0, 5)
+    run = [Run(table(0), 0, 5)]
+    with pytest.raises(UnsupportedModelError, match=r"torch\.float32, torch\.bfloat16; they take"):
+        compute(layer, pool_for(plain.state, 1, torch.float32), run, [rows])
+    mixed, gate, steps, betas = rows
+    pool = pool_for(plain.state, 1, torch.bfloat16)
+    apart = torch.stack([steps, steps], dim=-1)[..., 0]
+    with (
+        state_step(StateStep(pool, run)),
+        pytest.raises(UnsupportedModelError, match="given steps whose values lie 2 apart"),
+    ):
+        layer(mixed, gate, apart, betas)
 
 
 @settings(deadline=None, max_examples=30)

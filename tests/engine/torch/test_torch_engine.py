@@ -14,6 +14,7 @@ from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.self_check import is_batch_invariant
 from emberkv.errors import ConfigError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import DriverFactory, ModelFactory
@@ -239,3 +240,32 @@ def test_other_salts_do_not_share(paged: ModelFactory) -> None:
     driver.run_one(prompt, salt=b"one")
     assert driver.run_one(prompt, salt=b"two").cached == 0
     assert driver.run_one(prompt, salt=b"one").cached > 0
+
+
+class _ForgetfulEngine:
+    """An engine whose prefills find no state where they begin behind a whole block."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def prefill(self, tokens: list[int], start: int, block_ids: list[int], *, sample: bool) -> Tensor:
+        size = self.pool.block_size
+        if start and start % size == 0:
+            for matrices in self.pool.matrices.values():
+                matrices[block_ids[start // size - 1]] = 0
+        return self._engine.prefill(tokens, start, block_ids, sample=sample)
+
+
+def test_the_state_behind_a_block_that_has_grown_is_tried(paged: ModelFactory, kernels: Kernels) -> None:
+    loaded = paged("bamba", "bfloat16")
+    size = 64
+    engine = TorchEngine(
+        loaded, cache_bytes=4 * loaded.geometry.block_bytes(loaded.dtypes.kv, size), block_size=size,
+        prefill_chunk=32, kernels=kernels,
+    )  # fmt: skip
+    assert engine.batch_invariant
+    assert is_batch_invariant(engine)
+    assert not is_batch_invariant(_ForgetfulEngine(engine))

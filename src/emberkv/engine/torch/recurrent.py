@@ -57,7 +57,9 @@ class Mamba2Mixer(nn.Module):
         self._parts = [inner, state.channels, state.heads]
         self._input_multiplier = getattr(layer, "ssm_in_multiplier", None)
         vector = getattr(layer, "mup_vector", None)
-        self.register_buffer("multipliers", None if vector is None else vector.detach().clone())
+        self.register_buffer(
+            "multipliers", None if vector is None else vector.detach().to(layer.conv1d.weight.dtype, copy=True)
+        )
         normed = not isinstance(layer.norm, nn.Identity)
         least, most = layer.time_step_limit
         rule = Rule(
@@ -147,7 +149,8 @@ class GatedDeltaNet(nn.Module):
         query, key, value, gate = torch.split(mixed.view(len(mixed), self._key_heads, -1), parts, dim=-1)
         betas, steps = torch.split(small.view(len(small), self._key_heads, -1), [each, each], dim=-1)
         together = torch.cat([part.flatten(1) for part in (query, key, value)], dim=-1)
-        return together, gate.flatten(1), steps.flatten(1), betas.flatten(1)
+        # With one value head for each key head, the last two are views whose values lie apart.
+        return together, gate.flatten(1), steps.flatten(1).contiguous(), betas.flatten(1).contiguous()
 
 
 class GatedFeedForward(nn.Module):

@@ -6,6 +6,7 @@ The trials compute made-up tokens into the pool's first blocks.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -80,10 +81,14 @@ def is_tile_invariant(engine: PagedForward) -> bool:
 
 
 def is_batch_invariant(engine: PagedForward) -> bool:
-    """Whether decode steps, and chunks that begin within a block, give tokens the same bits as whole prefills do."""
+    """Whether decode steps, and chunks that begin within a block or behind a whole one, give tokens the same bits as
+    whole prefills do.
+    """
     unit = _unit(engine)
     within = {unit // 2 + 1, unit + 1}
-    return _decodes_as_it_prefills(engine) and _same_in_pieces(engine, unit + 3, within)
+    return (
+        _decodes_as_it_prefills(engine) and _same_in_pieces(engine, unit + 3, within) and _states_cross_blocks(engine)
+    )
 
 
 def _unit(engine: PagedForward) -> int:
@@ -104,6 +109,34 @@ def _same_in_pieces(engine: PagedForward, length: int, cuts: Iterable[int]) -> b
         engine.pool.clear(second)
         engine.prefill(tokens[:cut], 0, second, sample=False)
         logits = engine.prefill(tokens[cut:], cut, second, sample=True)
+        if not (torch.equal(logits, expected) and _same_blocks(engine, first, second)):
+            return False
+    return True
+
+
+@torch.inference_mode()
+def _states_cross_blocks(engine: PagedForward) -> bool:
+    """Whether states of fixed size go on into the next block: cut before, at and behind the end of a block, tokens get
+    the KV state and the logits that they get whole.
+
+    Where a unit is a block, the other trials have done this. A block that has grown is long, so the cuts share one
+    prefill up to the block's last token: behind it few tokens are left to compute.
+    """
+    size = engine.pool.block_size
+    length = size + 3
+    if not engine.loaded.geometry.states or _unit(engine) == size or length > engine.loaded.context_length:
+        return True
+    blocks = _blocks_for_two(engine, length)
+    if blocks is None:
+        return False
+    first, second = blocks
+    tokens = _made_up_tokens(engine.loaded, length)
+    expected = engine.prefill(tokens, 0, first, sample=True)
+    engine.prefill(tokens[: size - 1], 0, second, sample=False)
+    for pieces in ([size - 1, length], [size, length], [size, size + 1, length]):
+        engine.pool.clear(second[1:])
+        for start, stop in pairwise(pieces):
+            logits = engine.prefill(tokens[start:stop], start, second, sample=True)
         if not (torch.equal(logits, expected) and _same_blocks(engine, first, second)):
             return False
     return True

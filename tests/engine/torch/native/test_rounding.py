@@ -39,6 +39,12 @@ def test_the_kernels_find_what_torch_finds(
     same(kernels.fitted(values), fitted(values))
 
 
+@pytest.mark.parametrize("group", [144, 256])
+def test_groups_that_are_larger_than_the_kernels_take_are_rounded_too(kernels: Kernels, group: int) -> None:
+    values = torch.randn(3, 2, group, generator=torch.Generator().manual_seed(group))
+    same(kernels.fitted(values), fitted(values))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_weight_is_rounded_alike_by_several_threads(kernels: Kernels, dtype: torch.dtype) -> None:
     weight = torch.randn(300, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from emberkv.engine.torch.model.loader import LoadedModel, dtype_name
-from emberkv.engine.torch.quantization.weight import DTYPES, QuantizedWeight
+from emberkv.engine.torch.quantization.weight import DTYPES, QuantizedWeight, fitted
 from emberkv.errors import KernelsError, UnsupportedModelError, UntrustedPathError
 from emberkv.files import check_owner
 
@@ -262,6 +262,10 @@ class DecoderCall(ctypes.Structure):
     )  # fmt: skip
 
 
+_LARGEST_GROUP = 128
+"""As in rounding.cpp."""
+
+
 class Kernels:
     """The loaded library. Its functions let other Python threads run, and trust what they are given.
 
@@ -317,8 +321,13 @@ class Kernels:
         self._recurrence(ctypes.byref(call))
 
     def fitted(self, values: torch.Tensor) -> QuantizedWeight:
-        """As `quantization.weight.fitted`, to the last bit, of ``[out, groups, size]`` in float32."""
+        """As `quantization.weight.fitted`, to the last bit, of ``[out, groups, size]`` in float32.
+
+        Groups that are larger than the kernels take are left to it.
+        """
         out, groups, size = values.shape
+        if size > _LARGEST_GROUP:
+            return fitted(values)
         values = values.contiguous()
         codes = torch.empty(out, groups * size // 2, dtype=torch.uint8)
         scales, offsets = torch.empty(out, groups), torch.empty(out, groups)

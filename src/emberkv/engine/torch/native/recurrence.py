@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from emberkv.engine.torch.native.kernels import Kernels, RecurrenceCall, type_number
 from emberkv.engine.torch.recurrence import Recurrence
 from emberkv.engine.torch.state_step import current_state_step
+from emberkv.errors import UnsupportedModelError
 
 _PARAMETERS = ("taps", "bias", "log_decay", "step_bias", "skip", "scale")
 
@@ -24,7 +25,7 @@ class NativeRecurrence(nn.Module):
             setattr(self._call, name, None if tensor is None else tensor.data_ptr())
 
     def forward(self, mixed: Tensor, gate: Tensor, steps: Tensor, betas: Tensor | None) -> Tensor:
-        """As `Recurrence.forward`."""
+        """As `Recurrence.forward`. Raises UnsupportedModelError for types and strides that the kernels do not take."""
         step, state, call = current_state_step(), self._state, self._call
         runs, block_ids = step.arrays()
         rows = sum(run.count for run in step.runs)
@@ -33,12 +34,16 @@ class NativeRecurrence(nn.Module):
         scratch = [torch.empty((rows, size)) for size in (state.channels, 2 * state.heads, self._inner)]
         for name, tensor in {"mixed": mixed, "gate": gate, "steps": steps, "betas": betas}.items():
             if tensor is not None:
-                assert tensor.stride(1) == 1
+                if tensor.stride(1) != 1 and tensor.shape[1] != 1:
+                    raise UnsupportedModelError(
+                        f"the C++ kernels are given {name} whose values lie {tensor.stride(1)} apart, and take rows of "
+                        "neighbouring values: serve with --kernels torch"
+                    )
                 setattr(call, name, tensor.data_ptr())
                 setattr(call, f"{name}_row", tensor.stride(0))
         call.out, call.convolved, call.decays, call.results = out.data_ptr(), *(each.data_ptr() for each in scratch)
-        call.type = type_number(mixed, gate, steps, *(() if betas is None else (betas,)))
         convolved, matrices = step.pool.convolved[state.layer], step.pool.matrices[state.layer]
+        call.type = type_number(mixed, gate, steps, convolved, *(() if betas is None else (betas,)))
         call.convolved_states, call.states = convolved.data_ptr(), matrices.data_ptr()
         call.block_bytes, call.block_size = step.pool.block_bytes, step.pool.block_size
         call.runs, call.num_runs, call.block_ids = runs.ctypes.data, len(runs), block_ids.ctypes.data
