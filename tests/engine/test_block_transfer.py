@@ -10,7 +10,7 @@ from emberkv.core.hashing import TokenChain, root_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.scheduler import Scheduler, SchedulerConfig
 from emberkv.engine.block_transfer import MAX_BYTES, BlockTransfer, ImportedBlocks
-from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, ReadRows, Statistics
+from emberkv.engine.commands import CacheControl, ExportBlocks, ImportBlocks, ReadRows, Remove, Statistics
 from emberkv.engine.loop import EngineLoop
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
 from emberkv.errors import ConfigError, RequestError
@@ -121,8 +121,8 @@ def rows(tiny: Tiny, chain: TokenChain) -> tuple[int, bytes]:
         page = tiny.loop.execute(ReadRows(chain, 0, end)).result(DEADLINE)
         pages.append(page.values.data)
         end += page.values.shape[0]
-        if end >= page.cached_tokens:
-            return page.cached_tokens, b"".join(pages)
+        if not page.values.shape[0]:
+            return end, b"".join(pages)
 
 
 def test_rows_are_read_up_to_the_last_token_that_was_computed(start: Start) -> None:
@@ -137,6 +137,19 @@ def test_rows_are_read_up_to_the_last_token_that_was_computed(start: Start) -> N
     begun = prompt_chain([*PROMPT[:13], 49, 49])
     assert rows(whole, begun) == (13, values[: 13 * WORDS * 8])
     assert rows(whole, prompt_chain([49, 49, 49])) == (0, b"")
+
+
+def test_a_page_has_as_many_blocks_as_a_layer_s_bytes_allow(start: Start) -> None:
+    """And is of the blocks from its first token on, whether or not the pool still has those before."""
+    layer_bytes = TinyExecutor(num_blocks=1, block_size=BLOCK).pool.layer_bytes
+    tiny = start(max_bytes=3 * layer_bytes)
+    tiny.ask(PROMPT)
+    chain = prompt_chain()
+    pages = [tiny.loop.execute(ReadRows(chain, 0, first)).result(DEADLINE) for first in (0, 3 * BLOCK, 6 * BLOCK)]
+    assert [page.values.shape[0] for page in pages] == [3 * BLOCK, 3 * BLOCK, BLOCK + 2]
+    tiny.loop.execute(Remove([chain.block_hashes[0]])).result(DEADLINE)
+    assert tiny.loop.execute(ReadRows(chain, 0, 3 * BLOCK)).result(DEADLINE) == pages[1]
+    assert tiny.loop.execute(ReadRows(chain, 0)).result(DEADLINE).values.shape[0] == 0
 
 
 def test_rows_of_a_layer_that_the_model_has_not_are_refused(start: Start) -> None:

@@ -37,6 +37,10 @@ class ArrayPool:
         return self.words[0].nbytes
 
     @property
+    def layer_bytes(self) -> int:
+        return 2 * self.block_bytes
+
+    @property
     def num_bytes(self) -> int:
         return self.words.nbytes
 

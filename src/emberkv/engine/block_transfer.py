@@ -36,10 +36,9 @@ class ImportedBlocks:
 @dataclass(frozen=True, slots=True)
 class CachedRows:
     """A layer's keys and values of a chain's tokens, ``[tokens, kv_heads, head_dim]`` each, from the one that was asked
-    for on. cached_tokens: how many of the chain's leading tokens the pool has.
+    for on.
     """
 
-    cached_tokens: int
     keys: TensorBytes
     values: TensorBytes
 
@@ -69,6 +68,7 @@ class BlockTransfer:
         self._namespace = namespace
         self._lower = lower
         self._max_blocks = max(1, max_bytes // storage.block_bytes)
+        self._page_blocks = max(1, max_bytes // storage.layer_bytes)
 
     def export(self, block_hashes: Sequence[BlockHash]) -> "Future[list[bytes | None]]":
         """The records of the first of these blocks, as many as `MAX_BYTES` allows, from the pool or a tier.
@@ -99,22 +99,26 @@ class BlockTransfer:
     def read_rows(self, chain: Chain, layer: int, start: int) -> CachedRows:
         """Keys and values of the tokens from ``start`` on that the pool has, of as many blocks as `MAX_BYTES` allows.
 
+        None where it lacks the next token. Blocks before ``start`` are not looked at, so all pages of a long chain
+        take the same time.
+
         Raises RequestError for a layer that the model has not.
         """
         size = self._pool.block_size
-        match = self._pool.match(chain, stop=len(chain.block_hashes), exact_only=self._cache.exact)
-        blocks, tokens = list(match.blocks), len(match.blocks) * size
-        child = self._cache.longest_child(chain, len(blocks), to_end=True)
-        if child is not None:
-            blocks.append(child[0])
-            tokens += child[1]
         first = start // size
-        wanted = blocks[first : first + self._max_blocks]
-        if not wanted:
-            return CachedRows(tokens, _NO_ROWS, _NO_ROWS)
-        keys, values = self._storage.read_layer([block.block_id for block in wanted], layer)
-        rows = slice(start - first * size, max(0, min(tokens - first * size, len(wanted) * size)))
-        return CachedRows(tokens, _rows(keys, rows), _rows(values, rows))
+        stop = min(first + self._page_blocks, len(chain.block_hashes))
+        blocks = list(self._pool.match(chain, start=first, stop=stop, exact_only=self._cache.exact).blocks)
+        tokens = len(blocks) * size
+        if len(blocks) < self._page_blocks:
+            child = self._cache.longest_child(chain, first + len(blocks), to_end=True)
+            if child is not None:
+                blocks.append(child[0])
+                tokens += child[1]
+        if tokens <= start - first * size:
+            return CachedRows(_NO_ROWS, _NO_ROWS)
+        keys, values = self._storage.read_layer([block.block_id for block in blocks], layer)
+        rows = slice(start - first * size, tokens)
+        return CachedRows(_rows(keys, rows), _rows(values, rows))
 
     def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
         """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.
@@ -195,4 +199,4 @@ class BlockTransfer:
 def _rows(tensor: TensorBytes, rows: slice) -> TensorBytes:
     width = len(tensor.data) // tensor.shape[0]
     data = tensor.data[rows.start * width : rows.stop * width]
-    return TensorBytes(tensor.dtype, (max(0, rows.stop - rows.start), *tensor.shape[1:]), data)
+    return TensorBytes(tensor.dtype, (rows.stop - rows.start, *tensor.shape[1:]), data)

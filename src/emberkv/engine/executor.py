@@ -191,6 +191,11 @@ class KVStorage(Protocol):
     @property
     def block_bytes(self) -> int: ...
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of what `read_layer` gives of one block."""
+        ...
+
     def read_blocks(self, block_ids: Sequence[int], /) -> list[memoryview]:
         """Copies of the contents of blocks, ``block_bytes`` each; later steps do not change them.
 

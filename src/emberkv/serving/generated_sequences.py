@@ -103,11 +103,11 @@ class GeneratedSequences:
                 page = await asyncio.wrap_future(engine.loop.execute(ReadRows(chain, layer, end)))
             except RequestError:
                 return None
+            if not page.keys.shape[0]:
+                break
             pages.append(page)
             end += page.keys.shape[0]
-            if not page.keys.shape[0] or end >= page.cached_tokens:
-                break
-        if not end:
+        if not pages:
             return None
         return StoredLayer(_joined([page.keys for page in pages]), _joined([page.values for page in pages]))
 

@@ -140,6 +140,12 @@ class KVPool:
     def block_bytes(self) -> int:
         return self.num_bytes // self.num_blocks
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of the keys and values that `read_layer` gives of one block."""
+        geometry = self.geometry
+        return 2 * self.block_size * geometry.num_kv_heads * geometry.head_dim * self.activations.itemsize
+
     def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of whole blocks, copied once, in one piece that lives as long as any of the views.
 
