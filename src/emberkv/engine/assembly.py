@@ -106,8 +106,6 @@ def assemble_around(
     Raises ConfigError when a setting cannot work, CacheFolderError when the disk tier's folder can be neither made nor
     read.
     """
-    if config.prefix_cache:
-        _warn_of_long_units(executor, config, limits)
     with ExitStack() as on_failure:
         tiers = None
         if config.prefix_cache:
@@ -116,6 +114,8 @@ def assemble_around(
             on_failure.callback(tiers.close, 0.0)
         scheduler, link = _scheduler(executor, config, block_cost, tiers)
         on_failure.pop_all()
+    if config.prefix_cache:
+        _warn_of_long_units(scheduler.cache, limits.context_length)
     public = PublicPrefixes(public_prefixes, config.block_size)
     control = CacheControl(
         scheduler,
@@ -137,13 +137,15 @@ def assemble_around(
     return AssembledEngine(loop, executor, scheduler, root, namespace, public, tiers, link)
 
 
-def _warn_of_long_units(executor: Executor, config: EngineConfig, limits: ModelLimits) -> None:
-    unit = executor.alignment
-    if unit >= min(limits.context_length, executor.pool.num_blocks * config.block_size):
+def _warn_of_long_units(cache: PrefixCache, context_length: int) -> None:
+    unit, block_size = cache.hit_unit, cache.pool.block_size
+    if unit >= min(context_length, cache.pool.num_blocks * block_size):
         _log.warning(
             "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
-            "smaller --prefill-chunk",
+            "smaller %s%s",
             unit,
+            "--block-size" if unit == block_size else "--prefill-chunk",
+            " or a larger --cache-ram" if unit < context_length else "",
         )
 
 

@@ -32,7 +32,11 @@ def model_options(config: ServeConfig) -> ModelOptions:
 
 def cache_sizes(config: ServeConfig) -> CacheSizes:
     """Bytes of the KV pool, where they are given, and of the RAM tier."""
-    return CacheSizes(None if config.cache_ram is None else int(config.cache_ram), int(config.ram_tier))
+    return CacheSizes(
+        None if config.cache_ram is None else int(config.cache_ram),
+        int(config.ram_tier),
+        config.block_size if _gives_block_size(config) else None,
+    )
 
 
 def engine_config(
@@ -51,8 +55,13 @@ def engine_config(
         tiers=tiers,
         weights=weights or {},
         self_checks=config.machine_cache if config.self_check == "auto" else None,
-        grow_blocks="block_size" not in config.model_fields_set,
+        grow_blocks=not _gives_block_size(config),
     )
+
+
+def _gives_block_size(config: ServeConfig) -> bool:
+    """Without it, the model's own default holds."""
+    return "block_size" in config.model_fields_set
 
 
 def tier_config(config: TierSettings, shares: Mapping[str, Mapping[str, Share]]) -> TierConfig:

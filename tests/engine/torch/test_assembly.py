@@ -8,13 +8,14 @@ import torch
 
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
-from emberkv.engine.assembly import AssembledEngine, EngineConfig
-from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams
+from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
+from emberkv.engine.request import CacheUsage, GenerationRequest, ModelLimits, SamplingParams
 from emberkv.engine.torch.assembly import assemble, recompute_cost
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.errors import ConfigError, PromptTooLongError
 from tests.engine.conftest import ModelFactory
 from tests.engine.loop_harness import Inbox
+from tests.engine.tiny_executor import TinyExecutor
 from tests.engine.torch.test_exactness import text
 from tests.models import CONTEXT
 
@@ -98,6 +99,35 @@ def test_blocks_grow_with_the_state_beside_keys_and_values(
     assert second.tokens == first.tokens
     hit = 512 if arch == "bamba" else 599
     assert engine.loop.stats().prefix_hit_tokens == hit
+
+
+@pytest.mark.parametrize(
+    ("block_size", "blocks", "context", "advice"),
+    [
+        (512, 1, 1024, "use a smaller --block-size or a larger --cache-ram"),
+        (512, 4, 512, "use a smaller --block-size"),
+        (16, 64, 512, "use a smaller --prefill-chunk"),
+    ],
+)
+def test_units_that_no_prompt_fills_are_named_with_what_would_help(
+    caplog: pytest.LogCaptureFixture, block_size: int, blocks: int, context: int, advice: str
+) -> None:
+    executor = TinyExecutor(num_blocks=blocks, block_size=block_size)
+    executor.alignment, executor.hits_within_blocks = 512, False
+    config = EngineConfig(cache_bytes=1, block_size=block_size, prefill_chunk=512)
+    limits = ModelLimits(context, 50, frozenset())
+    assemble_around(executor, config, limits=limits, root=bytes(32), namespace=bytes(32))
+    assert caplog.messages == [
+        f"nothing will be reused: hits are whole runs of 512 tokens here, and no prompt is longer; {advice}"
+    ]
+
+
+def test_a_short_context_is_no_reason_to_warn_where_hits_end_at_any_token(caplog: pytest.LogCaptureFixture) -> None:
+    executor = TinyExecutor(num_blocks=4, block_size=512)
+    config = EngineConfig(cache_bytes=1, block_size=512, prefill_chunk=512)
+    limits = ModelLimits(512, 50, frozenset())
+    assemble_around(executor, config, limits=limits, root=bytes(32), namespace=bytes(32))
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ def test_the_pool_of_a_small_model_is_some_contexts(checkpoint: CheckpointFactor
     one = loaded.context_length * loaded.geometry.bytes_per_token(loaded.dtypes.kv)
     assert CacheSizes().pool_bytes(loaded) == DEFAULT_CONTEXTS * one
     assert CacheSizes(3 * 2**20).pool_bytes(loaded) == 3 * 2**20
+    blocks = -(-loaded.context_length // 48)
+    assert loaded.context_length % 48
+    given = CacheSizes(block_size=48).pool_bytes(loaded)
+    assert given == DEFAULT_CONTEXTS * blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, 48)
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -215,10 +215,14 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
-    """Bytes of the KV pool and of the RAM tier below it; None leaves the pool's size to the free memory."""
+    """Bytes of the KV pool and of the RAM tier below it; None leaves the pool's size to the free memory.
+
+    block_size: tokens of a KV block; None: the model's own default.
+    """
 
     pool: int | None = None
     ram_tier: int = 0
+    block_size: int | None = None
 
     def check(self, device: torch.device) -> None:
         """Raises ConfigError for a KV pool on ``device``, or a RAM tier, that the free memory cannot hold."""
@@ -238,9 +242,10 @@ class CacheSizes:
         self.check(loaded.device)
         if self.pool is not None:
             return self.pool
-        size = loaded.geometry.default_block_size(loaded.dtypes.kv)
-        blocks = DEFAULT_CONTEXTS * loaded.context_length // size
-        useful = max(1, blocks) * loaded.geometry.block_bytes(loaded.dtypes.kv, size)
+        size = self.block_size or loaded.geometry.default_block_size(loaded.dtypes.kv)
+        useful = (
+            DEFAULT_CONTEXTS * -(-loaded.context_length // size) * loaded.geometry.block_bytes(loaded.dtypes.kv, size)
+        )
         return min(free_memory(loaded.device) // 4, useful)
 
 
