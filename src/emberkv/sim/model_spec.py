@@ -271,6 +271,7 @@ def _read(fields: _Fields) -> ModelSpec:
         base_dtype=base_dtype,
         weights_dtype=quantised or base_dtype,
         kv_dtype=base_dtype,
+        rounded_on_load=False,
         **_mixture(fields, layers),
         **_windows(fields, layers),
     )
