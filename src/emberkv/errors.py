@@ -53,6 +53,10 @@ class RequestError(EmberError):
         self.param = param
 
 
+class UnknownLayerError(RequestError):
+    """The model has no layer of that number."""
+
+
 class PromptTooLongError(RequestError):
     """The prompt, or the prompt and its answer, exceeds the model's context or the pool.
 

@@ -9,7 +9,7 @@ from emberkv.core.sequence import Sequence as ScheduledSequence
 from emberkv.core.sequence import StepPlan
 from emberkv.engine.executor import NOT_NUMBERS, PromptLogprobs, SampledToken, SamplingState, StepOutput
 from emberkv.engine.request import SamplingParams, TokenLogprobs
-from emberkv.errors import ConfigError, RequestError, SamplingError
+from emberkv.errors import ConfigError, SamplingError, UnknownLayerError
 from emberkv.tensors import TensorBytes
 
 WORDS = 4
@@ -50,7 +50,7 @@ class ArrayPool:
     def read_layer(self, block_ids: Sequence[int], layer: int) -> tuple[TensorBytes, TensorBytes]:
         """The one layer's keys and values are the KV words, ``[tokens, WORDS, 1]``."""
         if layer:
-            raise RequestError(f"layer is {layer}; the model has 1 with attention", param="layer")
+            raise UnknownLayerError(f"layer is {layer}; the model has 1", param="layer")
         words = self.words[list(block_ids)].astype(np.int64)
         rows = TensorBytes("int64", (words.shape[0] * words.shape[1], WORDS, 1), words.tobytes())
         return rows, rows

@@ -2,18 +2,28 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from emberkv.core.hashing import root_hash
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
 from emberkv.engine.commands import Remove
 from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams
 from emberkv.errors import RequestError
+from emberkv.serving.app import ServingSettings, create_app
+from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.generated_sequences import GeneratedSequences
-from emberkv.serving.kv_tensors import StoredLayer
+from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer
+from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.engine.loop_harness import Inbox
-from tests.engine.tiny_executor import TinyExecutor
+from tests.engine.tiny_executor import WORDS, TinyExecutor
+from tests.serving.fakes import ByteTokenizer
+from tests.serving.harness import MODEL, Client
 from tests.waiting import DEADLINE
 
 BLOCK = 4
@@ -109,6 +119,109 @@ def test_the_sequences_used_least_recently_are_forgotten(engine: AssembledEngine
     assert read(engine, generated, "a") is None
     generated.clear()
     assert read(engine, generated, "d") is None
+
+
+def test_no_more_sequences_are_remembered_than_allowed(engine: AssembledEngine) -> None:
+    generated = GeneratedSequences(max_sequences=2)
+    for name in ("a", "b", "c"):
+        generate(engine, generated, PROMPT, name)
+    assert [bool(generated.request_id(("", name))) for name in "abc"] == [False, True, True]
+
+
+def test_tokens_of_answers_count_towards_the_bound(engine: AssembledEngine) -> None:
+    generated = GeneratedSequences(max_tokens=len(PROMPT) * 2 + 10)
+    for name in ("a", "b"):
+        generate(engine, generated, PROMPT, name)
+    assert [bool(generated.request_id(("", name))) for name in "ab"] == [False, True]
+
+
+def test_rows_are_counted_without_being_read(engine: AssembledEngine) -> None:
+    generated = GeneratedSequences()
+    generate(engine, generated, PROMPT, "a")
+
+    def length(name: str, layer: int = 0) -> int:
+        return asyncio.run(generated.length(("", name), layer, engine))
+
+    found = read(engine, generated, "a")
+    assert found is not None
+    assert (length("a"), length("a", 1), length("b")) == (found.seq_len, 0, 0)
+
+
+def test_those_that_keep_copies_learn_of_each_generation(engine: AssembledEngine) -> None:
+    generated, begun = GeneratedSequences(), []
+    generated.on_begin.append(lambda sequence, request_id: begun.append((sequence, request_id)))
+    generate(engine, generated, PROMPT, "a", tenant="ann")
+    assert begun == [(("ann", "a"), "of a")]
+
+
+LETTERS = "".join(map(chr, range(97, 127)))
+
+
+@pytest.fixture
+def worker() -> Iterator[Client]:
+    """A worker's routes by sequence over the cache of an engine whose vocabulary are bytes."""
+    executor = TinyExecutor(num_blocks=40, block_size=BLOCK, vocab=128)
+    config = EngineConfig(cache_bytes=2**20, block_size=BLOCK, prefill_chunk=8)
+    limits = ModelLimits(100, 128, frozenset())
+    made = assemble_around(executor, config, limits=limits, root=root_hash("tiny", BLOCK), namespace=b"n" * 32)
+    made.loop.start()
+    lifecycle = Lifecycle()
+    lifecycle.loaded(ServedModel((MODEL,), 0, made.loop, ByteTokenizer(), assembled=made))
+    store = KVTensorStore(max_bytes=2**20, max_entries=10)
+    yield Client(create_app(lifecycle, ServingSettings(), routers=worker_routers(store, "w")))
+    made.close(DEADLINE)
+
+
+def named(row: int | None = None) -> dict[str, Any]:
+    """A request about the sequence; with a row to append, which has that number everywhere."""
+    tensors = {} if row is None else {name: serialize_tensor(np.full((1, WORDS, 1), row)) for name in ("k", "v")}
+    return {"seq_id": "s", "layer": 0, **tensors}
+
+
+def rows_of(worker: Client) -> NDArray[np.int64]:
+    answer = worker.post("/kv/get", json=named())
+    assert answer.status_code == 200, answer.text
+    found: NDArray[np.int64] = deserialize_tensor(answer.json()["k"], library="numpy")
+    return found
+
+
+def generate_letters(worker: Client, prompt: str) -> None:
+    body = {"seq_id": "s", "prompt": prompt, "max_tokens": 3, "temperature": 0.0}
+    assert worker.post("/generate", json=body).status_code == 200
+
+
+def test_appends_that_come_together_behind_generated_rows_are_all_kept(worker: Client) -> None:
+    generate_letters(worker, LETTERS)
+    computed = rows_of(worker)
+
+    async def append_all() -> list[int]:
+        transport = httpx.ASGITransport(worker.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://w") as client:
+            answers = [client.post("/kv/append", json=named(row)) for row in range(4)]
+            return [each.json()["seq_len"] for each in await asyncio.gather(*answers)]
+
+    assert sorted(asyncio.run(append_all())) == [len(computed) + 1 + row for row in range(4)]
+    found = rows_of(worker)
+    assert np.array_equal(found[: len(computed)], computed)
+    assert sorted(found[len(computed) :, 0, 0]) == [0, 1, 2, 3]
+
+
+def test_a_sequence_that_is_generated_anew_has_no_rows_of_the_text_before(worker: Client) -> None:
+    generate_letters(worker, LETTERS)
+    worker.post("/kv/append", json=named(0))
+    before = rows_of(worker)
+    generate_letters(worker, LETTERS[::-1])
+    found = rows_of(worker)
+    assert len(found) == len(before) - 1
+    assert not np.array_equal(found[0], before[0])
+    assert worker.get("/kv/s/0/length").json()["seq_len"] == len(found)
+
+
+def test_an_append_that_is_refused_stores_nothing(worker: Client) -> None:
+    generate_letters(worker, LETTERS)
+    wrong = {name: serialize_tensor(np.zeros((1, 2, 2))) for name in ("k", "v")}
+    assert worker.post("/kv/append", json={**named(), **wrong}).status_code == 400
+    assert worker.get("/stats").json()["kv_cache"]["entries"] == 0
 
 
 def test_a_refused_request_leaves_nothing(engine: AssembledEngine) -> None:

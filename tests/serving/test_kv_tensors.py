@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from emberkv.errors import RequestError
-from emberkv.serving.kv_tensors import KVTensorStore, StoreTooSmallError
+from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer, StoreTooSmallError
 from emberkv.tensors import TensorBytes
 
 ROW_BYTES = 2 * (2 * 3 * 4)  # of k and v together
@@ -49,6 +49,53 @@ def test_a_copy_that_was_given_out_does_not_change() -> None:
     kept.append(("", "s"), 0, rows(1, 2), rows(1, 2))
     assert before is not None
     assert before.k.shape == (1, *ROW)
+
+
+COMPUTED = StoredLayer(rows(3, 1), rows(3, 2), copy_of="a request")
+
+
+def test_rows_behind_others_that_come_together_are_all_kept() -> None:
+    kept = store()
+    assert kept.append(("", "s"), 0, rows(1, 3), rows(1, 4), behind=COMPUTED) == 4
+    assert kept.append(("", "s"), 0, rows(1, 5), rows(1, 6), behind=COMPUTED) == 5
+    found = kept.get(("", "s"), 0)
+    assert found is not None
+    assert values(found.k)[:, 0, 0].tolist() == [1, 1, 1, 3, 5]
+    assert values(found.v)[:, 0, 0].tolist() == [2, 2, 2, 4, 6]
+    assert (kept.stats().entries, kept.stats().bytes) == (1, 5 * ROW_BYTES)
+
+
+def test_rows_that_were_put_meanwhile_are_not_replaced_by_a_copy() -> None:
+    kept = store()
+    kept.put(("", "s"), 0, rows(1, 7), rows(1, 7))
+    assert kept.append(("", "s"), 0, rows(1), rows(1), behind=COMPUTED) == 2
+
+
+def test_a_refused_append_leaves_no_copy() -> None:
+    kept = store(max_bytes=4 * ROW_BYTES - 1)
+    with pytest.raises(StoreTooSmallError):
+        kept.append(("", "s"), 0, rows(1), rows(1), behind=COMPUTED)
+    with pytest.raises(RequestError, match="those stored have shape"):
+        kept.append(("", "s"), 0, rows(0, shape=(3, 3)), rows(0), behind=COMPUTED)
+    assert (kept.stats().entries, kept.stats().sequences, kept.stats().bytes) == (0, 0, 0)
+
+
+def test_copies_of_other_requests_rows_are_forgotten() -> None:
+    kept = store()
+    kept.append(("", "s"), 0, rows(1), rows(1), behind=COMPUTED)
+    kept.put(("", "s"), 1, rows(2), rows(2))
+    kept.forget_copies(("", "s"), "a request")
+    assert kept.length(("", "s"), 0) == 4
+    kept.forget_copies(("", "s"), "the next one")
+    assert [kept.length(("", "s"), layer) for layer in (0, 1)] == [0, 2]
+    assert (kept.stats().entries, kept.stats().bytes) == (1, 2 * ROW_BYTES)
+
+
+def test_a_sequence_of_copies_alone_is_forgotten_with_them() -> None:
+    kept = store()
+    kept.append(("", "s"), 0, rows(1), rows(1), behind=COMPUTED)
+    kept.forget_copies(("", "s"))
+    assert kept.stats() == store().stats()
 
 
 @pytest.mark.parametrize(

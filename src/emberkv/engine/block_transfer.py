@@ -102,7 +102,7 @@ class BlockTransfer:
         None where it lacks the next token. Blocks before ``start`` are not looked at, so all pages of a long chain
         take the same time.
 
-        Raises RequestError for a layer that the model has not.
+        Raises UnknownLayerError for a layer that the model has not, RequestError for one without attention.
         """
         size = self._pool.block_size
         first = start // size
@@ -119,6 +119,13 @@ class BlockTransfer:
         keys, values = self._storage.read_layer([block.block_id for block in blocks], layer)
         rows = slice(start - first * size, tokens)
         return CachedRows(_rows(keys, rows), _rows(values, rows))
+
+    def count_rows(self, chain: Chain, layer: int) -> int:
+        """How many tokens have the keys and values that `read_rows` would give, over all pages. Raises as it does."""
+        self._storage.read_layer([], layer)
+        blocks = self._pool.match(chain, stop=len(chain.block_hashes), exact_only=self._cache.exact).blocks
+        child = self._cache.longest_child(chain, len(blocks), to_end=True)
+        return len(blocks) * self._pool.block_size + (0 if child is None else child[1])
 
     def take(self, chain: Chain, records: Sequence[bytes]) -> ImportedBlocks:
         """Commit consecutive blocks of ``chain``, in order, behind those that the pool has, as far as it has room.

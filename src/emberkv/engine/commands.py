@@ -152,13 +152,24 @@ class ImportBlocks(Command[ImportedBlocks]):
 class ReadRows(Command[CachedRows]):
     """Answer: a layer's keys and values of the chain's tokens from ``start`` on, as far as the pool has them.
 
-    Of as many blocks as `block_transfer.MAX_BYTES` allows: the caller asks again for the rest. Raises RequestError for
-    a layer that the model has not.
+    Of as many blocks as `block_transfer.MAX_BYTES` allows: the caller asks again for the rest. layer: by its number
+    among all layers of the model. Raises UnknownLayerError for one that the model has not, RequestError for one without
+    attention.
     """
 
     chain: Chain
     layer: int
     start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CountRows(Command[int]):
+    """Answer: of how many of the chain's tokens `ReadRows` gives a layer's keys and values, over all pages. Raises as
+    it does.
+    """
+
+    chain: Chain
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +234,7 @@ class CacheControl:
             ExportBlocks: self._export,
             ImportBlocks: self._import,
             ReadRows: self._read_rows,
+            CountRows: self._count_rows,
         }
 
     def execute(self, command: Command[R]) -> "R | Future[R]":
@@ -289,6 +301,9 @@ class CacheControl:
 
     def _read_rows(self, command: ReadRows) -> CachedRows:
         return self._transfers().read_rows(command.chain, command.layer, command.start)
+
+    def _count_rows(self, command: CountRows) -> int:
+        return self._transfers().count_rows(command.chain, command.layer)
 
     def _transfers(self) -> BlockTransfer:
         if self._transfer is None:

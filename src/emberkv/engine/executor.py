@@ -204,10 +204,11 @@ class KVStorage(Protocol):
         ...
 
     def read_layer(self, block_ids: Sequence[int], layer: int, /) -> tuple[TensorBytes, TensorBytes]:
-        """Copies of the keys and the values that blocks hold of one of the model's layers with attention, each
+        """Copies of the keys and the values that blocks hold of the model's layer of that number, each
         ``[len(block_ids) * block_size, kv_heads, head_dim]``.
 
-        Raises RequestError for a layer that there is not, MemoryError when there is no memory for the copies.
+        Raises UnknownLayerError for a layer that there is not, RequestError for one without attention, MemoryError when
+        there is no memory for the copies.
         """
         ...
 

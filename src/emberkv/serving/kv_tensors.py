@@ -32,15 +32,6 @@ class _Rows:
     def of(tensor: TensorBytes) -> "_Rows":
         return _Rows(tensor.dtype, tensor.shape[1:], tensor.shape[0], bytearray(tensor.data))
 
-    def check_fits(self, name: str, tensor: TensorBytes) -> None:
-        """Raises RequestError for rows of another shape or dtype."""
-        if (tensor.dtype, tensor.shape[1:]) != (self.dtype, self.row_shape):
-            raise RequestError(
-                f"{name} has rows of shape {list(tensor.shape[1:])} in {tensor.dtype}; those stored have shape "
-                f"{list(self.row_shape)} in {self.dtype}",
-                param=name,
-            )
-
     def append(self, tensor: TensorBytes) -> None:
         self.data += tensor.data
         self.rows += tensor.shape[0]
@@ -51,20 +42,41 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Layer:
+    """copy_of: see `StoredLayer`."""
+
     k: _Rows
     v: _Rows
+    copy_of: str = ""
 
     @property
     def bytes(self) -> int:
         return len(self.k.data) + len(self.v.data)
 
+    def append(self, k: TensorBytes, v: TensorBytes) -> None:
+        size, rows = len(self.k.data), self.k.rows
+        self.k.append(k)
+        try:
+            self.v.append(v)
+        except MemoryError:  # K and V stay of one length
+            del self.k.data[size:]
+            self.k.rows = rows
+            raise
+
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """A copy of a layer's tensors, each ``[seq_len, ...]``, usually ``[seq_len, heads, head_dim]``."""
+    """A copy of a layer's tensors, each ``[seq_len, ...]``, usually ``[seq_len, heads, head_dim]``.
+
+    copy_of: the id of the request that has generated the sequence, for rows of the prefix cache; "" for a client's own.
+    """
 
     k: TensorBytes
     v: TensorBytes
+    copy_of: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return len(self.k.data) + len(self.v.data)
 
     @property
     def seq_len(self) -> int:
@@ -126,9 +138,13 @@ class KVTensorStore:
             self._used(sequence, stored, grown_by)
         return k.shape[0]
 
-    def append(self, sequence: Sequence, layer: int, k: TensorBytes, v: TensorBytes) -> int:
+    def append(
+        self, sequence: Sequence, layer: int, k: TensorBytes, v: TensorBytes, *, behind: StoredLayer | None = None
+    ) -> int:
         """Add rows to a layer's tensors, or begin them; how many rows there are then. Raises as `put` does, and
-        RequestError for rows of another shape or dtype than those stored.
+        RequestError for rows of another shape or dtype than those before them; then nothing has changed.
+
+        behind: what the rows follow where nothing is stored for the layer; it is stored with them.
         """
         _check_pair(k, v)
         with self._lock:
@@ -136,21 +152,22 @@ class KVTensorStore:
             found = stored.layers.get(layer)
             grown_by = len(k.data) + len(v.data)
             if found is not None:
-                found.k.check_fits("k", k)
-                found.v.check_fits("v", v)
+                _check_fits("k", k, found.k.dtype, found.k.row_shape)
+                _check_fits("v", v, found.v.dtype, found.v.row_shape)
+            elif behind is not None:
+                _check_fits("k", k, behind.k.dtype, behind.k.shape[1:])
+                _check_fits("v", v, behind.v.dtype, behind.v.shape[1:])
+                grown_by += behind.bytes
             self._check_holds(stored, grown_by, new_layers=int(found is None))
-            if found is None:
-                found = stored.layers[layer] = _Layer(_Rows.of(k), _Rows.of(v))
-                self._entries += 1
+            if found is not None:
+                found.append(k, v)
+            elif behind is not None:
+                found = _Layer(_Rows.of(behind.k), _Rows.of(behind.v), behind.copy_of)
+                found.append(k, v)
             else:
-                size, rows = len(found.k.data), found.k.rows
-                found.k.append(k)
-                try:
-                    found.v.append(v)
-                except MemoryError:  # K and V stay of one length
-                    del found.k.data[size:]
-                    found.k.rows = rows
-                    raise
+                found = _Layer(_Rows.of(k), _Rows.of(v))
+            self._entries += layer not in stored.layers
+            stored.layers[layer] = found
             self._used(sequence, stored, grown_by)
             return found.k.rows
 
@@ -169,6 +186,22 @@ class KVTensorStore:
         """Forget all layers of a sequence; whether there were any."""
         with self._lock:
             return self._forget(sequence)
+
+    def forget_copies(self, sequence: Sequence, but_of: str = "") -> None:
+        """Forget the layers of a sequence that began as a copy (`StoredLayer.copy_of`) of another request's rows than
+        of ``but_of``.
+        """
+        with self._lock:
+            stored = self._sequences.get(sequence)
+            if stored is None:
+                return
+            for layer in [layer for layer, each in stored.layers.items() if each.copy_of not in ("", but_of)]:
+                size = stored.layers.pop(layer).bytes
+                stored.bytes -= size
+                self._bytes -= size
+                self._entries -= 1
+            if not stored.layers:
+                del self._sequences[sequence]
 
     def stats(self) -> KVTensorStats:
         with self._lock:
@@ -211,6 +244,16 @@ class KVTensorStore:
         self._bytes -= stored.bytes
         self._entries -= len(stored.layers)
         return True
+
+
+def _check_fits(name: str, tensor: TensorBytes, dtype: str, row_shape: tuple[int, ...]) -> None:
+    """Raises RequestError for rows of another shape or dtype than those before them."""
+    if (tensor.dtype, tensor.shape[1:]) != (dtype, row_shape):
+        raise RequestError(
+            f"{name} has rows of shape {list(tensor.shape[1:])} in {tensor.dtype}; those stored have shape "
+            f"{list(row_shape)} in {dtype}",
+            param=name,
+        )
 
 
 def _check_pair(k: TensorBytes, v: TensorBytes) -> None:

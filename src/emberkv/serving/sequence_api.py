@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 
+from emberkv.engine.assembly import AssembledEngine
 from emberkv.errors import EmberError, RequestError, TensorError
 from emberkv.serving.app import AppParts
 from emberkv.serving.errors import SCOPE_KEY, error_response, failure_of, request_info
-from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer
+from emberkv.serving.kv_tensors import KVTensorStore, Sequence, StoredLayer
 from emberkv.serving.lifecycle import Lifecycle, Phase, ServedModel
 from emberkv.serving.request_context import MAX_ID_LENGTH
 from emberkv.serving.tenancy import Tenant
@@ -105,9 +106,6 @@ class LayerTensors(LayerName):
     v: dict[str, Any]
 
 
-Write = Callable[[tuple[str, str], int, TensorBytes, TensorBytes], int]
-
-
 class KVRoutes:
     """Stores KV tensors of clients, each tenant's apart from the others', and reads those of generated sequences where
     the prefix cache has them. worker_id: is in each answer.
@@ -117,6 +115,7 @@ class KVRoutes:
         self._parts = parts
         self._store = store
         self._worker_id = worker_id
+        parts.answers.generated.on_begin.append(store.forget_copies)
 
     def router(self) -> APIRouter:
         router = APIRouter(route_class=DetailRoute)
@@ -124,11 +123,11 @@ class KVRoutes:
 
         @router.post("/kv/put")
         async def put(http: Request, owner: Tenant = tenant) -> Response:
-            return await self._write(http, owner, self._store.put)
+            return await self._write(http, owner, appends=False)
 
         @router.post("/kv/append")
         async def append(http: Request, owner: Tenant = tenant) -> Response:
-            return await self._write(http, owner, self._store.append, appends=True)
+            return await self._write(http, owner, appends=True)
 
         @router.post("/kv/get")
         async def get(http: Request, owner: Tenant = tenant) -> Response:
@@ -142,21 +141,25 @@ class KVRoutes:
 
         @router.get("/kv/{seq_id}/{layer}/length")
         async def length(seq_id: str, layer: int, owner: Tenant = tenant) -> Response:
-            seq_len = self._store.length((owner.name, seq_id), layer)
-            if not seq_len and (computed := await self._computed((owner.name, seq_id), layer)) is not None:
-                seq_len = computed.seq_len
+            sequence = owner.name, seq_id
+            seq_len = self._store.length(sequence, layer)
+            if not seq_len and (engine := self._engine) is not None:
+                seq_len = await self._parts.answers.generated.length(sequence, layer, engine)
             return JSONResponse({"seq_id": seq_id, "layer": layer, "seq_len": seq_len, "worker_id": self._worker_id})
 
         return router
 
-    async def _computed(self, sequence: tuple[str, str], layer: int) -> StoredLayer | None:
-        """What the prefix cache has of a generated sequence."""
+    @property
+    def _engine(self) -> AssembledEngine | None:
         lifecycle = self._parts.lifecycle
-        engine = lifecycle.model().assembled if lifecycle.has_model else None
+        return lifecycle.model().assembled if lifecycle.has_model else None
+
+    async def _computed(self, sequence: Sequence, layer: int) -> StoredLayer | None:
+        """What the prefix cache has of a generated sequence."""
+        engine = self._engine
         return None if engine is None else await self._parts.answers.generated.read(sequence, layer, engine)
 
-    async def _write(self, http: Request, owner: Tenant, write: Write, *, appends: bool = False) -> Response:
-        """appends: rows for a generated sequence go behind a copy of what was computed."""
+    async def _write(self, http: Request, owner: Tenant, *, appends: bool) -> Response:
         body = await http.body()
 
         def parse() -> tuple[LayerTensors, TensorBytes, TensorBytes]:
@@ -165,11 +168,10 @@ class KVRoutes:
 
         request, k, v = await self._parts.preparer.run(parse, len(body))
         sequence, layer = (owner.name, request.seq_id), request.layer
-        if appends and not self._store.length(sequence, layer):
-            computed = await self._computed(sequence, layer)
-            if computed is not None:
-                self._store.put(sequence, layer, computed.k, computed.v)
-        seq_len = await self._parts.preparer.run(partial(write, sequence, layer, k, v), len(body))
+        if appends:
+            seq_len = await self._append(sequence, layer, k, v)
+        else:
+            seq_len = await self._parts.preparer.run(partial(self._store.put, sequence, layer, k, v), len(body))
         return JSONResponse(
             {
                 "status": "ok",
@@ -181,6 +183,18 @@ class KVRoutes:
                 "worker_id": self._worker_id,
             }
         )
+
+    async def _append(self, sequence: Sequence, layer: int, k: TensorBytes, v: TensorBytes) -> int:
+        """Rows of a generated sequence go behind a copy of what was computed. How many there are then."""
+        computed = None
+        if not self._store.length(sequence, layer):
+            computed = await self._computed(sequence, layer)
+        size = len(k.data) + len(v.data) + (0 if computed is None else computed.bytes)
+        append = partial(self._store.append, sequence, layer, k, v, behind=computed)
+        seq_len = await self._parts.preparer.run(append, size)
+        if computed is not None and (current := self._parts.answers.generated.request_id(sequence)):
+            self._store.forget_copies(sequence, but_of=current)  # it may have begun anew since it was read
+        return seq_len
 
     async def _get(self, http: Request, owner: Tenant) -> Response:
         request = parse_detailed(LayerQuestion, await http.body())

@@ -6,7 +6,7 @@ import torch
 from emberkv.engine.torch.attention.kv_pool import KVPool
 from emberkv.engine.torch.model.geometry import LayerGeometry, ModelGeometry
 from emberkv.engine.torch.native.kernels import Kernels
-from emberkv.errors import ConfigError, RequestError
+from emberkv.errors import ConfigError, RequestError, UnknownLayerError
 from emberkv.tensors import TensorBytes, deserialize_tensor, to_json
 from tests.engine.conftest import ModelFactory
 from tests.engine.torch.attention.test_int8_kv import CALL, Text, pool_of
@@ -50,8 +50,22 @@ def test_a_layer_is_read_as_it_was_given(kernels: Kernels, dtype: torch.dtype, *
     assert keys.shape == values.shape == (48, 2, 16)
     assert torch.equal(keys[:41], text.k)
     assert torch.equal(values[:41], text.v)
-    with pytest.raises(RequestError, match="layer is 2; the model has 2 with attention"):
+    with pytest.raises(UnknownLayerError, match="layer is 2; the model has layers 0 to 1"):
         pool.read_layer(text.block_ids, 2)
+
+
+def test_layers_are_read_by_their_numbers_in_the_model() -> None:
+    geometry = ModelGeometry(4, 2, 16, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2, attending=(1, 3))
+    pool = KVPool(geometry, torch.float32, 4, 4, torch.device("cpu"))
+    pool.storage.copy_(torch.randn(pool.storage.shape))
+    keys, values = map(of_numbers, pool.read_layer([2], 3))
+    assert torch.equal(keys, pool.storage[2, 1, 0])
+    assert torch.equal(values, pool.storage[2, 1, 1])
+    assert [each.shape for each in pool.read_layer([], 1)] == [(0, 2, 16)] * 2
+    with pytest.raises(RequestError, match=r"layer 2 has no attention, .* are 1, 3"):
+        pool.read_layer([2], 2)
+    with pytest.raises(UnknownLayerError, match="layer is 4"):
+        pool.read_layer([], 4)
 
 
 @pytest.mark.parametrize("is_native", [True, False])

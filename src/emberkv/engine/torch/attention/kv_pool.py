@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emberkv.engine.torch.attention.int8_kv import Int8Rows, check_int8_kv
 from emberkv.engine.torch.model.geometry import ModelGeometry
-from emberkv.errors import ConfigError, RequestError
+from emberkv.errors import ConfigError, RequestError, UnknownLayerError
 from emberkv.tensors import TensorBytes
 
 
@@ -167,18 +167,36 @@ class KVPool:
         return bytes(self.read_blocks([block_id])[0])
 
     def read_layer(self, block_ids: Sequence[int], layer: int) -> tuple[TensorBytes, TensorBytes]:
-        """The keys and the values of one of the model's layers with attention, as they are attended over, each
+        """The keys and the values of the model's layer of that number, as they are attended over, each
         ``[len(block_ids) * block_size, kv_heads, head_dim]``.
 
-        Raises RequestError for a layer that there is not, MemoryError when there is no memory for the copy.
+        Raises UnknownLayerError for a layer that there is not, RequestError for one without attention, MemoryError when
+        there is no memory for the copy.
         """
-        if not 0 <= layer < len(self.kv_layers):
-            raise RequestError(f"layer is {layer}; the model has {len(self.kv_layers)} with attention", param="layer")
-        index = self.gather_index(self.rows(list(block_ids)))[self.kv_layers[layer]]
+        kv_layer = self._kv_layer(layer)
+        if not block_ids:
+            shape = 0, self.geometry.num_kv_heads, self.geometry.head_dim
+            none = TensorBytes(str(self.activations).removeprefix("torch."), shape, b"")
+            return none, none
+        index = self.gather_index(self.rows(list(block_ids)))[kv_layer]
         keys, values = self.gather(index)
         if self.packed and self._int8 is None:
             keys, values = self._unpacked(keys, values)
         return _tensor_bytes(keys), _tensor_bytes(values)
+
+    def _kv_layer(self, layer: int) -> int:
+        """Raises as `read_layer` does."""
+        attending = self.geometry.attention_layers
+        if layer in attending:
+            return self.kv_layers[attending.index(layer)]
+        layers = 1 + max([*attending, *(each.layer for each in self.geometry.states)])
+        if not 0 <= layer < layers:
+            raise UnknownLayerError(f"layer is {layer}; the model has layers 0 to {layers - 1}", param="layer")
+        listed = ", ".join(str(each) for each in attending)
+        raise RequestError(
+            f"layer {layer} has no attention, so it has no keys and values; those with attention are {listed}",
+            param="layer",
+        )
 
     def _unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What `gather` gives of blocks in the order of native/layout.hpp, in the usual order."""
