@@ -142,6 +142,35 @@ def test_an_answer_is_counted_before_the_client_can_know_of_its_end(
     assert all(counted)
 
 
+def test_a_shutdown_waits_for_a_slow_reader_of_an_answer_that_is_made(
+    lifecycle: Lifecycle, client: Client, engine: FakeEngine
+) -> None:
+    engine.script = Script("Hello", tokens_per_step=2)
+    drained: list[bool] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        drains: list[asyncio.Task[None]] = []
+
+        async def wait(message: Message) -> None:
+            if b'"finish_reason":"stop"' in message.get("body", b""):
+                assert lifecycle.running == 0, "the answer is made"
+                drains.append(asyncio.create_task(lifecycle.drain(DEADLINE)))
+                lifecycle.interrupt_answers()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                drained.append(lifecycle.drained.is_set())
+            await send(message)
+
+        await client.app(scope, receive, wait)
+        await drains[0]
+        drained.append(lifecycle.drained.is_set())
+
+    answer = Client(slow).post(CHAT, BODIES[CHAT])
+    assert drained == [False, True]
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert '"error"' not in answer.text
+
+
 def test_sdks_pass_over_pings_and_the_account(paused: HttpServer, engine: FakeEngine) -> None:
     gpt = openai.OpenAI(api_key="x", base_url=f"{paused.url}/v1", timeout=DEADLINE, max_retries=0)
     claude = anthropic.Anthropic(api_key="x", base_url=paused.url, timeout=DEADLINE, max_retries=0)

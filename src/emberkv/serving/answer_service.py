@@ -216,10 +216,10 @@ class AnswerService:
     """Serves prompts on the model that ``lifecycle`` holds. It belongs to the event loop.
 
     recent: the last requests. generated: sequences of the model's own engine. sessions, traffic, tenant_metrics,
-    volatile_lines: of ended requests. clock: monotonic
-    seconds. wall_clock: seconds since 1970. recorder: records every request in a trace. request_timeout: seconds from
-    the arrival of a request to the end of its answers; None: no limit. max_requests: see `InFlight`. limits: of each
-    tenant, by name. next_turn_tokens: how many tokens a minute `NextTurns` computes.
+    volatile_lines: of ended requests. clock: monotonic seconds. wall_clock: seconds since 1970. recorder: records every
+    request in a trace. request_timeout: seconds from the arrival of a request to the end of its answers; None: no
+    limit. max_requests: see `InFlight`. limits: of each tenant, by name. next_turn_tokens: how many tokens a minute
+    `NextTurns` computes.
     """
 
     def __init__(
@@ -311,6 +311,7 @@ class AnswerService:
             text = f"the answer was not finished {timeout:g} s after its request, which is this server's limit"
             stream.interrupt_after(max(0.0, left), RequestTimeoutError(text))
         self._lifecycle.track(stream)
+        stream.on_exit = partial(self._lifecycle.untrack, stream)
         self.recent.add(request)
         self._count_changes(request)
         for outcome, answers in stream.history.items():
@@ -455,7 +456,7 @@ class AnswerService:
     def _closed(
         self, model: ServedModel, request: RequestContext, prompts: Sequence[Prompt], stream: AnswerStream
     ) -> None:
-        self._lifecycle.untrack(stream)
+        self._lifecycle.finished(stream)
         self._in_flight.leave(request.tenant.name, len(prompts))
         self.limits.leave(request.tenant.name, len(prompts))
         self.limits.count(request.tenant.name, sum(answer.completion_tokens for answer in stream.answers))

@@ -131,6 +131,10 @@ class Places(Protocol):
         """The worker that has answered a request, and has its blocks; "" where that is not known."""
         ...
 
+    def epoch_of(self, worker_id: str) -> bytes | None:
+        """Another one after each start of a worker, which has lost its blocks then; None while it is not up."""
+        ...
+
     def free_tokens(self, worker_id: str) -> int | None:
         """What the pool of a worker that has nothing to do holds beside its running requests; None where the worker is
         not up or has something to do.
@@ -229,6 +233,7 @@ class Lifecycle:
         """Are called when the model is gone, for those that keep what was made for it."""
         self._switching = asyncio.Lock()
         self._running: set[RunningAnswer] = set()
+        self._tracked: set[RunningAnswer] = set()  # those, and answers that are being sent
         self.drained = asyncio.Event()
         """Set once a server that shuts down has ended all answers."""
         self._idle = asyncio.Event()
@@ -366,13 +371,26 @@ class Lifecycle:
         """HTTP requests whose answers are being made."""
         return len(self._running)
 
+    @property
+    def tracked(self) -> int:
+        """HTTP requests whose answers are being made or sent."""
+        return len(self._tracked)
+
     def track(self, stream: RunningAnswer) -> None:
+        """The answers to a request have begun; a shutdown waits until they are untracked."""
         self._running.add(stream)
+        self._tracked.add(stream)
         self._idle.clear()
 
-    def untrack(self, stream: RunningAnswer) -> None:
+    def finished(self, stream: RunningAnswer) -> None:
+        """The answers are made, and their last part is yet to be sent."""
         self._running.discard(stream)
-        if not self._running:
+
+    def untrack(self, stream: RunningAnswer) -> None:
+        """The answers are sent, or given up."""
+        self._running.discard(stream)
+        self._tracked.discard(stream)
+        if not self._tracked:
             self._idle.set()
 
     async def drain(self, seconds: float, *, grace: float = 5.0) -> None:
@@ -388,7 +406,7 @@ class Lifecycle:
 
     def interrupt_answers(self) -> None:
         """End the running answers now."""
-        for stream in tuple(self._running):
+        for stream in tuple(self._tracked):
             stream.interrupt(EngineStoppedError("the server shut down before the answer was finished"))
 
     async def _wait_idle(self, seconds: float) -> None:

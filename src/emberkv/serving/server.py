@@ -377,7 +377,7 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._draining_loop = asyncio.get_running_loop()
         seconds = 0 if self.force_exit else self._drain_seconds
-        running = self._lifecycle.running
+        running = self._lifecycle.tracked
         if running:
             _log.info("draining %d request%s, at most %g s", running, "s" * (running > 1), seconds)
         else:

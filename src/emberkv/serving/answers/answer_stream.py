@@ -95,7 +95,8 @@ class AnswerStream:
     """The answers to one HTTP request. Iterate once, inside ``async with``, which aborts what is unfinished.
 
     ``on_close`` is called before the iteration gives out the last part of the answers or raises: a client that has seen
-    the end of its answer finds it counted, and may ask again within its limits.
+    the end of its answer finds it counted, and may ask again within its limits. ``on_exit`` is called when the
+    ``async with`` is left: the last part has been sent by then.
 
     Iterating raises EngineStoppedError when the engine or the server stops first, GenerationFailedError when
     the engine fails, and the error that the stream is interrupted with.
@@ -107,6 +108,7 @@ class AnswerStream:
     def __init__(self, engine: Engine, on_close: Callable[["AnswerStream"], None]) -> None:
         self._engine = engine
         self._on_close = on_close
+        self.on_exit: Callable[[], None] = lambda: None
         self._slots: list[_Slot] = []
         self._due: deque[_Slot] = deque()
         self._has_output = asyncio.Event()
@@ -141,7 +143,9 @@ class AnswerStream:
         self._slots.append(slot)
 
     def interrupt(self, error: EmberError) -> None:
-        """End the stream early: its iteration raises ``error``."""
+        """End the stream early: its iteration raises ``error``, unless it has given out the last part already."""
+        if self._closed:
+            return
         self._interruption = error
         self._has_output.set()
 
@@ -248,3 +252,4 @@ class AnswerStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self.on_exit()
