@@ -2,10 +2,14 @@
 
 import asyncio
 
+import pytest
+
 from emberkv.cluster.cluster_engine import ClusterEngine
 from emberkv.cluster.membership import WorkerStatus
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
+from emberkv.serving.admission import InFlight
+from emberkv.serving.errors import TooManyRequestsError
 from tests.cluster.fake_workers import FakeWorker, expected
 from tests.cluster.test_cluster_engine import PROMPT, Cluster, cluster, on_a_loop
 
@@ -58,6 +62,36 @@ async def test_it_is_not_begun_at_a_worker_that_has_something_to_do() -> None:
 
 
 @on_a_loop
+async def test_its_route_is_not_remembered() -> None:
+    async with cluster({"a": FakeWorker("a")}) as it:
+        await it.answer("x")
+        await submit(it, "a")
+        assert engine_of(it).route("background") is None
+        assert engine_of(it).worker_of("x") == "a"
+
+
+@on_a_loop
+async def test_one_that_is_refused_is_no_refused_request() -> None:
+    in_flight = InFlight(1)
+    in_flight.enter("", 1)
+    async with cluster({"a": FakeWorker("a")}, in_flight=in_flight) as it:
+        with pytest.raises(TooManyRequestsError):
+            await submit(it, "a")
+        assert engine_of(it).refused == 0
+
+
+@on_a_loop
+async def test_a_worker_has_an_epoch_while_it_is_up() -> None:
+    worker = FakeWorker("a", dies_after=0)
+    async with cluster({"a": worker}) as it:
+        assert engine_of(it).epoch_of("a") == worker.epoch
+        assert engine_of(it).epoch_of("") is None
+        await submit(it, "a")
+        await it.until("a", status=WorkerStatus.DOWN)
+        assert engine_of(it).epoch_of("a") is None
+
+
+@on_a_loop
 async def test_it_is_begun_while_other_workers_are_busy() -> None:
     workers = {"a": FakeWorker("a", hangs=True), "b": FakeWorker("b")}
     async with cluster(workers) as it:
@@ -90,11 +124,11 @@ async def test_requests_of_other_gateways_end_it() -> None:
     async with cluster({"a": worker}) as it:
         background = submit(it, "a")
         await worker.asked.wait()
-        worker.change(running=1)
+        worker.change(running=0)
         await asyncio.sleep(0)
-        assert not background.done(), "that is itself"
+        assert not background.done(), "what is computed in the background is not reported"
         while not background.done():
-            worker.change(running=2)
+            worker.change(running=1)
             await asyncio.sleep(0)
         assert background.result().finish_reason is FinishReason.ABORT
 

@@ -10,7 +10,7 @@ import pytest
 
 from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine
 from emberkv.cluster.membership import Membership, Worker, WorkerStatus
-from emberkv.cluster.routing import make_router
+from emberkv.cluster.routing import Reason, make_router
 from emberkv.cluster.wire import LoadReport, WorkerDescription
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
@@ -119,6 +119,23 @@ async def test_requests_are_spread_and_answered() -> None:
         route = it.engine.route("x")
         assert route is not None
         assert route.workers == ["b"]
+
+
+@on_a_loop
+async def test_a_route_has_the_reason_for_each_of_its_workers() -> None:
+    workers = {"a": FakeWorker("a"), "b": FakeWorker("b", dies_after=2)}
+    async with cluster(workers) as it:
+        ended = asyncio.Event()
+        params = SamplingParams(max_tokens=4, temperature=0.0)
+        assert it.engine is not None
+        it.engine.submit(
+            GenerationRequest("x", PROMPT, params, worker="b"), lambda each: each.finish_reason and ended.set()
+        )
+        await ended.wait()
+        route = it.engine.route("x")
+        assert route is not None
+        assert route.workers == ["b", "a"]
+        assert route.reasons == {"b": Reason.SEQUENCE, "a": Reason.TURN}
 
 
 @on_a_loop

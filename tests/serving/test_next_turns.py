@@ -200,9 +200,14 @@ class OneWorker:
 
     def __init__(self) -> None:
         self.is_idle = False
+        self.epoch: bytes | None = b"1"
 
     def worker_of(self, _request_id: str) -> str:
         return "a"
+
+    def epoch_of(self, worker_id: str) -> bytes | None:
+        assert worker_id == "a"
+        return self.epoch
 
     def free_tokens(self, worker_id: str) -> int | None:
         assert worker_id == "a"
@@ -237,6 +242,29 @@ def test_at_a_gateway_the_conversations_own_next_request_ends_it(pausing: Pausin
         client.ask(*question, said, user("And now?"))
         eventually(lambda: client.outcomes("replaced"))
         assert pausing.aborted == [pausing.background[0].request_id]
+
+
+@pytest.mark.parametrize("epoch", [None, b"2"], ids=["gone", "started anew"])
+def test_at_a_gateway_nothing_waits_for_a_worker_that_has_lost_its_blocks(
+    pausing: PausingEngine, epoch: bytes | None
+) -> None:
+    places = OneWorker()
+    with agent(pausing, places=places) as client:
+        client.ask(SYSTEM, user("Which lamps are lit?"))
+        assert client.counted("emberkv_next_turn_waiting") == 1
+        places.epoch = epoch
+        eventually(lambda: client.outcomes("worker_lost"))
+        assert client.counted("emberkv_next_turn_waiting") == 0
+    assert not pausing.background
+
+
+def test_at_a_gateway_none_waits_whose_worker_is_gone_by_the_end_of_the_answer(pausing: PausingEngine) -> None:
+    places = OneWorker()
+    places.epoch = None
+    with agent(pausing, places=places) as client:
+        client.ask(SYSTEM, user("Which lamps are lit?"))
+        assert client.outcomes("worker_lost") == 1
+        assert client.counted("emberkv_next_turn_waiting") == 0
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ class ClusterCacheRoutes(CacheRoutes):
         request, engine = self._remembered(response_id, tenant), self._cluster_engine()
         request_id = request.answer_id(question.answer)
         route = engine.route(request_id) if engine is not None else None
-        if route is None or route.decision is None:
+        if route is None or not route.reasons:
             raise unknown_response(response_id)
         reasons = []
         for name in dict.fromkeys(route.workers):
@@ -177,7 +177,7 @@ class ClusterCacheRoutes(CacheRoutes):
             if isinstance(outcome, EmberError):
                 reasons.append(f"worker {worker}: {outcome}")
                 continue
-            chosen = {"canonical": dict(request.canonical), "worker": name, "why": route.decision.reason.value}
+            chosen = {"canonical": dict(request.canonical), "worker": name, "why": route.reasons[name].value}
             turns = {"answered_by": route.workers, "retried": route.retried, "resumed": route.resumed}
             return JSONResponse({**outcome, **chosen, **turns})
         message = f"response_id {response_id!r} cannot be explained any more: {'; '.join(reasons)}"

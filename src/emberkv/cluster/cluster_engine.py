@@ -63,7 +63,7 @@ MAX_ROUTES = 2000
 class Route:
     """Where a request went. workers: ids, in turn. decision: the latest. resumed: how often its answer went on at
     another worker; retried: how often it was sent to another before its answer began. seconds: from its submission to
-    the latest decision before that.
+    the latest decision before that. reasons: by worker, of the latest decision for it.
     """
 
     workers: list[str] = field(default_factory=list)
@@ -72,6 +72,7 @@ class Route:
     retried: int = 0
     resumed: int = 0
     seconds: float | None = None
+    reasons: dict[str, Reason] = field(default_factory=dict)
 
 
 def route_header(route: Route) -> str:
@@ -206,12 +207,22 @@ class ClusterEngine:
         route = self._routes.get(request_id)
         return route.workers[-1] if route is not None and route.workers else ""
 
+    def epoch_of(self, worker_id: str) -> bytes | None:
+        """Another one after each start of a worker; None while the worker is not up."""
+        worker = self._up(worker_id)
+        return None if worker is None or worker.description is None else worker.description.epoch
+
+    def _up(self, worker_id: str) -> Worker | None:
+        worker = self._membership.named(worker_id) if worker_id else None
+        return worker if worker is not None and worker.status is WorkerStatus.UP else None
+
     def free_tokens(self, worker_id: str) -> int | None:
         """What an idle worker's pool holds beside what is in use. None where the worker is not up, or has something to
-        do for this gateway or, as it last said, for others.
+        do for this gateway or, as it last said, for others. What others have it compute in the background does not
+        count: its scheduler has both share its time.
         """
-        worker = self._membership.named(worker_id) if worker_id else None
-        if worker is None or worker.status is not WorkerStatus.UP or worker.running or worker in self._background:
+        worker = self._up(worker_id)
+        if worker is None or worker.running or worker in self._background:
             return None
         report = worker.report
         is_idle = report is not None and not (report.running or report.waiting)
@@ -228,25 +239,26 @@ class ClusterEngine:
         finds wrong with the request is the ``refusal`` of its last output.
 
         One of `BACKGROUND_PRIORITY` that names its worker is computed there alone, unless the worker has something to
-        do; it ends with ABORT when another request goes there, and no policy is asked.
+        do; it ends with ABORT when another request goes there. No policy is asked, and its route is not remembered.
         """
         if self._is_stopped:
             raise EngineStoppedError("the gateway has stopped")
         if request.request_id in self._running:
             raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
+        is_background = bool(request.worker) and request.priority >= BACKGROUND_PRIORITY
         try:
             self._in_flight.enter(request.tenant, 1)
         except TooManyRequestsError:
-            self.refused += 1
+            self.refused += not is_background
             raise
         params = request.params
         if params.seed is None and not params.is_greedy:
             request = replace(request, params=replace(params, seed=self._rng.getrandbits(63)))
         answer = _Answer(request, self.chain(request), listener, Route(), self._clock())
-        self._routes[request.request_id] = answer.route
+        if not is_background:
+            self._routes[request.request_id] = answer.route
         if len(self._routes) > len(self._running) + MAX_ROUTES:
             self._routes.popitem(last=False)
-        is_background = bool(request.worker) and request.priority >= BACKGROUND_PRIORITY
         work = self._carry_out_in_background(answer) if is_background else self._carry_out(answer)
         task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(partial(self._ended, answer))
@@ -343,7 +355,7 @@ class ClusterEngine:
             busy.clear()
 
     async def _carry_out_in_background(self, answer: _Answer) -> None:
-        """Have the worker that the request names compute it, while it does nothing else.
+        """Have the worker that the request names compute it, while it does nothing else but background work.
 
         Raises what the worker refuses the request by, or fails with.
         """
@@ -355,7 +367,7 @@ class ClusterEngine:
         def make_way(progress: PrefillProgress) -> None:
             answer.computed(progress)
             report = worker.report
-            if report is not None and report.running + report.waiting > 1:  # for another gateway
+            if report is not None and report.running + report.waiting:  # for another gateway
                 self.abort(request.request_id)
 
         answer.route.workers.append(worker.worker_id)
@@ -415,6 +427,7 @@ class ClusterEngine:
                 self.decisions[decision.reason] += 1
                 answer.route.workers.append(worker.worker_id)
                 answer.route.decision = decision
+                answer.route.reasons[worker.worker_id] = decision.reason
                 if not answer.has_begun:
                     answer.route.seconds = self._clock() - answer.submitted
                 answer.route.cached = decision.cached_by_tier

@@ -215,6 +215,7 @@ class Gateway:
             "requests": worker.requests,
             "lost": worker.lost,
             "running": len(worker.running),
+            "background": worker.background,
             "load": None if report is None else load_json(report),
             "foreign": foreign,
         }

@@ -94,6 +94,7 @@ class TokenizerFiles(Struct, frozen=True, kw_only=True):
 
 class LoadReport(Struct, frozen=True, kw_only=True, tag="load"):
     """What a worker has to do, and how fast it does such work. Rates are None or missing until they are measured.
+    Requests of `BACKGROUND_PRIORITY` are left out, as in `EngineLoad`.
 
     epoch, sequence: of the cache's last event. waiting, running: requests. waiting_tokens: of the waiting ones'
     prompts, as far as these are not known to be cached. prefill_tokens: of the running ones' prompts, not computed yet.

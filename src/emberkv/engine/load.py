@@ -5,18 +5,20 @@ from dataclasses import dataclass
 
 from emberkv.core.loading import LatencyModel
 from emberkv.core.scheduler import Scheduler, StepPlan
-from emberkv.core.sequence import Sequence, SequenceStatus
+from emberkv.core.sequence import BACKGROUND_PRIORITY, Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """sequence: of the cache's last event. waiting, running: requests.
+    """Of all requests but those of `BACKGROUND_PRIORITY`, which make way for others.
+
+    sequence: of the cache's last event. waiting, running: requests.
 
     waiting_tokens: of the prompts that wait, what the pool has not got, by an estimate. prefill_tokens: of the prompts
     that are being computed, what is left. decoding: requests of which each step computes one token. total_blocks,
-    free_blocks, cached_blocks: of the pool; the cached ones are among the free. prefill_rate: prompt tokens a second.
-    step_seconds: of a step that decodes and computes no prompt. Rates are None until
-    they are measured.
+    free_blocks, cached_blocks: of the pool; the cached ones are among the free, as are those that background requests
+    alone hold. prefill_rate: prompt tokens a second. step_seconds: of a step that decodes and computes no prompt. Rates
+    are None until they are measured.
     """
 
     sequence: int = 0
@@ -59,8 +61,15 @@ def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
     """The load as of now. It takes some microseconds for each request in flight."""
     pool = scheduler.cache.pool
     waiting_tokens = prefill_tokens = decoding = 0
+    waiting, running, free_blocks = scheduler.num_waiting, scheduler.num_running, pool.num_free
     for sequence in scheduler.sequences:
-        if sequence.status is SequenceStatus.DECODING:
+        if sequence.priority >= BACKGROUND_PRIORITY:
+            if sequence.lease is None:
+                waiting -= 1
+            else:
+                running -= 1
+                free_blocks += sum(block.ref_count == 1 for block in sequence.lease.blocks)
+        elif sequence.status is SequenceStatus.DECODING:
             decoding += 1
         elif sequence.lease is not None:
             prefill_tokens += len(sequence.chain) - sequence.num_computed
@@ -68,13 +77,13 @@ def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
             waiting_tokens += _uncached_tokens(scheduler, sequence)
     return EngineLoad(
         sequence=pool.events.last_sequence,
-        waiting=scheduler.num_waiting,
-        running=scheduler.num_running,
+        waiting=waiting,
+        running=running,
         waiting_tokens=waiting_tokens,
         prefill_tokens=prefill_tokens,
         decoding=decoding,
         total_blocks=pool.num_blocks,
-        free_blocks=pool.num_free,
+        free_blocks=free_blocks,
         cached_blocks=pool.num_evictable,
         prefill_rate=times.prefill_rate(scheduler.config.max_step_tokens),
         step_seconds=times.step_seconds(decoding),

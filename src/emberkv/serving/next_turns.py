@@ -67,6 +67,7 @@ class Outcome(Enum):
     TOO_LONG = "too_long"  # it leaves no place in the context for a question
     POOL_TOO_SMALL = "pool_too_small"
     OVER_BUDGET = "over_budget"  # of tokens a minute
+    WORKER_LOST = "worker_lost"  # at a gateway: the worker that has the conversation's blocks is not up, or began anew
     FAILED = "failed"
 
 
@@ -75,8 +76,8 @@ class _Turn:
     """A turn that has ended. prompt: its token ids. answer, render: of which ``tokens`` are made, the beginning of the
     next prompt; these three are dropped then.
 
-    worker: where it is computed, at a gateway. missing: how many of ``tokens`` were not computed for the turn.
-    is_charged: they are taken from the budget.
+    worker: where it is computed, at a gateway, while it has that epoch. missing: how many of ``tokens`` were not
+    computed for the turn. is_charged: they are taken from the budget.
     request_id: of the engine, while they are computed. is_stale: the next request of the conversation has come.
     """
 
@@ -86,6 +87,7 @@ class _Turn:
     answer: ParsedMessage | None
     render: RenderNext | None
     worker: str = ""
+    epoch: bytes | None = None
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
     missing: int = 0
     is_charged: bool = False
@@ -110,7 +112,8 @@ class NextTurns(Collector):
 
     A request that arrives ends the computation behind the step that the engine is in; what was computed stays cached,
     and the rest follows when the server is idle again. Of each conversation the latest turn alone waits. At a gateway
-    (`ServedModel.places`), all this is about the worker that has answered the turn, and the engine ends computations.
+    (`ServedModel.places`), all this is about the worker that has answered the turn, and `ClusterEngine` ends a
+    computation when another request goes to that worker.
 
     tokens_a_minute: the most that are computed; 0: nothing is. clock: monotonic seconds.
     """
@@ -138,9 +141,14 @@ class NextTurns(Collector):
         conversation = _conversation(request, render)
         if self._waiting.pop(conversation, None) is not None:
             self.counts[Outcome.REPLACED] += 1
-        places = self._places
-        worker = "" if places is None else places.worker_of(request.request_id)
-        self._waiting[conversation] = _Turn(request, conversation, prompt, answer, render, worker)
+        turn = _Turn(request, conversation, prompt, answer, render)
+        if (places := self._places) is not None:
+            turn.worker = places.worker_of(request.request_id)
+            turn.epoch = places.epoch_of(turn.worker)
+            if turn.epoch is None:
+                self.counts[Outcome.WORKER_LOST] += 1
+                return
+        self._waiting[conversation] = turn
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popitem(last=False)
             self.counts[Outcome.QUEUE_FULL] += 1
@@ -177,10 +185,15 @@ class NextTurns(Collector):
         return is_serving and (self._places is not None or not self._lifecycle.running)
 
     def _next(self) -> Conversation | None:
-        """The first that waits; at a gateway, the first whose worker has nothing to do."""
+        """The first that waits; at a gateway, the first whose worker has nothing to do. Those are dropped whose worker
+        is lost.
+        """
         places = self._places
         if places is None:
             return next(iter(self._waiting))
+        for name in [name for name, turn in self._waiting.items() if places.epoch_of(turn.worker) != turn.epoch]:
+            del self._waiting[name]
+            self.counts[Outcome.WORKER_LOST] += 1
         return next((name for name, turn in self._waiting.items() if places.free_tokens(turn.worker) is not None), None)
 
     async def _compute_all(self) -> None:
