@@ -45,6 +45,49 @@ from emberkv.core.events import POOL
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.errors import ConfigError
 
+__all__ = [
+    "DEFAULT_ROUTING",
+    "ROUTER_NAMES",
+    "Decision",
+    "Estimate",
+    "Reason",
+    "ReplicaState",
+    "Router",
+    "RoutingRequest",
+    "make_policy",
+    "make_router",
+    "names",
+]  # fmt: skip
+
+DEFAULT_ROUTING = "expected-ttft"
+
+Recorder = Callable[[float, RoutingView, Decision], None]
+"""Called with the request's time, what the policy decided from, and its decision."""
+
+MAX_SESSIONS = 100_000
+"""Sessions whose replica is remembered; the longest unused is forgotten first."""
+
+RECENT_REQUESTS = 200
+"""Requests of each replica over which the tokens given to it are averaged."""
+
+MOST_UNIT = 1e100
+
+IN_FLIGHT_SECONDS = 2.0
+"""A prompt counts as being computed for so long, and twice the expected time to its first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRequest:
+    """A request as routing sees it.
+
+    chain: the prompt's blocks. session_id: "" for none. now: seconds of any clock that does not go back.
+    """
+
+    chain: Chain
+    prompt_tokens: int
+    session_id: str = ""
+    now: float = 0.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prompt:
@@ -120,50 +163,6 @@ def _common(one: Sequence[BlockHash], other: Sequence[BlockHash], known: int) ->
     """How many leading blocks two chains have in common, of which ``known`` are known to be equal."""
     longest = min(len(one), len(other))
     return known + bisect_left(range(known, longest), True, key=lambda at: one[at] != other[at])
-
-
-__all__ = [
-    "DEFAULT_ROUTING",
-    "ROUTER_NAMES",
-    "Decision",
-    "Estimate",
-    "Reason",
-    "ReplicaState",
-    "Router",
-    "RoutingRequest",
-    "make_policy",
-    "make_router",
-    "names",
-]  # fmt: skip
-
-DEFAULT_ROUTING = "expected-ttft"
-
-Recorder = Callable[[float, RoutingView, Decision], None]
-"""Called with the request's time, what the policy decided from, and its decision."""
-
-MAX_SESSIONS = 100_000
-"""Sessions whose replica is remembered; the longest unused is forgotten first."""
-
-RECENT_REQUESTS = 200
-"""Requests of each replica over which the tokens given to it are averaged."""
-
-MOST_UNIT = 1e100
-
-IN_FLIGHT_SECONDS = 2.0
-"""A prompt counts as being computed for so long, and twice the expected time to its first token."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingRequest:
-    """A request as routing sees it.
-
-    chain: the prompt's blocks. session_id: "" for none. now: seconds of any clock that does not go back.
-    """
-
-    chain: Chain
-    prompt_tokens: int
-    session_id: str = ""
-    now: float = 0.0
 
 
 class Router:

@@ -297,8 +297,8 @@ class SequenceGateway:
             raise HTTPException(503, reason, {"retry-after": "1"}) from error
 
     async def stats(self, headers: Mapping[str, str], generated: int) -> dict[str, Any]:
-        """What all workers count, each asked now, and sums of it. generated: sequences that this gateway had
-        generated, which workers do not know by their ids.
+        """What all workers count, each asked now, and sums of it. generated: sequences that were generated through this
+        gateway; workers count only those that they were asked for themselves.
         """
         members = self._members.members()
         workers = await asyncio.gather(*(self._stats_of(each, headers) for each in members))

@@ -154,7 +154,7 @@ async def ensure_model(lifecycle: Lifecycle) -> None:
 
 
 def worker_routers(store: KVTensorStore, worker_id: str) -> list[RouterFactory]:
-    """All routes by sequence that a worker has; see docs/http-api.md."""
+    """All routes by sequence that a worker has; see docs/sequence-routes.md."""
     return [
         lambda parts: status_router(parts, store, worker_id),
         lambda parts: KVRoutes(parts, store, worker_id).router(),

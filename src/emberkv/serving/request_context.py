@@ -40,8 +40,8 @@ class RequestContext:
     request_id: the response has the same. http_id: of the HTTP request, as in ``X-Request-Id``. api: the label that
     metrics have. arrived: monotonic seconds of the app's clock. created: seconds since 1970. canonical: how many lines
     or tools each canonical rule changed. left_out: how many parts of the request are not in the prompt, by type.
-    inferred_session: what statistics call its session where ``session``, which the client gives, is "". worker: see
-    `GenerationRequest`, which seq_id is of, too. traceparent: W3C trace context that the client sent.
+    inferred_session: what statistics call its session where ``session``, which the client gives, is "". worker,
+    seq_id: see `GenerationRequest`. traceparent: W3C trace context that the client sent.
     """
 
     request_id: str
