@@ -126,11 +126,14 @@ async def test_a_route_has_the_reason_for_each_of_its_workers() -> None:
     workers = {"a": FakeWorker("a"), "b": FakeWorker("b", dies_after=2)}
     async with cluster(workers) as it:
         ended = asyncio.Event()
-        params = SamplingParams(max_tokens=4, temperature=0.0)
+
+        def listen(output: TokenOutput) -> None:
+            if output.finish_reason is not None:
+                ended.set()
+
         assert it.engine is not None
-        it.engine.submit(
-            GenerationRequest("x", PROMPT, params, worker="b"), lambda each: each.finish_reason and ended.set()
-        )
+        params = SamplingParams(max_tokens=4, temperature=0.0)
+        it.engine.submit(GenerationRequest("x", PROMPT, params, worker="b"), listen)
         await ended.wait()
         route = it.engine.route("x")
         assert route is not None
