@@ -159,10 +159,10 @@ LETTERS = "".join(map(chr, range(97, 127)))
 
 @pytest.fixture
 def worker() -> Iterator[Client]:
-    """A worker's routes by sequence over the cache of an engine whose vocabulary are bytes."""
-    executor = TinyExecutor(num_blocks=40, block_size=BLOCK, vocab=128)
+    """A worker's routes by sequence over the cache of an engine whose tokens are bytes."""
+    executor = TinyExecutor(num_blocks=40, block_size=BLOCK, vocab=257)
     config = EngineConfig(cache_bytes=2**20, block_size=BLOCK, prefill_chunk=8)
-    limits = ModelLimits(100, 128, frozenset())
+    limits = ModelLimits(100, 257, frozenset())
     made = assemble_around(executor, config, limits=limits, root=root_hash("tiny", BLOCK), namespace=b"n" * 32)
     made.loop.start()
     lifecycle = Lifecycle()
@@ -213,7 +213,7 @@ def test_a_sequence_that_is_generated_anew_has_no_rows_of_the_text_before(worker
     generate_letters(worker, LETTERS[::-1])
     found = rows_of(worker)
     assert len(found) == len(before) - 1
-    assert not np.array_equal(found[0], before[0])
+    assert not np.array_equal(found[1], before[1]), "behind the token that begins a text"
     assert worker.get("/kv/s/0/length").json()["seq_len"] == len(found)
 
 
