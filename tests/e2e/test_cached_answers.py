@@ -188,11 +188,15 @@ def test_health_is_answered_during_prefill_and_a_disconnect_frees_the_blocks(ser
         return server.total("emberkv_requests_finished_total", api="completions", reason="abort")
 
     def is_left_during_prefill() -> bool:
-        """False where this process was held up until prompts were computed."""
-        prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(CONTEXT - 100)] for _ in range(6)]
+        """False where this process was held up until half of the prompts were computed.
+
+        While one sequence decodes, a step prefills 128 tokens: 155 steps are enough for all prompts behind the first
+        one. So none of the answers, of 190 tokens each, ends before all prompts are computed.
+        """
+        prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(CONTEXT - 200)] for _ in range(6)]
         eventually(server.is_idle)
         before, aborted_before = server.metric("emberkv_prefill_tokens_total"), aborted()
-        body = {"model": model, "prompt": prompts, "max_tokens": 50, "stream": True}
+        body = {"model": model, "prompt": prompts, "max_tokens": 190, "ignore_eos": True, "stream": True}
         request = httpx.Request("POST", f"{server.url}/v1/completions", json=body)
         with socket.create_connection((address.host, address.port or 80), timeout=DEADLINE) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(request.content)}\r\n\r\n"
@@ -200,8 +204,12 @@ def test_health_is_answered_during_prefill_and_a_disconnect_frees_the_blocks(ser
             eventually(lambda: server.metric("emberkv_prefill_tokens_total") > before)
             assert httpx.get(f"{server.url}/health", timeout=DEADLINE).json() == {"status": "alive"}
             computed = server.metric("emberkv_prefill_tokens_total") - before
+        if computed > sum(map(len, prompts)) / 2:
+            return False
         eventually(server.is_idle)
-        return computed < sum(map(len, prompts)) and aborted() - aborted_before == 6
+        assert aborted() - aborted_before == len(prompts)
+        assert server.metric("emberkv_prefill_tokens_total") - before < sum(map(len, prompts))
+        return True
 
     eventually(is_left_during_prefill)
 
