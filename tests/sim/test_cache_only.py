@@ -121,20 +121,20 @@ LRU = {1_000: 0.0445, 3_000: 0.0653, 6_000: 0.1393, 10_000: 0.2116, 30_000: 0.32
 LFU = {1_000: 0.048, 3_000: 0.075, 6_000: 0.098, 10_000: 0.132, 30_000: 0.276, 50_000: 0.344, 100_000: 0.363}
 
 
-LFU_IN_SHORT = {10_000}
+IN_SHORT = {10_000}
 """Capacities whose replays are not left to ``--long``; the curves' tests have LRU's in one pass, and LFU's end."""
 
 
 @pytest.mark.parametrize(("capacity", "rate"), LRU.items())
 def test_mooncake_by_capacity_with_lru(capacity: int, rate: float, long: bool) -> None:
-    if not long:
+    if not (long or capacity in IN_SHORT):
         pytest.skip("only with --long")
     assert round(over_mooncake(kv_blocks=capacity)["blocks"]["hit_rate"], 4) == rate
 
 
 @pytest.mark.parametrize(("capacity", "rate"), LFU.items())
 def test_mooncake_by_capacity_with_lfu(capacity: int, rate: float, long: bool) -> None:
-    if not (long or capacity in LFU_IN_SHORT):
+    if not (long or capacity in IN_SHORT):
         pytest.skip("only with --long")
     found = over_mooncake(kv_blocks=capacity, eviction="lfu")["blocks"]["hit_rate"]
     assert round(found, 3) == rate
