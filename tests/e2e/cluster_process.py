@@ -46,7 +46,8 @@ class Cluster:
 
     def start_gateway(self, *names: str, called: str = "gateway", **settings: str) -> Server:
         """names: of the workers that it is given. settings: its options by their names. A worker that a busy machine
-        holds up for seconds is not given up, unless ``worker_timeout`` says so.
+        holds up for seconds is not given up, unless ``worker_timeout`` says so; test_sequence_cluster.py has gateways
+        with the default.
         """
         settings = {"worker_timeout": "60", **settings}
         urls = [f"http://127.0.0.1:{self.ports.setdefault(name, free_ports())}" for name in names]

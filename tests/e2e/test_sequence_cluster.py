@@ -147,21 +147,18 @@ def test_statistics_add_up_what_was_generated_and_stored(cluster: Cluster) -> No
     headers = {"authorization": f"Bearer {METRICS_KEY}"}
 
     def stats() -> dict[str, Any]:
-        found: dict[str, Any] = {}
-
-        def all_answer() -> bool:
-            found.update(cluster.client.get(f"{cluster.gateway}/stats", headers=headers).json())
-            return bool(found["cluster_healthy"])
-
-        eventually(all_answer)
-        assert all(each["prefix_cache"]["used_bytes"] <= each["prefix_cache"]["max_bytes"] for each in found["workers"])
+        found: dict[str, Any] = cluster.client.get(f"{cluster.gateway}/stats", headers=headers).json()
         return found
 
+    eventually(lambda: stats()["cluster_healthy"])
     before = stats()
     for number in range(3):
         cluster.generate(f"Sequence {number}")
     cluster.client.post(f"{cluster.gateway}/kv/put", json={"seq_id": "counted", "layer": 0, **layer()})
     after = stats()
+    for found in (before, after):
+        assert found["cluster_healthy"], found["workers"]
+        assert all(each["prefix_cache"]["used_bytes"] <= each["prefix_cache"]["max_bytes"] for each in found["workers"])
     assert after["total_sequences"] - before["total_sequences"] == 4
     assert after["total_kv_entries"] - before["total_kv_entries"] == 1
 
