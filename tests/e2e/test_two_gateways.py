@@ -107,11 +107,12 @@ def test_a_tenants_quota_holds_whichever_gateway_its_requests_come_by(both: tupl
     cluster, gateways = both
     for number in range(12):
         assert ask(gateways[number % 2], "acme", f"number {number}: {TEXT}").status_code == 200
+    held = []
     for worker in cluster.workers.values():
         pool = httpx.get(f"{worker.url}/metrics/tenants", headers=ADMIN, timeout=DEADLINE).text
-        held = [line.split()[-1] for line in pool.splitlines() if 'tenant="acme"' in line and 'tier="pool"' in line]
-        assert held, pool
-        assert max(map(float, held)) <= POOL_QUOTA
+        held += [line.split()[-1] for line in pool.splitlines() if 'tenant="acme"' in line and 'tier="pool"' in line]
+    assert held  # all may be at the worker that was measured as the faster one
+    assert max(map(float, held)) <= POOL_QUOTA
 
 
 def test_a_tenant_is_not_kept_waiting_by_anothers_flood_through_the_other_gateway(

@@ -29,6 +29,10 @@ class FakeBytes:
     def block_bytes(self) -> int:
         return HASH_BYTES
 
+    @property
+    def layer_bytes(self) -> int:
+        return HASH_BYTES // 2
+
     def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
         self._check()
         return [memoryview(self.block_ids[block_id]) for block_id in block_ids]
