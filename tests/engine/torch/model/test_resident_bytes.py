@@ -18,7 +18,12 @@ from tests.quantized_models import quantised_model
 
 def resident(path: Path, kernels: Kernels, quantize: QuantizeName = "none") -> int:
     loaded = load_model(
-        str(path), dtype="bfloat16", device="cpu", quantize=quantize, attn_implementation=ATTENTION_NAME
+        str(path),
+        dtype="bfloat16",
+        device="cpu",
+        quantize=quantize,
+        fit=kernels.fitted,
+        attn_implementation=ATTENTION_NAME,
     )
     TorchEngine(loaded, cache_bytes=1 << 20, block_size=16, prefill_chunk=64, kernels=kernels)
     return resident_bytes(loaded.model)
