@@ -246,18 +246,12 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Preempt until ``sequence`` can grow; False if it was itself the one to go.
 
-        The latest sequence of the tenant goes that occupies most for its weight, and none within its tenant's floor
-        for another tenant.
+        None is preempted for another tenant while it is within its own tenant's floor. See `Claims.next_victim`.
         """
         while (missing := sequence.held.missing_blocks(len(sequence.chain))) and missing > self._free_for(sequence):
             claims = self._claims()
-            victim = max(
-                (
-                    each
-                    for each in self._running
-                    if each.tenant == sequence.tenant or self._is_above_floor(each, claims)
-                ),
-                key=lambda each: (each.priority, claims.load(each.tenant), each.order),
+            victim = claims.next_victim(
+                each for each in self._running if each.tenant == sequence.tenant or self._is_above_floor(each, claims)
             )
             self._drop_from(plan, victim)
             if victim is sequence:
@@ -426,9 +420,8 @@ class Scheduler:
         this way is never taken back in the same way.
         """
         claims = self._claims()
-        if claims.excess_sequences(sequence.tenant) > -1:
-            return []
-        if claims.excess_blocks(sequence.tenant) + self.cache.pool.blocks_for(len(sequence.chain)) > 0:
+        blocks = claims.excess_blocks(sequence.tenant) + self.cache.pool.blocks_for(len(sequence.chain))
+        if claims.excess_sequences(sequence.tenant) > -1 or blocks > 0:
             return []
         planned = {chunk.sequence for chunk in plan.prefills} | set(plan.admitted)
         candidates = [
@@ -443,7 +436,7 @@ class Scheduler:
             above = [each for each in candidates if excess(each.tenant) > 0 and self._is_above_floor(each, claims)]
             if not above:
                 return []
-            victim = max(above, key=lambda each: (each.priority, claims.load(each.tenant), each.order))
+            victim = claims.next_victim(above)
             victims.append(victim)
             candidates.remove(victim)
             claims.remove(victim)

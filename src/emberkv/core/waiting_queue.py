@@ -96,6 +96,10 @@ class Claims:
         """Blocks occupied, by weight."""
         return self.blocks(tenant) / self.weights.get(tenant, 1.0)
 
+    def next_victim(self, candidates: Iterable[Sequence]) -> Sequence:
+        """The least urgent one; among equals, the latest of the tenant with most blocks for its weight."""
+        return max(candidates, key=lambda each: (each.priority, self.load(each.tenant), each.order))
+
     def excess_sequences(self, tenant: str) -> float:
         """Running sequences above the tenant's share; negative below it."""
         running = self.usage[tenant].sequences if tenant in self.usage else 0

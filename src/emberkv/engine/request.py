@@ -329,6 +329,33 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+class EngineWrapper:
+    """An `Engine` that passes all calls on to another one. Subclasses override what they change, such as `submit`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def context_length(self) -> int:
+        return self._engine.context_length
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self._engine.max_prompt_tokens
+
+    def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
+        self._engine.submit(request, listener)
+
+    def abort(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+
+    def progress(self, request_id: str) -> PrefillProgress | None:
+        return self._engine.progress(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
     """context_length: most tokens of prompt and answer. vocab_size: token ids are below it."""

@@ -15,10 +15,9 @@ from emberkv.engine.block_transfer import CachedRows
 from emberkv.engine.commands import Command, CountRows, ReadRows
 from emberkv.engine.request import (
     Engine,
-    EngineStats,
+    EngineWrapper,
     GenerationRequest,
     OutputListener,
-    PrefillProgress,
     SamplingParams,
     TokenOutput,
 )
@@ -188,24 +187,16 @@ def _joined(pages: list[TensorBytes]) -> TensorBytes:
     return TensorBytes(pages[0].dtype, shape, b"".join(page.data for page in pages))
 
 
-class _RememberingEngine:
+class _RememberingEngine(EngineWrapper):
     """An `Engine` whose requests with a ``seq_id`` are remembered."""
 
     def __init__(self, engine: Engine, generated: GeneratedSequences) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._generated = generated
-
-    @property
-    def context_length(self) -> int:
-        return self._engine.context_length
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        return self._engine.max_prompt_tokens
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         if not request.seq_id:
-            self._engine.submit(request, listener)
+            super().submit(request, listener)
             return
 
         def listen(output: TokenOutput) -> None:
@@ -214,18 +205,9 @@ class _RememberingEngine:
 
         self._generated.begin(request)
         try:
-            self._engine.submit(request, listen)
+            super().submit(request, listen)
         except BaseException:
             self._generated.forget((request.tenant, request.seq_id))
             raise
         for observer in self._generated.on_begin:
             observer((request.tenant, request.seq_id), request.request_id)
-
-    def abort(self, request_id: str) -> None:
-        self._engine.abort(request_id)
-
-    def progress(self, request_id: str) -> PrefillProgress | None:
-        return self._engine.progress(request_id)
-
-    def stats(self) -> EngineStats:
-        return self._engine.stats()

@@ -15,10 +15,9 @@ from emberkv.core.hashing import TOKEN_BYTES, PublicPrefixes, encode_tokens, tok
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import (
     Engine,
-    EngineStats,
+    EngineWrapper,
     GenerationRequest,
     OutputListener,
-    PrefillProgress,
     TokenOutput,
 )
 from emberkv.serving.background import BackgroundWork
@@ -338,20 +337,12 @@ class TraceRecorder:
         )
 
 
-class _RecordingEngine:
+class _RecordingEngine(EngineWrapper):
     """An `Engine` that records the requests to another one."""
 
     def __init__(self, engine: Engine, recorder: TraceRecorder) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._recorder = recorder
-
-    @property
-    def context_length(self) -> int:
-        return self._engine.context_length
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        return self._engine.max_prompt_tokens
 
     def submit(self, request: GenerationRequest, listener: OutputListener) -> None:
         taken = self._recorder.arrived(request)
@@ -363,16 +354,7 @@ class _RecordingEngine:
             listener(output)
 
         try:
-            self._engine.submit(request, listen)
+            super().submit(request, listen)
         except BaseException:
             self._recorder.refused(taken)
             raise
-
-    def abort(self, request_id: str) -> None:
-        self._engine.abort(request_id)
-
-    def progress(self, request_id: str) -> PrefillProgress | None:
-        return self._engine.progress(request_id)
-
-    def stats(self) -> EngineStats:
-        return self._engine.stats()

@@ -168,10 +168,10 @@ def configured_tiers(
 
 
 QUEUE_BYTES = 256 * 2**20
-"""Of the blocks that wait to be stored in one tier; more where `QUEUED_BLOCKS` take more."""
+"""The size of a tier's write queue, unless `QUEUED_BLOCKS` blocks are larger."""
 
 QUEUED_BLOCKS = 4
-"""Blocks, however large, that a tier's queue has room for. Those of a hybrid model may have hundreds of MiB."""
+"""The number of blocks that a tier's write queue holds whatever their size: one of a hybrid model may have 400 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def open_tiers(
 ) -> TierManager | None:
     """The tiers that the configuration names, or None.
 
-    block_bytes: of a block of the model, which a tier must have room for. queue_bytes: see `QUEUE_BYTES`. Raises
+    block_bytes: of a block of the model; no tier may be smaller than one. queue_bytes: see `QUEUE_BYTES`. Raises
     ConfigError for a size that cannot work here, and CacheFolderError.
     """
     for tier in config.tiers:
@@ -236,5 +236,5 @@ def open_tiers(
         )
         for tier in config.tiers
     ]
-    room = max(queue_bytes, QUEUED_BLOCKS * (block_bytes + MOST_BESIDE))
-    return TierManager(tiers, namespace=namespace, queue_bytes=room)
+    queue_bytes = max(queue_bytes, QUEUED_BLOCKS * (block_bytes + MOST_BESIDE))
+    return TierManager(tiers, namespace=namespace, queue_bytes=queue_bytes)
