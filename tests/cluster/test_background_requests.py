@@ -71,13 +71,20 @@ async def test_its_route_is_not_remembered() -> None:
 
 
 @on_a_loop
-async def test_one_that_is_refused_is_no_refused_request() -> None:
-    in_flight = InFlight(1)
-    in_flight.enter("", 1)
-    async with cluster({"a": FakeWorker("a")}, in_flight=in_flight) as it:
+async def test_it_does_not_count_among_the_requests_in_flight() -> None:
+    worker = FakeWorker("a", hangs=True)
+    async with cluster({"a": worker}, in_flight=InFlight(1)) as it:
+        background = submit(it, "a")
+        await worker.asked.wait()
+        it.submit("x")
+        assert (await background).finish_reason is FinishReason.ABORT
         with pytest.raises(TooManyRequestsError):
-            await submit(it, "a")
-        assert engine_of(it).refused == 0
+            it.submit("y")
+        worker.change(hangs=False)
+        await it.ended["x"].wait()
+        assert it.tokens("x") == expected(PROMPT, 8)
+        assert (await submit(it, "a")).finish_reason is FinishReason.LENGTH
+        assert await it.answer("z") == expected(PROMPT, 8)
 
 
 @on_a_loop

@@ -91,13 +91,16 @@ def route_header(route: Route) -> str:
 
 @dataclass(slots=True)
 class _Answer:
-    """What of an answer has been handed on. usage: of the prompt, as the first worker said."""
+    """What of an answer has been handed on. usage: of the prompt, as the first worker said. in_background: it is
+    computed while its worker does nothing else.
+    """
 
     request: GenerationRequest
     chain: TokenChain
     listener: OutputListener
     route: Route
     submitted: float
+    in_background: bool
     tokens: list[int] = field(default_factory=list)
     usage: CacheUsage | None = None
     progress: PrefillProgress | None = None
@@ -239,31 +242,36 @@ class ClusterEngine:
         finds wrong with the request is the ``refusal`` of its last output.
 
         One of `BACKGROUND_PRIORITY` that names its worker is computed there alone, unless the worker has something to
-        do; it ends with ABORT when another request goes there. No policy is asked, and its route is not remembered.
+        do; it ends with ABORT when another request goes there. No policy is asked, its route is not remembered, and it
+        does not count among the requests in flight.
         """
         if self._is_stopped:
             raise EngineStoppedError("the gateway has stopped")
         if request.request_id in self._running:
             raise DuplicateRequestError(f"request {request.request_id!r} is already in flight")
-        is_background = bool(request.worker) and request.priority >= BACKGROUND_PRIORITY
-        try:
-            self._in_flight.enter(request.tenant, 1)
-        except TooManyRequestsError:
-            self.refused += not is_background
-            raise
+        in_background = bool(request.worker) and request.priority >= BACKGROUND_PRIORITY
+        if not in_background:
+            self._enter(request.tenant)
         params = request.params
         if params.seed is None and not params.is_greedy:
             request = replace(request, params=replace(params, seed=self._rng.getrandbits(63)))
-        answer = _Answer(request, self.chain(request), listener, Route(), self._clock())
-        if not is_background:
+        answer = _Answer(request, self.chain(request), listener, Route(), self._clock(), in_background)
+        if not in_background:
             self._routes[request.request_id] = answer.route
         if len(self._routes) > len(self._running) + MAX_ROUTES:
             self._routes.popitem(last=False)
-        work = self._carry_out_in_background(answer) if is_background else self._carry_out(answer)
+        work = self._carry_out_in_background(answer) if in_background else self._carry_out(answer)
         task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(partial(self._ended, answer))
         self._running[request.request_id] = task
         self._answers[request.request_id] = answer
+
+    def _enter(self, tenant: str) -> None:
+        try:
+            self._in_flight.enter(tenant, 1)
+        except TooManyRequestsError:
+            self.refused += 1
+            raise
 
     def abort(self, request_id: str) -> None:
         task = self._running.get(request_id)
@@ -305,14 +313,16 @@ class ClusterEngine:
         """Give the listener its last output, however the request has ended, and even if it was aborted at once."""
         request_id = answer.request.request_id
         del self._running[request_id], self._answers[request_id]
-        self._in_flight.leave(answer.request.tenant, 1)
+        if not answer.in_background:
+            self._in_flight.leave(answer.request.tenant, 1)
         error = None if task.cancelled() else task.exception()
-        if task.cancelled():
-            answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ABORT))
+        if error is None:
+            if not answer.has_ended:
+                answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ABORT))
         elif isinstance(error, EmberError):
             refused = TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), refusal=error)
             answer.listener(refused)
-        elif error is not None:
+        else:
             _log.error("request %s failed", request_id, exc_info=error)
             failed = f"the gateway failed: {type(error).__name__}"
             answer.listener(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=failed))
@@ -355,14 +365,15 @@ class ClusterEngine:
             busy.clear()
 
     async def _carry_out_in_background(self, answer: _Answer) -> None:
-        """Have the worker that the request names compute it, while it does nothing else but background work.
+        """Have the worker that the request names compute it, while it does nothing else but background work; without
+        an output where it does something else.
 
         Raises what the worker refuses the request by, or fails with.
         """
         request = answer.request
         worker = self._membership.named(request.worker)
         if worker is None or self.free_tokens(request.worker) is None:
-            raise asyncio.CancelledError("the worker has something else to do")  # as if it were aborted
+            return
 
         def make_way(progress: PrefillProgress) -> None:
             answer.computed(progress)
