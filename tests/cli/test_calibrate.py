@@ -1,12 +1,18 @@
 """Calibration's requests, against a scripted server; and what the command refuses at once."""
 
 import asyncio
+import itertools
+import json
+from importlib.resources import files
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from pydantic import ByteSize
 from typer.testing import CliRunner
 
 from emberkv.cli.calibrate import (
@@ -15,8 +21,10 @@ from emberkv.cli.calibrate import (
     STREAMS,
     SYSTEM_WORDS,
     decode_times,
+    measured_spec,
     request_times,
     served,
+    server_command,
 )
 from emberkv.cli.main import app
 from emberkv.config import ServeConfig
@@ -25,6 +33,7 @@ from emberkv.sim.roofline import Roofline
 from emberkv.sim.timing import Chunk, Work
 from tests.bench.fake_server import Event, FakeServer, finish, piece, usage
 from tests.sim.flat import TINY, with_overheads
+from tests.waiting import DEADLINE
 
 TOKEN = 0.5
 PROMPT, CACHED = 30, 10
@@ -105,8 +114,31 @@ def test_a_request_that_fails_ends_the_measurement() -> None:
 
 def test_a_server_that_ends_instead_of_becoming_ready_is_not_waited_for(tmp_path: Path) -> None:
     config = ServeConfig(model=str(tmp_path / "nothing"))
-    with pytest.raises(EmberError, match=r"(?s)did not become ready: .*nothing"), served(config, tmp_path / "log"):
+    with pytest.raises(EmberError, match=r"did not become ready: [^{]*nothing"), served(config, tmp_path / "log"):
         pass
+
+
+def test_the_server_has_the_number_types_and_kernels_that_are_measured() -> None:
+    command = server_command(ServeConfig(quantize="int8", kv_dtype="int8", kernels="torch"))
+    given = dict(itertools.pairwise(command))
+    assert (given["--quantize"], given["--kv-dtype"], given["--kernels"]) == ("int8", "int8", "torch")
+
+
+def test_the_server_is_found_while_its_output_would_be_coloured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with served(ServeConfig(cache_ram=ByteSize(2**22), device="cpu"), tmp_path / "log") as url:
+        assert httpx.get(f"{url}/ready", timeout=DEADLINE).status_code == 200
+
+
+def test_the_model_that_a_profile_is_fitted_to_has_the_types_it_was_measured_with() -> None:
+    facts = json.loads((files("emberkv") / "demo_model/config.json").read_text())
+    config = SimpleNamespace(to_dict=lambda: facts)
+    dtypes = SimpleNamespace(activations=torch.float32, weights=torch.int8, kv=torch.int8)
+    bench: Any = SimpleNamespace(loaded=SimpleNamespace(dtypes=dtypes, model=SimpleNamespace(config=config), name="x"))
+    spec = measured_spec(ServeConfig(quantize="int8", kv_dtype="int8"), bench)
+    assert (spec.weights_dtype, spec.kv_dtype, spec.rounded_on_load) == ("int8", "int8", True)
 
 
 @pytest.mark.parametrize(

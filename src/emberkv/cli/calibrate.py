@@ -5,8 +5,8 @@ engine's own.
 """
 
 import asyncio
+import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import httpx
 import typer
@@ -58,27 +58,37 @@ STREAM_WORDS = (30, 300, 1200)
 STREAM_TOKENS = 40
 SYSTEM_WORDS = (0, 300, 900)
 BESIDE_TOKENS = 24
-_LISTENING = re.compile(r"listening +(http://\S+)")  # in the summary that a server prints
 
 
-@contextmanager
-def served(config: ServeConfig, log: Path) -> Iterator[str]:
-    """The URL of a server process with these settings; it ends with the context. log: takes what the server prints.
+def server_command(config: ServeConfig) -> list[str]:
+    """The command line of a server to measure, with these settings. Its log is JSON, of which one record has the URL.
 
-    Raises EmberError, with the log's last lines, when it does not become ready.
+    >>> command = server_command(ServeConfig(model="folder", quantize="int8"))
+    >>> command[3:5], command[command.index("--quantize") + 1]
+    (['serve', 'folder'], 'int8')
     """
     model = [] if config.model is None else [config.model]
     flags = {
         "--port": 0, "--served-name": NAME, "--dtype": config.dtype, "--device": config.device,
         "--block-size": config.block_size, "--prefill-chunk": config.prefill_chunk,
         "--cache-ram": int(config.cache_ram or 0) or None, "--quantize": config.quantize,
-        "--kv-dtype": config.kv_dtype, "--kernels": config.kernels,
+        "--kv-dtype": config.kv_dtype, "--kernels": config.kernels, "--log-format": "json",
     }  # fmt: skip
     options = [str(part) for name, value in flags.items() if value is not None for part in (name, value)]
-    command = [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *options, "--no-warmup"]
+    return [sys.executable, "-m", "emberkv.cli.main", "serve", *model, *options, "--no-warmup"]
+
+
+@contextmanager
+def served(config: ServeConfig, log: Path) -> Iterator[str]:
+    """The URL of a server process with these settings; it ends with the context. log: takes what the server prints.
+
+    Raises EmberError, with the log's last error, when it does not become ready.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBERKV_")}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)  # noqa: S603 - this program
+        process = subprocess.Popen(  # noqa: S603 - this program
+            server_command(config), stdout=output, stderr=output, env=environment
+        )
     try:
         yield _ready_url(process, log)
     finally:
@@ -89,14 +99,31 @@ def served(config: ServeConfig, log: Path) -> Iterator[str]:
 def _ready_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        if (found := _LISTENING.search(log.read_text(errors="replace"))) and _is_ready(found[1]):
-            return found[1]
+        records = log_records(log.read_text(errors="replace"))
+        url = next((record["url"] for record in records if "url" in record), None)
+        if url is not None and _is_ready(url):
+            return str(url)
         try:
             process.wait(ASK_AGAIN_SECONDS)
         except subprocess.TimeoutExpired:
             continue
         break
-    raise EmberError(f"the server to measure did not become ready: {log.read_text(errors='replace')[-500:].strip()}")
+    text = log.read_text(errors="replace")
+    errors = [str(record["message"]) for record in log_records(text) if record.get("level") == "error"]
+    raise EmberError(f"the server to measure did not become ready: {(errors or [text])[-1][-500:].strip()}")
+
+
+def log_records(text: str) -> list[dict[str, Any]]:
+    r"""The records of a log in JSON. What libraries print beside them is left out, as is a line not yet whole.
+
+    >>> log_records('a warning\n{"message": "ready", "url": "http://127.0.0.1:8000"}\n{"mess')
+    [{'message': 'ready', 'url': 'http://127.0.0.1:8000'}]
+    """
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 def _is_ready(url: str) -> bool:
@@ -251,7 +278,7 @@ def _measure(config: ServeConfig, name: str, folder: Path, tolerance: float) -> 
     with _console.status("loading the model") as status, TemporaryDirectory(prefix="emberkv-", dir=folder) as place:
         with ThreadPoolExecutor(1) as alone:  # a thread that ends; see `EngineBench`
             bench = alone.submit(_engine_bench, config, lambda line: status.update(escape(line))).result()
-        spec = _spec_of(config, bench)  # refuses what cannot be simulated, before anything else is measured
+        spec = measured_spec(config, bench)  # refuses what cannot be simulated, before anything else is measured
         prefills = _prefills(bench, status)
         status.update("lower tiers")
         tiers = _tier_rates(bench, Path(place))
@@ -294,7 +321,7 @@ async def _with_client(url: str, measure: Callable[[httpx.AsyncClient], Awaitabl
         return await measure(client)
 
 
-def _spec_of(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
+def measured_spec(config: ServeConfig, bench: "EngineBench") -> ModelSpec:
     dtypes = bench.loaded.dtypes
     facts = bench.loaded.model.config.to_dict() | {"torch_dtype": str(dtypes.activations)}
     spec = spec_from_config(facts, DEMO_NAME if config.model is None else bench.loaded.name)
