@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from emberkv.core.hashing import root_hash
 from emberkv.engine.assembly import AssembledEngine, EngineConfig, assemble_around
 from emberkv.engine.commands import Remove
-from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams
-from emberkv.errors import RequestError
+from emberkv.engine.request import GenerationRequest, ModelLimits, SamplingParams, TokenOutput
+from emberkv.errors import DuplicateRequestError, RequestError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.generated_sequences import GeneratedSequences
@@ -229,3 +230,36 @@ def test_a_refused_request_leaves_nothing(engine: AssembledEngine) -> None:
     with pytest.raises(RequestError, match="not in the vocabulary"):
         generate(engine, generated, [*PROMPT, 1000], "a")
     assert read(engine, generated, "a") is None
+
+
+def test_a_refused_request_leaves_what_was_generated_before(engine: AssembledEngine) -> None:
+    generated = GeneratedSequences()
+    generate(engine, generated, PROMPT, "a")
+    before = read(engine, generated, "a")
+    with pytest.raises(RequestError, match="not in the vocabulary"):
+        generate(engine, generated, [*PROMPT, 1000], "a")
+    assert before is not None
+    assert read(engine, generated, "a") == before
+
+
+def test_a_duplicate_request_leaves_the_sequence_that_is_being_generated(engine: AssembledEngine) -> None:
+    generated = GeneratedSequences()
+    remembering = generated.over(engine.loop)
+    request = GenerationRequest("x", PROMPT, SamplingParams(max_tokens=6, temperature=0.0), seq_id="a")
+    refused: list[DuplicateRequestError] = []
+
+    def ask_again(_: TokenOutput) -> None:
+        if refused:
+            return
+        try:
+            remembering.submit(replace(request, prompt_token_ids=PROMPT[:3]), Inbox())
+        except DuplicateRequestError as error:
+            refused.append(error)
+
+    inbox = Inbox(ask_again)
+    remembering.submit(request, inbox)
+    inbox.wait()
+    assert len(refused) == 1
+    found = read(engine, generated, "a")
+    assert found is not None
+    assert found.seq_len == len(PROMPT) + 5

@@ -69,31 +69,28 @@ class GeneratedSequences:
         """The same engine, whose requests with a ``seq_id`` are remembered."""
         return _RememberingEngine(engine, self)
 
-    def begin(self, request: GenerationRequest) -> None:
-        """A sequence is generated, or goes on; its prompt replaces what was known under its id."""
-        named = request.tenant, request.seq_id
-        tokens = token_array(request.prompt_token_ids)
+    def begin(self, sequence: Sequence, generated: _Generated) -> None:
+        """A sequence is generated, or goes on, as the engine has accepted; it replaces what was known under its id."""
         with self._lock:
-            self._forget(named)
-            self._sequences[named] = _Generated(request.request_id, request.salt, tokens)
-            self._tokens += len(tokens)
+            self._forget(sequence)
+            self._sequences[sequence] = generated
+            self._tokens += len(generated.tokens)
             self._forget_oldest()
 
-    def extend(self, request: GenerationRequest, output: TokenOutput) -> None:
-        """The answer to the request has gained tokens. The sequence counts as used."""
-        named = request.tenant, request.seq_id
+    def extend(self, sequence: Sequence, generated: _Generated, output: TokenOutput) -> None:
+        """The answer of a request has gained tokens, maybe before `begin`. The sequence counts as used, unless it has
+        been forgotten or begun anew since.
+        """
         with self._lock:
-            found = self._sequences.get(named)
-            if found is None or found.request_id != request.request_id:
-                return
-            found.tokens.extend(output.token_ids)
-            self._tokens += len(output.token_ids)
-            self._sequences.move_to_end(named)
-            self._forget_oldest()
+            generated.tokens.extend(output.token_ids)
             if output.token_ids:
-                found.is_whole = False
+                generated.is_whole = False
             if output.finish_reason is FinishReason.STOP:  # by a token of its own, behind these
-                found.is_whole = True
+                generated.is_whole = True
+            if self._sequences.get(sequence) is generated:
+                self._tokens += len(output.token_ids)
+                self._sequences.move_to_end(sequence)
+                self._forget_oldest()
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence is not found any more. Its blocks stay in the prefix cache, which other sequences share."""
@@ -199,15 +196,14 @@ class _RememberingEngine(EngineWrapper):
             super().submit(request, listener)
             return
 
+        sequence = request.tenant, request.seq_id
+        generated = _Generated(request.request_id, request.salt, token_array(request.prompt_token_ids))
+
         def listen(output: TokenOutput) -> None:
-            self._generated.extend(request, output)
+            self._generated.extend(sequence, generated, output)
             listener(output)
 
-        self._generated.begin(request)
-        try:
-            super().submit(request, listen)
-        except BaseException:
-            self._generated.forget((request.tenant, request.seq_id))
-            raise
+        super().submit(request, listen)
+        self._generated.begin(sequence, generated)
         for observer in self._generated.on_begin:
-            observer((request.tenant, request.seq_id), request.request_id)
+            observer(sequence, request.request_id)
