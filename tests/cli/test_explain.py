@@ -11,8 +11,9 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
-from emberkv.cli.explain import NOTHING_FOUND, Api, question_of
+from emberkv.cli.explain import NOTHING_FOUND, WHY, Api, question_of
 from emberkv.cli.main import app
+from emberkv.cluster.policies import Reason
 from emberkv.serving.canonical import Wildcard, load_rules
 from tests.serving.parsing.families import FAMILIES
 
@@ -286,3 +287,7 @@ def test_a_template_stands_alone(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["explain", "--template", "m", "--text", "Hi"], catch_exceptions=False)
     assert result.exit_code == 2
     assert "--template stands alone" in result.stderr
+
+
+def test_each_reason_for_a_worker_has_a_sentence() -> None:
+    assert set(WHY) == set(Reason)

@@ -15,9 +15,9 @@ from emberkv.core.sequence import FinishReason
 from emberkv.errors import ModelNotFoundError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.generate_api import worker_routers
-from emberkv.serving.kv_tensors import KVTensorStore
+from emberkv.serving.kv_tensors import KVTensorStore, StoredLayer
 from emberkv.serving.lifecycle import Lifecycle, ModelDims, Phase, ServedModel
-from emberkv.serving.sequence_api import with_detail_for_unknown_paths
+from emberkv.serving.sequence_api import answer_unknown_paths_in_detail
 from emberkv.tensors import deserialize_tensor, serialize_tensor
 from tests.serving.fakes import ByteTokenizer, FakeEngine, Script
 from tests.serving.harness import MODEL, Client
@@ -32,7 +32,8 @@ def routed(lifecycle: Lifecycle, store: KVTensorStore | None = None, settings: S
     store = store or KVTensorStore(max_bytes=2**28, max_entries=50_000)
     settings = settings or ServingSettings(admin_key="admin")
     app = create_app(lifecycle, settings, routers=worker_routers(store, WORKER))
-    return Client(with_detail_for_unknown_paths(app))
+    answer_unknown_paths_in_detail(app)
+    return Client(app)
 
 
 @pytest.fixture
@@ -94,6 +95,46 @@ def test_appends_grow_a_layer(worker: Client) -> None:
     found = worker.post("/kv/get", {"seq_id": "s", "layer": 0, "format": "safetensors"}).json()
     assert found["k"]["format"] == "safetensors"
     assert deserialize_tensor(found["k"], library="torch").shape == (8, 12, 64)
+
+
+class WatchedStore(KVTensorStore):
+    """Notes the threads that use it, by what they use."""
+
+    def __init__(self) -> None:
+        super().__init__(max_bytes=2**20, max_entries=10)
+        self.threads: list[tuple[str, int]] = []
+
+    def put(self, *given: Any) -> int:
+        self.threads.append(("put", threading.get_ident()))
+        return super().put(*given)
+
+    def append(self, *given: Any, **named: Any) -> int:
+        self.threads.append(("append", threading.get_ident()))
+        return super().append(*given, **named)
+
+    def get(self, *given: Any) -> StoredLayer | None:
+        self.threads.append(("get", threading.get_ident()))
+        return super().get(*given)
+
+    def length(self, *given: Any) -> int:
+        self.threads.append(("length", threading.get_ident()))
+        return super().length(*given)
+
+    def delete(self, *given: Any) -> bool:
+        self.threads.append(("delete", threading.get_ident()))
+        return super().delete(*given)
+
+
+def test_the_store_is_not_used_on_the_event_loop(lifecycle: Lifecycle) -> None:
+    store = WatchedStore()
+    worker = routed(lifecycle, store)  # its event loops run on this thread
+    named = {"seq_id": "s", "layer": 0}
+    for path, body in (("put", named | layer(1)), ("append", named | layer(1)), ("get", named)):
+        assert worker.post(f"/kv/{path}", body).status_code == 200
+    assert worker.get("/kv/s/0/length").json()["seq_len"] == 2
+    assert worker.request("DELETE", "/kv/s").status_code == 200
+    assert [name for name, _ in store.threads] == ["put", "length", "append", "get", "length", "delete"]
+    assert threading.get_ident() not in {thread for _, thread in store.threads}
 
 
 def test_layers_are_apart_and_deleted_together(worker: Client) -> None:

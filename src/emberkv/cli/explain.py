@@ -54,7 +54,7 @@ _MEANINGS = {
 }
 
 
-_WHY = {
+WHY = {
     "least_cost": "its first token is expected soonest, and its cost is the least",
     "session": "it costs as little as any, and has the session",
     "tie": "it costs as little as any, and is first by consistent hashing",
@@ -151,7 +151,7 @@ def view(answer: Answer, columns: int) -> RenderableType:
 
 def _route(answer: Answer) -> list[RenderableType]:
     """Which worker of a gateway the prompt goes to, and what was expected of each."""
-    why = "" if answer.why is None else f" ({_WHY.get(answer.why, answer.why)})"
+    why = "" if answer.why is None else f" ({WHY.get(answer.why, answer.why)})"
     parts: list[RenderableType] = [Text(f"Worker {_on_one_line(answer.worker or '')}{why}")]
     if answer.workers:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -36,7 +36,7 @@ from emberkv.errors import ConfigError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
-from emberkv.serving.sequence_api import with_detail_for_unknown_paths
+from emberkv.serving.sequence_api import answer_unknown_paths_in_detail
 from emberkv.serving.server import bind_socket
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, read_keys, server_keys
 from emberkv.serving.trace_recorder import TraceRecorder
@@ -344,7 +344,7 @@ def _app(
     by_sequence = [sequences.routes] if options.kv_routes else []
     app = create_app(lifecycle, settings, routers=[*by_sequence, gateway.routes], collectors=[gateway.metrics])
     if options.kv_routes:
-        with_detail_for_unknown_paths(app)
+        answer_unknown_paths_in_detail(app)
     if len(bound) == 1:
         return app
     port = bound[1].getsockname()[1]

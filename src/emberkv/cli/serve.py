@@ -32,7 +32,7 @@ from emberkv.serving.generate_api import worker_routers
 from emberkv.serving.kv_tensors import KVTensorStore
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.parsing.formats import chosen_format
-from emberkv.serving.sequence_api import with_detail_for_unknown_paths
+from emberkv.serving.sequence_api import answer_unknown_paths_in_detail
 from emberkv.serving.server import ConnectionLimits, HttpServer, bind_socket, openable_connections
 from emberkv.serving.tenancy import ServerKeys, Tenants, declare_tenants, server_keys
 from emberkv.serving.trace_recorder import KEY_BYTES, RecordedRequest, TraceRecorder
@@ -300,7 +300,7 @@ def http_server(
     routers = [*sequence_routers(config, worker_id), *([] if secret is None else [worker_routes(worker_id, secret)])]
     app = create_app(lifecycle, settings, routers=routers)
     if config.kv_routes:
-        with_detail_for_unknown_paths(app)
+        answer_unknown_paths_in_detail(app)
     if secret is None or not config.gateways:
         return HttpServer(app, lifecycle, bound, **connection_settings(config))
     if config.worker_url is None and host in ("0.0.0.0", "::"):  # noqa: S104 - it is refused, not listened on

@@ -57,12 +57,11 @@ async def _unknown_path(http: Request, error: Exception) -> Response:
     return JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
 
 
-def with_detail_for_unknown_paths(app: FastAPI) -> FastAPI:
-    """The app, which answers unknown paths and methods outside ``/v1`` by ``{"detail": "Not Found"}`` from now on, as
-    clients of these routes expect it.
+def answer_unknown_paths_in_detail(app: FastAPI) -> None:
+    """Have the app answer unknown paths outside ``/v1`` by 404 and ``{"detail": "Not Found"}``, and unknown methods of
+    known ones by 405 and ``{"detail": "Method Not Allowed"}``, as clients of these routes expect it.
     """
     app.add_exception_handler(HTTPException, _unknown_path)
-    return app
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -109,6 +108,8 @@ class LayerTensors(LayerName):
 class KVRoutes:
     """Stores KV tensors of clients, each tenant's apart from the others', and reads those of generated sequences where
     the prefix cache has them. worker_id: is in each answer.
+
+    The routes use the store off the event loop: it copies tensors under its lock.
     """
 
     def __init__(self, parts: AppParts, store: KVTensorStore, worker_id: str) -> None:
@@ -135,14 +136,14 @@ class KVRoutes:
 
         @router.delete("/kv/{seq_id}")
         async def delete(seq_id: str, owner: Tenant = tenant) -> Response:
-            self._store.delete((owner.name, seq_id))
             self._parts.answers.generated.forget((owner.name, seq_id))
+            await self._parts.preparer.run(partial(self._store.delete, (owner.name, seq_id)))
             return JSONResponse({"status": "evicted", "seq_id": seq_id, "worker_id": self._worker_id})
 
         @router.get("/kv/{seq_id}/{layer}/length")
         async def length(seq_id: str, layer: int, owner: Tenant = tenant) -> Response:
             sequence = owner.name, seq_id
-            seq_len = self._store.length(sequence, layer)
+            seq_len = await self._stored_length(sequence, layer)
             if not seq_len and (engine := self._engine) is not None:
                 seq_len = await self._parts.answers.generated.length(sequence, layer, engine)
             return JSONResponse({"seq_id": seq_id, "layer": layer, "seq_len": seq_len, "worker_id": self._worker_id})
@@ -153,6 +154,9 @@ class KVRoutes:
     def _engine(self) -> AssembledEngine | None:
         lifecycle = self._parts.lifecycle
         return lifecycle.model().assembled if lifecycle.has_model else None
+
+    async def _stored_length(self, sequence: Sequence, layer: int) -> int:
+        return await self._parts.preparer.run(partial(self._store.length, sequence, layer))
 
     async def _computed(self, sequence: Sequence, layer: int) -> StoredLayer | None:
         """What the prefix cache has of a generated sequence."""
@@ -171,7 +175,7 @@ class KVRoutes:
         if appends:
             seq_len = await self._append(sequence, layer, k, v)
         else:
-            seq_len = await self._parts.preparer.run(partial(self._store.put, sequence, layer, k, v), len(body))
+            seq_len = await self._parts.preparer.run(partial(self._store.put, sequence, layer, k, v))
         return JSONResponse(
             {
                 "status": "ok",
@@ -187,19 +191,24 @@ class KVRoutes:
     async def _append(self, sequence: Sequence, layer: int, k: TensorBytes, v: TensorBytes) -> int:
         """Rows of a generated sequence go behind a copy of what was computed. How many there are then."""
         computed = None
-        if not self._store.length(sequence, layer):
+        if not await self._stored_length(sequence, layer):
             computed = await self._computed(sequence, layer)
-        size = len(k.data) + len(v.data) + (0 if computed is None else computed.bytes)
         append = partial(self._store.append, sequence, layer, k, v, behind=computed)
-        seq_len = await self._parts.preparer.run(append, size)
+        seq_len = await self._parts.preparer.run(append)
         if computed is not None and (current := self._parts.answers.generated.request_id(sequence)):
-            self._store.forget_copies(sequence, but_of=current)  # it may have begun anew since it was read
+            forget = partial(self._store.forget_copies, sequence, but_of=current)
+            await self._parts.preparer.run(forget)  # it may have begun anew since it was read
         return seq_len
 
     async def _get(self, http: Request, owner: Tenant) -> Response:
-        request = parse_detailed(LayerQuestion, await http.body())
-        sequence = owner.name, request.seq_id
-        found = self._store.get(sequence, request.layer) or await self._computed(sequence, request.layer)
+        body = await http.body()
+
+        def look_up() -> tuple[LayerQuestion, StoredLayer | None]:
+            request = parse_detailed(LayerQuestion, body)
+            return request, self._store.get((owner.name, request.seq_id), request.layer)
+
+        request, found = await self._parts.preparer.run(look_up)
+        found = found or await self._computed((owner.name, request.seq_id), request.layer)
         if found is None:
             raise HTTPException(404, "KV entry not found")
         form: TensorFormat = request.format
