@@ -116,3 +116,6 @@ def test_the_next_question_finds_all_before_its_text(cluster: Cluster) -> None:
         return session.cached_tokens >= session.prompt_tokens - 2 * BLOCK
 
     eventually(is_found)
+    computed = gateway.metric("emberkv_next_turn_prompts_total", outcome="computed")
+    sent = [gateway.metric("emberkv_worker_background_requests_total", worker=each) for each in "ab"]
+    assert sum(sent) >= computed > 0
