@@ -75,7 +75,7 @@ def is_tile_invariant(engine: PagedForward) -> bool:
         return False
     # Odd numbers of rows are what kernels treat in their own way, and a single row most of all.
     unit = _unit(engine)
-    cuts = {(engine.prefill_chunk,), (unit,)}
+    cuts = {engine.prefill_chunk, unit}
     tails = (1, unit // 2 + 1)
     return all(_same_in_pieces(engine, engine.prefill_chunk + tail, cuts) for tail in tails)
 
@@ -85,7 +85,7 @@ def is_batch_invariant(engine: PagedForward) -> bool:
     whole prefills do.
     """
     unit = _unit(engine)
-    within = {(unit // 2 + 1,), (unit + 1,)}
+    within = {unit // 2 + 1, unit + 1}
     return (
         _decodes_as_it_prefills(engine) and _same_in_pieces(engine, unit + 3, within) and _states_cross_blocks(engine)
     )
@@ -97,38 +97,49 @@ def _unit(engine: PagedForward) -> int:
 
 
 @torch.inference_mode()
-def _same_in_pieces(engine: PagedForward, length: int, cuts: Iterable[tuple[int, ...]], computed: int = 0) -> bool:
-    """Whether tokens that are cut at the positions of each of ``cuts`` get the KV state and the last logits that they
-    get whole. computed: the first tokens, which all of ``cuts`` share, are computed in one piece.
-    """
+def _same_in_pieces(engine: PagedForward, length: int, cuts: Iterable[int]) -> bool:
+    """Whether tokens cut in two, at each of ``cuts``, get the KV state and the last logits that they get whole."""
     blocks = _blocks_for_two(engine, length)
     if blocks is None:
         return False
     first, second = blocks
     tokens = _made_up_tokens(engine.loaded, length)
     expected = engine.prefill(tokens, 0, first, sample=True)
-    if computed:
-        engine.prefill(tokens[:computed], 0, second, sample=False)
-    for positions in cuts:
-        engine.pool.clear(second[-(-computed // engine.pool.block_size) :])
-        for start, stop in pairwise((computed, *positions, length)):
-            logits = engine.prefill(tokens[start:stop], start, second, sample=stop == length)
+    for cut in cuts:
+        engine.pool.clear(second)
+        engine.prefill(tokens[:cut], 0, second, sample=False)
+        logits = engine.prefill(tokens[cut:], cut, second, sample=True)
         if not (torch.equal(logits, expected) and _same_blocks(engine, first, second)):
             return False
     return True
 
 
+@torch.inference_mode()
 def _states_cross_blocks(engine: PagedForward) -> bool:
-    """Whether states of fixed size go on into the next block, where tokens are cut before, at and behind its beginning.
+    """Whether states of fixed size go on into the next block: cut before, at and behind the end of a block, tokens get
+    the KV state and the logits that they get whole.
 
     Where a unit is a block, the other trials have done this. A block that has grown is long, so the cuts share one
-    prefill up to the block's last token.
+    prefill up to the block's last token. Only the first computes that token: the block then holds the state behind it.
     """
     size = engine.pool.block_size
     length = size + 3
     if not engine.loaded.geometry.states or _unit(engine) == size or length > engine.loaded.context_length:
         return True
-    return _same_in_pieces(engine, length, [(), (size,), (size, size + 1)], computed=size - 1)
+    blocks = _blocks_for_two(engine, length)
+    if blocks is None:
+        return False
+    first, second = blocks
+    tokens = _made_up_tokens(engine.loaded, length)
+    expected = engine.prefill(tokens, 0, first, sample=True)
+    engine.prefill(tokens[: size - 1], 0, second, sample=False)
+    for pieces in ([size - 1, length], [size, length], [size, size + 1, length]):
+        engine.pool.clear(second[1:])
+        for start, stop in pairwise(pieces):
+            logits = engine.prefill(tokens[start:stop], start, second, sample=True)
+        if not (torch.equal(logits, expected) and _same_blocks(engine, first, second)):
+            return False
+    return True
 
 
 @torch.inference_mode()
