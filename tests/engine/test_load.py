@@ -24,6 +24,10 @@ def test_what_is_computed_in_the_background_is_no_load() -> None:
     assert harness.scheduler.num_waiting == 1
     load = load_of(harness.scheduler, StepTimes())
     assert load == EngineLoad(load.sequence, total_blocks=16, free_blocks=16)
+    harness.add("alike", range(24), priority=BACKGROUND_PRIORITY)
+    harness.step()
+    assert harness.scheduler.num_running > 1
+    assert load_of(harness.scheduler, StepTimes()).free_blocks == 16
     harness.add("real", range(200, 207))
     load = load_of(harness.scheduler, StepTimes())
     assert (load.waiting, load.waiting_tokens) == (1, 7)

@@ -1,8 +1,10 @@
 """What an engine has to do, and how fast it is at that: what a router weighs one engine against another by."""
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 
+from emberkv.core.block import Block
 from emberkv.core.loading import LatencyModel
 from emberkv.core.scheduler import Scheduler, StepPlan
 from emberkv.core.sequence import BACKGROUND_PRIORITY, Sequence, SequenceStatus
@@ -58,17 +60,18 @@ class StepTimes:
 
 
 def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
-    """The load as of now. It takes some microseconds for each request in flight."""
+    """The load as of now. It takes some microseconds for each request in flight, and more for background requests."""
     pool = scheduler.cache.pool
     waiting_tokens = prefill_tokens = decoding = 0
-    waiting, running, free_blocks = scheduler.num_waiting, scheduler.num_running, pool.num_free
+    waiting, running = scheduler.num_waiting, scheduler.num_running
+    background = Counter[Block]()  # the background requests that hold each block
     for sequence in scheduler.sequences:
         if sequence.priority >= BACKGROUND_PRIORITY:
             if sequence.lease is None:
                 waiting -= 1
             else:
                 running -= 1
-                free_blocks += sum(block.ref_count == 1 for block in sequence.lease.blocks)
+                background.update(sequence.lease.blocks)
         elif sequence.status is SequenceStatus.DECODING:
             decoding += 1
         elif sequence.lease is not None:
@@ -83,7 +86,7 @@ def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
         prefill_tokens=prefill_tokens,
         decoding=decoding,
         total_blocks=pool.num_blocks,
-        free_blocks=free_blocks,
+        free_blocks=pool.num_free + sum(block.ref_count == count for block, count in background.items()),
         cached_blocks=pool.num_evictable,
         prefill_rate=times.prefill_rate(scheduler.config.max_step_tokens),
         step_seconds=times.step_seconds(decoding),
