@@ -179,8 +179,8 @@ ALSO_SUPPORTED: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {
         **_WIDE,
-        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
-        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+        "num_hidden_layers": 5,
         "mamba_num_heads": 4,
         "mamba_head_dim": 32,
         "ssm_state_size": 24,

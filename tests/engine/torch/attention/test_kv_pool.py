@@ -55,17 +55,19 @@ def test_a_layer_is_read_as_it_was_given(kernels: Kernels, dtype: torch.dtype, *
 
 
 def test_layers_are_read_by_their_numbers_in_the_model() -> None:
-    geometry = ModelGeometry(4, 2, 16, 10, 4096, (LayerGeometry(None, None, 1.0),) * 2, attending=(1, 3))
+    layers = (LayerGeometry(None, None, 1.0),) * 2
+    geometry = ModelGeometry(4, 2, 16, 10, 4096, layers, attending=(1, 3), model_layers=5)
     pool = KVPool(geometry, torch.float32, 4, 4, torch.device("cpu"))
     pool.storage.copy_(torch.randn(pool.storage.shape))
     keys, values = map(of_numbers, pool.read_layer([2], 3))
     assert torch.equal(keys, pool.storage[2, 1, 0])
     assert torch.equal(values, pool.storage[2, 1, 1])
     assert [each.shape for each in pool.read_layer([], 1)] == [(0, 2, 16)] * 2
-    with pytest.raises(RequestError, match=r"layer 2 has no attention, .* are 1, 3"):
-        pool.read_layer([2], 2)
-    with pytest.raises(UnknownLayerError, match="layer is 4"):
-        pool.read_layer([], 4)
+    for layer in (2, 4):
+        with pytest.raises(RequestError, match=rf"layer {layer} has no attention, .* are 1, 3"):
+            pool.read_layer([2], layer)
+    with pytest.raises(UnknownLayerError, match="layer is 5; the model has layers 0 to 4"):
+        pool.read_layer([], 5)
 
 
 @pytest.mark.parametrize("is_native", [True, False])

@@ -189,7 +189,7 @@ class KVPool:
         attending = self.geometry.attention_layers
         if layer in attending:
             return self.kv_layers[attending.index(layer)]
-        layers = 1 + max([*attending, *(each.layer for each in self.geometry.states)])
+        layers = self.geometry.model_layers or self.geometry.num_layers
         if not 0 <= layer < layers:
             raise UnknownLayerError(f"layer is {layer}; the model has layers 0 to {layers - 1}", param="layer")
         listed = ", ".join(str(each) for each in attending)

@@ -96,7 +96,7 @@ def describe_model(
         free,
         None,
         parameters=shape.num_parameters,
-        layers=len({each.layer for each in geometry.states} | set(geometry.attention_layers)),
+        layers=geometry.model_layers,
         computed_as=dtype_name(chosen),
         held=source.held,
         weight_bytes=source.num_bytes(shape, chosen, packed=target.type == "cpu"),

@@ -61,6 +61,7 @@ class ModelGeometry:
 
     layers: those with attention. attending: their numbers among all of the model's layers; empty where all attend.
     states: of layers that keep a state of fixed size; a block holds it as it is after the block's last token.
+    model_layers: how many layers the model has, with those that neither attend nor keep a state; 0: all attend.
     ends_with_attention: whether no such layer comes after the last attention.
     vocab_size: rows of the embedding, the bound of every token id that the model can take.
     context_length: the most tokens that the model was made for and whose state stays valid; see `rotation_limit`.
@@ -77,6 +78,7 @@ class ModelGeometry:
     states: tuple[StateGeometry, ...] = ()
     ends_with_attention: bool = True
     attending: tuple[int, ...] = ()
+    model_layers: int = 0
 
     @property
     def num_layers(self) -> int:

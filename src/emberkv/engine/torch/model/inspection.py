@@ -368,6 +368,7 @@ def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateG
         states=states,
         ends_with_attention=all(each.layer < attending[-1] for each in states),
         attending=tuple(attending) if len(attending) < config.num_hidden_layers else (),
+        model_layers=config.num_hidden_layers,
     )
 
 
