@@ -290,5 +290,6 @@ def _native_fit(options: ModelOptions, on_compile: Callable[[], None]) -> Fit | 
         return None
     try:
         return Kernels.built(options.machine_cache, on_compile).fitted
-    except KernelsError:  # `find_kernels` says it, once the model is there
+    except KernelsError as error:
+        _log.warning("torch rounds the weights in place of the C++ kernels, which takes longer: %s", error)
         return None

@@ -36,7 +36,15 @@ def stated(path: Path, quantize: QuantizeName = "none") -> int:
 
 @pytest.mark.parametrize(
     ("arch", "quantize"),
-    [("llama", "none"), ("llama", "int8"), ("llama", "int4"), ("gpt2", "none"), ("gpt2", "int8"), ("mixtral", "int8")],
+    [
+        ("llama", "none"),
+        ("llama", "int8"),
+        ("llama", "int4"),
+        ("gpt2", "none"),
+        ("gpt2", "int8"),
+        ("mixtral", "int8"),
+        ("granitemoehybrid", "none"),
+    ],
 )
 def test_a_checkpoint_takes_what_is_stated(
     checkpoint: CheckpointFactory, kernels: Kernels, arch: str, quantize: QuantizeName

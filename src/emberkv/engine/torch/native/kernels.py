@@ -262,10 +262,6 @@ class DecoderCall(ctypes.Structure):
     )  # fmt: skip
 
 
-_LARGEST_GROUP = 128
-"""As in rounding.cpp."""
-
-
 class Kernels:
     """The loaded library. Its functions let other Python threads run, and trust what they are given.
 
@@ -289,12 +285,16 @@ class Kernels:
         self._linears = loaded.emberkv_linears
         self._decoder, self._likeliest = loaded.emberkv_decoder, loaded.emberkv_likeliest
         self._recurrence, self.most_columns = loaded.emberkv_recurrence, int(loaded.emberkv_most_columns())
-        self._fit_groups = loaded.emberkv_fit_groups
+        self._fit_groups, self._largest_group = loaded.emberkv_fit_groups, int(loaded.emberkv_largest_group())
         for function in (
             self._attend, self._linear, self._linears, self._rms_norm, self._experts, self._decoder, self._likeliest,
             self._recurrence, self._fit_groups,
         ):  # fmt: skip
             function.restype = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Kernels":
+        """Itself: it is a library. transformers copies configs, which may hold its methods."""
+        return self
 
     @classmethod
     def built(cls, folder: Path, on_compile: Callable[[], None] = lambda: None) -> "Kernels":
@@ -326,7 +326,7 @@ class Kernels:
         Groups that are larger than the kernels take are left to it.
         """
         out, groups, size = values.shape
-        if size > _LARGEST_GROUP:
+        if size > self._largest_group:
             return fitted(values)
         values = values.contiguous()
         codes = torch.empty(out, groups * size // 2, dtype=torch.uint8)

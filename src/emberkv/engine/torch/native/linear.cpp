@@ -19,8 +19,7 @@ enum Activation : int32_t { NONE, SILU, GELU_TANH, CLAMPED_SWIGLU };
 // x / (1 + e^-t), with t = x for SiLU and 2 sqrt(2 / pi) (x + 0.044715 x^3) for GELU in its tanh form.
 inline Floats activated(Floats x, int32_t activation) {
     const Floats t = activation == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-    const Floats e = exp2_of((t > Floats{} ? -t : t) * LOG2_E);  // e^-|t|
-    return x * (t > Floats{} ? splat(1.0f) : e) / (1.0f + e);
+    return times_sigmoid(x, t);
 }
 
 // What the gate and the values of the layer beside it become together.
@@ -123,22 +122,6 @@ inline int batches_of(const LinearCall& call) { return (call.rows + BATCH - 1) /
 inline int64_t units_of(const LinearCall& call) {
     return int64_t((call.out_features + COLUMNS - 1) / COLUMNS) * batches_of(call);
 }
-
-// Memory that only grows.
-struct Memory {
-    std::unique_ptr<char[]> bytes;
-    int64_t size = 0;
-
-    char* take(int64_t needed) {
-        if (needed > size) {
-            bytes.reset(new char[size_t(needed) + 64]);
-            size = needed;
-        }
-        return begin();
-    }
-
-    char* begin() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64); }
-};
 
 // The rows of calls as products take them: rounded, widened, or as they are. Calls that follow one another with the same
 // inputs share theirs.

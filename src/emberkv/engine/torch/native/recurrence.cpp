@@ -6,7 +6,6 @@
 // first cache.
 
 #include <cmath>
-#include <memory>
 
 #include "calls.hpp"
 #include "team.hpp"
@@ -16,11 +15,6 @@ namespace emberkv {
 
 constexpr int MOST_COLUMNS = 15;  // of earlier tokens that a convolution sees; recurrence.py looks at it
 constexpr float NORM_EPSILON = 1e-6f;
-
-inline Floats sigmoid(Floats x) {
-    const Floats e = exp2_of((x > Floats{} ? -x : x) * LOG2_E);  // e^-|x|
-    return (x > Floats{} ? splat(1.0f) : e) / (1.0f + e);
-}
 
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
@@ -60,7 +54,7 @@ public:
             seen[columns] = some_values(call_.mixed, type_, row * call_.mixed_row + channel, count);
             Floats sum = bias;
             for (int c = 0; c <= columns; c++) sum = multiply_add(seen[c], taps[c], sum);
-            put_some(call_.convolved, FP32, row * call_.channels + channel, sum * sigmoid(sum), count);
+            put_some(call_.convolved, FP32, row * call_.channels + channel, times_sigmoid(sum, sum), count);
             for (int c = 0; c < columns; c++) seen[c] = seen[c + 1];
             if (char* to = state_behind(run, i, call_.convolved_states))
                 for (int c = 0; c < columns; c++)
@@ -145,7 +139,7 @@ public:
 private:
     Floats gate_at(int row, int64_t channel, int count) const {
         const Floats gate = some_values(call_.gate, type_, row * call_.gate_row + channel, count);
-        return gate * sigmoid(gate);
+        return times_sigmoid(gate, gate);
     }
 
     void make_unit(float* vector, float factor) const {
@@ -207,19 +201,6 @@ private:
     const int64_t inner_;
 };
 
-struct Panel {
-    std::unique_ptr<float[]> values;
-    int size = 0;
-
-    float* take(int needed) {
-        if (needed > size) {
-            values.reset(new float[size_t(needed)]);
-            size = needed;
-        }
-        return values.get();
-    }
-};
-
 void recurrence_by_team(Team& team, const RecurrenceCall& call) {
     const Pass pass(call);
     const int64_t lanes = (call.channels + LANES - 1) / LANES, panels = (call.width + COLUMNS - 1) / COLUMNS;
@@ -232,8 +213,8 @@ void recurrence_by_team(Team& team, const RecurrenceCall& call) {
     });
     const int64_t units = call.heads * panels;
     team.share(call.num_runs * units, grain_of(call.depth * COLUMNS * rows_of_a_run), [&](int64_t begin, int64_t end) {
-        static thread_local Panel panel;
-        float* state = panel.take(call.depth * COLUMNS);
+        static thread_local Memory panel;
+        float* state = reinterpret_cast<float*>(panel.take(int64_t(call.depth) * COLUMNS * 4));
         for (int64_t unit = begin; unit < end; unit++) {
             const int64_t of_run = unit % units;
             pass.recur(call.runs[unit / units], int(of_run / panels), int(of_run % panels) * COLUMNS, state);

@@ -19,10 +19,12 @@ class NativeRecurrence(nn.Module):
         self._kernels = kernels
         self._state = plain.state
         self._inner = plain.state.heads * plain.state.width
-        self._given = {name: getattr(plain, name) for name in _PARAMETERS}
         self._call = _prepared(plain)
-        for name, tensor in self._given.items():
-            setattr(self._call, name, None if tensor is None else tensor.data_ptr())
+        # No buffers, which may be moved, while the call has their addresses; and copies, which keep no file mapped.
+        given = {name: tensor.clone() for name in _PARAMETERS if (tensor := getattr(plain, name)) is not None}
+        self._given = tuple(given.values())
+        for name, tensor in given.items():
+            setattr(self._call, name, tensor.data_ptr())
 
     def forward(self, mixed: Tensor, gate: Tensor, steps: Tensor, betas: Tensor | None) -> Tensor:
         """As `Recurrence.forward`. Raises UnsupportedModelError for types and strides that the kernels do not take."""

@@ -109,6 +109,8 @@ inline void fit_groups(const FitCall& call, int64_t first, int count) {
 
 }  // namespace emberkv
 
+EMBERKV_EXPORT int32_t emberkv_largest_group() { return emberkv::LARGEST_GROUP; }
+
 EMBERKV_EXPORT void emberkv_fit_groups(const FitCall* call) {
     using namespace emberkv;
     const int64_t vectors = (call->groups + LANES - 1) / LANES;

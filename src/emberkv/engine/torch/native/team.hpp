@@ -29,6 +29,22 @@
 
 namespace emberkv {
 
+// Memory of a thread, kept from call to call: it only grows. Aligned for vectors.
+struct Memory {
+    std::unique_ptr<char[]> bytes;
+    int64_t size = 0;
+
+    char* take(int64_t needed) {
+        if (needed > size) {
+            bytes.reset(new char[size_t(needed) + 64]);
+            size = needed;
+        }
+        return begin();
+    }
+
+    char* begin() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) / 64 * 64); }
+};
+
 // A number that threads can wait on.
 class WaitableCount {
 public:

@@ -335,4 +335,10 @@ inline Floats exp2_of(Floats x) {
 
 inline float exp2_of(float x) { return exp2_of(splat(x))[0]; }
 
+// x / (1 + e^-t)
+inline Floats times_sigmoid(Floats x, Floats t) {
+    const Floats e = exp2_of((t > Floats{} ? -t : t) * LOG2_E);  // e^-|t|
+    return x * (t > Floats{} ? splat(1.0f) : e) / (1.0f + e);
+}
+
 }  // namespace emberkv

@@ -52,10 +52,7 @@ class RoundingConfig(QuantizationConfigMixin):
         self.quant_method: Any = _METHOD
         self.bits = _BITS[quantize]
         self.on_weight = on_weight
-        # transformers copies its configs deeply, which leaves functions alone, but not methods of the kernels
-        self.fit: Fit | None = (
-            None if fit is None else lambda *given, **named: fit(*given, **named)  # noqa: PLW0108 - see above
-        )
+        self.fit = fit
         self.problem = ""
 
 
