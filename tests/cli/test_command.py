@@ -1,6 +1,8 @@
 """Help in 80 columns, and errors of the command line as one sentence."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +12,8 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from emberkv import __version__
-from emberkv.cli.command import printable
-from emberkv.cli.main import app
+from emberkv.cli.command import SUMMARY_CHARACTERS, printable
+from emberkv.cli.main import EmberKV, app
 
 COMMAND = typer.main.get_command(app)
 
@@ -49,6 +51,51 @@ def test_a_group_alone_prints_its_help(path: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, path)
     assert result.exit_code == 0
     assert result.stdout == CliRunner().invoke(app, [*path, "--help"]).stdout
+
+
+def test_the_list_of_commands_has_the_first_sentence_of_each_ones_help() -> None:
+    assert app.info.cls is EmberKV
+    told = {name: deferred.summary for name, deferred in EmberKV.deferred.items()}
+    assert told == {name: COMMAND.commands[name].get_short_help_str(SUMMARY_CHARACTERS) for name in told}
+
+
+IMPORTED = """
+import sys
+from emberkv.cli.main import app
+try:
+    app(sys.argv[1:], prog_name="emberkv")
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [
+        ("--help", set[str]()),
+        ("--version", set[str]()),
+        ("examples", set[str]()),
+        ("models --help", {"emberkv.cli.models"}),
+        ("top --help", {"emberkv.cli.top"}),
+    ],
+)
+def test_a_command_imports_no_other_commands_module(arguments: str, own: set[str]) -> None:
+    command = [sys.executable, "-c", IMPORTED, *arguments.split()]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout
+    loaded = set(run.stderr.split())
+    modules = {deferred.target.partition(":")[0] for deferred in EmberKV.deferred.values()}
+    assert loaded & modules == own
+    assert loaded.isdisjoint({"fastapi", "matplotlib", "numpy", "torch", "uvicorn"})
+
+
+@pytest.mark.parametrize("arguments", ["serve --port 0 /nonexistent/model", "models /nonexistent/model"])
+def test_a_wrong_path_is_refused_before_pytorch_is_imported(arguments: str) -> None:
+    command = [sys.executable, "-c", IMPORTED, *arguments.split()]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 2
+    assert "error: no folder '/nonexistent/model' exists" in run.stderr
+    assert {"torch", "transformers"}.isdisjoint(run.stderr.split())
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])

@@ -1,12 +1,11 @@
 """Loaded models, shared by all engine tests: each architecture and dtype is read once a session."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel, load_model
@@ -17,15 +16,6 @@ from tests.machine import MACHINE_CACHE
 
 ModelFactory = Callable[..., LoadedModel]
 DriverFactory = Callable[..., Driver]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are slower, not faster, on several threads that others may keep from running."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -36,20 +36,24 @@ def test_the_payload_is_not_copied() -> None:
     assert payload.obj is DATA
 
 
-@pytest.mark.parametrize("position", range(len(DATA)))
-def test_a_flipped_bit_at_any_position_is_found(position: int) -> None:
-    for bit in range(8):
+def test_a_flipped_bit_at_any_position_is_found() -> None:
+    for bit in range(8 * len(DATA)):
         flipped = bytearray(DATA)
-        flipped[position] ^= 1 << bit
-        with pytest.raises(BlockError):
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
             decode_record(bytes(flipped), namespace=NAMESPACE)
+        except BlockError:
+            continue
+        pytest.fail(f"bit {bit % 8} of byte {bit // 8} is flipped, and the block is taken")
 
 
-@pytest.mark.parametrize("size", range(len(DATA)))
-def test_a_truncated_block_is_found(size: int) -> None:
-    with pytest.raises(CorruptBlockError) as caught:
-        decode_record(DATA[:size], namespace=NAMESPACE)
-    assert caught.value.fault == "truncated"
+def test_a_block_truncated_anywhere_is_found() -> None:
+    faults = set()
+    for size in range(len(DATA)):
+        with pytest.raises(CorruptBlockError) as caught:
+            decode_record(DATA[:size], namespace=NAMESPACE)
+        faults.add(caught.value.fault)
+    assert faults == {"truncated"}
 
 
 @settings(max_examples=300)

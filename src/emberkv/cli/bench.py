@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, Workload, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
-from emberkv.cli.command import connection, error_console
+from emberkv.cli.command import error_console
+from emberkv.cli.connection import connection
 
 
 def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:

@@ -1,4 +1,4 @@
-"""What the commands share: help in plain text within 80 columns, reports of errors, connections, and output files.
+"""What the commands share: help in plain text within 80 columns, reports of errors, and output files.
 
 Exit codes of every command: 0, success; 1, the command ran and found a problem (failed requests, bad blocks); 2, a bad
 option, file or server, so that nothing was done; 130, interrupted with Ctrl-C.
@@ -8,13 +8,15 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import httpx
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -27,6 +29,9 @@ from emberkv.validation import in_plain_words, shown
 
 USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+
+SUMMARY_CHARACTERS = 200
+"""At most so much of a command's help is shown in a list of commands."""
 
 
 def error_console() -> Console:
@@ -118,8 +123,11 @@ class Group(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: HelpFormatter) -> None:
         _write_options(self.get_params(ctx), ctx, formatter)
-        rows = [(name, command.get_short_help_str(200)) for name, command in self.commands.items()]
-        _write_rows("Commands", rows, formatter)
+        _write_rows("Commands", list(self.summaries().items()), formatter)
+
+    def summaries(self) -> dict[str, str]:
+        """What each command does, in one sentence, by name."""
+        return {name: command.get_short_help_str(SUMMARY_CHARACTERS) for name, command in self.commands.items()}
 
     def main(self, *args: Any, **extra: Any) -> Any:
         standalone = extra.pop("standalone_mode", True)
@@ -138,11 +146,75 @@ class Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A command whose module is imported when the command is used. target: ``module:name`` of its function or App.
+    summary: the first sentence of its help.
+    """
+
+    target: str
+    summary: str
+
+    def load(self) -> Any:
+        return _loaded(self.target)
+
+
+@cache
+def _loaded(target: str) -> Any:
+    module, _, name = target.partition(":")
+    found = getattr(import_module(module), name)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_group(found)
+    alone = App(add_completion=False)
+    alone.command()(found)
+    return typer.main.get_command(alone)
+
+
+class DeferredCommands(Mapping[str, Any]):
+    """Commands by name: deferred ones, each imported when it is looked up, and then those that are ready."""
+
+    def __init__(self, deferred: Mapping[str, Deferred], ready: Mapping[str, Any]) -> None:
+        self._all = {**deferred, **ready}
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._all[name]
+        return found.load() if isinstance(found, Deferred) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def summary(self, name: str) -> str:
+        """What a command does, without importing it."""
+        found = self._all[name]
+        return found.summary if isinstance(found, Deferred) else str(found.get_short_help_str(SUMMARY_CHARACTERS))
+
+
+class DeferringGroup(Group):
+    """A group some of whose commands are imported when they are used, so that the others start without them.
+
+    A subclass names these in ``deferred``.
+    """
+
+    deferred: ClassVar[Mapping[str, Deferred]] = {}
+
+    def __init__(self, **settings: Any) -> None:
+        ready = settings.pop("commands", None) or {}
+        super().__init__(**settings)
+        self.known = DeferredCommands(self.deferred, ready)
+        self.commands: Any = self.known
+
+    def summaries(self) -> dict[str, str]:
+        return {name: self.known.summary(name) for name in self.known}
+
+
 class App(typer.Typer):
     """A Typer application of such commands."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
+    def __init__(self, cls: type[Group] = Group, **settings: Any) -> None:
+        super().__init__(cls=cls, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         return super().command(name, cls=Command, **settings)
@@ -192,22 +264,6 @@ def _value_name(match: re.Match[str]) -> str:
     """``<list[Path]>`` becomes PATH, ``<int range>`` N; choices, ``<chat|completions>``, only lose their brackets."""
     kinds = match[1].removeprefix("list[").removesuffix("]").removesuffix(" range").split(",")
     return " ".join(_VALUES.get(kind, kind) for kind in kinds)
-
-
-def connection(url: str, key: str | None, key_option: str) -> dict[str, Any]:
-    """``base_url`` and ``headers`` of an httpx client; with a key, it authenticates as the key's owner.
-
-    key_option: the option that gives the key, as typed. Raises ConfigError for a URL or a key that cannot be sent.
-    """
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"--url {url!r}: use a URL such as http://127.0.0.1:8080") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError(f"--url {url!r}: use a URL such as http://127.0.0.1:8080")
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise ConfigError(f"{key_option}: use a key of ASCII characters, as the server has it")
-    return {"base_url": parsed, "headers": {} if key is None else {"authorization": f"Bearer {key}"}}
 
 
 def check_outputs(**files: Path | None) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import connection
+from emberkv.cli.connection import connection
 from emberkv.cli.explain_template import explain_template
 from emberkv.errors import EmberError, RequestError
 from emberkv.serving.api.validation import is_anthropic

@@ -15,7 +15,8 @@ import httpx
 import typer
 from pydantic import BaseModel, Field, ValidationError
 
-from emberkv.cli.command import connection, error_console
+from emberkv.cli.command import error_console
+from emberkv.cli.connection import connection
 from emberkv.errors import ConfigError, EmberError
 
 NO_KEY = "none"

@@ -1,46 +1,73 @@
 """The ``emberkv`` command."""
 
-import secrets
+from collections.abc import Mapping
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from emberkv import __version__
-from emberkv.cli import cache, cluster, workload
-from emberkv.cli.bench import bench
-from emberkv.cli.calibrate import calibrate
-from emberkv.cli.command import App
-from emberkv.cli.explain import explain
-from emberkv.cli.gateway import gateway
-from emberkv.cli.launch import launch
-from emberkv.cli.models import models, size
-from emberkv.cli.plan import plan
-from emberkv.cli.serve import serve
-from emberkv.cli.simulate import simulate
-from emberkv.cli.top import top
+from emberkv.cli.command import App, Deferred, DeferringGroup
 from emberkv.errors import ConfigError
-from emberkv.serving.tenancy import key_digest
 from emberkv.validation import suggestion
 
-KEY_BYTES = 32
 _EXAMPLES = files("emberkv") / "examples"
 
-app = App(name="emberkv", help="A verified prefix KV cache for LLM inference.")
-app.command("serve")(serve)
-app.command("gateway")(gateway)
-app.command("launch")(launch)
-app.command("bench")(bench)
-app.command("models")(models)
-app.command("size")(size)
-app.command("calibrate")(calibrate)
-app.command("explain")(explain)
-app.command("top")(top)
-app.command("simulate")(simulate)
-app.command("plan")(plan)
-app.add_typer(workload.app)
-app.add_typer(cache.app)
-app.add_typer(cluster.app)
+
+class EmberKV(DeferringGroup):
+    """All commands. Each imports what it alone needs."""
+
+    deferred: ClassVar[Mapping[str, Deferred]] = {
+        "serve": Deferred(
+            "emberkv.cli.serve:serve",
+            "Serve a model over the OpenAI and Anthropic HTTP APIs, with a verified prefix cache.",
+        ),
+        "gateway": Deferred(
+            "emberkv.cli.gateway:gateway",
+            "Serve the APIs of emberkv over many workers: each request goes where its first token is expected soonest.",
+        ),
+        "launch": Deferred("emberkv.cli.launch:launch", "Start a coding agent with a running server."),
+        "bench": Deferred(
+            "emberkv.cli.bench:bench",
+            "Time any OpenAI-compatible server with multi-turn conversations over a shared system prompt.",
+        ),
+        "models": Deferred(
+            "emberkv.cli.models:models",
+            "Say what a model is, what it takes and what of it is served how exactly, before any weights are loaded.",
+        ),
+        "size": Deferred(
+            "emberkv.cli.models:size",
+            "Say whether a model with so much context for so many users fits into memory, and what would.",
+        ),
+        "calibrate": Deferred(
+            "emberkv.cli.calibrate:calibrate",
+            "Measure matrix products, prefills, the lower tiers and a server's answers here; takes some minutes.",
+        ),
+        "explain": Deferred(
+            "emberkv.cli.explain:explain",
+            "Say where a prompt's tokens come from: which are cached, and why the others are not.",
+        ),
+        "top": Deferred(
+            "emberkv.cli.top:top",
+            "Show what a server or a gateway does now: "
+            "load, where prompts' tokens come from, memory, sessions, prefixes.",
+        ),
+        "simulate": Deferred(
+            "emberkv.cli.simulate:simulate",
+            "Replay a workload through the scheduler, cache and router that serve, in virtual time.",
+        ),
+        "plan": Deferred(
+            "emberkv.cli.plan:plan",
+            "Say what a cache of each size would find of a workload, what that does to waiting times, and what to get.",
+        ),
+        "workload": Deferred("emberkv.cli.workload:app", "Generate, describe and convert workloads."),
+        "cache": Deferred("emberkv.cli.cache:app", "Inspect, check and empty a folder of cached blocks."),
+        "cluster": Deferred("emberkv.cli.cluster:app", "Run workers and a gateway on Ray Serve."),
+        "tenants": Deferred("emberkv.cli.tenants:app", "Make API keys for a tenants file."),
+    }
+
+
+app = App(cls=EmberKV, name="emberkv", help="A verified prefix KV cache for LLM inference.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,25 +114,6 @@ def examples(name: ExampleName = None) -> None:
 def _about(text: str) -> str:
     """What a file's first comment says, up to its first colon or full stop."""
     return text.partition("\n")[0].removeprefix("# ").partition(": ")[0].partition(". ")[0].rstrip(".")
-
-
-tenants = App(name="tenants", help="Make API keys for a tenants file.")
-app.add_typer(tenants)
-
-
-@tenants.callback()
-def _tenants() -> None:
-    """Make API keys for a tenants file."""
-
-
-@tenants.command("key")
-def key() -> None:
-    """Print a new API key, drawn at random, and the line that lets it in.
-
-    The key goes to the client; the line goes under a tenant's keys in the file given to serve as --tenants.
-    """
-    drawn = secrets.token_urlsafe(KEY_BYTES)
-    typer.echo(f"key: {drawn}\nline: - sha256: {key_digest(drawn).hex()}")
 
 
 if __name__ == "__main__":

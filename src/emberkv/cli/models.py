@@ -96,6 +96,9 @@ def size(
 def _described(model: str, dtype: Any, device: str) -> "ModelDescription":
     if find_spec("torch") is None:
         raise ConfigError("reading a model needs the torch extra: pip install 'emberkv[torch]'")
+    from emberkv.engine.torch.model.checkpoint import local_model  # noqa: PLC0415 - of the torch extra
+
+    local_model(model)  # refuses a wrong path before the seconds that importing PyTorch takes
     from emberkv.engine.torch.model.description import describe_model  # noqa: PLC0415 - imports PyTorch
 
     return describe_model(model, dtype=dtype, device=device)

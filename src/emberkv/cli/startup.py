@@ -279,6 +279,10 @@ class Startup:
             _let_torch_threads_sleep()
         with stages("importing PyTorch") as stage:
             try:
+                from emberkv.engine.torch.model.checkpoint import local_model  # noqa: PLC0415 - of the torch extra
+
+                if config.model is not None:
+                    local_model(config.model)  # refuses a wrong path before the seconds that the next line takes
                 from emberkv.engine.torch import assembly  # noqa: PLC0415 - takes seconds, which show
                 from emberkv.serving import engine_setup  # noqa: PLC0415 - as above
             except ModuleNotFoundError as error:

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.command import connection, printable
+from emberkv.cli.command import printable
+from emberkv.cli.connection import connection
 from emberkv.errors import EmberError
 
 SHOWN_ROWS = 6

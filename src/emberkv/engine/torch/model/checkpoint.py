@@ -103,17 +103,27 @@ def find_model(name_or_path: str, fetch: Fetch = fetch_from_hub) -> Path:
 
     Raises ModelNotFoundError when there is none, or the folder has no config.json.
     """
+    return local_model(name_or_path) or _with_config(fetch(name_or_path), name_or_path)
+
+
+def local_model(name_or_path: str) -> Path | None:
+    """The folder or the GGUF file of a model on this machine; None for what may be a hub id. The hub is not asked.
+
+    Raises ModelNotFoundError as `find_model` does. It needs no PyTorch.
+    """
     path = _local(name_or_path)
     if path is not None and path.is_file() and path.suffix == GGUF_SUFFIX:
         return path
     if path is not None and path.is_dir():
-        folder = path
-    elif path is not None and path.exists():
+        return _with_config(path, name_or_path)
+    if path is not None and path.exists():
         raise ModelNotFoundError(f"{name_or_path!r} is a file; {_ACCEPTED}")
-    elif path is None or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+    if path is None or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise ModelNotFoundError(f"no folder {_shown(name_or_path)} exists; {_ACCEPTED}")
-    else:
-        folder = fetch(name_or_path)
+    return None
+
+
+def _with_config(folder: Path, name_or_path: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"{name_or_path!r} is no model: {folder} has no config.json; {_ACCEPTED}")
     return folder
