@@ -110,14 +110,20 @@ def test_the_answer_is_printed_readably(server: _Server) -> None:
 def test_at_a_gateway_the_workers_are_compared(server: _Server) -> None:
     estimate = {"waiting": 0.25, "computing": 1.5, "cost": 4.0, "loading": {"disk": 0.75}}
     workers = [
-        {"worker": "a", "hit_tokens": 200, "estimate": {**estimate, "cached_tokens": {"pool": 160, "disk": 32}}},
+        {
+            "worker": "a",
+            "hit_tokens": 200,
+            "estimate": {**estimate, "cached_tokens": {"pool": 160, "disk": 32}},
+            "shared_tiers": ["disk", "remote"],
+        },
         {"worker": "b", "hit_tokens": None, "error": "no answer", "estimate": {**estimate, "cached_tokens": {}}},
         {"worker": "c", "hit_tokens": 0, "estimate": None},
     ]
     server.answer = 200, {**ANSWER, "worker": "a", "why": "least_cost", "workers": workers}
     lines = [line.split() for line in invoke(server, "--text", "Hi").stdout.splitlines()]
     assert lines[-5][:2] == ["Worker", "a"]
-    assert lines[-3] == ["a", "200", "0.25", "s", "0.75", "s", "1.5", "s", "4", "s", "pool", "160,", "disk", "32"]
+    seconds = ["0.25", "s", "0.75", "s", "1.5", "s", "4", "s"]
+    assert lines[-3] == ["a", "200", *seconds, "pool", "160,", "disk", "32", "(shared)"]
     assert lines[-2] == ["b", "?", "0.25", "s", "0.75", "s", "1.5", "s", "4", "s", "no", "answer"]
     assert lines[-1] == ["c", "0"]
 

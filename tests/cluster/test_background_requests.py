@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from emberkv.cluster.cluster_engine import ClusterEngine
-from emberkv.cluster.membership import WorkerStatus
+from emberkv.cluster.workers import WorkerStatus
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.request import GenerationRequest, SamplingParams, TokenOutput
 from emberkv.serving.admission import InFlight

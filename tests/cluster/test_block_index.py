@@ -123,15 +123,47 @@ def test_a_gap_in_a_long_chain_ends_the_hit_or_is_shorter_than_the_stride(
     assert found == 0 or held[found - 1], "it ends behind a block that is there"
 
 
-def test_what_one_replica_stored_in_the_shared_tier_all_have() -> None:
+def test_what_one_replica_stored_in_a_shared_tier_all_have_that_share_it() -> None:
     index = BlockIndex()
+    for slot, identity in ((0, b"a"), (1, b"a"), (2, b"b")):
+        index.share(slot, {"remote": identity})
     index.add(1, HASHES[:1])
-    index.apply(1, stored(*HASHES[:3], tier="shared"))
-    assert index.matches(HASHES, 3) == [{"shared": 3}, {POOL: 1, "shared": 2}, {"shared": 3}]
-    index.forget(1)
-    assert index.matches(HASHES, 1) == [{"shared": 3}], "it outlives the replica that stored it"
-    index.apply(0, BlockRemoved((HASHES[1],), tier="shared"))
-    assert index.matches(HASHES, 1) == [{"shared": 1}]
+    index.apply(1, stored(*HASHES[:3], tier="remote"))
+    assert index.matches(HASHES, 4) == [{"remote": 3}, {POOL: 1, "remote": 2}, {}, {}]
+    index.leave(1)
+    assert index.matches(HASHES, 2) == [{"remote": 3}, {}], "it outlives the replica that stored it"
+    index.apply(0, BlockRemoved((HASHES[1],), tier="remote"))
+    index.share(3, {"remote": b"a"})
+    assert index.matches(HASHES, 4) == [{"remote": 1}, {}, {}, {"remote": 1}], "a replica that comes has it at once"
+    index.apply(3, AllBlocksCleared("remote"))
+    assert (index.matches(HASHES, 4), len(index)) == ([{}] * 4, 0)
+
+
+def test_a_tier_that_a_replica_shares_from_now_on_was_its_own_before() -> None:
+    index = BlockIndex()
+    index.add(0, HASHES[:2], "shm")
+    index.add(1, HASHES[:3], "shm")
+    for slot in (0, 1):
+        index.share(slot, {"shm": b"host"})
+    assert index.matches(HASHES, 2) == [{}, {}]
+    index.add(0, HASHES[:1], "shm")
+    index.share(1, {"shm": b"other host"})
+    assert index.matches(HASHES, 2) == [{"shm": 1}, {}]
+    index.share(0, {})
+    assert (index.matches(HASHES, 2), len(index)) == ([{}, {}], 0), "no replica shares it any more"
+
+
+def test_all_shared_tiers_together_have_one_word_in_a_row() -> None:
+    index = BlockIndex()
+    for slot in range(48):
+        index.share(slot, {"remote": b"server", "disk": b"folder", "shm": bytes([1 + slot // 4])})
+    index.add(0, HASHES)
+    before = index.nbytes
+    for slot, tier in ((5, "shm"), (6, "disk"), (7, "remote")):
+        index.add(slot, HASHES, tier)
+    assert index.nbytes == before * 3 // 2
+    assert [len(each) for each in index.matches(HASHES, 48)] == [1] * 48
+    assert index.matches(HASHES, 9)[3:9] == [{"disk": 8}, *[{"shm": 8}] * 4, {"disk": 8}]
 
 
 def test_a_large_replica_is_forgotten_in_parts_and_another_takes_its_slot_at_once() -> None:
@@ -160,11 +192,13 @@ def test_a_tier_of_a_large_replica_is_cleared_in_parts() -> None:
         assert len(index) > blocks / 4, "many of them are still to be cleared"
         index.add(0, old[: 5 + again])
         assert index.matches(old, 2) == [{"pool": 5 + again, "disk": 15 - again}, {"pool": 10}]
+    for slot in (1, 2):
+        index.share(slot, {"remote": b"server"})
     for begin in range(0, blocks, 1000):
-        index.add(2, old[begin : begin + 1000], "shared")
-    index.apply(2, AllBlocksCleared("shared"))
-    index.add(1, old[10:12], "shared")
-    assert index.matches(old, 3) == [{"pool": 6, "disk": 14}, {"pool": 10, "shared": 2}, {}]
+        index.add(2, old[begin : begin + 1000], "remote")
+    index.apply(2, AllBlocksCleared("remote"))
+    index.add(1, old[10:12], "remote")
+    assert index.matches(old, 3) == [{"pool": 6, "disk": 14}, {"pool": 10, "remote": 2}, {}]
     for begin in range(0, blocks, 1000):
         index.add(1, old[begin : begin + 1000], "disk")
     for begin in range(0, blocks, 1000):
@@ -172,15 +206,17 @@ def test_a_tier_of_a_large_replica_is_cleared_in_parts() -> None:
     assert len(index) == 20
 
 
-def test_the_shared_tiers_own_column_is_not_taken_again_while_it_is_being_cleared() -> None:
+def test_a_shared_tiers_column_is_not_taken_again_while_it_is_being_cleared() -> None:
     index = BlockIndex()
     blocks = [sha256(number.to_bytes(4, "little")).digest() for number in range(100_000)]
-    index.add(0, blocks[:10])
-    index.forget(0)  # its column, which is the shared tier's as well, becomes clean
-    index.add(1, blocks, "shared")
-    index.apply(1, AllBlocksCleared("shared"))
-    index.add(1, blocks[:2], "shared")
-    assert index.matches(blocks, 2) == [{"shared": 2}, {"shared": 2}]
+    index.share(0, {"remote": b"one"})
+    index.add(0, blocks, "remote")
+    index.apply(0, AllBlocksCleared("remote"))
+    index.share(1, {"remote": b"two"})
+    index.add(0, blocks[:1], "remote")
+    index.add(1, blocks[:2], "remote")
+    assert len(index) > 50_000, "many of them are still to be cleared"
+    assert index.matches(blocks, 2) == [{"remote": 1}, {"remote": 2}]
 
 
 def test_a_row_takes_sixteen_bytes_and_at_least_three_of_ten_are_used() -> None:

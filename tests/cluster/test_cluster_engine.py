@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine
-from emberkv.cluster.membership import Membership, Worker, WorkerStatus
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.routing import Reason, make_router
 from emberkv.cluster.wire import LoadReport, WorkerDescription
+from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import GenerationRequest, PrefillProgress, SamplingParams, TokenOutput

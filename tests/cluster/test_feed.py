@@ -36,6 +36,9 @@ class Mirrored:
     def clear(self) -> None:
         self.hashes.clear()
 
+    def restart(self) -> None:
+        self.hashes.clear()
+
 
 class Worker:
     """A process with a pool of six blocks of a token. history: what the pool had, by epoch and event."""

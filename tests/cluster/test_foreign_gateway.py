@@ -22,8 +22,8 @@ from emberkv.cluster.foreign.fleet import GIVEN_UP_AFTER, ForeignFleet
 from emberkv.cluster.foreign.prompts import PieceTokenizer, PromptReader
 from emberkv.cluster.foreign.worker import APPROXIMATE, ForeignSpec
 from emberkv.cluster.gateway import Gateway
-from emberkv.cluster.membership import WorkerStatus
 from emberkv.cluster.worker_client import Deadlines
+from emberkv.cluster.workers import WorkerStatus
 from emberkv.errors import ConfigError, WorkerTimeoutError
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import load_rules

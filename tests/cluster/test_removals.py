@@ -8,8 +8,8 @@ import pytest
 
 from emberkv.cluster import removals
 from emberkv.cluster.cache_routes import merged_prefixes
-from emberkv.cluster.membership import Worker
 from emberkv.cluster.removals import ClusterRemovals, Outcome
+from emberkv.cluster.workers import Worker
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import ConfigError, EmberError, WorkerUnreachableError
 from emberkv.serving.tenancy import DEFAULT_TENANT

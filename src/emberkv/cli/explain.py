@@ -111,12 +111,13 @@ class Estimate(_Part):
 
 
 class Candidate(_Part):
-    """A worker that the prompt could go to. estimate: None where the routing policy makes none."""
+    """A worker that the prompt could go to. estimate: None where the policy makes none. shared_tiers: with others."""
 
     worker: str
     hit_tokens: int | None = None
     error: str | None = None
     estimate: Estimate | None = None
+    shared_tiers: tuple[str, ...] = ()
 
 
 class Answer(_Part):
@@ -169,9 +170,9 @@ def _candidate(each: Candidate) -> list[str]:
     cached = "?" if each.hit_tokens is None else f"{each.hit_tokens:,}"
     if each.estimate is None:
         return [_on_one_line(each.worker), cached, "", "", "", "", _on_one_line(each.error or "")]
-    found = each.estimate
+    found, shared = each.estimate, each.shared_tiers
     seconds = (found.waiting, sum(found.loading.values()), found.computing, found.cost)
-    known = ", ".join(f"{tier} {tokens:,}" for tier, tokens in found.cached_tokens.items())
+    known = ", ".join(f"{tier} {n:,}{' (shared)' if tier in shared else ''}" for tier, n in found.cached_tokens.items())
     return [
         _on_one_line(each.worker),
         cached,

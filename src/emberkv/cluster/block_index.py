@@ -6,6 +6,11 @@ tier and each 64 replicas, with a bit for every replica that has the block. A ro
 for one. That is rare (one index in millions, at 10 million blocks), and then a request may be routed to a replica
 without its prefix.
 
+A tier that several replicas share, such as a server in the network, has one bit for all of them, and all such tiers
+have one more word together. Its blocks are set and cleared by the events of any replica that shares it. The events of
+two replicas come in no order between them, so where both have changed a block at about the same time, the index may go
+by the earlier change.
+
 Blocks may be evicted in any order, and a hit ends at the first missing block. A chain of at most ``WHOLE`` blocks
 is looked up block by block. A longer one is sampled: every ``STRIDE``-th block is looked up, and then each block
 between two samples that are held by different replicas. If the same replicas hold both samples, they are assumed to
@@ -15,8 +20,8 @@ which closes the gap.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +30,7 @@ from emberkv.cluster.block_table import ONE, SWEPT_ROWS, BlockTable, Rows
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.hashing import BlockHash
 
-SHARED = "shared"
-"""The name of the tier that all replicas share: a block that one of them stored there is held by all."""
-
-TIERS = (POOL, "ram", "disk", SHARED)
+TIERS = (POOL, "ram", "shm", "disk", "remote")
 """Fastest first. Tiers with other names follow these, in the order in which they first appear."""
 
 WORD = 64
@@ -48,18 +50,42 @@ MAX_FORGOTTEN = 64
 """Forgotten columns that wait; with more, all are cleared at once, which takes time linear in the table's size."""
 
 
+class _Columns:
+    """Numbers from 0 of bits in the rows, each in use or free. A free one is clean: no row has its bit."""
+
+    def __init__(self) -> None:
+        self._made = 0
+        self._clean: list[int] = []
+
+    def take(self) -> int:
+        if self._clean:
+            return self._clean.pop()
+        self._made += 1
+        return self._made - 1
+
+    def give_back(self, column: int) -> None:
+        self._clean.append(column)
+
+
+@dataclass(slots=True, eq=False)
+class _SharedTier:
+    """A tier that several replicas share. column: its bit in the words of all shared tiers. members: their slots."""
+
+    tier: str
+    column: int
+    members: set[int] = field(default_factory=set)
+
+
 @dataclass(frozen=True, slots=True)
 class _Forgotten:
-    """A column whose bits are to be cleared. tier: in this tier alone; None: in all but the shared one. is_in_use: the
-    column is in use in other tiers.
+    """A column whose bits are to be cleared. tier: in this tier alone; None: in all. is_in_use: the column is in use in
+    other tiers. is_shared: it is one of a shared tier.
     """
 
     column: int
-    tier: str | None
+    tier: str | None = None
     is_in_use: bool = False
-
-    def is_in(self, tier: str) -> bool:
-        return tier == self.tier if self.tier is not None else tier != SHARED
+    is_shared: bool = False
 
 
 class BlockIndex:
@@ -81,11 +107,14 @@ class BlockIndex:
         self._words: dict[tuple[str, int], int] = {(POOL, 0): 0}  # numbers of a tier's words
         self._tiers = [POOL]
         self._table = BlockTable(words=1)
+        self._own_columns = _Columns()
         self._columns: dict[int, int] = {}  # by replica; a column is a bit of each of a tier's words
         self._apart: dict[tuple[int, str], int] = {}  # of tiers that were cleared since, each a column of its own
-        self._shared_column = 0  # the only one of the shared tier, where it stands for all replicas
-        self._made = 0  # columns
-        self._clean: list[int] = []  # columns that no replica has any more, and no block
+        self._shared_columns = _Columns()
+        self._shared_words: list[int] = []  # numbers of the words of all shared tiers
+        self._by_identity: dict[tuple[str, bytes], _SharedTier] = {}
+        self._shared: dict[tuple[int, str], _SharedTier] = {}  # by replica and tier
+        self._holders_of: dict[int, tuple[str, int]] | None = {}  # see `_shared_holders`; None: to be made anew
         self._forgotten: list[_Forgotten] = []  # bits that blocks may still have
         self._sweeping: list[_Forgotten] = []  # of these, those that are being cleared
 
@@ -121,8 +150,39 @@ class BlockIndex:
         """Record that the replica no longer has these blocks. Removing an unknown block has no effect."""
         self._table.remove(_tags(block_hashes), *self._place(replica, tier))
 
+    def share(self, replica: int, tiers: Mapping[str, bytes]) -> None:
+        """Say which of a replica's tiers it shares with all that have a tier of the same name and identity; the others
+        are its own. What is in a shared tier is forgotten when the last replica does not share it any more.
+        """
+        for tier in [tier for slot, tier in self._shared if slot == replica]:
+            if self._shared[replica, tier] is not self._by_identity.get((tier, tiers.get(tier, b""))):
+                self._unshare(replica, tier)
+        for tier, identity in tiers.items():
+            if (replica, tier) in self._shared:
+                continue
+            self.clear(replica, tier)  # its own until now
+            shared = self._by_identity.get((tier, identity))
+            if shared is None:
+                self._know(tier)
+                shared = self._by_identity[tier, identity] = _SharedTier(tier, self._shared_columns.take())
+            shared.members.add(replica)
+            self._shared[replica, tier] = shared
+        self._holders_of = None
+
+    def _unshare(self, replica: int, tier: str) -> None:
+        shared = self._shared.pop((replica, tier))
+        shared.members.discard(replica)
+        if not shared.members:
+            self._by_identity = {key: each for key, each in self._by_identity.items() if each is not shared}
+            self._forget([_Forgotten(shared.column, is_shared=True)])
+
+    def leave(self, replica: int) -> None:
+        """Remove all blocks of the replica; those in a tier that others share stay with these."""
+        self.share(replica, {})
+        self.forget(replica)
+
     def forget(self, replica: int) -> None:
-        """Remove all blocks of the replica except those in the shared tier.
+        """Remove all blocks of the replica except those in tiers that it shares.
 
         The replica gets another column, and its former one is cleared in parts while blocks are added, so that no
         request waits for a pass over the whole table.
@@ -130,25 +190,25 @@ class BlockIndex:
         column = self._columns.pop(replica, None)
         if column is None:
             return
-        forgotten = [_Forgotten(column, None)]
+        self._holders_of = None
+        forgotten = [_Forgotten(column)]
         for key in [key for key in self._apart if key[0] == replica]:
             forgotten.append(_Forgotten(self._apart.pop(key), key[1]))
         self._forget(forgotten)
 
     def clear(self, replica: int, tier: str) -> None:
-        """Remove the replica's blocks in one tier; in the shared tier, those of all replicas. As `forget`, in parts."""
-        if tier not in self._tiers or (tier != SHARED and replica not in self._columns):
-            return
-        before, base = self._column_in(replica, tier), 0 if tier == SHARED else self._columns[replica]
-        column = self._new_column()
-        if column == before:  # it became clean in the tiers of a forgotten replica, not in this one
-            column = self._new_column()
-            self._clean.append(before)
-        if tier == SHARED:
-            self._shared_column = column
-        else:
-            self._apart[replica, tier] = column
-        self._forget([_Forgotten(before, tier, is_in_use=before == base)])
+        """Remove the replica's blocks in one tier; in a shared one, those of all that share it. As `forget`, in
+        parts.
+        """
+        shared = self._shared.get((replica, tier))
+        if shared is not None:
+            before, shared.column = shared.column, self._shared_columns.take()
+            self._holders_of = None
+            self._forget([_Forgotten(before, is_shared=True)])
+        elif tier in self._tiers and replica in self._columns:
+            before = self._column_in(replica, tier)
+            self._apart[replica, tier] = self._own_columns.take()
+            self._forget([_Forgotten(before, tier, is_in_use=before == self._columns[replica])])
 
     def _forget(self, forgotten: list["_Forgotten"]) -> None:
         self._forgotten += forgotten
@@ -164,15 +224,23 @@ class BlockIndex:
             self._sweeping, self._forgotten = self._forgotten, []
             bits: dict[int, int] = {}
             for each in self._sweeping:
-                group, number = divmod(each.column, WORD)
-                for (tier, of_group), word in self._words.items():
-                    if of_group == group and each.is_in(tier):
-                        bits[word] = bits.get(word, 0) | 1 << number
+                for word in self._words_of(each):
+                    bits[word] = bits.get(word, 0) | 1 << each.column % WORD
             self._table.forget(bits)
         self._table.sweep(rows)
         if self._table.is_clean:
-            self._clean += [each.column for each in self._sweeping if not each.is_in_use]
+            for each in self._sweeping:
+                if not each.is_in_use:
+                    (self._shared_columns if each.is_shared else self._own_columns).give_back(each.column)
             self._sweeping = []
+
+    def _words_of(self, forgotten: _Forgotten) -> Sequence[int]:
+        """The numbers of the words in which blocks may have the column's bit."""
+        group = forgotten.column // WORD
+        if forgotten.is_shared:
+            return self._shared_words[group : group + 1]
+        tiers = self._tiers if forgotten.tier is None else (forgotten.tier,)
+        return [self._words[tier, group] for tier in tiers if (tier, group) in self._words]
 
     def matches(self, block_hashes: Sequence[BlockHash], replicas: int) -> list[dict[str, int]]:
         """For each of the first ``replicas`` slots, the number of leading blocks that the replica has, by tier.
@@ -181,23 +249,37 @@ class BlockIndex:
         """
         columns = [self._column(replica) for replica in range(replicas)]
         runs = _Runs(self._tiers, columns)
+        shared = self._shared_holders()
         for count, words in self._look_up(block_hashes):
-            if not runs.take(count, self._holders(words, runs.everyone)):
+            if not runs.take(count, self._holders(words, shared)):
                 break
         counts = runs.ended()
         return [counts[column] for column in columns]
 
-    def _holders(self, words: Sequence[int], everyone: int) -> list[int]:
-        """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row."""
+    def _holders(self, words: Sequence[int], shared: Mapping[int, tuple[str, int]]) -> list[int]:
+        """For each tier, the replicas that have a block, as the bits of an integer. words: the block's row. shared: see
+        `_shared_holders`.
+        """
         holders = dict.fromkeys(self._tiers, 0)
         for (tier, group), number in self._words.items():
             holders[tier] |= words[number] << (WORD * group)
         for (replica, tier), column in self._apart.items():
             bit = 1 << self._columns[replica]
             holders[tier] = holders[tier] & ~bit | (bit if holders[tier] >> column & 1 else 0)
-        if SHARED in holders:
-            holders[SHARED] = everyone if holders[SHARED] >> self._shared_column & 1 else 0
+        for group, number in enumerate(self._shared_words):
+            for bit in _bits(words[number]):
+                tier, replicas = shared.get(WORD * group + bit, (POOL, 0))  # else it is being cleared
+                holders[tier] |= replicas
         return list(holders.values())
+
+    def _shared_holders(self) -> Mapping[int, tuple[str, int]]:
+        """By the column of a shared tier, its name and its replicas as bits. It is kept until one of them changes."""
+        if self._holders_of is None:
+            self._holders_of = {
+                each.column: (each.tier, sum(1 << self._column(replica) for replica in each.members))
+                for each in self._by_identity.values()
+            }
+        return self._holders_of
 
     def _look_up(self, block_hashes: Sequence[BlockHash]) -> Iterable[tuple[int, Sequence[int]]]:
         """Runs of consecutive blocks with the same words: each run's length, and the words."""
@@ -243,32 +325,33 @@ class BlockIndex:
         """The replica's column, which is a clean one if it has had none."""
         column = self._columns.get(replica)
         if column is None:
-            column = self._columns[replica] = self._new_column()
+            column = self._columns[replica] = self._own_columns.take()
         return column
 
-    def _new_column(self) -> int:
-        if self._clean:
-            return self._clean.pop()
-        self._made += 1
-        return self._made - 1
-
     def _column_in(self, replica: int, tier: str) -> int:
-        """The column of a replica's blocks in a tier."""
-        if tier == SHARED:
-            return self._shared_column
+        """The column of a replica's blocks in a tier of its own."""
         apart = self._apart.get((replica, tier))
         return self._column(replica) if apart is None else apart
 
     def _place(self, replica: int, tier: str) -> tuple[int, int]:
         """The word's number and the bit of a replica in a tier. A word is added if there is none for the replica."""
+        shared = self._shared.get((replica, tier))
+        if shared is not None:
+            group, number = divmod(shared.column, WORD)
+            while group >= len(self._shared_words):
+                self._shared_words.append(self._table.add_word())
+            return self._shared_words[group], 1 << number
         group, number = divmod(self._column_in(replica, tier), WORD)
         word = self._words.get((tier, group))
         if word is None:
             word = self._words[tier, group] = self._table.add_word()
-            if tier not in self._tiers:
-                self._tiers.append(tier)
-                self._tiers.sort(key=lambda each: TIERS.index(each) if each in TIERS else len(TIERS))
+            self._know(tier)
         return word, 1 << number
+
+    def _know(self, tier: str) -> None:
+        if tier not in self._tiers:
+            self._tiers.append(tier)
+            self._tiers.sort(key=lambda each: TIERS.index(each) if each in TIERS else len(TIERS))
 
 
 class _Runs:

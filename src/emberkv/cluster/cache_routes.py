@@ -24,10 +24,11 @@ from emberkv.cluster.cache_operations import (
     on_path,
 )
 from emberkv.cluster.cluster_engine import ClusterEngine
-from emberkv.cluster.membership import Membership, Replica, Worker
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.policies import Decision
 from emberkv.cluster.removals import MISSED, ClusterRemovals, Outcome, operate
 from emberkv.cluster.wire import LoadReport, decode_prompt
+from emberkv.cluster.workers import Replica, Worker
 from emberkv.core.hashing import BlockHash, TokenChain
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import EmberError
@@ -155,7 +156,13 @@ class ClusterCacheRoutes(CacheRoutes):
                 "canonical": dict(prompt.canonical),
                 "worker": chosen.worker_id,
                 "why": decision.reason.value,
-                "workers": [_worker_json(worker, decision, answer) for worker, answer in found.items()],
+                "workers": [
+                    {
+                        **_worker_json(worker, decision, answer),
+                        "shared_tiers": self._membership.shared_with_others(worker),
+                    }
+                    for worker, answer in found.items()
+                ],
             }
         )
 

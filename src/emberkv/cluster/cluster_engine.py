@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote
 
-from emberkv.cluster.membership import Membership, Worker, WorkerStatus
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.routing import Decision, Reason, RoutingRequest
 from emberkv.cluster.wire import WorkerDescription, decode_prompt
+from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.hashing import PublicPrefixes, TokenChain
 from emberkv.core.sequence import BACKGROUND_PRIORITY, FinishReason
 from emberkv.engine.recent_chains import RecentChains

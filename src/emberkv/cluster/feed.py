@@ -6,7 +6,7 @@ chunk  ──> merged, and the events after it applied again
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,13 @@ class FeedIndex(Protocol):
         """Add the chunk's blocks."""
         ...
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """A snapshot follows, of all that the process has."""
+        ...
+
+    def restart(self) -> None:
+        """The process is another one, which tells of all that it has."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,7 @@ class FeedReader:
             self._past.append(self.epoch)
         self.epoch = epoch
         self.sequence = self._known = 0
-        self._index.clear()
+        self._index.restart()
         self._complete, self._wants_snapshot = True, False
         self._cursor = None
         self._recent.clear()
@@ -165,12 +171,15 @@ class FeedReader:
 class ReplicaBlocks:
     """One replica's part of a block index: the blocks of its pool and of the tiers below it.
 
-    An epoch begins with nothing in any tier: what a tier has kept over a restart comes as events, as if stored anew.
+    An epoch begins with nothing in any tier: what a tier has kept over a restart comes in a snapshot. The blocks of a
+    tier that others share (`BlockIndex.share`) stay, unless ``unkept`` names it: the shared tiers whose blocks the
+    replica would tell of when it starts, and of which nothing else is known to have kept them.
     """
 
-    def __init__(self, index: BlockIndex, replica: int) -> None:
+    def __init__(self, index: BlockIndex, replica: int, *, unkept: Callable[[], Iterable[str]] = lambda: ()) -> None:
         self._index = index
         self._replica = replica
+        self._unkept = unkept
 
     def apply(self, event: Event) -> None:
         self._index.apply(self._replica, event)
@@ -180,6 +189,11 @@ class ReplicaBlocks:
 
     def clear(self) -> None:
         self._index.forget(self._replica)
+
+    def restart(self) -> None:
+        self._index.forget(self._replica)
+        for tier in self._unkept():
+            self._index.clear(self._replica, tier)
 
 
 class RoutedReplicas:

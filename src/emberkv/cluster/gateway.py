@@ -22,9 +22,10 @@ from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.prompts import PromptReader
 from emberkv.cluster.foreign.routes import ForeignRoutes
 from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
-from emberkv.cluster.membership import Membership, Replica, Worker, WorkerConnection, WorkerStatus
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.removals import ClusterRemovals, operate
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
+from emberkv.cluster.workers import Replica, Worker, WorkerConnection, WorkerStatus
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import EmberError, RequestError, WireError
 from emberkv.serving.admission import InFlight
@@ -216,6 +217,7 @@ class Gateway:
             "lost": worker.lost,
             "running": len(worker.running),
             "background": worker.background,
+            "shared_tiers": {name: each.hex() for name, each in worker.shared.items()},
             "load": None if report is None else load_json(report),
             "foreign": foreign,
         }

@@ -3,19 +3,16 @@
 import asyncio
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
-from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-from emberkv.cluster.cache_operations import CacheOperation
 from emberkv.cluster.feed import FeedReader, NeedChunk, NeedEvents, ReplicaBlocks
 from emberkv.cluster.routing import Decision, ReplicaState, Router, RoutingRequest
-from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
+from emberkv.cluster.wire import LoadReport, WorkerDescription
+from emberkv.cluster.workers import Replica, Worker, WorkerConnection, WorkerStatus
 from emberkv.core.events import Event
-from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
-from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
+from emberkv.core.feed import EventBatch, SnapshotChunk
 from emberkv.errors import EmberError, RequestError, WireError, WorkerLostError, WorkerTimeoutError
 from emberkv.serving.errors import ModelNotLoadedError, NotReadyError
 
@@ -26,143 +23,6 @@ RETRY_SECONDS = 1.0
 
 FORGET_SECONDS = 60.0
 """How long a worker that registered itself stays listed after it was last heard of."""
-
-REPORT_SECONDS = 0.25
-"""A report that comes this long after a request was sent counts that request."""
-
-EXACT = "exact"
-DEGRADED = "degraded"
-
-
-class WorkerStatus(StrEnum):
-    """Only a worker that is ``UP`` gets new requests."""
-
-    STARTING = "starting"  # it has not said yet what it serves
-    IDLE = "idle"  # it loads its model when a request needs it
-    UP = "up"
-    SILENT = "silent"  # it has sent nothing within the deadline
-    DRAINING = "draining"  # it finishes what it has
-    INCOMPATIBLE = "incompatible"  # it serves another model, or has blocks of another size
-    DOWN = "down"  # it cannot be reached
-
-
-class WorkerConnection(Protocol):
-    """What membership and engine ask a worker; `emberkv.cluster.worker_client.WorkerClient` is one."""
-
-    async def worker(self) -> WorkerDescription: ...
-    async def tokenizer(self, etag: str = "") -> TokenizerFiles | None: ...
-    async def snapshot(self, cursor: str = "") -> SnapshotChunk: ...
-    async def explain(
-        self, prompt_token_ids: Sequence[int], *, tenant: str = "", salt: bytes = b""
-    ) -> dict[str, Any]: ...
-    async def operate(self, operation: CacheOperation) -> dict[str, Any]: ...
-    async def wake(self) -> None: ...
-    def events(self, after: int = 0) -> AsyncGenerator[FeedMessage | LoadReport, None]: ...
-    def generate(
-        self, request: GenerationRequest, on_progress: Callable[[PrefillProgress], None] = ...
-    ) -> AsyncGenerator[TokenOutput, None]: ...
-    async def close(self) -> None: ...
-
-
-class Replica(ABC):
-    """What routing and its reports know of any worker, whatever protocol it speaks.
-
-    worker_id: "" before it is known. slot: its number in the router, once it is compatible. detail: why it is not up.
-    heard: when it last sent anything, by the membership's clock; None: never. running: ids of the requests that it
-    answers for this gateway. requests, lost: how many it was sent, and of these how many it did not finish. background:
-    how many more it was sent to compute while it had nothing to do.
-    """
-
-    def __init__(self, url: str, worker_id: str) -> None:
-        self.url = url
-        self.worker_id = worker_id
-        self.slot: int | None = None
-        self.status = WorkerStatus.STARTING
-        self.detail = "it has not answered yet"
-        self.heard: float | None = None
-        self.running: set[str] = set()
-        self.requests = 0
-        self.lost = 0
-        self.background = 0
-        self._unreported: dict[str, tuple[float, int]] = {}
-
-    def __str__(self) -> str:
-        return f"{self.worker_id} ({self.url})" if self.worker_id else self.url
-
-    @property
-    @abstractmethod
-    def index(self) -> str:
-        """How well the gateway's index knows what the worker has cached: "exact", or "degraded" and why."""
-
-    @abstractmethod
-    def state(self) -> ReplicaState:
-        """What routing decides from."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether the index has just what the worker's pool has, as far as anything is known of it."""
-        return self.index == EXACT
-
-    @property
-    def unreported_tokens(self) -> int:
-        """Tokens that it has yet to compute for requests that no report of its own counts."""
-        return sum(tokens for _, tokens in self._unreported.values())
-
-    def sent(self, request_id: str, tokens: int, now: float) -> None:
-        """It is sent a request with so many tokens to compute."""
-        self.requests += 1
-        self.running.add(request_id)
-        self._unreported[request_id] = now, tokens
-
-    def begun(self, request_id: str) -> None:
-        """The request has its first token: nothing of its prompt is left to compute."""
-        self._unreported.pop(request_id, None)
-
-    def ended(self, request_id: str) -> None:
-        self.running.discard(request_id)
-        self._unreported.pop(request_id, None)
-
-
-class Worker(Replica):
-    """One emberkv worker as a gateway knows it. `Membership` alone changes its status."""
-
-    def __init__(self, url: str, connection: WorkerConnection, worker_id: str = "") -> None:
-        super().__init__(url, worker_id)
-        self.connection = connection
-        self.reader: FeedReader | None = None
-        self.description: WorkerDescription | None = None
-        self.report: LoadReport | None = None
-        self.registered: float | None = None
-        self.is_leaving = False  # it has deregistered, and drains though its reports may not say so yet
-        self.follower: asyncio.Task[None] | None = None
-
-    @property
-    def index(self) -> str:
-        heard_of = self.status in (WorkerStatus.UP, WorkerStatus.DRAINING)
-        return EXACT if heard_of and self.reader is not None and self.reader.exact else DEGRADED
-
-    def take_report(self, report: LoadReport, now: float) -> None:
-        self.report = report
-        self._unreported = {each: sent for each, sent in self._unreported.items() if now - sent[0] < REPORT_SECONDS}
-
-    def state(self) -> ReplicaState:
-        """The last report, and what was sent since."""
-        sent = self.unreported_tokens
-        report, is_up = self.report, self.status is WorkerStatus.UP
-        if report is None or self.description is None:
-            return ReplicaState(load=sent, up=is_up, queued_tokens=sent)
-        block_size = self.description.block_size
-        held = (report.total_blocks - report.free_blocks) * block_size
-        token_bytes = report.block_bytes / block_size
-        return ReplicaState(
-            load=held + report.waiting_tokens + sent,
-            up=is_up,
-            queued_tokens=report.waiting_tokens + report.prefill_tokens + sent,
-            prefill_rate=report.prefill_rate,
-            step_seconds=report.step_seconds or 0.0,
-            load_rates={tier: rate / token_bytes for tier, rate in report.load_rates.items()} if token_bytes else {},
-        )
-
 
 AnyReplica = TypeVar("AnyReplica", bound=Replica)
 NOT_THERE = ReplicaState(up=False)
@@ -408,10 +268,35 @@ class Membership:
         if worker.slot is None:
             worker.slot = self.router.join(worker.worker_id)
             index = self.router.index
-            worker.reader = FeedReader(ReplicaBlocks(index, worker.slot) if index is not None else _NoIndex())
+            blocks = (
+                _NoIndex() if index is None else ReplicaBlocks(index, worker.slot, unkept=lambda: self._unkept(worker))
+            )
+            worker.reader = FeedReader(blocks)
         assert worker.reader is not None, "a worker with a slot has a reader"
+        if self.router.index is not None:
+            self.router.index.share(worker.slot, worker.shared)
         worker.reader.take(EventBatch(description.epoch, 1, ()))  # of another epoch than before, it begins anew
         return True
+
+    def _unkept(self, worker: Worker) -> list[str]:
+        """The shared tiers that no other worker that is up has: shared memory, say, may have gone with the last of its
+        processes. A server that lists no blocks keeps them by itself.
+        """
+        assert worker.description is not None, "a worker is met first"
+        kept = self.shared_with_others(worker)
+        return [
+            tier for tier, shared in worker.description.shared_tiers.items() if shared.is_listed and tier not in kept
+        ]
+
+    def shared_with_others(self, worker: Worker) -> list[str]:
+        """The names of its tiers that another worker that is up has, too."""
+        theirs = {
+            shared
+            for other in self._workers.values()
+            if other is not worker and other.status in (WorkerStatus.UP, WorkerStatus.DRAINING)
+            for shared in other.shared.items()
+        }
+        return [tier for tier, store_id in worker.shared.items() if (tier, store_id) in theirs]
 
     def _fault(self, worker: Worker, description: WorkerDescription) -> str | None:
         """Why a worker cannot stand for the others; None: it can."""
@@ -497,3 +382,4 @@ class _NoIndex:
     def apply(self, event: Event) -> None: ...
     def merge(self, chunk: SnapshotChunk) -> None: ...
     def clear(self) -> None: ...
+    def restart(self) -> None: ...

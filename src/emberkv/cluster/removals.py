@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from emberkv.cluster.cache_operations import CacheOperation, FindUnshared, RemoveBlocks
-from emberkv.cluster.membership import Membership, Worker, WorkerStatus
+from emberkv.cluster.membership import Membership
+from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ClusterError, ConfigError, EmberError, EngineStoppedError, WorkerUnreachableError
 from emberkv.files import read_own_file, remove_leftovers, replace_file

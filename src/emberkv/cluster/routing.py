@@ -204,11 +204,15 @@ class Router:
         name = self._names[slot]
         assert name is not None, "a slot is left once"
         self.lost(slot)
+        if self.index is not None:
+            self.index.leave(slot)
         self._ring.leave(name)
         self._names[slot] = None
 
     def lost(self, slot: int) -> None:
-        """A replica has lost all that it had, and keeps its slot: it has restarted, or may come back."""
+        """A replica has lost all that it had, except what is in tiers that it shares, and keeps its slot: it has
+        restarted, or may come back.
+        """
         if self.index is not None:
             self.index.forget(slot)
         self._in_flight.forget(slot)

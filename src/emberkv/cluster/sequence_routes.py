@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from emberkv.cluster.hash_ring import VIRTUAL_NODES, HashRing
-from emberkv.cluster.membership import Membership, WorkerStatus
+from emberkv.cluster.membership import Membership
+from emberkv.cluster.workers import WorkerStatus
 from emberkv.engine.request import GenerationRequest
 from emberkv.errors import reason_of
 from emberkv.serving.answer_service import Prompt

@@ -50,6 +50,13 @@ Count = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=256)]
 
 
+class SharedTier(Struct, frozen=True):
+    """A tier of a worker that others may have, too: those that give the same store_id. See `SharedStore`."""
+
+    store_id: Annotated[bytes, Meta(min_length=16, max_length=64)]
+    is_listed: bool
+
+
 class WorkerDescription(Struct, frozen=True, kw_only=True):
     """What a worker serves, and how.
 
@@ -58,7 +65,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     context_length, max_prompt_tokens: see `engine.request.Engine`. hit_unit: hits are rounded down to a multiple of so
     many tokens. exact: only blocks that are bit-equal to a cold prefill's are reused. public_prefixes: the token
     sequences that all tenants share. about: how the model is computed, in short words by name. created: when it was
-    loaded, in seconds since 1970. tokenizer: the ETag of `TokenizerFiles`.
+    loaded, in seconds since 1970. tokenizer: the ETag of `TokenizerFiles`. shared_tiers: by name.
     """
 
     worker_id: Name
@@ -79,6 +86,7 @@ class WorkerDescription(Struct, frozen=True, kw_only=True):
     created: int = 0
     tokenizer: str = ""
     name_patterns: tuple[str, ...] = ()
+    shared_tiers: dict[Name, SharedTier] = {}
 
 
 class TokenizerFiles(Struct, frozen=True, kw_only=True):

@@ -128,6 +128,10 @@ class WorkerRoutes:
             about=dict(model.about),
             created=model.created,
             tokenizer=files.etag,
+            shared_tiers={
+                name: wire.SharedTier(store.store_id, store.is_listed)
+                for name, store in (engine.tiers.shared() if engine.tiers is not None else {}).items()
+            },
         )
         return _message(description)
 

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from emberkv import __version__
-from emberkv.cluster.block_index import SHARED, BlockIndex
+from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.routing import Recorder, Router, make_router, names
 from emberkv.core.block_pool import BlockCost, BlockPool, uniform_cost
 from emberkv.core.events import EventLog
@@ -254,14 +254,15 @@ def _index_tiers(
     indexes = [router.index for router in routers if router.index is not None]
     if not indexes or len(replicas) == 1:
         return
-    shared = {tier.name for tier in config.tiers if tier.shared}
+    shared = {tier.name: tier.name.encode() for tier in config.tiers if tier.shared}
     for replica in replicas:
+        for index in indexes:
+            index.share(replica.index, shared)
         rates = {}
         for tier in replica.lower.tiers if replica.lower is not None else ():
-            name = SHARED if tier.name in shared else tier.name
-            tier.on_stored = partial(_stored, indexes, replica.index, name)
-            tier.on_removed = partial(_removed, indexes, replica.index, name)
-            rates[name] = tier.read.bandwidth / machine.block_bytes * machine.block_size
+            tier.on_stored = partial(_stored, indexes, replica.index, tier.name)
+            tier.on_removed = partial(_removed, indexes, replica.index, tier.name)
+            rates[tier.name] = tier.read.bandwidth / machine.block_bytes * machine.block_size
         replica.state.load_rates = rates
 
 

@@ -58,6 +58,17 @@ class Removed:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedStore:
+    """A tier whose blocks other processes find, too.
+
+    store_id: see `Tier`. is_listed: its blocks are known without I/O, so that a process that starts tells of them.
+    """
+
+    store_id: bytes
+    is_listed: bool
+
+
 class Tier(Protocol):
     """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
     itself are counted in ``stats``, never raised. A tier that answers `lookup` from memory inherits `lookup_seconds`,
@@ -65,9 +76,13 @@ class Tier(Protocol):
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
+
+    store_id: equal in the tiers of all processes that find the same blocks, see `tiers.store_id`; None where no other
+    process finds this one's.
     """
 
     name: str
+    store_id: bytes | None = None
 
     @property
     def lookup_seconds(self) -> float | None:

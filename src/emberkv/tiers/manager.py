@@ -22,7 +22,7 @@ from typing import Protocol
 from emberkv.core.events import Event
 from emberkv.core.loading import BlockRun, LookupStatus
 from emberkv.errors import ConfigError
-from emberkv.tiers.base import Removed, Tier
+from emberkv.tiers.base import Removed, SharedStore, Tier
 from emberkv.tiers.codec import BlockRecord
 from emberkv.tiers.onboarding import Onboarding, Piece, Query, Records
 from emberkv.tiers.stats import StackStats, TierMeter, TierStats
@@ -232,6 +232,14 @@ class TierManager:
         """Wait until the queues are empty; whether they are within ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(self._is_idle, timeout)
+
+    def shared(self) -> dict[str, SharedStore]:
+        """The tiers whose blocks other processes find, too, by their names."""
+        return {
+            worker.name: SharedStore(worker.tier.store_id, is_listed=worker.tier.lookup_seconds is None)
+            for worker in self.workers
+            if worker.tier.store_id is not None
+        }
 
     def stats(self) -> dict[str, TierStats]:
         """By the tier's name, fastest first."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from emberkv.cluster.foreign.kv_events import KvBlocks, KvSequence
 from emberkv.cluster.foreign.prompts import PromptReader
 from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
-from emberkv.cluster.membership import Membership, WorkerStatus
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.wire import WorkerDescription
+from emberkv.cluster.workers import WorkerStatus
 from emberkv.errors import ConfigError, EmberError, WorkerTimeoutError, WorkerUnreachableError
 from emberkv.serving.errors import NotReadyError
 

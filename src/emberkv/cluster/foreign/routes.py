@@ -21,9 +21,10 @@ from emberkv.cluster.foreign.forward import Attempt, ForwardedRequest, RelayedSt
 from emberkv.cluster.foreign.late_stream import LateStream
 from emberkv.cluster.foreign.prompts import PromptReader, RoutedPrompt, canonical_body, objects
 from emberkv.cluster.foreign.worker import ForeignWorker
-from emberkv.cluster.membership import Membership, Replica
+from emberkv.cluster.membership import Membership
 from emberkv.cluster.policies import Decision
 from emberkv.cluster.routing import RoutingRequest
+from emberkv.cluster.workers import Replica
 from emberkv.core.explaining.explanation import Explanation
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import ClusterError, EmberError, RequestError, WorkerLostError

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from emberkv.cluster.block_index import BlockIndex
 from emberkv.cluster.foreign.prompts import RoutedPrompt
-from emberkv.cluster.membership import EXACT, Replica, WorkerStatus
 from emberkv.cluster.policies import ReplicaState
+from emberkv.cluster.workers import EXACT, Replica, WorkerStatus
 from emberkv.core.events import POOL, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explain import explain
 from emberkv.core.explaining.explanation import Explanation, Outcome

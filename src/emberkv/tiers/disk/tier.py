@@ -20,6 +20,7 @@ from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.disk.files import MAX_OWNER_BYTES, BlockFile, BlockFiles, owner_folder
 from emberkv.tiers.disk.index import Change, DiskIndex, JournalReader, JournalWriter
 from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.store_id import folder_id
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class DiskTier(Tier):
         with tier._following:
             if not tier._become_writer():
                 tier._follow()
+        tier.store_id = folder_id(folder, namespace)
         return tier
 
     def lookup(self, block_hashes: Sequence[bytes], *, exact: bool = False) -> int:

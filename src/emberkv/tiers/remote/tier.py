@@ -20,6 +20,7 @@ from emberkv.errors import ConfigError, RemoteTierError
 from emberkv.tiers.base import Removed, Stored, Tier, TierEntry
 from emberkv.tiers.remote.server import PREFIX, BlockServer, ServerAddress
 from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.store_id import server_id
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class RemoteTier(Tier):
         if max_bytes <= 0:
             raise ConfigError(f"the remote tier's size is {max_bytes} bytes; it must be above 0")
         self.name = name
+        self.store_id = server_id(address.url, prefix + namespace)
         self._address = address
         self._max_bytes = max_bytes
         self._ttl_ms = max(1, round(ttl_seconds * 1000))

@@ -20,6 +20,7 @@ from emberkv.errors import ConfigError, UntrustedPathError
 from emberkv.tiers.base import PolicyFactory, Removed, Stored, Tier, TierEntry
 from emberkv.tiers.shm.arena import ALL, MAX_OWNER_BYTES, Arena, Slot, check_room, remove_unused
 from emberkv.tiers.stats import TierStats, Troubles
+from emberkv.tiers.store_id import folder_id
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ShmTier(Tier):
 
     def __init__(self, path: Path, max_bytes: int, *, digest: bytes, policy: PolicyFactory, name: str) -> None:
         self.name = name
+        self.store_id = folder_id(path.parent, digest, path.name)
         self._path = path
         self._max_bytes = max_bytes
         self._digest = digest

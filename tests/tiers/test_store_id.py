@@ -1,0 +1,68 @@
+"""Tiers have one id where they find the same blocks, and different ones where they do not."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from emberkv.tiers.disk.tier import DiskTier
+from emberkv.tiers.manager import TierManager
+from emberkv.tiers.memory import MemoryTier
+from emberkv.tiers.shm.tier import ShmTier
+from emberkv.tiers.store_id import folder_id, server_id
+from tests.tiers.build import NAMESPACE, OTHER
+
+
+def test_a_server_is_known_by_host_port_and_database_whatever_the_user() -> None:
+    equal = ["redis://cache:6379/0", "redis://me@CACHE", "rediss://cache/"]
+    assert len({server_id(url, NAMESPACE) for url in equal}) == 1
+    different = [equal[0], "redis://other", "redis://cache:7000", "redis://cache/1", "mooncake://cache:6379"]
+    for one, other in combinations(different, 2):
+        assert server_id(one, NAMESPACE) != server_id(other, NAMESPACE)
+    assert server_id(equal[0], NAMESPACE) != server_id(equal[0], OTHER)
+
+
+def test_a_server_on_loopback_is_one_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("127.0.0.1", "localhost", "[::1]", "cache")
+    before, local, _, remote = (server_id(f"redis://{name}", NAMESPACE) for name in names)
+    assert before == local
+    (boot := tmp_path / "boot_id").write_text("another machine")
+    monkeypatch.setattr("emberkv.tiers.store_id._BOOT_ID", boot)
+    after = [server_id(f"redis://{name}", NAMESPACE) for name in names]
+    assert after[0] == after[1] == after[2] != before
+    assert after[3] == remote
+
+
+def test_a_folder_is_known_by_whatever_path_it_is_reached(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    assert folder_id(tmp_path / "link", NAMESPACE) == folder_id(tmp_path / "one", NAMESPACE)
+    assert folder_id(tmp_path / "one", NAMESPACE) not in (
+        None,
+        folder_id(tmp_path / "other", NAMESPACE),
+        folder_id(tmp_path / "one", OTHER),
+        folder_id(tmp_path / "one", NAMESPACE, "within"),
+    )
+    sockets = [server_id(f"unix://{tmp_path}/{name}/socket", NAMESPACE) for name in ("link", "one", "other", "none")]
+    assert sockets[0] == sockets[1] not in (None, sockets[2])
+    assert sockets[3] is None
+
+
+def test_the_manager_names_the_tiers_that_others_find_too(tmp_path: Path) -> None:
+    def shared(namespace: bytes) -> dict[str, bytes]:
+        tiers = [
+            MemoryTier(2**20),
+            ShmTier.open(2**20, namespace=namespace, folder=tmp_path),
+            DiskTier.open(tmp_path, 2**20, namespace=namespace),
+        ]
+        manager = TierManager(tiers, namespace=namespace, queue_bytes=2**20, start=False)
+        found = manager.shared()
+        manager.close(0.0)
+        assert all(store.is_listed for store in found.values())
+        return {name: store.store_id for name, store in found.items()}
+
+    first, second, other = shared(NAMESPACE), shared(NAMESPACE), shared(OTHER)
+    assert list(first) == ["shm", "disk"]
+    assert first == second
+    assert len({*first.values(), *other.values()}) == 4
