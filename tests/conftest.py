@@ -1,18 +1,24 @@
-"""Fixtures that everybody shares: checkpoints and the tokenizer of the tiny model zoo."""
+"""Fixtures that everybody shares: checkpoints and the tokenizer of the tiny model zoo.
+
+PyTorch and other libraries are imported by the fixtures that need them: a run of tests without a model, and the process
+that hands tests to others, do without the seconds that this takes.
+"""
 
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers import PreTrainedTokenizerFast
 
-from tests.models import tiny_model, tiny_tokenizer
-from tests.tiers.redis_process import PROGRAM, RedisProcess
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiers.redis_process import RedisProcess
 
 CheckpointFactory = Callable[..., Path]
 
@@ -51,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny models are slower, not faster, on several threads that others may keep from running."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,6 +86,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
 
     Tests must not change what is in it.
     """
+    import torch
+
+    from tests.models import tiny_model
+
     folders: dict[tuple[str, torch.dtype, int], Path] = {}
 
     def get(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -87,8 +102,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
 
 
 @pytest.fixture(scope="session")
-def fast_tokenizer() -> PreTrainedTokenizerFast:
+def fast_tokenizer() -> "PreTrainedTokenizerFast":
     """The tiny models' tokenizer as transformers has it."""
+    from tests.models import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
@@ -99,8 +116,10 @@ def copied(checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisProcess]:
+def redis_server() -> Iterator["RedisProcess"]:
     """One for all tests that do it no harm; each uses a prefix of its own."""
+    from tests.tiers.redis_process import PROGRAM, RedisProcess
+
     if PROGRAM is None:
         pytest.skip("neither redis-server nor valkey-server is installed")
     with TemporaryDirectory() as folder, RedisProcess(Path(folder)) as server:
