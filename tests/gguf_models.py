@@ -99,6 +99,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
     added = described.get_added_tokens_decoder().values()
     kinds = {token.content: _CONTROL if token.special else _ADDED for token in added}
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.get(token, _NORMAL) for token in tokens])
     writer.add_token_merges(_merges(described))

@@ -5,17 +5,15 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tokenizers.normalizers import NFC
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
@@ -30,10 +28,6 @@ from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError,
 _PLAIN = (Kind.F32, Kind.F16, Kind.BF16)
 _IN_CONFIG = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Tensors that `config_of` reads."""
-
-
-_SPLITS = frozenset({"gpt-2", *GGUF_PRE_TOKENIZER_SPLITS})
-_ALONE = "model.gguf"
 
 
 class _Reader(gguf.GGUFReader):
@@ -137,33 +131,7 @@ class GGUFSource:
         return torch.float32 if kinds == {Kind.F32} else torch.bfloat16
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        auto_class: Any = AutoTokenizer  # untyped
-        self._require_known_splits()
-        try:
-            with TemporaryDirectory() as alone:  # tokenizer files that lie beside the model would go before its own
-                Path(alone, _ALONE).symlink_to(self.path.resolve())
-                tokenizer = auto_class.from_pretrained(
-                    alone, gguf_file=_ALONE, local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise CorruptModelError(f"the tokenizer in {self.path} cannot be read: {reason_of(error)}") from error
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise UnsupportedModelError(
-                f"{self.path} has a {type(tokenizer).__name__}; accepted are tokenizers of the tokenizers library"
-            )
-        if self._fields.get("tokenizer.ggml.pre") == "qwen2":
-            described: Any = tokenizer.backend_tokenizer  # untyped
-            described.normalizer = NFC()  # of which a GGUF file does not speak, and Qwen's own tokenizers have
-        return tokenizer
-
-    def _require_known_splits(self) -> None:
-        """How byte-level BPE splits text into words is not in the file, but named; other splits give other tokens."""
-        name = self._fields.get("tokenizer.ggml.pre", "gpt-2")
-        if self._fields.get("tokenizer.ggml.model") == "gpt2" and name not in _SPLITS:
-            raise UnsupportedModelError(
-                f"{self.path} cannot be served: its tokenizer splits text as {name!r} does, which is not known; the "
-                "model's safetensors folder would work, with --quantize int8 or int4"
-            )
+        return gguf_tokenizer(self.path, self._fields)
 
     def generation(self, mode: GenerationConfigMode) -> dict[str, Any]:
         return {}

@@ -1,0 +1,205 @@
+"""The tokenizer that a GGUF file describes: the same tokens that llama.cpp makes of a text, or a refusal.
+
+The file holds a vocabulary, what kind each token is, scores or merges, and some flags. How text becomes tokens is
+named, not held: "gpt2" is byte-level BPE, with a name for how text is split into words, and "llama" is SentencePiece's
+BPE.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from emberkv.engine.tokenization.gguf_splits import SPLITS, Split
+from emberkv.engine.tokenization.sentencepiece_merges import find_merges
+from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
+
+_PREFIX = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+"""Kinds of tokens that are found in a text before the rest of it is encoded."""
+_SPACE = "▁"
+_FLAGS = frozenset({"add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"})
+_READ = _FLAGS | {"model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"}
+_NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_USUAL_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
+"""What llama.cpp takes where the metadata name none."""
+
+
+def gguf_tokenizer(path: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer in the metadata of the GGUF file ``path``.
+
+    Raises CorruptModelError for metadata that are not one, and UnsupportedModelError naming what cannot be followed
+    token by token.
+    """
+    try:
+        return _Described(fields).tokenizer()
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{path} cannot be served: {error}; the model's safetensors folder would work, with --quantize int8 or int4"
+        ) from error
+    except EmberError as error:
+        raise CorruptModelError(f"the tokenizer in {path} cannot be read: {error}") from error
+    except Exception as error:  # the tokenizers library raises bare Exception, on unchecked values
+        raise CorruptModelError(f"the tokenizer in {path} cannot be read: {reason_of(error)}") from error
+
+
+class _Described:
+    """What the metadata say of a tokenizer, checked."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        own = {key.removeprefix(_PREFIX): value for key, value in fields.items() if key.startswith(_PREFIX)}
+        self._own = own
+        self._fields = fields
+        self._model = str(own.get("model"))
+        if self._model not in _USUAL_IDS:
+            raise UnsupportedModelError(
+                f"its tokenizer is of the kind {self._model!r}; {' and '.join(_USUAL_IDS)} are read from GGUF files"
+            )
+        self._split = self._find_split() if self._model == "gpt2" else None
+        self._require_understood()
+        self._tokens: list[str] = list(own["tokens"])
+        self._kinds: list[int] = list(own.get("token_type") or ())
+        if len(self._kinds) != len(self._tokens):
+            raise CorruptModelError(f"it has {len(self._tokens)} tokens, and the types of {len(self._kinds)}")
+        if self._model == "llama":
+            self._tokens = [
+                _spelt_with_spaces(token) if kind == _USER_DEFINED else token
+                for token, kind in zip(self._tokens, self._kinds, strict=True)
+            ]
+        self._vocabulary = {token: number for number, token in enumerate(self._tokens)}
+        if len(self._vocabulary) != len(self._tokens):
+            twice = next(token for number, token in enumerate(self._tokens) if self._vocabulary[token] != number)
+            raise CorruptModelError(f"it has the token {twice!r} twice")
+
+    def _find_split(self) -> Split:
+        name = self._own.get("pre")
+        if name is None:
+            raise UnsupportedModelError(
+                "it does not name the way in which its tokenizer splits text (tokenizer.ggml.pre), as files written "
+                "before May 2024 do not"
+            )
+        if name not in SPLITS:
+            raise UnsupportedModelError(f"its tokenizer splits text as {name!r} does, which is not known")
+        return SPLITS[name]
+
+    def _require_understood(self) -> None:
+        unknown = sorted(key for key in self._own.keys() - _READ if not key.endswith("_token_id"))
+        unknown = [key for key in unknown if self._own[key] not in (None, [], "")]
+        if unknown:
+            raise UnsupportedModelError(f"its tokenizer has {_PREFIX}{unknown[0]}, which is not understood")
+        for flag in ("add_sep_token", "remove_extra_whitespaces"):
+            if self._own.get(flag):
+                raise UnsupportedModelError(f"its tokenizer has {_PREFIX}{flag}, which is not understood")
+        if self._model == "gpt2" and self._own.get("add_space_prefix"):
+            raise UnsupportedModelError(
+                f"its tokenizer has {_PREFIX}add_space_prefix, which is not understood with byte-level BPE"
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        backend = self._sentencepiece() if self._split is None else self._byte_level(self._split)
+        backend.add_tokens(self._added())
+        named = {name: self._named(name) for name in _NAMED}
+        self._add_frame(backend, named)
+        tokenizer_class: Any = PreTrainedTokenizerFast  # untyped
+        tokenizer: PreTrainedTokenizerFast = tokenizer_class(
+            tokenizer_object=backend,
+            chat_template=self._templates(),
+            clean_up_tokenization_spaces=False,
+            **{f"{name}_token": self._as_added(token) for name, token in named.items() if token is not None},
+        )
+        return tokenizer
+
+    def _byte_level(self, split: Split) -> Tokenizer:
+        merges = []
+        for merge in self._own["merges"]:
+            left, _, right = merge[1:].partition(" ")  # a part is never empty, and may begin with a space
+            merges.append((merge[0] + left, right))
+        backend = Tokenizer(BPE(self._vocabulary, merges, ignore_merges=split.ignore_merges))
+        if split.composes:
+            backend.normalizer = normalizers.NFC()
+        steps: list[Any] = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in split.patterns]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.by_gpt2))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
+    def _sentencepiece(self) -> Tokenizer:
+        scores: list[float] = list(self._own.get("scores") or ())
+        if len(scores) != len(self._tokens):
+            raise CorruptModelError(f"it has {len(self._tokens)} tokens, and the scores of {len(scores)}")
+        kinds = dict(zip(self._tokens, self._kinds, strict=True))
+        merges = find_merges(
+            {token: score for token, score in zip(self._tokens, scores, strict=True) if kinds[token] == _NORMAL},
+            unused=[token for token, kind in kinds.items() if kind == _UNUSED],
+            added=frozenset(token for token, kind in kinds.items() if kind in _ADDED),
+        )
+        unknown = self._named("unk")
+        backend = Tokenizer(BPE(self._vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        spaces = normalizers.Replace(" ", _SPACE)
+        decoding: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if self._own.get("add_space_prefix", True):
+            # Before the beginning and behind each added token, and beside a space that is there, as llama.cpp does.
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+            decoding.append(decoders.Strip(" ", 1, 0))
+        else:
+            backend.normalizer = spaces
+        backend.decoder = decoders.Sequence(decoding)
+        return backend
+
+    def _added(self) -> list[AddedToken]:
+        kinds = zip(self._tokens, self._kinds, strict=True)
+        return [self._as_added(token) for token, kind in kinds if token and kind in _ADDED]
+
+    def _as_added(self, token: str) -> AddedToken:
+        """Found in a text as it is. Phi-3's take in the space behind them, which its files do not say."""
+        phi3 = self._model == "llama" and self._fields.get("general.architecture") == "phi3"
+        special = self._kinds[self._vocabulary[token]] != _USER_DEFINED
+        rstrip = phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
+        return AddedToken(token, normalized=False, special=special, rstrip=rstrip)
+
+    def _named(self, name: str) -> str | None:
+        number = self._own.get(f"{_NAMED[name]}_token_id", _USUAL_IDS[self._model].get(name))
+        if number is None:
+            return None
+        if not isinstance(number, int) or not 0 <= number < len(self._tokens):
+            raise CorruptModelError(
+                f"{_PREFIX}{_NAMED[name]}_token_id is {number!r}; it has {len(self._tokens)} tokens"
+            )
+        return self._tokens[number]
+
+    def _add_frame(self, backend: Tokenizer, named: Mapping[str, str | None]) -> None:
+        """Have the tokenizer put around a text what the metadata say."""
+        usual = self._split is None or self._split.add_bos
+        flags = {"bos": self._own.get("add_bos_token", usual), "eos": self._own.get("add_eos_token", False)}
+        wanted = {name: named[name] for name, flag in flags.items() if flag}
+        missing = [name for name, token in wanted.items() if token is None]
+        if missing:
+            raise CorruptModelError(
+                f"a text gets its {missing[0]} token, and {_PREFIX}{missing[0]}_token_id names none"
+            )
+        tokens = {name: token for name, token in wanted.items() if token is not None}
+        if tokens:
+            single = [tokens.get("bos"), "$A", tokens.get("eos")]
+            backend.post_processor = processors.TemplateProcessing(
+                single=[each for each in single if each is not None],
+                special_tokens=[(token, self._vocabulary[token]) for token in set(tokens.values())],
+            )
+
+    def _templates(self) -> str | dict[str, str] | None:
+        start = "tokenizer.chat_template"
+        default = self._fields.get(start)
+        others = {
+            key.removeprefix(f"{start}."): text for key, text in self._fields.items() if key.startswith(f"{start}.")
+        }
+        if not others or default is None:
+            return default
+        return {"default": default, **others}
+
+
+def _spelt_with_spaces(token: str) -> str:
+    """A run of spaces as it stands in a text: older files write it as SentencePiece does."""
+    return " " * len(token) if token and not token.strip(_SPACE) else token
