@@ -168,7 +168,9 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int) -> np.nda
     generator = np.random.default_rng(int(kind))
     blocks = generator.integers(0, 256, (rows * columns // values, size), dtype=np.uint8)
     halves = generator.uniform(-0.01, 0.01, (len(blocks), 2)).astype(np.float16).view(np.uint8)
-    if kind is GGMLQuantizationType.Q6_K:
+    if kind is GGMLQuantizationType.Q2_K:
+        blocks[:, -4:] = halves
+    elif kind in (GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q6_K):
         blocks[:, -2:] = halves[:, :2]
     else:
         wide = 4 if BLOCK_TYPES[kind].has_offsets else 2

@@ -101,6 +101,27 @@ def _k_nibbles(packed: Bytes) -> Codes:
     return _nibbles(packed.reshape(len(packed), 4, 32)).reshape(len(packed), 256)
 
 
+def _pairs_of_bits(packed: Bytes) -> Codes:
+    """``[blocks, 256]`` of 64 bytes: of each 32 bytes, first the lowest two bits of all, and so on."""
+    parts = packed.reshape(len(packed), 2, 1, 32) >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    return (parts & 3).astype(np.int16).reshape(len(packed), 256)
+
+
+def _q2_k(blocks: Bytes) -> _Parts:
+    scales = _halves(blocks, 80) * (blocks[:, :16] & 15)
+    return _pairs_of_bits(blocks[:, 16:80]), scales, -_halves(blocks, 82) * (blocks[:, :16] >> 4)
+
+
+def _q3_k(blocks: Bytes) -> _Parts:
+    """Codes of -4 to 3: a set bit of the mask leaves a value as its two low bits say."""
+    third = np.unpackbits(blocks[:, :32, None], axis=-1, bitorder="little")  # [blocks, 32 values, 8 groups]
+    codes = _pairs_of_bits(blocks[:, 32:96]) - 4 * (1 - third.transpose(0, 2, 1).reshape(len(blocks), 256))
+    low = _nibbles(blocks[:, 96:104])
+    high = blocks[:, None, 104:108] >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    factors = (low | ((high & 3).astype(np.int16).reshape(len(blocks), 16) << 4)) - 32
+    return codes.astype(np.int16), _halves(blocks, 108) * factors, None
+
+
 def _q4_k(blocks: Bytes) -> _Parts:
     return _k_parts(blocks, _k_nibbles(blocks[:, 16:]), 8)
 
@@ -120,14 +141,35 @@ def _q6_k(blocks: Bytes) -> _Parts:
     return (low | high) - 32, _halves(blocks, 208) * factors, None
 
 
+_UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int16)
+"""The integers that the 16 codes of IQ4 stand for."""
+
+
+def _iq4_nl(blocks: Bytes) -> _Parts:
+    return _UNEVEN[_nibbles(blocks[:, 2:])], _halves(blocks, 0), None
+
+
+def _iq4_xs(blocks: Bytes) -> _Parts:
+    count = len(blocks)
+    low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=-1).reshape(count, 8)
+    high = blocks[:, 2:4].copy().view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)
+    factors = (low | ((high & 3) << 4)).astype(np.float32) - 32
+    codes = _nibbles(blocks[:, 8:].reshape(count, 8, 16)).reshape(count, 256)
+    return _UNEVEN[codes], _halves(blocks, 0) * factors, None
+
+
 BLOCK_TYPES: Mapping[GGMLQuantizationType, BlockType] = {
     GGMLQuantizationType.Q4_0: BlockType(4, 32, False, _q4_0),
     GGMLQuantizationType.Q4_1: BlockType(4, 32, True, _q4_1),
     GGMLQuantizationType.Q5_0: BlockType(8, 32, False, _q5_0),
     GGMLQuantizationType.Q5_1: BlockType(8, 32, True, _q5_1),
     GGMLQuantizationType.Q8_0: BlockType(8, 32, False, _q8_0),
+    GGMLQuantizationType.Q2_K: BlockType(4, 16, True, _q2_k),
+    GGMLQuantizationType.Q3_K: BlockType(4, 16, False, _q3_k),
     GGMLQuantizationType.Q4_K: BlockType(4, 32, True, _q4_k),
     GGMLQuantizationType.Q5_K: BlockType(8, 32, True, _q5_k),
     GGMLQuantizationType.Q6_K: BlockType(8, 16, False, _q6_k),
+    GGMLQuantizationType.IQ4_NL: BlockType(8, 32, False, _iq4_nl),
+    GGMLQuantizationType.IQ4_XS: BlockType(8, 32, False, _iq4_xs),
 }
-"""What is held integer by integer; 5 and 6 bits in 8."""
+"""What is held integer by integer: 2 and 3 bits in 4, and 5, 6 and the unequally spaced 4 of IQ4 in 8."""

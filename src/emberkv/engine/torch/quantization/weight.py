@@ -49,9 +49,12 @@ class QuantizedWeight:
     | GGUF Q8_0 | 8 | 32 | as stored | d |
     | GGUF Q4_0 | 4 | 32 | q - 8 | d |
     | GGUF Q4_1 | 4 | 32 | q - 8 | d, m + 8 d |
+    | GGUF Q2_K | 4 | 16 | q | d sc, - dmin m |
+    | GGUF Q3_K | 4 | 16 | q - 4 | d sc |
     | GGUF Q4_K | 4 | 32 | q - 8 | d sc, 8 d sc - dmin m |
     | GGUF Q5_K | 8 | 32 | q - 16 | d sc, 16 d sc - dmin m |
     | GGUF Q6_K | 8 | 16 | q - 32 | d sc |
+    | GGUF IQ4_NL, IQ4_XS | 8 | 32 | the table's integer | d, d sc |
     | GPTQ, AWQ and compressed-tensors, 4 bits with zero point z | 4 | as stored | q - 8 | s, s (8 - z) |
     | the same, 8 bits with zero point z | 8 | as stored | q - 128 | s, s (128 - z) |
     | MLX, 4 bits | 4 | as stored | q - 8 | scale, bias + 8 scale |
