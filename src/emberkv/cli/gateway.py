@@ -30,6 +30,7 @@ from emberkv.cluster.decision_log import DecisionLog, recorder_until_full
 from emberkv.cluster.foreign.prompts import PromptReader, model_tokenizer
 from emberkv.cluster.foreign.worker import ForeignSpec
 from emberkv.cluster.gateway import Gateway, GatewayServer
+from emberkv.cluster.loop_clock import LoopClock
 from emberkv.cluster.routing import DEFAULT_ROUTING, ROUTER_NAMES, Recorder
 from emberkv.config import ServeConfig
 from emberkv.errors import ConfigError
@@ -227,12 +228,12 @@ class GatewayOptions:
     coordinator_port: int | None
     missed_removals: Path | None
 
-    def deadlines(self) -> "Deadlines":
+    def deadlines(self, clock: LoopClock) -> "Deadlines":
         """Of requests to workers."""
         from emberkv.cluster.worker_client import Deadlines  # noqa: PLC0415 - an extra
 
         seconds = self.worker_timeout
-        return Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds)
+        return Deadlines(connect=min(2.0, seconds), answer=2 * seconds, silence=seconds, clock=clock)
 
     def check(self, config: ServeConfig) -> None:
         """Raises ConfigError for values that cannot be, alone or with the settings of any server."""
@@ -266,8 +267,9 @@ def run_gateway(config: ServeConfig, options: GatewayOptions, record: Recorder |
     lifecycle = Lifecycle()
     keys = server_keys(config)
     tenants = declare_tenants(config, keys.api, os.environ)
-    deadlines = options.deadlines()
-    gateway = _gateway(lifecycle, config, options, keys, tenants, deadlines, record)
+    clock = LoopClock()
+    deadlines = options.deadlines(clock)
+    gateway = _gateway(lifecycle, config, options, keys, tenants, deadlines, clock, record)
     with recording(config.record_trace, config.block_size, lifecycle.background) as recorder:
         if options.foreign:
             _add_foreign(gateway, config, options, deadlines, recorder, hands_on_keys=not tenants.by_key)
@@ -304,6 +306,7 @@ def _gateway(
     keys: ServerKeys,
     tenants: Tenants,
     deadlines: "Deadlines",
+    clock: LoopClock,
     record: Recorder | None,
 ) -> Gateway:
     from emberkv.cluster.worker_client import WorkerClient  # noqa: PLC0415 - an extra
@@ -320,6 +323,7 @@ def _gateway(
         parsers=(config.tool_parser, config.reasoning_parser),
         record=record,
         missed_removals=options.missed_removals,
+        clock=clock,
     )
 
 

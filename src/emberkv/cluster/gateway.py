@@ -22,6 +22,7 @@ from emberkv.cluster.foreign.fleet import ForeignFleet
 from emberkv.cluster.foreign.prompts import PromptReader
 from emberkv.cluster.foreign.routes import ForeignRoutes
 from emberkv.cluster.foreign.worker import ForeignSpec, ForeignWorker
+from emberkv.cluster.loop_clock import LoopClock
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.removals import ClusterRemovals, operate
 from emberkv.cluster.routing import DEFAULT_ROUTING, Recorder, make_router
@@ -53,8 +54,8 @@ class Gateway:
     connect: makes the connection to a worker's URL. workers: URLs of those that are followed from the beginning.
     secret: what workers register with; None: none may. routing: a policy's name. max_requests, weights: bound what is
     in flight, forwarded requests included (`InFlight`). on_overflow: of the `ServedModel`. parsers: names of formats,
-    as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. on_stop: what
-    else is closed at the end.
+    as --tool-parser and --reasoning-parser give them. missed_removals: a file, see `ClusterRemovals`. clock: by
+    which workers are silent; `start` has it follow the event loop. on_stop: what else is closed at the end.
 
         gateway = Gateway(Lifecycle(), lambda url: WorkerClient(url, secret), secret=secret, workers=urls)
         app = create_app(gateway.lifecycle, routers=[gateway.routes], collectors=[gateway.metrics])
@@ -76,11 +77,15 @@ class Gateway:
         rng: random.Random | None = None,
         record: Recorder | None = None,
         missed_removals: Path | None = None,
+        clock: LoopClock | None = None,
     ) -> None:
         self.lifecycle = lifecycle
+        self._clock = clock or LoopClock()
         router = make_router(routing, rng or random.Random())
         router.record = record
-        self.membership = Membership(router, connect, on_model=self._has_model, on_change=self._changed)
+        self.membership = Membership(
+            router, connect, on_model=self._has_model, on_change=self._changed, clock=self._clock
+        )
         lifecycle.wake = self.membership.wake_idle
         self.removals = ClusterRemovals(self.membership, path=missed_removals)
         self.engine: ClusterEngine | None = None
@@ -107,11 +112,14 @@ class Gateway:
         Raises ConfigError for two workers of one id.
         """
         self._reader, self._recorder = reader, recorder
-        self.fleet = ForeignFleet(self.membership, specs, client, reader, own=lambda: self.membership.model)
+        self.fleet = ForeignFleet(
+            self.membership, specs, client, reader, own=lambda: self.membership.model, clock=self._clock
+        )
 
     async def start(self) -> None:
         """Begin to follow the workers."""
         self.lifecycle.detail = "no worker has been reached yet"
+        self._clock.start()
         for url in self._workers:
             self.membership.add(url)
         self.removals.start()
@@ -128,6 +136,7 @@ class Gateway:
             await self.fleet.stop()
         for close in self.on_stop:
             await close()
+        self._clock.stop()
 
     def routes(self, parts: AppParts) -> APIRouter:
         """What a gateway answers beside the server's own routes."""
@@ -141,6 +150,7 @@ class Gateway:
                 lambda: self.engine,
                 in_flight=self.in_flight,
                 recorder=self._recorder,
+                clock=self._clock,
             )
             router.include_router(foreign.router())
         router.include_router(ClusterCacheRoutes(parts, self.membership, lambda: self.engine, self.removals).router())
@@ -233,7 +243,7 @@ class Gateway:
         files = await worker.connection.tokenizer()
         assert files is not None, "without an etag the files are always sent"
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
-        self.engine = ClusterEngine(self.membership, description, in_flight=self.in_flight)
+        self.engine = ClusterEngine(self.membership, description, in_flight=self.in_flight, clock=self._clock)
         output_format = chosen_output_format(tokenizer, *self._parsers)
         self.lifecycle.loaded(
             ServedModel(

@@ -1,6 +1,6 @@
 """Asks a worker: one method for each of its internal routes."""
 
-import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import aiohttp
 from emberkv import errors, event_wire
 from emberkv.cluster import wire, wire_commands
 from emberkv.cluster.cache_operations import CacheOperation
+from emberkv.cluster.loop_clock import Patience
 from emberkv.core.feed import CHUNK_BLOCKS, FeedMessage, SnapshotChunk
 from emberkv.engine.commands import Command
 from emberkv.engine.request import GenerationRequest, PrefillProgress, TokenOutput
@@ -45,12 +46,14 @@ _REFUSALS: Mapping[str, type[errors.EmberError]] = {
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """In seconds. connect: until a connection stands. answer: until a response begins, which for `generate` means that
-    the request is accepted. silence: between two frames of a stream, heartbeats included.
+    the request is accepted. silence: between two frames of a stream, heartbeats included. clock: by which answer and
+    silence are measured, such as a `LoopClock`.
     """
 
     connect: float = 2.0
     answer: float = 10.0
     silence: float = 5.0
+    clock: Callable[[], float] = time.monotonic
 
 
 class WorkerClient:
@@ -247,7 +250,7 @@ async def within(url: str, deadlines: Deadlines, seconds: float | None, answer: 
     Raises WorkerUnreachableError, WorkerTimeoutError or WorkerLostError where it does not come.
     """
     try:
-        async with asyncio.timeout(seconds):
+        async with Patience(seconds, deadlines.clock):
             return await answer
     except aiohttp.ClientConnectorError as error:
         raise errors.WorkerUnreachableError(f"{url} cannot be reached: {error.strerror}") from error
