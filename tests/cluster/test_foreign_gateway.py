@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from starlette.types import Message, Receive, Scope, Send
 
 from emberkv.cluster.foreign.client import ForeignClient
 from emberkv.cluster.foreign.fleet import GIVEN_UP_AFTER, ForeignFleet
@@ -70,9 +71,12 @@ class Served:
 @asynccontextmanager
 async def served(
     *servers: FakeOpenAI, settings: str = "", own: FakeWorker | None = None, app: ServingSettings | None = None,
-    recorder: TraceRecorder | None = None, reader: PromptReader | None = None, **limits: int,
+    recorder: TraceRecorder | None = None, reader: PromptReader | None = None,
+    on_send: Callable[[Message], None] = lambda _: None, **limits: int,
 ) -> AsyncIterator[Served]:  # fmt: skip
-    """settings: of each worker, as behind its URL. own: an emberkv worker beside them."""
+    """settings: of each worker, as behind its URL. own: an emberkv worker beside them. on_send: called before each
+    message to a client.
+    """
     async with AsyncExitStack() as stack:
         for server in servers:
             await stack.enter_async_context(server.running())
@@ -94,7 +98,15 @@ async def served(
         gateway.fleet.seconds = 0.01
         app = app or ServingSettings(bound_to_loopback=True)
         built = create_app(gateway.lifecycle, app, routers=[gateway.routes], collectors=[gateway.metrics])
-        transport = httpx.ASGITransport(built, raise_app_exceptions=False)
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sent(message: Message) -> None:
+                on_send(message)
+                await send(message)
+
+            await built(scope, receive, sent)
+
+        transport = httpx.ASGITransport(watched, raise_app_exceptions=False)
         client = await stack.enter_async_context(
             httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=DEADLINE)
         )
@@ -480,6 +492,24 @@ async def test_a_stream_that_is_not_asked_for_by_a_boolean_counts_until_its_end(
         assert "three" in (await first).text
         assert refused.status_code == 429
         assert (await it.ask(chat())).status_code == 200
+
+
+@on_a_loop
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_a_stream_is_accounted_for_before_its_last_event_is_sent(path: str) -> None:
+    last = b"[DONE]" if path == CHAT else b"message_stop"
+    counted: list[set[str]] = []
+
+    def on_send(message: Message) -> None:
+        if last in message.get("body", b""):
+            it.gateway.in_flight.enter("", 1)  # raises TooManyRequestsError while the request is counted
+            it.gateway.in_flight.leave("", 1)
+            counted.append(set(it.fleet.workers[0].running))
+
+    async with served(FakeOpenAI(cached=48), max_requests=1, on_send=on_send) as it:
+        answer = await it.ask(chat(stream=True, max_tokens=9), path)
+        assert (answer.status_code, last in answer.content, counted) == (200, True, [set()])
+        assert it.fleet.workers[0].cached_tokens == 48
 
 
 @on_a_loop

@@ -248,11 +248,11 @@ EVENT_STREAM = "text/event-stream"
 _NO_CHOICES = "the worker's answer has no choices"
 
 
-async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
+async def ask(attempt: Attempt, headers: Mapping[str, str], on_end: Callable[[], None]) -> Reply:
     """Send the request and wait until the answer has begun: for all of it, or for the first token of a stream.
 
-    headers: added to the response. Raises ClusterError if the worker does not answer; the request can then be sent to
-    another worker.
+    headers: added to the response. on_end: of a `RelayedStream`. Raises ClusterError if the worker does not answer; the
+    request can then be sent to another worker.
     """
     stack = AsyncExitStack()
     request, client = attempt.request, attempt.worker.client
@@ -274,7 +274,7 @@ async def ask(attempt: Attempt, headers: Mapping[str, str]) -> Reply:
                 return _failed_early(attempt, events, early, answer, {**answer_headers(response.headers), **headers})
             attempt.token()
             kept = stack.pop_all()
-        return Reply(RelayedStream(attempt, response, events, early, kept, headers, answer))
+        return Reply(RelayedStream(attempt, response, events, early, kept, headers, answer, on_end))
     except ClusterError:
         attempt.worker.lost += 1
         attempt.refused()
@@ -399,7 +399,7 @@ class RelayedStream(Response):
     An answer that breaks off is not resumed at another worker, as the gateway does not know its tokens.
 
     early: the events that have arrived already. stack: closes the connection. chat: the answer that is to be converted;
-    None: the events are passed on as they are. on_end: called after the response, in any case.
+    None: the events are passed on as they are. on_end: called when the answer has ended, in any case.
     """
 
     def __init__(
@@ -410,7 +410,8 @@ class RelayedStream(Response):
         early: Sequence[bytes],
         stack: AsyncExitStack,
         headers: Mapping[str, str],
-        chat: ChatAnswer | None = None,
+        chat: ChatAnswer | None,
+        on_end: Callable[[], None],
     ) -> None:
         # not Response.__init__, which would give the stream the length of an empty body
         self._attempt = attempt
@@ -420,7 +421,8 @@ class RelayedStream(Response):
         self._stack = stack
         self._chat = chat
         self._reason = FinishReason.ABORT
-        self.on_end: Callable[[], None] = lambda: None
+        self._has_ended = False  # the reason and the usage are final
+        self._on_end: Callable[[], None] | None = on_end
         self.status_code = 200
         self.background = None
         self.init_headers({**answer_headers(response.headers), **headers})
@@ -430,15 +432,27 @@ class RelayedStream(Response):
             await unless_disconnected(receive, self._send_all(send))
         finally:
             await self._stack.aclose()
-            self._attempt.named(self._events.response_id)
-            self._attempt.end(self._events.usage, self._reason, self._events.parts)
-            self.on_end()
+            self._account()
+
+    def _account(self) -> None:
+        """Record the end of the answer, before its last event is sent: clients ask again at once. Idempotent."""
+        on_end, self._on_end = self._on_end, None
+        if on_end is None:
+            return
+        if self._chat is not None and self._chat.error:
+            self._reason = FinishReason.ERROR
+        self._attempt.named(self._events.response_id)
+        self._attempt.end(self._events.usage, self._reason, self._events.parts)
+        on_end()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._relayed() if self._chat is None else self._rewritten(self._chat)) as events:
             async for event in events:
+                if self._has_ended:
+                    self._account()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+        self._account()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _rewritten(self, chat: ChatAnswer) -> AsyncGenerator[bytes, None]:
@@ -446,27 +460,32 @@ class RelayedStream(Response):
         async with aclosing(self._read()) as relayed:
             async for event in self._attempt.writer.events(ChatStream(chat, relayed)):
                 yield event
-        if chat.error:
-            self._reason = FinishReason.ERROR
 
     async def _read(self) -> AsyncGenerator[bytes, None]:
         """The worker's events. Raises EmberError where the answer does not come to its end."""
         for event in self._early:
+            self._note_end()
             yield event
-        client, events = self._attempt.worker.client, self._events
         try:
             async with self._attempt.waiting():
-                while not events.is_done and (data := await client.read(self._response)):
+                while not self._events.is_done and (data := await self._attempt.worker.client.read(self._response)):
                     self._attempt.token()
-                    for event in events.feed(data):
+                    for event in self._events.feed(data):
+                        self._note_end()
                         yield event
-            if not events.is_whole:  # the connection ended, or [DONE] came without a finish_reason
+            if not self._events.is_whole:  # the connection ended, or [DONE] came without a finish_reason
                 raise WorkerLostError(f"{self._attempt.worker} ended its answer before it was complete")
         except EmberError:
-            self._reason = FinishReason.ERROR
+            self._reason, self._has_ended = FinishReason.ERROR, True
             self._attempt.worker.lost += 1
             raise
-        self._reason = FinishReason.ERROR if events.has_failed else finish_reason(events.finish_reason)
+        self._note_end(is_over=True)
+
+    def _note_end(self, *, is_over: bool = False) -> None:
+        """Before an event is passed on: after ``[DONE]`` nothing follows. is_over: the connection has ended, too."""
+        if is_over or (self._events.is_done and self._events.is_whole):
+            ended = finish_reason(self._events.finish_reason)
+            self._reason, self._has_ended = FinishReason.ERROR if self._events.has_failed else ended, True
 
     async def _relayed(self) -> AsyncGenerator[bytes, None]:
         """The worker's events as they are, and an error event where they break off."""

@@ -233,9 +233,7 @@ class ForeignRoutes(CacheRoutes):
         except BaseException:
             accepted.leave()
             raise
-        if isinstance(begun, RelayedStream):  # servers also stream where "stream" is not a boolean, as 1
-            begun.on_end = accepted.leave
-        else:
+        if not isinstance(begun, RelayedStream):  # servers also stream where "stream" is not a boolean, as 1
             accepted.leave()
         return begun or Response(status_code=CLIENT_GONE)
 
@@ -316,7 +314,7 @@ class ForeignRoutes(CacheRoutes):
             route = Route([worker.worker_id], decision, decision.cached_by_tier, retried)
             attempt = self._attempt(worker, request, route, self._clock() - begun_at, trace)
             try:
-                reply = await ask(attempt, {ROUTE_HEADER: attempt.route, **left_out})
+                reply = await ask(attempt, {ROUTE_HEADER: attempt.route, **left_out}, accepted.leave)
             except ClusterError as error:
                 failure = error
                 self._fleet.suspect(worker, error)
