@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
-from tests.models import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
+from tests.architectures import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, MULTIMODAL, SUPPORTED, model_type
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
@@ -20,7 +20,8 @@ def table() -> str:
     for arch, settings in sorted((SUPPORTED | ALSO_SUPPORTED).items()):
         shape = inspect_model(AutoConfig.for_model(model_type(arch), **{**settings, "pad_token_id": 0}))
         end = "a whole prefill chunk" if arch in BY_CHUNKS else "a whole block" if arch in BY_BLOCKS else "any token"
-        kind, _, variant = arch.partition("-")
+        kind = model_type(arch)
+        variant = arch.removeprefix(kind).removeprefix("-")
         name = f"`{kind}` ({variant.replace('_', ' ')})" if variant else f"`{kind}`"
         lines.append(f"| {name} | {', '.join(_features(shape))} | {end} |")
     text_only = ", ".join(f"`{name}`" for name in MULTIMODAL)

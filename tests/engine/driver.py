@@ -46,6 +46,7 @@ class Driver:
     shared_decodes: decode steps in which some sequences had a common prefix long enough to be attended over once, of
     ``least_shared`` tokens.
     mixed_steps: those that both decoded and prefilled.
+    executor: one that is made already, of the same model and kernels, whose blocks no other driver uses any more.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Driver:
         max_step_tokens: int = 256,
         kernels: Kernels | None = None,
         block_size: int = BLOCK,
+        executor: TorchEngine | None = None,
     ) -> None:
         cache_bytes = num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, block_size)
         self.root = root_hash(loaded.fingerprint, block_size)
-        self.executor = TorchEngine(
+        self.executor = executor or TorchEngine(
             loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
         )
         self.pool = BlockPool(num_blocks, block_size)

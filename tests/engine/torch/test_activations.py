@@ -1,13 +1,22 @@
 """Activations and rotations whose bits depend on the element alone, not on its neighbours or the number of threads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from emberkv.engine.torch.layers import BatchInvariantActivation, ComplexRotation, wrap_activations, wrap_rotations
+from emberkv.engine.torch.layers import (
+    BatchInvariantActivation,
+    BatchInvariantGates,
+    ComplexRotation,
+    wrap_activations,
+    wrap_rotations,
+)
+from tests.architectures import ALSO_SUPPORTED
 from tests.engine.conftest import ModelFactory
 
 
@@ -32,6 +41,35 @@ def test_an_element_has_the_same_bits_among_any_others(name: str, dtype: torch.d
         torch.testing.assert_close(whole, plain(inputs))
         for start, stop in [(0, 1), (127, 128), (0, 33), (64, 128), (31, 128)]:
             assert torch.equal(wrapped(inputs[:, start:stop]), whole[:, start:stop])
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_of_each_row_has_the_bits_of_the_same_values_laid_end_to_end(name: str, dtype: torch.dtype) -> None:
+    rows = torch.randn(64, 2 * 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    half = rows.chunk(2, dim=-1)[0]
+    wrapped = BatchInvariantActivation(ACT2FN[name])
+    assert half.numel() % 64 == 0
+    assert torch.equal(wrapped(half), wrapped(half.contiguous()))
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, softplus])
+@pytest.mark.usefixtures("threads")
+def test_a_gate_has_the_same_bits_among_any_others(function: Callable[[Tensor], Tensor]) -> None:
+    values = torch.randn(4099, generator=torch.Generator().manual_seed(0))
+    with BatchInvariantGates():
+        together, alone = function(values), torch.cat([function(each) for each in values.split(1)])
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(together, function(values))
+
+
+@pytest.mark.parametrize(
+    ("arch", "gated"), [("afmoe", True), ("laguna", True), ("lfm3", True), ("qwen3_next", True), ("glm4_moe", False)]
+)
+def test_attention_that_multiplies_by_a_gate_is_known(arch: str, gated: bool) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **ALSO_SUPPORTED[arch], pad_token_id=0))
+    assert BatchInvariantGates.wanted_by(model) is gated
 
 
 def test_every_activation_is_wrapped_once() -> None:

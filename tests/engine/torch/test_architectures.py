@@ -1,6 +1,7 @@
 """Each further architecture: hits against cold runs bit by bit, and logits against transformers' own."""
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,60 +9,104 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emberkv.engine.torch.model.attention_interface import own_implementation
+from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels
 from tests import architecture_table
+from tests.architectures import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS
 from tests.conftest import CheckpointFactory
-from tests.engine.conftest import DriverFactory, ModelFactory
+from tests.engine.conftest import ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import ALSO_SUPPORTED, BY_BLOCKS, BY_CHUNKS, VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
-COMBINATIONS = [(arch, dtype) for arch in sorted(ALSO_SUPPORTED) for dtype in ("float32", "bfloat16")]
+FLOAT32 = [(arch, "float32") for arch in sorted(ALSO_SUPPORTED)]
+COMBINATIONS = [(arch, dtype) for arch, _ in FLOAT32 for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [(arch, "bfloat16/int8") for arch in ("gpt_oss", "llama4_text", "deepseek_v3")]
+OF_EACH_KIND = (
+    "bamba", "bloom", "deepseek_v2", "deepseek_v3", "falcon", "falcon-alibi", "falcon_h1", "gemma3n_text", "gpt_neo",
+    "gpt_oss", "granitemoehybrid", "lfm2", "llama4_text", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5_text",
+    "qwen3_next", "vaultgemma", "xglm",
+)  # fmt: skip
+"""Of each way to attend and of each kind of state, some: without the kernels, all else is the model's own code."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine with the kernels, which is what a test of an architecture spends most of its time on."""
+
+    arch: str
+    loaded: LoadedModel
+    warm: Driver
+    kernels: Kernels
+
+    def cold(self) -> Driver:
+        """The same engine without a cache. What the warm one has cached is overwritten."""
+        return Driver(self.loaded, kernels=self.kernels, prefix_cache=False, executor=self.warm.executor)
+
+
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest, paged: ModelFactory, kernels: Kernels) -> Served:
+    """Of an architecture and type, for all tests of it, which run one after the other."""
+    arch, dtype = request.param
+    loaded = paged(arch, dtype)
+    return Served(arch, loaded, Driver(loaded, kernels=kernels, max_step_tokens=24), kernels)
 
 
 def text(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
-@pytest.mark.parametrize(("arch", "dtype"), COMBINATIONS)
-def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(
-    paged: ModelFactory, kernels: Kernels, arch: str, dtype: str
-) -> None:
+def own_logits(checkpoint: CheckpointFactory, arch: str, tokens: list[int]) -> torch.Tensor:
+    """``[tokens, vocab]``: what transformers computes without any of ours."""
+    implementation = own_implementation(AutoConfig.from_pretrained(checkpoint(arch)))
+    auto_class: Any = AutoModelForCausalLM
+    plain = auto_class.from_pretrained(checkpoint(arch), attn_implementation=implementation, dtype=torch.float32)
+    with torch.inference_mode():
+        logits: torch.Tensor = plain(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def assert_logits_are_transformers(checkpoint: CheckpointFactory, arch: str, driver: Driver) -> None:
+    """Of a prompt longer than windows and chunks, half of which is cached, and of what follows it."""
+    prompt = text(random.Random(arch), 150)
+    driver.run_one(prompt[:100])
+    run = driver.run_one(prompt, new=8)
+    expected = own_logits(checkpoint, arch, prompt + run.tokens[:-1])[len(prompt) - 1 :]
+    assert run.cached >= CHUNK
+    torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("served", FLOAT32, indirect=True, ids="-".join)
+def test_with_the_kernels_logits_are_those_of_transformers(served: Served, checkpoint: CheckpointFactory) -> None:
+    assert_logits_are_transformers(checkpoint, served.arch, served.warm)
+
+
+@pytest.mark.parametrize("served", COMBINATIONS, indirect=True, ids="-".join)
+def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: Served) -> None:
     """In the middle of a prompt, in what decode steps have computed, and among other sequences of the same step."""
-    rng = random.Random(f"{arch} {dtype}")
-    warm = Driver(paged(arch, dtype), kernels=kernels, max_step_tokens=24)
-    cold = Driver(paged(arch, dtype), kernels=kernels, prefix_cache=False)
+    rng, warm, arch = random.Random(served.arch), served.warm, served.arch
     assert warm.executor.batch_invariant is (arch not in BY_CHUNKS)
     assert warm.cache.hit_unit == (CHUNK if arch in BY_CHUNKS else BLOCK if arch in BY_BLOCKS else 1)
     stem = text(rng, 2 * CHUNK + 3)
-    stem += warm.run_one(stem, new=30).tokens[:-1]
-    kept = [2 * CHUNK + 25, CHUNK + 5, CHUNK - 1, BLOCK + 2]
+    stem += warm.run_one(stem, new=14).tokens[:-1]
+    kept = [2 * CHUNK + 13, CHUNK + 5, CHUNK - 1, BLOCK + 2]
     prompts = [[*stem[:keep], (stem[keep] - 2) % (VOCAB_SIZE - 3) + 3, *text(rng, keep % 19)] for keep in kept]
-    for run, keep, prompt in zip(warm.run(*prompts, new=4), kept, prompts, strict=True):
+    mixed_before = warm.mixed_steps
+    runs = warm.run(*prompts, new=4)
+    cold = served.cold()
+    for run, keep, prompt in zip(runs, kept, prompts, strict=True):
         alone = cold.run_one(prompt, new=4)
         assert run.cached == keep // warm.cache.hit_unit * warm.cache.hit_unit
         assert torch.equal(run.logits[0], alone.logits[0])
         if warm.executor.batch_invariant:
             assert all(map(torch.equal, run.logits, alone.logits))
-    assert warm.mixed_steps > 0
+    assert warm.mixed_steps > mixed_before
 
 
-@pytest.mark.parametrize("arch", sorted(ALSO_SUPPORTED))
-def test_logits_are_those_of_transformers(
-    driver: DriverFactory, paged: ModelFactory, checkpoint: CheckpointFactory, arch: str
+@pytest.mark.parametrize("arch", OF_EACH_KIND)
+def test_without_the_kernels_logits_are_those_of_transformers(
+    paged: ModelFactory, checkpoint: CheckpointFactory, arch: str
 ) -> None:
-    """Of a prompt longer than windows and chunks, half of which is cached, and of what follows it."""
-    prompt = text(random.Random(arch), 150)
-    ours = driver(paged(arch))
-    ours.run_one(prompt[:100])
-    run = ours.run_one(prompt, new=8)
-    implementation = own_implementation(AutoConfig.from_pretrained(checkpoint(arch)))
-    auto_class: Any = AutoModelForCausalLM
-    plain = auto_class.from_pretrained(checkpoint(arch), attn_implementation=implementation, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = plain(torch.tensor([prompt + run.tokens[:-1]])).logits[0, len(prompt) - 1 :]
-    assert run.cached >= CHUNK
-    torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
+    assert_logits_are_transformers(checkpoint, arch, Driver(paged(arch)))
 
 
 def test_the_table_in_the_docs_is_what_is_tested() -> None:

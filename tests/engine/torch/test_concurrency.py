@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from tests.architectures import SUPPORTED
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.torch.test_exactness import text
-from tests.models import SUPPORTED
 
 
 @pytest.mark.parametrize("arch", sorted(SUPPORTED))

@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import LoadedModel, load_model
 from emberkv.engine.torch.native.kernels import Kernels
+from tests.architectures import SUPPORTED
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver, Run
-from tests.models import SUPPORTED, VOCAB_SIZE, tiny_tokenizer
+from tests.models import VOCAB_SIZE, tiny_tokenizer
 
 COMBINATIONS = [(arch, dtype) for arch in sorted(SUPPORTED) for dtype in ("float32", "bfloat16")]
 COMBINATIONS += [("llama", "float16"), ("gemma2", "float16")]

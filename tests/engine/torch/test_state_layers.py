@@ -18,9 +18,10 @@ from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.engine.torch.model.state_layers import StateGeometry
 from emberkv.engine.torch.state_step import ConvolutionStep
 from emberkv.errors import ConfigError, UnsupportedModelError
+from tests.architectures import ALSO_SUPPORTED
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK
-from tests.models import ALSO_SUPPORTED, VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
 CHANNELS = 10
 SIZE = 4

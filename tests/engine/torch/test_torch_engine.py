@@ -16,11 +16,11 @@ from emberkv.engine.torch.namespace import namespace_of
 from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.self_check import is_batch_invariant
 from emberkv.errors import ConfigError, UnsupportedModelError
+from tests.architectures import SUPPORTED
 from tests.conftest import CheckpointFactory
 from tests.engine.conftest import DriverFactory, ModelFactory
 from tests.engine.driver import BLOCK, CHUNK, TILE, Driver
 from tests.engine.torch.test_exactness import text
-from tests.models import SUPPORTED
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 LONG = 150

@@ -21,7 +21,7 @@ from emberkv.engine.torch.attention.paged_attention import (
 )
 from emberkv.engine.torch.attention.torch_attention import TorchAttention
 from emberkv.engine.torch.layers import (
-    BatchInvariantSigmoid,
+    BatchInvariantGates,
     PackedLinear,
     pack_linears,
     release_checkpoint,
@@ -151,7 +151,7 @@ class TorchEngine:
         self._sampler = sampler if sampler is not None else Sampler(self.kernels)
         self._replace_layers()
         self._asks_cache = PassedPositions.wanted_by(self._model)
-        self._functions = BatchInvariantSigmoid() if BatchInvariantSigmoid.wanted_by(self._model) else nullcontext()
+        self._functions = BatchInvariantGates() if BatchInvariantGates.wanted_by(self._model) else nullcontext()
         self._packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
         self.alignment = self._wanted_alignment(tile)
         self._attention = self._make_attention()

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
@@ -148,9 +148,14 @@ def rows_are_independent(model: nn.Module) -> bool:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module, that is not packed, may compute a product."""
-    own = module.parameters(recurse=False)
-    return not isinstance(module, nn.Embedding) and any(parameter.ndim > 1 for parameter in own)
+    """Whether a module, that is not packed, may compute a product.
+
+    Norms of several heads have a scale by head (Cohere), and a bias is added whatever its shape (Ernie 4.5).
+    """
+    if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Norm"):
+        return False
+    own = module.named_parameters(recurse=False)
+    return any(parameter.ndim > 1 and not name.endswith("bias") for name, parameter in own)
 
 
 def _independent(layer: PackedLinear) -> bool:
@@ -178,7 +183,10 @@ _OTHER_ACTIVATIONS = frozenset({"BloomGelu", "GELU"})
 
 
 class BatchInvariantActivation(nn.Module):
-    """An elementwise function on CPU, called so that every share is whole vectors."""
+    """An elementwise function on CPU, called so that every share is whole vectors.
+
+    Half of each row, as some models give it, is computed row by row where it lies, and so is laid end to end before.
+    """
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
@@ -186,7 +194,7 @@ class BatchInvariantActivation(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         count = inputs.numel()
-        if _has_whole_shares(count):
+        if _has_whole_shares(count) and inputs.is_contiguous():
             result: Tensor = self.function(inputs)
             return result
         flat = pad(inputs.reshape(-1), (0, -count % VECTOR))
@@ -215,27 +223,35 @@ def wrap_activations(model: nn.Module) -> int:
     return wrapped
 
 
-class BatchInvariantSigmoid(TorchFunctionMode):
-    """Within this context, `torch.sigmoid`, which some attention calls, is a `BatchInvariantActivation`."""
+class BatchInvariantGates(TorchFunctionMode):
+    """Within this context, `torch.sigmoid` and `softplus`, which some attention calls, take whole vectors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._sigmoid = BatchInvariantActivation(nn.Sigmoid())
+        self._functions = {
+            torch.sigmoid: BatchInvariantActivation(nn.Sigmoid()),
+            softplus: BatchInvariantActivation(nn.Softplus()),
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self._sigmoid(*args) if func is torch.sigmoid else func(*args, **(kwargs or {}))
+        own = self._functions.get(func) if len(args) == 1 and not kwargs else None
+        return func(*args, **(kwargs or {})) if own is None else own(*args)
 
     @staticmethod
     def wanted_by(model: nn.Module) -> bool:
-        """Whether attention multiplies its output by a gate that comes with the queries (Qwen3-Next, Qwen3.5)."""
+        """Whether attention multiplies its output by a gate."""
         return any(_has_gate(module) for module in model.modules())
 
 
 def _has_gate(module: nn.Module) -> bool:
+    """Whether a gate comes with the queries (Qwen3-Next, Qwen3.5) or by a layer of its own (AFMoE, Laguna, LFM3)."""
     queries, out = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
-    return bool(getattr(queries, "out_features", 0) == 2 * getattr(out, "in_features", -1))
+    if queries is None or out is None:
+        return False
+    doubled = getattr(queries, "out_features", 0) == 2 * getattr(out, "in_features", -1)
+    return doubled or any(getattr(module, name, None) is not None for name in ("g_proj", "gate_proj"))
 
 
 class ComplexRotation(Tensor):

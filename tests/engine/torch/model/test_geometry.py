@@ -13,8 +13,8 @@ from emberkv.engine.torch.model.geometry import Window
 from emberkv.engine.torch.model.inspection import inspect_geometry, inspect_model
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
+from tests.architectures import ALSO_SUPPORTED, REFUSED
 from tests.conftest import CheckpointFactory
-from tests.models import ALSO_SUPPORTED, REFUSED
 
 REASONS = {
     "mamba": "mamba .*MambaMixer keeps recurrent state of another kind",
@@ -47,6 +47,13 @@ def test_other_architectures_are_refused_by_the_name_of_what_they_have(
         ("llama", {"alibi": True}, "ALiBi"),
         ("mpt", {"attn_config": {"qk_ln": True}}, "sets qk_ln, which transformers does not compute"),
         ("mllama", {}, "multimodal"),
+        ("minimax", {"num_hidden_layers": 2}, "layer 1 keeps recurrent state of another kind than Mamba-2"),
+        (
+            "dbrx",
+            {"n_layers": 1, "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+            "the forward pass of DbrxExperts cannot be traced",
+        ),
+        ("phimoe", {"num_hidden_layers": 1, "sliding_window": 40}, "layer 0 slides by its config or in its forward"),
         ("bert", {"num_hidden_layers": 1}, "layer 0 is not causal"),
         ("rwkv", {"num_hidden_layers": 1, "hidden_size": 64}, "recurrent state"),
         ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),

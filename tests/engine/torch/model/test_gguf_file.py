@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.loader import load_model, load_tokenizer
 from emberkv.errors import CorruptModelError, UnsupportedModelError
+from tests.architectures import SUPPORTED
 from tests.gguf_models import write_gguf
-from tests.models import CHAT_TEMPLATE, EOS, SUPPORTED, TURN_END, USER_START, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, EOS, TURN_END, USER_START, tiny_tokenizer
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 83)[None]

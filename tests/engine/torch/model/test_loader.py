@@ -13,8 +13,9 @@ from transformers import AttentionInterface
 
 from emberkv.engine.torch.model.loader import ModelDtypes, choose_device, choose_dtype, load_model
 from emberkv.errors import ConfigError, CorruptModelError
+from tests.architectures import SUPPORTED
 from tests.conftest import CheckpointFactory
-from tests.models import CONTEXT, SUPPORTED, VOCAB_SIZE
+from tests.models import CONTEXT, VOCAB_SIZE
 
 CPU = torch.device("cpu")
 EXPECTED_WINDOWS = {

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.engine.torch.native.kernels import Kernels
+from tests.architectures import ALSO_SUPPORTED, MULTIMODAL
 from tests.engine.driver import BLOCK, CHUNK, Driver
-from tests.models import ALSO_SUPPORTED, MULTIMODAL, VOCAB_SIZE, tiny_tokenizer
+from tests.models import VOCAB_SIZE, tiny_tokenizer
 
 TEXT = {**ALSO_SUPPORTED["qwen3_moe"], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "sliding_window": 24}
 VISION = {

@@ -12,9 +12,10 @@ from emberkv.engine.torch.attention.paged_attention import ATTENTION_NAME
 from emberkv.engine.torch.model.inspection import inspect_geometry
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import UnsupportedModelError
+from tests.architectures import SUPPORTED
 from tests.engine.conftest import DriverFactory
 from tests.engine.torch.test_exactness import text
-from tests.models import CONTEXT, SUPPORTED, tiny_tokenizer
+from tests.models import CONTEXT, tiny_tokenizer
 
 FACTORS = {"short_factor": [1.0 + i / 4 for i in range(8)], "long_factor": [3.0 + i for i in range(8)]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS, "original_max_position_embeddings": 256}

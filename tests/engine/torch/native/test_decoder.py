@@ -12,8 +12,9 @@ from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.decoder import _Rotation
 from emberkv.engine.torch.native.kernels import Kernels
+from tests.architectures import SUPPORTED
 from tests.engine.conftest import ModelFactory
-from tests.models import SUPPORTED, VOCAB_SIZE
+from tests.models import VOCAB_SIZE
 
 BLOCK = 8
 OF_LLAMAS_SHAPE = sorted(SUPPORTED.keys() - {"gpt2"})

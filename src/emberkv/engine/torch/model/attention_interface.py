@@ -5,6 +5,7 @@ before and behind it stay the model's own. ALiBi, which some of these models hav
 slope a head.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from math import ceil, floor, log2
@@ -40,6 +41,7 @@ def use_interface(model: Any, name: str) -> None:
     config = model.config
     if calls_interface(config):
         model.set_attn_implementation(name)
+        _number_layers(model)
         return
     config._attn_implementation = name  # so that the model makes no masks, which the attention function does not need
     class_name, prepare = _LAYERS[config.model_type]
@@ -50,6 +52,14 @@ def use_interface(model: Any, name: str) -> None:
             prepare(layer)
     if config.model_type == "mpt":
         vars(model.base_model)["forward"] = partial(_mpt_model, model.base_model)
+
+
+def _number_layers(model: Any) -> None:
+    """Give attention that does not know its layer (Zamba2) the number by which keys and values are found."""
+    for name, module in model.named_modules():
+        place = re.search(r"\blayers\.(\d+)\.", name)
+        if place and getattr(module, "layer_idx", None) == -1:
+            module.layer_idx = int(place[1])
 
 
 def _attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:

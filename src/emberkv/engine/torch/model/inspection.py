@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from threading import get_ident
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ SERVED_LAYER_TYPES = frozenset(
 )
 _FEED_FORWARD_TYPES = frozenset({"mlp", "moe"})
 """Of layers that neither attend nor keep a state (Nemotron-H)."""
+
+_KNOWN_STATES = "Mamba-2 and the gated delta net"
 
 _HARMLESS_ARGUMENTS = frozenset(
     {
@@ -301,7 +304,7 @@ def _refuse_by_class(config: PretrainedConfig, model: PreTrainedModel) -> None:
     named = ", ".join(layers) or type(model).__name__
     states = state_layers(model)
     if model._is_stateful and not states:
-        raise _refuse(config, f"{named} keeps recurrent state of another kind than Mamba-2 and the gated delta net")
+        raise _refuse(config, f"{named} keeps recurrent state of another kind than {_KNOWN_STATES}")
     if sum(isinstance(module, torch.nn.Conv1d) for module in model.modules()) != len(states):
         raise _refuse(config, f"{named} has convolutions over past tokens")
 
@@ -328,7 +331,8 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
         with _taking_notes(calls), torch.inference_mode():
             model(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise _refuse(config, f"its forward pass cannot be traced ({reason_of(error)})") from error
+        where = _failed_module(error)
+        raise _refuse(config, f"the forward pass of {where} cannot be traced ({reason_of(error)})") from error
     if not calls:
         layers = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
         named = ", ".join(layers) or type(model).__name__
@@ -336,10 +340,21 @@ def _trace(config: PretrainedConfig, model: PreTrainedModel) -> list[_Call]:
     return calls
 
 
+def _failed_module(error: Exception) -> str:
+    """The class of the innermost module in whose code the error was raised. Torch's own layers are no help to name."""
+    own = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+    modules = [type(each) for each in own if isinstance(each, torch.nn.Module)]
+    return next(kind.__name__ for kind in reversed(modules) if not kind.__module__.startswith("torch."))
+
+
 def _geometry(config: PretrainedConfig, calls: list[_Call], states: tuple[StateGeometry, ...]) -> ModelGeometry:
     attending = [call.layer_idx for call in calls]
     others = {each.layer for each in states} | _feed_forwards(config)
     missing = set(range(config.num_hidden_layers)) - others - set(attending)
+    kinds = getattr(config, "layer_types", None) or ()
+    foreign = [layer for layer in sorted(missing) if layer < len(kinds) and kinds[layer] == "linear_attention"]
+    if foreign:
+        raise _refuse(config, f"layer {foreign[0]} keeps recurrent state of another kind than {_KNOWN_STATES}")
     if missing or attending != sorted(set(attending)) or not set(attending) <= set(range(config.num_hidden_layers)):
         count = config.num_hidden_layers - len(others - set(attending))
         order = ", ".join(map(str, attending)) or "none"
@@ -385,7 +400,7 @@ def _layer(config: PretrainedConfig, call: _Call) -> LayerGeometry:
     if call.has_mask or not call.is_causal:
         raise _refuse(config, f"the attention of layer {call.layer_idx} is not causal")
     sliding = call.arguments.get("sliding_window") or None
-    if (sliding is not None) != _says_sliding(config, call.layer_idx):
+    if (sliding is not None) != _says_sliding(config, call.layer_idx) and not _slides_over_all(config):
         raise _refuse(config, f"layer {call.layer_idx} slides by its config or in its forward pass, but not both")
     window = window_of(config, call.layer_idx, sliding)
     if window is not None and not (isinstance(window.size, int) and window.size > 0):
@@ -407,6 +422,11 @@ def window_of(config: PretrainedConfig, layer: int, sliding_window: int | None) 
     if layer_types and layer_types[layer] == "chunked_attention":
         return Window(config.attention_chunk_size, chunked=True)
     return None
+
+
+def _slides_over_all(config: PretrainedConfig) -> bool:
+    """Whether the config's window is as long as the context, so that no token is outside of it (Phi-3.5-MoE)."""
+    return (getattr(config, "sliding_window", None) or 0) >= (stated_context(config) or inf)
 
 
 def _says_sliding(config: PretrainedConfig, layer: int) -> bool:

@@ -31,6 +31,9 @@ from emberkv.engine.torch.quantization.layers import QuantizedExperts
 _CLAMPED_SWIGLU = 3
 """Its number in linear.cpp."""
 
+_EXPERT_BIASES = ("expert_bias", "e_score_correction_bias")
+"""How routers name the values by expert that they add to scores before they choose."""
+
 _COMPARED = 8
 """Experts of a mixture that are compared with its own code, which dequantises each one anew."""
 
@@ -114,7 +117,7 @@ class NativeRouter(nn.Module):
         self._most = max(self._multiple, ALONE // experts // self._multiple * self._multiple)
 
     def forward(self, hidden_states: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        """expert_bias: of LFM2's mixtures, whose layers give it to the router."""
+        """expert_bias: of mixtures whose layers give it to the router (LFM2, Hunyuan 3)."""
         rows = hidden_states.reshape(-1, self.size)
         others = () if expert_bias is None else (expert_bias,)
         count = rows.shape[0]
@@ -331,7 +334,7 @@ def _router(module: Any, kernels: Kernels) -> NativeRouter | None:
     if not (kind.__name__.endswith(("Router", "Gate")) and kind not in (nn.Linear, Conv1D)):
         return None
     others = list(inspect.signature(module.forward).parameters)[1:]
-    if others not in ([], ["expert_bias"]):
+    if others not in ([], *([name] for name in _EXPERT_BIASES)):
         return None
     if weight is None or weight.ndim != 2 or not takes(weight):
         return None
