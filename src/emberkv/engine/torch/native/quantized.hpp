@@ -5,11 +5,12 @@
 //
 //   | a factor an output, fp32 | group 0 of the inputs | group 1 | ...
 //   a group:  | codes | a scale an output, fp16 | an offset an output, fp16, where there are offsets |
-//   codes:    | step 0: 4 bytes an output | step 1 | ...
+//   codes of 8 bits:  | inputs 0 and 1: 2 bytes an output | inputs 2 and 3 | ...
+//   codes of 4 bits:  | inputs 0 to 7: 4 bytes an output | inputs 8 to 15 | ...
 //
-// A step's 4 bytes hold 4 inputs of 8 bits, in the order 0 2 1 3, or 8 of 4 bits: inputs 0 2 4 6 in the lower half, and
-// 1 3 5 7 in the upper one, each from the lowest bits on, as code + 8. A shift then makes pairs of neighbouring inputs
-// in 16 bits, which is what a processor multiplies and adds at once. A weight is factor * (scale * code + offset).
+// 4 bytes of 4-bit codes hold inputs 0 2 4 6 in the lower half, and 1 3 5 7 in the upper one, each from the lowest bits
+// on, as code + 8. Sign extension, or a shift, then makes pairs of neighbouring inputs in 16 bits, which is what a
+// processor multiplies and adds at once. A weight is factor * (scale * code + offset).
 
 #pragma once
 
@@ -20,6 +21,7 @@ namespace emberkv {
 
 typedef int16_t Shorts __attribute__((vector_size(LANES * 4)));
 typedef int16_t HalfShorts __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES * 2)));
 
 constexpr float LARGEST_CODE = 32767.0f;  // of a value
 
@@ -81,14 +83,6 @@ inline int32_t total_of(Ints vector) {
     return sum;
 }
 
-// Rows of a product whose sums over a group are held in registers at once: as many as leave room for weights, a value and
-// a product.
-#if defined(__AVX512F__)
-constexpr int QUANTIZED_ROWS = ROWS;
-#else
-constexpr int QUANTIZED_ROWS = 4;
-#endif
-
 // Rows of values in 16 bits. scales, and sums of a group's values: [rows, in / group]. codes: [rows / together, in / 2,
 // together, 2], so that rows which are multiplied together are read from one place.
 struct RoundedRows {
@@ -113,7 +107,7 @@ struct RoundedRows {
         char* sums = scales + rows * (in / group) * 4;
         return {
             reinterpret_cast<int16_t*>(memory), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(sums), in,
-            group, int(std::min<int64_t>(rows, QUANTIZED_ROWS))
+            group, int(std::min<int64_t>(rows, ROWS))
         };
     }
 
@@ -149,22 +143,28 @@ struct RoundedRows {
 private:
     static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
     static int64_t rows_held(int64_t rows) {
-        return rows < QUANTIZED_ROWS ? rows : (rows + QUANTIZED_ROWS - 1) / QUANTIZED_ROWS * QUANTIZED_ROWS;
+        return rows < ROWS ? rows : (rows + ROWS - 1) / ROWS * ROWS;
     }
 };
 
-// The pairs of inputs that a step's 4 bytes hold, in 16 bits; of 4 bits as code + 8.
+// The ``pair``-th pairs of a group's inputs in 16 bits, for the outputs of vector ``v``; of 4 bits as code + 8.
 template <int BITS>
-inline Ints pair_of(Ints step, int pair) {
-    if (BITS == 4) return (step >> (4 * pair)) & 0x000f000f;
-    const Shorts bytes = (Shorts)step;
-    return pair == 0 ? (Ints)(bytes << 8 >> 8) : (Ints)(bytes >> 8);
+inline Ints pair_of(const char* codes, int pair, int v) {
+    if (BITS == 4) return (load<Ints>(codes + (pair / 4 * COLUMNS + v * LANES) * 4) >> (pair % 4 * 4)) & 0x000f000f;
+    const char* from = codes + (pair * COLUMNS + v * LANES) * 2;
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_cvtepi8_epi16(load<__m256i>(from));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (Ints)_mm256_cvtepi8_epi16(load<__m128i>(from));
+#else
+    return (Ints)__builtin_convertvector(load<Bytes>(from), Shorts);
+#endif
 }
 
 template <int BITS>
-inline Ints signed_pair_of(Ints step, int pair) {
-    if (BITS == 8) return pair_of<8>(step, pair);
-    return (Ints)((Shorts)pair_of<4>(step, pair) - int16_t(8));
+inline Ints signed_pair_of(const char* codes, int pair, int v) {
+    const Ints codes_of_pair = pair_of<BITS>(codes, pair, v);
+    return BITS == 8 ? codes_of_pair : (Ints)((Shorts)codes_of_pair - int16_t(8));
 }
 
 struct QuantizedColumns {
@@ -186,22 +186,21 @@ struct QuantizedColumns {
 // c[r][column] of R rows from ``first`` on.
 template <int BITS, int R>
 void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedColumns& columns, float* c) {
-    constexpr int PAIRS = BITS == 4 ? 4 : 2;
-    const int steps = columns.group / (2 * PAIRS), together = rows.together;
+    constexpr int PAIRS = 4;  // whose codes of 4 bits lie together
+    const int pairs = columns.group / 2, together = rows.together;
     const int32_t* values = rows.pairs_of(first);
     const int64_t of_first = int64_t(first) * columns.groups;
     const char* at = columns.group_at(0);
     Floats totals[R][VECTORS] = {};
     for (int g = 0; g < columns.groups; g++, at += columns.group_bytes()) {
         Ints sums[R][VECTORS] = {};
-        for (int step = 0; step < steps; step++) {
-            const char* codes = at + step * COLUMNS * 4;
+        const char* codes = at;
+        for (int begin = 0; begin < pairs; begin += PAIRS, codes += PAIRS * COLUMNS * BITS / 4) {
 #pragma GCC unroll 4
             for (int pair = 0; pair < PAIRS; pair++, values += together) {
                 Ints weights[VECTORS];
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; v++)
-                    weights[v] = pair_of<BITS>(load<Ints>(codes + v * LANES * 4), pair);
+                for (int v = 0; v < VECTORS; v++) weights[v] = pair_of<BITS>(codes, pair, v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
                     const Ints value = splat(values[r]);
@@ -235,14 +234,13 @@ void multiply_few_quantized(const RoundedRows& rows, int first, const QuantizedC
 }
 
 // Some groups of a weight's COLUMNS outputs, unpacked once for many rows: pairs of codes in 16 bits, and scales and offsets
-// in fp32. With AVX2 it takes 20 KiB, which stay in a core's first cache; with AVX-512 80 KiB, in the second.
+// in fp32. With AVX2 it takes 10 KiB, which leave room for the values of some rows in a core's first cache; with AVX-512
+// 40 KiB.
 class UnpackedGroups {
 public:
     // As many groups, from ``g`` on, as there is room for.
     template <int BITS>
     void unpack(const QuantizedColumns& columns, int g) {
-        constexpr int PAIRS = BITS == 4 ? 4 : 2;
-        const int steps = columns.group / (2 * PAIRS);
         first_ = g;
         count_ = std::min(columns.groups - g, DEPTH / columns.group);
         pairs_ = columns.group / 2;
@@ -251,11 +249,10 @@ public:
         for (int i = 0; i < count_; i++) {
             const char* at = columns.group_at(g + i);
             const char* scales = at + columns.code_bytes();
-            for (int step = 0; step < steps; step++, at += COLUMNS * 4, to += PAIRS * VECTORS)
-                for (int v = 0; v < VECTORS; v++) {
-                    const Ints packed = load<Ints>(at + v * LANES * 4);
-                    for (int pair = 0; pair < PAIRS; pair++) to[pair * VECTORS + v] = signed_pair_of<BITS>(packed, pair);
-                }
+            for (int pair = 0; pair < pairs_; pair += 4)
+#pragma GCC unroll 4
+                for (int p = pair; p < pair + 4; p++)
+                    for (int v = 0; v < VECTORS; v++) *to++ = signed_pair_of<BITS>(at, p, v);
             for (int v = 0; v < VECTORS; v++) {
                 scale_of_[i * VECTORS + v] = half_values(scales + v * LANES * 2);
                 if (offsets_) offset_of_[i * VECTORS + v] = half_values(scales + (COLUMNS + v * LANES) * 2);
@@ -265,23 +262,29 @@ public:
 
     int end() const { return first_ + count_; }
 
-    // Adds these groups' products with ``count`` rows from ``first`` on, at most QUANTIZED_ROWS, to c[r][column].
+    // Adds these groups' products with ``count`` rows from ``first`` on, at most ROWS, to c[r][column].
     void multiply(const RoundedRows& rows, int first, int count, float* c) const {
-        switch (count) {
-            case 6: return multiply_rows<6>(rows, first, c);
-            case 5: return multiply_rows<5>(rows, first, c);
-            case 4: return multiply_rows<4>(rows, first, c);
-            case 3: return multiply_rows<3>(rows, first, c);
-            case 2: return multiply_rows<2>(rows, first, c);
-            case 1: return multiply_rows<1>(rows, first, c);
-        }
+        if (offsets_) multiply_with<true>(rows, first, count, c);
+        else multiply_with<false>(rows, first, count, c);
     }
 
 private:
-    static constexpr int DEPTH = 512;  // inputs, a multiple of any group
+    static constexpr int DEPTH = 256;  // inputs, a multiple of any group
+
+    template <bool OFFSETS>
+    void multiply_with(const RoundedRows& rows, int first, int count, float* c) const {
+        switch (count) {
+            case 6: return multiply_rows<6, OFFSETS>(rows, first, c);
+            case 5: return multiply_rows<5, OFFSETS>(rows, first, c);
+            case 4: return multiply_rows<4, OFFSETS>(rows, first, c);
+            case 3: return multiply_rows<3, OFFSETS>(rows, first, c);
+            case 2: return multiply_rows<2, OFFSETS>(rows, first, c);
+            case 1: return multiply_rows<1, OFFSETS>(rows, first, c);
+        }
+    }
 
     // A function of its own, because a compiler that has other values to keep as well runs out of registers.
-    template <int R>
+    template <int R, bool OFFSETS>
     __attribute__((noinline)) void multiply_rows(const RoundedRows& rows, int first, float* c) const {
         const int together = rows.together;
         const int32_t* values = rows.pairs_of(first) + int64_t(first_) * pairs_ * together;
@@ -311,7 +314,7 @@ private:
                     float* to = c + r * COLUMNS + v * LANES;
                     const Floats product = __builtin_convertvector(sums[r][v], Floats) * scale_of_[i * VECTORS + v];
                     Floats total = multiply_add(product, splat(scale), load<Floats>(to));
-                    if (offsets_) {
+                    if (OFFSETS) {
                         const Floats sum = splat(float(value_sums[r * row_groups + i]) * scale);
                         total = multiply_add(offset_of_[i * VECTORS + v], sum, total);
                     }
@@ -341,8 +344,8 @@ void multiply_quantized(const RoundedRows& rows, int first, int count, const Qua
         groups.unpack<BITS>(columns, g);
         const char* next = columns.group_at(groups.end());
         const int64_t bytes = next - columns.group_at(g);
-        for (int r = 0; r < count; r += QUANTIZED_ROWS) {
-            const int some = std::min(QUANTIZED_ROWS, count - r);
+        for (int r = 0; r < count; r += ROWS) {
+            const int some = std::min(ROWS, count - r);
             prefetch_share(next, bytes, r, r + some, count);
             groups.multiply(rows, first + r, some, c + r * COLUMNS);
         }

@@ -52,10 +52,10 @@ def _packed(weight: QuantizedWeight, columns: int) -> Tensor:
 
 
 def _steps(weight: QuantizedWeight) -> Tensor:
-    """uint8 ``[out, groups, steps, 4]``."""
+    """uint8 ``[out, groups, steps, bytes]``: what lies together of an output."""
     shape = (weight.out_features, weight.in_features // weight.group)
     if weight.bits == 8:
-        return weight.codes.view(torch.uint8).view(*shape, -1, 4)[..., [0, 2, 1, 3]]
+        return weight.codes.view(torch.uint8).view(*shape, -1, 2)
     # A byte of the weight's own holds two neighbours; the kernels want those of even inputs apart from the others.
     pairs = weight.codes.view(*shape, -1, 4)
     even, odd = pairs & 15, pairs >> 4
