@@ -332,11 +332,13 @@ private:
 
 template <int BITS>
 void multiply_quantized(const RoundedRows& rows, int first, int count, const QuantizedColumns& columns, float* c) {
-    switch (count) {  // for few rows it does not pay to unpack weights in advance
+    switch (count) {  // it does not pay to unpack weights in advance for rows that are multiplied once with them
         case 1: return multiply_few_quantized<BITS, 1>(rows, first, columns, c);
         case 2: return multiply_few_quantized<BITS, 2>(rows, first, columns, c);
         case 3: return multiply_few_quantized<BITS, 3>(rows, first, columns, c);
         case 4: return multiply_few_quantized<BITS, 4>(rows, first, columns, c);
+        case 5: return multiply_few_quantized<BITS, 5>(rows, first, columns, c);
+        case 6: return multiply_few_quantized<BITS, 6>(rows, first, columns, c);
     }
     std::memset(c, 0, size_t(count) * COLUMNS * 4);
     UnpackedGroups groups;
