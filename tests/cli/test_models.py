@@ -1,6 +1,7 @@
 """The models and size commands: what is said of a model before it is loaded, and what fits into memory."""
 
 import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def test_a_model_that_is_refused_says_why_and_what_would_work(checkpoint: Checkp
     code, output = run("models", tmp_path)
     assert code == 1
     assert "quantised by bitsandbytes, which is not read; GPTQ, AWQ" in " ".join(output.split())
+
+
+def test_a_tokenizer_that_cannot_be_followed_or_is_missing_is_said_before_loading(
+    checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    path = write_gguf(checkpoint("qwen2"), tmp_path / "small.gguf", changed={"tokenizer.ggml.model": "t5"})
+    code, output = run("models", path)
+    assert code == 1
+    assert "its tokenizer is of the kind 't5'; llama and gpt2 are read" in " ".join(output.split())
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    (folder / "tokenizer.json").unlink()
+    outcome = CliRunner().invoke(app, ["models", str(folder)])
+    assert outcome.exit_code == 2
+    assert f"{folder} has no tokenizer; it must hold one of tokenizer.json" in outcome.stderr
 
 
 def test_a_model_that_is_not_there_is_an_error() -> None:

@@ -127,7 +127,7 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
     int8_kv = f" ({int8:,} with --kv-dtype int8)" if int8 else ""
     return [
         *rows,
-        ("parameters", f"{(found.parameters or 0) / 1e6:,.0f} million in {found.layers} layers"),
+        ("parameters", f"{_in_millions(found.parameters or 0)} in {found.layers} layers"),
         ("stored as", f"{found.stored_as}{held}"),
         ("computed in", f"{found.computed_as} on {found.device}"),
         ("weights", format_size(weights) + (f" ({', '.join(rounded)} with --quantize)" if rounded else "")),
@@ -139,6 +139,11 @@ def _model_rows(found: "ModelDescription") -> list[tuple[str, str]]:
         ("hits", found.reuse or ""),
         ("fits", _fitting(found)),
     ]
+
+
+def _in_millions(parameters: int) -> str:
+    millions = parameters / 1e6
+    return f"{millions:,.0f} million" if millions >= 10 else f"{millions:.2g} million"
 
 
 def _fitting(found: "ModelDescription") -> str:

@@ -17,7 +17,7 @@ from emberkv.engine.torch.model.loader import (
     free_memory,
     open_source,
 )
-from emberkv.engine.torch.model.source import FolderSource, ModelSource
+from emberkv.engine.torch.model.source import FolderSource, ModelSource, tokenizer_files
 from emberkv.errors import UnsupportedModelError
 
 RUNTIME_BYTES = 512 * 2**20
@@ -82,6 +82,7 @@ def describe_model(
         source = open_source(path)
         shape = inspect_model(source.config)
         source.check(shape)
+        _check_tokenizer(source)
     except UnsupportedModelError as error:
         return ModelDescription(name_or_path, _stated_architecture(path), "unknown", str(target), free, str(error))
     chosen = choose_dtype(dtype, source.stored_dtype(), target)
@@ -111,6 +112,14 @@ def describe_model(
         stated_context=geometry.stated_context,
         reuse=_reuse(chosen, target, shape),
     )
+
+
+def _check_tokenizer(source: ModelSource) -> None:
+    """Raise what loading would, but for the contents of a folder's tokenizer, which take long to read."""
+    if source.path.is_dir():
+        tokenizer_files(source.path)
+    else:
+        source.tokenizer()
 
 
 def _stated_architecture(path: Path) -> str:

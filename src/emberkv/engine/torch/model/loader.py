@@ -19,7 +19,6 @@ from emberkv.engine.torch.model.attention_interface import calls_interface, own_
 from emberkv.engine.torch.model.checkpoint import Fetch, fetch_from_hub, find_model
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode, end_tokens, sampling_defaults
 from emberkv.engine.torch.model.geometry import ModelGeometry
-from emberkv.engine.torch.model.gguf_file import GGUFSource
 from emberkv.engine.torch.model.inspection import inspect_model
 from emberkv.engine.torch.model.source import FolderSource, ModelSource, read_tokenizer
 from emberkv.engine.torch.quantization.layers import quantized_weights
@@ -222,7 +221,7 @@ def load_tokenizer(
     """
     _silence()
     path = find_model(name_or_path, fetch)
-    tokenizer = read_tokenizer(path) if path.is_dir() else GGUFSource(path).tokenizer()
+    tokenizer = read_tokenizer(path) if path.is_dir() else open_source(path).tokenizer()
     return HFTokenizer(tokenizer, chat_problem=install_chat_template(tokenizer, path, chat_template))
 
 
@@ -236,6 +235,8 @@ def open_source(path: Path, quantize: QuantizeName = "none", fit: Fit | None = N
         return FolderSource(path, quantize, fit)
     if quantize != "none":
         raise ConfigError(f"--quantize is {quantize}, which rounds plain weights; {path} is a GGUF file")
+    from emberkv.engine.torch.model.gguf_file import GGUFSource  # noqa: PLC0415 - the gguf package, for few models
+
     return GGUFSource(path)
 
 

@@ -361,11 +361,17 @@ def _read_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a model's folder. Raises CorruptModelError, UnsupportedModelError."""
+def tokenizer_files(folder: Path) -> list[str]:
+    """The names of the files in a model's folder that make up its tokenizer. Raises CorruptModelError without any."""
     found = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         raise CorruptModelError(f"{folder} has no tokenizer; it must hold one of {', '.join(_TOKENIZER_FILES)}")
+    return found
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a model's folder. Raises CorruptModelError, UnsupportedModelError."""
+    found = tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
