@@ -33,25 +33,26 @@ def empty_pool(heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, nu
 
 
 def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``[tokens, heads, dim]``, one query and one head after the other."""
-    queries, keys, values = q.double(), k.double(), v.double()
-    groups = queries.shape[1] // keys.shape[1]
-    out = torch.empty_like(queries)
+    """``[tokens, heads, dim]``, one query after the other."""
+    kv_heads = k.shape[1]
+    queries = q.double().unflatten(1, (kv_heads, -1))  # a KV head's queries beside one another
+    keys, values = (each.double().transpose(0, 1).contiguous() for each in (k, v))
+    out = torch.empty(q.shape, dtype=torch.double)
     for at in range(len(queries)):
         first = 0
         if call.window is not None:
             size, chunked = call.window
             first = at - at % size if chunked else max(0, at - size + 1)
-        for head in range(queries.shape[1]):
-            seen = slice(first, at + 1)
-            scores = keys[seen, head // groups] @ queries[at, head] * call.scale
-            if call.softcap is not None:
-                scores = torch.tanh(scores / call.softcap) * call.softcap
-            if call.slopes is not None:
-                scores = scores + call.slopes[head] * torch.arange(first - at, 1)
-            sink = scores.new_empty(0) if call.sinks is None else call.sinks[head : head + 1].double()
-            weights = torch.softmax(torch.cat([scores, sink]), 0)[: len(scores)]
-            out[at, head] = weights @ values[seen, head // groups]
+        seen = slice(first, at + 1)
+        scores = (queries[at] @ keys[:, seen].transpose(1, 2)).flatten(0, 1) * call.scale
+        if call.softcap is not None:
+            scores = torch.tanh(scores / call.softcap) * call.softcap
+        if call.slopes is not None:
+            scores = scores + call.slopes[:, None] * torch.arange(first - at, 1)
+        if call.sinks is not None:
+            scores = torch.cat([scores, call.sinks[:, None].double()], 1)
+        weights = torch.softmax(scores, 1)[:, : at + 1 - first]
+        out[at] = (weights.unflatten(0, (kv_heads, -1)) @ values[:, seen]).flatten(0, 1)
     return out
 
 
