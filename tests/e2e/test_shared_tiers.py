@@ -1,12 +1,14 @@
 """Real servers that share blocks through a Redis server or through memory, and what becomes of them when it fails."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import CheckpointFactory
+from tests.e2e.cluster_process import TEXT, cluster_in
 from tests.e2e.process import Server, serving
 from tests.e2e.users import PROMPTS, Choice, ask
 from tests.tiers.mooncake_process import MooncakeMaster, needs_mooncake
@@ -125,3 +127,46 @@ def test_servers_of_one_machine_share_memory(
             assert second.total("emberkv_tier_corrupt_total") == 0
         assert second.exit_code() == 0
     assert first.exit_code() == 0
+
+
+def test_a_gateway_routes_to_what_a_killed_worker_has_left_in_redis(
+    redis_server: RedisProcess, checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    shared = ("--remote-tier", redis_server.address.url, "--remote-tier-bytes", "64MiB")
+    prompts = [{"model": "tiny", "prompt": f"{tmp_path} {number} {TEXT}", "max_tokens": 4} for number in range(4)]
+    with cluster_in(tmp_path, checkpoint("llama")) as cluster:
+        first = cluster.start_worker("a", *shared)
+        with httpx.Client(base_url=cluster.start_gateway("a", "b").url, timeout=DEADLINE) as client:
+            cluster.until("a", "up")
+            computed = [completed(client, prompt)[0] for prompt in prompts]
+            second = cluster.start_worker("b", *shared)
+            cluster.until("b", "up")
+            assert cluster.status("a")["shared_tiers"] == cluster.status("b")["shared_tiers"] != {}
+            tokens = len(client.post("/tokenize", json=prompts[0]).json()["tokens"]) // 16 * 16
+            eventually(lambda: known(client, prompts[0], "b") == {"remote": tokens})
+            assert known(client, prompts[0], "a") == {"pool": tokens}
+            first.process.kill()
+            cluster.until("a", "down")
+            text, route = completed(client, prompts[0])
+            assert (text, route) == (computed[0], f"worker=b;why=least_cost;cached={tokens};remote={tokens}")
+            for prompt, text in zip(prompts, computed, strict=True):  # an answer of Redis may come too late
+                if reused(second, "remote"):
+                    break
+                assert completed(client, prompt)[0] == text
+            assert reused(second, "remote") >= tokens
+
+
+def completed(client: httpx.Client, body: Mapping[str, Any]) -> tuple[str, str]:
+    """The answer's text and its route."""
+    answer = client.post("/v1/completions", json={**body, "temperature": 0})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"], answer.headers["x-emberkv-route"]
+
+
+def known(client: httpx.Client, body: Mapping[str, Any], worker: str) -> Mapping[str, int]:
+    """The prompt tokens that the gateway knows a worker to have, by tier."""
+    found = client.post("/v1/cache/explain", json={"openai": body}).json()["workers"]
+    (row,) = [each for each in found if each["worker"] == worker]
+    assert row["shared_tiers"] == ["remote"]
+    tokens: Mapping[str, int] = row["estimate"]["cached_tokens"]
+    return tokens
