@@ -98,6 +98,11 @@ def test_a_wrong_path_is_refused_before_pytorch_is_imported(arguments: str) -> N
     assert {"torch", "transformers"}.isdisjoint(run.stderr.split())
 
 
+def test_a_hidden_command_is_not_in_its_groups_help() -> None:
+    assert COMMANDS["cluster", "hold-ray"].hidden
+    assert "hold-ray" not in printed("cluster", "--help")
+
+
 @pytest.mark.parametrize("option", ["--version", "-V"])
 def test_version(option: str) -> None:
     assert printed(option) == f"emberkv {__version__}\n"

@@ -166,6 +166,7 @@ def test_a_file_with_a_request_or_a_text(server: _Server, tmp_path: Path) -> Non
     [
         (CHAT, "openai"),
         ({"prompt": "x"}, "openai"),
+        ({"input": "x", "instructions": "Be kind.", "tools": [{"type": "function", "name": "a"}]}, "openai"),
         ({**CHAT, "system": "Be kind."}, "anthropic"),
         ({**CHAT, "tools": [{"name": "a", "input_schema": {}}]}, "anthropic"),
         ({**CHAT, "tools": [{"type": "function", "function": {"name": "a"}}]}, "openai"),
@@ -174,6 +175,17 @@ def test_a_file_with_a_request_or_a_text(server: _Server, tmp_path: Path) -> Non
 def test_which_api_a_request_is_of(request_body: dict[str, Any], api: str) -> None:
     assert question_of(json.dumps(request_body)) == {api: request_body}
     assert question_of(json.dumps(request_body), api=Api.ANTHROPIC) == {"anthropic": request_body}
+
+
+@pytest.mark.parametrize("content", ['{"messages": [', '{"model": "tiny"}'])
+def test_a_json_file_without_a_request_is_not_taken_for_a_text(server: _Server, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "request.json"
+    path.write_text(content)
+    refused = invoke(server, str(path))
+    assert (refused.exit_code, server.asked) == (2, [])
+    assert refused.stderr.startswith(
+        f"error: {path} is no request; it must be a JSON object with one of messages, prompt"
+    )
 
 
 def test_json_is_passed_through(server: _Server) -> None:

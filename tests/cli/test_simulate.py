@@ -124,13 +124,17 @@ def test_set_ups_of_different_workloads_are_not_compared(tmp_path: Path, set_up:
         ([], "give a workload"),
         (["gone.yaml"], "gone.yaml cannot be read"),
         (["gone.jsonl"], "cannot read gone.jsonl"),
-        (["gone.doc"], "no trace is known by '.doc'"),
+        (["gone.doc"], "gone.doc: a trace's name must end with .jsonl or .csv"),
     ],
 )
 def test_what_cannot_be_run_is_told(arguments: list[str], said: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_a_folder_in_place_of_a_trace_is_told(tmp_path: Path) -> None:
+    assert invoke(tmp_path).stderr == f"error: {tmp_path} is a folder; give a trace's file\n"
 
 
 def test_bad_options_are_told(tmp_path: Path, set_up: Path) -> None:

@@ -3,7 +3,9 @@
 import httpx
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from emberkv.cli.main import app
 from emberkv.cli.top import Interval, Reading, ServerError, read, view
 
 METRICS = """\
@@ -114,3 +116,9 @@ def test_a_gateways_workers_are_listed() -> None:
         lines = [line.split() for line in shown(Interval(read(client, 0.0)))]
     assert ["a", "up", "exact", "-", "0", "1,200", "-"] in lines
     assert ["b", "silent", "degraded", "7.2", "s", "ago", "0", "0", "-"] in lines
+
+
+def test_the_server_can_be_named_in_the_environment() -> None:
+    result = CliRunner().invoke(app, ["top", "--once"], env={"EMBERKV_URL": "http://127.0.0.1:1"})
+    assert result.exit_code == 2
+    assert "http://127.0.0.1:1 " in result.stderr

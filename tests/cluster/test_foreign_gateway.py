@@ -436,6 +436,8 @@ async def test_explain_says_where_a_prompt_leaves_the_last_one_that_hit() -> Non
         assert found["divergence"]["expected"].lstrip().startswith("Prefer")
         assert "Avoid" in found["divergence"]["found"]
         assert found["worker"] == next(each.worker_id for each in it.fleet.workers if each.requests)
+        response = {"model": changed["model"], "input": changed["messages"]}
+        assert (await it.client.post("/v1/cache/explain", json={"openai": response})).json() == found
         by_id = (await it.client.post("/v1/cache/explain", json={"response_id": "cmpl-fake"})).json()
         assert (by_id["hit_tokens"], by_id["misses"][0]["reason"]) == (0, "new")
 

@@ -126,8 +126,9 @@ class Group(TyperGroup):
         _write_rows("Commands", list(self.summaries().items()), formatter)
 
     def summaries(self) -> dict[str, str]:
-        """What each command does, in one sentence, by name."""
-        return {name: command.get_short_help_str(SUMMARY_CHARACTERS) for name, command in self.commands.items()}
+        """What each command does, in one sentence, by name; without hidden ones."""
+        public = {name: command for name, command in self.commands.items() if not command.hidden}
+        return {name: command.get_short_help_str(SUMMARY_CHARACTERS) for name, command in public.items()}
 
     def main(self, *args: Any, **extra: Any) -> Any:
         standalone = extra.pop("standalone_mode", True)

@@ -23,6 +23,8 @@ from emberkv.serving.api.validation import is_anthropic
 
 NOTHING_FOUND = "The server has found no volatile lines in its misses since it started."
 BAR_CELLS = 60
+_PROMPT_FIELDS = ("messages", "prompt", "input")
+"""One of them is in each request: a conversation's, a completion's and a response's."""
 LABEL_CELLS = 15
 BEFORE_SHARE = 0.4
 """Of the columns for the texts around a first difference, the share that the text before it has."""
@@ -392,7 +394,7 @@ def question_of(content: str, *, raw: bool = False, api: Api | None = None) -> d
     if request is None:
         return _about_text(content, raw)
     if api is None:
-        api = Api.ANTHROPIC if is_anthropic(request) else Api.OPENAI
+        api = Api.ANTHROPIC if "input" not in request and is_anthropic(request) else Api.OPENAI
     return {api.value: request}
 
 
@@ -410,6 +412,11 @@ def _question(
         content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{source} cannot be read: {error}") from error
+    if Path(source).suffix == ".json" and _json_object(content) is None:
+        raise RequestError(
+            f"{source} is no request; it must be a JSON object with one of {', '.join(_PROMPT_FIELDS)}. "
+            "A file with a prompt's text may have any name that does not end with .json"
+        )
     return question_of(content, raw=raw, api=api)
 
 
@@ -423,7 +430,7 @@ def _json_object(content: str) -> dict[str, Any] | None:
         value = json.loads(content)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and ("messages" in value or "prompt" in value) else None
+    return value if isinstance(value, dict) and any(field in value for field in _PROMPT_FIELDS) else None
 
 
 Shape = TypeVar("Shape", bound=BaseModel)

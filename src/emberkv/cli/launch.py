@@ -210,7 +210,15 @@ def launch(
     if model is not None and model.startswith("-"):  # launch claude -- -p "..." names no model
         own, model = [model, *own], None
     with httpx.Client(**connection(url.rstrip("/").removesuffix("/v1"), key, "--key"), timeout=60.0) as http:
-        target = find_target(http, model, key, wait)
+        try:
+            target = find_target(http, model, key, wait)
+        except ConfigError as error:  # launch codex -- exec "..." names the model exec
+            if not own:
+                raise
+            name = client.value
+            raise ConfigError(
+                f"{error}; give MODEL before what is for {name} itself: launch {name} MODEL -- {model}"
+            ) from error
     start = invocation(client, target, own)
     if show:
         typer.echo(start.as_shell())

@@ -390,7 +390,7 @@ ClusterSecretFile = Annotated[
     typer.Option(
         metavar="FILE",
         rich_help_panel=CLUSTER,
-        help="File with the secret that gateways and workers share. It makes the server a worker.",
+        help="File with the secret that gateways and workers share. With it, a server is a worker.",
     ),
 ]
 WorkerUrl = Annotated[

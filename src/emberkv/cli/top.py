@@ -89,7 +89,9 @@ class Interval:
 
 
 def top(
-    url: Annotated[str, typer.Argument(help="Of a server or a gateway.")] = "http://127.0.0.1:8080",
+    url: Annotated[
+        str, typer.Argument(envvar="EMBERKV_URL", help="Of a server or a gateway.")
+    ] = "http://127.0.0.1:8080",
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 2.0,
     key: Annotated[
         str | None, typer.Option(envvar="EMBERKV_ADMIN_KEY", help="The admin key, where the server has one.")

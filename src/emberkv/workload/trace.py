@@ -37,8 +37,11 @@ def detect_format(path: Path) -> TraceFormat:
     if suffix == ".csv":
         return TraceFormat.AZURE
     if suffix != ".jsonl":
+        if path.is_dir():
+            raise WorkloadError(f"{path} is a folder; give a trace's file")
         raise WorkloadError(
-            f"{path}: no trace is known by {suffix!r}; accepted are .jsonl and .csv, also as .xz or .gz, or --from"
+            f"{path}: a trace's name must end with .jsonl or .csv, or with .xz or .gz after these. For another name, "
+            "say the format: --from of 'emberkv workload', or format under trace in a YAML file"
         )
     _, first = next(numbered_lines(path), (1, b""))
     return TraceFormat.EMBERKV if ember_trace.is_header(first) else TraceFormat.MOONCAKE

@@ -91,6 +91,15 @@ def test_asking_in_either_apis_form(server: Server) -> None:
     assert server.explain(openai=conversation)["divergence"]["found"].startswith("user>The quick")
 
 
+def test_a_responses_request_is_explained_as_the_chat_with_its_prompt(server: Server) -> None:
+    asked = {"instructions": "Be kind.", "input": LONG}
+    server.client.post("/v1/responses", {"model": MODEL, "max_output_tokens": 2, **asked})
+    explained = server.explain(openai=asked)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": LONG}]
+    assert explained == server.explain(openai={"messages": chat})
+    assert explained["hit_tokens"] == 72
+
+
 def test_what_was_evicted_is_told_with_place_and_time() -> None:
     server = Server(CoreEngine(blocks=14), bound_to_loopback=True)
     server.complete(LONG)

@@ -34,6 +34,7 @@ from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.cache_api import CacheRoutes, tenant_meant
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_api import openai_card
+from emberkv.serving.api.responses_api import unstored_chat
 from emberkv.serving.api.validation import Json, parse_body
 from emberkv.serving.app import AppParts
 from emberkv.serving.cache.service import Explained, explanation_json
@@ -189,8 +190,10 @@ class ForeignRoutes(CacheRoutes):
         return await self._explain(question.openai, whose.salted(question.cache_salt), foreign, body)
 
     async def _explain(self, asked: Json, tenant: Tenant, foreign: Sequence[ForeignWorker], body: bytes) -> Response:
-        rewritten, canonical = canonical_body(asked, self._preparer.rules)
         own = self._own(asked.get("model"))
+        if "input" in asked:
+            asked = decoded(unstored_chat(compact_json({"model": "any", **asked}).encode()))
+        rewritten, canonical = canonical_body(asked, self._preparer.rules)
         prompt = await self._preparer.run(partial(self._reader.read, rewritten, tenant, own), len(body))
         candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]
         found = self._membership.choose(self._routing(prompt, ""), candidates, lambda _: False)

@@ -19,6 +19,7 @@ from emberkv.serving.answer_service import AnswerService, Prompt, RequestPrepare
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import MAX_SALT, ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_chat, render_messages
+from emberkv.serving.api.responses_api import unstored_chat
 from emberkv.serving.api.validation import RequestBody, parse_body
 from emberkv.serving.auth import AdminGuard
 from emberkv.serving.cache.service import CacheService, Explained, PrefixPath, explanation_json
@@ -36,7 +37,8 @@ _FORMS = ("openai", "anthropic", "response_id", "prefix")
 class CacheQuestion(RequestBody):
     """The body of the routes under /v1/cache. Exactly one of the first four is given.
 
-    openai: a chat or completion request's body; anthropic: a message request's. Both may leave out the model.
+    openai: the body of a chat completion, a completion or a response; anthropic: a message request's. Both may leave
+    out the model.
     response_id: of a past response; answer: which of its answers. prefix, or block_hash: a listed prefix's hash, in
     hexadecimal.
     tenant: the one that would send the prompt; only the operator may give it. seconds: how long to pin; None: until it
@@ -88,6 +90,8 @@ def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: Canonica
         if isinstance(prompt, str):
             prompt = list(model.tokenizer.encode(prompt, add_special_tokens=True, max_tokens=model.countable_tokens))
         return _checked(RenderedPrompt(prompt))
+    if question.openai is not None and "input" in question.openai:
+        named = unstored_chat(named)
     chat = parse_body(ChatCompletionRequest, named)
     model.check_name(chat.model)
     return _checked(render_chat(chat, model, rules, model.countable_tokens))

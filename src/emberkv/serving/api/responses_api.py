@@ -40,7 +40,7 @@ from emberkv.serving.parsing.events import (
     ParsedMessage,
     ReasoningText,
 )
-from emberkv.serving.tenancy import Tenant
+from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,13 @@ def convert_response(body: bytes, tenant: Tenant, store: ResponseStore) -> Conve
     left_out: Counter[str] = Counter()
     chat = request.chat_body(items, tenant.salt, left_out)
     return ConvertedResponse(request, chat, items, size, left_out)
+
+
+def unstored_chat(body: bytes) -> bytes:
+    """The body of the chat completion with the same prompt, for a request that stands alone: no response is stored that
+    its ``previous_response_id`` or an ``item_reference`` could name. Raises RequestError.
+    """
+    return convert_response(body, DEFAULT_TENANT, ResponseStore(clock=lambda: 0.0)).chat
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,10 @@ from emberkv.errors import ConfigError, RequestError
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.openai_schema import ChatCompletionRequest
 from emberkv.serving.api.rendering import canonical_chat, canonical_messages
-from emberkv.serving.api.responses_api import convert_response
-from emberkv.serving.api.responses_schema import ResponseStore
+from emberkv.serving.api.responses_api import unstored_chat
 from emberkv.serving.api.validation import Json, is_anthropic, parse_body
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.event_stream import compact_json
-from emberkv.serving.tenancy import DEFAULT_TENANT
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 
 
@@ -33,7 +31,7 @@ class WarmupRequest:
         """The token ids of its prompt, as the API would render it. Raises RequestError for what cannot be used."""
         body = compact_json({**self.body, "model": "any"}).encode()
         if "input" in self.body:
-            body = convert_response(body, DEFAULT_TENANT, ResponseStore(clock=lambda: 0.0)).chat
+            body = unstored_chat(body)
         if "input" not in self.body and is_anthropic(self.body):
             conversation = canonical_messages(parse_body(PromptRequest, body), rules)[0].conversation()
         else:
