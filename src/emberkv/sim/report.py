@@ -336,7 +336,7 @@ def _cards(run: Results) -> Iterator[tuple[str, str, str]]:
         pace = found["throughput"]
         yield (
             "Throughput", f"{format_rate(pace['requests_per_second'])}/s",
-            f"requests; {format_rate(pace['output_tokens_per_second'])} output tokens a second",
+            f"requests over the whole run; {format_rate(pace['output_tokens_per_second'])} output tokens a second",
         )  # fmt: skip
     if found["utilisation"]:
         used = found["utilisation"]
