@@ -69,7 +69,7 @@ def assert_logits_are_transformers(checkpoint: CheckpointFactory, arch: str, dri
     """Of a prompt longer than windows and chunks, half of which is cached, and of what follows it."""
     prompt = text(random.Random(arch), 150)
     driver.run_one(prompt[:100])
-    run = driver.run_one(prompt, new=8)
+    run = driver.run_one(prompt, new=4)
     expected = own_logits(checkpoint, arch, prompt + run.tokens[:-1])[len(prompt) - 1 :]
     assert run.cached >= CHUNK
     torch.testing.assert_close(torch.stack(run.logits), expected, rtol=2e-4, atol=2e-4)
@@ -87,14 +87,14 @@ def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: 
     assert warm.executor.batch_invariant is (arch not in BY_CHUNKS)
     assert warm.cache.hit_unit == (CHUNK if arch in BY_CHUNKS else BLOCK if arch in BY_BLOCKS else 1)
     stem = text(rng, 2 * CHUNK + 3)
-    stem += warm.run_one(stem, new=14).tokens[:-1]
-    kept = [2 * CHUNK + 13, CHUNK + 5, CHUNK - 1, BLOCK + 2]
+    stem += warm.run_one(stem, new=8).tokens[:-1]
+    kept = [2 * CHUNK + 9, CHUNK + 5, CHUNK - 1, BLOCK + 2]
     prompts = [[*stem[:keep], (stem[keep] - 2) % (VOCAB_SIZE - 3) + 3, *text(rng, keep % 19)] for keep in kept]
     mixed_before = warm.mixed_steps
-    runs = warm.run(*prompts, new=4)
+    runs = warm.run(*prompts, new=3)
     cold = served.cold()
     for run, keep, prompt in zip(runs, kept, prompts, strict=True):
-        alone = cold.run_one(prompt, new=4)
+        alone = cold.run_one(prompt, new=3)
         assert run.cached == keep // warm.cache.hit_unit * warm.cache.hit_unit
         assert torch.equal(run.logits[0], alone.logits[0])
         if warm.executor.batch_invariant:
