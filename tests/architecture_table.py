@@ -19,7 +19,8 @@ def table() -> str:
     lines = ["| model type | besides plain attention | hits end at |", "|---|---|---|"]
     for arch, settings in sorted((SUPPORTED | ALSO_SUPPORTED).items()):
         shape = inspect_model(AutoConfig.for_model(model_type(arch), **{**settings, "pad_token_id": 0}))
-        end = "a whole prefill chunk" if arch in BY_CHUNKS else "a whole block" if arch in BY_BLOCKS else "any token"
+        unless_by_chunks = "a block or a checkpoint" if arch in BY_BLOCKS else "any token"
+        end = "a whole prefill chunk" if arch in BY_CHUNKS else unless_by_chunks
         kind = model_type(arch)
         variant = arch.removeprefix(kind).removeprefix("-")
         name = f"`{kind}` ({variant.replace('_', ' ')})" if variant else f"`{kind}`"

@@ -338,7 +338,7 @@ BY_BLOCKS = frozenset(
         "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen3_next-equal_heads", "zamba2",
     }
 )  # fmt: skip
-"""Those of both of which a hit ends at a whole block: they keep state beside keys and values."""
+"""Those of both of which a hit ends at a whole block or a checkpoint: they keep state beside keys and values."""
 
 BY_CHUNKS = frozenset({"nemotron_h-experts"})
 """Those of both of which a hit ends at a whole prefill chunk, with the kernels as well."""

@@ -65,7 +65,10 @@ class FloorsHold(FairShares[bytes]):
 @dataclass
 class Harness:
     """Defaults: 16 blocks of 4 tokens, chunks of 4, 16 tokens a step, 8 running. Each salt is a tenant. shares: in
-    blocks; each tenant is an owner then. weights: of tenants.
+    blocks; each tenant is an owner then. weights: of tenants. within_blocks: without it each block has a state, too.
+
+    states: of each slot, what its state depends on: the root and all tokens up to the last one that was computed into
+    it, encoded.
     """
 
     num_blocks: int = 16
@@ -76,6 +79,8 @@ class Harness:
     exact: bool = False
     enabled: bool = True
     batch_invariant: bool = False
+    within_blocks: bool = True
+    branch_tokens: int = 1
     max_step_tokens: int = 16
     max_running: int = 8
     lower: FakeTiers | None = None
@@ -88,6 +93,7 @@ class Harness:
     """By block id, what a check of its content depends on besides its cells, as of the check that it passed; none where
     a cell has changed since.
     """
+    states: dict[int, bytes] = field(default_factory=dict)
     prefilled: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -96,6 +102,8 @@ class Harness:
             self.pool,
             alignment=self.alignment,
             batch_invariant=self.batch_invariant,
+            within_blocks=self.within_blocks,
+            branch_tokens=self.branch_tokens,
             exact=self.exact,
             enabled=self.enabled,
         )
@@ -163,6 +171,7 @@ class Harness:
         for offset in range(self.block_size):
             end = ROOT_BYTES + (position * self.block_size + offset + 1) * TOKEN_BYTES
             self._set(block, offset, Cell(stream[:end], exact))
+            self.states[block.block_id] = stream[:end]
 
     def finish(self, max_steps: int = 2000) -> None:
         """Step until nothing is left; a sequence that starves fails here."""
@@ -184,6 +193,8 @@ class Harness:
             for offset in range(self.block_size):
                 cell = self.cells.get((copy.source.block_id, offset))
                 self._set(copy.target, offset, cell)
+            if not self.within_blocks:
+                self.states[copy.target.block_id] = self.states[copy.source.block_id]
         for sequence in plan.decodes:
             length = len(sequence.chain)
             self._write(sequence, length - 1, length, whole=length if self.batch_invariant else 0)
@@ -199,6 +210,9 @@ class Harness:
         assert isinstance(sequence.chain, TokenChain)
         stream = sequence.chain.root + sequence.chain.encoded()
         exact = True
+        if start and not self.within_blocks:
+            before = self.states[blocks[(start - 1) // self.block_size].block_id]
+            assert before == stream[: ROOT_BYTES + start * TOKEN_BYTES], f"{sequence.request_id} has another's state"
         for position in range(stop):
             index, offset = divmod(position, self.block_size)
             block = blocks[index]
@@ -210,6 +224,7 @@ class Harness:
             else:
                 assert (block.state, block.ref_count) == (BlockState.ALLOCATED, 1), "written while others may read"
                 self._set(block, offset, Cell(prefix, exact and position < whole))
+                self.states[block.block_id] = prefix
 
     def _set(self, block: Block, offset: int, cell: Cell | None) -> None:
         self.sound.pop(block.block_id, None)
@@ -223,7 +238,11 @@ class Harness:
         for chunk in plan.prefills:
             request_id, start, stop = chunk.sequence.request_id, chunk.start, chunk.stop
             assert self.batch_invariant or start % self.alignment == 0
-            assert start < stop == min(start - start % self.alignment + self.chunk, len(chunk.sequence.chain))
+            end = min(start - start % min(self.alignment, self.chunk) + self.chunk, len(chunk.sequence.chain))
+            assert start < stop
+            assert stop == end or (stop < end and stop == chunk.sequence.held.branch)
+            assert chunk.copy is None or chunk.copy.num_tokens == start % self.block_size
+            assert planned.get(request_id, 0) != chunk.sequence.held.branch, "a chunk behind what is to be kept"
             assert planned.get(request_id, start) == start, "a gap between two chunks"
             planned[request_id] = stop
         names = [sequence.request_id for sequence in plan.decodes]
@@ -280,6 +299,7 @@ class Harness:
         ends = range(len(prefix) - (count - 1) * TOKEN_BYTES, len(prefix) + 1, TOKEN_BYTES)
         assert [cell.prefix for cell in cells] == [prefix[:end] for end in ends]
         assert prefix.endswith(block.tokens)
+        assert self.within_blocks or self.states[block.block_id] == prefix
         assert not block.exact or all(cell.exact for cell in cells)
         return prefix
 

@@ -33,7 +33,8 @@ class CoreMachine(RuleBasedStateMachine):
         num_blocks=st.integers(3, 14),
         block_size=st.sampled_from([1, 2, 4]),
         units=st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 3)]),
-        flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False]), st.booleans()),
+        flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False]), st.booleans(), st.booleans()),
+        branch_tokens=st.integers(1, 3),
         tiers=st.booleans(),
         shares=SHARES,
         max_step_tokens=st.integers(1, 24),
@@ -46,7 +47,8 @@ class CoreMachine(RuleBasedStateMachine):
         num_blocks: int,
         block_size: int,
         units: tuple[int, int],
-        flags: tuple[bool, bool, bool],
+        flags: tuple[bool, bool, bool, bool],
+        branch_tokens: int,
         tiers: bool,
         shares: dict[str, Share] | None,
         max_step_tokens: int,
@@ -55,15 +57,18 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         self.random = Random(seed)
         self.tiers = FakeTiers()
+        parts_of_blocks = flags[2] and units == (1, 1) and block_size > 1
         self.harness = Harness(
             num_blocks=num_blocks,
             block_size=block_size,
             alignment=units[0] * block_size,
-            chunk=units[1] * block_size,
+            chunk=block_size // 2 if parts_of_blocks else units[1] * block_size,
             policy=policy,
             exact=flags[0],
             enabled=flags[1],
             batch_invariant=flags[2],
+            within_blocks=flags[3],
+            branch_tokens=branch_tokens,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             lower=self.tiers if tiers else None,
@@ -115,10 +120,12 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(count):
             self._step({name for name in self.live if not self.random.randrange(stop_one_in)})
 
-    @rule()
-    def fail(self) -> None:
-        """A step fails before it has copied or computed anything: all that it was for ends."""
+    @rule(computed=st.booleans())
+    def fail(self, computed: bool) -> None:
+        """A step fails before it has copied or computed anything, or behind that: all that it was for ends."""
         plan = self.scheduler.schedule()
+        if computed:
+            self.harness.compute(plan)
         for sequence in {*plan.decodes, *(chunk.sequence for chunk in plan.prefills)}:
             self.scheduler.finish(sequence.request_id, FinishReason.ERROR)
             del self.live[sequence.request_id]

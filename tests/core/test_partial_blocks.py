@@ -29,7 +29,7 @@ def computed(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -
 def left(cache: PrefixCache, tokens: TokenChain, count: int | None = None) -> int:
     """Computes as much and lets go; the slot of the last block that holds any of it."""
     lease = computed(cache, tokens, count)
-    block_id = lease.blocks[(len(tokens) if count is None else count) // 4].block_id
+    block_id = lease.blocks[(len(tokens) if count is None else count) // cache.pool.block_size].block_id
     lease.release()
     cache.pool.check_integrity()
     return block_id
@@ -41,7 +41,7 @@ def hit(cache: PrefixCache, tokens: TokenChain) -> int:
     child = cache.longest_child(tokens, full)
     lease = cache.acquire(tokens)
     lease.extend(len(tokens))
-    assert lease.hit_tokens == 4 * full + (child[1] if child is not None else 0)
+    assert lease.hit_tokens == cache.pool.block_size * full + (child[1] if child is not None else 0)
     lease.release()
     cache.pool.check_integrity([])
     return lease.hit_tokens

@@ -27,6 +27,7 @@ class Block:
     or partial chunks computed, and for everything computed on top of such KV.
     num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the
     end of what a finished sequence computed. Only `BlockPool.longest_child` finds a partial block.
+    branch: a partial block that several prompts were seen to go on from; a longer one does not take its place.
     previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
 
@@ -41,6 +42,7 @@ class Block:
     exact: bool = False
     num_tokens: int = 0
     partial: bool = False
+    branch: bool = False
     previous: BlockHash = b""
 
 

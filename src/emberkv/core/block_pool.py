@@ -100,38 +100,69 @@ class BlockPool:
         """
         return self._cached.match(chain, start, stop, exact_only=exact_only)
 
-    def index_children(self) -> None:
-        """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent."""
-        self._cached.index_children()
+    def index_children(self, *, copied_whole: bool = False) -> None:
+        """Keep cached blocks by their parent, too, as `longest_child` and `commit_partial` need it. Idempotent.
+
+        copied_whole: a sequence goes on from a block only behind the last token that the block holds, not from its
+        beginning. So a partial block stays useful beside a longer one that begins with it.
+        """
+        self._cached.index_children(copied_whole=copied_whole)
 
     def longest_child(self, chain: Chain, position: int, *, to_end: bool = False) -> tuple[Block, int] | None:
         """Of the cached blocks behind the first ``position`` blocks of ``chain``, full or partial, the one that begins
         with most of the tokens that follow there, and how many these are. Holds nothing.
 
         At least one token, at most all of a block but the last, and not the chain's last token unless ``to_end``. None
-        where there is no such block, and without `index_children`.
+        where there is no such block, and without `index_children`. Where blocks are copied whole, only partial blocks
+        count, and only those all of whose tokens follow there.
         """
-        start = position * self.block_size
-        stop = min(start + self.block_size - 1, len(chain) if to_end else len(chain) - 1)
+        start, stop = self._behind(chain, position, to_end=to_end)
+        if self._cached.copied_whole:
+            return self._cached.longest_checkpoint(chain, start, stop)
         return self._cached.longest_child(chain, start, stop)
 
-    def commit_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
+    def known_tokens(self, chain: Chain, position: int) -> int:
+        """How many of the tokens behind the first ``position`` blocks of ``chain``, without its last one, a cached
+        block begins with, whether a sequence can go on from there or not.
+        """
+        found = self._cached.longest_child(chain, *self._behind(chain, position, to_end=False))
+        return 0 if found is None else found[1]
+
+    def _behind(self, chain: Chain, position: int, *, to_end: bool) -> tuple[int, int]:
+        start = position * self.block_size
+        return start, min(start + self.block_size - 1, len(chain) if to_end else len(chain) - 1)
+
+    def commit_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool = False) -> bool:
         """Make block ``position`` of ``chain`` visible with its first ``count`` tokens, which are computed and exact.
 
-        The caller is about to free it and writes to it no more. Nothing happens if a cached block begins with these
-        tokens; a partial block that they go on from is forgotten. Needs `index_children`.
+        The caller is about to free it and writes to it no more. Nothing happens, and False is returned, if a sequence
+        can go on behind these tokens from a cached block; a partial block that they go on from is forgotten, unless it
+        is a branch. branch: see `Block`. Needs `index_children`.
         """
         if block.state is not BlockState.ALLOCATED:
             raise IntegrityError(
                 f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
             )
         start = position * self.block_size
-        known = self._cached.longest_child(chain, start, start + count)
+        find = self._cached.longest_checkpoint if self._cached.copied_whole else self._cached.longest_child
+        known = find(chain, start, start + count)
         if known is not None and known[1] == count and known[0].exact:
-            return
+            known[0].branch = known[0].branch or branch
+            return False
         self._supersede(chain, start, start + count)
         block.state = BlockState.COMMITTED
-        self._cached.enter_partial(block, chain, position, count)
+        self._cached.enter_partial(block, chain, position, count, branch=branch)
+        return True
+
+    def retain(self, block_hashes: Iterable[BlockHash], until: float) -> int:
+        """As `EvictionPolicy.retain`. Where blocks are copied whole, a partial block among them becomes a branch."""
+        wanted = list(block_hashes)
+        if self._cached.copied_whole:
+            for block_hash in wanted:
+                block = self.lookup(block_hash)
+                if block is not None and block.partial:
+                    block.branch = True
+        return self.policy.retain(wanted, until)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Add a reference to each of these cached blocks, so that they are not evicted."""
@@ -289,9 +320,12 @@ class BlockPool:
         return count
 
     def _supersede(self, chain: Chain, start: int, stop: int) -> None:
-        """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found."""
+        """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found.
+
+        Not a branch: other prompts go on from it, and blocks are copied whole.
+        """
         shorter = self._cached.partial_prefix(chain, start, stop)
-        if shorter is not None:
+        if shorter is not None and not shorter.branch:
             self._withdraw(shorter)
 
     def _withdraw(self, block: Block) -> None:

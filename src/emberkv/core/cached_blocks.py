@@ -1,6 +1,6 @@
 """The cached blocks of a pool: found under their hashes, compared by their tokens, evicted in a policy's order."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
@@ -63,6 +63,17 @@ class ChildIndex:
         at = bisect_left(siblings, tokens, key=_BY_TOKENS)
         return siblings[max(0, at - 1) : at + 1]
 
+    def last_up_to(self, parent: BlockHash, tokens: bytes) -> Block | None:
+        """Of the children of ``parent``, the last one that is not after ``tokens``."""
+        siblings = self._children.get(parent, ())
+        at = bisect_right(siblings, tokens, key=_BY_TOKENS)
+        return siblings[at - 1] if at else None
+
+    def beginning_of(self, block: Block) -> list[Block]:
+        """The partial blocks that ``block`` begins with."""
+        siblings = self._children.get(block.parent, ())
+        return [each for each in siblings if each.partial and block.tokens.startswith(each.tokens)]
+
 
 class CachedBlocks:
     """The index from hashes to blocks. References and blank blocks are the pool's part.
@@ -83,6 +94,7 @@ class CachedBlocks:
         self.block_cost = block_cost
         self.index: dict[BlockHash, Block] = {}
         self.children: ChildIndex | None = None
+        self.copied_whole = False  # see `BlockPool.index_children`
         self._partial: dict[BlockHash, set[BlockHash]] = {}  # hashes of partial blocks, by `Block.previous`
         self._num_partial = 0
         self._events = events
@@ -110,8 +122,9 @@ class CachedBlocks:
             found.append(block)
         return Match(found, MatchEnd.LIMIT)
 
-    def index_children(self) -> None:
+    def index_children(self, *, copied_whole: bool) -> None:
         """See `BlockPool.index_children`."""
+        self.copied_whole = copied_whole
         if self.children is None:
             self.children = ChildIndex()
             for block in self.index.values():
@@ -134,15 +147,49 @@ class CachedBlocks:
                 best, most = child, common
         return (best, most) if best is not None else None
 
-    def partial_prefix(self, chain: Chain, start: int, stop: int) -> Block | None:
-        """A cached partial block all of whose tokens are the first of ``[start, stop)``.
+    def longest_checkpoint(self, chain: Chain, start: int, stop: int) -> tuple[Block, int] | None:
+        """The longest cached partial block all of whose tokens are the first of ``[start, stop)``; and how many."""
+        index = start // chain.block_size
+        if self.children is None or chain.unsalted_parent(index) not in self._partial:
+            return None
+        found = self._longest_prefix(chain.parent(index), chain, start, stop)
+        if (public := chain.unsalted_parent(index)) != chain.parent(index):  # as in `longest_child`
+            shared = self._longest_prefix(public, chain, start, stop, owner=PUBLIC_OWNER)
+            if shared is not None and (found is None or shared.num_tokens > found.num_tokens):
+                found = shared
+        return None if found is None else (found, found.num_tokens)
 
-        There is at most one, just before these tokens in order: no cached partial block is the beginning of another
-        exact one.
+    def _longest_prefix(
+        self, parent: BlockHash, chain: Chain, start: int, stop: int, owner: str | None = None
+    ) -> Block | None:
+        """As `longest_checkpoint`, of the children of ``parent`` alone. owner: whose they must be; None: anyone's.
+
+        What lies between a beginning of the tokens and the tokens themselves, in order, begins with that as well. So
+        the child just before the tokens is the longest, or the longest has no more than that child has in common.
+        """
+        assert self.children is not None
+        while stop > start:
+            near = self.children.last_up_to(parent, chain.encoded_slice(start, stop))
+            if near is None:
+                return None
+            common = min(near.num_tokens, chain.common_tokens(start, stop, near.tokens))
+            whole = common == near.num_tokens
+            if whole and near.partial and (owner is None or near.owner == owner):
+                return near
+            stop = min(stop - 1, start + common - whole)
+        return None
+
+    def partial_prefix(self, chain: Chain, start: int, stop: int) -> Block | None:
+        """A cached partial block all of whose tokens are the first of ``[start, stop)``; the longest.
+
+        Unless blocks are copied whole there is at most one, just before these tokens in order: no cached partial block
+        is the beginning of another exact one.
         """
         index = start // chain.block_size
         if self.children is None or chain.unsalted_parent(index) not in self._partial:
             return None
+        if self.copied_whole:
+            return self._longest_prefix(chain.parent(index), chain, start, stop)
         for child in self.children.neighbours(chain.parent(index), chain.encoded_slice(start, stop)):
             if child.partial and chain.common_tokens(start, stop, child.tokens) >= child.num_tokens:
                 return child
@@ -158,7 +205,7 @@ class CachedBlocks:
         if not in_place and self._events.capacity:
             self._events.append(BlockStored((block_hash,), block.parent, (block.tokens,), chain.block_size))
 
-    def enter_partial(self, block: Block, chain: Chain, position: int, count: int) -> None:
+    def enter_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool) -> None:
         """Make a held block visible of which only the first ``count`` tokens are computed.
 
         It makes no event, neither now nor when it is evicted: subscribers track full blocks only.
@@ -166,7 +213,7 @@ class CachedBlocks:
         start = position * chain.block_size
         block.tokens = chain.encoded_slice(start, start + count)
         block.num_tokens = count
-        block.partial = True
+        block.partial, block.branch = True, branch
         block_hash = partial_hash(chain.parent(position), block.tokens)
         self._enter(block, block_hash, chain, position, exact=True)
         block.previous = chain.unsalted_parent(position)
@@ -232,9 +279,16 @@ class CachedBlocks:
         return [block for block_hash, block in committed.items() if self.index.get(block_hash) is block]
 
     def among(self, block_hashes: Iterable[BlockHash]) -> list[Block]:
-        """The blocks that are found under any of these, each once, and the partial ones behind these."""
+        """The blocks that are found under any of these, each once, and the partial ones behind these.
+
+        And those that they begin with, where blocks are copied whole.
+        """
         wanted = dict.fromkeys(key for each in block_hashes for key in (each, *self._partial.get(each, ())))
-        return [self.index[block_hash] for block_hash in wanted if block_hash in self.index]
+        found = [self.index[block_hash] for block_hash in wanted if block_hash in self.index]
+        if self.copied_whole and self.children is not None:
+            found += [each for block in found for each in self.children.beginning_of(block)]
+            found = list({block.block_id: block for block in found}.values())
+        return found
 
     def snapshot(self) -> Snapshot:
         parents = {block_hash: block.parent for block_hash, block in self.index.items() if not block.partial}
@@ -249,7 +303,7 @@ class CachedBlocks:
             self._num_partial -= 1
             if not partial:
                 del self._partial[block.previous]
-            block.partial = False
+            block.partial = block.branch = False
             block.previous = b""
         block.block_hash = None
         block.parent = b""

@@ -13,12 +13,16 @@ from emberkv.core.block_pool import BlockPool
 from emberkv.core.hashing import Chain
 from emberkv.errors import ConfigError
 
+BRANCH_TOKENS = 64
+"""Fewer tokens are not worth a checkpoint, which takes a block of the pool and costs one more prefill chunk."""
+
 
 class Lease:
     """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out.
 
     Where a hit may end within a block, the lease also holds the block whose beginning is to be copied, until the step
-    that copies it has been computed.
+    that copies it has been computed. branch: the token at which a prefill chunk is to end, so that the block can be
+    left to others as it is then (`PrefixCache.branch`); None: there is no such token.
     """
 
     __slots__ = (
@@ -28,6 +32,7 @@ class Lease:
         "_num_computed",
         "_source",
         "blocks",
+        "branch",
         "context_exact",
         "hit_tokens",
         "num_committed",
@@ -43,6 +48,7 @@ class Lease:
         self.context_exact = all(block.exact for block in hit)
         self._num_computed = self.hit_tokens
         self._source: Block | None = None
+        self.branch: int | None = None
         if reads_cache:
             self._reuse_beginning()
 
@@ -59,6 +65,10 @@ class Lease:
         count = self._num_computed % self._cache.pool.block_size
         return BlockCopy(self._source, self.blocks[self.num_committed], count)
 
+    def copy_before(self, start: int) -> BlockCopy | None:
+        """`copy`, for the chunk from token ``start`` on; None for the chunks behind it in the same step."""
+        return self.copy if start == self._num_computed else None
+
     def _reuse_beginning(self) -> None:
         """Let the hit go on into the block behind the committed ones, as far as a cached block begins like it."""
         found = self._cache.longest_child(self._chain, self.num_committed)
@@ -68,6 +78,8 @@ class Lease:
             self.context_exact = self.context_exact and self._source.exact
             self.hit_tokens += tokens
             self._num_computed += tokens
+        if self._cache.keeps_branches:
+            self.branch = self._cache.branch(self._chain, self.num_committed, self._num_computed)
 
     def _release_source(self) -> None:
         if self._source is not None:
@@ -112,6 +124,7 @@ class Lease:
             pool.free(self.blocks[first : first + len(found)])
             self.blocks[first : first + len(found)] = found
             self.num_committed = first + len(found)
+            self.branch = None
             self.context_exact = self.context_exact and all(block.exact for block in found)
             self._num_computed = self.num_committed * pool.block_size
             self.hit_tokens += self._num_computed - start
@@ -130,6 +143,38 @@ class Lease:
         self._commit(whole, exact=True)
         if stop > whole:
             self._commit(stop, exact=False)
+        if stop == self.branch:
+            self._leave_branch()
+
+    def cut(self, start: int, stop: int, *, has_room: bool) -> int:
+        """Where a prefill chunk from token ``start`` on ends that may go up to ``stop``: there, or at the branch.
+
+        has_room: for the block in which the sequence then goes on; without it there is no checkpoint.
+        """
+        if self.branch is None or not start < self.branch <= stop:
+            return stop
+        if not has_room:
+            self.branch = None
+        return self.branch or stop
+
+    def _leave_branch(self) -> None:
+        """Leave the last block to others as it is now, and go on in a copy of it, if there is room for one.
+
+        The copy is made before the next chunk, like that of a block which another sequence has left.
+        """
+        self.branch = None
+        pool, at = self._cache.pool, self.num_committed
+        owner = self._chain.owner(at)
+        if self._collided or not self.context_exact or not pool.free_for(owner):
+            return
+        fresh = pool.allocate(1, owner)
+        count = self._num_computed - at * pool.block_size
+        if not pool.commit_partial(self.blocks[at], self._chain, at, count, branch=True):
+            pool.free(fresh)
+            return
+        pool.stats.branch_checkpoints += 1
+        self._source = self.blocks[at]
+        self.blocks[at] = fresh[0]
 
     def commit_decoded(self, stop: int) -> None:
         """Commit the blocks that are complete now that a decode step has computed the last token before ``stop``."""
@@ -152,11 +197,16 @@ class Lease:
             self.blocks[position] = block
             self.num_committed = position + 1
 
-    def release(self) -> None:
-        """Free every block, the last first. A last block that is not full stays cached with what is computed of it."""
+    def release(self, *, step_failed: bool = False) -> None:
+        """Free every block, the last first. A last block that is not full stays cached with what is computed of it.
+
+        step_failed: a step may have written to the last block without having been accounted for. That changes no key
+        or value of earlier tokens, but a state that is kept after the last one alone.
+        """
         pool = self._cache.pool
         count = self._num_computed - self.num_committed * pool.block_size
-        if self._commits_partial_blocks and 0 < count < pool.block_size:
+        intact = self._cache.within_blocks or not step_failed
+        if intact and self._commits_partial_blocks and 0 < count < pool.block_size:
             pool.commit_partial(self.blocks[self.num_committed], self._chain, self.num_committed, count)
         self._release_source()
         pool.free(self.blocks)
@@ -175,9 +225,12 @@ class PrefixCache:
     alignment: hits are rounded down to a multiple of this many tokens, the unit in which prefill gives the same bits
     wherever a run of it begins. batch_invariant: the engine is batch-invariant; decode steps give those bits, too, and
     so does any part of a unit. Where a unit is a block, a hit then ends at any token: the beginning of the next block
-    is copied from the cached block that begins with the same tokens; but not where within_blocks is False, because some
-    of a model's state is kept after a block's last token alone. exact: reuse only blocks that are bit-equal to a
+    is copied from the cached block that begins with the same tokens. exact: reuse only blocks that are bit-equal to a
     cold prefill. enabled: False finds nothing and commits nothing.
+
+    within_blocks: False where a block holds some state after its last token alone. Then a partial block is a
+    *checkpoint*: it is copied whole, and only if all of its tokens are the prompt's next ones. Sequences leave one
+    where they end, and where they leave what is known (see `branch`), if it saves at least ``branch_tokens``.
     """
 
     def __init__(
@@ -189,6 +242,7 @@ class PrefixCache:
         within_blocks: bool = True,
         exact: bool = False,
         enabled: bool = True,
+        branch_tokens: int = BRANCH_TOKENS,
     ) -> None:
         if alignment < 1 or alignment % pool.block_size:
             raise ConfigError(f"alignment {alignment} must be a positive multiple of the block size {pool.block_size}")
@@ -197,14 +251,17 @@ class PrefixCache:
         self.batch_invariant = batch_invariant
         self.exact = exact
         self.enabled = enabled
-        self.reuses_partial_blocks = enabled and within_blocks and batch_invariant and alignment == pool.block_size
+        self.within_blocks = within_blocks
+        self.branch_tokens = branch_tokens
+        self.reuses_partial_blocks = enabled and batch_invariant and alignment == pool.block_size
+        self.keeps_branches = self.reuses_partial_blocks and not within_blocks
         if self.reuses_partial_blocks:
-            pool.index_children()
+            pool.index_children(copied_whole=not within_blocks)
 
     @property
     def hit_unit(self) -> int:
-        """Hits are rounded down to a multiple of this many tokens."""
-        return 1 if self.reuses_partial_blocks else self.alignment
+        """Hits are rounded down to a multiple of this many tokens, unless they go on from a checkpoint."""
+        return 1 if self.reuses_partial_blocks and self.within_blocks else self.alignment
 
     def usable_blocks(self, chain: Chain) -> int:
         """How many of a chain's blocks could be reused at most: its last token's logits are what the caller wants."""
@@ -238,6 +295,15 @@ class PrefixCache:
         """
         found = self.pool.longest_child(chain, position, to_end=to_end) if self.reuses_partial_blocks else None
         return None if found is None or (self.exact and not found[0].exact) else found
+
+    def branch(self, chain: Chain, position: int, start: int) -> int | None:
+        """The token of block ``position`` of ``chain`` at which it leaves all that is cached, when what is cached can
+        be used up to token ``start``: other prompts may leave it there, too. None: too near for a checkpoint.
+
+        A prompt that is cached whole leaves it before its last token, which is computed in any case.
+        """
+        at = position * self.pool.block_size + self.pool.known_tokens(chain, position)
+        return at if at - start >= self.branch_tokens else None
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks from the one with token ``start`` on; whole alignment units only.

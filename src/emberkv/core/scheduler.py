@@ -297,11 +297,12 @@ class Scheduler:
             self.stats.late_hit_tokens += adopted
             if sequence.num_preemptions == 0:
                 sequence.cached_tokens += adopted
-        start = sequence.num_computed
-        chunk = self.config.prefill_chunk
-        stop = start - start % min(self.cache.alignment, chunk) + chunk
-        copy = sequence.held.copy if start % self.cache.pool.block_size else None
-        return PrefillChunk(sequence, start, min(stop, len(sequence.chain)), copy)
+        start, chunk = sequence.num_computed, self.config.prefill_chunk
+        stop = min(start - start % min(self.cache.alignment, chunk) + chunk, len(sequence.chain))
+        copy = sequence.held.copy_before(start) if start % self.cache.pool.block_size else None
+        if sequence.held.branch is not None:  # each decoding sequence may need a block before the next step
+            stop = sequence.held.cut(start, stop, has_room=self._free_for(sequence) > len(self._running))
+        return PrefillChunk(sequence, start, stop, copy)
 
     def _begun(self) -> list[Sequence]:
         """The running sequences with prompt tokens that are not planned yet."""
@@ -316,7 +317,7 @@ class Scheduler:
 
         A waiting sequence with a sooner priority is admitted before prefill of another in its line continues.
         """
-        begun_sequences = self._begun()
+        begun_sequences = [each for each in self._begun() if each.num_computed != each.held.branch]
         if not begun_sequences and not self._waiting.lines:
             return None
         refused: list[Sequence] = []
@@ -326,8 +327,7 @@ class Scheduler:
             sequence = None
             if waiting is not None and (begun is None or waiting.priority < begun.priority):
                 sequence = self._admit(line, refused, plan)
-            sequence = sequence or begun
-            if sequence is not None:
+            if sequence := sequence or begun:
                 return line, sequence
             waiting = self._waiting.first(line)  # another one, if that one waits for a load now
             if waiting is not None and self._waiting.is_refused(line):
@@ -486,14 +486,14 @@ class Scheduler:
         self._enqueue(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._release(sequence)
+        self._release(sequence, step_failed=reason is FinishReason.ERROR)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._by_id[sequence.request_id]
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, step_failed: bool = False) -> None:
         if sequence.lease is not None:
-            sequence.lease.release()
+            sequence.lease.release(step_failed=step_failed)
             sequence.lease = None
             self._running.remove(sequence)
             self._waiting.forget_refusals()

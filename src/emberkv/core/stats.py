@@ -19,6 +19,7 @@ class CacheStats:
     committed_blocks: int = 0
     duplicate_blocks: int = 0  # computed twice at the same time; one copy was freed
     replaced_blocks: int = 0  # an exact copy took the place of an inexact one
+    branch_checkpoints: int = 0  # blocks kept as they were where a prompt left what is cached
     evicted_blocks: int = 0
     collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0

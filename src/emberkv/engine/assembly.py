@@ -139,7 +139,7 @@ def assemble_around(
 
 def _warn_of_long_units(cache: PrefixCache, context_length: int) -> None:
     unit, block_size = cache.hit_unit, cache.pool.block_size
-    if unit >= min(context_length, cache.pool.num_blocks * block_size):
+    if not cache.reuses_partial_blocks and unit >= min(context_length, cache.pool.num_blocks * block_size):
         _log.warning(
             "nothing will be reused: hits are whole runs of %d tokens here, and no prompt is longer; use a "
             "smaller %s%s",

@@ -243,7 +243,7 @@ class CacheControl:
         return answer
 
     def _retain(self, command: Retain) -> int:
-        return self._pool.policy.retain(command.block_hashes, self._clock() + command.seconds)
+        return self._pool.retain(command.block_hashes, self._clock() + command.seconds)
 
     def _unretain(self, command: Unretain) -> None:
         self._pool.policy.unretain(command.block_hashes)

@@ -226,7 +226,8 @@ class Executor(Protocol):
     alignment: prefill gives tokens ``[k * alignment, (k + 1) * alignment)`` the same KV bits in whatever chunks, steps
     and batches it computes them; a multiple of the block size. batch_invariant: decode steps, and chunks that begin at
     any token, give them the same bits as well. hits_within_blocks: a sequence can be continued from the beginning of a
-    block that another one filled; False where a block holds some state after its last token alone.
+    block that another one filled; False where a block holds some state after its last computed token alone, so that a
+    copy of it can be continued from there only.
 
     ::
 

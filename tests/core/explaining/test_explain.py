@@ -224,12 +224,19 @@ def test_encoded_tokens_are_read_back(tokens: list[int], others: list[int]) -> N
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=16), min_size=1, max_size=25)
 
 
-@given(prompts, st.integers(4, 9), st.integers(2, 60), st.sampled_from([1, 2]), st.sampled_from([2, 4]), st.booleans())
+@given(
+    prompts,
+    st.integers(4, 9),
+    st.integers(2, 60),
+    st.sampled_from([1, 2]),
+    st.sampled_from([2, 4]),
+    st.sampled_from([(False, True), (True, True), (True, False)]),
+)
 def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
-    served: Sequence[list[int]], pool_blocks: int, remembered: int, unit: int, size: int, batch_invariant: bool
+    served: Sequence[list[int]], pool_blocks: int, remembered: int, unit: int, size: int, flags: tuple[bool, bool]
 ) -> None:
     pool = BlockPool(pool_blocks, size)
-    cache = PrefixCache(pool, alignment=unit * size, batch_invariant=batch_invariant)
+    cache = PrefixCache(pool, alignment=unit * size, batch_invariant=flags[0], within_blocks=flags[1], branch_tokens=1)
     ledger, seen = Ledger(remembered), 0
     for now, tokens in enumerate(served):
         prompt = chain(tokens, block_size=size)
@@ -242,6 +249,8 @@ def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
         assert explanation.hit_tokens == lease.hit_tokens
         if lease.missing_blocks(len(prompt)) <= pool.num_free:
             lease.extend(len(prompt))
+            if lease.branch is not None:
+                lease.commit_prefilled(lease.branch)
             lease.commit_prefilled(len(prompt))
         lease.release()
         for event in pool.events.since(seen) or ():

@@ -102,6 +102,34 @@ def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: 
     assert warm.mixed_steps > mixed_before
 
 
+@pytest.mark.parametrize("arch", [arch for arch in OF_EACH_KIND if arch in BY_BLOCKS])
+def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory, kernels: Kernels, arch: str) -> None:
+    """Of a block that is not full: behind an answer, where a prompt left it, and before a repeated prompt's end."""
+    rng, size = random.Random(arch), 2 * CHUNK
+    loaded = paged(arch, "bfloat16")
+    warm = Driver(loaded, num_blocks=24, kernels=kernels, block_size=size)
+    first = text(rng, size + 90)
+    answer = warm.run_one(first, new=12).tokens
+    ended = len(first) + len(answer) - 1  # the last token of an answer is not computed
+    other = [*first[: size + 80], 3]
+    prompts = [
+        ([*first, *answer, *text(rng, 9)], ended),
+        (first, size),  # leaves a checkpoint before its last token
+        (first, len(first) - 1),
+        ([*other, *text(rng, 70)], size),  # and one where it parts from the first
+        ([*other[:-1], 4, *text(rng, 7)], size + 80),
+    ]
+    hits = [warm.run_one(prompt, new=4) for prompt, _ in prompts]
+    cold = Driver(loaded, num_blocks=24, kernels=kernels, block_size=size, prefix_cache=False, executor=warm.executor)
+    for hit, (prompt, cached) in zip(hits, prompts, strict=True):
+        alone = cold.run_one(prompt, new=4)
+        assert hit.cached == cached
+        assert all(map(torch.equal, hit.logits, alone.logits))
+        last = (len(prompt) - 1) // size
+        assert torch.equal(hit.kv[:last].view(torch.uint8), alone.kv[:last].view(torch.uint8))
+    assert warm.stats.branch_checkpoints == 2
+
+
 @pytest.mark.parametrize("arch", OF_EACH_KIND)
 def test_without_the_kernels_logits_are_those_of_transformers(
     paged: ModelFactory, checkpoint: CheckpointFactory, arch: str

@@ -113,7 +113,7 @@ def test_units_that_no_prompt_fills_are_named_with_what_would_help(
     caplog: pytest.LogCaptureFixture, block_size: int, blocks: int, context: int, advice: str
 ) -> None:
     executor = TinyExecutor(num_blocks=blocks, block_size=block_size)
-    executor.alignment, executor.hits_within_blocks = 512, False
+    executor.alignment, executor.batch_invariant = 512, False
     config = EngineConfig(cache_bytes=1, block_size=block_size, prefill_chunk=512)
     limits = ModelLimits(context, 50, frozenset())
     assemble_around(executor, config, limits=limits, root=bytes(32), namespace=bytes(32))
@@ -122,8 +122,12 @@ def test_units_that_no_prompt_fills_are_named_with_what_would_help(
     ]
 
 
-def test_a_short_context_is_no_reason_to_warn_where_hits_end_at_any_token(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("within", [True, False])
+def test_a_short_context_is_no_reason_to_warn_where_hits_end_within_blocks(
+    caplog: pytest.LogCaptureFixture, within: bool
+) -> None:
     executor = TinyExecutor(num_blocks=4, block_size=512)
+    executor.hits_within_blocks = within
     config = EngineConfig(cache_bytes=1, block_size=512, prefill_chunk=512)
     limits = ModelLimits(512, 50, frozenset())
     assemble_around(executor, config, limits=limits, root=bytes(32), namespace=bytes(32))

@@ -308,7 +308,9 @@ class TorchEngine:
 
     @property
     def hits_within_blocks(self) -> bool:
-        """See `Executor`: the state of convolutions and recurrent layers is there after a block's last token alone."""
+        """See `Executor`: the state of convolutions and recurrent layers is there after a block's last computed token
+        alone.
+        """
         return not self.loaded.geometry.states
 
     @property

@@ -137,7 +137,7 @@ def _quantised(source: ModelSource, shape: ModelShape, dtype: torch.dtype) -> di
 
 
 def _reuse(dtype: torch.dtype, device: torch.device, shape: ModelShape) -> str:
-    where = "at whole blocks" if shape.geometry.states else "at any token"
+    where = "at whole blocks and checkpoints" if shape.geometry.states else "at any token"
     if shape.experts:
         where += " (at whole prefill chunks if the kernels do not compute its experts)"
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
