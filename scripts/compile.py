@@ -2,14 +2,20 @@
 
     python scripts/compile.py           # a C compiler, and mypy and setuptools of the dev extra, are needed
     python scripts/compile.py --clean   # back to the Python sources
+    python scripts/compile.py --into build/compiled   # leaves src as it is; for PYTHONPATH=build/compiled
 
 The extension modules are put beside their sources in ``src``, where Python prefers them. They hold the sources as they
 were when they were compiled, so compile again after a change. Without them the Python sources are used.
+
+With ``--into``, a copy of the package is compiled instead, and made anew only when the sources have changed since.
 """
 
 import argparse
 import ast
 import contextlib
+import hashlib
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +32,9 @@ HOT = {
 NOT_COMPILED = {"numpy", "pydantic"}
 """Packages whose importers stay Python: pydantic's classes are built at run time, numpy's calls gain nothing."""
 SHARED_LIBRARY = "emberkv_compiled"
+EXTENSIONS = (".so", ".pyd")
+STAMP = "compiled-from"
+"""The file in a compiled copy that has the digest of its sources."""
 MYPY_CONFIG = """\
 [mypy]
 python_version = 3.11
@@ -48,9 +57,9 @@ def imported_packages(source: Path) -> set[str]:
     return names
 
 
-def compiled_sources() -> list[Path]:
-    """The source files that are compiled, sorted: those of ``PACKAGES`` and ``HOT`` less ``NOT_COMPILED``."""
-    emberkv = SOURCES / "emberkv"
+def compiled_sources(folder: Path = SOURCES) -> list[Path]:
+    """The source files of ``folder`` that are compiled, sorted: of ``PACKAGES`` and ``HOT`` less ``NOT_COMPILED``."""
+    emberkv = folder / "emberkv"
     in_packages = [file for package in PACKAGES for file in (emberkv / package).rglob("*.py")]
     hot = [emberkv / package / f"{name}.py" for package, names in HOT.items() for name in names]
     return sorted(
@@ -64,8 +73,8 @@ def products() -> Iterator[Path]:
     """The extension modules that an earlier compilation put into ``src``."""
     yield from SOURCES.glob(f"{SHARED_LIBRARY}__mypyc.*")
     for package in (*PACKAGES, *HOT):
-        for suffix in ("*.so", "*.pyd"):
-            yield from (SOURCES / "emberkv" / package).rglob(suffix)
+        for suffix in EXTENSIONS:
+            yield from (SOURCES / "emberkv" / package).rglob(f"*{suffix}")
 
 
 def clean() -> int:
@@ -76,14 +85,47 @@ def clean() -> int:
     return len(found)
 
 
-def compile_sources(sources: list[Path], work: Path) -> None:
-    """Compile ``sources`` and put the extension modules into ``src``; ``work`` is for what the compiler writes."""
+def digest(folder: Path) -> str:
+    """Of all files of the package in ``folder``, with their names."""
+    walked = os.walk(folder / "emberkv", followlinks=True)
+    files = sorted(Path(parent, name) for parent, _, names in walked for name in names)
+    hashed = hashlib.sha256()
+    for file in files:
+        if "__pycache__" not in file.parts and file.suffix not in EXTENSIONS:
+            content = file.read_bytes()
+            hashed.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
+    return hashed.hexdigest()
+
+
+def copy_package(source: Path, target: Path) -> bool:
+    """Make ``target`` a copy of the package in ``source``, without extension modules.
+
+    False, and nothing is changed, if it is a copy of the same files that was compiled: `STAMP` says of which it was.
+    """
+    stamp = target / STAMP
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest(source):
+        return False
+    if target.exists():
+        if not stamp.is_file() and any(target.iterdir()):
+            raise SystemExit(f"{target} is not empty, and not a compiled copy of an earlier time; name another folder")
+        shutil.rmtree(target)
+    ignored = shutil.ignore_patterns("__pycache__", *(f"*{suffix}" for suffix in EXTENSIONS))
+    shutil.copytree(source / "emberkv", target / "emberkv", ignore=ignored)
+    (target / STAMP).write_text("", encoding="utf-8")  # not compiled yet
+    return True
+
+
+def compile_sources(folder: Path, work: Path) -> int:
+    """Compile the package in ``folder`` and put the extension modules there; returns of how many modules.
+
+    work: for what the compiler writes.
+    """
     from mypyc.build import mypycify  # noqa: PLC0415 - the rest of this file works without the dev extra
     from setuptools import setup  # noqa: PLC0415
 
     config = work / "mypy.ini"
     config.write_text(MYPY_CONFIG.format(cache=work / "mypy_cache"), encoding="utf-8")
-    names = [str(file.relative_to(SOURCES)) for file in sources]
+    names = [str(file.relative_to(folder)) for file in compiled_sources(folder)]
     extensions = mypycify(
         [f"--config-file={config}", *names],
         opt_level="2",
@@ -94,22 +136,32 @@ def compile_sources(sources: list[Path], work: Path) -> None:
     setup(
         name="emberkv",
         ext_modules=extensions,
-        script_args=["--quiet", "build_ext", "--build-temp", str(work / "objects"), "--build-lib", str(SOURCES)],
+        script_args=["--quiet", "build_ext", "--build-temp", str(work / "objects"), "--build-lib", str(folder)],
     )
+    return len(names)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the simulator's hot modules with mypyc, or undo that.")
     parser.add_argument("--clean", action="store_true", help="remove the extension modules and compile nothing")
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="compile a copy of the package in this folder")
     options = parser.parse_args()
-    removed = clean()
     if options.clean:
-        sys.stdout.write(f"removed {removed} extension modules from {SOURCES}; the Python sources are used\n")
+        sys.stdout.write(f"removed {clean()} extension modules from {SOURCES}; the Python sources are used\n")
         return
-    sources = compiled_sources()
-    with tempfile.TemporaryDirectory(prefix="emberkv-compile-") as work, contextlib.chdir(SOURCES):
-        compile_sources(sources, Path(work))
-    sys.stdout.write(f"compiled {len(sources)} modules of {SOURCES}; --clean removes them\n")
+    folder = SOURCES if options.into is None else options.into.resolve()
+    if options.into is None:
+        clean()
+    elif not copy_package(SOURCES, folder):
+        sys.stdout.write(f"the modules in {folder} are up to date\n")
+        return
+    with tempfile.TemporaryDirectory(prefix="emberkv-compile-") as work, contextlib.chdir(folder):
+        count = compile_sources(folder, Path(work))
+    if options.into is None:
+        sys.stdout.write(f"compiled {count} modules of {SOURCES}; --clean removes them\n")
+    else:
+        (folder / STAMP).write_text(digest(folder), encoding="utf-8")
+        sys.stdout.write(f"compiled {count} modules; PYTHONPATH={folder} uses them\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -35,6 +36,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--clients", action="store_true", help="install the libraries and agents of tests/clients, and try them"
     )
+    parser.addoption("--compiled", action="store_true", help="end at once unless emberkv's hot modules are compiled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are to run on compiled modules never run on the Python sources instead."""
+    scheduler = find_spec("emberkv.core.scheduler")
+    if config.getoption("--compiled") and (scheduler is None or str(scheduler.origin).endswith(".py")):
+        raise pytest.UsageError(
+            f"--compiled is given, but emberkv.core.scheduler is {scheduler and scheduler.origin}, which is not "
+            "compiled; scripts/test --compiled compiles a copy and uses it"
+        )
 
 
 @pytest.hookimpl(wrapper=True)

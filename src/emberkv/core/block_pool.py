@@ -190,12 +190,13 @@ class BlockPool:
             short -= self._make(min(short, self.num_blocks - len(self._blocks)))
         if short > 0:
             self._blank += self._cached.evict(short, owner)
-        allocated = []
-        for _ in range(count):
-            block = self._blank.pop()
+        first = len(self._blank) - count
+        allocated = self._blank[first:]
+        del self._blank[first:]
+        allocated.reverse()
+        for block in allocated:
             block.state = BlockState.ALLOCATED
             block.ref_count = 1
-            allocated.append(block)
         return allocated
 
     def commit(self, block: Block, chain: Chain, position: int, *, exact: bool) -> Block:
@@ -209,7 +210,8 @@ class BlockPool:
                 f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
             )
         published = self._publish(block, chain, position, exact)
-        self._cached.record_committed(block)
+        if self._cached.keeps_journal:
+            self._cached.record_committed(block)
         return published
 
     def _publish(self, block: Block, chain: Chain, position: int, exact: bool) -> Block:
@@ -229,7 +231,8 @@ class BlockPool:
             self._supersede(chain, position * self.block_size, (position + 1) * self.block_size)
         block.state = BlockState.COMMITTED
         self._cached.enter(block, chain, position, exact=exact, in_place=known is not None)
-        self._blank += self._cached.evict_surplus()
+        if surplus := self._cached.evict_surplus():
+            self._blank += surplus
         return block
 
     def free(self, blocks: Sequence[Block]) -> None:

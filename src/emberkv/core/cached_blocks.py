@@ -13,10 +13,12 @@ from emberkv.core.stats import CacheStats
 BlockCost = Callable[[int], EntryCost]
 """The eviction block_cost of a block at a position in its chain."""
 
+_UNIFORM = EntryCost()
+
 
 def uniform_cost(position: int) -> EntryCost:
     """Every block alike."""
-    return EntryCost()
+    return _UNIFORM
 
 
 _BY_TOKENS = attrgetter("tokens")
@@ -99,7 +101,8 @@ class CachedBlocks:
         self._num_partial = 0
         self._events = events
         self._stats = stats
-        self._journal: dict[BlockHash, Block] | None = {} if journal else None
+        self.keeps_journal = journal
+        self._journal: dict[BlockHash, Block] = {}
 
     @property
     def num_full(self) -> int:
@@ -246,8 +249,7 @@ class CachedBlocks:
 
     def evict(self, count: int, owner: str) -> list[Block]:
         """The blocks that make room for ``count`` of ``owner``; the policy must have as many for it."""
-        evict_for = self.policy.evict_for
-        return self._evicted([evict_for(owner) for _ in range(count)])
+        return self._evicted(self.policy.evict_many_for(owner, count))
 
     def evict_surplus(self) -> list[Block]:
         """The blocks that a quota forbids to keep."""
@@ -267,8 +269,8 @@ class CachedBlocks:
         return blocks
 
     def record_committed(self, block: Block) -> None:
-        """Keep for `take_committed`, if there is a journal."""
-        if self._journal is not None and block.block_hash is not None:
+        """Keep for `take_committed`; there is a journal."""
+        if block.block_hash is not None:
             self._journal[block.block_hash] = block
 
     def take_committed(self) -> list[Block]:

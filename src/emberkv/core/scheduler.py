@@ -29,7 +29,6 @@ from emberkv.core.sequence import (
     SequenceStatus,
     StepPlan,
 )
-from emberkv.core.stats import CacheStats
 from emberkv.core.waiting_queue import Claims, Line, WaitingQueue
 from emberkv.errors import ConfigError, DuplicateRequestError, PromptTooLongError, RequestError
 
@@ -55,6 +54,7 @@ class Scheduler:
 
     def __init__(self, cache: PrefixCache, config: SchedulerConfig, lower: LowerTiers | None = None) -> None:
         self.cache = cache
+        self.stats = cache.pool.stats
         self.config = config
         if self.config.max_running < 1 or self.config.max_step_tokens < 1:
             raise ConfigError(
@@ -69,10 +69,6 @@ class Scheduler:
         self._loads = PendingLoads(cache, lower)
         self._arrivals = 0
         self._held_back = False
-
-    @property
-    def stats(self) -> CacheStats:
-        return self.cache.pool.stats
 
     @property
     def loads(self) -> list[Load]:
@@ -209,6 +205,8 @@ class Scheduler:
 
     def count_decodes(self, plan: StepPlan, steps: int) -> None:
         """Charge ``steps`` decode steps of a plan to its tenants. `complete` does it for one."""
+        if not plan.decodes:
+            return
         self.stats.decode_tokens += steps * len(plan.decodes)
         by_tenant: dict[str, int] = {}
         for sequence in plan.decodes:
@@ -376,14 +374,16 @@ class Scheduler:
 
     def _is_being_computed(self, sequence: Sequence, match: Match) -> bool:
         """Whether the prefill of another sequence is about to compute the first block that ``sequence`` lacks."""
-        block = len(match.blocks)
-        return match.end is not MatchEnd.OFF and any(
-            each.status is SequenceStatus.PREFILLING
-            and each.priority <= sequence.priority
-            and each.held.num_committed <= block < min(len(each.chain.block_hashes), len(sequence.chain.block_hashes))
-            and each.chain.block_hashes[block] == sequence.chain.block_hashes[block]
-            for each in self._running
-        )
+        block, block_hashes = len(match.blocks), sequence.chain.block_hashes
+        if match.end is MatchEnd.OFF or block >= len(block_hashes):
+            return False
+        for each in self._running:
+            if each.status is not SequenceStatus.PREFILLING or each.priority > sequence.priority:
+                continue
+            others = each.chain.block_hashes
+            if each.held.num_committed <= block < len(others) and others[block] == block_hashes[block]:
+                return True
+        return False
 
     def _is_held_back(self, sequence: Sequence, refused: list[Sequence]) -> bool:
         """Whether ``sequence`` must not take what one of the ``refused`` waits for."""
@@ -447,7 +447,9 @@ class Scheduler:
         """How many blocks more than are free ``sequence`` needs to be admitted."""
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
-        slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
+        slack = 0
+        for each in self._running:
+            slack += each.status is SequenceStatus.DECODING
         missing = self.cache.pool.blocks_for(len(sequence.chain)) + slack - self._free_for(sequence)
         if missing <= 0:
             return missing

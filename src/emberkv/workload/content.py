@@ -7,9 +7,10 @@ exactly as far as their contents are equal; different streams share nothing.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256, shake_128
-from itertools import accumulate
+from itertools import accumulate, repeat
 from struct import Struct
 from typing import NamedTuple
 
@@ -105,6 +106,8 @@ class Tokens(NamedTuple):
 
 Piece = Span | Tokens
 
+_new_span: Callable[[Iterable[object]], Span] = partial(tuple.__new__, Span)
+
 
 class Content:
     """Pieces one after the other. Neighbours that continue each other are joined, so that equal contents look equal.
@@ -127,7 +130,8 @@ class Content:
         Only the last block may be shorter.
         """
         ends = [*range(size, tokens, size), tokens] if tokens else []
-        spans = [Span(key, 0, size) for key in keys[:-1]]
+        # As Span(key, 0, size), without a call in Python for each block: traces have millions of them.
+        spans = list(map(_new_span, zip(keys[:-1], repeat(0), repeat(size))))
         if tokens:
             spans.append(Span(keys[-1], 0, tokens - len(spans) * size))
         content = Content.__new__(Content)
@@ -195,20 +199,24 @@ class Content:
         """`encode` of each ``size`` tokens of ``[start, stop)`` in turn; the last block may be shorter."""
         encoded: list[bytes] = []
         pieces, ends, pack = self.pieces, self._ends, _BOUNDS.pack
+        whole = pack(0, size)  # in most traces, each block is the beginning of a stream of its own
         index = bisect_right(ends, start)
         while start < stop:
             piece, end = pieces[index], ends[index]
-            last = start + size
-            if last <= end and last <= stop and isinstance(piece, Span):  # and so may be the blocks that follow
-                key, shift = piece.key, piece.stop - end
-                while last <= end and last <= stop:
-                    encoded.append(key + pack(start + shift, last + shift))
+            last, limit = start + size, end if end < stop else stop
+            if last <= limit and isinstance(piece, Span):  # and so may be the blocks that follow
+                key, first = piece.key, piece.stop - end + start
+                while last <= limit:
+                    encoded.append(key + (pack(first, first + size) if first else whole))
+                    first += size
                     start, last = last, last + size
             else:
                 last = min(last, stop)
                 encoded.append(self.encode(start, last))
                 start = last
-            if start >= end:
+            if start == end:
+                index += 1
+            elif start > end:
                 index = bisect_right(ends, start, index)
         return encoded
 

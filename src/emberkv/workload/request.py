@@ -42,7 +42,7 @@ class ContentChain:
     (48, 3)
     """
 
-    __slots__ = ("_content", "_end", "_length", "_tokens", "block_hashes", "block_size", "root")
+    __slots__ = ("_content", "_end", "_length", "_next_full", "_tokens", "block_hashes", "block_size", "root")
 
     def __init__(
         self, root: BlockHash, content: Content, length: int, block_size: int, earlier: "ContentChain | None" = None
@@ -55,6 +55,7 @@ class ContentChain:
         known = earlier.blocks_shared(root, content, length, block_size) if earlier else 0
         self.block_hashes: list[BlockHash] = earlier.block_hashes[:known] if earlier else []
         self._tokens: list[bytes] = earlier._tokens[:known] if earlier else []
+        self._next_full = (known + 1) * block_size  # the length at which one more block is full
         self.grow(length)
 
     def blocks_shared(self, root: BlockHash, content: Content, length: int, block_size: int) -> int:
@@ -104,12 +105,13 @@ class ContentChain:
         if length > self._end:
             raise IndexError(f"the content ends at {self._end} tokens; there is no further answer to take")
         self._length = length
-        known = len(self.block_hashes)
-        if length // self.block_size > known:
-            start, stop = known * self.block_size, length - length % self.block_size
-            tokens = self._content.encode_blocks(start, stop, self.block_size)
-            self.block_hashes += chained(self.parent(known), tokens)
-            self._tokens += tokens
+        if length < self._next_full:
+            return
+        size, known = self.block_size, len(self.block_hashes)
+        tokens = self._content.encode_blocks(known * size, length - length % size, size)
+        self.block_hashes += chained(self.parent(known), tokens)
+        self._tokens += tokens
+        self._next_full = (length // size + 1) * size
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,16 @@ def test_one_released_among_a_thousand_held_is_found(make: PolicyClass) -> None:
 
 
 @every_policy
+def test_many_are_evicted_as_one_by_one(make: PolicyClass) -> None:
+    policies = [filled(make, 10) for _ in range(2)]
+    for policy in policies:
+        policy.access([2, 0, 2])
+    expected = [policies[0].evict_for("") for _ in range(7)]
+    assert policies[1].evict_many_for("", 7) == expected
+    assert drain(policies[1]) == drain(policies[0])
+
+
+@every_policy
 def test_a_discarded_key_is_gone_and_may_come_back(make: PolicyClass) -> None:
     policy = filled(make, 3)
     policy.discard(1)

@@ -62,6 +62,10 @@ class EvictionPolicy(ABC, Generic[K]):
         """As `evict`, to make room for an entry of ``owner``."""
         return self.evict()
 
+    def evict_many_for(self, owner: str, count: int) -> list[K]:
+        """As `evict_for`, ``count`` times."""
+        return [self.evict_for(owner) for _ in range(count)]
+
     def available_to(self, owner: str) -> int:
         """How many keys may be evicted to make room for entries of ``owner``."""
         return len(self)
@@ -270,6 +274,10 @@ class LRU(EvictionPolicy[K]):
 
     def evict(self) -> K:
         return self._order.popitem(last=False)[0]
+
+    def evict_many_for(self, owner: str, count: int) -> list[K]:
+        popitem = self._order.popitem
+        return [popitem(last=False)[0] for _ in range(count)]
 
     def discard(self, key: K) -> None:
         del self._order[key]
