@@ -4,9 +4,12 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts.compile import HOT, SOURCES, STAMP, compiled_sources, copy_package, digest, imported_packages
+
+from tests import conftest
 
 ROOT = Path(__file__).parents[1]
 COMPILED = {str(file.relative_to(SOURCES / "emberkv")) for file in compiled_sources()}
@@ -119,3 +122,14 @@ def test_each_failure_is_the_scripts(checkout: Path, fails: str, calls: int) -> 
     status, found = called(checkout, "--compiled", fails=fails)
     assert status == 1
     assert len(found) == calls
+
+
+def test_tests_of_compiled_modules_never_run_on_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def configure(option: str, origin: str) -> None:
+        monkeypatch.setattr(conftest, "find_spec", lambda _: SimpleNamespace(origin=origin))
+        conftest.pytest_configure(SimpleNamespace(getoption=option.__eq__))
+
+    configure("--long", "scheduler.py")
+    configure("--compiled", "scheduler.cpython.so")
+    with pytest.raises(pytest.UsageError, match=r"scheduler is scheduler\.py, which is not compiled"):
+        configure("--compiled", "scheduler.py")
