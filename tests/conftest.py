@@ -8,13 +8,14 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,11 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that are to run on compiled modules never run on the Python sources instead."""
-    scheduler = find_spec("emberkv.core.scheduler")
-    if config.getoption("--compiled") and (scheduler is None or str(scheduler.origin).endswith(".py")):
+    if config.getoption("--compiled") and not machine.COMPILED:
         raise pytest.UsageError(
-            f"--compiled is given, but emberkv.core.scheduler is {scheduler and scheduler.origin}, which is not "
-            "compiled; scripts/test --compiled compiles a copy and uses it"
+            "--compiled is given, but emberkv.core.scheduler is not compiled; scripts/test --compiled compiles a copy"
         )
 
 

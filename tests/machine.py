@@ -1,10 +1,21 @@
-"""What tests need of this machine: compiled kernels and hashes of weight files kept from run to run, free ports."""
+"""What tests need of this machine: compiled kernels and hashes of weight files kept from run to run, free ports, and
+whether emberkv's hot modules are compiled.
+"""
 
 import random
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 MACHINE_CACHE = Path(__file__).parents[1] / "build" / "machine"
+
+_scheduler = find_spec("emberkv.core.scheduler")
+COMPILED = _scheduler is not None and not str(_scheduler.origin).endswith(".py")
+"""Whether emberkv's hot modules are compiled (scripts/compile.py)."""
+
+subclasses_core = pytest.mark.skipif(COMPILED, reason="Python code cannot subclass a compiled class")
 
 _random = random.SystemRandom()  # test processes with equal seeds would choose the same ports
 

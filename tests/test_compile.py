@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from scripts.compile import HOT, SOURCES, STAMP, compiled_sources, copy_package, digest, imported_packages
 
-from tests import conftest
+from tests import conftest, machine
 
 ROOT = Path(__file__).parents[1]
 COMPILED = {str(file.relative_to(SOURCES / "emberkv")) for file in compiled_sources()}
@@ -125,11 +125,11 @@ def test_each_failure_is_the_scripts(checkout: Path, fails: str, calls: int) -> 
 
 
 def test_tests_of_compiled_modules_never_run_on_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    def configure(option: str, origin: str) -> None:
-        monkeypatch.setattr(conftest, "find_spec", lambda _: SimpleNamespace(origin=origin))
+    def configure(option: str, *, compiled: bool) -> None:
+        monkeypatch.setattr(machine, "COMPILED", compiled)
         conftest.pytest_configure(SimpleNamespace(getoption=option.__eq__))
 
-    configure("--long", "scheduler.py")
-    configure("--compiled", "scheduler.cpython.so")
-    with pytest.raises(pytest.UsageError, match=r"scheduler is scheduler\.py, which is not compiled"):
-        configure("--compiled", "scheduler.py")
+    configure("--long", compiled=False)
+    configure("--compiled", compiled=True)
+    with pytest.raises(pytest.UsageError, match=r"scheduler is not compiled; scripts/test --compiled compiles a copy"):
+        configure("--compiled", compiled=False)

@@ -12,6 +12,7 @@ from emberkv.core.prefix_cache import Lease, PrefixCache
 from emberkv.core.sequence import FinishReason
 from emberkv.errors import IntegrityError
 from tests.core.harness import Harness, chain, root
+from tests.machine import subclasses_core
 
 
 def cache(num_blocks: int = 16, *, batch_invariant: bool = True) -> PrefixCache:
@@ -100,6 +101,7 @@ def test_of_many_blocks_the_one_with_most_tokens_in_common_is_copied() -> None:
     assert hit(shared, chain([7, 99, 13, 9, 1])) == 1
 
 
+@subclasses_core
 def test_two_blocks_are_compared_of_however_many() -> None:
     """By count: finding where to copy from must not take longer with more siblings."""
 

@@ -22,6 +22,7 @@ from emberkv.core.policies.eviction import (
 from emberkv.core.policies.fair_shares import FairShares, Share
 from emberkv.core.policies.retention import Retaining
 from emberkv.errors import ConfigError
+from tests.machine import subclasses_core
 
 PolicyClass = Callable[[], EvictionPolicy[int]]
 
@@ -196,6 +197,7 @@ def test_s3fifo_keeps_a_small_queue_below_a_tenth() -> None:
     assert policy.evict() == 0  # 19 alone is less than a tenth of 19: the main queue gives way, all hits used up
 
 
+@subclasses_core
 def test_s3fifo_looks_at_a_held_key_once() -> None:
     class Counting(S3FIFO[int]):
         passes = 0

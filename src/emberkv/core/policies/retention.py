@@ -15,7 +15,7 @@ class RetentionBudget:
 
     def __init__(self, max_bytes: float) -> None:
         if max_bytes < 0:
-            raise ConfigError(f"at most {max_bytes} bytes are to be retained; it must be 0 or more")
+            raise ConfigError(f"at most {max_bytes:g} bytes are to be retained; it must be 0 or more")
         self._max_bytes = max_bytes
         self._members: list[Retaining[Any]] = []
 
@@ -42,7 +42,7 @@ class Retaining(EvictionPolicy[K]):
 
     def __init__(self, inner: EvictionPolicy[K], *, max_bytes: float, shared: RetentionBudget | None = None) -> None:
         if max_bytes < 0:
-            raise ConfigError(f"at most {max_bytes} bytes are to be retained; it must be 0 or more")
+            raise ConfigError(f"at most {max_bytes:g} bytes are to be retained; it must be 0 or more")
         self._inner = inner
         self._max_bytes = max_bytes
         self._sizes: dict[K, float] = {}
