@@ -121,4 +121,5 @@ def test_a_gateways_workers_are_listed() -> None:
 def test_the_server_can_be_named_in_the_environment() -> None:
     result = CliRunner().invoke(app, ["top", "--once"], env={"EMBERKV_URL": "http://127.0.0.1:1"})
     assert result.exit_code == 2
-    assert "http://127.0.0.1:1 " in result.stderr
+    assert result.stderr.startswith("error: http://127.0.0.1:1 does not answer (")
+    assert "Name another behind the command, or by EMBERKV_URL" in result.stderr

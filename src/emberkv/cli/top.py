@@ -118,7 +118,10 @@ def read(client: httpx.Client, at: float) -> Reading:
         metrics = client.get("/metrics")
         sessions, prefixes = client.get("/v1/cache/sessions"), client.get("/v1/cache/prefixes")
     except httpx.TransportError as error:
-        raise ServerError(f"{client.base_url} does not answer: {error}") from error
+        raise ServerError(
+            f"{client.base_url} does not answer ({error}); is the server running? Name another behind "
+            "the command, or by EMBERKV_URL"
+        ) from error
     if metrics.status_code != httpx.codes.OK:
         raise ServerError(f"{client.base_url} refuses /metrics with status {metrics.status_code}; give --key")
     samples: dict[str, list[tuple[Mapping[str, str], float]]] = {}
