@@ -128,7 +128,8 @@ class Lease:
             self.context_exact = self.context_exact and all(block.exact for block in found)
             self._num_computed = self.num_committed * pool.block_size
             self.hit_tokens += self._num_computed - start
-        if self._num_computed == self.num_committed * pool.block_size:
+        is_next = bool(found) or start == self._num_computed  # not behind a chunk of the same block in the same step
+        if is_next and self._num_computed == self.num_committed * pool.block_size:
             self._reuse_beginning()
         return self.hit_tokens - before
 
