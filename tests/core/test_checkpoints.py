@@ -104,6 +104,16 @@ def test_without_a_free_block_none_is_left_and_no_chunk_is_cut() -> None:
     assert engine.pool.stats.branch_checkpoints == 0
 
 
+def test_a_chunk_that_ends_at_the_branch_by_itself_leaves_none_without_room() -> None:
+    """The next chunk of the same step is in the same block, and does not look for the branch again."""
+    engine = harness(num_blocks=3)
+    served(engine, "first", [*range(4), 60])
+    engine.add("second", [*range(4), *range(70, 79)])
+    cuts = [(chunk.start, chunk.stop) for chunk in engine.step().prefills]
+    assert cuts == [(0, 4), (4, 8), (8, 12), (12, 13)]
+    assert engine.pool.stats.branch_checkpoints == 0
+
+
 def test_a_longer_checkpoint_takes_the_place_of_one_that_ended_there_but_not_of_a_branch() -> None:
     shared = cache()
     left(shared, chain(range(10), 8))
