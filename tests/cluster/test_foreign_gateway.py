@@ -26,6 +26,7 @@ from emberkv.cluster.gateway import Gateway
 from emberkv.cluster.worker_client import Deadlines
 from emberkv.cluster.workers import WorkerStatus
 from emberkv.errors import ConfigError, WorkerTimeoutError
+from emberkv.serving.api.responses_schema import signed_reasoning
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import load_rules
 from emberkv.serving.event_stream import StreamTimes
@@ -440,6 +441,28 @@ async def test_explain_says_where_a_prompt_leaves_the_last_one_that_hit() -> Non
         assert (await it.client.post("/v1/cache/explain", json={"openai": response})).json() == found
         by_id = (await it.client.post("/v1/cache/explain", json={"response_id": "cmpl-fake"})).json()
         assert (by_id["hit_tokens"], by_id["misses"][0]["reason"]) == (0, "new")
+
+
+@on_a_loop
+async def test_a_response_with_reasoning_signed_for_the_tenant_is_explained_with_it() -> None:
+    tenants = Tenants(("one",), secret=b"secret")
+    (name,) = tenants.names
+    thought = signed_reasoning("The lamps are lit at dusk. " * 10, tenants.named(name).salt)
+    asked = {
+        "model": "m",
+        "input": [
+            {"role": "user", "content": "Which are lit?"},
+            {"type": "reasoning", "summary": [], "encrypted_content": thought},
+            {"role": "assistant", "content": TEXT},
+            {"role": "user", "content": "Since when?"},
+        ],
+    }
+    app = ServingSettings(bound_to_loopback=True, tenants=tenants)
+    async with served(FakeOpenAI(), app=app) as it:
+        key = {"x-api-key": "one"}
+        assert (await it.ask(asked, "/v1/responses", **key)).status_code == 200
+        found = (await it.client.post("/v1/cache/explain", json={"openai": asked}, headers=key)).json()
+        assert found["hit_tokens"] == (found["prompt_tokens"] - 1) // 16 * 16, "all whole blocks but the last token"
 
 
 @on_a_loop

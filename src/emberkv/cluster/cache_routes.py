@@ -137,8 +137,9 @@ class ClusterCacheRoutes(CacheRoutes):
         question = await self._question(http, "openai", "anthropic", "response_id")
         if question.response_id is not None:
             return await self._explain_past(question, tenant)
-        whose = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
-        prompt = await self._prompt(question, whose)
+        asker = tenant if tenant is not None else tenant_meant(question, self._tenants)
+        prompt = await self._prompt(question, asker)
+        whose = asker.salted(question.cache_salt)
         chosen, decision = self._decided(prompt.token_ids, whose.name, whose.salt)
         workers = self._membership.up
         explained = await asyncio.gather(

@@ -14,7 +14,18 @@ from emberkv.serving.cache.service import plain
 from emberkv.serving.lifecycle import Lifecycle
 from emberkv.serving.tenancy import DEFAULT_TENANT, Tenants
 from emberkv.tiers.stats import BOUNDS, TierStats
-from tests.serving.api.test_cache_explain import ADMIN, ANN, HERE, LONG, Server, text, two_tenants
+from tests.serving.api.test_cache_explain import (
+    ADMIN,
+    ANN,
+    HERE,
+    LONG,
+    Server,
+    ThinkingTokenizer,
+    tenant_ann,
+    text,
+    thinking_request,
+    two_tenants,
+)
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
 from tests.serving.harness import MODEL, Client
@@ -289,3 +300,12 @@ def test_a_limit_that_is_none(server: Server, limit: str) -> None:
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("limit is ")
     assert server.client.get("/v1/cache/prefixes", params={"limit": "0020"}, headers=HERE).status_code == 200
+
+
+def test_removing_a_tenants_response_with_signed_reasoning_leaves_nothing_of_it() -> None:
+    server = two_tenants(tokenizer=ThinkingTokenizer())
+    asked = thinking_request()
+    server.client.post("/v1/responses", {"model": MODEL, "max_output_tokens": 2, **asked}, headers=ANN)
+    assert server.core.pool.num_cached > 0
+    ask(server, "/remove", ADMIN, tenant=tenant_ann().name, openai=asked)
+    assert server.core.pool.num_cached == 0

@@ -1,15 +1,17 @@
 """/v1/cache/explain: of prompts and past responses, for tenants and for the operator."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
+from emberkv.serving.api.responses_schema import signed_reasoning
 from emberkv.serving.app import ServingSettings, create_app
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
-from emberkv.serving.tenancy import Tenants
+from emberkv.serving.tenancy import Tenant, Tenants
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
 from tests.serving.fakes import ByteTokenizer
@@ -26,10 +28,11 @@ PATH = "/v1/cache/explain"
 class Server:
     """One model, its engine, and what a client may send."""
 
-    def __init__(self, core: CoreEngine | None = None, **settings: Any) -> None:
+    def __init__(self, core: CoreEngine | None = None, tokenizer: ByteTokenizer | None = None, **settings: Any) -> None:
         self.core = core or CoreEngine()
         lifecycle = Lifecycle()
-        lifecycle.loaded(ServedModel((MODEL,), 0, self.core, ByteTokenizer(), cache=self.core.service))
+        tokenizer = tokenizer or ByteTokenizer()
+        lifecycle.loaded(ServedModel((MODEL,), 0, self.core, tokenizer, cache=self.core.service))
         app = create_app(lifecycle, ServingSettings(**settings), wall_clock=lambda: self.core.now)
         self.client = Client(app)
 
@@ -45,9 +48,31 @@ class Server:
         return response.json()
 
 
-def two_tenants(core: CoreEngine | None = None) -> Server:
+def two_tenants(core: CoreEngine | None = None, tokenizer: ByteTokenizer | None = None) -> Server:
     tenants = Tenants(("ann-key", "bob-key"), secret=b"secret" * 6)
-    return Server(core, tenants=tenants, admin_key="admin-key")
+    return Server(core, tokenizer, tenants=tenants, admin_key="admin-key")
+
+
+def tenant_ann() -> Tenant:
+    """The tenant of `two_tenants` to whom ``ann-key`` belongs."""
+    only = Tenants(("ann-key",), secret=b"secret" * 6)
+    return only.named(only.names[0])
+
+
+class ThinkingTokenizer(ByteTokenizer):
+    """Its chat template shows what the assistant has thought."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        shown = [{**each, "content": each.get("reasoning_content", "") + each["content"]} for each in messages]
+        return super().render_chat(shown, **options)
+
+
+def thinking_request() -> dict[str, Any]:
+    """A Responses request of ann's with a thought that the server has signed for her."""
+    thought = signed_reasoning("The brown fox was the quick one. ", tenant_ann().salt)
+    reasoning = {"type": "reasoning", "summary": [], "encrypted_content": thought}
+    answer = {"role": "assistant", "content": "It is brown."}
+    return {"input": [{"role": "user", "content": LONG}, reasoning, answer, {"role": "user", "content": "Sure?"}]}
 
 
 @pytest.fixture
@@ -229,3 +254,15 @@ def test_questions_that_cannot_be_answered(server: Server, question: dict[str, A
 def test_only_json_is_read(server: Server) -> None:
     response = server.client.request("POST", PATH, content=b"{}", headers={**HERE, "content-type": "text/plain"})
     assert response.status_code == 415
+
+
+@pytest.mark.parametrize("salt", [{}, {"cache_salt": "of one user"}])
+def test_a_tenants_signed_reasoning_is_in_the_prompt_that_is_explained(salt: dict[str, str]) -> None:
+    server = two_tenants(tokenizer=ThinkingTokenizer())
+    asked = {**thinking_request(), **salt}
+    server.client.post("/v1/responses", {"model": MODEL, "max_output_tokens": 2, **asked}, headers=ANN)
+    (request,) = server.core.submitted
+    tokens = len(request.prompt_token_ids)
+    for headers, whose in ((ANN, {}), (ADMIN, {"tenant": tenant_ann().name})):
+        answer = server.explain(headers, openai=asked, **whose)
+        assert (answer["prompt_tokens"], answer["hit_tokens"]) == (tokens, (tokens - 1) // 4 * 4)

@@ -187,12 +187,13 @@ class ForeignRoutes(CacheRoutes):
             return _HandedOn(body)
         assert question.openai is not None, "only then there are foreign workers for it"
         whose = tenant if tenant is not None else tenant_meant(question, self._tenants)
-        return await self._explain(question.openai, whose.salted(question.cache_salt), foreign, body)
+        asked = question.openai
+        if "input" in asked:
+            asked = decoded(unstored_chat(compact_json({"model": "any", **asked}).encode(), whose))
+        return await self._explain(asked, whose.salted(question.cache_salt), foreign, body)
 
     async def _explain(self, asked: Json, tenant: Tenant, foreign: Sequence[ForeignWorker], body: bytes) -> Response:
         own = self._own(asked.get("model"))
-        if "input" in asked:
-            asked = decoded(unstored_chat(compact_json({"model": "any", **asked}).encode()))
         rewritten, canonical = canonical_body(asked, self._preparer.rules)
         prompt = await self._preparer.run(partial(self._reader.read, rewritten, tenant, own), len(body))
         candidates: list[Replica] = [*foreign, *(self._membership.up if own is not None else ())]

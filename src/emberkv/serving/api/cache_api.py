@@ -76,8 +76,12 @@ class CacheQuestion(RequestBody):
             raise RequestError(message, param="prefix") from error
 
 
-def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: CanonicalRules | None) -> RenderedPrompt:
-    """The prompt in question, as a request would be rendered. Raises RequestError for what cannot be used."""
+def rendered_prompt(
+    question: CacheQuestion, model: ServedModel, rules: CanonicalRules | None, tenant: Tenant
+) -> RenderedPrompt:
+    """The prompt in question, as a request of the tenant would be rendered. Raises RequestError for what cannot be
+    used.
+    """
     named = compact_json({"model": model.names[0], **(question.anthropic or question.openai or {})}).encode()
     if question.anthropic is not None:
         request = parse_body(PromptRequest, named)
@@ -91,7 +95,7 @@ def rendered_prompt(question: CacheQuestion, model: ServedModel, rules: Canonica
             prompt = list(model.tokenizer.encode(prompt, add_special_tokens=True, max_tokens=model.countable_tokens))
         return _checked(RenderedPrompt(prompt))
     if question.openai is not None and "input" in question.openai:
-        named = unstored_chat(named)
+        named = unstored_chat(named, tenant)
     chat = parse_body(ChatCompletionRequest, named)
     model.check_name(chat.model)
     return _checked(render_chat(chat, model, rules, model.countable_tokens))
@@ -194,10 +198,10 @@ class CacheRoutes:
         """Have a prompt computed now, so that the next request with it hits."""
         await self._guard.operator(http)
         question = await self._question(http, "openai", "anthropic")
-        tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
+        tenant = tenant_meant(question, self._tenants)
         prompt = await self._prompt(question, tenant)
         answer_budget(self._lifecycle.model(), len(prompt.token_ids), 1)
-        request = self._answers.request(http, "warm", tenant, prompt.canonical)
+        request = self._answers.request(http, "warm", tenant.salted(question.cache_salt), prompt.canonical)
         stream = self._answers.start([Prompt(prompt.token_ids, SamplingParams(max_tokens=1))], request)
         async with stream:
             answers = await unless_disconnected(http.receive, stream.collect())
@@ -246,19 +250,19 @@ class CacheRoutes:
         return request
 
     async def _present(self, question: CacheQuestion, tenant: Tenant | None) -> Explained:
-        asker = (tenant if tenant is not None else tenant_meant(question, self._tenants)).salted(question.cache_salt)
+        asker = tenant if tenant is not None else tenant_meant(question, self._tenants)
         prompt = await self._prompt(question, asker)
         others = [] if tenant is not None else [self._tenants.named(name) for name in self._tenants.names]
-        explained = await self._cache().explain(prompt.token_ids, asker, others)
+        explained = await self._cache().explain(prompt.token_ids, asker.salted(question.cache_salt), others)
         return replace(explained, canonical=prompt.canonical)
 
     async def _path(self, http: Request) -> tuple[CacheQuestion, PrefixPath]:
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
             return question, await self._listed_path(question.prefix_hash())
-        tenant = tenant_meant(question, self._tenants).salted(question.cache_salt)
+        tenant = tenant_meant(question, self._tenants)
         prompt = await self._prompt(question, tenant)
-        chain = await self._preparer.run(partial(self._chain, prompt.token_ids, tenant))
+        chain = await self._preparer.run(partial(self._chain, prompt.token_ids, tenant.salted(question.cache_salt)))
         if not chain.block_hashes:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
         return question, PrefixPath(list(chain.block_hashes), prompt.token_ids, tenant.name)
@@ -278,8 +282,9 @@ class CacheRoutes:
         return question
 
     async def _prompt(self, question: CacheQuestion, tenant: Tenant) -> RenderedPrompt:
+        """tenant: as for `unstored_chat`."""
         model = self._preparer.model_for(tenant.name)
-        return await self._preparer.run(partial(rendered_prompt, question, model, self._preparer.rules))
+        return await self._preparer.run(partial(rendered_prompt, question, model, self._preparer.rules, tenant))
 
     def _cache(self) -> CacheService:
         cache = self._lifecycle.model().cache

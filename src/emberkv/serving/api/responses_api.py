@@ -40,7 +40,7 @@ from emberkv.serving.parsing.events import (
     ParsedMessage,
     ReasoningText,
 )
-from emberkv.serving.tenancy import DEFAULT_TENANT, Tenant
+from emberkv.serving.tenancy import Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +81,12 @@ def convert_response(body: bytes, tenant: Tenant, store: ResponseStore) -> Conve
     return ConvertedResponse(request, chat, items, size, left_out)
 
 
-def unstored_chat(body: bytes) -> bytes:
+def unstored_chat(body: bytes, tenant: Tenant) -> bytes:
     """The body of the chat completion with the same prompt, for a request that stands alone: no response is stored that
-    its ``previous_response_id`` or an ``item_reference`` could name. Raises RequestError.
+    its ``previous_response_id`` or an ``item_reference`` could name. tenant: whose request it is, without its
+    ``cache_salt``: signed reasoning is the prompt's only with the tenant's own salt. Raises RequestError.
     """
-    return convert_response(body, DEFAULT_TENANT, ResponseStore(clock=lambda: 0.0)).chat
+    return convert_response(body, tenant, ResponseStore(clock=lambda: 0.0)).chat
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from emberkv.serving.api.responses_api import unstored_chat
 from emberkv.serving.api.validation import Json, is_anthropic, parse_body
 from emberkv.serving.canonical import CanonicalRules
 from emberkv.serving.event_stream import compact_json
+from emberkv.serving.tenancy import DEFAULT_TENANT
 from emberkv.serving.warmup.warm_prompt import WarmPrompt
 
 
@@ -31,7 +32,7 @@ class WarmupRequest:
         """The token ids of its prompt, as the API would render it. Raises RequestError for what cannot be used."""
         body = compact_json({**self.body, "model": "any"}).encode()
         if "input" in self.body:
-            body = unstored_chat(body)
+            body = unstored_chat(body, DEFAULT_TENANT)
         if "input" not in self.body and is_anthropic(self.body):
             conversation = canonical_messages(parse_body(PromptRequest, body), rules)[0].conversation()
         else:
