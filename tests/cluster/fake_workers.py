@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from emberkv.cluster.cache_operations import CacheOperation
-from emberkv.cluster.wire import LoadReport, TokenizerFiles, WorkerDescription
+from emberkv.cluster.wire import LoadReport, SharedTier, TokenizerFiles, WorkerDescription
 from emberkv.core.feed import EventBatch, FeedMessage, SnapshotChunk
 from emberkv.core.hashing import root_hash
 from emberkv.core.sequence import FinishReason
@@ -39,7 +39,7 @@ class FakeWorker:
 
     dies_after: tokens of an answer after which it is gone; None: never. refuses: what it answers each request with.
     hangs: it accepts requests and sends nothing but their progress. running: what it reports. is_loaded: it has its
-    model; without it, its events end. cache: carries out operations on the cache.
+    model; without it, its events end. cache: carries out operations on the cache. shared_tiers: what it says of them.
     """
 
     worker_id: str
@@ -54,6 +54,7 @@ class FakeWorker:
     running: int = 0
     is_loaded: bool = True
     cache: CacheService | None = None
+    shared_tiers: dict[str, SharedTier] = field(default_factory=dict)
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -98,6 +99,7 @@ class FakeConnection:
             max_prompt_tokens=999,
             hit_unit=1,
             exact=True,
+            shared_tiers=worker.shared_tiers,
         )
 
     async def tokenizer(self, etag: str = "") -> TokenizerFiles | None:

@@ -11,7 +11,7 @@ import pytest
 from emberkv.cluster.cluster_engine import MAX_LOSSES, ClusterEngine
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.routing import Reason, make_router
-from emberkv.cluster.wire import LoadReport, WorkerDescription
+from emberkv.cluster.wire import LoadReport, SharedTier, WorkerDescription
 from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.feed import EventsLost, FeedMessage, SnapshotChunk
 from emberkv.core.sequence import FinishReason
@@ -435,6 +435,28 @@ async def test_a_snapshot_that_cannot_be_read_is_not_passed_over(caplog: pytest.
             await membership.changed()
         assert worker.status is WorkerStatus.DOWN
         assert "a fault in the code" in caplog.text
+    finally:
+        await membership.close()
+
+
+@on_a_loop
+async def test_a_snapshot_replaces_what_is_known_of_a_shared_tier_that_it_lists_and_of_no_other() -> None:
+    tiers = {"disk": SharedTier(b"d" * 16, is_listed=True), "remote": SharedTier(b"r" * 16, is_listed=False)}
+    worker = FakeWorker("a", shared_tiers=tiers)
+    router = make_router("longest-prefix", random.Random(0))
+    membership = Membership(router, lambda _: FakeConnection(worker), on_model=no_model)
+    followed = membership.add("a")
+    try:
+        while followed.status is not WorkerStatus.UP:
+            await membership.changed()
+        assert router.index is not None
+        assert followed.reader is not None
+        for tier, block in (("disk", b"1" * 32), ("remote", b"2" * 32)):
+            router.index.add(0, [block], tier)
+        followed.reader.take(EventsLost(b"e1", 5, 9))
+        followed.reader.take(SnapshotChunk(b"e1", 9, "", None, 4, (), ()))
+        assert router.index.matches([b"1" * 32], 1) == [{}]
+        assert router.index.matches([b"2" * 32], 1) == [{"remote": 1}]
     finally:
         await membership.close()
 

@@ -16,6 +16,7 @@ from emberkv.event_wire import decode, encode
 TIER = "shm"
 HASHES = [bytes([number]) * 32 for number in range(1, 7)]
 SLOTS = 3
+KEPT_EVENTS = 6
 UNKNOWN = 0
 """In place of a change's number: it is not known which change the index goes by."""
 
@@ -50,7 +51,7 @@ class Process:
 
     def __init__(self, store: Store, epoch: bytes) -> None:
         self._store = store
-        self.log = EventLog(6, epoch)
+        self.log = EventLog(KEPT_EVENTS, epoch)
         self.feed = CacheFeed(BlockPool(1, 1, events=self.log), store)
         self.numbers: list[int] = []
         self._published = 0
@@ -86,13 +87,20 @@ class Heard(ReplicaBlocks):
     """Notes by which change the index goes, for each block."""
 
     def __init__(self, gateway: "Gateway", slot: int) -> None:
-        super().__init__(gateway.index, slot, unkept=lambda: gateway.unkept(slot))
+        listed = (TIER,) if gateway.store.is_listed else ()
+        super().__init__(gateway.index, slot, unkept=lambda: gateway.unkept(slot), listed=lambda: listed)
         self._gateway = gateway
+        self._is_listed = gateway.store.is_listed
 
     def apply(self, event: Event) -> None:
         super().apply(event)
         blocks = HASHES if isinstance(event, AllBlocksCleared) else event.block_hashes
         self._gateway.heard.update(dict.fromkeys(blocks, self._gateway.number_of(event)))
+
+    def clear(self) -> None:
+        super().clear()
+        if self._is_listed:
+            self._gateway.heard = dict.fromkeys(HASHES, UNKNOWN)
 
     def merge(self, chunk: SnapshotChunk) -> None:
         super().merge(chunk)
@@ -234,6 +242,19 @@ def test_shared_memory_goes_with_its_last_process_and_a_server_keeps_its_blocks(
     gateway.start(1)
     gateway.mend()
     assert [gateway.has(each) for each in HASHES] == [[kept, kept, False, False]] * len(HASHES)
+
+
+@pytest.mark.parametrize("others", [(), (1,)])
+def test_blocks_that_left_a_listed_store_by_lost_events_are_gone_after_the_snapshot(others: tuple[int, ...]) -> None:
+    gateway = started(0, *others, is_listed=True)
+    process = gateway.processes[0]
+    process.change("evict", HASHES[:3])
+    for _ in range(KEPT_EVENTS):
+        process.change("store", HASHES[3:])
+    gateway.mend()
+    assert gateway.readers[0].exact
+    held = [each in (0, *others) for each in range(SLOTS + 1)]
+    assert [gateway.has(each) for each in HASHES] == [[False] * len(held)] * 3 + [held] * 3
 
 
 def test_a_late_gateway_knows_of_a_listed_store_by_the_first_process_that_it_reads() -> None:

@@ -173,13 +173,23 @@ class ReplicaBlocks:
 
     An epoch begins with nothing in any tier: what a tier has kept over a restart comes in a snapshot. The blocks of a
     tier that others share (`BlockIndex.share`) stay, unless ``unkept`` names it: the shared tiers whose blocks the
-    replica would tell of when it starts, and of which nothing else is known to have kept them.
+    replica would tell of when it starts, and of which nothing else is known to have kept them. A snapshot replaces what
+    is known of the shared tiers that ``listed`` names, too: those whose whole content it lists, whichever replica has
+    stored it.
     """
 
-    def __init__(self, index: BlockIndex, replica: int, *, unkept: Callable[[], Iterable[str]] = lambda: ()) -> None:
+    def __init__(
+        self,
+        index: BlockIndex,
+        replica: int,
+        *,
+        unkept: Callable[[], Iterable[str]] = tuple,
+        listed: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
         self._index = index
         self._replica = replica
         self._unkept = unkept
+        self._listed = listed
 
     def apply(self, event: Event) -> None:
         self._index.apply(self._replica, event)
@@ -188,11 +198,14 @@ class ReplicaBlocks:
         self._index.add(self._replica, chunk.block_hashes, chunk.tier)
 
     def clear(self) -> None:
-        self._index.forget(self._replica)
+        self._forget(self._listed())
 
     def restart(self) -> None:
+        self._forget(self._unkept())
+
+    def _forget(self, shared: Iterable[str]) -> None:
         self._index.forget(self._replica)
-        for tier in self._unkept():
+        for tier in shared:
             self._index.clear(self._replica, tier)
 
 

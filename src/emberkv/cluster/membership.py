@@ -269,7 +269,11 @@ class Membership:
             worker.slot = self.router.join(worker.worker_id)
             index = self.router.index
             blocks = (
-                _NoIndex() if index is None else ReplicaBlocks(index, worker.slot, unkept=lambda: self._unkept(worker))
+                _NoIndex()
+                if index is None
+                else ReplicaBlocks(
+                    index, worker.slot, unkept=lambda: self._unkept(worker), listed=lambda: worker.listed_tiers
+                )
             )
             worker.reader = FeedReader(blocks)
         assert worker.reader is not None, "a worker with a slot has a reader"
@@ -282,11 +286,8 @@ class Membership:
         """The shared tiers that no other worker that is up has: shared memory, say, may have gone with the last of its
         processes. A server that lists no blocks keeps them by itself.
         """
-        assert worker.description is not None, "a worker is met first"
         kept = self.shared_with_others(worker)
-        return [
-            tier for tier, shared in worker.description.shared_tiers.items() if shared.is_listed and tier not in kept
-        ]
+        return [tier for tier in worker.listed_tiers if tier not in kept]
 
     def shared_with_others(self, worker: Worker) -> list[str]:
         """The names of its tiers that another worker that is up has, too."""

@@ -137,6 +137,12 @@ class Worker(Replica):
         tiers = {} if self.description is None else self.description.shared_tiers
         return {name: tier.store_id for name, tier in tiers.items()}
 
+    @property
+    def listed_tiers(self) -> list[str]:
+        """Those of the tiers that it may share whose whole content its snapshots list."""
+        tiers = {} if self.description is None else self.description.shared_tiers
+        return [name for name, tier in tiers.items() if tier.is_listed]
+
     def take_report(self, report: LoadReport, now: float) -> None:
         self.report = report
         self._unreported = {each: sent for each, sent in self._unreported.items() if now - sent[0] < REPORT_SECONDS}
