@@ -1,15 +1,19 @@
 """Partial blocks that are copied whole, as where a block has a state after its last token: where they are left, which
 of them a prompt goes on from, and what takes their place."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emberkv.core.block import Block
 from emberkv.core.block_pool import BlockPool
-from emberkv.core.hashing import TokenChain, common_tokens, partial_hash
+from emberkv.core.cached_blocks import ChildIndex
+from emberkv.core.hashing import TokenChain, common_tokens, partial_hash, partial_siblings_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.sequence import FinishReason
 from tests.core.harness import Harness, chain, root
 from tests.core.test_partial_blocks import computed, hit, left
+from tests.machine import subclasses_core
 
 
 def cache(num_blocks: int = 32, *, size: int = 8, branch_tokens: int = 1) -> PrefixCache:
@@ -176,6 +180,53 @@ def test_what_is_removed_takes_the_checkpoints_behind_it_and_within_it_along() -
     assert served(engine, "fifth", [*range(13), 83]) == 0
     engine.pool.clear()
     assert served(engine, "sixth", [*range(13), 84]) == 0
+
+
+def test_what_is_removed_takes_the_checkpoints_along_that_begin_alike() -> None:
+    """Of two answers to one prompt the first ends within the block that the second fills: both hold the prompt."""
+    shared = cache()
+    left(shared, chain([*range(5), 60], 8))
+    left(shared, chain([*range(8), 50, 51], 8))
+    full = chain([*range(5), *range(70, 80)], 8)
+    left(shared, full)
+    assert hit(shared, chain([*range(5), 60, 61, 62], 8)) == 6
+    assert shared.pool.remove(full.block_hashes) == 1
+    assert hit(shared, chain([*range(5), 60, 61, 62], 8)) == 0
+    assert hit(shared, chain([*range(8), 50, 51, 52], 8)) == 10
+
+
+def test_the_checkpoints_beside_an_evicted_block_are_removed_by_its_parent() -> None:
+    shared = cache()
+    full = chain([*range(8), *range(70, 80)], 8)
+    left(shared, chain([*range(8), *range(70, 73)], 8))
+    left(shared, chain([60, 61], 8))
+    assert shared.pool.remove([full.block_hashes[1]]) == 0
+    assert hit(shared, chain([*range(8), *range(70, 73), 90], 8)) == 11
+    assert shared.pool.remove([full.block_hashes[1], partial_siblings_hash(full.parent(1))]) == 0
+    shared.pool.check_integrity([])
+    assert hit(shared, chain([*range(8), *range(70, 73), 90], 8)) == 8
+    assert hit(shared, chain([60, 61, 62], 8)) == 2
+    assert partial_siblings_hash(full.parent(1)) not in shared.pool.cached_hashes()
+
+
+@subclasses_core
+def test_checkpoints_are_removed_in_one_pass_over_those_of_each_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many removed blocks have the same parent."""
+    shared = cache(100)
+    siblings = [chain([each, *range(8)], 8) for each in range(40)]
+    for each in siblings:
+        left(shared, each)
+    left(shared, chain([90], 8))
+    asked: list[bytes] = []
+    of = ChildIndex.of
+
+    def counted(index: ChildIndex, parent: bytes) -> list[Block]:
+        asked.append(parent)
+        return of(index, parent)
+
+    monkeypatch.setattr(ChildIndex, "of", counted)
+    assert shared.pool.remove([each.block_hashes[0] for each in siblings]) == 40
+    assert asked == [root(8)]
 
 
 def test_tenants_share_the_checkpoints_of_public_blocks_alone() -> None:

@@ -291,7 +291,11 @@ class BlockPool:
         return self._cached.take_committed()
 
     def remove(self, block_hashes: Iterable[BlockHash]) -> int:
-        """Forget these blocks, as `clear` forgets all; how many full ones there were."""
+        """Forget these blocks, as `clear` forgets all; how many full ones there were.
+
+        The partial blocks behind them go as well, and those beside them, which may begin with the same tokens. Where a
+        block is not cached any more, the latter are named by a `partial_siblings_hash`.
+        """
         blocks = self._cached.among(block_hashes)
         gone = tuple(block.block_hash for block in blocks if block.block_hash is not None and not block.partial)
         if gone:

@@ -6,7 +6,7 @@ from operator import attrgetter
 
 from emberkv.core.block import Block, Match, MatchEnd
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
-from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash, partial_siblings_hash
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
 from emberkv.core.stats import CacheStats
 
@@ -71,10 +71,13 @@ class ChildIndex:
         at = bisect_right(siblings, tokens, key=_BY_TOKENS)
         return siblings[at - 1] if at else None
 
-    def beginning_of(self, block: Block) -> list[Block]:
-        """The partial blocks that ``block`` begins with."""
-        siblings = self._children.get(block.parent, ())
-        return [each for each in siblings if each.partial and block.tokens.startswith(each.tokens)]
+    def has(self, parent: BlockHash) -> bool:
+        """Whether ``parent`` has any."""
+        return parent in self._children
+
+    def of(self, parent: BlockHash) -> list[Block]:
+        """The children of ``parent``, by their tokens."""
+        return self._children.get(parent, [])
 
 
 class CachedBlocks:
@@ -98,6 +101,8 @@ class CachedBlocks:
         self.children: ChildIndex | None = None
         self.copied_whole = False  # see `BlockPool.index_children`
         self._partial: dict[BlockHash, set[BlockHash]] = {}  # hashes of partial blocks, by `Block.previous`
+        self._partial_children = ChildIndex()
+        self._parents: dict[BlockHash, BlockHash] = {}  # of partial blocks, by `partial_siblings_hash`
         self._num_partial = 0
         self._events = events
         self._stats = stats
@@ -168,16 +173,15 @@ class CachedBlocks:
         """As `longest_checkpoint`, of the children of ``parent`` alone. owner: whose they must be; None: anyone's.
 
         What lies between a beginning of the tokens and the tokens themselves, in order, begins with that as well. So
-        the child just before the tokens is the longest, or the longest has no more than that child has in common.
+        the partial child just before the tokens is the longest, or the longest has no more than that has in common.
         """
-        assert self.children is not None
         while stop > start:
-            near = self.children.last_up_to(parent, chain.encoded_slice(start, stop))
+            near = self._partial_children.last_up_to(parent, chain.encoded_slice(start, stop))
             if near is None:
                 return None
             common = min(near.num_tokens, chain.common_tokens(start, stop, near.tokens))
             whole = common == near.num_tokens
-            if whole and near.partial and (owner is None or near.owner == owner):
+            if whole and (owner is None or near.owner == owner):
                 return near
             stop = min(stop - 1, start + common - whole)
         return None
@@ -221,6 +225,8 @@ class CachedBlocks:
         self._enter(block, block_hash, chain, position, exact=True)
         block.previous = chain.unsalted_parent(position)
         self._partial.setdefault(block.previous, set()).add(block_hash)
+        self._partial_children.add(block)
+        self._parents[partial_siblings_hash(block.parent)] = block.parent
         self._num_partial += 1
 
     def _enter(self, block: Block, block_hash: BlockHash, chain: Chain, position: int, *, exact: bool) -> None:
@@ -281,16 +287,17 @@ class CachedBlocks:
         return [block for block_hash, block in committed.items() if self.index.get(block_hash) is block]
 
     def among(self, block_hashes: Iterable[BlockHash]) -> list[Block]:
-        """The blocks that are found under any of these, each once, and the partial ones behind these.
-
-        And those that they begin with, where blocks are copied whole.
+        """The blocks that are found under any of these, each once, the partial ones behind these, and those that follow
+        the same parent: they may begin with the same tokens. A `partial_siblings_hash` stands for all of its parent.
         """
         wanted = dict.fromkeys(key for each in block_hashes for key in (each, *self._partial.get(each, ())))
         found = [self.index[block_hash] for block_hash in wanted if block_hash in self.index]
-        if self.copied_whole and self.children is not None:
-            found += [each for block in found for each in self.children.beginning_of(block)]
-            found = list({block.block_id: block for block in found}.values())
-        return found
+        if not self._num_partial:
+            return found
+        parents = {block.parent for block in found if not block.partial}
+        parents.update(self._parents[each] for each in wanted if each in self._parents)
+        found += [each for parent in parents for each in self._partial_children.of(parent)]
+        return list({block.block_id: block for block in found}.values())
 
     def snapshot(self) -> Snapshot:
         parents = {block_hash: block.parent for block_hash, block in self.index.items() if not block.partial}
@@ -302,6 +309,9 @@ class CachedBlocks:
         if block.partial and block.block_hash is not None:
             partial = self._partial[block.previous]
             partial.discard(block.block_hash)
+            self._partial_children.discard(block)
+            if not self._partial_children.has(block.parent):
+                del self._parents[partial_siblings_hash(block.parent)]
             self._num_partial -= 1
             if not partial:
                 del self._partial[block.previous]

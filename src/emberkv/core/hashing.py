@@ -90,6 +90,11 @@ def partial_hash(parent: BlockHash, tokens: bytes) -> BlockHash:
     return sha256(b"emberkv-partial-1" + parent + tokens).digest()
 
 
+def partial_siblings_hash(parent: BlockHash) -> BlockHash:
+    """Stands for all partial blocks with one parent where blocks are removed; it is no block's own hash."""
+    return partial_hash(parent, b"")
+
+
 def common_tokens(one: bytes, other: bytes) -> int:
     """How many leading tokens two encoded runs have in common."""
     shorter = min(len(one), len(other)) // TOKEN_BYTES
