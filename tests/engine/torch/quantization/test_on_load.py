@@ -1,11 +1,14 @@
 """`--quantize`: a plain checkpoint's linear layers are rounded while it is loaded, one tensor at a time."""
 
+import json
 import random
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +21,7 @@ from emberkv.engine.torch.native.kernels import Kernels
 from emberkv.engine.torch.quantization.layers import QuantizedExperts, QuantizedLinear, quantized_linears
 from emberkv.engine.torch.quantization.on_load import QuantizeName, RoundingConfig
 from emberkv.engine.torch.quantization.weight import Bits, QuantizedWeight, quantise
-from emberkv.errors import ConfigError, CorruptModelError
+from emberkv.errors import ConfigError, CorruptModelError, UnsupportedModelError
 from tests.conftest import CheckpointFactory
 from tests.engine.driver import CHUNK, Driver
 from tests.models import VOCAB_SIZE
@@ -103,6 +106,38 @@ def test_the_kernels_compute_rounded_experts_and_a_hit_has_the_bits_of_a_cold_ru
     got, expected = warm.run_one(prompt, new=3), cold.run_one(prompt, new=3)
     assert got.cached == CHUNK + 7
     assert all(map(torch.equal, got.logits, expected.logits))
+
+
+@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
+def test_layers_that_share_weights_share_what_these_are_rounded_to(
+    checkpoint: CheckpointFactory, quantize: QuantizeName, bits: Bits
+) -> None:
+    folder = str(checkpoint("zamba2"))
+    plain = load_model(folder, device="cpu").model
+    ours = load_model(folder, device="cpu", quantize=quantize).model
+    for own in ("self_attn.q_proj", "feed_forward.down_proj"):
+        stored, tied = (ours.get_submodule(f"model.layers.{layer}.shared_transformer.{own}") for layer in (1, 3))
+        assert isinstance(stored, QuantizedLinear)
+        assert isinstance(tied, QuantizedLinear)
+        assert tied.quantized is stored.quantized
+        weight = plain.get_parameter(f"model.layers.3.shared_transformer.{own}.weight")
+        assert torch.equal(tied.quantized.codes, quantise(weight, bits).codes)
+
+
+def test_an_embedding_that_is_stored_as_the_output_layers_is_refused_by_name(
+    checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    folder = checkpoint("qwen2")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    embedding = load_model(str(tmp_path), device="cpu").model.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(embedding, weights["lm_head.weight"])
+    with pytest.raises(UnsupportedModelError, match=r"--quantize int8: model\.embed_tokens\.weight share"):
+        load_model(str(tmp_path), device="cpu", quantize="int8")
 
 
 def test_one_plain_weight_is_held_at_a_time(checkpoint: CheckpointFactory) -> None:

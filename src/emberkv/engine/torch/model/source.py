@@ -269,6 +269,12 @@ class FolderSource:
                 raise CorruptModelError(f"the weights in {self.path} cannot be rounded: {rounding.problem}") from error
             raise
         _require_complete(self.path, report)
+        unread = sorted(name for name, weight in model.named_parameters(remove_duplicate=False) if weight.is_meta)
+        if unread:
+            raise UnsupportedModelError(
+                f"{self.path} cannot be loaded with --quantize {self._quantize}: {_some(unread)} share the values of "
+                "weights that are rounded; load it without --quantize"
+            )
         return model
 
     def weights(self, method: Method | None) -> Iterator[NamedWeight]:

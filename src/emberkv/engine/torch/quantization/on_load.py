@@ -97,6 +97,7 @@ class RoundingQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         """Put the rounded weights in. An output layer that shares the embedding's gets a rounded copy of its own."""
+        self._share_tied(model)
         output = output_layer(model)
         parts = None if output is None else linear_parts(output)
         name = next((name for name, module in model.named_modules() if module is output), None)
@@ -110,6 +111,16 @@ class RoundingQuantizer(HfQuantizer):
         forget: Any = self.remove_quantization_config  # untyped
         forget(model)
         return model
+
+    def _share_tied(self, model: PreTrainedModel) -> None:
+        """Give each linear layer whose weight is another's what that was rounded to.
+
+        Zamba2 stores the attention that its layers share once, and transformers has tied their weights by now.
+        """
+        tied = {id(model.get_parameter(f"{name}.weight")): rounded for name, rounded in self.rounded.items()}
+        for name, module in model.named_modules():
+            if name not in self.rounded and linear_parts(module) is not None and id(module.weight) in tied:
+                self.rounded[name] = tied[id(module.weight)]
 
     def is_serializable(self) -> bool:
         return False
