@@ -192,6 +192,7 @@ def test_a_vocabulary_that_a_list_of_merges_does_not_follow_is_refused(change: A
         ({"model": "gpt2", "pre": "default"}, "splits text as 'default' does, which is not known"),
         ({"model": "gpt2", "pre": "gpt-2", "add_space_prefix": True}, "not understood with byte-level BPE"),
         ({"precompiled_charsmap": [1, 2]}, "has tokenizer.ggml.precompiled_charsmap, which is not understood"),
+        ({"a_number_of_tomorrow": 0}, "has tokenizer.ggml.a_number_of_tomorrow, which is not understood"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces, which is not understood"),
         ({"add_sep_token": True}, "add_sep_token, which is not understood"),
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000; it has 456 tokens"),
@@ -204,6 +205,19 @@ def test_metadata_that_are_not_followed_are_refused_by_name(changed: dict[str, A
     fields |= {f"tokenizer.ggml.{name}": value for name, value in changed.items()}
     with pytest.raises((CorruptModelError, UnsupportedModelError), match=message):
         built(fields)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"add_padding_token": False, "add_unknown_token": True, "add_mask_token": True, "add_cls_token": True},
+        {"eos_token_ids": [2, 3], "padding_token_ids": [0]},
+        {"precompiled_charsmap": False, "a_flag_of_tomorrow": False},
+    ],
+)
+def test_metadata_that_change_no_texts_tokens_are_not_refused(changed: dict[str, Any]) -> None:
+    plain, tokenizer = built(metadata(LEARNED)), built(metadata(LEARNED, **changed))
+    assert tokenizer.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
 
 
 def byte_level(pre: str, words: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> dict[str, Any]:

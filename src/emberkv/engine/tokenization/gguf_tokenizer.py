@@ -24,6 +24,8 @@ _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 _SPACE = "▁"
 _FLAGS = frozenset({"add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"})
 _READ = _FLAGS | {"model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"}
+_UNREAD = frozenset(f"add_{name}_token" for name in ("unknown", "padding", "mask", "cls"))
+"""Written by some converters; they change no text's tokens, and llama.cpp does not read them either."""
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _USUAL_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
 """What llama.cpp takes where the metadata name none."""
@@ -87,8 +89,9 @@ class _Described:
         return SPLITS[name]
 
     def _require_understood(self) -> None:
-        unknown = sorted(key for key in self._own.keys() - _READ if not key.endswith("_token_id"))
-        unknown = [key for key in unknown if self._own[key] not in (None, [], "")]
+        ids = ("_token_id", "_token_ids")
+        unknown = sorted(key for key in self._own.keys() - _READ - _UNREAD if not key.endswith(ids))
+        unknown = [key for key in unknown if self._own[key] is not False and self._own[key] not in (None, [], "")]
         if unknown:
             raise UnsupportedModelError(f"its tokenizer has {_PREFIX}{unknown[0]}, which is not understood")
         for flag in ("add_sep_token", "remove_extra_whitespaces"):

@@ -252,3 +252,12 @@ def test_a_token_that_ends_a_turn_ends_an_answer_where_the_metadata_name_another
     text, turn = load_tokenizer(str(folder)).encode("<|endoftext|><|im_end|>", add_special_tokens=False)
     path = write_gguf(folder, tmp_path / "model.gguf", changed={"tokenizer.ggml.eos_token_id": text})
     assert load_model(str(path), device="cpu").eos_token_ids == {text, turn}
+
+
+def test_an_answer_ends_at_all_ends_of_a_list_in_the_metadata(tmp_path: Path) -> None:
+    path = write_gguf(
+        checkpoint("llama", tmp_path / "plain"),
+        tmp_path / "model.gguf",
+        changed={"tokenizer.ggml.eos_token_ids": [2, 7, 9], "tokenizer.ggml.add_padding_token": False},
+    )
+    assert load_model(str(path), device="cpu").eos_token_ids == {2, 7, 9}

@@ -24,7 +24,7 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """The type of model in transformers, by ``general.architecture``. Mistral's files call themselves llama."""
 
-ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+ENDS = tuple(f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id"))
 
 TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
 """Tokens that end a turn. Many files name only the token that ends a text, and answers in a chat do not end in it."""
