@@ -1,5 +1,7 @@
 """Encoding by cached pieces equals encoding the whole; chat templates give a prompt or a request error."""
 
+import random
+import re
 import threading
 from array import array
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound, any_of
 from emberkv.engine.tokenization.piece_cache import PieceCache
 from emberkv.errors import PromptTooLongError, RequestError
 from tests.engine.tokenization.tokenizer_kinds import (
@@ -74,6 +76,19 @@ def test_pieces_are_cached_where_the_tokenizer_lets_them(kind: str) -> None:
     tokenizer = wrap(kind)
     tokenizer.encode(f"a{USER_START}river{TURN_END}{USER_START}river", add_special_tokens=True)
     assert len(tokenizer.cache) == (0 if kind in WHOLE_ONLY else 3)
+
+
+def test_added_tokens_grouped_by_their_first_character_match_as_the_plain_alternation() -> None:
+    chooser = random.Random(0)
+    runs = [character * length for character in " \n" for length in (1, 2, 3, 5, 8)]
+    added = [*runs, *(f"<unused{number}>" for number in range(30)), "<", "<a", "<a>", "a|b", "a", ".", ". x", "東京"]
+    chooser.shuffle(added)
+    plain = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+    parts = [*added, "<unused", " x", "b>", "|", "東", "é"]
+    for _ in range(300):
+        text = "".join(chooser.choices(parts, k=chooser.randint(0, 25)))
+        found = [match.span() for match in any_of(added).finditer(text)]
+        assert found == [match.span() for match in plain.finditer(text)], text
 
 
 def test_nobody_finds_the_pieces_that_another_has_sent() -> None:

@@ -6,7 +6,8 @@ import re
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from inspect import signature
 from itertools import pairwise
@@ -442,8 +443,19 @@ def _cut_pattern(backend: Backend, added: list[AddedToken]) -> re.Pattern[str] |
         return None
     if any(token.rstrip for token in splitting) and any(token.content[0].isspace() for token in splitting):
         return None
-    longest_first = sorted((token.content for token in splitting), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)))
+    return any_of(token.content for token in splitting)
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of ``texts``, none of which is empty: the leftmost, and of those the longest.
+
+    Grouped by their first character, because `re` tries all alternatives wherever one of them could begin: thousands of
+    added tokens, some of which begin with a space, would all be tried at each space of a text.
+    """
+    by_first: dict[str, list[str]] = defaultdict(list)
+    for text in sorted(texts, key=len, reverse=True):
+        by_first[text[0]].append(re.escape(text[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in by_first.items()))
 
 
 def _template_frame(backend: Backend) -> tuple[list[int], list[int]] | None:
