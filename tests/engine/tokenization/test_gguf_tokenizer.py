@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
-from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.engine.tokenization.sentencepiece import (
     ADDED,
@@ -107,6 +107,23 @@ def test_a_run_of_spaces_may_be_an_added_token(spelling: str) -> None:
     assert tokenizer.decode(expected) == "x    the"
 
 
+def test_a_byte_that_pieces_are_made_of_needs_no_token_of_its_own_character() -> None:
+    """As tabs in Gemma 2's older files: their runs are pieces, and a tab is the token of its byte."""
+    fields = metadata(LEARNED, add_space_prefix=False)
+    runs = ["\t\t", "\t\t\t", "\t\t\t\t\t"]
+    fields["tokenizer.ggml.tokens"] += runs
+    fields["tokenizer.ggml.scores"] += [-1e9] * len(runs)
+    fields["tokenizer.ggml.token_type"] += [NORMAL] * len(runs)
+    tokenizer = built(fields)
+    for length in range(12):
+        text = "\t" * length + "the" + "\t" * length
+        found = ids_of(tokenizer, text)
+        assert found == reference(fields, text, prefix=False)
+        assert tokenizer.decode(found) == text
+    assert ids_of(tokenizer, "\t") == [of(fields, "<0x09>")]
+    assert TokenBound(tokenizer.backend_tokenizer).is_sound
+
+
 @pytest.mark.parametrize(
     ("flags", "before", "after"),
     [
@@ -156,6 +173,7 @@ def unused(fields: dict[str, Any]) -> None:
 def without_a_letter(fields: dict[str, Any]) -> None:
     fields["tokenizer.ggml.token_type"][of(fields, "b")] = CONTROL
     fields["tokenizer.ggml.tokens"][of(fields, "b")] = "<other>"
+    fields["tokenizer.ggml.tokens"][of(fields, "<0x62>")] = "<byte>"
 
 
 def twice(fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from emberkv.engine.tokenization.sentencepiece_merges import find_merges
 from emberkv.errors import CorruptModelError, EmberError, UnsupportedModelError, reason_of
 
 _PREFIX = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 """Kinds of tokens that are found in a text before the rest of it is encoded."""
 _SPACE = "▁"
@@ -72,10 +72,24 @@ class _Described:
                 _spelt_with_spaces(token) if kind == _USER_DEFINED else token
                 for token, kind in zip(self._tokens, self._kinds, strict=True)
             ]
+            self._spell_needed_bytes()
         self._vocabulary = {token: number for number, token in enumerate(self._tokens)}
         if len(self._vocabulary) != len(self._tokens):
             twice = next(token for number, token in enumerate(self._tokens) if self._vocabulary[token] != number)
             raise CorruptModelError(f"it has the token {twice!r} twice")
+
+    def _spell_needed_bytes(self) -> None:
+        """Spell the tokens of those bytes as characters that pieces are made of and that are no tokens themselves.
+
+        As tabs in Gemma 2's older files: SentencePiece joins such characters too, and one that is left alone is its
+        byte's token.
+        """
+        pieces = (token for token, kind in zip(self._tokens, self._kinds, strict=True) if kind == _NORMAL)
+        wanted = {character for piece in pieces for character in piece}.difference(self._tokens)
+        spelt = {f"<0x{ord(character):02X}>": character for character in wanted if character.isascii()}
+        for number, (token, kind) in enumerate(zip(self._tokens, self._kinds, strict=True)):
+            if kind == _BYTE and token in spelt:
+                self._tokens[number], self._kinds[number] = spelt[token], _NORMAL
 
     def _find_split(self) -> Split:
         name = self._own.get("pre")

@@ -95,7 +95,8 @@ def _keeps_everything(described: dict[str, Any], vocabulary: dict[str, int], let
         return False
     if letters is not None:
         return all(letter in vocabulary for letter in letters.values())
-    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    spelt = (byte for byte in range(256) if byte >= 0x80 or chr(byte) not in vocabulary)
+    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in spelt)
 
 
 def _types(component: dict[str, Any] | None, parts: str) -> set[str]:
