@@ -11,6 +11,7 @@ from emberkv.core.cached_blocks import ChildIndex
 from emberkv.core.hashing import TokenChain, common_tokens, partial_hash, partial_siblings_hash
 from emberkv.core.prefix_cache import PrefixCache
 from emberkv.core.sequence import FinishReason
+from emberkv.errors import ConfigError
 from tests.core.harness import Harness, chain, root
 from tests.core.test_partial_blocks import computed, hit, left
 from tests.machine import subclasses_core
@@ -21,7 +22,7 @@ def cache(num_blocks: int = 32, *, size: int = 8, branch_tokens: int = 1) -> Pre
     return PrefixCache(pool, alignment=size, batch_invariant=True, within_blocks=False, branch_tokens=branch_tokens)
 
 
-def harness(*, num_blocks: int = 32, branch_tokens: int = 2, chunk: int = 4) -> Harness:
+def harness(*, num_blocks: int = 32, branch_tokens: int = 2, chunk: int = 4, max_step_tokens: int = 16) -> Harness:
     """Blocks of 8 tokens and chunks of 4."""
     return Harness(
         num_blocks=num_blocks,
@@ -31,6 +32,7 @@ def harness(*, num_blocks: int = 32, branch_tokens: int = 2, chunk: int = 4) -> 
         batch_invariant=True,
         within_blocks=False,
         branch_tokens=branch_tokens,
+        max_step_tokens=max_step_tokens,
     )
 
 
@@ -118,6 +120,35 @@ def test_a_chunk_that_ends_at_the_branch_by_itself_leaves_none_without_room() ->
     assert engine.pool.stats.branch_checkpoints == 0
 
 
+def test_a_sequence_admitted_in_the_same_step_takes_the_room_of_a_checkpoint() -> None:
+    """The decoding one needs a block next, and is not preempted for it."""
+    engine = harness(num_blocks=8, chunk=8, max_step_tokens=64)
+    served(engine, "first", [*range(5), 60])
+    engine.add("decoding", [*range(100, 107)], 8)
+    engine.step()
+    engine.add("second", [*range(5), *range(70, 75)], 2)
+    engine.add("third", [*range(200, 228)], 4)
+    plan = engine.step()
+    assert [(chunk.start, chunk.stop) for chunk in plan.prefills[:1]] == [(0, 5)]
+    engine.finish()
+    assert (engine.pool.stats.branch_checkpoints, engine.scheduler.stats.preemptions) == (0, 0)
+
+
+def test_a_checkpoint_that_is_known_evicts_nothing() -> None:
+    """Two prompts leave the same branch, one after the other; for the second a cached block would have to go."""
+    shared = cache(4)
+    left(shared, chain([*range(5), 60], 8))
+    first, second = (computed(shared, chain([*range(5), last], 8), 0) for last in (70, 71))
+    first.commit_prefilled(5)
+    assert shared.pool.stats.branch_checkpoints == 1
+    second.commit_prefilled(5)
+    assert shared.pool.stats.branch_checkpoints == 1
+    shared.pool.check_integrity([first.pinned, second.pinned])
+    first.release()
+    second.release()
+    assert hit(shared, chain([*range(5), 60, 61], 8)) == 6
+
+
 def test_a_longer_checkpoint_takes_the_place_of_one_that_ended_there_but_not_of_a_branch() -> None:
     shared = cache()
     left(shared, chain(range(10), 8))
@@ -145,6 +176,22 @@ def test_a_retained_checkpoint_stays_for_all_who_go_on_from_it() -> None:
     computed(shared, chain(range(16), 8)).release()
     assert shared.pool.num_evictable == 3
     assert hit(shared, chain([*range(12), 80], 8)) == 12
+
+
+def test_an_unpinned_checkpoint_is_forgotten_like_any_other() -> None:
+    shared = cache()
+    warm = chain(range(12), 8)
+    left(shared, warm)
+    end = partial_hash(warm.parent(1), warm.encoded_slice(8, 12))
+    shared.pool.retain([end], 5)
+    shared.pool.unretain([end])
+    computed(shared, chain(range(16), 8)).release()
+    assert hit(shared, chain([*range(12), 80], 8)) == 8
+
+
+def test_a_checkpoint_that_saves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="branch_tokens is 0"):
+        cache(branch_tokens=0)
 
 
 def test_a_full_block_forgets_the_checkpoint_that_it_went_on_from() -> None:

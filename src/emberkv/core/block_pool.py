@@ -132,6 +132,15 @@ class BlockPool:
         start = position * self.block_size
         return start, min(start + self.block_size - 1, len(chain) if to_end else len(chain) - 1)
 
+    def known_partial(self, chain: Chain, position: int, count: int) -> Block | None:
+        """The exact cached block from which a sequence can go on behind the first ``count`` tokens of block
+        ``position`` of ``chain``. Needs `index_children`.
+        """
+        start = position * self.block_size
+        find = self._cached.longest_checkpoint if self._cached.copied_whole else self._cached.longest_child
+        known = find(chain, start, start + count)
+        return known[0] if known is not None and known[1] == count and known[0].exact else None
+
     def commit_partial(self, block: Block, chain: Chain, position: int, count: int, *, branch: bool = False) -> bool:
         """Make block ``position`` of ``chain`` visible with its first ``count`` tokens, which are computed and exact.
 
@@ -143,26 +152,33 @@ class BlockPool:
             raise IntegrityError(
                 f"block {block.block_id} is {block.state.value}; only an allocated block can be committed"
             )
-        start = position * self.block_size
-        find = self._cached.longest_checkpoint if self._cached.copied_whole else self._cached.longest_child
-        known = find(chain, start, start + count)
-        if known is not None and known[1] == count and known[0].exact:
-            known[0].branch = known[0].branch or branch
+        if self.known_partial(chain, position, count) is not None:
             return False
+        start = position * self.block_size
         self._supersede(chain, start, start + count)
         block.state = BlockState.COMMITTED
         self._cached.enter_partial(block, chain, position, count, branch=branch)
         return True
 
     def retain(self, block_hashes: Iterable[BlockHash], until: float) -> int:
-        """As `EvictionPolicy.retain`. Where blocks are copied whole, a partial block among them becomes a branch."""
+        """As `EvictionPolicy.retain`. A longer partial block does not take the place of one among them, either."""
         wanted = list(block_hashes)
-        if self._cached.copied_whole:
-            for block_hash in wanted:
-                block = self.lookup(block_hash)
-                if block is not None and block.partial:
-                    block.branch = True
+        for block in self._partial_among(wanted):
+            block.retained = True
         return self.policy.retain(wanted, until)
+
+    def unretain(self, block_hashes: Iterable[BlockHash]) -> None:
+        """As `EvictionPolicy.unretain`, and undoes the rest of `retain`."""
+        wanted = list(block_hashes)
+        for block in self._partial_among(wanted):
+            block.retained = False
+        self.policy.unretain(wanted)
+
+    def _partial_among(self, block_hashes: Iterable[BlockHash]) -> Iterator[Block]:
+        """Partial blocks, if blocks are copied whole: otherwise a longer one has all that a shorter one has."""
+        if self._cached.copied_whole:
+            found = (self.lookup(block_hash) for block_hash in block_hashes)
+            yield from (block for block in found if block is not None and block.partial)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         """Add a reference to each of these cached blocks, so that they are not evicted."""
@@ -329,10 +345,10 @@ class BlockPool:
     def _supersede(self, chain: Chain, start: int, stop: int) -> None:
         """Forget the partial block that tokens ``[start, stop)`` begin with: a longer block is about to be found.
 
-        Not a branch: other prompts go on from it, and blocks are copied whole.
+        Not a branch, and not a retained one: other prompts go on from it, and blocks are copied whole.
         """
         shorter = self._cached.partial_prefix(chain, start, stop)
-        if shorter is not None and not shorter.branch:
+        if shorter is not None and not shorter.branch and not shorter.retained:
             self._withdraw(shorter)
 
     def _withdraw(self, block: Block) -> None:

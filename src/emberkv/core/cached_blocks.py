@@ -315,7 +315,7 @@ class CachedBlocks:
             self._num_partial -= 1
             if not partial:
                 del self._partial[block.previous]
-            block.partial = block.branch = False
+            block.partial = block.branch = block.retained = False
             block.previous = b""
         block.block_hash = None
         block.parent = b""

@@ -133,8 +133,10 @@ class Lease:
             self._reuse_beginning()
         return self.hit_tokens - before
 
-    def commit_prefilled(self, stop: int) -> None:
+    def commit_prefilled(self, stop: int, *, has_room: bool = True) -> None:
         """Commit the blocks that are complete now that prefill has computed all tokens up to ``stop``.
+
+        has_room: as for `cut`, as of now.
 
         What a whole alignment unit holds is what a cold run computes, if all before it is; the rest may not be, unless
         the engine is batch-invariant.
@@ -145,7 +147,9 @@ class Lease:
         if stop > whole:
             self._commit(stop, exact=False)
         if stop == self.branch:
-            self._leave_branch()
+            self.branch = None
+            if has_room:
+                self._leave_branch()
 
     def cut(self, start: int, stop: int, *, has_room: bool) -> int:
         """Where a prefill chunk from token ``start`` on ends that may go up to ``stop``: there, or at the branch.
@@ -163,16 +167,16 @@ class Lease:
 
         The copy is made before the next chunk, like that of a block which another sequence has left.
         """
-        self.branch = None
         pool, at = self._cache.pool, self.num_committed
-        owner = self._chain.owner(at)
+        owner, count = self._chain.owner(at), self._num_computed - at * pool.block_size
         if self._collided or not self.context_exact or not pool.free_for(owner):
             return
-        fresh = pool.allocate(1, owner)
-        count = self._num_computed - at * pool.block_size
-        if not pool.commit_partial(self.blocks[at], self._chain, at, count, branch=True):
-            pool.free(fresh)
+        known = pool.known_partial(self._chain, at, count)
+        if known is not None:
+            known.branch = True
             return
+        fresh = pool.allocate(1, owner)
+        pool.commit_partial(self.blocks[at], self._chain, at, count, branch=True)
         pool.stats.branch_checkpoints += 1
         self._source = self.blocks[at]
         self.blocks[at] = fresh[0]
@@ -247,6 +251,8 @@ class PrefixCache:
     ) -> None:
         if alignment < 1 or alignment % pool.block_size:
             raise ConfigError(f"alignment {alignment} must be a positive multiple of the block size {pool.block_size}")
+        if branch_tokens < 1:
+            raise ConfigError(f"branch_tokens is {branch_tokens}; a checkpoint must save at least 1 token")
         self.pool = pool
         self.alignment = alignment
         self.batch_invariant = batch_invariant

@@ -186,7 +186,8 @@ class Scheduler:
         for chunk in plan.prefills:
             chunk.sequence.num_computed = chunk.stop
             self.stats.prefill_tokens += chunk.stop - chunk.start
-            chunk.sequence.held.commit_prefilled(chunk.stop)
+            held = chunk.sequence.held  # sequences may have been admitted since the chunk was planned
+            held.commit_prefilled(chunk.stop, has_room=chunk.stop != held.branch or self._has_spare(chunk.sequence))
         if plan.prefills:
             self._waiting.forget_refusals()  # waiting sequences may share what was just committed
         finished = []
@@ -298,9 +299,13 @@ class Scheduler:
         start, chunk = sequence.num_computed, self.config.prefill_chunk
         stop = min(start - start % min(self.cache.alignment, chunk) + chunk, len(sequence.chain))
         copy = sequence.held.copy_before(start) if start % self.cache.pool.block_size else None
-        if sequence.held.branch is not None:  # each decoding sequence may need a block before the next step
-            stop = sequence.held.cut(start, stop, has_room=self._free_for(sequence) > len(self._running))
+        if sequence.held.branch is not None:
+            stop = sequence.held.cut(start, stop, has_room=self._has_spare(sequence))
         return PrefillChunk(sequence, start, stop, copy)
+
+    def _has_spare(self, sequence: Sequence) -> bool:
+        """Whether a block is free beside those that running sequences, one each, may need before the next step."""
+        return self._free_for(sequence) > len(self._running)
 
     def _begun(self) -> list[Sequence]:
         """The running sequences with prompt tokens that are not planned yet."""

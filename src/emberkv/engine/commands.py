@@ -246,7 +246,7 @@ class CacheControl:
         return self._pool.retain(command.block_hashes, self._clock() + command.seconds)
 
     def _unretain(self, command: Unretain) -> None:
-        self._pool.policy.unretain(command.block_hashes)
+        self._pool.unretain(command.block_hashes)
 
     def _remove(self, command: Remove) -> RemovedBlocks:
         manager = self._manager if command.tiers else None
