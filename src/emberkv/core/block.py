@@ -28,7 +28,7 @@ class Block:
     num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the
     end of what a finished sequence computed. Only `BlockPool.longest_child` finds a partial block.
     branch: a partial block that several prompts were seen to go on from; a longer one does not take its place.
-    retained: a partial block that is evicted last, as at the end of a warm prompt; nor does a longer one take its place.
+    retained: a partial block that is evicted last, as a warm prompt's end is; nor does a longer one take its place.
     previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
 
