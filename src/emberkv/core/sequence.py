@@ -30,7 +30,7 @@ BACKGROUND_PRIORITY = 1_000_000
 another sequence's."""
 
 
-@dataclass(slots=True, eq=False, init=False)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One request's state in the scheduler: its tokens, its blocks, and how far they are computed.
 
@@ -49,53 +49,25 @@ class Sequence:
     request_id: str
     chain: Chain
     max_new_tokens: int
-    priority: int
-    tenant: str
-    order: int
-    wants_prompt_logits: bool
-    short: bool
-    status: SequenceStatus
-    lease: Lease | None
-    num_computed: int
-    cached_tokens: int  # of the prompt, when first admitted
-    num_preemptions: int
-    finish_reason: FinishReason | None
-    waits: list[Wait]
-    lookup: PendingLookup | None
-    load_decision: LoadDecision
-    admission: Admission | None
-    prompt_tokens: int
+    priority: int = 0
+    tenant: str = ""
+    order: int = 0
+    wants_prompt_logits: bool = False
+    short: bool = True
+    status: SequenceStatus = SequenceStatus.WAITING
+    lease: Lease | None = None
+    num_computed: int = 0
+    cached_tokens: int = 0  # of the prompt, when first admitted
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    waits: list[Wait] = field(default_factory=list)
+    lookup: PendingLookup | None = None
+    load_decision: LoadDecision = NOTHING_BELOW
+    admission: Admission | None = None
+    prompt_tokens: int = field(init=False)
 
-    # Written out here and in `StepPlan`: a generated `__init__` stays Python where the modules are compiled.
-    def __init__(
-        self,
-        request_id: str,
-        chain: Chain,
-        max_new_tokens: int,
-        priority: int = 0,
-        tenant: str = "",
-        *,
-        wants_prompt_logits: bool = False,
-    ) -> None:
-        self.request_id = request_id
-        self.chain = chain
-        self.max_new_tokens = max_new_tokens
-        self.priority = priority
-        self.tenant = tenant
-        self.order = 0
-        self.wants_prompt_logits = wants_prompt_logits
-        self.short = True
-        self.status = SequenceStatus.WAITING
-        self.lease = None
-        self.num_computed = 0
-        self.cached_tokens = 0
-        self.num_preemptions = 0
-        self.finish_reason = None
-        self.waits = []
-        self.lookup = None
-        self.load_decision = NOTHING_BELOW
-        self.admission = None
-        self.prompt_tokens = len(chain)
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.chain)
 
     @property
     def num_generated(self) -> int:
@@ -153,7 +125,7 @@ class PrefillChunk:
         return self.stop == len(self.sequence.chain)
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class StepPlan:
     """What the engine computes next. `copies` come before everything else.
 
@@ -163,20 +135,12 @@ class StepPlan:
     lookups: what the driver is to find out from lower tiers meanwhile.
     """
 
-    decodes: list[Sequence]
-    prefills: list[PrefillChunk]
-    admitted: list[Sequence]
-    preempted: list[Sequence]
-    loads: list[Load]
-    lookups: list[PendingLookup]
-
-    def __init__(self, decodes: list[Sequence] | None = None, prefills: list[PrefillChunk] | None = None) -> None:
-        self.decodes = [] if decodes is None else decodes
-        self.prefills = [] if prefills is None else prefills
-        self.admitted = []
-        self.preempted = []
-        self.loads = []
-        self.lookups = []
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    lookups: list[PendingLookup] = field(default_factory=list)
 
     @property
     def copies(self) -> list[BlockCopy]:

@@ -49,7 +49,7 @@ class Work(NamedTuple):
     chunks: tuple[Chunk, ...] = ()
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class StepTerms:
     """Seconds of a step by what they are spent on; the step takes their sum.
 
@@ -58,28 +58,16 @@ class StepTerms:
     (0.005, 0.0)
     """
 
-    gemm: float
-    elementwise: float
-    decode_attention: float
-    prefill_attention: float
-    logits: float
-    all_reduce: float
-    layer_overhead: float
-    sequence_overhead: float
-    token_overhead: float
-    step_overhead: float
-
-    def __init__(self, *, gemm: float = 0.0, decode_attention: float = 0.0, step_overhead: float = 0.0) -> None:
-        self.gemm = gemm
-        self.elementwise = 0.0
-        self.decode_attention = decode_attention
-        self.prefill_attention = 0.0
-        self.logits = 0.0
-        self.all_reduce = 0.0
-        self.layer_overhead = 0.0
-        self.sequence_overhead = 0.0
-        self.token_overhead = 0.0
-        self.step_overhead = step_overhead
+    gemm: float = 0.0
+    elementwise: float = 0.0
+    decode_attention: float = 0.0
+    prefill_attention: float = 0.0
+    logits: float = 0.0
+    all_reduce: float = 0.0
+    layer_overhead: float = 0.0
+    sequence_overhead: float = 0.0
+    token_overhead: float = 0.0
+    step_overhead: float = 0.0
 
     @property
     def total(self) -> float:
@@ -209,7 +197,7 @@ class _AnyToken(dict[str, int]):
 ANY_TOKEN: Mapping[str, int] = _AnyToken()
 
 
-@dataclass(slots=True, init=False)
+@dataclass(slots=True)
 class Step:
     """A step under way from ``began`` for ``duration`` nanoseconds, or ``count`` equal ones in a row, which are
     ``run``.
@@ -222,17 +210,8 @@ class Step:
     plan: StepPlan
     began: int
     duration: int
-    count: int
-    run: SteadyRun | None
-
-    def __init__(  # written out: a generated one stays Python where the modules are compiled
-        self, plan: StepPlan, began: int, duration: int, count: int = 1, run: SteadyRun | None = None
-    ) -> None:
-        self.plan = plan
-        self.began = began
-        self.duration = duration
-        self.count = count
-        self.run = run
+    count: int = 1
+    run: SteadyRun | None = None
 
     @property
     def ends(self) -> int:
