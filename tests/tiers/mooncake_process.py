@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ from tests.waiting import DEADLINE
 
 FOUND = find_spec("mooncake")
 
-needs_mooncake = pytest.mark.skipif(FOUND is None, reason="mooncake-transfer-engine is not installed")
+needs_mooncake = pytest.mark.skipif(
+    FOUND is None or find_library("ibverbs") is None, reason="mooncake-transfer-engine or libibverbs1 is not installed"
+)
 
 
 class MooncakeMaster:

@@ -32,7 +32,7 @@ class MooncakeClient:
     A call that takes too long goes on in a thread of its own, and its result is dropped. address: of the master.
     given_bytes: of this process's memory, which become part of the store. buffer_bytes: see `BUFFER_BYTES`.
     answer_seconds: the deadline of a call; Mooncake's own is that of the process's first connection. clock: seconds,
-    for the breaker. Raises ConfigError where the package is not installed.
+    for the breaker. Raises ConfigError where the package, or a library that it needs, is not installed.
     """
 
     def __init__(
@@ -49,10 +49,15 @@ class MooncakeClient:
             os.environ.setdefault(name, value)
         try:
             from mooncake.store import MooncakeDistributedStore  # noqa: PLC0415 - an optional dependency
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ConfigError(
                 "--remote-tier mooncake:// needs the package mooncake-transfer-engine (or -non-cuda, on machines "
                 f"without CUDA); install it by pip ({error})"
+            ) from error
+        except ImportError as error:
+            raise ConfigError(
+                "--remote-tier mooncake:// needs a library of the system that Mooncake's package does not bring, such "
+                f"as Debian's libibverbs1 ({error})"
             ) from error
         self._new_store: Callable[[], Any] = MooncakeDistributedStore
         self._place = urlsplit(address.url).netloc
