@@ -4,7 +4,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import TypeVar
 
@@ -63,9 +62,7 @@ class FakeExecutor(TinyExecutor):
         self.on_step(plan, self.steps - 1)
         for chunk in plan.prefills:
             self.prefilled[chunk.sequence.request_id] += chunk.stop - chunk.start
-        without_copies = copy(plan)
-        without_copies.prefills = [replace(each, copy=None) for each in plan.prefills]
-        return super().execute(without_copies, sampling)
+        return super().execute(replace(plan, prefills=[replace(each, copy=None) for each in plan.prefills]), sampling)
 
     def compute(self, sequence: Sequence, start: int, stop: int) -> NDArray[np.float32]:
         logits = np.zeros((stop - start, VOCAB), dtype=np.float32)
