@@ -188,6 +188,16 @@ def test_a_json_file_without_a_request_is_not_taken_for_a_text(server: _Server, 
     )
 
 
+@pytest.mark.parametrize("content", ["A prompt's text.", '{"input": "x"}', json.dumps(CHAT)])
+def test_with_raw_a_file_of_any_name_and_content_is_a_prompts_text(
+    server: _Server, tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "prompt.json"
+    path.write_text(content)
+    assert invoke(server, str(path), "--raw").exit_code == 0
+    assert [body for _, _, body in server.asked] == [{"openai": {"prompt": content}}]
+
+
 def test_json_is_passed_through(server: _Server) -> None:
     assert json.loads(invoke(server, "--text", "Hi", "--json").stdout) == ANSWER
 

@@ -94,7 +94,9 @@ def test_a_model_that_the_server_has_not_is_refused_with_those_it_has(url: str) 
 def test_arguments_of_the_client_that_were_taken_for_a_model_are_told_apart(url: str) -> None:
     refused = run("codex", "--url", url, "--print", "--", "exec", "explain main.py")
     assert refused.exit_code == 2
-    assert refused.stderr.endswith("; give MODEL before what is for codex itself: launch codex MODEL -- exec\n")
+    assert refused.stderr.endswith(
+        "; if exec is meant for codex itself, name a MODEL before it: launch codex MODEL -- exec\n"
+    )
 
 
 def test_a_client_that_is_not_installed_is_named_with_its_package(

@@ -296,7 +296,7 @@ Source = Annotated[
 ]
 PromptText = Annotated[str | None, typer.Option(help="A prompt's text, instead of a file.")]
 ResponseId = Annotated[str | None, typer.Option(help="A past response's id, instead of a prompt.")]
-Raw = Annotated[bool, typer.Option("--raw", help="A text is the whole prompt, not a user's message.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The text, or the file as it is, is the whole prompt.")]
 ApiName = Annotated[Api | None, typer.Option(help="The API of the request's JSON; default: inferred from its fields.")]
 Template = Annotated[
     str | None,
@@ -389,8 +389,8 @@ def ask(client: httpx.Client, question: dict[str, Any] | None) -> dict[str, Any]
 
 
 def question_of(content: str, *, raw: bool = False, api: Api | None = None) -> dict[str, Any]:
-    """What to ask about a file's content: a request's JSON, or else a prompt's text."""
-    request = _json_object(content)
+    """What to ask about a file's content: a request's JSON, or else a prompt's text; with ``raw``, always that."""
+    request = None if raw else _json_object(content)
     if request is None:
         return _about_text(content, raw)
     if api is None:
@@ -412,10 +412,10 @@ def _question(
         content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{source} cannot be read: {error}") from error
-    if Path(source).suffix == ".json" and _json_object(content) is None:
+    if not raw and Path(source).suffix == ".json" and _json_object(content) is None:
         raise RequestError(
             f"{source} is no request; it must be a JSON object with one of {', '.join(_PROMPT_FIELDS)}. "
-            "A file with a prompt's text may have any name that does not end with .json"
+            "A file with a prompt's text may have any name that does not end with .json, or any with --raw"
         )
     return question_of(content, raw=raw, api=api)
 

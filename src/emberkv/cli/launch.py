@@ -217,7 +217,8 @@ def launch(
                 raise
             name = client.value
             raise ConfigError(
-                f"{error}; give MODEL before what is for {name} itself: launch {name} MODEL -- {model}"
+                f"{error}; if {model} is meant for {name} itself, name a MODEL before it: "
+                f"launch {name} MODEL -- {model}"
             ) from error
     start = invocation(client, target, own)
     if show:
