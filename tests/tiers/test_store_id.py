@@ -23,14 +23,15 @@ def test_a_server_is_known_by_host_port_and_database_whatever_the_user() -> None
 
 
 def test_a_server_on_loopback_is_one_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = ("127.0.0.1", "localhost", "[::1]", "cache")
-    before, local, _, remote = (server_id(f"redis://{name}", NAMESPACE) for name in names)
-    assert before == local
+    loopback = ("127.0.0.1", "localhost", "[::1]", "localhost.", "ip6-localhost", "x.localhost", "0.0.0.0", "[::]")
+    names = (*loopback, "host.docker.internal", "host.containers.internal", "cache", "cache.example")
+    before = [server_id(f"redis://{name}", NAMESPACE) for name in names]
+    assert len(set(before)) == 5, "all names of loopback are one server"
+    assert len(set(before[: len(loopback)])) == 1
     (boot := tmp_path / "boot_id").write_text("another machine")
     monkeypatch.setattr("emberkv.tiers.store_id._BOOT_ID", boot)
     after = [server_id(f"redis://{name}", NAMESPACE) for name in names]
-    assert after[0] == after[1] == after[2] != before
-    assert after[3] == remote
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False] * (len(names) - 2) + [True] * 2
 
 
 def test_a_folder_is_known_by_whatever_path_it_is_reached(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Which store a tier is: ids that are equal in all processes that find the same blocks in it.
 
 An id is a digest of the place and of the namespace of the blocks. Two names of one server give two ids, so that
-processes that use it under both do not know that they share it; one id never stands for two stores.
+processes that use it under both do not know that they share it. One id never stands for two stores, as long as a name
+means the same server on all machines: names of which it is known that each machine has its own are told apart.
 """
 
 import os
@@ -16,6 +17,8 @@ ID_BYTES = 16
 DEFAULT_PORT = 6379
 """Of a Redis or Valkey server."""
 
+_LOOPBACK = ("", "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+_HOSTS_OF_CONTAINERS = (".docker.internal", ".containers.internal")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NETWORK = Path("/proc/self/ns/net")
 
@@ -34,23 +37,30 @@ def folder_id(folder: Path, namespace: bytes, name: str = "") -> bytes | None:
 def server_id(url: str, namespace: bytes) -> bytes | None:
     """Of a server at ``SCHEME://[USER@]HOST[:PORT][/DATABASE]`` or ``unix://PATH``, whatever the user. None for a
     socket whose folder cannot be looked at.
+
+    All names of loopback are one server, which each network of a machine's containers has for itself. The names by
+    which containers reach their host are a server of this machine. Any other name is taken to mean one server
+    everywhere, one without a dot too, as Kubernetes resolves it alike on all machines.
     """
     parts = urlsplit(url)
     if parts.scheme == "unix":
         path = Path(parts.path)
         return folder_id(path.parent, namespace, path.name)
     scheme = parts.scheme.replace("rediss", "redis")
-    host, database = parts.hostname or "", parts.path.strip("/") or "0"
-    if _is_loopback(host):  # there is another one on each machine, and in each network of its containers
+    host, database = (parts.hostname or "").removesuffix("."), parts.path.strip("/") or "0"
+    if _is_loopback(host):
         host = f"{_machine()}:{_network()}"
+    elif host.endswith(_HOSTS_OF_CONTAINERS):
+        host = f"{_machine()}:{host}"
     return _digest(namespace, scheme, host, str(parts.port or DEFAULT_PORT), database)
 
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
-        return host in ("", "localhost")
+        return host in _LOOPBACK or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified  # to which a client connects as to loopback
 
 
 def _machine() -> str:
