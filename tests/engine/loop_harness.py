@@ -113,6 +113,7 @@ class Harness:
         prefix_cache: bool = True,
         exact: bool = False,
         batch_invariant: bool = False,
+        within_blocks: bool = True,
         tiers: TierLink | None = None,
         policy: EvictionPolicy[BlockHash] | None = None,
         public: PublicPrefixes | None = None,
@@ -121,7 +122,12 @@ class Harness:
         self.executor = executor or FakeExecutor()
         self.pool = BlockPool(num_blocks, BLOCK, policy=policy, journal=tiers is not None)
         cache = PrefixCache(
-            self.pool, alignment=BLOCK, batch_invariant=batch_invariant, exact=exact, enabled=prefix_cache
+            self.pool,
+            alignment=BLOCK,
+            batch_invariant=batch_invariant,
+            within_blocks=within_blocks,
+            exact=exact,
+            enabled=prefix_cache,
         )
         self.scheduler = Scheduler(cache, SchedulerConfig(CHUNK, 16), tiers)
         self.loop = EngineLoop(

@@ -270,6 +270,11 @@ class PrefixCache:
         """Hits are rounded down to a multiple of this many tokens, unless they go on from a checkpoint."""
         return 1 if self.reuses_partial_blocks and self.within_blocks else self.alignment
 
+    @property
+    def kept_unit(self) -> int:
+        """Of a sequence that has ended, longer ones that begin with it hit a multiple of this many tokens."""
+        return 1 if self.reuses_partial_blocks else self.alignment
+
     def usable_blocks(self, chain: Chain) -> int:
         """How many of a chain's blocks could be reused at most: its last token's logits are what the caller wants."""
         return (len(chain) - 1) // self.pool.block_size

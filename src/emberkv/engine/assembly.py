@@ -78,6 +78,11 @@ class AssembledEngine:
         """Hits are rounded down to a multiple of this many tokens."""
         return self.scheduler.cache.hit_unit
 
+    @property
+    def kept_unit(self) -> int:
+        """See `PrefixCache.kept_unit`."""
+        return self.scheduler.cache.kept_unit
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop the loop, and store what waits to be stored for ``timeout`` seconds at most."""
         self.loop.stop()

@@ -40,8 +40,7 @@ def warming(
     **given: object,
 ) -> Iterator[Warmup]:
     """Over the harness's running loop, after the first pass."""
-    unit = harness.scheduler.cache.hit_unit
-    settings = WarmupSettings(unit=unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
+    settings = WarmupSettings(unit=harness.scheduler.cache.kept_unit, block_size=BLOCK, **given)  # type: ignore[arg-type]  # fields by name
     engine = engine or EngineWarmer(harness.loop, tenants, block_size=BLOCK)
     warmup = Warmup(engine, settings, prompts, learned=learned, clock=clock)
     harness.loop.on_update(warmup.on_update)
@@ -80,6 +79,23 @@ def test_a_prompt_that_ends_within_a_block_is_hit_whole(tokens: int, tenants: Te
         assert (warmup.report().phase, warmup.report().tokens) == (WarmupPhase.DONE, tokens)
         for number, name in enumerate(tenants.names or [""]):
             assert ask(harness, WarmPrompt(system.tokens, name), tenants, str(number)) == tokens
+
+
+@pytest.mark.parametrize("tokens", [3, 7])
+@pytest.mark.parametrize("tenants", [NOBODY, TENANTS])
+def test_where_a_block_has_a_state_a_prompt_that_ends_within_it_is_kept_as_a_checkpoint(
+    tokens: int, tenants: Tenants
+) -> None:
+    """Also one that fills no block; and a real request that fills the block does not take the checkpoint's place."""
+    system = WarmPrompt(PROMPT.tokens[:tokens], PUBLIC_OWNER)
+    harness = Harness(batch_invariant=True, within_blocks=False, public=PublicPrefixes([system.tokens], BLOCK))
+    with warming(harness, system, tenants=tenants, required=True) as warmup:
+        report = warmup.report()
+        assert (report.phase, report.tokens, report.problems) == (WarmupPhase.DONE, tokens, ())
+        for number, name in enumerate([*(tenants.names or [""])] * 2):
+            assert ask(harness, WarmPrompt(system.tokens, name), tenants, str(number)) >= tokens
+        kept = [block for block in harness.pool.blocks if block.retained]
+        assert [block.num_tokens for block in kept] == [tokens % BLOCK]
 
 
 def test_tenants_find_their_own_prompts_and_public_ones() -> None:

@@ -86,8 +86,8 @@ class WarmupSettings:
     """enabled: False warms only what is pinned later on. timeout: seconds that one pass over prompts may take.
 
     required: readiness waits until each prompt that was there at the start is warm, not only for the first pass.
-    unit: tokens that hits are rounded down to. block_size: tokens. rewarm_seconds: least time from one try to warm a
-    prompt to the next, and how often a prompt is looked at that ends in a partial block.
+    unit: see `PrefixCache.kept_unit`. block_size: tokens. rewarm_seconds: least time from one try to warm a prompt to
+    the next, and how often a prompt is looked at that ends in a partial block.
     """
 
     enabled: bool = True
@@ -392,7 +392,7 @@ def make_warmup(
         config.warmup and config.prefix_cache,
         config.warmup_timeout,
         config.warmup_required,
-        engine.hit_unit,
+        engine.kept_unit,
         engine.block_size,
     )
     if not settings.enabled:
