@@ -12,6 +12,7 @@ from emberkv.cluster.removals import ClusterRemovals, Outcome
 from emberkv.cluster.workers import Worker
 from emberkv.engine.request import GenerationRequest, SamplingParams
 from emberkv.errors import ConfigError, EmberError, WorkerUnreachableError
+from emberkv.serving.cache.service import PrefixPath
 from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.cluster.fake_workers import FakeWorker
 from tests.cluster.test_cluster_engine import cluster
@@ -49,8 +50,8 @@ class Workers:
         engine = self.engines[name]
         return engine.scheduler.cache.cached_tokens(engine.chain([*prompt, 0], DEFAULT_TENANT))
 
-    def path(self, prompt: list[int]) -> list[bytes]:
-        return list(next(iter(self.engines.values())).chain(prompt, DEFAULT_TENANT).block_hashes)
+    def path(self, prompt: list[int]) -> PrefixPath:
+        return PrefixPath.of(next(iter(self.engines.values())).chain(prompt, DEFAULT_TENANT), prompt, "")
 
 
 def failed(outcomes: Mapping[Worker, Outcome]) -> dict[str, EmberError]:
@@ -86,6 +87,17 @@ async def test_a_worker_that_is_away_makes_up_for_what_it_has_missed() -> None:
         workers.fakes["b"].restart()
         await until_made_up(removing)
         assert workers.cached("b", PROMPT) == 0
+
+
+@on_a_loop
+async def test_a_prompt_that_fills_no_block_goes_everywhere_with_what_goes_on_from_it() -> None:
+    beside = [PROMPT[0], *range(90, 105)]
+    workers = Workers(a=[PROMPT, beside], b=[PROMPT[:2], OTHER])
+    async with workers.removing() as removing:
+        outcomes = await removing.remove_prefix(workers.path(PROMPT[:2]))
+        assert not failed(outcomes)
+        assert (workers.cached("a", PROMPT), workers.cached("b", PROMPT), workers.cached("b", OTHER)) == (0, 0, 0)
+        assert workers.cached("a", beside) == len(beside)
 
 
 @on_a_loop
@@ -126,7 +138,7 @@ async def test_a_clear_that_was_missed_is_not_undone_by_a_removal() -> None:
     workers.fakes["b"].die()
     async with workers.removing() as removing:
         assert set(failed(await removing.remove(None))) == {"b"}
-        assert set(failed(await removing.remove(workers.path(PROMPT)))) == {"b"}
+        assert set(failed(await removing.remove(workers.path(PROMPT).block_hashes))) == {"b"}
         workers.fakes["b"].restart()
         await until_made_up(removing)
     assert workers.engines["b"].pool.num_cached == 0

@@ -39,15 +39,25 @@ ANSWER = list(b"ok")
 
 
 class CoreEngine:
-    """``public``: tokens that all tenants share. ``now``: seconds since 1970, and of the clock."""
+    """``public``: tokens that all tenants share. ``checkpoints``: each block has a state, too, and hits end at blocks
+    and checkpoints; else at units. ``now``: seconds since 1970, and of the clock."""
 
     context_length = 1000
     max_prompt_tokens = 990
 
-    def __init__(self, blocks: int = 200, *, lower: LowerTiers | None = None, public: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        blocks: int = 200,
+        *,
+        lower: LowerTiers | None = None,
+        public: Sequence[int] = (),
+        checkpoints: bool = False,
+    ) -> None:
         self.policy = Retaining[bytes](LRU(), max_bytes=blocks)
         self.pool = BlockPool(blocks, BLOCK, policy=self.policy)
-        self.scheduler = Scheduler(PrefixCache(self.pool, alignment=UNIT), SchedulerConfig(UNIT), lower)
+        unit = BLOCK if checkpoints else UNIT
+        cache = PrefixCache(self.pool, alignment=unit, batch_invariant=checkpoints, within_blocks=not checkpoints)
+        self.scheduler = Scheduler(cache, SchedulerConfig(UNIT), lower)
         self.submitted: list[GenerationRequest] = []
         self.answer = ANSWER
         self.now = 1000.0

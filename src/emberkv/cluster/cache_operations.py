@@ -39,7 +39,7 @@ class ListPrefixes(CacheOperation, frozen=True, tag="list"):
 
 
 class FindPath(CacheOperation, frozen=True, tag="find"):
-    """Answer: the ``block_hashes``, ``tokens`` and ``tenant`` of the prefix that ends with a block. Refused by
+    """Answer: ``block_hashes``, ``tokens``, ``tenant`` and ``parents`` of the prefix that ends with a block. Refused by
     NotFoundError where the worker does not know it.
     """
 
@@ -47,7 +47,8 @@ class FindPath(CacheOperation, frozen=True, tag="find"):
 
     async def carry_out(self, cache: CacheService, tokenizer: Tokenizer) -> dict[str, Any]:
         path = await cache.path(self.block_hash)
-        return {"block_hashes": path.block_hashes, "tokens": wire.encode_prompt(path.tokens), "tenant": path.tenant}
+        named = {"block_hashes": path.block_hashes, "tenant": path.tenant, "parents": list(path.parents)}
+        return {**named, "tokens": wire.encode_prompt(path.tokens)}
 
 
 class _OnPath(CacheOperation, frozen=True):
@@ -80,12 +81,15 @@ class Unpin(_OnPath, frozen=True, tag="unpin"):
 
 
 class FindUnshared(CacheOperation, frozen=True, tag="unshared"):
-    """Answer: ``block_hashes``, see `CacheService.unshared`."""
+    """Answer: ``block_hashes``, see `CacheService.unshared`. parents, tokens: of a prompt that fills no block."""
 
     block_hashes: Hashes
+    parents: Hashes = ()
+    tokens: wire.Tokens = b""
 
     async def carry_out(self, cache: CacheService, tokenizer: Tokenizer) -> dict[str, Any]:
-        return {"block_hashes": await cache.unshared(self.block_hashes)}
+        path = PrefixPath(list(self.block_hashes), wire.decode_prompt(self.tokens), "", self.parents)
+        return {"block_hashes": await cache.unshared(path)}
 
 
 class RemoveBlocks(CacheOperation, frozen=True, tag="remove"):
@@ -120,6 +124,13 @@ def decode_operation(data: bytes) -> CacheOperation:
     """The operation in ``data``. Raises WireError for invalid bytes."""
     operation: CacheOperation = wire.decode_with(_operations, data)
     return operation
+
+
+def find_unshared(path: PrefixPath) -> FindUnshared:
+    """The operation for a path, whose tokens are sent only where they fill no block."""
+    if path.block_hashes:
+        return FindUnshared(tuple(path.block_hashes))
+    return FindUnshared((), tuple(path.parents), wire.encode_prompt(path.tokens))
 
 
 def on_path(kind: type[Pin] | type[Unpin], path: PrefixPath, **fields: Any) -> CacheOperation:

@@ -121,8 +121,8 @@ class ClusterCacheRoutes(CacheRoutes):
     async def remove(self, http: Request) -> Response:
         """Remove a prefix and its continuations at all workers, except blocks that other prefixes share."""
         await self._guard.operator(http)
-        _, path = await self._path(http)
-        return _removed("cache.removed", await self._removals.remove_prefix(path.block_hashes))
+        _, path = await self._path(http, any_length=True)
+        return _removed("cache.removed", await self._removals.remove_prefix(path))
 
     async def clear(self, http: Request) -> Response:
         await self._guard.operator(http)
@@ -195,7 +195,8 @@ class ClusterCacheRoutes(CacheRoutes):
         """The path of a listed prefix, from the first worker that knows it. Raises NotFoundError if none does."""
         outcomes = await self._everywhere(FindPath(block_hash))
         for found in answers(outcomes).values():
-            return PrefixPath(found["block_hashes"], decode_prompt(found["tokens"]), found["tenant"])
+            parents = found.get("parents", ())  # a worker of an earlier version gives none
+            return PrefixPath(found["block_hashes"], decode_prompt(found["tokens"]), found["tenant"], parents)
         reasons = "; ".join(f"{worker}: {outcome}" for worker, outcome in outcomes.items()) or "none is there"
         raise NotFoundError(f"prefix {block_hash.hex()!r} is known to no worker ({reasons})", param="prefix")
 

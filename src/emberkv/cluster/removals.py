@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 
-from emberkv.cluster.cache_operations import CacheOperation, FindUnshared, RemoveBlocks
+from emberkv.cluster.cache_operations import CacheOperation, RemoveBlocks, find_unshared
 from emberkv.cluster.membership import Membership
 from emberkv.cluster.workers import Worker, WorkerStatus
 from emberkv.core.hashing import BlockHash
 from emberkv.errors import ClusterError, ConfigError, EmberError, EngineStoppedError, WorkerUnreachableError
 from emberkv.files import read_own_file, remove_leftovers, replace_file
+from emberkv.serving.cache.service import PrefixPath
 from emberkv.serving.errors import NotReadyError
 
 _log = logging.getLogger(__name__)
@@ -90,20 +91,18 @@ class ClusterRemovals:
         """The workers that may have blocks of the model."""
         return [each for each in self._membership.workers if each.status is not WorkerStatus.INCOMPATIBLE]
 
-    async def remove_prefix(self, path: Sequence[BlockHash]) -> dict[Worker, Outcome]:
-        """Remove a prefix and its continuations at all workers, except blocks that another prefix shares at any worker.
-
-        path: the prefix's block hashes, from the first block on.
-        """
-        found = await operate(self.workers, FindUnshared(tuple(path)))
-        gone = set(path)
+    async def remove_prefix(self, path: PrefixPath) -> dict[Worker, Outcome]:
+        """Remove a prefix and its continuations at all workers, except blocks another prefix shares at any worker."""
+        found = await operate(self.workers, find_unshared(path))
+        gone = set(path.block_hashes)
         shared = 0
         for outcome in found.values():
             if not isinstance(outcome, EmberError):
                 unshared = set(outcome["block_hashes"])
                 gone |= unshared
-                shared = max(shared, sum(block_hash not in unshared for block_hash in path))
-        return await self.remove(gone.difference(path[:shared]))
+                shared = max(shared, sum(block_hash not in unshared for block_hash in path.block_hashes))
+        gone -= set(path.block_hashes[:shared])
+        return await self.remove(gone.union(path.removed_with(shared)))
 
     async def remove(self, block_hashes: Collection[BlockHash] | None) -> dict[Worker, Outcome]:
         """Remove blocks at all workers; None: all blocks. After an error of `MISSED`, the removal is repeated later."""

@@ -269,6 +269,29 @@ def test_a_removed_prefix_takes_along_what_goes_on_from_it_but_not_what_others_s
     assert server.explain(**text(LONG[:24] + "something else entirely"))["hit_tokens"] == 40
 
 
+def test_a_prompt_that_fills_no_block_is_removed_with_what_goes_on_from_it(server: Server) -> None:
+    server.complete("ab" + LONG)
+    server.complete("ac" + LONG)
+    assert server.explain(**text("ab" + LONG + "?"))["hit_tokens"] == 48
+    assert ask(server, "/remove", **text("ab"))["blocks"] == {"pool": 12}
+    assert server.explain(**text("ab" + LONG + "?"))["hit_tokens"] == 0
+    assert server.explain(**text("ac" + LONG + "?"))["hit_tokens"] == 48
+
+
+def test_a_checkpoint_is_removed_with_the_prompt_that_ends_there_or_before() -> None:
+    """Also beside a block that is not cached."""
+    server = Server(CoreEngine(checkpoints=True), bound_to_loopback=True)
+    server.complete("a")
+    assert server.explain(**text("ao?"))["hit_tokens"] == 3
+    assert ask(server, "/remove", **text("a"))["blocks"] == {"pool": 0}
+    assert server.explain(**text("ao?"))["hit_tokens"] == 0
+    server.complete("abcde")
+    server.complete("abcvwxyz")
+    assert server.explain(**text("abcdeo?"))["hit_tokens"] == 7
+    assert ask(server, "/remove", **text("abcdeXYZ"))["blocks"] == {"pool": 0}
+    assert server.explain(**text("abcdeo?"))["hit_tokens"] == 4
+
+
 def test_a_cleared_cache_has_nothing(server: Server) -> None:
     server.complete(LONG)
     answer = {"object": "cache.cleared", "blocks": {"pool": 11}, "learned_prompts": 0, "kept": {}}

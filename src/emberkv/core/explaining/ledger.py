@@ -4,10 +4,19 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
+from itertools import takewhile
 
 from emberkv.core.events import POOL, AllBlocksCleared, BlockRemoved, BlockStored, Event
 from emberkv.core.explaining.explanation import Loss, LossKind
-from emberkv.core.hashing import PUBLIC_OWNER, TOKEN_BYTES, BlockHash, TokenChain, decode_tokens
+from emberkv.core.hashing import (
+    PUBLIC_OWNER,
+    TOKEN_BYTES,
+    BlockHash,
+    TokenChain,
+    decode_tokens,
+    encode_tokens,
+    token_array,
+)
 from emberkv.errors import ConfigError
 
 DEFAULT_MAX_BLOCKS = 100_000
@@ -281,16 +290,30 @@ def unshared(ledger: Ledger, path: Sequence[BlockHash]) -> list[BlockHash]:
     """Of a chain's blocks and all known ones below them, those that no other known chain needs."""
     if not path:
         return []
-    gone = list(path[-1:])
-    at = 0
-    while at < len(gone):
-        gone += ledger.below(gone[at])
-        at += 1
+    gone = _with_all_below(ledger, path[-1:])
     for index in range(len(path) - 2, -1, -1):
         if any(child != path[index + 1] for child in ledger.below(path[index])):
             break
         gone.append(path[index])
     return gone
+
+
+def beginning_with(ledger: Ledger, parent: BlockHash, tokens: Sequence[int]) -> list[BlockHash]:
+    """The known blocks behind ``parent`` that begin with ``tokens``, which fill none, and all known ones below them."""
+    beginning = encode_tokens(token_array(tokens))
+    siblings = ledger.children(parent)
+    first = ledger.place_among(siblings, beginning)
+    following = takewhile(lambda child: ledger.known(child).tokens.startswith(beginning), siblings[first:])
+    return _with_all_below(ledger, list(following))
+
+
+def _with_all_below(ledger: Ledger, block_hashes: Sequence[BlockHash]) -> list[BlockHash]:
+    found = list(block_hashes)
+    at = 0
+    while at < len(found):
+        found += ledger.below(found[at])
+        at += 1
+    return found
 
 
 def first_tokens(ledger: LedgerView, block_hash: BlockHash, count: int) -> tuple[int, ...]:

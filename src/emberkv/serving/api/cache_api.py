@@ -227,7 +227,7 @@ class CacheRoutes:
     async def remove(self, http: Request) -> Response:
         """Forget a prefix, unless others share it, and all that goes on from it."""
         await self._guard.operator(http)
-        _, path = await self._path(http)
+        _, path = await self._path(http, any_length=True)
         return JSONResponse({"object": "cache.removed", **(await self._cache().remove(path)).as_json()})
 
     async def clear(self, http: Request) -> Response:
@@ -256,16 +256,17 @@ class CacheRoutes:
         explained = await self._cache().explain(prompt.token_ids, asker.salted(question.cache_salt), others)
         return replace(explained, canonical=prompt.canonical)
 
-    async def _path(self, http: Request) -> tuple[CacheQuestion, PrefixPath]:
+    async def _path(self, http: Request, *, any_length: bool = False) -> tuple[CacheQuestion, PrefixPath]:
+        """Raises RequestError for a prompt that fills no block, unless it may have any length."""
         question = await self._question(http, "openai", "anthropic", "prefix")
         if question.prefix is not None:
             return question, await self._listed_path(question.prefix_hash())
         tenant = tenant_meant(question, self._tenants)
         prompt = await self._prompt(question, tenant)
         chain = await self._preparer.run(partial(self._chain, prompt.token_ids, tenant.salted(question.cache_salt)))
-        if not chain.block_hashes:
+        if not chain.block_hashes and not any_length:
             raise RequestError(f"the prompt has {len(chain)} tokens; it must fill a block of {chain.block_size}")
-        return question, PrefixPath(list(chain.block_hashes), prompt.token_ids, tenant.name)
+        return question, PrefixPath.of(chain, prompt.token_ids, tenant.name)
 
     async def _listed_path(self, block_hash: BlockHash) -> PrefixPath:
         """Raises NotFoundError for a prefix that is not known."""

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from emberkv.core.events import POOL
 from emberkv.core.explaining.explain import admission_outcome, explain
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
-from emberkv.core.explaining.ledger import CachedPrefix, LedgerView, first_tokens, hottest, largest, path_to, unshared
-from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain, decode_tokens
+from emberkv.core.explaining.ledger import (
+    CachedPrefix,
+    LedgerView,
+    beginning_with,
+    first_tokens,
+    hottest,
+    largest,
+    path_to,
+    unshared,
+)
+from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, TokenChain, decode_tokens, partial_siblings_hash
 from emberkv.engine.commands import (
     Command,
     Execute,
@@ -122,11 +131,26 @@ NO_ANSWER = Removed(reason=f"no answer within {ANSWER_SECONDS:g} s; what is stor
 
 @dataclass(frozen=True, slots=True)
 class PrefixPath:
-    """Full blocks from a chain's beginning, their tokens, and the name of the tenant that owns them."""
+    """Full blocks from a chain's beginning, their tokens, and the name of the tenant that owns them.
+
+    parents: the hash before each block, with the tenant's salt; one more for tokens that fill no block. Only what
+    removes a path needs them.
+    """
 
     block_hashes: list[BlockHash]
     tokens: Sequence[int]
     tenant: str
+    parents: Sequence[BlockHash] = ()
+
+    @classmethod
+    def of(cls, chain: TokenChain, tokens: Sequence[int], tenant: str) -> "PrefixPath":
+        """The full blocks of ``chain``, whose tokens are ``tokens``."""
+        parents = [chain.parent(index) for index in range(max(1, len(chain.block_hashes)))]
+        return cls(list(chain.block_hashes), tokens, tenant, parents)
+
+    def removed_with(self, first: int) -> list[BlockHash]:
+        """What stands for the partial blocks beside this path from block ``first`` on, in a removal."""
+        return [partial_siblings_hash(parent) for parent in self.parents[first:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +285,8 @@ class CacheService:
         if not entries:
             raise NotFoundError(f"prefix {block_hash.hex()!r} is not known here, or not any more", param="prefix")
         tokens = decode_tokens(b"".join(entry.tokens for entry in entries))
-        return PrefixPath([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "")
+        parents = [entry.parent for entry in entries]
+        return PrefixPath([entry.block_hash for entry in entries], list(tokens), owners[-1] if owners else "", parents)
 
     async def pin(self, path: PrefixPath, seconds: float | None, *, even_uncached: bool = True) -> dict[str, int]:
         """Have the pool evict a prefix last, for so long; None: until it is unpinned, and have it warmed again whenever
@@ -280,14 +305,18 @@ class CacheService:
 
     async def remove(self, path: PrefixPath) -> Removal:
         """Remove a prefix and all that goes on from it, but not what other prefixes share."""
-        return await self.remove_blocks(await self.unshared(path.block_hashes))
+        gone = await self.unshared(path)
+        shared = len(set(path.block_hashes).difference(gone))
+        return await self.remove_blocks([*gone, *path.removed_with(shared)])
 
-    async def unshared(self, path: Sequence[BlockHash]) -> list[BlockHash]:
+    async def unshared(self, path: PrefixPath) -> list[BlockHash]:
         """Of a prefix's blocks and all that go on from it, those that no other known prefix shares."""
 
         def found() -> list[BlockHash]:
             with self.ledger_store.reading() as ledger:
-                return unshared(ledger, path)
+                if path.block_hashes:
+                    return unshared(ledger, path.block_hashes)
+                return [each for parent in path.parents for each in beginning_with(ledger, parent, path.tokens)]
 
         return await asyncio.to_thread(found)
 
