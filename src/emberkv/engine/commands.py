@@ -86,10 +86,11 @@ class CachedTokens(Command[int]):
 
 @dataclass(frozen=True, slots=True)
 class LookedUp:
-    """hit_unit: hits are rounded down to a multiple of this many tokens."""
+    """hit_unit: hits are rounded down to a multiple of this many tokens. checkpoints: or end at a checkpoint."""
 
     outcome: Outcome
     hit_unit: int
+    checkpoints: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,8 @@ class CacheControl:
         return self._cache.cached_tokens(command.chain)
 
     def _look_up(self, command: LookUp) -> LookedUp:
-        return LookedUp(look_up(self._cache, self._lower, command.chain), self._cache.hit_unit)
+        outcome = look_up(self._cache, self._lower, command.chain)
+        return LookedUp(outcome, self._cache.hit_unit, self._cache.keeps_branches)
 
     def _find_cached(self, command: FindCached) -> list[bool]:
         return [self._is_cached(block_hash) for block_hash in command.block_hashes]

@@ -292,6 +292,14 @@ def test_a_checkpoint_is_removed_with_the_prompt_that_ends_there_or_before() -> 
     assert server.explain(**text("abcdeo?"))["hit_tokens"] == 4
 
 
+def test_no_prompt_is_too_short_for_a_checkpoint() -> None:
+    """Two tokens: in whole blocks nothing of them could be found."""
+    for checkpoints, reason in ((False, "too-short"), (True, "partial")):
+        server = Server(CoreEngine(checkpoints=checkpoints), bound_to_loopback=True)
+        (miss,) = server.explain(**text("a"))["misses"]
+        assert (miss["reason"], miss["tokens"]) == (reason, 2)
+
+
 def test_a_cleared_cache_has_nothing(server: Server) -> None:
     server.complete(LONG)
     answer = {"object": "cache.cleared", "blocks": {"pool": 11}, "learned_prompts": 0, "kept": {}}

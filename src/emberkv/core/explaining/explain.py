@@ -51,12 +51,19 @@ def admission_outcome(admission: Admission, prompt_tokens: int) -> Outcome:
 
 
 def explain(
-    ledger: Ledger, chain: TokenChain, outcome: Outcome, *, hit_unit: int, prompt_tokens: int | None = None
+    ledger: Ledger,
+    chain: TokenChain,
+    outcome: Outcome,
+    *,
+    hit_unit: int,
+    prompt_tokens: int | None = None,
+    checkpoints: bool = False,
 ) -> Explanation:
     """Account for every token of a prompt, of which ``outcome`` was found.
 
     chain: begins with the prompt. prompt_tokens: the prompt's length; None: it is all of the chain. hit_unit: hits end
-    at a multiple of this many tokens, as `PrefixCache.hit_unit` says.
+    at a multiple of this many tokens, as `PrefixCache.hit_unit` says. checkpoints: or at a checkpoint, so that no
+    prompt is too short for a hit.
     """
     length = len(chain) if prompt_tokens is None else prompt_tokens
     misses: list[Miss] = []
@@ -65,7 +72,7 @@ def explain(
         misses.append(Miss(reason, at, min(tokens, length - at)))
         at = misses[-1].stop
     divergence = None
-    if hit_unit > 1 and length <= hit_unit and not outcome.hit:
+    if hit_unit > 1 and length <= hit_unit and not outcome.hit and not checkpoints:
         misses.append(Miss(Reason.TOO_SHORT, at, length - at))
     else:
         grain = 1 if hit_unit == 1 else chain.block_size

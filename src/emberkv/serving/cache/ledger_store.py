@@ -57,16 +57,25 @@ class LedgerStore:
         self._write(lambda ledger: ledger.arrived(tier, block_hashes))
 
     def admitted(
-        self, request_id: str, chain: TokenChain, prompt_tokens: int, outcome: Outcome, *, hit_unit: int
+        self,
+        request_id: str,
+        chain: TokenChain,
+        prompt_tokens: int,
+        outcome: Outcome,
+        *,
+        hit_unit: int,
+        checkpoints: bool = False,
     ) -> None:
         """A prompt is admitted. Call this before `apply` with the events of that step.
 
-        hit_unit: as `PrefixCache.hit_unit`.
+        hit_unit, checkpoints: as for `explain`.
         """
         now = self._clock()
 
         def write(ledger: Ledger) -> None:
-            found = explain(ledger, chain, outcome, hit_unit=hit_unit, prompt_tokens=prompt_tokens)
+            found = explain(
+                ledger, chain, outcome, hit_unit=hit_unit, prompt_tokens=prompt_tokens, checkpoints=checkpoints
+            )
             ledger.served(chain, found.hit_tokens // chain.block_size, now)
             self._explained[request_id] = found
             if len(self._explained) > self._max_records:

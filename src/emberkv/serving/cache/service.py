@@ -229,7 +229,7 @@ class CacheService:
 
         def explained() -> Explanation:
             with self.ledger_store.reading() as ledger:
-                return explain(ledger, chain, found.outcome, hit_unit=found.hit_unit)
+                return explain(ledger, chain, found.outcome, hit_unit=found.hit_unit, checkpoints=found.checkpoints)
 
         explanation = await asyncio.to_thread(explained)
         elsewhere: list[Mapping[str, Any]] = []
@@ -366,8 +366,8 @@ _log = logging.getLogger(__name__)
 _ANY_ANSWER = SamplingParams(max_tokens=1)
 
 
-def observer(ledger_store: LedgerStore, *, hit_unit: int) -> CacheObserver:
-    """Writes an engine's updates into the ledger. hit_unit: as `PrefixCache.hit_unit`.
+def observer(ledger_store: LedgerStore, *, hit_unit: int, checkpoints: bool = False) -> CacheObserver:
+    """Writes an engine's updates into the ledger. hit_unit, checkpoints: as for `explain`.
 
     Where events were missed, the ledger keeps some blocks that are gone: reasons and lists suffer, not hits, which are
     looked up in the cache itself.
@@ -378,7 +378,12 @@ def observer(ledger_store: LedgerStore, *, hit_unit: int) -> CacheObserver:
             if sequence.admission is not None and isinstance(sequence.chain, TokenChain):
                 outcome = admission_outcome(sequence.admission, sequence.prompt_tokens)
                 ledger_store.admitted(
-                    sequence.request_id, sequence.chain, sequence.prompt_tokens, outcome, hit_unit=hit_unit
+                    sequence.request_id,
+                    sequence.chain,
+                    sequence.prompt_tokens,
+                    outcome,
+                    hit_unit=hit_unit,
+                    checkpoints=checkpoints,
                 )
         if update.events:
             ledger_store.apply(update.events)
@@ -404,7 +409,8 @@ def cache_service(
     loop = engine.loop
     background = background or Background()
     ledger = background.work("ledger of blocks")
-    loop.on_update(ledger.guarded(observer(ledger_store, hit_unit=engine.hit_unit)))
+    checkpoints = engine.scheduler.cache.keeps_branches
+    loop.on_update(ledger.guarded(observer(ledger_store, hit_unit=engine.hit_unit, checkpoints=checkpoints)))
     reuse = ReuseWatch(engine.executor.pool.num_blocks, engine.executor.pool.block_bytes)
     loop.on_update(background.work("reuse estimates").guarded(reuse.on_update))
     if engine.tiers is not None:
