@@ -213,7 +213,7 @@ def test_a_vocabulary_that_a_list_of_merges_does_not_follow_is_refused(change: A
         ({"a_number_of_tomorrow": 0}, "has tokenizer.ggml.a_number_of_tomorrow, which is not understood"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces, which is not understood"),
         ({"add_sep_token": True}, "add_sep_token, which is not understood"),
-        ({"bos_token_id": 10**6}, "bos_token_id is 1000000; it has 456 tokens"),
+        ({"bos_token_id": "<s>"}, "tokenizer.ggml.bos_token_id is '<s>'; it must be a token id"),
         ({"scores": [0.0]}, "it has 456 tokens, and the scores of 1"),
         ({"token_type": [NORMAL]}, "it has 456 tokens, and the types of 1"),
     ],
@@ -236,6 +236,46 @@ def test_metadata_that_are_not_followed_are_refused_by_name(changed: dict[str, A
 def test_metadata_that_change_no_texts_tokens_are_not_refused(changed: dict[str, Any]) -> None:
     plain, tokenizer = built(metadata(LEARNED)), built(metadata(LEARNED, **changed))
     assert tokenizer.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("number", [2**32 - 1, -1, 456])
+def test_an_id_that_is_no_tokens_counts_as_none(number: int) -> None:
+    named = {f"{name}_token_id": number for name in ("bos", "eos", "unknown", "padding")}
+    tokenizer = built(metadata(LEARNED, size=239, **named))
+    assert len(tokenizer) == 456
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == (BOS, EOS, "<unk>")
+    assert tokenizer.pad_token is None
+    assert tokenizer.encode("the")[0] == 1
+
+
+def test_a_usual_id_that_is_no_tokens_is_none() -> None:
+    own = {"model": "llama", "tokens": ["a", "b"], "bos_token_id": 0, "eos_token_id": 2}
+    fields = {f"tokenizer.ggml.{name}": value for name, value in own.items()}
+    assert built(fields).eos_token is None
+
+
+def test_empty_tokens_are_named_by_their_ids() -> None:
+    fields = byte_level("gpt-2", words=("", ""))
+    tokenizer = built(fields)
+    assert len(tokenizer) == 258
+    assert tokenizer.convert_ids_to_tokens([256, 257]) == ["[EMPTY_256]", "[EMPTY_257]"]
+
+
+def test_tokens_without_types_are_normal() -> None:
+    fields = byte_level("gpt-2", added=("<think>",))
+    of_normal = fields | {"tokenizer.ggml.token_type": [NORMAL] * 257}
+    del fields["tokenizer.ggml.token_type"]
+    assert built(fields).backend_tokenizer.to_str() == built(of_normal).backend_tokenizer.to_str()
+
+
+def test_pieces_without_scores_have_all_the_same() -> None:
+    fields = metadata(LEARNED, size=0)
+    del fields["tokenizer.ggml.scores"]
+    assert ids_of(built(fields), "a      b") == reference(metadata(LEARNED, size=0), "a      b")
+    fields = metadata(LEARNED)
+    del fields["tokenizer.ggml.scores"]
+    with pytest.raises(UnsupportedModelError, match="the same score, so that it depends on their place"):
+        built(fields)
 
 
 def byte_level(pre: str, words: tuple[str, ...] = (), added: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _UNREAD = frozenset(f"add_{name}_token" for name in ("unknown", "padding", "mask
 """Written by some converters; they change no text's tokens, and llama.cpp does not read them either."""
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _USUAL_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
-"""What llama.cpp takes where the metadata name none."""
+"""What llama.cpp takes where the metadata name none, or none in the vocabulary."""
 
 
 def gguf_tokenizer(path: Path, fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -63,8 +63,8 @@ class _Described:
             )
         self._split = self._find_split() if self._model == "gpt2" else None
         self._require_understood()
-        self._tokens: list[str] = list(own["tokens"])
-        self._kinds: list[int] = list(own.get("token_type") or ())
+        self._tokens: list[str] = [token or f"[EMPTY_{number}]" for number, token in enumerate(own["tokens"])]
+        self._kinds: list[int] = list(own.get("token_type") or [_NORMAL] * len(self._tokens))
         if len(self._kinds) != len(self._tokens):
             raise CorruptModelError(f"it has {len(self._tokens)} tokens, and the types of {len(self._kinds)}")
         if self._model == "llama":
@@ -145,7 +145,7 @@ class _Described:
         return backend
 
     def _sentencepiece(self) -> Tokenizer:
-        scores: list[float] = list(self._own.get("scores") or ())
+        scores: list[float] = list(self._own.get("scores") or [0.0] * len(self._tokens))
         if len(scores) != len(self._tokens):
             raise CorruptModelError(f"it has {len(self._tokens)} tokens, and the scores of {len(scores)}")
         kinds = dict(zip(self._tokens, self._kinds, strict=True))
@@ -169,7 +169,7 @@ class _Described:
 
     def _added(self) -> list[AddedToken]:
         kinds = zip(self._tokens, self._kinds, strict=True)
-        return [self._as_added(token) for token, kind in kinds if token and kind in _ADDED]
+        return [self._as_added(token) for token, kind in kinds if kind in _ADDED]
 
     def _as_added(self, token: str) -> AddedToken:
         """Found in a text as it is. Phi-3's take in the space behind them, which its files do not say."""
@@ -179,14 +179,14 @@ class _Described:
         return AddedToken(token, normalized=False, special=special, rstrip=rstrip)
 
     def _named(self, name: str) -> str | None:
-        number = self._own.get(f"{_NAMED[name]}_token_id", _USUAL_IDS[self._model].get(name))
-        if number is None:
-            return None
-        if not isinstance(number, int) or not 0 <= number < len(self._tokens):
-            raise CorruptModelError(
-                f"{_PREFIX}{_NAMED[name]}_token_id is {number!r}; it has {len(self._tokens)} tokens"
-            )
-        return self._tokens[number]
+        """The token of that name. An id that is no token's, such as -1 in 32 bits, counts as none."""
+        key = f"{_NAMED[name]}_token_id"
+        ids = (self._own.get(key), _USUAL_IDS[self._model].get(name))
+        wrong = next((each for each in ids if each is not None and not isinstance(each, int)), None)
+        if wrong is not None:
+            raise CorruptModelError(f"{_PREFIX}{key} is {wrong!r}; it must be a token id")
+        found = (each for each in ids if isinstance(each, int) and 0 <= each < len(self._tokens))
+        return next((self._tokens[each] for each in found), None)
 
     def _add_frame(self, backend: Tokenizer, named: Mapping[str, str | None]) -> None:
         """Have the tokenizer put around a text what the metadata say."""

@@ -261,3 +261,16 @@ def test_an_answer_ends_at_all_ends_of_a_list_in_the_metadata(tmp_path: Path) ->
         changed={"tokenizer.ggml.eos_token_ids": [2, 7, 9], "tokenizer.ggml.add_padding_token": False},
     )
     assert load_model(str(path), device="cpu").eos_token_ids == {2, 7, 9}
+
+
+def test_an_end_that_is_no_token_is_left_out(tmp_path: Path) -> None:
+    changed: dict[str, Any] = {
+        "tokenizer.ggml.eos_token_id": 2**31 - 1,
+        "tokenizer.ggml.eos_token_ids": [2, 10**6],
+        "tokenizer.ggml.eot_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 2**31 - 1,
+    }
+    path = write_gguf(checkpoint("llama", tmp_path / "plain"), tmp_path / "model.gguf", changed=changed)
+    assert load_model(str(path), device="cpu").eos_token_ids == {0, 2}
+    config = GGUFSource(path).config
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)

@@ -84,6 +84,19 @@ def config_of(path: Path, fields: Fields, stored: Container[str], floats: Floats
         raise CorruptModelError(f"{path} has no usable metadata of a {name} model: {reason_of(error)}") from error
 
 
+def token_ids(fields: Fields, key: str) -> object:
+    """The value of ``key``, an id or a list of them, without ids that are no token's, such as -1 in 32 bits.
+
+    None where that leaves none.
+    """
+    value, tokens = fields.get(key), fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return value
+    if isinstance(value, list):
+        return [each for each in value if not isinstance(each, int) or 0 <= each < len(tokens)] or None
+    return None if isinstance(value, int) and not 0 <= value < len(tokens) else value
+
+
 def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[str, Any]:
     unknown = sorted(own.keys() - _UNDERSTOOD)
     if unknown:
@@ -99,8 +112,8 @@ def _settings(name: str, own: Fields, fields: Fields, floats: Floats) -> dict[st
         "head_dim": head_dim,
         "vocab_size": own.get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
         "rope_parameters": _rope(name, own, head_dim, floats),
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": token_ids(fields, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": token_ids(fields, "tokenizer.ggml.eos_token_id"),
         "pad_token_id": None,
     }
     if own.get("attention.sliding_window"):

@@ -17,7 +17,7 @@ from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
-from emberkv.engine.torch.model.gguf_config import ENDS, TURN_ENDS, config_of, q_and_k_rows
+from emberkv.engine.torch.model.gguf_config import ENDS, TURN_ENDS, config_of, q_and_k_rows, token_ids
 from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from emberkv.engine.torch.model.source import BUILDING
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
@@ -141,7 +141,7 @@ class GGUFSource:
         turns = [
             number for number, token in enumerate(tokens if isinstance(tokens, list) else ()) if token in TURN_ENDS
         ]
-        return [*(self._fields.get(name) for name in ENDS), turns or None]
+        return [*(token_ids(self._fields, key) for key in ENDS), turns or None]
 
     def fingerprint(self) -> str:
         return file_fingerprint(self.path)
