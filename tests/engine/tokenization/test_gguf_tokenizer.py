@@ -238,6 +238,41 @@ def test_metadata_that_change_no_texts_tokens_are_not_refused(changed: dict[str,
     assert tokenizer.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
 
 
+@pytest.mark.parametrize("kind", [NORMAL, UNUSED, USER_DEFINED])
+@pytest.mark.parametrize("text", ["<end_of_turn>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<fim_middle>"])
+def test_a_marker_is_a_control_token_whatever_its_type(text: str, kind: int) -> None:
+    fields = byte_level("gpt-2", words=(text, "other"))
+    fields["tokenizer.ggml.token_type"][of(fields, text)] = kind
+    tokenizer = built(fields)
+    assert ids_of(tokenizer, f"a{text}b") == [of(fields, "a"), of(fields, text), of(fields, "b")]
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    assert added[of(fields, text)].special
+
+
+@pytest.mark.parametrize("name", ["eot", "eom"])
+def test_the_end_of_a_turn_that_the_metadata_name_is_a_control_token(name: str) -> None:
+    fields = metadata(LEARNED)
+    end = len(fields["tokenizer.ggml.tokens"])
+    fields["tokenizer.ggml.tokens"] += ["<turn end>"]
+    fields["tokenizer.ggml.scores"] += [0.0]
+    fields["tokenizer.ggml.token_type"] += [NORMAL]
+    assert end not in ids_of(built(fields), "the<turn end>")
+    fields[f"tokenizer.ggml.{name}_token_id"] = end
+    assert ids_of(built(fields), "the<turn end>") == [*reference(fields, "the"), end]
+
+
+@pytest.mark.parametrize("kind", [NORMAL, UNUSED])
+def test_a_piece_longer_than_any_tokenizers_is_refused(kind: int) -> None:
+    fields = metadata(LEARNED)
+    fields["tokenizer.ggml.tokens"] += ["xy" * 512]
+    fields["tokenizer.ggml.scores"] += [-1e9]
+    fields["tokenizer.ggml.token_type"] += [kind]
+    assert ids_of(built(fields), "the") == reference(fields, "the")
+    fields["tokenizer.ggml.tokens"][-1] += "x"
+    with pytest.raises(CorruptModelError, match="a piece of 1025 characters, which begins with 'xyxyxyxyxyxyxyxy'"):
+        built(fields)
+
+
 @pytest.mark.parametrize("number", [2**32 - 1, -1, 456])
 def test_an_id_that_is_no_tokens_counts_as_none(number: int) -> None:
     named = {f"{name}_token_id": number for name in ("bos", "eos", "unknown", "padding")}

@@ -21,6 +21,17 @@ _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ADDED = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 """Kinds of tokens that are found in a text before the rest of it is encoded."""
+TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
+"""Tokens that end a turn. Many files name only the token that ends a text, and answers in a chat do not end in it."""
+_CONTROL_TEXTS = TURN_ENDS | {
+    *("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "</s>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "<eos>", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+    *(f"<|fim_{name}|>" for name in ("prefix", "suffix", "middle", "pad", "repo", "sep")),
+    *(f"<fim{joint}{name}>" for joint in "-_" for name in ("prefix", "suffix", "middle", "pad")),
+    *("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "<|repo_name|>", "<|file_sep|>"),
+}
+"""Tokens that are control tokens whatever type the file gives them, as in llama.cpp: a chat template's marker that is
+cut into letters is another prompt."""
 _SPACE = "▁"
 _FLAGS = frozenset({"add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"})
 _READ = _FLAGS | {"model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"}
@@ -67,6 +78,10 @@ class _Described:
         self._kinds: list[int] = list(own.get("token_type") or [_NORMAL] * len(self._tokens))
         if len(self._kinds) != len(self._tokens):
             raise CorruptModelError(f"it has {len(self._tokens)} tokens, and the types of {len(self._kinds)}")
+        self._kinds = [
+            _CONTROL if self._is_control(number, token) else self._kinds[number]
+            for number, token in enumerate(self._tokens)
+        ]
         if self._model == "llama":
             self._tokens = [
                 _spelt_with_spaces(token) if kind == _USER_DEFINED else token
@@ -77,6 +92,10 @@ class _Described:
         if len(self._vocabulary) != len(self._tokens):
             twice = next(token for number, token in enumerate(self._tokens) if self._vocabulary[token] != number)
             raise CorruptModelError(f"it has the token {twice!r} twice")
+
+    def _is_control(self, number: int, token: str) -> bool:
+        ends = (self._own.get("eot_token_id"), self._own.get("eom_token_id"))
+        return token in _CONTROL_TEXTS or (number in ends and self._kinds[number] != _BYTE)
 
     def _spell_needed_bytes(self) -> None:
         """Spell the tokens of those bytes as characters that pieces are made of and that are no tokens themselves.

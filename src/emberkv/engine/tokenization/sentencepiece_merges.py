@@ -9,7 +9,11 @@ made from left to right, each as long as it gets: the merge with the longer left
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 
-from emberkv.errors import UnsupportedModelError
+from emberkv.errors import CorruptModelError, UnsupportedModelError
+
+_LONGEST = 1024
+"""Characters of a piece. SentencePiece learns pieces of at most 16 unless it is set otherwise; the time that a piece
+takes here grows with the square of its length."""
 
 
 def find_merges(scores: Mapping[str, float], unused: Collection[str], added: Collection[str]) -> list[tuple[str, str]]:
@@ -18,8 +22,14 @@ def find_merges(scores: Mapping[str, float], unused: Collection[str], added: Col
     unused: pieces that text is not made of, though they have ids. added: tokens that are found in a text before it is
     cut into pieces.
 
-    Raises UnsupportedModelError where a list of merges would not give SentencePiece's tokens.
+    Raises UnsupportedModelError where a list of merges would not give SentencePiece's tokens, and CorruptModelError for
+    a piece that is longer than any tokenizer's.
     """
+    long = next((piece for piece in (*scores, *unused) if len(piece) > _LONGEST), None)
+    if long is not None:
+        raise CorruptModelError(
+            f"it has a piece of {len(long)} characters, which begins with {long[:16]!r}; at most {_LONGEST} are read"
+        )
     made = next((piece for piece in unused if any(True for _ in _halves(piece, scores, added))), None)
     if made is not None:
         raise UnsupportedModelError(f"its tokenizer marks {made!r} as unused, and other pieces make it")

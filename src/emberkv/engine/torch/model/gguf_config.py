@@ -26,9 +26,6 @@ ARCHITECTURES: Mapping[str, str] = {
 
 ENDS = tuple(f"tokenizer.ggml.{name}" for name in ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id"))
 
-TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>"})
-"""Tokens that end a turn. Many files name only the token that ends a text, and answers in a chat do not end in it."""
-
 Fields = Mapping[str, Any]
 Floats = Callable[[str], Tensor]
 """float32: a tensor of the file, by name; empty where there is none."""

@@ -13,11 +13,11 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
+from emberkv.engine.tokenization.gguf_tokenizer import TURN_ENDS, gguf_tokenizer
 from emberkv.engine.torch.model.building import NamedWeight, build_model
 from emberkv.engine.torch.model.fingerprint import FileState, file_fingerprint, states_of
 from emberkv.engine.torch.model.generation_config import GenerationConfigMode
-from emberkv.engine.torch.model.gguf_config import ENDS, TURN_ENDS, config_of, q_and_k_rows, token_ids
+from emberkv.engine.torch.model.gguf_config import ENDS, config_of, q_and_k_rows, token_ids
 from emberkv.engine.torch.model.inspection import ModelShape, inspect_model
 from emberkv.engine.torch.model.source import BUILDING
 from emberkv.engine.torch.quantization.gguf_blocks import BLOCK_TYPES, read_blocks
