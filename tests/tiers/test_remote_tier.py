@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import permutations
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event
 
 import pytest
 
+from emberkv.core.events import AllBlocksCleared, BlockStored
+from emberkv.core.events import Event as CacheEvent
 from emberkv.core.loading import LookupStatus
 from emberkv.core.policies.fair_shares import Share
 from emberkv.errors import ConfigError
@@ -230,6 +233,32 @@ def test_an_index_that_the_server_took_a_part_of_is_begun_anew(server: RedisProc
     assert (tier.stats().entries, tier.stats().bytes, tier.stats().troubles) == (0, 0, {"index lost": 1})
     assert tier.store(ENTRIES[:3]).count == 3
     assert tier.query(IDS) == 3
+
+
+def test_a_server_that_was_flushed_is_noticed_once_by_each_process_that_knew_its_blocks(server: RedisProcess) -> None:
+    first, second, other = opened(server), opened(server), opened(server, prefix=b"other:")
+    first.store(ENTRIES[:3])
+    for tier in (first, second, other):
+        tier.refresh()
+        assert not tier.was_emptied()
+    server.client().flushall()
+    for tier, emptied in ((first, True), (second, True), (other, False)):
+        tier.refresh()
+        tier.refresh()
+        assert [tier.was_emptied(), tier.was_emptied()] == [emptied, False]
+
+
+def test_an_event_says_that_a_server_was_flushed(server: RedisProcess) -> None:
+    events: SimpleQueue[CacheEvent] = SimpleQueue()
+    manager = TierManager([opened(server)], namespace=NAMESPACE, queue_bytes=LARGE)
+    manager.on_event = events.put
+    manager.offload([OffloadedBlock(record) for record in BLOCKS[:2]])
+    try:
+        assert isinstance(events.get(timeout=DEADLINE), BlockStored)
+        server.client().flushall()
+        assert events.get(timeout=DEADLINE) == AllBlocksCleared("remote")
+    finally:
+        manager.close(0.0)
 
 
 def test_a_full_server_stores_nothing_and_serves_and_removes_what_it_has(server: RedisProcess) -> None:

@@ -72,7 +72,8 @@ class SharedStore:
 class Tier(Protocol):
     """All methods may be called from any thread, `store` and `refresh` from one at a time. Failures of the storage
     itself are counted in ``stats``, never raised. A tier that answers `lookup` from memory inherits `lookup_seconds`,
-    `status` and `query` from here, and one that no other process changes inherits `removals_seen`.
+    `status` and `query` from here, one that no other process changes inherits `removals_seen`, and one whose blocks go
+    only by removal or eviction `was_emptied`.
 
     Recency: what is stored, loaded or touched becomes the most recent, the first of a batch most of all, because a
     block is of no use without those before it.
@@ -142,6 +143,12 @@ class Tier(Protocol):
 
     def refresh(self) -> None:
         """Take in what other processes have changed."""
+
+    def was_emptied(self) -> bool:
+        """Whether a refresh since the last call found all of this model's blocks gone, such as those that have expired
+        and of which no removal or eviction tells. No I/O.
+        """
+        return False
 
     def stats(self) -> TierStats:
         """Contents and failures; the traffic is counted by the manager."""

@@ -388,7 +388,7 @@ class TierWorker:
                 with self.lock:
                     self.finish(job)
             if every is not None and due is not None and time.monotonic() >= due:
-                self._guard(self.tier.refresh)
+                self._guard(self._refresh)
                 due = time.monotonic() + every
 
     def _read_loop(self) -> None:
@@ -416,6 +416,11 @@ class TierWorker:
             self._failed(error)
             return error
         return None
+
+    def _refresh(self) -> None:
+        self.tier.refresh()
+        if self.tier.was_emptied():
+            self._on_event(AllBlocksCleared(self.name))
 
     def _store(self, blocks: Sequence[QueuedBlock], seen: int) -> None:
         lacking = [each for each in blocks if not self.tier.lookup((each.record.block_hash,), exact=each.record.exact)]

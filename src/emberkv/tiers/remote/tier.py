@@ -84,6 +84,7 @@ class RemoteTier(Tier):
         self._evictions = 0
         self._unremoved: set[bytes] = set()
         self._uncleared = False
+        self._had_blocks = self._was_emptied = False  # of this model, by stores and refreshes
 
     def connect(self) -> "RemoteTier":
         """Itself, connected where the server answers. Raises ConfigError for a server that refuses access."""
@@ -151,6 +152,7 @@ class RemoteTier(Tier):
         count = 0
         for batch in reversed(list(self._batches(fitting))):
             count += self._store(batch, known, evicted)
+        self._had_blocks |= count > 0
         return Stored(count, evicted)
 
     def remove(self, block_hashes: Sequence[bytes], *, remember: bool = True) -> Removed:
@@ -195,6 +197,14 @@ class RemoteTier(Tier):
                 self._troubles.count("index lost")
         except RemoteTierError:
             return
+        has_blocks = self._server.contents.own_entries > 0
+        self._was_emptied |= self._had_blocks and not has_blocks
+        self._had_blocks = has_blocks
+
+    def was_emptied(self) -> bool:
+        """All have expired, or the server was flushed or has begun anew."""
+        emptied, self._was_emptied = self._was_emptied, False
+        return emptied
 
     def stats(self) -> TierStats:
         contents = self._server.contents
