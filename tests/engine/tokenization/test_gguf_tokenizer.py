@@ -8,6 +8,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from emberkv.engine.tokenization.gguf_splits import SPLITS
 from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound
 from emberkv.errors import CorruptModelError, UnsupportedModelError
@@ -344,6 +345,17 @@ def test_text_is_split_into_words_as_the_name_says(pre: str, words: str) -> None
     split = built(byte_level(pre)).backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
     letters = ByteLevel(add_prefix_space=False, use_regex=False)
     assert [word for word, _ in split] == [letters.pre_tokenize_str(word)[0][0] for word in words.split("|")]
+
+
+def test_the_names_of_splits_are_these() -> None:
+    """A name that a new version of transformers adds has flags of its own in llama.cpp, which are to be looked up."""
+    assert set(SPLITS) == {
+        "dbrx", "deepseek-r1-qwen", "f2llmv2", "falcon-h1", "falcon3", "gpt-4o", "jina-v5-nano", "kanana2",
+        "kormo", "lfm2", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez", "midm-2.0", "minimax-m2",
+        "pixtral", "qwen2", "qwen35", "smaug-bpe", "talkie", "tekken", "gpt-2", "phi-2", "olmo", "jais",
+        "mellum", "a.x-4.0", "trillion", "smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b",
+        "deepseek-coder", "deepseek-v3", "seed-coder",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
