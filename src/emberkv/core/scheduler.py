@@ -260,12 +260,8 @@ class Scheduler:
     def _claims(self) -> Claims:
         present = {each.tenant for each in self._running} | {line.tenant for line in self._waiting.lines}
         weights = {tenant: self._waiting.tenants.weight(tenant) for tenant in present}
-        return Claims.of(
-            self._running,
-            weights,
-            max_sequences=self.config.max_running,
-            num_blocks=self.cache.pool.num_blocks,
-        )
+        num_blocks = self.cache.pool.num_blocks
+        return Claims.of(self._running, weights, max_sequences=self.config.max_running, num_blocks=num_blocks)
 
     def _is_above_floor(self, sequence: Sequence, claims: Claims) -> bool:
         return claims.blocks(sequence.tenant) > self.cache.pool.guaranteed_to(sequence.tenant)
@@ -452,9 +448,7 @@ class Scheduler:
         """How many blocks more than are free ``sequence`` needs to be admitted."""
         # Each decoding sequence may need a block before this one is done; without that slack, admission would
         # preempt at once what it has just admitted.
-        slack = 0
-        for each in self._running:
-            slack += each.status is SequenceStatus.DECODING
+        slack = sum(each.status is SequenceStatus.DECODING for each in self._running)
         missing = self.cache.pool.blocks_for(len(sequence.chain)) + slack - self._free_for(sequence)
         if missing <= 0:
             return missing

@@ -152,7 +152,7 @@ class ActiveRequests:
         request, chain = active.request, active.sequence.chain
         if request.retain_tokens and not active.has_output:
             blocks = chain.block_hashes[: request.retain_tokens // chain.block_size]
-            self._scheduler.cache.pool.policy.retain(blocks, self._clock() + request.retain_seconds)
+            self._scheduler.cache.pool.retain(blocks, self._clock() + request.retain_seconds)
 
     def _send(
         self,
