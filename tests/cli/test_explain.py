@@ -11,8 +11,9 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
-from emberkv.cli.explain import NOTHING_FOUND, WHY, Api, question_of
+from emberkv.cli.explain import WHY, Api, question_of
 from emberkv.cli.main import app
+from emberkv.cli.suggestions import NOTHING_FOUND
 from emberkv.cluster.policies import Reason
 from emberkv.serving.canonical import Wildcard, load_rules
 from tests.serving.parsing.families import FAMILIES

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import httpx
 import typer
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
@@ -18,10 +16,10 @@ from rich.text import Text
 
 from emberkv.cli.connection import connection
 from emberkv.cli.explain_template import explain_template
+from emberkv.cli.suggestions import Suggestions, print_suggestions
 from emberkv.errors import EmberError, RequestError
 from emberkv.serving.api.validation import is_anthropic
 
-NOTHING_FOUND = "The server has found no volatile lines in its misses since it started."
 BAR_CELLS = 60
 _PROMPT_FIELDS = ("messages", "prompt", "input")
 """One of them is in each request: a conversation's, a completion's and a response's."""
@@ -441,65 +439,3 @@ def _checked(answer: dict[str, Any], shape: type[Shape]) -> Shape:
         return shape.model_validate(answer)
     except ValidationError as error:
         raise ExplainError(f"the server's answer is no explanation: {error.errors()[0]['msg']}") from error
-
-
-class Rule(_Part):
-    """A rule of a file of canonical rules."""
-
-    name: str
-    match: str
-    action: str
-
-
-class Suggestion(_Part):
-    """See ``emberkv.serving.cache.volatile_lines``."""
-
-    tenant: str
-    rule: Rule
-    requests: int
-    tokens_a_day: int
-
-
-class Suggestions(_Part):
-    """The answer to ``GET /v1/cache/suggestions``."""
-
-    data: list[Suggestion]
-
-
-def print_suggestions(console: Console, found: Sequence[Suggestion]) -> None:
-    """Print what each line costs, and the rules as the file that --canonical takes."""
-    if not found:
-        console.print(NOTHING_FOUND)
-        return
-    console.print("These lines of system prompts change, and what follows them is computed again:")
-    console.print(_suggestion_table(found))
-    console.print("\nA file for --canonical that moves them behind the rest:\n")
-    console.print(rules_file(found), soft_wrap=True)  # a line that is wrapped would be another pattern
-
-
-def _suggestion_table(found: Sequence[Suggestion]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tokens a day", justify="right")
-    table.add_column("requests", justify="right")
-    table.add_column("line", overflow="fold")
-    several = len({each.tenant for each in found}) > 1
-    if several:
-        table.add_column("tenant", overflow="fold")
-    for each in found:
-        tenant = [Text(each.tenant)] if several else []
-        table.add_row(f"{each.tokens_a_day:,}", f"{each.requests:,}", Text(each.rule.match), *tenant)
-    return table
-
-
-def rules_file(found: Sequence[Suggestion]) -> str:
-    """The rules as YAML, each match once, under names that differ."""
-    rules: dict[str, Rule] = {}
-    for each in found:
-        rules.setdefault(each.rule.match, each.rule)
-    names: dict[str, int] = {}
-    lines = []
-    for rule in rules.values():
-        number = names[rule.name] = names.get(rule.name, 0) + 1
-        name = rule.name if number == 1 else f"{rule.name[:36]}-{number}"
-        lines.append({"name": name, "match": rule.match, "action": rule.action})
-    return yaml.safe_dump({"lines": lines}, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
