@@ -87,7 +87,7 @@ def test_formats_are_told_from_the_file(tmp_path: Path) -> None:
     assert detect_format(jsonl(tmp_path / "a.jsonl", HEADER)) is TraceFormat.EMBERKV
     assert detect_format(jsonl(tmp_path / "b.jsonl", mooncake_line(0, 1, [0]))) is TraceFormat.MOONCAKE
     assert detect_format(tmp_path / "c.csv") is TraceFormat.AZURE
-    with pytest.raises(WorkloadError, match=r"accepted are \.jsonl and \.csv"):
+    with pytest.raises(WorkloadError, match=r"must end with \.jsonl or \.csv"):
         detect_format(tmp_path / "d.txt")
 
 
