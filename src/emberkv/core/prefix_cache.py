@@ -163,7 +163,7 @@ class Lease:
         return self.branch or stop
 
     def _leave_branch(self) -> None:
-        """Leave the last block to others as it is now, and go on in a copy of it, if there is room for one.
+        """Commit the last block as a checkpoint and continue the sequence in a copy of it, if a block is free for that.
 
         The copy is made before the next chunk, like that of a block which another sequence has left.
         """

@@ -2,7 +2,7 @@
 
 An id is a digest of the place and of the namespace of the blocks. Two names of one server give two ids, so that
 processes that use it under both do not know that they share it. One id never stands for two stores, as long as a name
-means the same server on all machines: names of which it is known that each machine has its own are told apart.
+means the same server on all machines. Names that each machine resolves to itself, as localhost, have one id a machine.
 """
 
 import os
