@@ -1,6 +1,7 @@
 """Resident memory of a server whose pool is full: what explains it, and whether it grows.
 
-    python -m benchmarks.memory [--emberkv "COMMAND"] [--model FOLDER] [--cache-ram 1GiB] [--out PREFIX]
+    python -m benchmarks.memory [--emberkv "COMMAND"] [--model FOLDER] [--quantize int8] [--cache-ram 1GiB]
+        [--out PREFIX]
 
 The constant is measured, not fitted: a server of the same vocabulary and heads, but of one narrow layer and a 1 MiB
 pool, is started and asked a part of the same requests; what it keeps resident beyond its own weights and pool is the
@@ -23,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ByteSize, TypeAdapter
 
 from emberkv.cli.bench import connect
+from emberkv.engine.torch.model.description import describe_model
 
 LONG = 2000  # tokens of the prompts that fill the pool
 SHORT = (32, 256)  # tokens of the prompts after that, from and to
@@ -100,9 +102,13 @@ def size_of(text: str) -> int:
     return int(TypeAdapter(ByteSize).validate_python(text))
 
 
-def weights(folder: Path) -> int:
-    """Bytes of a model's weights, as they are stored and served."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights(folder: Path, quantize: str | None) -> int:
+    """Bytes of a model's weights as they are served, as `emberkv models` gives them."""
+    found = describe_model(str(folder), device="cpu")
+    size = found.quantised_bytes.get(quantize) if quantize else found.weight_bytes
+    if size is None:
+        raise ValueError(f"nothing says how large {folder} is with --quantize {quantize}")
+    return size
 
 
 def rows(seen: Residence, weights: int, pool: int, constant: int) -> list[Row]:
@@ -139,20 +145,26 @@ def tiny_model(folder: Path) -> Path:
 
 def main() -> int:
     parser = arguments.random_model_parser(__doc__, cache_ram="1GiB")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="serve the weights so, in the tiny model, too")
     parser.add_argument("--requests", type=int, default=1000, help=f"a multiple of {BATCH}, above it")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     arguments.WORK.mkdir(parents=True, exist_ok=True)
-    settings = {"cache_ram": given.cache_ram, "requests": given.requests, "seed": given.seed}
+    settings = {
+        "cache_ram": given.cache_ram, "requests": given.requests, "seed": given.seed,
+        **({"quantize": given.quantize} if given.quantize else {}),
+    }  # fmt: skip
     about = report.about("benchmarks.memory", __doc__, **settings)
     rng, log = random.Random(given.seed), arguments.WORK / "emberkv.log"
     tiny = tiny_model(arguments.WORK / "tiny-qwen2")
-    bare = serve_and_observe(lib.emberkv_server(given.emberkv, tiny, "--cache-ram", TINY_POOL), log, rng, BATCH)
-    constant = bare.last - weights(tiny) - size_of(TINY_POOL)
+    flags = ("--quantize", given.quantize) if given.quantize else ()
+    bare = serve_and_observe(lib.emberkv_server(given.emberkv, tiny, "--cache-ram", TINY_POOL, *flags), log, rng, BATCH)
+    constant = bare.last - weights(tiny, given.quantize) - size_of(TINY_POOL)
     model = ensure_model(given.model)
-    full = lib.emberkv_server(given.emberkv, model, "--cache-ram", given.cache_ram)
+    full = lib.emberkv_server(given.emberkv, model, "--cache-ram", given.cache_ram, *flags)
     seen = serve_and_observe(full, log, rng, given.requests)
-    return report.publish(rows(seen, weights(model), size_of(given.cache_ram), constant), about, given.out)
+    found = rows(seen, weights(model, given.quantize), size_of(given.cache_ram), constant)
+    return report.publish(found, about, given.out)
 
 
 if __name__ == "__main__":

