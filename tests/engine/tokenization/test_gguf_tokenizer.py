@@ -8,8 +8,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from emberkv.engine.tokenization.gguf_splits import SPLITS
-from emberkv.engine.tokenization.gguf_tokenizer import gguf_tokenizer
+from emberkv.engine.tokenization.gguf_tokenizer import SPLITS, gguf_tokenizer
 from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.engine.tokenization.sentencepiece import (
