@@ -1,7 +1,7 @@
 """What an engine reports of the work that it has."""
 
 from emberkv.core.sequence import BACKGROUND_PRIORITY
-from emberkv.engine.load import EngineLoad, StepTimes, load_of
+from emberkv.engine.commands import EngineLoad, StepTimes, load_of
 from tests.core.harness import Harness
 
 

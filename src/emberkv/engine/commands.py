@@ -9,21 +9,25 @@ reaches the scheduler or the pool.
 
 import copy
 import time
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar
 
+from emberkv.core.block import Block
+from emberkv.core.block_pool import BlockPool
 from emberkv.core.explaining.explain import look_up
 from emberkv.core.explaining.explanation import Outcome
 from emberkv.core.feed import BATCH_EVENTS, CHUNK_BLOCKS, CacheFeed, EventBatch, EventsLost, SnapshotChunk
 from emberkv.core.hashing import BlockHash, Chain
-from emberkv.core.loading import LowerTiers
-from emberkv.core.scheduler import Scheduler
+from emberkv.core.loading import LatencyModel, LowerTiers
+from emberkv.core.scheduler import Scheduler, StepPlan
+from emberkv.core.sequence import BACKGROUND_PRIORITY, SequenceStatus
 from emberkv.core.stats import CacheStats
 from emberkv.engine.block_transfer import BlockTransfer, CachedRows, ImportedBlocks
-from emberkv.engine.load import EngineLoad, StepTimes, load_of
 from emberkv.errors import ConfigError
 from emberkv.tiers.base import Removed
 from emberkv.tiers.manager import TierManager
@@ -191,8 +195,58 @@ class ReadSnapshot(Command[SnapshotChunk]):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do, and how fast it is at that: by this a router compares engines. Requests of
+    `BACKGROUND_PRIORITY`, which make way for others, are left out.
+
+    sequence: of the cache's last event. waiting, running: requests.
+
+    waiting_tokens: of the prompts that wait, what the pool has not got, by an estimate. prefill_tokens: of the prompts
+    that are being computed, what is left. decoding: requests of which each step computes one token. total_blocks,
+    free_blocks, cached_blocks: of the pool; the cached ones are among the free, as are those that background requests
+    alone hold. prefill_rate: prompt tokens a second. step_seconds: of a step that decodes and computes no prompt. Rates
+    are None until they are measured.
+    """
+
+    sequence: int = 0
+    waiting: int = 0
+    running: int = 0
+    waiting_tokens: int = 0
+    prefill_tokens: int = 0
+    decoding: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    prefill_rate: float | None = None
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReadLoad(Command[EngineLoad]):
     """Answer: what the engine has to do as of now, and how fast it is."""
+
+
+class StepTimes:
+    """How long steps take, by what they compute. It belongs to the engine's thread."""
+
+    def __init__(self) -> None:
+        self._prefill = LatencyModel()
+        self._decode = LatencyModel()
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """A step was computed in so many seconds."""
+        model = self._prefill if plan.prefills else self._decode
+        if plan.num_tokens:
+            model.observe(plan.num_tokens, max(0.0, seconds))
+
+    def prefill_rate(self, step_tokens: int) -> float | None:
+        """Prompt tokens a second, in steps of so many."""
+        seconds = self._prefill.seconds_for(step_tokens)
+        return step_tokens / seconds if seconds else None
+
+    def step_seconds(self, decoding: int) -> float | None:
+        """Of a step that computes one token of each of so many requests."""
+        return self._decode.seconds_for(max(1, decoding))
 
 
 class CacheControl:
@@ -311,3 +365,45 @@ class CacheControl:
         if self._transfer is None:
             raise ConfigError("this engine neither exports nor imports blocks; it was made without a BlockTransfer")
         return self._transfer
+
+
+def load_of(scheduler: Scheduler, times: StepTimes) -> EngineLoad:
+    """The load as of now. It takes some microseconds for each request in flight, and more for background requests."""
+    pool = scheduler.cache.pool
+    waiting_tokens = prefill_tokens = decoding = 0
+    waiting, running = scheduler.num_waiting, scheduler.num_running
+    background = Counter[Block]()  # the background requests that hold each block
+    for sequence in scheduler.sequences:
+        if sequence.priority >= BACKGROUND_PRIORITY:
+            if sequence.lease is None:
+                waiting -= 1
+            else:
+                running -= 1
+                background.update(sequence.lease.blocks)
+        elif sequence.status is SequenceStatus.DECODING:
+            decoding += 1
+        elif sequence.lease is not None:
+            prefill_tokens += len(sequence.chain) - sequence.num_computed
+        elif sequence.wants_prompt_logits or not scheduler.cache.enabled:
+            waiting_tokens += len(sequence.chain)
+        else:
+            waiting_tokens += _uncached_tokens(pool, sequence.chain)
+    return EngineLoad(
+        sequence=pool.events.last_sequence,
+        waiting=waiting,
+        running=running,
+        waiting_tokens=waiting_tokens,
+        prefill_tokens=prefill_tokens,
+        decoding=decoding,
+        total_blocks=pool.num_blocks,
+        free_blocks=pool.num_free + sum(block.ref_count == count for block, count in background.items()),
+        cached_blocks=pool.num_evictable,
+        prefill_rate=times.prefill_rate(scheduler.config.max_step_tokens),
+        step_seconds=times.step_seconds(decoding),
+    )
+
+
+def _uncached_tokens(pool: BlockPool, chain: Chain) -> int:
+    """By bisection, which takes a prompt to be cached up to a block that is."""
+    cached = bisect_left(chain.block_hashes, True, key=lambda block_hash: pool.lookup(block_hash) is None)
+    return len(chain) - cached * pool.block_size
