@@ -20,10 +20,9 @@ from emberkv.engine.request import CacheUsage, Engine, GenerationRequest, Sampli
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import EmberError
 from emberkv.serving.admission import InFlight, RateLimits, TenantLimits
-from emberkv.serving.answers.answer import CACHE_HEADER, Answer, CacheSummary, Echo, summary_of
+from emberkv.serving.answers.answer import Answer, Echo, OutputParsing
 from emberkv.serving.answers.answer_memory import AnswerMemory, AnswerRecorder
 from emberkv.serving.answers.answer_stream import AnswerStream, OutputQueue, WholeAnswer
-from emberkv.serving.answers.parsed_output import OutputParsing
 from emberkv.serving.background import WorkerPool
 from emberkv.serving.cache.volatile_lines import MIN_MISS, VolatileLines
 from emberkv.serving.canonical import CanonicalRules
@@ -35,12 +34,15 @@ from emberkv.serving.lifecycle import FirstDifference, Lifecycle, ServedModel
 from emberkv.serving.metrics import AnswerTimer, Clock, ServingMetrics
 from emberkv.serving.next_turns import NextTurns, RenderNext
 from emberkv.serving.request_context import (
+    CACHE_HEADER,
+    CacheSummary,
     EndedAnswer,
     RecentRequests,
     RequestContext,
     Sessions,
     log_finished,
     session_id,
+    summary_of,
 )
 from emberkv.serving.tenancy import Tenant
 from emberkv.serving.tenant_metrics import TenantMetrics

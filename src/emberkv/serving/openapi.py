@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from emberkv import __version__
-from emberkv.serving.answers.answer import CACHE_HEADER
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.cache_api import CacheQuestion
 from emberkv.serving.api.openai_schema import ChatCompletionRequest, CompletionRequest
 from emberkv.serving.api.responses_schema import ResponsesRequest
 from emberkv.serving.api.tokenizer_api import DetokenizeRequest, TokenizeRequest
 from emberkv.serving.api.validation import Json
+from emberkv.serving.request_context import CACHE_HEADER
 
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }

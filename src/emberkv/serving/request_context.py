@@ -1,4 +1,5 @@
-"""One API request: its context on the way through the server, its log line, and statistics of client sessions.
+"""One API request: its context on the way through the server, what its response and its log line say of the cache, and
+statistics of client sessions.
 
 A log record has its values as ``fields``, which `JsonFormatter` writes out; no prompt text is ever logged.
 """
@@ -12,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Protocol
 
+from emberkv.core.events import POOL
+from emberkv.core.explaining.explanation import Explanation, Reason
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.answers.answer import CacheSummary
 from emberkv.serving.metrics import AnswerTimer
 from emberkv.serving.tenancy import Tenant
 
@@ -162,6 +164,63 @@ class Sessions:
             {"tenant": tenant, "session": session, **asdict(stats)}
             for (tenant, session), stats in reversed(self._stats.items())
         ]
+
+
+CACHE_HEADER = "x-emberkv-cache"
+
+_CACHE_HEADER_PATTERN = re.compile(
+    r"hit=(?P<hit>\d+)(?P<tiers>(?:;[a-z][a-z0-9-]*=\d+)*?);miss=(?P<miss>\d+)"
+    r"(?:;why=(?P<why>[a-z-]+)@(?P<at>\d+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSummary:
+    """What the header says: tokens found in all, by tier (the pool included), and missed.
+
+    at: the prompt's first token that ``why`` is for.
+    """
+
+    hit: int
+    by_tier: Mapping[str, int]
+    miss: int
+    why: Reason | None = None
+    at: int = 0
+
+    def __str__(self) -> str:
+        pairs = [f"hit={self.hit}", *(f"{tier}={tokens}" for tier, tokens in self.by_tier.items())]
+        pairs.append(f"miss={self.miss}")
+        if self.why is not None:
+            pairs.append(f"why={self.why.value}@{self.at}")
+        return ";".join(pairs)
+
+
+def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSummary:
+    """Tokens are those that the API counts; the explanation says why the rest is missed.
+
+    A divergence is placed at the very token that differs.
+    """
+    pool = usage.cached_tokens - sum(usage.tokens_by_tier.values())
+    by_tier = {POOL: pool, **usage.tokens_by_tier} if pool else usage.tokens_by_tier
+    dominant = None if explanation is None else explanation.dominant
+    if explanation is None or dominant is None:
+        return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens)
+    diverged = explanation.divergence if dominant.reason is Reason.DIVERGED else None
+    at = dominant.start if diverged is None else diverged.position
+    return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens, dominant.reason, at)
+
+
+def parse_summary(header: str) -> CacheSummary:
+    """Raises RequestError for a text that is no such header."""
+    match = _CACHE_HEADER_PATTERN.fullmatch(header)
+    if match is None or (match["why"] and match["why"] not in {reason.value for reason in Reason}):
+        raise RequestError(
+            f"{CACHE_HEADER} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=CACHE_HEADER
+        )
+    pairs = (pair.split("=") for pair in match["tiers"].split(";")[1:])
+    by_tier = {tier: int(tokens) for tier, tokens in pairs}
+    why = Reason(match["why"]) if match["why"] else None
+    return CacheSummary(int(match["hit"]), by_tier, int(match["miss"]), why, int(match["at"] or 0))
 
 
 logger = logging.getLogger("emberkv.requests")

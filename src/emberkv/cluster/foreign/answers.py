@@ -13,8 +13,7 @@ from emberkv.cluster.foreign.worker import Usage
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import ClusterError
-from emberkv.serving.answers.answer import AnswerDelta
-from emberkv.serving.answers.parsed_output import openai_call_id
+from emberkv.serving.answers.answer import AnswerDelta, openai_call_id
 from emberkv.serving.api.validation import Json
 from emberkv.serving.errors import GenerationFailedError
 from emberkv.serving.parsing.events import (

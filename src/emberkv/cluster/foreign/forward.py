@@ -27,7 +27,6 @@ from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, GenerationRequest, SamplingParams, TokenOutput
 from emberkv.errors import ClusterError, EmberError, WorkerLostError
 from emberkv.serving.answer_service import AnswerService
-from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, summary_of
 from emberkv.serving.api.openai_api import DONE
 from emberkv.serving.errors import (
     Failure,
@@ -39,7 +38,7 @@ from emberkv.serving.errors import (
 )
 from emberkv.serving.event_stream import sse_event, unless_disconnected
 from emberkv.serving.lifecycle import Lifecycle
-from emberkv.serving.request_context import RequestContext
+from emberkv.serving.request_context import CACHE_HEADER, CacheSummary, RequestContext, summary_of
 from emberkv.serving.trace_recorder import TraceRecorder
 from emberkv.serving.tracing import ForwardedTrace
 

@@ -1,20 +1,27 @@
-"""One answer as it is generated: token outputs in, text and cache usage out. It needs no event loop and no threads."""
+"""One answer as it is generated: token outputs in; text, its reasoning and tool calls, and cache usage out. It needs no
+event loop and no threads.
+"""
 
-import re
+import random
+import string
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from emberkv.core.events import POOL
-from emberkv.core.explaining.explanation import Explanation, Reason
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import CacheUsage, TokenLogprobs, TokenOutput
 from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, Tokenizer
-from emberkv.errors import RequestError
 from emberkv.serving.answers.answer_memory import AnswerRecorder
-from emberkv.serving.answers.parsed_output import OutputParsing, ParsedOutput
-from emberkv.serving.parsing.events import OutputEvent, ParsedMessage
+from emberkv.serving.parsing.events import (
+    CallBegin,
+    CallEnd,
+    MessageBuilder,
+    OutputEvent,
+    ParsedMessage,
+    ReasoningText,
+)
+from emberkv.serving.parsing.formats import OutputFormat, ToolSchema
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,103 @@ class AnswerState(Protocol):
 
     @property
     def silent(self) -> bool: ...
+
+
+_ID_CHARACTERS = string.ascii_letters + string.digits
+_ID_LENGTH = 24
+_SOURCE = random.SystemRandom()
+
+
+def new_call_id(prefix: str, source: random.Random = _SOURCE) -> str:
+    """The id of a tool call: ``prefix`` and 24 letters or digits that ``source`` draws."""
+    return prefix + "".join(source.choices(_ID_CHARACTERS, k=_ID_LENGTH))
+
+
+def openai_call_id() -> str:
+    return new_call_id("call_")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParsing:
+    """How the text of one answer is parsed.
+
+    tools: those of the request that the answer may call; without any, the markup of calls is content. in_reasoning:
+    whether the prompt ends inside a thought. parallel: False ends the answer behind its first call. new_call_id: makes
+    the ids of calls to which the model gives none.
+    """
+
+    output_format: OutputFormat
+    tools: Sequence[ToolSchema] = ()
+    in_reasoning: bool = False
+    parallel: bool = True
+    new_call_id: Callable[[], str] = openai_call_id
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those that the parser reads, by their text."""
+        return self.output_format.special_tokens
+
+
+class ParsedOutput:
+    """Parses one answer as it grows.
+
+    reasoning_tokens: tokens of the reasoning, markup included. calls: how many have begun. has_whole_call: whether the
+    last call that has ended is complete. has_ended: whether the answer has had its only allowed call, and ends there.
+    """
+
+    def __init__(self, parsing: OutputParsing) -> None:
+        self.reasoning_tokens = 0
+        self.calls = 0
+        self.has_whole_call = False
+        self.has_ended = False
+        self._parsing = parsing
+        self._parser = parsing.output_format.parser(tools=parsing.tools, in_reasoning=parsing.in_reasoning)
+        self._events: list[OutputEvent] = []
+        self._message = MessageBuilder()
+        self._undecided = 0  # tokens since the last event
+
+    def count_token(self) -> None:
+        """Count a token. Its text may arrive with later tokens, so it belongs to the next event."""
+        self._undecided += 1
+
+    def add(self, text: str) -> None:
+        """Parse the next text of the answer."""
+        if not self.has_ended:
+            self._take_in(self._parser.feed(text))
+
+    def finish(self) -> None:
+        """End the text."""
+        if not self.has_ended:
+            self._take_in(self._parser.finish())
+
+    @property
+    def message(self) -> ParsedMessage:
+        """All events so far, as a message."""
+        return self._message.message()
+
+    def take(self) -> tuple[OutputEvent, ...]:
+        """The events since the last call."""
+        taken = tuple(self._events)
+        self._events.clear()
+        return taken
+
+    def _take_in(self, events: list[OutputEvent]) -> None:
+        for event in events:
+            known = self._with_id(event) if isinstance(event, CallBegin) else event
+            self._events.append(known)
+            self._message.add((known,))
+            if isinstance(event, CallEnd):
+                self.has_whole_call = event.is_complete
+                if not self._parsing.parallel:
+                    self.has_ended = True
+                    break
+        if events:
+            self.reasoning_tokens += self._undecided * isinstance(self._events[-1], ReasoningText)
+            self._undecided = 0
+
+    def _with_id(self, call: CallBegin) -> CallBegin:
+        self.calls += 1
+        return CallBegin(call.index, call.name, call.call_id or self._parsing.new_call_id())
 
 
 _WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
@@ -320,60 +424,3 @@ class _StopMatcher:
         while length and self.text[length] != char:
             length = self._fallbacks[length]
         return length + 1 if self.text[length] == char else 0
-
-
-CACHE_HEADER = "x-emberkv-cache"
-
-_PATTERN = re.compile(
-    r"hit=(?P<hit>\d+)(?P<tiers>(?:;[a-z][a-z0-9-]*=\d+)*?);miss=(?P<miss>\d+)"
-    r"(?:;why=(?P<why>[a-z-]+)@(?P<at>\d+))?"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSummary:
-    """What the header says: tokens found in all, by tier (the pool included), and missed.
-
-    at: the prompt's first token that ``why`` is for.
-    """
-
-    hit: int
-    by_tier: Mapping[str, int]
-    miss: int
-    why: Reason | None = None
-    at: int = 0
-
-    def __str__(self) -> str:
-        pairs = [f"hit={self.hit}", *(f"{tier}={tokens}" for tier, tokens in self.by_tier.items())]
-        pairs.append(f"miss={self.miss}")
-        if self.why is not None:
-            pairs.append(f"why={self.why.value}@{self.at}")
-        return ";".join(pairs)
-
-
-def summary_of(usage: CacheUsage, explanation: Explanation | None) -> CacheSummary:
-    """Tokens are those that the API counts; the explanation says why the rest is missed.
-
-    A divergence is placed at the very token that differs.
-    """
-    pool = usage.cached_tokens - sum(usage.tokens_by_tier.values())
-    by_tier = {POOL: pool, **usage.tokens_by_tier} if pool else usage.tokens_by_tier
-    dominant = None if explanation is None else explanation.dominant
-    if explanation is None or dominant is None:
-        return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens)
-    diverged = explanation.divergence if dominant.reason is Reason.DIVERGED else None
-    at = dominant.start if diverged is None else diverged.position
-    return CacheSummary(usage.cached_tokens, by_tier, usage.computed_tokens, dominant.reason, at)
-
-
-def parse_summary(header: str) -> CacheSummary:
-    """Raises RequestError for a text that is no such header."""
-    match = _PATTERN.fullmatch(header)
-    if match is None or (match["why"] and match["why"] not in {reason.value for reason in Reason}):
-        raise RequestError(
-            f"{CACHE_HEADER} is {header!r}; it must be like 'hit=32;pool=32;miss=5;why=new@32'", param=CACHE_HEADER
-        )
-    pairs = (pair.split("=") for pair in match["tiers"].split(";")[1:])
-    by_tier = {tier: int(tokens) for tier, tokens in pairs}
-    why = Reason(match["why"]) if match["why"] else None
-    return CacheSummary(int(match["hit"]), by_tier, int(match["miss"]), why, int(match["at"] or 0))

@@ -16,9 +16,8 @@ from pydantic_core import from_json
 from emberkv.core.sequence import FinishReason
 from emberkv.engine.request import PrefillProgress
 from emberkv.serving.answer_service import AnswerService, Prompt, RequestPreparer
-from emberkv.serving.answers.answer import AnswerState
+from emberkv.serving.answers.answer import AnswerState, new_call_id
 from emberkv.serving.answers.answer_stream import MessageStream, WholeMessage
-from emberkv.serving.answers.parsed_output import new_call_id
 from emberkv.serving.api.anthropic_schema import MessagesRequest, PromptRequest
 from emberkv.serving.api.rendering import RenderedPrompt, render_messages
 from emberkv.serving.api.validation import parse_body

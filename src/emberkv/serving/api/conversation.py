@@ -10,7 +10,7 @@ from typing import Any, Literal
 from emberkv.engine.request import Constraint
 from emberkv.engine.tokenization.tokenizer import Tokenizer
 from emberkv.errors import RequestError
-from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
+from emberkv.serving.answers.answer import OutputParsing, openai_call_id
 from emberkv.serving.parsing.call_grammar import behind_reasoning, call_constraint, either
 from emberkv.serving.parsing.formats import OutputFormat
 

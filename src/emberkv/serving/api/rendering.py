@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 from emberkv.engine.request import Constraint
 from emberkv.engine.tokenization.tokenizer import OPENINGS, KnownTokens, Tokenizer, common_prefix
 from emberkv.errors import RequestError
+from emberkv.serving.answers.answer import OutputParsing, openai_call_id
 from emberkv.serving.answers.answer_memory import AnswerRecorder, template_message
-from emberkv.serving.answers.parsed_output import OutputParsing, openai_call_id
 from emberkv.serving.api.anthropic_schema import PromptRequest
 from emberkv.serving.api.conversation import Conversation
 from emberkv.serving.api.openai_schema import ChatCompletionRequest

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from emberkv.core.explaining.explanation import Divergence, Explanation, Miss, Reason
 from emberkv.engine.request import CacheUsage
 from emberkv.errors import RequestError
-from emberkv.serving.answers.answer import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.app import create_app
 from emberkv.serving.lifecycle import Lifecycle, ServedModel
+from emberkv.serving.request_context import CACHE_HEADER, CacheSummary, parse_summary, summary_of
 from emberkv.serving.tenancy import DEFAULT_TENANT
 from tests.core.lower import FakeTiers
 from tests.serving.core_engine import CoreEngine
