@@ -7,7 +7,7 @@ import pytest
 
 from emberkv.engine.request import Constraint
 from emberkv.errors import RequestError
-from emberkv.serving.api.structured_output import constraint_of_body, constraint_of_response_format
+from emberkv.serving.api.conversation import constraint_of_body, constraint_of_response_format
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}}
 OF_SCHEMA = Constraint("json_schema", json.dumps(SCHEMA))

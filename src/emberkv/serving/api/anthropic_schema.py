@@ -9,8 +9,14 @@ from pydantic import Field
 
 from emberkv.engine.request import MAX_STOP_STRINGS, Constraint, SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.api.conversation import Conversation, Message, ToolChoice, count_left_out, placeholder
-from emberkv.serving.api.structured_output import constraint_of_response_format
+from emberkv.serving.api.conversation import (
+    Conversation,
+    Message,
+    ToolChoice,
+    constraint_of_response_format,
+    count_left_out,
+    placeholder,
+)
 from emberkv.serving.api.validation import Integer, RequestBody, string_field
 
 Block = Mapping[str, Any]

@@ -10,9 +10,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from emberkv.engine.request import MAX_TOP_LOGPROBS, Constraint, SamplingParams
 from emberkv.errors import RequestError
-from emberkv.serving.api.conversation import Conversation, count_left_out
+from emberkv.serving.api.conversation import STRUCTURED_FIELDS, Conversation, constraint_of_body, count_left_out
 from emberkv.serving.api.openai_messages import MessageReader, template_tools, tool_choice_of
-from emberkv.serving.api.structured_output import STRUCTURED_FIELDS, constraint_of_body
 from emberkv.serving.api.validation import Integer, RequestBody
 from emberkv.validation import shown
 
