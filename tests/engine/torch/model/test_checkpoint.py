@@ -1,18 +1,21 @@
 """Broken folders and unknown ids: each is refused by the name of what is wrong with it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from emberkv.engine.torch.model.checkpoint import WANTED_FILES, fetch_from_hub
 from emberkv.engine.torch.model.loader import load_model
 from emberkv.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+from tests.machine import free_ports
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -72,11 +75,8 @@ def caused(error: Exception, cause: Exception) -> Exception:
     [
         (LocalEntryNotFoundError("cannot reach the hub"), "'a/b'.*cannot reach the hub.*accepted are a local folder"),
         (HFValidationError("bad"), "neither a folder nor a hub id"),
-        (
-            caused(LocalEntryNotFoundError("x"), httpx.ConnectError("[Errno -2]")),
-            r"cannot be reached \(no network\?\);",
-        ),
-        (caused(LocalEntryNotFoundError("x"), httpx.ReadTimeout("")), "Hugging Face did not answer in time;"),
+        (caused(LocalEntryNotFoundError("x"), httpx2.ReadTimeout("")), "Hugging Face did not answer in time;"),
+        (httpx2.ProxyError("503 Service Unavailable"), r"cannot be reached \(no network\?\);"),
         (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set, and its cache does not hold that model;"),
         (
             PermissionError(13, "Permission denied"),
@@ -89,6 +89,12 @@ def test_an_id_that_the_hub_does_not_give(error: Exception, message: str) -> Non
         raise error
 
     with pytest.raises(ModelNotFoundError, match=message):
+        fetch_from_hub("a/b", download=download)
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    download = partial(snapshot_download, endpoint=f"http://127.0.0.1:{free_ports()}", cache_dir=tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"^no folder 'a/b' exists, and Hugging Face cannot be reached \(no"):
         fetch_from_hub("a/b", download=download)
 
 

@@ -5,10 +5,10 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -33,6 +33,9 @@ _ACCEPTED = (
     "'Qwen/Qwen3-0.6B'"
 )
 
+_http: Any = import_module(next(each.__module__ for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError"))
+"""The HTTP library of the hub's client: httpx2, or httpx in its earlier versions."""
+
 Fetch = Callable[[str], Path]
 """Turns a hub id into a local folder; raises ModelNotFoundError."""
 
@@ -54,7 +57,7 @@ def fetch_from_hub(
         return Path(download(repo_id, allow_patterns=WANTED_FILES, **bars))
     except HFValidationError as error:
         raise ModelNotFoundError(f"{_shown(repo_id)} is neither a folder nor a hub id; {_ACCEPTED}") from error
-    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, _http.HTTPError, OSError) as error:
         raise ModelNotFoundError(f"no folder {repo_id!r} exists, and {_hub_problem(error)}; {_ACCEPTED}") from error
 
 
@@ -89,8 +92,8 @@ def _hub_problem(error: Exception) -> str:
 _HUB_PROBLEMS: dict[type[BaseException], str] = {
     GatedRepoError: "the hub gives that model only to those who accepted its terms: accept them, and set HF_TOKEN",
     RepositoryNotFoundError: "the hub has no model of that id, or a private one: check the spelling, or set HF_TOKEN",
-    httpx.ConnectError: "Hugging Face cannot be reached (no network?)",
-    httpx.TimeoutException: "Hugging Face did not answer in time",
+    _http.TimeoutException: "Hugging Face did not answer in time",
+    _http.TransportError: "Hugging Face cannot be reached (no network?)",
 }
 """By what the client raised; the more special kind stands first."""
 
