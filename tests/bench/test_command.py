@@ -65,8 +65,9 @@ def test_a_run_prints_a_table_writes_json_and_exits_with_0(url: str, tmp_path: P
     assert len(run["requests"]) == 4
 
 
-def test_failed_requests_are_shown_and_exit_with_1(url: str) -> None:
-    result = invoke("--url", url, "--api-key", "breaks")
+@pytest.mark.parametrize("option", ["--key", "--api-key"])
+def test_failed_requests_are_shown_and_exit_with_1(url: str, option: str) -> None:
+    result = invoke("--url", url, option, "breaks")
     assert result.exit_code == 1
     assert "4 (2 failed, 0 not sent)" in result.stdout
     assert "2 x AnswerError: HTTP 500: boom" in result.stderr

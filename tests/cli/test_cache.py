@@ -186,3 +186,5 @@ def test_a_folder_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path, com
     assert result.exit_code == 2
     assert "is no cache folder: it holds no folder 'blocks'" in result.stderr
     assert list(tmp_path.iterdir()) == []
+    result = invoke(command, tmp_path / "none")
+    assert (result.exit_code, result.stderr) == (2, f"error: there is no folder {tmp_path / 'none'}\n")

@@ -36,7 +36,7 @@ ENDED = {
     ("cache", "verify"): [NOWHERE],
     ("cache", "clear"): [NOWHERE],
     ("tenants", "key"): [],
-    ("top",): ["http://127.0.0.1:1", "--once"],
+    ("top",): ["--url", "http://127.0.0.1:1", "--once"],
     ("cluster", "up"): ["--secret-file", NOWHERE],
     ("cluster", "status"): ["--name", "none"],
     ("cluster", "scale"): ["2", "--name", "none"],

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from emberkv.cli.main import app
 from emberkv.cli.top import Interval, Reading, ServerError, read, view
 
+NOBODY = "http://127.0.0.1:1"
+
 METRICS = """\
 # TYPE emberkv_build info
 emberkv_build_info{{model="tiny"}} 1.0
@@ -118,8 +120,12 @@ def test_a_gateways_workers_are_listed() -> None:
     assert ["b", "silent", "degraded", "7.2", "s", "ago", "0", "0", "-"] in lines
 
 
-def test_the_server_can_be_named_in_the_environment() -> None:
-    result = CliRunner().invoke(app, ["top", "--once"], env={"EMBERKV_URL": "http://127.0.0.1:1"})
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [(["--url", NOBODY], {}), ([NOBODY], {}), ([], {"EMBERKV_URL": NOBODY}), ([NOBODY], {"EMBERKV_URL": "http://b:1"})],
+)
+def test_the_ways_to_name_the_server(arguments: list[str], variables: dict[str, str]) -> None:
+    result = CliRunner().invoke(app, ["top", "--once", *arguments], env=variables)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: http://127.0.0.1:1 does not answer (")
-    assert "Name another behind the command, or by EMBERKV_URL" in result.stderr
+    assert "Name another with --url or EMBERKV_URL" in result.stderr

@@ -86,13 +86,14 @@ def test_a_finished_request_in_text(log: Lines) -> None:
 
 
 def test_a_line_of_text_on_a_terminal() -> None:
-    def line(level: int) -> str:
+    def line(level: int, columns: int = 80) -> str:
         record = logging.LogRecord("emberkv", level, "", 0, "the cache is %s", ("cold",), None)
         record.created = time.mktime((2026, 11, 28, 12, 42, 3, 0, 0, -1))
-        return TextFormatter(terminal=True).format(record)
+        return TextFormatter(lambda: columns).format(record)
 
     assert line(logging.INFO) == "12:42:03 the cache is cold"
     assert line(logging.WARNING) == "12:42:03 WARNING the cache is cold"
+    assert line(logging.WARNING, 28) == "12:42:03 WARNING the cache\n         is cold"
 
 
 @pytest.mark.parametrize(

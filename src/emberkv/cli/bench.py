@@ -17,16 +17,16 @@ from emberkv.bench.client import Endpoint, Target
 from emberkv.bench.runner import RequestRecord, Workload, first_model, run_workload, tokens_per_word
 from emberkv.bench.summary import Summary, as_json, print_errors, render, summarize
 from emberkv.cli.command import error_console
-from emberkv.cli.connection import connection
+from emberkv.cli.connection import ServerUrl, connection
 
 
-def connect(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
+def connect(url: str, key: str | None, timeout: float) -> httpx.AsyncClient:
     """A client for the server at ``url``, given with or without its ``/v1``; it opens one connection a request.
 
     timeout: seconds without a byte after which a request fails.
     """
     return httpx.AsyncClient(
-        **connection(url.rstrip("/").removesuffix("/v1"), api_key, "--api-key"),
+        **connection(url.rstrip("/").removesuffix("/v1"), key),
         timeout=timeout,
         limits=httpx.Limits(max_connections=None),
     )
@@ -68,9 +68,7 @@ def _result(
 
 def bench(
     *,
-    url: Annotated[
-        str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server, such as http://127.0.0.1:8080.")
-    ],
+    url: ServerUrl,
     sessions: Annotated[int, typer.Option(min=1, help="Conversations.")] = 8,
     turns: Annotated[int, typer.Option(min=1, help="Questions in each conversation.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 4,
@@ -80,7 +78,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Makes the texts, and is sent with each request.")] = 0,
     nonce: Annotated[str | None, typer.Option(help="Repeats an earlier run's texts; default: fresh ones.")] = None,
     model: Annotated[str, typer.Option(help="Default: the first of /v1/models.")] = "",
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    key: Annotated[str | None, typer.Option("--key", "--api-key", help="Sent as a bearer token.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of silence that fail a request.")] = 300.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Writes every request and the summary.")] = None,
     endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = Endpoint.CHAT,
@@ -98,7 +96,7 @@ def bench(
     )  # fmt: skip
     target = Target(model, endpoint, extensions, seed)
     errors = error_console()
-    target, workload, records = asyncio.run(_run(connect(url, api_key, timeout), target, workload, errors))
+    target, workload, records = asyncio.run(_run(connect(url, key, timeout), target, workload, errors))
     summary = summarize(records)
     Console().print(render(summary, f"{target.model} at {url} (nonce {workload.nonce})"))
     if json_file:

@@ -122,6 +122,8 @@ def clear(
 
 
 def _existing(folder: Path) -> BlockFiles:
+    if not folder.exists():
+        raise CacheFolderError(f"there is no folder {folder}")
     if not (folder / BLOCKS).is_dir():
         raise CacheFolderError(f"{folder} is no cache folder: it holds no folder '{BLOCKS}'")
     return BlockFiles(folder)

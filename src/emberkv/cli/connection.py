@@ -1,16 +1,25 @@
-"""How the commands that ask a server reach it."""
+"""How the commands that ask a server reach it: the options that name the server and a key, and the connection."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 
 from emberkv.errors import ConfigError
 
+LOCAL_URL = "http://127.0.0.1:8080"
 
-def connection(url: str, key: str | None, key_option: str) -> dict[str, Any]:
+ServerUrl = Annotated[str, typer.Option("--url", metavar="URL", envvar="EMBERKV_URL", help="The server.")]
+AdminKey = Annotated[
+    str | None,
+    typer.Option("--key", envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
+]
+
+
+def connection(url: str, key: str | None) -> dict[str, Any]:
     """``base_url`` and ``headers`` of an httpx client; with a key, it authenticates as the key's owner.
 
-    key_option: the option that gives the key, as typed. Raises ConfigError for a URL or a key that cannot be sent.
+    Raises ConfigError for a URL or a key that cannot be sent.
     """
     try:
         parsed = httpx.URL(url)
@@ -19,5 +28,5 @@ def connection(url: str, key: str | None, key_option: str) -> dict[str, Any]:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError(f"--url {url!r}: use a URL such as http://127.0.0.1:8080")
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-        raise ConfigError(f"{key_option}: use a key of ASCII characters, as the server has it")
+        raise ConfigError("--key: use a key of ASCII characters, as the server has it")
     return {"base_url": parsed, "headers": {} if key is None else {"authorization": f"Bearer {key}"}}

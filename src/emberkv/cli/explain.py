@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emberkv.cli.connection import connection
+from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerUrl, connection
 from emberkv.cli.explain_template import explain_template
 from emberkv.cli.suggestions import Suggestions, print_suggestions
 from emberkv.errors import EmberError, RequestError
@@ -304,11 +304,6 @@ Template = Annotated[
     ),
 ]
 Tenant = Annotated[str | None, typer.Option(help="The prompt's tenant; needs the admin key.")]
-ServerUrl = Annotated[str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")]
-Key = Annotated[
-    str | None,
-    typer.Option(envvar="EMBERKV_ADMIN_KEY", help="An API key or the admin key, where the server needs one."),
-]
 Suggest = Annotated[
     bool,
     typer.Option(
@@ -328,8 +323,8 @@ def explain(
     api: ApiName = None,
     template: Template = None,
     tenant: Tenant = None,
-    url: ServerUrl = "http://127.0.0.1:8080",
-    key: Key = None,
+    url: ServerUrl = LOCAL_URL,
+    key: AdminKey = None,
     suggest: Suggest = False,
     as_json: AsJson = False,
 ) -> None:
@@ -349,7 +344,7 @@ def explain(
     question = None if suggest else _question(source, text, response_id, raw, api)
     if question is not None and tenant is not None:
         question["tenant"] = tenant
-    with httpx.Client(**connection(url, key, "--key"), timeout=60) as client:
+    with httpx.Client(**connection(url, key), timeout=60) as client:
         answer = ask(client, question)
     console = Console(markup=False, highlight=False)
     if as_json:

@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel, Field, ValidationError
 
 from emberkv.cli.command import error_console
-from emberkv.cli.connection import connection
+from emberkv.cli.connection import LOCAL_URL, ServerUrl, connection
 from emberkv.errors import ConfigError, EmberError
 
 NO_KEY = "none"
@@ -191,9 +191,7 @@ def launch(
         typer.Argument(metavar="ARGUMENTS", help="The client's own, after --: launch codex MODEL -- exec"),
     ] = None,
     *,
-    url: Annotated[
-        str, typer.Option(metavar="URL", envvar="EMBERKV_URL", help="The server.")
-    ] = "http://127.0.0.1:8080",
+    url: ServerUrl = LOCAL_URL,
     key: Annotated[
         str | None, typer.Option(envvar="EMBERKV_API_KEY", help="An API key, where the server needs one.")
     ] = None,
@@ -209,7 +207,7 @@ def launch(
     own = list(arguments or ())
     if model is not None and model.startswith("-"):  # launch claude -- -p "..." names no model
         own, model = [model, *own], None
-    with httpx.Client(**connection(url.rstrip("/").removesuffix("/v1"), key, "--key"), timeout=60.0) as http:
+    with httpx.Client(**connection(url.rstrip("/").removesuffix("/v1"), key), timeout=60.0) as http:
         try:
             target = find_target(http, model, key, wait)
         except ConfigError as error:  # launch codex -- exec "..." names the model exec

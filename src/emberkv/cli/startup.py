@@ -50,7 +50,9 @@ def set_up_logging(log_format: str | None, level: str = "info") -> None:
     console.quiet = log_format == "json"
     handler = logging.StreamHandler()
     handler.name = _HANDLER
-    handler.setFormatter(JsonFormatter() if console.quiet else TextFormatter(terminal=console.is_terminal))
+    handler.setFormatter(
+        JsonFormatter() if console.quiet else TextFormatter((lambda: console.width) if console.is_terminal else None)
+    )
     root = logging.getLogger()
     for earlier in [each for each in root.handlers if each.name == _HANDLER]:
         root.removeHandler(earlier)

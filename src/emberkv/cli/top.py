@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emberkv.cli.command import printable
-from emberkv.cli.connection import connection
+from emberkv.cli.connection import LOCAL_URL, AdminKey, ServerUrl, connection
 from emberkv.errors import EmberError
 
 SHOWN_ROWS = 6
@@ -89,17 +89,16 @@ class Interval:
 
 
 def top(
-    url: Annotated[
-        str, typer.Argument(envvar="EMBERKV_URL", help="Of a server or a gateway.")
-    ] = "http://127.0.0.1:8080",
+    server: Annotated[str | None, typer.Argument(metavar="URL", help="The same as --url.")] = None,
+    *,
+    url: ServerUrl = LOCAL_URL,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 2.0,
-    key: Annotated[
-        str | None, typer.Option(envvar="EMBERKV_ADMIN_KEY", help="The admin key, where the server has one.")
-    ] = None,
+    key: AdminKey = None,
     once: Annotated[bool, typer.Option("--once", help="Print one reading, since the start, and end.")] = False,
 ) -> None:
     """Show what a server or a gateway does now: load, where prompts' tokens come from, memory, sessions, prefixes."""
-    with httpx.Client(**connection(url, key, "--key"), timeout=10.0) as client:
+    url = url if server is None else server
+    with httpx.Client(**connection(url, key), timeout=10.0) as client:
         console, before = Console(), read(client, time.monotonic())
         if once:
             console.print(view(Interval(before), url))
@@ -119,8 +118,8 @@ def read(client: httpx.Client, at: float) -> Reading:
         sessions, prefixes = client.get("/v1/cache/sessions"), client.get("/v1/cache/prefixes")
     except httpx.TransportError as error:
         raise ServerError(
-            f"{client.base_url} does not answer ({error}); is the server running? Name another behind "
-            "the command, or by EMBERKV_URL"
+            f"{client.base_url} does not answer ({error}); is the server running? "
+            "Name another with --url or EMBERKV_URL"
         ) from error
     if metrics.status_code != httpx.codes.OK:
         raise ServerError(f"{client.base_url} refuses /metrics with status {metrics.status_code}; give --key")

@@ -8,9 +8,10 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from textwrap import TextWrapper
 from typing import Any, Protocol
 
 from emberkv.core.events import POOL
@@ -319,15 +320,24 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A log record as text. For a terminal: the time of day, and the level only where it is not the ordinary one."""
+    """A log record as text. For a terminal: the time of day, the level only where it is not the ordinary one, and
+    lines that break between words.
 
-    def __init__(self, *, terminal: bool) -> None:
+    columns: of the terminal; None: the log goes elsewhere.
+    """
+
+    def __init__(self, columns: Callable[[], int] | None = None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        if terminal:
+        if columns is not None:
             self.datefmt = "%H:%M:%S"
-        self._terminal = terminal
+        self._columns = columns
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        if self._terminal and record.levelno == logging.INFO:
-            return f"{record.asctime} {record.message}"
-        return super().formatMessage(record)
+        if self._columns is None:
+            return super().formatMessage(record)
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        wrapper = TextWrapper(break_long_words=False, break_on_hyphens=False)
+        wrapper.subsequent_indent = " " * (len(record.asctime) + 1)
+        wrapper.width = max(self._columns(), 2 * len(wrapper.subsequent_indent))
+        lines = f"{record.asctime} {level}{record.message}".split("\n")
+        return "\n".join(wrapper.fill(line) for line in lines)
