@@ -9,7 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from emberkv.engine.tokenization.gguf_tokenizer import SPLITS, gguf_tokenizer
-from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer
+from emberkv.engine.tokenization.long_texts import TokenBound
 from emberkv.errors import CorruptModelError, UnsupportedModelError
 from tests.engine.tokenization.sentencepiece import (
     ADDED,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, TokenBound, any_of
-from emberkv.engine.tokenization.piece_cache import PieceCache
+from emberkv.engine.tokenization.hf_tokenizer import HFTokenizer, any_of
+from emberkv.engine.tokenization.long_texts import PieceCache, TokenBound
 from emberkv.errors import PromptTooLongError, RequestError
 from tests.engine.tokenization.tokenizer_kinds import (
     BETWEEN_WORDS,

@@ -18,11 +18,9 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from emberkv.core.hashing import token_array
-from emberkv.engine.tokenization.detokenizer import WindowDetokenizer
-from emberkv.engine.tokenization.piece_cache import PieceCache, cuts_at_gaps, parts
+from emberkv.engine.tokenization.long_texts import PieceCache, TokenBound, cuts_at_gaps, parts
 from emberkv.engine.tokenization.template_adaptation import TemplateAdapter
 from emberkv.engine.tokenization.template_check import (
     NO_TEMPLATE,
@@ -31,85 +29,8 @@ from emberkv.engine.tokenization.template_check import (
     template_deadline,
     template_variables,
 )
-from emberkv.engine.tokenization.tokenizer import KnownTokens
+from emberkv.engine.tokenization.tokenizer import IncrementalDetokenizer, KnownTokens
 from emberkv.errors import PromptTooLongError, RequestError, reason_of
-
-_USUAL_BYTES = 16
-"""Tokens of up to so many bytes are not looked at one by one: every text is taken to consist of such."""
-
-_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "Sequence"})
-_PRE_TOKENIZERS = frozenset({"ByteLevel", "Split", "Digits", "Metaspace", "Sequence"})
-
-
-class TokenBound:
-    """A lower bound on the number of tokens of a text, found without encoding it.
-
-    Divides a text's bytes, as the tokenizer normalizes them, by the longest token that consists of such bytes.
-
-    It bounds nothing (0) for tokenizers that may drop characters or take any number of them for one unknown token: all
-    but BPE and Unigram models with a token for each byte, and normalizers that could remove more from a part of a text
-    than from the whole.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._normalizer = backend.normalizer
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        described = json.loads(backend.to_str())
-        alphabet: Callable[[], dict[int, str]] = bytes_to_unicode  # GPT-2's letters for bytes; untyped
-        self._letters = alphabet() if _is_byte_level(described) else None
-        self.is_sound = _keeps_everything(described, vocabulary, self._letters)
-        added = backend.get_added_tokens_decoder().values()
-        self._counts_space = not any(token.lstrip or token.rstrip for token in added)
-        # An added token's text is matched as it is, and an ordinary one's in the letters that stand for bytes.
-        texts = {token.content for token in added}
-        units = [
-            set(token if self._letters is not None and token not in texts else token.encode()) for token in vocabulary
-        ]
-        sizes = [len(token) if self._letters is not None else len(token.encode()) for token in vocabulary]
-        by_size = sorted(zip(sizes, units, strict=True), key=lambda each: each[0], reverse=True)
-        self._long: list[tuple[int, set[Any]]] = [each for each in by_size if each[0] > _USUAL_BYTES]
-
-    def least_tokens(self, text: str) -> int:
-        """At most as many as ``text`` has; 0 where nothing is known."""
-        if not self.is_sound:
-            return 0
-        if self._normalizer is not None:
-            text = self._normalizer.normalize_str(text)
-        encoded = text.encode()
-        present = set(encoded)
-        size = len(encoded) if self._counts_space else sum(map(len, encoded.split()))
-        units = present if self._letters is None else {self._letters[byte] for byte in present} | present
-        longest = next((length for length, token in self._long if token <= units), _USUAL_BYTES)
-        return -(-size // longest)
-
-
-def _is_byte_level(described: dict[str, Any]) -> bool:
-    return "ByteLevel" in _types(described["pre_tokenizer"], "pretokenizers")
-
-
-def _keeps_everything(described: dict[str, Any], vocabulary: dict[str, int], letters: dict[int, str] | None) -> bool:
-    model = described["model"]
-    if model["type"] not in ("BPE", "Unigram") or _types(described["normalizer"], "normalizers") - _NORMALIZERS:
-        return False
-    if _types(described["pre_tokenizer"], "pretokenizers") - _PRE_TOKENIZERS or _removes(described):
-        return False
-    if letters is not None:
-        return all(letter in vocabulary for letter in letters.values())
-    spelt = (byte for byte in range(256) if byte >= 0x80 or chr(byte) not in vocabulary)
-    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in spelt)
-
-
-def _types(component: dict[str, Any] | None, parts: str) -> set[str]:
-    if component is None:
-        return set()
-    return {component["type"]}.union(*(_types(part, parts) for part in component.get(parts, ())))
-
-
-def _removes(described: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer removes what it splits at, or a normalizer replaces a text by a shorter one."""
-    text = json.dumps([described["pre_tokenizer"], described["normalizer"]])
-    return '"behavior": "Removed"' in text or '"content": ""' in text
-
 
 _log = logging.getLogger(__name__)
 
@@ -362,7 +283,7 @@ class HFTokenizer:
             self._by_owner.setdefault(owner, own)
         return self._by_owner[owner]
 
-    def detokenizer(self, keep: Collection[str] = ()) -> WindowDetokenizer:
+    def detokenizer(self, keep: Collection[str] = ()) -> IncrementalDetokenizer:
         """A fresh one, for one answer. It leaves special tokens out, except those whose text is in ``keep``."""
         kept = {self._backend.token_to_id(text) for text in keep}
         return WindowDetokenizer(self._backend, self._special_ids - kept)
@@ -470,3 +391,66 @@ def _template_frame(backend: Backend) -> tuple[list[int], list[int]] | None:
     if framed.ids[start:end] != probe:
         return None
     return framed.ids[:start], framed.ids[end:]
+
+
+_CONTEXT = 8  # ids kept from what is already out: more than the bytes of one character
+_WINDOW = 32  # ids after which the window is cut back to the context
+_ANY_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class WindowDetokenizer:
+    """An IncrementalDetokenizer over a backend tokenizer.
+
+    The pieces of an answer, joined, are exactly what decoding the whole answer gives. Two facts make that possible
+    at a constant cost for each token. What decoding adds for a token depends on few tokens before it, so that a short
+    window of ids is decoded, not the answer. And only the end of a text can still change: a sequence of bytes that is
+    no character yet shows as one U+FFFD, and a run of byte-fallback tokens is decided when it ends.
+
+    skipped_ids: those that are left out.
+    """
+
+    def __init__(self, backend: Backend, skipped_ids: frozenset[int]) -> None:
+        self._backend = backend
+        self._skipped_ids = skipped_ids
+        self._falls_back_to_bytes = _has_byte_fallback(backend)
+        self._ids: list[int] = []
+        self._emitted = 0  # characters of the window's text that are out
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that is now certain, possibly empty; never half a character."""
+        return "".join(self._push_one(token_id) for token_id in token_ids)
+
+    def flush(self) -> str:
+        """What was held back; an unfinished character becomes U+FFFD."""
+        text = self._decode(self._ids)
+        piece, self._emitted = text[self._emitted :], len(text)
+        return piece
+
+    def _push_one(self, token_id: int) -> str:
+        token = None if token_id in self._skipped_ids else self._backend.id_to_token(token_id)
+        if token is None:
+            return ""
+        self._ids.append(token_id)
+        if self._falls_back_to_bytes and _ANY_BYTE_TOKEN.fullmatch(token):
+            return ""  # one bad byte turns the whole run into U+FFFD, so that nothing of it is certain yet
+        text = self._decode(self._ids)
+        certain = len(text) - text.endswith(_BROKEN)
+        piece = text[self._emitted : certain]
+        self._emitted = max(self._emitted, certain)
+        if len(self._ids) > _WINDOW:
+            self._cut_window(uncertain=len(text) - self._emitted)
+        return piece
+
+    def _cut_window(self, uncertain: int) -> None:
+        """Forget all but the last ids. The text of fewer ids may begin differently but ends the same."""
+        del self._ids[:-_CONTEXT]
+        self._emitted = len(self._decode(self._ids)) - uncertain
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=False)  # those to be skipped are not in the window
+        return text
+
+
+def _has_byte_fallback(backend: Backend) -> bool:
+    """Whether tokens named like ``<0x41>`` stand for bytes."""
+    return backend.decoder is not None and backend.decoder.decode(["<0x41>"]).strip() == "A"
