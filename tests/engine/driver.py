@@ -16,10 +16,15 @@ from emberkv.engine.torch.attention.paged_attention import shared_prefixes
 from emberkv.engine.torch.engine import TorchEngine
 from emberkv.engine.torch.model.loader import LoadedModel
 from emberkv.engine.torch.native.kernels import Kernels
+from emberkv.engine.torch.self_check import Findings, tokens_that_count
 
 BLOCK = 8
 TILE = 16
 CHUNK = 64
+
+_found: dict[tuple[object, ...], Findings] = {}
+"""What self-checks have found in this process, by all that a driver's check depends on. A check takes longer than what most
+tests compute, so each is made once."""
 
 
 @dataclass
@@ -61,11 +66,8 @@ class Driver:
         block_size: int = BLOCK,
         executor: TorchEngine | None = None,
     ) -> None:
-        cache_bytes = num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, block_size)
         self.root = root_hash(loaded.fingerprint, block_size)
-        self.executor = executor or TorchEngine(
-            loaded, cache_bytes=cache_bytes, block_size=block_size, prefill_chunk=CHUNK, kernels=kernels, tile=TILE
-        )
+        self.executor = executor or _engine(loaded, num_blocks, block_size, kernels)
         self.pool = BlockPool(num_blocks, block_size)
         alignment, batch_invariant = self.executor.alignment, self.executor.batch_invariant
         self.cache = PrefixCache(
@@ -126,3 +128,20 @@ class Driver:
         tables = [[block.block_id for block in each.held.blocks] for each in plan.decodes]
         lengths = [len(each.chain) for each in plan.decodes]
         self.shared_decodes += bool(shared_prefixes(tables, lengths, BLOCK, self.least_shared))
+
+
+def _engine(loaded: LoadedModel, num_blocks: int, block_size: int, kernels: Kernels | None) -> TorchEngine:
+    """An engine with the findings of the first one of the same kind."""
+    tokens = min(num_blocks * block_size, tokens_that_count(CHUNK, block_size))
+    key = (loaded.fingerprint, loaded.dtypes, kernels is None, tokens, block_size, torch.get_num_threads())
+    engine = TorchEngine(
+        loaded,
+        cache_bytes=num_blocks * loaded.geometry.block_bytes(loaded.dtypes.kv, block_size),
+        block_size=block_size,
+        prefill_chunk=CHUNK,
+        kernels=kernels,
+        tile=TILE,
+        known=_found.get(key),
+    )
+    _found.setdefault(key, engine.findings)
+    return engine
