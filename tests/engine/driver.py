@@ -23,8 +23,8 @@ TILE = 16
 CHUNK = 64
 
 _found: dict[tuple[object, ...], Findings] = {}
-"""What self-checks have found in this process, by all that a driver's check depends on. A check takes longer than what most
-tests compute, so each is made once."""
+"""What self-checks have found in this process, by all that they depend on here. A check takes longer than what most tests
+compute, so each is made once."""
 
 
 @dataclass

@@ -33,27 +33,27 @@ def empty_pool(heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, nu
 
 
 def expected(call: LayerCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``[tokens, heads, dim]``, one query after the other."""
+    """``[tokens, heads, dim]``, of all queries at once. Scores of keys that a query does not see are minus infinity."""
     kv_heads = k.shape[1]
-    queries = q.double().unflatten(1, (kv_heads, -1))  # a KV head's queries beside one another
-    keys, values = (each.double().transpose(0, 1).contiguous() for each in (k, v))
-    out = torch.empty(q.shape, dtype=torch.double)
-    for at in range(len(queries)):
-        first = 0
-        if call.window is not None:
-            size, chunked = call.window
-            first = at - at % size if chunked else max(0, at - size + 1)
-        seen = slice(first, at + 1)
-        scores = (queries[at] @ keys[:, seen].transpose(1, 2)).flatten(0, 1) * call.scale
-        if call.softcap is not None:
-            scores = torch.tanh(scores / call.softcap) * call.softcap
-        if call.slopes is not None:
-            scores = scores + call.slopes[:, None] * torch.arange(first - at, 1)
-        if call.sinks is not None:
-            scores = torch.cat([scores, call.sinks[:, None].double()], 1)
-        weights = torch.softmax(scores, 1)[:, : at + 1 - first]
-        out[at] = (weights.unflatten(0, (kv_heads, -1)) @ values[:, seen]).flatten(0, 1)
-    return out
+    queries = q.double().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # a KV head's queries beside one another
+    keys, values = (each.double().transpose(0, 1).unsqueeze(1) for each in (k, v))
+    scores = queries @ keys.transpose(2, 3) * call.scale  # [kv_heads, heads of each, tokens, tokens]
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    positions = torch.arange(len(q))
+    if call.slopes is not None:
+        scores = scores + call.slopes.view(kv_heads, -1, 1, 1) * (positions - positions[:, None])
+    first = torch.zeros_like(positions)
+    if call.window is not None:
+        size, chunked = call.window
+        first = positions - positions % size if chunked else positions - size + 1
+    seen = (positions <= positions[:, None]) & (positions >= first[:, None])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks.double().view(kv_heads, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], 3)
+    weights = torch.softmax(scores, 3)[..., : len(q)]
+    return (weights @ values).flatten(0, 1).transpose(0, 1)
 
 
 class Sequence:
