@@ -23,7 +23,7 @@ TILE = 16
 CHUNK = 64
 
 _found: dict[tuple[object, ...], Findings] = {}
-"""What self-checks have found in this process, by all that they depend on here. A check takes longer than what most tests
+"""What self-checks have found in this process, by all that they depend on here. A check takes longer than most tests
 compute, so each is made once."""
 
 
