@@ -34,11 +34,13 @@ LOAD = wire.LoadReport(worker_id="w", epoch=b"e", sequence=3, waiting=1, load_ra
 
 def test_a_request_comes_back_as_it_was() -> None:
     params = SamplingParams(max_tokens=3, seed=-5, stop=("end",), logit_bias={3: 1.5}, logprobs=2, constraint=SCHEMA)
-    request = GenerationRequest("a", [1, 2, 2**31 - 1], params, b"salt", 2, "tenant", "session", 16, 60.0, answered=2)
+    request = GenerationRequest(
+        "a", [1, 2, 2**31 - 1], params, b"salt", 2, "tenant", "session", 16, 60.0, answered=2, borders=(1, 2)
+    )
     back = wire.decode_request(wire.encode_request(request))
     assert list(back.prompt_token_ids) == request.prompt_token_ids
     for name in ("request_id", "params", "salt", "priority", "tenant", "session_id", "retain_tokens",
-                 "retain_seconds", "answered", "allowed_tokens"):  # fmt: skip
+                 "retain_seconds", "answered", "allowed_tokens", "borders"):  # fmt: skip
         assert getattr(back, name) == getattr(request, name)
 
 

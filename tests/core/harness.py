@@ -124,11 +124,19 @@ class Harness:
         return shares(lambda: Retaining(make_policy(self.policy), max_bytes=3), self.shares, Share())
 
     def add(
-        self, request_id: str, tokens: Iterable[int], new: int = 1, *, priority: int = 0, salt: bytes = b""
+        self,
+        request_id: str,
+        tokens: Iterable[int],
+        new: int = 1,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        checkpoints: tuple[int, ...] = (),
     ) -> Sequence:
         tenant = salt.decode()
         owner = tenant if self.shares is not None else ""
-        sequence = Sequence(request_id, chain(tokens, self.block_size, salt, owner), new, priority, tenant)
+        prompt = chain(tokens, self.block_size, salt, owner)
+        sequence = Sequence(request_id, prompt, new, priority, tenant, checkpoints=checkpoints)
         self.scheduler.add(sequence)
         return sequence
 
@@ -242,9 +250,9 @@ class Harness:
             assert self.batch_invariant or start % self.alignment == 0
             end = min(start - start % min(self.alignment, self.chunk) + self.chunk, len(chunk.sequence.chain))
             assert start < stop
-            assert stop == end or (stop < end and stop == chunk.sequence.held.branch)
+            assert stop == end or (stop < end and stop == chunk.sequence.held.checkpoint)
             assert chunk.copy is None or chunk.copy.num_tokens == start % self.block_size
-            assert planned.get(request_id, 0) != chunk.sequence.held.branch, "a chunk behind what is to be kept"
+            assert planned.get(request_id, 0) != chunk.sequence.held.checkpoint, "a chunk behind what is to be kept"
             assert planned.get(request_id, start) == start, "a gap between two chunks"
             planned[request_id] = stop
         names = [sequence.request_id for sequence in plan.decodes]

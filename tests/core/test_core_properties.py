@@ -1,11 +1,20 @@
 """Random operations on pool, cache and scheduler together; the books and the content must be right after each."""
 
+from collections import Counter
 from random import Random
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from emberkv.core.policies.eviction import POLICY_NAMES
 from emberkv.core.policies.fair_shares import FairShares, Share
@@ -14,6 +23,10 @@ from emberkv.errors import DuplicateRequestError, PromptTooLongError
 from tests.core.harness import Harness, random_token
 from tests.core.lower import FakeTiers
 from tests.core.mirror import Mirror
+
+REACHED = ("branch_checkpoints", "prompt_checkpoints", "checkpoint_hits", "dropped_checkpoints", "loaded_blocks")
+"""Counters of `CacheStats` without which a run of all operations shows too little."""
+LEAST = 20
 
 ANYWHERE = st.integers(0, 1_000_000)
 SHARES = st.none() | st.tuples(st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(3, 6)).map(
@@ -25,8 +38,10 @@ class CoreMachine(RuleBasedStateMachine):
     """Tiny pools, two tokens, two salts, shares or none: eviction, preemption, sharing and duplicates happen all along.
 
     What is committed goes to lower tiers, which forget at random; loads arrive whole, partly, late, after a clear, or
-    not before the end.
+    not before the end. reached: how often something has happened, in all runs.
     """
+
+    reached: ClassVar[Counter[str]] = Counter()
 
     @initialize(
         policy=st.sampled_from(POLICY_NAMES),
@@ -35,6 +50,7 @@ class CoreMachine(RuleBasedStateMachine):
         units=st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (3, 3)]),
         flags=st.tuples(st.booleans(), st.sampled_from([True, True, True, False]), st.booleans(), st.booleans()),
         branch_tokens=st.integers(1, 3),
+        is_hybrid=st.booleans(),
         tiers=st.booleans(),
         shares=SHARES,
         max_step_tokens=st.integers(1, 24),
@@ -49,6 +65,7 @@ class CoreMachine(RuleBasedStateMachine):
         units: tuple[int, int],
         flags: tuple[bool, bool, bool, bool],
         branch_tokens: int,
+        is_hybrid: bool,
         tiers: bool,
         shares: dict[str, Share] | None,
         max_step_tokens: int,
@@ -56,7 +73,10 @@ class CoreMachine(RuleBasedStateMachine):
         seed: int,
     ) -> None:
         self.random = Random(seed)
+        """is_hybrid: hits end at blocks, which are larger, and at checkpoints, which few of the other flags lead to."""
         self.tiers = FakeTiers()
+        if is_hybrid:
+            block_size, units, flags = 4 * block_size, (1, units[1]), (flags[0], True, True, False)
         parts_of_blocks = flags[2] and units == (1, 1) and block_size > 1
         self.harness = Harness(
             num_blocks=num_blocks,
@@ -91,23 +111,67 @@ class CoreMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([b"", b"", b"other"]),
         restored=st.integers(0, 14),
+        borders=st.tuples(st.booleans(), st.booleans()),
     )
-    def add(self, shared: int, kept: int, tail: list[int], new: int, priority: int, salt: bytes, restored: int) -> None:
-        """restored: as many of its blocks are in a lower tier already, as after a restart."""
-        tokens = self.prompts[shared % len(self.prompts)][:kept] + tail
+    def add(
+        self,
+        shared: int,
+        kept: int,
+        tail: list[int],
+        new: int,
+        priority: int,
+        salt: bytes,
+        restored: int,
+        borders: tuple[bool, bool],
+    ) -> None:
+        """restored: as many of its blocks are in a lower tier already, as after a restart. borders: whether it wants a
+        checkpoint behind what it shares, and one before its last token.
+        """
+        name = self._add(self.prompts[shared % len(self.prompts)][:kept], tail, new, priority, salt, borders)
+        if restored and name is not None:
+            stored = self.live[name].chain.block_hashes[:restored]
+            self.tiers.put([block_hash for block_hash in stored if block_hash not in self.tiers.places])
+
+    def _add(
+        self,
+        shared: list[int],
+        tail: list[int],
+        new: int,
+        priority: int,
+        salt: bytes,
+        borders: tuple[bool, bool],
+    ) -> str | None:
+        """The request's name; None: it is refused."""
+        tokens = shared + tail
         name = f"r{self.added}"
         self.added += 1
         if len(tokens) + new > self.scheduler.max_sequence_tokens:
             with pytest.raises(PromptTooLongError):
                 self.harness.add(name, tokens, new, priority=priority, salt=salt)
-            return
-        self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt)
+            return None
+        wanted = zip(borders, (len(shared), len(tokens) - 1), strict=True)
+        checkpoints = tuple(at for is_wanted, at in wanted if is_wanted)
+        self.live[name] = self.harness.add(name, tokens, new, priority=priority, salt=salt, checkpoints=checkpoints)
         self.prompts.append(tokens)
         if salt:
             self.others.update(self.live[name].chain.block_hashes)
-        if restored:
-            stored = self.live[name].chain.block_hashes[:restored]
-            self.tiers.put([block_hash for block_hash in stored if block_hash not in self.tiers.places])
+        return name
+
+    @precondition(lambda self: not self.harness.within_blocks)
+    @rule(
+        shared=ANYWHERE,
+        cuts=st.lists(st.integers(0, 40), min_size=2, max_size=5),
+        borders=st.tuples(st.booleans(), st.booleans()),
+    )
+    def part(self, shared: int, cuts: list[int], borders: tuple[bool, bool]) -> None:
+        """Several begin alike, one after the other: they leave checkpoints, and go on from those of others."""
+        known = self.prompts[shared % len(self.prompts)]
+        for cut in cuts:
+            tail = [self.random.randrange(2) for _ in range(self.random.randrange(1, 14))]
+            self._add(known[:cut], tail, 1, 0, b"", borders)
+            known = self.prompts[-1]
+            for _ in range(3):
+                self._step(set())
 
     @precondition(lambda self: self.live)
     @rule(pick=ANYWHERE)
@@ -224,6 +288,8 @@ class CoreMachine(RuleBasedStateMachine):
             self.harness.arrive(load, 0)
         assert self.pool.num_free == self.pool.num_blocks
         assert self.pool.stats.collisions == 0
+        for field in REACHED:
+            self.reached[field] += getattr(self.pool.stats, field)
 
     def _check_shares(self) -> None:
         if isinstance(self.pool.policy, FairShares):
@@ -264,11 +330,17 @@ class CoreMachine(RuleBasedStateMachine):
             assert computed == sequence.prompt_tokens - sequence.cached_tokens
 
 
-CoreMachine.TestCase.settings = settings(
-    max_examples=400,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-TestCore = CoreMachine.TestCase
+def test_any_operations_keep_books_and_content_right() -> None:
+    CoreMachine.reached.clear()
+    run_state_machine_as_test(
+        CoreMachine,
+        settings=settings(
+            max_examples=400,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
+    rare = {field: count for field, count in CoreMachine.reached.items() if count < LEAST}
+    assert not rare, "the operations hardly ever reach these"

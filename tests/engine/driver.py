@@ -91,12 +91,14 @@ class Driver:
     def chain(self, prompt: abc.Sequence[int], salt: bytes = b"") -> TokenChain:
         return TokenChain(self.root, prompt, self.pool.block_size, salt=salt)
 
-    def run(self, *prompts: abc.Sequence[int], new: int = 1, salt: bytes = b"") -> list[Run]:
+    def run(
+        self, *prompts: abc.Sequence[int], new: int = 1, salt: bytes = b"", checkpoints: tuple[int, ...] = ()
+    ) -> list[Run]:
         """Serve the prompts together until each has ``new`` tokens; nothing is left allocated."""
         runs = {}
         for prompt in prompts:
             self._runs += 1
-            sequence = Sequence(str(self._runs), self.chain(prompt, salt), new)
+            sequence = Sequence(str(self._runs), self.chain(prompt, salt), new, checkpoints=checkpoints)
             runs[sequence.request_id] = Run(sequence)
             self.scheduler.add(sequence)
         while self.scheduler.num_running + self.scheduler.num_waiting:
@@ -104,8 +106,10 @@ class Driver:
         self.pool.check_integrity(holders=[])
         return list(runs.values())
 
-    def run_one(self, prompt: abc.Sequence[int], *, new: int = 1, salt: bytes = b"") -> Run:
-        return self.run(prompt, new=new, salt=salt)[0]
+    def run_one(
+        self, prompt: abc.Sequence[int], *, new: int = 1, salt: bytes = b"", checkpoints: tuple[int, ...] = ()
+    ) -> Run:
+        return self.run(prompt, new=new, salt=salt, checkpoints=checkpoints)[0]
 
     def _step(self, runs: dict[str, Run]) -> None:
         plan = self.scheduler.schedule()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emberkv.core.block_pool import BlockPool
+from emberkv.core.checkpoints import BRANCH_TOKENS
 from emberkv.core.hashing import BlockHash, PublicPrefixes, root_hash
 from emberkv.core.policies.eviction import EvictionPolicy
 from emberkv.core.prefix_cache import PrefixCache
@@ -114,6 +115,7 @@ class Harness:
         exact: bool = False,
         batch_invariant: bool = False,
         within_blocks: bool = True,
+        branch_tokens: int = BRANCH_TOKENS,
         tiers: TierLink | None = None,
         policy: EvictionPolicy[BlockHash] | None = None,
         public: PublicPrefixes | None = None,
@@ -126,6 +128,7 @@ class Harness:
             alignment=BLOCK,
             batch_invariant=batch_invariant,
             within_blocks=within_blocks,
+            branch_tokens=branch_tokens,
             exact=exact,
             enabled=prefix_cache,
         )

@@ -86,6 +86,30 @@ def test_usage_tells_what_was_reused_and_what_can_be() -> None:
     assert harness.loop.stats().prefix_hit_tokens == 16 + 20
 
 
+def test_a_prompt_leaves_a_checkpoint_before_its_last_token_and_at_its_borders() -> None:
+    prompt = [*range(2, 17)]
+
+    def cached(*requests: tuple[list[int], int, tuple[int, ...]]) -> int:
+        """tokens, max_tokens and borders of each; what the last one finds."""
+        harness = Harness(batch_invariant=True, within_blocks=False, branch_tokens=1)
+        found = 0
+        with running(harness):
+            for number, (tokens, new, borders) in enumerate(requests):
+                params, inbox = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True), Inbox()
+                harness.loop.submit(GenerationRequest(str(number), tokens, params, borders=borders), inbox)
+                inbox.wait()
+                usage = inbox.outputs[0].usage
+                assert usage is not None
+                found = usage.cached_tokens
+        return found
+
+    other = [*prompt[:10], 40, 41]
+    assert cached((prompt, 4, ()), (prompt, 4, ())) == 14
+    assert cached((prompt, 1, ()), (prompt, 1, ())) == 12
+    assert cached((prompt, 4, (10,)), (other, 4, ())) == 10
+    assert cached((prompt, 4, ()), (other, 4, ())) == 8
+
+
 def test_without_a_prefix_cache_nothing_is_reused_or_created() -> None:
     with running(Harness(prefix_cache=False)) as harness:
         for request_id in "ab":

@@ -165,6 +165,7 @@ class _Generate(Struct, frozen=True, kw_only=True, omit_defaults=True):
     retain_seconds: float = 0.0
     answered: Count = 0
     seq_id: str = ""
+    borders: tuple[Count, ...] = ()
 
 
 class _Output(Struct, frozen=True, array_like=True, tag="output"):
@@ -244,6 +245,7 @@ def encode_request(request: GenerationRequest) -> bytes:
             retain_seconds=request.retain_seconds,
             answered=request.answered,
             seq_id=request.seq_id,
+            borders=request.borders,
         )
     )
 
@@ -263,6 +265,7 @@ def decode_request(data: bytes) -> GenerationRequest:
         given.retain_seconds,
         answered=given.answered,
         seq_id=given.seq_id,
+        borders=given.borders,
     )
 
 

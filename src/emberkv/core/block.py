@@ -27,7 +27,8 @@ class Block:
     or partial chunks computed, and for everything computed on top of such KV.
     num_tokens: how many tokens of a cached block are found; fewer than a block's in a *partial* block, which holds the
     end of what a finished sequence computed. Only `BlockPool.longest_child` finds a partial block.
-    branch: a partial block that several prompts were seen to go on from; a longer one does not take its place.
+    branch: a partial block that was left within a prompt for others to go on from; a longer one does not replace it.
+    uses: how many sequences have gone on from it while it was on `Probation`.
     retained: a partial block that is evicted last, as a warm prompt's end is; nor does a longer one take its place.
     previous: of a partial block, the hash of the full block before it, without the tenant's salt.
     """
@@ -44,6 +45,7 @@ class Block:
     num_tokens: int = 0
     partial: bool = False
     branch: bool = False
+    uses: int = 0
     retained: bool = False
     previous: BlockHash = b""
 

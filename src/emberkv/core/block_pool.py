@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from emberkv.core.block import Block, BlockState, Match
 from emberkv.core.cached_blocks import BlockCost, CachedBlocks, ChildIndex, uniform_cost
+from emberkv.core.checkpoints import Probation
 from emberkv.core.events import AllBlocksCleared, BlockRemoved, EventLog, Snapshot
 from emberkv.core.hashing import BlockHash, Chain
 from emberkv.core.policies.eviction import LRU, EvictionPolicy
@@ -48,7 +49,10 @@ class BlockPool:
         self.events = events if events is not None else EventLog()
         self.stats = stats if stats is not None else CacheStats()
         self.policy: EvictionPolicy[BlockHash] = policy if policy is not None else LRU()
-        self._cached = CachedBlocks(self.policy, block_cost, self.events, self.stats, journal=journal)
+        self._probation = Probation(num_blocks, block_size)
+        self._cached = CachedBlocks(
+            self.policy, block_cost, self.events, self.stats, journal=journal, probation=self._probation
+        )
         self._blocks: list[Block] = []  # by block id, those that have been made
         self._blank: list[Block] = []  # of these, the free ones that hold nothing
 
@@ -160,6 +164,42 @@ class BlockPool:
         self._cached.enter_partial(block, chain, position, count, branch=branch)
         return True
 
+    def has_room_for_guess(self, owner: str) -> bool:
+        """Whether a block is there for one more checkpoint of ``owner`` on `Probation`: a blank one, one within its
+        limit, or the place of the owner's oldest one.
+        """
+        return self._may_guess or self._probation.oldest(owner) is not None
+
+    def make_room_for_guess(self, owner: str) -> bool:
+        """As `has_room_for_guess`; the oldest one, if it has to, makes room."""
+        return self._may_guess or self._drop_checkpoint(owner)
+
+    @property
+    def _may_guess(self) -> bool:
+        return self.num_free > len(self.policy) or not self._probation.is_full
+
+    def _drop_checkpoint(self, owner: str) -> bool:
+        """Forget the oldest one of ``owner`` on `Probation`, if there is one that may go."""
+        oldest = self._probation.oldest(owner)
+        if oldest is not None:
+            self.stats.dropped_checkpoints += 1
+            self._withdraw(oldest)
+        return oldest is not None
+
+    def put_on_probation(self, block: Block) -> None:
+        """A cached checkpoint is a guess."""
+        self._probation.add(block)
+
+    def note_missing(self, chain: Chain, position: int) -> None:
+        """A sequence computes block ``position`` of ``chain``, since that is not cached."""
+        self._probation.missing(chain.block_hashes, position)
+
+    def note_use(self, block: Block) -> None:
+        """A sequence goes on from this partial block, or from the beginning of a block."""
+        if self._cached.copied_whole:
+            self.stats.checkpoint_hits += 1
+            self._probation.used(block)
+
     def retain(self, block_hashes: Iterable[BlockHash], until: float) -> int:
         """As `EvictionPolicy.retain`. A longer partial block does not take the place of one among them, either."""
         wanted = list(block_hashes)
@@ -204,6 +244,8 @@ class BlockPool:
         short = count - len(self._blank)
         if short > 0 and len(self._blocks) < self.num_blocks:
             short -= self._make(min(short, self.num_blocks - len(self._blocks)))
+        while short > 0 and self._probation.is_too_large and self._drop_checkpoint(owner):
+            short -= 1
         if short > 0:
             self._blank += self._cached.evict(short, owner)
         first = len(self._blank) - count
@@ -366,6 +408,8 @@ class BlockPool:
         broken = _broken_laws(
             self.blocks, self._blank, self._cached.index, len(self.policy), holders, self._cached.children
         )
+        if not self._probation.is_part_of(self._cached.index):
+            broken.append("a checkpoint on probation is not cached")
         if broken:
             raise IntegrityError("; ".join(broken[:5]))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from emberkv.core.block import Block, Match, MatchEnd
+from emberkv.core.checkpoints import Probation
 from emberkv.core.events import BlockRemoved, BlockStored, EventLog, Snapshot
 from emberkv.core.hashing import PUBLIC_OWNER, BlockHash, Chain, partial_hash, partial_siblings_hash
 from emberkv.core.policies.eviction import EntryCost, EvictionPolicy
@@ -94,6 +95,7 @@ class CachedBlocks:
         stats: CacheStats,
         *,
         journal: bool,
+        probation: Probation,
     ) -> None:
         self.policy = policy
         self.block_cost = block_cost
@@ -104,6 +106,7 @@ class CachedBlocks:
         self._partial_children = ChildIndex()
         self._parents: dict[BlockHash, BlockHash] = {}  # of partial blocks, by `partial_siblings_hash`
         self._num_partial = 0
+        self._probation = probation
         self._events = events
         self._stats = stats
         self.keeps_journal = journal
@@ -270,6 +273,7 @@ class CachedBlocks:
         for block in blocks:
             self._wipe(block)
         self._stats.evicted_blocks += len(block_hashes)
+        self._probation.evicted(block_hashes)
         if block_hashes and self._events.capacity:
             self._events.append(BlockRemoved(tuple(block_hashes)))
         return blocks
@@ -315,6 +319,8 @@ class CachedBlocks:
             self._num_partial -= 1
             if not partial:
                 del self._partial[block.previous]
+            if block.branch:
+                self._probation.discard(block)
             block.partial = block.branch = block.retained = False
             block.previous = b""
         block.block_hash = None

@@ -6,39 +6,46 @@ tokens   0 ............... full ....... hit ............... len
          |                 |  a block      |  as blocks fill   |
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from emberkv.core.block import Block, BlockCopy, BlockState, Match, MatchEnd
 from emberkv.core.block_pool import BlockPool
+from emberkv.core.checkpoints import BRANCH_TOKENS, places
 from emberkv.core.hashing import Chain
 from emberkv.errors import ConfigError
-
-BRANCH_TOKENS = 64
-"""Fewer tokens are not worth a checkpoint, which takes a block of the pool and costs one more prefill chunk."""
 
 
 class Lease:
     """One sequence's hold on blocks: the block table, in chain order. Release it exactly once, on any way out.
 
     Where a hit may end within a block, the lease also holds the block whose beginning is to be copied, until the step
-    that copies it has been computed. branch: the token at which a prefill chunk is to end, so that the block can be
-    left to others as it is then (`PrefixCache.branch`); None: there is no such token.
+    that copies it has been computed. wanted: the numbers of tokens behind which the sequence wants a checkpoint.
     """
 
     __slots__ = (
+        "_branch",
         "_cache",
         "_chain",
         "_collided",
         "_num_computed",
+        "_places",
         "_source",
+        "_wanted",
         "blocks",
-        "branch",
         "context_exact",
         "hit_tokens",
         "num_committed",
     )
 
-    def __init__(self, cache: "PrefixCache", chain: Chain, hit: list[Block], *, reads_cache: bool = True) -> None:
+    def __init__(
+        self,
+        cache: "PrefixCache",
+        chain: Chain,
+        hit: list[Block],
+        *,
+        reads_cache: bool = True,
+        wanted: Sequence[int] = (),
+    ) -> None:
         self._cache = cache
         self._chain = chain
         self._collided = False
@@ -48,9 +55,18 @@ class Lease:
         self.context_exact = all(block.exact for block in hit)
         self._num_computed = self.hit_tokens
         self._source: Block | None = None
-        self.branch: int | None = None
+        self._wanted = wanted
+        self._places: list[int] = []
+        self._branch = 0
         if reads_cache:
             self._reuse_beginning()
+
+    @property
+    def checkpoint(self) -> int | None:
+        """The token at which a prefill chunk is to end, so that the block can be left to others as it is then; None:
+        there is no such token.
+        """
+        return self._places[0] if self._places else None
 
     @property
     def pinned(self) -> list[Block]:
@@ -75,11 +91,14 @@ class Lease:
         if found is not None:
             self._source, tokens = found
             self._cache.pool.pin([self._source])
+            self._cache.pool.note_use(self._source)
             self.context_exact = self.context_exact and self._source.exact
             self.hit_tokens += tokens
             self._num_computed += tokens
         if self._cache.keeps_branches:
-            self.branch = self._cache.branch(self._chain, self.num_committed, self._num_computed)
+            self._cache.pool.note_missing(self._chain, self.num_committed)
+            self._branch = self._cache.branch(self._chain, self.num_committed)
+            self._places = self._cache.places({self._branch, *self._wanted}, self._num_computed, len(self._chain))
 
     def _release_source(self) -> None:
         if self._source is not None:
@@ -124,7 +143,7 @@ class Lease:
             pool.free(self.blocks[first : first + len(found)])
             self.blocks[first : first + len(found)] = found
             self.num_committed = first + len(found)
-            self.branch = None
+            self._places = []
             self.context_exact = self.context_exact and all(block.exact for block in found)
             self._num_computed = self.num_committed * pool.block_size
             self.hit_tokens += self._num_computed - start
@@ -146,38 +165,47 @@ class Lease:
         self._commit(whole, exact=True)
         if stop > whole:
             self._commit(stop, exact=False)
-        if stop == self.branch:
-            self.branch = None
+        if stop == self.checkpoint:
+            del self._places[0]
             if has_room:
-                self._leave_branch()
+                self._leave_checkpoint(stop)
 
     def cut(self, start: int, stop: int, *, has_room: bool) -> int:
-        """Where a prefill chunk from token ``start`` on ends that may go up to ``stop``: there, or at the branch.
+        """Where a prefill chunk from token ``start`` on ends that may go up to ``stop``: there, or at a checkpoint.
 
         has_room: for the block in which the sequence then goes on; without it there is no checkpoint.
         """
-        if self.branch is None or not start < self.branch <= stop:
-            return stop
-        if not has_room:
-            self.branch = None
-        return self.branch or stop
+        while self._places and start < self._places[0] <= stop:
+            at = self._places[0]
+            owner = self._chain.owner(at // self._cache.pool.block_size)
+            if has_room and (at == self._branch or self._cache.pool.has_room_for_guess(owner)):
+                return at
+            del self._places[0]
+        return stop
 
-    def _leave_branch(self) -> None:
+    def _leave_checkpoint(self, stop: int) -> None:
         """Commit the last block as a checkpoint and continue the sequence in a copy of it, if a block is free for that.
 
         The copy is made before the next chunk, like that of a block which another sequence has left.
         """
         pool, at = self._cache.pool, self.num_committed
-        owner, count = self._chain.owner(at), self._num_computed - at * pool.block_size
-        if self._collided or not self.context_exact or not pool.free_for(owner):
+        owner, count = self._chain.owner(at), stop - at * pool.block_size
+        if self._collided or not self.context_exact:
             return
         known = pool.known_partial(self._chain, at, count)
         if known is not None:
             known.branch = True
             return
+        is_guess = stop != self._branch
+        if (is_guess and not pool.make_room_for_guess(owner)) or not pool.free_for(owner):
+            return
         fresh = pool.allocate(1, owner)
         pool.commit_partial(self.blocks[at], self._chain, at, count, branch=True)
-        pool.stats.branch_checkpoints += 1
+        if is_guess:
+            pool.put_on_probation(self.blocks[at])
+            pool.stats.prompt_checkpoints += 1
+        else:
+            pool.stats.branch_checkpoints += 1
         self._source = self.blocks[at]
         self.blocks[at] = fresh[0]
 
@@ -235,7 +263,8 @@ class PrefixCache:
 
     within_blocks: False where a block holds some state after its last token alone. Then a partial block is a
     *checkpoint*: it is copied whole, and only if all of its tokens are the prompt's next ones. Sequences leave one
-    where they end, and where they leave what is known (see `branch`), if it saves at least ``branch_tokens``.
+    where they end, and within a prompt where it leaves what is known (see `branch`) and where it is wanted, if it saves
+    at least ``branch_tokens``.
     """
 
     def __init__(
@@ -308,14 +337,17 @@ class PrefixCache:
         found = self.pool.longest_child(chain, position, to_end=to_end) if self.reuses_partial_blocks else None
         return None if found is None or (self.exact and not found[0].exact) else found
 
-    def branch(self, chain: Chain, position: int, start: int) -> int | None:
-        """The token of block ``position`` of ``chain`` at which it leaves all that is cached, when what is cached can
-        be used up to token ``start``: other prompts may leave it there, too. None: too near for a checkpoint.
+    def branch(self, chain: Chain, position: int) -> int:
+        """The token of block ``position`` of ``chain``, or its first one, at which it leaves all that is cached: other
+        prompts may leave it there, too.
 
         A prompt that is cached whole leaves it before its last token, which is computed in any case.
         """
-        at = position * self.pool.block_size + self.pool.known_tokens(chain, position)
-        return at if at - start >= self.branch_tokens else None
+        return position * self.pool.block_size + self.pool.known_tokens(chain, position)
+
+    def places(self, wanted: Iterable[int], start: int, stop: int) -> list[int]:
+        """See `checkpoints.places`."""
+        return places(wanted, start, stop, block_size=self.pool.block_size, least=self.branch_tokens)
 
     def find(self, chain: Chain, start: int = 0) -> Sequence[Block]:
         """The cached blocks from the one with token ``start`` on; whole alignment units only.
@@ -325,11 +357,16 @@ class PrefixCache:
         blocks = self.match(chain, start).blocks
         return blocks[: self.whole(len(blocks))]
 
-    def acquire(self, chain: Chain) -> Lease:
+    def acquire(self, chain: Chain, checkpoints: Sequence[int] = ()) -> Lease:
         """Match and pin; the caller allocates afterwards, so what was just found is not evicted."""
-        return self.lease(chain, self.find(chain))
+        return self.lease(chain, self.find(chain), checkpoints=checkpoints)
 
-    def lease(self, chain: Chain, found: Sequence[Block], *, reads_cache: bool = True) -> Lease:
-        """Pin what `find` has just found for ``chain``. reads_cache: False reuses no partial block, either."""
+    def lease(
+        self, chain: Chain, found: Sequence[Block], *, reads_cache: bool = True, checkpoints: Sequence[int] = ()
+    ) -> Lease:
+        """Pin what `find` has just found for ``chain``. reads_cache: False reuses no partial block, either.
+
+        checkpoints: the numbers of tokens behind which one is wanted, where hits end at them.
+        """
         self.pool.pin(found)
-        return Lease(self, chain, list(found), reads_cache=reads_cache)
+        return Lease(self, chain, list(found), reads_cache=reads_cache, wanted=checkpoints)

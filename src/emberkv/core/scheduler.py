@@ -187,7 +187,7 @@ class Scheduler:
             chunk.sequence.num_computed = chunk.stop
             self.stats.prefill_tokens += chunk.stop - chunk.start
             held = chunk.sequence.held  # sequences may have been admitted since the chunk was planned
-            held.commit_prefilled(chunk.stop, has_room=chunk.stop != held.branch or self._has_spare(chunk.sequence))
+            held.commit_prefilled(chunk.stop, has_room=chunk.stop != held.checkpoint or self._has_spare(chunk.sequence))
         if plan.prefills:
             self._waiting.forget_refusals()  # waiting sequences may share what was just committed
         finished = []
@@ -295,7 +295,7 @@ class Scheduler:
         start, chunk = sequence.num_computed, self.config.prefill_chunk
         stop = min(start - start % min(self.cache.alignment, chunk) + chunk, len(sequence.chain))
         copy = sequence.held.copy_before(start) if start % self.cache.pool.block_size else None
-        if sequence.held.branch is not None:
+        if sequence.held.checkpoint is not None:
             stop = sequence.held.cut(start, stop, has_room=self._has_spare(sequence))
         return PrefillChunk(sequence, start, stop, copy)
 
@@ -316,7 +316,7 @@ class Scheduler:
 
         A waiting sequence with a sooner priority is admitted before prefill of another in its line continues.
         """
-        begun_sequences = [each for each in self._begun() if each.num_computed != each.held.branch]
+        begun_sequences = [each for each in self._begun() if each.num_computed != each.held.checkpoint]
         if not begun_sequences and not self._waiting.lines:
             return None
         refused: list[Sequence] = []
@@ -457,16 +457,15 @@ class Scheduler:
 
     def _take_in(self, sequence: Sequence, match: Match) -> None:
         found = match.blocks[: self.cache.whole(len(match.blocks))]
-        lease = self.cache.lease(sequence.chain, found, reads_cache=not sequence.wants_prompt_logits)
+        bypasses = sequence.wants_prompt_logits
+        lease = self.cache.lease(sequence.chain, found, reads_cache=not bypasses, checkpoints=sequence.checkpoints)
         lease.extend(len(sequence.chain))
         sequence.lease = lease
         sequence.num_computed = lease.hit_tokens
         sequence.status = SequenceStatus.PREFILLING
         self._running.append(sequence)
-        if sequence.wants_prompt_logits:
-            self.stats.bypass_tokens += len(sequence.chain)
-        else:
-            self.stats.query_tokens += len(sequence.chain)
+        self.stats.bypass_tokens += len(sequence.chain) if bypasses else 0
+        self.stats.query_tokens += 0 if bypasses else len(sequence.chain)
         self.stats.hit_tokens += lease.hit_tokens
         if sequence.num_preemptions == 0:
             sequence.cached_tokens = lease.hit_tokens

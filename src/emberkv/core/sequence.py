@@ -41,6 +41,7 @@ class Sequence:
     short: whether, by the scheduler's estimate, one step is enough to compute what is not cached of it.
     wants_prompt_logits: the logits at each position of the prompt are wanted. Only computing gives logits, so the cache
     is not read; what is computed is cached all the same.
+    checkpoints: where hits end at checkpoints, the numbers of tokens behind which one is wanted.
     waits: the loads for which the sequence has waited or waits. lookup: likewise, its only look-up.
     load_decision: the latest decision about blocks of lower tiers.
     admission: where the hit came from and why there was no more, set at the first admission.
@@ -53,6 +54,7 @@ class Sequence:
     tenant: str = ""
     order: int = 0
     wants_prompt_logits: bool = False
+    checkpoints: tuple[int, ...] = ()
     short: bool = True
     status: SequenceStatus = SequenceStatus.WAITING
     lease: Lease | None = None

@@ -20,6 +20,9 @@ class CacheStats:
     duplicate_blocks: int = 0  # computed twice at the same time; one copy was freed
     replaced_blocks: int = 0  # an exact copy took the place of an inexact one
     branch_checkpoints: int = 0  # blocks kept as they were where a prompt left what is cached
+    prompt_checkpoints: int = 0  # and where its sequence wanted one, as at the prompt's end
+    checkpoint_hits: int = 0  # sequences that went on from a partial block which is copied whole
+    dropped_checkpoints: int = 0  # on probation, to make room for later ones
     evicted_blocks: int = 0
     collisions: int = 0  # equal block hash, different tokens: refused
     preemptions: int = 0

@@ -194,6 +194,7 @@ class EngineLoop:
             tenant=request.tenant,
             # the engine that began the answer has sent them
             wants_prompt_logits=request.params.prompt_logprobs is not None and not request.answered,
+            checkpoints=request.checkpoints,
         )
         tokens, prompt_end = request.prompt_token_ids, len(request.prompt_token_ids) - request.answered
         masks = self._masks(request, tokens[prompt_end:])

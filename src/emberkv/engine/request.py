@@ -161,6 +161,8 @@ class GenerationRequest:
     how many are to be evicted only after others for ``retain_seconds``: a wish. allowed_tokens: which tokens its answer
     may have; None: all. worker: of a cluster, the id of the one that is to compute it, while it can; "": any.
     seq_id: of a sequence whose keys and values are asked for later, by the tenant and this id; "": of none.
+    borders: the numbers of tokens behind which other prompts are expected to part from this one, such as that of its
+    system prompt; a wish, for engines whose hits end at checkpoints.
 
     answered: how many of the last tokens of the prompt are the answer so far, which another engine has begun. The rest
     of it is what that engine would have given: penalties, the draws of a seed and ``max_tokens`` count these tokens.
@@ -182,6 +184,16 @@ class GenerationRequest:
     answered: int = 0
     worker: str = ""
     seq_id: str = ""
+    borders: tuple[int, ...] = ()
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The numbers of tokens behind which a checkpoint is wanted: at the borders, and before the prompt's last
+        token, which a repeat computes in any case. Not there for an answer of a single token: so ends a prompt that is
+        computed for others to begin with, which leaves one behind its last token.
+        """
+        last = len(self.prompt_token_ids) - self.answered - 1
+        return self.borders if self.params.max_tokens == 1 else (*self.borders, last)
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,8 +249,8 @@ def test_the_ledger_agrees_with_the_pool_and_accounts_for_every_token(
         assert explanation.hit_tokens == lease.hit_tokens
         if lease.missing_blocks(len(prompt)) <= pool.num_free:
             lease.extend(len(prompt))
-            if lease.branch is not None:
-                lease.commit_prefilled(lease.branch)
+            if lease.checkpoint is not None:
+                lease.commit_prefilled(lease.checkpoint)
             lease.commit_prefilled(len(prompt))
         lease.release()
         for event in pool.events.since(seen) or ():

@@ -102,9 +102,11 @@ def test_with_the_kernels_a_hit_ends_where_it_should_and_changes_no_bit(served: 
     assert warm.mixed_steps > mixed_before
 
 
-@pytest.mark.parametrize("arch", [arch for arch in OF_EACH_KIND if arch in BY_BLOCKS])
+@pytest.mark.parametrize("arch", [*(arch for arch in OF_EACH_KIND if arch in BY_BLOCKS), "lfm3", "zamba2"])
 def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory, kernels: Kernels, arch: str) -> None:
-    """Of a block that is not full: behind an answer, where a prompt left it, and before a repeated prompt's end."""
+    """Of a block that is not full: behind an answer, where a prompt left it, before a repeated prompt's end, and where
+    a prompt's own sequence wanted it.
+    """
     rng, size = random.Random(arch), 2 * CHUNK
     loaded = paged(arch, "bfloat16")
     warm = Driver(loaded, num_blocks=24, kernels=kernels, block_size=size)
@@ -120,6 +122,10 @@ def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory,
         ([*other[:-1], 4, *text(rng, 7)], size + 80),
     ]
     hits = [warm.run_one(prompt, new=4) for prompt, _ in prompts]
+    guessed = text(rng, size + 100)
+    last = len(guessed) - 1
+    prompts += [(guessed, 0), (guessed, last), ([*guessed[:last], 5, 6], last)]
+    hits += [warm.run_one(prompt, new=4, checkpoints=(last,)) for prompt, _ in prompts[-3:]]
     cold = Driver(loaded, num_blocks=24, kernels=kernels, block_size=size, prefix_cache=False, executor=warm.executor)
     for hit, (prompt, cached) in zip(hits, prompts, strict=True):
         alone = cold.run_one(prompt, new=4)
@@ -127,7 +133,7 @@ def test_a_hybrid_goes_on_from_where_others_ended_or_parted(paged: ModelFactory,
         assert all(map(torch.equal, hit.logits, alone.logits))
         last = (len(prompt) - 1) // size
         assert torch.equal(hit.kv[:last].view(torch.uint8), alone.kv[:last].view(torch.uint8))
-    assert warm.stats.branch_checkpoints == 2
+    assert (warm.stats.branch_checkpoints, warm.stats.prompt_checkpoints) == (2, 1)
 
 
 @pytest.mark.parametrize("arch", OF_EACH_KIND)
