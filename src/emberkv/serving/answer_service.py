@@ -69,8 +69,8 @@ class Prompt:
     empty; the engine draws one token, because a prompt's last step ends with it, and the token is left out. echo:
     stands before the answer, with log-probabilities where the request wants them. is_clipped: the request asked for
     more tokens than fit, so that its ``max_tokens`` are fewer. parsing: how the answer is parsed; None: it is text.
-    system: the text of its system prompt, in which volatile lines are looked for. history, recorder, next_prompt: see
-    `emberkv.serving.api.rendering.RenderedPrompt`.
+    system: the text of its system prompt, in which volatile lines are looked for. history, recorder, next_prompt,
+    borders: see `emberkv.serving.api.rendering.RenderedPrompt`.
     """
 
     token_ids: Sequence[int]
@@ -85,6 +85,7 @@ class Prompt:
     history: Mapping[str, int] = field(default_factory=dict)
     recorder: AnswerRecorder | None = None
     next_prompt: RenderNext | None = None
+    borders: tuple[int, ...] = ()
 
 
 class TextGenerator:
@@ -123,6 +124,7 @@ class TextGenerator:
                     retain_seconds=prompt.retain_seconds,
                     worker=request.worker,
                     seq_id=request.seq_id,
+                    borders=prompt.borders,
                 )
                 answer = Answer(
                     index,

@@ -155,8 +155,9 @@ class ServedModel:
     its parts, where it is in this process. fingerprint: of weights and config. on_overflow: whether a ``max_tokens``
     that, with the prompt, exceeds the context is clipped to the rest of it, or refused. output_format: how it writes
     reasoning and tool calls. answer_memory: a tenant's answers, where they are remembered. rewrites_turns: whether the
-    user's next question makes its chat template render earlier turns in another way. first_difference: of
-    requests that a worker answers; places: where their next prompts are computed; None of a model in this process.
+    user's next question makes its chat template render earlier turns in another way. keeps_checkpoints: whether hits
+    end at checkpoints, so that it matters where a prompt has borders. first_difference: of requests that a worker
+    answers; places: where their next prompts are computed; None of a model in this process.
     """
 
     names: tuple[str, ...]
@@ -177,6 +178,7 @@ class ServedModel:
     output_format: OutputFormat = field(default_factory=OutputFormat)
     answer_memory: AnswerMemory | None = None
     rewrites_turns: bool = False
+    keeps_checkpoints: bool = False
     first_difference: FirstDifference | None = None
     places: Places | None = None
 

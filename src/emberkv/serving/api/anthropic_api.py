@@ -173,6 +173,7 @@ def prepare_messages(
         history=rendered.history,
         recorder=rendered.recorder,
         next_prompt=rendered.next_prompt,
+        borders=rendered.borders,
     )
     return request, prompt, rendered
 

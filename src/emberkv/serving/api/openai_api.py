@@ -353,6 +353,7 @@ def prepare_chat(
             history=rendered.history,
             recorder=rendered.recorder,
             next_prompt=rendered.next_prompt,
+            borders=rendered.borders,
         )
         for each in choices
     ]

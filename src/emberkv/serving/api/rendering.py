@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
 from emberkv.engine.request import Constraint
@@ -271,6 +272,7 @@ class RenderedPrompt:
     conversation, text: of a chat, what was rendered and to what; None and "" of token ids or plain text. history: how
     many answers in the conversation had each outcome of `splice_answers`. recorder: remembers the answer to the prompt.
     next_prompt: what the prompt of the user's next message begins with; None where no such message is expected.
+    borders: behind how many tokens other prompts are expected to part from it, where a hit ends at checkpoints.
     """
 
     token_ids: Sequence[int]
@@ -282,6 +284,7 @@ class RenderedPrompt:
     history: Mapping[str, int] = field(default_factory=dict)
     recorder: AnswerRecorder | None = None
     next_prompt: NextPrompt | None = None
+    borders: tuple[int, ...] = ()
 
     @property
     def left_out(self) -> Mapping[str, int]:
@@ -358,6 +361,7 @@ def _rendered(
         history=spliced.outcomes,
         recorder=None if memory is None else spliced.recorder(memory, conversation, model.output_format),
         next_prompt=next_prompt(conversation, partial(_token_ids, model=model)) if model.rewrites_turns else None,
+        borders=_borders(conversation, model, spliced, token_ids) if model.keeps_checkpoints else (),
     )
     if mark is None:
         return rendered
@@ -367,6 +371,36 @@ def _rendered(
         return rendered
     covered = covered_tokens(model.tokenizer, spliced.text, token_ids, cut, spliced.known)
     return replace(rendered, retain_tokens=covered, retain_seconds=mark.seconds)
+
+
+_ANY_TEXT = "\ue000"
+"""Stands for a text that is not known yet; it is for private use, and hardly any text begins with it."""
+
+
+def _borders(
+    conversation: Conversation, model: ServedModel, spliced: SplicedPrompt, token_ids: Sequence[int]
+) -> tuple[int, ...]:
+    """Behind the system prompt with the tools, where other conversations part, and, where the template renders earlier
+    turns anew, behind all that this turn's prompt and that of the user's next message have in common.
+    """
+    anyone = {"role": "user", "content": _ANY_TEXT}
+    leading = list(takewhile(lambda message: message["role"] in _SYSTEM_ROLES, conversation.messages))
+    cuts = []
+    if leading or conversation.tools:
+        cuts.append([*leading, anyone])
+    if model.rewrites_turns:
+        cuts.append([*conversation.messages, {"role": "assistant", "content": _ANY_TEXT}, anyone])
+    found = set()
+    for messages in cuts:
+        cut = replace(
+            conversation, messages=messages, begun="", add_generation_prompt=True, continue_final_message=False
+        )
+        try:
+            text = _spliced(cut, model).text
+        except RequestError:  # as for a mark
+            continue
+        found.add(covered_tokens(model.tokenizer, spliced.text, token_ids, text, spliced.known))
+    return tuple(sorted(found))
 
 
 def _token_ids(conversation: Conversation, model: ServedModel) -> "array[int]":
